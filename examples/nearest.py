@@ -2,19 +2,22 @@
 
     longnet encode FILES -o vectors.arrow && python examples/nearest.py vectors.arrow
     longnet encode FILES -o - | python examples/nearest.py -
-    python examples/nearest.py vectors.arrow --query "read a file in chunks" --top 5
+    python examples/nearest.py vectors.arrow --query "read a file in chunks" --top 5 --words
 
-Prints, for each vector, the two that are nearest to it. With --query, prints the vectors nearest to that text, which
-the same model encodes, and the text that they stand for: of text files, or of a column that --keep carried along
-(--text NAME). Give the folder that was encoded as --root FOLDER, so that its files are found. The mean of all vectors
-is subtracted, unless the model was trained by contrast, where it has no use.
+Prints, for each vector, the two that are nearest to it. With --query, prints the documents nearest to that text, which
+the same model encodes, each by the best of its spans, and the text of that span: of text files, or of a column that
+--keep carried along (--text NAME). Give the folder that was encoded as --root FOLDER, so that its files are found.
+--words adds the words that query and span share (TF-IDF), which finds more than either alone. The mean of all vectors
+is subtracted if the model was trained to predict tokens: they share a large common part.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +84,7 @@ def encode_query(query: str, facts: dict[bytes, bytes], dims: int) -> np.ndarray
         "--prefix",
         prompt or "none",
     ]
-    if b"longnet.pattern" in facts:
+    if b"longnet.pattern" in facts and b"longnet.context" not in facts:
         command += ["--pattern", facts[b"longnet.pattern"].decode()]
     if facts.get(b"longnet.normalized") == b"false":
         command += ["--no-normalize"]
@@ -100,7 +103,23 @@ def text_of(row: dict, column: str | None, root: Path) -> str:
         text = row[column] if column else file.read_bytes().decode()
     except UnicodeDecodeError:  # compressed
         return ""
-    return " ".join(text[row.get("char_start") or 0 : row.get("char_end")][:SHOWN].split())
+    return text[row.get("char_start") or 0 : row.get("char_end")]
+
+
+def shared_words(query: str, texts: list[str]) -> np.ndarray:
+    """Return the TF-IDF of the words that each text shares with the query: the cosine, (texts,)."""
+    counted = [Counter(re.findall(r"\w+", text.lower())) for text in (query, *texts)]
+    holders = Counter(word for counts in counted[1:] for word in counts)
+    weights = [
+        {w: (1 + np.log(n)) * np.log1p(len(texts) / holders[w]) for w, n in c.items() if w in holders} for c in counted
+    ]
+    asked, lengths = weights[0], [sum(x * x for x in each.values()) ** 0.5 + 1e-12 for each in weights]
+    return np.array([sum(x * each.get(w, 0.0) for w, x in asked.items()) for each in weights[1:]]) / lengths[1:]
+
+
+def z_scores(scores: np.ndarray) -> np.ndarray:
+    """Return scores without their mean, in standard deviations: so two kinds of score can be added."""
+    return (scores - scores.mean()) / (scores.std() + 1e-12)
 
 
 def main() -> None:
@@ -108,19 +127,28 @@ def main() -> None:
     parser.add_argument("vectors", help="a file or a folder that `longnet encode` wrote, or - for a stream on stdin")
     parser.add_argument("--query", help="find what is nearest to this text")
     parser.add_argument("--top", type=int, default=3, help="so many hits")
+    parser.add_argument("--words", action="store_true", help="add the words that query and span share")
     parser.add_argument("--text", metavar="NAME", help="the column with the texts")
     parser.add_argument("--root", type=Path, default=Path(), help="the folder with the text files")
     args = parser.parse_args()
     table = read_table(args.vectors)
     vectors, facts, names = vectors_of(table), table.schema.metadata or {}, table["doc_id"].to_pylist()
-    mean = 0.0 if b"longnet.query_prompt" in facts else vectors.mean(0)  # trained by contrast, or not
+    trained = {b"longnet.query_prompt", b"longnet.context", b"longnet.prompt"} & facts.keys()  # to make vectors
+    mean = 0.0 if trained else vectors.mean(0)
     if args.query is not None:
         query = scaled(encode_query(args.query, facts, vectors.shape[1]), mean)[0]
         found = scaled(vectors, mean) @ query
-        for place in np.argsort(-found)[: args.top].tolist():
-            row = table.slice(place, 1).to_pylist()[0]
+        rows = table.drop_columns("embedding").to_pylist()
+        if args.words:
+            texts = [text_of(row, args.text, args.root) for row in rows]
+            if not any(texts):
+                sys.exit("--words needs the texts: give their folder (--root), or their column (--text)")
+            found = z_scores(found) + z_scores(shared_words(args.query, texts))
+        best = {names[place]: place for place in np.argsort(found).tolist()}  # of each document, its best span
+        for place in sorted(best.values(), key=lambda place: -found[place])[: args.top]:
+            row = rows[place]
             print(f"{found[place]:.3f}  {names[place]}, tokens {row['start']} to {row['end']}")
-            print(f"       {text_of(row, args.text, args.root)}")
+            print(f"       {' '.join(text_of(row, args.text, args.root)[:SHOWN].split())}")
         return
     cosine = cosines(vectors, mean)
     width = max(map(len, names))

@@ -5,6 +5,7 @@
     python examples/retrieval.py make bench archives/*
     python examples/retrieval.py words bench --read 2Ki,8Ki,all
     python examples/retrieval.py vectors bench --model ./my-model --read 512,2Ki,8Ki,all
+    python examples/retrieval.py vectors bench --model ./all-MiniLM-L6-v2 --read 2Ki --span 254 --words
     python examples/retrieval.py sentences bench --model ./all-MiniLM-L6-v2 --read 256,8Ki
 
 `make` reads wheels and Debian packages without installing them, and writes the pairs of each task to
@@ -18,8 +19,10 @@ pairs; the digest of each task is printed, and identifies it.
 `words`, `vectors` and `sentences` print a line of JSON per task and method: recall at 1 with its standard error, and
 the mean reciprocal rank, when only the first bytes (of `words`) or tokens (of the others) of each text are read
 (`read`; `bytes` are the mean of second texts). Vectors are also compared without their mean (`centred`). Halves are
-compared among at most 100 documents, lines among 80. `sentences` takes a model of sentence-transformers; a text longer
-than its window has the mean of the vectors of its parts, weighted by their tokens.
+compared among at most 100 documents, lines among 80. With --span, two texts score as the mean, over the spans of the
+first, of the best span of the second. --words adds TF-IDF: a sum of z-scores over all pairs. `sentences` takes a model
+of sentence-transformers; a text longer than its window has the mean of the vectors of its parts, weighted by their
+tokens.
 """
 
 from __future__ import annotations
@@ -47,7 +50,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from nearest import read_table, scaled, vectors_of
+from nearest import read_table, scaled, vectors_of, z_scores
 
 from longnet_cli import LongNetError, ModelFolder
 from longnet_cli.basics.sizes import parse_size
@@ -251,6 +254,16 @@ def word_scores(pairs: list[tuple[str, str]], read: int | None) -> dict[str, np.
     }
 
 
+def encode_rows(texts: list[np.ndarray], options: list[str]) -> pa.Table:
+    """Return the rows of `longnet encode` for texts of token ids, which are named by their index."""
+    with tempfile.TemporaryDirectory() as place:
+        pq.write_table(pa.table({"doc_id": [*map(str, range(len(texts)))], "input_ids": texts}), f"{place}/ids.parquet")
+        command = [sys.executable, "-m", "longnet_cli", "encode", f"{place}/ids.parquet", "--quiet"]
+        if code := subprocess.run([*command, "-o", f"{place}/vectors.arrow", *options], check=False).returncode:
+            sys.exit(code)  # `longnet encode` has said why
+        return read_table(f"{place}/vectors.arrow").combine_chunks()
+
+
 def encode_side(texts: list[np.ndarray], reads: list[int | None], options: list[str], before: int) -> list[np.ndarray]:
     """Return the vectors (texts, dim) of the first tokens of each text, for each number in `reads`.
 
@@ -260,16 +273,11 @@ def encode_side(texts: list[np.ndarray], reads: list[int | None], options: list[
     span = min((read for read in reads if read), default=0) if len(reads) > 1 else 0
     if odd := [read for read in reads if read and span and read % span]:
         sys.exit(f"--read {odd[0]}: no multiple of {span}, the shortest one")
-    with tempfile.TemporaryDirectory() as place:
-        longest = None if None in reads else max(read or 0 for read in reads)
-        table = pa.table({"doc_id": [*map(str, range(len(texts)))], "input_ids": [ids[:longest] for ids in texts]})
-        pq.write_table(table, f"{place}/ids.parquet")
-        command = [sys.executable, "-m", "longnet_cli", "encode", f"{place}/ids.parquet", "--no-normalize", "--quiet"]
-        command += ["-o", f"{place}/vectors.arrow", *(["--span", str(span)] if span else []), *options]
-        if code := subprocess.run(command, check=False).returncode:
-            sys.exit(code)  # `longnet encode` has said why
-        rows = read_table(f"{place}/vectors.arrow")
-        vectors = vectors_of(rows).copy()
+    longest = None if None in reads else max(read or 0 for read in reads)
+    rows = encode_rows(
+        [ids[:longest] for ids in texts], ["--no-normalize", *(["--span", str(span)] * bool(span)), *options]
+    )
+    vectors = vectors_of(rows).copy()
     owners = np.array(rows["doc_id"].to_pylist(), np.int64)
     starts, ends, tokens = (rows[name].to_numpy() for name in ("start", "end", "n_tokens"))
     mean = (rows.schema.metadata or {}).get(b"longnet.pooling") == b"mean"
@@ -287,7 +295,21 @@ def encode_side(texts: list[np.ndarray], reads: list[int | None], options: list[
     return found
 
 
-def vector_scores(tasks: Tasks, model: str, reads: list[int | None], options: list[str]) -> None:
+def encode_spans(texts: list[np.ndarray], read: int | None, span: int, options: list[str]) -> list[np.ndarray]:
+    """Return the vectors (spans, dim) of the first `read` tokens of each text."""
+    rows = encode_rows([ids[:read] for ids in texts], ["--span", str(span), *options])
+    vectors, owners = scaled(vectors_of(rows), 0.0), np.array(rows["doc_id"].to_pylist(), np.int64)
+    return [vectors[owners == owner] for owner in range(len(texts))]
+
+
+def span_scores(firsts: list[np.ndarray], seconds: list[np.ndarray]) -> np.ndarray:
+    """Return (firsts, seconds): the mean, over the spans of the first text, of the best span of the second."""
+    return np.array([[(first @ second.T).max(1).mean() for second in seconds] for first in firsts])
+
+
+def vector_scores(
+    tasks: Tasks, model: str, reads: list[int | None], options: list[str], span: int | None, words_too: bool
+) -> None:
     folder = ModelFolder.find(model)
     words, embedder = folder.tokenizer(), folder.embedder
     if words is None:
@@ -295,6 +317,14 @@ def vector_scores(tasks: Tasks, model: str, reads: list[int | None], options: li
     options = ["--model", model, *options]
     prompts = (embedder.query, embedder.document) if embedder else ("", "")
     ids = [[words.encode(pair[side]) for pairs in tasks.values() for pair in pairs] for side in (0, 1)]
+    if span:
+        for read in reads:
+            sides = [
+                encode_spans(side, read, span, [*options, "--prefix", prompt] if prompt else options)
+                for side, prompt in zip(ids, prompts, strict=True)
+            ]
+            report_spans(tasks, f"{model}, spans of {span}", read, *sides, words_too)
+        return
     for group in [reads] if folder.config.get("causal", True) else [[read] for read in reads]:
         sides = []
         for side, prompt in zip(ids, prompts, strict=True):
@@ -303,6 +333,21 @@ def vector_scores(tasks: Tasks, model: str, reads: list[int | None], options: li
         for read, firsts, seconds in zip(group, *sides, strict=True):
             shares = [min(1.0, (read or 1e9) / max(1, len(found))) for found in ids[1]]
             report_vectors(tasks, model, read, firsts, seconds, shares)
+
+
+def report_spans(
+    tasks: Tasks, method: str, read: int | None, firsts: list[np.ndarray], seconds: list[np.ndarray], words_too: bool
+) -> None:
+    """Report each task by its spans and, with `words_too`, by spans and words together."""
+    at = 0
+    for task, pairs in tasks.items():
+        mine = slice(at, at := at + len(pairs))
+        scores, texts = span_scores(firsts[mine], seconds[mine]), [pair[1] for pair in pairs]
+        report(task, method, read, scores, texts, [1.0] * len(pairs))
+        if words_too:
+            size = parse_size("8Ki" if task in ("man", "pydoc") else "32Ki")
+            both = z_scores(scores) + z_scores(word_scores(pairs, size)["tf-idf"])
+            report(task, f"{method}, and words", read, both, texts, [1.0] * len(pairs))
 
 
 def report_vectors(
@@ -379,6 +424,9 @@ def main() -> None:
         command = commands.add_parser(name)
         if name != "words":
             command.add_argument("--model", required=name == "sentences", default="longnet-tiny")
+        if name == "vectors":
+            command.add_argument("--span", type=parse_size, help="compare spans of so many tokens")
+            command.add_argument("--words", action="store_true", help="with --span: also with TF-IDF added")
         command.add_argument("folder", type=Path)
         command.add_argument("--read", type=sizes, default=[None], help="bytes or tokens of each text, as 2Ki,8Ki,all")
         command.add_argument("--tasks", help="only these, as py-S,man")
@@ -408,7 +456,7 @@ def main() -> None:
     tasks = read_tasks(args.folder, args.tasks)
     tasks = {task: pairs[: args.pairs] for task, pairs in tasks.items()}
     if args.command == "vectors":
-        vector_scores(tasks, args.model, args.read, options)
+        vector_scores(tasks, args.model, args.read, options, args.span, args.words)
         return
     if args.command == "sentences":
         sentence_scores(tasks, args.model, args.read)

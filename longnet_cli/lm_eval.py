@@ -69,7 +69,7 @@ class LongNetLM(TemplateLM):
         self.options: dict[str, Any] = {"dtype": dtype, "chunk": chunk}
         self.max_length, self.max_gen_toks = max_length, max_gen_toks
         self.bos, self.ends = folder.bos(tokenizer), folder.ends(tokenizer)
-        self.before = bos_ids(self.bos) if add_bos_token else tokenizer.ids_before
+        self.before = bos_ids(self.bos) if add_bos_token else tokenizer.ids_around[0]
         weights = DTYPES[resolve_dtype(dtype, self._device)]
         self.net = folder.net(pattern=read_pattern(pattern, "pattern"), device=self._device, dtype=weights)
 

@@ -24,7 +24,7 @@ class TooLongError(ConfigError):
 
 
 class RefusedError(ConfigError):
-    """The refusal of a chat template: it is wrong, or the messages are."""
+    """The refusal of a chat template, or of a text beside a prompt. Its place is not known yet: the caller adds it."""
 
 
 class DataError(LongNetError):

@@ -37,6 +37,15 @@ GENERATION = "generation_config.json"
 BESIDE_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 # sentence-transformers' file for prompts; the key of config.json for the pooling of a net that was trained by contrast
 PROMPTS, POOL_KEY = "config_sentence_transformers.json", "embedding_pool"
+# Its list of modules, and the names that the configuration of the first one has had
+MODULES = "modules.json"
+TRANSFORMER_CONFIGS = tuple(
+    f"sentence_{kind}_config.json"
+    for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
+# the cache has these, or knows that the repository lacks them; and the files that a module needs
+_OF_SENTENCES = (MODULES, PROMPTS, TRANSFORMER_CONFIGS[0])
+_NEEDED = {"Pooling": (CONFIG,), "Dense": (CONFIG, WEIGHTS), "LayerNorm": (CONFIG, WEIGHTS)}
 END_OF_TEXT = "<|endoftext|>"  # of the tokenizers that `longnet` makes
 # `model_type` in config.json of a LongNet: the error of a library that does not know it shows nothing else of a folder
 MODEL_TYPE = "longnet: import longnet_cli.integrations.transformers"
@@ -98,16 +107,23 @@ class Located(NamedTuple):
     name: str
 
 
-def find_model(name: str) -> Located:
+def find_model(name: str, embeds: bool = False) -> Located:
     """Return the folder, or the GGUF file, of a model: a shipped one's name, a path with a slash, or a name on a hub.
 
-    The path may lead to nothing. Raises ConfigError for a name that is not shipped, CheckpointError for a model that is
-    neither here nor can be downloaded.
+    If it `embeds`, it is to make vectors: the cache must then have the files of sentence-transformers, or know that
+    there are none. The path may lead to nothing. Raises ConfigError for a name that is not shipped, CheckpointError for
+    a model that is neither here nor can be downloaded.
     """
-    if repository := _Repository.of(name):
+    if repository := _Repository.of(name, embeds=embeds):
         return repository.find()
     path = model_path(name)
-    return Located(snapshot, str(snapshot)) if (snapshot := _snapshot_in(path)) else Located(path, name)
+    if not (snapshot := _snapshot_in(path)):
+        return Located(path, name)
+    if embeds and (unknown := _unknown_files(snapshot)):
+        raise CheckpointError(
+            f"{snapshot}: the cache does not know whether the model has {unknown}: name it as ORG/NAME"
+        )
+    return Located(snapshot, str(snapshot))
 
 
 def find_tokenizer(name: str) -> Located | None:
@@ -175,14 +191,15 @@ class _Repository:
     revision: str
     file: str | None
     tokenizer: bool
+    embeds: bool = False  # needs the files of sentence-transformers
 
     @classmethod
-    def of(cls, name: str, tokenizer: bool = False) -> _Repository | None:
+    def of(cls, name: str, tokenizer: bool = False, *, embeds: bool = False) -> _Repository | None:
         """Return the repository that a name stands for; None for a path that exists and for other names."""
         match = _NAME.fullmatch(name)
         if not match or ".." in name or "--" in match[1] or match[1].endswith(_LOCAL) or os.path.exists(name):
             return None
-        return cls(name, match[1], match[2] or "main", match[3], tokenizer)
+        return cls(name, match[1], match[2] or "main", match[3], tokenizer, embeds)
 
     def find(self, *, update: bool = False) -> Located:
         """Return the folder or the file in the cache, downloaded if it is not there. `update` asks the hub first."""
@@ -232,6 +249,8 @@ class _Repository:
         elif not self.tokenizer:
             none = any_tokenizer or (self._folder / ".no_exist" / commit / TOKENIZER).exists()
             needed = [CONFIG, *_weights(snapshot), *([] if none else needed)]
+            if self.embeds and _unknown_files(snapshot):
+                return False
         return all((snapshot / name).is_file() for name in needed)
 
     def _download(self, constants: Any, update: bool) -> None:
@@ -253,8 +272,8 @@ class _Repository:
             snapshot = self._folder / "snapshots" / commit
             for name in self._wanted(names, snapshot):  # one by one: threads would keep Ctrl-C waiting
                 hf_hub_download(self.repo, name, revision=commit)
-            if not self.file and TOKENIZER not in names:
-                (absent := self._folder / ".no_exist" / commit / TOKENIZER).parent.mkdir(parents=True, exist_ok=True)
+            for name in () if self.file else ({TOKENIZER} if self.tokenizer else {TOKENIZER, *_OF_SENTENCES}) - names:
+                (absent := self._folder / ".no_exist" / commit / name).parent.mkdir(parents=True, exist_ok=True)
                 absent.touch()
         except LongNetError:
             raise
@@ -286,7 +305,9 @@ class _Repository:
             why = "; pickled weights are never read, since a pickle can run code" if pickled else ""
             raise CheckpointError(f"{self.name}: the repository has no {CONFIG} with {WEIGHTS}{why}")
         index = set() if WEIGHTS in names else {SHARDED}
-        yield from sorted(names & ({CONFIG, GENERATION, TOKENIZER, PROMPTS, *BESIDE_TOKENIZER} | index))
+        of_sentences = {MODULES, PROMPTS, *TRANSFORMER_CONFIGS}
+        yield from sorted(names & ({CONFIG, GENERATION, TOKENIZER, *BESIDE_TOKENIZER, *of_sentences} | index))
+        yield from sorted(names & {name for name, _ in _module_files(snapshot)})
         yield from [WEIGHTS] if WEIGHTS in names else _weights(snapshot)
 
     def _explain(self, error: Exception, constants: Any, answered: bool) -> str:
@@ -342,6 +363,24 @@ def _read_ref(folder: Path, revision: str) -> str | None:
         commit = (folder / "refs" / revision).read_text(encoding="ascii").strip()
         return commit if _COMMIT.fullmatch(commit) else None
     return None
+
+
+def _module_files(snapshot: Path) -> Iterator[tuple[str, bool]]:
+    """Yield the files of the modules that modules.json names in folders of their own, and whether each is needed."""
+    with suppress(OSError, ValueError, TypeError, AttributeError):
+        for module in parse(read_text(snapshot / MODULES)):
+            if folder := str(module.get("path", "")):
+                needed = _NEEDED.get(str(module.get("type")).rpartition(".")[2], ())
+                yield from ((f"{folder}/{name}", name in needed) for name in (CONFIG, WEIGHTS))
+
+
+def _unknown_files(snapshot: Path) -> str | None:
+    """Return a file of sentence-transformers of which the cache of a hub does not know whether there is one."""
+    absent = snapshot.parents[1] / ".no_exist" / snapshot.name
+    if not (snapshot / MODULES).is_file():
+        return None if (absent / MODULES).exists() else MODULES
+    files = [*_OF_SENTENCES, *(name for name, needed in _module_files(snapshot) if needed)]
+    return next((name for name in files if not ((snapshot / name).is_file() or (absent / name).exists())), None)
 
 
 def _weights(snapshot: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -30,12 +31,13 @@ def encode(
     update: shared.UpdateOption = False,
     pattern: shared.PatternOption = None,
     pool: Annotated[
-        Literal["mean", "last", "first", "cls"] | None,
+        str | None,
         option(
             VECTORS,
             "--pool",
-            "mean|last|first|cls",
-            "Take the mean over the tokens, the last or first token's vector, or a slide encoder's CLS (its default).",
+            "NAME[+NAME]",
+            "Take the mean over the tokens, the first or last token's vector, the cls, max, or the sqrt or weighted "
+            "mean of sentence-transformers; several are joined.",
             "the model's, otherwise mean",
         ),
     ] = None,
@@ -62,9 +64,29 @@ def encode(
             "one per document",
         ),
     ] = None,
+    context: Annotated[
+        int | None,
+        size_option(
+            VECTORS,
+            "--context",
+            "Read windows of this many tokens, special ones included, with a model that looks both ways.",
+            "the most that it was made for",
+        ),
+    ] = None,
+    stride: Annotated[
+        int | None,
+        size_option(VECTORS, "--stride", "Start a window every this many tokens of the document.", "no overlap"),
+    ] = None,
     normalize: Annotated[
-        bool, option(VECTORS, "--normalize/--no-normalize", None, "Scale every vector to length 1.", "normalize")
-    ] = True,
+        bool | None,
+        option(
+            VECTORS,
+            "--normalize/--no-normalize",
+            None,
+            "Scale every vector to length 1.",
+            "the model's, otherwise normalize",
+        ),
+    ] = None,
     all_layers: Annotated[
         bool,
         option(
@@ -125,7 +147,9 @@ def encode(
     check_sample(sample, dry_run)
     check_on(on, dry_run)
     earlier_run = output if resume else None
-    named = ModelAndInputs(inputs, model, tokenizer, column, id_column, keep, skip_bad, update, earlier_run)
+    named = ModelAndInputs(
+        inputs, model, tokenizer, column, id_column, keep, skip_bad, update, earlier_run, embeds=True
+    )
     named.refuse_overwriting("-o", output)
     check_spill(spill)
     for_folder = {"--shard-rows": shard_rows, "--shard-format": shard_format != "arrow"}
@@ -134,7 +158,7 @@ def encode(
     opened = named.open(
         nproc=None if on else nproc, sp=None if on else sp, dp=None if on else dp, device=device,
         dtype="auto" if on else dtype, tokenizer_differs=tokenizer_differs, pattern=pattern,
-        bos=bos, eos=eos, dry_run=dry_run, quiet=quiet, vectors=True,
+        bos=bos, eos=eos, dry_run=dry_run, quiet=quiet, embeds=True,
     )  # fmt: skip
     loaded, data, ranks, room, quiet = opened
     net = loaded.net
@@ -149,12 +173,16 @@ def encode(
         pool=pool,
         prefix=prefix,
         normalize=normalize,
+        context=context,
+        stride=stride,
         span=span,
         embedding_dtype=embedding_dtype,
         all_layers=all_layers or None,
         tile_size=tile_size,
         dims=dims,
     )
+    data = replace(data, tokenizer=options.reading(loaded))
+    opened = opened._replace(inputs=data)
     running: dict[str, Any] = {"chunk": chunk, "dtype": dtype, "spill": spill}
     if room:
         from longnet_cli.jobs.estimating.reading_job import EncodeJob

@@ -92,8 +92,8 @@ class ModelAndInputs:
     """The model and the inputs that a command names. The arguments are options of the same names.
 
     A run that continues the one in the folder `earlier` takes the same commit of a model on a hub. No output may
-    replace one of `others`, which the command reads as well. Raises ConfigError and CheckpointError for a model or a
-    tokenizer that is missing.
+    replace one of `others`, which the command reads as well. The model is to make vectors if it `embeds`. Raises
+    ConfigError and CheckpointError for a model or a tokenizer that is missing.
     """
 
     def __init__(
@@ -108,6 +108,8 @@ class ModelAndInputs:
         update: bool,
         earlier: str | None,
         others: Sequence[str] = (),
+        *,
+        embeds: bool = False,
     ) -> None:
         from longnet_cli.basics.hub import as_stored
         from longnet_cli.data.inputs import Inputs
@@ -119,7 +121,7 @@ class ModelAndInputs:
             ask_hub(model, tokenizer)
         if earlier and (manifest := read_manifest(earlier)):
             model = as_stored(model, [manifest.settings.get("model_name")])
-        self.names, self.tokenizer, self.folder = names, tokenizer, ModelFolder.find(model, gguf=True)
+        self.names, self.tokenizer, self.folder = names, tokenizer, ModelFolder.find(model, gguf=True, embeds=embeds)
         self._files = [self.folder.path, Tokenizer.find(tokenizer) if tokenizer else None, *others]
         self.inputs = Inputs(names, column=column, id_column=id_column, keep=tuple(keep or ()), skip_bad=skip_bad)
 
@@ -149,9 +151,12 @@ class ModelAndInputs:
         eos: str | None,
         dry_run: bool,
         quiet: bool,
-        vectors: bool = False,
+        embeds: bool = False,
     ) -> Opened:
-        """Start the ranks, and load the model on each of them. Without `vectors`, refuse a model that reads vectors."""
+        """Start the ranks, and load the model on each of them.
+
+        It is to make vectors if it `embeds`; otherwise a model that reads vectors is refused.
+        """
         launch(nproc, self.names, self.folder, sp=sp, dp=dp)
         from longnet_cli.data.tokenizer import end_of_text
         from longnet_cli.running.ranks.ranks import join
@@ -167,7 +172,8 @@ class ModelAndInputs:
             tokenizer_differs=tokenizer_differs,
             pattern=read_pattern(pattern),
             bos=bos,
-            vectors=vectors,
+            vectors=embeds,
+            embeds=embeds,
             on_note=partial(tell, quiet=quiet),
         )
         net, reads_vectors = loaded.net, loaded.net.row_size is not None

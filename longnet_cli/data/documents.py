@@ -57,14 +57,15 @@ class Document:
         place: Callable[[int], str] | None = None,
         kept: Mapping[str, pa.Scalar] | None = None,
         tokenizer: Tokenizer | None = None,
+        places: np.ndarray | None = None,
     ) -> None:
         """Make a document of `tokens`: an integer array, or parts whose rows `place` can name.
 
         `n_bytes` is the size of its UTF-8 text, or a tokenizer that can compute it. Ids must be less than `limit`.
         `kept` holds the values of columns that are carried along. `tokenizer` made the ids from a text; it is None if
-        there was none.
+        there was none. `places` are those of its tokens in the text, if they are kept (`data.places`).
         """
-        self.doc_id, self.kept, self.tokenizer = doc_id, kept or {}, tokenizer
+        self.doc_id, self.kept, self.tokenizer, self.places = doc_id, kept or {}, tokenizer, places
         self.where = where
         self._n_bytes = n_bytes
         self._limit = limit

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from longnet_cli.basics.errors import ConfigError, DataError, LongNetError
+from longnet_cli.basics.errors import ConfigError, DataError, LongNetError, RefusedError
 from longnet_cli.data.columns import (
     INTEGERS,
     VECTOR_COLUMNS,
@@ -334,13 +334,20 @@ def _encode(text: Text, tokenizer: Tokenizer | None, limit: int | None) -> Docum
         raise ConfigError(f"{text.where}: this is text: give a tokenizer (bytes, or a tokenizer.json)")
     if text.ids:
         return Document(text.doc_id, text.ids(), tokenizer, text.where, limit=limit, kept=text.kept)
-    n_bytes = 0
+    n_bytes, places = 0, []
 
     def parts() -> Iterator[Part]:
         nonlocal n_bytes
-        for ids, size in tokenizer.encode_long(text.parts):
-            n_bytes += size
-            yield Part(ids)
+        try:
+            for found in tokenizer.encode_long(text.parts):
+                n_bytes += found.n_bytes
+                places.extend([] if found.places is None else [found.places])
+                yield Part(found.ids)
+        except RefusedError as error:
+            raise DataError(f"{text.where}: {error}") from None
 
     found = collect(parts()) or [Part(np.empty(0, np.int32))]
-    return Document(text.doc_id, found, n_bytes, text.where, limit=limit, kept=text.kept, tokenizer=tokenizer)
+    where = np.concatenate(places) if places else None
+    return Document(
+        text.doc_id, found, n_bytes, text.where, limit=limit, kept=text.kept, tokenizer=tokenizer, places=where
+    )

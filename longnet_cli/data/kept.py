@@ -49,9 +49,10 @@ def first_kept(
 def row_schema(fields: Sequence[pa.Field], kept: Sequence[pa.Field], known: Mapping[str, str | None]) -> pa.Schema:
     """Return the schema of an output: `fields`, then `kept`, and the metadata `known` without unknown values.
 
-    Raises ConfigError for a name in both.
+    Raises ConfigError for a name that two of them have.
     """
-    if taken := {field.name for field in fields} & {field.name for field in kept}:
+    names = [field.name for field in (*fields, *kept)]
+    if taken := {name for name in names if names.count(name) > 1}:
         raise ConfigError(f"--keep {min(taken)}: the output has a column of this name")
     metadata = {key: value for key, value in known.items() if value is not None}
     return pa.schema([*fields, *kept], metadata=metadata)

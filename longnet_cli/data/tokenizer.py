@@ -17,9 +17,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from functools import cached_property
-from itertools import chain
+from itertools import chain, takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
@@ -27,9 +27,10 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from longnet_cli.basics.atomic import write_file
 from longnet_cli.basics.configuration import digest, parse, read_text
-from longnet_cli.basics.errors import ConfigError, refuse_web_address
+from longnet_cli.basics.errors import ConfigError, RefusedError, refuse_web_address
 from longnet_cli.basics.hub import END_OF_TEXT, TOKENIZER, find_tokenizer, list_models, preset_dir
 from longnet_cli.data.manifest import FINISHED, manifest_in, read_manifest
+from longnet_cli.data.places import token_places
 
 SETTINGS = "tokenizer_config.json"  # what transformers writes beside a tokenizer.json
 
@@ -104,6 +105,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 # token. So a text is encoded in pieces of PIECE characters, and pieces in groups of GROUP characters.
 PIECE = 1 << 16
 GROUP = 1 << 22
+PLACED_GROUP = 1 << 17  # with places, an encoding takes 150 bytes per character
 LONGEST_PIECE = 1 << 20
 MOST_IDS = 1 << 24  # in a vocabulary: each takes memory before a text is read
 MOST_GROWTH = 256  # of a text by a normalizer, at worst. Unicode's own, NFKC, makes 18 characters of one.
@@ -112,6 +114,10 @@ MOST_GROWTH = 256  # of a text by a normalizer, at worst. Unicode's own, NFKC, m
 # Llama 3), so a text cut there gives the same tokens. No apostrophe: o200k keeps the 't of don't with its word.
 CUT_BEFORE = ' \t\n\r,.;:!?()[]{}<>="0123456789\u3001\u3002\uff0c'
 _CUT = re.compile(f"(?<=[^\\W\\d_])(?=[{re.escape(CUT_BEFORE)}])")
+# Tokenizers of words, and SentencePiece, start a word at a single space between letters, if their normalizer works
+# character by character.
+_CUT_AT_SPACE = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])")
+LOCAL = {"BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Precompiled", "Replace", "StripAccents"}
 
 
 def _byte_alphabet() -> list[str]:
@@ -136,6 +142,17 @@ def library_call() -> Iterator[None]:
         raise ConfigError(f"the tokenizer fails ({said}): see the regular expressions of its tokenizer.json") from None
 
 
+class Encoded(NamedTuple):
+    """A stretch of an encoded text: (tokens,) int32 ids, its UTF-8 bytes, and the places of its tokens if asked for.
+
+    Places are the characters [start, end) of each token in the whole text, (tokens, 2) int32.
+    """
+
+    ids: np.ndarray
+    n_bytes: int
+    places: np.ndarray | None
+
+
 class Tokenizer:
     """An encoder and decoder. `vocab_size` is one more than the largest id. Make one with `load`, `bytes` or `train`.
 
@@ -143,6 +160,10 @@ class Tokenizer:
     """
 
     folder: Path | None = None
+    splits_special = True  # whether a special token that is written in a text is encoded as its characters
+    tells_places = False  # whether `encode_long` gives the place of each token in the text
+    prompt_ids: tuple[int, ...] = ()  # of the text `_prompt`, which stands before each document
+    _prompt = ""
 
     def __init__(self, inner: tokenizers.Tokenizer, settings: Mapping[str, Any] | None = None) -> None:
         """Wrap `inner`. `settings` come from a tokenizer_config.json, which may name the end-of-text token."""
@@ -177,12 +198,43 @@ class Tokenizer:
 
     @cached_property
     @library_call()
-    def ids_before(self) -> tuple[int, ...]:
-        """The ids that the tokenizer's template puts before a text: `<s>` for Llama, none for GPT-2."""
+    def ids_around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The ids that the tokenizer's template puts before and after a text.
+
+        They are `[CLS]` and `[SEP]` for BERT, `<s>` and nothing for Llama, nothing for GPT-2.
+        """
         bare = self._inner.encode("a", add_special_tokens=False).ids
         ids = self._inner.encode("a").ids
         starts = (i for i in range(len(ids)) if bare and ids[i : i + len(bare)] == bare)
-        return tuple(ids[: next(starts, 0)])
+        first = next(starts, None)
+        return ((), ()) if first is None else (tuple(ids[:first]), tuple(ids[first + len(bare) :]))
+
+    def for_documents(self, prompt: str = "") -> Tokenizer:
+        """Return a copy that reads the text of a document as if `prompt` stood before it, and tells places.
+
+        The ids of the prompt (`prompt_ids`) are left out. Without `splits_special`, a special token that is written in
+        a text is that token, as it is for transformers.
+        """
+        found = type(self)(tokenizers.Tokenizer.from_str(self._inner.to_str()))
+        found.eos_id, found.folder, found.sha256, found.tells_places = self.eos_id, self.folder, self.sha256, True
+        found._inner.encode_special_tokens = found.splits_special = self.splits_special
+        found.special_ids = self.special_ids
+        if prompt:
+            found._prompt, found.prompt_ids = prompt, found._ids_of_prompt(prompt)
+        return found
+
+    @library_call()
+    def _ids_of_prompt(self, prompt: str) -> tuple[int, ...]:
+        """Return the ids of a prompt that are the same whatever follows it. Those of a space at its end are not."""
+        texts = [f"{prompt}{sample}" for sample in ("a", "A", "1", ".", "\u4e00", " a", "\na")]
+        encoded = self._inner.encode_batch(texts, add_special_tokens=False)
+        alone = sum(end <= len(prompt.rstrip()) for _, end in encoded[0].offsets)
+        columns = zip(*(each.ids[:alone] for each in encoded), strict=False)  # up to the shortest
+        return tuple(ids[0] for ids in takewhile(lambda ids: len({*ids}) == 1, columns))
+
+    @library_call()
+    def _ids(self, text: str) -> list[int]:
+        return list(self._inner.encode(text, add_special_tokens=False).ids)
 
     @classmethod
     def bytes(cls) -> Tokenizer:
@@ -309,25 +361,48 @@ class Tokenizer:
     def pieces(self, parts: Iterable[str]) -> Iterator[str]:
         """Cut a text, which comes in parts, into pieces whose tokens together are the tokens of the text.
 
-        A few tokenizers need the whole text at once: it is then the only piece.
+        Some tokenizers need the whole text at once: it is then the only piece.
         """
         if self.is_bytes:
             return (part for part in parts if part)
-        return cut_text(parts) if self._can_cut else filter(None, ("".join(parts),))
+        return cut_text(parts, self._cut) if self._cut else filter(None, ("".join(parts),))
 
-    def encode_long(self, parts: Iterable[str]) -> Iterator[tuple[np.ndarray, int]]:
-        """Yield ((tokens,) int32, UTF-8 bytes) for stretches of a text that comes in parts: together, its `encode`.
+    def encode_long(self, parts: Iterable[str]) -> Iterator[Encoded]:
+        """Yield stretches of a text that comes in parts: together, its `encode`, without the ids of the prompt.
 
-        Memory is that of GROUP characters and of a part.
+        Memory is that of GROUP characters and of a part. Places are given if the tokenizer `tells_places`, unless they
+        can be counted from the ids (`data.places`). Raises RefusedError for a text that changes the ids of the prompt.
         """
+        parts = iter(parts)
+        if self._prompt:
+            first = next(filter(None, parts), None)
+            parts = iter(()) if first is None else chain((self._prompt + first,), parts)
+        placed = self.tells_places and bool(self._prompt or not (self.is_bytes or self._cut is _CUT))
+        place, skip, group = -len(self._prompt), len(self.prompt_ids), PLACED_GROUP if placed else GROUP
         pieces: list[str] = []
         for piece in chain(self.pieces(parts), (None,)):
             if piece is not None:
                 pieces.append(piece)
-            if pieces and (piece is None or sum(map(len, pieces)) >= GROUP):
-                found = [(ids, size) for _, ids, size in self.encode_parts(pieces)]
-                yield np.concatenate([ids for ids, _ in found]), sum(size for _, size in found)
-                pieces = []
+            if pieces and (piece is None or sum(map(len, pieces)) >= group):
+                ids, places = self._encoded(pieces, place if placed else None)
+                if tuple(ids[:skip]) != self.prompt_ids[:skip]:
+                    raise RefusedError(f"the tokenizer joins the prompt {self._prompt!r} with the text after it")
+                size = sum(len(piece.encode()) for piece in pieces) - (len(self._prompt.encode()) if place < 0 else 0)
+                yield Encoded(ids[skip:], size, places if places is None else np.maximum(places[skip:], 0))
+                place, skip, pieces = place + sum(map(len, pieces)), 0, []
+
+    def _encoded(self, pieces: Sequence[str], place: int | None) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return the ids of pieces of a text and, if it is not None, their places from `place` on."""
+        if place is None:
+            return np.concatenate([ids for _, ids, _ in self.encode_parts(pieces)]), None
+        with library_call():
+            encodings = self._inner.encode_batch(pieces, add_special_tokens=False)
+        places = []
+        for piece, encoding in zip(pieces, encodings, strict=True):
+            places.append(token_places(self, piece, encoding) + np.int32(place))
+            place += len(piece)
+        ids = [np.fromiter(each.ids, np.int32, len(each.ids)) for each in encodings]
+        return np.concatenate(ids), np.concatenate(places)
 
     @library_call()
     def decode(self, ids: np.ndarray, *, special: bool = True) -> str:
@@ -342,6 +417,11 @@ class Tokenizer:
     def added_tokens(self) -> list[dict[str, Any]]:
         """The tokens beside the vocabulary, as tokenizer.json has them: `id`, `content`, `special`."""
         return list(self._description["added_tokens"])
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """The ids of the special tokens."""
+        return frozenset(added["id"] for added in self.added_tokens if added["special"])
 
     @cached_property
     def token_bytes(self) -> np.ndarray | None:
@@ -372,6 +452,12 @@ class Tokenizer:
                 return None
             total += int(lengths[block].sum())
         return total
+
+    def encodes_as(self, other: Tokenizer) -> bool:
+        """Return whether both encode a text alike, whatever their templates are."""
+        beside = {"post_processor", "truncation", "padding"}
+        mine, others = self._description, other._description
+        return all(mine[key] == others.get(key) for key in mine.keys() - beside)
 
     @cached_property
     def sha256(self) -> str:
@@ -412,18 +498,22 @@ class Tokenizer:
 
     @cached_property
     @library_call()
-    def _can_cut(self) -> bool:
-        """Return whether this tokenizer starts a new word at every cut, tried on one word for each sign."""
+    def _cut(self) -> re.Pattern[str] | None:
+        """Where this tokenizer starts a new word and a text may be cut, tried on one word for each sign; or nowhere."""
         words = self._inner.pre_tokenizer
-        if words is None or self._description["normalizer"] is not None or self.token_bytes is None:
-            return False
-        if any(not added["special"] for added in self._description["added_tokens"]):
-            return False  # an added word may straddle a cut
+        if words is None or any(not added["special"] for added in self._description["added_tokens"]):
+            return None  # an added word may straddle a cut
+        if self._description["normalizer"] is None and self.token_bytes is not None:
 
-        def split(text: str) -> list[str]:
-            return [word for word, _ in words.pre_tokenize_str(text)]
+            def split(text: str) -> list[str]:
+                return [word for word, _ in words.pre_tokenize_str(text)]
 
-        return all(split(f"a{sign}b") == split("a") + split(f"{sign}b") for sign in CUT_BEFORE)
+            return _CUT if all(split(f"a{sign}b") == split("a") + split(f"{sign}b") for sign in CUT_BEFORE) else None
+        if _steps(self._description["normalizer"]) - LOCAL or len(words.pre_tokenize_str("a b")) < 2:
+            return None
+        ends, begins = ("a", "word", "\u00c9t\u00e9", "\u6f22"), (" b", " Word", " \u00e9", " \u6f22\u5b57")
+        cuts = all(self._ids(x + y) == self._ids(x) + self._ids(y) for x in ends for y in begins)
+        return _CUT_AT_SPACE if cuts else None
 
     def _groups(self, texts: Sequence[str]) -> Iterator[tuple[list[int], list[str]]]:
         """Yield the texts' pieces in order, GROUP characters at a time, with the index of each piece's text."""
@@ -440,6 +530,14 @@ class Tokenizer:
                     owners, pieces, size = [], [], 0
         if pieces:
             yield owners, pieces
+
+
+def _steps(normalizer: Any) -> set[str]:
+    """Return the types of the steps of a normalizer of a tokenizer.json."""
+    if not isinstance(normalizer, dict):
+        return set()
+    steps = normalizer.get("normalizers")
+    return set().union(*map(_steps, steps)) if isinstance(steps, list) else {str(normalizer.get("type"))}
 
 
 def _growth(step: Any) -> float:
@@ -459,7 +557,7 @@ def _growth(step: Any) -> float:
     return 1
 
 
-def cut_text(parts: Iterable[str]) -> Iterator[str]:
+def cut_text(parts: Iterable[str], cut: re.Pattern[str] = _CUT) -> Iterator[str]:
     """Cut a text, which comes in parts, where words start anyway, about every PIECE characters.
 
     A run of letters longer than LONGEST_PIECE is cut too, because it would take quadratic time. The pieces do not
@@ -472,7 +570,7 @@ def cut_text(parts: Iterable[str]) -> Iterator[str]:
         # the end of the next piece is known once there are LONGEST_PIECE characters, or the rest of the text
         while len(text) - start > (PIECE if part is None else LONGEST_PIECE):
             limit = start + LONGEST_PIECE
-            match = _CUT.search(text, start + PIECE, limit)
+            match = cut.search(text, start + PIECE, limit)
             end = match.start() if match else min(limit, len(text))
             yield text[start:end]
             start = end

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -19,126 +18,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longnet_cli.basics.errors import ConfigError, NotFiniteError
+from longnet_cli.basics.errors import ConfigError, DataError, NotFiniteError
 from longnet_cli.basics.notation import format_pattern
-from longnet_cli.data.documents import BLOCK, Document
+from longnet_cli.data.documents import Document
 from longnet_cli.data.kept import kept_columns, row_schema
 from longnet_cli.data.left_out import OnSkip
+from longnet_cli.data.places import TextPlaces
 from longnet_cli.data.tables import numpy_dtype
 from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.jobs.pooling import ONE_STATE, POOLS, DocumentWindow, Pooling, Row, WindowMean, windows_of
 from longnet_cli.jobs.row_jobs import RowJob
-from longnet_cli.models.folder import Loaded, ModelFolder
+from longnet_cli.models.folder import Embedding, Loaded, ModelFolder
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import Bos, InputSequence, Net, bos_ids
 from longnet_cli.running.layerwise import LayerStates
 from longnet_cli.running.ranks.ranks import Ranks
 from longnet_cli.running.reader import Piece, Reader, Window, share_reader
 
-Pool = Literal["mean", "last", "first", "cls"]
-
-
-@dataclass(frozen=True)
-class Row:
-    """The vector (dim,) of the tokens [start, end), span number `span` of a document."""
-
-    document: Document
-    span: int
-    start: int
-    end: int
-    vector: Tensor
-    layers: Tensor | None = None  # (num_layers + 1, dim), with all_layers
-
-
-class Pooling:
-    """The pooling of one document: takes hidden states in order, in pieces of any size; yields the finished rows.
-
-    The first span also has the hidden states of `before` tokens that stand before the document.
-    """
-
-    def __init__(self, document: Document, pool: Pool, span: int | None, before: int = 0) -> None:
-        self.document, self.pool = document, pool
-        self.length = span or len(document)
-        self.position, self.first = -before, -before  # the next token; the first one of the open span
-        self.layers: Callable[[], Tensor | None] = lambda: None
-        self.state: Tensor | None = None  # of the open span: the sum so far (float64), or the first or last state
-
-    def add(self, hidden: Tensor) -> Iterator[Row]:
-        """Take the next hidden states (n, dim). A span ends every `span` tokens and with the document."""
-        while len(hidden):
-            index = max(0, self.position) // self.length
-            start, end = index * self.length, min((index + 1) * self.length, len(self.document))
-            part, hidden = hidden[: end - self.position], hidden[end - self.position :]
-            self.position += len(part)
-            if self.pool == "mean":
-                new = part.sum(0, dtype=torch.float64)
-                self.state = new if self.state is None else self.state + new
-            elif self.pool == "last" or self.state is None:
-                self.state = part[-1 if self.pool == "last" else 0]
-            if self.position == end:
-                vector = self.state / (end - self.first) if self.pool == "mean" else self.state
-                yield Row(self.document, index, start, end, vector.float(), self.layers())
-                self.state, self.first = None, end
-
-
-class ClsPooling(Pooling):
-    """The pooling of one document by CLS: takes hidden states from CLS on; yields the row of CLS."""
-
-    def add(self, hidden: Tensor) -> Iterator[Row]:
-        if self.state is None:
-            self.state = hidden[0]
-        self.position += len(hidden)
-        if self.position == len(self.document) + 1:
-            yield Row(self.document, 0, 0, len(self.document), self.state.float(), self.layers())
-
-
 PLACE_FIELDS = (pa.field("char_start", pa.int64()), pa.field("char_end", pa.int64()))
-
-
-class TextPlaces:
-    """The places of spans in the text of one document; spans come in order.
-
-    They are known if the document was made from text by a byte-level tokenizer whose tokens are the text's bytes.
-    """
-
-    def __init__(self, document: Document) -> None:
-        self.document, self.known = document, False
-        self._position = self._begun = 0
-        words = document.tokenizer
-        if words is not None and words.token_bytes is not None:
-            sizes = (words.n_bytes(document.read(i, i + BLOCK)) or 0 for i in range(0, len(document), BLOCK))
-            self.known = sum(sizes) == document.n_bytes  # otherwise the tokenizer changed the text
-            self._begin, self._inside = _characters(words)
-
-    def of(self, start: int, end: int) -> tuple[int | None, int | None]:
-        """Return the first character of the tokens [start, end), and the one after their last; None if not known.
-
-        A character of which the span has only some bytes counts as its own.
-        """
-        if not self.known:
-            return None, None
-        self._count(start)
-        first = self._begun - int(self._inside[self.document.read(start, start + 1)].sum())
-        self._count(end)
-        return first, self._begun
-
-    def _count(self, stop: int) -> None:
-        """Count the characters that begin before token `stop`."""
-        while self._position < stop:
-            ids = self.document.read(self._position, min(stop, self._position + BLOCK))
-            self._begun += int(self._begin[ids].sum())
-            self._position += len(ids)
-
-
-@cache
-def _characters(words: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """Return, for each id, how many characters begin in its bytes, and whether it begins inside of one."""
-    begin, inside = np.zeros(words.vocab_size, np.int64), np.zeros(words.vocab_size, bool)
-    for index, data in words.bytes_of_tokens():
-        follows = [byte & 0xC0 == 0x80 for byte in data]
-        begin[index], inside[index] = follows.count(False), follows[:1] == [True]
-    return begin, inside
-
-
 EmbeddingDtype = Literal["float32", "float16"]
 NO_PREFIX = "none"
 
@@ -149,19 +46,27 @@ class EncodeOptions:
 
     `bos` (the id of the tokenizer's end of text, or several ids) is put before each document of a causal model, as in
     scoring. It is not pooled.
-    `pool` takes the mean of the hidden states of a document's tokens, the hidden state of the last or first token, or
-    the hidden state of the CLS that a slide encoder puts before them. `normalize` then scales the vector to length 1.
+    `pool` takes the mean of the hidden states of a document's tokens, the hidden state of the last or first token, the
+    hidden state of the CLS that a slide encoder puts before them, or another of `pooling.POOLS`, or several, joined by
+    `+`. `normalize` then scales the vector to length 1.
     With `span`, a document has a row for every `span` tokens.
     `all_layers` adds the column `layers`: such a vector of the first layer's input, and of each layer's output.
     `tile_size` is the side of a tile in the pixels of its coordinates. It overrides the document's and model's values.
     The ids `prefix` are read after `bos`, and pooled with the document's first span. `dims` numbers of a vector are
     kept, before it is scaled.
-    `model_name`, `tokenizer_sha256`, `pattern` (a text of `basics.notation`) and `query_prompt`, of a model that
-    was trained by contrast, go into the schema's metadata.
+
+    An embedding model reads windows as its tokenizer's template writes a text: the ids `bos` and `prefix`, tokens of
+    the document, the ids `closing`. These are pooled too, except the first `unpooled` rows of the document. A window
+    has `context` rows or fewer, and one begins every `stride` tokens of the document (None: no overlap). Without
+    `context`, the model reads a document in one piece. Where the pooling takes one state of a window, the document's
+    vector is the mean of those of its windows, by tokens, and each of its spans is a window.
+
+    `model_name`, `tokenizer_sha256`, `pattern` (a text of `basics.notation`), `prompt` (the text of `prefix`),
+    `modules` (what follows the pooling) and `query_prompt` go into the schema's metadata.
     """
 
     bos: Bos = None
-    pool: Pool = "mean"
+    pool: str = "mean"
     normalize: bool = True
     span: int | None = None
     embedding_dtype: EmbeddingDtype = "float32"
@@ -173,63 +78,161 @@ class EncodeOptions:
     model_name: str | None = None
     tokenizer_sha256: str | None = None
     pattern: str | None = None
+    closing: list[int] | None = None  # not None: an embedding model's
+    unpooled: int | None = None
+    context: int | None = None
+    stride: int | None = None
+    prompt: str | None = None
+    modules: str | None = None
 
     def __post_init__(self) -> None:
-        if self.span is not None and self.span < 1:
-            raise ConfigError(f"span must be 1 or more, not {self.span}")
-        if self.span is not None and self.pool == "cls":
-            raise ConfigError("a span has no CLS of its own: take the mean of its tiles (--pool mean)")
+        for name in ("span", "stride"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"{name} must be 1 or more, not {value}")
+        for pool in self.pool.split("+"):
+            if pool not in POOLS:
+                raise ConfigError(f"there is no pooling {pool!r}: choose from {', '.join(POOLS)}, joined by +")
         if self.span is not None and self.all_layers:
             raise ConfigError("all layers are given for whole documents: leave out --span, or --all-layers")
+        if self.room is not None and self.room < 1:
+            raise ConfigError(
+                f"--context {self.context}: the prompt and the special tokens of a window are {self.around} tokens, so "
+                "that it has no room for a document: give a longer one"
+            )
+        if self.room is not None and (self.stride or 1) > self.room:
+            raise ConfigError(
+                f"--stride {self.stride}: a window holds {self.room} tokens of a document: give as many, or less"
+            )
+        if self.room is not None and self.one_state and self.span is not None and self.span > self.room:
+            raise ConfigError(
+                f"--span {self.span}: with --pool {self.pool}, a span is a window, which holds {self.room} tokens of a "
+                "document: give as many, or less"
+            )
+
+    @property
+    def around(self) -> int:
+        """The number of tokens of a window that are not the document's."""
+        return len(bos_ids(self.bos)) + len(self.prefix or ()) + len(self.closing or ())
+
+    @property
+    def room(self) -> int | None:
+        """The most tokens of a document in a window; None if it is read in one piece."""
+        return None if self.context is None else self.context - self.around
+
+    @property
+    def one_state(self) -> bool:
+        """Whether a window has one vector, because a pooling takes one of its states."""
+        return self.room is not None and not ONE_STATE.isdisjoint(self.pool.split("+"))
 
     @classmethod
     def of_model(
-        cls, folder: ModelFolder, loaded: Loaded, *, pool: Pool | None = None, prefix: str | None = None, **more: Any
+        cls,
+        folder: ModelFolder,
+        loaded: Loaded,
+        *,
+        pool: str | None = None,
+        prefix: str | None = None,
+        normalize: bool | None = None,
+        context: int | None = None,
+        stride: int | None = None,
+        **more: Any,
     ) -> EncodeOptions:
         """Return options for the model of a folder, with its own pooling and document prompt unless others are given.
 
-        `prefix` is a text, NO_PREFIX is an empty one. Raises ConfigError for a prefix if the model has no tokenizer.
+        `prefix` is a text, NO_PREFIX is an empty one. Raises ConfigError for a prefix if the model has no tokenizer,
+        and for `context` and `stride` if the model reads no windows.
         """
         stored, net, tokenizer = folder.embedder, loaded.net, loaded.tokenizer
-        if prefix is None:
-            prefix = stored.document if stored else ""
-        elif prefix == NO_PREFIX:
-            prefix = ""
-        elif tokenizer is None:
+        known: dict[str, Any] = {
+            "model_name": loaded.origin,
+            "tokenizer_sha256": loaded.tokenizer_sha256,
+            "pattern": format_pattern(net.config.pattern),
+            **more,
+        }
+        given = None if prefix == NO_PREFIX else prefix
+        if given and tokenizer is None:
             if net.row_size is not None:
                 raise ConfigError(f"{folder.name} reads vectors, which have no tokens: leave out --prefix")
             raise ConfigError(f"{folder.name} has no tokenizer, which --prefix needs: give --tokenizer")
+        if (context or stride) and (loaded.embedding is None or net.config.causal):
+            raise ConfigError(
+                f"{folder.name} reads a document in one piece, not in windows: leave out --context, --stride"
+            )
+        if loaded.embedding:
+            model = loaded.embedding.model
+            known |= _framed(loaded.embedding, net, model.document_prompt if prefix is None else given or "", context)
+            normalize = model.normalized if normalize is None else normalize
+            return cls(pool=pool or model.pool, normalize=normalize, stride=stride, **known)
         if pool is None:
             whole = net.has_cls and more.get("span") is None
             pool = stored.pool if stored else "cls" if whole else "mean"
+        text = stored.document if stored and prefix is None else given
         return cls(
             bos=loaded.bos,
             pool=pool,
-            prefix=tokenizer.encode(prefix).tolist() if prefix and tokenizer else None,
+            normalize=normalize is not False,
+            prefix=tokenizer.encode(text).tolist() if text and tokenizer else None,
             query_prompt=stored.query if stored else None,
-            model_name=loaded.origin,
-            tokenizer_sha256=loaded.tokenizer_sha256,
-            pattern=format_pattern(net.config.pattern),
-            **more,
+            **known,
         )
+
+    def reading(self, loaded: Loaded) -> Tokenizer | None:
+        """Return the tokenizer that reads documents of text: after the prompt of an embedding model, with places."""
+        words = loaded.embedding.words if loaded.embedding else loaded.tokenizer
+        return words and words.for_documents((loaded.embedding and self.prompt) or "")
 
     def check(self, net: Net) -> None:
         """Raise ConfigError for options that `net` does not support."""
-        if self.pool == "cls" and not net.has_cls:
+        pools, framed = self.pool.split("+"), self.closing is not None
+        if "cls" in pools and not net.has_cls and not framed:
             raise ConfigError("this model has no CLS: take the mean (--pool mean), or the first or last vector")
-        if self.prefix and not net.config.causal:
+        if net.has_cls and "cls" in pools and (self.span is not None or pools[1:]):
+            raise ConfigError("the CLS is one vector of a whole slide: take the mean of its tiles (--pool mean)")
+        if self.prefix and not net.config.causal and not framed:
             raise ConfigError("a bidirectional model reads nothing before a document: leave out --prefix")
-        if self.dims is not None and not 1 <= self.dims <= net.config.dim:
-            raise ConfigError(f"--dims {self.dims}: a vector of this model has 1 to {net.config.dim} numbers")
+        if self.bos is not None and not net.config.causal and not framed:
+            raise ConfigError("a bidirectional model reads nothing before a document: leave out --bos")
+        if self.all_layers and (pools[1:] or pools[0] not in ("cls", "mean", "first", "last")):
+            raise ConfigError(f"--all-layers has no pooling {self.pool}: take mean, first, last or cls")
+        if self.context is not None and self.context > (net.config.max_tokens or self.context):
+            raise ConfigError(f"--context {self.context}: the model reads {net.config.max_tokens} tokens at most")
+        size = net.vector_size(net.config.dim * len(pools))
+        if self.dims is not None and not 1 <= self.dims <= size:
+            raise ConfigError(f"--dims {self.dims}: a vector of this model has 1 to {size} numbers")
         if self.tile_size and not net.has_grid:
             raise ConfigError("this model has no grid of tiles: leave out --tile-size")
         if self.all_layers and not net.layer_by_layer:
             raise ConfigError("--all-layers is for a LongNet: leave it out for a Hugging Face model")
 
     def sequence(self, net: Net, document: Document) -> InputSequence[Document]:
-        """Return a document as `net` reads it. Raises as `Net.sequence`, and TooLongError for too many tokens."""
-        before = (*bos_ids(self.bos), *(self.prefix or ()))
-        return net.sequence(document, before, self.tile_size).check("encode it in shorter documents")
+        """Return a document as `net` reads it, in one piece. Raises as `Net.sequence`.
+
+        Also raises TooLongError for too many tokens, ConfigError for ids that have the template's special tokens, and
+        DataError for a document that has nothing to pool.
+        """
+        opening, closing = bos_ids(self.bos), tuple(self.closing or ())
+        if closing and document.tokenizer is None and len(document) >= len(opening) + len(closing):
+            ends = document.read(0, len(opening)), document.read(len(document) - len(closing), len(document))
+            if (tuple(ends[0].tolist()), tuple(ends[1].tolist())) == (opening, closing):
+                raise ConfigError(
+                    f"{document.where}: the ids {opening} and {closing} stand around the document, and encode adds "
+                    "them itself: leave them out when you tokenize (longnet tokenize does)"
+                )
+        sequence = net.sequence(document, (*opening, *(self.prefix or ())), self.tile_size, closing)
+        if len(document) and len(sequence) <= (self.unpooled or 0):
+            raise DataError(
+                f"{document.where}: nothing is pooled: {self.unpooled} tokens count as the prompt's, as in "
+                f"sentence-transformers, and the text has {len(sequence)} with it: leave out --prefix, or the document"
+            )
+        return sequence if self.room is not None else sequence.check("encode it in shorter documents")
+
+    def windows(self, tokens: int) -> Iterator[DocumentWindow]:
+        """Yield the windows in which a document of so many tokens is read."""
+        if self.room is None:
+            yield DocumentWindow(0, tokens, 0, tokens)
+            return
+        size = self.span if self.one_state and self.span is not None else self.room
+        yield from windows_of(tokens, size, size if self.one_state and self.span else self.stride or size)
 
     def schema(self, net: Net, model_sha256: str, kept_fields: Sequence[pa.Field] = ()) -> pa.Schema:
         """Return the schema of embeddings from `net`, which has this digest, and of the columns `kept_fields`.
@@ -241,14 +244,17 @@ class EncodeOptions:
             "longnet.model": self.model_name,
             "longnet.model_sha256": model_sha256,
             "longnet.pooling": self.pool,
+            "longnet.modules": self.modules,
+            "longnet.prompt": self.prompt,
             "longnet.query_prompt": self.query_prompt,
             "longnet.normalized": "true" if self.normalize else "false",
+            "longnet.context": None if self.context is None else str(self.context),
+            "longnet.stride": None if self.room is None else str(self.stride or self.room),
             "longnet.tokenizer_sha256": self.tokenizer_sha256,
             "longnet.pattern": self.pattern,
         }
-        vector = pa.list_(
-            pa.float32() if self.embedding_dtype == "float32" else pa.float16(), self.dims or net.config.dim
-        )
+        size = self.dims or net.vector_size(net.config.dim * len(self.pool.split("+")))
+        vector = pa.list_(pa.float32() if self.embedding_dtype == "float32" else pa.float16(), size)
         fields = [
             pa.field("doc_id", pa.string()),
             pa.field("span", pa.int32()),
@@ -259,6 +265,31 @@ class EncodeOptions:
             *([pa.field("layers", pa.list_(vector, net.config.num_layers + 1))] if self.all_layers else []),
         ]
         return row_schema(fields, kept_fields, known)
+
+
+def _framed(embedding: Embedding, net: Net, prompt: str, context: int | None) -> dict[str, Any]:
+    """Return the options of `EncodeOptions` that say how an embedding model reads texts after a `prompt`.
+
+    `context` is the most rows of a window, None for the most that the model reads.
+    """
+    model, words = embedding.model, embedding.words.for_documents(prompt)
+    opening, closing = words.ids_around
+    most = [limit for limit in (context or model.window, net.config.max_tokens) if limit is not None]
+    reads_windows = not net.config.causal and (context or not net.dilated)
+    counted = None
+    if prompt and not model.pools_prompt:  # as the library counts: it may take a token of the text for the prompt's
+        alone = (*opening, *words.encode(prompt).tolist(), *closing)
+        counted = len(alone) - (alone[-1] in words.special_ids)
+    return {
+        "bos": opening or None,
+        "prefix": list(words.prompt_ids) or None,
+        "closing": list(closing),
+        "unpooled": counted,
+        "context": context or (min(most, default=None) if reads_windows else None),
+        "prompt": prompt or None,
+        "query_prompt": model.query_prompt,
+        "modules": model.modules or None,
+    }
 
 
 def encode(
@@ -298,9 +329,11 @@ def encode(
 
 @dataclass(frozen=True)
 class _PooledWindow(Window):
-    """A whole document, and the pooling that takes its hidden states."""
+    """A window of a document, the pooling that takes its hidden states up to row `taken`, and what takes its rows."""
 
     pooling: Pooling
+    taken: int
+    mean: WindowMean | None
 
 
 class Encoder(RowJob):
@@ -330,11 +363,10 @@ class Encoder(RowJob):
             yield self._record_batch(rows, head)
 
     def _rows(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[list[Row]]:
-        windows = map(self._window, sequences)
+        windows = (window for sequence in sequences for window in self._windows(sequence))
         for pieces in self._layer_by_layer(windows) if self.options.all_layers else self.reader.read(windows):
             with torch.inference_mode():
-                rows = [row for piece in pieces for row in piece.window.pooling.add(self._hidden(piece))]
-                yield self._of_all_ranks(rows)
+                yield self._of_all_ranks([row for piece in pieces for row in self._pooled(piece)])
 
     def _layer_by_layer(self, windows: Iterable[_PooledWindow]) -> Iterator[list[Piece[_PooledWindow]]]:
         """Read one document after the other, and give each pooling the states of all layers."""
@@ -350,11 +382,32 @@ class Encoder(RowJob):
                 window.pooling.layers = states.mean
                 yield from self.reader.read([window])
 
-    def _window(self, sequence: InputSequence[Document]) -> _PooledWindow:
-        whole = self.options.pool == "cls"
-        before = len(self.options.prefix or ())
-        pooling = (ClsPooling if whole else Pooling)(sequence.document, self.options.pool, self.options.span, before)
-        return _PooledWindow(sequence, 0, len(sequence), 0 if whole else sequence.first - before, pooling)
+    def _windows(self, sequence: InputSequence[Document]) -> Iterator[_PooledWindow]:
+        """Yield the windows of a document, in order, with one pooling or one mean for all of them."""
+        options, document, first = self.options, sequence.document, sequence.first
+        after = len(sequence.end_rows)
+        if options.closing is not None:
+            skipped = options.unpooled or 0
+        else:
+            skipped = 0 if options.pool == "cls" else first - len(options.prefix or ())
+        mean = WindowMean() if options.one_state and options.span is None else None
+        pooling = Pooling(document, options.pool, options.span, first - skipped, after, skipped=skipped)
+        for number, window in enumerate(options.windows(len(document))):
+            rows = sequence.window(window.start, window.stop)
+            wanted, taken = first + window.first - window.start, first + window.last - window.start
+            if options.one_state:
+                begin, end = window.start, window.stop
+                lead = {"skipped": skipped, "begin": begin, "end": end, "number": number}
+                pooling = Pooling(document, options.pool, None, first - skipped, after, **lead)
+            wanted = skipped if window.start == 0 or options.one_state else wanted
+            taken = len(rows) if window.stop == len(document) or options.one_state else taken
+            yield _PooledWindow(rows, 0, len(rows), wanted, pooling, taken, mean)
+
+    def _pooled(self, piece: Piece[_PooledWindow]) -> Iterator[Row]:
+        """Yield the rows that a piece finishes."""
+        window = piece.window
+        for row in window.pooling.add(self._hidden(piece)[: max(0, window.taken - piece.start)]):
+            yield from window.mean.add(row) if window.mean else (row,)
 
     def _hidden(self, piece: Piece[_PooledWindow]) -> Tensor:
         """Return the hidden states of a piece, or zeros that take no memory for a piece of another rank."""
@@ -366,6 +419,8 @@ class Encoder(RowJob):
         """Return the same rows with vectors summed over all ranks, which is exact because pooling is linear."""
         if self.reader.ranks.world == 1 or not rows:
             return rows
+        if "max" in self.options.pool.split("+"):
+            raise ConfigError("the maximum of a document cannot be shared by ranks: give each its own documents (--dp)")
         vectors = torch.stack([row.vector for row in rows])
         self.reader.ranks.sum(vectors, *(row.layers for row in rows if row.layers is not None))
         return [replace(row, vector=vector) for row, vector in zip(rows, vectors, strict=True)]

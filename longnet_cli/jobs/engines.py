@@ -20,11 +20,12 @@ import pyarrow as pa
 
 from longnet_cli.basics.errors import ConfigError, DataError, LongNetError, NoTokensError
 from longnet_cli.basics.notation import format_pattern, read_pattern
-from longnet_cli.data.columns import ID_COLUMNS, INTEGERS
+from longnet_cli.data.columns import ID_COLUMNS, INTEGERS, is_text
 from longnet_cli.data.documents import Document
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tables import Table
-from longnet_cli.jobs.encoding import EmbeddingDtype, EncodeOptions, Encoder, Pool
+from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.jobs.encoding import PLACE_FIELDS, EmbeddingDtype, EncodeOptions, Encoder
 from longnet_cli.jobs.row_jobs import RowJob
 from longnet_cli.jobs.scoring.score_rows import RowScorer, ScoreOptions
 from longnet_cli.models.folder import Loaded, ModelFolder
@@ -52,10 +53,11 @@ class Reading:
     id_column: str | None = None
     keep: tuple[str, ...] = ()
     skip_bad: bool = False
+    embeds: bool = False  # the model is to make vectors: `encode_batches` says so
 
     def load(self) -> Loaded:
         """Return the model and its tokenizer, loaded once per process. Raises what `ModelFolder.load` raises."""
-        return _load(self.model, self.tokenizer, self.pattern, self.bos, self.device, self.dtype)
+        return _load(self.model, self.tokenizer, self.pattern, self.bos, self.device, self.dtype, self.embeds)
 
     def reader(self) -> Reader:
         """Return a reader with the model."""
@@ -75,9 +77,11 @@ class Reading:
 def encode_batches(
     batches: Any,
     *,
-    pool: Pool | None = None,
+    pool: str | None = None,
     span: int | None = None,
-    normalize: bool = True,
+    normalize: bool | None = None,
+    context: int | None = None,
+    stride: int | None = None,
     embedding_dtype: EmbeddingDtype = "float32",
     prefix: str | None = None,
     dims: int | None = None,
@@ -86,21 +90,26 @@ def encode_batches(
     """Encode the documents of a table or of record batches, and return the rows of `longnet encode`.
 
     A table gives a table. Record batches give a lazy iterator of record batches. The output has the columns of
-    `EncodeOptions.schema`, then the columns of `keep`. The options are as in `EncodeOptions.of_model` and `Reading`:
-    without `pool` and `prefix`, the model's own. An empty document has no rows.
+    `EncodeOptions.schema`, for text `char_start` and `char_end`, then the columns of `keep`. The options are as in
+    `EncodeOptions.of_model` and `Reading`: without `pool` and `prefix`, the model's own. An empty document has no rows.
 
     Raises ConfigError for invalid options and for a batch without the id column or the document column, DataError for
     bad values, TypeError for an unknown option, and what `encode` raises.
     """
-    how = Reading(**reading)
+    how = Reading(**reading, embeds=True)
     chosen: dict[str, Any] = {"pool": pool, "span": span, "normalize": normalize, "embedding_dtype": embedding_dtype}
+    chosen |= {"context": context, "stride": stride}
 
-    def make_job() -> Encoder:
-        folder = ModelFolder.find(how.model, gguf=True)
-        options = EncodeOptions.of_model(folder, how.load(), prefix=prefix, dims=dims, **chosen)
-        return Encoder(how.reader(), options)
+    @cache
+    def options() -> EncodeOptions:
+        folder = ModelFolder.find(how.model, gguf=True, embeds=True)
+        return EncodeOptions.of_model(folder, how.load(), prefix=prefix, dims=dims, **chosen)
 
-    return _mapped(batches, how, make_job)
+    @cache
+    def make_job(of_text: bool) -> Encoder:
+        return Encoder(how.reader(), options(), PLACE_FIELDS if of_text else ())
+
+    return _mapped(batches, how, make_job, lambda: options().reading(how.load()))
 
 
 def score_batches(
@@ -120,25 +129,39 @@ def score_batches(
         "context": (context,) if isinstance(context, int) else context and tuple(context),
         "stride": stride,
     }
-    return _mapped(batches, how, lambda: RowScorer(how.reader(), ScoreOptions(**chosen, **how.origin())))
+
+    @cache
+    def make_job(of_text: bool) -> RowScorer:
+        return RowScorer(how.reader(), ScoreOptions(**chosen, **how.origin()))
+
+    return _mapped(batches, how, make_job, lambda: how.load().tokenizer)
 
 
 @cache
-def _load(model: str, tokenizer: str | None, pattern: str | None, bos: str | None, device: str, dtype: str) -> Loaded:
+def _load(
+    model: str, tokenizer: str | None, pattern: str | None, bos: str | None, device: str, dtype: str, embeds: bool
+) -> Loaded:
     parsed = read_pattern(pattern, "pattern")
-    folder = ModelFolder.find(model, gguf=True)
-    return folder.load(device=select_device(device), dtype=dtype, tokenizer=tokenizer, pattern=parsed, bos=bos)
+    folder = ModelFolder.find(model, gguf=True, embeds=embeds)
+    how: dict[str, Any] = {"dtype": dtype, "tokenizer": tokenizer, "pattern": parsed, "bos": bos, "embeds": embeds}
+    return folder.load(device=select_device(device), **how)
 
 
-def _mapped(batches: Any, how: Reading, make_job: Callable[[], RowJob]) -> Any:
-    """Apply a job to a table or to batches, and return the same kind."""
+def _mapped(
+    batches: Any, how: Reading, make_job: Callable[[bool], RowJob], words: Callable[[], Tokenizer | None]
+) -> Any:
+    """Apply a job to a table or to batches, and return the same kind.
+
+    `make_job(of_text)` returns the job for documents of text, or of ids. `words` returns what tokenizes texts.
+    """
+    words = cache(words)
     if isinstance(batches, pa.Table):
-        return pa.Table.from_batches(_DocumentTable(batches, "table", how).rows(make_job()))
+        return pa.Table.from_batches(_DocumentTable(batches, "table", how, words).rows(make_job))
 
     def rows() -> Iterator[pa.RecordBatch]:
-        job = make_job()
         for index, batch in enumerate(batches):
-            yield from _DocumentTable(pa.Table.from_batches([batch]), f"batch {index}", how).rows(job)
+            table = pa.Table.from_batches([batch])
+            yield from _DocumentTable(table, f"batch {index}", how, words).rows(make_job)
 
     return (batch for batch in rows() if batch.num_rows)
 
@@ -146,8 +169,8 @@ def _mapped(batches: Any, how: Reading, make_job: Callable[[], RowJob]) -> Any:
 class _DocumentTable:
     """A table whose rows are documents. Raises ConfigError and DataError for a table that cannot be read this way."""
 
-    def __init__(self, table: pa.Table, where: str, how: Reading) -> None:
-        self.table, self.where, self.how = table, where, how
+    def __init__(self, table: pa.Table, where: str, how: Reading, words: Callable[[], Tokenizer | None]) -> None:
+        self.table, self.where, self.how, self.words = table, where, how, words
         self.names = table.schema.names
         wanted = [how.id_column] if how.id_column else ID_COLUMNS
         self.id_column = next((name for name in wanted if name in self.names), "")
@@ -172,12 +195,13 @@ class _DocumentTable:
                     "row is a document: join its parts, or read the files themselves (longnet encode, longnet score)"
                 )
 
-    def rows(self, job: RowJob) -> Iterator[pa.RecordBatch]:
+    def rows(self, make_job: Callable[[bool], RowJob]) -> Iterator[pa.RecordBatch]:
         """Yield the rows of all documents, then an empty batch, so that the schema is known if there are none."""
-        taken: list[int] = []
+        found, inputs, of_text = self.inputs()
+        job, taken = make_job(of_text), list[int]()
 
         def documents() -> Iterator[Document]:
-            for row, document in enumerate(self.documents() if len(self.table) else ()):
+            for row, document in enumerate(inputs.documents_of(found) if len(self.table) else ()):
                 if len(document) or not job.skips_empty:
                     taken.append(row)
                     yield document
@@ -203,8 +227,8 @@ class _DocumentTable:
             schema = pa.schema([*batch.schema, *fields], metadata=batch.schema.metadata)
             yield pa.record_batch([doc_ids, *batch.columns[1:], *kept], schema=schema)
 
-    def documents(self) -> Iterator[Document]:
-        """Return an iterator over the documents, one per row."""
+    def inputs(self) -> tuple[Table, Inputs, bool]:
+        """Return the table of documents, one per row, what reads it, and whether the documents are texts."""
         own = [index for index, name in enumerate(self.names) if name not in (self.id_column, "doc_id", "part")]
         table = self.table.select(own)
         found = Table(self.where, self.where, table.schema, lambda names: iter(table.select(names).to_batches()))
@@ -215,6 +239,6 @@ class _DocumentTable:
                 f"{self.where}: column {columns.documents!r} has one id per row: in batches a row is a document, a "
                 "list of ids or a text"
             )
-        loaded = self.how.load()
-        inputs = replace(inputs, tokenizer=loaded.tokenizer, vocab_size=loaded.net.config.vocab_size)
-        return inputs.documents_of(found)
+        words = self.words()
+        inputs = replace(inputs, tokenizer=words, vocab_size=self.how.load().net.config.vocab_size)
+        return found, inputs, is_text(columns.type)

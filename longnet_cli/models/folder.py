@@ -22,6 +22,7 @@ from longnet_cli.basics.hub import (
     CONFIG,
     GENERATION,
     MODEL_TYPE,
+    MODULES,
     OLDER_TYPE,
     POOL_KEY,
     PROMPTS,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from longnet_cli.data.chat import ChatTemplate
     from longnet_cli.models.hf.pretrained_config import TransformersConfig
     from longnet_cli.models.hf.pretrained_net import TransformersNet
+    from longnet_cli.models.hf.sentence_folder import SentenceModel
     from longnet_cli.nets.config import LongNetConfig
     from longnet_cli.nets.net import Embedder, Net
 
@@ -48,11 +50,19 @@ PICKLED = "pytorch_model*.bin*"
 NO_BOS = "none"  # the value of --bos
 
 
+class Embedding(NamedTuple):
+    """How an embedding model reads a text and makes its vector, and the tokenizer that knows its template."""
+
+    model: SentenceModel
+    words: Tokenizer
+
+
 class Loaded(NamedTuple):
     """A net, its tokenizer, and the ids `bos` that it reads before each document; None for a missing part.
 
     `ends` are the ids at which the net's own texts end, `chat` is its chat template if you asked for it. `origin` is
-    the `ModelFolder.origin` of the net.
+    the `ModelFolder.origin` of the net. `embedding` is for a Hugging Face model that makes vectors as
+    sentence-transformers does; only `load(embeds=True)` asks for it.
     """
 
     net: Net
@@ -61,6 +71,7 @@ class Loaded(NamedTuple):
     ends: frozenset[int]
     chat: ChatTemplate | None
     origin: str
+    embedding: Embedding | None = None
 
     @property
     def tokenizer_sha256(self) -> str | None:
@@ -80,13 +91,15 @@ class ModelFolder:
         self.is_gguf = is_gguf(path)
 
     @classmethod
-    def find(cls, name: str, *, gguf: bool = False) -> ModelFolder:
+    def find(cls, name: str, *, gguf: bool = False, embeds: bool = False) -> ModelFolder:
         """Return the model that `name` stands for: a shipped model, a path with a slash, or a model on a hub.
+
+        It is to make vectors if it `embeds`.
 
         Raises ConfigError for a name that is not shipped; CheckpointError for a path that holds no complete model, for
         a model that cannot be downloaded and, unless `gguf`, for a GGUF file.
         """
-        place, origin = Located(Path(name), name) if is_gguf(Path(name)) else find_model(name)
+        place, origin = Located(Path(name), name) if is_gguf(Path(name)) else find_model(name, embeds)
         found = cls(place, name, origin)
         if not found.is_gguf:
             found._check_complete()
@@ -178,7 +191,7 @@ class ModelFolder:
         end = tokenizer.eos_id if tokenizer else None
         if not self.of_transformers:
             return end
-        if tokenizer and (ids := tokenizer.ids_before):
+        if tokenizer and (ids := tokenizer.ids_around[0]):
             return ids if ids[1:] else ids[0]
         settings = self._tokenizer_settings
         if tokenizer and settings.get("add_bos_token") is True:
@@ -281,14 +294,16 @@ class ModelFolder:
         bos: str | None = None,
         chat: bool = False,
         vectors: bool = False,
+        embeds: bool = False,
         on_note: Callable[[str], None] = lambda line: None,
     ) -> Loaded:
         """Load the model on `device` for `dtype` (--dtype), with `tokenizer` (--tokenizer) or its own.
 
-        `bos` is --bos. `on_note` gets a line for each thing that the user should know about the way the model reads
-        documents. Raises ConfigError for a tokenizer that is not the model's, unless `tokenizer_differs`; for a
-        tokenizer with more ids than the model; for a model that reads vectors, unless `vectors`; and for an attention
-        kernel that cannot run in `dtype`.
+        `bos` is --bos. To make vectors (`embeds`), the modules of sentence-transformers are loaded too. `on_note` gets
+        a line for each thing that the user should know about the way the model reads documents. Raises ConfigError for
+        a tokenizer that is not the model's, unless `tokenizer_differs`; for a tokenizer with more ids than the model;
+        for a model that reads vectors, unless `vectors`; for `bos` where nothing is read before a document; for modules
+        that are not computed; and for an attention kernel that cannot run in `dtype`.
         """
         from longnet_cli.running.device import DTYPES, check_kernel, keep_freed_memory, resolve_dtype
 
@@ -301,7 +316,20 @@ class ModelFolder:
             found = folder.tokenizer(tokenizer, differs=tokenizer_differs)
             start, ends = folder.bos(found, bos), folder.ends(found)
             template = folder.chat(found) if chat else None
+            model = folder.sentence_model() if embeds else None
             net = folder.net(pattern=pattern, device=device, dtype=DTYPES[kind])
+            embedding = None
+            if found and embeds and self.of_transformers and (model or not net.config.causal):
+                embedding = folder.embedding(model, found, net, on_note)
+        if bos not in (None, NO_BOS) and (embedding or not net.config.causal):
+            what = (
+                "its tokenizer's template says what stands before a text"
+                if embedding
+                else "it looks in both directions"
+            )
+            raise ConfigError(f"{self.name}: {what}: leave out --bos")
+        if not net.config.causal:
+            start = None
         check_kernel(device, dtype, net.config.head_dim)
         if not net.config.vocab_size:
             if not vectors:
@@ -312,9 +340,47 @@ class ModelFolder:
                 f"{tokenizer or self.path / TOKENIZER}: the tokenizer has {found.vocab_size} ids and the model "
                 f"{net.config.vocab_size}: they do not belong together"
             )
-        if net.note:
+        if net.note and not (embedding and not net.config.causal):
             on_note(f"{self.name}: {net.note}")
-        return Loaded(net, found, start, ends, template, self.origin)
+        return Loaded(net, found, start, ends, template, self.origin, embedding)
+
+    def sentence_model(self) -> SentenceModel | None:
+        """Return how sentence-transformers makes vectors with the model; None where the folder does not say.
+
+        Raises ConfigError for what is not computed here, also for a LongNet that has modules beside its own.
+        """
+        if self.is_gguf or not (self.path / MODULES).exists():
+            return None
+        if not self.of_transformers:
+            modules = _list(self.path / MODULES)
+            if len(modules) > 1:
+                raise ConfigError(f"{self.path / MODULES}: a LongNet makes vectors alone: leave out the other modules")
+            return None
+        self._transformers()
+        from longnet_cli.models.hf.sentence_folder import read_sentence_model
+
+        return read_sentence_model(self.path)
+
+    def embedding(
+        self, model: SentenceModel | None, tokenizer: Tokenizer, net: Net, on_note: Callable[[str], None]
+    ) -> Embedding:
+        """Return how the model reads texts, and put the `model`'s steps into the net."""
+        from longnet_cli.models.hf.sentence_folder import plain_model, read_words
+
+        if model is None:
+            model = plain_model(self.path)
+            what = "the vector is the mean over all tokens of a text, special ones included"
+            on_note(f"{self.name}: there is no {MODULES}: {what}")
+        elif model.unread_prompt:
+            what = f"the prompt {model.unread_prompt!r} is not read, as in encode_document of sentence-transformers"
+            on_note(f"{self.name}: {what}: --prefix reads it")
+        words = tokenizer
+        if tokenizer.folder == self.path:
+            words = read_words(self.path, model.lowercase)
+            if words.encodes_as(tokenizer):
+                words.sha256 = tokenizer.sha256
+        cast("TransformersNet", net).add_steps(model.steps)
+        return Embedding(model, words)
 
     def check_weights_fit(self, dtype: str, device: torch.device, free: int | None) -> None:
         """Raise MemoryLimitError, before they are loaded, if the weights take more than `free` bytes.
@@ -402,6 +468,15 @@ def is_gguf(path: Path) -> bool:
             return path.is_file() and file.read(4) == b"GGUF"
     except OSError:
         return False
+
+
+def _list(path: Path) -> list[Any]:
+    """Return the list in a file; empty if there is no readable file, or another value in it."""
+    try:
+        found = parse(read_text(path))
+    except (OSError, ValueError):
+        return []
+    return found if isinstance(found, list) else []
 
 
 def _table(path: Path) -> dict[str, Any]:

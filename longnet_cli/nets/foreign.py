@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.basics.hub import END_OF_TEXT, MODEL_TYPE, OLDER_TYPE, POOL_KEY
+from longnet_cli.basics.hub import END_OF_TEXT, MODEL_TYPE, MODULES, OLDER_TYPE, POOL_KEY, TRANSFORMER_CONFIGS
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.net import Embedder, NetConfig
 
-TOKENIZER_CONFIG, MODULES, SENTENCES = "tokenizer_config.json", "modules.json", "sentence_bert_config.json"
+TOKENIZER_CONFIG, SENTENCES = "tokenizer_config.json", TRANSFORMER_CONFIGS[0]
 
 # Keys that transformers writes into config.json, or `longnet`, without effect on what a LongNet computes
 TRANSFORMERS_KEYS = frozenset(

@@ -9,7 +9,7 @@ B batch, N tokens, H heads, D head dim.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Generic, Literal, NamedTuple, Protocol, TypeVar
 
@@ -53,10 +53,11 @@ D = TypeVar("D", bound=DocumentLike)
 
 @dataclass(frozen=True, eq=False)
 class InputSequence(Generic[D]):
-    """The rows that a net reads for a document: its `start_rows`, then, from index `first` on, the document's own.
+    """The rows that a net reads for a document: `start_rows`, from index `first` on the document's own, `end_rows`.
 
     `limit` is the most rows that the net reads, None for no limit; `choices` is as in `Net`. `cells`
-    (len(document), 2) float32 are read after each vector of the document.
+    (len(document), 2) float32 are read after each vector of the document. Of a `window`, the document's own rows are
+    those of [begin, end), None for all.
     """
 
     document: D
@@ -64,21 +65,35 @@ class InputSequence(Generic[D]):
     limit: int | None
     choices: str
     cells: np.ndarray | None = None
+    end_rows: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    begin: int = 0
+    end: int | None = None
 
     @property
     def first(self) -> int:
         return len(self.start_rows)
 
+    @property
+    def _last(self) -> int:
+        """The index of the first one of `end_rows`."""
+        return self.first + (len(self.document) if self.end is None else self.end) - self.begin
+
     def __len__(self) -> int:
-        return self.first + len(self.document)
+        return self._last + len(self.end_rows)
+
+    def window(self, begin: int, end: int) -> InputSequence[D]:
+        """Return the sequence with the document's own rows [begin, end) alone."""
+        return replace(self, begin=begin, end=end)
 
     def read(self, start: int, stop: int, /) -> np.ndarray:
         """Return the rows [start, stop), (stop - start,) int64 or (stop - start, n) float32."""
-        begin, end = max(0, start - self.first), max(0, stop - self.first)
+        begin, end = (self.begin + min(max(self.first, row), self._last) - self.first for row in (start, stop))
         rows = self.document.read(begin, end)
         if self.cells is not None:
             rows = np.concatenate((rows, self.cells[begin:end]), 1)
-        return rows if start >= self.first else np.concatenate((self.start_rows[start:stop], rows))
+        before = [self.start_rows[start:stop]] if start < self.first else []
+        after = [self.end_rows[max(0, start - self._last) : stop - self._last]] if stop > self._last else []
+        return np.concatenate((*before, rows, *after)) if before or after else rows
 
     def check(self, instead: str, tokens: int | None = None, *, skips: bool = True) -> InputSequence[D]:
         """Return this sequence. Raises TooLongError if the net cannot read it, or `tokens` of its rows at once.
@@ -192,11 +207,15 @@ class Net(nn.Module):
         return None
 
     def start_rows(self, bos: Bos) -> np.ndarray:
-        """Return the rows that the net reads before each document: the ids of `bos`, (n,) int64, if it is causal."""
-        return np.array(bos_ids(bos) if self.config.causal else (), np.int64)
+        """Return the rows that the net reads before each document: the ids of `bos`, (n,) int64."""
+        return np.array(bos_ids(bos), np.int64)
 
-    def sequence(self, document: D, bos: Bos = None, tile_size: float | None = None) -> InputSequence[D]:
-        """Return a document as the net reads it, after `start_rows(bos)`; `tile_size` is for a net with a grid.
+    def sequence(
+        self, document: D, bos: Bos = None, tile_size: float | None = None, closing: Sequence[int] = ()
+    ) -> InputSequence[D]:
+        """Return a document as the net reads it, between `start_rows(bos)` and the ids `closing`.
+
+        `tile_size` is for a net with a grid.
 
         Raises ConfigError for ids where the net reads vectors, or the reverse; DataError for vectors of another size.
         """
@@ -207,7 +226,8 @@ class Net(nn.Module):
             raise DataError(
                 f"{document.where}: its vectors have {document.width} numbers, and the model reads {self.row_size}"
             )
-        return InputSequence(document, self.start_rows(bos), self.config.max_tokens, self.choices)
+        end_rows = np.array(closing, np.int64)
+        return InputSequence(document, self.start_rows(bos), self.config.max_tokens, self.choices, end_rows=end_rows)
 
     def inputs_like(self, shape: tuple[int, int]) -> Tensor:
         """Return inputs of the shape (B, N), on the net's device, to measure with: random ids, or vectors of zeros."""
@@ -219,6 +239,10 @@ class Net(nn.Module):
     def head(self, pooled: Tensor) -> Tensor:
         """Return pooled hidden states (..., dim) after the net's own last step, if it has one."""
         return pooled
+
+    def vector_size(self, size: int) -> int:
+        """Return the size of `head`'s vectors for pooled states (..., size). Raises ConfigError if it takes others."""
+        return size
 
     def stream(self) -> Callable[..., Tensor] | None:
         """Return the net's own reader of a causal sequence in chunks, or None if a CausalStream can read it."""

@@ -136,7 +136,9 @@ class VectorNet(LongNet):
         """Return the row of CLS, (1, in_features + 2) float32."""
         return np.full((1, self.config.in_features + 2), CLS_CELL, np.float32)
 
-    def sequence(self, document: D, bos: Bos = None, tile_size: float | None = None) -> InputSequence[D]:
+    def sequence(
+        self, document: D, bos: Bos = None, tile_size: float | None = None, closing: Sequence[int] = ()
+    ) -> InputSequence[D]:
         """Return a document as the net reads it; see `Net.sequence`. Raises, and warns, as `tile_cells` does, too."""
         found = super().sequence(document, bos)
         if not len(document):

@@ -274,13 +274,19 @@ def share_reader(model: Net, *, chunk: int | None = None, ranks: Ranks | None = 
 
 
 def batches_by_length(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
-    """Group sequences for padded forward passes of at most `limit` tokens; yield indices into `lengths`, longest first.
+    """Group sequences for padded forward passes; yield indices into `lengths`, longest first.
 
-    A sequence longer than `limit` is a group of its own. A sequence without tokens is in no group.
+    A pass has `limit / 4` tokens or fewer, with padding: on a CPU, the matrices of larger ones leave the cache. At most
+    a sixteenth of it is padding, unless it has fewer than `limit / 32` tokens. A longer sequence is a group of its own.
+    A sequence without tokens is in no group.
     """
     order = sorted((index for index, length in enumerate(lengths) if length), key=lambda index: -lengths[index])
     while order:
-        rows = max(1, limit // lengths[order[0]])
+        longest, rows = lengths[order[0]], 1
+        for index in order[1 : max(1, limit // 4 // longest)]:
+            if 16 * lengths[index] < 15 * longest and 32 * rows * longest >= limit:
+                break
+            rows += 1
         yield order[:rows]
         order = order[rows:]
 

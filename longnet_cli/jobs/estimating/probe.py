@@ -52,7 +52,7 @@ class Sample:
         place = len(self.bytes) if len(self.bytes) < self.size else int(self._random.integers(len(self.bytes) + 1))
         if place < self.size:
             tokens, size, begin = 0, 0, time.perf_counter()
-            for ids, n_bytes in self.tokenizer.encode_long(text.parts):
+            for ids, n_bytes, _ in self.tokenizer.encode_long(text.parts):
                 tokens, size = tokens + len(ids), size + n_bytes
             self._found[place] = tokens, size
             self._tokenized += size

@@ -71,14 +71,14 @@ class EncodeJob:
     def __init__(self, net: Net, options: EncodeOptions) -> None:
         options.check(net)
         self.net, self.options, self.alone = net, options, bool(options.all_layers)
-        self.first = len(net.start_rows((*bos_ids(options.bos), *(options.prefix or ()))))
+        self.around = len(net.start_rows((*bos_ids(options.bos), *(options.prefix or ())))) + len(options.closing or ())
 
     def sequence(self, document: Document) -> InputSequence[Document]:
         return self.options.sequence(self.net, document)
 
     def windows(self, tokens: int) -> Iterator[tuple[int, int]]:
-        if tokens:
-            yield self.first + tokens, tokens
+        for window in self.options.windows(tokens) if tokens else ():
+            yield self.around + window.stop - window.start, window.last - window.first
 
     def keeps(self, longest: int) -> dict[str, int]:
         return {}

@@ -51,6 +51,7 @@ from longnet_cli.nets.weights import check_finite
 MOST_LAYERS = 10_000  # each is made before a weight is read
 _NOT_OF_THE_MODEL = ("transformers_version", "_name_or_path")  # keys of its configuration
 _CACHE_NAMES = ("cache", "past_key_values")  # the argument of forward, and its older name
+_ENCODERS = {"mpnet"}  # which look in both directions, though their modules do not say so
 _CACHED_LAYERS = {"full_attention", "sliding_attention"}
 _GROWS = "it keeps all keys of a document, so that memory grows with it"
 _NOTES = {
@@ -70,6 +71,7 @@ class TransformersNet(Net):
     def __init__(self, model: hf.PreTrainedModel, *, as_trained: bool = False) -> None:
         super().__init__()
         self.model = model.eval()
+        self.steps = nn.Sequential()  # after the pooling, for vectors: `add_steps`
         self.folder: Path | None = None  # where it was loaded from, with its tokenizer's files
         self._save_adapter: Callable[[Path, State], None] | None = None  # writes LoRA's adapter
         self.dilated = dilated = model.config._attn_implementation == ATTENTION_NAME
@@ -149,6 +151,21 @@ class TransformersNet(Net):
         if "use_cache" in self._accepted:
             options["use_cache"] = False
         return self.model.base_model(input_ids=tokens, inputs_embeds=embeddings, **options).last_hidden_state
+
+    def add_steps(self, steps: Sequence[nn.Module]) -> None:
+        """Let `head` end with these modules, in float32, which map pooled states (..., size) to vectors."""
+        self.steps = nn.Sequential(*steps).to(next(self.parameters()).device)
+
+    def head(self, pooled: Tensor) -> Tensor:
+        return self.steps(pooled)
+
+    def vector_size(self, size: int) -> int:
+        try:
+            return self.steps(torch.zeros(1, size, device=next(self.parameters()).device)).shape[-1]
+        except RuntimeError:
+            raise ConfigError(
+                f"the pooling gives {size} numbers, which {self.steps[0]} does not take: leave out --pool"
+            ) from None
 
     def logits(self, hidden: Tensor) -> Tensor:
         output, name = self.model.get_output_embeddings(), type(self.model).__name__
@@ -378,6 +395,8 @@ def _facts(model: hf.PreTrainedModel, dilated: bool, as_trained: bool) -> Transf
         raise ConfigError(f"{name} is an encoder-decoder: longnet takes decoders and encoders")
     causal = getattr(config, "is_causal", True) is not False  # False makes a decoder look in both directions
     directions = {causal and module.is_causal for module in model.base_model.modules() if hasattr(module, "is_causal")}
+    if not directions and config.model_type in _ENCODERS:
+        directions = {False}
     sizes = [getattr(config, key, None) for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")]
     if len(directions) != 1 or None in sizes or not isinstance(model.get_input_embeddings(), nn.Embedding):
         raise ConfigError(f"{name} is not a text Transformer with one kind of attention, causal or not")

@@ -1,0 +1,149 @@
+"""Pooling: the hidden states of a document, or of its spans, become vectors.
+
+windows_of(tokens) --> windows of a document, and whose states are taken where they overlap
+hidden states, in order --> Pooling --> a Row for each span
+a Row for each window --> WindowMean --> a Row for the document, where a window has one vector
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from longnet_cli.data.documents import Document
+
+POOLS = ("cls", "max", "mean", "sqrt", "weighted", "last", "first")
+ONE_STATE = {"cls", "first", "last"}  # poolings that take one state of a sequence
+
+
+@dataclass(frozen=True)
+class Row:
+    """The vector (dim,) of the tokens [start, end), span number `span` of a document."""
+
+    document: Document
+    span: int
+    start: int
+    end: int
+    vector: Tensor
+    layers: Tensor | None = None  # (num_layers + 1, dim), with all_layers
+
+
+class DocumentWindow(NamedTuple):
+    """The tokens [start, stop) of a document, which are read together. The states of [first, last) are taken."""
+
+    start: int
+    stop: int
+    first: int
+    last: int
+
+
+def windows_of(tokens: int, size: int, stride: int) -> Iterator[DocumentWindow]:
+    """Yield the windows of a document: window i holds the tokens from `i stride` on, `size` or fewer.
+
+    The last window is the first one that reaches the end. Where windows overlap, a token takes the state of the one in
+    which it is farther from the nearer edge; the document's own ends are no edges, and ties go to the earlier window.
+    """
+    first = start = 0
+    while start + size < tokens:
+        last = (2 * start + stride + size - 1) // 2 + 1  # as far from this window's end as from the next one's start
+        yield DocumentWindow(start, start + size, first, last)
+        first, start = last, start + stride
+    yield DocumentWindow(start, tokens, first, tokens)
+
+
+class Pooling:
+    """The pooling of the tokens [begin, end) of a document: takes hidden states in order, yields the finished rows.
+
+    `pool` names one or several of POOLS, joined by `+`: their results are joined too. A span ends every `span` tokens
+    and with the tokens; the first one has number `number`. The first span also has the states of `before` tokens that
+    stand before the document, the last one those of `after` tokens that stand behind it. `skipped` tokens that are not
+    pooled stand before them all; `weighted` counts them.
+    """
+
+    def __init__(
+        self,
+        document: Document,
+        pool: str,
+        span: int | None,
+        before: int = 0,
+        after: int = 0,
+        *,
+        skipped: int = 0,
+        begin: int = 0,
+        end: int | None = None,
+        number: int = 0,
+    ) -> None:
+        self.document, self.pools, self.number = document, pool.split("+"), number
+        self.begin, self.end, self.after = begin, len(document) if end is None else end, after
+        self.length = span or self.end - begin
+        self.position = begin - before  # the next token; less than `begin` before the document
+        self.layers: Callable[[], Tensor | None] = lambda: None
+        self._reset(skipped)
+
+    def add(self, hidden: Tensor) -> Iterator[Row]:
+        """Take the next hidden states (n, dim)."""
+        while len(hidden):
+            place = min(max(self.begin, self.position), self.end - 1) - self.begin
+            index = place // self.length
+            start = self.begin + index * self.length
+            end = min(start + self.length, self.end)
+            stop = end + self.after * (end == self.end)
+            part, hidden = hidden[: stop - self.position], hidden[stop - self.position :]
+            self.position += len(part)
+            self._take(part)
+            if self.position == stop:
+                yield Row(self.document, self.number + index, start, end, self._vector(), self.layers())
+                self._reset()
+
+    def _reset(self, skipped: int = 0) -> None:
+        self._count, self._weight = 0, skipped
+        self._sums: dict[str, Tensor] = {}  # of the open span, by pooling: a sum (float64), a maximum or one state
+
+    def _take(self, part: Tensor) -> None:
+        sums = self._sums
+        for pool in self.pools:
+            if pool == "last":
+                sums[pool] = part[-1]
+            elif pool in ONE_STATE:
+                sums.setdefault(pool, part[0])
+            elif pool == "max":
+                most = part.amax(0)
+                sums[pool] = torch.maximum(sums[pool], most) if pool in sums else most
+            else:
+                if pool == "weighted":
+                    weights = torch.arange(1, len(part) + 1, dtype=torch.float64, device=part.device) + self._weight
+                    new = weights @ part.double()
+                else:
+                    new = part.sum(0, dtype=torch.float64)
+                sums[pool] = sums[pool] + new if pool in sums else new
+        self._count, self._weight = self._count + len(part), self._weight + len(part)
+
+    def _vector(self) -> Tensor:
+        last, skipped = self._weight, self._weight - self._count
+        divisors = {
+            "mean": self._count,
+            "sqrt": self._count**0.5,
+            "weighted": (last * (last + 1) - skipped * (skipped + 1)) / 2,
+        }
+        return torch.cat([(self._sums[pool] / divisors.get(pool, 1)).float() for pool in self.pools])
+
+
+class WindowMean:
+    """The mean of the vectors of a document's windows, weighted by their tokens: takes their rows in order."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+        self._tokens = 0
+
+    def add(self, row: Row) -> Iterator[Row]:
+        """Take the row of the next window; yield the document's row after the last one."""
+        tokens = row.end - row.start
+        new = row.vector.double() * tokens
+        self._sum = new if self._sum is None else self._sum + new
+        self._tokens += tokens
+        if row.end == len(row.document):
+            yield replace(row, span=0, start=0, vector=(self._sum / self._tokens).float())

@@ -1,0 +1,218 @@
+"""Documents of any length through a model with a window: a plain loop over windows, in fp64, gives the same vectors."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.ipc as ipc
+import pytest
+import torch
+
+pytest.importorskip("sentence_transformers", reason="not installed: pip install 'longnet-cli[sentence-transformers]'")
+
+import transformers as hf
+from conftest import RunLongnet
+from processes import Start, kill_and_resume, refused
+from sentence_models import WORDS, save_model, word_pieces
+
+from longnet_cli import encode_batches
+from longnet_cli.jobs.pooling import windows_of
+
+PROMPT = "query: "
+OPENING, CLOSING = [2], [3]
+LEAD = [*OPENING, *word_pieces().encode("query:", add_special_tokens=False).ids]
+
+
+@pytest.fixture(scope="module")
+def mean_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("mean") / "model", prompts={"document": PROMPT}, window=20)
+
+
+@pytest.fixture(scope="module")
+def cls_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("cls") / "model", prompts={"document": PROMPT}, window=20, pool="cls")
+
+
+def plain_loop(folder: Path, ids: list[int], room: int, stride: int, span: int | None, cls: bool) -> np.ndarray:
+    """Return the vectors of a document, token by token and window by window."""
+    net = hf.AutoModel.from_pretrained(folder, dtype=torch.float64).eval()
+    n, spans = len(ids), span or len(ids)
+    if cls and span:
+        room = stride = span
+    starts = [0]
+    while starts[-1] + room < n:
+        starts.append(starts[-1] + stride)
+    windows = []
+    for start in starts:
+        read = [*LEAD, *ids[start : start + room], *CLOSING]
+        with torch.no_grad():
+            windows.append(net(torch.tensor([read])).last_hidden_state[0])
+    if cls:
+        sizes = [min(room, n - start) for start in starts]
+        first = [hidden[0] for hidden in windows]
+        rows = first if span else [sum(s * x for s, x in zip(sizes, first, strict=True)) / sum(sizes)]
+    else:
+        groups: list[list[torch.Tensor]] = [[] for _ in range(0, n, spans)]
+        groups[0] += windows[0][: len(LEAD)]
+        for token in range(n):
+            best, of = -1.0, None
+            for index, start in enumerate(starts):
+                if start <= token < start + room:
+                    left = math.inf if index == 0 else token - start
+                    right = math.inf if index == len(starts) - 1 else start + room - 1 - token
+                    if min(left, right) > best:
+                        best, of = min(left, right), windows[index][len(LEAD) + token - start]
+            assert of is not None
+            groups[token // spans].append(of)
+        groups[-1] += windows[-1][-len(CLOSING) :]
+        rows = [torch.stack(group).mean(0) for group in groups]
+    return torch.nn.functional.normalize(torch.stack(list(rows)), dim=-1).numpy()
+
+
+def documents(lengths: list[int]) -> list[list[int]]:
+    chance = np.random.default_rng(0)
+    return [chance.integers(5, 60, n).tolist() for n in lengths]
+
+
+LENGTHS = [1, 2, 15, 16, 17, 18, 31, 32, 33, 47, 48, 49, 100]  # 16 is what a window of 20 leaves a document
+
+
+@pytest.mark.parametrize("cls", [False, True], ids=["mean", "cls"])
+@pytest.mark.parametrize(
+    ("context", "stride", "span"),
+    [
+        (None, None, None),
+        (None, 9, None),
+        (None, 3, 7),
+        (32, None, 10),
+        (None, None, 16),
+        (None, 16, 1),
+        (5, None, None),
+    ],
+)
+def test_it_is_a_plain_loop_over_windows(
+    mean_model: Path, cls_model: Path, context: int | None, stride: int | None, span: int | None, cls: bool
+) -> None:
+    folder = cls_model if cls else mean_model
+    room = (context or 20) - len(LEAD) - len(CLOSING)
+    read = documents(LENGTHS)
+    table = pa.table({"doc_id": [str(i) for i in range(len(read))], "input_ids": read})
+    found = encode_batches(table, model=str(folder), context=context, stride=stride, span=span, chunk=64)
+    for index, ids in enumerate(read):
+        mine = found.filter(pa.compute.equal(found["doc_id"], str(index)))
+        wanted = plain_loop(folder, ids, room, stride or room, span, cls)
+        assert np.abs(np.array(mine["embedding"].to_pylist()) - wanted).max() < 1e-6
+        edges = [*range(0, len(ids), span or len(ids)), len(ids)]
+        assert mine["start"].to_pylist() == edges[:-1]
+        assert mine["end"].to_pylist() == edges[1:]
+        assert mine["span"].to_pylist() == list(range(len(edges) - 1))
+    metadata = found.schema.metadata
+    assert metadata[b"longnet.context"] == str(context or 20).encode()
+    assert metadata[b"longnet.stride"] == str(stride or room).encode()
+    assert metadata[b"longnet.prompt"] == PROMPT.encode()
+
+
+def test_context_and_stride_change_the_vectors(mean_model: Path) -> None:
+    table = pa.table({"doc_id": ["a"], "input_ids": documents([100])})
+    options: list[dict[str, Any]] = [{}, {"context": 32}, {"stride": 8}, {"prefix": "none"}]
+    found = [encode_batches(table, model=str(mean_model), **each)["embedding"].to_pylist() for each in options]
+    for index, one in enumerate(found):
+        for other in found[:index]:
+            assert np.abs(np.array(one) - np.array(other)).max() > 1e-3
+
+
+@pytest.mark.parametrize("size", [1, 5, 8])
+@pytest.mark.parametrize("stride", [1, 3, 5, 8])
+def test_every_token_is_in_one_place(size: int, stride: int) -> None:
+    for tokens in range(1, 40) if stride <= size else ():
+        windows = list(windows_of(tokens, size, stride))
+        taken = [token for window in windows for token in range(window.first, window.last)]
+        assert taken == list(range(tokens))
+        assert all(w.start <= w.first < w.last <= w.stop <= w.start + size for w in windows)
+        assert [w.start for w in windows] == [i * stride for i in range(len(windows))]
+        assert windows[-1].stop == tokens
+        assert all(w.start + size < tokens for w in windows[:-1])
+
+
+def corpus(folder: Path) -> Path:
+    """Texts of up to some 900 tokens, the empty one among them."""
+    chance = np.random.default_rng(1)
+    texts = ["", *(" ".join(chance.choice(WORDS, n)) for n in chance.integers(1, 900, 30))]
+    path = folder / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"id": str(i), "text": text}) + "\n" for i, text in enumerate(texts)))
+    return path
+
+
+def rows(path: Path) -> pa.Table:
+    return ipc.open_file(path).read_all()
+
+
+def test_the_same_from_everywhere(mean_model: Path, tmp_path: Path, run_longnet: RunLongnet) -> None:
+    path = corpus(tmp_path)
+    command = ["encode", path, "--model", mean_model, "--span", "40", "--shard-rows", "50"]
+    assert run_longnet(*command, "-o", "one").returncode == 0
+    done = run_longnet(*command, "-o", "two", "--dp", "2")
+    assert done.returncode == 0, done.stderr
+    names = sorted(each.name for each in (tmp_path / "one").iterdir())
+    assert [(tmp_path / "one" / n).read_bytes() for n in names] == [(tmp_path / "two" / n).read_bytes() for n in names]
+    run_longnet(*command[:-2], "-o", "file.arrow", "--chunk", "512")
+    file = rows(tmp_path / "file.arrow")
+    texts = [json.loads(line) for line in path.read_text().splitlines()]
+    table = pa.table({"id": [each["id"] for each in texts], "text": [each["text"] for each in texts]})
+    batches = encode_batches(table, model=str(mean_model), span=40)
+    assert batches.drop(["embedding"]) == file.drop(["embedding"])
+    ours, theirs = (np.array(each["embedding"].to_pylist()) for each in (batches, file))
+    assert np.abs(ours - theirs).max() < 1e-6
+    plain = encode_batches(table.to_batches(max_chunksize=7), model=str(mean_model), span=40)
+    assert pa.Table.from_batches(plain).drop(["embedding"]) == batches.drop(["embedding"])
+    tokens = run_longnet("tokenize", path, "--tokenizer", mean_model, "-o", "-", text=False).stdout
+    piped = run_longnet(
+        "encode", "-", "--model", mean_model, "--span", "40", "-o", "ids.arrow", input=tokens, text=False
+    )
+    assert piped.returncode == 0, piped.stderr
+    ids = rows(tmp_path / "ids.arrow")
+    assert ids.drop(["embedding"]) == file.drop(["embedding", "char_start", "char_end"])
+
+
+def test_the_dry_run_counts_windows(mean_model: Path, tmp_path: Path, run_longnet: RunLongnet) -> None:
+    (tmp_path / "a.txt").write_text(" ".join(["net"] * 100))
+    options = ["encode", tmp_path / "a.txt", "--model", mean_model, "--dry-run", "--format", "json"]
+    counts = [json.loads(run_longnet(*options, *more).stdout) for more in ([], ["--stride", "8"])]
+    # windows of 16 tokens of the document, with a prompt of 2 and 2 special ones; 6 full ones and one of 4 tokens
+    assert [each["tokens"] for each in counts] == [100, 100]
+    assert counts[0]["tokens_read"] == 100 + 7 * 4
+    assert counts[1]["tokens_read"] > 2 * 100
+
+
+def test_what_does_not_fit_is_refused_in_one_line(mean_model: Path, cls_model: Path, tmp_path: Path) -> None:
+    path = corpus(tmp_path)
+
+    def said(*more: str, model: Path | str = mean_model) -> str:
+        error = refused("encode", path, "--model", model, "-o", tmp_path / "x.arrow", *more)
+        assert error.exit_code == 2
+        return str(error)
+
+    assert "at most" in said("--context", "1000")
+    assert "no room for a document" in said("--context", "4")
+    assert "a window holds 16" in said("--stride", "17")
+    assert "a window, which holds 16" in said("--span", "17", model=cls_model)
+    assert "leave out --bos" in said("--bos", "[CLS]")
+    assert "in one piece, not in windows" in said("--context", "100", model="longnet-tiny")
+    taken = tmp_path / "taken.jsonl"
+    taken.write_text('{"text": "the net", "char_start": 3}\n')
+    error = refused("encode", taken, "--model", mean_model, "-o", tmp_path / "x.arrow", "--keep", "char_start")
+    assert "char_start: the output has a column of this name" in str(error)
+    assert error.exit_code == 2
+    assert "there is no pooling 'mode'" in said("--pool", "mean+mode")
+    assert "a Hugging Face model reads a document in one process" in said("--sp", "2")
+
+
+@pytest.mark.slow
+def test_killed_forty_times_the_vectors_are_the_same(mean_model: Path, start: Start, tmp_path: Path) -> None:
+    command = ["encode", corpus(tmp_path), "--model", mean_model, "--stride", "2", "--span", "9", "--shard-rows", "200"]
+    kill_and_resume(start, command, tmp_path, kills=40)
