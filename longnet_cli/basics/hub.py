@@ -375,7 +375,13 @@ def _module_files(snapshot: Path) -> Iterator[tuple[str, bool]]:
 
 
 def _unknown_files(snapshot: Path) -> str | None:
-    """Return a file of sentence-transformers of which the cache of a hub does not know whether there is one."""
+    """Return a file of sentence-transformers of which the cache of a hub does not know whether there is one.
+
+    A LongNet needs none of them.
+    """
+    with suppress(OSError, ValueError, AttributeError):
+        if parse(read_text(snapshot / CONFIG)).get("model_type", OLDER_TYPE) in (MODEL_TYPE, OLDER_TYPE):
+            return None
     absent = snapshot.parents[1] / ".no_exist" / snapshot.name
     if not (snapshot / MODULES).is_file():
         return None if (absent / MODULES).exists() else MODULES

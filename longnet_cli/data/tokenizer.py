@@ -511,6 +511,8 @@ class Tokenizer:
             return _CUT if all(split(f"a{sign}b") == split("a") + split(f"{sign}b") for sign in CUT_BEFORE) else None
         if _steps(self._description["normalizer"]) - LOCAL or len(words.pre_tokenize_str("a b")) < 2:
             return None
+        if any(re.search("[^\u2581 ][\u2581 ]", token) for token in self._inner.get_vocab(with_added_tokens=False)):
+            return None  # a token holds a space between letters
         ends, begins = ("a", "word", "\u00c9t\u00e9", "\u6f22"), (" b", " Word", " \u00e9", " \u6f22\u5b57")
         cuts = all(self._ids(x + y) == self._ids(x) + self._ids(y) for x in ends for y in begins)
         return _CUT_AT_SPACE if cuts else None

@@ -329,11 +329,19 @@ def encode(
 
 @dataclass(frozen=True)
 class _PooledWindow(Window):
-    """A window of a document, the pooling that takes its hidden states up to row `taken`, and what takes its rows."""
+    """A window of a document, the pooling that takes its hidden states up to row `taken`, and what takes its rows.
+
+    Of the document's tokens, `own` take their states from it.
+    """
 
     pooling: Pooling
     taken: int
     mean: WindowMean | None
+    own: int
+
+    @property
+    def counted(self) -> int:
+        return self.own
 
 
 class Encoder(RowJob):
@@ -401,7 +409,7 @@ class Encoder(RowJob):
                 pooling = Pooling(document, options.pool, None, first - skipped, after, **lead)
             wanted = skipped if window.start == 0 or options.one_state else wanted
             taken = len(rows) if window.stop == len(document) or options.one_state else taken
-            yield _PooledWindow(rows, 0, len(rows), wanted, pooling, taken, mean)
+            yield _PooledWindow(rows, 0, len(rows), wanted, pooling, taken, mean, window.last - window.first)
 
     def _pooled(self, piece: Piece[_PooledWindow]) -> Iterator[Row]:
         """Yield the rows that a piece finishes."""

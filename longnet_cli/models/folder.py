@@ -340,7 +340,7 @@ class ModelFolder:
                 f"{tokenizer or self.path / TOKENIZER}: the tokenizer has {found.vocab_size} ids and the model "
                 f"{net.config.vocab_size}: they do not belong together"
             )
-        if net.note and not (embedding and not net.config.causal):
+        if net.note and (net.config.causal or net.dilated or not embedding):  # otherwise it reads windows
             on_note(f"{self.name}: {net.note}")
         return Loaded(net, found, start, ends, template, self.origin, embedding)
 

@@ -49,6 +49,11 @@ class Window:
     def __len__(self) -> int:
         return self.stop - self.start
 
+    @property
+    def counted(self) -> int:
+        """The tokens that `on_progress` counts for the window."""
+        return self.stop - self.wanted
+
 
 OnWindows = Callable[[Sequence[Window], int, GroupedPart, list[Tensor]], None]  # as `Reader.on_choice`
 W = TypeVar("W", bound=Window)
@@ -176,7 +181,7 @@ class Reader:
                     if self.on_choice:
                         more["far"] = self._watched([windows[i] for i in batch])
                     found.update(zip(batch, self.model(to_device(padded, self.device), **more), strict=True))
-            self.on_progress(sum(windows[i].stop - windows[i].wanted for i in batch))
+            self.on_progress(sum(windows[i].counted for i in batch))
         return [
             Piece(w, w.wanted, w.stop, found[i][w.wanted - w.start : len(w)] if i in found else None)
             for i, w in enumerate(windows)

@@ -101,6 +101,7 @@ def test_only_what_is_read_is_downloaded_once_by_all_processes(start, run_longne
     assert [json.loads(each.communicate()[0])["total"]["model"] for each in both] == [f"{TINY}@{commit}"] * 2
     got = [line.rpartition("/")[2] for line in hub.requests if line.startswith("GET") and "/resolve/" in line]
     read = {"config.json", PROMPTS, "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    read |= {"modules.json", "sentence_bert_config.json"}
     assert sorted(got) == sorted(read)
     assert {path.name for path in (home / "models--org--tiny/snapshots" / commit).iterdir()} == read
     hub.requests.clear()
