@@ -151,6 +151,17 @@ def test_a_cache_of_transformers_goes_on_as_if_nothing_had_happened(build: str, 
     assert torch.equal(*answers)
     with pytest.raises(ConfigError, match="saved by another model: its weights"):
         LongNetCache.load(tmp_path / "state", make(2.0))
+    facts = read_manifest(tmp_path / "state/manifest.json", None)
+    for sizes in (5, {}, {**facts["sizes"], "batch": 10**9}, {**facts["sizes"], "head_dim": "8"}):
+        write_manifest(tmp_path / "state/manifest.json", facts["version"], {**facts, "sizes": sizes})
+        with pytest.raises(DataError, match=r"not a state that LongNetCache\.save has written"):
+            LongNetCache.load(tmp_path / "state", model)
+    write_manifest(
+        tmp_path / "state/manifest.json", facts["version"], facts | {"sizes": {**facts["sizes"], "batch": 3}}
+    )
+    with pytest.raises(DataError, match="a damaged state: "):
+        LongNetCache.load(tmp_path / "state", model)
+    write_manifest(tmp_path / "state/manifest.json", facts["version"], facts)
     if build == "llama":
         other = use_dilated_attention(make(), Pattern.window(32))
         with pytest.raises(ConfigError, match=r"it was saved with the pattern .*, and this is window:32$"):

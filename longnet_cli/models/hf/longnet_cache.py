@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from longnet_cli.attention import FarKeys, KVCache, Past, Pattern
-from longnet_cli.basics.errors import ConfigError
+from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.basics.notation import format_pattern, parse_pattern
 from longnet_cli.nets.net import FarProvider, Net, NetConfig
 from longnet_cli.nets.weights import digest_of
@@ -43,6 +43,8 @@ from longnet_cli.running.saved_state import (
     restoring,
     write_state,
 )
+
+_SIZES = ("batch", "num_heads", "head_dim")  # of a cache, in a saved state
 
 
 class AlignedRows(NamedTuple):
@@ -163,7 +165,7 @@ class LongNetCache(hf.DynamicCache):
             **_origin(model, cache.pattern),
             "dtype": str(cache.dtype).removeprefix("torch."),
             "tokens": cache.position,
-            "sizes": {"batch": cache.batch, "num_heads": cache.num_heads, "head_dim": cache.head_dim},
+            "sizes": {name: getattr(cache, name) for name in _SIZES},
             "kv_heads": cache.kv_heads,
         }
         return write_state(Path(folder), facts, layer_tensors(known))
@@ -177,6 +179,10 @@ class LongNetCache(hf.DynamicCache):
         """
         given = _origin(model)
         facts, saved = read_state(Path(folder), given)
+        sizes = facts["sizes"] if isinstance(facts.get("sizes"), dict) else {}
+        numbers = [facts.get("kv_heads"), *(sizes.get(name) for name in _SIZES)]
+        if not all(type(number) is int and 0 < number < 1 << 16 for number in numbers):
+            raise DataError(f"{folder}: not a state that LongNetCache.save has written")
         new, pattern = cls(model.config), parse_pattern(given.get("longnet.pattern", facts["longnet.pattern"]))
         options = {"kv_heads": facts["kv_heads"], "dtype": getattr(torch, facts["dtype"]), "device": model.device}
         with restoring(Path(folder)):
