@@ -305,6 +305,7 @@ def test_a_damaged_cache_is_one_line_or_downloaded_again(run_longnet, command_en
     weights.resolve().write_bytes(tiny["model.safetensors"][:-100])
     said = refusal(run_longnet("score", "a.txt", "-m", TINY))
     assert said.startswith(f"{weights}: damaged: its SHA-256 is ")
+    assert refusal(run_longnet("score", "a.txt", "-m", folder)) == said
     assert said.endswith(f"; to download it again, remove {folder}")
     weights.resolve().write_bytes(tiny["model.safetensors"])
     assert run_longnet("score", "a.txt", "-m", TINY).returncode == 0
