@@ -195,12 +195,12 @@ class ShardFolder:
                     )
                 _check_shard(self.folder / shard["name"], self.schema, shard["rows"])
             self._manifest = earlier
-        self._refuse_unlisted()
-        remove_leftovers(self.folder)
         if self._manifest.finished:
             self._left_out.take(self.totals)
         else:
+            self._refuse_unlisted()
             self._say()
+        remove_leftovers(self.folder)
 
     def _refuse_unlisted(self) -> None:
         """Raise ConfigError for files that would be replaced, but for the one shard that a killed run may have left."""
