@@ -25,6 +25,8 @@ from .sinks import Turn
 FIRST_BLOCKS = 1 << 6  # blocks in the first piece of memory; each next piece is half of all before, if that is more
 SLICE = 1 << 12  # keys that are un-rotated at a time
 
+Shape = tuple[int, ...]
+
 
 class Means:
     """The mean keys of a document's first blocks, for a batch, un-rotated, in fp32 or fp64.
@@ -339,9 +341,6 @@ class Past:
             self.held = int(saved["held_at"]), [*held]
         for piece in range(sum(name.startswith("blocks.") for name in saved)):
             self.blocks.adopt(saved[f"blocks.{piece}"])
-
-
-Shape = tuple[int, ...]
 
 
 def len_at(saved: Mapping[str, Tensor], name: str, axis: int) -> int:
