@@ -43,7 +43,8 @@ class LoopbackHub:
     Large files are redirected to another path, as the hub does. `requests` are the method and path of all requests.
     `ranges` are the parts that were asked for. The connection breaks once after each of `breaks` bytes of a large file.
     Paths that start with `stalled` get no answer. `refused` repositories answer with that error, and all others with
-    the `secret` only, if there is one.
+    the `secret` only, if there is one. `told` replaces what it says: the `sha` of a repository, and headers of files.
+    `sent` replaces the contents of files, and `status` answers for files with an error.
     """
 
     def __init__(self) -> None:
@@ -55,6 +56,9 @@ class LoopbackHub:
         self.stalled: str | None = None
         self.refused: dict[str, tuple[int, str]] = {}
         self.secret: str | None = None
+        self.told: dict[str, str] = {}
+        self.sent: dict[str, bytes] = {}
+        self.status: dict[str, int] = {}
         self.url = ""
 
     def push(self, repo: str, files: dict[str, bytes], branch: str = "main") -> str:
@@ -92,10 +96,11 @@ def loopback_hub() -> Iterator[LoopbackHub]:
         def info(self, repo: str, revision: str) -> None:
             if (commit := self.commit(repo, revision)) and not self.refuse(repo, "RepoNotFound"):
                 names = [{"rfilename": name} for name in hub.commits[repo][commit]]
-                self.answer(200, json.dumps({"id": repo, "sha": commit, "siblings": names}).encode())
+                sha = hub.told.get("sha", commit)
+                self.answer(200, json.dumps({"id": repo, "sha": sha, "siblings": names}).encode())
 
         def commit(self, repo: str, revision: str) -> str | None:
-            commits = hub.commits.get(repo)
+            commits, revision = hub.commits.get(repo), "main" if hub.told else revision
             commit = revision if revision in (commits or {}) else hub.refs.get(repo, {}).get(revision)
             if not commit:
                 self.answer(404, b"", **{"X-Error-Code": "RepoNotFound" if not commits else "RevisionNotFound"})
@@ -113,11 +118,14 @@ def loopback_hub() -> Iterator[LoopbackHub]:
             if not (commit := self.commit(repo, revision)) or (not cdn and self.refuse(repo, "GatedRepo")):
                 return
             data = hub.commits[repo][commit].get(name)
-            known = {"X-Repo-Commit": commit}
+            known = {"X-Repo-Commit": hub.told.get("X-Repo-Commit", commit)}
             if data is None:
                 self.answer(404, b"", **known, **{"X-Error-Code": "EntryNotFound"})
                 return
-            digest = hashlib.sha256(data).hexdigest()
+            if name in hub.status:
+                self.answer(hub.status[name])
+                return
+            digest, data = hub.told.get("ETag", hashlib.sha256(data).hexdigest()), hub.sent.get(name, data)
             if not cdn and name.endswith((".safetensors", ".gguf")):
                 linked = {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(data))}
                 self.answer(302, b"", Location=f"{hub.url}/cdn{self.path}", **known, **linked)

@@ -112,6 +112,7 @@ def kill_and_resume(start: Start, command: list[str | Path], folder: Path, kills
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+                wait_for(lambda place=place: not processes_of(place))  # type: ignore[misc]
                 killed += 1
                 found = contents(place) if place.exists() else {}
                 finished = shards & found.keys()

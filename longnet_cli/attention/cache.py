@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from .dilated import FarKeys
-from .merging import strided_view
-from .past import Blocks, Past
+from .merging import accumulator, strided_view
+from .past import Blocks, Past, Shape
 from .pattern import Pattern
 from .spans import (
     SINKS,
@@ -199,13 +199,34 @@ class KVCache:
             yield from self.past.state()
 
     def restore(self, position: int, saved: Mapping[str, Tensor]) -> None:
-        """Become, if new, the cache of `position` tokens whose `state` was saved."""
+        """Become, if new, the cache of `position` tokens whose `state` was saved.
+
+        Raises ValueError for tensors that are no state of so many: another name, shape or type, or a missing one.
+        """
+        self._check(position, saved)
         self.position = position
         for number, span in enumerate(open_spans(self.pattern, position)):
             rows = saved[f"rows.{number}"]
             self._rows(span, rows.shape[2])[:, : rows.shape[2]] = rows.flatten(0, 1)
         if self.past:
             self.past.restore(position, saved)
+
+    def _check(self, position: int, saved: Mapping[str, Tensor]) -> None:
+        shapes: dict[str, Shape] = {}
+        for number, span in enumerate(open_spans(self.pattern, position)):
+            counts = span_rows(self.pattern, span, self.num_heads, self.kv_heads)
+            shapes[f"rows.{number}"] = (2, self.batch, max(counts), len(counts), self.head_dim)
+        if self.past:
+            shapes |= self.past.shapes(position, saved, (self.batch, self.num_heads, self.kv_heads, self.head_dim))
+        types = {"fine": accumulator(self.dtype), "counts": torch.int32, "held": torch.int32, "held_at": torch.int64}
+        if other := saved.keys() ^ shapes.keys():
+            raise ValueError(f"{min(other)} is {'missing' if min(other) in shapes else 'not of it'}")
+        for name, shape in shapes.items():
+            if tuple(saved[name].shape) != shape or saved[name].dtype != types.get(name, self.dtype):
+                found = f"{tuple(saved[name].shape)} of {saved[name].dtype}"
+                raise ValueError(
+                    f"{name} is {found}, for {position} tokens and {shape} of {types.get(name, self.dtype)}"
+                )
 
     def _new_rows(self, number: int, level: int) -> Tensor:
         """Allocate memory for `number` rows, (2 B, rows, lanes, D), where the rows of a lane are neighbours."""

@@ -25,6 +25,8 @@ from .sinks import Turn
 FIRST_BLOCKS = 1 << 6  # blocks in the first piece of memory; each next piece is half of all before, if that is more
 SLICE = 1 << 12  # keys that are un-rotated at a time
 
+Shape = tuple[int, ...]
+
 
 class Means:
     """The mean keys of a document's first blocks, for a batch, un-rotated, in fp32 or fp64.
@@ -286,30 +288,62 @@ class Past:
         return new
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield all that `restore` needs, by name."""
+        """Yield all that `restore` needs, by name; a part that there is not yet has no numbers."""
         assert self.queries is not None
         yield "queries", self.queries
         yield "waiting", self.waiting
-        if self.means:
-            yield "fine", self.means.fine[:, :, : self.blocks.number]
-        if self.counts is not None:
-            yield "counts", self.counts
-        if self.held:  # chosen again, in another shape, other blocks may win where scores nearly tie
-            yield "held_at", torch.tensor([self.held[0]])
-            yield "held", torch.stack(self.held[1])
+        batch, heads, head_dim = self.waiting.shape[1], *self.waiting.shape[3:]
+        means = self.pattern.chosen_block // MEAN_OF
+        none = self.waiting.new_empty((batch, heads, 0, means, head_dim), dtype=accumulator(self.waiting.dtype))
+        yield "fine", self.means.fine[:, :, : self.blocks.number] if self.means else none
+        no_blocks = torch.zeros(batch, 0, dtype=torch.int32)
+        yield "counts", no_blocks if self.counts is None else self.counts
+        # chosen again, in another shape, other blocks may win where scores nearly tie
+        yield "held_at", torch.tensor([self.held[0]] if self.held else [], dtype=torch.int64)
+        yield "held", torch.stack(self.held[1]) if self.held else no_blocks[:, None]
         for number, piece in enumerate(self.blocks.pieces()):
             yield f"blocks.{number}", piece
 
+    def shapes(self, position: int, saved: Mapping[str, Tensor], like: tuple[int, int, int, int]) -> dict[str, Shape]:
+        """Return the shapes of the `state` of `position` tokens; what it may have more or less of, as `saved` has.
+
+        `like` are B, H, K and D.
+        """
+        (batch, heads, kv_heads, head_dim), size = like, self.pattern.chosen_block
+        pieces = [len_at(saved, f"blocks.{n}", 2) for n in range(sum(name.startswith("blocks.") for name in saved))]
+        held = len_at(saved, "held_at", 0)
+        queries = len_at(saved, "queries", 1)  # more than these, if groups were longer
+        return {
+            "queries": (batch, min(position, max(queries, self.pattern.last_queries)), heads, head_dim),
+            "waiting": (2, batch, position - sum(pieces) * size, kv_heads, head_dim),
+            "fine": (batch, kv_heads, sum(pieces), size // MEAN_OF, head_dim),
+            "counts": (batch, len_at(saved, "counts", 1)),
+            "held_at": (min(held, 1),),
+            "held": (batch, 1, self.pattern.chosen if held else 0),
+            **{f"blocks.{n}": (2, batch, number, size, kv_heads, head_dim) for n, number in enumerate(pieces)},
+        }
+
     def restore(self, position: int, saved: Mapping[str, Tensor]) -> None:
-        """Become the past of `position` tokens whose `state` was saved. Whole blocks are only read, not copied."""
+        """Become the past of `position` tokens whose `state` was saved. Whole blocks are only read, not copied.
+
+        Raises ValueError for a choice of blocks that there are not.
+        """
         self.position, self.queries, self._waiting = position, saved["queries"], [saved["waiting"]]
-        if "fine" in saved:
-            number = saved["fine"].shape[2]
+        number = saved["fine"].shape[2]
+        if number:
             self.means = Means(self.pattern, saved["waiting"][0], max(number, FIRST_BLOCKS), self.allocate)
             self.means.write_finest(slice(None), 0, saved["fine"])
-        if "counts" in saved:
+        if saved["counts"].numel():
             self.counts = saved["counts"].clone()
-        if "held" in saved:
-            self.held = int(saved["held_at"]), [*saved["held"]]
-        for number in range(sum(name.startswith("blocks.") for name in saved)):
-            self.blocks.adopt(saved[f"blocks.{number}"])
+        if (held := saved["held"]).numel():
+            if held.min() < 0 or held.max() >= number or (held.diff() <= 0).any():
+                raise ValueError("held is no choice of blocks")
+            self.held = int(saved["held_at"]), [*held]
+        for piece in range(sum(name.startswith("blocks.") for name in saved)):
+            self.blocks.adopt(saved[f"blocks.{piece}"])
+
+
+def len_at(saved: Mapping[str, Tensor], name: str, axis: int) -> int:
+    """Return the length of a saved tensor along an axis; 0 without it, whose absence is told elsewhere."""
+    found = saved.get(name)
+    return found.shape[axis] if found is not None and found.dim() > axis else 0

@@ -238,18 +238,30 @@ def write_manifest(path: Path, version: int, facts: Mapping[str, Any]) -> None:
     write_file(path, json.dumps(data, indent=1).encode())  # also flushes the folder
 
 
-def read_manifest(path: Path, version: int) -> dict[str, Any]:
-    """Return version, facts and files. Raises CheckpointError if they are not what was written, OSError if missing."""
+def read_manifest(path: Path, version: int | None) -> dict[str, Any]:
+    """Return version, facts and files. Raises CheckpointError if they are not what was written, OSError if missing.
+
+    The files are beside the manifest: no name of one leads elsewhere. A `version` of None stands for any.
+    """
     try:
         data = parse(read_text(path))
         state, digest = data["state"], data["sha256"]
-    except (ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{path.name} was changed or damaged after it was written") from None
-    if hashlib.sha256(_canonical(state)).hexdigest() != digest:
+        files = state["files"]
+        whole = hashlib.sha256(_canonical(state)).hexdigest() == digest and all(map(_is_file_of, files.items()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
         raise CheckpointError(f"{path.name} was changed or damaged after it was written")
-    if state.get("version") != version:
+    if version not in (None, state.get("version")):
         raise CheckpointError(f"{path.name} has version {state.get('version')}, not {version}")
     return state
+
+
+def _is_file_of(item: tuple[str, Any]) -> bool:
+    """Return whether an item of a manifest's files has a plain name, a size and a digest."""
+    name, known = item
+    plain = name not in ("", ".", "..") and "/" not in name and "\0" not in name
+    return plain and type(known["bytes"]) is int and isinstance(known["sha256"], str)
 
 
 def find_damage(path: Path, version: int) -> str | None:

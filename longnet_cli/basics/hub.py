@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from longnet_cli.basics.atomic import write_file
 from longnet_cli.basics.configuration import nearest, parse, read_text
 from longnet_cli.basics.errors import CheckpointError, ConfigError, LongNetError, refuse_web_address
+from longnet_cli.basics.hub_files import COMMIT, check_blobs, check_commit, check_name, check_sent, checked_answers
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -95,8 +96,7 @@ def _unknown(name: str) -> str:
 
 FIRST_ANSWER = 2.5  # seconds to wait for a hub, unless HF_HUB_DOWNLOAD_TIMEOUT is set
 _WORD = r"[A-Za-z0-9_](?:[\w.-]*[\w])?"
-_NAME = re.compile(rf"({_WORD}/{_WORD})(?:@([^@:\s]+))?(?::([^:]+\.gguf))?", re.ASCII)
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+_NAME = re.compile(rf"({_WORD}/{_WORD})(?:@([^@:\s/][^@:\s]*))?(?::([^:]+\.gguf))?", re.ASCII)
 _LOCAL = (".json", ".jsonl", ".toml", ".gguf", ".safetensors", ".pth", ".pt", ".bin")  # endings of files, not of models
 
 
@@ -112,18 +112,21 @@ def find_model(name: str, embeds: bool = False) -> Located:
 
     If it `embeds`, it is to make vectors: the cache must then have the files of sentence-transformers, or know that
     there are none. The path may lead to nothing. Raises ConfigError for a name that is not shipped, CheckpointError for
-    a model that is neither here nor can be downloaded.
+    a model that is neither here nor can be downloaded, and for weights in a cache that are not what they were.
     """
     if repository := _Repository.of(name, embeds=embeds):
-        return repository.find()
-    path = model_path(name)
-    if not (snapshot := _snapshot_in(path)):
-        return Located(path, name)
-    if embeds and (unknown := _unknown_files(snapshot)):
-        raise CheckpointError(
-            f"{snapshot}: the cache does not know whether the model has {unknown}: name it as ORG/NAME"
-        )
-    return Located(snapshot, str(snapshot))
+        found = repository.find()
+    else:
+        path = model_path(name)
+        found = Located(snapshot, str(snapshot)) if (snapshot := _snapshot_in(path)) else Located(path, name)
+        if embeds and snapshot and (unknown := _unknown_files(snapshot)):
+            what = f"does not know whether the model has {unknown}"
+            raise CheckpointError(f"{snapshot}: the cache {what}: name it as ORG/NAME")
+    if found.path.suffix == ".gguf":
+        check_blobs(found.path.parent, [found.path.name])
+    else:
+        check_blobs(found.path, [*_weights(found.path), *(name for name, _ in _module_files(found.path))])
+    return found
 
 
 def find_tokenizer(name: str) -> Located | None:
@@ -155,7 +158,7 @@ def as_stored(name: str, stored: Iterable[Any]) -> str:
     A commit in `name` is kept.
     """
     given = _Repository.of(name)
-    if given is None or _COMMIT.fullmatch(given.revision):
+    if given is None or COMMIT.fullmatch(given.revision):
         return name
     found = ((each, _Repository.of(each)) for each in stored if isinstance(each, str))
     same = (each for each, other in found if other and (other.repo, other.file) == (given.repo, given.file))
@@ -234,7 +237,7 @@ class _Repository:
 
     def _commit(self) -> str | None:
         """Return the commit that the revision is in the cache; None if it is not there."""
-        return self.revision if _COMMIT.fullmatch(self.revision) else _read_ref(self._folder, self.revision)
+        return self.revision if COMMIT.fullmatch(self.revision) else _read_ref(self._folder, self.revision)
 
     def _is_cached(self, *, any_tokenizer: bool = False) -> bool:
         """Return whether the cache has all files that are needed.
@@ -262,24 +265,26 @@ class _Repository:
 
         commit, own = None if update else self._commit(), constants.HF_HUB_DOWNLOAD_TIMEOUT
         seconds = FIRST_ANSWER if own == constants.DEFAULT_DOWNLOAD_TIMEOUT else own
-        answered = False
+        answered, file = False, None
         try:
             info = _within(
                 seconds, lambda: HfApi().model_info(self.repo, revision=commit or self.revision, timeout=seconds)
             )
-            answered, commit = True, str(info.sha)
+            answered, commit = True, check_commit(info.sha, commit, self.name)
             names = {file.rfilename for file in info.siblings or ()}
             snapshot = self._folder / "snapshots" / commit
-            for name in self._wanted(names, snapshot):  # one by one: threads would keep Ctrl-C waiting
-                hf_hub_download(self.repo, name, revision=commit)
+            with checked_answers(commit, self.name):
+                for file in self._wanted(names, snapshot):  # one by one: threads would keep Ctrl-C waiting
+                    found = hf_hub_download(self.repo, check_name(file, self.name), revision=commit)
+                    check_sent(Path(found), self.name)
             for name in () if self.file else ({TOKENIZER} if self.tokenizer else {TOKENIZER, *_OF_SENTENCES}) - names:
                 (absent := self._folder / ".no_exist" / commit / name).parent.mkdir(parents=True, exist_ok=True)
                 absent.touch()
         except LongNetError:
             raise
         except Exception as error:  # its libraries raise exceptions of many kinds
-            raise CheckpointError(self._explain(error, constants, answered)) from None
-        if not _COMMIT.fullmatch(self.revision):  # last: a revision in the cache is one that was whole
+            raise CheckpointError(self._explain(error, constants, answered, file)) from None
+        if not COMMIT.fullmatch(self.revision):  # last: a revision in the cache is one that was whole
             reference = self._folder / "refs" / self.revision
             reference.parent.mkdir(parents=True, exist_ok=True)
             write_file(reference, commit.encode())
@@ -310,11 +315,13 @@ class _Repository:
         yield from sorted(names & {name for name, _ in _module_files(snapshot)})
         yield from [WEIGHTS] if WEIGHTS in names else _weights(snapshot)
 
-    def _explain(self, error: Exception, constants: Any, answered: bool) -> str:
-        """Return why a download failed, and what to do."""
+    def _explain(self, error: BaseException, constants: Any, answered: bool, file: str | None) -> str:
+        """Return why a download failed, of one `file` or before the first, and what to do."""
         from huggingface_hub import errors
 
         hub, here, log_in = constants.ENDPOINT, self._not_here, "log in (hf auth login) or set HF_TOKEN"
+        if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__:
+            error = error.__cause__
         if isinstance(error, errors.GatedRepoError):
             return f"{here}, and {hub}/{self.repo} is gated: ask for access there, then {log_in}"
         if isinstance(error, errors.RepositoryNotFoundError):
@@ -324,7 +331,9 @@ class _Repository:
         if isinstance(error, errors.HfHubHTTPError):
             code = error.response.status_code
             what = f": {log_in}" if code in (401, 403) else ""
-            return f"{here}, and {hub} refuses it ({code} {error.server_message or ''}".rstrip() + f"){what}"
+            refused = f"refuses its file {file}" if file else "refuses it"
+            refused = f"has no file {file} of it" if file and code == 404 else refused
+            return f"{here}, and {hub} {refused} ({code} {error.server_message or ''}".rstrip() + f"){what}"
         if isinstance(error, OSError) and error.strerror and not isinstance(error, ConnectionError | TimeoutError):
             return f"{here}, and the cache {constants.HF_HUB_CACHE} cannot be written: {error.strerror}"
         said = " ".join(str(error).split()) or type(error).__name__
@@ -361,7 +370,7 @@ def _snapshot_in(folder: Path) -> Path | None:
 def _read_ref(folder: Path, revision: str) -> str | None:
     with suppress(OSError, ValueError):
         commit = (folder / "refs" / revision).read_text(encoding="ascii").strip()
-        return commit if _COMMIT.fullmatch(commit) else None
+        return commit if COMMIT.fullmatch(commit) else None
     return None
 
 

@@ -287,7 +287,12 @@ def _stream(
         check_place(Path(save_state))
     if state:
         keys = DTYPES[resolve_dtype(dtype, next(net.parameters()).device)]
-        return CausalStream.load(net, state, tokenizer_sha256=loaded.tokenizer_sha256, dtype=keys, spill=spill)
+        stream = CausalStream.load(net, state, tokenizer_sha256=loaded.tokenizer_sha256, dtype=keys, spill=spill)
+        if stream.batch != 1:
+            raise ConfigError(
+                f"{state}: it was saved after a batch of {stream.batch} documents: name one of a document"
+            )
+        return stream
     return CausalStream(net, spill=spill) if save_state else None
 
 

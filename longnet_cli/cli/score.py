@@ -159,6 +159,7 @@ def score(
     Without --pattern, a Hugging Face model is dense and reads no more tokens than it was trained on.
     """
     from longnet_cli.basics.errors import ConfigError
+    from longnet_cli.data.overwriting import refuse_one_place
 
     check_sample(sample, dry_run)
     check_on(on, dry_run)
@@ -186,9 +187,10 @@ def score(
     named = ModelAndInputs(
         inputs, model, tokenizer, column, id_column, keep, skip_bad, update, earlier_run, key_tokens or ()
     )
-    named.refuse_overwriting("--token-logprobs", token_logprobs)
-    named.refuse_overwriting("--chosen", chosen)
-    named.refuse_overwriting("-o", output)
+    outputs = {"--token-logprobs": token_logprobs, "--chosen": chosen, "-o": output}
+    for its_option, path in outputs.items():
+        named.refuse_overwriting(its_option, path)
+    refuse_one_place(outputs)
     for_folder = {"--resume": resume, "--shard-tokens": shard_tokens}
     for_printing = {
         "--token-logprobs": token_logprobs,

@@ -1,8 +1,8 @@
-"""A check that no command destroys its input: an output that is one of the inputs, under any name, is refused."""
+"""Checks that no command destroys its input, or one of its outputs: a file under any other name is the same file."""
 
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -37,6 +37,19 @@ def refuse_overwriting(
             shown = "stdout" if str(output) == "-" else f"{option} {output}"
             what = f"holds {path}" if found in folders else f"is {path}"
             raise ConfigError(f"{shown} {what}, which this command reads: name another output")
+
+
+def refuse_one_place(outputs: Mapping[str, str | Path | None]) -> None:
+    """Raise ConfigError where two options name one output, in whatever spelling: it could hold one of them only.
+
+    `outputs` has the paths by their options; None is ignored.
+    """
+    places: dict[object, str] = {}
+    for option, output in outputs.items():
+        if output is not None:
+            other = places.setdefault(_identity(output) or os.path.realpath(output), option)
+            if other != option:
+                raise ConfigError(f"{option} {output} is the output of {other} as well: name another")
 
 
 def _read_files(inputs: Inputs | None, also: Iterable[str | Path | None]) -> Iterator[Path]:

@@ -12,7 +12,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -195,11 +195,24 @@ class ShardFolder:
                     )
                 _check_shard(self.folder / shard["name"], self.schema, shard["rows"])
             self._manifest = earlier
-        remove_leftovers(self.folder)
         if self._manifest.finished:
             self._left_out.take(self.totals)
         else:
+            self._refuse_unlisted()
             self._say()
+        remove_leftovers(self.folder)
+
+    def _refuse_unlisted(self) -> None:
+        """Raise ConfigError for files that would be replaced, but for the one shard that a killed run may have left."""
+        listed = {path.name for path in self.paths}
+        for path in sorted(self.folder.glob(f"{self._name}-*{self._suffix}")):
+            if path.name in listed or not path.stem.removeprefix(f"{self._name}-").isdecimal():
+                continue
+            with suppress(DataError):
+                if path == self._next_path():
+                    _check_shard(path, self.schema, None)
+                    continue
+            raise ConfigError(f"{path} would be replaced, and the manifest does not list it: move it elsewhere")
 
     def _note_inputs(self) -> None:
         digests = [digest for _, digest in self._opened]
@@ -225,8 +238,11 @@ class ShardFolder:
         return self.folder / f"{self._name}-{index:05d}{self._suffix}"
 
 
-def _check_shard(path: Path, schema: pa.Schema, rows: int) -> None:
-    """Raise DataError unless a finished shard still has its index, schema and rows; its data is not read."""
+def _check_shard(path: Path, schema: pa.Schema, rows: int | None) -> None:
+    """Raise DataError unless a finished shard still has its index, schema and rows; its data is not read.
+
+    Without `rows`, it may have any number.
+    """
     try:
         with StoredFile(path, str(path)) as file:
             if path.suffix == ".parquet":
@@ -241,6 +257,7 @@ def _check_shard(path: Path, schema: pa.Schema, rows: int) -> None:
             else:
                 table = arrow.open_file(path.name, str(path), file, file)
                 found, written = sum(batch.num_rows for batch in table.read([])), table.schema
+        rows = found if rows is None else rows
         if found != rows or not written.equals(schema, check_metadata=True):
             raise ValueError(f"{found} rows instead of {rows}" if found != rows else "its schema differs")
     except (OSError, ValueError, pa.ArrowException, DataError) as error:

@@ -29,6 +29,7 @@ from longnet_cli.basics.atomic import write_file
 from longnet_cli.basics.configuration import digest, parse, read_text
 from longnet_cli.basics.errors import ConfigError, RefusedError, refuse_web_address
 from longnet_cli.basics.hub import END_OF_TEXT, TOKENIZER, find_tokenizer, list_models, preset_dir
+from longnet_cli.basics.hub_files import download_again
 from longnet_cli.data.manifest import FINISHED, manifest_in, read_manifest
 from longnet_cli.data.places import token_places
 
@@ -261,14 +262,15 @@ class Tokenizer:
                 text = read_text(path)
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
-            raise ConfigError(f"{path}: cannot read the tokenizer: {reason}") from error
+            raise ConfigError(f"{path}: cannot read the tokenizer: {reason}{download_again(Path(path))}") from error
         try:
             with library_call():
                 inner = tokenizers.Tokenizer.from_str(text)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
         except Exception as error:  # the library raises bare Exception
-            raise ConfigError(f"{path}: not a tokenizer.json: {str(error).splitlines()[0]}") from error
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"{path}: not a tokenizer.json: {reason}{download_again(Path(path))}") from error
         for part in ("normalizer", "decoder"):
             if (growth := _growth(json.loads(text).get(part))) > MOST_GROWTH:
                 what = f"its {part} may make a text {growth:,.0f} times as long"

@@ -33,6 +33,7 @@ from longnet_cli.basics.hub import (
     Located,
     find_model,
 )
+from longnet_cli.basics.hub_files import download_again
 from longnet_cli.data.tokenizer import SETTINGS, Tokenizer, special_token, token_id
 
 if TYPE_CHECKING:
@@ -405,10 +406,7 @@ class ModelFolder:
         try:
             yield
         except CheckpointError as error:
-            if self.origin == self.name:
-                raise
-            again = next(path for path in self.path.parents if path.name.startswith("models--"))
-            raise CheckpointError(f"{error}; to download it again, remove {again}") from None
+            raise CheckpointError(f"{error}{download_again(self.path)}") from None
 
     @contextmanager
     def _unpacked(self, dtype: str) -> Iterator[ModelFolder]:

@@ -222,14 +222,14 @@ def digest_of(config: str, weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def model_origin(model: Net, name: str | None, tokenizer_sha256: str | None, *, every: bool = True) -> dict[str, str]:
-    """Return the metadata of a model's outputs, without unknown values. `every` is as in `model_digest`.
+def model_origin(model: Net, name: str | None, tokenizer_sha256: str | None) -> dict[str, str]:
+    """Return the metadata of a model's outputs, without unknown values.
 
     The keys are `longnet.model` (its name), `longnet.model_sha256`, `longnet.tokenizer_sha256` and `longnet.pattern`.
     """
     known = {
         "longnet.model": name,
-        "longnet.model_sha256": model_digest(model, every=every),
+        "longnet.model_sha256": model_digest(model),
         "longnet.tokenizer_sha256": tokenizer_sha256,
         "longnet.pattern": format_pattern(model.config.pattern),
     }
@@ -299,11 +299,25 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mappi
         start, end = end, end + tensors[name].nbytes
         kind = {**TYPE_NAMES, torch.int64: "I64", torch.int32: "I32"}[tensors[name].dtype]
         header[name] = {"dtype": kind, "shape": list(tensors[name].shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = _header(header)
     text = text.ljust(-(-len(text) // 8) * 8)
     file.write(len(text).to_bytes(8, "little") + text)
     for name in names:
         file.write(tensor_bytes(tensors[name]))
+
+
+def sort_metadata(path: Path) -> None:
+    """Sort the metadata of a safetensors file that its library has written, in place."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        file.seek(8)
+        file.write(_header(header).ljust(size))
+
+
+def _header(header: Mapping[str, Any]) -> bytes:
+    return json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
 
 
 def _one_line(error: object) -> str:

@@ -12,7 +12,7 @@ B batch, N tokens, n tokens of a shard, H heads, K key heads, D head dim.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -31,13 +31,20 @@ from longnet_cli.attention.spans import common_span, lanes, level_of, open_spans
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.basics.notation import parse_pattern
 from longnet_cli.nets.net import Net, NetConfig
-from longnet_cli.nets.weights import model_origin
 from longnet_cli.running.device import free_memory, precision, random_state, set_random_state
 from longnet_cli.running.mapped import BlockFile, SpillFile, mapped_empty
 from longnet_cli.running.ranks.exchange import Exchange, even_edges
 from longnet_cli.running.ranks.fsdp import final_backward
 from longnet_cli.running.ranks.ranks import Ranks
-from longnet_cli.running.saved_state import layer_tensors, of_layer, read_state, write_state
+from longnet_cli.running.saved_state import (
+    dtype_name,
+    layer_tensors,
+    of_layer,
+    read_state,
+    reader_facts,
+    restoring,
+    write_state,
+)
 
 Key = tuple[int, int, int]  # layer, level, start of the segment
 
@@ -338,8 +345,8 @@ class CausalStream:
         """
         if self.last_hidden is None or self.group is not None:
             raise ConfigError(f"{folder}: one process saves a state, after it has read something")
-        facts: dict[str, Any] = model_origin(self.model, name, tokenizer_sha256, every=False)
-        facts |= {"dtype": _name(self.caches[0].dtype), "tokens": self.position}
+        facts: dict[str, Any] = dict(reader_facts(self.model, name, tokenizer_sha256))
+        facts |= {"dtype": dtype_name(self.caches[0].dtype), "tokens": self.position}
         facts["last_tokens"] = None if self.last_tokens is None else self.last_tokens.tolist()
         return write_state(Path(folder), facts, self._state())
 
@@ -359,21 +366,47 @@ class CausalStream:
         ConfigError for a state of another model or pattern, or, if they are given, of another tokenizer or `dtype` of
         keys; DataError for a damaged one.
         """
-        given = {**model_origin(model, None, tokenizer_sha256, every=False), "dtype": dtype and _name(dtype)}
-        facts, saved = read_state(Path(folder), given)
+        place = Path(folder)
+        given = {**reader_facts(model, None, tokenizer_sha256), "dtype": dtype and dtype_name(dtype)}
+        facts, saved = read_state(place, given)
         stream, config, device = cls(model, **options), model.config, next(model.parameters()).device
-        stream.position, stream.last_hidden = facts["tokens"], saved["last_hidden"].to(device, copy=True)
-        if facts["last_tokens"] is not None:
-            stream.last_tokens = torch.tensor(facts["last_tokens"], device=device)
-        shape = len(stream.last_hidden), 0, config.kv_heads, config.head_dim
-        stream.ids = [saved["ids"]] if "ids" in saved else []
-        for layer in range(config.num_layers):
-            cache = stream._new_cache(torch.empty(shape, dtype=getattr(torch, facts["dtype"]), device=device))
-            cache.restore(stream.position, of_layer(saved, layer, device))
-            if cache.past:
-                cache.past.convert_counts(parse_pattern(facts["longnet.pattern"]).chosen_every)
-            stream.caches.append(cache)
+        with restoring(place):
+            stream._restore(facts, saved)
+            for layer in range(config.num_layers):
+                shape = stream.batch, 0, config.kv_heads, config.head_dim
+                cache = stream._new_cache(torch.empty(shape, dtype=getattr(torch, facts["dtype"]), device=device))
+                cache.restore(stream.position, of_layer(saved, layer, device))
+                if cache.past:
+                    cache.past.convert_counts(parse_pattern(facts["longnet.pattern"]).chosen_every)
+                stream.caches.append(cache)
         return stream
+
+    @property
+    def batch(self) -> int:
+        """The number of sequences that it reads at once; 0 before the first token."""
+        return 0 if self.last_hidden is None else len(self.last_hidden)
+
+    def _restore(self, facts: Mapping[str, Any], saved: Mapping[str, Tensor]) -> None:
+        """Take what a state holds besides the caches. Raises ValueError for what no stream has saved."""
+        config, device = self.model.config, next(self.model.parameters()).device
+        hidden, last, ids = saved.get("last_hidden"), facts.get("last_tokens"), saved.get("ids")
+        types = next(self.model.parameters()).dtype, getattr(torch, facts["dtype"])
+        if hidden is None or hidden.dim() != 2 or hidden.shape[1] != config.dim or hidden.dtype not in types:
+            raise ValueError("it has no last hidden state of this model")
+        self.position, self.last_hidden = facts["tokens"], hidden.to(device, copy=True)
+        if last is not None:
+            if not isinstance(last, list) or len(last) != len(hidden) or not all(type(x) is int for x in last):
+                raise ValueError(f"{last!r:.40} are not its last tokens")
+            self.last_tokens = torch.tensor(last, device=device)
+        if ids is None and config.pattern.chosen and last is not None:
+            raise ValueError("ids is missing")
+        if ids is not None:
+            if ids.dtype != torch.int32 or ids.dim() != 2 or len(ids) != len(hidden) or ids.shape[1] > self.position:
+                raise ValueError(f"ids has shape {tuple(ids.shape)}, for {len(hidden)} x {self.position} tokens")
+            self.ids = [ids]
+        known = [x for x in (self.last_tokens, ids) if x is not None and x.numel()]
+        if any(not 0 <= int(bound) < config.vocab_size for x in known for bound in x.aminmax()):
+            raise ValueError("it has ids that the model does not know")
 
     def _state(self) -> Iterator[tuple[str, Tensor]]:
         assert self.last_hidden is not None
@@ -399,10 +432,6 @@ class CausalStream:
         if cache.past and self.on_choice:
             cache.past.on_choice = partial(self.on_choice, len(self.caches))
         return cache
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _on(device: torch.device, keys: FarKeys | Past) -> FarKeys | Past:

@@ -5,14 +5,19 @@
         piece-*.safetensors   keys, values and what chooses among them, by layer
 
 A new state of the same folder has pieces of other names. When they are on the disk, its manifest replaces the old one,
-in one step. Only then, old pieces are removed: who has mapped them keeps them.
+in one step. Only then, old pieces are removed: who has mapped them keeps them. The manifest lists these as well, so
+that the next save removes what a killed one has left, and nothing else.
 """
 
 from __future__ import annotations
 
+import os
+import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from itertools import filterfalse
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +26,24 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from longnet_cli.attention import KVCache
-from longnet_cli.basics.atomic import find_damage, locked_folder, read_manifest, whole_folder, write_manifest
+from longnet_cli.basics.atomic import (
+    find_damage,
+    is_temporary,
+    locked_folder,
+    read_manifest,
+    whole_folder,
+    write_manifest,
+)
 from longnet_cli.basics.errors import CheckpointError, ConfigError, DataError
-from longnet_cli.basics.notation import parse_pattern
-from longnet_cli.nets.weights import write_tensors
+from longnet_cli.basics.notation import format_pattern, parse_pattern
+from longnet_cli.nets.net import Net
+from longnet_cli.nets.weights import TYPE_NAMES, model_digest, write_tensors
 
-MANIFEST, PIECES = "manifest.json", "piece-*.safetensors"
-STATE_VERSION = 1
+MANIFEST, PIECE = "manifest.json", re.compile(r"piece-[0-9a-f]{8}-\d{5,}\.safetensors")
+STATE_VERSION = 2  # 1: until 2026-11-28, without tensors that are empty
 KIND = "longnet state"
+READER = "reader_sha256"
+MOST_TOKENS = 1 << 53
 FILE_BYTES = 1 << 26  # a file is full when it has as many
 
 # What must be as it was when the state was saved: the key in the manifest, and how to say that it is not
@@ -36,8 +51,23 @@ _SAME = {
     "longnet.pattern": "it was saved{by} with the pattern {saved}, and this is {given}",
     "dtype": "it was saved in {saved}, and this run computes in {given} (--dtype)",
     "longnet.tokenizer_sha256": "it was saved with another tokenizer, of SHA-256 {saved:.12}..., not {given:.12}...",
-    "longnet.model_sha256": "it was saved by another model{name}, of SHA-256 {saved:.12}..., not {given:.12}...",
+    READER: "it was saved by another model{name}: its weights or its configuration differ",
 }
+
+
+def reader_facts(model: Net, name: str | None = None, tokenizer_sha256: str | None = None) -> dict[str, str]:
+    """Return what a state notes of the model that has read it, without unknown values.
+
+    `reader_sha256` is a digest of all that the state depends on: weights and configuration, but not how often blocks
+    are chosen (`chosen_every`). So it is not the `longnet.model_sha256` of other outputs.
+    """
+    known = {
+        "longnet.model": name,
+        READER: model_digest(model, every=False),
+        "longnet.tokenizer_sha256": tokenizer_sha256,
+        "longnet.pattern": format_pattern(model.config.pattern),
+    }
+    return {key: value for key, value in known.items() if value is not None}
 
 
 def check_place(folder: Path) -> None:
@@ -46,10 +76,25 @@ def check_place(folder: Path) -> None:
         if not folder.exists():
             folder.mkdir(parents=True)
             folder.rmdir()
-        elif any(folder.iterdir()) and not (folder / MANIFEST).exists():
+        elif _listed(folder) is None and {*filterfalse(is_temporary, os.listdir(folder))} - _left(folder):
             raise ConfigError(f"{folder}: neither an empty folder nor a state: name a new one")
     except OSError as error:
         raise ConfigError(f"{folder}: a state cannot be saved here: {error.strerror}") from None
+
+
+def _listed(folder: Path) -> set[str] | None:
+    """Return the pieces that the manifest of a state lists, with those it replaced; None without such a manifest."""
+    with suppress(CheckpointError, OSError, TypeError):
+        saved = read_manifest(folder / MANIFEST, None)
+        if saved.get("kind") == KIND:
+            return {name for name in [*saved["files"], *saved.get("replaced", {})] if PIECE.fullmatch(name)}
+    return None
+
+
+def _left(folder: Path) -> set[str]:
+    """Return the pieces that killed saves of a folder list in manifests of their own."""
+    places = [folder / name for name in os.listdir(folder) if is_temporary(name)]
+    return {name for place in places for name in _listed(place) or ()}
 
 
 def write_state(folder: Path, facts: Mapping[str, Any], tensors: Iterable[tuple[str, Tensor]]) -> int:
@@ -61,18 +106,21 @@ def write_state(folder: Path, facts: Mapping[str, Any], tensors: Iterable[tuple[
     check_place(folder)
     name = f"piece-{secrets.token_hex(4)}"
     with locked_folder(folder):
+        old = _listed(folder) or set()
+        _remove(folder, _left(folder) - old)
         with whole_folder(folder, last=MANIFEST) as place:
             for number, piece in enumerate(_pieces(tensors)):
                 with (place / f"{name}-{number:05}.safetensors").open("wb") as file:
                     write_tensors(file, piece, {})
-            write_manifest(place / MANIFEST, STATE_VERSION, {"kind": KIND, **facts})
-        size = 0
-        for path in folder.glob(PIECES):
-            if path.name.startswith(name):
-                size += path.stat().st_size
-            else:
-                path.unlink()
+            size = sum(path.stat().st_size for path in place.iterdir())
+            write_manifest(place / MANIFEST, STATE_VERSION, {"kind": KIND, **facts, "replaced": sorted(old)})
+        _remove(folder, old)
     return size
+
+
+def _remove(folder: Path, pieces: set[str]) -> None:
+    for name in pieces & {*os.listdir(folder)}:
+        (folder / name).unlink()
 
 
 def read_state(folder: Path, facts: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -85,9 +133,14 @@ def read_state(folder: Path, facts: Mapping[str, Any]) -> tuple[dict[str, Any], 
     if not path.is_file():
         raise ConfigError(f"{folder}: no state, {MANIFEST} is missing")
     try:
-        saved = read_manifest(path, STATE_VERSION)
+        saved = read_manifest(path, None)
         if saved.get("kind") != KIND:
             raise ConfigError(f"{folder}: no state, {MANIFEST} is of another kind")
+        if saved.get("version") != STATE_VERSION:
+            raise ConfigError(
+                f"{folder}: a state of version {saved.get('version')}, not {STATE_VERSION}: save it again"
+            )
+        _check_facts(saved)
         for key, why in _SAME.items():
             known, given = saved.get(key), facts.get(key)
             if known and given and known != given and not (key == "longnet.pattern" and _is_finer(given, known)):
@@ -103,6 +156,34 @@ def read_state(folder: Path, facts: Mapping[str, Any]) -> tuple[dict[str, Any], 
     except (CheckpointError, OSError, SafetensorError) as error:
         raise DataError(f"{folder}: a damaged state: {' '.join(str(error).split())}") from None
     return saved, tensors
+
+
+def _check_facts(saved: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for facts that no state has."""
+    tokens, texts = saved.get("tokens"), [saved.get(key) for key in (READER, "longnet.pattern")]
+    texts += [saved.get(key, "") for key in ("longnet.model", "longnet.tokenizer_sha256")]
+    if type(tokens) is not int or not 0 < tokens <= MOST_TOKENS:
+        raise CheckpointError(f"{tokens!r:.40} is not a number of tokens")
+    if not all(isinstance(text, str) for text in texts) or saved.get("dtype") not in [*map(dtype_name, TYPE_NAMES)]:
+        raise CheckpointError(f"{MANIFEST} does not say what has read the tokens")
+    try:
+        parse_pattern(saved["longnet.pattern"])
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype in a state."""
+    return str(dtype).removeprefix("torch.")
+
+
+@contextmanager
+def restoring(folder: Path) -> Iterator[None]:
+    """Turn a ValueError about saved tensors into a DataError of the state in a folder."""
+    try:
+        yield
+    except ValueError as error:
+        raise DataError(f"{folder}: a damaged state: {error}") from None
 
 
 def _is_finer(pattern: str, saved: str) -> bool:

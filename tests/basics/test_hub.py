@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,9 @@ from loopback_hub import LoopbackHub, fill_cache, loopback_hub, read_folder
 from processes import wait_for
 from safetensors.torch import load, save
 
+from longnet_cli.basics.errors import CheckpointError
 from longnet_cli.basics.hub import PROMPTS
+from longnet_cli.basics.hub_files import checked_answers
 from longnet_cli.jobs.training.checkpoint import read_state
 
 TEXT = "A document to read, of some length. " * 4
@@ -43,6 +46,7 @@ def hub() -> Iterator[LoopbackHub]:
 def home(tmp_path: Path, command_env: dict[str, str]) -> Path:
     """A cache of this test alone, without a network, and a text to read."""
     command_env |= {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    command_env["XDG_CACHE_HOME"] = str(tmp_path / "cache")
     for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE"):
         command_env.pop(name, None)
     (tmp_path / "a.txt").write_text(TEXT)
@@ -195,6 +199,79 @@ def test_what_a_hub_refuses_is_one_line(run_longnet, command_env, hub, tiny):
     assert "--update is for a model on a hub" in refusal(run_longnet("score", "a.txt", "--update"), 2)
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+OUT = "../../../victim.txt"
+LIES = {
+    "sha": ({"sha": OUT}, f"the hub names '{OUT}' as the commit, which is not 40 hexadecimal digits"),
+    "commit": ({"X-Repo-Commit": OUT}, f"the hub names '{OUT}' as the commit instead of "),
+    "another commit": ({"X-Repo-Commit": "a" * 40}, f"the hub names '{'a' * 40}' as the commit instead of "),
+    "ETag": ({"ETag": "../" + OUT}, "the hub gives a file the ETag '\"../../../../victim.txt\"', not of digits"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_what_a_hub_names_leads_nowhere_else(run_longnet, tmp_path, command_env, home, hub, tiny, lie):
+    """A commit, an ETag or a name that would be a path out of the cache is refused, and no file is changed."""
+    command_env["HF_ENDPOINT"] = hub.url
+    hub.push(TINY, tiny)
+    hub.told, said = LIES[lie]
+    home.mkdir(parents=True)
+    for folder in (tmp_path, tmp_path / "hf", home):
+        (folder / "victim.txt").write_text("mine")
+    before = contents(tmp_path)
+    assert refusal(run_longnet("score", "a.txt", "-m", TINY)).startswith(f"{TINY}: {said}")
+    after = contents(tmp_path)
+    assert {name: after[name] for name in before} == before
+    assert not {name for name in after if not name.startswith("hf/hub/models--org--tiny/")} - {*before}
+
+
+def test_a_file_outside_of_the_snapshot_is_not_asked_for(run_longnet, command_env, hub, tiny):
+    command_env["HF_ENDPOINT"] = hub.url
+    for name in ("../../../victim.safetensors", "/victim.safetensors", "a/../../b.safetensors"):
+        index = json.dumps({"weight_map": {"x": name}}).encode()
+        files = {"config.json": tiny["config.json"], "model.safetensors.index.json": index, name: b"x"}
+        hub.push(TINY, files)
+        said = refusal(run_longnet("score", "a.txt", "-m", TINY))
+        assert said.startswith(f"{TINY}: the hub names a file '{name}', which is outside of a snapshot")
+    assert not any("victim" in line for line in hub.requests)
+
+
+def test_answers_are_checked_of_a_client_that_is_made_later(hub, tiny):
+    """huggingface_hub makes a new one when a host has not answered: an attacker can cause that."""
+    from huggingface_hub import close_session, get_hf_file_metadata
+
+    commit = hub.push(TINY, tiny)
+    url, hub.told = f"{hub.url}/{TINY}/resolve/{commit}/config.json", {"ETag": "../x"}
+    with checked_answers(commit, TINY):
+        close_session()
+        with pytest.raises(CheckpointError, match=r"the ETag"):
+            get_hf_file_metadata(url)
+    assert get_hf_file_metadata(url).etag == "../x"
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json"])
+def test_other_contents_than_a_hub_names_are_refused_and_not_kept(run_longnet, command_env, home, hub, tiny, file):
+    command_env["HF_ENDPOINT"] = hub.url
+    hub.push(TINY, tiny)
+    hub.sent[file] = tiny[file][:-1] + b" "
+    said = refusal(run_longnet("score", "a.txt", "-m", TINY))
+    assert said.startswith(f"{TINY}: {file} is not what the hub names: its SHA-256 is ")
+    hub.sent.clear()
+    assert run_longnet("score", "a.txt", "-m", TINY).returncode == 0
+
+
+def test_one_file_that_a_hub_refuses_is_named(run_longnet, command_env, hub, tiny):
+    command_env["HF_ENDPOINT"] = hub.url
+    hub.push(TINY, tiny)
+    here = f"{TINY}: no folder of that name here, and {hub.url}"
+    for code, said in ((403, "refuses its file model.safetensors (403"), (404, "has no file model.safetensors of it")):
+        hub.status["model.safetensors"] = code
+        assert refusal(run_longnet("score", "a.txt", "-m", TINY)).startswith(f"{here} {said}")
+
+
 def test_without_folder_cache_and_network_one_line_says_how_to_download(run_longnet, command_env, home, hub, tiny):
     nowhere = f"{TINY}: no folder of that name here, nor in {home}, and "
     command = ("score", "a.txt", "-m", f"{TINY}@v1")
@@ -228,7 +305,22 @@ def test_a_damaged_cache_is_one_line_or_downloaded_again(run_longnet, command_en
     weights = folder / "snapshots" / commit / "model.safetensors"
     weights.resolve().write_bytes(tiny["model.safetensors"][:-100])
     said = refusal(run_longnet("score", "a.txt", "-m", TINY))
+    assert said.startswith(f"{weights}: damaged: its SHA-256 is ")
+    assert refusal(run_longnet("score", "a.txt", "-m", folder)) == said
     assert said.endswith(f"; to download it again, remove {folder}")
+    weights.resolve().write_bytes(tiny["model.safetensors"])
+    assert run_longnet("score", "a.txt", "-m", TINY).returncode == 0
+    blob, mark = weights.resolve(), weights.resolve().stat()
+    blob.write_bytes(tiny["model.safetensors"][:-1] + b"!")  # of one size, and as old as it was
+    os.utime(blob, ns=(mark.st_atime_ns, mark.st_mtime_ns))
+    assert "damaged" in refusal(run_longnet("score", "a.txt", "-m", TINY))
+    blob.write_bytes(tiny["model.safetensors"])
+    (folder / "snapshots" / commit / "tokenizer.json").resolve().write_text("{")
+    for command in (("score", "a.txt", "-m", TINY), ("tokenize", "a.txt", "--tokenizer", TINY, "-o", "tokens")):
+        said = refusal(run_longnet(*command), 2)
+        assert "tokenizer.json: not a tokenizer.json: " in said
+        assert said.endswith(f"; to download it again, remove {folder}")
+    (folder / "snapshots" / commit / "tokenizer.json").resolve().write_bytes(tiny["tokenizer.json"])
     weights.resolve().unlink()
     (folder / "refs/main").write_text("../../elsewhere")
     assert "nor in " in refusal(run_longnet("score", "a.txt", "-m", TINY))

@@ -12,7 +12,7 @@ from builders import tiny_net
 
 from longnet_cli.basics.errors import CheckpointError, ConfigError, NotFiniteError
 from longnet_cli.data.inputs import Inputs
-from longnet_cli.data.overwriting import refuse_overwriting
+from longnet_cli.data.overwriting import refuse_one_place, refuse_overwriting
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.encoding import EncodeOptions, encode
 from longnet_cli.jobs.scoring.scoring import score
@@ -42,6 +42,27 @@ def test_a_file_is_known_by_every_name(files: Path, output: str, inputs: list[st
     with pytest.raises(ConfigError, match=r"^-o .*arrow is .*arrow, which this command reads: name another output$"):
         refuse_overwriting("-o", [output], Inputs(inputs))
     refuse_overwriting("-o", ["b.arrow.new", "new"], Inputs(inputs))
+
+
+@pytest.mark.parametrize("new", [True, False])
+@pytest.mark.parametrize("spelling", ["x.arrow", "./x.arrow", "up/x.arrow", "folder/../x.arrow", "{}/x.arrow", "link"])
+def test_one_path_is_one_output_in_any_spelling(files: Path, spelling: str, new: bool) -> None:
+    Path("link").symlink_to("x.arrow")
+    if not new:
+        Path("x.arrow").write_text("old")
+    with pytest.raises(ConfigError, match=r"^--chosen .* is the output of --token-logprobs as well: name another$"):
+        refuse_one_place({"--token-logprobs": spelling.format(files), "--chosen": "x.arrow", "-o": None})
+    refuse_one_place({"--token-logprobs": "x.arrow", "--chosen": "y.arrow", "-o": None})
+    with pytest.raises(ConfigError, match="--chosen - is the output of"):
+        refuse_one_place({"--token-logprobs": "-", "--chosen": "-"})
+
+
+def test_score_refuses_one_path_for_two_outputs(run_longnet, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    done = run_longnet("score", "a.txt", "--pattern", "finding", "--token-logprobs", "x.arrow", "--chosen", "./x.arrow")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--chosen ./x.arrow is the output of --token-logprobs as well: name another" in done.stderr
+    assert not (tmp_path / "x.arrow").exists()
 
 
 @pytest.mark.parametrize(

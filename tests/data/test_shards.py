@@ -1,6 +1,7 @@
 """Proves that a folder of shards is whole or says that it is not, and resumes anywhere to the same bytes."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,23 @@ def test_without_resume_only_a_folder_without_finished_shards_is_taken(tmp_path)
         write(tmp_path, model="another")
 
 
+def test_a_file_that_no_manifest_lists_is_not_replaced(tmp_path):
+    """But for the shard that a run has left which was killed before it could list it."""
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "out", fail_at=3)
+    write(tmp_path / "whole")
+    for name in ("vectors-00001.arrow", "vectors-00003.arrow"):
+        (tmp_path / "out" / name).write_text("mine")
+        with pytest.raises(ConfigError, match=rf"{name} would be replaced, and the manifest does not list it"):
+            write(tmp_path / "out", resume=True)
+        assert (tmp_path / "out" / name).read_text() == "mine"
+        (tmp_path / "out" / name).unlink()
+    (tmp_path / "out/vectors-mine.arrow").write_text("mine")
+    shutil.copy(tmp_path / "whole/vectors-00002.arrow", tmp_path / "out/vectors-00001.arrow")
+    write(tmp_path / "out", resume=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole") | {"vectors-mine.arrow": b"mine"}
+
+
 def test_other_settings_are_refused_by_name(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path, fail_at=3)
@@ -98,7 +116,10 @@ def test_what_the_dead_left_is_removed_and_nothing_else(tmp_path):
         write(tmp_path, fail_at=3)
     for name in (".vectors-00001.arrow.0123abcd.tmp", "._unfinished.json.00000000.tmp", ".mine.tmp", "notes.txt"):
         (tmp_path / name).write_bytes(b"half")
-    (tmp_path / "vectors-00001.arrow").write_bytes(b"named, but killed before the manifest said so")
+    with ipc.new_file(
+        tmp_path / "vectors-00001.arrow", SCHEMA
+    ) as shard:  # whole, but killed before the manifest said so
+        shard.write(rows(9))
     write(tmp_path, resume=True)
     shards = [f"vectors-0000{index}.arrow" for index in range(4)]
     assert sorted(os.listdir(tmp_path)) == [".mine.tmp", FINISHED, "notes.txt", *shards]

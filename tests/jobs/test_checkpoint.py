@@ -17,10 +17,11 @@ import torch
 from builders import metrics_of, write_corpus
 from builders import recipe_with_checkpoints as recipe
 from processes import Start, invoke, kill_training, wait_for
+from safetensors.torch import load_file
 
 from longnet_cli.basics.errors import CheckpointError, ConfigError, LongNetError
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.jobs.training.checkpoint import Checkpoints, checkpoints_in, find_damage, read_state
+from longnet_cli.jobs.training.checkpoint import Checkpoints, checkpoints_in, find_damage, read_state, save_tensors
 from longnet_cli.jobs.training.loop import train
 from longnet_cli.jobs.training.recipe import Recipe
 from longnet_cli.jobs.training.start import prepare_run
@@ -228,6 +229,47 @@ def test_resume_from_a_path(stopped: tuple[Recipe, Path, bytes], tmp_path: Path)
         (path / "state.json").write_text("{}")
     train(found, run, resume=str(run))  # from the one before it, as by itself
     assert (run / "model.safetensors").read_bytes() == weights
+
+
+@pytest.mark.parametrize("name", ["config.json", "best", "checkpoints/step-00000001", "recipe.json", "metrics.jsonl"])
+def test_files_that_no_run_has_written_are_not_replaced(
+    stopped: tuple[Recipe, Path, bytes], tmp_path: Path, name: str
+) -> None:
+    found, run, _ = stopped
+    (tmp_path / "same.json").write_text(found.model_dump_json())
+    (tmp_path / "mine" / name).parent.mkdir(parents=True)
+    (tmp_path / "mine" / name).write_text('{"mine": 1}')
+    with pytest.raises(ConfigError, match=rf"mine holds {name.partition('/')[0]}, which no run has written"):
+        prepare_run(str(tmp_path / "same.json"), {}, tmp_path / "mine")
+    (run / "recipe.json").unlink()  # its checkpoints say that it is one
+    assert prepare_run(str(tmp_path / "same.json"), {}, run) == found
+
+
+def test_equal_tensors_give_equal_files(tmp_path: Path) -> None:
+    """The library's writer orders metadata at random, so one of eight writes would differ."""
+    tensors = {"model.a": torch.zeros(3), "model.b": torch.ones(4, dtype=torch.int64), "random.0": torch.tensor(1)}
+    found = set()
+    for number in range(8):
+        (tmp_path / str(number)).mkdir()
+        save_tensors(tmp_path / str(number), tensors)
+        (file,) = (tmp_path / str(number)).iterdir()
+        found.add(file.read_bytes())
+        assert all(torch.equal(x, tensors[name]) for name, x in load_file(file).items())
+    assert len(found) == 1
+
+
+def test_what_is_no_checkpoint_stays(stopped: tuple[Recipe, Path, bytes]) -> None:
+    """Old checkpoints are removed with the files that they list, and nothing else is."""
+    found, run, weights = stopped
+    mine, old = run / "checkpoints/step-00000001", checkpoints_in(run / "checkpoints")[-1]
+    mine.mkdir()
+    (mine / "state.json").write_text('{"mine": 1}')
+    (mine / "weights.safetensors").write_text("mine")
+    (old / "notes.txt").write_text("mine")
+    train(found, run)
+    assert (run / "model.safetensors").read_bytes() == weights
+    assert {path.name for path in mine.iterdir()} == {"state.json", "weights.safetensors"}
+    assert [path.name for path in old.iterdir()] == ["notes.txt"]
 
 
 def test_the_tokenizer_may_lie_elsewhere_but_not_be_another(

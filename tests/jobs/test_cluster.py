@@ -19,6 +19,7 @@ from longnet_cli.jobs.benchmark.simulated import simulate
 from longnet_cli.jobs.estimating.plan import HIDDEN, ROOM, TABLE, Machine, find_machine, shared
 from longnet_cli.jobs.estimating.training_job import memory_by_kind, plan_training, step_flops
 from longnet_cli.jobs.training.recipe import Recipe, load_recipe
+from longnet_cli.jobs.training.start import check_windows
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.running.ranks.exchange import Exchange, even_edges
 from longnet_cli.running.ranks.ranks import Ranks
@@ -162,6 +163,15 @@ def test_a_plan_adds_up(own: Machine) -> None:
     assert alone.seconds["weights"] == pytest.approx(crossed + 40 * 1e-4)
     kinds = memory_by_kind(small(**{"train.chunk": alone.chunk}), torch.device("cpu"), Ranks(0, 4, 1))
     assert alone.memory == {kind: size for kind, size in kinds.items() if size}
+
+
+def test_a_step_of_any_size_is_planned(own: Machine) -> None:
+    """No list is made of its windows: that would take days."""
+    plan, huge = (plan_training(small(**{"train.batch_tokens": n}), own)[0] for n in (1 << 20, (1 << 63) - 1))
+    assert huge.total / plan.total == pytest.approx(huge.tokens / plan.tokens, rel=0.05)
+    ranks = Ranks(0, 4, 1)
+    with pytest.raises(ConfigError, match=r"which 4 groups of ranks cannot share equally: --dp 1 would fit"):
+        check_windows(ranks, 1024, (1 << 62) + 1)
 
 
 def test_what_is_named_stays_and_the_exchange_is_the_planners(own: Machine) -> None:

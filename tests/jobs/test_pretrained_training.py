@@ -170,6 +170,8 @@ def test_lora_leaves_the_merged_model_and_the_adapter(llama: Path, corpus: Path,
     torch.testing.assert_close(merged, weights(tmp_path / "whole"), rtol=0, atol=0)
     assert torch.equal(merged["lm_head.weight"], weights(llama)["lm_head.weight"])
     base = hf.AutoModelForCausalLM.from_pretrained(llama)
+    settings = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
+    assert settings["target_modules"] == sorted(settings["target_modules"])  # a set: equal runs have equal bytes
     adapted = peft.PeftModel.from_pretrained(base, tmp_path / "run/adapter").merge_and_unload().state_dict()
     torch.testing.assert_close(merged, adapted, rtol=1e-6, atol=1e-6)
     other = hf.AutoModelForCausalLM.from_pretrained(llama)

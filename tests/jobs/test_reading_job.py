@@ -8,6 +8,7 @@ import json
 import random
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -228,6 +229,16 @@ def test_a_sample_knows_how_far_it_may_be_off(words: Tokenizer) -> None:
         assert 0 < sample.error < 0.5 * tokens
         inside += abs(sample.tokens_per_byte * sum(sample.bytes) - tokens) <= sample.error
     assert 52 <= inside <= 60  # of 57 that are expected of many
+
+
+def test_a_sample_takes_the_memory_of_its_texts(words: Tokenizer) -> None:
+    tracemalloc.start()
+    sample = Sample(10**9, words)
+    for text in some_texts(words, 5, 0):
+        sample.add(text)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (sample.sampled, sample.error, most < 1 << 24) == (5, 0.0, True)
 
 
 def test_a_sample_of_all_is_exact(words: Tokenizer) -> None:

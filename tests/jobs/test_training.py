@@ -369,6 +369,8 @@ def test_overrides_are_toml_or_text() -> None:
     assert parse_overrides(["a.b=1e-3", "c=[1, 2]", "d=bytes", "e = true"]) == {
         "a.b": 1e-3, "c": [1, 2], "d": "bytes", "e": True,
     }  # fmt: skip
+    prompts = ["contrast.query_prompt=question: ", "a= b", "c = d ", "e='f '"]
+    assert [*parse_overrides(prompts).values()] == ["question: ", " b", "d", "f "]
     with pytest.raises(ConfigError, match="write key=value"):
         parse_overrides(["optimizer.lr"])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +17,11 @@ from conftest import RunLongnet
 from hypothesis import given
 from hypothesis import strategies as st
 from pattern_nets import CAUSAL, draw, foreign, generated, native, net, prompt
+from safetensors.torch import load_file, save_file
 from strategies import chosen_patterns, cuts, split
 
 from longnet_cli.attention import Pattern
+from longnet_cli.basics.atomic import read_manifest, write_manifest
 from longnet_cli.basics.errors import ConfigError, DataError, LongNetError
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.generating import generate
@@ -146,8 +149,19 @@ def test_a_cache_of_transformers_goes_on_as_if_nothing_had_happened(build: str, 
         for each in (LongNetCache.load(tmp_path / "state", model), LongNetCache(model.config))
     ]
     assert torch.equal(*answers)
-    with pytest.raises(ConfigError, match="saved by another model, of SHA-256"):
+    with pytest.raises(ConfigError, match="saved by another model: its weights"):
         LongNetCache.load(tmp_path / "state", make(2.0))
+    facts = read_manifest(tmp_path / "state/manifest.json", None)
+    for sizes in (5, {}, {**facts["sizes"], "batch": 10**9}, {**facts["sizes"], "head_dim": "8"}):
+        write_manifest(tmp_path / "state/manifest.json", facts["version"], {**facts, "sizes": sizes})
+        with pytest.raises(DataError, match=r"not a state that LongNetCache\.save has written"):
+            LongNetCache.load(tmp_path / "state", model)
+    write_manifest(
+        tmp_path / "state/manifest.json", facts["version"], facts | {"sizes": {**facts["sizes"], "batch": 3}}
+    )
+    with pytest.raises(DataError, match="a damaged state: "):
+        LongNetCache.load(tmp_path / "state", model)
+    write_manifest(tmp_path / "state/manifest.json", facts["version"], facts)
     if build == "llama":
         other = use_dilated_attention(make(), Pattern.window(32))
         with pytest.raises(ConfigError, match=r"it was saved with the pattern .*, and this is window:32$"):
@@ -158,13 +172,20 @@ def states(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
 
 
-def test_a_killed_save_leaves_the_old_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed at any rename or removal, the folder has the old state or the new one; the next save removes the rest."""
+@pytest.mark.parametrize("first", [False, True])
+def test_a_killed_save_leaves_the_old_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: bool) -> None:
+    """Killed at any rename or removal, the folder has the old state or the new one; the next save removes the rest.
+
+    A killed first save leaves none, and the next one goes on. What is not of a state stays, whatever its name.
+    """
     model, folder, ids = net(CHOSEN), tmp_path / "state", draw(1, 200)
     monkeypatch.setattr("longnet_cli.running.saved_state.FILE_BYTES", 1 << 13)
-    stream = CausalStream(model)
+    stream, others = CausalStream(model), ["piece-0.safetensors", "piece-12345678-00000.safetensors"]
     stream(ids[:, :100])
-    stream.save(folder)
+    if not first:
+        stream.save(folder)
+        for name in others:
+            (folder / name).write_text("mine")
     later = stream.fork()
     later(ids[:, 100:])
     seen, real = set(), {name: getattr(os, name) for name in ("replace", "unlink")}
@@ -188,14 +209,80 @@ def test_a_killed_save_leaves_the_old_state(tmp_path: Path, monkeypatch: pytest.
             calls, last = 0, last + 1
             with suppress(SystemExit):
                 later.save(folder)
-            seen.add(CausalStream.load(model, folder).position)
+            with suppress(ConfigError):  # no state yet
+                seen.add(CausalStream.load(model, folder).position)
     assert last > 5
-    assert seen == {100, 200}
+    assert seen == ({200} if first else {100, 200})
     assert CausalStream.load(model, folder).position == 200
     stream.save(folder)
     assert CausalStream.load(model, folder).position == 100
     manifest = json.loads((folder / "manifest.json").read_text())["state"]
-    assert {path.name for path in folder.iterdir()} == {"manifest.json", *manifest["files"]}
+    mine = set() if first else {*others}
+    assert {path.name for path in folder.iterdir()} == {"manifest.json", *manifest["files"]} | mine
+    assert {(folder / name).read_text() for name in mine} <= {"mine"}
+
+
+@pytest.mark.parametrize("manifest", ['{"name": "My app", "icons": []}', "{", '{"state": {"files": {}}, "sha256": ""}'])
+def test_a_folder_of_something_else_stays_as_it_is(tmp_path: Path, manifest: str) -> None:
+    """Its manifest.json is not that of a state, and its files have a name that a piece might have."""
+    stream = CausalStream(net(CHOSEN))
+    stream(draw(1, 100))
+    (tmp_path / "manifest.json").write_text(manifest)
+    (tmp_path / "piece-0.safetensors").write_text("mine")
+    old = states(tmp_path)
+    with pytest.raises(ConfigError, match="neither an empty folder nor a state: name a new one"):
+        stream.save(tmp_path)
+    assert states(tmp_path) == old
+    os.remove(tmp_path / "piece-0.safetensors")
+    write_manifest(tmp_path / "manifest.json", 1, {"kind": "another kind"})
+    with pytest.raises(ConfigError, match="neither an empty folder nor a state: name a new one"):
+        stream.save(tmp_path)
+
+
+FORGED = {
+    "tokens": [-1, 0, 1 << 70, "100", None, 100.0, True, 99, 101, 10**15],
+    "dtype": ["load", 3],
+    "reader_sha256": [None, 7],
+    "longnet.pattern": [None, 5, "window:", "nonsense"],
+    "longnet.model": [[1]],
+    "last_tokens": ["x", [1, 2], [10**6], [-1], [1.5]],
+}
+
+
+def test_a_forged_state_is_refused(tmp_path: Path) -> None:
+    """Its digests are right, but a fact is none of a state, or a tensor is missing, or of another shape or type."""
+    model, folder, forged = net(CHOSEN), tmp_path / "state", tmp_path / "forged"
+    stream = CausalStream(model)
+    for part in draw(1, 105).split(35, 1):  # the last group is open: its choice is held
+        stream(part)
+    stream.save(folder)
+    facts = read_manifest(folder / "manifest.json", None)
+    tensors = {name: x for file in folder.glob("*.safetensors") for name, x in load_file(file).items()}
+    assert {name.partition(".")[2] for name in tensors if tensors[name].numel()} >= {"held", "counts", "fine"}
+
+    def forge(changed: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        shutil.rmtree(forged, ignore_errors=True)
+        forged.mkdir()
+        save_file({name: x.contiguous() for name, x in tensors.items()}, forged / "piece.safetensors")
+        write_manifest(forged / "manifest.json", facts["version"], {**facts, **changed})
+        CausalStream.load(model, forged)
+
+    forge({}, tensors)
+    for key, values in FORGED.items():
+        for value in values:
+            with pytest.raises((DataError, ConfigError)):
+                forge({key: value}, tensors)
+    for name, x in tensors.items():
+        wrong = [x[..., None], x.double() if x.dtype != torch.float64 else x.int(), torch.cat([x, x])]
+        wrong += [x[:0]] if x.numel() and not name.endswith(("held", "held_at")) else []
+        for other in (None, *wrong):
+            with pytest.raises(DataError, match="a damaged state: "):
+                forge({}, {key: y for key, y in {**tensors, name: other}.items() if y is not None})
+    for name, value in (("0.held", 10**6), ("0.held", -1), ("ids", 10**6), ("ids", -1)):
+        with pytest.raises(DataError, match="a damaged state: "):
+            forge({}, {**tensors, name: torch.full_like(tensors[name], value)})
+    with pytest.raises(DataError, match="a damaged state: more is not of it"):
+        forge({}, {**tensors, "0.more": torch.zeros(3)})
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
@@ -212,7 +299,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
             {},
             "it was saved by ./mine with the pattern window:16,chosen=4x8.*, and this is window:16$",
         ),
-        (net(CHOSEN, heads=2), {}, r"it was saved by another model, ./mine, of SHA-256 \w{12}\.\.\., not \w{12}\.\.\."),
+        (net(CHOSEN, heads=2), {}, r"it was saved by another model, ./mine: its weights or its configuration differ"),
         (model, {"tokenizer_sha256": "b" * 64}, "another tokenizer, of SHA-256 aaaaaaaaaaaa..., not bbbbbbbbbbbb..."),
         (model, {"dtype": torch.bfloat16}, r"saved in float32, and this run computes in bfloat16 \(--dtype\)"),
     ):

@@ -42,7 +42,7 @@ class Sample:
     def __init__(self, size: int, tokenizer: Tokenizer) -> None:
         self.size, self.tokenizer = size, tokenizer
         self.bytes = array("q")
-        self._found = np.zeros((size, 2))  # tokens and bytes of each text in the sample
+        self._found: list[tuple[int, int]] = []  # tokens and bytes of each text in the sample
         self.seconds = 0.0
         self._tokenized = 0  # bytes
         self._random = np.random.default_rng(SEED)
@@ -54,7 +54,7 @@ class Sample:
             tokens, size, begin = 0, 0, time.perf_counter()
             for ids, n_bytes, _ in self.tokenizer.encode_long(text.parts):
                 tokens, size = tokens + len(ids), size + n_bytes
-            self._found[place] = tokens, size
+            self._found[place : place + 1] = [(tokens, size)]
             self._tokenized += size
             self.seconds += time.perf_counter() - begin
         else:
@@ -67,7 +67,7 @@ class Sample:
 
     @property
     def tokens_per_byte(self) -> float:
-        tokens, size = self._found[: self.sampled].sum(0)
+        tokens, size = (sum(each) for each in zip(*self._found, strict=True)) if self._found else (0, 0)
         return float(tokens / size) if size else 0.0
 
     @property
@@ -87,7 +87,7 @@ class Sample:
         number, texts = self.sampled, len(self.bytes)
         if number == texts:
             return 0.0
-        tokens, size = self._found[:number].T
+        tokens, size = np.array(self._found, float).T
         shares = size / (size.sum() or 1)
         if shares.max() == 1:
             return math.inf

@@ -34,7 +34,6 @@ from longnet_cli.running.chunks import (
 )
 from longnet_cli.running.device import free_memory, matmul_peak, resident_memory, resolve_dtype
 from longnet_cli.running.ranks.ranks import Ranks
-from longnet_cli.running.reader import batches_by_length
 
 EFFICIENCY = 0.4  # share of the measured matmul peak that a training step is assumed to reach
 
@@ -177,7 +176,7 @@ def _tokens_at_once(recipe: Recipe, stage: Stage, ranks: Ranks) -> int:
     """Return the most tokens of a forward pass on one rank, as `gradients.backward` groups or cuts sequences."""
     chunk, rows = recipe.train.chunk * ranks.sp, max(1, recipe.sequences(stage) // ranks.dp)
     if recipe.train.across_documents:
-        rows = len(next(batches_by_length([stage.seq_len] * rows, chunk)))
+        rows = min(rows, max(1, chunk // stage.seq_len))
     return -(-min(chunk, rows * stage.seq_len) // ranks.sp)  # documents of several windows may fill a chunk
 
 

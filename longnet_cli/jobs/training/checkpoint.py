@@ -16,7 +16,7 @@ import shutil
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from longnet_cli.basics import atomic as checksums
 from longnet_cli.basics.atomic import whole_folder
 from longnet_cli.basics.errors import CheckpointError, LongNetError
-from longnet_cli.nets.weights import tensor_digest
+from longnet_cli.nets.weights import sort_metadata, tensor_digest
 from longnet_cli.running.device import random_state, set_random_state
 from longnet_cli.running.ranks.ranks import Ranks
 
@@ -86,9 +86,10 @@ class Checkpoints:
         try:
             with ExitStack() as stack:
                 if self.ranks.first:
-                    # a final one is damaged: no step is written twice otherwise
-                    for old in (final, *self.folder.glob(".step-*.incomplete")):
+                    for old in self.folder.glob(".step-*.incomplete"):
                         shutil.rmtree(old, ignore_errors=True)
+                    # a final one is damaged, also its list of files: no step is written twice otherwise
+                    _remove(final, [STATE, *(path.name for path in final.glob("shard-*-of-*.safetensors"))])
                     stack.enter_context(whole_folder(final, temporary=partial))
                 self.ranks.barrier()
                 save_tensors(partial, tensors)
@@ -97,11 +98,20 @@ class Checkpoints:
             if self.ranks.first:
                 found = checkpoints_in(self.folder)
                 for old in found[found.index(final) + self.keep :]:  # later ones are damaged, and do not count
-                    shutil.rmtree(old)
+                    with suppress(CheckpointError, OSError):  # not a checkpoint of ours, which stays
+                        _remove(old, [*read_state(old)["files"], STATE])
         except Exception as error:  # any error: in a thread it would be lost, and the run without checkpoints
             cause = error.__cause__ or error
             reason = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
             self._error = LongNetError(f"{final}: cannot write the checkpoint: {reason}; the one before it is kept")
+
+
+def _remove(folder: Path, names: Iterable[str]) -> None:
+    """Remove files of a checkpoint, and its folder unless there is anything else in it."""
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -170,7 +180,7 @@ def load_tensors(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def save_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write and flush safetensors files. Raises OSError."""
+    """Write safetensors files: equal tensors give equal bytes. Raises OSError."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
@@ -179,6 +189,9 @@ def save_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
             warnings.simplefilter("ignore", UserWarning)
             writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
             dcp.save(dict(tensors), storage_writer=writer, no_dist=not dist.is_initialized())
+        if not dist.is_initialized() or dist.get_rank() == 0:  # all ranks have written, or rank 0 would still wait
+            for file in folder.glob("*.safetensors"):
+                sort_metadata(file)
     except dcp.CheckpointException as error:
         cause = _cause(error)
         raise cause if isinstance(cause, OSError) else OSError(str(cause)) from None

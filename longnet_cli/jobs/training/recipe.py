@@ -458,7 +458,10 @@ def _pretrained(data: Mapping[str, Any], folder: ModelFolder, where: str) -> dic
 
 
 def parse_overrides(settings: Sequence[str]) -> dict[str, Any]:
-    """Parse `["optimizer.lr=1e-3", "data.tokenizer=bytes"]`: values are TOML, or text where that fails."""
+    """Parse `["optimizer.lr=1e-3", "data.tokenizer=bytes"]`: values are TOML, or text where that fails.
+
+    Text keeps its spaces, unless there is one before the equals sign, as in `data.tokenizer = bytes`.
+    """
     found: dict[str, Any] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
@@ -467,7 +470,7 @@ def parse_overrides(settings: Sequence[str]) -> dict[str, Any]:
         try:
             found[key.strip()] = parse(f"value = {text}", tomllib.loads)["value"]
         except ValueError:
-            found[key.strip()] = text.strip()
+            found[key.strip()] = text.strip() if key.endswith(" ") else text
     return found
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import reduce
+from functools import partial, reduce
 from operator import getitem
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ def check_ranks(recipe: Recipe, ranks: Ranks) -> None:
 def check_windows(ranks: Ranks, seq_len: int, windows: int) -> None:
     """Raise ConfigError where a step's `windows` of `seq_len` tokens cannot be shared, and say what would fit."""
     if windows % ranks.dp:
-        fits = ", ".join(str(dp) for dp in range(1, windows + 1) if windows % dp == 0 and ranks.world % dp == 0)
+        fits = ", ".join(str(dp) for dp in range(1, ranks.world + 1) if windows % dp == 0 and ranks.world % dp == 0)
         raise ConfigError(
             f"a step has {windows} windows of {seq_len} tokens, which {ranks.dp} groups of ranks cannot share equally: "
             f"--dp {fits} would fit, or other train.batch_tokens"
@@ -88,6 +88,7 @@ def check_windows(ranks: Ranks, seq_len: int, windows: int) -> None:
 CHECKPOINTS, BEST = "checkpoints", "best"  # folders of a run
 RECIPE = "recipe.json"
 MODEL_FILES = (WEIGHTS, TOKENIZER, CONFIG)
+RUN_FILES = (BEST, CHECKPOINTS, RECIPE, "metrics.jsonl")
 _NAMES = (("init",), ("data", "tokenizer"))  # keys of a recipe whose values may be on a hub
 
 # True continues the run in the output folder, if there is one; False refuses a folder that holds a run; a path
@@ -109,8 +110,8 @@ def prepare_run(
     A resumed run keeps its chunk, unless another is named, and the commits of a model and a tokenizer on a hub.
 
     Raises ConfigError where there is no recipe and where `output` or a parent is a file. If the run `writes`, also for
-    a folder that holds a model but no run, and where the run would overwrite its data, recipe, tokenizer or initial
-    model.
+    a folder that holds a model but no run, or files of a run's names that no run has written, and where the run would
+    overwrite its data, recipe, tokenizer or initial model.
     """
     folder = Path(output)
     if file := next((path for path in (folder, *folder.parents) if path.is_file()), None):
@@ -129,8 +130,7 @@ def prepare_run(
     if earlier and not found.names_chunk and isinstance(chunk := _stored(earlier, "train", "chunk"), int) and chunk > 0:
         found = found.with_chunk(chunk)
     if writes:
-        if (folder / WEIGHTS).exists() and not (folder / CHECKPOINTS).exists():
-            raise ConfigError(f"{output} already holds a model: name another folder with -o, or remove it")
+        _refuse_others(folder)
         _refuse_overwriting(folder, found, recipe)
     return found
 
@@ -162,6 +162,21 @@ def _recipe_of_run(folder: Path, resume: Resume) -> str | None:
         return next((str(run / RECIPE) for run in runs if (run / RECIPE).exists()), None)
     except OSError as error:  # the name is too long
         raise ConfigError(f"{runs[0]}: {error.strerror}") from None
+
+
+def _refuse_others(folder: Path) -> None:
+    """Raise ConfigError for a folder with files that a run would replace, unless a run has written them.
+
+    A run writes its recipe first, and its recipe is in each checkpoint.
+    """
+    runs = [partial(_stored, str(folder / RECIPE))]
+    runs += [partial(_stored, str(path / STATE), "state", "recipe") for path in checkpoints_in(folder / CHECKPOINTS)]
+    if (folder / WEIGHTS).exists() and not (folder / CHECKPOINTS).exists():
+        raise ConfigError(f"{folder} already holds a model: name another folder with -o, or remove it")
+    if any(all(isinstance(run(table), dict) for table in ("model", "data", "train")) for run in runs):
+        return
+    if other := next((name for name in (*MODEL_FILES, *RUN_FILES) if (folder / name).exists()), None):
+        raise ConfigError(f"{folder} holds {other}, which no run has written: name another folder with -o")
 
 
 def _stored(recipe: str, *keys: str) -> Any:

@@ -29,12 +29,22 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from longnet_cli.attention import FarKeys, KVCache, Past, Pattern
-from longnet_cli.basics.errors import ConfigError
+from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.basics.notation import format_pattern, parse_pattern
 from longnet_cli.nets.net import FarProvider, Net, NetConfig
-from longnet_cli.nets.weights import digest_of, model_origin
+from longnet_cli.nets.weights import digest_of
 from longnet_cli.running.mapped import mapped_empty
-from longnet_cli.running.saved_state import layer_tensors, of_layer, read_state, write_state
+from longnet_cli.running.saved_state import (
+    READER,
+    layer_tensors,
+    of_layer,
+    read_state,
+    reader_facts,
+    restoring,
+    write_state,
+)
+
+_SIZES = ("batch", "num_heads", "head_dim")  # of a cache, in a saved state
 
 
 class AlignedRows(NamedTuple):
@@ -155,7 +165,7 @@ class LongNetCache(hf.DynamicCache):
             **_origin(model, cache.pattern),
             "dtype": str(cache.dtype).removeprefix("torch."),
             "tokens": cache.position,
-            "sizes": {"batch": cache.batch, "num_heads": cache.num_heads, "head_dim": cache.head_dim},
+            "sizes": {name: getattr(cache, name) for name in _SIZES},
             "kv_heads": cache.kv_heads,
         }
         return write_state(Path(folder), facts, layer_tensors(known))
@@ -169,12 +179,17 @@ class LongNetCache(hf.DynamicCache):
         """
         given = _origin(model)
         facts, saved = read_state(Path(folder), given)
+        sizes = facts["sizes"] if isinstance(facts.get("sizes"), dict) else {}
+        numbers = [facts.get("kv_heads"), *(sizes.get(name) for name in _SIZES)]
+        if not all(type(number) is int and 0 < number < 1 << 16 for number in numbers):
+            raise DataError(f"{folder}: not a state that LongNetCache.save has written")
         new, pattern = cls(model.config), parse_pattern(given.get("longnet.pattern", facts["longnet.pattern"]))
         options = {"kv_heads": facts["kv_heads"], "dtype": getattr(torch, facts["dtype"]), "device": model.device}
-        for number, layer in enumerate(new.layers):
-            cache = _new_cache(pattern, **facts["sizes"], **options)
-            cache.restore(facts["tokens"], of_layer(saved, number, model.device))
-            layer.adopt(cache)
+        with restoring(Path(folder)):
+            for number, layer in enumerate(new.layers):
+                cache = _new_cache(pattern, **facts["sizes"], **options)
+                cache.restore(facts["tokens"], of_layer(saved, number, model.device))
+                layer.adopt(cache)
         return new
 
     def update(
@@ -315,16 +330,16 @@ def _new_cache(pattern: Pattern, batch: int, num_heads: int, head_dim: int, **op
 
 
 def _origin(model: hf.PreTrainedModel, pattern: Pattern | None = None) -> dict[str, str]:
-    """Return digest and pattern of a model, in the keys of `model_origin`; by default, the pattern of its config."""
+    """Return digest and pattern of a model, in the keys of `reader_facts`; by default, the pattern of its config."""
     if isinstance(net := getattr(model, "net", None), Net):
-        return model_origin(net, None, None, every=False)
+        return reader_facts(net)
     settings = json.loads(model.config.to_json_string(use_diff=False))
     written = settings.pop("dilated_attention", None)
     if pattern is None and written:
         pattern = Pattern(**written)
     for name in ("transformers_version", "_name_or_path"):  # not of the model
         settings.pop(name, None)
-    known = {"longnet.model_sha256": digest_of(json.dumps(settings, sort_keys=True), model.state_dict())}
+    known = {READER: digest_of(json.dumps(settings, sort_keys=True), model.state_dict())}
     return known | ({"longnet.pattern": format_pattern(pattern)} if pattern else {})
 
 

@@ -6,6 +6,7 @@ An adapted matrix is `W + scale B A`. In the names of its weights, W is `X.base_
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +18,8 @@ from longnet_cli.basics.errors import ConfigError
 
 _NAME = "default"  # peft's name for a model's first adapter
 _BASE, _A, _B = ".base_layer", f".lora_A.{_NAME}.weight", f".lora_B.{_NAME}.weight"
+
+_CONFIG = "adapter_config.json"
 
 State = Mapping[str, Tensor]
 
@@ -48,6 +51,10 @@ def add_lora(
     def save(folder: Path, state: State) -> None:
         named = {f"base_model.model.{name}": tensor for name, tensor in state.items()}
         adapted.save_pretrained(folder, state_dict=named, save_embedding_layers=False)
+        settings = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        if isinstance(settings["target_modules"], list):  # a set of peft's, in the order of its hashes
+            settings["target_modules"].sort()
+        (folder / _CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
 
     return save
 

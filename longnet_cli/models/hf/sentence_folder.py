@@ -134,6 +134,8 @@ def read_sentence_model(folder: Path) -> SentenceModel | None:
     if kinds[:2] != ["Transformer", "Pooling"]:
         raise ConfigError(f"{folder / MODULES}: a Transformer and a Pooling must come first, not {kinds or modules!r}")
     places = [folder / str(each.get("path", "")) for each in modules]
+    if outside := [place for place in places if ".." in place.parts or folder not in (place, *place.parents)]:
+        raise ConfigError(f"{folder / MODULES}: the module in {outside[0]} is outside of the folder")
     if places[0] != folder:
         raise ConfigError(
             f"{folder / MODULES}: its Transformer is in {places[0]}: only one in the folder itself is read"
