@@ -33,6 +33,12 @@ WIDE = Pattern((1024,), (1,))
 RIGHT = dict.fromkeys(("as it comes", "in chunks", "with a pattern", "in chunks, with a pattern"))
 
 
+@pytest.fixture(autouse=True)
+def _nothing_was_tried(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(trying, "TRIED", {})
+
+
 @pytest.mark.parametrize(
     ("name", "outcome", "own", "pattern", "why"),
     [
@@ -50,6 +56,8 @@ RIGHT = dict.fromkeys(("as it comes", "in chunks", "with a pattern", "in chunks,
         ("llama4_text", "own attention", "whole", "refused", "does not serve chunked attention"),
         ("qwen3_5_text", "right", "whole", "whole", ""),
         ("gemma4_text", "right", "in chunks", "in chunks", ""),  # layers of several sizes
+        ("recurrent_gemma", "own attention", "whole", "refused", "every layer of this model has a sliding window"),
+        ("exaone", "right", "in chunks", "in chunks", ""),  # Llama's class, and a configuration of its own
         ("bamba", "right", "whole", "whole", ""),  # an infinity in its config.json
     ],
 )
@@ -58,8 +66,7 @@ def test_one_architecture(name: str, outcome: str, own: str, pattern: str, why: 
     """As if it were not in the list of those that were tried."""
     if name not in hf.CONFIG_MAPPING:
         pytest.skip(f"transformers {hf.__version__} has no {name}")
-    with untried():
-        row = examine(name)
+    row = examine(name)
     assert (row.outcome, row.own, row.pattern.partition(",")[0]) == (outcome, own, pattern), row
     assert why in row.why
 
@@ -96,7 +103,6 @@ def forwards(model: hf.PreTrainedModel) -> list[int]:
 
 def test_a_model_is_tried_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Of an architecture that is not listed; its answer belongs to its configuration, and the list needs no trial."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for listed, again, tokens in ((True, False, []), (False, False, [64] * 3), (False, True, [])):
         monkeypatch.setattr(trying, "TRIED", {"LlamaForCausalLM": RIGHT} if listed else {})
         net = built(llama)
@@ -115,7 +121,6 @@ def test_a_model_is_tried_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 
 def test_a_trial_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trying, "TRIED", {})
     net = built(llama).train()
     before = {name: x.clone() for name, x in net.state_dict().items()}
     use_dilated_attention(net, Pattern.window(16, sinks=2))
@@ -131,13 +136,11 @@ def test_another_attention_is_refused_with_the_difference(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A model whose sliding layers have sinks that its attention function loses, as ours once did."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(trying, "TRIED", {})
     torch.manual_seed(0)
     net = grown(hf.AutoModelForCausalLM.from_config(tiny_config("mimo_v2_flash"))).to(dtype)
     use_dilated_attention(net, WIDE)
     monkeypatch.setattr("longnet_cli.models.hf.attention._with_sink", lambda q, k, v, mask, *_: (q, k, v, mask))
-    for path in tmp_path.glob("longnet/verdicts/*"):
+    for path in tmp_path.glob("cache/longnet/verdicts/*"):
         path.unlink()
     with pytest.raises(ConfigError, match=r"MiMoV2FlashForCausalLM with a pattern differs .* by 0\.\d+ of its nats"):
         use_dilated_attention(net, WIDE)
@@ -147,7 +150,6 @@ def test_another_attention_is_refused_with_the_difference(
 
 def test_chunks_that_are_not_one_pass_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """The net then reads documents whole, and says why."""
-    monkeypatch.setattr(trying, "TRIED", {})
     torch.manual_seed(0)
     net = TransformersNet(grown(hf.AutoModelForCausalLM.from_config(tiny_config("moshi"))))
     assert net.config.memory == "none"
@@ -162,8 +164,6 @@ def test_chunks_that_are_not_one_pass_are_not_read(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_large_model_says_that_it_is_tried(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(trying, "TRIED", {})
     monkeypatch.setattr(trying, "_LARGE", 1000)
     with pytest.warns(
         InputWarning, match="LlamaForCausalLM was not tried yet with a pattern: it is tried on 64 tokens first"
@@ -177,12 +177,12 @@ def test_what_the_command_says(tmp_path: Path) -> None:
     with pa.OSFile(str(tmp_path / "ids.arrow"), "wb") as sink, pa.ipc.new_file(sink, rows.schema) as writer:
         writer.write_table(rows)
     options = ["score", tmp_path / "ids.arrow", "--format", "json", "--bos", "1", "--model"]
-    with untried(), saved("deepseek_v32") as (folder, _):
+    with saved("deepseek_v32") as (folder, _):
         error = refused(*options, folder, "--pattern", "window:16")
         assert error.exit_code == 2
         assert "DeepseekV32ForCausalLM cannot be run with a pattern (TypeError" in str(error)
         assert invoke(*options, folder).exit_code == 0
-    with untried(), saved("diffllama") as (folder, _):
+    with saved("diffllama") as (folder, _):
         results = [invoke(*options, folder, "--pattern", "window:16", "--chunk", n) for n in (8, 100)]
     assert {result.exit_code for result in results} == {0}
     assert results[0].stdout == results[1].stdout
@@ -213,7 +213,6 @@ def test_a_sink_in_a_sliding_layer(new: int, masked: bool) -> None:
 
 
 def test_a_model_that_cannot_run_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trying, "TRIED", {})
     with saved("llama") as (folder, _):
 
         def broken(*args: Any, **options: Any) -> None:
