@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from forked import Command, Forked
@@ -29,11 +30,22 @@ ROOMS_OF_PROCESSES = {"clients", "commands", "docs", "ranks"}  # folders of test
 RunLongnet = Callable[..., subprocess.CompletedProcess]
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    config.add_cleanup(_own_cache().cleanup)
     # A script's background job, `make test &`, starts with Ctrl-C ignored, and `nohup make test` with SIGHUP ignored:
     # commands under test would inherit it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def _own_cache() -> TemporaryDirectory:
+    """Give the tests a cache folder with all that is in the user's, but for what `longnet` itself keeps there."""
+    place, user = TemporaryDirectory(), Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    for path in user.iterdir() if user.is_dir() else ():
+        if path.name != "longnet":
+            Path(place.name, path.name).symlink_to(path)
+    os.environ["XDG_CACHE_HOME"] = place.name
+    return place
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -12,8 +12,12 @@ from torch import Tensor
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'longnet-cli[hf]'")
 
 import transformers as hf
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface
 
 from longnet_cli.attention import SINKS, FarKeys, Pattern
+from longnet_cli.attention.reference import dilated_attention_reference
+from longnet_cli.models.hf.attention import dilated_mask, pattern_of
 from longnet_cli.models.hf.pretrained_net import TransformersNet
 
 SIZES = {"vocab_size": 97, "hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 12}
@@ -103,3 +107,31 @@ def nats_from(net: TransformersNet, tokens: torch.Tensor, start: int) -> torch.T
         net(tokens[:, :n], far=lambda layer, q, k, v: kept.setdefault(layer, (k, v))[:0])
         hidden = net(tokens[:, n:-1], start=start + n, far=lambda layer, q, k, v: [FarKeys(SINKS, 0, n, *kept[layer])])
         return net.nll(hidden, tokens[:, n + 1 :])
+
+
+def reference(module, query, key, value, attention_mask, scaling=None, dropout=0.0, is_causal=None, **options):
+    """The dense-mask reference as an attention function of transformers, "dilated_reference"."""
+    if options.get("sliding_window") is not None:
+        options = {"scaling": scaling, "is_causal": is_causal, "s_aux": options.get("s_aux")}
+        return _sliding(module, query, key, value, attention_mask, **options)
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    lengths = None if attention_mask is None else attention_mask[:, 1]
+    given = {"causal": module.is_causal if is_causal is None else is_causal, "lengths": lengths}
+    given |= {"scale": scaling, "turn": getattr(module, "_dilated_turn", None)}
+    return dilated_attention_reference(q, k, v, pattern_of(module.config), **given).contiguous(), None
+
+
+def _sliding(module, query, key, value, mask, scaling, is_causal, s_aux):
+    """The attention of a sliding window, to which each head may add the score of a sink, `s_aux` (H,)."""
+    if s_aux is None:
+        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, is_causal=is_causal)
+    k, v = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    seen = torch.ones(query.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - query.shape[2])
+    seen = seen if mask is None else mask
+    scores = (query @ k.mT * scaling).masked_fill(~seen, float("-inf"))
+    scores = torch.cat([scores, s_aux.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
+    return (scores.softmax(-1)[..., :-1] @ v).transpose(1, 2).contiguous(), None
+
+
+hf.AttentionInterface.register("dilated_reference", reference)
+AttentionMaskInterface.register("dilated_reference", dilated_mask)

@@ -190,8 +190,6 @@ class EncodeOptions:
             raise ConfigError("the CLS is one vector of a whole slide: take the mean of its tiles (--pool mean)")
         if self.prefix and not net.config.causal and not framed:
             raise ConfigError("a bidirectional model reads nothing before a document: leave out --prefix")
-        if self.bos is not None and not net.config.causal and not framed:
-            raise ConfigError("a bidirectional model reads nothing before a document: leave out --bos")
         if self.all_layers and (pools[1:] or pools[0] not in ("cls", "mean", "first", "last")):
             raise ConfigError(f"--all-layers has no pooling {self.pool}: take mean, first, last or cls")
         if self.context is not None and self.context > (net.config.max_tokens or self.context):
@@ -218,7 +216,7 @@ class EncodeOptions:
                     f"{document.where}: the ids {opening} and {closing} stand around the document, and encode adds "
                     "them itself: leave them out when you tokenize (longnet tokenize does)"
                 )
-        sequence = net.sequence(document, (*opening, *(self.prefix or ())), self.tile_size, closing)
+        sequence = net.sequence(document, (*opening, *(self.prefix or ())), self.tile_size, self.closing)
         if len(document) and len(sequence) <= (self.unpooled or 0):
             raise DataError(
                 f"{document.where}: nothing is pooled: {self.unpooled} tokens count as the prompt's, as in "

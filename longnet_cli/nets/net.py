@@ -207,15 +207,15 @@ class Net(nn.Module):
         return None
 
     def start_rows(self, bos: Bos) -> np.ndarray:
-        """Return the rows that the net reads before each document: the ids of `bos`, (n,) int64."""
-        return np.array(bos_ids(bos), np.int64)
+        """Return the rows that the net reads before each document: the ids of `bos`, (n,) int64, if it is causal."""
+        return np.array(bos_ids(bos) if self.config.causal else (), np.int64)
 
     def sequence(
-        self, document: D, bos: Bos = None, tile_size: float | None = None, closing: Sequence[int] = ()
+        self, document: D, bos: Bos = None, tile_size: float | None = None, closing: Sequence[int] | None = None
     ) -> InputSequence[D]:
-        """Return a document as the net reads it, between `start_rows(bos)` and the ids `closing`.
+        """Return a document as the net reads it, after `start_rows(bos)`; `tile_size` is for a net with a grid.
 
-        `tile_size` is for a net with a grid.
+        With `closing`, any net reads it between the ids `bos` and these.
 
         Raises ConfigError for ids where the net reads vectors, or the reverse; DataError for vectors of another size.
         """
@@ -226,8 +226,9 @@ class Net(nn.Module):
             raise DataError(
                 f"{document.where}: its vectors have {document.width} numbers, and the model reads {self.row_size}"
             )
-        end_rows = np.array(closing, np.int64)
-        return InputSequence(document, self.start_rows(bos), self.config.max_tokens, self.choices, end_rows=end_rows)
+        start_rows = self.start_rows(bos) if closing is None else np.array(bos_ids(bos), np.int64)
+        end_rows = np.array(closing or (), np.int64)
+        return InputSequence(document, start_rows, self.config.max_tokens, self.choices, end_rows=end_rows)
 
     def inputs_like(self, shape: tuple[int, int]) -> Tensor:
         """Return inputs of the shape (B, N), on the net's device, to measure with: random ids, or vectors of zeros."""

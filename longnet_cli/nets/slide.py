@@ -137,7 +137,7 @@ class VectorNet(LongNet):
         return np.full((1, self.config.in_features + 2), CLS_CELL, np.float32)
 
     def sequence(
-        self, document: D, bos: Bos = None, tile_size: float | None = None, closing: Sequence[int] = ()
+        self, document: D, bos: Bos = None, tile_size: float | None = None, closing: Sequence[int] | None = None
     ) -> InputSequence[D]:
         """Return a document as the net reads it; see `Net.sequence`. Raises, and warns, as `tile_cells` does, too."""
         found = super().sequence(document, bos)

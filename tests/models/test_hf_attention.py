@@ -43,14 +43,12 @@ from hf_models import (
     qwen3,
     rotary,
 )
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface
 
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.cache import cached_rows
 from longnet_cli.attention.reference import dilated_attention_reference
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.models.hf.attention import dilated_attention_forward, dilated_mask, pattern_of, use_dilated_attention
+from longnet_cli.models.hf.attention import dilated_attention_forward, pattern_of, use_dilated_attention
 from longnet_cli.models.hf.longnet_cache import LongNetCache
 
 
@@ -85,21 +83,6 @@ def test_one_full_segment_is_the_models_own_attention(model: Callable[[], hf.Pre
     expected = outputs_and_gradients(net, "sdpa", **inputs)
     use_dilated_attention(net, Pattern((150,), (1,)))
     assert_equal(outputs_and_gradients(net, "dilated", **inputs), expected)
-
-
-def reference(module, query, key, value, attention_mask, scaling=None, dropout=0.0, is_causal=None, **options):
-    """The dense-mask reference as an attention function of transformers."""
-    if options.get("sliding_window") is not None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal)
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    lengths = None if attention_mask is None else attention_mask[:, 1]
-    given = {"causal": module.is_causal if is_causal is None else is_causal, "lengths": lengths}
-    given |= {"scale": scaling, "turn": getattr(module, "_dilated_turn", None)}
-    return dilated_attention_reference(q, k, v, pattern_of(module.config), **given), None
-
-
-hf.AttentionInterface.register("dilated_reference", reference)
-AttentionMaskInterface.register("dilated_reference", dilated_mask)
 
 
 @pytest.mark.parametrize(

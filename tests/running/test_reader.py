@@ -16,10 +16,16 @@ from longnet_cli.running.reader import Reader, batches_by_length
 
 
 def test_batches_by_length() -> None:
-    lengths = [3, 100, 7, 7, 1, 40]
-    batches = list(batches_by_length(lengths, limit=50))
-    assert batches == [[1], [5], [2, 3, 0, 4]]
+    lengths = [3, 100, 7, 7, 1, 40, 0, 2]
+    batches = list(batches_by_length(lengths, limit=200))
+    assert batches == [[1], [5], [2, 3], [0, 7, 4]]
     assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= 50 for b in batches)
+    lengths = [100 - i for i in range(50)] * 3
+    for batch in batches_by_length(lengths, limit=8192):
+        longest = max(lengths[i] for i in batch)
+        area = longest * len(batch)
+        assert area <= 2048
+        assert area - longest < 256 or 16 * min(lengths[i] for i in batch) >= 15 * longest
 
 
 @pytest.mark.parametrize("chunk", [0, -1])

@@ -71,7 +71,8 @@ class EncodeJob:
     def __init__(self, net: Net, options: EncodeOptions) -> None:
         options.check(net)
         self.net, self.options, self.alone = net, options, bool(options.all_layers)
-        self.around = len(net.start_rows((*bos_ids(options.bos), *(options.prefix or ())))) + len(options.closing or ())
+        before = net.start_rows((*bos_ids(options.bos), *(options.prefix or ())))
+        self.around = len(before) if options.closing is None else options.around
 
     def sequence(self, document: Document) -> InputSequence[Document]:
         return self.options.sequence(self.net, document)

@@ -24,12 +24,14 @@ needs `use_dilated_attention` after loading, too.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -48,12 +50,14 @@ from longnet_cli.models.hf.auto_longnet import LongNetPreTrainedModel  # registe
 from longnet_cli.models.hf.longnet_cache import MEMORY, AlignedRows, Memory, by_rows, columns_of
 from longnet_cli.models.hf.pretrained_folder import ATTENTION_NAME, mark, register, unmark
 from longnet_cli.models.hf.rotary import make_phases_exact, turns
+from longnet_cli.models.hf.trying import hidden_states, why_not
 
 _TURN = "_dilated_turn"  # attribute of an attention module: the `Turn` of its sinks and chosen blocks, or None
 _PATTERN = "_dilated_pattern"  # attribute of an attention module: its config, what that says, and the `Pattern`
 _FINDS = "_dilated_finds"  # attribute of an attention module: the `Finds` of all layers of its model
 _OWN = "_own_attention"  # attribute of a model: the name of its earlier attention
 
+_NO_LAYER = "every layer of this model has a sliding window: there is no global attention to replace"
 # settings of a config that dilated attention does not support
 _REFUSED_CONFIG = {
     "is_encoder_decoder": "an encoder-decoder",
@@ -61,7 +65,7 @@ _REFUSED_CONFIG = {
     "attention_chunk_size": "chunked attention",
 }
 # unsupported options of a layer: they go beyond a plain softmax of scaled scores
-_REFUSED_OPTIONS = {"softcap", "s_aux", "position_bias", "head_mask", "output_attentions"}
+_REFUSED_OPTIONS = {"s_aux", "position_bias", "head_mask", "output_attentions"}
 
 
 def use_dilated_attention(model: PreTrainedModel, pattern: Pattern | None = None) -> PreTrainedModel:
@@ -70,8 +74,9 @@ def use_dilated_attention(model: PreTrainedModel, pattern: Pattern | None = None
     `pattern` goes into `model.config.dilated_attention`, where `save_pretrained` keeps it. None takes the pattern that
     is already there. With sinks or chosen blocks, the model runs on a few tokens, to find out how it rotates its keys.
     Rotary phases become exact at any position, where possible (`transformers_rotary.make_phases_exact`). Returns the
-    model. Raises ConfigError for a model that has no pattern, no layer with global attention, attention of another
-    kind, or positions by which sinks and chosen blocks cannot be moved.
+    model. An architecture that was not tried is tried first, on a few tokens (`trying`). Raises ConfigError for a model
+    that has no pattern, no layer with global attention, attention of another kind, or positions by which sinks and
+    chosen blocks cannot be moved.
     """
     config = model.config
     if isinstance(model, LongNetPreTrainedModel):
@@ -84,19 +89,52 @@ def use_dilated_attention(model: PreTrainedModel, pattern: Pattern | None = None
         "sliding_attention" if getattr(config, "sliding_window", 0) else ""
     ]
     if all(kind == "sliding_attention" for kind in kinds):
-        raise ConfigError("every layer of this model has a sliding window: there is no global attention to replace")
-    found = turns(model) if moves else {}
-    if config._attn_implementation != ATTENTION_NAME:
-        setattr(model, _OWN, config._attn_implementation)
-    model.set_attn_implementation(ATTENTION_NAME)
-    if model.config._attn_implementation != ATTENTION_NAME:  # transformers only warns, and keeps the old attention
-        raise ConfigError(f"{type(model).__name__} does not pick its attention by name: it cannot be made dilated")
+        raise ConfigError(_NO_LAYER)
+    earlier = config._attn_implementation
+    try:
+        model.set_attn_implementation(ATTENTION_NAME)
+        if config._attn_implementation != ATTENTION_NAME:  # transformers only warns, and keeps the old attention
+            raise ConfigError(f"{type(model).__name__} does not pick its attention by name: it cannot be made dilated")
+        if wrong := why_not(model, "with a pattern", partial(_seeing_all, model)):
+            raise ConfigError(wrong)
+        found = turns(model) if moves else {}
+    except Exception as error:
+        with suppress(ValueError):
+            model.set_attn_implementation(earlier)
+        if isinstance(error, ValueError):  # transformers refuses an attention that the model does not support
+            raise ConfigError(" ".join(str(error).split())) from None
+        raise
+    if earlier != ATTENTION_NAME:
+        setattr(model, _OWN, earlier)
     finds = Finds()
     for module, turn in found.items():
         setattr(module, _TURN, turn)
         setattr(module, _FINDS, finds)
     make_phases_exact(model)
     return model
+
+
+def _seeing_all(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Return hidden states of ids (B, N) with a dense pattern, which sees all that the model's own attention sees.
+
+    Raises ConfigError if no layer takes it.
+    """
+    written = model.config.dilated_attention
+    try:
+        write_pattern(model.config, Pattern.dense())
+        for module in model.modules():
+            module.__dict__.pop(_PATTERN, None)
+        hidden = hidden_states(model, ids)
+    finally:
+        model.config.dilated_attention = written
+    check_taken(model)
+    return hidden
+
+
+def check_taken(model: PreTrainedModel) -> None:
+    """Raise ConfigError if no layer of a model that has run takes a pattern."""
+    if not any(_PATTERN in module.__dict__ for module in model.modules()):
+        raise ConfigError(_NO_LAYER)
 
 
 def use_own_attention(model: PreTrainedModel) -> PreTrainedModel:
@@ -181,8 +219,12 @@ def dilated_attention_forward(
     a longer sequence, and `documents`, the lengths of the documents in it.
     Raises ConfigError for options that dilated attention does not support, ValueError for wrong masks and keys.
     """
+    if options.get("softcap"):
+        raise ConfigError("dilated attention has no softcap")
     if options.get("sliding_window") is not None:
         options |= {"scaling": scaling, "dropout": dropout, "is_causal": is_causal}
+        if (sinks := options.pop("s_aux", None)) is not None:
+            query, key, value, attention_mask = _with_sink(query, key, value, attention_mask, sinks, scaling)
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     pattern = _pattern_of(module)
     for name in _REFUSED_OPTIONS & options.keys():
@@ -258,6 +300,24 @@ def dilated_attention_forward(
         memory.step(q.shape[1])
     # if no row has a token, return zeros with a gradient of zeros
     return q.masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0) if out is None else out, None
+
+
+def _with_sink(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor, scaling: float | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return query, key, value and mask for sdpa, with one more key that all tokens see: it scores `sinks` (H,).
+
+    Its value is zero. Scores get one more dimension: a query has its head's sink there, over `scaling`; the new key has
+    1, and all others 0.
+    """
+    (batch, heads, new, size), tokens = query.shape, key.shape[2]
+    if mask is None:  # all tokens are in one window
+        mask = torch.ones(new, tokens, dtype=torch.bool, device=query.device).tril(tokens - new)[None, None]
+    scores = (sinks / (size**-0.5 if scaling is None else scaling)).to(query.dtype)
+    query = torch.cat([query, scores.view(1, heads, 1, 1).expand(batch, heads, new, 1)], -1)
+    key, value = F.pad(key, (0, 1, 0, 1)), F.pad(value, (0, 0, 0, 1))
+    key[:, :, -1, -1] = 1
+    return query, key, value, F.pad(mask, (0, 1), value=True)
 
 
 def _cached(k: Tensor, v: Tensor, pattern: Pattern, num_heads: int, start: int) -> list[FarKeys]:

@@ -69,6 +69,15 @@ def from_file(settings: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def with_infinities(data: Any) -> Any:
+    """Return settings with the floats that transformers writes as {"__float__": "Infinity"}, as JSON has none."""
+    if isinstance(data, Mapping):
+        if [*data] == ["__float__"] and data["__float__"] in ("Infinity", "-Infinity", "NaN"):
+            return float(data["__float__"])
+        return {name: with_infinities(x) for name, x in data.items()}
+    return [with_infinities(x) for x in data] if isinstance(data, list) else data
+
+
 def mark(config: Any) -> None:
     """Make a configuration save itself through `to_file`, in place: its class becomes a subclass of the same name."""
     if isinstance(config, hf.PretrainedConfig) and not hasattr(type(config), _OWN_CLASS):

@@ -35,6 +35,7 @@ from longnet_cli.basics.errors import CheckpointError, ConfigError
 from longnet_cli.basics.notation import format_pattern
 from longnet_cli.models.hf.attention import (
     ATTENTION_NAME,
+    check_taken,
     pattern_of,
     use_dilated_attention,
     use_own_attention,
@@ -43,13 +44,14 @@ from longnet_cli.models.hf.attention import (
 from longnet_cli.models.hf.longnet_cache import LongNetCache
 from longnet_cli.models.hf.lora import State, add_lora, merged
 from longnet_cli.models.hf.pretrained_config import TransformersConfig
-from longnet_cli.models.hf.pretrained_folder import ADAPTER, from_file, write_folder
+from longnet_cli.models.hf.pretrained_folder import ADAPTER, from_file, with_infinities, write_folder
 from longnet_cli.models.hf.rotary import FLOAT32_POSITIONS, ROPE_OF_LENGTH, make_phases_exact, rope_parameters
+from longnet_cli.models.hf.trying import NOT_OF_THE_MODEL, body, first_position, why_not
 from longnet_cli.nets.net import FarProvider, Net
 from longnet_cli.nets.weights import check_finite
+from longnet_cli.running.chunks import open_stream
 
 MOST_LAYERS = 10_000  # each is made before a weight is read
-_NOT_OF_THE_MODEL = ("transformers_version", "_name_or_path")  # keys of its configuration
 _CACHE_NAMES = ("cache", "past_key_values")  # the argument of forward, and its older name
 _ENCODERS = {"mpnet"}  # which look in both directions, though their modules do not say so
 _CACHED_LAYERS = {"full_attention", "sliding_attention"}
@@ -64,8 +66,9 @@ _NOTES = {
 class TransformersNet(Net):
     """A model of transformers behind LongNet's interface, in eval mode and with the attention that it has.
 
-    `as_trained` limits it to sequences of the length that it was trained on. Raises ConfigError for a model that is not
-    a text Transformer.
+    `as_trained` limits it to sequences of the length that it was trained on. A model of an architecture that was not
+    tried is tried here (`trying`): if its numbers in chunks are not those of one forward pass, it reads no chunks.
+    Raises ConfigError for a model that is not a text Transformer, or that gives other numbers than transformers.
     """
 
     def __init__(self, model: hf.PreTrainedModel, *, as_trained: bool = False) -> None:
@@ -76,7 +79,7 @@ class TransformersNet(Net):
         self._save_adapter: Callable[[Path, State], None] | None = None  # writes LoRA's adapter
         self.dilated = dilated = model.config._attn_implementation == ATTENTION_NAME
         self.config: TransformersConfig = _facts(model, dilated, as_trained)
-        self._accepted = frozenset(inspect.signature(model.base_model.forward).parameters)
+        self._accepted = frozenset(inspect.signature(body(model).forward).parameters)
         self._cache_name = next((name for name in _CACHE_NAMES if name in self._accepted), None)
         if self.config.causal:
             kinds = {*(getattr(model.config, "layer_types", None) or ["full_attention"])}
@@ -87,13 +90,14 @@ class TransformersNet(Net):
         if not make_phases_exact(model):
             most = min(self.config.max_tokens or FLOAT32_POSITIONS, FLOAT32_POSITIONS)
             self.config = self.config.model_copy(update={"max_tokens": most})
-        self.note = _NOTES[self.config.memory]
+        wrong = self._try()
+        self.note = f"{wrong}: {_NOTES['none']}" if wrong else _NOTES[self.config.memory]
         if dilated and self.config.streams:  # then the memory "cache" is a LongNetCache, which is bounded
             self.note = _GROWS if self.config.pattern == Pattern.dense() else _too_wide(model, self.config.pattern)
         if as_trained and (limit := self.config.max_tokens):
             self.note = f"no pattern is given: dense attention as it was trained, on up to {limit} tokens"
             if not self.config.streams:
-                self.note += f"; {_NOTES['none']}"
+                self.note += f"; {wrong}" * bool(wrong) + f"; {_NOTES['none']}"
             if not _positions(model):
                 window = (
                     "pretrained" if limit >= _reach(Pattern.pretrained()) else f"window:{max(4, limit // 2)},sinks=4"
@@ -115,7 +119,7 @@ class TransformersNet(Net):
 
         @torch.no_grad()
         def read(tokens: Tensor, *, edges: Sequence[int] | None = None) -> Tensor:
-            return self.model.base_model(input_ids=tokens, **cache).last_hidden_state
+            return body(self.model)(input_ids=tokens, **cache).last_hidden_state
 
         return read
 
@@ -147,10 +151,10 @@ class TransformersNet(Net):
             first, *others = documents or [given.shape[1]]
             runs = [range(start, start + first), *map(range, others)]
             positions = torch.cat([torch.arange(x.start, x.stop, device=given.device) for x in runs])
-            options["position_ids"] = positions[None]
+            options["position_ids"] = positions[None] + first_position(self.model)
         if "use_cache" in self._accepted:
             options["use_cache"] = False
-        return self.model.base_model(input_ids=tokens, inputs_embeds=embeddings, **options).last_hidden_state
+        return body(self.model)(input_ids=tokens, inputs_embeds=embeddings, **options).last_hidden_state
 
     def add_steps(self, steps: Sequence[nn.Module]) -> None:
         """Let `head` end with these modules, in float32, which map pooled states (..., size) to vectors."""
@@ -218,6 +222,26 @@ class TransformersNet(Net):
             found = self.model.get_output_embeddings()(self(ids))
             return torch.allclose(found, self.model(input_ids=ids).logits, rtol=1e-5, atol=1e-6)
 
+    def _try(self) -> str | None:
+        """Return why this net reads no chunks, and let it read none; None if chunks are right, or there are none.
+
+        Raises ConfigError if its own attention does not give transformers' numbers. (For a pattern,
+        `use_dilated_attention` has tried.)
+        """
+        if not self.dilated and (wrong := why_not(self.model, "as it comes", self)):
+            raise ConfigError(wrong)
+        if not self.config.streams:
+            return None
+        form = "in chunks, with a pattern" if self.dilated else "in chunks"
+        if wrong := why_not(self.model, form, self._in_chunks, self):
+            self.config = self.config.model_copy(update={"memory": "none"})
+        return wrong
+
+    def _in_chunks(self, tokens: Tensor) -> Tensor:
+        """Return the hidden states of tokens (B, N), which come in three chunks, the last token alone."""
+        stream, half = open_stream(self), tokens.shape[1] // 2
+        return torch.cat([stream(x) for x in tokens.split([half, tokens.shape[1] - half - 1, 1], 1)], 1)
+
     @torch.no_grad()
     def _far_keys_reach_every_layer(self) -> bool:
         """Return whether all layers take far keys, tried on two tokens. Sliding windows and recurrence do not."""
@@ -228,6 +252,7 @@ class TransformersNet(Net):
             return []
 
         self(torch.zeros(1, 2, dtype=torch.int64, device=next(self.parameters()).device), far=far)
+        check_taken(self.model)
         return asked == list(range(self.config.num_layers))
 
 
@@ -335,12 +360,13 @@ def read_architecture(folder: Path, settings: Mapping[str, Any]) -> tuple[Any, A
     kind, names = data.get("model_type"), data.get("architectures") or [None]
     found: Any = getattr(hf, str(names[0]), None)
     known = isinstance(found, type) and issubclass(found, hf.PreTrainedModel) and kind in hf.CONFIG_MAPPING
-    if not known or found.config_class is not hf.CONFIG_MAPPING[kind]:
+    own = hf.CONFIG_MAPPING[kind] if known else None
+    if not known or (found.config_class is not own and hf.MODEL_FOR_CAUSAL_LM_MAPPING.get(own, None) is not found):
         raise ConfigError(
             f"{folder}: transformers {hf.__version__} does not know the architecture {names[0]} (model_type {kind})"
         )
     try:
-        return hf.CONFIG_MAPPING[kind].from_dict(data), found
+        return hf.CONFIG_MAPPING[kind].from_dict(with_infinities(data)), found
     except Exception as error:  # a class checks its values as it likes
         raise ConfigError(f"{folder}/config.json: {' '.join(str(error).split())}") from None
 
@@ -376,15 +402,12 @@ def _positions(model: hf.PreTrainedModel) -> int | None:
     if getattr(model.config, "rope_parameters", None):
         return None
     limit = getattr(model.config, "max_position_embeddings", None)
-    for name, table in model.named_modules():
-        if limit and name.endswith("position_embeddings") and getattr(table, "padding_idx", None) is not None:
-            return limit - table.padding_idx - 1  # RoBERTa's positions start after the padding's
-    return limit
+    return limit and limit - first_position(model)
 
 
 def _layers(model: hf.PreTrainedModel, number: int) -> nn.ModuleList:
     """Return the layers, first to last; an empty list if they are not in one list."""
-    lists = (x for x in model.base_model.modules() if isinstance(x, nn.ModuleList))
+    lists = (x for x in body(model).modules() if isinstance(x, nn.ModuleList))
     return next((x for x in lists if len(x) == number), nn.ModuleList())
 
 
@@ -394,10 +417,10 @@ def _facts(model: hf.PreTrainedModel, dilated: bool, as_trained: bool) -> Transf
     if getattr(config, "is_encoder_decoder", False):
         raise ConfigError(f"{name} is an encoder-decoder: longnet takes decoders and encoders")
     causal = getattr(config, "is_causal", True) is not False  # False makes a decoder look in both directions
-    directions = {causal and module.is_causal for module in model.base_model.modules() if hasattr(module, "is_causal")}
+    directions = {causal and module.is_causal for module in body(model).modules() if hasattr(module, "is_causal")}
     if not directions and config.model_type in _ENCODERS:
         directions = {False}
-    sizes = [getattr(config, key, None) for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")]
+    sizes = [_setting(config, key) for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")]
     if len(directions) != 1 or None in sizes or not isinstance(model.get_input_embeddings(), nn.Embedding):
         raise ConfigError(f"{name} is not a text Transformer with one kind of attention, causal or not")
     if changing := {rope.get("rope_type") for rope in rope_parameters(config)} & {*ROPE_OF_LENGTH}:
@@ -410,9 +433,9 @@ def _facts(model: hf.PreTrainedModel, dilated: bool, as_trained: bool) -> Transf
         dim=dim,
         num_layers=num_layers,
         num_heads=num_heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
-        head_dim=getattr(config, "head_dim", None) or dim // num_heads,
-        ffn_dim=getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * dim,
+        kv_heads=_setting(config, "num_key_value_heads") or num_heads,
+        head_dim=_setting(config, "head_dim") or dim // num_heads,
+        ffn_dim=_setting(config, "intermediate_size") or _setting(config, "n_inner") or 4 * dim,
         causal=directions.pop(),
         memory="none",
         max_tokens=_positions(model) or (getattr(config, "max_position_embeddings", None) if as_trained else None),
@@ -421,5 +444,14 @@ def _facts(model: hf.PreTrainedModel, dilated: bool, as_trained: bool) -> Transf
         parameters=parameters,
         trained=parameters,
         layer_weights=sum(p.numel() for p in _layers(model, num_layers).parameters() if p.dim() >= 2),
-        source=json.dumps({key: value for key, value in settings.items() if key not in _NOT_OF_THE_MODEL}),
+        source=json.dumps({key: value for key, value in settings.items() if key not in NOT_OF_THE_MODEL}),
     )
+
+
+def _setting(config: Any, name: str) -> Any:
+    """Return a setting of a configuration, the largest one if each layer has its own; None if there is none."""
+    try:
+        found = getattr(config, name, None)
+    except RuntimeError:  # how transformers says that layers differ
+        found = [getattr(layer, name) for layer in config.per_layer_config]
+    return max(found) if isinstance(found, list | tuple) else found

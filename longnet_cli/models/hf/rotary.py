@@ -27,6 +27,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from longnet_cli.attention.sinks import Turn
 from longnet_cli.basics.errors import ConfigError
+from longnet_cli.models.hf.trying import attending, body
 
 # frequencies that depend on the longest sequence of a batch: a document's numbers would depend on the other rows
 ROPE_OF_LENGTH = ("dynamic", "longrope")
@@ -114,6 +115,8 @@ class _ExactPhases:
     ) -> tuple[Tensor, Tensor]:
         given = self.names.bind(*args, **kwargs).arguments
         positions = given["position_ids"]
+        if positions.dim() == made[0].dim():  # of several dimensions (mrope): they are the same for text
+            positions = positions[0]
         columns, scale = self.tables[given.get("layer_type")]
         phase = positions.double()[..., None] * columns.to(positions.device)
         phase = phase.remainder(2 * math.pi)
@@ -163,13 +166,11 @@ def turns(model: PreTrainedModel) -> dict[nn.Module, Turn | None]:
         raise ConfigError(f"{name} has positions that depend on the sequence's length (rope_type {changing.pop()})")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ConfigError(f"{name} has no weights yet: how it turns its keys cannot be tried")
-    frequencies = [x for key, x in model.base_model.named_buffers() if key.endswith("inv_freq")]
-    tables = [
-        m for key, m in model.base_model.named_modules() if key.endswith(_LEARNED) and isinstance(m, nn.Embedding)
-    ]
+    frequencies = [x for key, x in body(model).named_buffers() if key.endswith("inv_freq")]
+    tables = [m for key, m in body(model).named_modules() if key.endswith(_LEARNED) and isinstance(m, nn.Embedding)]
     if tables and not frequencies:
         return dict.fromkeys(_keys(model))
-    if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
+    if "position_ids" not in inspect.signature(body(model).forward).parameters:
         raise ConfigError(f"{name} takes no position_ids: how it turns its keys cannot be tried")
     before, after = (_keys(model, position) for position in (_POSITION, _POSITION + _DISTANCE))
     found: dict[nn.Module, Turn | None] = {}
@@ -216,18 +217,11 @@ def _keys(model: PreTrainedModel, position: int | None = None) -> dict[nn.Module
     options: dict[str, Any] = {"input_ids": torch.linspace(0, len(table) - 1, 8, device=table.device).long()[:, None]}
     if position is not None:
         options["position_ids"] = torch.full((8, 1), position, device=table.device)
-    if "use_cache" in inspect.signature(model.base_model.forward).parameters:
+    if "use_cache" in inspect.signature(body(model).forward).parameters:
         options["use_cache"] = False
-    modes = [(module, module.training) for module in model.modules()]
-    implementation = model.config._attn_implementation
-    model.set_attn_implementation(_PROBE)
-    try:
-        model.eval().base_model(**options)
-    finally:
-        model.set_attn_implementation(implementation)
-        for module, mode in modes:
-            module.training = mode
-    return {module: module.__dict__.pop(_KEYS) for module, _ in modes if _KEYS in module.__dict__}
+    with attending(model, _PROBE):
+        body(model)(**options)
+    return {module: module.__dict__.pop(_KEYS) for module in model.modules() if _KEYS in module.__dict__}
 
 
 def _probe(

@@ -10,8 +10,10 @@ import transformers as hf
 from torch import Tensor
 
 from longnet_cli.attention import Pattern
-from longnet_cli.models.hf.attention import use_dilated_attention
+from longnet_cli.models.hf.attention import ATTENTION_NAME, write_pattern
 from longnet_cli.models.hf.lora import add_lora
+from longnet_cli.models.hf.pretrained_folder import with_infinities
+from longnet_cli.models.hf.trying import hidden_states
 from longnet_cli.running.device import precision
 
 _TOKENS = 64
@@ -30,14 +32,15 @@ def measured_bytes(source: str, lora: str, dtype: str) -> tuple[int, int]:
 
 
 def _a_token(settings: dict, layers: int, lora: dict | None, dtype: str) -> int:
-    config = hf.CONFIG_MAPPING[settings["model_type"]].from_dict(settings)
+    config = hf.CONFIG_MAPPING[settings["model_type"]].from_dict(with_infinities(settings))
     config.num_hidden_layers = layers
     if kinds := getattr(config, "layer_types", None):
         config.layer_types = kinds[:layers]
     with torch.device("meta"):
         model = getattr(hf, settings["architectures"][0])(config)
     model = model.to_empty(device="cpu").train()
-    use_dilated_attention(model, Pattern.dense())
+    write_pattern(model.config, Pattern.dense())
+    model.set_attn_implementation(ATTENTION_NAME)  # its weights are no numbers: nothing can be tried
     if lora is not None:
         add_lora(model, **lora)
     few, many = (_saved(model, tokens, dtype) for tokens in (_TOKENS, 2 * _TOKENS))
@@ -54,6 +57,6 @@ def _saved(model: hf.PreTrainedModel, tokens: int, dtype: str) -> int:
 
     ids = torch.zeros(1, tokens, dtype=torch.int64)
     with precision(dtype, ids.device), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        hidden = hidden_states(model, ids)
         del hidden
     return sum(x.untyped_storage().nbytes() for x in found.values())

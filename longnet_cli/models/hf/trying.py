@@ -1,0 +1,171 @@
+"""A model whose architecture nobody has tried is tried on a few tokens, before its first number.
+
+tried.json has the architectures that were tried, tiny and with random weights, and what was wrong with each in each
+form: as it comes, in chunks, with a pattern. `tests/architectures.py` makes it, and docs/architectures.md. Any other
+model is compared with transformers' own eager attention, on one token more than the smallest window or chunk in its
+configuration. What differs is refused, in one line that names the architecture and the difference. The answer is kept
+(`basics.verdicts`), so a model is tried once.
+
+B batch, N tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from longnet_cli.basics.configuration import digest
+from longnet_cli.basics.errors import InputWarning, LongNetError
+from longnet_cli.basics.verdicts import remembered
+
+Run = Callable[[Tensor], Tensor]  # ids (B, N) -> hidden states (B, N, dim)
+
+FEW, MOST = 64, 512  # tokens of a trial: without a window or chunk in the configuration, and with a long one
+# the largest difference of a token's nats, relative to their mean; in 16 bits, also 3 times that of eager and sdpa
+TOLERANCE, TOLERANCE_16 = 1e-3, 2e-2
+_WINDOWS = re.compile(r"(window|chunk|block)(_size|_length)?|local_attention")
+_LARGE = 10**8  # parameters from which a trial takes time that is worth a line
+NOT_OF_THE_MODEL = ("transformers_version", "_name_or_path")  # keys of its configuration
+
+
+def body(model: PreTrainedModel) -> Any:
+    """Return the part of a model that makes hidden states."""
+    inner = model.base_model
+    return next((x for x in model.children() if isinstance(x, PreTrainedModel)), model) if inner is model else inner
+
+
+def first_position(model: PreTrainedModel) -> int:
+    """Return the position of a first token: RoBERTa's positions start after the padding's, all others at 0."""
+    for name, table in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(table, "padding_idx", None) is not None:
+            return table.padding_idx + 1
+    return 0
+
+
+def hidden_states(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Return the hidden states (B, N, dim) of ids (B, N), in one forward pass without a cache."""
+    options = {"use_cache": False} if "use_cache" in inspect.signature(body(model).forward).parameters else {}
+    return body(model)(input_ids=ids, **options).last_hidden_state
+
+
+@contextmanager
+def attending(model: PreTrainedModel, implementation: str | None = None) -> Iterator[None]:
+    """Put a model into eval mode, without gradients and with an attention by name (None: its own), for a while."""
+    modes, before = [(module, module.training) for module in model.modules()], model.config._attn_implementation
+    try:
+        if implementation:
+            model.set_attn_implementation(implementation)
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        if implementation:
+            model.set_attn_implementation(before)
+        for module, mode in modes:
+            module.training = mode
+
+
+def why_not(model: PreTrainedModel, form: str, run: Run, expected: Run | None = None) -> str | None:
+    """Return why `run`, the model in a `form`, does not give the numbers of `expected`; None if it does.
+
+    `form` is "as it comes", "with a pattern", "in chunks" or "in chunks, with a pattern"; `expected` None is the model
+    with transformers' eager attention. Raises a LongNetError that `run` raises.
+    """
+    name = type(model).__name__
+    if form in (known := TRIED.get(name, {})):
+        return known[form]
+    settings = json.loads(model.config.to_json_string(use_diff=False))
+    for key in (*NOT_OF_THE_MODEL, "dilated_attention"):
+        settings.pop(key, None)
+    weight = next(model.parameters())
+    if weight.is_meta:  # it has no numbers yet
+        return None
+    asked = {"trial": form, "architecture": name, "config": digest(settings)}
+    asked |= {"dtype": str(weight.dtype), "device": weight.device.type}
+    return remembered(asked, partial(_try, model, form, run, expected or partial(_own, model, "eager")))
+
+
+def _try(model: PreTrainedModel, form: str, run: Run, expected: Run) -> str | None:
+    architecture, weight = type(model).__name__, next(model.parameters())
+    count = _tokens(model)
+    if sum(p.numel() for p in model.parameters()) >= _LARGE:
+        line = f"{architecture} was not tried yet {form}: it is tried on {count} tokens first"
+        warnings.warn(line, InputWarning, stacklevel=2)
+    ids = _some_ids(model, count + 1)
+
+    def nats(run: Run) -> Tensor:
+        return _nats(model, run(ids[:, :-1]), ids[0, 1:])
+
+    try:
+        with attending(model):
+            right, found = nats(expected), nats(run)
+            allowed = TOLERANCE
+            if weight.dtype.itemsize < 4:
+                allowed = TOLERANCE_16
+                with suppress(ValueError):  # a model without sdpa
+                    eager, sdpa = (nats(partial(_own, model, name)) for name in ("eager", "sdpa"))
+                    allowed = max(allowed, 3 * _difference(sdpa, eager))
+    except (LongNetError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a model's code fails as it likes
+        said = " ".join(str(error).split())
+        return f"{architecture} cannot be run {form} ({type(error).__name__}: {said[:160]})"
+    difference = _difference(found, right)
+    if difference <= allowed:
+        return None
+    by = f"{difference:.2g} of its nats per token ({count} tokens)"
+    return f"{architecture} {form} differs from its own attention by {by}"
+
+
+def _own(model: PreTrainedModel, implementation: str, ids: Tensor) -> Tensor:
+    with attending(model, implementation):
+        return hidden_states(model, ids)
+
+
+def _nats(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Return nats (N,), as the output layer alone gives them, or the hidden states (1, N, dim) without such a layer."""
+    output: Any = model.get_output_embeddings()
+    if not isinstance(output, nn.Linear) or output.in_features != hidden.shape[-1]:
+        return hidden.float()
+    return F.cross_entropy(output(hidden[0]).float(), targets, reduction="none")
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).abs().max() / expected.abs().mean()).item()
+
+
+def _some_ids(model: PreTrainedModel, count: int) -> Tensor:
+    """Return random ids (1, count) of a model, none of them special, such as padding or the place of an image."""
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    size = min(len(table.weight) for table in tables if table is not None)
+    special = {x for key, x in model.config.get_text_config().to_dict().items() if "token" in key and type(x) is int}
+    plain = torch.tensor([x for x in range(size) if x not in special])
+    chosen = torch.randint(len(plain), (1, count), generator=torch.Generator().manual_seed(0))
+    return plain[chosen].to(next(model.parameters()).device)
+
+
+def _tokens(model: PreTrainedModel) -> int:
+    """Return one token more than the smallest window or chunk in a model's configuration, at least 8, at most MOST."""
+    config = model.config.get_text_config().to_dict()
+    named = {key: x for key, x in config.items() if isinstance(x, int) and _WINDOWS.search(key)}
+    sizes = [x for key, x in named.items() if x > 1 and "layer" not in key]
+    longest = config.get("max_position_embeddings")
+    longest = longest - first_position(model) if isinstance(longest, int) else MOST
+    return min(max(8, min(sizes) + 1) if sizes else FEW, MOST, longest)
+
+
+TRIED: dict[str, dict[str, str | None]] = json.loads(Path(__file__).with_name("tried.json").read_text())[
+    "architectures"
+]
