@@ -60,7 +60,8 @@ def write_chosen(path: str | Path, pattern: Pattern, metadata: Mapping[str, str]
             first, _, queries, _ = part.groups
             for window, of_row in zip(windows[part.rows], chosen, strict=True):
                 name = window.sequence.document.doc_id  # type: ignore[attr-defined]
-                for start, blocks in zip(range(first, len(window), every), of_row.tolist(), strict=False):
+                groups = zip(range(first, len(window), every), of_row.tolist(), strict=False)  # others are padding
+                for start, blocks in groups:
                     stop = min(start + queries, len(window))  # the rest is padding
                     rows.append({"doc_id": name, "layer": layer, "start": start, "stop": stop, "blocks": blocks})
             if len(rows) >= BATCH:
