@@ -89,7 +89,7 @@ OPTIONS = {
 --resume              rows       --resume ../start/run
 --no-resume           code       --no-resume @ ../in/recipe.json -o run +run
 --dry-run             stdout     --dry-run
---on                  stdout     --on h100x8 | --on h200x64 @ ../in/recipe.json --dry-run
+--on                  stdout     --on h100x8 | --on a100x8 @ ../in/recipe.json --dry-run
 --format              stdout     --format json @ ../in/recipe.json --dry-run
 --nproc               processes  --nproc 2
 --sp                  processes  --sp 2
@@ -99,7 +99,7 @@ OPTIONS = {
 {DEVICE}
 --dtype               rows       --dtype bf16
 --chunk               memory     --chunk 16Ki | --chunk 1Ki @ ../in/recipe.json -o run --data ../in/long.txt --seq-len 16Ki --steps 1
---spill               opened     --spill ../in/spill
+--spill               opened     --spill ../in/spill @ ../in/recipe.json -o run --chunk 8
 --quiet               stderr     -q
 """,
     "plot": """
@@ -246,7 +246,7 @@ hello -m ../in/native -n 6 --format jsonl
 STAGE = """'train.stages=[{"seq_len":%d,"steps":%d}]'"""
 WINDOW = f"model.segment_lengths=[8] model.dilation_rates=[1] model.look_back=1 {STAGE % (64, 2)}"
 ONCE = "model.look_back=1 model.overlap=once"
-MASKED = "model.causal=false train.objective=masked train.chunk=16"
+MASKED = "model.causal=false train.objective=masked"
 ROWS = "data.train=[../in/rows.jsonl]"
 CONTRAST = f"train.objective=contrast {ROWS} data.column=text"
 PAIRS = f"{CONTRAST} data.pair=body"
@@ -304,13 +304,13 @@ train.stages.seq_len          rows       {STAGE % (8, 3)}
 train.stages.steps            rows       {STAGE % (16, 2)}
 train.objective               rows       train.objective=contrast @ {ROWS} data.column=text
 train.mask_rate               rows       train.mask_rate=0.5 @ {MASKED}
-train.batch_tokens            rows       train.batch_tokens=128
+train.batch_tokens            rows       train.batch_tokens=64
 train.chunk                   memory     train.chunk=16384 | train.chunk=512 @ data.train=[../in/long.txt] {STAGE % (16384, 1)}
 train.across_documents        rows       train.across_documents=true @ {ROWS}
 train.dtype                   rows       train.dtype=bf16
-train.spill                   opened     train.spill=../in/spill
+train.spill                   opened     train.spill=../in/spill @ train.chunk=8
 train.activation_checkpointing  memory   train.activation_checkpointing=false | train.activation_checkpointing=true @ data.train=[../in/long.txt] {STAGE % (16384, 1)} train.chunk=16384 model.num_layers=6
-train.compile                 compiled   train.compile=true
+train.compile                 compiled   train.compile=true @ train.chunk=8
 train.seed                    rows       train.seed=1
 train.loss_jump               code       train.loss_jump=1e-9 @ optimizer.lr=1.0
 train.log_every               rows       train.log_every=2

@@ -54,7 +54,8 @@ MEASURED = re.compile(r"seconds|_per_second|peak_|mfu|bytes_per")
 # Runs commands in one process, each in its folder, and writes what they did.
 RUN = """
 import json, os, sys, time
-from typer.testing import CliRunner
+from functools import cache
+from typer import testing
 from longnet_cli.cli.app import app
 
 seen = []
@@ -67,11 +68,12 @@ def look(event, args):
         seen.append(("asked", str(args[1])))
 
 sys.addaudithook(look)
+testing._get_command = cache(testing._get_command)  # which takes as long as a small command
 for run in json.load(open(sys.argv[1])):
     os.chdir(run["folder"])
     seen.clear()
     began = time.process_time()
-    done = CliRunner().invoke(app, run["args"])
+    done = testing.CliRunner().invoke(app, run["args"])
     found = {kind: sorted({what for other, what in seen if other == kind}) for kind in ("opened", "asked")}
     error = done.exception if not isinstance(done.exception, SystemExit) else None
     found |= {"code": getattr(error, "exit_code", 1) if error else done.exit_code, "error": repr(error)}
@@ -317,7 +319,7 @@ BASE_RECIPE = {
     "data": {"train": ["../in/t.txt"]},
     "optimizer": {"lr": 0.01},
     "schedule": {"warmup_steps": 1},
-    "train": {"stages": [{"seq_len": 16, "steps": 3}], "batch_tokens": 64, "log_every": 1, "chunk": 8},
+    "train": {"stages": [{"seq_len": 16, "steps": 3}], "batch_tokens": 32, "log_every": 1, "chunk": 16},
 }
 
 
