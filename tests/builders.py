@@ -20,6 +20,7 @@ from longnet_cli.data.documents import Document
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.training.recipe import Recipe, load_recipe
+from longnet_cli.models.official import to_torchscale
 from longnet_cli.nets.config import LongNetConfig, SlideConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.slide import SlideEncoder
@@ -184,6 +185,29 @@ def slide_encoder(**changes: Any) -> SlideEncoder:
     """A slide encoder of random weights, always the same."""
     torch.manual_seed(0)
     return SlideEncoder(slide_config(**changes)).eval()
+
+
+def official_slide_state(**changes: Tensor) -> dict[str, Tensor]:
+    """A small slide encoder under the official names."""
+    torch.manual_seed(0)
+    encoder = SlideEncoder(
+        SlideConfig(
+            dim=32,
+            num_layers=2,
+            num_heads=16,
+            ffn_dim=64,
+            in_features=6,
+            **{name: getattr(SlideConfig.gigapath(), name) for name in ("segment_lengths", "dilation_rates")},
+        )
+    )
+    ours = encoder.net.state_dict()
+    inner = LongNet(LongNetConfig(**{name: getattr(encoder.config, name) for name in LongNetConfig.model_fields}))
+    inner.load_state_dict({name: ours[name] for name in inner.state_dict()})
+    state = {f"encoder.{name}": tensor for name, tensor in to_torchscale(inner).items()}
+    state["cls_token"] = ours["cls"][None, None]
+    for kind in ("weight", "bias"):
+        state |= {f"patch_embed.proj.{kind}": ours[f"project.{kind}"], f"norm.{kind}": ours[f"norm.{kind}"]}
+    return {name: tensor.clone() for name, tensor in (state | changes).items()}
 
 
 def slide(tiles: int, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,7 @@
-"""Small embedding models with random weights, saved by sentence-transformers itself, in the layouts that it has had."""
+"""Small embedding models with random weights, saved by sentence-transformers itself, in the layouts that it has had.
+
+Only `save_model` needs the library.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,6 @@ from typing import Any
 import tokenizers
 import torch
 import transformers as hf
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Dense, Normalize, Transformer
-from sentence_transformers.sentence_transformer.modules import LayerNorm, Pooling
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 WORDS = ["the", "an", "of", "long", "net", "reads", "document", "query", "passage", "vector", "makes", "window"]
@@ -119,6 +119,10 @@ def save_model(
 
     `older` rewrites the files into the layout of versions before 6. `settings` are added to tokenizer_config.json.
     """
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Dense, Normalize, Transformer
+    from sentence_transformers.sentence_transformer.modules import LayerNorm, Pooling
+
     words = words or word_pieces()
     specials = {"pad_token": words.id_to_token(1 if kind in ("xlm-roberta", "mpnet") else 0)}
     specials["sep_token"] = words.id_to_token(words.encode("a").ids[-1])

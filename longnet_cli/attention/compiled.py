@@ -62,10 +62,8 @@ def _prepare(
         tuple(segment_lengths), tuple(dilation_rates), head_offsets, tuple(look_back) or 0, overlap, queries, sinks,
         fixed if biases is None else "learned",
     )  # fmt: skip
-    far_keys = [
-        FarKeys(level, begin, end, k_, v_)
-        for level, begin, end, k_, v_ in zip(spans[::3], spans[1::3], spans[2::3], far[::2], far[1::2], strict=False)
-    ]
+    each = zip(spans[::3], spans[1::3], spans[2::3], far[::2], far[1::2], strict=False)  # `far` may end with sinks
+    far_keys = [FarKeys(level, begin, end, k_, v_) for level, begin, end, k_, v_ in each]
     given = [keys.span for keys in far_keys]
     turned = sink_rows(pattern, start, q.shape[1], documents, given) if len(far) > 2 * len(far_keys) else None
     chosen = select_kernel(q.device, q.dtype, q.shape[-1], kernel)

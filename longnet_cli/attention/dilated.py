@@ -404,11 +404,12 @@ class _MergedBranches(torch.autograd.Function):
         grads = merged_backward(ctx.plan, ctx.scale, ctx.kernel, *saved, far_first, ctx.chosen, learned)
         if not far_first:
             on_far(grads[3:])
-        for d, dx in zip(of_sinks, grads[1:3], strict=False):
+        for d, dx in zip(of_sinks, grads[1:3], strict=False):  # there may be no sinks
             assert sinks is not None
             sinks.rows.give_own(d, dx)
         of_bias = learned.gradient(dout, out, lse).to(level_bias.dtype) if learned and learned.lse is not None else None
-        return (None,) * 6 + (of_bias,) + tuple(d.to(x.dtype) for d, x in zip(grads, (q, k, v, *far), strict=False))
+        inputs = zip(grads, (q, k, v, *far), strict=False)  # turned sinks, at the end, have given theirs
+        return (None,) * 6 + (of_bias,) + tuple(d.to(x.dtype) for d, x in inputs)
 
 
 def _blocks(lengths: Sequence[int] | None, documents: Sequence[int] | None, batch: int, tokens: int) -> Iterator[Place]:

@@ -130,7 +130,7 @@ class Blocks:
         """Copy blocks (n,), ascending, of one row of the batch to `into` (k and v, n, tokens of a block, K, D)."""
         firsts = [0, *accumulate(piece.shape[2] for piece in self._pieces)]
         places = torch.searchsorted(blocks, blocks.new_tensor(firsts)).tolist()
-        for piece, first, (start, stop) in zip(self._pieces, firsts, pairwise(places), strict=False):
+        for piece, first, (start, stop) in zip(self._pieces, firsts[:-1], pairwise(places), strict=True):
             if start < stop:
                 index = (blocks[start:stop] - first).to(piece.device)
                 for x, y in zip(into[:, start:stop], piece[:, row], strict=True):

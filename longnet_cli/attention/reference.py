@@ -132,7 +132,7 @@ def _voted(
         scores = torch.einsum("vhd,cmhd->vhcm", voters[every - 1 :: every], means) * scale
         shares = scores.logsumexp(-1).softmax(-1).pow(power).mean((0, 1)) ** (1 / power)
         own = torch.zeros(len(blocks)).to(shares).index_put((torch.tensor(candidates),), shares).tolist()
-        return [max(score, NEIGHBOUR * before) for before, score in zip([0.0, *own], own, strict=False)]
+        return [max(score, NEIGHBOUR * before) for before, score in zip([0.0, *own][:-1], own, strict=True)]
 
     def best(scores: list[float], number: int) -> list[int]:
         return sorted(sorted(blocks, key=lambda block: -scores[block])[:number])  # stable: the earlier one of equals

@@ -31,11 +31,12 @@ class StrictModel(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _mean_what_they_say(cls, value: Any, info: ValidationInfo) -> Any:
-        switch = cls.model_fields[info.field_name or ""].annotation is bool
+        field = cls.model_fields[info.field_name or ""]
+        switch = field.annotation is bool
         for item in _items(value):
             if isinstance(item, bool) and not switch:
                 raise ValueError(f"{str(item).lower()} is not a number or a name")
-            if item == "":
+            if item == "" != field.default:
                 raise ValueError("it is empty")
             if isinstance(item, str) and not _is_text(item):
                 raise ValueError("it has a character that no file name or text has")
@@ -109,9 +110,10 @@ def _items(value: Any) -> Iterator[Any]:
 def _is_text(value: str) -> bool:
     """Return whether a string has no NUL and no lone surrogate, which JSON can spell; escaped bytes are allowed."""
     try:
-        return bool(value.encode("utf-8", "surrogateescape")) and "\0" not in value
+        value.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
         return False
+    return "\0" not in value
 
 
 def _lines(cls: type[BaseModel], error: ValidationError) -> list[str]:

@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,7 +18,7 @@ from longnet_cli.basics.sizes import format_bytes
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.dry_run import Format, check_on, show_plans, show_training
 from longnet_cli.cli.options import COMPUTE, INPUT, OUTPUT, bare_or, option, read_pattern, size_option
-from longnet_cli.cli.output import printable
+from longnet_cli.cli.output import tell
 from longnet_cli.cli.progress import Advance, progress
 from longnet_cli.cli.starting import ask_hub, freeze_imports, launch
 from longnet_cli.running.ranks.launch import LAUNCHED
@@ -195,10 +196,7 @@ def train(
     quiet = quiet or not ranks.first
     total, most = found.tokens, "at most " if found.data.pair else ""
 
-    def print_note(line: str) -> None:
-        if ranks.first:
-            typer.echo(printable(line), err=True)
-
+    print_note = partial(tell, quiet=quiet)
     mesh = f" on {ranks.dp} x {ranks.sp} ranks" if ranks.world > 1 else ""
     all_steps = f"{found.train.steps:,} steps, {most}{total:,} tokens"
     print_note(f"training {found.model.trained:,} parameters for {all_steps}{mesh}")

@@ -130,7 +130,8 @@ class ShardFolder:
         """
         found = sum(1 for _ in islice(documents, self.documents))
         if self.documents:
-            for (where, now), then in zip(self._opened, self._manifest.contents, strict=False):
+            both = zip(self._opened, self._manifest.contents, strict=False)  # either may have opened more files
+            for (where, now), then in both:
                 if now and then and now != then:
                     raise DataError(
                         f"{where}: cannot resume: the file has changed since {self.folder} was begun: give the same "

@@ -351,7 +351,7 @@ class PairStream(TokenStream):
     def __init__(self, documents: Sequence[Document], eos_id: int, others: Sequence[Sequence[Document]] = ()) -> None:
         super().__init__(documents, eos_id)
         self.others = others
-        for key, found in zip(("pair", "negative"), others, strict=False):
+        for key, found in zip(("pair", "negative")[: len(others)], others, strict=True):
             if len(found) != len(documents):
                 raise DataError(f"data.{key} has {len(found)} documents and data.column {len(documents)}")
 
@@ -371,7 +371,7 @@ class PairStream(TokenStream):
             texts = [document.read(*span) for span in draw_spans(len(document), longest[:2], seed)]
         else:
             columns = (document, *(found[index] for found in self.others))
-            texts = [each.read(0, n) for each, n in zip(columns, longest, strict=False)]
+            texts = [each.read(0, n) for each, n in zip(columns, longest[: len(columns)], strict=True)]
         start = document.read(0, DIGEST_TOKENS)  # equal documents under two names are one
         return texts, [_key(start, len(document)), *map(_key, texts)]
 
@@ -385,13 +385,15 @@ class PairWindows(TokenWindows):
     def __init__(self, *args: object, before: tuple[Sequence[int], Sequence[int]], **options: object) -> None:
         """`before` are the ids before first and second texts, of which only the first id is not pooled.
 
-        Raises ConfigError if they leave no room for a text.
+        Raises ConfigError if they leave no room for a text, DataError for pairs that teach nothing: only one, or all
+        with the same text.
         """
         super().__init__(*args, **options)  # type: ignore[arg-type]
         self.before = [np.asarray(ids, np.int64) for ids in (*before, before[1])]  # a negative is a second text
-        self.longest = [self.seq_len - len(ids) for ids in before]
+        self.longest = [self.seq_len - len(ids) for ids in self.before]
         if min(self.longest) < 1:
             raise ConfigError(f"a text of {self.seq_len} tokens has no room after the tokens that it starts with")
+        self._check_negatives()
 
     def batch(self, numbers: Sequence[int]) -> PairBatch:  # type: ignore[override]
         """Return these pairs of the run."""
@@ -401,9 +403,8 @@ class PairWindows(TokenWindows):
             stream = self.sources[source]
             assert isinstance(stream, PairStream)
             found, key = stream.pair(stream.locate(start), self.longest, (self.seed, n))
-            texts.append(
-                [PairText(np.concatenate(x), min(1, len(x[0]))) for x in zip(self.before, found, strict=False)]
-            )
+            parts = zip(self.before[: len(found)], found, strict=True)
+            texts.append([PairText(np.concatenate(part), min(1, len(part[0]))) for part in parts])
             keys.append(key)
         sides = [[*side] for side in zip(*texts, strict=True)]
         return PairBatch(sides[0], sides[1], sides[2] if len(sides) > 2 else [], np.array(keys, np.int64))
@@ -412,6 +413,19 @@ class PairWindows(TokenWindows):
         assert isinstance(stream, PairStream)
         if not len(stream.usable):
             raise DataError(f"{name} has no document that gives a pair: two tokens, or a token in each column")
+
+    def _check_negatives(self) -> None:
+        """Raise DataError where no pair has another to be told from. It stops at the first two that differ."""
+        pairs, common = 0, set[int]()
+        for stream in self.sources:
+            assert isinstance(stream, PairStream)
+            for index in stream.usable.tolist():
+                keys = {*stream.pair(index, self.longest, (self.seed, index))[1][:3]}
+                pairs, common = pairs + 1, common & keys if pairs else keys
+                if not common:
+                    return
+        what = f"all {pairs} pairs have the same text" if pairs > 1 else "there is only one pair"
+        raise DataError(f"{what}: contrast learns to tell a pair from others, and needs two with different texts")
 
     def _epoch(self, source: int, epoch: int) -> "_PairEpoch":  # type: ignore[override]
         stream = self.sources[source]

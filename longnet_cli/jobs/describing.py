@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -423,7 +424,7 @@ def draw_text(
     if not (color and blocks):
         return "\n".join("".join(_letter(cell, levels) for cell in row).rstrip() for row in cells)
     return "\n".join(
-        _half_blocks(*pair) for pair in zip(cells[::2], [*cells[1::2], [NOTHING] * len(cells)], strict=False)
+        _half_blocks(*pair) for pair in zip_longest(cells[::2], cells[1::2], fillvalue=[NOTHING] * len(cells))
     )
 
 

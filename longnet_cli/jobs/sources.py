@@ -1,8 +1,9 @@
 """The sources of an answer, from the blocks that the content chose, and the file that `score --chosen` writes.
 
-Sources are passages of what was read that were chosen while the answer was generated, more than before. For each block,
-the share of a generated token's layers that see it is compared with the share of the groups before that have chosen it,
-where they could. The blocks with the largest difference, and neighbours with half of it, are passages.
+Sources are passages of what was read that were chosen while the answer was generated, more often than before. For each
+block, the share of a generated token's layers that see it is compared with the share of the groups before that have
+chosen it, where they could, by the log-likelihood ratio. The blocks with the largest, and neighbours with half of it,
+are passages.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ def write_chosen(path: str | Path, pattern: Pattern, metadata: Mapping[str, str]
             first, _, queries, _ = part.groups
             for window, of_row in zip(windows[part.rows], chosen, strict=True):
                 name = window.sequence.document.doc_id  # type: ignore[attr-defined]
-                for start, blocks in zip(range(first, len(window), every), of_row.tolist(), strict=False):
+                groups = zip(range(first, len(window), every), of_row.tolist(), strict=False)  # others are padding
+                for start, blocks in groups:
                     stop = min(start + queries, len(window))  # the rest is padding
                     rows.append({"doc_id": name, "layer": layer, "start": start, "stop": stop, "blocks": blocks})
             if len(rows) >= BATCH:
@@ -70,6 +72,7 @@ def write_chosen(path: str | Path, pattern: Pattern, metadata: Mapping[str, str]
 
 
 PASSAGES = 3
+LEAST_SHARE = 1e-3  # so that one choice of a block that nothing chose before says little
 
 
 class Passage(NamedTuple):
@@ -108,7 +111,7 @@ class Sources:
         number = max(int(seen.max()) + 1, len(self._before))
         share = np.bincount(seen, minlength=number) / len(self._seen)
         before = np.pad(self._before, (0, number - len(self._before)))
-        more, passages = share - before, list[Passage]()
+        more, passages = _surprise(share, before), list[Passage]()
         more[0] = 0  # every group sees the first block
         ids, size = torch.cat(self.stream.ids, 1)[0].cpu().numpy(), self.pattern.chosen_block
         while len(passages) < PASSAGES and more.max() > 0:
@@ -138,3 +141,13 @@ class Sources:
         ends = np.maximum(np.arange(blocks) * pattern.chosen_block, pattern.chosen_keys)
         first = (ends // w + back + 1) * w  # the first query that sees blocks beyond the end
         return (-(-self.stream.position // pattern.chosen_every) - -(-first // pattern.chosen_every)).clip(0)
+
+
+def _surprise(share: np.ndarray, before: np.ndarray) -> np.ndarray:
+    """Return how much likelier choices of each block are by its share than by the one before, in nats per choice.
+
+    It is negative for smaller shares. Their difference would rank the blocks first that nearly everything chooses: from
+    0.6 to 1 is more than from 0 to 0.3. So would the difference of log odds, which has no limit towards 1.
+    """
+    p, q = share.clip(LEAST_SHARE, 1 - LEAST_SHARE), before.clip(LEAST_SHARE, 1 - LEAST_SHARE)
+    return np.sign(p - q) * (p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q)))

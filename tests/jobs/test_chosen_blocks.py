@@ -67,6 +67,34 @@ def test_the_passages_that_the_answer_chose(saved: bool, tmp_path: Path, monkeyp
     assert all(each.text == text[each.start : each.end] for each in found)
 
 
+def test_three_questions_have_three_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks 1 and 2 are chosen by three in five groups, and always in answers; each answer's own by every third."""
+    own = 0
+
+    def drawn(_: Chosen, q: Tensor, row: int, part: GroupedPart, *more: object) -> tuple[Tensor, None]:
+        first, number, *_ = part.groups
+        found = []
+        for group in range(first // 4, first // 4 + number):
+            hubs = [1, 2] if group % 5 < 3 or group >= 50 else [5, 6]
+            found.append([*hubs, own if group >= 50 and group % 3 == 0 else 3 + group % 2])
+        return torch.tensor(found) - 1, None
+
+    monkeypatch.setattr(Chosen, "_voted", drawn)
+    net = native(Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4))
+    text = "".join(chr(97 + i // 8) for i in range(200))  # a letter per block
+    read, found = CausalStream(net), {}
+    read(torch.from_numpy(WORDS.encode(text)).long()[None])
+    for own in (9, 13, 17):
+        stream = read.fork()
+        watch, question = Sources(stream), Document("d", WORDS.encode("what"), None, "d")
+        steps = generate(net, question, bos=None, tokenizer=WORDS, stream=stream, max_tokens=60)
+        next(steps)
+        watch.begin()
+        assert len([*steps]) == 59
+        found[own] = [each.text for each in watch.found(WORDS)]
+    assert [first for first, *_ in found.values()] == [8 * chr(97 + own) for own in found]
+
+
 def test_a_question_that_chooses_more_often_counts_in_its_own_groups(tmp_path: Path) -> None:
     net, finer = (native(Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=n)) for n in (8, 4))
     finer.load_state_dict(net.state_dict())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,21 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from builders import SIZES, metrics_of, tiny_llama, tiny_net
+from conftest import RunLongnet
 from files import write_rows
 from many_ranks import mesh, run_ranks
+from processes import Start, kill_training
 from torch import Tensor
 
 from longnet_cli.attention import Pattern
-from longnet_cli.basics.errors import ConfigError
+from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.data.documents import Document
 from longnet_cli.data.windows import SHORTEST, PairBatch, PairStream, PairWindows, draw_spans
 from longnet_cli.jobs.training.contrast import TextReader, backward_pairs, contrast_loss, ranking, read_pairs
 from longnet_cli.jobs.training.loop import train
 from longnet_cli.jobs.training.recipe import ContrastRecipe, Recipe, load_recipe
 from longnet_cli.models.folder import ModelFolder
+from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import Net
 from longnet_cli.running.ranks.ranks import Ranks
 
@@ -112,6 +116,7 @@ def test_the_gradient_is_that_of_the_plain_loss(
     net, settings = make_net(kind, tmp_path), ContrastRecipe(**settings)
     batch = windows(columns=columns).batch(range(8))  # of five or six documents: some come twice
     assert {text.first for text in batch.texts} == {1}  # prompts are pooled, as in encode
+    assert batch.shape == (max(columns, 2), 8)
     loss = plain_loss(net, batch, settings)
     loss.backward()
     expected = gradients(net)
@@ -273,9 +278,9 @@ def recipe(corpus: Path, **changes: Any) -> Recipe:
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    """Documents of one word each, and a question about each."""
+    """Documents of one word each, a question about each, and another document that is like it."""
     words = [chr(97 + i) * 3 + " " for i in range(24)]
-    rows = [{"text": word * 40, "question": f"where is {word}?"} for word in words]
+    rows = [{"text": word * 40, "question": f"where is {word}?", "other": f"no {word}" * 20} for word in words]
     return write_rows(tmp_path / "corpus.parquet", rows)
 
 
@@ -306,11 +311,21 @@ def test_a_resumed_run_is_the_uninterrupted_one(corpus: Path, tmp_path: Path) ->
     train(found, tmp_path / "again", resume=str(tmp_path / "whole/checkpoints/step-00000002"))
     whole, again = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "again"))
     assert whole == again
+    assert load_recipe(str(tmp_path / "whole/recipe.json"), {}) == found  # by which `train -o` goes on
     assert [line["step"] for line in metrics_of(tmp_path / "again")] == [3, 4]
     assert metrics_of(tmp_path / "whole")[-1]["tokens"] == pytest.approx(found.tokens, rel=0.2)
     temperatures = [[line["temperature"] for line in metrics_of(tmp_path / name)] for name in ("whole", "again")]
     assert temperatures[0][2:] == temperatures[1]
     assert len({0.05, *temperatures[0]}) == 5
+
+
+@pytest.mark.slow
+def test_forty_kills(start: Start, corpus: Path, tmp_path: Path) -> None:
+    stages = [{"seq_len": 32, "steps": 100}, {"seq_len": 100, "steps": 100}]
+    columns = {"data.pair": "question", "data.negative": "other", "train.stages": stages, "train.chunk": 60}
+    found = recipe(corpus, **columns, **{"model.dropout": 0.1, "contrast.temperature": "learned"})
+    (tmp_path / "recipe.json").write_text(found.model_dump_json())
+    kill_training(lambda run: start("train", tmp_path / "recipe.json", "-q", "-o", run, fresh=True), tmp_path, 40)
 
 
 def train_on(corpus: Path, folder: Path) -> None:
@@ -327,6 +342,75 @@ def test_a_run_of_ranks_is_that_of_one_process(corpus: Path, tmp_path: Path) -> 
             assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
             assert found["tokens"] == wanted["tokens"]
         assert found["held_out_loss"] == pytest.approx(wanted["held_out_loss"], rel=1e-3)
+
+
+def test_negatives_are_what_their_column_says_and_count(tmp_path: Path) -> None:
+    """The first loss, by hand from the texts. A row's own question is no negative for it, but for the other rows."""
+    texts = {"text": "a cat here", "question": "what mews?", "negative": "a dog there"}
+    rows = [{key: value.replace(" ", f" {n} ") for key, value in texts.items()} for n in (3, 14, 159, 2653)]
+    corpus = write_rows(tmp_path / "corpus.parquet", rows)
+    found = {}
+    for negative in (None, "negative", "text"):
+        changes = {"data.column": "text", "data.pair": "question", "data.negative": negative, "data.held_out": None}
+        chosen = recipe(corpus, **changes, **{"train.batch_tokens": 4 * 2 * 64, "contrast.temperature": 0.5})
+        train(chosen, tmp_path / str(negative))
+        found[negative] = [line["loss"] for line in metrics_of(tmp_path / str(negative))]
+
+        torch.manual_seed(0)
+        net, sides = LongNet(chosen.model), []
+        for column in filter(None, ("text", "question", negative)):
+            ids = [torch.tensor([[256, *row[column].encode()]]) for row in rows]
+            sides.append(F.normalize(torch.stack([net(one)[0, 1:].mean(0) for one in ids]), dim=1))
+        scores, wanted = sides[0] @ sides[1].T / 0.5, torch.arange(4)
+        hard = sides[0] @ sides[-1].T / 0.5 if negative else scores[:, :0]
+        if negative == "text":
+            hard = hard.masked_fill(torch.eye(4, dtype=torch.bool), -torch.inf)
+        losses = F.cross_entropy(torch.cat([scores, hard], 1), wanted), F.cross_entropy(scores.T, wanted)
+        assert found[negative][0] == pytest.approx(sum(losses).item() / 2, rel=1e-5)
+    for one, other in combinations(found.values(), 2):
+        assert all(abs(x - y) > 1e-3 for x, y in zip(one, other, strict=True))
+
+
+NOTHING = "contrast learns to tell a pair from others, and needs two with different texts"
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([("a", "b")], "there is only one pair"),
+        ([("a", "b"), ("", "c"), ("d", "")], "there is only one pair"),
+        ([("a", "b")] * 3, "all 3 pairs have the same text"),
+        ([("a", " "), ("b", " "), ("c", " ")], "all 3 pairs have the same text"),
+        ([("a", "")], "no document that gives a pair"),
+    ],
+)
+def test_pairs_that_teach_nothing_are_refused(
+    rows: list[tuple[str, str]], message: str, held_out: bool, corpus: Path, tmp_path: Path
+) -> None:
+    bad = write_rows(tmp_path / "bad.parquet", [{"text": one, "question": other} for one, other in rows])
+    changes = {"data.held_out" if held_out else "data.train": [str(bad)], "data.pair": "question"}
+    said = f"data.held_out: .*{message}" if held_out else message
+    with pytest.raises(DataError, match=f"{said}: {NOTHING}" if "no document" not in said else said):
+        train(recipe(corpus, **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_equal_documents_teach_nothing_by_their_spans(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=f"all 2 pairs have the same text: {NOTHING}"):
+        train(recipe(write_rows(tmp_path / "c.parquet", [{"text": "a b c " * 9}] * 2)), tmp_path / "run")
+
+
+def test_what_gives_no_pair_is_counted(run_longnet: RunLongnet, tmp_path: Path) -> None:
+    """On stderr, for rows of columns and for documents; with -q, nothing is said at all."""
+    rows = [{"text": x, "question": y} for x, y in (("a b", "c d"), ("", "c"), ("e f", ""), ("g", "h i"), ("j", "k"))]
+    corpus = write_rows(tmp_path / "corpus.parquet", rows)
+    for pair, why in (("question", "2 of 5 documents give no pair (one of the texts is empty)"), (None, "3 of 5 doc")):
+        (tmp_path / "recipe.json").write_text(recipe(corpus, **{"data.pair": pair}).model_dump_json())
+        said, quiet = (run_longnet("train", "recipe.json", "-o", f"{pair}{q}", *q) for q in ([], ["-q"]))
+        assert said.stderr.count(f"corpus.parquet: {why}") == 2  # the held-out file is the same
+        assert said.stderr.count("\n") == 5
+        assert (said.returncode, quiet.returncode, said.stdout, quiet.stdout, quiet.stderr) == (0, 0, "", "", "")
 
 
 @pytest.mark.parametrize(

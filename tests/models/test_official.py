@@ -7,38 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import level_options, read_golden
+from builders import level_options, official_slide_state, read_golden
 from conftest import RunLongnet
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
-from longnet_cli.models.official import to_torchscale
-from longnet_cli.nets.config import LongNetConfig, SlideConfig
+from longnet_cli.nets.config import SlideConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.slide import SlideEncoder
-
-
-def slide_state(**changes: Tensor) -> dict[str, Tensor]:
-    """A small slide encoder under the official names."""
-    torch.manual_seed(0)
-    encoder = SlideEncoder(
-        SlideConfig(
-            dim=32,
-            num_layers=2,
-            num_heads=16,
-            ffn_dim=64,
-            in_features=6,
-            **{name: getattr(SlideConfig.gigapath(), name) for name in ("segment_lengths", "dilation_rates")},
-        )
-    )
-    ours = encoder.net.state_dict()
-    inner = LongNet(LongNetConfig(**{name: getattr(encoder.config, name) for name in LongNetConfig.model_fields}))
-    inner.load_state_dict({name: ours[name] for name in inner.state_dict()})
-    state = {f"encoder.{name}": tensor for name, tensor in to_torchscale(inner).items()}
-    state["cls_token"] = ours["cls"][None, None]
-    for kind in ("weight", "bias"):
-        state |= {f"patch_embed.proj.{kind}": ours[f"project.{kind}"], f"norm.{kind}": ours[f"norm.{kind}"]}
-    return {name: tensor.clone() for name, tensor in (state | changes).items()}
 
 
 @pytest.mark.parametrize("kind", ["pth", "legacy", "safetensors"])
@@ -83,13 +59,13 @@ def test_golden_torchscale(run_longnet: RunLongnet, tmp_path: Path, name: str) -
 
 def test_the_official_models_are_known(run_longnet: RunLongnet, tmp_path: Path) -> None:
     """Prov-GigaPath's heads and pattern need not be given, nor a LongViT's, by its number of positions."""
-    torch.save({"model": slide_state()}, tmp_path / "slide.pth")
+    torch.save({"model": official_slide_state()}, tmp_path / "slide.pth")
     result = run_longnet("convert", tmp_path / "slide.pth", "-o", tmp_path / "slide", "--dtype", "bf16")
     assert result.returncode == 0, result.stderr
     config = SlideEncoder.from_pretrained(tmp_path / "slide", dtype=None).config
     assert config.pattern == SlideConfig.gigapath().pattern
     assert (config.num_heads, config.in_features, config.padding) == (16, 6, "zero_key")
-    vit = {name: tensor for name, tensor in slide_state().items() if name.startswith("encoder.layers.")}
+    vit = {name: tensor for name, tensor in official_slide_state().items() if name.startswith("encoder.layers.")}
     vit |= {"pos_embed": torch.zeros(1, 16384, 32), "patch_embed.proj.weight": torch.zeros(32, 3, 2, 2)}
     torch.save(
         {"teacher": {f"backbone.{name}": x for name, x in vit.items()} | {"head.x": torch.zeros(1)}}, tmp_path / "vit"
@@ -103,7 +79,9 @@ def test_the_official_models_are_known(run_longnet: RunLongnet, tmp_path: Path) 
 
 
 def test_what_does_not_fit_is_named(run_longnet: RunLongnet, tmp_path: Path) -> None:
-    state = slide_state(**{"encoder.layers.1.ffn.fc1.bias": torch.zeros(7), "classifier.weight": torch.zeros(2, 2)})
+    state = official_slide_state(
+        **{"encoder.layers.1.ffn.fc1.bias": torch.zeros(7), "classifier.weight": torch.zeros(2, 2)}
+    )
     del state["norm.bias"]
     torch.save(state, tmp_path / "slide.pth")
     result = run_longnet("convert", tmp_path / "slide.pth", "-o", tmp_path / "out")
@@ -125,7 +103,7 @@ class Runs:
 
 
 def test_nothing_in_a_pickle_runs(run_longnet: RunLongnet, tmp_path: Path) -> None:
-    torch.save({"model": slide_state(), "then": Runs(tmp_path / "ran")}, tmp_path / "zip.pth")
+    torch.save({"model": official_slide_state(), "then": Runs(tmp_path / "ran")}, tmp_path / "zip.pth")
     (tmp_path / "bare.pkl").write_bytes(pickle.dumps(Runs(tmp_path / "ran")))
     torch.save(nn.Linear(2, 2), tmp_path / "module.pth")
     for name in ("zip.pth", "bare.pkl", "module.pth"):
@@ -151,7 +129,7 @@ def test_nothing_in_a_pickle_runs(run_longnet: RunLongnet, tmp_path: Path) -> No
 def test_what_is_refused(
     run_longnet: RunLongnet, tmp_path: Path, content: object, words: list[str], code: int, line: str
 ) -> None:
-    state = slide_state()
+    state = official_slide_state()
     if content == "encoder":
         content = {name: tensor for name, tensor in state.items() if name.startswith("encoder.")}
     elif isinstance(content, str):
@@ -164,7 +142,7 @@ def test_what_is_refused(
 
 
 def test_damaged_files_and_flags_of_other_kinds(run_longnet: RunLongnet, tmp_path: Path) -> None:
-    torch.save(slide_state(), tmp_path / "whole.pth")
+    torch.save(official_slide_state(), tmp_path / "whole.pth")
     data = (tmp_path / "whole.pth").read_bytes()
     (tmp_path / "cut.pth").write_bytes(data[: len(data) // 2])
     result = run_longnet("convert", tmp_path / "cut.pth", "-o", tmp_path / "out")

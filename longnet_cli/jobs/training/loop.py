@@ -47,6 +47,7 @@ from .start import BEST, CHECKPOINTS, RECIPE, Resume, check_memory, check_ranks,
 
 LOWEST_TEMPERATURE = 0.01  # of a learned one: below it, a step's few hardest pairs would be all that counts
 OnStep = Callable[[int, Metrics | None], None]  # (tokens of the step, a line of metrics every log_every steps)
+OnNote = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -96,16 +97,17 @@ def train(
     The tokenizer of the model `recipe.init` must be the recipe's, unless `tokenizer_differs`. The `ranks` of a group
     share each sequence, `train.chunk` tokens each, and the groups share the sequences of a step; rank 0 writes. `peak`,
     the `matmul_peak` of a rank, is for the MFU. Prints nothing: `on_begin` gets the steps and tokens that are done
-    already, `on_note` a line about each damaged checkpoint.
+    already, `on_note` a line about each damaged checkpoint, and about documents that give no pair.
 
     Raises ConfigError for a model, tokenizer or checkpoint that does not fit the recipe, DataError for too little data,
     CheckpointError when all checkpoints are damaged, LongNetError when the loss is no longer finite or jumps, or when
     something cannot be written.
     """
     ranks = ranks or Ranks()
-    run = _TrainingRun(recipe, Path(output), torch.device(device), tokenizer_differs, ranks, peak, on_step)
+    on_note = on_note or (lambda line: None)
+    run = _TrainingRun(recipe, Path(output), torch.device(device), tokenizer_differs, ranks, peak, on_step, on_note)
     with locked_folder(run.output) if ranks.first else nullcontext():
-        run.resume(resume, on_note or (lambda line: None))
+        run.resume(resume)
         if on_begin:
             on_begin(run.progress.step, run.log.tokens)
         with noted_signals(ranks) as signals:
@@ -124,9 +126,10 @@ class _TrainingRun:
         ranks: Ranks,
         peak: float | None,
         on_step: OnStep | None,
+        on_note: OnNote,
     ) -> None:
         self.recipe, self.output, self.device, self.ranks = recipe, output, device, ranks
-        self.peak, self.on_step = peak, on_step
+        self.peak, self.on_step, self.on_note = peak, on_step, on_note
         self.signals = Signals(ranks)
         check_memory(recipe)
         check_kernel(device, recipe.train.dtype, recipe.model.head_dim)
@@ -137,12 +140,14 @@ class _TrainingRun:
         self.allocate: Callable[..., Tensor] = torch.empty
         if recipe.train.spill or device.type == "cpu":
             self.allocate = MappedMemory(stored_bytes(recipe, device, ranks), recipe.train.spill).empty
+            if recipe.train.compile:  # a compiled layer would guard the list of finalizers, which grows
+                self.allocate = torch.compiler.disable(self.allocate)
         initial = recipe.init
         if not recipe.pretrained and checkpoints_in(output / CHECKPOINTS):
             initial = None  # a LongNet's weights are all in the checkpoint
         if initial:
             ModelFolder.find(initial).tokenizer(recipe.data.tokenizer, differs=tokenizer_differs)
-        self.windows = make_windows(recipe, self.tokenizer, self.eos_id, ranks)
+        self.windows = make_windows(recipe, self.tokenizer, self.eos_id, ranks, on_note)
         held_out = recipe.data.held_out_files
         documents = _documents(recipe, self.tokenizer, held_out) if held_out else []
         if held_out and not any(map(len, documents)):
@@ -150,7 +155,7 @@ class _TrainingRun:
         # for contrast, the same pairs at every evaluation of a stage
         self.held_out: Sequence[list[Document] | PairBatch] = [documents for _ in recipe.train.stages]
         if held_out and recipe.train.objective == "contrast":
-            self.held_out = _held_out_pairs(recipe, held_out, self.tokenizer, self.eos_id)
+            self.held_out = _held_out_pairs(recipe, held_out, self.tokenizer, self.eos_id, on_note)
         torch.manual_seed(recipe.train.seed)
         self.model = _model(recipe, initial).to(device).train()
         if recipe.train.objective == "contrast":
@@ -174,9 +179,9 @@ class _TrainingRun:
         self.random = random_state(device)  # as of the last whole step
         self.saved_at = time.monotonic()
 
-    def resume(self, resume: Resume, on_note: Callable[[str], None]) -> None:
+    def resume(self, resume: Resume) -> None:
         """Restore a checkpoint, if there is one and `resume` allows it. Open the run's folder, log and trackers."""
-        checkpoint, log = find_checkpoint(self.output, resume, self.ranks, on_note), None
+        checkpoint, log = find_checkpoint(self.output, resume, self.ranks, self.on_note), None
         if checkpoint:
             state = read_state(checkpoint)
             if changed := self.recipe.changed_since(state["recipe"]):
@@ -456,14 +461,16 @@ def _documents(recipe: Recipe, tokenizer: Tokenizer, inputs: Inputs, column: str
     return list(replace(inputs, tokenizer=tokenizer, column=column, vocab_size=vocab_size).documents())
 
 
-def make_windows(recipe: Recipe, tokenizer: Tokenizer, eos_id: int, ranks: Ranks) -> list[TokenWindows]:
+def make_windows(
+    recipe: Recipe, tokenizer: Tokenizer, eos_id: int, ranks: Ranks, on_note: OnNote
+) -> list[TokenWindows]:
     """Return the training data, cut into the windows of each stage."""
     mix, train = recipe.data.sources, recipe.train
     if not mix:
         raise ConfigError("no training data: give --data INPUT, or set data.train or [[data.mix]] in the recipe")
     contrast = train.objective == "contrast"
-    stream = _pair_stream if contrast else _token_stream
-    sources = [stream(recipe, tokenizer, source.files, eos_id) for source in mix]
+    make_stream = partial(_pair_stream, on_note=on_note) if contrast else _token_stream
+    sources = [make_stream(recipe, tokenizer, source.files, eos_id) for source in mix]
     places: dict[str, Any] = {"weights": [source.weight for source in mix], "rank": ranks.dp_rank, "world": ranks.dp}
     if contrast:
         places["before"] = _before_texts(recipe, tokenizer, eos_id)
@@ -478,20 +485,28 @@ def _token_stream(recipe: Recipe, tokenizer: Tokenizer, inputs: Inputs, eos_id: 
     return TokenStream(_documents(recipe, tokenizer, inputs), eos_id)
 
 
-def _pair_stream(recipe: Recipe, tokenizer: Tokenizer, inputs: Inputs, eos_id: int) -> PairStream:
+def _pair_stream(recipe: Recipe, tokenizer: Tokenizer, inputs: Inputs, eos_id: int, on_note: OnNote) -> PairStream:
     others = [
         _documents(recipe, tokenizer, inputs, column) for column in (recipe.data.pair, recipe.data.negative) if column
     ]
-    return PairStream(_documents(recipe, tokenizer, inputs), eos_id, others)
+    stream = PairStream(_documents(recipe, tokenizer, inputs), eos_id, others)
+    if left := len(stream.documents) - len(stream.usable):
+        why = "one of the texts is empty" if others else "it takes two tokens"
+        names = ", ".join(map(str, inputs.names))
+        on_note(f"{names}: {left:,} of {len(stream.documents):,} documents give no pair ({why}) and are left out")
+    return stream
 
 
-def _held_out_pairs(recipe: Recipe, inputs: Inputs, tokenizer: Tokenizer, eos_id: int) -> list[PairBatch]:
-    """Return, for each stage, a pair of every held-out document. Raises DataError for fewer than two."""
-    stream, before = _pair_stream(recipe, tokenizer, inputs, eos_id), _before_texts(recipe, tokenizer, eos_id)
+def _held_out_pairs(
+    recipe: Recipe, inputs: Inputs, tokenizer: Tokenizer, eos_id: int, on_note: OnNote
+) -> list[PairBatch]:
+    """Return, for each stage, a pair of every held-out document. Raises DataError where none differs from another."""
+    stream, before = _pair_stream(recipe, tokenizer, inputs, eos_id, on_note), _before_texts(recipe, tokenizer, eos_id)
     pairs = range(len(stream.usable))
-    if len(pairs) < 2:
-        raise DataError("data.held_out has fewer than two documents that give a pair: contrast needs others to compare")
-    return [PairWindows([stream], stage.seq_len, 1, 0, before=before).batch(pairs) for stage in recipe.train.stages]
+    try:
+        return [PairWindows([stream], stage.seq_len, 1, 0, before=before).batch(pairs) for stage in recipe.train.stages]
+    except DataError as error:
+        raise DataError(f"data.held_out: {error}") from None
 
 
 def _before_texts(recipe: Recipe, tokenizer: Tokenizer, eos_id: int) -> tuple[list[int], list[int]]:

@@ -172,7 +172,8 @@ class Exchange:
         """
         past, size = Past(self.pattern, keep=1), self.pattern.chosen_block
         document = self._document(self.edges[self.rank])[0]
-        for first, stop, shard in zip(self.edges, self.edges[1:], self.other_shards(q, k, v)[0], strict=False):
+        earlier = zip(self.edges, self.edges[1:], self.other_shards(q, k, v)[0], strict=False)  # ranks before this one
+        for first, stop, shard in earlier:
             tokens = min(stop - first, max(0, stop - document))  # of this document
             past.append(*(x[:, max(0, x.shape[1] - tokens) :] for x in shard))
         if torch.is_grad_enabled() and past.position:

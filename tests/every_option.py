@@ -1,0 +1,336 @@
+"""What every option of every command and every key of a recipe changes: the table that test_every_option.py runs.
+
+The first line of a command is what its runs have in common; `@` gives a row another one. A row is
+
+    OPTION  WHAT  one [| other] [@ common]
+
+`one` and `other` (by default, nothing) are two ways to give the option. Of the two runs, WHAT differs:
+
+    rows       the numbers and names that the command is for, in any format
+    code       the exit code
+    stdout, stderr, types (of columns and tensors), files (names of what is written)
+    opened     the files and folders that are opened; asked: the addresses that are asked
+    memory     the peak of the process, by megabytes; compiled: whether the compiler is loaded
+    pieces     of tensors in checkpoints, how many
+    processes  how many there are at a time; cpu: seconds of work, where they are more by far
+    terminal   what is shown where stderr is a terminal
+    nothing    where an option only names the default: --ppl
+
+and the rows are the same, unless they are what differs. Runs start in a folder beside `../in` and `../start`; of `+name`, a
+copy of `../start/name` is in their folder. A row of a recipe has assignments instead of options.
+"""
+
+READING = "../in/t.txt ../in/u.txt -m ../in/native"
+LONG = "../in/long.txt -m ../in/native"
+CHOSEN = "--pattern window:16,chosen=4x8,chosen_every=4"
+RANKS = """
+--nproc    processes  --nproc 2
+--sp       processes  --sp 2
+--dp       processes  --dp 2
+"""
+DEVICE = """
+--device   code       --device cuda:99 | --device cpu
+"""
+
+OPTIONS = {
+    "": """
+
+--version             stdout     --version | --help
+""",
+    "tokenize": """
+../in/rows.jsonl -o out.jsonl
+--output              files      -o out.jsonl | -o out.arrow @ ../in/rows.jsonl
+--shard-tokens        files      --shard-tokens 20 @ ../in/rows.jsonl -o out
+--shard-format        files      --shard-format parquet @ ../in/rows.jsonl -o out
+--resume              code       --resume @ ../in/t.txt ../in/u.txt -o tokens --shard-tokens 20 +tokens
+--column              rows       --column body
+--id-column           rows       --id-column name
+--skip-bad            code       --skip-bad @ ../in/bad.jsonl -o out.jsonl
+--tokenizer           rows       --tokenizer longnet-tiny
+--update              asked      --update @ ../in/t.txt -o out.jsonl --tokenizer org/tiny
+--train-vocab         rows       --train-vocab 265
+--eos                 rows       --eos 65
+--dp                  processes  --dp 2 @ ../in/rows.jsonl -o out
+--quiet               stderr     -q
+""",
+    "pattern": """
+8/1,32/2 --format json
+--seq                 rows       --seq 128
+--heads               rows       --heads 3
+--layers              rows       --layers 9
+--causal              rows       --bidirectional
+--format              stdout     --format text | --format json @ 8/1,32/2
+--output              files      -o p.svg
+""",
+    "convert": """
+../in/native -o out --dtype fp32
+--output              files      -o out | -o other @ ../in/native --dtype fp32
+--dtype               types      --dtype fp16 | --dtype fp32 @ ../in/native -o out
+--heads               rows       --heads 8 @ ../in/slide.pth -o out
+--segment-lengths     rows       --segment-lengths 16,32,64,128,256 @ ../in/slide.pth -o out
+--dilation-rates      rows       --dilation-rates 1,2,4,8,9 @ ../in/slide.pth -o out
+--padding             rows       --padding exact @ ../in/slide.pth -o out
+--update              asked      --update @ org/tiny -o out --dtype fp32
+--quiet               stderr     -q
+""",
+    "train": f"""
+../in/recipe.json -o run
+--set                 rows       --set optimizer.lr=0.1
+--seq-len             rows       --seq-len 8 --steps 2 | --seq-len 16 --steps 2
+--steps               rows       --seq-len 16 --steps 3 | --seq-len 16 --steps 2
+--init                rows       --init ../in/init | --init ../in/native @ --data ../in/t.txt --seq-len 16 --steps 2 -o run
+--update              asked      --update @ --init org/tiny --data ../in/t.txt --seq-len 8 --steps 1 -o run
+--data                rows       --data ../in/u.txt
+--tokenizer           rows       --tokenizer ../in/other.json
+--tokenizer-differs   code       --tokenizer-differs @ --init ../in/init --data ../in/t.txt --tokenizer ../in/other.json --seq-len 16 --steps 2 -o run
+--column              rows       --column body @ ../in/recipe.json -o run --data ../in/rows.jsonl
+--eos                 rows       --eos 65
+--output              files      -o run | -o other @ ../in/recipe.json
+--resume              rows       --resume ../start/run
+--no-resume           code       --no-resume @ ../in/recipe.json -o run +run
+--dry-run             stdout     --dry-run
+--on                  stdout     --on h100x8 | --on a100x8 @ ../in/recipe.json --dry-run
+--format              stdout     --format json @ ../in/recipe.json --dry-run
+--nproc               processes  --nproc 2
+--sp                  processes  --sp 2
+--dp                  processes  --dp 2
+--shard               pieces     --shard full @ ../in/recipe.json -o run --nproc 2
+--pattern             rows       --pattern 8/1
+{DEVICE}
+--dtype               rows       --dtype bf16
+--chunk               memory     --chunk 16Ki | --chunk 1Ki @ ../in/recipe.json -o run --data ../in/long.txt --seq-len 16Ki --steps 1
+--spill               opened     --spill ../in/spill @ ../in/recipe.json -o run --chunk 8
+--quiet               stderr     -q
+""",
+    "plot": """
+../in/metrics.jsonl
+--show                stdout     --show lr
+--output              files      -o p.svg
+""",
+    "score": f"""
+{READING} --format jsonl
+--tokenizer           rows       --tokenizer ../in/other.json --tokenizer-differs
+--tokenizer-differs   code       --tokenizer-differs @ {READING} --tokenizer ../in/other.json
+--column              rows       --column body @ ../in/rows.jsonl -m ../in/native --format jsonl
+--id-column           rows       --id-column name @ ../in/rows.jsonl -m ../in/native --format jsonl
+--keep                rows       --keep name @ ../in/rows.jsonl -m ../in/native --format jsonl
+--eos                 rows       --eos 65 @ ../in/flat.parquet -m ../in/native --format jsonl
+--bos                 rows       --bos none
+--skip-bad            code       --skip-bad @ ../in/bad.jsonl -m ../in/native
+--model               rows       -m ../in/init @ ../in/t.txt --format jsonl
+--update              asked      --update @ ../in/t.txt -m org/tiny
+--pattern             rows       --pattern window:8
+--ppl                 nothing    --ppl
+--context             rows       --context 16
+--stride              rows       --stride 4 @ {READING} --format jsonl --context 16
+--last                rows       --last 9
+--by-position         rows       --by-position
+--by-recall           rows       --by-recall
+--key-tokens          rows       --key-tokens ../start/short.arrow,../start/long.arrow
+--format              stdout     --format json | --format jsonl @ {READING}
+--token-logprobs      files      --token-logprobs x.arrow
+--chosen              files      --chosen x.arrow @ {READING} --format jsonl {CHOSEN}
+--output              files      -o gains.jsonl | -o gains.arrow @ {READING}
+--shard-tokens        files      --shard-tokens 20 @ {READING} -o out
+--resume              code       --resume @ {READING} -o gains --shard-tokens 20 +gains
+--dry-run             stdout     --dry-run @ {READING}
+--on                  stdout     --on h100x8 | --on h200x64 @ {READING} --dry-run
+--sample              stdout     --sample 2 @ ../in/rows.jsonl -m ../in/native --dry-run
+{RANKS}{DEVICE}
+--dtype               rows       --dtype bf16
+--chunk               memory     --chunk 16Ki | --chunk 1Ki @ {LONG}
+--spill               opened     --spill ../in/spill @ {READING} --format jsonl --chunk 32 {CHOSEN}
+--quiet               stderr     -q @ {READING} --format jsonl --pattern window:8
+""",
+    "encode": f"""
+{READING} -o out.jsonl
+--tokenizer           rows       --tokenizer ../in/other.json --tokenizer-differs
+--tokenizer-differs   code       --tokenizer-differs @ {READING} -o out.jsonl --tokenizer ../in/other.json
+--column              rows       --column body @ ../in/rows.jsonl -m ../in/native -o out.jsonl
+--id-column           rows       --id-column name @ ../in/rows.jsonl -m ../in/native -o out.jsonl
+--keep                rows       --keep name @ ../in/rows.jsonl -m ../in/native -o out.jsonl
+--eos                 rows       --eos 65 @ ../in/flat.parquet -m ../in/native -o out.jsonl
+--bos                 rows       --bos none
+--skip-bad            code       --skip-bad @ ../in/bad.jsonl -m ../in/native -o out.jsonl
+--model               rows       -m ../in/init @ ../in/t.txt -o out.jsonl
+--update              asked      --update @ ../in/t.txt -m org/tiny -o out.jsonl
+--pattern             rows       --pattern window:8
+--pool                rows       --pool last
+--prefix              rows       --prefix "to find: "
+--dims                rows       --dims 4
+--span                rows       --span 16
+--context             rows       --context 16 @ ../in/t.txt -m ../in/encoder -o out.jsonl
+--stride              rows       --stride 8 @ ../in/t.txt -m ../in/encoder -o out.jsonl --context 16
+--normalize           rows       --no-normalize
+--all-layers          rows       --all-layers
+--tile-size           rows       --tile-size 512 @ ../in/slide.parquet -m ../in/slide -o out.jsonl
+--output              files      -o out.jsonl | -o out.parquet @ {READING}
+--embedding-dtype     types      --embedding-dtype float16 @ {READING} -o out.arrow
+--shard-rows          files      --shard-rows 1 @ {READING} -o out
+--shard-format        files      --shard-format parquet @ {READING} -o out
+--resume              code       --resume @ {READING} -o vectors --shard-rows 1 +vectors
+--dry-run             stdout     --dry-run
+--on                  stdout     --on h100x8 | --on h200x64 @ {READING} --dry-run
+--sample              stdout     --sample 2 @ ../in/rows.jsonl -m ../in/native --dry-run
+--format              stdout     --format json @ {READING} --dry-run
+{RANKS}{DEVICE}
+--dtype               rows       --dtype bf16
+--chunk               memory     --chunk 16Ki | --chunk 1Ki @ {LONG} -o out.jsonl
+--spill               opened     --spill ../in/spill @ {READING} -o out.jsonl --chunk 32 {CHOSEN}
+--quiet               stderr     -q
+""",
+    "generate": f"""
+hello -m ../in/native -n 6 --format jsonl
+--input               rows       -i ../in/t.txt | -i ../in/u.txt @ -m ../in/native -n 6 --format jsonl
+--state               rows       --state ../start/state
+--chat                rows       --chat
+--tokenizer           rows       --tokenizer ../in/other.json --tokenizer-differs
+--tokenizer-differs   code       --tokenizer-differs @ hello -m ../in/native -n 6 --tokenizer ../in/other.json
+--column              rows       --column body @ -i ../in/rows.jsonl -m ../in/native -n 6 --format jsonl
+--eos                 rows       --eos 65 @ -i ../in/flat.parquet -m ../in/native -n 6 --format jsonl
+--bos                 rows       --bos none
+--model               rows       -m ../in/init @ hello -n 6 --format jsonl
+--update              asked      --update @ hello -m org/tiny -n 2
+--pattern             rows       --pattern window:2 @ -i ../in/t.txt -m ../in/native -n 6 --format jsonl
+--max-tokens          rows       -n 3 | -n 6 @ hello -m ../in/native --format jsonl
+--temperature         rows       --temperature 9 --seed 1
+--top-p               rows       --top-p 0.01 @ hello -m ../in/native -n 6 --format jsonl --temperature 9 --seed 1
+--seed                rows       --seed 2 | --seed 1 @ hello -m ../in/native -n 6 --format jsonl --temperature 9
+--stop                rows       --stop B --stop S --stop T --stop U --stop V @ hello -m ../in/native -n 60 --format jsonl --temperature 9 --seed 1
+--format              stdout     --format jsonl | --format text @ hello -m ../in/native -n 6
+--save-state          files      --save-state s
+--sources             rows       --sources @ -i ../in/t.txt -m ../in/native -n 6 --format jsonl {CHOSEN}
+{DEVICE}
+--dtype               rows       --dtype bf16
+--chunk               memory     --chunk 16Ki | --chunk 1Ki @ -i {LONG} -n 1
+--spill               opened     --spill ../in/spill @ -i ../in/t.txt -m ../in/native -n 6 --format jsonl {CHOSEN}
+--quiet               stderr     -q
+""",
+    "bench": f"""
+--seq 64 --heads 1 --head-dim 8 --repeats 1 --format json
+--seq                 rows       --seq 32 | --seq 64 @ --heads 1 --head-dim 8 --repeats 1 --format json
+--op                  rows       --op model
+--impl                rows       --impl dense
+--direction           rows       --direction backward
+--simulate            rows       --simulate 2 | --simulate 3 @ --op exchange --seq 256 --heads 1 --head-dim 8 --format json
+--calibrate           files      --calibrate m.toml
+--repeats             cpu        --repeats 3000
+--max-time            rows       --max-time 1e-9
+--max-dense-time      rows       --max-dense-time 1e-9 @ --seq 64,128 --heads 1 --head-dim 8 --repeats 1 --format json
+--heads               rows       --heads 2
+--head-dim            rows       --head-dim 16
+--batch               rows       --batch 2
+--causal              rows       --bidirectional
+--pattern             rows       --pattern 8/1
+--base                rows       --base 16 @ --seq 64 --heads 1 --head-dim 8 --repeats 1 --format json --pattern geometric
+--ratio               rows       --ratio 3 @ --seq 64 --heads 1 --head-dim 8 --repeats 1 --format json --base 16
+--model               rows       -m ../in/native @ --seq 64 --op model --repeats 1 --format json
+--layers              rows       --layers 1 @ --seq 64 --op model --heads 1 --head-dim 8 --repeats 1 --format json
+--vocab               rows       --vocab 9999 @ --seq 64 --op model --heads 1 --head-dim 8 --repeats 1 --format json
+--format              stdout     --format csv
+--nproc               processes  --nproc 2 | --nproc 3 @ --op exchange --seq 64 --heads 1 --head-dim 8 --repeats 1
+{DEVICE}
+--dtype               rows       --dtype bf16
+--chunk               rows       --chunk 16
+--quiet               stderr     -q
+""",
+    "data inspect": """
+../in/rows.jsonl --format json
+--tokenizer           rows       --tokenizer longnet-tiny
+--column              rows       --column body
+--id-column           rows       --id-column group
+--eos                 rows       --eos 65 | --eos 66 @ ../in/flat.parquet --format json
+--format              stdout     --format text | --format json @ ../in/rows.jsonl
+--quiet               terminal   -q
+""",
+}
+
+STAGE = """'train.stages=[{"seq_len":%d,"steps":%d}]'"""
+WINDOW = f"model.segment_lengths=[8] model.dilation_rates=[1] model.look_back=1 {STAGE % (64, 2)}"
+ONCE = "model.look_back=1 model.overlap=once"
+MASKED = "model.causal=false train.objective=masked"
+ROWS = "data.train=[../in/rows.jsonl]"
+CONTRAST = f"train.objective=contrast {ROWS} data.column=text"
+PAIRS = f"{CONTRAST} data.pair=body"
+LORA = "model=null init=../in/llama lora.rank=2"
+
+RECIPE = f"""
+
+init                          rows       init=../in/init | init=../in/native @ model=null
+model.vocab_size              rows       model.vocab_size=300
+model.dim                     rows       model.dim=16
+model.num_layers              rows       model.num_layers=2
+model.num_heads               rows       model.num_heads=1
+model.ffn_dim                 rows       model.ffn_dim=16
+model.segment_lengths         rows       model.segment_lengths=[8,32]
+model.dilation_rates          rows       model.dilation_rates=[1,4]
+model.head_offsets            rows       model.head_offsets=grouped @ model.dim=12 model.num_heads=3
+model.look_back               rows       model.look_back=1
+model.overlap                 rows       model.overlap=once @ model.look_back=1
+model.queries                 rows       model.queries=all @ {ONCE}
+model.sinks                   rows       model.sinks=2 @ {ONCE}
+model.level_bias              rows       model.level_bias=log_rate
+model.chosen                  rows       model.chosen=2 | model.chosen=3 @ {WINDOW} model.chosen_block=4 model.chosen_every=4
+model.chosen_block            rows       model.chosen_block=8 | model.chosen_block=4 @ {WINDOW} model.chosen=2 model.chosen_every=4
+model.chosen_every            rows       model.chosen_every=8 | model.chosen_every=4 @ {WINDOW} model.chosen=2 model.chosen_block=8
+model.padding                 rows       model.padding=zero_key @ {MASKED} model.segment_lengths=[5,12]
+model.causal                  rows       {MASKED}
+model.position                rows       model.position=none
+model.rope_theta              rows       model.rope_theta=2.0
+model.norm                    rows       model.norm=pre
+model.final_norm              rows       model.final_norm=false
+model.tie_embeddings          rows       model.tie_embeddings=false
+model.norm_eps                rows       model.norm_eps=1.0
+model.dropout                 rows       model.dropout=0.5
+data.train                    rows       data.train=[../in/u.txt]
+data.mix.inputs               rows       'data.mix=[{{"inputs":["../in/u.txt"],"weight":1}}]' | 'data.mix=[{{"inputs":["../in/t.txt"],"weight":1}}]' @ data.train=null
+data.mix.weight               rows       'data.mix=[{{"inputs":["../in/u.txt"],"weight":1}},{{"inputs":["../in/t.txt"],"weight":1}}]' | 'data.mix=[{{"inputs":["../in/u.txt"],"weight":1}},{{"inputs":["../in/t.txt"],"weight":9}}]' @ data.train=null
+data.tokenizer                rows       data.tokenizer=../in/other.json
+data.eos                      rows       data.eos=65
+data.column                   rows       data.column=body @ {ROWS}
+data.pair                     rows       data.pair=body @ {CONTRAST}
+data.negative                 rows       data.negative=third @ {PAIRS}
+data.held_out                 rows       data.held_out=[../in/u.txt]
+optimizer.name                rows       optimizer.name=muon
+optimizer.lr                  rows       optimizer.lr=0.1
+optimizer.level_bias_lr       rows       optimizer.level_bias_lr=9.0 @ model.level_bias=learned
+optimizer.betas               rows       optimizer.betas=[0.1,0.2]
+optimizer.eps                 rows       optimizer.eps=1.0
+optimizer.weight_decay        rows       optimizer.weight_decay=9.0
+optimizer.clip                rows       optimizer.clip=1e-9
+schedule.warmup_steps         rows       schedule.warmup_steps=3
+schedule.decay                rows       schedule.decay=constant
+schedule.power                rows       schedule.power=4.0 @ schedule.decay=polynomial {STAGE % (16, 4)}
+schedule.final                rows       schedule.final=0.9
+train.stages.seq_len          rows       {STAGE % (8, 3)}
+train.stages.steps            rows       {STAGE % (16, 2)}
+train.objective               rows       train.objective=contrast @ {ROWS} data.column=text
+train.mask_rate               rows       train.mask_rate=0.5 @ {MASKED}
+train.batch_tokens            rows       train.batch_tokens=64
+train.chunk                   memory     train.chunk=16384 | train.chunk=512 @ data.train=[../in/long.txt] {STAGE % (16384, 1)}
+train.across_documents        rows       train.across_documents=true @ {ROWS}
+train.dtype                   rows       train.dtype=bf16
+train.spill                   opened     train.spill=../in/spill @ train.chunk=8
+train.activation_checkpointing  memory   train.activation_checkpointing=false | train.activation_checkpointing=true @ data.train=[../in/long.txt] {STAGE % (16384, 1)} train.chunk=16384 model.num_layers=6
+train.compile                 compiled   train.compile=true @ train.chunk=8
+train.seed                    rows       train.seed=1
+train.loss_jump               code       train.loss_jump=1e-9 @ optimizer.lr=1.0
+train.log_every               rows       train.log_every=2
+train.evaluate_every          rows       train.evaluate_every=2 @ data.held_out=[../in/u.txt]
+train.save_every              files      train.save_every=1 @ train.keep=9
+train.save_minutes            files      train.save_minutes=1e-9 @ train.keep=9
+train.keep                    files      train.keep=3 @ train.save_every=1
+train.track                   files      train.track=[tensorboard]
+contrast.pool                 rows       contrast.pool=last @ {CONTRAST}
+contrast.temperature          rows       contrast.temperature=1.0 @ {CONTRAST}
+contrast.dims                 rows       contrast.dims=[2] @ {CONTRAST}
+contrast.query_prompt         rows       contrast.query_prompt=find: @ {CONTRAST}
+contrast.document_prompt      rows       contrast.document_prompt=text: @ {CONTRAST}
+parallel.sp                   stderr     parallel.sp=2 | parallel.dp=2 @ --nproc 2
+parallel.dp                   stderr     parallel.dp=2 | parallel.sp=2 @ --nproc 2
+parallel.shard                pieces     parallel.shard=full @ --nproc 2
+lora.rank                     rows       lora.rank=4 @ {LORA}
+lora.alpha                    rows       lora.alpha=1.0 @ {LORA}
+lora.dropout                  rows       lora.dropout=0.9 @ {LORA}
+lora.target_modules           rows       lora.target_modules=[q_proj] @ {LORA}
+"""
