@@ -6,7 +6,6 @@ links to, is named by its ETag, hexadecimal digits. Where these are 64, they are
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from longnet_cli.basics.atomic import file_sha256, write_file
 from longnet_cli.basics.errors import CheckpointError, LongNetError
+from longnet_cli.basics.verdicts import cache_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -106,7 +106,7 @@ def _damage(path: Path) -> str | None:
         return None
     found = blob.stat()
     state = f"{found.st_dev} {found.st_ino} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
-    note = _notes() / blob.name
+    note = cache_folder() / "blobs" / blob.name  # in which state of its file a blob was compared
     with suppress(OSError, ValueError):
         if note.read_text(encoding="ascii") == state:
             return None
@@ -115,11 +115,3 @@ def _damage(path: Path) -> str | None:
     with suppress(LongNetError):  # a folder that cannot be written: it is compared again
         write_file(note, state.encode())
     return None
-
-
-def _notes() -> Path:
-    """Return the folder that says in which state of its file a blob was compared, by its name."""
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser(), "longnet", "blobs")
-    except RuntimeError:  # a user without a home
-        return Path(os.devnull)

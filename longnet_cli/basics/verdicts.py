@@ -43,8 +43,10 @@ def remembered(asked: Mapping[str, Any], find: Callable[[], Any]) -> Any:
 
 def cache_folder() -> Path:
     """Return the folder of our own files in the user's cache, which need not exist."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "longnet"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser(), "longnet")
+    except RuntimeError:  # a user without a home, who has no cache
+        return Path(os.devnull)
 
 
 def _version(library: str) -> str | None:

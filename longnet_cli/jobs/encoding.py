@@ -222,7 +222,10 @@ class EncodeOptions:
                 f"{document.where}: nothing is pooled: {self.unpooled} tokens count as the prompt's, as in "
                 f"sentence-transformers, and the text has {len(sequence)} with it: leave out --prefix, or the document"
             )
-        return sequence if self.room is not None else sequence.check("encode it in shorter documents")
+        if self.room is not None:
+            return sequence
+        windows = ", or in windows (--context)" if self.closing is not None and not net.config.causal else ""
+        return sequence.check(f"encode it in shorter documents{windows}")
 
     def windows(self, tokens: int) -> Iterator[DocumentWindow]:
         """Yield the windows in which a document of so many tokens is read."""
