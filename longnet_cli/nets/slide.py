@@ -51,6 +51,7 @@ class VectorNet(LongNet):
         self.has_grid = config.grid > 0
         self.project = nn.Linear(config.in_features, config.dim)
         self.cls = nn.Parameter(torch.empty(config.dim))
+        self.dropout = nn.Dropout(config.dropout)  # of the first layer's input
         self.norm = nn.LayerNorm(config.dim, HEAD_EPS)
         for index, layer in enumerate(cast(Sequence[Block], self.layers)):
             layer.drop_path.p = config.drop_path * index / max(1, config.num_layers - 1)
@@ -116,8 +117,7 @@ class VectorNet(LongNet):
         counts = torch.full((batch,), tiles) if lengths is None else torch.as_tensor(lengths).cpu()
         if counts.shape != (batch,) or not tiles or counts.min() < 1 or counts.max() > tiles:
             raise ValueError(f"lengths must be {batch} numbers of 1 to {tiles}, got {counts.tolist()}")
-        x = self.embed(self.rows(features, coords, counts, tile_size))
-        x = F.dropout(x, self.config.dropout, self.training)
+        x = self.dropout(self.embed(self.rows(features, coords, counts, tile_size)))
         table = self.positions(x, 0)
         place = Placement(lengths=None if lengths is None else (counts + 1).tolist())
         found = [self.head(_pooled(x, counts, pool))] if all_layers else []
