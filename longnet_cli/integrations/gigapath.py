@@ -152,12 +152,13 @@ class LongNetViT(nn.Module):
 
     `tile_size` and `max_wsi_size`, in pixels, choose the segment lengths. Later, set the attribute `tile_size` to the
     side of a slide's tiles: it moves the grid of positions, `slide_ngrids` cells wide, and nothing else. `global_pool`
-    takes the mean over the tiles in place of CLS. `dropout` and `drop_path_rate` act in training. As in the official
-    class, options that are not named here have no effect; sizes that no official model has are refused.
+    takes the mean over the tiles in place of CLS. `dropout` and `drop_path_rate` act in training. There are 16 heads,
+    and a feed-forward of 4 x `embed_dim`. As in the official class, options that are not named here have no effect.
 
     The backward pass computes each layer again from its input, so that long slides fit in memory; set
     `activation_checkpointing = False` for short ones. Gradients are exact, where the official code takes the shares of
-    the segment lengths in attention for constants. Raises ConfigError for options that do not fit.
+    the segment lengths in attention for constants. Raises ConfigError for options that do not fit, such as another
+    `mlp_ratio` than 4.
     """
 
     activation_checkpointing = True
@@ -227,8 +228,8 @@ class LongNetViT(nn.Module):
     ) -> list[Tensor]:
         """Return vectors (B, embed_dim) of features x (B, N, in_chans) and coords (B, N, 2) in pixels.
 
-        The list has one vector per slide; with `all_layer_embed`, depth + 1: of the first layer's input, then of each
-        layer's output. `lengths`, which the official class does not have, gives the number of tiles of each
+        The list has one tensor; with `all_layer_embed`, depth + 1: of the first layer's input, then of each layer's
+        output. `lengths`, which the official class does not have, gives the number of tiles of each
         right-padded row. Raises ValueError for wrong shapes, and for a tile outside the grid, with its coords.
         """
         return self.net.encode(

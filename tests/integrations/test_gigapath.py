@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,6 @@ from longnet_cli.integrations.gigapath import ARCHITECTURES, LongNetViT, create_
 from longnet_cli.models.official import slide_net
 from longnet_cli.nets.config import SlideConfig
 
-FLASH = "gigapath_slide_enc12l384d"
 ATTENTION = [f"self_attn.{name}" for name in ("k_proj", "v_proj", "q_proj", "out_proj", "inner_attn_ln")]
 FEED_FORWARD = [f"ffn.{name}" for name in ("fc1", "fc2", "ffn_layernorm")]
 LAYER = [*ATTENTION, "self_attn_layer_norm", *FEED_FORWARD, "final_layer_norm"]
@@ -42,17 +42,14 @@ def tiles(count: int, side: int = 256) -> tuple[Tensor, Tensor]:
     return torch.randn(1, count, 6, generator=random), torch.stack([cells // 50, cells % 50], -1)[None] * side
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the official code saves of GigaPath-Flash: its names and shapes, `model` around them."""
+@pytest.fixture
+def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the official code would save of a small architecture, `tiny`: its names and shapes, `model` around them."""
+    monkeypatch.setitem(ARCHITECTURES, "tiny", partial(LongNetViT, embed_dim=64, depth=2))
     random = torch.Generator().manual_seed(0)
-    state = {
-        name: torch.randn(tensor.shape, generator=random) * 0.05
-        for name, tensor in create_model("", FLASH, 6).state_dict().items()
-    }
-    path = tmp_path_factory.mktemp("gigapath") / "slide_encoder.pth"
-    torch.save({"model": state}, path)
-    return path
+    state = {name: torch.randn(x.shape, generator=random) * 0.05 for name, x in small().state_dict().items()}
+    torch.save({"model": state}, tmp_path / "slide_encoder.pth")
+    return tmp_path / "slide_encoder.pth"
 
 
 @pytest.mark.parametrize(
@@ -101,13 +98,13 @@ def test_names_and_shapes_are_the_official_ones_in_order(arch: str) -> None:
 
 def test_checkpoints_go_both_ways(checkpoint: Path, tmp_path: Path) -> None:
     state = torch.load(checkpoint)["model"]
-    model = create_model(str(checkpoint), FLASH, 6)
+    model = create_model(str(checkpoint), "tiny", 6)
     assert model.training
     assert all(p.requires_grad for p in model.parameters())
     found = model.state_dict()
     assert [*found] == [*state]
     assert all(torch.equal(found[name], state[name]) for name in state)
-    other = create_model("", FLASH, 6)
+    other = create_model("", "tiny", 6)
     assert str(other.load_state_dict(found, strict=True)) == "<All keys matched successfully>"
     features, coords = tiles(20)
     assert torch.equal(other.eval()(features, coords)[0], model.eval()(features, coords)[0])
@@ -118,19 +115,19 @@ def test_what_create_model_refuses(checkpoint: Path, tmp_path: Path) -> None:
     state["classifier.weight"] = state.pop("norm.bias")
     torch.save({"model": state}, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match=r"other.pth: .*missing tensor norm.bias; unexpected tensor classifier"):
-        create_model(str(tmp_path / "other.pth"), FLASH, 6)
-    with pytest.raises(CheckpointError, match=r"patch_embed.proj.weight has shape \(384, 6\), .* need \(384, 7\)"):
-        create_model(str(checkpoint), FLASH, 7)
+        create_model(str(tmp_path / "other.pth"), "tiny", 6)
+    with pytest.raises(CheckpointError, match=r"patch_embed.proj.weight has shape \(64, 6\), .* need \(64, 7\)"):
+        create_model(str(checkpoint), "tiny", 7)
     with pytest.raises(
         CheckpointError, match=r"no.pth: no such file: give the path of slide_encoder.pth, hf_hub:ORG/NAME, or"
     ):
-        create_model("./no.pth", FLASH, 6)
+        create_model("./no.pth", "tiny", 6)
     with pytest.raises(CheckpointError, match=r"not a checkpoint of torch.save or safetensors"):
-        create_model(__file__, FLASH, 6)
+        create_model(__file__, "tiny", 6)
     with pytest.raises(ConfigError, match="did you mean gigapath_slide_enc12l384d"):
         create_model("", "gigapath_slide_enc12l38d", 6)
     with pytest.raises(ConfigError, match="pretrained=True names no weights"):
-        ARCHITECTURES[FLASH](pretrained=True)
+        gigapath.gigapath_slide_enc12l384d(pretrained=True)
     with pytest.raises(ConfigError, match="mlp_ratio must be 4"):
         small(mlp_ratio=2)
     with pytest.raises(ConfigError, match="max_wsi_size 200 must be at least tile_size 256"):
@@ -147,14 +144,14 @@ def test_a_name_on_a_hub_comes_from_the_cache(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     commit = fill_cache(tmp_path, "org/gigapath", {"slide_encoder.pth": checkpoint.read_bytes()})
     wanted = torch.load(checkpoint)["model"]["norm.weight"]
-    assert torch.equal(create_model("hf_hub:org/gigapath", FLASH, 6, local_dir="nowhere").norm.weight, wanted)
+    assert torch.equal(create_model("hf_hub:org/gigapath", "tiny", 6, local_dir="nowhere").norm.weight, wanted)
     pinned = find_file(f"org/gigapath@{commit}", "slide_encoder.pth")
     assert pinned.path.read_bytes() == checkpoint.read_bytes()
     assert pinned.name == f"org/gigapath@{commit}:slide_encoder.pth"
     with pytest.raises(CheckpointError, match=r"org/none:slide_encoder.pth: .*hf download org/none slide_encoder.pth"):
-        create_model("hf_hub:org/none", FLASH, 6)
+        create_model("hf_hub:org/none", "tiny", 6)
     with pytest.raises(ConfigError, match="not the name of a repository"):
-        create_model("hf_hub:gigapath", FLASH, 6)
+        create_model("hf_hub:gigapath", "tiny", 6)
 
 
 @torch.no_grad()
