@@ -38,6 +38,7 @@ REFERENCE = {
         "longnet_cli.integrations.transformers": (
             "use_dilated_attention", "use_own_attention", "write_pattern", "LongNetCache",
         ),
+        "longnet_cli.integrations.gigapath": ("create_model", "LongNetViT", "install"),
     },
     "Documents": {"longnet_cli": ("Inputs", "Document", "Tokenizer")},
     "Jobs": {

@@ -1,7 +1,8 @@
 """LongNet: dilated attention over token streams of any length. Importing this package does not import torch.
 
-A program imports names from here, from `longnet_cli.attention` (the same, and more of attention) and, for models of
-transformers, from `longnet_cli.integrations.transformers`. Other modules may move.
+A program imports names from here, from `longnet_cli.attention` (the same, and more of attention), for models of
+transformers from `longnet_cli.integrations.transformers`, and in place of Prov-GigaPath's package from
+`longnet_cli.integrations.gigapath`. Other modules may move.
 """
 
 from importlib import import_module

@@ -17,7 +17,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Thread
@@ -138,6 +138,17 @@ def find_tokenizer(name: str) -> Located | None:
         return repository.find()
     snapshot = _snapshot_in(Path(name))
     return Located(snapshot, str(snapshot)) if snapshot else None
+
+
+def find_file(repository: str, file: str) -> Located:
+    """Return a file of a repository on a hub, ORG/NAME or ORG/NAME@REVISION, from the cache or downloaded into it.
+
+    Raises CheckpointError for a file that is neither here nor can be downloaded, ConfigError for another name.
+    """
+    found = _Repository.of(repository)
+    if found is None or found.file:
+        raise ConfigError(f"{repository}: not the name of a repository on a hub, as ORG/NAME or ORG/NAME@REVISION")
+    return replace(found, name=f"{repository}:{file}", file=file).find()
 
 
 def refresh(model: str | None, tokenizer: str | None) -> None:
@@ -294,8 +305,8 @@ class _Repository:
         ggufs = ", ".join(f"{self.repo}:{name}" for name in sorted(names) if name.endswith(".gguf"))
         if self.file:
             if self.file not in names:
-                have = f"it has {ggufs}" if ggufs else "it has no GGUF files"
-                raise CheckpointError(f"{self.name}: the repository has no file of that name; {have}")
+                have = f"; it has {ggufs or 'no GGUF files'}" if self.file.endswith(".gguf") else ""
+                raise CheckpointError(f"{self.name}: the repository has no file of that name{have}")
             yield self.file
             return
         if self.tokenizer:

@@ -1,1 +1,1 @@
-"""Import paths that stand in users' files. The code is in `longnet_cli.models.hf`."""
+"""Import paths that stand in users' files: for transformers (the code is in `models.hf`), for Prov-GigaPath."""

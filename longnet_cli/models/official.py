@@ -136,6 +136,19 @@ def official_name(ours: str) -> str:
     return f"{layer}{_MODULES[module]}.{kind}"
 
 
+def slide_name(ours: str) -> str:
+    """Return the official name of a tensor of our slide encoder's net."""
+    return _SLIDE.get(ours) or f"encoder.{official_name(ours)}"
+
+
+def slide_net(config: LongNetConfig, state: Mapping[str, Tensor], where: str) -> VectorNet:
+    """Build the float32 net of a slide encoder with weights that have their official names. Raises CheckpointError."""
+    state = {name: tensor for name, tensor in state.items() if not DERIVED_BUFFERS.fullmatch(name)}
+    if "cls_token" in state:
+        state["cls_token"] = state["cls_token"].flatten()
+    return renamed_net(VectorNet, config, state, slide_name, where)
+
+
 def without_prefix(state: dict[str, Tensor], prefix: re.Pattern[str] = _PREFIX) -> dict[str, Tensor]:
     """Strip prefixes that all keys share, such as `model.decoder.` of a decoder inside a fairseq model."""
     while (match := prefix.match(next(iter(state), ""))) and all(key.startswith(match[0]) for key in state):
@@ -300,10 +313,10 @@ class _Found:
 
     def build(self) -> LongNet:
         """Return the net with its weights, in float32."""
-        kind, state = VectorNet if self.slide else LongNet, dict(self.state)
-        if "cls_token" in state:
-            state["cls_token"] = state["cls_token"].flatten()
-        return renamed_net(kind, self.config, state, self._official_name, f"{self.path}: {self.what}")
+        where = f"{self.path}: {self.what}"
+        if self.slide:
+            return slide_net(self.config, self.state, where)
+        return renamed_net(LongNet, self.config, self.state, lambda ours: self.prefix + official_name(ours), where)
 
     def card(self) -> str:
         """Return the text of the folder's README.md."""
@@ -402,9 +415,6 @@ class _Found:
 
     def _shape(self, name: str) -> tuple[int, ...] | None:
         return tuple(self.state[name].shape) if name in self.state else None
-
-    def _official_name(self, ours: str) -> str:
-        return _SLIDE[ours] if self.slide and ours in _SLIDE else f"{self.prefix}{official_name(ours)}"
 
 
 def _listed(names: Sequence[str]) -> str:

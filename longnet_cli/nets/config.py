@@ -121,15 +121,15 @@ class Costs:
 # zeta^(pos / 512) with the paper's smallest zeta, 0.4 / 1.4, spans e^+-80 here; float32 ends at e^88
 XPOS_MAX_SEGMENT = 65536
 
-_OPTIONS = [name for name in PATTERN_FIELDS if name not in ("segment_lengths", "dilation_rates", "head_offsets")]
+_OPTIONS = {*PATTERN_FIELDS, "drop_path"} - {"segment_lengths", "dilation_rates", "head_offsets"}
 
 
 class LongNetConfig(Costs, StrictModel):
     """The immutable configuration of a LongNet. `vocab_size=0` is a net without embedding (GigaPath, LongViT).
 
     The fields of `attention.Pattern` are fields here, with the same names, meanings and defaults. In their place you
-    may give `pattern`: a `Pattern`, or a text for `parse_pattern`. Pattern fields beyond levels and offsets are not
-    written at their defaults: such a config.json means the same to versions without them.
+    may give `pattern`: a `Pattern`, or a text for `parse_pattern`. Pattern fields beyond levels and offsets, and
+    `drop_path`, are not written at their defaults: such a config.json means the same to versions without them.
 
     Building it directly raises pydantic's ValidationError (a ValueError); `parse_config` raises ConfigError.
     """
@@ -211,7 +211,7 @@ class LongNetConfig(Costs, StrictModel):
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        defaults = {name: type(self).model_fields[name].default for name in _OPTIONS}
+        defaults = {name: field.default for name, field in type(self).model_fields.items() if name in _OPTIONS}
         return {name: value for name, value in write(self).items() if value != defaults.get(name, ...)}
 
     @model_validator(mode="after")
@@ -315,7 +315,9 @@ class SlideConfig(LongNetConfig):
 
     Each vector has `in_features` numbers. A tile at pixel (x, y) lies in the cell (x // tile_size, y // tile_size) of
     a `grid` x `grid` square, which gives its position. `grid=0` reads vectors without coordinates, in their order.
-    The defaults are Prov-GigaPath's; `SlideConfig.gigapath()` has its sizes, too.
+    In training, the attention and the feed-forward of a layer are each left out for a share of the slides, which grows
+    from 0 in the first layer to `drop_path` in the last. The defaults are Prov-GigaPath's, but for the two kinds of
+    dropout; `SlideConfig.gigapath()` has its sizes, too.
     """
 
     vocab_size: Literal[0] = 0
@@ -326,6 +328,7 @@ class SlideConfig(LongNetConfig):
     in_features: int = Field(default=1536, gt=0)
     grid: int = Field(default=1000, ge=0, le=1 << 24)  # cells are float32 numbers in the rows that the net reads
     tile_size: int = Field(default=256, gt=0)
+    drop_path: float = Field(default=0.0, ge=0.0, lt=1.0)
 
     @model_validator(mode="after")
     def _check_slide(self) -> SlideConfig:

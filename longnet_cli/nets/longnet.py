@@ -2,7 +2,8 @@
 
     x + out(LN(attention(LN x)))        x + fc2(LN(gelu(fc1(LN x))))        inner LNs only for norm="subln"
 
-In training, dropout applies to the second term of both sums (`dropout`, 0 by default).
+In training, dropout applies to the second term of both sums (`dropout`, 0 by default), and drop path does, too, in a
+slide encoder.
 
 A net runs on one device. If it sees one shard of a sequence, it gets keys from outside through `far`, a callable (see
 `FarProvider`), and its place through `start`. `longnet_cli.running` builds chunks and ranks from these two.
@@ -129,6 +130,22 @@ class FeedForward(nn.Module):
         return self.fc2(self.inner_norm(F.gelu(self.fc1(x))))
 
 
+class DropPath(nn.Module):
+    """Stochastic depth (arXiv 1603.09382): in training, a sequence of x is 0 with probability `p`, else x / (1 - p)."""
+
+    def __init__(self, p: float = 0.0) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.p:
+            return x
+        return x * F.dropout(x.new_ones(len(x), 1, 1), self.p)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p:g}"
+
+
 class Block(nn.Module):
     """One layer: hidden (B, N, dim) -> hidden (B, N, dim)."""
 
@@ -139,6 +156,7 @@ class Block(nn.Module):
         self.ffn_norm = Norm(config.dim, config.norm_eps)
         self.ffn = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
+        self.drop_path = DropPath()
 
     def forward(
         self,
@@ -147,8 +165,8 @@ class Block(nn.Module):
         place: Placement = Placement(),  # noqa: B008 (immutable)
         far: LayerProvider | None = None,
     ) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), table, place, far))
-        return x + self.dropout(self.ffn(self.ffn_norm(x)))
+        x = x + self.drop_path(self.dropout(self.attention(self.attention_norm(x), table, place, far)))
+        return x + self.drop_path(self.dropout(self.ffn(self.ffn_norm(x))))
 
 
 class LongNet(Net):

@@ -3,101 +3,30 @@
     features -> projection -> + position of the tile's cell -> [CLS, tiles] -> LongNet -> CLS, or the mean -> norm
 
 `VectorNet` is the LongNet in it, which jobs run chunk by chunk and over ranks. `SlideEncoder` is the class for users.
-Positions are computed only for the given tiles; nothing has the size of the grid.
 
 B batch, N tiles.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from os import PathLike
-from typing import Literal, Protocol, cast
+from typing import Literal, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from longnet_cli.attention import Pattern
-from longnet_cli.basics.errors import ConfigError, DataError, InputWarning
+from longnet_cli.basics.errors import ConfigError
 from longnet_cli.nets.config import LongNetConfig, SlideConfig
-from longnet_cli.nets.longnet import LongNet, Placement
-from longnet_cli.nets.net import Bos, D, DocumentLike, InputSequence
+from longnet_cli.nets.grid import Tiles, TileSize, grid_positions, padded_cells, tile_cells
+from longnet_cli.nets.longnet import Block, LongNet, Placement
+from longnet_cli.nets.net import Bos, D, InputSequence
 from longnet_cli.nets.weights import load_pretrained, save_pretrained
-
-CROWD = 8  # mean tiles per cell from which the cell size is most likely wrong; overlapping tiles have 4
-
-
-class Tiles(DocumentLike, Protocol):
-    """A document of vectors, as `data.vectors.Vectors` is."""
-
-    doc_id: str
-    coords: np.ndarray | None
-    tile_size: float | None
-
-    def place(self, index: int) -> str: ...
-
-
-def grid_cells(coords: Tensor, tile_size: float) -> Tensor:
-    """Return the cells in which pixels (..., 2) lie, (..., 2) whole numbers in float64."""
-    return torch.floor(coords.double() / tile_size)
-
-
-def outside_grid(cells: Tensor, grid: int) -> tuple[int, str] | None:
-    """Return the index of the first of the cells (N, 2) outside the grid, and a sentence; None if all are inside."""
-    bad = ~((cells >= 0) & (cells < grid)).all(-1)
-    if not bad.any():
-        return None
-    index = int(bad.nonzero()[0])
-    first, second = cells[index].tolist()
-    return index, f"its cell ({first:.0f}, {second:.0f}) is outside the grid of {grid} x {grid}"
-
-
-def tile_cells(document: Tiles, config: SlideConfig, tile_size: float | None = None) -> np.ndarray:
-    """Return the cells of a document's tiles, (len, 2) float32, zeros for a net without a grid; read no vectors.
-
-    The side of a tile is `tile_size`, otherwise the document's own, otherwise the model's. Raises DataError for a
-    document without coordinates, and for a tile outside the grid. Warns where most tiles share their cells.
-    """
-    if not config.grid:
-        return np.broadcast_to(np.float32(0), (len(document), 2))
-    if document.coords is None:
-        raise DataError(
-            f"{document.where}: document {document.doc_id!r} has no coordinates, which the model needs: a column "
-            "coords of pairs, or x and y"
-        )
-    side = tile_size or document.tile_size or config.tile_size  # in pixels of the document's coordinates
-    cells = grid_cells(torch.from_numpy(document.coords), side)
-    if outside := outside_grid(cells, config.grid):
-        index, problem = outside
-        x, y = document.coords[index]
-        raise DataError(
-            f"{document.place(index)}: the tile at ({x:g}, {y:g}): {problem} of {side:g} pixels: give the side of a "
-            "tile with --tile-size"
-        )
-    found = cells.float().numpy()
-    _warn_of_crowds(document, document.coords, found, side)
-    return found
-
-
-def _warn_of_crowds(document: Tiles, coords: np.ndarray, cells: np.ndarray, side: float) -> None:
-    """Warn where most tiles share their cells: then positions say little, and `side` does not fit the coordinates."""
-    occupied = len(np.unique(cells, axis=0))
-    if len(document) < 2 * CROWD or occupied * CROWD > len(document):
-        return
-    steps = np.concatenate([np.diff(np.unique(coords[:, axis])) for axis in (0, 1)])
-    sizes, times = np.unique(steps, return_counts=True)
-    fits = f": a tile of {sizes[times.argmax()]:g} would fit (--tile-size)" if len(sizes) else ""
-    warnings.warn(
-        f"{document.where}: the {len(document)} tiles of {document.doc_id!r} fall into {occupied} "
-        f"cell{'s' * (occupied > 1)} of {side:g} pixels{fits}",
-        InputWarning,
-        stacklevel=2,
-    )
-
 
 SlidePool = Literal["cls", "mean"]
 
@@ -122,7 +51,10 @@ class VectorNet(LongNet):
         self.has_grid = config.grid > 0
         self.project = nn.Linear(config.in_features, config.dim)
         self.cls = nn.Parameter(torch.empty(config.dim))
+        self.dropout = nn.Dropout(config.dropout)  # of the first layer's input
         self.norm = nn.LayerNorm(config.dim, HEAD_EPS)
+        for index, layer in enumerate(cast(Sequence[Block], self.layers)):
+            layer.drop_path.p = config.drop_path * index / max(1, config.num_layers - 1)
         if not self.cls.is_meta:
             nn.init.xavier_uniform_(self.project.weight)
             nn.init.zeros_(self.project.bias)
@@ -166,6 +98,53 @@ class VectorNet(LongNet):
     def head(self, pooled: Tensor) -> Tensor:
         return self.norm(pooled.to(self.norm.weight.dtype))
 
+    def encode(
+        self,
+        features: Tensor,
+        coords: Tensor | None = None,
+        *,
+        tile_size: TileSize = None,
+        lengths: Sequence[int] | Tensor | None = None,
+        pool: SlidePool = "cls",
+        all_layers: bool = False,
+        again: bool = False,
+    ) -> list[Tensor]:
+        """Return vectors (B, dim): one, or with `all_layers` num_layers + 1; see `SlideEncoder.forward`.
+
+        With `again`, the backward pass computes each layer again, from its input.
+        """
+        if pool not in ("cls", "mean"):
+            raise ValueError(f'pool must be "cls" or "mean", got {pool!r}')
+        batch, tiles, _ = features.shape
+        counts = torch.full((batch,), tiles) if lengths is None else torch.as_tensor(lengths).cpu()
+        if counts.shape != (batch,) or not tiles or counts.min() < 1 or counts.max() > tiles:
+            raise ValueError(f"lengths must be {batch} numbers of 1 to {tiles}, got {counts.tolist()}")
+        x = self.dropout(self.embed(self.rows(features, coords, counts, tile_size)))
+        table = self.positions(x, 0)
+        place = Placement(lengths=None if lengths is None else (counts + 1).tolist())
+        found = [self.head(_pooled(x, counts, pool))] if all_layers else []
+        again &= torch.is_grad_enabled()
+        for layer in self.layers:
+            x = checkpoint(layer, x, table, place, use_reentrant=False) if again else layer(x, table, place)
+            if all_layers:
+                found.append(self.head(_pooled(x, counts, pool)))
+        return found or [self.head(_pooled(self.final_norm(x), counts, pool))]
+
+    def rows(self, features: Tensor, coords: Tensor | None, counts: Tensor, tile_size: TileSize = None) -> Tensor:
+        """Return the rows that the net reads, (B, 1 + N, in_features + 2), of slides with these counts of tiles."""
+        batch, tiles, size = features.shape
+        if size != self.config.in_features:
+            raise ValueError(f"features have {size} numbers, the model reads {self.config.in_features}")
+        wide = torch.float64 if features.dtype is torch.float64 else torch.float32
+        cells = features.new_zeros(batch, tiles, 2, dtype=torch.float64)
+        if self.config.grid:
+            cells = padded_cells(coords, counts, (batch, tiles, 2), self.config, tile_size)
+        elif coords is not None:
+            raise ValueError("this model has no grid: it takes no coords")
+        rows = features.new_full((batch, 1 + tiles, size + 2), CLS_CELL, dtype=wide)  # 100,000 tiles: 0.6 GB, so once
+        rows[:, 1:, :size], rows[:, 1:, size:] = features, cells
+        return rows
+
 
 class SlideEncoder(nn.Module):
     """An encoder of the tiles of a slide into one vector, initialised at random, float32.
@@ -175,7 +154,12 @@ class SlideEncoder(nn.Module):
 
     Prov-GigaPath's weights were trained with `padding="zero_key"`: keys of zeros join the softmax wherever a slide does
     not fill a segment. `"exact"` leaves them out, and the vectors differ.
+
+    To train slides of any length, the backward pass computes each layer again, from its input: it holds the inputs of
+    all layers and the activations of one. `activation_checkpointing = False` saves that time and holds all activations.
     """
+
+    activation_checkpointing = True
 
     def __init__(self, config: SlideConfig) -> None:
         super().__init__()
@@ -190,57 +174,27 @@ class SlideEncoder(nn.Module):
         features: Tensor,
         coords: Tensor | None = None,
         *,
+        tile_size: TileSize = None,
         lengths: Sequence[int] | Tensor | None = None,
         pool: SlidePool = "cls",
         all_layers: bool = False,
     ) -> Tensor:
         """Return vectors (B, dim) of features (B, N, in_features) and coords (B, N, 2) in pixels.
 
-        `lengths` gives the number of tiles of each right-padded row, at least 1: each slide comes out as it would
-        alone. `pool` takes the hidden state of CLS or the mean over the tiles; the last norm follows. `all_layers`
-        returns (num_layers + 1, B, dim): one vector for the first layer's input, then one for each layer's output. As
-        in Prov-GigaPath, these skip the LongNet's final norm, so the last one differs from the vector that you get
-        without `all_layers`. A net without a grid takes no coords. Raises ValueError for wrong shapes, lengths and
-        `pool`, and for tiles outside the grid.
+        `tile_size` is the side of a tile in the pixels of `coords`, one number or one for each slide; None is the
+        model's own, whatever the coords are. `lengths` gives the number of tiles of each right-padded row, at least 1:
+        each slide comes out as it would alone. `pool` takes the hidden state of CLS or the mean over the tiles; the
+        last norm follows. `all_layers` returns (num_layers + 1, B, dim): one vector for the first layer's input, then
+        one for each layer's output. As in Prov-GigaPath, these skip the LongNet's final norm, so the last one differs
+        from the vector that you get without `all_layers`. A net without a grid takes no coords. In training, dropout
+        applies to the input of the first layer, too. Raises ValueError for wrong shapes, lengths, sides and `pool`, and
+        for tiles outside the grid.
         """
-        if pool not in ("cls", "mean"):
-            raise ValueError(f'pool must be "cls" or "mean", got {pool!r}')
-        batch, tiles, _ = features.shape
-        counts = torch.full((batch,), tiles) if lengths is None else torch.as_tensor(lengths).cpu()
-        if counts.shape != (batch,) or not tiles or counts.min() < 1 or counts.max() > tiles:
-            raise ValueError(f"lengths must be {batch} numbers of 1 to {tiles}, got {counts.tolist()}")
-        rows = self._rows(features, coords, counts)
-        whole = None if lengths is None else (counts + 1).tolist()
-        if not all_layers:
-            return self.net.head(_pooled(self.net(rows, lengths=whole), counts, pool))
-        x = self.net.embed(rows)
-        found, place = [self.net.head(_pooled(x, counts, pool))], Placement(lengths=whole)
-        table = self.net.positions(x, 0)
-        for layer in self.net.layers:
-            x = layer(x, table, place)
-            found.append(self.net.head(_pooled(x, counts, pool)))
-        return torch.stack(found)
-
-    def _rows(self, features: Tensor, coords: Tensor | None, counts: Tensor) -> Tensor:
-        """Return the rows that the net reads, (B, 1 + N, in_features + 2)."""
-        batch, tiles, size = features.shape
-        if size != self.config.in_features:
-            raise ValueError(f"features have {size} numbers, the model reads {self.config.in_features}")
-        wide = torch.float64 if features.dtype is torch.float64 else torch.float32
-        cells = features.new_zeros(batch, tiles, 2, dtype=torch.float64)
-        if self.config.grid:
-            if coords is None or coords.shape != (batch, tiles, 2):
-                shape = "none" if coords is None else tuple(coords.shape)
-                raise ValueError(f"coords must have the shape {(batch, tiles, 2)}, got {shape}")
-            real = torch.arange(tiles)[None] < counts[:, None]  # padding may have any coords
-            there = torch.where(real[..., None].to(coords.device), coords, coords.new_zeros(()))
-            cells = grid_cells(there, self.config.tile_size)
-            if outside := outside_grid(cells.flatten(0, 1), self.config.grid):
-                raise ValueError(f"slide {outside[0] // tiles}, tile {outside[0] % tiles}: {outside[1]}")
-        elif coords is not None:
-            raise ValueError("this model has no grid: it takes no coords")
-        rows = torch.cat([features.to(wide), cells.to(features.device, wide)], -1)
-        return F.pad(rows, (0, 0, 1, 0), value=CLS_CELL)
+        again = self.activation_checkpointing
+        found = self.net.encode(
+            features, coords, tile_size=tile_size, lengths=lengths, pool=pool, all_layers=all_layers, again=again
+        )
+        return torch.stack(found) if all_layers else found[0]
 
     @classmethod
     def from_pretrained(
@@ -264,17 +218,6 @@ class SlideEncoder(nn.Module):
     def save_pretrained(self, directory: str | PathLike[str]) -> None:
         """Write config.json and model.safetensors; see weights.save_pretrained."""
         save_pretrained(self.net, directory)
-
-
-def grid_positions(cells: Tensor, dim: int) -> Tensor:
-    """Return the position vectors (..., dim), float32, of cells (..., 2).
-
-    The first half is for a cell's second number, the second half for its first. A half is [sin, cos] of
-    c / 10000^(i / (dim / 4)), for i in 0, ..., dim / 4 - 1.
-    """
-    frequencies = 10000.0 ** -(torch.arange(dim // 4, device=cells.device, dtype=torch.float64) / (dim // 4))
-    phases = cells.flip(-1).double()[..., None] * frequencies  # (..., 2, dim / 4)
-    return torch.cat([phases.sin(), phases.cos()], -1).flatten(-2).float()
 
 
 def _pooled(x: Tensor, counts: Tensor, pool: SlidePool) -> Tensor:

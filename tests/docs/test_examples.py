@@ -1,6 +1,6 @@
 """The scripts in examples/: the corpus of the shipped model, the Llama of transformers that is trained twice, the
-encoder that finds edited copies of files, patterns compared on a pretrained model and by short fine-tunes, decoders
-timed, pass keys in prose, and the report of a GPU.
+encoder that finds edited copies of files, labels of slides, patterns compared on a pretrained model and by short
+fine-tunes, decoders timed, pass keys in prose, and the report of a GPU.
 """
 
 from __future__ import annotations
@@ -120,6 +120,37 @@ def test_an_encoder_learns_masked_tokens_and_finds_edited_copies(
     found = example("near_duplicates.py", "rank", tmp_path / "vectors.arrow").splitlines()
     cut = next(int(count) for line in found if (count := line.removeprefix("cut").split()[0]).isdigit())
     assert cut >= 0.8 * len(files)  # by chance, one
+
+
+def test_labels_of_slides_are_predicted_from_a_frozen_and_from_a_tuned_encoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("h5py")
+    module = imported(ROOT / "examples/finetune_slides.py")
+    assert module.auc(np.array([0.1, 0.4, 0.35, 0.8]), np.array([0, 0, 1, 1])) == pytest.approx((0.75, 0.125**0.5))
+    module.make(tmp_path / "made", slides=16, signal=2.0)
+    made = {name: str(tmp_path / "made" / name) for name in ("features", "labels.csv", "encoder")}
+    vectors = str(tmp_path / "slides.arrow")
+    words = ["--pool", "mean", "--all-layers", "--no-normalize", "-o", vectors, "-q"]
+    done = invoke("encode", made["features"], "--model", made["encoder"], *words)
+    assert done.exit_code == 0, done.output
+    fast = ["--model", made["encoder"], "--epochs", "2", "--slides-per-step", "2", "--rate", "0.5"]
+    for command in (["probe", vectors, made["labels.csv"]], ["tune", made["features"], made["labels.csv"], *fast]):
+        monkeypatch.setattr(sys, "argv", ["finetune_slides.py", *command, "--layer", "3", "--folds", "2"])
+        module.main()
+        line = capsys.readouterr().out.splitlines()[-1]
+        assert "16 slides, 8 of them positive" in line
+        assert float(re.search(r"AUC ([\d.]+), standard error [\d.]+", line)[1]) > 0.8, line
+    model = module.Classifier(made["encoder"], 3, 0.1)
+    scales = {}
+    for (name, _), group in zip(model.named_parameters(), module.groups_of(model, 0.05, 0.5), strict=True):
+        scales[name] = group["scale"], group["weight_decay"]
+    assert scales["encoder.net.cls"] == (1 / 16, 0.0)
+    assert scales["encoder.net.project.weight"] == (1 / 16, 0.05)
+    assert scales["encoder.net.layers.0.attention.q.weight"] == (1 / 8, 0.05)
+    assert scales["encoder.net.layers.2.ffn_norm.weight"] == (1 / 2, 0.0)
+    assert scales["head.weight"] == (1, 0.05)
+    assert [module.rate_at(epoch, 5) for epoch in (0.5, 1, 3, 5)] == pytest.approx([0.5, 1, 0.5, 0])
 
 
 def test_a_llama_learns_densely_and_dilated(tmp_path: Path, command_env: dict[str, str], python: Path) -> None:

@@ -14,7 +14,8 @@ from places import ROOT
 
 import longnet_cli
 
-STABLE = ("longnet_cli", "longnet_cli.attention", "longnet_cli.integrations.transformers")
+INTEGRATIONS = ("longnet_cli.integrations.transformers", "longnet_cli.integrations.gigapath")
+STABLE = ("longnet_cli", "longnet_cli.attention", *INTEGRATIONS)
 
 
 def test_every_public_name_is_what_type_checkers_see() -> None:

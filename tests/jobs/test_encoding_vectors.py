@@ -105,6 +105,23 @@ def test_golden_through_every_format(run_longnet: RunLongnet, tmp_path: Path) ->
                 np.testing.assert_allclose(found, wanted["cls_of_layers"], rtol=0, atol=1e-4)
 
 
+def test_python_agrees_with_the_command_about_tiles_of_512_pixels(
+    run_longnet: RunLongnet, tmp_path: Path, model: Path
+) -> None:
+    h5py = pytest.importorskip("h5py")
+    features, coords = slide(90)
+    coords = coords // 256 * 512
+    with h5py.File(tmp_path / "slide.h5", "w") as file:
+        file["features"], file["coords"] = features.numpy(), coords.numpy()
+        file["coords"].attrs["patch_size_level0"] = 512
+    done = run_longnet("encode", tmp_path / "slide.h5", *["--model", "./model", "--no-normalize", "-o", "out.arrow"])
+    assert done.returncode == 0, done.stderr
+    encoder = SlideEncoder.from_pretrained(model)
+    with torch.no_grad():
+        found = encoder(features[None], coords[None], tile_size=512)
+    same(vectors(tmp_path / "out.arrow"), {"slide": found[0].numpy()})
+
+
 @pytest.mark.parametrize(
     ("words", "pool"),
     [
@@ -188,7 +205,7 @@ def test_spans_of_a_slide(run_longnet: RunLongnet, tmp_path: Path, model: Path) 
     assert found["end"].to_pylist() == [20, 40, 50]
     encoder = slide_encoder()
     with torch.no_grad():
-        rows = encoder._rows(x[None], at[None], torch.tensor([50]))
+        rows = encoder.net.rows(x[None], at[None], torch.tensor([50]))
         hidden = encoder.net(rows)[0, 1:]
         wanted = torch.stack([encoder.net.head(part.mean(0)) for part in hidden.split(20)])
     np.testing.assert_allclose(np.array(found["embedding"].to_pylist()), wanted, rtol=0, atol=1e-5)

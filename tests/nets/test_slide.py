@@ -12,8 +12,9 @@ from torch import Tensor
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.models.official import from_torchscale
 from longnet_cli.nets.config import LongNetConfig, SlideConfig
+from longnet_cli.nets.grid import grid_cells, grid_positions
 from longnet_cli.nets.longnet import LongNet
-from longnet_cli.nets.slide import SlideEncoder, grid_cells, grid_positions
+from longnet_cli.nets.slide import SlideEncoder
 from longnet_cli.running.layerwise import hidden_in_chunks
 
 
@@ -69,10 +70,65 @@ def test_a_padded_batch_is_each_slide_alone(padding: str, pool: str) -> None:
 def test_chunks_are_the_whole(changes: dict) -> None:
     encoder, (features, coords) = slide_encoder(**changes), slide(203)
     where = None if encoder.config.grid == 0 else coords[None]
-    rows = encoder._rows(features[None], where, torch.tensor([203]))
+    rows = encoder.net.rows(features[None], where, torch.tensor([203]))
     whole = encoder.net(rows)
     found = torch.cat([*hidden_in_chunks(encoder.net, lambda start, stop: rows[:, start:stop], 204, 37)], 1)
     torch.testing.assert_close(found, whole, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_side_of_a_tile_is_given_for_a_call_or_for_each_slide() -> None:
+    encoder, sides = slide_encoder(), [256, 512, 100.5]
+    slides = [slide(40, row) for row in range(3)]
+    features = torch.stack([x for x, _ in slides])
+    cells = torch.stack([at // 256 for _, at in slides])
+    wanted = encoder(features, cells * 256)
+    coords = torch.stack([(at * side).ceil() for at, side in zip(cells, sides, strict=True)])
+    assert torch.equal(encoder(features, coords, tile_size=sides), wanted)
+    assert torch.equal(encoder(features, coords, tile_size=torch.tensor(sides)), wanted)
+    assert torch.equal(encoder(features, cells * 512, tile_size=512), wanted)
+    with pytest.raises(ValueError, match=r"slide 1, tile .*: its cell .* is outside the grid of 50 x 50 of 256 pixels"):
+        encoder(features, coords)
+
+
+def grown(encoder: SlideEncoder, dtype: torch.dtype) -> tuple[dict[str, Tensor], int]:
+    """The gradients of a step with dropout, always the same, and the numbers that are held for the backward pass."""
+    torch.manual_seed(1)
+    held: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        held[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes() // x.itemsize
+        return x
+
+    features, coords = slide(120)
+    encoder.train().to(dtype).zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss = encoder(features.to(dtype).expand(2, -1, -1), coords.expand(2, -1, -1), lengths=[120, 77]).square().sum()
+    loss.backward()
+    return {name: p.grad for name, p in encoder.named_parameters()}, sum(held.values())
+
+
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+def test_layers_that_are_computed_again_give_the_same_gradients(dtype: torch.dtype, near: float) -> None:
+    encoder = slide_encoder(num_layers=4, dropout=0.25, drop_path=0.3)
+    assert encoder.activation_checkpointing
+    found, few = grown(encoder, dtype)
+    encoder.activation_checkpointing = False
+    wanted, many = grown(encoder, dtype)
+    torch.testing.assert_close(found, wanted, rtol=near, atol=near)
+    assert few < many / 5  # without: some 30 tensors a layer; with: its input
+
+
+def test_drop_path_grows_from_layer_to_layer_and_leaves_out_whole_slides() -> None:
+    encoder = slide_encoder(num_layers=4, drop_path=0.6)
+    shares = [layer.drop_path.p for layer in encoder.net.layers]
+    assert shares == pytest.approx([0, 0.2, 0.4, 0.6])
+    drop, x = encoder.net.layers[3].drop_path, torch.randn(4000, 3, 2)
+    assert torch.equal(drop(x), x)
+    left = drop.train()(x)
+    kept = left.flatten(1).any(1)
+    assert 0.36 < kept.float().mean() < 0.44
+    torch.testing.assert_close(left, x * kept[:, None, None] / 0.4)
 
 
 def test_positions_are_those_of_the_table() -> None:
@@ -126,10 +182,18 @@ def test_it_trains() -> None:
         ({"features": torch.zeros(1, 4, 5)}, "features have 5 numbers, the model reads 6"),
         ({"coords": None}, r"coords must have the shape \(1, 4, 2\), got none"),
         ({"coords": torch.zeros(1, 3, 2)}, r"coords must have the shape \(1, 4, 2\), got \(1, 3, 2\)"),
-        ({"coords": torch.tensor([[[0, 0], [256, 0], [0, 12800], [0, 0]]])}, "slide 0, tile 2: its cell .0, 50. is"),
+        (
+            {"coords": torch.tensor([[[0, 0], [256, 0], [0, 12800], [0, 0]]])},
+            "slide 0, tile 2: the tile at .0, 12800.: its cell .0, 50. is",
+        ),
         ({"lengths": [5]}, "lengths must be 1 numbers of 1 to 4"),
         ({"lengths": [0]}, "lengths must be 1 numbers of 1 to 4"),
         ({"pool": "last"}, "pool must be"),
+        (
+            {"tile_size": [256, 256]},
+            "tile_size must be above 0, one number or one for each of 1 slides, got .256, 256.",
+        ),
+        ({"tile_size": 0}, "tile_size must be above 0"),
     ],
 )
 def test_what_is_refused(change: dict, message: str) -> None:

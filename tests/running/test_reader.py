@@ -46,7 +46,7 @@ def of_ids(bos: Bos) -> tuple[InputSequence, np.ndarray]:
 def of_tiles(grid: int) -> tuple[InputSequence, np.ndarray]:
     encoder, (x, at) = slide_encoder(grid=grid), slide(5)
     document = Vectors("a", "a.h5", 6, [Part(x.numpy().ravel())], at.double().numpy(), None, str, {})
-    rows = encoder._rows(x[None], at[None] if grid else None, torch.tensor([5]))
+    rows = encoder.net.rows(x[None], at[None] if grid else None, torch.tensor([5]))
     return encoder.net.sequence(document), rows[0].numpy()
 
 
