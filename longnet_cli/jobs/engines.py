@@ -29,6 +29,7 @@ from longnet_cli.jobs.encoding import PLACE_FIELDS, EmbeddingDtype, EncodeOption
 from longnet_cli.jobs.row_jobs import RowJob
 from longnet_cli.jobs.scoring.score_rows import RowScorer, ScoreOptions
 from longnet_cli.models.folder import Loaded, ModelFolder
+from longnet_cli.nets.weights import model_digest
 from longnet_cli.running.device import select_device
 from longnet_cli.running.reader import Reader
 
@@ -98,18 +99,14 @@ def encode_batches(
     """
     how = Reading(**reading, embeds=True)
     chosen: dict[str, Any] = {"pool": pool, "span": span, "normalize": normalize, "embedding_dtype": embedding_dtype}
-    chosen |= {"context": context, "stride": stride}
-
-    @cache
-    def options() -> EncodeOptions:
-        folder = ModelFolder.find(how.model, gguf=True, embeds=True)
-        return EncodeOptions.of_model(folder, how.load(), prefix=prefix, dims=dims, **chosen)
+    chosen |= {"context": context, "stride": stride, "prefix": prefix, "dims": dims}
 
     @cache
     def make_job(of_text: bool) -> Encoder:
-        return Encoder(how.reader(), options(), PLACE_FIELDS if of_text else ())
+        options, _ = _encoding(how.model, how.load(), **chosen)
+        return Encoder(how.reader(), options, PLACE_FIELDS if of_text else ())
 
-    return _mapped(batches, how, make_job, lambda: options().reading(how.load()))
+    return _mapped(batches, how, make_job, lambda: _encoding(how.model, how.load(), **chosen)[1])
 
 
 def score_batches(
@@ -144,7 +141,16 @@ def _load(
     parsed = read_pattern(pattern, "pattern")
     folder = ModelFolder.find(model, gguf=True, embeds=embeds)
     how: dict[str, Any] = {"dtype": dtype, "tokenizer": tokenizer, "pattern": parsed, "bos": bos, "embeds": embeds}
-    return folder.load(device=select_device(device), **how)
+    loaded = folder.load(device=select_device(device), **how)
+    loaded.net.digest = model_digest(loaded.net)  # once per process, not once per batch
+    return loaded
+
+
+@cache
+def _encoding(model: str, loaded: Loaded, **chosen: Any) -> tuple[EncodeOptions, Tokenizer | None]:
+    """Return the options of `encode`, and what tokenizes texts, once per process."""
+    options = EncodeOptions.of_model(ModelFolder.find(model, gguf=True, embeds=True), loaded, **chosen)
+    return options, options.reading(loaded)
 
 
 def _mapped(

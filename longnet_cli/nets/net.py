@@ -199,6 +199,7 @@ class Net(nn.Module):
     has_cls: bool = False  # whether an extra row, CLS, comes before each sequence
     has_grid: bool = False  # whether the vectors that it reads lie in a grid
     embedder: Embedder | None = None  # is saved with the net
+    digest: str | None = None  # of configuration and weights, where both stay as they are
     layer_by_layer: bool = False  # whether jobs can run its layers one by one, and see the states between them
 
     @property

@@ -207,6 +207,8 @@ def model_digest(model: Net, *, every: bool = True) -> str:
 
     Without `every`, it is equal also for models that choose blocks at other places (`chosen_every`).
     """
+    if model.digest and every:
+        return model.digest
     config = model.config.model_dump_json()
     if model.config.pattern.chosen and not every:  # in the JSON of a Hugging Face model, it stands in a string as well
         config = re.sub(r', ?\\?"chosen_every\\?": ?\d+', "", config)

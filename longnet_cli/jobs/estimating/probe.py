@@ -122,7 +122,8 @@ class Probe:
         self.net, self.scores, self.dtype = net, scores, dtype
         self.device = next(net.parameters()).device
         self.wide = 8 if resolve_dtype(dtype, self.device) == "fp32" else 10  # logits and logarithms; 16-bit logits
-        self._read([WARM_UP], WARM_UP, scores)
+        warm_up = min(WARM_UP, net.config.max_tokens or WARM_UP)
+        self._read([warm_up], warm_up, scores)
         self.before = resident_memory(self.device)
         self.tokens = self.elements = 0  # of the last read: of its largest forward pass, and of their logits
         self.activations = self.logits = 0  # bytes by which it made the process grow, without what it keeps
