@@ -84,7 +84,7 @@ def encode_query(query: str, facts: dict[bytes, bytes], dims: int) -> np.ndarray
         "--prefix",
         prompt or "none",
     ]
-    if b"longnet.pattern" in facts and b"longnet.context" not in facts:
+    if b"longnet.pattern" in facts and b"longnet.context" not in facts:  # windows are read by the model's own attention
         command += ["--pattern", facts[b"longnet.pattern"].decode()]
     if facts.get(b"longnet.normalized") == b"false":
         command += ["--no-normalize"]
@@ -133,7 +133,7 @@ def main() -> None:
     args = parser.parse_args()
     table = read_table(args.vectors)
     vectors, facts, names = vectors_of(table), table.schema.metadata or {}, table["doc_id"].to_pylist()
-    trained = {b"longnet.query_prompt", b"longnet.context", b"longnet.prompt"} & facts.keys()  # to make vectors
+    trained = {b"longnet.query_prompt", b"longnet.modules"} & facts.keys()  # to make vectors
     mean = 0.0 if trained else vectors.mean(0)
     if args.query is not None:
         query = scaled(encode_query(args.query, facts, vectors.shape[1]), mean)[0]

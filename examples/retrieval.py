@@ -316,14 +316,17 @@ def vector_scores(
         sys.exit(f"{model}: has no tokenizer")
     options = ["--model", model, *options]
     prompts = (embedder.query, embedder.document) if embedder else ("", "")
+    if model_of_library := folder.sentence_model():
+        prompts = (model_of_library.query_prompt or "", model_of_library.document_prompt)
     ids = [[words.encode(pair[side]) for pairs in tasks.values() for pair in pairs] for side in (0, 1)]
     if span:
         for read in reads:
             sides = [
-                encode_spans(side, read, span, [*options, "--prefix", prompt] if prompt else options)
+                encode_spans(side, read, span, [*options, "--prefix", prompt or "none"])
                 for side, prompt in zip(ids, prompts, strict=True)
             ]
-            report_spans(tasks, f"{model}, spans of {span}", read, *sides, words_too)
+            shares = [min(1.0, (read or 1e9) / max(1, len(found))) for found in ids[1]]
+            report_spans(tasks, f"{model}, spans of {span}", read, *sides, shares, words_too)
         return
     for group in [reads] if folder.config.get("causal", True) else [[read] for read in reads]:
         sides = []
@@ -336,18 +339,24 @@ def vector_scores(
 
 
 def report_spans(
-    tasks: Tasks, method: str, read: int | None, firsts: list[np.ndarray], seconds: list[np.ndarray], words_too: bool
+    tasks: Tasks,
+    method: str,
+    read: int | None,
+    firsts: list[np.ndarray],
+    seconds: list[np.ndarray],
+    shares: list[float],
+    words_too: bool,
 ) -> None:
     """Report each task by its spans and, with `words_too`, by spans and words together."""
     at = 0
     for task, pairs in tasks.items():
         mine = slice(at, at := at + len(pairs))
         scores, texts = span_scores(firsts[mine], seconds[mine]), [pair[1] for pair in pairs]
-        report(task, method, read, scores, texts, [1.0] * len(pairs))
+        report(task, method, read, scores, texts, shares[mine])
         if words_too:
             size = parse_size("8Ki" if task in ("man", "pydoc") else "32Ki")
             both = z_scores(scores) + z_scores(word_scores(pairs, size)["tf-idf"])
-            report(task, f"{method}, and words", read, both, texts, [1.0] * len(pairs))
+            report(task, f"{method}, and words", read, both, texts, shares[mine])
 
 
 def report_vectors(
@@ -453,6 +462,8 @@ def main() -> None:
     if args.command == "training":
         write_training(args.folder, sorted(args.archives), read_tasks(args.bench), args.longest)
         return
+    if args.command == "vectors" and args.words and not args.span:
+        sys.exit("--words adds words to the scores of spans: give --span")
     tasks = read_tasks(args.folder, args.tasks)
     tasks = {task: pairs[: args.pairs] for task, pairs in tasks.items()}
     if args.command == "vectors":

@@ -181,7 +181,7 @@ def encode(
         tile_size=tile_size,
         dims=dims,
     )
-    data = replace(data, tokenizer=options.reading(loaded))
+    data = replace(data, tokenizer=options.tokenizer_for(loaded))
     opened = opened._replace(inputs=data)
     running: dict[str, Any] = {"chunk": chunk, "dtype": dtype, "spill": spill}
     if room:

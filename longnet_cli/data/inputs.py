@@ -330,6 +330,7 @@ def _spooled(text: Text) -> Text:
 
 
 def _encode(text: Text, tokenizer: Tokenizer | None, limit: int | None) -> Document:
+    """Return a text as ids; `Unread` for one that the tokenizer refuses. Raises ConfigError without a tokenizer."""
     if tokenizer is None:
         raise ConfigError(f"{text.where}: this is text: give a tokenizer (bytes, or a tokenizer.json)")
     if text.ids:
@@ -338,15 +339,15 @@ def _encode(text: Text, tokenizer: Tokenizer | None, limit: int | None) -> Docum
 
     def parts() -> Iterator[Part]:
         nonlocal n_bytes
-        try:
-            for found in tokenizer.encode_long(text.parts):
-                n_bytes += found.n_bytes
-                places.extend([] if found.places is None else [found.places])
-                yield Part(found.ids)
-        except RefusedError as error:
-            raise DataError(f"{text.where}: {error}") from None
+        for found in tokenizer.encode_long(text.parts):
+            n_bytes += found.n_bytes
+            places.extend([] if found.places is None else [found.places])
+            yield Part(found.ids)
 
-    found = collect(parts()) or [Part(np.empty(0, np.int32))]
+    try:
+        found = collect(parts()) or [Part(np.empty(0, np.int32))]
+    except RefusedError as error:
+        return Unread(DataError(f"{text.where}: {error}"))
     where = np.concatenate(places) if places else None
     return Document(
         text.doc_id, found, n_bytes, text.where, limit=limit, kept=text.kept, tokenizer=tokenizer, places=where

@@ -1,7 +1,8 @@
 """Text to token ids and back: one class around `tokenizers.Tokenizer`, for the built-in bytes and any tokenizer.json.
 
 A document is never anything but text: `<|endoftext|>` written inside one is encoded as its characters. So the byte
-count of a document's tokens is the byte count of its text, and no document can forge a boundary.
+count of a document's tokens is the byte count of its text, and no document can forge a boundary. Embedding models are
+the exception (`splits_special`): their vectors are those of transformers, which takes it for the token.
 
 Special tokens are the end of a text, those that options name, and those that tokenizer_config.json names.
 """
@@ -379,7 +380,8 @@ class Tokenizer:
         if self._prompt:
             first = next(filter(None, parts), None)
             parts = iter(()) if first is None else chain((self._prompt + first,), parts)
-        placed = self.tells_places and bool(self._prompt or not (self.is_bytes or self._cut is _CUT))
+        counted = self.splits_special and (self.is_bytes or self._cut is _CUT)  # places, when they are asked for
+        placed = self.tells_places and bool(self._prompt or not counted)
         place, skip, group = -len(self._prompt), len(self.prompt_ids), PLACED_GROUP if placed else GROUP
         pieces: list[str] = []
         for piece in chain(self.pieces(parts), (None,)):
@@ -510,7 +512,10 @@ class Tokenizer:
             def split(text: str) -> list[str]:
                 return [word for word, _ in words.pre_tokenize_str(text)]
 
-            return _CUT if all(split(f"a{sign}b") == split("a") + split(f"{sign}b") for sign in CUT_BEFORE) else None
+            if not all(split(f"a{sign}b") == split("a") + split(f"{sign}b") for sign in CUT_BEFORE):
+                return None
+            within = not self.splits_special and any(_CUT.search(added["content"]) for added in self.added_tokens)
+            return _CUT_AT_SPACE if within else _CUT  # no token that a text may have is cut
         if _steps(self._description["normalizer"]) - LOCAL or len(words.pre_tokenize_str("a b")) < 2:
             return None
         if any(re.search("[^\u2581 ][\u2581 ]", token) for token in self._inner.get_vocab(with_added_tokens=False)):

@@ -62,7 +62,7 @@ class EncodeOptions:
     vector is the mean of those of its windows, by tokens, and each of its spans is a window.
 
     `model_name`, `tokenizer_sha256`, `pattern` (a text of `basics.notation`), `prompt` (the text of `prefix`),
-    `modules` (what follows the pooling) and `query_prompt` go into the schema's metadata.
+    `modules` (the pooling, and what follows it) and `query_prompt` go into the schema's metadata.
     """
 
     bos: Bos = None
@@ -84,6 +84,7 @@ class EncodeOptions:
     stride: int | None = None
     prompt: str | None = None
     modules: str | None = None
+    splits_special: bool | None = None  # as the tokenizer's
 
     def __post_init__(self) -> None:
         for name in ("span", "stride"):
@@ -96,8 +97,13 @@ class EncodeOptions:
             raise ConfigError("all layers are given for whole documents: leave out --span, or --all-layers")
         if self.room is not None and self.room < 1:
             raise ConfigError(
-                f"--context {self.context}: the prompt and the special tokens of a window are {self.around} tokens, so "
-                "that it has no room for a document: give a longer one"
+                f"a window of {self.context} tokens has no room for a document beside its prompt and special tokens, "
+                f"which are {self.around}: give a longer --context, or a shorter --prefix"
+            )
+        if self.stride is not None and (self.room is None or (self.one_state and self.span is not None)):
+            what = "the model reads a document in one piece" if self.room is None else "each span is a window"
+            raise ConfigError(
+                f"--stride {self.stride}: {what}: leave it out" + ", or give --context" * (self.room is None)
             )
         if self.room is not None and (self.stride or 1) > self.room:
             raise ConfigError(
@@ -118,6 +124,11 @@ class EncodeOptions:
     def room(self) -> int | None:
         """The most tokens of a document in a window; None if it is read in one piece."""
         return None if self.context is None else self.context - self.around
+
+    @property
+    def window_size(self) -> int:
+        """The most tokens of a document in a window, where it reads windows: a span, where each span is one."""
+        return self.span if self.one_state and self.span is not None else self.room or 0
 
     @property
     def one_state(self) -> bool:
@@ -161,6 +172,10 @@ class EncodeOptions:
         if loaded.embedding:
             model = loaded.embedding.model
             known |= _framed(loaded.embedding, net, model.document_prompt if prefix is None else given or "", context)
+            if normalize is False and "Normalize" in model.modules:
+                raise ConfigError(
+                    f"{folder.name} scales vectors amid its modules ({model.modules}): leave out --no-normalize"
+                )
             normalize = model.normalized if normalize is None else normalize
             return cls(pool=pool or model.pool, normalize=normalize, stride=stride, **known)
         if pool is None:
@@ -176,7 +191,7 @@ class EncodeOptions:
             **known,
         )
 
-    def reading(self, loaded: Loaded) -> Tokenizer | None:
+    def tokenizer_for(self, loaded: Loaded) -> Tokenizer | None:
         """Return the tokenizer that reads documents of text: after the prompt of an embedding model, with places."""
         words = loaded.embedding.words if loaded.embedding else loaded.tokenizer
         return words and words.for_documents((loaded.embedding and self.prompt) or "")
@@ -209,7 +224,7 @@ class EncodeOptions:
         DataError for a document that has nothing to pool.
         """
         opening, closing = bos_ids(self.bos), tuple(self.closing or ())
-        if closing and document.tokenizer is None and len(document) >= len(opening) + len(closing):
+        if self.closing is not None and document.tokenizer is None and 0 < len(opening + closing) <= len(document):
             ends = document.read(0, len(opening)), document.read(len(document) - len(closing), len(document))
             if (tuple(ends[0].tolist()), tuple(ends[1].tolist())) == (opening, closing):
                 raise ConfigError(
@@ -232,8 +247,7 @@ class EncodeOptions:
         if self.room is None:
             yield DocumentWindow(0, tokens, 0, tokens)
             return
-        size = self.span if self.one_state and self.span is not None else self.room
-        yield from windows_of(tokens, size, size if self.one_state and self.span else self.stride or size)
+        yield from windows_of(tokens, self.window_size, self.stride or self.window_size)
 
     def schema(self, net: Net, model_sha256: str, kept_fields: Sequence[pa.Field] = ()) -> pa.Schema:
         """Return the schema of embeddings from `net`, which has this digest, and of the columns `kept_fields`.
@@ -250,7 +264,7 @@ class EncodeOptions:
             "longnet.query_prompt": self.query_prompt,
             "longnet.normalized": "true" if self.normalize else "false",
             "longnet.context": None if self.context is None else str(self.context),
-            "longnet.stride": None if self.room is None else str(self.stride or self.room),
+            "longnet.stride": None if self.room is None else str(self.stride or self.window_size),
             "longnet.tokenizer_sha256": self.tokenizer_sha256,
             "longnet.pattern": self.pattern,
         }
@@ -280,7 +294,7 @@ def _framed(embedding: Embedding, net: Net, prompt: str, context: int | None) ->
     counted = None
     if prompt and not model.pools_prompt:  # as the library counts: it may take a token of the text for the prompt's
         alone = (*opening, *words.encode(prompt).tolist(), *closing)
-        counted = len(alone) - (alone[-1] in words.special_ids)
+        counted = len(alone) - (alone[-1:] != () and alone[-1] in words.special_ids)
     return {
         "bos": opening or None,
         "prefix": list(words.prompt_ids) or None,
@@ -289,7 +303,9 @@ def _framed(embedding: Embedding, net: Net, prompt: str, context: int | None) ->
         "context": context or (min(most, default=None) if reads_windows else None),
         "prompt": prompt or None,
         "query_prompt": model.query_prompt,
-        "modules": model.modules or None,
+        "modules": model.modules if model.of_folder else None,
+        "tokenizer_sha256": words.sha256,
+        "splits_special": words.splits_special,
     }
 
 
@@ -397,6 +413,8 @@ class Encoder(RowJob):
         after = len(sequence.end_rows)
         if options.closing is not None:
             skipped = options.unpooled or 0
+            if options.span is not None and options.span <= skipped - first:
+                skipped = first  # otherwise the first span would have nothing
         else:
             skipped = 0 if options.pool == "cls" else first - len(options.prefix or ())
         mean = WindowMean() if options.one_state and options.span is None else None

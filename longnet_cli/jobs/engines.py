@@ -9,6 +9,7 @@ others, so it does not matter which process gets which batch.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -18,10 +19,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from longnet_cli.basics.errors import ConfigError, DataError, LongNetError, NoTokensError
+from longnet_cli.basics.errors import ConfigError, DataError, InputWarning, LongNetError, NoTokensError
 from longnet_cli.basics.notation import format_pattern, read_pattern
 from longnet_cli.data.columns import ID_COLUMNS, INTEGERS, is_text
-from longnet_cli.data.documents import Document
+from longnet_cli.data.documents import Document, Unread
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tables import Table
 from longnet_cli.data.tokenizer import Tokenizer
@@ -141,7 +142,10 @@ def _load(
     parsed = read_pattern(pattern, "pattern")
     folder = ModelFolder.find(model, gguf=True, embeds=embeds)
     how: dict[str, Any] = {"dtype": dtype, "tokenizer": tokenizer, "pattern": parsed, "bos": bos, "embeds": embeds}
-    loaded = folder.load(device=select_device(device), **how)
+    notes: list[str] = []
+    loaded = folder.load(device=select_device(device), on_note=notes.append, **how)
+    for line in notes if loaded.embedding else ():
+        warnings.warn(line, InputWarning, stacklevel=2)
     loaded.net.digest = model_digest(loaded.net)  # once per process, not once per batch
     return loaded
 
@@ -150,7 +154,7 @@ def _load(
 def _encoding(model: str, loaded: Loaded, **chosen: Any) -> tuple[EncodeOptions, Tokenizer | None]:
     """Return the options of `encode`, and what tokenizes texts, once per process."""
     options = EncodeOptions.of_model(ModelFolder.find(model, gguf=True, embeds=True), loaded, **chosen)
-    return options, options.reading(loaded)
+    return options, options.tokenizer_for(loaded)
 
 
 def _mapped(
@@ -205,10 +209,12 @@ class _DocumentTable:
         """Yield the rows of all documents, then an empty batch, so that the schema is known if there are none."""
         found, inputs, of_text = self.inputs()
         job, taken = make_job(of_text), list[int]()
+        if clash := set(job.schema.names) & set(self.how.keep):
+            raise ConfigError(f"keep {min(clash)}: the output has a column of this name")
 
         def documents() -> Iterator[Document]:
             for row, document in enumerate(inputs.documents_of(found) if len(self.table) else ()):
-                if len(document) or not job.skips_empty:
+                if len(document) or isinstance(document, Unread) or not job.skips_empty:
                     taken.append(row)
                     yield document
 
@@ -226,8 +232,6 @@ class _DocumentTable:
             places = pa.array(np.array(taken, int)[done + np.cumsum(begins) - 1])
             done += int(np.count_nonzero(begins))
             columns = [self.doc_ids, *(self.table[name] for name in self.how.keep)]
-            if clash := set(batch.schema.names) & set(self.how.keep):
-                raise ConfigError(f"keep {min(clash)}: the output has a column of this name")
             doc_ids, *kept = (column.take(places).combine_chunks() for column in columns)
             fields = [self.table.schema.field(name) for name in self.how.keep]
             schema = pa.schema([*batch.schema, *fields], metadata=batch.schema.metadata)

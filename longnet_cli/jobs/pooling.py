@@ -105,7 +105,7 @@ class Pooling:
 
     def _take(self, part: Tensor) -> None:
         sums = self._sums
-        for pool in self.pools:
+        for pool in dict.fromkeys(self.pools):
             if pool == "last":
                 sums[pool] = part[-1]
             elif pool in ONE_STATE:

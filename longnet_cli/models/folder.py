@@ -320,9 +320,10 @@ class ModelFolder:
             model = folder.sentence_model() if embeds else None
             net = folder.net(pattern=pattern, device=device, dtype=DTYPES[kind])
             embedding = None
-            if found and embeds and self.of_transformers and (model or not net.config.causal):
+            if embeds and self.of_transformers and (model or (found and not net.config.causal)):
                 embedding = folder.embedding(model, found, net, on_note)
-        if bos not in (None, NO_BOS) and (embedding or not net.config.causal):
+                found = found or embedding.words
+        if bos and (embedding or (bos != NO_BOS and not net.config.causal)):
             what = (
                 "its tokenizer's template says what stands before a text"
                 if embedding
@@ -363,10 +364,13 @@ class ModelFolder:
         return read_sentence_model(self.path)
 
     def embedding(
-        self, model: SentenceModel | None, tokenizer: Tokenizer, net: Net, on_note: Callable[[str], None]
+        self, model: SentenceModel | None, tokenizer: Tokenizer | None, net: Net, on_note: Callable[[str], None]
     ) -> Embedding:
-        """Return how the model reads texts, and put the `model`'s steps into the net."""
-        from longnet_cli.models.hf.sentence_folder import plain_model, read_words
+        """Return how the model reads texts, and put the `model`'s steps into the net.
+
+        `tokenizer` is its own, or the one that a user named. Without either, the library makes one of older files.
+        """
+        from longnet_cli.models.hf.sentence_folder import lowercased, plain_model, read_words
 
         if model is None:
             model = plain_model(self.path)
@@ -375,11 +379,13 @@ class ModelFolder:
         elif model.unread_prompt:
             what = f"the prompt {model.unread_prompt!r} is not read, as in encode_document of sentence-transformers"
             on_note(f"{self.name}: {what}: --prefix reads it")
-        words = tokenizer
-        if tokenizer.folder == self.path:
+        if tokenizer is None or tokenizer.folder == self.path:
             words = read_words(self.path, model.lowercase)
-            if words.encodes_as(tokenizer):
-                words.sha256 = tokenizer.sha256
+        else:
+            words = lowercased(tokenizer) if model.lowercase else tokenizer.for_documents()
+            words.splits_special = False
+        if tokenizer and words.encodes_as(tokenizer):
+            words.sha256 = tokenizer.sha256
         cast("TransformersNet", net).add_steps(model.steps)
         return Embedding(model, words)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from sentence_transformers import SentenceTransformer
 
 from longnet_cli import encode_batches
 from longnet_cli.basics.errors import LongNetError
+from longnet_cli.data.tokenizer import PIECE, Tokenizer
+from longnet_cli.models.hf.sentence_folder import read_sentence_model
 
 ODD = ["[SEP] Caf\u00e9, \u6f22 A", "the\n\n net ", " of", "a\u0301 DOCUMENT [MASK]?", "</s> in <end> to"]
 
@@ -77,6 +80,7 @@ NETS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*no pattern is given")
 @pytest.mark.parametrize("prompt", ["", "query: "])
 @pytest.mark.parametrize("kind", NETS)
 def test_architectures(kind: str, prompt: str, tmp_path: Path) -> None:
@@ -118,7 +122,8 @@ def test_a_prompt_that_the_library_does_not_read(names: tuple[str, ...], tmp_pat
     path = folder / "config_sentence_transformers.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "default_prompt_name": names[-1]}))
     documents = texts(5, 12)
-    assert difference(folder, documents) < 1e-5
+    with pytest.warns(UserWarning, match="the prompt 'query: ' is not read"):
+        assert difference(folder, documents) < 1e-5
     assert np.abs(vectors(folder, documents, prefix="query: ") - vectors(folder, documents)).max() > 1e-3
     (tmp_path / "a.txt").write_text("the net reads")
     found = run_longnet("encode", tmp_path / "a.txt", "--model", folder, "-o", tmp_path / "v.arrow")
@@ -193,6 +198,97 @@ def test_what_is_not_computed_is_refused_by_name(name: str, tmp_path: Path) -> N
         vectors(folder, ["the net"])
     assert name in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+ODD_VALUES: list[tuple[str, dict[str, Any]]] = [
+    ("1_Pooling/config.json", {"pooling_mode": 5}),
+    ("1_Pooling/config.json", {"pooling_mode": [["mean"]]}),
+    ("config_sentence_transformers.json", {"prompts": ["a"]}),
+    ("config_sentence_transformers.json", {"truncate_dim": 0}),
+    ("config_sentence_transformers.json", {"truncate_dim": 1.5}),
+    ("sentence_bert_config.json", {"modality_config": "text"}),
+    ("sentence_bert_config.json", {"max_seq_length": "8"}),
+    ("sentence_bert_config.json", {"model_kwargs": {"torch_dtype": "bfloat16"}}),
+    ("2_Dense/config.json", {"in_features": -1}),
+    ("2_Dense/config.json", {"out_features": 10**13}),
+    ("2_Dense/config.json", {"out_features": True}),
+    ("modules.json", {"type": "sentence_transformers.models.Normalize", "path": "../other"}),
+]
+
+
+def test_odd_values_are_refused_in_one_line(tmp_path: Path) -> None:
+    whole = save_model(tmp_path / "model", after=("dense", "normalize"))
+    for index, (file, values) in enumerate(ODD_VALUES):
+        folder = tmp_path / str(index)
+        shutil.copytree(whole, folder)
+        edit(folder, file, **values)
+        with pytest.raises(LongNetError) as caught:
+            read_sentence_model(folder)
+        assert caught.value.exit_code in (2, 4), values
+        assert "\n" not in str(caught.value)
+        assert str(folder) in str(caught.value)
+
+
+def test_a_pooling_named_twice_stands_twice(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", pool=("mean", "mean"), after=())
+    assert difference(folder, texts(4, 12)) < 1e-5
+
+
+def test_a_text_that_changes_the_prompts_tokens_is_left_out_alone(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", prompts={"document": "i"})
+    table = pa.table({"doc_id": [*"abcd"], "text": ["the net", "n the document", "of long", "an net"]})  # i + n is "in"
+    with pytest.raises(LongNetError, match="joins the prompt 'i'"):
+        encode_batches(table, model=str(folder))
+    assert encode_batches(table, model=str(folder), skip_bad=True)["doc_id"].to_pylist() == [*"acd"]
+
+
+def test_every_span_has_a_row_where_the_library_counts_a_token_as_the_prompts(tmp_path: Path) -> None:
+    words = byte_level(True)
+    folder = save_model(tmp_path / "model", "modernbert", words, prompts={"document": "query: "}, include_prompt=False)
+    table = pa.table({"doc_id": ["a", "b"], "text": ["the net reads", "of long"]})
+    found = encode_batches(table, model=str(folder), span=1)
+    for name in ("a", "b"):
+        spans = [row["span"] for row in found.to_pylist() if row["doc_id"] == name]
+        assert spans == list(range(len(spans)))
+        assert spans
+
+
+def test_a_tokenizer_beside_the_folder_is_read_as_the_folder_says(tmp_path: Path, run_longnet: Any) -> None:
+    folder = save_model(tmp_path / "model", words=word_pieces(lowercase=False), older=True)
+    wanted = vectors(folder, ["THE Net reads"])
+    (folder / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    assert np.abs(vectors(folder, ["THE Net reads"], tokenizer=str(tmp_path / "tokenizer.json")) - wanted).max() < 1e-6
+    (tmp_path / "a.txt").write_text("the net")
+    done = run_longnet("encode", tmp_path / "a.txt", "--model", folder, "-o", tmp_path / "v.arrow")
+    assert (done.returncode, done.stderr.count("\n")) == (4, 1), done.stderr
+
+
+def test_what_has_no_effect_is_refused(tmp_path: Path) -> None:
+    cls = save_model(tmp_path / "cls", pool="cls")
+    for options, said in (
+        ({"span": 4, "stride": 2}, "each span is a window"),
+        ({"bos": "none"}, "leave out --bos"),
+    ):
+        with pytest.raises(LongNetError, match=said):
+            vectors(cls, ["the net reads a document"], **options)
+    cut = save_model(tmp_path / "cut")
+    edit(cut, "config_sentence_transformers.json", truncate_dim=7)
+    with pytest.raises(LongNetError, match="leave out --no-normalize"):
+        vectors(cut, ["the net"], normalize=False)
+
+
+def test_a_special_token_at_the_end_of_a_piece_is_not_cut() -> None:
+    inner = byte_level()
+    inner.normalizer = None
+    words = Tokenizer(inner)
+    words.splits_special = False
+    text = "of " * (PIECE // 3 - 1) + "of <end> the net"
+    places = [found.places for found in words.for_documents().encode_long([text])]
+    ids = np.concatenate([found.ids for found in words.for_documents().encode_long([text])])
+    inner.encode_special_tokens = False
+    assert ids.tolist() == inner.encode(text, add_special_tokens=False).ids
+    assert 2 in ids
+    assert all(each is not None for each in places)
 
 
 def test_missing_weights_and_other_sizes(tmp_path: Path) -> None:

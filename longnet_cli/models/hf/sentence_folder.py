@@ -42,14 +42,8 @@ _TEXT = {"method": "forward", "method_output_name": "last_hidden_state"}
 # keys of the Transformer that change no vector, whatever their value
 _FREE_KEYS = {"backend", "max_seq_length", "modality_config", "module_output_name", "query_length", "unpad_inputs"}
 _FREE_KEYS |= {"do_lower_case", "document_length", "query_expansion", "transformer_task", "__version__"}
-_FREE_ARGUMENTS = {
-    "attn_implementation",
-    "dtype",
-    "model_max_length",
-    "padding_side",
-    "torch_dtype",
-    "trust_remote_code",
-}
+_FREE_ARGUMENTS = {"attn_implementation", "model_max_length", "padding_side", "trust_remote_code"}
+_TOKENIZER_ARGUMENTS = ("processor_kwargs", "tokenizer_args")  # the names that this key has had
 
 
 class Normalize(nn.Module):
@@ -113,11 +107,12 @@ class SentenceModel:
     document_prompt: str = ""
     query_prompt: str | None = None
     unread_prompt: str = ""
+    of_folder: bool = True  # whether the folder says all this
 
     @property
     def modules(self) -> str:
-        """What follows the pooling, for settings and metadata: `Dense(384, 64, Tanh) LayerNorm`; empty for nothing."""
-        return " ".join(map(repr, self.steps))
+        """The pooling and what follows it, for settings and metadata: `Pooling Dense(384, 64, Tanh) LayerNorm`."""
+        return " ".join(["Pooling", *("LayerNorm" if isinstance(x, nn.LayerNorm) else repr(x) for x in self.steps)])
 
 
 def read_sentence_model(folder: Path) -> SentenceModel | None:
@@ -128,6 +123,15 @@ def read_sentence_model(folder: Path) -> SentenceModel | None:
     modules = _json(folder / MODULES, None)
     if modules is None:
         return None
+    try:
+        return _read(folder, modules)
+    except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        said = " ".join(str(error).split())[:200]  # a value of another type than the library writes
+        raise CheckpointError(f"{folder}: what it says for sentence-transformers cannot be read: {said}") from None
+
+
+def _read(folder: Path, modules: Any) -> SentenceModel | None:
+    """Return what `read_sentence_model` does, for the data in modules.json."""
     kinds = [_kind(folder, each) for each in modules] if isinstance(modules, list) else []
     if kinds == ["longnet"]:
         return None
@@ -151,7 +155,7 @@ def read_sentence_model(folder: Path) -> SentenceModel | None:
     others = () if prompts.get("document") else ("passage", "corpus", settings.get("default_prompt_name"))
     kept = settings.get("truncate_dim")
     if kept is not None:  # the library cuts a vector after it has scaled it
-        steps.append(FirstNumbers(int(kept)))
+        steps.append(FirstNumbers(_whole(folder / PROMPTS, settings, "truncate_dim")))
     return SentenceModel(
         pool=pool,
         pools_prompt=pools_prompt,
@@ -168,7 +172,7 @@ def read_sentence_model(folder: Path) -> SentenceModel | None:
 def plain_model(folder: Path) -> SentenceModel:
     """Return how texts are read from a folder without modules.json: the mean over all tokens, special ones included."""
     window, _ = _transformer(folder)
-    return SentenceModel(window=window)
+    return SentenceModel(window=window, of_folder=False)
 
 
 def read_words(folder: Path, lowercase: bool) -> Tokenizer:
@@ -183,12 +187,20 @@ def read_words(folder: Path, lowercase: bool) -> Tokenizer:
         inner = tokenizers.Tokenizer.from_str(found.backend_tokenizer.to_str())
     except Exception as error:  # the library raises exceptions of many kinds
         raise CheckpointError(f"{folder}: its tokenizer cannot be read: {' '.join(str(error).split())[:300]}") from None
-    if lowercase and "Lowercase" not in str(inner.normalizer) and "lowercase=True" not in str(inner.normalizer):
-        steps = [] if inner.normalizer is None else [inner.normalizer]
-        inner.normalizer = normalizers.Sequence([normalizers.Lowercase(), *steps])
-    words = Tokenizer(inner)
+    if "token_type_ids" in found.model_input_names and any(inner.encode("a").type_ids):
+        raise ConfigError(f"{folder}: its tokenizer gives a text several types of token (token_type_ids): one is read")
+    words = lowercased(Tokenizer(inner)) if lowercase else Tokenizer(inner)
     words.splits_special, words.special_ids = bool(found.split_special_tokens), frozenset(found.all_special_ids)
     return words
+
+
+def lowercased(words: Tokenizer) -> Tokenizer:
+    """Return the same tokenizer after a step that lowercases, unless it has one."""
+    inner = tokenizers.Tokenizer.from_str(words.to_json())
+    if "Lowercase" not in str(inner.normalizer) and "lowercase=True" not in str(inner.normalizer):
+        steps = [] if inner.normalizer is None else [inner.normalizer]
+        inner.normalizer = normalizers.Sequence([normalizers.Lowercase(), *steps])
+    return Tokenizer(inner)
 
 
 def _kind(folder: Path, module: Any) -> str:
@@ -209,10 +221,10 @@ def _pooling(path: Path) -> tuple[str, bool]:
     modes = settings.get("pooling_mode")
     if modes is None:
         modes = [mode for mode, key in POOLINGS.values() if settings.get(key)] or ["mean"]
-    modes = [modes] if isinstance(modes, str) else modes
     names = {mode: name for name, (mode, _) in POOLINGS.items()}
-    if not isinstance(modes, list) or not modes or (unknown := [each for each in modes if each not in names]):
-        raise ConfigError(f"{path}: longnet does not know the pooling {unknown if modes else modes!r}")
+    modes = modes if isinstance(modes, list) else [modes]
+    if not modes or (unknown := [each for each in modes if each not in names]):
+        raise ConfigError(f"{path}: longnet does not know the pooling {unknown[0] if modes else modes!r}")
     return "+".join(names[each] for each in modes), settings.get("include_prompt", True) is not False
 
 
@@ -224,17 +236,13 @@ def _dense(folder: Path) -> nn.Module:
     activation = _ACTIVATIONS.get(name.rpartition(".")[2])
     if activation is None or not name.startswith("torch.nn.modules."):
         raise ConfigError(f"{path}: longnet does not know the activation {name}")
-    sizes = [settings.get(key) for key in ("in_features", "out_features")]
-    if not all(isinstance(each, int) for each in sizes):
-        raise CheckpointError(f"{path}: in_features and out_features must be numbers")
+    sizes = [_whole(path, settings, key) for key in ("in_features", "out_features")]
     bias, residual = settings.get("bias", True) is not False, bool(settings.get("use_residual"))
     return _loaded(Dense(*sizes, bias=bias, activation=activation(), residual=residual), folder)
 
 
 def _layer_norm(folder: Path) -> nn.Module:
-    size = _json(folder / CONFIG).get("dimension")
-    if not isinstance(size, int):
-        raise CheckpointError(f"{folder / CONFIG}: dimension must be a number")
+    size = _whole(folder / CONFIG, _json(folder / CONFIG), "dimension")
     return _loaded(nn.LayerNorm(size), folder, "norm.")
 
 
@@ -272,17 +280,28 @@ def _transformer(folder: Path) -> tuple[int | None, bool]:
         "message" in modalities or {**_TEXT, **modalities.get("text", {"method": None})} != _TEXT
     ):
         raise ConfigError(f"{path}: longnet reads texts by forward and last_hidden_state, not by {modalities}")
-    window = settings.get("max_seq_length")
+    window = _whole(path, settings, "max_seq_length", None)
     for key, value in settings.items():
+        if key in _TOKENIZER_ARGUMENTS and isinstance(value, Mapping):
+            window = _whole(path, value, "model_max_length", window)
         if key.endswith(("_args", "_kwargs")) and isinstance(value, Mapping):
-            window = value.get("model_max_length", window)
             value = {name: each for name, each in value.items() if name not in _FREE_ARGUMENTS}
         if value and key not in _FREE_KEYS:
             raise ConfigError(f"{path}: longnet does not know what {key} does: {value}")
     if window is None:
         window = _json(folder / "tokenizer_config.json", {}).get("model_max_length")
-    sizes = [size for size in (window, settings.get("document_length")) if isinstance(size, int) and size < 1 << 40]
-    return min(sizes, default=None), bool(settings.get("do_lower_case"))
+    window = _whole(path, settings, "document_length", window)  # the library's rule: it replaces the other
+    return window if isinstance(window, int) and window < 1 << 40 else None, bool(settings.get("do_lower_case"))
+
+
+def _whole(path: Path, settings: Mapping[str, Any], key: str, default: Any = ...) -> Any:
+    """Return a number of 1 or more, and at most 2^24 unless it has a default. Raises ConfigError for other values."""
+    found = settings.get(key)
+    if found is None and default is not ...:
+        return default
+    if not isinstance(found, int) or isinstance(found, bool) or found < 1 or (default is ... and found > 1 << 24):
+        raise ConfigError(f"{path}: {key} must be a whole number from 1 on, not {found!r}")
+    return found
 
 
 def _prompts(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
