@@ -134,17 +134,20 @@ BYTE_OF = {character: byte for byte, character in enumerate(_byte_alphabet())}
 
 @contextmanager
 def library_call() -> Iterator[None]:
-    """Raise ConfigError for a panic of the library, which is no Exception: a regular expression that takes too long."""
+    """Raise ConfigError for the library's errors: a bare Exception, and a panic, which is no Exception.
+
+    It panics over a regular expression that takes too long.
+    """
     try:
         yield
     except BaseException as error:
-        if type(error).__name__ != "PanicException":
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
         said = " ".join(str(error).split())
-        raise ConfigError(f"the tokenizer fails ({said}): see the regular expressions of its tokenizer.json") from None
+        raise ConfigError(f"the tokenizer fails ({said}): see its tokenizer.json") from None
 
 
-class Encoded(NamedTuple):
+class EncodedStretch(NamedTuple):
     """A stretch of an encoded text: (tokens,) int32 ids, its UTF-8 bytes, and the places of its tokens if asked for.
 
     Places are the characters [start, end) of each token in the whole text, (tokens, 2) int32.
@@ -370,7 +373,7 @@ class Tokenizer:
             return (part for part in parts if part)
         return cut_text(parts, self._cut) if self._cut else filter(None, ("".join(parts),))
 
-    def encode_long(self, parts: Iterable[str]) -> Iterator[Encoded]:
+    def encode_long(self, parts: Iterable[str]) -> Iterator[EncodedStretch]:
         """Yield stretches of a text that comes in parts: together, its `encode`, without the ids of the prompt.
 
         Memory is that of GROUP characters and of a part. Places are given if the tokenizer `tells_places`, unless they
@@ -392,7 +395,7 @@ class Tokenizer:
                 if tuple(ids[:skip]) != self.prompt_ids[:skip]:
                     raise RefusedError(f"the tokenizer joins the prompt {self._prompt!r} with the text after it")
                 size = sum(len(piece.encode()) for piece in pieces) - (len(self._prompt.encode()) if place < 0 else 0)
-                yield Encoded(ids[skip:], size, places if places is None else np.maximum(places[skip:], 0))
+                yield EncodedStretch(ids[skip:], size, places if places is None else np.maximum(places[skip:], 0))
                 place, skip, pieces = place + sum(map(len, pieces)), 0, []
 
     def _encoded(self, pieces: Sequence[str], place: int | None) -> tuple[np.ndarray, np.ndarray | None]:

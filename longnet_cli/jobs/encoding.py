@@ -132,7 +132,7 @@ class EncodeOptions:
 
     @property
     def one_state(self) -> bool:
-        """Whether a window has one vector, because a pooling takes one of its states."""
+        """True if a window has one vector, because a pooling takes one of its states."""
         return self.room is not None and not ONE_STATE.isdisjoint(self.pool.split("+"))
 
     @classmethod
@@ -202,7 +202,7 @@ class EncodeOptions:
         if "cls" in pools and not net.has_cls and not framed:
             raise ConfigError("this model has no CLS: take the mean (--pool mean), or the first or last vector")
         if net.has_cls and "cls" in pools and (self.span is not None or pools[1:]):
-            raise ConfigError("the CLS is one vector of a whole slide: take the mean of its tiles (--pool mean)")
+            raise ConfigError("a span has no CLS of its own: take the mean of its tiles (--pool mean), and that alone")
         if self.prefix and not net.config.causal and not framed:
             raise ConfigError("a bidirectional model reads nothing before a document: leave out --prefix")
         if self.all_layers and (pools[1:] or pools[0] not in ("cls", "mean", "first", "last")):

@@ -52,7 +52,7 @@ NO_BOS = "none"  # the value of --bos
 
 
 class Embedding(NamedTuple):
-    """How an embedding model reads a text and makes its vector, and the tokenizer that knows its template."""
+    """The way in which an embedding model reads a text and makes its vector, and the tokenizer with its template."""
 
     model: SentenceModel
     words: Tokenizer
@@ -323,7 +323,8 @@ class ModelFolder:
             if embeds and self.of_transformers and (model or (found and not net.config.causal)):
                 embedding = folder.embedding(model, found, net, on_note)
                 found = found or embedding.words
-        if bos and (embedding or (bos != NO_BOS and not net.config.causal)):
+        of_tokens = bool(net.config.vocab_size)  # otherwise there is no --bos at all
+        if bos and (embedding or (bos != NO_BOS and of_tokens and not net.config.causal)):
             what = (
                 "its tokenizer's template says what stands before a text"
                 if embedding

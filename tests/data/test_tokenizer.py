@@ -204,5 +204,5 @@ def test_a_text_that_comes_in_parts_is_cut_as_the_whole(text: str, sizes: list[i
         assert list(module.cut_text(parts)) == list(module.cut_text([text]))
         for words in (Tokenizer.bytes(), Tokenizer.load("longnet-tiny")):
             found = list(words.encode_long(parts))
-            assert [x for ids, _ in found for x in ids.tolist()] == words.encode(text).tolist()
-            assert sum(size for _, size in found) == len(text.encode())
+            assert [x for ids, _, _ in found for x in ids.tolist()] == words.encode(text).tolist()
+            assert sum(size for _, size, _ in found) == len(text.encode())

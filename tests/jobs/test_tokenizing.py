@@ -115,6 +115,8 @@ def test_what_is_in_finished_shards_is_not_tokenized_again(corpus, tmp_path, mon
         (tmp_path / "whole/_manifest.arrow").unlink()
         state = manifest | {"shards": manifest["shards"][:finished]}
         (tmp_path / "whole/_unfinished.json").write_text(json.dumps(state))
+        for shard in manifest["shards"][finished + 1 :]:
+            (tmp_path / "whole" / shard["name"]).unlink()
         seen.clear()
         again = tokenize(Inputs([corpus]), tmp_path / "whole", shard_tokens=1, train_vocab=300, eos=True, resume=True)
         assert [text for text in seen if text] == list(TEXTS.values())[finished:]

@@ -16,16 +16,22 @@ from longnet_cli.running.reader import Reader, batches_by_length
 
 
 def test_batches_by_length() -> None:
-    lengths = [3, 100, 7, 7, 1, 40, 0, 2]
-    batches = list(batches_by_length(lengths, limit=200))
-    assert batches == [[1], [5], [2, 3], [0, 7, 4]]
+    lengths = [3, 100, 7, 7, 1, 40, 0]
+    batches = list(batches_by_length(lengths, limit=50))
+    assert batches == [[1], [5], [2, 3, 0, 4]]
     assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= 50 for b in batches)
     lengths = [100 - i for i in range(50)] * 3
-    for batch in batches_by_length(lengths, limit=8192):
-        longest = max(lengths[i] for i in batch)
-        area = longest * len(batch)
-        assert area <= 2048
-        assert area - longest < 256 or 16 * min(lengths[i] for i in batch) >= 15 * longest
+    padded = 0
+    for batch in batches_by_length(lengths, limit=2048, least=256):
+        longest, shortest = max(lengths[i] for i in batch), min(lengths[i] for i in batch)
+        assert longest * len(batch) <= 2048
+        assert longest * (len(batch) - 1) < 256 or 16 * shortest >= 15 * longest
+        padded += longest * len(batch)
+    assert (
+        padded
+        < 1.06 * sum(lengths)
+        < sum(max(lengths[i] for i in b) * len(b) for b in batches_by_length(lengths, 2048))
+    )
 
 
 @pytest.mark.parametrize("chunk", [0, -1])

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from longnet_cli.basics.configuration import parse, read_text
 from longnet_cli.basics.errors import CheckpointError, ConfigError
-from longnet_cli.basics.hub import CONFIG, MODULES, PROMPTS, TRANSFORMER_CONFIGS, WEIGHTS
+from longnet_cli.basics.hub import CONFIG, MODULES, PROMPTS, TOKENIZER, TRANSFORMER_CONFIGS, WEIGHTS
 from longnet_cli.data.tokenizer import Tokenizer
 
 # the names of poolings: the library's, in the order in which it joins them, and its older keys
@@ -89,7 +89,7 @@ class FirstNumbers(nn.Module):
 
 @dataclass(frozen=True)
 class SentenceModel:
-    """How a model makes vectors of texts, as sentence-transformers does.
+    """The way in which a model makes vectors of texts, as sentence-transformers does.
 
     `pool` names one or several of POOLINGS, joined by `+`. Without `pools_prompt`, the prompt is not pooled. A text has
     `window` tokens or fewer, special ones included; None if the folder does not say. `steps` follow the pooling,
@@ -180,10 +180,14 @@ def read_words(folder: Path, lowercase: bool) -> Tokenizer:
 
     Raises CheckpointError for a folder whose tokenizer the library cannot build.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
-        found: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if (folder / TOKENIZER).is_file() and not (folder / "tokenizer_config.json").is_file():
+            # without settings, the library would make a tokenizer of the architecture's kind, whatever the file holds
+            found: Any = PreTrainedTokenizerFast(tokenizer_file=str(folder / TOKENIZER))
+        else:
+            found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         inner = tokenizers.Tokenizer.from_str(found.backend_tokenizer.to_str())
     except Exception as error:  # the library raises exceptions of many kinds
         raise CheckpointError(f"{folder}: its tokenizer cannot be read: {' '.join(str(error).split())[:300]}") from None
