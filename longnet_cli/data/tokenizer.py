@@ -506,7 +506,10 @@ class Tokenizer:
     @cached_property
     @library_call()
     def _cut(self) -> re.Pattern[str] | None:
-        """Where this tokenizer starts a new word and a text may be cut, tried on one word for each sign; or nowhere."""
+        """The places where a text may be cut, because a new word starts there; None if it needs all of it.
+
+        They are tried on a few words.
+        """
         words = self._inner.pre_tokenizer
         if words is None or any(not added["special"] for added in self._description["added_tokens"]):
             return None  # an added word may straddle a cut

@@ -27,11 +27,7 @@ def test_batches_by_length() -> None:
         assert longest * len(batch) <= 2048
         assert longest * (len(batch) - 1) < 256 or 16 * shortest >= 15 * longest
         padded += longest * len(batch)
-    assert (
-        padded
-        < 1.06 * sum(lengths)
-        < sum(max(lengths[i] for i in b) * len(b) for b in batches_by_length(lengths, 2048))
-    )
+    assert padded < 1.06 * sum(lengths)
 
 
 @pytest.mark.parametrize("chunk", [0, -1])
