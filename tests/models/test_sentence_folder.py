@@ -116,6 +116,18 @@ def test_what_a_folder_says(case: str, tmp_path: Path) -> None:
     assert difference(folder, texts(12, 12)) < 1e-5
 
 
+def test_every_activation(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", after=("dense",))
+    found = []
+    for kind in ("linear.Identity", *(f"activation.{name}" for name in ("Tanh", "ReLU", "GELU", "SiLU", "Sigmoid"))):
+        edit(folder, "2_Dense/config.json", activation_function=f"torch.nn.modules.{kind}")
+        copy = shutil.copytree(folder, tmp_path / kind)  # a process reads a folder once
+        assert difference(copy, texts(3, 12)) < 1e-5
+        found.append(vectors(copy, texts(3, 12)))
+    for index, one in enumerate(found):
+        assert all(np.abs(one - other).max() > 1e-3 for other in found[:index])
+
+
 @pytest.mark.parametrize("names", [("passage",), ("corpus", "x"), ("x",)])
 def test_a_prompt_that_the_library_does_not_read(names: tuple[str, ...], tmp_path: Path, run_longnet: Any) -> None:
     folder = save_model(tmp_path / "model", prompts=dict.fromkeys(names, "query: "))
