@@ -269,12 +269,13 @@ class Tokenizer:
             raise ConfigError(f"{path}: cannot read the tokenizer: {reason}{download_again(Path(path))}") from error
         try:
             with library_call():
-                inner = tokenizers.Tokenizer.from_str(text)
+                try:
+                    inner = tokenizers.Tokenizer.from_str(text)
+                except Exception as error:  # the library raises bare Exception
+                    reason = str(error).splitlines()[0]
+                    raise ConfigError(f"not a tokenizer.json: {reason}{download_again(Path(path))}") from error
         except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from None
-        except Exception as error:  # the library raises bare Exception
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"{path}: not a tokenizer.json: {reason}{download_again(Path(path))}") from error
+            raise ConfigError(f"{path}: {error}") from error.__cause__
         for part in ("normalizer", "decoder"):
             if (growth := _growth(json.loads(text).get(part))) > MOST_GROWTH:
                 what = f"its {part} may make a text {growth:,.0f} times as long"
