@@ -20,7 +20,7 @@ from sentence_transformers import SentenceTransformer
 from longnet_cli import encode_batches
 from longnet_cli.basics.errors import LongNetError
 from longnet_cli.data.tokenizer import PIECE, Tokenizer
-from longnet_cli.models.hf.sentence_folder import read_sentence_model
+from longnet_cli.models.hf.sentence_folder import plain_model, read_sentence_model
 
 ODD = ["[SEP] Caf\u00e9, \u6f22 A", "the\n\n net ", " of", "a\u0301 DOCUMENT [MASK]?", "</s> in <end> to"]
 
@@ -239,6 +239,10 @@ def test_odd_values_are_refused_in_one_line(tmp_path: Path) -> None:
         assert caught.value.exit_code in (2, 4), values
         assert "\n" not in str(caught.value)
         assert str(folder) in str(caught.value)
+    plain = tmp_path / "5"  # the odd modality_config, in a folder that has no list of modules
+    (plain / "modules.json").unlink()
+    with pytest.raises(LongNetError, match="cannot be read"):
+        plain_model(plain)
 
 
 def test_a_pooling_named_twice_stands_twice(tmp_path: Path) -> None:

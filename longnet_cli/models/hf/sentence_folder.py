@@ -10,7 +10,8 @@ compute and `longnet` does not is refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,10 +124,17 @@ def read_sentence_model(folder: Path) -> SentenceModel | None:
     modules = _json(folder / MODULES, None)
     if modules is None:
         return None
-    try:
+    with _odd_values(folder):
         return _read(folder, modules)
+
+
+@contextmanager
+def _odd_values(folder: Path) -> Iterator[None]:
+    """Raise CheckpointError for values of other types than the library writes, where reading trips over them."""
+    try:
+        yield
     except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        said = " ".join(str(error).split())[:200]  # a value of another type than the library writes
+        said = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{folder}: what it says for sentence-transformers cannot be read: {said}") from None
 
 
@@ -171,7 +179,8 @@ def _read(folder: Path, modules: Any) -> SentenceModel | None:
 
 def plain_model(folder: Path) -> SentenceModel:
     """Return how texts are read from a folder without modules.json: the mean over all tokens, special ones included."""
-    window, _ = _transformer(folder)
+    with _odd_values(folder):
+        window, _ = _transformer(folder)
     return SentenceModel(window=window, of_folder=False)
 
 
