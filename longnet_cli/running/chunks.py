@@ -27,9 +27,9 @@ from longnet_cli.attention import FarKeys, KVCache, Past
 from longnet_cli.attention.dilated import strided_view
 from longnet_cli.attention.groups import GroupedPart
 from longnet_cli.attention.merging import accumulator
+from longnet_cli.attention.notation import parse_pattern
 from longnet_cli.attention.spans import common_span, lanes, level_of, open_spans, rows_before, segment_rows, span_views
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.basics.notation import parse_pattern
 from longnet_cli.nets.net import Net, NetConfig
 from longnet_cli.running.device import free_memory, precision, random_state, set_random_state
 from longnet_cli.running.mapped import BlockFile, SpillFile, mapped_empty

@@ -18,7 +18,7 @@ from torch import Tensor
 from longnet_cli.attention import Past
 from longnet_cli.attention.groups import past_bytes
 from longnet_cli.attention.spans import SINKS, lanes, segment_rows
-from longnet_cli.data.windows import Batch
+from longnet_cli.jobs.training.windows import Batch
 from longnet_cli.nets.net import IGNORED, FarProvider, Net, NetConfig
 from longnet_cli.running.chunks import Tokens, backward_in_chunks, new_pasts
 from longnet_cli.running.device import precision, resolve_dtype, to_device

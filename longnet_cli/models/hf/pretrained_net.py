@@ -31,8 +31,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from longnet_cli.attention import Pattern
+from longnet_cli.attention.notation import format_pattern
 from longnet_cli.basics.errors import CheckpointError, ConfigError
-from longnet_cli.basics.notation import format_pattern
 from longnet_cli.models.hf.attention import (
     ATTENTION_NAME,
     check_taken,
