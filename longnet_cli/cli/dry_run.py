@@ -163,7 +163,7 @@ def estimate_reading(
     """
     from longnet_cli.jobs.estimating.plan import find_machine
     from longnet_cli.jobs.estimating.reading_job import count_documents, estimate_documents, plan_reading
-    from longnet_cli.running.chunks import chunk_beside
+    from longnet_cli.running.chunk_size import chunk_beside
     from longnet_cli.running.ranks.ranks import leave
 
     fate, done, chunk = _fate(output, resume)

@@ -167,7 +167,7 @@ def score(
     that are left out, and `count_bytes` gives the bytes of the scored ids (None: unknown).
 
     `by_position` also sums the nats by position in the window. `by_recall` sums them by how many tokens ago the
-    document had the same bigram, even if that was before the window; `recall.Bigrams` says how much memory it takes.
+    document had the same bigram, even if that was before the window; `measures.Bigrams` says how much memory it takes.
     `judge` also sums the nats of key tokens, which takes 17 bytes per token of a document.
 
     `chunk`, `dtype`, `spill` and `ranks` are as in `running.reader.Reader`: memory does not depend on the document's

@@ -73,7 +73,7 @@ def use_dilated_attention(model: PreTrainedModel, pattern: Pattern | None = None
 
     `pattern` goes into `model.config.dilated_attention`, where `save_pretrained` keeps it. None takes the pattern that
     is already there. With sinks or chosen blocks, the model runs on a few tokens, to find out how it rotates its keys.
-    Rotary phases become exact at any position, where possible (`transformers_rotary.make_phases_exact`). Returns the
+    Rotary phases become exact at any position, where possible (`rotary.make_phases_exact`). Returns the
     model. An architecture that was not tried is tried first, on a few tokens (`trying`). Raises ConfigError for a model
     that has no pattern, no layer with global attention, attention of another kind, or positions by which sinks and
     chosen blocks cannot be moved.

@@ -49,7 +49,7 @@ from longnet_cli.models.hf.rotary import FLOAT32_POSITIONS, ROPE_OF_LENGTH, make
 from longnet_cli.models.hf.trying import NOT_OF_THE_MODEL, body, first_position, why_not
 from longnet_cli.nets.net import FarProvider, Net
 from longnet_cli.nets.weights import check_finite
-from longnet_cli.running.chunks import open_stream
+from longnet_cli.running.causal_stream import open_stream
 
 MOST_LAYERS = 10_000  # each is made before a weight is read
 _CACHE_NAMES = ("cache", "past_key_values")  # the argument of forward, and its older name
