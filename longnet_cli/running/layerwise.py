@@ -206,7 +206,7 @@ class _Layers:
 
     def _far(self, collected: Tensor, start: int, stop: int) -> list[FarKeys]:
         """Return the collected rows that the chunk sees."""
-        found, heads = [], self.model.config.num_heads
+        far, heads = [], self.model.config.num_heads
         for span in self._spans(start, stop):
             if count := max(span_rows(self.pattern, span, heads)):
                 segment = self._segment(span)
@@ -214,8 +214,8 @@ class _Layers:
                 offsets = lanes(self.pattern, span.level, heads).offsets
                 firsts = [rows_before(span.start - segment, offset, r) for offset in offsets]
                 rows = _from_row(collected[:, :, self.places[span.level, segment]], firsts, count)
-                found.append(FarKeys(*span, *rows.to(self.device)))
-        return found
+                far.append(FarKeys(*span, *rows.to(self.device)))
+        return far
 
 
 def _from_row(rows: Tensor, firsts: list[int], count: int) -> Tensor:
