@@ -60,10 +60,10 @@ def end_of_text(written: str | int | bool | None, tokenizer: Tokenizer | None) -
     if written is None or written is False:
         return None
     if written is True:
-        found = tokenizer.eos_id if tokenizer else None
-        if found is None:
+        end = tokenizer.eos_id if tokenizer else None
+        if end is None:
             raise ConfigError(f"{NO_END}: name a token or an id (--eos)")
-        return found
+        return end
     return token_id("--eos", written, tokenizer)
 
 
@@ -81,27 +81,27 @@ def token_id(option: str, written: str | int, tokenizer: Tokenizer | None) -> in
         return number
     if tokenizer is None:
         raise ConfigError(f"{option} {written} is no id, and there is no tokenizer that has it as a token: give its id")
-    found = tokenizer.id_of(written)
-    if found is None:
+    index = tokenizer.id_of(written)
+    if index is None:
         raise ConfigError(f"{option} {written}: the tokenizer has no such token; name one of its tokens, or an id")
-    return found
+    return index
 
 
 def special_token(written: Any) -> str:
     """Return the text of a special token as tokenizer_config.json writes it, plain or in a table; empty for none."""
-    found = written.get("content") if isinstance(written, dict) else written
-    return found if isinstance(found, str) else ""
+    text = written.get("content") if isinstance(written, dict) else written
+    return text if isinstance(text, str) else ""
 
 
 def read_settings(path: Path) -> dict[str, Any]:
     """Return the contents of a tokenizer_config.json, empty if it is missing. Raises ConfigError for a damaged one."""
     try:
-        found = parse(read_text(path))
+        settings = parse(read_text(path))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
-    return found if isinstance(found, dict) else {}
+    return settings if isinstance(settings, dict) else {}
 
 
 # One call of the library takes more than linear time (4 MB cost 8 times as much as 1 MB) and keeps some 100 bytes per
@@ -126,8 +126,8 @@ LOCAL = {"BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Pr
 def _byte_alphabet() -> list[str]:
     """Return the 256 characters that byte-level BPE writes for the bytes 0..255. A printable one stands for itself."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+    stand_ins = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(stand_ins)) for byte in range(256)]
 
 
 BYTE_OF = {character: byte for byte, character in enumerate(_byte_alphabet())}
@@ -198,9 +198,9 @@ class Tokenizer:
         """
         if written is None:
             return self
-        found = copy(self)
-        found.eos_id = token_id("--eos", written, self)
-        return found
+        tokenizer = copy(self)
+        tokenizer.eos_id = token_id("--eos", written, self)
+        return tokenizer
 
     @cached_property
     @library_call()
@@ -221,13 +221,13 @@ class Tokenizer:
         The ids of the prompt (`prompt_ids`) are left out. Without `splits_special`, a special token that is written in
         a text is that token, as it is for transformers.
         """
-        found = type(self)(tokenizers.Tokenizer.from_str(self._inner.to_str()))
-        found.eos_id, found.folder, found.sha256, found.tells_places = self.eos_id, self.folder, self.sha256, True
-        found._inner.encode_special_tokens = found.splits_special = self.splits_special
-        found.special_ids = self.special_ids
+        reader = type(self)(tokenizers.Tokenizer.from_str(self._inner.to_str()))
+        reader.eos_id, reader.folder, reader.sha256, reader.tells_places = self.eos_id, self.folder, self.sha256, True
+        reader._inner.encode_special_tokens = reader.splits_special = self.splits_special
+        reader.special_ids = self.special_ids
         if prompt:
-            found._prompt, found.prompt_ids = prompt, found._ids_of_prompt(prompt)
-        return found
+            reader._prompt, reader.prompt_ids = prompt, reader._ids_of_prompt(prompt)
+        return reader
 
     @library_call()
     def _ids_of_prompt(self, prompt: str) -> tuple[int, ...]:
@@ -235,7 +235,7 @@ class Tokenizer:
         texts = [f"{prompt}{sample}" for sample in ("a", "A", "1", ".", "\u4e00", " a", "\na")]
         encoded = self._inner.encode_batch(texts, add_special_tokens=False)
         alone = sum(end <= len(prompt.rstrip()) for _, end in encoded[0].offsets)
-        columns = zip(*(each.ids[:alone] for each in encoded), strict=False)  # up to the shortest
+        columns = zip(*(encoding.ids[:alone] for encoding in encoded), strict=False)  # up to the shortest
         return tuple(ids[0] for ids in takewhile(lambda ids: len({*ids}) == 1, columns))
 
     @library_call()
@@ -283,9 +283,9 @@ class Tokenizer:
                 raise ConfigError(f"{path}: {what}: {MOST_GROWTH} times is the most")
         if Path(path).name != TOKENIZER:
             return cls(inner, settings)
-        found = cls(inner, read_settings(Path(path).with_name(SETTINGS)))
-        found.folder = Path(path).parent
-        return found
+        tokenizer = cls(inner, read_settings(Path(path).with_name(SETTINGS)))
+        tokenizer.folder = Path(path).parent
+        return tokenizer
 
     @classmethod
     def from_description(cls, kept: Mapping[str, str]) -> Tokenizer:
@@ -311,8 +311,8 @@ class Tokenizer:
         path = Path(spec)
         if not path.exists() and str(spec) in list_models():
             path = preset_dir() / spec
-        elif found := find_tokenizer(str(spec)):
-            path = found.path
+        elif located := find_tokenizer(str(spec)):
+            path = located.path
         if not path.is_dir():
             return path
         manifest = None if (path / TOKENIZER).exists() else manifest_in(os.listdir(path))
@@ -410,7 +410,7 @@ class Tokenizer:
         for piece, encoding in zip(pieces, encodings, strict=True):
             places.append(token_places(self, piece, encoding) + np.int32(place))
             place += len(piece)
-        ids = [np.fromiter(each.ids, np.int32, len(each.ids)) for each in encodings]
+        ids = [np.fromiter(encoding.ids, np.int32, len(encoding.ids)) for encoding in encodings]
         return np.concatenate(ids), np.concatenate(places)
 
     @library_call()
@@ -465,8 +465,8 @@ class Tokenizer:
     def encodes_as(self, other: Tokenizer) -> bool:
         """Return whether both encode a text alike, whatever their templates are."""
         beside = {"post_processor", "truncation", "padding"}
-        mine, others = self._description, other._description
-        return all(mine[key] == others.get(key) for key in mine.keys() - beside)
+        mine, theirs = self._description, other._description
+        return all(mine[key] == theirs.get(key) for key in mine.keys() - beside)
 
     @cached_property
     def sha256(self) -> str:
@@ -559,18 +559,18 @@ def _steps(normalizer: Any) -> set[str]:
 
 def _growth(step: Any) -> float:
     """Return how many times as long a step of a tokenizer.json (`normalizer`, `decoder`) makes a text, at worst."""
-    found = step if isinstance(step, dict) else {}
-    if found.get("type") == "Sequence":
+    settings = step if isinstance(step, dict) else {}
+    if settings.get("type") == "Sequence":
         return math.prod(
-            [_growth(each) for key in ("normalizers", "decoders") for each in found.get(key, ())], start=1.0
+            [_growth(part) for key in ("normalizers", "decoders") for part in settings.get(key, ())], start=1.0
         )
-    if found.get("type") == "Replace":
-        replaced = found["pattern"].get("String")  # a regular expression may match the empty text
-        return max(1, len(found["content"]) / len(replaced) if replaced else 1 + len(found["content"]))
-    if found.get("type") == "Precompiled":  # a tree of so many bytes, then what it writes for a character
-        table = base64.b64decode(found["precompiled_charsmap"])
+    if settings.get("type") == "Replace":
+        replaced = settings["pattern"].get("String")  # a regular expression may match the empty text
+        return max(1, len(settings["content"]) / len(replaced) if replaced else 1 + len(settings["content"]))
+    if settings.get("type") == "Precompiled":  # a tree of so many bytes, then what it writes for a character
+        table = base64.b64decode(settings["precompiled_charsmap"])
         written = table[4 + int.from_bytes(table[:4], "little") :].split(b"\0")
-        return max(1, *(len(each.decode(errors="replace")) for each in written))
+        return max(1, *(len(text.decode(errors="replace")) for text in written))
     return 1
 
 

@@ -153,7 +153,7 @@ class Reader:
     def portions(self, sequences: Iterable[S], **shards: Any) -> Iterator[Portion[S]]:
         """Cut sequences into portions of several full forward passes, as `portions` does by documents."""
         length = PORTION_CHUNKS * self.chunk
-        return portions(sequences, length, length_of=lambda each: len(each.document), **shards)
+        return portions(sequences, length, length_of=lambda sequence: len(sequence.document), **shards)
 
     def read(self, windows: Iterable[W]) -> Iterator[list[Piece[W]]]:
         """Yield the wanted hidden states of all windows, in order, as lists of pieces.
@@ -172,7 +172,7 @@ class Reader:
     @torch.inference_mode()
     def _together(self, windows: Sequence[W], batches: Sequence[Sequence[int]]) -> list[Piece[W]]:
         """Read short windows in padded forward passes of similar lengths."""
-        found: dict[int, Tensor] = {}
+        hidden: dict[int, Tensor] = {}
         for turn, batch in enumerate(batches):
             if turn % self.ranks.world == self.ranks.rank:
                 lengths = [len(windows[i]) for i in batch]
@@ -183,10 +183,10 @@ class Reader:
                     more: dict[str, Any] = {} if self.model.config.causal else {"lengths": lengths}
                     if self.on_choice:
                         more["far"] = self._watched([windows[i] for i in batch])
-                    found.update(zip(batch, self.model(to_device(padded, self.device), **more), strict=True))
+                    hidden.update(zip(batch, self.model(to_device(padded, self.device), **more), strict=True))
             self.on_progress(sum(windows[i].counted for i in batch))
         return [
-            Piece(w, w.wanted, w.stop, found[i][w.wanted - w.start : len(w)] if i in found else None)
+            Piece(w, w.wanted, w.stop, hidden[i][w.wanted - w.start : len(w)] if i in hidden else None)
             for i, w in enumerate(windows)
         ]
 

@@ -83,9 +83,9 @@ class Ranks:
         """Return the largest of all ranks' values. The hosts exchange them, so no rank waits for its device."""
         if self.world == 1:
             return value
-        found = torch.tensor([value], dtype=torch.float64)
-        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.everyone)
-        return found.item()
+        tensor = torch.tensor([value], dtype=torch.float64)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.everyone)
+        return tensor.item()
 
     def from_first(self, value: int) -> int:
         """Return rank 0's value on all ranks; exact below 2^53."""
@@ -164,10 +164,10 @@ def _silent_stdout() -> Iterator[None]:
 
 def _own_gpu(local_rank: str) -> torch.device:
     """Return the GPU of a LOCAL_RANK. Raises ConfigError where it has none: NCCL would hang if two ranks shared one."""
-    found = torch.cuda.device_count()
-    if not local_rank.isdigit() or int(local_rank) >= found:
+    count = torch.cuda.device_count()
+    if not local_rank.isdigit() or int(local_rank) >= count:
         raise ConfigError(
-            f"LOCAL_RANK is {local_rank!r} and this machine has {found} CUDA devices, one for each process: start as "
+            f"LOCAL_RANK is {local_rank!r} and this machine has {count} CUDA devices, one for each process: start as "
             "many with --nproc or torchrun, or take --device cpu"
         )
     return torch.device("cuda", int(local_rank))
