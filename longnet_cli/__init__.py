@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from longnet_cli.attention import DilatedAttention, FarKeys, KVCache, Pattern, dilated_attention, far_keys
+    from longnet_cli.attention.notation import format_pattern, parse_pattern
     from longnet_cli.attention.reference import dilated_attention_reference
     from longnet_cli.basics.errors import (
         CheckpointError,
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
         MemoryLimitError,
         NotFiniteError,
     )
-    from longnet_cli.basics.notation import format_pattern, parse_pattern
     from longnet_cli.data.documents import Document
     from longnet_cli.data.inputs import Inputs
     from longnet_cli.data.tokenizer import Tokenizer
@@ -49,7 +49,7 @@ _MODULES = {
     "attention": "DilatedAttention FarKeys KVCache Pattern dilated_attention far_keys",
     "attention.reference": "dilated_attention_reference",
     "basics.errors": "CheckpointError ConfigError DataError LongNetError MemoryLimitError NotFiniteError",
-    "basics.notation": "format_pattern parse_pattern",
+    "attention.notation": "format_pattern parse_pattern",
     "data.documents": "Document",
     "data.inputs": "Inputs",
     "data.tokenizer": "Tokenizer",

@@ -58,7 +58,7 @@ class Level(NamedTuple):
 class Pattern:
     """The levels of dilated attention, and the keys that a query sees at each. The defaults are the paper's.
 
-    `longnet_cli.basics.notation.parse_pattern` reads a pattern from a text, `"window:1Ki,sinks=4"`.
+    `longnet_cli.attention.notation.parse_pattern` reads a pattern from a text, `"window:1Ki,sinks=4"`.
 
     head_offsets: "modulo" is the paper's (h mod r, Eq. 13-15); "grouped" is torchscale's (h // ceil(H / r)) and belongs
         to weights trained with it.

@@ -111,10 +111,10 @@ class ModelAndInputs:
         *,
         embeds: bool = False,
     ) -> None:
-        from longnet_cli.basics.hub import as_stored
         from longnet_cli.data.inputs import Inputs
         from longnet_cli.data.manifest import read_manifest
         from longnet_cli.data.tokenizer import Tokenizer
+        from longnet_cli.hub.model_names import as_stored
         from longnet_cli.models.folder import ModelFolder
 
         if update:

@@ -213,7 +213,7 @@ def score(
     loaded, data, ranks, room, quiet = opened
     net = loaded.net
     check_spill(spill, net)
-    from longnet_cli.basics.notation import format_pattern
+    from longnet_cli.attention.notation import format_pattern
 
     if pattern:
         tell(f"pattern {format_pattern(net.config.pattern)}", quiet)

@@ -66,7 +66,7 @@ def ask_hub(model: str | None, tokenizer: str | None) -> None:
 
     Raises ConfigError under torchrun, and as `hub.refresh` does.
     """
-    from longnet_cli.basics.hub import refresh
+    from longnet_cli.hub.model_names import refresh
 
     if under_torchrun():
         raise ConfigError("--update is for one process, and torchrun starts several: update first, then start them")

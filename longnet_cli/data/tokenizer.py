@@ -29,10 +29,11 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from longnet_cli.basics.atomic import write_file
 from longnet_cli.basics.configuration import digest, parse, read_text
 from longnet_cli.basics.errors import ConfigError, RefusedError, refuse_web_address
-from longnet_cli.basics.hub import END_OF_TEXT, TOKENIZER, find_tokenizer, list_models, preset_dir
-from longnet_cli.basics.hub_files import download_again
 from longnet_cli.data.manifest import FINISHED, manifest_in, read_manifest
 from longnet_cli.data.places import token_places
+from longnet_cli.hub.folder_files import END_OF_TEXT, TOKENIZER
+from longnet_cli.hub.model_names import find_tokenizer, list_models, preset_dir
+from longnet_cli.hub.sent_files import download_again
 
 SETTINGS = "tokenizer_config.json"  # what transformers writes beside a tokenizer.json
 

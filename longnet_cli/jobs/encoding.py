@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longnet_cli.attention.notation import format_pattern
 from longnet_cli.basics.errors import ConfigError, DataError, NotFiniteError
-from longnet_cli.basics.notation import format_pattern
 from longnet_cli.data.documents import Document
 from longnet_cli.data.kept import kept_columns, row_schema
 from longnet_cli.data.left_out import OnSkip
@@ -61,7 +61,7 @@ class EncodeOptions:
     `context`, the model reads a document in one piece. Where the pooling takes one state of a window, the document's
     vector is the mean of those of its windows, by tokens, and each of its spans is a window.
 
-    `model_name`, `tokenizer_sha256`, `pattern` (a text of `basics.notation`), `prompt` (the text of `prefix`),
+    `model_name`, `tokenizer_sha256`, `pattern` (a text of `attention.notation`), `prompt` (the text of `prefix`),
     `modules` (the pooling, and what follows it) and `query_prompt` go into the schema's metadata.
     """
 

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from longnet_cli.basics.configuration import digest, parse, read_text
 from longnet_cli.basics.errors import CheckpointError, ConfigError, MemoryLimitError
-from longnet_cli.basics.hub import (
+from longnet_cli.data.tokenizer import SETTINGS, Tokenizer, special_token, token_id
+from longnet_cli.hub.folder_files import (
     CONFIG,
     GENERATION,
     MODEL_TYPE,
@@ -30,11 +31,10 @@ from longnet_cli.basics.hub import (
     TOKENIZER,
     TOKENIZER_SHA256,
     WEIGHTS,
-    Located,
-    find_model,
 )
-from longnet_cli.basics.hub_files import download_again
-from longnet_cli.data.tokenizer import SETTINGS, Tokenizer, special_token, token_id
+from longnet_cli.hub.model_names import find_model
+from longnet_cli.hub.repository import Located
+from longnet_cli.hub.sent_files import download_again
 
 if TYPE_CHECKING:
     import torch

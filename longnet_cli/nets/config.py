@@ -24,8 +24,8 @@ from pydantic import (
 from longnet_cli.attention import Pattern, branches
 from longnet_cli.attention.cache import cached_rows
 from longnet_cli.attention.groups import chosen_flops, past_bytes
+from longnet_cli.attention.notation import PATTERN_FIELDS, parse_pattern, pattern_fields
 from longnet_cli.basics.configuration import StrictModel, validate
-from longnet_cli.basics.notation import PATTERN_FIELDS, parse_pattern, pattern_fields
 
 if TYPE_CHECKING:
     from longnet_cli.nets.net import NetConfig

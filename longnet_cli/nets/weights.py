@@ -20,10 +20,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from longnet_cli.attention.notation import format_pattern
 from longnet_cli.basics.atomic import whole_folder
 from longnet_cli.basics.configuration import digest, parse, read_text
 from longnet_cli.basics.errors import CheckpointError, ConfigError, LongNetError
-from longnet_cli.basics.hub import (
+from longnet_cli.hub.folder_files import (
     CONFIG,
     CONFIG_SHA256,
     POOL_KEY,
@@ -32,9 +33,8 @@ from longnet_cli.basics.hub import (
     TOKENIZER,
     TOKENIZER_SHA256,
     WEIGHTS,
-    find_model,
 )
-from longnet_cli.basics.notation import format_pattern
+from longnet_cli.hub.model_names import find_model
 from longnet_cli.nets.config import LongNetConfig, parse_config
 from longnet_cli.nets.foreign import foreign_files, foreign_keys, own_keys, prompts_file
 from longnet_cli.nets.net import Net

@@ -23,13 +23,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longnet_cli.attention import FarKeys, KVCache, Past
-from longnet_cli.attention.dilated import strided_view
+from longnet_cli.attention import FarKeys, KVCache, Outside, Past
 from longnet_cli.attention.groups import GroupedPart
-from longnet_cli.attention.merging import accumulator
+from longnet_cli.attention.merging import accumulator, strided_view
+from longnet_cli.attention.notation import parse_pattern
 from longnet_cli.attention.spans import common_span, lanes, level_of, open_spans, rows_before, segment_rows, span_views
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.basics.notation import parse_pattern
 from longnet_cli.nets.net import Net, NetConfig
 from longnet_cli.running.device import free_memory, precision, random_state, set_random_state
 from longnet_cli.running.mapped import BlockFile, SpillFile, mapped_empty
@@ -283,7 +282,7 @@ class CausalStream:
         start = edges[exchange.rank] if edges and exchange else self.position
         pending: list[Callable[[], None]] = []
 
-        def far(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Sequence[FarKeys | Past]:
+        def far(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Outside:
             if layer == len(self.caches):
                 self.caches.append(self._new_cache(k))
             if pending:  # only now: this may overwrite far keys that the layer before has just read
@@ -305,7 +304,7 @@ class CausalStream:
 
             pending.append(store)
             kept = cache.far() if exchange else cache.far(k, v)
-            return [*(_on(k.device, keys) for keys in kept), *near]
+            return Outside([*(_on(k.device, keys) for keys in kept.keys), *near], past)
 
         hidden = self.model(tokens, embeddings=embeddings, start=start, far=far)
         pending.pop()()
@@ -324,9 +323,9 @@ class CausalStream:
             if cache.past:
                 cache.past.on_choice = partial(on_choice, layer)
 
-    def far(self) -> list[list[FarKeys | Past]]:
-        """Return the far keys of the next chunk, layer by layer."""
-        return [cache.far() for cache in self.caches] or [[] for _ in range(self.model.config.num_layers)]
+    def far(self) -> list[Outside]:
+        """Return what the next chunk sees of the past, layer by layer."""
+        return [cache.far() for cache in self.caches] or [Outside()] * self.model.config.num_layers
 
     def fork(self) -> CausalStream:
         """Return another stream that has read the same tokens: what one reads from now on is not in the other.
@@ -434,12 +433,8 @@ class CausalStream:
         return cache
 
 
-def _on(device: torch.device, keys: FarKeys | Past) -> FarKeys | Past:
-    return (
-        keys
-        if isinstance(keys, Past) or keys.k.device == device
-        else replace(keys, k=keys.k.to(device), v=keys.v.to(device))
-    )
+def _on(device: torch.device, keys: FarKeys) -> FarKeys:
+    return keys if keys.k.device == device else replace(keys, k=keys.k.to(device), v=keys.v.to(device))
 
 
 def backward_in_chunks(
@@ -478,8 +473,7 @@ def backward_in_chunks(
     chunks = [_Chunk(model, start, stop, group) for start, stop in pairwise(edges)]
     tape = []  # per chunk: the random state that its dropout draws from, its far keys
     for index, part in enumerate(chunks):
-        far = [[keys for keys in layer if isinstance(keys, FarKeys)] for layer in stream.far()]
-        tape.append((random_state(device), far))
+        tape.append((random_state(device), [outside.keys for outside in stream.far()]))
         if index < len(chunks) - 1:  # the last one is only computed with its gradient
             with precision(dtype, device):
                 stream(tokens[:, part.mine], edges=part.edges)
@@ -528,7 +522,7 @@ class _Chunk:
         self,
         tokens: Tensor,
         loss: HiddenLoss,
-        far: list[list[FarKeys]],
+        far: Sequence[Sequence[FarKeys]],
         pasts: list[Past],
         gradients: FarGradients,
         scale: float,
@@ -536,21 +530,25 @@ class _Chunk:
     ) -> Tensor:
         """Compute the chunk again with `far` as leaves, run its backward pass, and return its loss."""
         made: list[tuple[Tensor, Tensor]] = []  # keys and values, per layer
-        leaves: list[list[FarKeys | Past]] = []
+        leaves: list[Outside] = []
 
-        def provide(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Sequence[FarKeys | Past]:
+        def provide(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Outside:
             if layer == len(made):  # otherwise activation checkpointing computes it again
                 made.append((k, v))
-                leaves.append([gradients.leaves(layer, x, k.device) for x in far[layer]])
-                for past in pasts[layer : layer + 1]:
-                    if self.exchange and past.position == self.start:  # in the last chunk, nothing was appended yet
+                keys, past = [gradients.leaves(layer, x, k.device) for x in far[layer]], None
+                if pasts:
+                    if self.exchange and pasts[layer].position == self.start:  # the last chunk: nothing is there yet
                         for shard in self.exchange.other_shards(q, k, v)[0]:
-                            past.append(*shard)
-                    leaves[layer].append(gradients.past(layer, past, self.mine.start, k))
+                            pasts[layer].append(*shard)
+                    past = gradients.past(layer, pasts[layer], self.mine.start, k)
+                leaves.append(Outside(keys, past))
+            outside = leaves[layer]
             if not self.exchange:
-                return leaves[layer]
-            mine = next((each for each in leaves[layer] if isinstance(each, Past)), None)
-            return [*leaves[layer], *(self.exchange.run(k, v, mine)[0] if mine else self.exchange(layer, q, k, v))]
+                return outside
+            if outside.past:
+                return Outside([*outside.keys, *self.exchange.run(k, v, outside.past)[0]], outside.past)
+            of_chunk = self.exchange(layer, q, k, v)
+            return Outside([*outside.keys, *of_chunk.keys], of_chunk.past)
 
         with precision(dtype, tokens.device):
             hidden = self.model(tokens, start=self.mine.start, far=provide)

@@ -19,7 +19,7 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 from torch import Tensor
 
-from longnet_cli.attention import Past
+from longnet_cli.attention import Outside, Past
 from longnet_cli.attention.groups import GroupedPart
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.nets.longnet import LongNet
@@ -211,7 +211,7 @@ class Reader:
         pasts = [Past(self.model.config.pattern) for _ in range(self.model.config.num_layers)]
         for layer, past in enumerate(pasts):
             past.on_choice = partial(self.on_choice, windows, layer)
-        return lambda layer, q, k, v: [pasts[layer]]
+        return lambda layer, q, k, v: Outside(past=pasts[layer])
 
     def _whole(self, window: W) -> Iterator[list[Piece[W]]]:
         """Read a bidirectional window: in one forward pass if it fits all ranks together, otherwise layer by layer."""

@@ -14,16 +14,16 @@ from builders import recipe, tiny_llama
 from conftest import RunLongnet
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from longnet_cli.hub.model_names import preset_dir
 from pattern_nets import draw, error, gradients, net
 from strategies import Choice, PackedMath, assert_close, choices, cuts, split, turning
 from torch import Tensor
 
 from longnet_cli.attention import Pattern, dilated_attention
 from longnet_cli.attention.kernels import KERNELS
+from longnet_cli.attention.notation import format_pattern, parse_pattern
 from longnet_cli.attention.reference import dilated_attention_reference
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.basics.hub import preset_dir
-from longnet_cli.basics.notation import format_pattern, parse_pattern
 from longnet_cli.jobs.training.gradients import backward
 from longnet_cli.jobs.training.loop import train
 from longnet_cli.models.official import to_torchscale

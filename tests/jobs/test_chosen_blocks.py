@@ -18,7 +18,7 @@ from torch import Tensor
 from longnet_cli.attention import Pattern, choosing
 from longnet_cli.attention.choosing import Chosen
 from longnet_cli.attention.groups import GroupedPart
-from longnet_cli.basics.notation import parse_pattern
+from longnet_cli.attention.notation import parse_pattern
 from longnet_cli.data.documents import Document
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.generating import generate

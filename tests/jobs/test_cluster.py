@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from longnet_cli.attention import Pattern
+from longnet_cli.attention.notation import parse_pattern
 from longnet_cli.attention.reference import key_counts
 from longnet_cli.attention.spans import lanes, span_positions
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.basics.notation import parse_pattern
 from longnet_cli.jobs.benchmark import Settings
 from longnet_cli.jobs.benchmark.simulated import simulate
 from longnet_cli.jobs.estimating.plan import HIDDEN, ROOM, TABLE, Machine, find_machine, shared

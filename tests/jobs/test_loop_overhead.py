@@ -19,11 +19,11 @@ import torch
 
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.data.windows import TokenStream, TokenWindows
 from longnet_cli.jobs.training.gradients import backward
 from longnet_cli.jobs.training.loop import train
 from longnet_cli.jobs.training.optimizer import build_optimizers, learning_rate
 from longnet_cli.jobs.training.recipe import Recipe, load_recipe
+from longnet_cli.jobs.training.windows import TokenStream, TokenWindows
 from longnet_cli.nets.longnet import LongNet
 
 STEPS = 20  # of a run: two lines of metrics

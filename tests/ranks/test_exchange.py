@@ -24,8 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from longnet_cli.attention import Pattern, dilated_attention
-from longnet_cli.data.windows import TokenStream, TokenWindows
 from longnet_cli.jobs.training.gradients import StoredTokens, backward
+from longnet_cli.jobs.training.windows import TokenStream, TokenWindows
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.running.chunks import CausalStream
 from longnet_cli.running.layerwise import hidden_in_chunks

@@ -23,10 +23,9 @@ from torch import Tensor
 
 from longnet_cli.attention import KVCache, Pattern, dilated_attention
 from longnet_cli.attention.branches import BACKWARD_FLOPS, attention_flops, backward_flops, branches
-from longnet_cli.attention.dilated import kernel_calls
 from longnet_cli.attention.groups import past_bytes
 from longnet_cli.attention.kernels import select_kernel
-from longnet_cli.attention.merging import accumulator
+from longnet_cli.attention.merging import accumulator, kernel_calls
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.jobs.estimating.training_job import logits_bytes
 from longnet_cli.jobs.training.gradients import backward, far_bytes

@@ -83,7 +83,7 @@ class ScoreOptions:
 
     `bos`, `context`, `stride`, `last`, `by_position` and `by_recall` are as in `scoring.score`; contexts are sorted in
     ascending order. With two or more contexts, the rows have columns for the gain of the longest over the shortest.
-    `model_name`, `tokenizer_sha256` and `pattern` (a text of `basics.notation`) go into the schema's metadata.
+    `model_name`, `tokenizer_sha256` and `pattern` (a text of `attention.notation`) go into the schema's metadata.
     """
 
     bos: Bos = None

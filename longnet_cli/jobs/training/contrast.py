@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from longnet_cli.data.windows import PairBatch, PairText
+from longnet_cli.jobs.training.windows import PairBatch, PairText
 from longnet_cli.nets.net import Net
 from longnet_cli.running.chunks import CausalStream, backward_in_chunks
 from longnet_cli.running.device import precision, random_state, set_random_state, to_device

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from longnet_cli.basics.errors import DataError
 from longnet_cli.data.documents import Document
-from longnet_cli.data.windows import PairBatch
 from longnet_cli.jobs.scoring.scoring import Score, score
+from longnet_cli.jobs.training.windows import PairBatch
 from longnet_cli.nets.net import IGNORED, Net
 from longnet_cli.running.device import precision, to_device
 from longnet_cli.running.ranks.ranks import Ranks

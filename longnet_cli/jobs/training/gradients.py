@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longnet_cli.attention import Past
+from longnet_cli.attention import Outside
 from longnet_cli.attention.groups import past_bytes
 from longnet_cli.attention.spans import SINKS, lanes, segment_rows
-from longnet_cli.data.windows import Batch
+from longnet_cli.jobs.training.windows import Batch
 from longnet_cli.nets.net import IGNORED, FarProvider, Net, NetConfig
 from longnet_cli.running.chunks import Tokens, backward_in_chunks, new_pasts
 from longnet_cli.running.device import precision, resolve_dtype, to_device
@@ -224,8 +224,10 @@ def _nll(
     """Return the sum of nll of one forward pass. In a bidirectional net, only tokens with a target get logits."""
     if far is None and (pasts := new_pasts(model.config)):
 
-        def far(layer: int, q: Tensor, k: Tensor, v: Tensor) -> list[Past]:
-            return [pasts[layer]]  # if activation checkpointing computes a layer again, it sees the same blocks
+        def far(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Outside:
+            return Outside(
+                past=pasts[layer]
+            )  # if activation checkpointing computes a layer again, it sees the same blocks
 
     with precision(dtype, ids.device):
         # before the forward pass: for targets on a GPU, this waits for all queued work. A causal net predicts all.

@@ -12,14 +12,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from longnet_cli.attention.notation import PATTERN_FIELDS, read_pattern
 from longnet_cli.basics.configuration import StrictModel, parse, read_text, validate
 from longnet_cli.basics.errors import ConfigError, LongNetError, refuse_web_address
-from longnet_cli.basics.hub import TOKENIZER, as_stored, find_tokenizer, preset_dir
-from longnet_cli.basics.notation import PATTERN_FIELDS, read_pattern
 from longnet_cli.basics.sizes import parse_size
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.data.windows import SHORTEST
+from longnet_cli.hub.folder_files import TOKENIZER
+from longnet_cli.hub.model_names import as_stored, find_tokenizer, preset_dir
+from longnet_cli.jobs.training.windows import SHORTEST
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.models.hf.pretrained_config import TransformersConfig
 from longnet_cli.nets.config import LongNetConfig

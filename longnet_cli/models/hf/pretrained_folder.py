@@ -32,7 +32,7 @@ from longnet_cli.attention import Pattern
 from longnet_cli.basics.atomic import whole_folder
 from longnet_cli.basics.configuration import digest, parse, read_text
 from longnet_cli.basics.errors import CheckpointError, ConfigError, LongNetError
-from longnet_cli.basics.hub import BESIDE_TOKENIZER, MODULES, POOL_KEY, PROMPTS
+from longnet_cli.hub.folder_files import BESIDE_TOKENIZER, MODULES, POOL_KEY, PROMPTS
 from longnet_cli.nets.foreign import prompts_file
 from longnet_cli.nets.net import Embedder
 

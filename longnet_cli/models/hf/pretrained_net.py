@@ -30,9 +30,9 @@ import transformers as hf
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from longnet_cli.attention import Pattern
+from longnet_cli.attention import Outside, Pattern
+from longnet_cli.attention.notation import format_pattern
 from longnet_cli.basics.errors import CheckpointError, ConfigError
-from longnet_cli.basics.notation import format_pattern
 from longnet_cli.models.hf.attention import (
     ATTENTION_NAME,
     check_taken,
@@ -247,9 +247,9 @@ class TransformersNet(Net):
         """Return whether all layers take far keys, tried on two tokens. Sliding windows and recurrence do not."""
         asked: list[int] = []
 
-        def far(layer: int, q: Tensor, k: Tensor, v: Tensor) -> list:
+        def far(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Outside:
             asked.append(layer)
-            return []
+            return Outside()
 
         self(torch.zeros(1, 2, dtype=torch.int64, device=next(self.parameters()).device), far=far)
         check_taken(self.model)

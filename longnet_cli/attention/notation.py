@@ -21,9 +21,10 @@ from dataclasses import fields, replace
 from itertools import chain
 from typing import Any, NamedTuple
 
-from longnet_cli.attention import Pattern
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.basics.sizes import format_size, parse_size
+
+from .pattern import Pattern
 
 _LEVEL = re.compile(r"\.?\d[\w.+]*/\.?\d", re.ASCII)
 

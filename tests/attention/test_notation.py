@@ -13,7 +13,7 @@ from places import ROOT
 from strategies import choices, chosen_patterns, patterns
 
 from longnet_cli.attention import Pattern
-from longnet_cli.basics.notation import format_levels, format_pattern, is_pattern, parse_pattern, pattern_fields
+from longnet_cli.attention.notation import format_levels, format_pattern, is_pattern, parse_pattern, pattern_fields
 from longnet_cli.basics.sizes import MAX_SIZE, format_size, parse_size
 
 FAR = Pattern((1024, 1024), (1, 4), look_back=(1, 5), overlap="once", queries="all", sinks=4, level_bias="log_rate")
@@ -148,6 +148,6 @@ def test_the_documented_way_from_python() -> None:
 
 
 def test_loads_no_torch() -> None:
-    program = "import sys; from longnet_cli.basics.notation import parse_pattern; parse_pattern('paper')"
+    program = "import sys; from longnet_cli.attention.notation import parse_pattern; parse_pattern('paper')"
     program += "; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
