@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from longnet_cli.data.chat import ChatTemplate
     from longnet_cli.data.documents import Document
     from longnet_cli.data.inputs import Inputs
+    from longnet_cli.jobs.chosen_sources import Passage
     from longnet_cli.jobs.generating import Step
-    from longnet_cli.jobs.sources import Passage
     from longnet_cli.models.folder import Loaded
     from longnet_cli.running.causal_stream import CausalStream
 
@@ -175,8 +175,8 @@ def generate(
     )
     net = loaded.net
     check_spill(spill, net)
+    from longnet_cli.jobs.chosen_sources import Sources
     from longnet_cli.jobs.generating import generate as run
-    from longnet_cli.jobs.sources import Sources
     from longnet_cli.nets.weights import model_origin
     from longnet_cli.running.causal_stream import CausalStream
     from longnet_cli.running.reader import check_choices
