@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import models, pre_tokenizers
+from tokenizers import models, normalizers, pre_tokenizers
 
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.data import text_pieces
@@ -84,6 +84,10 @@ def test_a_tokenizer_whose_words_cross_the_cuts_is_not_cut(monkeypatch):
     assert Tokenizer(inner).encode(text).tolist() == inner.encode(text).ids
     assert Tokenizer(inner).token_bytes is None
     assert Tokenizer(inner).n_bytes(np.array([0])) is None
+    inner = tokenizers.Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "▁": 2}, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace()
+    inner.normalizer = normalizers.Prepend("b")  # before all that it is given: each piece would get one
+    assert Tokenizer(inner).encode(text).tolist() == inner.encode(text).ids
 
 
 @pytest.mark.parametrize("text", ["the cat sat " * 100_000, "漢" * 3_000_000, "ACGT" * 700_000 + " end", "a1" * 99_999])
