@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dilated import FarKeys, plan_calls
+from .dilated import plan_calls
 from .kernels import select_kernel
 from .level_bias import LevelBias
 from .merging import Plan, accumulator, merged_backward, merged_forward, unit_stride
+from .outside import FarKeys
 from .pattern import Padding, Pattern
 from .plain_call import Kernel
 from .sinks import sink_rows

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -27,72 +26,16 @@ from .groups import GroupedPart, groups_of
 from .kernels import select_kernel
 from .level_bias import LevelBias
 from .merging import Plan, merged_backward, merged_forward, unit_stride
-from .merging import kernel_calls as kernel_calls
-from .merging import strided_view as strided_view
-from .past import Past
+from .outside import FarKeys, Outside
 from .pattern import Padding, Pattern
 from .plain_call import Kernel
 from .sinks import SinkRows, Turn, sink_rows
-from .spans import SINKS, Span, lanes, span_positions, span_rows
+from .spans import SINKS, Span, span_rows
 
 Place = tuple[int, int, int, int]  # rows [first, last) of a batch, tokens [begin, stop)
 
 _sink_rows = lru_cache(maxsize=4)(sink_rows)  # all layers of a step ask for the same
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-@dataclass(eq=False)  # a frozen one takes longer to make, and every layer makes some per token
-class FarKeys:
-    """Keys and values from outside the shard: one level's rows at positions [start, stop) of one segment.
-
-    k, v: (batch, rows, lanes, head_dim). Row j of a lane is its j-th row in [start, stop). Lanes are heads, except that
-    query heads which read the same rows of one key head share a lane (`pattern.lanes`). Two lanes differ by at most one
-    row (`span_positions`); a row that a lane lacks is never read. The caller may take k and v from a cache, another
-    rank or a file; gradients flow into them.
-
-    For level `SINKS`, positions are among the first `pattern.sinks`, and k is rotated for them like any other key.
-
-    `turned` caches the turned sinks of the last call. Give it only with far keys that hold all sinks and never change.
-
-    `ready` is called after the calls on near keys, before k and v are read. `back` is called in the backward pass with
-    the gradients of k and v, in fp32 or fp64, before the gradients of near keys are computed; gradients flow into k and
-    v as well. Both let a message travel while near keys are attended to.
-    """
-
-    level: int
-    start: int
-    stop: int
-    k: Tensor
-    v: Tensor
-    ready: Callable[[], object] | None = None
-    back: Callable[[Tensor, Tensor], object] | None = None
-    turned: dict[tuple[int, ...], tuple[Tensor, ...]] | None = None
-
-    @property
-    def span(self) -> Span:
-        return Span(self.level, self.start, self.stop)
-
-
-def far_keys(
-    k: Tensor, v: Tensor, pattern: Pattern, span: Span, *, start: int = 0, num_heads: int | None = None
-) -> FarKeys:
-    """Take the rows of `span` from k and v (batch, tokens, key heads, head_dim) of a shard that starts at `start`.
-
-    `num_heads` is the number of query heads, by default that of key heads. Differentiable. Raises ValueError for a
-    span that the shard does not hold in full.
-    """
-    if not start <= span.start < span.stop <= start + k.shape[1]:
-        raise ValueError(f"the shard [{start}, {start + k.shape[1]}) does not hold [{span.start}, {span.stop})")
-    sizes = num_heads or k.shape[2], k.shape[2]
-    positions = span_positions(pattern, span, *sizes)
-    rows = max(len(p) for p in positions)
-    # a lane with one row fewer repeats a token of the shard there, which is never read
-    index = torch.tensor(
-        [[p[j] - start if j < len(p) else 0 for p in positions] for j in range(rows)], dtype=torch.int64
-    )
-    heads = torch.tensor(lanes(pattern, span.level, *sizes).kv_heads, device=k.device)
-    index = index.reshape(rows, len(positions)).to(k.device)
-    return FarKeys(*span, k[:, index, heads], v[:, index, heads])  # (B, rows, lanes, D)
 
 
 def dilated_attention(
@@ -103,7 +46,7 @@ def dilated_attention(
     *,
     causal: bool = True,
     start: int = 0,
-    far: Sequence[FarKeys | Past] | None = None,
+    far: Outside | Sequence[FarKeys] | None = None,
     lengths: Sequence[int] | Tensor | None = None,
     documents: Sequence[int] | None = None,
     padding: Padding = "exact",
@@ -120,8 +63,8 @@ def dilated_attention(
     start, any length. A query that takes part in no level gets zeros.
 
     far: keys from outside the shard; in causal attention, they lie before it. If the shard is a single token, its own
-        row may be the last of some levels' far keys; then k and v are not read there. For chosen blocks, also the
-        `Past` before it, which a `KVCache` gives; it gets no gradient.
+        row may be the last of some levels' far keys; then k and v are not read there. For chosen blocks, an `Outside`
+        that also has the past before the shard, as a `KVCache` gives it.
     lengths: true length of each row of a right-padded batch, 0 to tokens. Each row gets what it would get alone, and
         zeros beyond its length.
     documents: lengths of the documents that follow each other in every row, `tokens` in all. Each document attends only
@@ -157,15 +100,12 @@ def dilated_attention(
             raise ValueError(f"level_bias needs {shape}, (levels - 1, heads), got {tuple(level_bias.shape)}")
     elif level_bias is not None:
         raise ValueError('biases are for a pattern with level_bias="learned"')
-    past = None
-    if pattern.chosen:
-        past = next((each for each in far or () if isinstance(each, Past)), None)
-        if start != (before := past.position if past else 0):
-            raise ValueError(
-                f"chosen={pattern.chosen}: the shard starts at {start}, and far keys hold the past of {before} tokens: "
-                "give that of a KVCache"
-            )
-    far = tuple([each for each in far or () if isinstance(each, FarKeys)])
+    far, past = far if isinstance(far, Outside) else Outside(far or ())
+    if pattern.chosen and start != (before := past.position if past else 0):
+        raise ValueError(
+            f"chosen={pattern.chosen}: the shard starts at {start}, and far keys hold the past of {before} tokens: "
+            "give that of a KVCache"
+        )
     far_tensors = [x for keys in far for x in (keys.k, keys.v)]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     found = None

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longnet_cli.attention import FarKeys, LayerFinds, Past, Pattern, dilated_attention
+from longnet_cli.attention import LayerFinds, Outside, Pattern, dilated_attention
 from longnet_cli.attention.choosing import Finds
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.nets.config import LongNetConfig
@@ -31,7 +31,7 @@ from longnet_cli.nets.net import FarProvider, Net
 from longnet_cli.nets.positions import PositionTable, position_table, rotate, sink_turn
 from longnet_cli.nets.weights import load_pretrained, save_pretrained
 
-LayerProvider = Callable[[Tensor, Tensor, Tensor], Sequence[FarKeys | Past]]  # a FarProvider of one layer
+LayerProvider = Callable[[Tensor, Tensor, Tensor], Outside]  # a FarProvider of one layer
 
 
 class Placement(NamedTuple):
@@ -196,7 +196,7 @@ class LongNet(Net):
     def init_weights(self) -> None:
         """Draw all weights anew (MAGNETO section 2: gain sqrt(ln 2L) on v, out, fc1, fc2; q, k, v share 1/sqrt 2).
 
-        For a net built on the meta device, call `net.to_empty(device=...)` first.
+        For a net built on the meta device, call `to_empty(device=...)` first.
         """
         gain = math.sqrt(math.log(2 * self.config.num_layers)) if self.config.norm == "subln" else 1.0
         for module in self.modules():

@@ -22,8 +22,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from longnet_cli.attention import SINKS, FarKeys, Span
-from longnet_cli.attention.dilated import strided_view
+from longnet_cli.attention import SINKS, FarKeys, Outside, Span
+from longnet_cli.attention.merging import strided_view
 from longnet_cli.attention.spans import common_span, far_spans, lanes, level_of, rows_before, span_rows, span_views
 from longnet_cli.basics.errors import MemoryLimitError
 from longnet_cli.nets.longnet import Block, LongNet, Placement
@@ -154,7 +154,7 @@ class _Layers:
                     self._collect(collected, start, *self._keys(layer, hidden[:, place], start))
                 self._add_up(collected)
             for start, stop, place, turn in self.mine:
-                far = [] if collected is None else self._far(collected, start, stop)
+                far = Outside() if collected is None else self._far(collected, start, stop)
                 last = index == config.num_layers - 1
                 x = self._compute(layer, hidden[:, place], start, far, last)
                 if on_chunk:
@@ -185,7 +185,7 @@ class _Layers:
         return k, v
 
     @torch.no_grad()
-    def _compute(self, layer: Block, x: Tensor, start: int, far: list[FarKeys], last: bool) -> Tensor:
+    def _compute(self, layer: Block, x: Tensor, start: int, far: Outside, last: bool) -> Tensor:
         x = x.to(self.device)
         with precision(self.dtype, self.device):
             place = Placement(start, total=self.tokens)
@@ -204,9 +204,9 @@ class _Layers:
                         for rows, x in zip(collected[:, :, place], (k, v), strict=True):
                             strided_view(rows, views.segment).copy_(strided_view(x, views.shard))
 
-    def _far(self, collected: Tensor, start: int, stop: int) -> list[FarKeys]:
+    def _far(self, collected: Tensor, start: int, stop: int) -> Outside:
         """Return the collected rows that the chunk sees."""
-        far, heads = [], self.model.config.num_heads
+        far_keys, heads = [], self.model.config.num_heads
         for span in self._spans(start, stop):
             if count := max(span_rows(self.pattern, span, heads)):
                 segment = self._segment(span)
@@ -214,8 +214,8 @@ class _Layers:
                 offsets = lanes(self.pattern, span.level, heads).offsets
                 firsts = [rows_before(span.start - segment, offset, r) for offset in offsets]
                 rows = _from_row(collected[:, :, self.places[span.level, segment]], firsts, count)
-                far.append(FarKeys(*span, *rows.to(self.device)))
-        return far
+                far_keys.append(FarKeys(*span, *rows.to(self.device)))
+        return Outside(far_keys)
 
 
 def _from_row(rows: Tensor, firsts: list[int], count: int) -> Tensor:

@@ -19,15 +19,16 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 from torch import Tensor
 
-from longnet_cli.attention import Past
+from longnet_cli.attention import Outside, Past
 from longnet_cli.attention.groups import GroupedPart
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import FarProvider, InputSequence, Net, Readable
-from longnet_cli.running.chunks import CausalStream, chunk_of, default_chunk, open_stream
+from longnet_cli.running.causal_stream import CausalStream, open_stream
+from longnet_cli.running.chunk_size import chunk_of, default_chunk
 from longnet_cli.running.device import precision, to_device
 from longnet_cli.running.layerwise import hidden_in_chunks
-from longnet_cli.running.ranks.exchange import Exchange, even_edges
+from longnet_cli.running.ranks.exchange import Exchange
 from longnet_cli.running.ranks.portions import Portion, portions
 from longnet_cli.running.ranks.ranks import Ranks
 
@@ -126,7 +127,7 @@ class Reader:
     Several `ranks`, which must all read the same windows, share every long window, `chunk` tokens each, and divide the
     forward passes over short windows. `dtype` is as in `running.device`. On every rank, `on_progress` gets the number
     of wanted tokens of each forward pass. `on_choice` gets the windows of a forward pass, and what their layers see of
-    chosen blocks, as `running.chunks.OnChoice`.
+    chosen blocks, as `running.causal_stream.OnChoice`.
     """
 
     def __init__(
@@ -195,7 +196,7 @@ class Reader:
         Nothing here waits for a GPU: while it computes a chunk, the ids of the next chunk are read and sent to it.
         Reading takes less than a hundredth of the computing time, too little for a thread of its own.
         """
-        stream, ranks = open_stream(self.model, self.ranks.group, self.spill), self.ranks
+        stream, ranks = open_stream(self.model, self.ranks, self.spill), self.ranks
         if self.on_choice and isinstance(stream, CausalStream):
             stream.watch(partial(self.on_choice, [window]))
         for edges in self._chunks(window):
@@ -211,7 +212,7 @@ class Reader:
         pasts = [Past(self.model.config.pattern) for _ in range(self.model.config.num_layers)]
         for layer, past in enumerate(pasts):
             past.on_choice = partial(self.on_choice, windows, layer)
-        return lambda layer, q, k, v: [pasts[layer]]
+        return lambda layer, q, k, v: Outside(past=pasts[layer])
 
     def _whole(self, window: W) -> Iterator[list[Piece[W]]]:
         """Read a bidirectional window: in one forward pass if it fits all ranks together, otherwise layer by layer."""
@@ -244,7 +245,7 @@ class Reader:
         """Yield the edges of the ranks' shards, chunk by chunk."""
         chunk = self.chunk * self.ranks.world
         for start in range(window.start, window.stop, chunk):
-            yield even_edges(start, min(chunk, window.stop - start), self.ranks.world)
+            yield self.ranks.edges(start, min(chunk, window.stop - start))
 
     def _shared(self, window: W, edges: Sequence[int], hidden: Tensor) -> list[Piece[W]]:
         self.on_progress(max(0, edges[-1] - max(edges[0], window.wanted)))

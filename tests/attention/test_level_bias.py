@@ -14,7 +14,6 @@ from builders import recipe, tiny_llama
 from conftest import RunLongnet
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from longnet_cli.hub.model_names import preset_dir
 from pattern_nets import draw, error, gradients, net
 from strategies import Choice, PackedMath, assert_close, choices, cuts, split, turning
 from torch import Tensor
@@ -24,11 +23,12 @@ from longnet_cli.attention.kernels import KERNELS
 from longnet_cli.attention.notation import format_pattern, parse_pattern
 from longnet_cli.attention.reference import dilated_attention_reference
 from longnet_cli.basics.errors import ConfigError
+from longnet_cli.hub.model_names import preset_dir
 from longnet_cli.jobs.training.gradients import backward
 from longnet_cli.jobs.training.loop import train
 from longnet_cli.models.official import to_torchscale
 from longnet_cli.nets.longnet import LongNet
-from longnet_cli.running.chunks import CausalStream
+from longnet_cli.running.causal_stream import CausalStream
 
 LEARNED = Pattern((8, 32, 64), (1, 4, 4), look_back=1, overlap="once", queries="all", level_bias="learned:-4")
 

@@ -139,7 +139,7 @@ def test_a_grouped_model_holds_and_sends_what_its_heads_share_once(head_offsets:
             cache.append(k, k)
 
     def numbers(kv: int, level: int) -> int:
-        return sum(keys.k.numel() for keys in caches[kv].far() if keys.level == level)
+        return sum(keys.k.numel() for keys in caches[kv].far().keys if keys.level == level)
 
     assert numbers(3, 0) == numbers(12, 0) // 4
     assert numbers(3, SINKS) == numbers(12, SINKS) // 4 == 4 * 3 * 8

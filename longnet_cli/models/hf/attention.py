@@ -42,7 +42,7 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
-from longnet_cli.attention import FarKeys, LayerFinds, Past, Pattern, Span, dilated_attention
+from longnet_cli.attention import FarKeys, LayerFinds, Outside, Pattern, Span, dilated_attention
 from longnet_cli.attention.choosing import Finds
 from longnet_cli.attention.spans import SINKS, far_spans, lanes, span_positions, span_rows
 from longnet_cli.basics.errors import ConfigError
@@ -73,7 +73,7 @@ def use_dilated_attention(model: PreTrainedModel, pattern: Pattern | None = None
 
     `pattern` goes into `model.config.dilated_attention`, where `save_pretrained` keeps it. None takes the pattern that
     is already there. With sinks or chosen blocks, the model runs on a few tokens, to find out how it rotates its keys.
-    Rotary phases become exact at any position, where possible (`transformers_rotary.make_phases_exact`). Returns the
+    Rotary phases become exact at any position, where possible (`rotary.make_phases_exact`). Returns the
     model. An architecture that was not tried is tried first, on a few tokens (`trying`). Raises ConfigError for a model
     that has no pattern, no layer with global attention, attention of another kind, or positions by which sinks and
     chosen blocks cannot be moved.
@@ -269,7 +269,6 @@ def dilated_attention_forward(
         return dilated_attention(q, k, v, pattern, documents=documents, **settings), None
 
     def attend(rows: AlignedRows) -> Tensor:
-        far: list[FarKeys | Past]
         some_q, some_k, some_v = rows.of(q), rows.of(k), rows.of(v)
         if rows.skip:
             some_q = some_q[:, rows.skip :]
@@ -285,7 +284,7 @@ def dilated_attention_forward(
                     f"chosen={pattern.chosen}: this cache has lost the queries that choose: pass "
                     "past_key_values=LongNetCache(model.config), or use_cache=False"
                 )
-            far = [*_cached(some_k, some_v, pattern, q.shape[2], rows.start)] if rows.start else []
+            far = _cached(some_k, some_v, pattern, q.shape[2], rows.start) if rows.start else Outside()
             some_k, some_v = some_k[:, rows.start :], some_v[:, rows.start :]
         shard: dict[str, Any] = {"start": rows.start, "far": far, "lengths": rows.lengths}
         if finds is not None:
@@ -320,18 +319,18 @@ def _with_sink(
     return query, key, value, F.pad(mask, (0, 1), value=True)
 
 
-def _cached(k: Tensor, v: Tensor, pattern: Pattern, num_heads: int, start: int) -> list[FarKeys]:
+def _cached(k: Tensor, v: Tensor, pattern: Pattern, num_heads: int, start: int) -> Outside:
     """Return the far keys of the new tokens [start, L), from the keys and values (B, L, H_kv, D) before them.
 
     At rate 1, they are views. At a dilated level, rows are copied for the lanes in which a new token takes part: 1 / r
     of the lanes for one token, or all of them with `queries="all"`. The rest of the memory is never read.
     """
-    far = []
+    far_keys = []
     batch, stop, key_heads, head_dim = k.shape
     for span in far_spans(pattern, start, stop, True):
         w, r = (1, 1) if span.level == SINKS else pattern.levels[span.level]
         if r == 1:
-            far.append(FarKeys(*span, k[:, span.start : span.stop], v[:, span.start : span.stop]))
+            far_keys.append(FarKeys(*span, k[:, span.start : span.stop], v[:, span.start : span.stop]))
             continue
         positions = span_positions(pattern, span, num_heads, key_heads)
         if not (rows := max(map(len, positions))):
@@ -347,8 +346,8 @@ def _cached(k: Tensor, v: Tensor, pattern: Pattern, num_heads: int, start: int) 
                 kept, places = slice(0, len(positions[lane])), positions[lane]
                 for i, x in enumerate((k, v)):
                     packed[i, :, lane, kept] = x[:, places.start : places.stop : r, head]
-        far.append(FarKeys(*span, *packed.transpose(2, 3)))
-    return far
+        far_keys.append(FarKeys(*span, *packed.transpose(2, 3)))
+    return Outside(far_keys)
 
 
 def dilated_mask(

@@ -28,7 +28,7 @@ import transformers as hf
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from longnet_cli.attention import FarKeys, KVCache, Past, Pattern
+from longnet_cli.attention import KVCache, Outside, Pattern
 from longnet_cli.attention.notation import format_pattern, parse_pattern
 from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.nets.net import FarProvider, Net, NetConfig
@@ -359,7 +359,7 @@ class Memories:
     def of(self, rows: AlignedRows) -> FarProvider:
         """Return the function that gives these rows their far keys."""
 
-        def far(index: int, q: Tensor, k: Tensor, v: Tensor) -> Sequence[FarKeys | Past]:
+        def far(index: int, q: Tensor, k: Tensor, v: Tensor) -> Outside:
             self.append()  # only now: it may overwrite far keys that the previous layer has just read
             cache = self.layers[index].cache(rows, self.config.pattern, self.config.num_heads, k)
             self._pending.append(lambda: cache.append(k, v, q=q))

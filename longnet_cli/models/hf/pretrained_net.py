@@ -30,7 +30,7 @@ import transformers as hf
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from longnet_cli.attention import Pattern
+from longnet_cli.attention import Outside, Pattern
 from longnet_cli.attention.notation import format_pattern
 from longnet_cli.basics.errors import CheckpointError, ConfigError
 from longnet_cli.models.hf.attention import (
@@ -49,7 +49,7 @@ from longnet_cli.models.hf.rotary import FLOAT32_POSITIONS, ROPE_OF_LENGTH, make
 from longnet_cli.models.hf.trying import NOT_OF_THE_MODEL, body, first_position, why_not
 from longnet_cli.nets.net import FarProvider, Net
 from longnet_cli.nets.weights import check_finite
-from longnet_cli.running.chunks import open_stream
+from longnet_cli.running.causal_stream import open_stream
 
 MOST_LAYERS = 10_000  # each is made before a weight is read
 _CACHE_NAMES = ("cache", "past_key_values")  # the argument of forward, and its older name
@@ -247,9 +247,9 @@ class TransformersNet(Net):
         """Return whether all layers take far keys, tried on two tokens. Sliding windows and recurrence do not."""
         asked: list[int] = []
 
-        def far(layer: int, q: Tensor, k: Tensor, v: Tensor) -> list:
+        def far(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Outside:
             asked.append(layer)
-            return []
+            return Outside()
 
         self(torch.zeros(1, 2, dtype=torch.int64, device=next(self.parameters()).device), far=far)
         check_taken(self.model)
