@@ -31,6 +31,7 @@ from longnet_cli.basics.configuration import digest, parse, read_text
 from longnet_cli.basics.errors import ConfigError, RefusedError, refuse_web_address
 from longnet_cli.data.manifest import FINISHED, manifest_in, read_manifest
 from longnet_cli.data.places import token_places
+from longnet_cli.data.text_pieces import AT_SIGN, cut_text, decodes_bytes, find_cut
 from longnet_cli.hub.folder_files import END_OF_TEXT, TOKENIZER
 from longnet_cli.hub.model_names import find_tokenizer, list_models, preset_dir
 from longnet_cli.hub.sent_files import download_again
@@ -104,23 +105,11 @@ def read_settings(path: Path) -> dict[str, Any]:
     return settings if isinstance(settings, dict) else {}
 
 
-# One call of the library takes more than linear time (4 MB cost 8 times as much as 1 MB) and keeps some 100 bytes per
-# token. So a text is encoded in pieces of PIECE characters, and pieces in groups of GROUP characters.
-PIECE = 1 << 16
+# The library keeps some 100 bytes per token. So the pieces of a text are encoded in groups of GROUP characters.
 GROUP = 1 << 22
 PLACED_GROUP = 1 << 17  # with places, an encoding takes 150 bytes per character
-LONGEST_PIECE = 1 << 20
 MOST_IDS = 1 << 24  # in a vocabulary: each takes memory before a text is read
 MOST_GROWTH = 256  # of a text by a normalizer, at worst. Unicode's own, NFKC, makes 18 characters of one.
-
-# Between a letter and one of these signs every byte-level pre-tokenizer starts a new word (GPT-2, cl100k, o200k,
-# Llama 3), so a text cut there gives the same tokens. No apostrophe: o200k keeps the 't of don't with its word.
-CUT_BEFORE = ' \t\n\r,.;:!?()[]{}<>="0123456789\u3001\u3002\uff0c'
-_CUT = re.compile(f"(?<=[^\\W\\d_])(?=[{re.escape(CUT_BEFORE)}])")
-# Tokenizers of words, and SentencePiece, start a word at a single space between letters, if their normalizer works
-# character by character.
-_CUT_AT_SPACE = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])")
-LOCAL = {"BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Precompiled", "Replace", "StripAccents"}
 
 
 def _byte_alphabet() -> list[str]:
@@ -237,10 +226,6 @@ class Tokenizer:
         alone = sum(end <= len(prompt.rstrip()) for _, end in encoded[0].offsets)
         columns = zip(*(encoding.ids[:alone] for encoding in encoded), strict=False)  # up to the shortest
         return tuple(ids[0] for ids in takewhile(lambda ids: len({*ids}) == 1, columns))
-
-    @library_call()
-    def _ids(self, text: str) -> list[int]:
-        return list(self._inner.encode(text, add_special_tokens=False).ids)
 
     @classmethod
     def bytes(cls) -> Tokenizer:
@@ -385,7 +370,7 @@ class Tokenizer:
         if self._prompt:
             first = next(filter(None, parts), None)
             parts = iter(()) if first is None else chain((self._prompt + first,), parts)
-        counted = self.splits_special and (self.is_bytes or self._cut is _CUT)  # places, when they are asked for
+        counted = self.splits_special and (self.is_bytes or self._cut is AT_SIGN)  # places, when they are asked for
         placed = self.tells_places and bool(self._prompt or not counted)
         place, skip, group = -len(self._prompt), len(self.prompt_ids), PLACED_GROUP if placed else GROUP
         pieces: list[str] = []
@@ -435,7 +420,7 @@ class Tokenizer:
     @cached_property
     def token_bytes(self) -> np.ndarray | None:
         """The number of UTF-8 bytes of each id, (vocab_size,) int64, 0 for a special token; None if not byte-level."""
-        if (self._description.get("decoder") or {}).get("type") != "ByteLevel":
+        if not decodes_bytes(self._description):
             return None
         lengths = np.zeros(self.vocab_size, np.int64)
         for index, data in self.bytes_of_tokens():
@@ -508,29 +493,8 @@ class Tokenizer:
     @cached_property
     @library_call()
     def _cut(self) -> re.Pattern[str] | None:
-        """The places where a text may be cut, because a new word starts there; None if it needs all of it.
-
-        They are tried on a few words.
-        """
-        words = self._inner.pre_tokenizer
-        if words is None or any(not added["special"] for added in self._description["added_tokens"]):
-            return None  # an added word may straddle a cut
-        if self._description["normalizer"] is None and self.token_bytes is not None:
-
-            def split(text: str) -> list[str]:
-                return [word for word, _ in words.pre_tokenize_str(text)]
-
-            if not all(split(f"a{sign}b") == split("a") + split(f"{sign}b") for sign in CUT_BEFORE):
-                return None
-            within = not self.splits_special and any(_CUT.search(added["content"]) for added in self.added_tokens)
-            return _CUT_AT_SPACE if within else _CUT  # no token that a text may have is cut
-        if _steps(self._description["normalizer"]) - LOCAL or len(words.pre_tokenize_str("a b")) < 2:
-            return None
-        if any(re.search("[^\u2581 ][\u2581 ]", token) for token in self._inner.get_vocab(with_added_tokens=False)):
-            return None  # a token holds a space between letters
-        ends, begins = ("a", "word", "\u00c9t\u00e9", "\u6f22"), (" b", " Word", " \u00e9", " \u6f22\u5b57")
-        cuts = all(self._ids(x + y) == self._ids(x) + self._ids(y) for x in ends for y in begins)
-        return _CUT_AT_SPACE if cuts else None
+        """The places where a text may be cut; None if the tokenizer needs all of it at once."""
+        return find_cut(self._inner, self._description, self.splits_special)
 
     def _groups(self, texts: Sequence[str]) -> Iterator[tuple[list[int], list[str]]]:
         """Yield the texts' pieces in order, GROUP characters at a time, with the index of each piece's text."""
@@ -549,14 +513,6 @@ class Tokenizer:
             yield owners, pieces
 
 
-def _steps(normalizer: Any) -> set[str]:
-    """Return the types of the steps of a normalizer of a tokenizer.json."""
-    if not isinstance(normalizer, dict):
-        return set()
-    steps = normalizer.get("normalizers")
-    return set().union(*map(_steps, steps)) if isinstance(steps, list) else {str(normalizer.get("type"))}
-
-
 def _growth(step: Any) -> float:
     """Return how many times as long a step of a tokenizer.json (`normalizer`, `decoder`) makes a text, at worst."""
     settings = step if isinstance(step, dict) else {}
@@ -572,24 +528,3 @@ def _growth(step: Any) -> float:
         written = table[4 + int.from_bytes(table[:4], "little") :].split(b"\0")
         return max(1, *(len(text.decode(errors="replace")) for text in written))
     return 1
-
-
-def cut_text(parts: Iterable[str], cut: re.Pattern[str] = _CUT) -> Iterator[str]:
-    """Cut a text, which comes in parts, where words start anyway, about every PIECE characters.
-
-    A run of letters longer than LONGEST_PIECE is cut too, because it would take quadratic time. The pieces do not
-    depend on the parts.
-    """
-    text, start = "", 0
-    for part in chain(parts, (None,)):
-        if part is not None:
-            text, start = text[start:] + part, 0
-        # the end of the next piece is known once there are LONGEST_PIECE characters, or the rest of the text
-        while len(text) - start > (PIECE if part is None else LONGEST_PIECE):
-            limit = start + LONGEST_PIECE
-            match = cut.search(text, start + PIECE, limit)
-            end = match.start() if match else min(limit, len(text))
-            yield text[start:end]
-            start = end
-    if start < len(text):
-        yield text[start:]
