@@ -221,17 +221,6 @@ DryRunOption = Annotated[
         "Print documents, tokens, memory, FLOPs and time, and stop. The exit code is 5 if it does not fit.",
     ),
 ]
-OnOption = Annotated[
-    str | None,
-    option(
-        OUTPUT,
-        "--on",
-        "MACHINE",
-        "For --dry-run, plan the job for another machine: h100x8, h200x64, a100x8 (with so many GPUs), or a .toml file "
-        "of `longnet bench --calibrate`.",
-        "this machine",
-    ),
-]
 SampleOption = Annotated[
     int | None,
     size_option(

@@ -190,7 +190,7 @@ class LongNet(Net):
     def init_weights(self) -> None:
         """Draw all weights anew (MAGNETO section 2: gain sqrt(ln 2L) on v, out, fc1, fc2; q, k, v share 1/sqrt 2).
 
-        For a net built on the meta device, call `net.to_empty(device=...)` first.
+        For a net built on the meta device, call `to_empty(device=...)` first.
         """
         gain = math.sqrt(math.log(2 * self.config.num_layers)) if self.config.norm == "subln" else 1.0
         for module in self.modules():

@@ -34,7 +34,7 @@ from longnet_cli.jobs.training.recipe import (
 from longnet_cli.nets.config import LongNetConfig
 
 TESTED_ELSEWHERE = {"clients.md", "vectors.md"}  # by slow tests of their own: they need what the tests do not install
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "models").rglob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "models").rglob("*.md"))]
 
 
 def blocks(page: Path, language: str) -> list[str]:

@@ -22,7 +22,7 @@ from longnet_cli.jobs.training.gradients import plan_forwards, seen_segments
 from longnet_cli.jobs.training.recipe import Recipe, load_recipe
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet
-from longnet_cli.running.chunks import fitting_chunk
+from longnet_cli.running.chunk_size import fitting_chunk
 from longnet_cli.running.device import matmul_peak, precision
 from longnet_cli.running.ranks.ranks import Ranks
 

@@ -25,7 +25,7 @@ from longnet_cli.models.folder import ModelFolder
 from longnet_cli.models.hf.pretrained_config import TransformersConfig
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.net import Embedder
-from longnet_cli.running.chunks import TRAINING_CHUNK
+from longnet_cli.running.chunk_size import TRAINING_CHUNK
 
 if sys.version_info >= (3, 11):
     import tomllib
