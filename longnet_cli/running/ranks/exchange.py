@@ -35,7 +35,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longnet_cli.attention import FarKeys, Outside, Past, Span
+from longnet_cli.attention import FarKeys, FarSpan, Outside, Past
 from longnet_cli.attention.merging import accumulator
 from longnet_cli.attention.pattern import Pattern
 from longnet_cli.attention.spans import far_spans, lanes, level_of, open_spans, rows_before, span_positions, span_rows
@@ -50,7 +50,7 @@ class Parcel(NamedTuple):
     If `attended`, the reader's shard attends to them; otherwise they are only kept in its cache.
     """
 
-    span: Span
+    span: FarSpan
     start: int
     rows: int
     attended: bool
@@ -82,13 +82,13 @@ class Exchange:
         self.edges = list(edges)
         begin = 0 if cached else self.edges[0]  # a cached chunk continues a document that started at 0
         self.starts = sorted({begin, *(cut for cut in cuts if self.edges[0] < cut < self.edges[-1])})
-        self._open: dict[int, list[Span]] = {}  # by start of the document
-        self._counts: dict[Span, int] = {}  # rows of spans
+        self._open: dict[int, list[FarSpan]] = {}  # by start of the document
+        self._counts: dict[FarSpan, int] = {}  # rows of spans
         self._levels: dict[int, tuple[int, int, set[int]]] = {}  # (w, r, offsets) of each
         self._reach = max(
             (1 + b) * w for w, b in zip(self.pattern.segment_lengths, self.pattern.look_backs, strict=True)
         )
-        self._seen: dict[int, list[tuple[Span, bool]]] = {}  # by reader
+        self._seen: dict[int, list[tuple[FarSpan, bool]]] = {}  # by reader
         # the same on every rank: a collective is entered by all or by none
         self.needed = bool(self.pattern.chosen) or any(self._wants_others(reader) for reader in range(len(edges) - 1))
         self._pasts: dict[int, Past] = {}  # by layer
@@ -243,7 +243,7 @@ class Exchange:
         index = bisect_right(self.starts, position)
         return self.starts[index - 1], self.starts[index] if index < len(self.starts) else self.edges[-1]
 
-    def _wanted(self, reader: int) -> list[tuple[Span, bool]]:
+    def _wanted(self, reader: int) -> list[tuple[FarSpan, bool]]:
         """Return the spans that a rank keeps (False), then the spans that its shard's first document sees (True)."""
         if reader in self._seen:
             return self._seen[reader]
@@ -275,7 +275,7 @@ class Exchange:
         for span, attended in self._wanted(reader):
             if span.start >= b or span.stop <= a:
                 continue
-            part = Span(span.level, max(span.start, a), min(span.stop, b))
+            part = FarSpan(span.level, max(span.start, a), min(span.stop, b))
             if part.start < part.stop and (rows := self._rows(part)):
                 segment = part.start // level_of(self.pattern, span.level)[0]
                 # the kept part of a segment contains the attended part
@@ -283,7 +283,7 @@ class Exchange:
                 found[span.level, segment] = parcel._replace(attended=attended)
         return list(found.values())
 
-    def _rows(self, span: Span) -> int:
+    def _rows(self, span: FarSpan) -> int:
         """Return the rows of the lane that has the most, `max(span_rows(...))`."""
         level, start, stop = span
         if start >= stop:
@@ -315,8 +315,8 @@ class Exchange:
             other = found[places[key]] if key in places else parcel
             around = len(own) > 0 and other.span.stop <= own.start and own.stop <= start
             # a rank between them may be so short that it has no row of this level
-            if other is not parcel and not around and not self._rows(Span(level, other.span.stop, start)):
-                span = Span(level, other.span.start, stop)
+            if other is not parcel and not around and not self._rows(FarSpan(level, other.span.stop, start)):
+                span = FarSpan(level, other.span.start, stop)
                 found[places[key]] = other._replace(span=span, rows=self._rows(span))
             else:
                 places[key] = len(found)
@@ -333,7 +333,7 @@ class Exchange:
             for (level, a, z), _ in self._wanted(reader)
             for part in ((level, a, min(z, start)), (level, max(a, stop), z))
         )
-        return any(self._rows(Span(level, max(begin, first), end)) for level, begin, end in parts)
+        return any(self._rows(FarSpan(level, max(begin, first), end)) for level, begin, end in parts)
 
 
 class _Maps(NamedTuple):
@@ -486,7 +486,7 @@ class _AllToAll(torch.autograd.Function):
         shapes = [(batch, parcel.rows, exchange.lanes(parcel, kv_heads), width) for parcel in exchange.joined]
         parts = [x.split([prod(shape[:3]) for shape in shapes]) if shapes else () for x in joined]
         pairs = [(k_.view(shape), v_.view(shape)) for k_, v_, shape in zip(*parts, shapes, strict=True)]
-        level = Parcel(Span(0, 0, 0), 0, 0, False)
+        level = Parcel(FarSpan(0, 0, 0), 0, 0, False)
         nothing = k.new_empty(2, batch, 0, exchange.lanes(level, kv_heads), width)
         return *chain(*pairs), *nothing
 
