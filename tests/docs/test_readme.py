@@ -16,10 +16,10 @@ import click
 import pytest
 import typer.main
 from builders import tiny_llama
-from longnet_cli.hub.model_names import list_models, preset_dir
 from places import ROOT
 
 from longnet_cli.cli.app import app
+from longnet_cli.hub.model_names import list_models, preset_dir
 from longnet_cli.jobs.training.recipe import (
     ContrastRecipe,
     DataRecipe,
