@@ -129,9 +129,7 @@ def to_torchscale(model: LongNet) -> dict[str, Tensor]:
 
 
 def official_name(ours: str) -> str:
-    """Return torchscale's name of one of our tensors. Raises ConfigError for one that it does not have."""
-    if ours.endswith(".level_bias"):
-        raise ConfigError('torchscale has no learned biases: level_bias = "learned" is for a LongNet alone')
+    """Return torchscale's name of one of our tensors."""
     ((layer, module, kind),) = re.findall(r"^(layers\.\d+\.|)(.+)\.(weight|bias)$", ours)
     return f"{layer}{_MODULES[module]}.{kind}"
 

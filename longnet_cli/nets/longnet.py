@@ -71,17 +71,12 @@ class Attention(nn.Module):
         self.q, self.k, self.v = (nn.Linear(config.dim, config.dim) for _ in range(3))
         self.inner_norm = Norm(config.dim, config.norm_eps) if config.norm == "subln" else nn.Identity()
         self.out = nn.Linear(config.dim, config.dim)
-        learned = self.pattern.learned_bias is not None
-        shape = len(self.pattern.levels) - 1, config.num_heads
-        self.level_bias = nn.Parameter(torch.empty(shape)) if learned else None
 
     def init_weights(self, gain: float) -> None:
         share = 1 / math.sqrt(2)
         for linear, scale in ((self.q, share), (self.k, share), (self.v, share * gain), (self.out, gain)):
             nn.init.xavier_uniform_(linear.weight, gain=scale)
             nn.init.zeros_(linear.bias)
-        if self.level_bias is not None and self.pattern.learned_bias is not None:
-            nn.init.constant_(self.level_bias, self.pattern.learned_bias)
 
     def project(self, x: Tensor, table: PositionTable | None) -> tuple[Tensor, Tensor, Tensor]:
         """Project normed hidden states (B, N, dim) to rotated q and k, and v, each (B, N, H, D)."""
@@ -106,7 +101,6 @@ class Attention(nn.Module):
             far=far(q, k, v) if far else None,
             padding=self.config.padding,
             turn=self.turn,
-            level_bias=self.level_bias,
             **place._asdict(),
         )
         return self.out(self.inner_norm(mixed.flatten(-2)))  # (B, N, H, D) -> (B, N, dim)

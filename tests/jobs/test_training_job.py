@@ -65,7 +65,6 @@ def saved_by_autograd(config: LongNetConfig, dtype: str, tokens: int = 256) -> i
     [
         {},
         {"norm": "pre"},
-        {"level_bias": "learned"},
         {"position": "rope"},
         {"dropout": 0.1},
         {"norm": "pre", "dropout": 0.1},

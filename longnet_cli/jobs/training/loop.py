@@ -292,7 +292,7 @@ class _TrainingRun:
         rate = self._learning_rate(self.progress.step)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate * group.get("times", 1.0)
+                group["lr"] = rate
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.progress.step += 1
@@ -538,7 +538,6 @@ def _model(recipe: Recipe, initial: str | None) -> Net:
         return ModelFolder.find(pretrained.init).trainable(pretrained.model, pretrained.adapter)
     if initial is None:
         return LongNet(recipe.model)
-    # only learned biases depend on the pattern, and start anew: training continues with the recipe's
     model = ModelFolder.find(initial).net(pattern=recipe.model.pattern)
     if model.config != recipe.model:
         fields = type(recipe.model).model_fields

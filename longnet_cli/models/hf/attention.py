@@ -171,15 +171,9 @@ def pattern_of(config: Any) -> Pattern:
     if not isinstance(arguments, Mapping):
         raise ConfigError(f"dilated_attention in the model's config: a table of levels is needed, got {arguments!r}")
     try:
-        pattern = Pattern(**arguments)
+        return Pattern(**arguments)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"dilated_attention in the model's config: {error}") from None
-    if pattern.learned_bias is not None:
-        raise ConfigError(
-            'level_bias = "learned" is for a LongNet: a Hugging Face model has no such weights; give one number per '
-            "level, as level_bias=0/-2"
-        )
-    return pattern
 
 
 @lru_cache(maxsize=64)
