@@ -60,7 +60,7 @@ def measure(recipe: Recipe, ranks: Ranks, device: torch.device) -> dict[str, flo
 
     def gradients() -> None:
         net.zero_grad()
-        backward(net, ids, ids, chunk=train.chunk, scale=1 / tokens, dtype=train.dtype, group=ranks.group)
+        backward(net, ids, ids, chunk=train.chunk, scale=1 / tokens, dtype=train.dtype, ranks=ranks)
 
     def update() -> None:
         sum_gradients(net, ranks)

@@ -217,12 +217,12 @@ def score(
 
     if pattern:
         tell(f"pattern {format_pattern(net.config.pattern)}", quiet)
+    from longnet_cli.jobs.chosen_sources import write_chosen
     from longnet_cli.jobs.row_jobs import write_rows
     from longnet_cli.jobs.scoring.key_tokens import Judge
     from longnet_cli.jobs.scoring.measures import Total
     from longnet_cli.jobs.scoring.score_rows import RowScorer, ScoreOptions, write_token_logprobs
     from longnet_cli.jobs.scoring.scoring import score as run
-    from longnet_cli.jobs.sources import write_chosen
     from longnet_cli.nets.weights import model_origin
     from longnet_cli.running.ranks.ranks import leave
     from longnet_cli.running.reader import check_choices

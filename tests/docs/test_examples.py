@@ -558,6 +558,13 @@ def test_the_commands_of_a_cluster(
     assert run("calibrate", here, "--device", "cpu") == f"1 x cpu -> {here}\n"
     assert 1e7 < cluster.find_machine(here).rates["products"] < 1e14
     assert "the fastest of 2 that fit, of 2" in run("plan", "longnet-tiny", "--on", here, "--set", "train.dtype=fp32")
+    predicted = importlib.import_module("predicted")
+    monkeypatch.setattr(predicted, "NETS", {"small": (16, 1, 2, 16, 512)})
+    monkeypatch.setattr(sys, "argv", ["predicted.py", here])
+    predicted.main()
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["direction"] for row in rows] == ["forward", "backward", "update", "step"]
+    assert all(row["predicted"] > 0 for row in rows)
     reading = ("plan", "--model", "longnet-tiny", "--tokens", "4Mi", "--pattern", "geometric:4Mi", "--on")
     one, two = (float(re.search(r"matrix products +([\d.]+) ms", run(*reading, f"h100x{n}"))[1]) for n in (1, 2))
     assert one == pytest.approx(2 * two, rel=0.01)
