@@ -169,13 +169,6 @@ def test_docstrings_start_with_the_thing_itself() -> None:
                 assert not re.match(r"(What|Whether|That|Which|Where|How|Who|When)\b", text), f"{path}: {text[:60]}"
 
 
-def test_every_shipped_recipe_loads() -> None:
-    recipes = sorted(preset_dir().glob("*.toml"))
-    assert recipes
-    for path in recipes:
-        assert load_recipe(path.stem, {"model.vocab_size": 4096}).model.num_parameters() > 0
-
-
 def test_every_shipped_model_has_a_card_and_is_small() -> None:
     for name in list_models():
         folder = preset_dir() / name

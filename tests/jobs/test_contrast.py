@@ -15,7 +15,6 @@ from builders import SIZES, metrics_of, tiny_llama, tiny_net
 from conftest import RunLongnet
 from files import write_rows
 from many_ranks import mesh, run_ranks
-from processes import Start, kill_training
 from torch import Tensor
 
 from longnet_cli.attention import Pattern
@@ -317,15 +316,6 @@ def test_a_resumed_run_is_the_uninterrupted_one(corpus: Path, tmp_path: Path) ->
     temperatures = [[line["temperature"] for line in metrics_of(tmp_path / name)] for name in ("whole", "again")]
     assert temperatures[0][2:] == temperatures[1]
     assert len({0.05, *temperatures[0]}) == 5
-
-
-@pytest.mark.slow
-def test_forty_kills(start: Start, corpus: Path, tmp_path: Path) -> None:
-    stages = [{"seq_len": 32, "steps": 100}, {"seq_len": 100, "steps": 100}]
-    columns = {"data.pair": "question", "data.negative": "other", "train.stages": stages, "train.chunk": 60}
-    found = recipe(corpus, **columns, **{"model.dropout": 0.1, "contrast.temperature": "learned"})
-    (tmp_path / "recipe.json").write_text(found.model_dump_json())
-    kill_training(lambda run: start("train", tmp_path / "recipe.json", "-q", "-o", run, fresh=True), tmp_path, 40)
 
 
 def train_on(corpus: Path, folder: Path) -> None:

@@ -78,7 +78,9 @@ def attention_in_shards(dtype: torch.dtype, problems: int) -> None:
             assert error <= allowed, f"problem {seed}, rank {rank}: {name} is off by {error:.2e}"
 
 
-@pytest.mark.parametrize("world", [3, 8, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 4))])
+@pytest.mark.parametrize(
+    "world", [3, pytest.param(8, marks=pytest.mark.ci), *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 4))]
+)
 def test_attention_in_shards_is_that_of_the_whole(world: int, tmp_path: Path) -> None:
     run_ranks(world, tmp_path, in_both_types, attention_in_shards, 24 if world < 8 else 12)
 
