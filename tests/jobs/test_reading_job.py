@@ -338,6 +338,7 @@ print(json.dumps([done.returncode, done.stderr, resource.getrusage(resource.RUSA
 """
 
 
+@pytest.mark.ci
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["encode", "score"])
 @pytest.mark.parametrize(("lengths", "chunk"), [((300,) * 60, "8Ki"), ((12_000,), "4Ki"), ((40, 2000, 900), "1Ki")])
