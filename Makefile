@@ -73,7 +73,7 @@ wheel-check: .venv/.installed-dev
 	  > "$$(build/wheel/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dependencies.pth"
 	cd / && "$(CURDIR)/build/wheel/bin/longnet" --version
 	cd / && "$(CURDIR)/build/wheel/bin/python" -c \
-	  'from longnet_cli.basics.hub import model_path; path = model_path("longnet-tiny"); print(path); assert "build/wheel" in str(path)'
+	  'from longnet_cli.hub.model_names import model_path; path = model_path("longnet-tiny"); print(path); assert "build/wheel" in str(path)'
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

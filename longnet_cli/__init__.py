@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from longnet_cli.attention import DilatedAttention, FarKeys, KVCache, Pattern, dilated_attention, far_keys
+    from longnet_cli.attention.notation import format_pattern, parse_pattern
     from longnet_cli.attention.reference import dilated_attention_reference
     from longnet_cli.basics.errors import (
         CheckpointError,
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
         MemoryLimitError,
         NotFiniteError,
     )
-    from longnet_cli.basics.notation import format_pattern, parse_pattern
     from longnet_cli.data.documents import Document
     from longnet_cli.data.inputs import Inputs
     from longnet_cli.data.tokenizer import Tokenizer
@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     from longnet_cli.nets.longnet import LongNet
     from longnet_cli.nets.net import Net
     from longnet_cli.nets.slide import SlideEncoder
-    from longnet_cli.running.chunks import CausalStream, backward_in_chunks, open_stream
+    from longnet_cli.running.causal_stream import CausalStream, open_stream
+    from longnet_cli.running.chunked_backward import backward_in_chunks
 
 __version__ = "0.1.0"
 
@@ -49,7 +50,7 @@ _MODULES = {
     "attention": "DilatedAttention FarKeys KVCache Pattern dilated_attention far_keys",
     "attention.reference": "dilated_attention_reference",
     "basics.errors": "CheckpointError ConfigError DataError LongNetError MemoryLimitError NotFiniteError",
-    "basics.notation": "format_pattern parse_pattern",
+    "attention.notation": "format_pattern parse_pattern",
     "data.documents": "Document",
     "data.inputs": "Inputs",
     "data.tokenizer": "Tokenizer",
@@ -71,7 +72,8 @@ _MODULES = {
     "nets.longnet": "LongNet",
     "nets.net": "Net",
     "nets.slide": "SlideEncoder",
-    "running.chunks": "CausalStream backward_in_chunks open_stream",
+    "running.causal_stream": "CausalStream open_stream",
+    "running.chunked_backward": "backward_in_chunks",
 }
 _PLACES = {name: module for module, names in _MODULES.items() for name in names.split()}
 

@@ -18,8 +18,8 @@ import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 
+from longnet_cli.attention.notation import read_pattern
 from longnet_cli.basics.errors import ConfigError, LongNetError
-from longnet_cli.basics.notation import read_pattern
 from longnet_cli.data.documents import Document
 from longnet_cli.jobs.generating import generate
 from longnet_cli.jobs.scoring.scoring import score
@@ -35,7 +35,7 @@ _GENERATION = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "se
 class LongNetLM(TemplateLM):
     """A model for lm-eval. `pretrained` is a folder, with a slash, or a name as in --model.
 
-    `pattern` (a text of `longnet_cli.basics.notation`) replaces the model's own. `dtype` and `chunk` are as in
+    `pattern` (a text of `longnet_cli.attention.notation`) replaces the model's own. `dtype` and `chunk` are as in
     `running.reader.Reader`. A batch is what fits a chunk, whatever the `batch_size`. With `max_length`, the model sees
     at most this many tokens: the end of a context, or a document in windows. Without it, the model sees all tokens, and
     a request longer than the model reads is a ConfigError before any work. By default, a context starts with the ids

@@ -89,7 +89,6 @@ OPTIONS = {
 --resume              rows       --resume ../start/run
 --no-resume           code       --no-resume @ ../in/recipe.json -o run +run
 --dry-run             stdout     --dry-run
---on                  stdout     --on h100x8 | --on a100x8 @ ../in/recipe.json --dry-run
 --format              stdout     --format json @ ../in/recipe.json --dry-run
 --nproc               processes  --nproc 2
 --sp                  processes  --sp 2
@@ -134,7 +133,6 @@ OPTIONS = {
 --shard-tokens        files      --shard-tokens 20 @ {READING} -o out
 --resume              code       --resume @ {READING} -o gains --shard-tokens 20 +gains
 --dry-run             stdout     --dry-run @ {READING}
---on                  stdout     --on h100x8 | --on h200x64 @ {READING} --dry-run
 --sample              stdout     --sample 2 @ ../in/rows.jsonl -m ../in/native --dry-run
 {RANKS}{DEVICE}
 --dtype               rows       --dtype bf16
@@ -170,7 +168,6 @@ OPTIONS = {
 --shard-format        files      --shard-format parquet @ {READING} -o out
 --resume              code       --resume @ {READING} -o vectors --shard-rows 1 +vectors
 --dry-run             stdout     --dry-run
---on                  stdout     --on h100x8 | --on h200x64 @ {READING} --dry-run
 --sample              stdout     --sample 2 @ ../in/rows.jsonl -m ../in/native --dry-run
 --format              stdout     --format json @ {READING} --dry-run
 {RANKS}{DEVICE}
@@ -212,8 +209,6 @@ hello -m ../in/native -n 6 --format jsonl
 --op                  rows       --op model
 --impl                rows       --impl dense
 --direction           rows       --direction backward
---simulate            rows       --simulate 2 | --simulate 3 @ --op exchange --seq 256 --heads 1 --head-dim 8 --format json
---calibrate           files      --calibrate m.toml
 --repeats             cpu        --repeats 3000
 --max-time            rows       --max-time 1e-9
 --max-dense-time      rows       --max-dense-time 1e-9 @ --seq 64,128 --heads 1 --head-dim 8 --repeats 1 --format json
@@ -293,7 +288,6 @@ data.negative                 rows       data.negative=third @ {PAIRS}
 data.held_out                 rows       data.held_out=[../in/u.txt]
 optimizer.name                rows       optimizer.name=muon
 optimizer.lr                  rows       optimizer.lr=0.1
-optimizer.level_bias_lr       rows       optimizer.level_bias_lr=9.0 @ model.level_bias=learned
 optimizer.betas               rows       optimizer.betas=[0.1,0.2]
 optimizer.eps                 rows       optimizer.eps=1.0
 optimizer.weight_decay        rows       optimizer.weight_decay=9.0

@@ -15,7 +15,7 @@ import transformers as hf
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
-from longnet_cli.attention import SINKS, FarKeys, Pattern
+from longnet_cli.attention import SINKS, FarKeys, Outside, Pattern
 from longnet_cli.attention.reference import dilated_attention_reference
 from longnet_cli.models.hf.attention import dilated_mask, pattern_of
 from longnet_cli.models.hf.pretrained_net import TransformersNet
@@ -104,8 +104,9 @@ def nats_from(net: TransformersNet, tokens: torch.Tensor, start: int) -> torch.T
     """Of tokens (B, N) that stand from `start` on, after their sinks at 0, 1, 2 ..., which stay there."""
     n, kept = net.config.pattern.sinks, {}
     with torch.no_grad():
-        net(tokens[:, :n], far=lambda layer, q, k, v: kept.setdefault(layer, (k, v))[:0])
-        hidden = net(tokens[:, n:-1], start=start + n, far=lambda layer, q, k, v: [FarKeys(SINKS, 0, n, *kept[layer])])
+        net(tokens[:, :n], far=lambda layer, q, k, v: Outside(kept.setdefault(layer, (k, v))[:0]))
+        sinks = {layer: Outside([FarKeys(SINKS, 0, n, *rows)]) for layer, rows in kept.items()}
+        hidden = net(tokens[:, n:-1], start=start + n, far=lambda layer, q, k, v: sinks[layer])
         return net.nll(hidden, tokens[:, n + 1 :])
 
 

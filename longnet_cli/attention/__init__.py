@@ -12,8 +12,9 @@ from .spans import SINKS, Span
 if TYPE_CHECKING:
     from .cache import KVCache
     from .choosing import LayerFinds
-    from .dilated import FarKeys, dilated_attention, far_keys
+    from .dilated import dilated_attention
     from .module import DilatedAttention
+    from .outside import FarKeys, Outside, far_keys
     from .past import Past
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "KVCache",
     "LayerFinds",
     "Level",
+    "Outside",
     "Past",
     "Pattern",
     "Span",
@@ -32,12 +34,13 @@ __all__ = [
 
 _MODULES = {
     "DilatedAttention": "module",
-    "FarKeys": "dilated",
+    "FarKeys": "outside",
     "KVCache": "cache",
     "LayerFinds": "choosing",
+    "Outside": "outside",
     "Past": "past",
     "dilated_attention": "dilated",
-    "far_keys": "dilated",
+    "far_keys": "outside",
 }
 
 

@@ -18,8 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .dilated import FarKeys
 from .merging import accumulator, strided_view
+from .outside import FarKeys, Outside
 from .past import Blocks, Past, Shape
 from .pattern import Pattern
 from .spans import (
@@ -102,8 +102,8 @@ class KVCache:
         rows = sum(x.numel() * x.element_size() for x in (*chain(*self._levels), self._sinks))
         return rows + (self.past.nbytes if self.past else 0)
 
-    def far(self, *shard: Tensor) -> list[FarKeys | Past]:
-        """Return the far keys of the next shard: views, valid until the next `append`, or always with `keep`.
+    def far(self, *shard: Tensor) -> Outside:
+        """Return what the next shard sees of the past: views, valid until the next `append`, or always with `keep`.
 
         Its k and v may be given, to be appended later. The rows of a single token are then stored at once, unless they
         need a gradient, and are the last of the far keys, which saves a call per level.
@@ -114,12 +114,13 @@ class KVCache:
         if own:
             self._stored = shard[0]
             self._store((torch.cat(shard),), held)  # as one tensor, in fewer operations
-        found: list[FarKeys | Past] = [self.past] if self.past else []
+        far_keys = []
         for span, rows, _ in held:
             if rows:
                 whole = span.level == SINKS and self.position >= self.pattern.sinks
-                found.append(FarKeys(*span, *_halves(self._rows(span), rows), turned=self._turned if whole else None))
-        return found
+                turned = self._turned if whole else None
+                far_keys.append(FarKeys(*span, *_halves(self._rows(span), rows), turned=turned))
+        return Outside(far_keys, self.past)
 
     def append(
         self,

@@ -6,10 +6,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from longnet_cli.basics.errors import ConfigError
 from longnet_cli.basics.sizes import format_bytes, format_count, format_duration
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.options import (
@@ -24,13 +22,10 @@ from longnet_cli.cli.options import (
 )
 from longnet_cli.cli.output import RowFormat, RowWriter, tell
 from longnet_cli.cli.progress import progress
-from longnet_cli.cli.starting import freeze_imports, launch
+from longnet_cli.cli.starting import launch
 
 if TYPE_CHECKING:
-    import torch
-
-    from longnet_cli.jobs.benchmark import Case, Measurement, Settings
-    from longnet_cli.running.ranks.ranks import Ranks
+    from longnet_cli.jobs.benchmark import Case, Measurement
 
 # Markdown is for people: only as many columns as fit a terminal. Values that all rows share go to stderr.
 _MARKDOWN = "op impl direction seq {} status seconds tokens_per_second flops_per_second peak_rss_bytes"
@@ -44,9 +39,6 @@ _HUMAN = {
 }
 _LONG_SECONDS, _LONG_BYTES = 10.0, 2**30  # rows beyond these are announced
 
-
-_SIMULATED = "causal seq received received_mean sent peers far_bytes formula flops_share plan_seconds seconds"
-_PLANNED = dict.fromkeys(("received", "received_mean", "sent", "far_bytes", "formula"), format_bytes)
 
 MEASURE, SHAPE, MODEL = "What to measure", "Shape", "Model (--op model, train)"
 
@@ -72,27 +64,6 @@ def bench(
             "--direction",
             "Time the forward, or the backward alone.",
             "forward; of train, backward",
-        ),
-    ] = None,
-    simulate: Annotated[
-        int | None,
-        size_option(
-            MEASURE,
-            "--simulate",
-            "Plan --op exchange for N ranks, on paper: bytes, peers and FLOPs. No process is started.",
-            "measure",
-            metavar="N",
-        ),
-    ] = None,
-    calibrate: Annotated[
-        str | None,
-        option(
-            MEASURE,
-            "--calibrate",
-            "FILE",
-            "Write the rates of this machine, and of --nproc processes, to this .toml file for --dry-run --on FILE, "
-            "and stop.",
-            "measure rows",
         ),
     ] = None,
     repeats: Annotated[int, option(MEASURE, "--repeats", "N", "Repeat each row N times.")] = 3,
@@ -166,15 +137,11 @@ def bench(
     parsed = pattern if pattern in ("paper", "geometric") else read_pattern(pattern)
     ranks, where = join(device)
     quiet = quiet or not ranks.first
-    if calibrate:
-        _calibrate(calibrate, where, dtype, ranks, quiet)
-        return
     settings = Settings.of(
-        seq=seq or ((1 << 20, 1 << 30) if simulate else (4096, 8192, 16384, 32768)), op=op, simulate=simulate,
-        impl=impl, direction=direction, heads=heads, head_dim=head_dim, batch=batch, causal=causal, chunk=chunk,
-        pattern=parsed, base=base, ratio=ratio, model=model, layers=layers, vocab=vocab, repeats=repeats,
-        max_time=60 if max_time is None and seq is None else max_time, max_dense_time=max_dense_time,
-        device=str(where), dtype=dtype, ranks=ranks,
+        seq=seq or (4096, 8192, 16384, 32768), op=op, impl=impl, direction=direction, heads=heads, head_dim=head_dim,
+        batch=batch, causal=causal, chunk=chunk, pattern=parsed, base=base, ratio=ratio, model=model, layers=layers,
+        vocab=vocab, repeats=repeats, max_time=60 if max_time is None and seq is None else max_time,
+        max_dense_time=max_dense_time, device=str(where), dtype=dtype, ranks=ranks,
     )  # fmt: skip
 
     print_note = partial(tell, quiet=quiet)
@@ -186,9 +153,6 @@ def bench(
             print_note(f"{_title(case.row)}: {about}{format_bytes(case.memory_bytes)} of memory")
 
     print_note(f"{machine(settings)}, {settings}")
-    if simulate:
-        _simulate(settings, format, print_note, quiet)
-        return
     streamed = settings.streamed_tokens
     cases = len(settings.seq) * len(settings.direction) * len(settings.impl)
     columns = [field.name for field in dataclasses.fields(Measurement)]
@@ -209,37 +173,6 @@ def bench(
     leave()
     if format == "md":
         _print_ratios(rows, print_note)
-
-
-def _simulate(settings: Settings, format: RowFormat, on_note: Callable[[str], None], quiet: bool) -> None:
-    from longnet_cli.jobs.benchmark.simulated import Simulation, simulate
-
-    freeze_imports()
-    columns = _SIMULATED.split() if format == "md" else [field.name for field in dataclasses.fields(Simulation)]
-    total = (settings.simulate or 0) * len(settings.seq)
-    with progress("planning", total=total, unit="ranks", quiet=quiet) as advance, RowWriter(
-        format, columns, human=_HUMAN | _PLANNED | {"plan_seconds": format_duration}
-    ) as out:  # fmt: skip
-        for row in simulate(settings, advance):
-            out.write({column: getattr(row, column) for column in columns})
-            agree = f"{row.ranks:,} ranks, {row.pattern}: all plans agree; bytes of one layer's forward pass"
-            on_note(f"{agree}, {settings.dtype}; peak memory {format_bytes(row.peak_rss_bytes)}")
-
-
-def _calibrate(file: str, device: torch.device, dtype: str, ranks: Ranks, quiet: bool) -> None:
-    from longnet_cli.basics.atomic import write_file
-    from longnet_cli.jobs.benchmark.calibrating import as_toml, calibrate
-    from longnet_cli.jobs.benchmark.job import device_name
-    from longnet_cli.running.ranks.ranks import leave
-
-    path = Path(file)
-    if path.suffix != ".toml" or not path.absolute().parent.is_dir():
-        raise ConfigError(f"--calibrate {file}: name a .toml file in a folder that exists")
-    found = calibrate(device, dtype, ranks, path.absolute().parent)
-    leave()
-    if ranks.first:
-        write_file(path, as_toml(found, f"{device_name(device)}, by longnet bench --calibrate").encode())
-        tell(f"{found.devices} x {found.device}, {found.dtype} -> {file}", quiet)
 
 
 def _title(row: Measurement) -> str:

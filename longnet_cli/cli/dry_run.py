@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from longnet_cli.cli.model_and_inputs import Opened
     from longnet_cli.jobs.estimating.estimate import Estimate
-    from longnet_cli.jobs.estimating.plan import JobPlan
     from longnet_cli.jobs.estimating.reading_job import Job, ReadingEstimate, Room
     from longnet_cli.jobs.estimating.training_job import TrainingEstimate
     from longnet_cli.models.folder import ModelFolder
@@ -67,63 +66,8 @@ def show_reading(found: ReadingEstimate, format: Format, job: str) -> None:
     _show(found, format, job, before, after)
 
 
-def show_plans(plans: Sequence[JobPlan], format: Format, job: str) -> None:
-    """Print the first plan to stdout, and the next ones in a line each. Raises MemoryLimitError if none fits."""
-    from longnet_cli.jobs.estimating.plan import HIDDEN, KNOWN_BY, ROOM, UNTRIED
-
-    best, *others = plans
-    machine, step, known = best.machine, best.step, best.machine.known()
-    if format == "json":
-        emit_json({**best.as_dict(), "others": [plan.as_dict() for plan in others], "untried": UNTRIED})
-    else:
-        fitting = sum(plan.fits for plan in plans)
-        choice = f"the fastest of {fitting} that fit, of {len(plans)}" if fitting else f"none of {len(plans)} fits"
-        each = best.flops / step / machine.devices
-        speed = f"{format_count(best.tokens / step)} tokens/s, {format_count(each)} FLOP/s"
-        limits = f"limited by {best.limit}; of memory, {best.largest} is the most"
-        head = [
-            ("machine", machine.name, f"devices: {machine.devices:,}, {machine.node} per node, {machine.dtype}"),
-            ("plan", f"{best.dp} x {best.sp}", best.options),
-            ("", "", choice),
-        ]
-        memory = [(kind, format_bytes(size), _bar(size, best.peak)) for kind, size in best.memory.items()]
-        room = f"of a device; a plan may fill {ROOM:.0%} of its memory, {format_bytes(best.room)}"
-        time = [
-            (part, format_duration(seconds), "while attention runs" if part == HIDDEN else _bar(seconds, step))
-            for part, seconds in best.seconds.items()
-            if seconds
-        ]
-        time.append((best.what, format_duration(step), f"{format_count(best.tokens)} tokens; {speed} per device"))
-        also = [
-            (_duration(plan.total), plan.options + ("" if plan.fits else f", {format_bytes(plan.peak)}: does not fit"))
-            for plan in others[:4]
-        ]
-        _print([
-            head,
-            [*memory, ("peak memory", format_bytes(best.peak), room)],
-            [*time, ("in all", _duration(best.total), limits)],
-            [("" if index else "others", *plan) for index, plan in enumerate(also)],
-            [*(("rates", "", f"{KNOWN_BY[by]}: {', '.join(names)}") for by, names in known.items()), ("", "", UNTRIED)],
-        ])  # fmt: skip
-    if not best.fits:
-        raise MemoryLimitError(
-            f"{job} does not fit {machine.name}: {best.options} needs {format_bytes(best.peak)} of each device, the "
-            f"largest part for {best.largest}, and {format_bytes(best.room)} may be filled; {best.advice}"
-        )
-
-
 def _bar(size: float, whole: float) -> str:
     return "#" * round(BAR * size / whole)
-
-
-def check_on(on: str | None, dry_run: bool) -> None:
-    """Raise ConfigError for --on without --dry-run, or for a machine that is not known."""
-    if on is not None and not dry_run:
-        raise ConfigError("--on is for --dry-run, which plans: give both, or leave it out")
-    if on is not None:
-        from longnet_cli.jobs.estimating.plan import find_machine
-
-        find_machine(on)
 
 
 def check_sample(sample: int | None, dry_run: bool) -> None:
@@ -152,41 +96,18 @@ def estimate_reading(
     *,
     sample: int | None,
     resume: bool,
-    on: str | None = None,
-    sp: int | None = None,
-    dp: int | None = None,
     **options: Any,
 ) -> None:
-    """Print the estimate of a job that would write to `output`, or print; `options` are for `estimate_documents`.
-
-    If the machine `on` is named, print the plan for it.
-    """
-    from longnet_cli.jobs.estimating.plan import find_machine
-    from longnet_cli.jobs.estimating.reading_job import count_documents, estimate_documents, plan_reading
-    from longnet_cli.running.chunks import chunk_beside
+    """Print the estimate of a job that would write to `output`, or print; `options` are for `estimate_documents`."""
+    from longnet_cli.jobs.estimating.reading_job import estimate_documents
     from longnet_cli.running.ranks.ranks import leave
 
     fate, done, chunk = _fate(output, resume)
     options |= {"chunk": options["chunk"] or chunk}
     net, inputs = opened.loaded.net, opened.inputs
     documents = inputs.untokenized() if sample else inputs.documents()
-    counting: dict[str, Any] = {
-        "tokenizer": inputs.tokenizer,
-        "skip_bad": inputs.skip_bad,
-        "sample": sample,
-        "done": done,
-    }
-    if on:
-        machine = find_machine(on)
-        free = int(machine.rate("memory")) if machine.device == "cuda" else 0
-        with progress("counting", total=None, quiet=opened.quiet) as advance:
-            size = options["chunk"] or chunk_beside(net.config, free)
-            counted = count_documents(net, job, documents, size, on_progress=advance, **counting)
-        spill = bool(options["spill"])
-        plans = plan_reading(net, job, counted, machine, sp=sp, dp=dp, dtype=options["dtype"], spill=spill)
-        show_plans(plans, format, doing)
-        return
-    options |= {"room": opened.room, "ranks": opened.ranks, **counting}
+    options |= {"room": opened.room, "ranks": opened.ranks, "sample": sample, "done": done}
+    options |= {"tokenizer": inputs.tokenizer, "skip_bad": inputs.skip_bad}
     with progress("counting", total=None, quiet=opened.quiet) as advance:
         found = estimate_documents(net, job, documents, output=fate, on_progress=advance, **options)
     leave()

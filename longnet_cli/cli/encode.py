@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from longnet_cli.basics.sizes import format_count
 from longnet_cli.cli import options as shared
-from longnet_cli.cli.dry_run import Format, check_on, check_sample, estimate_reading
+from longnet_cli.cli.dry_run import Format, check_sample, estimate_reading
 from longnet_cli.cli.model_and_inputs import ModelAndInputs, check_spill, say_state
 from longnet_cli.cli.options import DEFAULT_MODEL, OUTPUT, Names, option, size_option
 from longnet_cli.cli.output import check_output, count_left_out, end, tell
@@ -125,7 +125,6 @@ def encode(
     shard_format: shared.ShardFormatOption = "arrow",
     resume: shared.ResumeOption = False,
     dry_run: shared.DryRunOption = False,
-    on: shared.OnOption = None,
     sample: shared.SampleOption = None,
     format: Annotated[Format, option(OUTPUT, "--format", "text|json", "Print --dry-run in this format.")] = "text",
     nproc: shared.NprocOption = None,
@@ -145,7 +144,6 @@ def encode(
     of a vector's tokens in it. Rows come in input order.
     """
     check_sample(sample, dry_run)
-    check_on(on, dry_run)
     earlier_run = output if resume else None
     named = ModelAndInputs(
         inputs, model, tokenizer, column, id_column, keep, skip_bad, update, earlier_run, embeds=True
@@ -156,8 +154,7 @@ def encode(
     where_to = "embeddings are binary, stdout is a terminal: name a file (-o embeddings.arrow) or pipe them"
     earlier = check_output(output, where_to, for_folder, resume=resume, dry_run=dry_run)
     opened = named.open(
-        nproc=None if on else nproc, sp=None if on else sp, dp=None if on else dp, device=device,
-        dtype="auto" if on else dtype, tokenizer_differs=tokenizer_differs, pattern=pattern,
+        nproc=nproc, sp=sp, dp=dp, device=device, dtype=dtype, tokenizer_differs=tokenizer_differs, pattern=pattern,
         bos=bos, eos=eos, dry_run=dry_run, quiet=quiet, embeds=True,
     )  # fmt: skip
     loaded, data, ranks, room, quiet = opened
@@ -188,8 +185,7 @@ def encode(
         from longnet_cli.jobs.estimating.reading_job import EncodeJob
 
         job = EncodeJob(net, options)
-        planned: dict[str, Any] = {"on": on, "sp": sp, "dp": dp}
-        estimate_reading(opened, job, "encoding", output, format, sample=sample, resume=resume, **planned, **running)
+        estimate_reading(opened, job, "encoding", output, format, sample=sample, resume=resume, **running)
         return
     known = data.stored() if not skip_bad else ()
     done = earlier.totals["tokens"] if earlier else 0

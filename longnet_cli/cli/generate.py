@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from longnet_cli.data.chat import ChatTemplate
     from longnet_cli.data.documents import Document
     from longnet_cli.data.inputs import Inputs
+    from longnet_cli.jobs.chosen_sources import Passage
     from longnet_cli.jobs.generating import Step
-    from longnet_cli.jobs.sources import Passage
     from longnet_cli.models.folder import Loaded
-    from longnet_cli.running.chunks import CausalStream
+    from longnet_cli.running.causal_stream import CausalStream
 
 Format = Literal["text", "jsonl"]
 SAMPLING = "How to choose tokens"
@@ -175,10 +175,10 @@ def generate(
     )
     net = loaded.net
     check_spill(spill, net)
+    from longnet_cli.jobs.chosen_sources import Sources
     from longnet_cli.jobs.generating import generate as run
-    from longnet_cli.jobs.sources import Sources
     from longnet_cli.nets.weights import model_origin
-    from longnet_cli.running.chunks import CausalStream
+    from longnet_cli.running.causal_stream import CausalStream
     from longnet_cli.running.reader import check_choices
 
     check_choices(net, sources)
@@ -276,7 +276,7 @@ def _stream(
     loaded: Loaded, dtype: str, spill: str | None, state: str | None, save_state: str | None
 ) -> CausalStream | None:
     """Return a stream that has read --state, or a new one for --save-state; otherwise None. Raises as `load` does."""
-    from longnet_cli.running.chunks import CausalStream
+    from longnet_cli.running.causal_stream import CausalStream
     from longnet_cli.running.device import DTYPES, resolve_dtype
     from longnet_cli.running.saved_state import check_place
 

@@ -51,7 +51,7 @@ def say_state(
     Lengths of `stored` documents are known before the first one; otherwise, one that is twice as long as those before
     has a line of its own. `more` tokens follow each document. The other arguments are as in `running.reader.Reader`.
     """
-    from longnet_cli.running.chunks import chunk_of, default_chunk
+    from longnet_cli.running.chunk_size import chunk_of, default_chunk
     from longnet_cli.running.device import DTYPES, resolve_dtype
 
     config, device = net.config, next(net.parameters()).device
@@ -111,10 +111,10 @@ class ModelAndInputs:
         *,
         embeds: bool = False,
     ) -> None:
-        from longnet_cli.basics.hub import as_stored
         from longnet_cli.data.inputs import Inputs
         from longnet_cli.data.manifest import read_manifest
         from longnet_cli.data.tokenizer import Tokenizer
+        from longnet_cli.hub.model_names import as_stored
         from longnet_cli.models.folder import ModelFolder
 
         if update:

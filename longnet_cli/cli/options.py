@@ -31,7 +31,7 @@ def parse_device(text: str) -> str:
 
 def read_pattern(pattern: str | None) -> Pattern | None:
     """Return the pattern of --pattern, None without one. Raises ConfigError."""
-    from longnet_cli.basics import notation
+    from longnet_cli.attention import notation
 
     return notation.read_pattern(pattern, "--pattern")
 
@@ -96,7 +96,7 @@ def bare_or(value: str | None, bare: Any, absent: Any = None) -> Any:
 
 def complete_model(incomplete: str) -> list[str]:
     """Return the shipped and the cached models whose names begin so; none for a path, which the shell completes."""
-    from longnet_cli.basics.hub import list_cached, list_models
+    from longnet_cli.hub.model_names import list_cached, list_models
 
     return [name for name in (*list_models(), *list_cached()) if name.startswith(incomplete)]
 
@@ -219,17 +219,6 @@ DryRunOption = Annotated[
         "--dry-run",
         None,
         "Print documents, tokens, memory, FLOPs and time, and stop. The exit code is 5 if it does not fit.",
-    ),
-]
-OnOption = Annotated[
-    str | None,
-    option(
-        OUTPUT,
-        "--on",
-        "MACHINE",
-        "For --dry-run, plan the job for another machine: h100x8, h200x64, a100x8 (with so many GPUs), or a .toml file "
-        "of `longnet bench --calibrate`.",
-        "this machine",
     ),
 ]
 SampleOption = Annotated[

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from longnet_cli.cli import options as shared
-from longnet_cli.cli.dry_run import check_on, check_sample, estimate_reading
+from longnet_cli.cli.dry_run import check_sample, estimate_reading
 from longnet_cli.cli.model_and_inputs import ModelAndInputs, check_spill, say_state
 from longnet_cli.cli.options import DEFAULT_MODEL, OUTPUT, Names, names_option, option, size_option, sizes_option
 from longnet_cli.cli.output import check_output, count_left_out, emit_json, emit_jsonl, end, printable, tell
@@ -141,7 +141,6 @@ def score(
     ] = None,
     resume: shared.ResumeOption = False,
     dry_run: shared.DryRunOption = False,
-    on: shared.OnOption = None,
     sample: shared.SampleOption = None,
     nproc: shared.NprocOption = None,
     sp: shared.SpOption = None,
@@ -162,7 +161,6 @@ def score(
     from longnet_cli.data.overwriting import refuse_one_place
 
     check_sample(sample, dry_run)
-    check_on(on, dry_run)
     if dry_run and format == "jsonl":
         raise ConfigError("--dry-run prints one value: give --format text or json")
     if keep and format == "text" and output is None and not dry_run:
@@ -209,23 +207,22 @@ def score(
         earlier = check_output(output, where_to, for_folder, resume=resume, dry_run=dry_run)
     check_spill(spill)
     opened = named.open(
-        nproc=None if on else nproc, sp=None if on else sp, dp=None if on else dp, device=device,
-        dtype="auto" if on else dtype, tokenizer_differs=tokenizer_differs, pattern=pattern,
+        nproc=nproc, sp=sp, dp=dp, device=device, dtype=dtype, tokenizer_differs=tokenizer_differs, pattern=pattern,
         bos=bos, eos=eos, dry_run=dry_run, quiet=quiet,
     )  # fmt: skip
     loaded, data, ranks, room, quiet = opened
     net = loaded.net
     check_spill(spill, net)
-    from longnet_cli.basics.notation import format_pattern
+    from longnet_cli.attention.notation import format_pattern
 
     if pattern:
         tell(f"pattern {format_pattern(net.config.pattern)}", quiet)
+    from longnet_cli.jobs.chosen_sources import write_chosen
     from longnet_cli.jobs.row_jobs import write_rows
     from longnet_cli.jobs.scoring.key_tokens import Judge
     from longnet_cli.jobs.scoring.measures import Total
     from longnet_cli.jobs.scoring.score_rows import RowScorer, ScoreOptions, write_token_logprobs
     from longnet_cli.jobs.scoring.scoring import score as run
-    from longnet_cli.jobs.sources import write_chosen
     from longnet_cli.nets.weights import model_origin
     from longnet_cli.running.ranks.ranks import leave
     from longnet_cli.running.reader import check_choices
@@ -240,8 +237,7 @@ def score(
 
         job = ScoreJob(net, Cut.of(net, loaded.bos, context, stride, last), recalls=by_recall)
         shown: Literal["json", "text"] = "json" if format == "json" else "text"
-        planned: dict[str, Any] = {"on": on, "sp": sp, "dp": dp}
-        estimate_reading(opened, job, "scoring", output, shown, sample=sample, resume=resume, **planned, **running)
+        estimate_reading(opened, job, "scoring", output, shown, sample=sample, resume=resume, **running)
         return
     judge = Judge(key_tokens, loaded.tokenizer_sha256) if key_tokens else None
     left_out = count_left_out(skip_bad, quiet)

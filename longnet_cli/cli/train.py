@@ -16,7 +16,7 @@ import typer
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.basics.sizes import format_bytes
 from longnet_cli.cli import options as shared
-from longnet_cli.cli.dry_run import Format, check_on, show_plans, show_training
+from longnet_cli.cli.dry_run import Format, show_training
 from longnet_cli.cli.options import COMPUTE, INPUT, OUTPUT, bare_or, option, read_pattern, size_option
 from longnet_cli.cli.output import tell
 from longnet_cli.cli.progress import Advance, progress
@@ -98,7 +98,6 @@ def train(
             OUTPUT, "--dry-run", None, "Print memory, FLOPs and time, and stop. The exit code is 5 if it does not fit."
         ),
     ] = False,
-    on: shared.OnOption = None,
     format: Annotated[Format, option(OUTPUT, "--format", "text|json", "Print --dry-run in this format.")] = "text",
     nproc: shared.NprocOption = None,
     sp: shared.SpOption = None,
@@ -140,7 +139,6 @@ def train(
     The same command continues a stopped run, and so does `longnet train -o DIR`. You can also start it with torchrun.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # held until the run listens; before, it would kill
-    check_on(on, dry_run)
     if update:
         ask_hub(initial, tokenizer)
     from longnet_cli.jobs.estimating.training_job import estimate_training, settle_chunk
@@ -174,14 +172,7 @@ def train(
     going_on = not no_resume and bare_or(resume, True, True)
     found = prepare_run(recipe, overrides, output, resume=going_on, writes=not dry_run)
 
-    if not on:  # only now: one process downloads, and refuses what every rank would refuse
-        launch(nproc, sp=sp, dp=dp)
-    if on:
-        from longnet_cli.jobs.estimating.plan import find_machine
-        from longnet_cli.jobs.estimating.training_job import plan_training
-
-        show_plans(plan_training(found, find_machine(on)), format, "training")
-        return
+    launch(nproc, sp=sp, dp=dp)  # only now: one process downloads, and refuses what every rank would refuse
     freeze_imports()
     ranks, where = join(device, sp=found.parallel.sp, dp=found.parallel.dp)
     found = settle_chunk(found, where, ranks)

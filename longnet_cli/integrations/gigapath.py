@@ -22,7 +22,7 @@ import torch
 
 from longnet_cli.basics.configuration import nearest
 from longnet_cli.basics.errors import CheckpointError, ConfigError
-from longnet_cli.basics.hub import find_file
+from longnet_cli.hub.model_names import find_file
 from longnet_cli.models.official import is_checkpoint, read_state_dict, slide_net
 from longnet_cli.models.official_slide import LongNetViT
 from longnet_cli.nets.weights import check_finite

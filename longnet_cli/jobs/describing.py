@@ -21,10 +21,10 @@ import numpy as np
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.branches import level_flops
 from longnet_cli.attention.groups import comparisons
+from longnet_cli.attention.notation import format_levels, format_pattern, is_pattern, parse_pattern
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.basics.hub import list_models, preset_dir
-from longnet_cli.basics.notation import format_levels, format_pattern, is_pattern, parse_pattern
 from longnet_cli.basics.sizes import format_size
+from longnet_cli.hub.model_names import list_models, preset_dir
 from longnet_cli.jobs.plotting import new_figure, save_figure
 from longnet_cli.jobs.plotting.text import colored
 from longnet_cli.models.folder import ModelFolder

@@ -1,6 +1,6 @@
 """The `encode` job: vectors of documents, or of their spans, pooled from the hidden states after the final norm.
 
-    documents --Reader--> hidden states --Pooling--> rows --> Arrow batches, which `rows` writes
+    documents --Reader--> hidden states --Pooling--> rows --> Arrow batches, which `row_jobs.write_rows` writes
 
 Hidden states are pooled piece by piece. Spans of tokens have their places in the text, in characters.
 """
@@ -18,20 +18,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longnet_cli.attention.notation import format_pattern
 from longnet_cli.basics.errors import ConfigError, DataError, NotFiniteError
-from longnet_cli.basics.notation import format_pattern
 from longnet_cli.data.documents import Document
 from longnet_cli.data.kept import kept_columns, row_schema
 from longnet_cli.data.left_out import OnSkip
 from longnet_cli.data.places import TextPlaces
 from longnet_cli.data.tables import numpy_dtype
 from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.jobs.layer_states import LayerStates
 from longnet_cli.jobs.pooling import ONE_STATE, POOLS, DocumentWindow, Pooling, Row, WindowMean, windows_of
 from longnet_cli.jobs.row_jobs import RowJob
 from longnet_cli.models.folder import Embedding, Loaded, ModelFolder
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import Bos, InputSequence, Net, bos_ids
-from longnet_cli.running.layerwise import LayerStates
 from longnet_cli.running.ranks.ranks import Ranks
 from longnet_cli.running.reader import Piece, Reader, Window, share_reader
 
@@ -61,7 +61,7 @@ class EncodeOptions:
     `context`, the model reads a document in one piece. Where the pooling takes one state of a window, the document's
     vector is the mean of those of its windows, by tokens, and each of its spans is a window.
 
-    `model_name`, `tokenizer_sha256`, `pattern` (a text of `basics.notation`), `prompt` (the text of `prefix`),
+    `model_name`, `tokenizer_sha256`, `pattern` (a text of `attention.notation`), `prompt` (the text of `prefix`),
     `modules` (the pooling, and what follows it) and `query_prompt` go into the schema's metadata.
     """
 
@@ -382,7 +382,7 @@ class Encoder(RowJob):
     def size(self, sequence: InputSequence[Document]) -> int:
         return -(-len(sequence.document) // self.options.span) if self.options.span else 1
 
-    def batches(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[pa.RecordBatch]:
+    def results(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[pa.RecordBatch]:
         head = torch.inference_mode()(self.reader.model.head)
         for rows in filter(None, self._rows(sequences)):
             yield self._record_batch(rows, head)
@@ -454,10 +454,10 @@ class Encoder(RowJob):
 
     def _record_batch(self, rows: Sequence[Row], head: Callable[[Tensor], Tensor]) -> pa.RecordBatch:
         schema, options = self.schema, self.options
-        found = [torch.stack([row.vector for row in rows])]  # (rows, dim)
+        pooled = [torch.stack([row.vector for row in rows])]  # (rows, dim)
         if rows[0].layers is not None:
-            found.append(torch.stack([cast(Tensor, row.layers) for row in rows]))  # (rows, num_layers + 1, dim)
-        vectors = [head(each)[..., : options.dims] for each in found]
+            pooled.append(torch.stack([cast(Tensor, row.layers) for row in rows]))  # (rows, num_layers + 1, dim)
+        vectors = [head(states)[..., : options.dims] for states in pooled]
         arrays = [_array(schema.field("embedding").type, rows, each, options.normalize) for each in vectors]
         if rows[0].layers is not None:
             arrays[1] = pa.FixedSizeListArray.from_arrays(arrays[1], schema.field("layers").type.list_size)

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from longnet_cli.attention.notation import format_pattern, read_pattern
 from longnet_cli.basics.errors import ConfigError, DataError, InputWarning, LongNetError, NoTokensError
-from longnet_cli.basics.notation import format_pattern, read_pattern
 from longnet_cli.data.columns import ID_COLUMNS, INTEGERS, is_text
 from longnet_cli.data.documents import Document, Unread
 from longnet_cli.data.inputs import Inputs

@@ -1,6 +1,6 @@
-"""The one writer of rows about documents: to a folder of shards, a file or a stream; resumed, or shared by many ranks.
+"""The jobs that read documents, and the one writer of their rows: to a folder of shards, a file or a stream.
 
-    documents --RowJob.sequence--> portions --RowJob.batches, dealt out to groups of ranks--> record batches --> output
+    documents --sequence--> portions --results, dealt out to groups of ranks--> scores, or record batches --> output
 
 Each portion of documents is read independently of the others. So a run that is resumed, or shared by many processes,
 pads and sums as an uninterrupted run of one process does, and a folder has the same bytes.
@@ -11,12 +11,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import pyarrow as pa
 
@@ -29,50 +29,106 @@ from longnet_cli.data.outputs import ShardWriter, is_folder
 from longnet_cli.data.shards import ShardFolder, ShardFormat, run_to_resume
 from longnet_cli.nets.net import InputSequence, Net
 from longnet_cli.nets.weights import model_digest
-from longnet_cli.running.chunks import chunk_of, default_chunk
+from longnet_cli.running.chunk_size import chunk_of, default_chunk
 from longnet_cli.running.device import check_kernel, resolve_dtype
-from longnet_cli.running.ranks.dealing import BATCHES, deal
+from longnet_cli.running.ranks.dealing import BATCHES, Codec, deal
 from longnet_cli.running.ranks.portions import Portion
 from longnet_cli.running.ranks.ranks import Ranks
 from longnet_cli.running.reader import Reader, share_reader
 
+R = TypeVar("R")
 Sequences = Iterable[InputSequence[Document]]
 
 
-class RowJob(ABC):
-    """A job that turns documents into rows with a column `n_tokens`, on the ranks of one group.
+class DocumentJob(ABC, Generic[R]):
+    """A job that turns documents into results, in order, on the ranks of one group."""
 
-    `options` is a dataclass that determines the rows, together with the net and the documents. `kept_fields` are
-    columns that documents carry to the output (`data.kept`).
-    """
+    codec: Codec[R]  # for results that another group of ranks sends
+    skips_empty: ClassVar[bool] = False  # an empty document has no result
+    nothing: str  # the error for results without any token
 
-    schema: pa.Schema
-    shard_name: ClassVar[str]
-    shard_unit: ClassVar[str]  # what is counted to fill a shard
-    shard_size: ClassVar[int]
-    batch_rows: ClassVar[int] = 1  # a file or a stream has batches of this many rows or more
-    skips_empty: ClassVar[bool] = False  # an empty document has no row
-    says_no_id_column: ClassVar[bool] = False  # its folders have the setting `id_column` even if it is None
-    nothing: str  # the error for rows without any token
-
-    def __init__(self, reader: Reader, options: Any, kept_fields: Sequence[pa.Field] = ()) -> None:
-        self.reader, self.options, self.kept_fields = reader, options, kept_fields
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
 
     @abstractmethod
     def sequence(self, document: Document) -> InputSequence[Document]:
         """Return a document as the model reads it. Raises ConfigError or DataError if the job refuses it."""
 
     @abstractmethod
-    def batches(self, sequences: Sequences) -> Iterator[pa.RecordBatch]:
-        """Yield the rows of these documents, in order."""
+    def results(self, sequences: Sequences) -> Iterator[R]:
+        """Yield the results of these documents, in order."""
+
+    @abstractmethod
+    def tokens(self, result: R) -> int:
+        """Return how many tokens a result stands for."""
+
+    def tell_progress(self, portion: Portion[InputSequence[Document]]) -> None:
+        """Report the tokens that another group of ranks has read."""
+        self.reader.on_progress(portion.length)
+
+    def end(self) -> None:
+        """Check what can be checked only after the last document."""
+
+    def checked(
+        self,
+        documents: Iterable[Document],
+        stored: Iterable[Document] = (),
+        on_skip: OnSkip | None = None,
+        on_empty: Callable[[Document], None] | None = None,
+    ) -> Iterator[InputSequence[Document]]:
+        """Return the `documents` that have results. Without `on_skip`, check all `stored` documents now."""
+        for document in stored if on_skip is None else ():
+            self.sequence(document)
+        empty = (on_empty or (lambda document: None)) if self.skips_empty else None
+        return checked(documents, self.sequence, on_skip, empty)
+
+    def deal(
+        self, sequences: Sequences, ranks: Ranks, tokens: int = 0, **shards: Any
+    ) -> Iterator[tuple[Portion[InputSequence[Document]], R | None]]:
+        """Yield each portion with each of its results, and then with None.
+
+        Raises NoTokensError at the end if there are no `tokens` of earlier runs and none in the results.
+        """
+        portions = self.reader.portions(sequences, **shards)
+        for portion, results in deal(portions, self.results, ranks, self.codec, self.tell_progress):
+            for result in results:
+                tokens += self.tokens(result)
+                yield portion, result
+            yield portion, None
+        self.end()
+        if not tokens and (ranks.first or ranks.dp == 1):
+            raise NoTokensError(self.nothing)
+
+    def all_results(self, sequences: Sequences, ranks: Ranks) -> Iterator[R]:
+        """Yield the results of all portions, each as soon as it is there."""
+        return (result for _, result in self.deal(sequences, ranks) if result is not None)
+
+
+class RowJob(DocumentJob[pa.RecordBatch]):
+    """A job that turns documents into rows with a column `n_tokens`.
+
+    `options` is a dataclass that determines the rows, together with the net and the documents. `kept_fields` are
+    columns that documents carry to the output (`data.kept`).
+    """
+
+    codec = BATCHES
+    schema: pa.Schema
+    shard_name: ClassVar[str]
+    shard_unit: ClassVar[str]  # what is counted to fill a shard
+    shard_size: ClassVar[int]
+    batch_rows: ClassVar[int] = 1  # a file or a stream has batches of this many rows or more
+    says_no_id_column: ClassVar[bool] = False  # its folders have the setting `id_column` even if it is None
+
+    def __init__(self, reader: Reader, options: Any, kept_fields: Sequence[pa.Field] = ()) -> None:
+        super().__init__(reader)
+        self.options, self.kept_fields = options, kept_fields
 
     @abstractmethod
     def size(self, sequence: InputSequence[Document]) -> int:
         """Return how many units of a shard a document fills."""
 
-    def tell_progress(self, portion: Portion[InputSequence[Document]]) -> None:
-        """Report the tokens that another group of ranks has read."""
-        self.reader.on_progress(portion.length)
+    def tokens(self, result: pa.RecordBatch) -> int:
+        return int(result["n_tokens"].to_numpy().sum())
 
     def option_settings(self) -> dict[str, Any]:
         """Return the options as settings of a folder."""
@@ -97,37 +153,7 @@ class RowJob(ABC):
         The reader raises NoTokensError at the end if no row has tokens.
         """
         sequences = self.checked(documents, stored, on_skip, on_empty)
-        found = (batch for _, batch in self.deal(sequences, ranks or Ranks()) if batch is not None)
-        return pa.RecordBatchReader.from_batches(self.schema, found)
-
-    def checked(
-        self,
-        documents: Iterable[Document],
-        stored: Iterable[Document],
-        on_skip: OnSkip | None,
-        on_empty: Callable[[Document], None] | None,
-    ) -> Iterator[InputSequence[Document]]:
-        """Return the `documents` that have rows. Without `on_skip`, check all `stored` documents now."""
-        for document in stored if on_skip is None else ():
-            self.sequence(document)
-        empty = (on_empty or (lambda document: None)) if self.skips_empty else None
-        return checked(documents, self.sequence, on_skip, empty)
-
-    def deal(
-        self, sequences: Sequences, ranks: Ranks, tokens: int = 0, **shards: Any
-    ) -> Iterator[tuple[Portion[InputSequence[Document]], pa.RecordBatch | None]]:
-        """Yield each portion with each batch of its rows, and then with None.
-
-        Raises NoTokensError at the end if there are no `tokens` of earlier runs and none in the rows.
-        """
-        parts = self.reader.portions(sequences, **shards)
-        for part, found in deal(parts, self.batches, ranks, BATCHES, self.tell_progress):
-            for batch in found:
-                tokens += _tokens(batch)
-                yield part, batch
-            yield part, None
-        if not tokens and (ranks.first or ranks.dp == 1):
-            raise NoTokensError(self.nothing)
+        return pa.RecordBatchReader.from_batches(self.schema, self.all_results(sequences, ranks or Ranks()))
 
 
 def write_rows(
@@ -145,13 +171,14 @@ def write_rows(
     ranks: Ranks | None = None,
     chunk: int | None = None,
     dtype: str = "auto",
-    **reading: Any,
+    spill: str | Path | None = None,
+    on_progress: Callable[[int], None] | None = None,
 ) -> Counter[str] | None:
     """Write the rows of the documents in `inputs` to `output`: a folder of shards, a file, or `-`, a stream on stdout.
 
     Return how many `rows` and `tokens` the output has. Of several `ranks`, only the first one writes. The others get
-    None. `make_job(reader, kept_fields=...)` returns the job. `chunk`, `dtype` and `reading` are as in
-    `running.reader.Reader`.
+    None. `make_job(reader, kept_fields=...)` returns the job. `chunk`, `dtype`, `spill` and `on_progress` are
+    as in `running.reader.Reader`.
 
     A shard ends with the document that brings it to `shard_size`, in the job's `shard_unit`. `resume` continues a
     folder that an earlier run left unfinished, without reading the documents of finished shards again. On the same
@@ -179,25 +206,42 @@ def write_rows(
     documents: Iterator[Document] = inputs.documents()
     if inputs.keep or of_text:  # first_kept waits for the first document
         kept, documents = first_kept(documents, of_text)
-    documents = telling(documents)
     stored = inputs.stored() if model.config.max_tokens is not None else ()
-    job = make_job(share_reader(model, chunk=chunk, dtype=dtype, ranks=ranks, **reading), kept_fields=kept)
+    reader = share_reader(model, chunk=chunk, dtype=dtype, spill=spill, ranks=ranks, on_progress=on_progress)
+    job = make_job(reader, kept_fields=kept)
+    read = partial(job.checked, telling(documents), stored, left_out.skip, left_out.pass_over)
     if not in_folder:
-        on_left_out: dict[str, Any] = {"on_skip": left_out.skip, "on_empty": left_out.pass_over}
-        rows = job.rows(documents, stored=stored, ranks=ranks, **on_left_out)
-        written = Counter[str]()
-        with ShardWriter(output, job.schema) if ranks.first else nullcontext() as writer:
-            for batch in _joined(rows, job.batch_rows):
-                written.update(rows=len(batch), tokens=_tokens(batch))
-                if writer:
-                    writer.write(batch)
-        return written if ranks.first else None
+        return _write_stream(job, read(), output, ranks)
     shard_size = job.shard_size if shard_size is None else shard_size
     if shard_size < 1:
         raise ConfigError(f"shard_{job.shard_unit} must be 1 or more, not {shard_size}")
+    settings = _settings(job, inputs, shard_size, ranks)
+    folder = None
+    if ranks.first:
+        about: dict[str, Any] = {"settings": settings, "name": job.shard_name, "format": shard_format}
+        folder = ShardFolder(output, job.schema, **about, resume=resume, left_out=left_out, opened=opened)
+    with folder or nullcontext():
+        _write_folder(job, read, folder, shard_size, ranks)
+    return folder.totals if folder else None
+
+
+def _write_stream(job: RowJob, sequences: Sequences, output: str | Path, ranks: Ranks) -> Counter[str] | None:
+    """Write the rows to a file or to stdout, and return their counts on the first rank."""
+    written = Counter[str]()
+    with ShardWriter(output, job.schema) if ranks.first else nullcontext() as writer:
+        for batch in _joined(job.all_results(sequences, ranks), job.batch_rows):
+            written.update(rows=len(batch), tokens=job.tokens(batch))
+            if writer:
+                writer.write(batch)
+    return written if ranks.first else None
+
+
+def _settings(job: RowJob, inputs: Inputs, shard_size: int, ranks: Ranks) -> dict[str, Any]:
+    """Return what decides the bytes of a folder, which a resumed run must share."""
     from longnet_cli.data.chat import chat_settings  # loads Jinja, which files and streams do not need
 
-    decisive = {
+    reader = job.reader
+    return {
         "inputs": inputs.fingerprint(),
         "column": inputs.column,
         **({"id_column": inputs.id_column} if inputs.id_column or job.says_no_id_column else {}),
@@ -205,38 +249,36 @@ def write_rows(
         **chat_settings(inputs.tokenizer),
         "pattern": job.options.pattern,  # before the model, whose digest then differs too: errors name the first
         "model": job.digest[:16],
-        "kernel": check_kernel(device, dtype, model.config.head_dim),
+        "kernel": check_kernel(reader.device, reader.dtype, reader.model.config.head_dim),
         **job.option_settings(),
         **kept_settings(job.kept_fields),
-        "chunk": chunk,
-        "dtype": dtype,
+        "chunk": reader.chunk,
+        "dtype": reader.dtype,
         f"shard_{job.shard_unit}": shard_size,
         **({"ranks": ranks.sp} if ranks.sp > 1 else {}),  # more ranks sum in another order
     }
-    with ExitStack() as stack:
-        folder = None
-        if ranks.first:
-            about: dict[str, Any] = {"settings": decisive, "name": job.shard_name, "format": shard_format}
-            folder = ShardFolder(output, job.schema, **about, resume=resume, left_out=left_out, opened=opened)
-            stack.enter_context(folder)
-        if ranks.any(folder is not None and folder.finished):
-            return folder.totals if folder else None
-        done = ranks.from_first(folder.documents if folder else 0)
-        tokens = ranks.from_first(folder.totals["tokens"] if folder else 0)
-        every = job.checked(documents, stored, left_out.skip, left_out.pass_over)
-        sequences = folder.unread(every) if folder else islice(every, done, None)
-        for part, batch in job.deal(sequences, ranks, tokens, shard=shard_size, size_of=job.size):
-            if folder and batch is not None:
-                folder.write(batch, tokens=_tokens(batch))
-            elif folder:
-                folder.count(documents=part.items)
-                if part.ends_shard:
-                    folder.end_shard()
-    return folder.totals if folder else None
 
 
-def _tokens(batch: pa.RecordBatch) -> int:
-    return int(batch["n_tokens"].to_numpy().sum())
+def _write_folder(
+    job: RowJob,
+    read: Callable[[], Iterator[InputSequence[Document]]],
+    folder: ShardFolder | None,
+    shard_size: int,
+    ranks: Ranks,
+) -> None:
+    """Write the rows of the documents that no finished shard has to the first rank's `folder`; `read` returns all."""
+    if ranks.any(folder is not None and folder.finished):
+        return
+    done = ranks.from_first(folder.documents if folder else 0)
+    tokens = ranks.from_first(folder.totals["tokens"] if folder else 0)
+    unread = folder.unread(read()) if folder else islice(read(), done, None)
+    for portion, batch in job.deal(unread, ranks, tokens, shard=shard_size, size_of=job.size):
+        if folder and batch is not None:
+            folder.write(batch, tokens=job.tokens(batch))
+        elif folder:
+            folder.count(documents=portion.items)
+            if portion.ends_shard:
+                folder.end_shard()
 
 
 def _joined(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.RecordBatch]:

@@ -109,18 +109,8 @@ def tokenize(
         folder: ShardFolder | None = None
         rows: TokenBatches | None = None
         if in_folder and first:
-            from longnet_cli.data.chat import chat_settings  # loads Jinja, which files and streams do not need
-
-            settings = {
-                "inputs": inputs.fingerprint(),
-                "column": inputs.column,
-                **({"id_column": inputs.id_column} if inputs.id_column else {}),
-                "tokenizer": loaded.sha256,
-                "train_vocab": train_vocab,
-                "eos": appended is not None if appended in (None, own) else str(appended),  # 1 would equal True
-                "shard_tokens": shard_tokens,
-                **chat_settings(loaded),
-            }
+            said = appended is not None if appended in (None, own) else str(appended)  # 1 would equal True
+            settings = _settings(inputs, loaded, train_vocab, said, shard_tokens)
             about: dict[str, Any] = {"settings": settings, "format": shard_format, "tokenizer": loaded.description}
             folder = ShardFolder(output, schema, **about, resume=resume, left_out=left_out, opened=opened)
             stack.enter_context(folder)
@@ -128,16 +118,15 @@ def tokenize(
         elif first:
             writer = stack.enter_context(ShardWriter(output, schema))
             small = str(output) == "-" or str(output).endswith(".jsonl")
-            rows = TokenBatches(
-                schema, SMALL_BATCH_BYTES if small else BATCH_BYTES, lambda batch, **counts: writer.write(batch)
-            )
+            size = SMALL_BATCH_BYTES if small else BATCH_BYTES
+            rows = TokenBatches(schema, size, lambda batch, **counts: writer.write(batch))
         finished, done = bool(folder and folder.finished), folder.documents if folder else 0
         if ranks:
             finished, done = ranks.any(finished), ranks.from_first(done)
         if not finished:
-            prompt = str(output) == "-"
             remaining = folder.unread(texts) if folder else islice(texts, done, None)
-            _run(remaining, loaded, rows, ranks, eos_id=appended, prompt=prompt, on_progress=on_progress)
+            work = _Work(loaded, appended, str(output) == "-", on_progress)
+            work.run(remaining, rows, ranks)
     if rows is None:
         return None
     shards = folder.paths if folder else []
@@ -145,6 +134,24 @@ def tokenize(
         loaded.save(beside)
         shards = [Path(output)]
     return TokenizeResult(rows.totals["documents"], rows.totals["tokens"], rows.totals["bytes"], shards, loaded)
+
+
+def _settings(
+    inputs: Inputs, tokenizer: Tokenizer, train_vocab: int | None, eos: bool | str, shard_tokens: int
+) -> dict[str, Any]:
+    """Return what decides the bytes of a folder, which a resumed run must share."""
+    from longnet_cli.data.chat import chat_settings  # loads Jinja, which files and streams do not need
+
+    return {
+        "inputs": inputs.fingerprint(),
+        "column": inputs.column,
+        **({"id_column": inputs.id_column} if inputs.id_column else {}),
+        "tokenizer": tokenizer.sha256,
+        "train_vocab": train_vocab,
+        "eos": eos,
+        "shard_tokens": shard_tokens,
+        **chat_settings(tokenizer),
+    }
 
 
 def tokenizer_beside(output: str | Path) -> Path | None:
@@ -170,16 +177,16 @@ def _tokenizer(
 
 def _readable(texts: Iterator[Text | Unread], on_skip: OnSkip | None) -> Iterator[Text]:
     """Yield the texts that could be read, and pass the others to `on_skip`. Raises DataError if all are left out."""
-    found = skipped = False
+    readable = skipped = False
     for text in texts:
         if isinstance(text, Unread):
             skipped = True
             assert on_skip  # without it, the inputs raise the error
             on_skip(text, text.error)
         else:
-            found = True
+            readable = True
             yield text
-    if skipped and not found:
+    if skipped and not readable:
         raise DataError("there is nothing to tokenize: every document is left out")
 
 
@@ -213,79 +220,83 @@ class _Encoded(NamedTuple):
     ends: bool
 
 
-def _run(
-    texts: Iterator[Text],
-    tokenizer: Tokenizer,
-    rows: TokenBatches | None,
-    ranks: Ranks | None,
-    *,
-    eos_id: int | None,
-    prompt: bool = False,
-    on_progress: OnProgress | None,
-) -> None:
-    """Tokenize all texts into the `rows` of rank 0. With `prompt`, write each group as soon as it is done."""
-    ending = np.array([] if eos_id is None else [eos_id], np.int32)
+@dataclass(frozen=True)
+class _Work:
+    """The work on texts. `eos_id` ends each document. With `prompt`, each group is written as soon as it is done."""
 
-    def pieces() -> Iterator[_TextPart]:
+    tokenizer: Tokenizer
+    eos_id: int | None
+    prompt: bool
+    on_progress: OnProgress | None
+
+    def run(self, texts: Iterator[Text], rows: TokenBatches | None, ranks: Ranks | None) -> None:
+        """Tokenize all texts into the `rows` of rank 0."""
+        length = attrgetter("length")
+        if rows and (ranks is None or ranks.world == 1):
+            own = rows
+            in_two_threads(
+                self._pieces(texts),
+                length,
+                TEXT_CHARS,
+                lambda group, check: self._take(self._encode(group), own, check),
+                abandon=self.prompt,
+            )
+        elif ranks:
+            from longnet_cli.running.ranks.dealing import Codec, deal  # loads torch, which one process does not need
+
+            parts = portions(self._pieces(texts), TEXT_CHARS, length_of=length)
+            for _, encoded in deal(parts, self._encode, ranks, Codec(_pack, _unpack), ahead=2 * ranks.world):
+                self._take(encoded, cast(TokenBatches, rows))  # on rank 0: the others get nothing
+        if rows:
+            rows.flush()
+
+    def _pieces(self, texts: Iterator[Text]) -> Iterator[_TextPart]:
         for text in texts:
-            for piece in [text.text] if text.ids else tokenizer.pieces(text.parts):
+            for piece in [text.text] if text.ids else self.tokenizer.pieces(text.parts):
                 yield _TextPart(text.doc_id, piece, text.ids)
             yield _TextPart(text.doc_id, None)
 
-    def encode(group: Iterable[_TextPart]) -> Iterator[_Encoded]:
+    def _encode(self, group: Iterable[_TextPart]) -> Iterator[_Encoded]:
         given = list(group)
         current = 0
-        for index, ids, size in tokenizer.encode_parts(["" if piece.ids else piece.text or "" for piece in given]):
-            yield from passed(given[current:index])
+        texts = ["" if piece.ids else piece.text or "" for piece in given]
+        for index, ids, size in self.tokenizer.encode_parts(texts):
+            yield from self._passed(given[current:index])
             yield _Encoded(given[index].doc_id, ids, size, False)
             current = index
-        yield from passed(given[current:])
+        yield from self._passed(given[current:])
 
-    def passed(pieces: Sequence[_TextPart]) -> Iterator[_Encoded]:
+    def _passed(self, pieces: Sequence[_TextPart]) -> Iterator[_Encoded]:
         """Yield the ids of pieces without text to encode: chats and the ends of documents."""
+        ending = np.array([] if self.eos_id is None else [self.eos_id], np.int32)
         for piece in pieces:
             if piece.ids:
                 yield _Encoded(piece.doc_id, piece.ids(), len((piece.text or "").encode()), False)
             if piece.text is None:
                 yield _Encoded(piece.doc_id, ending, 0, True)
 
-    def take(found: Iterable[_Encoded], rows: TokenBatches, check: Callable[[], None] = lambda: None) -> None:
+    def _take(self, pieces: Iterable[_Encoded], rows: TokenBatches, check: Callable[[], None] = lambda: None) -> None:
         reported = rows.totals["bytes"]
-        for encoded in found:
+        for encoded in pieces:
             check()
             rows.add(encoded.doc_id, encoded.ids, encoded.size)
             if encoded.ends:
                 rows.end_document(encoded.doc_id)
             if rows.totals["bytes"] - reported >= TEXT_CHARS:  # a long text is many parts
-                report(rows)
+                self._report(rows)
                 reported = rows.totals["bytes"]
-        if prompt:
+        if self.prompt:
             rows.flush()
-        report(rows)
+        self._report(rows)
 
-    length = attrgetter("length")
-
-    def report(rows: TokenBatches) -> None:
-        if on_progress:
-            on_progress(rows.totals["documents"], rows.totals["tokens"], rows.totals["bytes"])
-
-    if rows and (ranks is None or ranks.world == 1):
-        in_two_threads(
-            pieces(), length, TEXT_CHARS, lambda group, check: take(encode(group), rows, check), abandon=prompt
-        )
-    elif ranks:
-        from longnet_cli.running.ranks.dealing import Codec, deal  # loads torch, which one process does not need
-
-        parts = portions(pieces(), TEXT_CHARS, length_of=length)
-        for _, found in deal(parts, encode, ranks, Codec(_pack, _unpack), ahead=2 * ranks.world):
-            take(found, cast(TokenBatches, rows))  # on rank 0: the others get nothing
-    if rows:
-        rows.flush()
+    def _report(self, rows: TokenBatches) -> None:
+        if self.on_progress:
+            self.on_progress(rows.totals["documents"], rows.totals["tokens"], rows.totals["bytes"])
 
 
-def _pack(found: Iterable[_Encoded]) -> bytes:
+def _pack(encoded: Iterable[_Encoded]) -> bytes:
     """Return encoded pieces as an Arrow stream of one record batch."""
-    rows = list(found)
+    rows = list(encoded)
     if not rows:
         return b""
     doc_ids, ids, sizes, ends = zip(*rows, strict=True)

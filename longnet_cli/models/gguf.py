@@ -17,7 +17,7 @@ import torch
 
 from longnet_cli.basics.atomic import whole_folder
 from longnet_cli.basics.errors import CheckpointError, ConfigError
-from longnet_cli.basics.hub import name_origin
+from longnet_cli.hub.model_names import name_origin
 from longnet_cli.nets.weights import check_finite
 
 _NEEDED = ("transformers", "gguf", "accelerate")

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.basics.hub import END_OF_TEXT, MODEL_TYPE, MODULES, OLDER_TYPE, POOL_KEY, TRANSFORMER_CONFIGS
+from longnet_cli.hub.folder_files import END_OF_TEXT, MODEL_TYPE, MODULES, OLDER_TYPE, POOL_KEY, TRANSFORMER_CONFIGS
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.net import Embedder, NetConfig
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from longnet_cli.attention import FarKeys, Past, Pattern
+from longnet_cli.attention import Outside, Pattern
 from longnet_cli.basics.errors import ConfigError, DataError, TooLongError
 
 # What a model reads before each document: nothing, one id, or several, as in some tokenizers' templates
@@ -112,7 +112,7 @@ class InputSequence(Generic[D]):
 # Called once per layer with (layer index, q, k, v): this shard's queries and keys, rotated, and values, (B, N, H, D)
 # each, in the autograd graph. Returns the far keys that the shard attends to in that layer, and the past from which it
 # chooses blocks. It may keep q, k and v for later shards.
-FarProvider = Callable[[int, Tensor, Tensor, Tensor], Sequence[FarKeys | Past]]
+FarProvider = Callable[[int, Tensor, Tensor, Tensor], Outside]
 
 LOGITS_LIMIT = 1 << 26  # elements of logits that `nll` holds at a time: 256 MiB in float32
 IGNORED = -100  # a target without loss

@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from longnet_cli.attention import KVCache
+from longnet_cli.attention.notation import format_pattern, parse_pattern
 from longnet_cli.basics.atomic import (
     find_damage,
     is_temporary,
@@ -35,7 +36,6 @@ from longnet_cli.basics.atomic import (
     write_manifest,
 )
 from longnet_cli.basics.errors import CheckpointError, ConfigError, DataError
-from longnet_cli.basics.notation import format_pattern, parse_pattern
 from longnet_cli.nets.net import Net
 from longnet_cli.nets.weights import TYPE_NAMES, model_digest, write_tensors
 

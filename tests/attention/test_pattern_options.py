@@ -139,7 +139,7 @@ def test_a_grouped_model_holds_and_sends_what_its_heads_share_once(head_offsets:
             cache.append(k, k)
 
     def numbers(kv: int, level: int) -> int:
-        return sum(keys.k.numel() for keys in caches[kv].far() if keys.level == level)
+        return sum(keys.k.numel() for keys in caches[kv].far().keys if keys.level == level)
 
     assert numbers(3, 0) == numbers(12, 0) // 4
     assert numbers(3, SINKS) == numbers(12, SINKS) // 4 == 4 * 3 * 8
@@ -231,6 +231,7 @@ def test_keys_per_query_are_those_in_the_middle(pattern: Pattern, causal: bool) 
         ({"level_bias": (1.0,)}, 'level_bias needs "log_rate" or 2 numbers, one per level'),
         ({"level_bias": (0.0, float("nan"))}, 'level_bias needs "log_rate" or 2 numbers, one per level'),
         ({"level_bias": 3}, 'level_bias needs "log_rate" or 2 numbers, one per level'),
+        ({"level_bias": "learned"}, "one per level, got 'learned': biases are no longer learned"),
         ({"segment_lengths": (16, 8), "overlap": "once"}, "overlap='once' needs levels in ascending segment length"),
         (
             {"dilation_rates": (2, 4), "sinks": 1},

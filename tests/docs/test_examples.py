@@ -21,13 +21,13 @@ from builders import tiny_llama, tiny_model
 from places import ROOT, imported
 from processes import invoke
 
-from longnet_cli.basics.notation import parse_pattern
+from longnet_cli.attention.notation import parse_pattern
 from longnet_cli.data.documents import Document
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.data.windows import TokenStream, TokenWindows
 from longnet_cli.jobs.scoring.score_rows import write_token_logprobs
 from longnet_cli.jobs.scoring.scoring import score
+from longnet_cli.jobs.training.windows import TokenStream, TokenWindows
 from longnet_cli.models.folder import ModelFolder
 
 

@@ -18,8 +18,8 @@ import typer.main
 from builders import tiny_llama
 from places import ROOT
 
-from longnet_cli.basics.hub import list_models, preset_dir
 from longnet_cli.cli.app import app
+from longnet_cli.hub.model_names import list_models, preset_dir
 from longnet_cli.jobs.training.recipe import (
     ContrastRecipe,
     DataRecipe,
@@ -34,7 +34,7 @@ from longnet_cli.jobs.training.recipe import (
 from longnet_cli.nets.config import LongNetConfig
 
 TESTED_ELSEWHERE = {"clients.md", "vectors.md"}  # by slow tests of their own: they need what the tests do not install
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "models").rglob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "models").rglob("*.md"))]
 
 
 def blocks(page: Path, language: str) -> list[str]:

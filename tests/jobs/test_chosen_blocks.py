@@ -18,13 +18,13 @@ from torch import Tensor
 from longnet_cli.attention import Pattern, choosing
 from longnet_cli.attention.choosing import Chosen
 from longnet_cli.attention.groups import GroupedPart
-from longnet_cli.basics.notation import parse_pattern
+from longnet_cli.attention.notation import parse_pattern
 from longnet_cli.data.documents import Document
 from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.jobs.chosen_sources import Sources
 from longnet_cli.jobs.generating import generate
-from longnet_cli.jobs.sources import Sources
 from longnet_cli.models.folder import ModelFolder
-from longnet_cli.running.chunks import CausalStream
+from longnet_cli.running.causal_stream import CausalStream
 
 WORDS = Tokenizer.bytes()
 PATTERN = "window:16,chosen=4x8,chosen_every=4"

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from processes import invoke
 
 from longnet_cli.attention import Pattern
+from longnet_cli.attention.notation import parse_pattern
 from longnet_cli.attention.reference import key_counts
 from longnet_cli.attention.spans import lanes, span_positions
-from longnet_cli.basics.errors import ConfigError, LongNetError
-from longnet_cli.basics.notation import parse_pattern
-from longnet_cli.jobs.benchmark import Settings, calibrating
+from longnet_cli.basics.errors import ConfigError
+from longnet_cli.jobs.benchmark import Settings
 from longnet_cli.jobs.benchmark.simulated import simulate
 from longnet_cli.jobs.estimating.plan import HIDDEN, ROOM, TABLE, Machine, find_machine, shared
 from longnet_cli.jobs.estimating.training_job import memory_by_kind, plan_training, step_flops
@@ -229,66 +227,3 @@ def test_chosen_blocks_on_many_devices(own: Machine) -> None:
     (tight,) = plan_training(recipe, own.model_copy(update={"measured": rates}))
     assert (plan.fits, tight.fits) == (True, False)
     assert "on a disk (--spill DIR)" in tight.advice
-
-
-def longnet(*words: str) -> tuple[int, str, str]:
-    done = invoke(*words)
-    error = done.exception if isinstance(done.exception, LongNetError) else None
-    return (error.exit_code, done.stdout, str(error)) if error else (done.exit_code, done.stdout, done.stderr)
-
-
-def test_training_on_a_machine_that_is_not_here() -> None:
-    shape = ("train", "longnet-125m", "--dry-run", "--seq-len", "32Ki", "--steps", "10")
-    code, out, err = longnet(*shape, "--on", "h100x64", "--sp", "8", "--format", "json")
-    found = json.loads(out)
-    assert (code, err, found["sp"], found["dp"], found["fits"]) == (0, "", 8, 8, True)
-    assert found["untried"] == "arithmetic: no GPU and no cluster has run this program"
-    code, out, err = longnet(*shape, "--on", "h100x8")
-    assert (code, err) == (0, "")
-    assert "the fastest of" in out
-    assert out.rstrip().endswith("arithmetic: no GPU and no cluster has run this program")
-    assert "measured by others: products" in out
-    code, out, err = longnet(*shape, "--on", "a100x1", "--set", "model.dim=24576", "--set", "model.position=rope")
-    assert code == 5
-    assert "training does not fit a100x1: " in err
-    assert longnet("train", "longnet-125m", "--on", "h100x8")[::2] == (
-        2, "--on is for --dry-run, which plans: give both, or leave it out"
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("command", ["score", "encode"])
-def test_reading_on_a_machine_that_is_not_here(command: str, tmp_path: Path) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("a line of text.\n" * 2000)
-    words = (command, str(text), "--dry-run", "--format", "json", "--chunk", "1Ki")
-    out = () if command == "score" else ("-o", str(tmp_path / "vectors"))
-    plans = {}
-    for ranks in (1, 2):
-        code, stdout, err = longnet(*words, *out, "--on", f"h100x{ranks}", "--sp", str(ranks), "-q")
-        assert code == 0, err
-        plans[ranks] = json.loads(stdout)
-    one, two = (plans[n]["seconds_by_part"] for n in (1, 2))
-    assert plans[1]["flops"] == plans[2]["flops"] > 0
-    assert two["matrix products"] == pytest.approx(one["matrix products"] / 2)
-    assert two["exchange"] + two[HIDDEN] > 0 == one["exchange"] + one[HIDDEN]
-
-
-def test_a_calibrated_machine_is_planned_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibrating, "SECONDS", 0.0)  # four runs of each
-    file = tmp_path / "here.toml"
-    code, _, err = longnet("bench", "--calibrate", str(file), "--device", "cpu", "-q")
-    assert (code, err) == (0, "")
-    found = find_machine(str(file))
-    assert (found.device, found.devices, found.dtype) == ("cpu", 1, "fp32")
-    assert 1e7 < found.rate("products") < 1e14
-    assert plan_training(small(), found)[0].total > 0
-    code, _, err = longnet("bench", "--calibrate", "here.json")
-    assert (code, err) == (2, "--calibrate here.json: name a .toml file in a folder that exists")
-
-
-def test_the_simulation_is_a_command() -> None:
-    code, out, _ = longnet("bench", "--op", "exchange", "--simulate", "16", "--seq", "1Mi", "--format", "jsonl", "-q")
-    row = json.loads(out)
-    assert (code, row["ranks"], row["received"]) == (0, 16, row["formula"])
-    code, _, err = longnet("bench", "--simulate", "16")
-    assert (code, "give --op exchange, leave out --nproc" in err) == (2, True)

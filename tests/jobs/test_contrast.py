@@ -20,10 +20,10 @@ from torch import Tensor
 from longnet_cli.attention import Pattern
 from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.data.documents import Document
-from longnet_cli.data.windows import SHORTEST, PairBatch, PairStream, PairWindows, draw_spans
 from longnet_cli.jobs.training.contrast import TextReader, backward_pairs, contrast_loss, ranking, read_pairs
 from longnet_cli.jobs.training.loop import train
 from longnet_cli.jobs.training.recipe import ContrastRecipe, Recipe, load_recipe
+from longnet_cli.jobs.training.windows import SHORTEST, PairBatch, PairStream, PairWindows, draw_spans
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import Net

@@ -19,9 +19,9 @@ from strategies import Choice, choices
 from longnet_cli.attention import KVCache, Pattern
 from longnet_cli.attention.branches import attention_flops
 from longnet_cli.attention.groups import groups_of
+from longnet_cli.attention.notation import parse_pattern
 from longnet_cli.attention.reference import key_counts
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.basics.notation import parse_pattern
 from longnet_cli.jobs.describing import NOTHING, describe, find_subject, keys_of_heads, picture, reach
 
 TILED = {"look_back": 1, "overlap": "once"}

@@ -19,15 +19,15 @@ from builders import metrics_of, tiny_llama, write_corpus
 from many_ranks import mesh, run_ranks
 
 from longnet_cli.attention import Pattern
+from longnet_cli.attention.notation import parse_pattern
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.basics.notation import parse_pattern
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.training.checkpoint import checkpoints_in, tensor_names
 from longnet_cli.jobs.training.gradients import backward, far_bytes
 from longnet_cli.jobs.training.loop import train
 from longnet_cli.jobs.training.recipe import PretrainedRecipe, Recipe, load_recipe
 from longnet_cli.models.folder import ModelFolder
-from longnet_cli.running.chunks import backward_in_chunks
+from longnet_cli.running.chunked_backward import backward_in_chunks
 from longnet_cli.running.mapped import MappedMemory
 from longnet_cli.running.ranks.ranks import Ranks
 

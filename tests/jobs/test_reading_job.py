@@ -44,7 +44,7 @@ from longnet_cli.jobs.scoring.scoring import Cut, score
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import InputSequence, Net
-from longnet_cli.running.chunks import CausalStream
+from longnet_cli.running.causal_stream import CausalStream
 from longnet_cli.running.device import trim_memory
 
 pytestmark = pytest.mark.full
@@ -338,7 +338,6 @@ print(json.dumps([done.returncode, done.stderr, resource.getrusage(resource.RUSA
 """
 
 
-@pytest.mark.ci
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["encode", "score"])
 @pytest.mark.parametrize(("lengths", "chunk"), [((300,) * 60, "8Ki"), ((12_000,), "4Ki"), ((40, 2000, 900), "1Ki")])

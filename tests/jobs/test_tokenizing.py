@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.ipc as ipc
 import pytest
 import tokenizers
+from longnet_cli.hub.model_names import model_path
 from processes import contents
 
 from longnet_cli.basics.errors import ConfigError, DataError
-from longnet_cli.basics.hub import model_path
 from longnet_cli.data import tokenizer as tokenizer_module
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.manifest import read_manifest

@@ -112,7 +112,7 @@ def attention_module(choice: Choice) -> nn.Module:
     return module
 
 
-@given(choice=choices(causal=True).filter(lambda choice: choice.pattern.learned_bias is None), sizes=cuts())
+@given(choice=choices(causal=True), sizes=cuts())
 def test_any_pattern_with_cached_keys_is_the_dense_reference(choice: Choice, sizes: list[int]) -> None:
     """The attention function, given all keys so far: outputs and gradients, with fewer key heads than query heads."""
     choice = replace(choice, start=0)

@@ -55,7 +55,7 @@ from longnet_cli.jobs.row_jobs import write_rows
 from longnet_cli.jobs.scoring.scoring import score
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.models.hf.pretrained_net import TransformersNet
-from longnet_cli.running.chunks import CausalStream, open_stream
+from longnet_cli.running.causal_stream import CausalStream, open_stream
 
 OPTIONS = ["--pattern", "8/1,24/3,60/5"]
 TEXT = "Far keys are one more branch, and branches merge. " * 6  # 300 tokens of a byte each

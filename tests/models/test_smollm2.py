@@ -22,7 +22,7 @@ from places import GOLDEN
 from processes import extra_memory
 
 from longnet_cli.attention import Pattern
-from longnet_cli.basics.notation import parse_pattern
+from longnet_cli.attention.notation import parse_pattern
 from longnet_cli.data.documents import Document
 from longnet_cli.jobs.converting import convert
 from longnet_cli.jobs.scoring.scoring import score

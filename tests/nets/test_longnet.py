@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from builders import read_golden
 from torch import Tensor
 
-from longnet_cli.attention import SINKS, FarKeys, Pattern
+from longnet_cli.attention import SINKS, FarKeys, Outside, Pattern
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.models.official import from_torchscale
 from longnet_cli.nets.config import LongNetConfig
@@ -102,20 +102,20 @@ def test_sinks_are_seen_at_one_distance_however_far_the_rest_is() -> None:
     net, tokens = LongNet(small(position="rope", **vars(Pattern.window(64, sinks=4)))), token_ids(1, 8192)
     sinks: list[tuple[Tensor, Tensor]] = []
 
-    def keep(layer: int, q: Tensor, k: Tensor, v: Tensor) -> list[FarKeys]:
+    def keep(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Outside:
         sinks.append((k, v))
-        return []
+        return Outside()
 
     net(tokens[:, :4], far=keep)
     hidden = [
-        net(tokens[:, 4:], start=start, far=lambda layer, q, k, v: [FarKeys(SINKS, 0, 4, *sinks[layer])])
+        net(tokens[:, 4:], start=start, far=lambda layer, q, k, v: Outside([FarKeys(SINKS, 0, 4, *sinks[layer])]))
         for start in (2 * 64, 2 * 64 + 10**6, 2 * 64 + 10**8)
     ]
     for moved in hidden[1:]:
         torch.testing.assert_close(moved, hidden[0], rtol=0, atol=1e-4)
     # and they matter to every token: with other values there, all are others
     other = [(k, v.flip(1)) for k, v in sinks]
-    seen = net(tokens[:, 4:], start=2 * 64, far=lambda layer, q, k, v: [FarKeys(SINKS, 0, 4, *other[layer])])
+    seen = net(tokens[:, 4:], start=2 * 64, far=lambda layer, q, k, v: Outside([FarKeys(SINKS, 0, 4, *other[layer])]))
     assert (seen - hidden[0]).abs().amax(-1).min() > 1e-2
 
 

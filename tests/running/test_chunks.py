@@ -23,7 +23,9 @@ from longnet_cli.attention.groups import GroupedPart
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.jobs.training.gradients import backward
 from longnet_cli.nets.longnet import LongNet
-from longnet_cli.running.chunks import CausalStream, backward_in_chunks, default_chunk
+from longnet_cli.running.causal_stream import CausalStream
+from longnet_cli.running.chunk_size import default_chunk
+from longnet_cli.running.chunked_backward import backward_in_chunks
 
 NESTED = Pattern((16, 32, 128), (1, 3, 8))  # xPos needs segments that nest
 
@@ -180,7 +182,7 @@ def test_training_with_dropout_computes_again_what_it_dropped() -> None:
 
 def whole_graph(model: LongNet, ids: Tensor, targets: Tensor, chunk: int) -> Tensor:
     """The loss of all chunks in one graph: far keys are taken, differentiably, from all that came before."""
-    from longnet_cli.attention import Span, far_keys
+    from longnet_cli.attention import Outside, Span, far_keys
 
     pattern = model.config.pattern
     past: list[list[tuple[Tensor, Tensor]]] = [[] for _ in model.layers]
@@ -188,12 +190,12 @@ def whole_graph(model: LongNet, ids: Tensor, targets: Tensor, chunk: int) -> Ten
     start = 0
     for part, wanted in zip(ids.split(chunk, 1), targets.split(chunk, 1), strict=True):
 
-        def far(layer: int, q: Tensor, k: Tensor, v: Tensor, start: int = start) -> list:
+        def far(layer: int, q: Tensor, k: Tensor, v: Tensor, start: int = start) -> Outside:
             before = past[layer]
             past[layer] = [*before, (k, v)]
             spans = [Span(i, start // w * w, start) for i, (w, _) in enumerate(pattern.levels) if start % w]
             everything = [torch.cat(x, 1) for x in zip(*before, strict=True)]
-            return [far_keys(*everything, pattern, span) for span in spans]
+            return Outside([far_keys(*everything, pattern, span) for span in spans])
 
         total = total + model.nll(model(part, start=start, far=far), wanted).sum(dtype=torch.float64)
         start += part.shape[1]

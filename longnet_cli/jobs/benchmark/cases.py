@@ -23,10 +23,9 @@ from torch import Tensor
 
 from longnet_cli.attention import KVCache, Pattern, dilated_attention
 from longnet_cli.attention.branches import BACKWARD_FLOPS, attention_flops, backward_flops, branches
-from longnet_cli.attention.dilated import kernel_calls
 from longnet_cli.attention.groups import past_bytes
 from longnet_cli.attention.kernels import select_kernel
-from longnet_cli.attention.merging import accumulator
+from longnet_cli.attention.merging import accumulator, kernel_calls
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.jobs.estimating.training_job import logits_bytes
 from longnet_cli.jobs.training.gradients import backward, far_bytes
@@ -34,7 +33,7 @@ from longnet_cli.models.folder import ModelFolder
 from longnet_cli.nets.config import LongNetConfig, parse_config
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import LOGITS_LIMIT, Net, NetConfig
-from longnet_cli.running.chunks import open_stream
+from longnet_cli.running.causal_stream import open_stream
 from longnet_cli.running.device import DTYPES, precision
 from longnet_cli.running.ranks.exchange import Exchange, even_edges
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from longnet_cli.attention import Pattern
+from longnet_cli.attention.notation import format_levels
 from longnet_cli.basics.errors import is_out_of_memory
-from longnet_cli.basics.notation import format_levels
 from longnet_cli.running.device import PeakMemory, trim_memory
 
 from .settings import Settings

@@ -8,10 +8,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from longnet_cli.attention import Pattern
+from longnet_cli.attention.notation import format_pattern
 from longnet_cli.basics.configuration import validate
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.basics.notation import format_pattern
-from longnet_cli.running.chunks import BENCH_CHUNK, GPU_BENCH_CHUNK, chunk_of
+from longnet_cli.running.chunk_size import BENCH_CHUNK, GPU_BENCH_CHUNK, chunk_of
 from longnet_cli.running.device import check_kernel, resolve_dtype, select_device
 from longnet_cli.running.ranks.ranks import Ranks
 

@@ -13,9 +13,9 @@ import numpy as np
 
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.branches import shard_flops
+from longnet_cli.attention.notation import format_pattern
 from longnet_cli.attention.spans import far_spans
 from longnet_cli.basics.errors import LongNetError
-from longnet_cli.basics.notation import format_pattern
 from longnet_cli.running.device import DTYPES, peak_memory
 from longnet_cli.running.ranks.exchange import Exchange, even_edges
 

@@ -28,7 +28,7 @@ from longnet_cli.jobs.estimating.plan import HIDDEN, JobPlan, Machine, meshes, o
 from longnet_cli.jobs.estimating.probe import FIRST_TOKENS, Probe, Sample
 from longnet_cli.jobs.scoring.scoring import Cut
 from longnet_cli.nets.net import InputSequence, Net, bos_ids
-from longnet_cli.running.chunks import chunk_of, default_chunk, fitting_chunk
+from longnet_cli.running.chunk_size import chunk_of, default_chunk, fitting_chunk
 from longnet_cli.running.device import free_memory, peak_memory, resident_memory, resolve_dtype
 from longnet_cli.running.ranks.portions import portions
 from longnet_cli.running.ranks.ranks import Ranks

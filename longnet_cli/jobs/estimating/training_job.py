@@ -24,7 +24,7 @@ from longnet_cli.jobs.training.start import check_ranks
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import LOGITS_LIMIT, NetConfig
-from longnet_cli.running.chunks import (
+from longnet_cli.running.chunk_size import (
     GPU_BENCH_CHUNK,
     GPU_TRAINING_CHUNK,
     SHORTEST_CHUNK,

@@ -1,6 +1,6 @@
 """The rows of `score -o`: a document each, with its nats per token at each context and the gain of the longest one.
 
-    documents --score--> scores, context by context --ScoreOptions.row--> rows --> Arrow batches, which `rows` writes
+    documents --Scorer--> scores, context by context --> rows --> Arrow batches, which `write_rows` writes
 
 And the file of token log-probabilities that `score --token-logprobs` writes.
 """
@@ -83,7 +83,7 @@ class ScoreOptions:
 
     `bos`, `context`, `stride`, `last`, `by_position` and `by_recall` are as in `scoring.score`; contexts are sorted in
     ascending order. With two or more contexts, the rows have columns for the gain of the longest over the shortest.
-    `model_name`, `tokenizer_sha256` and `pattern` (a text of `basics.notation`) go into the schema's metadata.
+    `model_name`, `tokenizer_sha256` and `pattern` (a text of `attention.notation`) go into the schema's metadata.
     """
 
     bos: Bos = None
@@ -150,16 +150,16 @@ class RowScorer(RowJob):
         self.scorer = Scorer(reader, self.cut, options.by_position, options.by_recall, count_bytes)
 
     def sequence(self, document: Document) -> InputSequence[Document]:
-        return self.cut.sequence(self.reader.model, document)
+        return self.scorer.sequence(document)
 
-    def batches(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[pa.RecordBatch]:
+    def results(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[pa.RecordBatch]:
         """Yield one batch, when all documents have been read."""
-        scores, found = self.scorer.run(sequences), []
-        while each := list(islice(scores, len(self.cut.contexts))):
-            found.append(each)
-        rows, own = list(map(_row, found)), list(self.schema)[: -len(self.kept_fields) or None]
+        scores, documents = self.scorer.results(sequences), []
+        while at_all_contexts := list(islice(scores, len(self.cut.contexts))):
+            documents.append(at_all_contexts)
+        rows, own = list(map(_row, documents)), list(self.schema)[: -len(self.kept_fields) or None]
         columns = [pa.array([row.get(field.name) for row in rows], field.type) for field in own]
-        kept = kept_columns([each[0] for each in found], self.kept_fields)
+        kept = kept_columns([scores[0] for scores in documents], self.kept_fields)
         yield pa.record_batch([*columns, *kept], schema=self.schema)
 
     def size(self, sequence: InputSequence[Document]) -> int:
@@ -177,14 +177,16 @@ def _column(name: str, context: int | None) -> str:
     return name if context is None else f"{name}_{context}"
 
 
-def _row(found: Sequence[DocumentScore]) -> dict[str, Any]:
+def _row(scores: Sequence[DocumentScore]) -> dict[str, Any]:
     """Return the row of a document, from its scores at all contexts. Columns that it lacks are null."""
-    score = found[0].score
-    row: dict[str, Any] = {"doc_id": found[0].doc_id, "n_tokens": score.n_tokens, "n_bytes": score.n_bytes}
-    for each in found:
-        if score.n_tokens:
-            row[_column("nats", each.context)] = each.score.nll_sum / score.n_tokens
-        for table in (each.by_position, each.by_recall):
-            row |= {_column(name, each.context): rows for name, rows in (table.as_dict() if table else {}).items()}
-        row |= each.gain._asdict() if each.gain else {}
+    total = scores[0].score
+    row: dict[str, Any] = {"doc_id": scores[0].doc_id, "n_tokens": total.n_tokens, "n_bytes": total.n_bytes}
+    for of_context in scores:
+        if total.n_tokens:
+            row[_column("nats", of_context.context)] = of_context.score.nll_sum / total.n_tokens
+        for table in (of_context.by_position, of_context.by_recall):
+            row |= {
+                _column(name, of_context.context): rows for name, rows in (table.as_dict() if table else {}).items()
+            }
+        row |= of_context.gain._asdict() if of_context.gain else {}
     return row

@@ -11,27 +11,26 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import astuple, dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
 
-from longnet_cli.basics.errors import ConfigError, NotFiniteError, NoTokensError
+from longnet_cli.basics.errors import ConfigError, NotFiniteError
 from longnet_cli.basics.finite_json import to_json
 from longnet_cli.basics.sizes import format_size
-from longnet_cli.data.documents import Document, checked
+from longnet_cli.data.documents import Document
 from longnet_cli.data.kept import Sent
 from longnet_cli.data.left_out import OnSkip
+from longnet_cli.jobs.row_jobs import DocumentJob
 from longnet_cli.jobs.scoring.key_tokens import Judge
 from longnet_cli.jobs.scoring.measures import Bigrams, ByPosition, ByRecall, DocumentScore, Gain, GainTally, Score
 from longnet_cli.nets.net import Bos, InputSequence, Net, bos_ids
 from longnet_cli.running.device import precision, to_device, to_host
-from longnet_cli.running.ranks.dealing import Codec, deal
+from longnet_cli.running.ranks.dealing import Codec
 from longnet_cli.running.ranks.portions import Portion
 from longnet_cli.running.ranks.ranks import Ranks
 from longnet_cli.running.reader import OnWindows, Piece, Reader, Window, share_reader
@@ -167,7 +166,7 @@ def score(
     that are left out, and `count_bytes` gives the bytes of the scored ids (None: unknown).
 
     `by_position` also sums the nats by position in the window. `by_recall` sums them by how many tokens ago the
-    document had the same bigram, even if that was before the window; `recall.Bigrams` says how much memory it takes.
+    document had the same bigram, even if that was before the window; `measures.Bigrams` says how much memory it takes.
     `judge` also sums the nats of key tokens, which takes 17 bytes per token of a document.
 
     `chunk`, `dtype`, `spill` and `ranks` are as in `running.reader.Reader`: memory does not depend on the document's
@@ -200,28 +199,7 @@ def score(
         model, chunk=chunk, dtype=dtype, spill=spill, ranks=ranks, on_progress=on_progress, on_choice=on_choice
     )
     scorer = Scorer(reader, cut, by_position, by_recall, count_bytes, on_tokens, judge)
-    make = partial(cut.sequence, model)
-    for document in stored if on_skip is None else ():
-        make(document)
-
-    def run() -> Iterator[DocumentScore]:
-        scored = 0
-        for _, found in deal(
-            reader.portions(checked(documents, make, on_skip)),
-            scorer.run,
-            ranks,
-            Codec(_pack, _unpack),
-            scorer.tell_progress,
-        ):
-            for each in found:
-                scored += each.score.n_tokens
-                yield each
-        if judge:
-            judge.end()
-        if not scored and (ranks.first or ranks.dp == 1):
-            raise NoTokensError(cut.nothing)
-
-    return run()
+    return scorer.all_results(scorer.checked(documents, stored, on_skip), ranks)
 
 
 @dataclass
@@ -264,9 +242,36 @@ class _ScoredWindow(Window):
     tally: _Tally
 
 
+def _pack(scores: Iterable[DocumentScore]) -> bytes:
+    """Return scores as JSON, which keeps floats exact. Values of kept columns become the values that are printed."""
+
+    def as_lists(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in fields}
+
+    printed = (
+        replace(score, kept={name: value.as_py() for name, value in score.kept.items()}, key=None) for score in scores
+    )
+    return to_json([asdict(score, dict_factory=as_lists) for score in printed]).encode()
+
+
+def _unpack(data: bytes) -> Iterator[DocumentScore]:
+    for row in json.loads(data):
+        positions, recall, gain = row["by_position"], row["by_recall"], row["gain"]
+        row["score"] = Score(**row["score"])
+        row["by_position"] = positions and ByPosition(
+            positions["segment"], np.array(positions["seen"]), np.array(positions["inside"])
+        )
+        row["by_recall"] = recall and ByRecall(np.array(recall["table"]))
+        row["gain"] = gain and Gain(*gain)
+        row["kept"] = {name: Sent(value) for name, value in row["kept"].items()}
+        yield DocumentScore(**row)
+
+
 @dataclass
-class Scorer:
-    """A scorer of documents, in order, on the ranks of one group. The fields are as the arguments of `score`."""
+class Scorer(DocumentJob[DocumentScore]):
+    """The job of `score`: a score of each document at each context. The fields are as the arguments of `score`."""
+
+    codec = Codec(_pack, _unpack)
 
     reader: Reader
     cut: Cut
@@ -277,7 +282,20 @@ class Scorer:
     judge: Judge | None = None
     open: deque[_Tally] = field(default_factory=deque, init=False)  # documents whose windows are being read
 
-    def run(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[DocumentScore]:
+    def __post_init__(self) -> None:
+        self.nothing = self.cut.nothing
+
+    def sequence(self, document: Document) -> InputSequence[Document]:
+        return self.cut.sequence(self.reader.model, document)
+
+    def tokens(self, result: DocumentScore) -> int:
+        return result.score.n_tokens
+
+    def end(self) -> None:
+        if self.judge:
+            self.judge.end()
+
+    def results(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[DocumentScore]:
         """Yield the score of each checked document at each context, in order."""
         measured: deque[tuple[Sequence[Piece[_ScoredWindow]], Callable[[], Tensor]]] = deque()
         for pieces in self.reader.read(self._windows(sequences)):
@@ -341,8 +359,8 @@ class Scorer:
             ids = np.concatenate([self._targets(piece) for piece, _ in mine])
             targets = to_device(torch.from_numpy(ids), device)
             with precision(self.reader.dtype, device):
-                found = self.reader.model.nll(hidden, targets)
-            for (_, place), part in zip(mine, found.split([len(piece) for piece, _ in mine]), strict=True):
+                of_mine = self.reader.model.nll(hidden, targets)
+            for (_, place), part in zip(mine, of_mine.split([len(piece) for piece, _ in mine]), strict=True):
                 place.copy_(part)
         ranks.sum(nll)
         return to_host(nll)
@@ -379,41 +397,3 @@ class Scorer:
     @staticmethod
     def _targets(piece: Piece[_ScoredWindow]) -> np.ndarray:
         return piece.window.sequence.read(piece.start + 1, piece.stop + 1)
-
-
-def _pack(found: Iterable[DocumentScore]) -> bytes:
-    """Return scores as JSON, which keeps floats exact. Values of kept columns become the values that are printed."""
-    rows = []
-    for each in found:
-        positions = each.by_position and [each.by_position.segment, each.by_position.seen, each.by_position.inside]
-        recall = each.by_recall and [each.by_recall.table]
-        tables = [
-            [item.tolist() if isinstance(item, np.ndarray) else item for item in kept or ()]
-            for kept in (positions, recall)
-        ]
-        rows.append(
-            [
-                each.doc_id,
-                each.where,
-                *astuple(each.score),
-                each.context,
-                *tables,
-                each.gain,
-                {name: value.as_py() for name, value in each.kept.items()},
-            ]
-        )
-    return to_json(rows).encode()
-
-
-def _unpack(data: bytes) -> Iterator[DocumentScore]:
-    for doc_id, where, nll_sum, n_tokens, n_bytes, context, positions, recall, gain, kept in json.loads(data):
-        yield DocumentScore(
-            doc_id,
-            where,
-            Score(nll_sum, n_tokens, n_bytes),
-            context,
-            ByPosition(positions[0], *map(np.array, positions[1:])) if positions else None,
-            ByRecall(np.array(recall[0])) if recall else None,
-            Gain(*gain) if gain else None,
-            {name: cast(pa.Scalar, Sent(value)) for name, value in kept.items()},
-        )

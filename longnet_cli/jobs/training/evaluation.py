@@ -17,8 +17,8 @@ from torch import Tensor
 
 from longnet_cli.basics.errors import DataError
 from longnet_cli.data.documents import Document
-from longnet_cli.data.windows import PairBatch
 from longnet_cli.jobs.scoring.scoring import Score, score
+from longnet_cli.jobs.training.windows import PairBatch
 from longnet_cli.nets.net import IGNORED, Net
 from longnet_cli.running.device import precision, to_device
 from longnet_cli.running.ranks.ranks import Ranks
@@ -108,7 +108,7 @@ def _rank_pairs(
     pairs = len(batch.keys)
     place = slice(ranks.dp_rank, pairs, ranks.dp)
     telling = on_part if ranks.dp == 1 else None  # otherwise groups have different numbers of chunks
-    reader = TextReader(model, settings.pool, recipe.train.chunk, recipe.train.dtype, ranks.group, telling)
+    reader = TextReader(model, settings.pool, recipe.train.chunk, recipe.train.dtype, ranks, telling)
     own = batch.part(place)
     vectors, facts = read_pairs(reader, own, place, pairs, ranks)
     loss = contrast_loss(vectors, facts[:, :-1], settings.divisor, settings.dims).item()

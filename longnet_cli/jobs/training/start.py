@@ -16,9 +16,9 @@ import torch
 
 from longnet_cli.basics.configuration import parse, read_text
 from longnet_cli.basics.errors import CheckpointError, ConfigError, MemoryLimitError
-from longnet_cli.basics.hub import CONFIG, TOKENIZER, WEIGHTS
 from longnet_cli.data import overwriting
 from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.hub.folder_files import CONFIG, TOKENIZER, WEIGHTS
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.running.device import free_memory
 from longnet_cli.running.ranks.ranks import Ranks
@@ -126,7 +126,7 @@ def prepare_run(
             "its values"
         )
     found = load_recipe(recipe or own, overrides, [_stored(earlier, *keys) for keys in _NAMES] if earlier else ())
-    # then the recipe names it: the order of `running.chunks.chunk_of`
+    # then the recipe names it: the order of `running.chunk_size.chunk_of`
     if earlier and not found.names_chunk and isinstance(chunk := _stored(earlier, "train", "chunk"), int) and chunk > 0:
         found = found.with_chunk(chunk)
     if writes:

@@ -42,7 +42,7 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
-from longnet_cli.attention import FarKeys, LayerFinds, Past, Pattern, Span, dilated_attention
+from longnet_cli.attention import FarKeys, LayerFinds, Outside, Pattern, Span, dilated_attention
 from longnet_cli.attention.choosing import Finds
 from longnet_cli.attention.spans import SINKS, far_spans, lanes, span_positions, span_rows
 from longnet_cli.basics.errors import ConfigError
@@ -73,7 +73,7 @@ def use_dilated_attention(model: PreTrainedModel, pattern: Pattern | None = None
 
     `pattern` goes into `model.config.dilated_attention`, where `save_pretrained` keeps it. None takes the pattern that
     is already there. With sinks or chosen blocks, the model runs on a few tokens, to find out how it rotates its keys.
-    Rotary phases become exact at any position, where possible (`transformers_rotary.make_phases_exact`). Returns the
+    Rotary phases become exact at any position, where possible (`rotary.make_phases_exact`). Returns the
     model. An architecture that was not tried is tried first, on a few tokens (`trying`). Raises ConfigError for a model
     that has no pattern, no layer with global attention, attention of another kind, or positions by which sinks and
     chosen blocks cannot be moved.
@@ -97,7 +97,7 @@ def use_dilated_attention(model: PreTrainedModel, pattern: Pattern | None = None
             raise ConfigError(f"{type(model).__name__} does not pick its attention by name: it cannot be made dilated")
         if wrong := why_not(model, "with a pattern", partial(_seeing_all, model)):
             raise ConfigError(wrong)
-        found = turns(model) if moves else {}
+        turn_of = turns(model) if moves else {}
     except Exception as error:
         with suppress(ValueError):
             model.set_attn_implementation(earlier)
@@ -107,7 +107,7 @@ def use_dilated_attention(model: PreTrainedModel, pattern: Pattern | None = None
     if earlier != ATTENTION_NAME:
         setattr(model, _OWN, earlier)
     finds = Finds()
-    for module, turn in found.items():
+    for module, turn in turn_of.items():
         setattr(module, _TURN, turn)
         setattr(module, _FINDS, finds)
     make_phases_exact(model)
@@ -162,24 +162,18 @@ def pattern_of(config: Any) -> Pattern:
     for name, what in _REFUSED_CONFIG.items():
         if getattr(config, name, None):
             raise ConfigError(f"dilated attention does not serve {what} ({name} in the model's config)")
-    found = getattr(config, "dilated_attention", None)
-    if found is None:
+    arguments = getattr(config, "dilated_attention", None)
+    if arguments is None:
         raise ConfigError(
             'the model\'s config has no dilated_attention: {"segment_lengths": [...], "dilation_rates": [...]}; '
             "call use_dilated_attention(model, pattern)"
         )
-    if not isinstance(found, Mapping):
-        raise ConfigError(f"dilated_attention in the model's config: a table of levels is needed, got {found!r}")
+    if not isinstance(arguments, Mapping):
+        raise ConfigError(f"dilated_attention in the model's config: a table of levels is needed, got {arguments!r}")
     try:
-        pattern = Pattern(**found)
+        return Pattern(**arguments)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"dilated_attention in the model's config: {error}") from None
-    if pattern.learned_bias is not None:
-        raise ConfigError(
-            'level_bias = "learned" is for a LongNet: a Hugging Face model has no such weights; give one number per '
-            "level, as level_bias=0/-2"
-        )
-    return pattern
 
 
 @lru_cache(maxsize=64)
@@ -269,7 +263,6 @@ def dilated_attention_forward(
         return dilated_attention(q, k, v, pattern, documents=documents, **settings), None
 
     def attend(rows: AlignedRows) -> Tensor:
-        far: list[FarKeys | Past]
         some_q, some_k, some_v = rows.of(q), rows.of(k), rows.of(v)
         if rows.skip:
             some_q = some_q[:, rows.skip :]
@@ -285,15 +278,15 @@ def dilated_attention_forward(
                     f"chosen={pattern.chosen}: this cache has lost the queries that choose: pass "
                     "past_key_values=LongNetCache(model.config), or use_cache=False"
                 )
-            far = [*_cached(some_k, some_v, pattern, q.shape[2], rows.start)] if rows.start else []
+            far = _cached(some_k, some_v, pattern, q.shape[2], rows.start) if rows.start else Outside()
             some_k, some_v = some_k[:, rows.start :], some_v[:, rows.start :]
         shard: dict[str, Any] = {"start": rows.start, "far": far, "lengths": rows.lengths}
         if finds is not None:
             shard["finds"] = LayerFinds(finds, layer, rows.first)
-        found = dilated_attention(some_q, some_k, some_v, pattern, **settings, **shard)
+        attended = dilated_attention(some_q, some_k, some_v, pattern, **settings, **shard)
         if memory:
             cache.append(some_k, some_v, q=some_q)
-        return found
+        return attended
 
     out = by_rows(attention_mask, before, q.shape, attend)
     if memory:
@@ -320,18 +313,18 @@ def _with_sink(
     return query, key, value, F.pad(mask, (0, 1), value=True)
 
 
-def _cached(k: Tensor, v: Tensor, pattern: Pattern, num_heads: int, start: int) -> list[FarKeys]:
+def _cached(k: Tensor, v: Tensor, pattern: Pattern, num_heads: int, start: int) -> Outside:
     """Return the far keys of the new tokens [start, L), from the keys and values (B, L, H_kv, D) before them.
 
     At rate 1, they are views. At a dilated level, rows are copied for the lanes in which a new token takes part: 1 / r
     of the lanes for one token, or all of them with `queries="all"`. The rest of the memory is never read.
     """
-    found = []
+    far_keys = []
     batch, stop, key_heads, head_dim = k.shape
     for span in far_spans(pattern, start, stop, True):
         w, r = (1, 1) if span.level == SINKS else pattern.levels[span.level]
         if r == 1:
-            found.append(FarKeys(*span, k[:, span.start : span.stop], v[:, span.start : span.stop]))
+            far_keys.append(FarKeys(*span, k[:, span.start : span.stop], v[:, span.start : span.stop]))
             continue
         positions = span_positions(pattern, span, num_heads, key_heads)
         if not (rows := max(map(len, positions))):
@@ -347,8 +340,8 @@ def _cached(k: Tensor, v: Tensor, pattern: Pattern, num_heads: int, start: int) 
                 kept, places = slice(0, len(positions[lane])), positions[lane]
                 for i, x in enumerate((k, v)):
                     packed[i, :, lane, kept] = x[:, places.start : places.stop : r, head]
-        found.append(FarKeys(*span, *packed.transpose(2, 3)))
-    return found
+        far_keys.append(FarKeys(*span, *packed.transpose(2, 3)))
+    return Outside(far_keys)
 
 
 def dilated_mask(

@@ -35,13 +35,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longnet_cli.attention import FarKeys, Past, Span
+from longnet_cli.attention import FarKeys, Outside, Past, Span
 from longnet_cli.attention.merging import accumulator
 from longnet_cli.attention.pattern import Pattern
 from longnet_cli.attention.spans import far_spans, lanes, level_of, open_spans, rows_before, span_positions, span_rows
 from longnet_cli.nets.net import NetConfig
 
-Shard = tuple[Tensor, ...]  # queries, keys and values
+ShardTensors = tuple[Tensor, ...]  # queries, keys and values
 
 
 class Parcel(NamedTuple):
@@ -124,13 +124,14 @@ class Exchange:
         """This rank's part of the chunk's tokens."""
         return slice(self.edges[self.rank] - self.edges[0], self.edges[self.rank + 1] - self.edges[0])
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> list[FarKeys | Past]:
-        """Send a layer's keys and values (B, n, H, D); return the far keys of the shard, as a `FarProvider` does."""
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Outside:
+        """Send a layer's keys and values (B, n, H, D); return what the shard sees outside, as a `FarProvider` does."""
         if not self.pattern.chosen:
-            return [*self.run(k, v)[0]]
+            return Outside(self.run(k, v)[0])
         if layer not in self._pasts:  # otherwise activation checkpointing computes it again: it sees the same blocks
             self._pasts[layer] = self.past(q, k, v)
-        return [self._pasts[layer], *self.run(k, v, self._pasts[layer])[0]]
+        past = self._pasts[layer]
+        return Outside(self.run(k, v, past)[0], past)
 
     def run(self, k: Tensor, v: Tensor, past: Past | None = None) -> tuple[list[FarKeys], list[FarKeys]]:
         """Exchange rows as in a call, and return (far keys that the shard attends to, all rows received).
@@ -154,7 +155,7 @@ class Exchange:
         return attended, got
 
     @torch.no_grad()
-    def other_shards(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[list[Shard], list[Shard]]:
+    def other_shards(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[list[ShardTensors], list[ShardTensors]]:
         """Return what `Past.append` takes of the shards before this rank's, and of those after it.
 
         q is (B, n, H, D), k and v are (B, n, K, D). Of queries, only the last are given. No gradients flow.

@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from strategies import document_starts
 
 from longnet_cli.basics.errors import ConfigError, DataError
-from longnet_cli.data import windows as module
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.data.windows import LONGEST_PERIOD, Batch, Mix, TokenStream, TokenWindows
 from longnet_cli.jobs.training import loop
+from longnet_cli.jobs.training import windows as module
 from longnet_cli.jobs.training.recipe import Recipe, load_recipe
+from longnet_cli.jobs.training.windows import LONGEST_PERIOD, Batch, Mix, TokenStream, TokenWindows
 from longnet_cli.running.ranks.ranks import Ranks
 
 EOS = -1  # no document holds it

@@ -1,98 +1,39 @@
-"""Models by name: those that ship with `longnet`, with the names of a model folder's files, and those on a hub.
-
-    ORG/NAME                  the branch main
-    ORG/NAME@REVISION         a branch, a tag or a commit
-    ORG/NAME:FILE.gguf        a file of the repository
-    PATH/models--ORG--NAME    the folder of a repository in a cache
-
-A path that exists is no such name. A model of a hub is taken from the cache of huggingface_hub (the extra `hf`),
-without the network, or downloaded into it; `refresh` asks the hub. Only files that `longnet` reads are downloaded. The
-variables of huggingface_hub (HF_HUB_OFFLINE, HF_HOME, ...) hold.
-"""
+"""A repository on a hub: its files in the cache of huggingface_hub, downloaded if they are not there."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from longnet_cli.basics.atomic import write_file
-from longnet_cli.basics.configuration import nearest, parse, read_text
-from longnet_cli.basics.errors import CheckpointError, ConfigError, LongNetError, refuse_web_address
-from longnet_cli.basics.hub_files import COMMIT, check_blobs, check_commit, check_name, check_sent, checked_answers
+from longnet_cli.basics.configuration import parse, read_text
+from longnet_cli.basics.errors import CheckpointError, LongNetError
+from longnet_cli.hub.folder_files import (
+    BESIDE_TOKENIZER,
+    CONFIG,
+    GENERATION,
+    MODEL_TYPE,
+    MODULES,
+    NEEDED_BY_MODULE,
+    OF_SENTENCES,
+    OLDER_TYPE,
+    PROMPTS,
+    SHARDED,
+    TOKENIZER,
+    TRANSFORMER_CONFIGS,
+    WEIGHTS,
+)
+from longnet_cli.hub.sent_files import COMMIT, check_commit, check_name, check_sent, checked_answers
 
 if TYPE_CHECKING:
     from types import ModuleType
-
-CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
-SHARDED = "model.safetensors.index.json"  # what transformers writes beside the shards of a large model
-GENERATION = "generation_config.json"
-# files that may stand beside a tokenizer.json: they tell a library how to build the tokenizer and write a chat
-BESIDE_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
-# sentence-transformers' file for prompts; the key of config.json for the pooling of a net that was trained by contrast
-PROMPTS, POOL_KEY = "config_sentence_transformers.json", "embedding_pool"
-# Its list of modules, and the names that the configuration of the first one has had
-MODULES = "modules.json"
-TRANSFORMER_CONFIGS = tuple(
-    f"sentence_{kind}_config.json"
-    for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
-)
-# the cache has these, or knows that the repository lacks them; and the files that a module needs
-_OF_SENTENCES = (MODULES, PROMPTS, TRANSFORMER_CONFIGS[0])
-_NEEDED = {"Pooling": (CONFIG,), "Dense": (CONFIG, WEIGHTS), "LayerNorm": (CONFIG, WEIGHTS)}
-END_OF_TEXT = "<|endoftext|>"  # of the tokenizers that `longnet` makes
-# `model_type` in config.json of a LongNet: the error of a library that does not know it shows nothing else of a folder
-MODEL_TYPE = "longnet: import longnet_cli.integrations.transformers"
-OLDER_TYPE = "longnet"  # of older folders; the oldest have none
-
-# Metadata keys of model.safetensors: digests of what was saved together. Other tools drop them when they save.
-TENSORS_SHA256, CONFIG_SHA256 = "longnet.tensors_sha256", "longnet.config_sha256"
-TOKENIZER_SHA256 = "longnet.tokenizer_sha256"
-
-
-def preset_dir() -> Path:
-    """Return the repository's `models/`, which a wheel holds inside the package under the name `shipped`."""
-    package = Path(__file__).parents[1]
-    shipped = package / "shipped"
-    return shipped if shipped.is_dir() else package.parent / "models"
-
-
-def list_models() -> list[str]:
-    """Return the names of the shipped models with weights, sorted; recipes (`*.toml`) are not included."""
-    return sorted(path.parent.name for path in preset_dir().glob(f"*/{CONFIG}"))
-
-
-def model_path(name_or_path: str) -> Path:
-    """Return the path that `--model` names. A name is looked up among the shipped models, never in the current folder.
-
-    Raises ConfigError for a name that is not shipped. A path may lead to nothing.
-    """
-    refuse_web_address(name_or_path)
-    if "/" in name_or_path or os.sep in name_or_path or name_or_path.endswith(".toml"):
-        return Path(name_or_path)
-    if name_or_path not in list_models():
-        raise ConfigError(_unknown(name_or_path))
-    return preset_dir() / name_or_path
-
-
-def _unknown(name: str) -> str:
-    shipped = list_models()
-    match = nearest(name, shipped)
-    hint = f": did you mean '{match}'?" if match else "."
-    if (preset_dir() / f"{name}.toml").is_file():
-        hint = ": it is shipped as a recipe, without weights; `longnet train` makes them."
-    return (
-        f"unknown model '{name}'{hint} Shipped models: {', '.join(shipped) or 'none'}; "
-        f"a path needs a slash, e.g. ./{name or 'my-run'}"
-    )
-
 
 FIRST_ANSWER = 2.5  # seconds to wait for a hub, unless HF_HUB_DOWNLOAD_TIMEOUT is set
 _WORD = r"[A-Za-z0-9_](?:[\w.-]*[\w])?"
@@ -107,97 +48,8 @@ class Located(NamedTuple):
     name: str
 
 
-def find_model(name: str, embeds: bool = False) -> Located:
-    """Return the folder, or the GGUF file, of a model: a shipped one's name, a path with a slash, or a name on a hub.
-
-    If it `embeds`, it is to make vectors: the cache must then have the files of sentence-transformers, or know that
-    there are none. The path may lead to nothing. Raises ConfigError for a name that is not shipped, CheckpointError for
-    a model that is neither here nor can be downloaded, and for weights in a cache that are not what they were.
-    """
-    if repository := _Repository.of(name, embeds=embeds):
-        found = repository.find()
-    else:
-        path = model_path(name)
-        found = Located(snapshot, str(snapshot)) if (snapshot := _snapshot_in(path)) else Located(path, name)
-        if embeds and snapshot and (unknown := _unknown_files(snapshot)):
-            what = f"does not know whether the model has {unknown}"
-            raise CheckpointError(f"{snapshot}: the cache {what}: name it as ORG/NAME")
-    if found.path.suffix == ".gguf":
-        check_blobs(found.path.parent, [found.path.name])
-    else:
-        check_blobs(found.path, [*_weights(found.path), *(name for name, _ in _module_files(found.path))])
-    return found
-
-
-def find_tokenizer(name: str) -> Located | None:
-    """Return the folder of a tokenizer that is on a hub, or in the folder of a repository in a cache; otherwise None.
-
-    Raises CheckpointError for a tokenizer that is neither here nor can be downloaded.
-    """
-    if repository := _Repository.of(name, tokenizer=True):
-        return repository.find()
-    snapshot = _snapshot_in(Path(name))
-    return Located(snapshot, str(snapshot)) if snapshot else None
-
-
-def find_file(repository: str, file: str) -> Located:
-    """Return a file of a repository on a hub, ORG/NAME or ORG/NAME@REVISION, from the cache or downloaded into it.
-
-    Raises CheckpointError for a file that is neither here nor can be downloaded, ConfigError for another name.
-    """
-    found = _Repository.of(repository)
-    if found is None or found.file:
-        raise ConfigError(f"{repository}: not the name of a repository on a hub, as ORG/NAME or ORG/NAME@REVISION")
-    return replace(found, name=f"{repository}:{file}", file=file).find()
-
-
-def refresh(model: str | None, tokenizer: str | None) -> None:
-    """Ask the hub what the revisions in these names are now, and download what is new. Raises as `find_model` does.
-
-    Also raises ConfigError if there is no name on a hub among them.
-    """
-    named = [_Repository.of(name, of) for name, of in ((model, False), (tokenizer, True)) if name]
-    if not any(named):
-        raise ConfigError("--update is for a model on a hub, as ORG/NAME, and none is named: leave it out")
-    for repository in filter(None, named):
-        repository.find(update=True)
-
-
-def as_stored(name: str, stored: Iterable[Any]) -> str:
-    """Return the stored name of the same file or repository, for a run that continues; `name` where there is none.
-
-    A commit in `name` is kept.
-    """
-    given = _Repository.of(name)
-    if given is None or COMMIT.fullmatch(given.revision):
-        return name
-    found = ((each, _Repository.of(each)) for each in stored if isinstance(each, str))
-    same = (each for each, other in found if other and (other.repo, other.file) == (given.repo, given.file))
-    return next(same, name)
-
-
-def name_origin(folder: Path, name: str) -> None:
-    """Write the name of a model on a hub, with its commit, into the config.json of a folder made from it."""
-    if _Repository.of(name):
-        settings = {**parse(read_text(folder / CONFIG)), "_name_or_path": name}
-        (folder / CONFIG).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def list_cached() -> list[str]:
-    """Return the names of the models in the cache, sorted; none without huggingface_hub."""
-    with suppress(ImportError, OSError):
-        from huggingface_hub import constants
-
-        return sorted(
-            name.removeprefix("models--").replace("--", "/")
-            for name in os.listdir(constants.HF_HUB_CACHE)
-            if re.fullmatch("models--.+--.+", name)
-        )
-    return []
-
-
 @dataclass(frozen=True)
-class _Repository:
+class Repository:
     """The `name` of a model on a hub, and its parts. Of a `tokenizer`, only the tokenizer's files are read."""
 
     name: str
@@ -208,7 +60,7 @@ class _Repository:
     embeds: bool = False  # needs the files of sentence-transformers
 
     @classmethod
-    def of(cls, name: str, tokenizer: bool = False, *, embeds: bool = False) -> _Repository | None:
+    def of(cls, name: str, tokenizer: bool = False, *, embeds: bool = False) -> Repository | None:
         """Return the repository that a name stands for; None for a path that exists and for other names."""
         match = _NAME.fullmatch(name)
         if not match or ".." in name or "--" in match[1] or match[1].endswith(_LOCAL) or os.path.exists(name):
@@ -225,9 +77,9 @@ class _Repository:
                 if update or not self._is_cached(any_tokenizer=True):
                     raise
         commit = self._commit()
-        found = self._folder / "snapshots" / str(commit)
+        snapshot = self._folder / "snapshots" / str(commit)
         file = f":{self.file}" if self.file else ""
-        return Located(found / self.file if self.file else found, f"{self.repo}@{commit}{file}")
+        return Located(snapshot / self.file if self.file else snapshot, f"{self.repo}@{commit}{file}")
 
     def _library(self) -> ModuleType:
         try:
@@ -262,8 +114,8 @@ class _Repository:
             needed = [self.file]
         elif not self.tokenizer:
             none = any_tokenizer or (self._folder / ".no_exist" / commit / TOKENIZER).exists()
-            needed = [CONFIG, *_weights(snapshot), *([] if none else needed)]
-            if self.embeds and _unknown_files(snapshot):
+            needed = [CONFIG, *weight_files(snapshot), *([] if none else needed)]
+            if self.embeds and unknown_files(snapshot):
                 return False
         return all((snapshot / name).is_file() for name in needed)
 
@@ -286,9 +138,9 @@ class _Repository:
             snapshot = self._folder / "snapshots" / commit
             with checked_answers(commit, self.name):
                 for file in self._wanted(names, snapshot):  # one by one: threads would keep Ctrl-C waiting
-                    found = hf_hub_download(self.repo, check_name(file, self.name), revision=commit)
-                    check_sent(Path(found), self.name)
-            for name in () if self.file else ({TOKENIZER} if self.tokenizer else {TOKENIZER, *_OF_SENTENCES}) - names:
+                    path = hf_hub_download(self.repo, check_name(file, self.name), revision=commit)
+                    check_sent(Path(path), self.name)
+            for name in () if self.file else ({TOKENIZER} if self.tokenizer else {TOKENIZER, *OF_SENTENCES}) - names:
                 (absent := self._folder / ".no_exist" / commit / name).parent.mkdir(parents=True, exist_ok=True)
                 absent.touch()
         except LongNetError:
@@ -323,8 +175,8 @@ class _Repository:
         index = set() if WEIGHTS in names else {SHARDED}
         of_sentences = {MODULES, PROMPTS, *TRANSFORMER_CONFIGS}
         yield from sorted(names & ({CONFIG, GENERATION, TOKENIZER, *BESIDE_TOKENIZER, *of_sentences} | index))
-        yield from sorted(names & {name for name, _ in _module_files(snapshot)})
-        yield from [WEIGHTS] if WEIGHTS in names else _weights(snapshot)
+        yield from sorted(names & {name for name, _ in module_files(snapshot)})
+        yield from [WEIGHTS] if WEIGHTS in names else weight_files(snapshot)
 
     def _explain(self, error: BaseException, constants: Any, answered: bool, file: str | None) -> str:
         """Return why a download failed, of one `file` or before the first, and what to do."""
@@ -362,20 +214,20 @@ class _Repository:
         return f"{here}, nor in {constants.HF_HUB_CACHE}, and {why}: {then}, repeat this or {download}"
 
 
-def _snapshot_in(folder: Path) -> Path | None:
+def snapshot_in(folder: Path) -> Path | None:
     """Return the snapshot of `main`, or the only one, in the folder of a repository in a cache; None for other folders.
 
     Raises CheckpointError where it is not clear which snapshot is meant.
     """
     if not folder.name.startswith("models--") or not (snapshots := folder / "snapshots").is_dir():
         return None
-    found, commit = sorted(path for path in snapshots.iterdir() if path.is_dir()), _read_ref(folder, "main")
-    if snapshots / str(commit) in found:
+    present, commit = sorted(path for path in snapshots.iterdir() if path.is_dir()), _read_ref(folder, "main")
+    if snapshots / str(commit) in present:
         return snapshots / str(commit)
-    if len(found) != 1:
-        names = ", ".join(map(str, found)) or "there is none"
+    if len(present) != 1:
+        names = ", ".join(map(str, present)) or "there is none"
         raise CheckpointError(f"{folder}: its refs/main leads to no snapshot: name a snapshot ({names})")
-    return found[0]
+    return present[0]
 
 
 def _read_ref(folder: Path, revision: str) -> str | None:
@@ -385,16 +237,16 @@ def _read_ref(folder: Path, revision: str) -> str | None:
     return None
 
 
-def _module_files(snapshot: Path) -> Iterator[tuple[str, bool]]:
+def module_files(snapshot: Path) -> Iterator[tuple[str, bool]]:
     """Yield the files of the modules that modules.json names in folders of their own, and whether each is needed."""
     with suppress(OSError, ValueError, TypeError, AttributeError):
         for module in parse(read_text(snapshot / MODULES)):
             if folder := str(module.get("path", "")):
-                needed = _NEEDED.get(str(module.get("type")).rpartition(".")[2], ())
+                needed = NEEDED_BY_MODULE.get(str(module.get("type")).rpartition(".")[2], ())
                 yield from ((f"{folder}/{name}", name in needed) for name in (CONFIG, WEIGHTS))
 
 
-def _unknown_files(snapshot: Path) -> str | None:
+def unknown_files(snapshot: Path) -> str | None:
     """Return a file of sentence-transformers of which the cache of a hub does not know whether there is one.
 
     A LongNet needs none of them.
@@ -405,11 +257,11 @@ def _unknown_files(snapshot: Path) -> str | None:
     absent = snapshot.parents[1] / ".no_exist" / snapshot.name
     if not (snapshot / MODULES).is_file():
         return None if (absent / MODULES).exists() else MODULES
-    files = [*_OF_SENTENCES, *(name for name, needed in _module_files(snapshot) if needed)]
+    files = [*OF_SENTENCES, *(name for name, needed in module_files(snapshot) if needed)]
     return next((name for name in files if not ((snapshot / name).is_file() or (absent / name).exists())), None)
 
 
-def _weights(snapshot: Path) -> list[str]:
+def weight_files(snapshot: Path) -> list[str]:
     """Return the files with the weights of a snapshot, as its index lists them."""
     if not (snapshot / WEIGHTS).exists():
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -13,7 +13,7 @@ from places import ROOT
 from strategies import choices, chosen_patterns, patterns
 
 from longnet_cli.attention import Pattern
-from longnet_cli.basics.notation import format_levels, format_pattern, is_pattern, parse_pattern, pattern_fields
+from longnet_cli.attention.notation import format_levels, format_pattern, is_pattern, parse_pattern, pattern_fields
 from longnet_cli.basics.sizes import MAX_SIZE, format_size, parse_size
 
 FAR = Pattern((1024, 1024), (1, 4), look_back=(1, 5), overlap="once", queries="all", sinks=4, level_bias="log_rate")
@@ -73,7 +73,10 @@ WRONG = {
     "window:1Ki,sinks=2Ki": "sinks must be from 0 to the first segment length, 1024, got 2048",
     "window:1Ki,sinks=-1": "sinks: '-1' is not a size",
     "window:1Ki,overlap=onse": 'overlap must be "repeat" or "once", got \'onse\'',
-    "window:1Ki,level_bias=big": "level_bias: log_rate, learned or one number per level is needed, as 0/1.5, not 'big'",
+    "window:1Ki,level_bias=big": "level_bias: log_rate or one number per level is needed, as 0/1.5, not 'big'",
+    "64/1,1Ki/4,level_bias=learned:-4": (
+        "level_bias: log_rate or one number per level is needed, as 0/1.5, not 'learned:-4': biases are no longer "
+    ),
     "window:1Ki,level_bias=nan": 'level_bias needs "log_rate" or 1 numbers',
     "window:1Ki,chosen=": "chosen: '' is not a size",
     "window:1Ki,chosen=32x": "chosen: '' is not a size",
@@ -148,6 +151,6 @@ def test_the_documented_way_from_python() -> None:
 
 
 def test_loads_no_torch() -> None:
-    program = "import sys; from longnet_cli.basics.notation import parse_pattern; parse_pattern('paper')"
+    program = "import sys; from longnet_cli.attention.notation import parse_pattern; parse_pattern('paper')"
     program += "; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
