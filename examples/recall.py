@@ -33,7 +33,6 @@ from torch import Tensor, nn
 from longnet_cli import LongNet, LongNetConfig, parse_pattern
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.reference import key_counts
-from longnet_cli.jobs.training.recipe import LEVEL_BIAS_LR
 
 KEYS, VALUES = 64, 32  # ids: keys, then values, then one for noise
 SHORT = 128  # tokens of the first sequences
@@ -87,13 +86,11 @@ def train(pattern: Pattern, args: argparse.Namespace, seed: int, longest: int) -
     rng = np.random.default_rng(seed)
     sizes = {"num_layers": args.layers, "num_heads": args.heads, "dim": args.dim, "ffn_dim": 2 * args.dim}
     net = Recaller(LongNetConfig(vocab_size=KEYS + VALUES + 1, position="rope", pattern=pattern, **sizes), args.width)
-    biases = [p for name, p in net.named_parameters() if name.endswith("level_bias")]  # if the pattern has learned ones
-    matrices = [p for p in net.net.layers.parameters() if p.dim() == 2 and all(p is not each for each in biases)]
-    others = [p for p in net.parameters() if all(p is not each for each in (*matrices, *biases))]
-    groups = [{"params": others, "peak": args.lr}, {"params": biases, "peak": LEVEL_BIAS_LR}]
+    matrices = [p for p in net.net.layers.parameters() if p.dim() == 2]
+    others = [p for p in net.parameters() if all(p is not each for each in matrices)]
     optimizers = [
         torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(groups if biases else groups[:1], lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0),
     ]
     distances = np.unique(np.geomspace(4, longest, 100).astype(int))
     for step in range(args.steps):
@@ -105,7 +102,7 @@ def train(pattern: Pattern, args: argparse.Namespace, seed: int, longest: int) -
         loss.backward()
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group.get("peak", args.lr) * min(1.0, (step + 1) / 30, 3 - 3 * done)
+                group["lr"] = args.lr * min(1.0, (step + 1) / 30, 3 - 3 * done)
             optimizer.step()
             optimizer.zero_grad()
         if step % 50 == 49:

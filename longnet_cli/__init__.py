@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     from longnet_cli.nets.longnet import LongNet
     from longnet_cli.nets.net import Net
     from longnet_cli.nets.slide import SlideEncoder
-    from longnet_cli.running.chunks import CausalStream, backward_in_chunks, open_stream
+    from longnet_cli.running.causal_stream import CausalStream, open_stream
+    from longnet_cli.running.chunked_backward import backward_in_chunks
 
 __version__ = "0.1.0"
 
@@ -71,7 +72,8 @@ _MODULES = {
     "nets.longnet": "LongNet",
     "nets.net": "Net",
     "nets.slide": "SlideEncoder",
-    "running.chunks": "CausalStream backward_in_chunks open_stream",
+    "running.causal_stream": "CausalStream open_stream",
+    "running.chunked_backward": "backward_in_chunks",
 }
 _PLACES = {name: module for module, names in _MODULES.items() for name in names.split()}
 

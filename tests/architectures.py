@@ -33,7 +33,7 @@ from longnet_cli.integrations.transformers import use_dilated_attention
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.models.hf import trying
 from longnet_cli.models.hf.trying import hidden_states
-from longnet_cli.running.chunks import open_stream
+from longnet_cli.running.causal_stream import open_stream
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, LIST = ROOT / "docs" / "architectures.md", ROOT / "longnet_cli" / "models" / "hf" / "tried.json"

@@ -288,7 +288,6 @@ data.negative                 rows       data.negative=third @ {PAIRS}
 data.held_out                 rows       data.held_out=[../in/u.txt]
 optimizer.name                rows       optimizer.name=muon
 optimizer.lr                  rows       optimizer.lr=0.1
-optimizer.level_bias_lr       rows       optimizer.level_bias_lr=9.0 @ model.level_bias=learned
 optimizer.betas               rows       optimizer.betas=[0.1,0.2]
 optimizer.eps                 rows       optimizer.eps=1.0
 optimizer.weight_decay        rows       optimizer.weight_decay=9.0

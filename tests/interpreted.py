@@ -7,7 +7,6 @@ test_one_pass.py does in a process of its own.
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 from functools import lru_cache
 from types import SimpleNamespace
 
@@ -41,7 +40,6 @@ CASES = {
     "documents": (NESTED, {"documents": (5, 25, 1, 14), "heads": 2}),
     "nested, sinks, shared key heads": (NESTED, {"heads": 4, "kv_heads": 2, "turn": turn}),
     "all queries, biases": (ALL, {"kv_heads": 1}),
-    "learned biases": (replace(ALL, level_bias="learned:-0.7"), {"kv_heads": 1}),
     "both ways": (LOOK_BOTH, {"causal": False, "heads": 4, "kv_heads": 2}),
     "uncovered queries": (SPARSE, {}),
     "window and sinks, head_dim that is no power of 2": (WINDOW, {"turn": turn, "head_dim": 20}),
@@ -142,7 +140,7 @@ def test_any_options(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_packed_documents(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a few calls of gathered rows; key heads that are shared come more than once."""
     monkeypatch.setitem(KERNELS, "packed", PackedMath())
-    for pattern, kv_heads in ((PAPER, 3), (NESTED, 1), (replace(NESTED, level_bias="learned"), 1)):
+    for pattern, kv_heads in ((PAPER, 3), (NESTED, 1)):
         inputs, options = tensors(torch.float32, kv_heads=kv_heads), {"documents": (5, 17, 1, 22), "kernel": "packed"}
         found = run(dilated_attention, inputs, pattern, **options)
         assert_close(found, by_torch(monkeypatch, inputs, pattern, **options), 1e-6)

@@ -45,6 +45,12 @@ def _enter(rank: int, world: int, store: str, work: Callable[..., None], args: t
         dist.destroy_process_group()
 
 
+def together() -> Ranks:
+    """All ranks as one group, which shares every sequence."""
+    world = dist.get_world_size()
+    return Ranks(dist.get_rank(), world, world, dist.group.WORLD)
+
+
 def mesh(dp: int) -> Ranks:
     """The ranks of this process, as `ranks.join` makes them."""
     rank, world = dist.get_rank(), dist.get_world_size()

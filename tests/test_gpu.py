@@ -10,7 +10,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from longnet_cli.attention import Pattern, dilated_attention, far_keys, kernels,
 from longnet_cli.attention.spans import far_spans
 from longnet_cli.jobs.benchmark import Settings, bench
 from longnet_cli.jobs.training.gradients import backward
-from longnet_cli.running.chunks import CausalStream
+from longnet_cli.running.causal_stream import CausalStream
 from longnet_cli.running.device import DTYPES, free_memory, precision
 from longnet_cli.running.layerwise import hidden_in_chunks
 
@@ -41,7 +40,6 @@ TOKENS, HALF = 700, 333
 GROUPED = Pattern(PAPER_64TH.segment_lengths, PAPER_64TH.dilation_rates, "grouped")
 NESTED = Pattern.nested(512, 32, 4, sinks=2)
 ALL = Pattern((32, 128), (1, 4), look_back=(1, 2), overlap="once", queries="all", sinks=3, level_bias="log_rate")
-LEARNED = replace(NESTED, level_bias="learned")
 BOTH_WAYS = Pattern((48, 160), (1, 3), "grouped", look_back=(2, 1))
 
 
@@ -73,7 +71,6 @@ CASES: dict[str, tuple[Pattern, dict[str, Any]]] = {
     "far keys and sinks, shared key heads": (NESTED, {"kv_heads": 2, "attend": in_halves, "turn": turn}),
     "a window and sinks": (Pattern.window(48, sinks=4), {"turn": turn}),
     "all queries, biases, one key head": (ALL, {"kv_heads": 1}),
-    "learned biases": (LEARNED, {"documents": (5, 300, 1, 394), "turn": turn}),
     "a look both ways": (BOTH_WAYS, {"causal": False, "kv_heads": 3}),
     "queries in no level": (Pattern((96, 80), (3, 5)), {}),
     "head_dim 128": (PAPER_64TH, {"head_dim": 128}),
@@ -147,20 +144,6 @@ def test_attention(kernel: str, dtype: str, one_pass: bool, monkeypatch: pytest.
             if not off <= TOLERANCE[dtype]:
                 wrong.append(f"{name}: {what} is off by {off:.1e}")
     assert not wrong, "\n".join(wrong)
-
-
-@pytest.mark.parametrize("documents", [None, (100,) * 7])
-@pytest.mark.parametrize("dtype", TOLERANCE)
-def test_gradients_of_learned_biases(dtype: str, documents: tuple[int, ...] | None) -> None:
-    """Sums over all keys and queries; small documents may go in packed calls."""
-    found = []
-    for where, kind in ((DEVICE, DTYPES[dtype]), ("cpu", torch.float64)):
-        draws = torch.randn(4, 1, TOKENS, 6, 64, generator=torch.Generator().manual_seed(0)).to(DTYPES[dtype])
-        q, k, v, dout = draws.to(where, kind)
-        bias = torch.linspace(-2, 1, 12).view(2, 6).to(where).requires_grad_()
-        out = dilated_attention(q, k, v, LEARNED, documents=documents, turn=turn, level_bias=bias)
-        found.append(torch.autograd.grad(out, bias, dout)[0].cpu())
-    assert error(*found) <= 5 * TOLERANCE[dtype]
 
 
 def test_what_is_fast_serves() -> None:

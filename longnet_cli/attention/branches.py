@@ -40,8 +40,7 @@ class Branch(NamedTuple):
     all query heads of a key head are rows, if they see the same keys. `far` is the index of the far keys, None for near
     ones. `zero_keys` keys with logit 0 and value 0 join the softmax
     (`padding="zero_key"`). `first` marks the branches that reach every row of the shard before any other branch does.
-    `bias` is added to all scores, and the learned bias of level `learned` if that is not 0. A call with a `union`
-    computes all levels at once.
+    `bias` is added to all scores. A call with a `union` computes all levels at once.
     """
 
     queries: Rows
@@ -51,7 +50,6 @@ class Branch(NamedTuple):
     zero_keys: int = 0
     first: bool = False
     bias: float = 0.0
-    learned: int = 0
     union: Union | None = None
 
 
@@ -232,7 +230,7 @@ class _Call(NamedTuple):
         offsets = self.pattern.offsets(level, self.num_heads)
         kv_of = [h * self.kv_heads // self.num_heads for h in range(self.num_heads)]
         low = max(self.start, self.pattern.sinks) if level else self.start
-        bias, learned = self._bias(level)
+        bias = self.pattern.biases[level]
         for part in self._rectangles(_zones(self.pattern, level, w, self.causal), w, r, low, self.stop):
             queries, counts = self._queries(level, w, part.queries)
             firsts, rows = queries, counts
@@ -254,7 +252,6 @@ class _Call(NamedTuple):
                     zero_keys=missing[heads.first],
                     first=covering and part.own,
                     bias=bias,
-                    learned=learned,
                 )  # fmt: skip
 
     def far(self, span: Span, index: int, covering: bool) -> Iterator[Branch]:
@@ -263,7 +260,7 @@ class _Call(NamedTuple):
         _, offsets, lane_of = lanes(self.pattern, span.level, self.num_heads, self.kv_heads)
         inside, segment = span.start % w, span.start // w * w
         low = max(span.start, self.pattern.sinks) if span.level else span.start
-        bias, learned = self._bias(span.level)
+        bias = self.pattern.biases[span.level]
         zones = [
             zone._replace(square=False, own=zone.own and self.holds(span))
             for zone in _zones(self.pattern, span.level, w, self.causal)
@@ -287,7 +284,6 @@ class _Call(NamedTuple):
                     far=index,
                     first=covering and part.own,
                     bias=bias,
-                    learned=learned,
                 )
 
     def sinks(self, spans: Sequence[Span], turned: Turned | None) -> Iterator[Branch]:
@@ -374,10 +370,6 @@ class _Call(NamedTuple):
         even = self.pattern.queries == "all" or w % r == 0
         return sorted([*together, *(_joined(single) if even else single)], key=lambda part: not part.own)
 
-    def _bias(self, level: int) -> tuple[float, int]:
-        """Return the bias of a level, and the level itself if its bias is learned, otherwise 0."""
-        return self.pattern.biases[level], 0 if self.pattern.learned_bias is None else level
-
     def _queries(self, level: int, w: int, queries: tuple[int, int]) -> tuple[list[int], list[int]]:
         """Return each head's first query row, as a token of the shard, and its number of query rows."""
         first, stop = queries
@@ -405,13 +397,11 @@ class _Call(NamedTuple):
         """Return runs of heads for one view each, and the number of neighbours that each head stands for.
 
         Query heads of one key head are neighbours. If a single token's see the same keys, they become rows of a call.
-        With learned biases they do not: the gradient of each head's bias needs a call of its own.
         """
         group, values = self.num_heads // self.kv_heads, list(zip(*even, strict=True))
         steps = (1, r, -(-self.num_heads // r), group, lcm(r, group))
         heads = [*zip(equal, values, strict=True)]
-        learned = self.pattern.learned_bias is not None
-        if learned or self.start + 1 < self.stop or heads != [x for x in heads[::group] for _ in range(group)]:
+        if self.start + 1 < self.stop or heads != [x for x in heads[::group] for _ in range(group)]:
             return progressions(equal, values, steps), 1
         runs = progressions(equal[::group], values[::group], steps)
         return [Heads(number, first * group, step * group) for number, first, step in runs], group

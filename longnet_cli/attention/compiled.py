@@ -15,7 +15,6 @@ from torch import Tensor
 
 from .dilated import plan_calls
 from .kernels import select_kernel
-from .level_bias import LevelBias
 from .merging import Plan, accumulator, merged_backward, merged_forward, unit_stride
 from .outside import FarKeys
 from .pattern import Padding, Pattern
@@ -24,10 +23,9 @@ from .sinks import sink_rows
 
 # `far` has k and v of each of the far keys in turn, then k and v of turned sinks. `spans` has level, start and stop of
 # each of the far keys. An empty look_back or level_bias means none.
-# `biases` are learned ones; `levels` is then the lse of each level, and otherwise empty.
 _OPTIONS = (
-    "Tensor[] far, Tensor? lengths, Tensor? biases, SymInt[] spans, SymInt[]? documents, int[] segment_lengths, "
-    "int[] dilation_rates, str head_offsets, bool causal, SymInt start, str padding, SymInt? total, float scale, "
+    "Tensor[] far, Tensor? lengths, SymInt[] spans, SymInt[]? documents, int[] segment_lengths, int[] dilation_rates, "
+    "str head_offsets, bool causal, SymInt start, str padding, SymInt? total, float scale, "
     "str? kernel, *, "
     'int[] look_back=[], str overlap="repeat", str queries="dilated", int sinks=0, float[] level_bias=[]'
 )
@@ -39,7 +37,6 @@ def _prepare(
     v: Tensor,
     far: Sequence[Tensor],
     lengths: Tensor | None,
-    biases: Tensor | None,
     spans: Sequence[int],
     documents: Sequence[int] | None,
     segment_lengths: Sequence[int],
@@ -59,10 +56,8 @@ def _prepare(
     level_bias: Sequence[float] = (),
 ) -> tuple[Plan, float, Kernel]:
     fixed = tuple(level_bias) if any(level_bias) else None
-    pattern = Pattern(
-        tuple(segment_lengths), tuple(dilation_rates), head_offsets, tuple(look_back) or 0, overlap, queries, sinks,
-        fixed if biases is None else "learned",
-    )  # fmt: skip
+    levels = tuple(segment_lengths), tuple(dilation_rates)
+    pattern = Pattern(*levels, head_offsets, tuple(look_back) or 0, overlap, queries, sinks, fixed)
     each = zip(spans[::3], spans[1::3], spans[2::3], far[::2], far[1::2], strict=False)  # `far` may end with sinks
     far_keys = [FarKeys(level, begin, end, k_, v_) for level, begin, end, k_, v_ in each]
     given = [keys.span for keys in far_keys]
@@ -75,7 +70,7 @@ def _prepare(
 @torch.library.custom_op(
     "longnet::dilated_attention",
     mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    schema=f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)",
 )
 def _forward(
     q: Tensor,
@@ -83,30 +78,23 @@ def _forward(
     v: Tensor,
     far: Sequence[Tensor],
     lengths: Tensor | None,
-    biases: Tensor | None,
     *options: Any,
     **seen: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     far = [unit_stride(x) for x in far]
-    learned = None if biases is None else LevelBias(biases, q, keep=True)
-    call = _prepare(q, k, v, far, lengths, biases, *options, **seen)
-    out, lse = merged_forward(*call, q, k, v, lambda i: far[2 * i : 2 * i + 2], learned=learned)
-    return out, lse, lse.new_empty(0) if learned is None or learned.lse is None else learned.lse
+    call = _prepare(q, k, v, far, lengths, *options, **seen)
+    return merged_forward(*call, q, k, v, lambda i: far[2 * i : 2 * i + 2])
 
 
 @_forward.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, far: Any, lengths: Any, biases: Tensor | None, *_: Any, **__: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    lse = q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
-    return q.new_empty(q.shape), lse, lse.new_empty(0 if biases is None else (*lse.shape, len(biases)))
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
 
 
 @torch.library.custom_op(
     "longnet::dilated_attention_backward",
     mutates_args=(),
-    schema=f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor levels, {_OPTIONS})"
-    " -> Tensor[]",
+    schema=f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS}) -> Tensor[]",
 )
 def _backward(
     dout: Tensor,
@@ -115,19 +103,14 @@ def _backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    levels: Tensor,
     far: Sequence[Tensor],
     lengths: Tensor | None,
-    biases: Tensor | None,
     *options: Any,
     **seen: Any,
 ) -> list[Tensor]:
     far = [unit_stride(x) for x in far]
-    learned = None if biases is None else LevelBias(biases, q, lse=levels)
-    call = _prepare(q, k, v, far, lengths, biases, *options, **seen)
-    grads = merged_backward(*call, dout, q, k, v, out, lse, far, learned=learned)
-    if learned and biases is not None:
-        grads, far = [*grads, learned.gradient(dout, out, lse).contiguous()], [*far, biases]
+    call = _prepare(q, k, v, far, lengths, *options, **seen)
+    grads = merged_backward(*call, dout, q, k, v, out, lse, far)
     return [d.to(x.dtype) for d, x in zip(grads, (q, k, v, *far), strict=True)]
 
 
@@ -139,32 +122,29 @@ def _(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    levels: Tensor,
     far: Sequence[Tensor],
     lengths: Tensor | None,
-    biases: Tensor | None,
     *_: Any,
     **__: Any,
 ) -> list[Tensor]:
-    return [x.new_empty(x.shape) for x in (q, k, v, *far, *([] if biases is None else [biases]))]
+    return [x.new_empty(x.shape) for x in (q, k, v, *far)]
 
 
 def _save(
-    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, Tensor, Tensor]
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, Tensor]
 ) -> None:
-    q, k, v, far, lengths, biases, *ctx.options = inputs
+    q, k, v, far, lengths, *ctx.options = inputs
     ctx.seen = keyword_only_inputs
-    ctx.save_for_backward(q, k, v, *output, lengths, biases, *far)
+    ctx.save_for_backward(q, k, v, *output, lengths, *far)
 
 
 def _gradients(ctx: Any, dout: Tensor, *_: Tensor) -> tuple[Any, ...]:
-    q, k, v, out, lse, levels, lengths, biases, *far = ctx.saved_tensors
-    dq, dk, dv, *others = torch.ops.longnet.dilated_attention_backward(
-        dout, q, k, v, out, lse, levels, far, lengths, biases, *ctx.options, **ctx.seen
+    q, k, v, out, lse, lengths, *far = ctx.saved_tensors
+    dq, dk, dv, *dfar = torch.ops.longnet.dilated_attention_backward(
+        dout, q, k, v, out, lse, far, lengths, *ctx.options, **ctx.seen
     )
-    dbiases = None if biases is None else others.pop()
     # torch takes an empty list for a list of tensors, and wants a list of as many gradients
-    return (dq, dk, dv, others, None, dbiases, *([] if isinstance(x, list) and not x else None for x in ctx.options))
+    return (dq, dk, dv, dfar, None, *([] if isinstance(x, list) and not x else None for x in ctx.options))
 
 
 _forward.register_autograd(_gradients, setup_context=_save)

@@ -24,7 +24,6 @@ from .branches import Turned, branches, united
 from .choosing import Chosen, LayerFinds
 from .groups import GroupedPart, groups_of
 from .kernels import select_kernel
-from .level_bias import LevelBias
 from .merging import Plan, merged_backward, merged_forward, unit_stride
 from .outside import FarKeys, Outside
 from .pattern import Padding, Pattern
@@ -54,7 +53,6 @@ def dilated_attention(
     scale: float | None = None,
     kernel: str | None = None,
     turn: Turn | None = None,
-    level_bias: Tensor | None = None,
     finds: LayerFinds | None = None,
 ) -> Tensor:
     """Attend from q (B, N, H, D) to k, v (B, N, K, D) by `pattern`; return (B, N, H, D) like q. Differentiable.
@@ -76,8 +74,6 @@ def dilated_attention(
     turn: function that moves sinks to the place where a segment sees them, for k that is rotated by position:
         (keys (B, S, n, K, D), distances (S,) int64) -> the same keys, that many positions further on. Linear and
         differentiable. Without it, every segment sees the sinks as they are.
-    level_bias: biases (levels - 1, H) of a pattern with learned ones, for the levels after the first; by default, all
-        are the pattern's start value.
     finds: what the layer before has found, and where this layer leaves what it finds. Without them, a layer chooses for
         itself.
 
@@ -93,13 +89,6 @@ def dilated_attention(
             q, k, v, pattern, causal=causal, start=start, far=far, lengths=lengths, documents=documents,
             padding=padding, total=total, scale=scale, kernel=kernel, turn=turn, finds=finds,
         )  # fmt: skip
-    if (start_value := pattern.learned_bias) is not None:
-        shape = len(pattern.levels) - 1, q.shape[2]
-        level_bias = q.new_full(shape, start_value) if level_bias is None else level_bias
-        if level_bias.shape != shape:
-            raise ValueError(f"level_bias needs {shape}, (levels - 1, heads), got {tuple(level_bias.shape)}")
-    elif level_bias is not None:
-        raise ValueError('biases are for a pattern with level_bias="learned"')
     far, past = far if isinstance(far, Outside) else Outside(far or ())
     if pattern.chosen and start != (before := past.position if past else 0):
         raise ValueError(
@@ -130,16 +119,14 @@ def dilated_attention(
             "level_bias": list(pattern.biases),
         }
         true_lengths = None if lengths is None else torch.as_tensor(lengths)
-        options = (level_bias, numbers, documents, *levels, causal, start, padding, total, scale, kernel)
+        options = (numbers, documents, *levels, causal, start, padding, total, scale, kernel)
         return torch.ops.longnet.dilated_attention(q, k, v, far_tensors, true_lengths, *options, **seen)[0]
     kernel_ = select_kernel(q.device, q.dtype, q.shape[-1], kernel)
     plan = plan_calls(kernel_, q, k, v, pattern, causal, start, far, lengths, documents, padding, total, found)
     chosen = Chosen(pattern, plan.chosen, turn, past, finds) if plan.chosen else None
-    given = [x for x in (q, k, v, level_bias, *far_tensors) if x is not None]
-    if not (torch.is_grad_enabled() and any(x.requires_grad for x in given)):
-        learned = None if level_bias is None else LevelBias(level_bias, q)
-        return _merged(plan, scale, kernel_, far, sinks, chosen, learned, q, k, v, far_tensors)[0]
-    return _MergedBranches.apply(plan, scale, kernel_, far, sinks, chosen, level_bias, q, k, v, *far_tensors)
+    if not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *far_tensors))):
+        return _merged(plan, scale, kernel_, far, sinks, chosen, q, k, v, far_tensors)[0]
+    return _MergedBranches.apply(plan, scale, kernel_, far, sinks, chosen, q, k, v, *far_tensors)
 
 
 def plan_calls(
@@ -166,7 +153,7 @@ def plan_calls(
     known = None if lengths is None else _whole_numbers("lengths", lengths)
     ends = None if documents is None else _whole_numbers("documents", documents)
     turned = tuple(sinks.rows.items()) if sinks else ()
-    unions = kernel.biased and padding == "exact" and pattern.learned_bias is None
+    unions = kernel.biased and padding == "exact"
     options = (known, ends, padding, total, turned, unions, kernel.packs)
     return _plan(pattern, tensors, spans, causal, start, *options)
 
@@ -267,7 +254,6 @@ def _merged(
     far_keys: Sequence[FarKeys],
     sinks: _Sinks | None,
     chosen: Chosen | None,
-    learned: LevelBias | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -284,7 +270,7 @@ def _merged(
             there.extend(sinks.turned(k, v, far))
         return there[2 * index : 2 * index + 2]
 
-    found = merged_forward(plan, scale, kernel, q, k, v, arrived, chosen, learned)
+    found = merged_forward(plan, scale, kernel, q, k, v, arrived, chosen)
     while waiting:  # also for keys that no query needed: their buffers must not be freed in flight
         waiting.pop()()
     return found
@@ -293,7 +279,7 @@ def _merged(
 class _MergedBranches(torch.autograd.Function):
     """All branches of a shard, merged. The backward turns sinks again.
 
-    It saves only q, k, v, far keys, out and LSE, and for learned biases the lse of each level.
+    It saves only q, k, v, far keys, out and LSE.
     """
 
     @staticmethod
@@ -305,16 +291,14 @@ class _MergedBranches(torch.autograd.Function):
         far_keys: Sequence[FarKeys],
         sinks: _Sinks | None,
         chosen: Chosen | None,
-        level_bias: Tensor | None,
         q: Tensor,
         k: Tensor,
         v: Tensor,
         *far: Tensor,
     ) -> Tensor:
         q, k, v, *far_tensors = (unit_stride(x) for x in (q, k, v, *far))
-        learned = None if level_bias is None else LevelBias(level_bias, q, keep=ctx.needs_input_grad[6])
-        out, lse = _merged(plan, scale, kernel, far_keys, sinks, chosen, learned, q, k, v, far_tensors)
-        ctx.save_for_backward(q, k, v, out, lse, level_bias, learned and learned.lse, *far_tensors)
+        out, lse = _merged(plan, scale, kernel, far_keys, sinks, chosen, q, k, v, far_tensors)
+        ctx.save_for_backward(q, k, v, out, lse, *far_tensors)
         ctx.plan, ctx.scale, ctx.kernel, ctx.sinks, ctx.chosen = plan, scale, kernel, sinks, chosen
         ctx.back = [keys.back for keys in far_keys]
         return out
@@ -322,8 +306,7 @@ class _MergedBranches(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, level_bias, of_levels, *far = ctx.saved_tensors
-        learned = None if level_bias is None else LevelBias(level_bias, q, lse=of_levels)
+        q, k, v, out, lse, *far = ctx.saved_tensors
         sinks: _Sinks | None = ctx.sinks
         back: list[Callable[[Tensor, Tensor], object] | None] = ctx.back
         of_sinks: tuple[Tensor, ...] = ()  # gradients of each document's sinks
@@ -341,15 +324,14 @@ class _MergedBranches(torch.autograd.Function):
         there = [*far, *(sinks.turned(k, v, far) if sinks else ())]
         far_first = on_far if any(back) else None
         saved = (dout, q, k, v, out, lse, there)
-        grads = merged_backward(ctx.plan, ctx.scale, ctx.kernel, *saved, far_first, ctx.chosen, learned)
+        grads = merged_backward(ctx.plan, ctx.scale, ctx.kernel, *saved, far_first, ctx.chosen)
         if not far_first:
             on_far(grads[3:])
         for d, dx in zip(of_sinks, grads[1:3], strict=False):  # there may be no sinks
             assert sinks is not None
             sinks.rows.give_own(d, dx)
-        of_bias = learned.gradient(dout, out, lse).to(level_bias.dtype) if learned and learned.lse is not None else None
         inputs = zip(grads, (q, k, v, *far), strict=False)  # turned sinks, at the end, have given theirs
-        return (None,) * 6 + (of_bias,) + tuple(d.to(x.dtype) for d, x in inputs)
+        return (None,) * 6 + tuple(d.to(x.dtype) for d, x in inputs)
 
 
 def _blocks(lengths: Sequence[int] | None, documents: Sequence[int] | None, batch: int, tokens: int) -> Iterator[Place]:

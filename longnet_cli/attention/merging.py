@@ -5,7 +5,7 @@ Each branch is one plain attention call on strided views. Branches merge by thei
     LSE = log sum_i exp(lse_i)        out = sum_i exp(lse_i - LSE) out_i
 
 The backward calls each branch's kernel with the merged out and LSE, and adds up dq, dk, dv. A bias on a branch's scores
-is added to its lse_i, and subtracted from the LSE that the branch's backward gets; `level_bias` has learned ones.
+is added to its lse_i, and subtracted from the LSE that the branch's backward gets.
 
 B batch, N tokens of the shard, H query heads, K key heads, D head_dim.
 """
@@ -33,7 +33,6 @@ from .spans import Rows
 if TYPE_CHECKING:
     from . import one_pass
     from .choosing import Chosen
-    from .level_bias import LevelBias
 
 Call = tuple[Branch, list[Tensor], list[Tensor]]  # query-like and key-like views
 FarTensors = Callable[[int], Sequence[Tensor]]  # index of far keys -> their key-like tensors, once they are there
@@ -85,16 +84,14 @@ def merged_forward(
     v: Tensor,
     far: FarTensors | None = None,
     chosen: Chosen | None = None,
-    learned: LevelBias | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return (out, LSE): (B, N, H, D) like q, and (B, N, H) in fp32 (fp64 for fp64).
 
     `far` returns far k and v. `chosen` chooses the blocks of `plan.chosen`, and keeps the choice for the backward pass.
-    `learned` has the learned biases of levels, and may keep the lse of each level.
     """
     if torch.is_autocast_enabled(q.device.type):
         with torch.autocast(q.device.type, enabled=False):  # kernels choose their own precision
-            return merged_forward(plan, scale, kernel, q, k, v, far, chosen, learned)
+            return merged_forward(plan, scale, kernel, q, k, v, far, chosen)
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     blocks = plan.blocks
     merge: Merge | one_pass.OnePassMerge
@@ -111,17 +108,13 @@ def merged_forward(
     else:
         merge = Merge(q, plan.covered)
     if blocks:
-        of_levels, number = learned.places if learned else (), len(merge.places)
-        like_queries = q, *merge.places, *of_levels
-        for branch, (q_, *places), (k_, v_) in kernel_calls(blocks, kernel, like_queries, (k, v), far):
+        for branch, (q_, *places), (k_, v_) in kernel_calls(blocks, kernel, (q, *merge.places), (k, v), far):
             out, lse = kernel.forward(q_, k_, v_, branch.causal, scale, *_bias(branch, q_))
-            lse = learned.forward(branch, places[number:], lse) if learned else lse
-            merge.add(branch, places[:number], out, lse)
+            merge.add(branch, places, out, lse)
     for pack in plan.packs:
         queries, keys = pack.rows(q.device)
         q_, k_, v_ = _rows(q)[queries.places], _rows(k)[keys.places], _rows(v)[keys.places]
         out, lse = kernel.forward_packed(q_, k_, v_, queries, keys, pack.causal, scale)
-        lse = learned.forward_rows(pack, queries.places, lse) if learned else lse
         merge.add_rows(pack, queries.places, out, lse)
     if chosen:
         chosen.choose(q, k, scale)
@@ -142,13 +135,12 @@ def merged_backward(
     far: Sequence[Tensor],
     on_far: Callable[[Sequence[Tensor]], None] | None = None,
     chosen: Chosen | None = None,
-    learned: LevelBias | None = None,
 ) -> list[Tensor]:
     """Return dq, dk, dv and the gradients of the far tensors (k, v, k, v, ...), from the merged out and LSE.
 
     Gradients of far tensors are in fp32 or fp64. So are dq, dk and dv, unless `one_pass` adds them: then they have the
     dtype of q. With `on_far`, far keys come first, and `on_far` is called once with their gradients, before the
-    gradients of near keys are computed. `learned` gets what its gradient needs.
+    gradients of near keys are computed.
     """
     dout, q, k, v = (unit_stride(x) for x in (dout, q, k, v))
     far_first, shared_heads = on_far is not None, q.shape[2] != k.shape[2]
@@ -161,8 +153,7 @@ def merged_backward(
     of_far = [GradientSum(x) for x in far]
     dfar = [total.place for total in of_far]
     of_q, *of_near = totals
-    biases = learned.places[:1] if learned else ()
-    tensors = (dout, q, out, lse[..., None], of_q.place, *biases)
+    tensors = (dout, q, out, lse[..., None], of_q.place)
 
     def far_tensors(index: int) -> Sequence[Tensor]:
         return *far[2 * index : 2 * index + 2], *dfar[2 * index : 2 * index + 2]
@@ -174,13 +165,9 @@ def merged_backward(
             if branch.far is None and on_far:
                 on_far(dfar)
                 on_far = None
-            (dout_, q_, out_, lse_, place, *of_levels), (k_, v_, *places) = qs, ks
+            (dout_, q_, out_, lse_, place), (k_, v_, *places) = qs, ks
             lse_ = lse_[..., 0] - branch.bias if branch.bias else lse_[..., 0]
-            if branch.learned:
-                lse_ = lse_ - of_levels[0][..., branch.learned - 1]
             part, *parts = kernel.backward(dout_, q_, k_, v_, out_, lse_, branch.causal, scale, *_bias(branch, q_))
-            if learned and branch.learned:
-                learned.backward(branch, v_, parts[1])
             of_q.add(place, part, branch.queries, fresh=branch.first and not far_first)
             fresh = branch.first and branch.queries == branch.keys and not shared_heads
             into = of_near if branch.far is None else of_far[2 * branch.far : 2 * branch.far + 2]
@@ -194,11 +181,7 @@ def merged_backward(
             dout_, q_, out_, lse_ = (_rows(x)[queries.places] for x in (dout, q, out, lse[..., None]))
             k_, v_ = (_rows(x)[keys.places] for x in (k, v))
             lse_ = lse_[..., 0] - pack.bias
-            if learned and pack.learned:
-                lse_ = lse_ - learned.of_rows(pack, queries.places)
             of_pack = kernel.backward_packed(dout_, q_, k_, v_, out_, lse_, queries, keys, pack.causal, scale)
-            if learned and pack.learned:
-                learned.backward_rows(pack, queries, keys, v_, of_pack[2])
             for total, rows, part in zip(totals, (queries, keys, keys), of_pack, strict=True):
                 total.add_rows(rows.places, part, repeated=rows is not queries)
         of_chosen = chosen.gradients(kernel, scale, tensors[:4], (k, v), of_q) if chosen else ()

@@ -23,10 +23,9 @@ class DilatedAttention(nn.Module):
 
     padding: "zero_key" adds torchscale's zero keys to ragged segments of a bidirectional call.
 
-    With learned biases in its pattern, there is a parameter `level_bias` (levels - 1, num_heads) besides. There is no
-    dropout of attention weights, and no `add_bias_kv`, `add_zero_attn`, `kdim`, `vdim`: an operator that never holds
-    the weights cannot have them. Raises ValueError for a dropout that is not 0, for batch_first=False and for an
-    embed_dim that num_heads does not divide.
+    There is no dropout of attention weights, and no `add_bias_kv`, `add_zero_attn`, `kdim`, `vdim`: an operator that
+    never holds the weights cannot have them. Raises ValueError for a dropout that is not 0, for batch_first=False and
+    for an embed_dim that num_heads does not divide.
     """
 
     # torch's TransformerEncoderLayer and TransformerEncoder read this of their `self_attn`: unless it is False, they
@@ -62,9 +61,6 @@ class DilatedAttention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         if bias:
             nn.init.zeros_(self.out_proj.bias)
-        start, shape = pattern.learned_bias, (len(pattern.levels) - 1, num_heads)
-        biases = None if start is None else torch.full(shape, start, device=device, dtype=dtype)
-        self.level_bias = None if biases is None else nn.Parameter(biases)
 
     def forward(
         self,
@@ -106,9 +102,7 @@ class DilatedAttention(nn.Module):
             lengths = true_lengths(_is_padding(key_padding_mask, query.shape[:2]).logical_not())
         heads = (self.num_heads, self.head_dim)
         q, k, v = (x.unflatten(-1, heads) for x in self._project(query, key, value))  # (B, N, H, D) views
-        mixed = dilated_attention(
-            q, k, v, self.pattern, causal=is_causal, lengths=lengths, padding=self.padding, level_bias=self.level_bias
-        )
+        mixed = dilated_attention(q, k, v, self.pattern, causal=is_causal, lengths=lengths, padding=self.padding)
         return self.out_proj(mixed.flatten(-2)), None
 
     def _nested(self, x: Tensor, is_causal: bool) -> Tensor:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.basics.sizes import format_size, parse_size
 
-from .pattern import Pattern
+from .pattern import Pattern, no_longer_learned
 
 _LEVEL = re.compile(r"\.?\d[\w.+]*/\.?\d", re.ASCII)
 
@@ -61,12 +61,13 @@ def _counts(text: str) -> int | tuple[int, ...]:
 
 
 def _bias(text: str) -> str | tuple[float, ...]:
-    if text == "log_rate" or text.partition(":")[0] == "learned":
+    if text == "log_rate":
         return text
     try:
         return tuple(map(float, text.split("/")))
     except ValueError:
-        raise ValueError(f"log_rate, learned or one number per level is needed, as 0/1.5, not '{text}'") from None
+        wrong = f"log_rate or one number per level is needed, as 0/1.5, not '{text}'"
+        raise ValueError(wrong + no_longer_learned(text)) from None
 
 
 def _chosen(text: str) -> tuple[int, int]:

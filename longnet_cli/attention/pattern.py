@@ -14,8 +14,8 @@ options of `Pattern` let a level look back over earlier segments, count each key
 every query see the first tokens of a document (attention sinks) or, beyond a window, the blocks of keys that the
 content of the document chooses.
 
-The rest of the geometry is in `rows` (the rows that one strided view shows), `spans` (rows that lie outside a shard)
-and `branches` (the attention calls of a shard). It is pure integer arithmetic.
+The rest of the geometry is in `spans` (the rows that one strided view shows, and rows that lie outside a shard) and in
+`branches` (the attention calls of a shard). It is pure integer arithmetic.
 """
 
 from __future__ import annotations
@@ -70,8 +70,7 @@ class Pattern:
     sinks: number of first tokens of a document that every query sees, once. A query sees them at the first level if
         that covers them, otherwise in a call of their own. Other levels leave them out.
     level_bias: added to the scores of a level: one number per level, or "log_rate" (log r: a kept key stands for r
-        keys). For models that were trained with dense attention. Or "learned": the net has a bias per head of each
-        level after the first, which starts at `FAR_BIAS`, or at -4 with "learned:-4".
+        keys). For models that were trained with dense attention.
     chosen: number of blocks of `chosen_block` tokens before a window that every query sees: the first block of the
         document, and those that the last queries vote for (`choosing`). All query heads of a layer see the same blocks,
         and so do the queries of a group of `chosen_every` tokens. Causal attention with one level at rate 1 only.
@@ -151,7 +150,7 @@ class Pattern:
 
         Segment lengths and rates grow by `ratio`. Each level looks back one segment, every key counts once, and every
         row queries every level. At a rate of at most the number of heads, each position is seen by some head.
-        `FAR_BIAS` gives far keys less weight than near ones; docs/results.md reports its gain and its cost.
+        `FAR_BIAS` gives far keys less weight than near ones: docs/measurements/results.md has its gain and its cost.
         """
         grown = cls.geometric(length, base, ratio)
         levels = grown.segment_lengths, grown.dilation_rates
@@ -194,19 +193,10 @@ class Pattern:
 
     @property
     def biases(self) -> tuple[float, ...]:
-        """The number that is added to the scores of each level, without learned biases."""
+        """The number that is added to the scores of each level."""
         if self.level_bias == "log_rate":
             return tuple(log(r) for r in self.dilation_rates)
-        fixed = None if isinstance(self.level_bias, str) else self.level_bias
-        return tuple(fixed or (0.0,) * len(self.dilation_rates))
-
-    @property
-    def learned_bias(self) -> float | None:
-        """The number at which learned biases start; None if no biases are learned."""
-        if not isinstance(self.level_bias, str) or self.level_bias == "log_rate":
-            return None
-        _, colon, start = self.level_bias.partition(":")
-        return float(start) if colon else FAR_BIAS
+        return self.level_bias or (0.0,) * len(self.dilation_rates)  # type: ignore[return-value]
 
     @property
     def keys_per_query(self) -> float:
@@ -282,18 +272,14 @@ class Pattern:
         if self.level_bias is None or self.level_bias == "log_rate":
             return
         levels = len(self.segment_lengths)
-        learned = isinstance(self.level_bias, str) and self.level_bias.partition(":")[0] == "learned"
         try:
-            bias = (self.learned_bias or 0.0,) * levels if learned else tuple(map(float, self.level_bias))
+            bias = tuple(map(float, self.level_bias))
         except (TypeError, ValueError):
             bias = ()
         if len(bias) != levels or not all(map(isfinite, bias)):
-            either = 'a number, as "learned:-4"' if learned else f'"log_rate" or {levels} numbers, one per level'
-            raise ValueError(f"level_bias needs {either}, got {self.level_bias!r}")
-        if learned and (levels < 2 or self.dilation_rates[0] > 1):
-            raise ValueError('level_bias="learned" needs two levels or more, the first at rate 1')
-        if not learned:
-            self._set("level_bias", bias)
+            numbers = f'level_bias needs "log_rate" or {levels} numbers, one per level, got {self.level_bias!r}'
+            raise ValueError(numbers + no_longer_learned(self.level_bias))
+        self._set("level_bias", bias)
 
     def _check_order(self) -> None:
         """Raise ValueError if, with levels in this order, some part of attention is no rectangle of rows and keys."""
@@ -343,6 +329,11 @@ class Pattern:
             )
         if every < 1 or block % every:
             raise ValueError(f"chosen_every must divide chosen_block, {block}, got {every}")
+
+
+def no_longer_learned(level_bias: object) -> str:
+    """Return what a refusal of `level_bias` ends with, for what older versions took: "learned", "learned:-4"."""
+    return ": biases are no longer learned" if str(level_bias).partition(":")[0] == "learned" else ""
 
 
 def _whole_numbers(name: str, numbers: object) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from math import exp
 
 import torch
 from torch import Tensor
@@ -25,15 +26,13 @@ def dilated_attention_reference(
     padding: Padding = "exact",
     scale: float | None = None,
     turn: Turn | None = None,
-    level_bias: Tensor | None = None,
     finds: Scores | None = None,
 ) -> Tensor:
     """Return dilated attention of (batch, tokens, heads, head_dim) tensors, in O(tokens^2) memory; differentiable.
 
     A key counts once for every level at which the query sees it (a multiset, paper Eq. 9-10), or e^bias times if the
-    level has a bias; learned ones are `level_bias` (levels - 1, heads). k and v may have fewer heads. Sinks are the
-    first rows given, and blocks are chosen among the rows given, so `start` must be 0 with sinks or chosen blocks. A
-    choice has no gradient.
+    level has a bias. k and v may have fewer heads. Sinks are the first rows given, and blocks are chosen among the rows
+    given, so `start` must be 0 with sinks or chosen blocks. A choice has no gradient.
     """
     if lengths is not None:
         out = q * 0  # zeros, and in the graph even where every length is 0
@@ -42,16 +41,13 @@ def dilated_attention_reference(
                 q_, k_, v_ = (x[b : b + 1, :n] for x in (q, k, v))
                 alone = dilated_attention_reference(
                     q_, k_, v_, pattern, causal=causal, start=start, padding=padding, scale=scale, turn=turn,
-                    level_bias=level_bias,
                 )  # fmt: skip
                 out = out.index_put((torch.tensor(b), torch.arange(n)), alone[0])
         return out
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     choice = chosen_blocks(q, k, pattern, scale, turn, finds) if pattern.chosen else []
     k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
-    if pattern.learned_bias is not None and level_bias is None:
-        level_bias = q.new_full((len(pattern.levels) - 1, q.shape[2]), pattern.learned_bias)
-    counts, zeros = key_counts(pattern, q.shape[2], q.shape[1], causal, start, padding, level_bias)
+    counts, zeros = key_counts(pattern, q.shape[2], q.shape[1], causal, start, padding)
     scores = torch.einsum("bnhd,bmhd->bhnm", q, k)
     n, w, b = pattern.sinks, pattern.segment_lengths[0], pattern.look_backs[0]
     late = torch.arange(min((b + 1) * w, q.shape[1]), q.shape[1])  # queries whose first level covers no sinks
@@ -159,18 +155,14 @@ def key_counts(
     causal: bool,
     start: int,
     padding: Padding,
-    level_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return how often each query sees each key, (heads, tokens, tokens), and zero keys, (heads, tokens, 1).
 
-    A key of a level with a bias counts e^bias times; learned biases count if they are given.
+    A key of a level with a bias counts e^bias times.
     """
     position = torch.arange(start, start + tokens)
     query, key = position[:, None], position[None, :]
     parts: list[list[Tensor]] = [[] for _ in range(heads)]  # of each head, by level
-    biases = torch.tensor(pattern.biases, dtype=torch.float64)[:, None].expand(-1, heads)
-    if level_bias is not None:
-        biases = torch.cat([biases[:1], level_bias.double()])
     zeros = torch.zeros(heads, tokens, 1, dtype=torch.int64)
     covered = torch.zeros(tokens, tokens, dtype=torch.bool)  # by the level before
     for level, (w, r) in enumerate(pattern.levels):
@@ -186,7 +178,7 @@ def key_counts(
             sampled = inside % r == offset
             asks = torch.ones_like(sampled) if pattern.queries == "all" else sampled
             seen = asks[:, None] & sampled[None, :] & may
-            parts[head].append(seen.double() * biases[level, head].exp())
+            parts[head].append(seen.double() * exp(pattern.biases[level]))
             if padding == "zero_key" and not causal:  # each segment is padded to ceil(w / r) rows per head
                 zeros[head, :, 0] += asks * (-(-w // r) - seen.sum(-1))
     w, b = pattern.segment_lengths[0], pattern.look_backs[0]

@@ -118,7 +118,7 @@ def _is_text(value: str) -> bool:
 
 def _lines(cls: type[BaseModel], error: ValidationError) -> list[str]:
     """Return one phrase per mistake, unknown keys first. A misspelt key is not reported again as a missing key."""
-    unknown, others, meant = [], [], set()
+    unknown, mistakes, meant = [], [], set()
     for item in error.errors(include_url=False):
         *parents, name = item["loc"] or ("",)
         path = ".".join(str(part) for part in item["loc"])
@@ -128,13 +128,13 @@ def _lines(cls: type[BaseModel], error: ValidationError) -> list[str]:
             unknown.append(f"unknown key '{path}'" + (f": did you mean '{full}'?" if full else ""))
             meant.add(full)
         elif item["type"] == "missing":
-            others.append((path, f"missing key '{path}'"))
+            mistakes.append((path, f"missing key '{path}'"))
         else:
             # a validator's own ValueError is already a sentence; pydantic's messages need the value beside them
             message = " ".join(item["msg"].removeprefix("Value error, ").split())
             shown = message if item["type"] == "value_error" else f"{message} (got {_short(item['input'])})"
-            others.append((path, f"{path}: {shown}" if path else shown))
-    return unknown + [line for path, line in others if path not in meant]
+            mistakes.append((path, f"{path}: {shown}" if path else shown))
+    return unknown + [line for path, line in mistakes if path not in meant]
 
 
 def _field_names(cls: type[BaseModel], parents: Sequence[int | str]) -> list[str]:

@@ -44,13 +44,13 @@ def parse_sizes(text: str | Sequence[int]) -> list[int]:
 
 def format_size(size: int) -> str:
     """Return the shortest text that `parse_size` reads as `size`: 65536 -> `64Ki`, 1000000 -> `1M`, 1536 -> `1536`."""
-    found = [str(size)]
+    spellings = [str(size)]
     for unit, suffix in ((1000, ""), (1024, "i")):
         for power, letter in enumerate("kMGT", 1):
             count, rest = divmod(size, unit**power)
             if count and not rest:
-                found.append(f"{count}{letter.upper() if suffix else letter}{suffix}")
-    return min(found, key=len)
+                spellings.append(f"{count}{letter.upper() if suffix else letter}{suffix}")
+    return min(spellings, key=len)
 
 
 def format_count(count: float) -> str:

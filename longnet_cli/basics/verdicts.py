@@ -35,10 +35,10 @@ def remembered(asked: Mapping[str, Any], find: Callable[[], Any]) -> Any:
         known = parse(read_text(path))
         if known["asked"] == question:
             return known["found"]
-    found = find()
+    verdict = find()
     with suppress(LongNetError, OSError):
-        write_file(path, to_json({"asked": question, "found": found}, indent=1).encode() + b"\n")
-    return found
+        write_file(path, to_json({"asked": question, "found": verdict}, indent=1).encode() + b"\n")
+    return verdict
 
 
 def cache_folder() -> Path:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from longnet_cli.jobs.chosen_sources import Passage
     from longnet_cli.jobs.generating import Step
     from longnet_cli.models.folder import Loaded
-    from longnet_cli.running.chunks import CausalStream
+    from longnet_cli.running.causal_stream import CausalStream
 
 Format = Literal["text", "jsonl"]
 SAMPLING = "How to choose tokens"
@@ -195,7 +195,7 @@ class _Generation:
         """Continue a document, after what the `stream` has read, and print it. One of several has a `number`."""
         from longnet_cli.jobs.chosen_sources import Sources
         from longnet_cli.jobs.generating import generate as run
-        from longnet_cli.running.chunks import CausalStream
+        from longnet_cli.running.causal_stream import CausalStream
 
         options, loaded, computing = self.options, self.loaded, self.options.computing
         if options.sources:
@@ -285,7 +285,7 @@ def _each_document(inputs: Inputs, prompt: str | None, template: ChatTemplate | 
 
 def _stream(options: GenerateCommand, loaded: Loaded) -> CausalStream | None:
     """Return a stream that has read --state, or a new one for --save-state; otherwise None. Raises as `load` does."""
-    from longnet_cli.running.chunks import CausalStream
+    from longnet_cli.running.causal_stream import CausalStream
     from longnet_cli.running.device import DTYPES, resolve_dtype
     from longnet_cli.running.saved_state import check_place
 

@@ -64,7 +64,7 @@ def launch(
 def ask_hub(model: str | None, tokenizer: str | None) -> None:
     """Do what --update says: download what is new of a model or a tokenizer on a hub, before any rank is started.
 
-    Raises ConfigError under torchrun, and as `hub.refresh` does.
+    Raises ConfigError under torchrun, and as `hub.model_names.refresh` does.
     """
     from longnet_cli.hub.model_names import refresh
 

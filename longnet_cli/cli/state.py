@@ -39,7 +39,7 @@ def say_state(
     Lengths of `stored` documents are known before the first one; otherwise, one that is twice as long as those before
     has a line of its own. `more` tokens follow each document. Each is read whole, or at the longest of `contexts`.
     """
-    from longnet_cli.running.chunks import chunk_of, default_chunk
+    from longnet_cli.running.chunk_size import chunk_of, default_chunk
     from longnet_cli.running.device import DTYPES, resolve_dtype
 
     config, device, spill = net.config, next(net.parameters()).device, computing.spill

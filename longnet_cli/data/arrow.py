@@ -75,16 +75,16 @@ def open_pipe(name: str, where: str, pipe: Any) -> Table:
 
     def messages() -> Iterator[Message]:
         pipe.read(8)
-        found = _Messages(where, pipe)
-        yield from found
+        reader = _Messages(where, pipe)
+        yield from reader
         tail = pipe.read(INDEX_BYTES)
         if not tail.endswith(MAGIC):
             raise DataError(f"{where}: truncated: the index at the end of the Arrow file is missing")
         if not 0 <= len(tail) - 10 - int.from_bytes(tail[-10:-6], "little") < PADDING:
             raise DataError(f"{where}: more data follows the end of the Arrow file; give one file at a time")
         listed = ipc.open_file(pa.BufferReader(MAGIC + b"\0\0" + tail)).num_record_batches
-        if listed != found.batches:
-            raise ValueError(f"{found.batches} batches were read, and its index lists {listed}")
+        if listed != reader.batches:
+            raise ValueError(f"{reader.batches} batches were read, and its index lists {listed}")
 
     return _Batches(name, where, messages(), None).table("Arrow IPC file")
 
@@ -92,13 +92,13 @@ def open_pipe(name: str, where: str, pipe: Any) -> Table:
 def open_file(name: str, where: str, stream: Any, file: StoredFile | None = None) -> Table:
     """Open an Arrow file that can seek, by the index at its end, which must account for every byte."""
     schema, blocks = _read_index(stream)
-    found = _Messages(where, stream, file if _describe(schema.head[8:]).native else None)
+    reader = _Messages(where, stream, file if _describe(schema.head[8:]).native else None)
 
     def messages() -> Iterator[Message]:
         yield schema
         for block in blocks:
             stream.seek(block.start)
-            message = found.next()
+            message = reader.next()
             if message is None or (message.size, message.body.size) != (block.head + block.body, block.body):
                 raise ValueError("its index and its batches do not agree")
             yield message
@@ -155,10 +155,10 @@ class _Batches:
             return
         memory = memoryview(body)
         for index, column in enumerate(columns):
-            found = find_column(self.schema, column)
-            assert found is not None
-            buffers = batch.column(found.root).buffers()
-            if index == 0 and not found.fields and stays_in_file(found.type):
+            column_place = find_column(self.schema, column)
+            assert column_place is not None
+            buffers = batch.column(column_place.root).buffers()
+            if index == 0 and not column_place.fields and stays_in_file(column_place.type):
                 buffers.pop()  # the ids, or the numbers of vectors, stay in the file
             for buffer in buffers:
                 if buffer is None or not buffer.size:
@@ -325,16 +325,16 @@ def _describe(metadata: bytes) -> _MessageHeader:
     try:
         root = _root(metadata)
         kind, header, body = (_field(metadata, root, slot) for slot in (1, 2, 3))
-        found = _MessageHeader(
+        message = _MessageHeader(
             metadata[kind] if kind else 0, struct.unpack_from("<q", metadata, body)[0] if body else 0, False
         )
-        if header and found.kind in (_SCHEMA, _BATCH):
+        if header and message.kind in (_SCHEMA, _BATCH):
             table = header + struct.unpack_from("<I", metadata, header)[0]
-            if found.kind == _BATCH:
-                return found._replace(native=_field(metadata, table, 3) is None)  # compression
+            if message.kind == _BATCH:
+                return message._replace(native=_field(metadata, table, 3) is None)  # compression
             big = _field(metadata, table, 0)  # endianness
-            return found._replace(native=bool(big and metadata[big]) == (sys.byteorder == "big"))
-        return found
+            return message._replace(native=bool(big and metadata[big]) == (sys.byteorder == "big"))
+        return message
     except (struct.error, IndexError):
         raise ValueError("expected an Arrow message, found other data") from None
 

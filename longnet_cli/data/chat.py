@@ -43,11 +43,11 @@ class ChatTemplate:
     def __init__(self, folder: Path, tokenizer: Tokenizer) -> None:
         self.where, self.tokenizer = str(folder), tokenizer
         self._settings = read_settings(folder / SETTINGS)
-        found = _template(folder, self._settings)
-        if found is None:
+        template = _template(folder, self._settings)
+        if template is None:
             raise ConfigError(f"{folder}: no chat template ({TEMPLATE}, or chat_template in {SETTINGS}) for chats")
         try:
-            self._template = Template(found)
+            self._template = Template(template)
         except RenderError as error:
             raise self._error(error) from None
         self._special = [added["content"] for added in tokenizer.added_tokens if added["special"]]
@@ -78,7 +78,7 @@ class ChatTemplate:
         mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in said)
         special = re.compile("|".join(map(re.escape, sorted(self._special, key=len, reverse=True))) or "(?!)")
         marked = [
-            {key: special.sub(lambda found: found[0][:1] + mark + found[0][1:], text) for key, text in message.items()}
+            {key: special.sub(lambda match: match[0][:1] + mark + match[0][1:], text) for key, text in message.items()}
             for message in messages
         ]
         return self._render(marked, prompt=prompt), mark
@@ -124,7 +124,7 @@ def _template(folder: Path, settings: dict[str, Any]) -> str | None:
             return read_text(folder / TEMPLATE)
         except (OSError, ValueError) as error:
             raise ConfigError(f"{folder / TEMPLATE}: cannot be read: {' '.join(str(error).split())}") from None
-    found = settings.get("chat_template")
-    if isinstance(found, list):
-        found = {x.get("name"): x.get("template") for x in found if isinstance(x, dict)}.get("default")
-    return found if isinstance(found, str) else None
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        template = {x.get("name"): x.get("template") for x in template if isinstance(x, dict)}.get("default")
+    return template if isinstance(template, str) else None

@@ -100,8 +100,8 @@ class Columns(NamedTuple):
     @property
     def names(self) -> list[str]:
         """The names, each once, with the documents' column first."""
-        found = dict.fromkeys((self.documents, self.doc_id, self.part, *self.coords, *self.keep))
-        return [name for name in found if name is not None]
+        columns = dict.fromkeys((self.documents, self.doc_id, self.part, *self.coords, *self.keep))
+        return [name for name in columns if name is not None]
 
 
 def is_chat(kind: pa.DataType) -> bool:
@@ -144,12 +144,12 @@ def choose_columns(
     else:
         documents, id_columns = _choose(table, wanted.column, form == "tokens", chats), ID_COLUMNS
     kind = _type(table, documents)
-    others = [name for name in id_columns if name in table.schema.names and name != documents]
-    if others[:1] == ["id"] and not _is_name(_type(table, "id")):
-        others = []  # such an `id` names no document
-    doc_id = wanted.id_column or next(iter(others), None)
-    if doc_id is not None and not _is_name(found := _type(table, doc_id)):
-        raise DataError(f"{table.where}: {doc_id} has type {found}: text or whole numbers are needed")
+    candidates = [name for name in id_columns if name in table.schema.names and name != documents]
+    if candidates[:1] == ["id"] and not _is_name(_type(table, "id")):
+        candidates = []  # such an `id` names no document
+    doc_id = wanted.id_column or next(iter(candidates), None)
+    if doc_id is not None and not _is_name(id_type := _type(table, doc_id)):
+        raise DataError(f"{table.where}: {doc_id} has type {id_type}: text or whole numbers are needed")
     flat = kind in INTEGERS
     if flat and (asked := [wanted.id_column] * (wanted.id_column is not None) + list(wanted.keep)):
         raise ConfigError(
@@ -198,14 +198,16 @@ def _choose(table: Table, column: str | None, ids: bool, chats: bool) -> str:
         flat += [name for name in TOKEN_COLUMNS if kinds.get(name) in INTEGERS]
     if chats and not flat and CHAT_COLUMN in kinds and is_chat(kinds[CHAT_COLUMN]):
         flat = [CHAT_COLUMN]
-    found = lists or flat
-    if len(found) > 1:
-        raise _refusal(table, f"several columns may hold the documents ({', '.join(found)}): choose one (--column)")
-    if not found:
+    candidates = lists or flat
+    if len(candidates) > 1:
+        raise _refusal(
+            table, f"several columns may hold the documents ({', '.join(candidates)}): choose one (--column)"
+        )
+    if not candidates:
         names = [*(TOKEN_COLUMNS if ids else ()), "text", *([CHAT_COLUMN] if chats else [])]
         what = ["text", *(["integers"] if ids else []), *(["chats"] if chats else [])]
         raise _refusal(table, f"no column named {_either(names)} with {_either(what)}: choose one (--column)")
-    return found[0]
+    return candidates[0]
 
 
 def _choose_vectors(table: Table, column: str | None) -> str:
@@ -213,13 +215,13 @@ def _choose_vectors(table: Table, column: str | None) -> str:
     if column is not None:
         kinds[column] = _type(table, column)
     names = VECTOR_COLUMNS if column is None else (column,)
-    found = [name for name in names if name in kinds and (is_vector(kinds[name]) or is_vectors(kinds[name]))]
-    if len(found) > 1:
-        raise _refusal(table, f"several columns may hold the vectors ({', '.join(found)}): choose one (--column)")
-    if not found:
+    candidates = [name for name in names if name in kinds and (is_vector(kinds[name]) or is_vectors(kinds[name]))]
+    if len(candidates) > 1:
+        raise _refusal(table, f"several columns may hold the vectors ({', '.join(candidates)}): choose one (--column)")
+    if not candidates:
         which = f"column {column!r} does not hold" if column else f"no column named {', '.join(names)} holds"
         raise _refusal(table, f"{which} vectors, lists of float16, float32 or float64, which the model reads")
-    return found[0]
+    return candidates[0]
 
 
 def _either(names: Sequence[str]) -> str:

@@ -43,8 +43,8 @@ class StoredFile(io.RawIOBase):
         self.where = where
         self._handle = -1
         self._handle = file if isinstance(file, int) else os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-        found = os.fstat(self._handle)
-        self.size, self._written = found.st_size, found.st_mtime_ns
+        status = os.fstat(self._handle)
+        self.size, self._written = status.st_size, status.st_mtime_ns
         self._position = 0
 
     def read_at(self, offset: int, out: Any) -> None:
@@ -56,11 +56,11 @@ class StoredFile(io.RawIOBase):
                 offset += count
                 count = os.preadv(self._handle, (memoryview(out).cast("B")[-missing:],), offset)
                 missing -= count
-            found = os.fstat(self._handle)
+            status = os.fstat(self._handle)
         except OSError as error:
             raise read_error(self.where, error) from error
-        if missing or found.st_mtime_ns != self._written or found.st_size != self.size:
-            size = found.st_size
+        if missing or status.st_mtime_ns != self._written or status.st_size != self.size:
+            size = status.st_size
             how = f"it had {self.size} bytes and has {size}" if size != self.size else "it was written to"
             raise FileChangedError(
                 self.where, f"the file changed while it was read ({how}): let its writer end, and start again"

@@ -68,15 +68,15 @@ def choose_files(folder: str, names: Sequence[str], read: Callable[[str, int | N
 
 def _refuse_splits(folder: str, shards: Sequence[str]) -> None:
     """Raise ConfigError if the names of shards say that they are several splits, as in a folder from a hub."""
-    found: dict[str, list[str]] = {}
+    shards_of: dict[str, list[str]] = {}
     for shard in shards:
         top, _, name = shard.rpartition("/")
         words = [word for word in re.split(r"[-_. 0-9]+|of", bare_name(name).rpartition(".")[0].lower()) if word]
         split = next((_SPLITS[word] for word in (*words[:1], *words[-1:], top.lower()) if word in _SPLITS), None)
         if split:
-            found.setdefault(split, []).append(shard)
-    if len(found) > 1:
-        raise _several(folder, [_glob(found[split]) for split in sorted(found)])
+            shards_of.setdefault(split, []).append(shard)
+    if len(shards_of) > 1:
+        raise _several(folder, [_glob(shards_of[split]) for split in sorted(shards_of)])
 
 
 def _glob(names: Sequence[str]) -> str:

@@ -31,15 +31,15 @@ def open_hdf5(name: str, where: str, file: Any) -> Table:
         raise ConfigError(f"{where}: HDF5 files need h5py: pip install 'longnet-cli[h5]'") from None
     with _reading(where):
         content = h5py.File(file, "r")
-        found = {key: rows for key in content if (rows := _rows(content, key, h5py))}
-        columns = [pa.field(key, rows.type) for key, rows in found.items()]
-        size = _tile_size(found["coords"].dataset.attrs) if "coords" in found else None
+        datasets = {key: rows for key in content if (rows := _rows(content, key, h5py))}
+        columns = [pa.field(key, rows.type) for key, rows in datasets.items()]
+        size = _tile_size(datasets["coords"].dataset.attrs) if "coords" in datasets else None
     metadata = {"longnet.tile_size": f"{size:g}"} if size else {}
     schema = pa.schema([*columns, pa.field("slide_id", pa.string())], metadata=metadata)
     slide = str(PurePosixPath(name).with_suffix(""))
 
     def read(names: list[str]) -> Iterator[pa.RecordBatch]:
-        wanted = {key: found[key] for key in names if key in found}
+        wanted = {key: datasets[key] for key in names if key in datasets}
         counts = {key: rows.count for key, rows in wanted.items()}
         if len({*counts.values()}) > 1:
             said = ", ".join(f"{key} {count}" for key, count in counts.items())
@@ -98,8 +98,8 @@ class _RowsDataset:
         if (size := math.prod(sizes) * self.dtype.itemsize) > MOST_CHUNK_BYTES:
             return f"its chunks have {size:,} bytes each, and {MOST_CHUNK_BYTES:,} are the most: write smaller ones"
         declared = math.prod(-(-length // side) for length, side in zip(self.dataset.shape, sizes, strict=True))
-        found = stored.get_num_chunks()
-        return f"the file has {found:,} of its {declared:,} chunks" if found < declared else None
+        present = stored.get_num_chunks()
+        return f"the file has {present:,} of its {declared:,} chunks" if present < declared else None
 
     def read(self, start: int, stop: int) -> pa.Array:
         rows = self.dataset[0, start:stop] if self.batched else self.dataset[start:stop]

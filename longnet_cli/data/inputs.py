@@ -58,8 +58,8 @@ def content_digest(source: Source) -> str | None:
     if source.filesystem is not None and source.filesystem.type_name != "local":
         from longnet_cli.data.remote import version  # imported late: 20 ms that local input does not need
 
-        found = version(source.filesystem, str(source.path))
-        return found and hashlib.sha256(found.encode()).hexdigest()[:16]
+        state = version(source.filesystem, str(source.path))
+        return state and hashlib.sha256(state.encode()).hexdigest()[:16]
     if not source.path.is_file():
         return None
     with suppress(OSError), open(source.path, "rb") as file:
@@ -215,8 +215,8 @@ class Inputs:
 
     def documents_of(self, opened: Text | Table, types: TokenTypes | None = None) -> Iterator[Any]:
         """Yield the documents of one opened file, as `documents` does. `types` checks its type of token."""
-        for found in self._items(opened, types):
-            yield _encode(found, self.tokenizer, self.vocab_size) if isinstance(found, Text) else found
+        for item in self._items(opened, types):
+            yield _encode(item, self.tokenizer, self.vocab_size) if isinstance(item, Text) else item
 
     def _each(self, read: Callable[[Text | Table, TokenTypes], Iterator[Any]]) -> Iterator[Any]:
         """Yield the items that `read` returns for each file. With `skip_bad`, yield errors instead of raising them."""
@@ -339,16 +339,16 @@ def _encode(text: Text, tokenizer: Tokenizer | None, limit: int | None) -> Docum
 
     def parts() -> Iterator[Part]:
         nonlocal n_bytes
-        for found in tokenizer.encode_long(text.parts):
-            n_bytes += found.n_bytes
-            places.extend([] if found.places is None else [found.places])
-            yield Part(found.ids)
+        for stretch in tokenizer.encode_long(text.parts):
+            n_bytes += stretch.n_bytes
+            places.extend([] if stretch.places is None else [stretch.places])
+            yield Part(stretch.ids)
 
     try:
-        found = collect(parts()) or [Part(np.empty(0, np.int32))]
+        encoded = collect(parts()) or [Part(np.empty(0, np.int32))]
     except RefusedError as error:
         return Unread(DataError(f"{text.where}: {error}"))
     where = np.concatenate(places) if places else None
     return Document(
-        text.doc_id, found, n_bytes, text.where, limit=limit, kept=text.kept, tokenizer=tokenizer, places=where
+        text.doc_id, encoded, n_bytes, text.where, limit=limit, kept=text.kept, tokenizer=tokenizer, places=where
     )

@@ -132,10 +132,10 @@ def _is_one_value(lines: list[bytes]) -> bool:
 
 def _problem(row: dict[str, Any], names: Sequence[str]) -> str:
     """Return why a row has no document under any of `names`."""
-    found = next((name for name in names if _value(row, name, _ABSENT) is not _ABSENT), None)
-    if found:
-        null = _value(row, found) is None
-        return f"{found!r} is {'null' if null else 'neither text, a list of token ids nor a chat'}"
+    key = next((name for name in names if _value(row, name, _ABSENT) is not _ABSENT), None)
+    if key:
+        null = _value(row, key) is None
+        return f"{key!r} is {'null' if null else 'neither text, a list of token ids nor a chat'}"
     return f"no key {names[0]!r}" if len(names) == 1 else f"no key text, {', '.join(TOKEN_COLUMNS)}"
 
 
@@ -165,14 +165,14 @@ def _kept_types(pipe: Pipe, where: str, names: Sequence[str]) -> dict[str, pa.Da
         if time.monotonic() - begun > PATIENCE:
             break
     pipe.unread(b"".join(lines))
-    found: dict[str, list[Any]] = {name: [] for name in names}
+    columns: dict[str, list[Any]] = {name: [] for name in names}
     for line in lines:
         with suppress(ValueError):
             row = _parse(line)
             for name in names:
-                found[name].append(_value(row, name))
+                columns[name].append(_value(row, name))
     types = {}
-    for name, values in found.items():
+    for name, values in columns.items():
         try:
             kind = pa.array(values).type
         except (pa.ArrowException, OverflowError, TypeError) as error:
@@ -260,9 +260,9 @@ def _cell(row: dict[str, Any], key: str, kind: pa.DataType, kept: bool) -> Any:
         return value
     if kept:
         try:
-            found = pa.array([value], kind if pa.types.is_nested(kind) else None)
-            if found.type == kind or (pa.types.is_integer(found.type) and pa.types.is_floating(kind)):
-                return found.cast(kind)[0].as_py()
+            array = pa.array([value], kind if pa.types.is_nested(kind) else None)
+            if array.type == kind or (pa.types.is_integer(array.type) and pa.types.is_floating(kind)):
+                return array.cast(kind)[0].as_py()
         except (pa.ArrowException, OverflowError, ValueError, TypeError):
             pass
         raise ValueError(f"{key!r} is not {kind}, as it is in the first lines")
@@ -279,10 +279,10 @@ def _message(message: Any, key: str) -> list[tuple[str, str]]:
     """Return the keys and texts of a message of a chat, without nulls. Raises ValueError for anything else."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise ValueError(f"{key!r} holds what is no message, with a role and a content")
-    found = {name: text for name, text in message.items() if text is not None}
-    if other := next((name for name, text in found.items() if not isinstance(text, str)), None):
+    texts = {name: text for name, text in message.items() if text is not None}
+    if other := next((name for name, text in texts.items() if not isinstance(text, str)), None):
         raise ValueError(f"{key!r} holds a message whose {other!r} is no text")
-    return list(found.items())
+    return list(texts.items())
 
 
 def _batch(rows: list[list[Any]], schema: pa.Schema) -> pa.RecordBatch:
@@ -291,10 +291,10 @@ def _batch(rows: list[list[Any]], schema: pa.Schema) -> pa.RecordBatch:
         cells = [row[index] for row in rows]
         if field.type == _IDS:
             offsets, missing = [0], pa.array([cell is None for cell in cells])
-            found = [pa.array([], pa.int64()) if cell is None else cell for cell in cells]
-            for cell in found:
+            lists = [pa.array([], pa.int64()) if cell is None else cell for cell in cells]
+            for cell in lists:
                 offsets.append(offsets[-1] + len(cell))
-            ids = pa.concat_arrays(found)
+            ids = pa.concat_arrays(lists)
             arrays.append(pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), ids, mask=missing))
         else:
             arrays.append(pa.array(cells, field.type))

@@ -35,15 +35,15 @@ def first_kept(
 
     If that document was made from text, the columns `of_text` come first.
     """
-    found: list[Document] = []
+    taken: list[Document] = []
     remaining = iter(documents)
     for document in remaining:
-        found.append(document)
+        taken.append(document)
         if not isinstance(document, Unread):
             break
-    kept = found[-1].kept if found else {}
-    fields = list(of_text) if found and getattr(found[-1], "tokenizer", None) else []
-    return fields + [pa.field(name, value.type) for name, value in kept.items()], chain(found, remaining)
+    kept = taken[-1].kept if taken else {}
+    fields = list(of_text) if taken and getattr(taken[-1], "tokenizer", None) else []
+    return fields + [pa.field(name, value.type) for name, value in kept.items()], chain(taken, remaining)
 
 
 def row_schema(fields: Sequence[pa.Field], kept: Sequence[pa.Field], known: Mapping[str, str | None]) -> pa.Schema:

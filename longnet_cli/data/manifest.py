@@ -51,8 +51,8 @@ class Manifest:
     @property
     def totals(self) -> Counter[str]:
         """The sums of `rows`, `documents` and other counts over finished shards, and `skipped` and `empty` unless 0."""
-        others = {"skipped": self.skipped, "empty": self.empty}
-        totals = Counter({name: count for name, count in others.items() if count})
+        left_out = {"skipped": self.skipped, "empty": self.empty}
+        totals = Counter({name: count for name, count in left_out.items() if count})
         for shard in self.shards:
             totals.update({name: count for name, count in shard.items() if name != "name"})
         return totals
@@ -126,5 +126,5 @@ def is_manifest(schema: pa.Schema) -> bool:
 
 def manifest_in(names: Iterable[str]) -> str | None:
     """Return the name of the manifest among the file names of a finished folder, or None."""
-    found = set(names)
-    return next((name for name in FINISHED if name in found), None)
+    present = set(names)
+    return next((name for name in FINISHED if name in present), None)

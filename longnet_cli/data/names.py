@@ -48,9 +48,9 @@ def find_sources(names: Sequence[str | Path]) -> tuple[list[Source], list[DataEr
     if sum(str(name) in ("-", "@-") for name in names) > 1:
         raise ConfigError("stdin (-) can be read only once")
     missing: list[DataError] = []
-    found = once(_expand_all([_as_text(str(name)) for name in names], missing, in_list=False))
-    times = Counter(source.name for source in found)
-    return [source if times[source.name] == 1 else replace(source, name=source.where) for source in found], missing
+    sources = once(_expand_all([_as_text(str(name)) for name in names], missing, in_list=False))
+    times = Counter(source.name for source in sources)
+    return [source if times[source.name] == 1 else replace(source, name=source.where) for source in sources], missing
 
 
 def once(sources: Iterable[Source]) -> list[Source]:
@@ -61,16 +61,16 @@ def once(sources: Iterable[Source]) -> list[Source]:
         key: object = source.where
         if source.path is not None and source.filesystem is None:
             with suppress(OSError):
-                found = source.path.stat()
-                key = found.st_dev, found.st_ino
+                status = source.path.stat()
+                key = status.st_dev, status.st_ino
         earlier = first.setdefault(key, source)
         if earlier is not source:
             again.append(
                 source.where if earlier.where == source.where else f"{source.where}, which is {earlier.where},"
             )
     if again:
-        others = f" (and {len(again) - 1} more)" if again[1:] else ""
-        warnings.warn(f"{again[0]} is read once, though it is named more than once{others}", InputWarning, stacklevel=2)
+        more = f" (and {len(again) - 1} more)" if again[1:] else ""
+        warnings.warn(f"{again[0]} is read once, though it is named more than once{more}", InputWarning, stacklevel=2)
     return list(first.values())
 
 
@@ -109,8 +109,8 @@ def _expand(item: str, missing: list[DataError], *, in_list: bool) -> Iterable[S
     elif re.match(r"[a-z][a-z0-9+.-]*://", item):
         from longnet_cli.data.remote import find_remote  # imported late: 20 ms that local input does not need
 
-        filesystem, found = find_remote(item)
-        return [Source(Path(path), name, where, filesystem) for path, name, where in found]
+        filesystem, remote = find_remote(item)
+        return [Source(Path(path), name, where, filesystem) for path, name, where in remote]
     path = Path(_as_path(item))
     if item == "-":
         return [_stdin_source()]
@@ -176,10 +176,10 @@ def _listed(name: str) -> list[str]:
 
 
 def _folder_files(folder: Path) -> list[str]:
-    found = []
+    paths = []
     for root, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not is_hidden(name)]
-        found += [Path(root, name) for name in names]
+        paths += [Path(root, name) for name in names]
 
     def read(name: str, size: int | None) -> bytes:
         try:
@@ -188,5 +188,5 @@ def _folder_files(folder: Path) -> list[str]:
         except OSError as error:
             raise read_error(_as_text(str(folder / _as_path(name))), error) from error
 
-    names = [_as_text(file.relative_to(folder).as_posix()) for file in found if file.is_file()]
+    names = [_as_text(file.relative_to(folder).as_posix()) for file in paths if file.is_file()]
     return choose_files(_as_text(str(folder)), names, read)

@@ -41,10 +41,10 @@ def is_folder(output: str | Path, *, resume: bool = False) -> bool:
     refuse_other_suffix("-o", output)
     path = Path(output)
     special = path.exists() and not (path.is_file() or path.is_dir())
-    found = str(output) != "-" and not str(output).endswith(OUTPUT_SUFFIXES) and not special
-    if resume and not found:
+    folder = str(output) != "-" and not str(output).endswith(OUTPUT_SUFFIXES) and not special
+    if resume and not folder:
         raise ConfigError(f"{output}: only a folder of shards can be resumed: a single file or stream has no parts")
-    return found
+    return folder
 
 
 def refuse_other_suffix(option: str, output: str | Path) -> None:

@@ -29,13 +29,13 @@ def refuse_overwriting(
         return
     folders = {place for place, output in places.items() if str(output) != "-" and Path(output).is_dir()}
     for path in _read_files(inputs, also):
-        found = _identity(path)
-        if found not in places:
-            found = next(filter(folders.__contains__, _folders_of(os.path.realpath(path.parent))), None)
-        if found:
-            output = places[found]
+        identity = _identity(path)
+        if identity not in places:
+            identity = next(filter(folders.__contains__, _folders_of(os.path.realpath(path.parent))), None)
+        if identity:
+            output = places[identity]
             shown = "stdout" if str(output) == "-" else f"{option} {output}"
-            what = f"holds {path}" if found in folders else f"is {path}"
+            what = f"holds {path}" if identity in folders else f"is {path}"
             raise ConfigError(f"{shown} {what}, which this command reads: name another output")
 
 
@@ -68,10 +68,10 @@ def _read_files(inputs: Inputs | None, also: Iterable[str | Path | None]) -> Ite
 def _identity(path: str | Path) -> Identity | None:
     """Return the identity of a file or folder; None if missing, and for pipes and devices, which keep nothing."""
     try:
-        found = os.fstat(1) if str(path) == "-" else os.stat(path)
+        status = os.fstat(1) if str(path) == "-" else os.stat(path)
     except (OSError, ValueError):
         return None
-    return (found.st_dev, found.st_ino) if stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode) else None
+    return (status.st_dev, status.st_ino) if stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode) else None
 
 
 @lru_cache(maxsize=1024)

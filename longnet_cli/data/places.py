@@ -31,7 +31,7 @@ def token_places(words: Tokenizer, text: str, encoding: Any) -> np.ndarray:
         begin, inside = _characters(words)
         ends = np.cumsum(begin[ids])
         return np.stack((ends - begin[ids] - inside[ids], ends), 1).astype(np.int32)
-    places = np.fromiter((each for pair in encoding.offsets for each in pair), np.int32, 2 * len(ids)).reshape(-1, 2)
+    places = np.fromiter((edge for pair in encoding.offsets for edge in pair), np.int32, 2 * len(ids)).reshape(-1, 2)
     nowhere = places[:, 0] == places[:, 1]
     before = np.concatenate(([0], np.maximum.accumulate(places[:, 1])[:-1])) if len(ids) else places[:, 0]
     places[nowhere] = before[nowhere, None]
@@ -84,7 +84,7 @@ def _characters(words: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
 @cache
 def _bytes(words: Tokenizer) -> list[bytes]:
     """Return the bytes of each id."""
-    found = [b""] * words.vocab_size
+    bytes_of = [b""] * words.vocab_size
     for index, data in words.bytes_of_tokens():
-        found[index] = bytes(data)
-    return found
+        bytes_of[index] = bytes(data)
+    return bytes_of

@@ -50,7 +50,7 @@ def find_remote(uri: str) -> tuple[fs.FileSystem, list[tuple[str, str, str]]]:
         info = filesystem.get_file_info(path)
         if info.type == fs.FileType.File and not magic:
             return filesystem, [(path, info.base_name, address)]
-        found = _files_below(filesystem, path) if info.type == fs.FileType.Directory else []
+        files = _files_below(filesystem, path) if info.type == fs.FileType.Directory else []
 
         def read(name: str, size: int | None) -> bytes:
             with filesystem.open_input_stream(f"{path}/{name}") as file:
@@ -58,11 +58,11 @@ def find_remote(uri: str) -> tuple[fs.FileSystem, list[tuple[str, str, str]]]:
 
         if magic:
             matches = _glob(address[magic.start() :])
-            names = sorted((name for name in found if matches.fullmatch(name)), key=natural_order)
+            names = sorted((name for name in files if matches.fullmatch(name)), key=natural_order)
             if not names:
                 raise DataError(f"{uri}: no file matches")
-        elif found:
-            names = choose_files(base.rstrip("/"), found, read)
+        elif files:
+            names = choose_files(base.rstrip("/"), files, read)
         else:
             raise DataError(f"{uri}: no such file or folder")
     return filesystem, [(f"{path}/{name}", name, f"{base.rstrip('/')}/{name}") for name in names]
@@ -78,11 +78,11 @@ def version(filesystem: fs.FileSystem, path: str) -> str | None:
     """Return the ETag of a file in a store, otherwise its size and time of writing; None if the store gives neither."""
     try:
         if isinstance(filesystem, fs.PyFileSystem) and isinstance(filesystem.handler, fs.FSSpecHandler):
-            found = filesystem.handler.fs.info(path)
+            metadata = filesystem.handler.fs.info(path)
         else:
             with filesystem.open_input_stream(path) as file:
-                found = {str(key): value for key, value in (file.metadata() or {}).items()}
-        if tag := found.get("ETag") or found.get("etag"):
+                metadata = {str(key): value for key, value in (file.metadata() or {}).items()}
+        if tag := metadata.get("ETag") or metadata.get("etag"):
             return str(tag)
         info = filesystem.get_file_info(path)
         return f"{info.size} {info.mtime_ns}" if info.mtime_ns else None

@@ -71,10 +71,10 @@ class Template:
             self._process.wait()
             late = self._process.returncode == -signal.SIGALRM
             raise EndlessError(f"it takes more than {SECONDS} seconds" if late else "its process was killed")
-        found = json.loads(answer)
-        if "failure" in found:
-            raise RenderError(found["failure"])
-        return str(found["text"])
+        reply = json.loads(answer)
+        if "failure" in reply:
+            raise RenderError(reply["failure"])
+        return str(reply["text"])
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

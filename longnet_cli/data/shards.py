@@ -128,7 +128,7 @@ class ShardFolder:
 
         Raises DataError if those come from files that have changed since they were read, or if there are fewer.
         """
-        found = sum(1 for _ in islice(documents, self.documents))
+        given = sum(1 for _ in islice(documents, self.documents))
         if self.documents:
             both = zip(self._opened, self._manifest.contents, strict=False)  # either may have opened more files
             for (where, now), then in both:
@@ -137,9 +137,9 @@ class ShardFolder:
                         f"{where}: cannot resume: the file has changed since {self.folder} was begun: give the same "
                         "contents, or a new folder"
                     )
-        if found < self.documents:
+        if given < self.documents:
             raise DataError(
-                f"{self.folder}: cannot resume: finished shards hold {self.documents} documents, and the inputs {found}"
+                f"{self.folder}: cannot resume: finished shards hold {self.documents} documents, and the inputs {given}"
             )
         yield from documents
 
@@ -250,17 +250,17 @@ def _check_shard(path: Path, schema: pa.Schema, rows: int | None) -> None:
                 import pyarrow.parquet as pq  # imported late: 30 ms that IPC output does not need
 
                 parquet = pq.ParquetFile(file)
-                found, written = parquet.metadata.num_rows, parquet.schema_arrow
+                stored, written = parquet.metadata.num_rows, parquet.schema_arrow
                 pq.ParquetWriter(again := pa.BufferOutputStream(), schema).close()
                 schema = pq.read_schema(
                     pa.BufferReader(again.getvalue())
                 )  # Parquet names the items of lists its own way
             else:
                 table = arrow.open_file(path.name, str(path), file, file)
-                found, written = sum(batch.num_rows for batch in table.read([])), table.schema
-        rows = found if rows is None else rows
-        if found != rows or not written.equals(schema, check_metadata=True):
-            raise ValueError(f"{found} rows instead of {rows}" if found != rows else "its schema differs")
+                stored, written = sum(batch.num_rows for batch in table.read([])), table.schema
+        rows = stored if rows is None else rows
+        if stored != rows or not written.equals(schema, check_metadata=True):
+            raise ValueError(f"{stored} rows instead of {rows}" if stored != rows else "its schema differs")
     except (OSError, ValueError, pa.ArrowException, DataError) as error:
         if isinstance(error, OSError) and not isinstance(told := read_error(str(path), error), DataError):
             raise told from error

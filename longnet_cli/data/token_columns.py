@@ -74,14 +74,14 @@ def read_batches(table: Table, columns: Columns, skip_bad: bool) -> Iterator[Col
     first = 0
     for index, batch in enumerate(table.read(columns.names)):
         with reading(f"{table.where}, batch {index}"):
-            found = {name: pick(batch, name) for name in columns.names}
-            column, kept = found[columns.documents], {name: _plain(found[name]) for name in columns.keep}
+            arrays = {name: pick(batch, name) for name in columns.names}
+            column, kept = arrays[columns.documents], {name: _plain(arrays[name]) for name in columns.keep}
             values: dict[str, list[Any]] = {}
             for name in (columns.doc_id, columns.part):
                 if name is not None:
-                    values[name] = found[name].to_pylist()
+                    values[name] = arrays[name].to_pylist()
         errors: dict[int, DataError] = {}
-        for name, rows in [(None, _nulls(column)), *((name, _none(each)) for name, each in values.items())]:
+        for name, rows in [(None, _nulls(column)), *((name, _none(cells)) for name, cells in values.items())]:
             for row in rows:
                 place, what = table.place(first + row), f", {name}" if name else ""
                 problem = table.bad.pop(first + row, None)
@@ -91,8 +91,8 @@ def read_batches(table: Table, columns: Columns, skip_bad: bool) -> Iterator[Col
         if errors and not skip_bad:
             raise errors[min(errors)]
         ids, parts = (values.get(name) if name else None for name in (columns.doc_id, columns.part))
-        names = ids and [None if each is None else str(each) for each in ids]
-        yield ColumnBatch(first, column, names, parts, kept, [found[name] for name in columns.coords], errors)
+        names = ids and [None if doc_id is None else str(doc_id) for doc_id in ids]
+        yield ColumnBatch(first, column, names, parts, kept, [arrays[name] for name in columns.coords], errors)
         first += batch.num_rows
     if first == 0 and not is_manifest(table.schema):
         raise DataError(f"{table.where}: the table has 0 rows")
@@ -141,8 +141,8 @@ def group_rows(table: Table, rows: Iterator[tuple[Label, Any]]) -> Iterator[Docu
         head = next(members)
         label = head[0]
         doc_id = name if isinstance(name, str) else f"{table.name}:{label.row}"
-        found = values(doc_id, chain((head,), members))  # noqa: B031 (used once, before the next group)
-        yield DocumentRows(doc_id, label.row, found, label.kept, label.error)
+        checked = values(doc_id, chain((head,), members))  # noqa: B031 (used once, before the next group)
+        yield DocumentRows(doc_id, label.row, checked, label.kept, label.error)
 
 
 FLAT_BLOCK = 1 << 22  # ids of a flat column searched for document ends in one go
@@ -154,7 +154,7 @@ def list_documents(table: Table, columns: Columns, skip_bad: bool) -> Iterator[D
     def rows() -> Iterator[tuple[Label, Part]]:
         for batch in read_batches(table, columns, skip_bad):
             ids, valid = numbers(table, batch.column.values)
-            bounds = zip(*(each.tolist() for each in list_bounds(batch.column)), strict=True)
+            bounds = zip(*(edge.tolist() for edge in list_bounds(batch.column)), strict=True)
             for index, (start, stop) in enumerate(bounds):
                 present = valid.slice(start, stop - start) if valid is not None else None
                 yield batch.label(index), Part(ids[start:stop], present, batch.first + index)
@@ -238,6 +238,6 @@ def _chat_reader(
 
     def read(rows: Iterable[Any]) -> tuple[str, Callable[[], np.ndarray]]:
         messages = [dict(message) for row in rows for message in row]
-        return template.read_chat([{k: v for k, v in each.items() if isinstance(v, str)} for each in messages])
+        return template.read_chat([{k: v for k, v in message.items() if isinstance(v, str)} for message in messages])
 
     return read

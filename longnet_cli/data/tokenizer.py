@@ -31,6 +31,7 @@ from longnet_cli.basics.configuration import digest, parse, read_text
 from longnet_cli.basics.errors import ConfigError, RefusedError, refuse_web_address
 from longnet_cli.data.manifest import FINISHED, manifest_in, read_manifest
 from longnet_cli.data.places import token_places
+from longnet_cli.data.text_pieces import AT_SIGN, cut_text, decodes_bytes, find_cut
 from longnet_cli.hub.folder_files import END_OF_TEXT, TOKENIZER
 from longnet_cli.hub.model_names import find_tokenizer, list_models, preset_dir
 from longnet_cli.hub.sent_files import download_again
@@ -60,10 +61,10 @@ def end_of_text(written: str | int | bool | None, tokenizer: Tokenizer | None) -
     if written is None or written is False:
         return None
     if written is True:
-        found = tokenizer.eos_id if tokenizer else None
-        if found is None:
+        end = tokenizer.eos_id if tokenizer else None
+        if end is None:
             raise ConfigError(f"{NO_END}: name a token or an id (--eos)")
-        return found
+        return end
     return token_id("--eos", written, tokenizer)
 
 
@@ -81,53 +82,41 @@ def token_id(option: str, written: str | int, tokenizer: Tokenizer | None) -> in
         return number
     if tokenizer is None:
         raise ConfigError(f"{option} {written} is no id, and there is no tokenizer that has it as a token: give its id")
-    found = tokenizer.id_of(written)
-    if found is None:
+    index = tokenizer.id_of(written)
+    if index is None:
         raise ConfigError(f"{option} {written}: the tokenizer has no such token; name one of its tokens, or an id")
-    return found
+    return index
 
 
 def special_token(written: Any) -> str:
     """Return the text of a special token as tokenizer_config.json writes it, plain or in a table; empty for none."""
-    found = written.get("content") if isinstance(written, dict) else written
-    return found if isinstance(found, str) else ""
+    text = written.get("content") if isinstance(written, dict) else written
+    return text if isinstance(text, str) else ""
 
 
 def read_settings(path: Path) -> dict[str, Any]:
     """Return the contents of a tokenizer_config.json, empty if it is missing. Raises ConfigError for a damaged one."""
     try:
-        found = parse(read_text(path))
+        settings = parse(read_text(path))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
-    return found if isinstance(found, dict) else {}
+    return settings if isinstance(settings, dict) else {}
 
 
-# One call of the library takes more than linear time (4 MB cost 8 times as much as 1 MB) and keeps some 100 bytes per
-# token. So a text is encoded in pieces of PIECE characters, and pieces in groups of GROUP characters.
-PIECE = 1 << 16
+# The library keeps some 100 bytes per token. So the pieces of a text are encoded in groups of GROUP characters.
 GROUP = 1 << 22
 PLACED_GROUP = 1 << 17  # with places, an encoding takes 150 bytes per character
-LONGEST_PIECE = 1 << 20
 MOST_IDS = 1 << 24  # in a vocabulary: each takes memory before a text is read
 MOST_GROWTH = 256  # of a text by a normalizer, at worst. Unicode's own, NFKC, makes 18 characters of one.
-
-# Between a letter and one of these signs every byte-level pre-tokenizer starts a new word (GPT-2, cl100k, o200k,
-# Llama 3), so a text cut there gives the same tokens. No apostrophe: o200k keeps the 't of don't with its word.
-CUT_BEFORE = ' \t\n\r,.;:!?()[]{}<>="0123456789\u3001\u3002\uff0c'
-_CUT = re.compile(f"(?<=[^\\W\\d_])(?=[{re.escape(CUT_BEFORE)}])")
-# Tokenizers of words, and SentencePiece, start a word at a single space between letters, if their normalizer works
-# character by character.
-_CUT_AT_SPACE = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])")
-LOCAL = {"BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Precompiled", "Replace", "StripAccents"}
 
 
 def _byte_alphabet() -> list[str]:
     """Return the 256 characters that byte-level BPE writes for the bytes 0..255. A printable one stands for itself."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+    stand_ins = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(stand_ins)) for byte in range(256)]
 
 
 BYTE_OF = {character: byte for byte, character in enumerate(_byte_alphabet())}
@@ -198,9 +187,9 @@ class Tokenizer:
         """
         if written is None:
             return self
-        found = copy(self)
-        found.eos_id = token_id("--eos", written, self)
-        return found
+        tokenizer = copy(self)
+        tokenizer.eos_id = token_id("--eos", written, self)
+        return tokenizer
 
     @cached_property
     @library_call()
@@ -221,13 +210,13 @@ class Tokenizer:
         The ids of the prompt (`prompt_ids`) are left out. Without `splits_special`, a special token that is written in
         a text is that token, as it is for transformers.
         """
-        found = type(self)(tokenizers.Tokenizer.from_str(self._inner.to_str()))
-        found.eos_id, found.folder, found.sha256, found.tells_places = self.eos_id, self.folder, self.sha256, True
-        found._inner.encode_special_tokens = found.splits_special = self.splits_special
-        found.special_ids = self.special_ids
+        reader = type(self)(tokenizers.Tokenizer.from_str(self._inner.to_str()))
+        reader.eos_id, reader.folder, reader.sha256, reader.tells_places = self.eos_id, self.folder, self.sha256, True
+        reader._inner.encode_special_tokens = reader.splits_special = self.splits_special
+        reader.special_ids = self.special_ids
         if prompt:
-            found._prompt, found.prompt_ids = prompt, found._ids_of_prompt(prompt)
-        return found
+            reader._prompt, reader.prompt_ids = prompt, reader._ids_of_prompt(prompt)
+        return reader
 
     @library_call()
     def _ids_of_prompt(self, prompt: str) -> tuple[int, ...]:
@@ -235,12 +224,8 @@ class Tokenizer:
         texts = [f"{prompt}{sample}" for sample in ("a", "A", "1", ".", "\u4e00", " a", "\na")]
         encoded = self._inner.encode_batch(texts, add_special_tokens=False)
         alone = sum(end <= len(prompt.rstrip()) for _, end in encoded[0].offsets)
-        columns = zip(*(each.ids[:alone] for each in encoded), strict=False)  # up to the shortest
+        columns = zip(*(encoding.ids[:alone] for encoding in encoded), strict=False)  # up to the shortest
         return tuple(ids[0] for ids in takewhile(lambda ids: len({*ids}) == 1, columns))
-
-    @library_call()
-    def _ids(self, text: str) -> list[int]:
-        return list(self._inner.encode(text, add_special_tokens=False).ids)
 
     @classmethod
     def bytes(cls) -> Tokenizer:
@@ -283,9 +268,9 @@ class Tokenizer:
                 raise ConfigError(f"{path}: {what}: {MOST_GROWTH} times is the most")
         if Path(path).name != TOKENIZER:
             return cls(inner, settings)
-        found = cls(inner, read_settings(Path(path).with_name(SETTINGS)))
-        found.folder = Path(path).parent
-        return found
+        tokenizer = cls(inner, read_settings(Path(path).with_name(SETTINGS)))
+        tokenizer.folder = Path(path).parent
+        return tokenizer
 
     @classmethod
     def from_description(cls, kept: Mapping[str, str]) -> Tokenizer:
@@ -311,8 +296,8 @@ class Tokenizer:
         path = Path(spec)
         if not path.exists() and str(spec) in list_models():
             path = preset_dir() / spec
-        elif found := find_tokenizer(str(spec)):
-            path = found.path
+        elif located := find_tokenizer(str(spec)):
+            path = located.path
         if not path.is_dir():
             return path
         manifest = None if (path / TOKENIZER).exists() else manifest_in(os.listdir(path))
@@ -385,7 +370,7 @@ class Tokenizer:
         if self._prompt:
             first = next(filter(None, parts), None)
             parts = iter(()) if first is None else chain((self._prompt + first,), parts)
-        counted = self.splits_special and (self.is_bytes or self._cut is _CUT)  # places, when they are asked for
+        counted = self.splits_special and (self.is_bytes or self._cut is AT_SIGN)  # places, when they are asked for
         placed = self.tells_places and bool(self._prompt or not counted)
         place, skip, group = -len(self._prompt), len(self.prompt_ids), PLACED_GROUP if placed else GROUP
         pieces: list[str] = []
@@ -410,7 +395,7 @@ class Tokenizer:
         for piece, encoding in zip(pieces, encodings, strict=True):
             places.append(token_places(self, piece, encoding) + np.int32(place))
             place += len(piece)
-        ids = [np.fromiter(each.ids, np.int32, len(each.ids)) for each in encodings]
+        ids = [np.fromiter(encoding.ids, np.int32, len(encoding.ids)) for encoding in encodings]
         return np.concatenate(ids), np.concatenate(places)
 
     @library_call()
@@ -435,7 +420,7 @@ class Tokenizer:
     @cached_property
     def token_bytes(self) -> np.ndarray | None:
         """The number of UTF-8 bytes of each id, (vocab_size,) int64, 0 for a special token; None if not byte-level."""
-        if (self._description.get("decoder") or {}).get("type") != "ByteLevel":
+        if not decodes_bytes(self._description):
             return None
         lengths = np.zeros(self.vocab_size, np.int64)
         for index, data in self.bytes_of_tokens():
@@ -465,8 +450,8 @@ class Tokenizer:
     def encodes_as(self, other: Tokenizer) -> bool:
         """Return whether both encode a text alike, whatever their templates are."""
         beside = {"post_processor", "truncation", "padding"}
-        mine, others = self._description, other._description
-        return all(mine[key] == others.get(key) for key in mine.keys() - beside)
+        mine, theirs = self._description, other._description
+        return all(mine[key] == theirs.get(key) for key in mine.keys() - beside)
 
     @cached_property
     def sha256(self) -> str:
@@ -508,29 +493,8 @@ class Tokenizer:
     @cached_property
     @library_call()
     def _cut(self) -> re.Pattern[str] | None:
-        """The places where a text may be cut, because a new word starts there; None if it needs all of it.
-
-        They are tried on a few words.
-        """
-        words = self._inner.pre_tokenizer
-        if words is None or any(not added["special"] for added in self._description["added_tokens"]):
-            return None  # an added word may straddle a cut
-        if self._description["normalizer"] is None and self.token_bytes is not None:
-
-            def split(text: str) -> list[str]:
-                return [word for word, _ in words.pre_tokenize_str(text)]
-
-            if not all(split(f"a{sign}b") == split("a") + split(f"{sign}b") for sign in CUT_BEFORE):
-                return None
-            within = not self.splits_special and any(_CUT.search(added["content"]) for added in self.added_tokens)
-            return _CUT_AT_SPACE if within else _CUT  # no token that a text may have is cut
-        if _steps(self._description["normalizer"]) - LOCAL or len(words.pre_tokenize_str("a b")) < 2:
-            return None
-        if any(re.search("[^\u2581 ][\u2581 ]", token) for token in self._inner.get_vocab(with_added_tokens=False)):
-            return None  # a token holds a space between letters
-        ends, begins = ("a", "word", "\u00c9t\u00e9", "\u6f22"), (" b", " Word", " \u00e9", " \u6f22\u5b57")
-        cuts = all(self._ids(x + y) == self._ids(x) + self._ids(y) for x in ends for y in begins)
-        return _CUT_AT_SPACE if cuts else None
+        """The places where a text may be cut; None if the tokenizer needs all of it at once."""
+        return find_cut(self._inner, self._description, self.splits_special)
 
     def _groups(self, texts: Sequence[str]) -> Iterator[tuple[list[int], list[str]]]:
         """Yield the texts' pieces in order, GROUP characters at a time, with the index of each piece's text."""
@@ -549,47 +513,18 @@ class Tokenizer:
             yield owners, pieces
 
 
-def _steps(normalizer: Any) -> set[str]:
-    """Return the types of the steps of a normalizer of a tokenizer.json."""
-    if not isinstance(normalizer, dict):
-        return set()
-    steps = normalizer.get("normalizers")
-    return set().union(*map(_steps, steps)) if isinstance(steps, list) else {str(normalizer.get("type"))}
-
-
 def _growth(step: Any) -> float:
     """Return how many times as long a step of a tokenizer.json (`normalizer`, `decoder`) makes a text, at worst."""
-    found = step if isinstance(step, dict) else {}
-    if found.get("type") == "Sequence":
+    settings = step if isinstance(step, dict) else {}
+    if settings.get("type") == "Sequence":
         return math.prod(
-            [_growth(each) for key in ("normalizers", "decoders") for each in found.get(key, ())], start=1.0
+            [_growth(part) for key in ("normalizers", "decoders") for part in settings.get(key, ())], start=1.0
         )
-    if found.get("type") == "Replace":
-        replaced = found["pattern"].get("String")  # a regular expression may match the empty text
-        return max(1, len(found["content"]) / len(replaced) if replaced else 1 + len(found["content"]))
-    if found.get("type") == "Precompiled":  # a tree of so many bytes, then what it writes for a character
-        table = base64.b64decode(found["precompiled_charsmap"])
+    if settings.get("type") == "Replace":
+        replaced = settings["pattern"].get("String")  # a regular expression may match the empty text
+        return max(1, len(settings["content"]) / len(replaced) if replaced else 1 + len(settings["content"]))
+    if settings.get("type") == "Precompiled":  # a tree of so many bytes, then what it writes for a character
+        table = base64.b64decode(settings["precompiled_charsmap"])
         written = table[4 + int.from_bytes(table[:4], "little") :].split(b"\0")
-        return max(1, *(len(each.decode(errors="replace")) for each in written))
+        return max(1, *(len(text.decode(errors="replace")) for text in written))
     return 1
-
-
-def cut_text(parts: Iterable[str], cut: re.Pattern[str] = _CUT) -> Iterator[str]:
-    """Cut a text, which comes in parts, where words start anyway, about every PIECE characters.
-
-    A run of letters longer than LONGEST_PIECE is cut too, because it would take quadratic time. The pieces do not
-    depend on the parts.
-    """
-    text, start = "", 0
-    for part in chain(parts, (None,)):
-        if part is not None:
-            text, start = text[start:] + part, 0
-        # the end of the next piece is known once there are LONGEST_PIECE characters, or the rest of the text
-        while len(text) - start > (PIECE if part is None else LONGEST_PIECE):
-            limit = start + LONGEST_PIECE
-            match = cut.search(text, start + PIECE, limit)
-            end = match.start() if match else min(limit, len(text))
-            yield text[start:end]
-            start = end
-    if start < len(text):
-        yield text[start:]

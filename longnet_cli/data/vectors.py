@@ -67,7 +67,7 @@ class Vectors(Document):
                 bad = first + present.index(False).as_py() // self.width
                 raise DataError(f"{self._row((part.row or 0) + part.flat * bad)}: a number of the vector is null")
             if not (finite := np.isfinite(block)).all():
-                bad, place = (int(found[0]) for found in np.nonzero(~finite))
+                bad, place = (int(indices[0]) for indices in np.nonzero(~finite))
                 number = numbers[bad, place]
                 raise DataError(f"{self.place(start + done + bad)}: number {place} of the vector is {number}")
         return out
@@ -136,9 +136,11 @@ def _document(table: Table, columns: Columns, group: DocumentRows, tile_size: fl
             points.extend(places)
             yield part
 
-    found = collect(parts())
+    collected = collect(parts())
     coords = np.concatenate(points) if points else None
-    return Vectors(group.doc_id, table.place(group.row), width or 0, found, coords, tile_size, table.place, group.kept)
+    return Vectors(
+        group.doc_id, table.place(group.row), width or 0, collected, coords, tile_size, table.place, group.kept
+    )
 
 
 def _part(
@@ -159,7 +161,7 @@ def _part(
     vectors, *axes = (column.slice(first, len(run)) for column in (batch.column, *batch.coords))
     if nested:
         (start,), (stop,) = list_bounds(vectors)
-        vectors, axes = vectors.values.slice(start, stop - start), [each.flatten() for each in axes]
+        vectors, axes = vectors.values.slice(start, stop - start), [axis.flatten() for axis in axes]
         if vectors.null_count:
             raise DataError(f"{place(0)}: the value is null")
     starts, stops = list_bounds(vectors)

@@ -73,18 +73,18 @@ def find_model(name: str, embeds: bool = False) -> Located:
     a model that is neither here nor can be downloaded, and for weights in a cache that are not what they were.
     """
     if repository := Repository.of(name, embeds=embeds):
-        found = repository.find()
+        located = repository.find()
     else:
         path = model_path(name)
-        found = Located(snapshot, str(snapshot)) if (snapshot := snapshot_in(path)) else Located(path, name)
+        located = Located(snapshot, str(snapshot)) if (snapshot := snapshot_in(path)) else Located(path, name)
         if embeds and snapshot and (unknown := unknown_files(snapshot)):
             what = f"does not know whether the model has {unknown}"
             raise CheckpointError(f"{snapshot}: the cache {what}: name it as ORG/NAME")
-    if found.path.suffix == ".gguf":
-        check_blobs(found.path.parent, [found.path.name])
+    if located.path.suffix == ".gguf":
+        check_blobs(located.path.parent, [located.path.name])
     else:
-        check_blobs(found.path, [*weight_files(found.path), *(name for name, _ in module_files(found.path))])
-    return found
+        check_blobs(located.path, [*weight_files(located.path), *(name for name, _ in module_files(located.path))])
+    return located
 
 
 def find_tokenizer(name: str) -> Located | None:
@@ -103,10 +103,10 @@ def find_file(repository: str, file: str) -> Located:
 
     Raises CheckpointError for a file that is neither here nor can be downloaded, ConfigError for another name.
     """
-    found = Repository.of(repository)
-    if found is None or found.file:
+    remote = Repository.of(repository)
+    if remote is None or remote.file:
         raise ConfigError(f"{repository}: not the name of a repository on a hub, as ORG/NAME or ORG/NAME@REVISION")
-    return replace(found, name=f"{repository}:{file}", file=file).find()
+    return replace(remote, name=f"{repository}:{file}", file=file).find()
 
 
 def refresh(model: str | None, tokenizer: str | None) -> None:
@@ -129,8 +129,8 @@ def as_stored(name: str, stored: Iterable[Any]) -> str:
     given = Repository.of(name)
     if given is None or COMMIT.fullmatch(given.revision):
         return name
-    found = ((each, Repository.of(each)) for each in stored if isinstance(each, str))
-    same = (each for each, other in found if other and (other.repo, other.file) == (given.repo, given.file))
+    repositories = ((known, Repository.of(known)) for known in stored if isinstance(known, str))
+    same = (known for known, other in repositories if other and (other.repo, other.file) == (given.repo, given.file))
     return next(same, name)
 
 

@@ -77,9 +77,9 @@ class Repository:
                 if update or not self._is_cached(any_tokenizer=True):
                     raise
         commit = self._commit()
-        found = self._folder / "snapshots" / str(commit)
+        snapshot = self._folder / "snapshots" / str(commit)
         file = f":{self.file}" if self.file else ""
-        return Located(found / self.file if self.file else found, f"{self.repo}@{commit}{file}")
+        return Located(snapshot / self.file if self.file else snapshot, f"{self.repo}@{commit}{file}")
 
     def _library(self) -> ModuleType:
         try:
@@ -138,8 +138,8 @@ class Repository:
             snapshot = self._folder / "snapshots" / commit
             with checked_answers(commit, self.name):
                 for file in self._wanted(names, snapshot):  # one by one: threads would keep Ctrl-C waiting
-                    found = hf_hub_download(self.repo, check_name(file, self.name), revision=commit)
-                    check_sent(Path(found), self.name)
+                    path = hf_hub_download(self.repo, check_name(file, self.name), revision=commit)
+                    check_sent(Path(path), self.name)
             for name in () if self.file else ({TOKENIZER} if self.tokenizer else {TOKENIZER, *OF_SENTENCES}) - names:
                 (absent := self._folder / ".no_exist" / commit / name).parent.mkdir(parents=True, exist_ok=True)
                 absent.touch()
@@ -221,13 +221,13 @@ def snapshot_in(folder: Path) -> Path | None:
     """
     if not folder.name.startswith("models--") or not (snapshots := folder / "snapshots").is_dir():
         return None
-    found, commit = sorted(path for path in snapshots.iterdir() if path.is_dir()), _read_ref(folder, "main")
-    if snapshots / str(commit) in found:
+    present, commit = sorted(path for path in snapshots.iterdir() if path.is_dir()), _read_ref(folder, "main")
+    if snapshots / str(commit) in present:
         return snapshots / str(commit)
-    if len(found) != 1:
-        names = ", ".join(map(str, found)) or "there is none"
+    if len(present) != 1:
+        names = ", ".join(map(str, present)) or "there is none"
         raise CheckpointError(f"{folder}: its refs/main leads to no snapshot: name a snapshot ({names})")
-    return found[0]
+    return present[0]
 
 
 def _read_ref(folder: Path, revision: str) -> str | None:

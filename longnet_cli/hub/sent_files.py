@@ -23,14 +23,14 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 _DIGITS, _SHA256 = re.compile(r"[0-9a-fA-F]+"), re.compile(r"[0-9a-f]{64}")
 
 
-def check_commit(found: object, asked: str | None, repo: str) -> str:
+def check_commit(named: object, asked: str | None, repo: str) -> str:
     """Return the commit that a hub names. Raises CheckpointError for anything else, and for another one than `asked`.
 
     Without `asked`, any commit will do.
     """
-    if not COMMIT.fullmatch(str(found)) or asked not in (None, found):
-        raise CheckpointError(f"{repo}: the hub names {str(found)!r} as the commit{_instead(asked)}: nothing is taken")
-    return str(found)
+    if not COMMIT.fullmatch(str(named)) or asked not in (None, named):
+        raise CheckpointError(f"{repo}: the hub names {str(named)!r} as the commit{_instead(asked)}: nothing is taken")
+    return str(named)
 
 
 def _instead(asked: str | None) -> str:
@@ -95,7 +95,7 @@ def check_blobs(folder: Path, names: Iterable[str]) -> None:
 
 def download_again(path: Path) -> str:
     """Return how to download a file of a cache again, to follow an error about it; nothing for any other file."""
-    again = next((each for each in path.parents if each.name.startswith("models--")), None)
+    again = next((folder for folder in path.parents if folder.name.startswith("models--")), None)
     return f"; to download it again, remove {again}" if again else ""
 
 
@@ -104,8 +104,8 @@ def _damage(path: Path) -> str | None:
     blob = path.resolve()
     if blob.parent.name != "blobs" or not _SHA256.fullmatch(blob.name) or not blob.is_file():
         return None
-    found = blob.stat()
-    state = f"{found.st_dev} {found.st_ino} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
+    status = blob.stat()
+    state = f"{status.st_dev} {status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
     note = cache_folder() / "blobs" / blob.name  # in which state of its file a blob was compared
     with suppress(OSError, ValueError):
         if note.read_text(encoding="ascii") == state:

@@ -22,7 +22,7 @@ from longnet_cli.attention import Pattern
 from longnet_cli.attention.groups import GroupedPart
 from longnet_cli.data.outputs import ShardWriter
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.running.chunks import CausalStream
+from longnet_cli.running.causal_stream import CausalStream
 from longnet_cli.running.reader import OnWindows, Window
 
 BATCH = 1 << 14  # rows per record batch

@@ -27,7 +27,8 @@ from longnet_cli.basics.errors import ConfigError, DataError, NotFiniteError
 from longnet_cli.data.documents import Document
 from longnet_cli.data.tokenizer import BYTE_OF, Tokenizer
 from longnet_cli.nets.net import Bos, InputSequence, Net
-from longnet_cli.running.chunks import CausalStream, chunk_of, default_chunk, open_stream
+from longnet_cli.running.causal_stream import CausalStream, open_stream
+from longnet_cli.running.chunk_size import chunk_of, default_chunk
 from longnet_cli.running.device import precision
 
 REPLACEMENT = "\ufffd"  # stands for bytes that are no character, or not yet one

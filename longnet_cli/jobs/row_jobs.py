@@ -29,7 +29,7 @@ from longnet_cli.data.outputs import ShardWriter, is_folder
 from longnet_cli.data.shards import ShardFolder, ShardFormat, run_to_resume
 from longnet_cli.nets.net import InputSequence, Net
 from longnet_cli.nets.weights import model_digest
-from longnet_cli.running.chunks import chunk_of, default_chunk
+from longnet_cli.running.chunk_size import chunk_of, default_chunk
 from longnet_cli.running.device import check_kernel, resolve_dtype
 from longnet_cli.running.ranks.dealing import BATCHES, Codec, deal
 from longnet_cli.running.ranks.portions import Portion

@@ -101,12 +101,12 @@ class ModelFolder:
         a model that cannot be downloaded and, unless `gguf`, for a GGUF file.
         """
         place, origin = Located(Path(name), name) if is_gguf(Path(name)) else find_model(name, embeds)
-        found = cls(place, name, origin)
-        if not found.is_gguf:
-            found._check_complete()
+        folder = cls(place, name, origin)
+        if not folder.is_gguf:
+            folder._check_complete()
         elif not gguf:
             raise CheckpointError(f"{name}: a GGUF file: make a folder of it, longnet convert {name} -o DIR")
-        return found
+        return folder
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -127,8 +127,8 @@ class ModelFolder:
             return None
         if pool not in ("mean", "last"):
             raise ConfigError(f"{self.path / CONFIG}: {POOL_KEY} must be mean or last, not {pool!r}")
-        found = _table(self.path / PROMPTS).get("prompts")
-        prompts = found if isinstance(found, dict) else {}
+        stored = _table(self.path / PROMPTS).get("prompts")
+        prompts = stored if isinstance(stored, dict) else {}
         return Embedder(pool, str(prompts.get("query", "")), str(prompts.get("document", "")))
 
     @cached_property
@@ -196,11 +196,11 @@ class ModelFolder:
             return ids if ids[1:] else ids[0]
         settings = self._tokenizer_settings
         if tokenizer and settings.get("add_bos_token") is True:
-            found = tokenizer.id_of(special_token(settings.get("bos_token")))
-            if found is not None:
-                return found
-        found = self.config.get("bos_token_id")
-        return found if isinstance(found, int) else end
+            start = tokenizer.id_of(special_token(settings.get("bos_token")))
+            if start is not None:
+                return start
+        configured = self.config.get("bos_token_id")
+        return configured if isinstance(configured, int) else end
 
     def ends(self, tokenizer: Tokenizer | None) -> frozenset[int]:
         """Return the ids that end the model's texts; empty if none are known.
@@ -209,8 +209,8 @@ class ModelFolder:
         config.json. Without it, and for a LongNet, it is the end-of-text id of the tokenizer.
         """
         for settings in (_table(self.path / GENERATION), self.config) if self.of_transformers else ():
-            found = settings.get("eos_token_id")
-            ids = {x for x in (found if isinstance(found, list) else [found]) if isinstance(x, int)}
+            value = settings.get("eos_token_id")
+            ids = {x for x in (value if isinstance(value, list) else [value]) if isinstance(x, int)}
             if ids:
                 return frozenset(ids)
         return frozenset() if tokenizer is None or tokenizer.eos_id is None else frozenset({tokenizer.eos_id})
@@ -314,15 +314,15 @@ class ModelFolder:
         if device.type == "cpu":
             keep_freed_memory()
         with self._of_cache(), self._unpacked(kind) as folder:
-            found = folder.tokenizer(tokenizer, differs=tokenizer_differs)
-            start, ends = folder.bos(found, bos), folder.ends(found)
-            template = folder.chat(found) if chat else None
+            words = folder.tokenizer(tokenizer, differs=tokenizer_differs)
+            start, ends = folder.bos(words, bos), folder.ends(words)
+            template = folder.chat(words) if chat else None
             model = folder.sentence_model() if embeds else None
             net = folder.net(pattern=pattern, device=device, dtype=DTYPES[kind])
             embedding = None
-            if embeds and self.of_transformers and (model or (found and not net.config.causal)):
-                embedding = folder.embedding(model, found, net, on_note)
-                found = found or embedding.words
+            if embeds and self.of_transformers and (model or (words and not net.config.causal)):
+                embedding = folder.embedding(model, words, net, on_note)
+                words = words or embedding.words
         of_tokens = bool(net.config.vocab_size)  # otherwise there is no --bos at all
         if bos and (embedding or (bos != NO_BOS and of_tokens and not net.config.causal)):
             what = (
@@ -337,15 +337,15 @@ class ModelFolder:
         if not net.config.vocab_size:
             if not vectors:
                 raise ConfigError(f"{self.name}: this model has no vocabulary: it reads vectors, not tokens")
-            found = start = None
-        if found and found.vocab_size > net.config.vocab_size:
+            words = start = None
+        if words and words.vocab_size > net.config.vocab_size:
             raise ConfigError(
-                f"{tokenizer or self.path / TOKENIZER}: the tokenizer has {found.vocab_size} ids and the model "
+                f"{tokenizer or self.path / TOKENIZER}: the tokenizer has {words.vocab_size} ids and the model "
                 f"{net.config.vocab_size}: they do not belong together"
             )
         if net.note and (net.config.causal or net.dilated or not embedding):  # otherwise it reads windows
             on_note(f"{self.name}: {net.note}")
-        return Loaded(net, found, start, ends, template, self.origin, embedding)
+        return Loaded(net, words, start, ends, template, self.origin, embedding)
 
     def sentence_model(self) -> SentenceModel | None:
         """Return how sentence-transformers makes vectors with the model; None where the folder does not say.
@@ -399,8 +399,8 @@ class ModelFolder:
 
         if free is None or self.is_gguf:
             return
-        each = DTYPES[resolve_dtype(dtype, device)].itemsize if self.of_transformers else 4
-        size = self.net_config().num_parameters() * each
+        itemsize = DTYPES[resolve_dtype(dtype, device)].itemsize if self.of_transformers else 4
+        size = self.net_config().num_parameters() * itemsize
         if size > free:
             raise MemoryLimitError(
                 f"{self.name}: the weights take {size / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free: choose a "
@@ -478,16 +478,16 @@ def is_gguf(path: Path) -> bool:
 def _list(path: Path) -> list[Any]:
     """Return the list in a file; empty if there is no readable file, or another value in it."""
     try:
-        found = parse(read_text(path))
+        data = parse(read_text(path))
     except (OSError, ValueError):
         return []
-    return found if isinstance(found, list) else []
+    return data if isinstance(data, list) else []
 
 
 def _table(path: Path) -> dict[str, Any]:
     """Return the settings in a file; empty if there is no readable file."""
     try:
-        found = parse(read_text(path))
+        data = parse(read_text(path))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return data if isinstance(data, dict) else {}

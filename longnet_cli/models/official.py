@@ -129,9 +129,7 @@ def to_torchscale(model: LongNet) -> dict[str, Tensor]:
 
 
 def official_name(ours: str) -> str:
-    """Return torchscale's name of one of our tensors. Raises ConfigError for one that it does not have."""
-    if ours.endswith(".level_bias"):
-        raise ConfigError('torchscale has no learned biases: level_bias = "learned" is for a LongNet alone')
+    """Return torchscale's name of one of our tensors."""
     ((layer, module, kind),) = re.findall(r"^(layers\.\d+\.|)(.+)\.(weight|bias)$", ours)
     return f"{layer}{_MODULES[module]}.{kind}"
 
@@ -212,16 +210,16 @@ def convert_official(path: Path, output: Path, dtype: torch.dtype | None, given:
     ConfigError for missing values that must be `given`, and for a folder that is in use.
     """
     state = read_state_dict(path)
-    found = _Found(path, state, given)
-    net = found.build()
+    contents = _Contents(path, state, given)
+    net = contents.build()
     kinds = Counter(tensor.dtype for tensor in state.values() if tensor.dtype in TYPE_NAMES)
     net = net.to(dtype or kinds.most_common(1)[0][0])
     check_finite(net.state_dict(), str(path))
     with whole_folder(output) as place:
         net.save_pretrained(place)
-        write_file(place / "README.md", found.card().encode())
-    left_out = f"; left out: {_listed(found.left_out)}" if found.left_out else ""
-    return f"{found.what} of {net.config.num_parameters():,} parameters{left_out}"
+        write_file(place / "README.md", contents.card().encode())
+    left_out = f"; left out: {_listed(contents.left_out)}" if contents.left_out else ""
+    return f"{contents.what} of {net.config.num_parameters():,} parameters{left_out}"
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -232,14 +230,14 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     with path.open("rb") as file:
         pickled = file.read(9)[8:] != b"{"
     try:
-        found: Any
+        content: Any
         if pickled:  # a Namespace, such as a run's options, is plain data
             _check_pickle(path)
             with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
                 warnings.simplefilter("ignore")  # about pickle protocols; an unknown one raises below
-                found = torch.load(path, map_location="cpu", weights_only=True)
+                content = torch.load(path, map_location="cpu", weights_only=True)
         else:
-            found = load_file(path)
+            content = load_file(path)
     except (pickle.UnpicklingError, SafetensorError) as error:
         asks = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it asks for {asks[1]}, and nothing is run" if asks else "damaged, or of another kind"
@@ -249,11 +247,11 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # a damaged pickle may fail in any way
         raise CheckpointError(f"{path}: damaged or not a checkpoint ({' '.join(str(error).split())[:80]})") from None
     for name in _INSIDE:
-        if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
-            found = found[name]
-    if not isinstance(found, Mapping) or not found:
-        raise CheckpointError(f"{path}: not a plain state dict: it holds {type(found).__name__}, not tensors by name")
-    for name, tensor in found.items():
+        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+            content = content[name]
+    if not isinstance(content, Mapping) or not content:
+        raise CheckpointError(f"{path}: not a plain state dict: it holds {type(content).__name__}, not tensors by name")
+    for name, tensor in content.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise CheckpointError(f"{path}: not a plain state dict: {name} is of type {type(tensor).__name__}")
         plain = tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_meta
@@ -261,7 +259,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             raise CheckpointError(
                 f"{path}: {name} of shape {tuple(tensor.shape)} has not all of its numbers in the file"
             )
-    state = dict(found)
+    state = dict(content)
     if any(name.startswith("backbone.") for name in state):  # a student or a teacher: leave out its head
         state = {name: tensor for name, tensor in state.items() if name.startswith("backbone.")}
     return without_prefix(state, _SHARED)
@@ -280,15 +278,15 @@ def _check_pickle(path: Path) -> None:
             if size > path.stat().st_size or any(record.compress_type for record in records):
                 raise ValueError("its records are compressed, or lie in each other, as torch.save never does")
             pickles = [archive.open(record) for record in records if record.filename.endswith("data.pkl")]
-        for each in pickles:
+        for stream in pickles:
             with suppress(ValueError):  # damage, which torch reports
-                for operation, argument, _ in pickletools.genops(each):
+                for operation, argument, _ in pickletools.genops(stream):
                     # torch allows this one, of any size
                     if operation.name == "GLOBAL" and (asked := str(argument)).endswith(" bytearray"):
                         raise pickle.UnpicklingError(f"GLOBAL {asked.replace(' ', '.')} was asked for")
 
 
-class _Found:
+class _Contents:
     """The contents of a state dict: the kind of net, and its sizes."""
 
     def __init__(self, path: Path, state: Mapping[str, Tensor], given: Given) -> None:

@@ -130,13 +130,13 @@ class LongNetViT(nn.Module):
         global_pool: bool = False,
         dropout: float = 0.25,
         drop_path_rate: float = 0.1,
-        **others: Any,
+        **options: Any,
     ) -> None:
         super().__init__()
-        if others.get("pretrained"):
+        if options.get("pretrained"):
             raise ConfigError("pretrained=True names no weights: give create_model their file, or hf_hub:ORG/NAME")
-        if others.get("mlp_ratio", 4) != 4:
-            raise ConfigError(f"mlp_ratio must be 4, as in all official models, got {others['mlp_ratio']}")
+        if options.get("mlp_ratio", 4) != 4:
+            raise ConfigError(f"mlp_ratio must be 4, as in all official models, got {options['mlp_ratio']}")
         settings = {
             "in_features": in_chans,
             "dim": embed_dim,

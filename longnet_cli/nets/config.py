@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import lru_cache
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import (
     Field,
@@ -25,6 +25,7 @@ from longnet_cli.attention import Pattern, branches
 from longnet_cli.attention.cache import cached_rows
 from longnet_cli.attention.groups import chosen_flops, past_bytes
 from longnet_cli.attention.notation import PATTERN_FIELDS, parse_pattern, pattern_fields
+from longnet_cli.attention.pattern import no_longer_learned
 from longnet_cli.basics.configuration import StrictModel, validate
 
 if TYPE_CHECKING:
@@ -81,16 +82,6 @@ class Costs:
         """Return the bytes of one layer's activations at their peak, without gradients, in float32."""
         return 4 * tokens * (10 * self.dim + 2 * self.ffn_dim)
 
-    def moved_bytes(self: NetConfig, itemsize: int) -> tuple[float, int]:
-        """Return the bytes per token that a forward pass's elementwise operations move: of all layers, of the logits.
-
-        They read and write norms, rotations, gelu, residuals, the merge of levels, and the logarithms of logits.
-        `itemsize` is the bytes per number of matrix products; the residual stream, merges and logarithms are float32.
-        """
-        merged = sum(1 / rate for rate in self.pattern.dilation_rates) * (8 + itemsize)
-        layer = self.dim * (24 + 10 * itemsize + merged) + 4 * itemsize * self.ffn_dim
-        return self.num_layers * layer, 12 * self.vocab_size
-
     def cache_bytes(self: NetConfig, tokens: int, itemsize: int) -> int:
         """Return the bytes of keys and values that a causal stream holds after `tokens`, `itemsize` bytes per number.
 
@@ -146,7 +137,7 @@ class LongNetConfig(Costs, StrictModel):
     overlap: Literal["repeat", "once"] = "repeat"
     queries: Literal["dilated", "all"] = "dilated"
     sinks: int = 0
-    level_bias: Annotated[str, Field(pattern="^(log_rate|learned(:.+)?)$")] | tuple[float, ...] | None = None
+    level_bias: Literal["log_rate"] | tuple[float, ...] | None = None
     chosen: int = 0
     chosen_block: int = Pattern.chosen_block
     chosen_every: int = Pattern.chosen_every
@@ -203,8 +194,8 @@ class LongNetConfig(Costs, StrictModel):
         try:
             found = check(value)
         except ValidationError:
-            one = "one number" if info.field_name == "look_back" else '"log_rate", "learned"'
-            raise ValueError(f"must be {one}, or one number per level") from None
+            one = "one number" if info.field_name == "look_back" else '"log_rate"'
+            raise ValueError(f"must be {one}, or one number per level{no_longer_learned(value)}") from None
         levels = len(info.data.get("segment_lengths", ()))
         same = info.field_name == "look_back" and isinstance(found, tuple) and len(found) == levels
         return found[0] if same and len({*found}) == 1 else found
@@ -282,22 +273,17 @@ class LongNetConfig(Costs, StrictModel):
     def num_parameters(self) -> int:
         """Return the number of trainable parameters; tied embeddings count once."""
         d, f = self.dim, self.ffn_dim
-        attention = 4 * (d * d + d) + (2 * d if self.norm == "subln" else 0) + self._learned_biases
+        attention = 4 * (d * d + d) + (2 * d if self.norm == "subln" else 0)
         ffn = d * f + f + f * d + d + (2 * f if self.norm == "subln" else 0)
         embeddings = self.vocab_size * d * (1 if self.tie_embeddings else 2)
         return embeddings + self.num_layers * (attention + ffn + 4 * d) + (2 * d if self.final_norm else 0)
-
-    @property
-    def _learned_biases(self) -> int:
-        """The number of learned biases of levels in a layer."""
-        return 0 if self.pattern.learned_bias is None else (len(self.segment_lengths) - 1) * self.num_heads
 
     def saved_bytes(self, itemsize: int, device: str, lora: dict | None = None) -> tuple[int, int]:
         """Count the tensors that `nets/longnet.py` saves. The residual stream, norms and lse are float32."""
         d, f, s = self.dim, self.ffn_dim, itemsize
         inner = 2 * s if device == "cpu" else 8  # mean and deviation of an inner norm: of its input's type on a CPU
         attention = 4 * d + 8 + s * d  # its input, mean and deviation of that; the normed input
-        attention += 4 * s * d + 4 * self.num_heads + 4 * self._learned_biases  # q, k, v, out; lse; those of levels
+        attention += 4 * s * d + 4 * self.num_heads  # q, k, v, out; lse
         ffn = 4 * d + 8 + s * d + s * f  # the same, and the input of gelu
         if self.norm == "subln":
             attention += s * d + inner  # the normed output

@@ -71,17 +71,12 @@ class Attention(nn.Module):
         self.q, self.k, self.v = (nn.Linear(config.dim, config.dim) for _ in range(3))
         self.inner_norm = Norm(config.dim, config.norm_eps) if config.norm == "subln" else nn.Identity()
         self.out = nn.Linear(config.dim, config.dim)
-        learned = self.pattern.learned_bias is not None
-        shape = len(self.pattern.levels) - 1, config.num_heads
-        self.level_bias = nn.Parameter(torch.empty(shape)) if learned else None
 
     def init_weights(self, gain: float) -> None:
         share = 1 / math.sqrt(2)
         for linear, scale in ((self.q, share), (self.k, share), (self.v, share * gain), (self.out, gain)):
             nn.init.xavier_uniform_(linear.weight, gain=scale)
             nn.init.zeros_(linear.bias)
-        if self.level_bias is not None and self.pattern.learned_bias is not None:
-            nn.init.constant_(self.level_bias, self.pattern.learned_bias)
 
     def project(self, x: Tensor, table: PositionTable | None) -> tuple[Tensor, Tensor, Tensor]:
         """Project normed hidden states (B, N, dim) to rotated q and k, and v, each (B, N, H, D)."""
@@ -106,7 +101,6 @@ class Attention(nn.Module):
             far=far(q, k, v) if far else None,
             padding=self.config.padding,
             turn=self.turn,
-            level_bias=self.level_bias,
             **place._asdict(),
         )
         return self.out(self.inner_norm(mixed.flatten(-2)))  # (B, N, H, D) -> (B, N, dim)
@@ -196,7 +190,7 @@ class LongNet(Net):
     def init_weights(self) -> None:
         """Draw all weights anew (MAGNETO section 2: gain sqrt(ln 2L) on v, out, fc1, fc2; q, k, v share 1/sqrt 2).
 
-        For a net built on the meta device, call `net.to_empty(device=...)` first.
+        For a net built on the meta device, call `to_empty(device=...)` first.
         """
         gain = math.sqrt(math.log(2 * self.config.num_layers)) if self.config.norm == "subln" else 1.0
         for module in self.modules():

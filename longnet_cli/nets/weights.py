@@ -165,11 +165,10 @@ def load_pretrained(
 
     A string without a slash is a name, never a folder; ORG/NAME may be on a hub; a `Path` is always a folder. `dtype`
     is the dtype of the weights in memory, whatever they are stored in; None keeps the stored dtype. `pattern` replaces
-    the model's own. The weights stay the same, but for learned biases of levels: those that only the model has are left
-    out, and those that only `pattern` has start anew. If model.safetensors has the digests of `save_pretrained`, its
-    tensors and config.json must be unchanged; `verify=False` skips this check. Raises
-    CheckpointError of one line (a missing or damaged file, tensors missing, unexpected, of another shape, of integers,
-    or not finite), ConfigError for a wrong config.json or an unknown name.
+    the model's own; the weights stay the same. If model.safetensors has the digests of `save_pretrained`, its tensors
+    and config.json must be unchanged; `verify=False` skips this check. Raises CheckpointError of one line (a missing or
+    damaged file, tensors missing, unexpected, of another shape, of integers, or not finite), ConfigError for a wrong
+    config.json or an unknown name.
     """
     folder = find_model(name_or_dir).path if isinstance(name_or_dir, str) else Path(name_or_dir)
     config = load_config(folder, pattern)
@@ -182,8 +181,7 @@ def load_pretrained(
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
             check_header(config, {n: (s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}, str(path))
             shapes = {n: tuple(s.get_shape()) for n, s in slices.items()}
-            started = _started_biases(config, shapes) if pattern else {}
-            model = empty_net(build, config, shapes | {n: tuple(x.shape) for n, x in started.items()}, str(path))
+            model = empty_net(build, config, shapes, str(path))
             stored = {name: file.get_tensor(name) for name in slices}
             if verify and saved.get(CONFIG_SHA256, known := digest(_own_config(folder / CONFIG))) != known:
                 raise CheckpointError(
@@ -193,8 +191,7 @@ def load_pretrained(
             if verify and TENSORS_SHA256 in saved and saved[TENSORS_SHA256] != tensor_digest(stored):
                 raise CheckpointError(f"{path}: damaged: the digest of its tensors is not the one it was saved with")
             # a copy, not the mapped file, which another process might write to
-            kept = {name: stored[name] for name in shapes} | started
-            tensors = {name: tensor.to(device, dtype or tensor.dtype, copy=True) for name, tensor in kept.items()}
+            tensors = {name: tensor.to(device, dtype or tensor.dtype, copy=True) for name, tensor in stored.items()}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: damaged or not a safetensors file: {_one_line(error)}") from None
     check_finite(tensors, str(path))
@@ -253,21 +250,6 @@ def empty_net(
         if found != (needed := tuple(expected[name].shape)):
             raise CheckpointError(f"{where}: {name} has shape {found}, its configuration needs {needed}")
     return model
-
-
-def _started_biases(config: LongNetConfig, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Return the learned biases of a configuration that tensors of these names and shapes lack, at their start.
-
-    Names of learned biases that the configuration does not have leave `shapes`.
-    """
-    start = config.pattern.learned_bias
-    names = {f"layers.{index}.attention.level_bias" for index in range(config.num_layers)}
-    if start is None:
-        for name in names:
-            shapes.pop(name, None)
-        return {}
-    shape = len(config.segment_lengths) - 1, config.num_heads
-    return {name: torch.full(shape, start) for name in sorted(names - shapes.keys())}
 
 
 def _own_config(path: Path) -> Any:

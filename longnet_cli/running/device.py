@@ -33,8 +33,8 @@ def select_device(name: str = "auto") -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        raise ConfigError(f"there is no device {name!r} here ({found} CUDA devices): use --device cpu or auto")
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        raise ConfigError(f"there is no device {name!r} here ({count} CUDA devices): use --device cpu or auto")
     return device
 
 
@@ -53,8 +53,8 @@ def resolve_dtype(name: str, device: torch.device) -> str:
 @cache
 def _warn_of_slow_bf16() -> None:
     with suppress(OSError):  # not Linux: unknown
-        found = re.findall(r"^(?:flags|Features)\s*:(.*)", CPU_INFO.read_text(), re.MULTILINE)
-        if found and not {"avx512_bf16", "amx_bf16", "bf16"} & {*found[0].split()}:
+        flags = re.findall(r"^(?:flags|Features)\s*:(.*)", CPU_INFO.read_text(), re.MULTILINE)
+        if flags and not {"avx512_bf16", "amx_bf16", "bf16"} & {*flags[0].split()}:
             warnings.warn("this CPU has no bf16 instructions: --dtype fp32 is faster here", InputWarning, stacklevel=3)
 
 

@@ -24,10 +24,11 @@ from longnet_cli.attention.groups import GroupedPart
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import FarProvider, InputSequence, Net, Readable
-from longnet_cli.running.chunks import CausalStream, chunk_of, default_chunk, open_stream
+from longnet_cli.running.causal_stream import CausalStream, open_stream
+from longnet_cli.running.chunk_size import chunk_of, default_chunk
 from longnet_cli.running.device import precision, to_device
 from longnet_cli.running.layerwise import hidden_in_chunks
-from longnet_cli.running.ranks.exchange import Exchange, even_edges
+from longnet_cli.running.ranks.exchange import Exchange
 from longnet_cli.running.ranks.portions import Portion, portions
 from longnet_cli.running.ranks.ranks import Ranks
 
@@ -85,7 +86,7 @@ class ReadingStep(Generic[Z]):
     batches: list[list[int]] | None
 
 
-def plan(windows: Iterable[Z], chunk: int, streams: bool) -> Iterator[ReadingStep[Z]]:
+def reading_steps(windows: Iterable[Z], chunk: int, streams: bool) -> Iterator[ReadingStep[Z]]:
     """Yield the steps in which windows, of which only the lengths count, are read by a net that `streams` or not.
 
     Short windows wait until they fill a forward pass of `chunk` tokens. Every window is in one step, in order. This is
@@ -126,7 +127,7 @@ class Reader:
     Several `ranks`, which must all read the same windows, share every long window, `chunk` tokens each, and divide the
     forward passes over short windows. `dtype` is as in `running.device`. On every rank, `on_progress` gets the number
     of wanted tokens of each forward pass. `on_choice` gets the windows of a forward pass, and what their layers see of
-    chosen blocks, as `running.chunks.OnChoice`.
+    chosen blocks, as `running.causal_stream.OnChoice`.
     """
 
     def __init__(
@@ -152,7 +153,7 @@ class Reader:
     def portions(self, sequences: Iterable[S], **shards: Any) -> Iterator[Portion[S]]:
         """Cut sequences into portions of several full forward passes, as `portions` does by documents."""
         length = PORTION_CHUNKS * self.chunk
-        return portions(sequences, length, length_of=lambda each: len(each.document), **shards)
+        return portions(sequences, length, length_of=lambda sequence: len(sequence.document), **shards)
 
     def read(self, windows: Iterable[W]) -> Iterator[list[Piece[W]]]:
         """Yield the wanted hidden states of all windows, in order, as lists of pieces.
@@ -160,7 +161,7 @@ class Reader:
         A list has the pieces of one or more forward passes. Every rank gets the same pieces. A window without ids gives
         a piece without hidden states. Raises what reading ids raises, and MemoryLimitError as `hidden_in_chunks` does.
         """
-        for step in plan(windows, self.chunk, self.model.config.streams):
+        for step in reading_steps(windows, self.chunk, self.model.config.streams):
             if step.batches is not None:
                 yield self._together(step.windows, step.batches)
             elif self.model.config.causal:
@@ -171,7 +172,7 @@ class Reader:
     @torch.inference_mode()
     def _together(self, windows: Sequence[W], batches: Sequence[Sequence[int]]) -> list[Piece[W]]:
         """Read short windows in padded forward passes of similar lengths."""
-        found: dict[int, Tensor] = {}
+        hidden: dict[int, Tensor] = {}
         for turn, batch in enumerate(batches):
             if turn % self.ranks.world == self.ranks.rank:
                 lengths = [len(windows[i]) for i in batch]
@@ -182,10 +183,10 @@ class Reader:
                     more: dict[str, Any] = {} if self.model.config.causal else {"lengths": lengths}
                     if self.on_choice:
                         more["far"] = self._watched([windows[i] for i in batch])
-                    found.update(zip(batch, self.model(to_device(padded, self.device), **more), strict=True))
+                    hidden.update(zip(batch, self.model(to_device(padded, self.device), **more), strict=True))
             self.on_progress(sum(windows[i].counted for i in batch))
         return [
-            Piece(w, w.wanted, w.stop, found[i][w.wanted - w.start : len(w)] if i in found else None)
+            Piece(w, w.wanted, w.stop, hidden[i][w.wanted - w.start : len(w)] if i in hidden else None)
             for i, w in enumerate(windows)
         ]
 
@@ -195,7 +196,7 @@ class Reader:
         Nothing here waits for a GPU: while it computes a chunk, the ids of the next chunk are read and sent to it.
         Reading takes less than a hundredth of the computing time, too little for a thread of its own.
         """
-        stream, ranks = open_stream(self.model, self.ranks.group, self.spill), self.ranks
+        stream, ranks = open_stream(self.model, self.ranks, self.spill), self.ranks
         if self.on_choice and isinstance(stream, CausalStream):
             stream.watch(partial(self.on_choice, [window]))
         for edges in self._chunks(window):
@@ -244,7 +245,7 @@ class Reader:
         """Yield the edges of the ranks' shards, chunk by chunk."""
         chunk = self.chunk * self.ranks.world
         for start in range(window.start, window.stop, chunk):
-            yield even_edges(start, min(chunk, window.stop - start), self.ranks.world)
+            yield self.ranks.edges(start, min(chunk, window.stop - start))
 
     def _shared(self, window: W, edges: Sequence[int], hidden: Tensor) -> list[Piece[W]]:
         self.on_progress(max(0, edges[-1] - max(edges[0], window.wanted)))

@@ -20,7 +20,7 @@ from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.positions import position_table
 
-pytestmark = pytest.mark.full
+pytestmark = pytest.mark.ci
 
 COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
 HEADS, SIZE = 4, 8
@@ -117,17 +117,6 @@ def test_other_patterns_compiled(options: dict, rotary: bool) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"documents": [20, 60]}, {"lengths": [17, 80]}])
-def test_learned_biases_compiled(options: dict) -> None:
-    pattern = Pattern((8, 32), (1, 4), look_back=1, overlap="once", queries="all", sinks=3, level_bias="learned")
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-        return dilated_attention(q.sin(), k, v * 2, pattern, level_bias=bias * 2, turn=turn, **options).cos()
-
-    biases = torch.randn(1, HEADS, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    compare(attend, torch.compile(attend, backend="aot_eager", fullgraph=True), [*tensors(3, 80), biases])
-
-
-@pytest.mark.parametrize("options", [{}, {"documents": [20, 60]}, {"lengths": [17, 80]}])
 def test_chosen_blocks_compiled(options: dict) -> None:
     """Outside the graph, which breaks at them."""
     pattern = Pattern((8,), (1,), look_back=1, chosen=2, chosen_block=4, chosen_every=4)
@@ -160,15 +149,13 @@ def test_the_operator_keeps_torchs_contract() -> None:
     q, k, v = tensors(3, 20)
     options = ([8, 32], [1, 4], "modulo", True, 0, "exact", None, 0.3, None)
     samples = [
-        (q, k, v, [], None, None, [], None, *options),
-        (q, k, v, [], torch.tensor([7, 20]), None, [], None, *options),
-        (q, k, v, [], None, torch.randn(1, HEADS, requires_grad=True), [], None, *options),
+        (q, k, v, [], None, [], None, *options),
+        (q, k, v, [], torch.tensor([7, 20]), [], None, *options),
         (
             q,
             k,
             v,
             [x[:, :4].detach().requires_grad_() for x in (k, v)],
-            None,
             None,
             [1, 0, 16],
             None,

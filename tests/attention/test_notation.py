@@ -73,7 +73,10 @@ WRONG = {
     "window:1Ki,sinks=2Ki": "sinks must be from 0 to the first segment length, 1024, got 2048",
     "window:1Ki,sinks=-1": "sinks: '-1' is not a size",
     "window:1Ki,overlap=onse": 'overlap must be "repeat" or "once", got \'onse\'',
-    "window:1Ki,level_bias=big": "level_bias: log_rate, learned or one number per level is needed, as 0/1.5, not 'big'",
+    "window:1Ki,level_bias=big": "level_bias: log_rate or one number per level is needed, as 0/1.5, not 'big'",
+    "64/1,1Ki/4,level_bias=learned:-4": (
+        "level_bias: log_rate or one number per level is needed, as 0/1.5, not 'learned:-4': biases are no longer "
+    ),
     "window:1Ki,level_bias=nan": 'level_bias needs "log_rate" or 1 numbers',
     "window:1Ki,chosen=": "chosen: '' is not a size",
     "window:1Ki,chosen=32x": "chosen: '' is not a size",

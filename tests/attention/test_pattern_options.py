@@ -231,6 +231,7 @@ def test_keys_per_query_are_those_in_the_middle(pattern: Pattern, causal: bool) 
         ({"level_bias": (1.0,)}, 'level_bias needs "log_rate" or 2 numbers, one per level'),
         ({"level_bias": (0.0, float("nan"))}, 'level_bias needs "log_rate" or 2 numbers, one per level'),
         ({"level_bias": 3}, 'level_bias needs "log_rate" or 2 numbers, one per level'),
+        ({"level_bias": "learned"}, "one per level, got 'learned': biases are no longer learned"),
         ({"segment_lengths": (16, 8), "overlap": "once"}, "overlap='once' needs levels in ascending segment length"),
         (
             {"dilation_rates": (2, 4), "sinks": 1},

@@ -61,12 +61,6 @@ def test_shards_are_those_of_a_folder(run_longnet: RunLongnet, texts: Path, tmp_
     assert not (tmp_path / "out.arrow").exists()
 
 
-def test_tokenize_needs_an_output(run_longnet: RunLongnet, texts: Path) -> None:
-    done = run_longnet("tokenize", texts)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "--output" in done.stderr
-
-
 # --- score -----------------------------------------------------------------------------------------------
 
 

@@ -44,6 +44,7 @@ def command(corpus: Path, model: Path, *more: str) -> list[str | Path]:
     return ["encode", corpus, "-m", f"{model}/", "--span", "50", "--chunk", "2000", "--shard-rows", "100", *more]
 
 
+@pytest.mark.ci
 def test_killed_and_resumed_the_vectors_are_the_same(start: Start, corpus: Path, model: Path, tmp_path: Path) -> None:
     kill_and_resume(start, command(corpus, model), tmp_path, kills=3)
 
@@ -67,6 +68,7 @@ def test_a_signal_leaves_finished_shards_and_no_others(
     assert names == ["_unfinished.json", *(f"vectors-{index:05d}.arrow" for index in range(len(names) - 1))]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM])
 @pytest.mark.parametrize("model", [False], indirect=True, ids=["bidirectional"])
 def test_a_killed_spilled_encode(

@@ -18,11 +18,11 @@ from typing import IO
 import pyarrow as pa
 import pyarrow.ipc as ipc
 import pytest
-from longnet_cli.hub.model_names import model_path
 from processes import assert_full, contents, kill_and_resume, wait_for
 
 from longnet_cli.basics.errors import DataError
 from longnet_cli.data.inputs import Inputs
+from longnet_cli.hub.model_names import model_path
 
 
 @pytest.fixture

@@ -40,11 +40,11 @@ def test_every_option_is_in_the_reference() -> None:
     [
         ("index.md", "docs/ranks.md#weights", "ranks.md#weights"),
         ("index.md", "models/README.md", "models/index.md"),
-        ("results.md", "../models/longnet-tiny/README.md", "models/longnet-tiny.md"),
-        ("models/longnet-tiny.md", "../../docs/results.md", "../results.md"),
+        ("what-context-buys.md", "../models/longnet-tiny/README.md", "models/longnet-tiny.md"),
+        ("models/longnet-tiny.md", "../../docs/what-context-buys.md", "../what-context-buys.md"),
         ("models/longnet-tiny.md", "../longnet-tiny.toml", "longnet-tiny.toml"),
-        ("results.md", "recall.png", "recall.png"),
-        ("results.md", "https://arxiv.org/x", "https://arxiv.org/x"),
+        ("measurements/results.md", "../recall.png", "../recall.png"),
+        ("finding.md", "https://arxiv.org/x", "https://arxiv.org/x"),
     ],
 )
 def test_links_lead_to_the_same_file(uri: str, link: str, found: str) -> None:
@@ -67,7 +67,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path, command_env: dict[str
         cwd=ROOT, env=command_env | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert (done.returncode, "WARNING" in done.stderr) == (0, False), done.stderr
-    for page in (*hooks.PAGES.values(), "reference/options.md", "reference/python.md", "results.md"):
+    for page in (*hooks.PAGES.values(), "reference/options.md", "reference/python.md", "finding.md"):
         assert (tmp_path / "site" / page).with_suffix(".html").is_file()
     reference = (tmp_path / "site/reference/python.html").read_text(encoding="utf-8")
     for modules in hooks.REFERENCE.values():

@@ -24,7 +24,7 @@ from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.chosen_sources import Sources
 from longnet_cli.jobs.generating import generate
 from longnet_cli.models.folder import ModelFolder
-from longnet_cli.running.chunks import CausalStream
+from longnet_cli.running.causal_stream import CausalStream
 
 WORDS = Tokenizer.bytes()
 PATTERN = "window:16,chosen=4x8,chosen_every=4"

@@ -27,7 +27,7 @@ from longnet_cli.jobs.training.gradients import backward, far_bytes
 from longnet_cli.jobs.training.loop import train
 from longnet_cli.jobs.training.recipe import PretrainedRecipe, Recipe, load_recipe
 from longnet_cli.models.folder import ModelFolder
-from longnet_cli.running.chunks import backward_in_chunks
+from longnet_cli.running.chunked_backward import backward_in_chunks
 from longnet_cli.running.mapped import MappedMemory
 from longnet_cli.running.ranks.ranks import Ranks
 

@@ -44,7 +44,7 @@ from longnet_cli.jobs.scoring.scoring import Cut, score
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import InputSequence, Net
-from longnet_cli.running.chunks import CausalStream
+from longnet_cli.running.causal_stream import CausalStream
 from longnet_cli.running.device import trim_memory
 
 pytestmark = pytest.mark.full

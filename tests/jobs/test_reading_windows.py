@@ -17,7 +17,7 @@ pytest.importorskip("sentence_transformers", reason="not installed: pip install 
 
 import transformers as hf
 from conftest import RunLongnet
-from processes import Start, kill_and_resume, refused
+from processes import refused
 from sentence_models import WORDS, save_model, word_pieces
 
 from longnet_cli import encode_batches
@@ -212,9 +212,3 @@ def test_what_does_not_fit_is_refused_in_one_line(mean_model: Path, cls_model: P
     assert error.exit_code == 2
     assert "there is no pooling 'mode'" in said("--pool", "mean+mode")
     assert "a Hugging Face model reads a document in one process" in said("--sp", "2")
-
-
-@pytest.mark.slow
-def test_killed_forty_times_the_vectors_are_the_same(mean_model: Path, start: Start, tmp_path: Path) -> None:
-    command = ["encode", corpus(tmp_path), "--model", mean_model, "--stride", "2", "--span", "9", "--shard-rows", "200"]
-    kill_and_resume(start, command, tmp_path, kills=40)

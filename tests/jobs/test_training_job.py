@@ -22,7 +22,7 @@ from longnet_cli.jobs.training.gradients import plan_forwards, seen_segments
 from longnet_cli.jobs.training.recipe import Recipe, load_recipe
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet
-from longnet_cli.running.chunks import fitting_chunk
+from longnet_cli.running.chunk_size import fitting_chunk
 from longnet_cli.running.device import matmul_peak, precision
 from longnet_cli.running.ranks.ranks import Ranks
 
@@ -65,7 +65,6 @@ def saved_by_autograd(config: LongNetConfig, dtype: str, tokens: int = 256) -> i
     [
         {},
         {"norm": "pre"},
-        {"level_bias": "learned"},
         {"position": "rope"},
         {"dropout": 0.1},
         {"norm": "pre", "dropout": 0.1},
@@ -108,6 +107,7 @@ print(json.dumps([found.memory, peak_memory(torch.device("cpu"))]))
 """
 
 
+@pytest.mark.ci
 @pytest.mark.full
 @pytest.mark.parametrize(
     ("seq_len", "chunk", "levels"),

@@ -27,7 +27,7 @@ from longnet_cli.models.folder import ModelFolder
 from longnet_cli.models.hf import trying
 from longnet_cli.models.hf.attention import dilated_attention_forward
 from longnet_cli.models.hf.pretrained_net import TransformersNet
-from longnet_cli.running.chunks import open_stream
+from longnet_cli.running.causal_stream import open_stream
 
 WIDE = Pattern((1024,), (1,))
 RIGHT = dict.fromkeys(("as it comes", "in chunks", "with a pattern", "in chunks, with a pattern"))
@@ -39,6 +39,7 @@ def _nothing_was_tried(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(trying, "TRIED", {})
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("name", "outcome", "own", "pattern", "why"),
     [

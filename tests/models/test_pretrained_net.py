@@ -55,7 +55,7 @@ from longnet_cli.jobs.row_jobs import write_rows
 from longnet_cli.jobs.scoring.scoring import score
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.models.hf.pretrained_net import TransformersNet
-from longnet_cli.running.chunks import CausalStream, open_stream
+from longnet_cli.running.causal_stream import CausalStream, open_stream
 
 OPTIONS = ["--pattern", "8/1,24/3,60/5"]
 TEXT = "Far keys are one more branch, and branches merge. " * 6  # 300 tokens of a byte each
@@ -266,6 +266,7 @@ def test_what_decides_the_vectors_decides_what_can_be_resumed(folder: Path, tmp_
             run(**other)
 
 
+@pytest.mark.ci
 def test_bench_compares_dense_and_dilated(folder: Path, tmp_path: Path) -> None:
     arguments = ["bench", "--op", "model", "--model", folder, "--repeats", "1", "--format", "jsonl"]
     result = invoke(*arguments, "--seq", "64,128", *OPTIONS)
@@ -377,6 +378,7 @@ def test_without_a_tokenizer(folder: Path, tmp_path: Path) -> None:
     assert "tokenizer" in str(error)
 
 
+@pytest.mark.ci
 @pytest.mark.full
 def test_without_transformers(folder: Path, command_env: dict[str, str]) -> None:
     script = "import sys; sys.modules['transformers'] = None; from longnet_cli.cli.app import main; main()"

@@ -19,7 +19,8 @@ from sentence_transformers import SentenceTransformer
 
 from longnet_cli import encode_batches
 from longnet_cli.basics.errors import LongNetError
-from longnet_cli.data.tokenizer import PIECE, Tokenizer
+from longnet_cli.data.text_pieces import PIECE
+from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.models.hf.sentence_folder import plain_model, read_sentence_model
 
 ODD = ["[SEP] Caf\u00e9, \u6f22 A", "the\n\n net ", " of", "a\u0301 DOCUMENT [MASK]?", "</s> in <end> to"]

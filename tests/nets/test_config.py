@@ -87,7 +87,11 @@ def test_unknown_key_names_the_nearest() -> None:
         ({"sinks": 4}, 'position="xpos" has no sinks: its keys are only seen from their own segment; use position="r'),
         ({"look_back": [1]}, "look_back needs one number from 0, or 5, one per level, got (1,)"),
         ({"look_back": [1, "x"]}, "look_back: must be one number, or one number per level"),
-        ({"level_bias": "rate"}, 'level_bias: must be "log_rate", "learned", or one number per level'),
+        ({"level_bias": "rate"}, 'level_bias: must be "log_rate", or one number per level'),
+        (
+            {"level_bias": "learned"},
+            'level_bias: must be "log_rate", or one number per level: biases are no longer learned',
+        ),
         ({"level_bias": [0.5]}, 'level_bias needs "log_rate" or 5 numbers, one per level, got (0.5,)'),
         ({"queries": "all"}, 'queries="all" needs overlap="once" in causal attention'),
         ({"sinks": 4, "causal": False, "position": "rope", "padding": "zero_key"}, 'padding="zero_key" goes with no'),

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from builders import NotedDocument as Document
-from many_ranks import TOLERANCE, in_both_types, off, random_pattern, run_ranks
+from many_ranks import TOLERANCE, in_both_types, off, random_pattern, run_ranks, together
 from pattern_nets import EOS, draw, net
 from strategies import PAPER_64TH, document_starts, turn
 from torch import Tensor
@@ -24,10 +24,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from longnet_cli.attention import Pattern, dilated_attention
+from longnet_cli.attention.notation import parse_pattern
+from longnet_cli.attention.reference import key_counts
+from longnet_cli.attention.spans import lanes, span_positions
 from longnet_cli.jobs.training.gradients import StoredTokens, backward
 from longnet_cli.jobs.training.windows import TokenStream, TokenWindows
+from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet
-from longnet_cli.running.chunks import CausalStream
+from longnet_cli.running.causal_stream import CausalStream
 from longnet_cli.running.layerwise import hidden_in_chunks
 from longnet_cli.running.ranks import exchange as exchange_module
 from longnet_cli.running.ranks.exchange import Exchange, even_edges
@@ -74,17 +78,19 @@ def attention_in_shards(dtype: torch.dtype, problems: int) -> None:
             assert error <= allowed, f"problem {seed}, rank {rank}: {name} is off by {error:.2e}"
 
 
-@pytest.mark.parametrize("world", [3, 8, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 4))])
+@pytest.mark.parametrize(
+    "world", [3, pytest.param(8, marks=pytest.mark.ci), *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 4))]
+)
 def test_attention_in_shards_is_that_of_the_whole(world: int, tmp_path: Path) -> None:
     run_ranks(world, tmp_path, in_both_types, attention_in_shards, 24 if world < 8 else 12)
 
 
 def net_in_shards(dtype: torch.dtype) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
-    learned = Pattern((16, 64, 128), (1, 4, 4), look_back=1, overlap="once", queries="all", level_bias="learned:-1")
+    tiled = Pattern((16, 64, 128), (1, 4, 4), look_back=1, overlap="once", queries="all", level_bias=(0, -1, -1.5))
     cut = [0, 100, 131, 300]
     for seed, (pattern, causal, cuts) in enumerate(
-        [(PAPER_64TH, True, [0]), (PAPER_64TH, False, [0]), (PAPER_64TH, True, cut), (learned, True, cut)]
+        [(PAPER_64TH, True, [0]), (PAPER_64TH, False, [0]), (PAPER_64TH, True, cut), (tiled, True, cut)]
     ):
         model = net(pattern, causal=causal).to(dtype)
         tokens = 397
@@ -277,7 +283,7 @@ def training_in_shards(dtype: torch.dtype) -> None:
         expected = [p.grad for p in model.parameters()]
         model.zero_grad()
         starts = document_starts(ids, EOS) if cut else None
-        part = backward(model, ids, targets, chunk=chunk, starts=starts, group=dist.group.WORLD)
+        part = backward(model, ids, targets, chunk=chunk, starts=starts, ranks=together())
         dist.all_reduce(part)
         floor = 0.1 * max(g.double().norm().item() for g in expected)
         assert off(part, loss, 0) <= TOLERANCE[dtype][0] * 10
@@ -310,7 +316,7 @@ def slices_in_chunks(chunk: int) -> None:
     document.reads.clear()
     stored = [StoredTokens(batch, first, 240, torch.device("cpu")) for first in (0, 1)]
     starts = [batch.document_starts(row, 240) for row in range(2)]
-    part = backward(model, *stored, chunk=chunk, starts=starts, group=dist.group.WORLD)
+    part = backward(model, *stored, chunk=chunk, starts=starts, ranks=together())
     dist.all_reduce(part)
     assert off(part, loss, 0) <= 1e-12
     for p, wanted in zip(model.parameters(), expected, strict=True):
@@ -343,7 +349,7 @@ def streaming_in_shards() -> None:
         ids = draw(1, tokens + 1, seed)
         with torch.no_grad():
             whole = model(ids)
-        stream, start = CausalStream(model, group=dist.group.WORLD), 0
+        stream, start = CausalStream(model, ranks=together()), 0
         while start < tokens:
             edges = even_edges(start, min(25 if few else pick.randint(1, 200), tokens - start), world)
             mine = slice(edges[dist.get_rank()], edges[dist.get_rank() + 1])
@@ -383,3 +389,30 @@ def test_layer_by_layer_over_ranks(world: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("world", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4))])
 def test_streaming_over_ranks(world: int, tmp_path: Path) -> None:
     run_ranks(world, tmp_path, streaming_in_shards)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    "pattern", ["8/1,16/2,48/3", "geometric:200,base=4", "window:16", "window:16,sinks=3", "nested:200,base=8"]
+)
+def test_ranks_receive_what_their_queries_see(pattern: str, causal: bool) -> None:
+    """The reference, a dense mask, says which keys outside a shard its queries see."""
+    levels = Pattern.geometric(200, 4) if pattern.startswith("geo") else None
+    levels = levels or (Pattern.nested(200, 8) if pattern.startswith("nested") else parse_pattern(pattern))
+    heads, tokens, edges = 4, 200, even_edges(0, 200, 11)
+    config = LongNetConfig(
+        vocab_size=1, dim=8, num_layers=1, num_heads=heads, ffn_dim=1, position="none", causal=causal, pattern=levels
+    )
+    counts = key_counts(levels, heads, tokens, causal, 0, "exact")[0]
+    first = Exchange(config, edges, rank=0)
+    for plan in map(first.of_rank, range(11)):
+        a, b = edges[plan.rank], edges[plan.rank + 1]
+        seen = counts[:, a:b].any(1)
+        seen[:, a:b] = False
+        got = seen.new_zeros(seen.shape)
+        for parcel in (parcel for parcels in plan.received for parcel in parcels):
+            of_lanes = lanes(levels, parcel.span.level, heads).kv_heads
+            for head, places in zip(of_lanes, span_positions(levels, parcel.span, heads), strict=True):
+                got[head, list(places)] = True
+        assert not (seen & ~got).any(), f"rank {plan.rank} lacks rows"
+        assert plan.received == [first.of_rank(maker).sent[plan.rank] for maker in range(11)]

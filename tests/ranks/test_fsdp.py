@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from many_ranks import TOLERANCE, in_both_types, mesh, off, random_pattern, run_ranks
+from many_ranks import TOLERANCE, in_both_types, mesh, off, random_pattern, run_ranks, together
 from pattern_nets import EOS, draw, net
 from strategies import document_starts
 from torch import Tensor
@@ -85,7 +84,7 @@ def steps(dtype: torch.dtype, dp: int) -> None:
             mine = slice(ranks.dp_rank * len(ids) // dp, (ranks.dp_rank + 1) * len(ids) // dp)
             part = backward(
                 model, ids[mine], targets[mine], chunk=chunk, starts=starts and starts[mine], scale=1 / targets.numel(),
-                group=ranks.group,
+                ranks=ranks,
             )  # fmt: skip
             sum_gradients(model, ranks, part)
             assert off(part, loss, 0) <= TOLERANCE[dtype][0] * 10, what
@@ -124,7 +123,7 @@ def counted_collectives() -> None:
     ids[0, 120::7] = 0
     for _ in range(2):
         calls.clear()
-        backward(model, ids, ids, chunk=20, starts=document_starts(ids, EOS), group=dist.group.WORLD)
+        backward(model, ids, ids, chunk=20, starts=document_starts(ids, EOS), ranks=together())
         assert Counter(calls) == {"foreach_all_gather": 4, "foreach_reduce": 4}
         model.zero_grad()
 

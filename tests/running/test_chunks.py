@@ -23,7 +23,9 @@ from longnet_cli.attention.groups import GroupedPart
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.jobs.training.gradients import backward
 from longnet_cli.nets.longnet import LongNet
-from longnet_cli.running.chunks import CausalStream, backward_in_chunks, default_chunk
+from longnet_cli.running.causal_stream import CausalStream
+from longnet_cli.running.chunk_size import default_chunk
+from longnet_cli.running.chunked_backward import backward_in_chunks
 
 NESTED = Pattern((16, 32, 128), (1, 3, 8))  # xPos needs segments that nest
 

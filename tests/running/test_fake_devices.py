@@ -23,8 +23,9 @@ from longnet_cli.jobs.training.recipe import OptimizerRecipe
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import IGNORED
-from longnet_cli.running import chunks, layerwise
-from longnet_cli.running.chunks import CausalStream, backward_in_chunks
+from longnet_cli.running import chunked_backward, layerwise
+from longnet_cli.running.causal_stream import CausalStream
+from longnet_cli.running.chunked_backward import backward_in_chunks
 from longnet_cli.running.layerwise import _Layers, hidden_in_chunks
 from longnet_cli.running.ranks.ranks import Ranks
 
@@ -38,8 +39,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A machine with a GPU, whatever it really has: tensors are fake, and its flash kernel is there."""
     monkeypatch.setattr(dilated, "select_kernel", lambda *_: CudaFlashKernel())
     monkeypatch.setattr(merging, "_fused", lambda x: None)  # Triton, where there is one, wants addresses
-    monkeypatch.setattr(chunks, "random_state", lambda device: [])
-    monkeypatch.setattr(chunks, "set_random_state", lambda state, device: None)
+    monkeypatch.setattr(chunked_backward, "random_state", lambda device: [])
+    monkeypatch.setattr(chunked_backward, "set_random_state", lambda state, device: None)
     if not FAKE:  # there is no autocast on the meta device
         monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
         monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())

@@ -26,7 +26,7 @@ from longnet_cli.basics.errors import ConfigError, DataError, LongNetError
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.generating import generate
 from longnet_cli.running import mapped
-from longnet_cli.running.chunks import CausalStream
+from longnet_cli.running.causal_stream import CausalStream
 
 CHOSEN = Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4)
 PATTERNS = {

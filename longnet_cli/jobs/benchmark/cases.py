@@ -33,7 +33,7 @@ from longnet_cli.models.folder import ModelFolder
 from longnet_cli.nets.config import LongNetConfig, parse_config
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import LOGITS_LIMIT, Net, NetConfig
-from longnet_cli.running.chunks import open_stream
+from longnet_cli.running.causal_stream import open_stream
 from longnet_cli.running.device import DTYPES, precision
 from longnet_cli.running.ranks.exchange import Exchange, even_edges
 

@@ -14,17 +14,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from longnet_cli.jobs.training.windows import PairBatch, PairText
 from longnet_cli.nets.net import Net
-from longnet_cli.running.chunks import CausalStream, backward_in_chunks
+from longnet_cli.running.causal_stream import CausalStream
+from longnet_cli.running.chunked_backward import backward_in_chunks
 from longnet_cli.running.device import precision, random_state, set_random_state, to_device
-from longnet_cli.running.ranks.exchange import even_edges
 from longnet_cli.running.ranks.fsdp import final_backward
-from longnet_cli.running.ranks.ranks import Ranks
+from longnet_cli.running.ranks.ranks import ALONE, Ranks
 from longnet_cli.running.reader import batches_by_length
 
 from .recipe import ContrastRecipe
@@ -49,7 +48,7 @@ class _TextRows:
 class TextReader:
     """Reads texts into vectors, chunk by chunk, and goes the same way back with the vectors' gradients.
 
-    The ranks of a `group` get the same texts and share every chunk, `chunk` tokens each. A bidirectional net reads each
+    The `ranks` of a group get the same texts and share every chunk, `chunk` tokens each. A bidirectional net reads each
     text in one forward pass, without a group. Dropout draws the same masks each time.
     """
 
@@ -57,7 +56,7 @@ class TextReader:
     pool: str
     chunk: int
     dtype: str
-    group: dist.ProcessGroup | None = None
+    ranks: Ranks = ALONE
     on_chunk: Callable[[], None] | None = None
     rows: list[_TextRows] = field(default_factory=list)
 
@@ -65,8 +64,7 @@ class TextReader:
         """Return vectors (texts, dim) float64, not scaled; in a group, the rank's part of a sum over the ranks."""
         device = next(self.model.parameters()).device
         out = torch.zeros(len(texts), self.model.config.dim, dtype=torch.float64, device=device)
-        world, rank = (dist.get_world_size(self.group), dist.get_rank(self.group)) if self.group else (1, 0)
-        chunk = self.chunk * world
+        chunk = self.chunk * self.ranks.sp
         self.rows = []
         for indices in batches_by_length([len(text.ids) for text in texts], chunk):
             rows = self._rows([texts[i] for i in indices], indices, device)
@@ -75,13 +73,13 @@ class TextReader:
                 with torch.no_grad():
                     out[indices] = torch.einsum("bn,bnd->bd", rows.shares, self._whole(rows).double())
                 continue
-            stream = CausalStream(self.model, group=self.group)
+            stream = CausalStream(self.model, ranks=self.ranks)
             for start in range(0, rows.ids.shape[1], chunk):
                 stop = min(start + chunk, rows.ids.shape[1])
-                edges = even_edges(start, stop - start, world)
-                mine = slice(edges[rank], edges[rank + 1])
+                edges = self.ranks.edges(start, stop - start)
+                mine = self.ranks.shard(edges)
                 with precision(self.dtype, device):
-                    hidden = stream(rows.ids[:, mine], edges=edges if self.group else None)
+                    hidden = stream(rows.ids[:, mine], edges=edges if self.ranks.sp > 1 else None)
                 out[indices] += torch.einsum("bn,bnd->bd", rows.shares[:, mine], hidden.double())
                 if self.on_chunk:
                     self.on_chunk()
@@ -108,9 +106,9 @@ class TextReader:
                 self.model,
                 rows.ids,
                 loss,
-                self.chunk * (dist.get_world_size(self.group) if self.group else 1),
+                self.chunk * self.ranks.sp,
                 dtype=self.dtype,
-                group=self.group,
+                ranks=self.ranks,
                 final=final,
                 allocate=allocate,
                 on_chunk=self.on_chunk,
@@ -151,7 +149,7 @@ def backward_pairs(
     Every group of ranks has as many pairs, and its ranks have the same. Return the loss over the pairs of all ranks, in
     nats, its derivative by the logarithm of the temperature, and the tokens of all texts.
     """
-    reader = TextReader(model, settings.pool, chunk, dtype, ranks.group, on_chunk)
+    reader = TextReader(model, settings.pool, chunk, dtype, ranks, on_chunk)
     place = slice(ranks.dp_rank, len(batch.keys) * ranks.dp, ranks.dp)
     vectors, facts = read_pairs(reader, batch, place, len(batch.keys) * ranks.dp, ranks)
     with torch.enable_grad():

@@ -108,7 +108,7 @@ def _rank_pairs(
     pairs = len(batch.keys)
     place = slice(ranks.dp_rank, pairs, ranks.dp)
     telling = on_part if ranks.dp == 1 else None  # otherwise groups have different numbers of chunks
-    reader = TextReader(model, settings.pool, recipe.train.chunk, recipe.train.dtype, ranks.group, telling)
+    reader = TextReader(model, settings.pool, recipe.train.chunk, recipe.train.dtype, ranks, telling)
     own = batch.part(place)
     vectors, facts = read_pairs(reader, own, place, pairs, ranks)
     loss = contrast_loss(vectors, facts[:, :-1], settings.divisor, settings.dims).item()

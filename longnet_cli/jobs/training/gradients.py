@@ -12,7 +12,6 @@ from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from longnet_cli.attention import Outside
@@ -20,12 +19,12 @@ from longnet_cli.attention.groups import past_bytes
 from longnet_cli.attention.spans import SINKS, lanes, segment_rows
 from longnet_cli.jobs.training.windows import Batch
 from longnet_cli.nets.net import IGNORED, FarProvider, Net, NetConfig
-from longnet_cli.running.chunks import Tokens, backward_in_chunks, new_pasts
+from longnet_cli.running.chunked_backward import Tokens, backward_in_chunks, new_pasts
 from longnet_cli.running.device import precision, resolve_dtype, to_device
 from longnet_cli.running.mapped import aligned
-from longnet_cli.running.ranks.exchange import Exchange, even_edges
+from longnet_cli.running.ranks.exchange import Exchange
 from longnet_cli.running.ranks.fsdp import final_backward
-from longnet_cli.running.ranks.ranks import Ranks
+from longnet_cli.running.ranks.ranks import ALONE, Ranks
 from longnet_cli.running.reader import batches_by_length
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class _ReadTokens:
-    """`running.chunks.Tokens` that are read when they are indexed."""
+    """`running.chunked_backward.Tokens` that are read when they are indexed."""
 
     shape: tuple[int, int]
     device: torch.device
@@ -159,7 +158,7 @@ def backward(
     scale: float = 1.0,
     dtype: str = "fp32",
     starts: Sequence[Sequence[int]] | None = None,
-    group: dist.ProcessGroup | None = None,
+    ranks: Ranks = ALONE,
     allocate: Callable[..., Tensor] = torch.empty,
     on_chunk: Callable[[], None] | None = None,
 ) -> Tensor:
@@ -170,13 +169,13 @@ def backward(
     (`Batch.document_starts`). No token attends to another document, and positions count from the start of the document,
     or of the window where that is later. Without `starts`, a row is one document.
 
-    The ranks of a `group` get the same tokens and share every sequence, `chunk` tokens each. Each rank reads its slice,
+    The `ranks` of a group get the same tokens and share every sequence, `chunk` tokens each. Each rank reads its slice,
     and adds and returns its part; the whole is the sum over the ranks. `allocate` is as in `backward_in_chunks`.
     `on_chunk` is called after each chunk. With sharded weights (`running.ranks.fsdp`), one call is one step: its last
     backward pass sums the gradients over all ranks.
     """
     total = torch.zeros((), dtype=torch.float64, device=tokens.device)
-    chunk *= dist.get_world_size(group) if group else 1
+    chunk *= ranks.sp
     forwards = list(plan_forwards(starts or [[0]] * tokens.shape[0], tokens.shape[1], chunk))
     for index, forward in enumerate(forwards, 1):
         final = index == len(forwards)
@@ -189,24 +188,22 @@ def backward(
                 chunk,
                 scale=scale,
                 dtype=dtype,
-                group=group,
+                ranks=ranks,
                 final=final,
                 allocate=allocate,
                 on_chunk=on_chunk,
             )
             continue
         shard, start, documents, far = slice(None), 0, forward.documents, None
-        if group:
+        if ranks.sp > 1:
             cuts = list(accumulate(documents or ()))
-            far = Exchange(
-                model.config, even_edges(0, ids.shape[1], dist.get_world_size(group)), group=group, cuts=cuts
-            )
+            far = Exchange(model.config, ranks.edges(0, ids.shape[1]), group=ranks.group, cuts=cuts)
             shard, start, documents = far.shard, far.start, far.documents
-        found = _nll(model, ids[:, shard], wanted[:, shard], start, documents, far, dtype)
+        loss = _nll(model, ids[:, shard], wanted[:, shard], start, documents, far, dtype)
         final_backward(model, final)
-        (found * scale).backward()
-        total += found.detach()
-        del found, far
+        (loss * scale).backward()
+        total += loss.detach()
+        del loss, far
         if on_chunk:
             on_chunk()
     return total
@@ -225,9 +222,8 @@ def _nll(
     if far is None and (pasts := new_pasts(model.config)):
 
         def far(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Outside:
-            return Outside(
-                past=pasts[layer]
-            )  # if activation checkpointing computes a layer again, it sees the same blocks
+            # if activation checkpointing computes a layer again, it sees the same blocks
+            return Outside(past=pasts[layer])
 
     with precision(dtype, ids.device):
         # before the forward pass: for targets on a GPU, this waits for all queued work. A causal net predicts all.
@@ -254,7 +250,7 @@ def plan_forwards(starts: Sequence[Sequence[int]], length: int, chunk: int) -> I
     Windows of one document go side by side, as rows, by the rule of reading. The documents of other windows go one
     after the other, in a row.
     """
-    whole = [row for row, found in enumerate(starts) if len(found) == 1]
+    whole = [row for row, of_row in enumerate(starts) if len(of_row) == 1]
     for batch in batches_by_length([length] * len(whole), chunk):
         yield _Forward([[(whole[index], 0, length)] for index in batch], None)
     # the rule of reading sorts by length and pads: here, neighbours stay one run of ids, and nothing is padded

@@ -29,7 +29,7 @@ from longnet_cli.jobs.training.windows import Batch, PairBatch, PairStream, Pair
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import Net
-from longnet_cli.running.chunks import Tokens
+from longnet_cli.running.chunked_backward import Tokens
 from longnet_cli.running.device import check_kernel, peak_memory, random_state, to_device
 from longnet_cli.running.mapped import MappedMemory
 from longnet_cli.running.ranks.fsdp import clip_gradients, shard_weights, sum_gradients, whole_state, whole_weights
@@ -292,7 +292,7 @@ class _TrainingRun:
         rate = self._learning_rate(self.progress.step)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate * group.get("times", 1.0)
+                group["lr"] = rate
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.progress.step += 1
@@ -323,7 +323,7 @@ class _TrainingRun:
         rows, length = ids.shape
         apart = not recipe.train.across_documents
         starts = [batch.document_starts(row, length) if apart else [0] for row in range(rows)]
-        nll = backward(self.model, ids, targets, scale=1 / count, starts=starts, group=ranks.group, **running)
+        nll = backward(self.model, ids, targets, scale=1 / count, starts=starts, ranks=ranks, **running)
         sum_gradients(self.model, ranks, nll)
         documents = [stop - start for row in starts for start, stop in pairwise([*row, length])]
         return nll / count, documents, rows * length * ranks.dp
@@ -538,7 +538,6 @@ def _model(recipe: Recipe, initial: str | None) -> Net:
         return ModelFolder.find(pretrained.init).trainable(pretrained.model, pretrained.adapter)
     if initial is None:
         return LongNet(recipe.model)
-    # only learned biases depend on the pattern, and start anew: training continues with the recipe's
     model = ModelFolder.find(initial).net(pattern=recipe.model.pattern)
     if model.config != recipe.model:
         fields = type(recipe.model).model_fields

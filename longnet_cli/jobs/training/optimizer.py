@@ -21,14 +21,10 @@ from .recipe import OptimizerRecipe, ScheduleRecipe
 def build_optimizers(model: Net, recipe: OptimizerRecipe) -> list[torch.optim.Optimizer]:
     """Return fused AdamW and, if the recipe asks for it, Muon for the matrices of the layers. Only matrices decay.
 
-    A group's `times` is the factor of its learning rate: learned biases of levels have a rate of their own.
-
     If weights are to be sharded over ranks (`running.ranks.fsdp`), shard them first. Raises ConfigError for Muon on
     sharded weights.
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    biases = [p for name, p in named if name.endswith(".level_bias")]
-    trained = [p for name, p in named if not name.endswith(".level_bias")]
+    trained = [p for p in model.parameters() if p.requires_grad]
     of_layers = {id(p) for block in model.blocks for p in block.parameters()}
     tables = [p for p in trained if p.dim() >= 2 and id(p) not in of_layers]
     matrices = [p for p in trained if p.dim() >= 2 and id(p) in of_layers]
@@ -38,8 +34,6 @@ def build_optimizers(model: Net, recipe: OptimizerRecipe) -> list[torch.optim.Op
         {"params": tables if muon else tables + matrices, "weight_decay": recipe.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    if biases:
-        groups.append({"params": biases, "weight_decay": 0.0, "times": recipe.level_bias_rate / recipe.lr})
     if muon and is_sharded(model):
         raise ConfigError('optimizer.name = "muon" works on whole matrices: give --shard none, or take "adamw"')
     adamw = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=True)

@@ -25,7 +25,7 @@ from longnet_cli.models.folder import ModelFolder
 from longnet_cli.models.hf.pretrained_config import TransformersConfig
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.net import Embedder
-from longnet_cli.running.chunks import TRAINING_CHUNK
+from longnet_cli.running.chunk_size import TRAINING_CHUNK
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -82,15 +82,8 @@ class DataRecipe(StrictModel):
         return Inputs(self.held_out) if self.held_out else None
 
 
-LEVEL_BIAS_LR = (
-    0.1  # a learned bias has to move by several units while the weights around it are young: docs/results.md
-)
-
-
 class OptimizerRecipe(StrictModel):
     """AdamW; weights decay, biases and norms do not. Defaults from the paper's Table 3.
-
-    The learned biases of levels (`level_bias = "learned"`) have a learning rate of their own, of the same schedule.
 
     `name = "muon"` gives the matrices of the layers to torch's Muon, at the same learning rate, and leaves embeddings,
     biases and norms to AdamW.
@@ -98,16 +91,20 @@ class OptimizerRecipe(StrictModel):
 
     name: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(default=6e-4, gt=0)
-    level_bias_lr: float | None = Field(default=None, gt=0)  # of learned biases of levels; None is LEVEL_BIAS_LR
     betas: tuple[Beta, Beta] = (0.9, 0.98)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
     clip: float = Field(default=2.0, gt=0)  # of the gradient's norm
 
-    @property
-    def level_bias_rate(self) -> float:
-        """The peak learning rate of learned biases of levels."""
-        return self.level_bias_lr or LEVEL_BIAS_LR
+    @model_validator(mode="before")
+    @classmethod
+    def _without_learned_biases(cls, data: Any) -> Any:
+        """Refuse the rate of learned biases, which are gone. Runs of older versions have null where none was given."""
+        if not isinstance(data, Mapping) or "level_bias_lr" not in data:
+            return data
+        if data["level_bias_lr"] is not None:
+            raise ValueError("biases of levels are no longer learned: leave out level_bias_lr")
+        return {name: value for name, value in data.items() if name != "level_bias_lr"}
 
 
 class ScheduleRecipe(StrictModel):

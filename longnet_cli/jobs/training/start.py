@@ -126,7 +126,7 @@ def prepare_run(
             "its values"
         )
     found = load_recipe(recipe or own, overrides, [_stored(earlier, *keys) for keys in _NAMES] if earlier else ())
-    # then the recipe names it: the order of `running.chunks.chunk_of`
+    # then the recipe names it: the order of `running.chunk_size.chunk_of`
     if earlier and not found.names_chunk and isinstance(chunk := _stored(earlier, "train", "chunk"), int) and chunk > 0:
         found = found.with_chunk(chunk)
     if writes:

@@ -73,7 +73,7 @@ def use_dilated_attention(model: PreTrainedModel, pattern: Pattern | None = None
 
     `pattern` goes into `model.config.dilated_attention`, where `save_pretrained` keeps it. None takes the pattern that
     is already there. With sinks or chosen blocks, the model runs on a few tokens, to find out how it rotates its keys.
-    Rotary phases become exact at any position, where possible (`transformers_rotary.make_phases_exact`). Returns the
+    Rotary phases become exact at any position, where possible (`rotary.make_phases_exact`). Returns the
     model. An architecture that was not tried is tried first, on a few tokens (`trying`). Raises ConfigError for a model
     that has no pattern, no layer with global attention, attention of another kind, or positions by which sinks and
     chosen blocks cannot be moved.
@@ -97,7 +97,7 @@ def use_dilated_attention(model: PreTrainedModel, pattern: Pattern | None = None
             raise ConfigError(f"{type(model).__name__} does not pick its attention by name: it cannot be made dilated")
         if wrong := why_not(model, "with a pattern", partial(_seeing_all, model)):
             raise ConfigError(wrong)
-        found = turns(model) if moves else {}
+        turn_of = turns(model) if moves else {}
     except Exception as error:
         with suppress(ValueError):
             model.set_attn_implementation(earlier)
@@ -107,7 +107,7 @@ def use_dilated_attention(model: PreTrainedModel, pattern: Pattern | None = None
     if earlier != ATTENTION_NAME:
         setattr(model, _OWN, earlier)
     finds = Finds()
-    for module, turn in found.items():
+    for module, turn in turn_of.items():
         setattr(module, _TURN, turn)
         setattr(module, _FINDS, finds)
     make_phases_exact(model)
@@ -162,24 +162,18 @@ def pattern_of(config: Any) -> Pattern:
     for name, what in _REFUSED_CONFIG.items():
         if getattr(config, name, None):
             raise ConfigError(f"dilated attention does not serve {what} ({name} in the model's config)")
-    found = getattr(config, "dilated_attention", None)
-    if found is None:
+    arguments = getattr(config, "dilated_attention", None)
+    if arguments is None:
         raise ConfigError(
             'the model\'s config has no dilated_attention: {"segment_lengths": [...], "dilation_rates": [...]}; '
             "call use_dilated_attention(model, pattern)"
         )
-    if not isinstance(found, Mapping):
-        raise ConfigError(f"dilated_attention in the model's config: a table of levels is needed, got {found!r}")
+    if not isinstance(arguments, Mapping):
+        raise ConfigError(f"dilated_attention in the model's config: a table of levels is needed, got {arguments!r}")
     try:
-        pattern = Pattern(**found)
+        return Pattern(**arguments)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"dilated_attention in the model's config: {error}") from None
-    if pattern.learned_bias is not None:
-        raise ConfigError(
-            'level_bias = "learned" is for a LongNet: a Hugging Face model has no such weights; give one number per '
-            "level, as level_bias=0/-2"
-        )
-    return pattern
 
 
 @lru_cache(maxsize=64)
@@ -289,10 +283,10 @@ def dilated_attention_forward(
         shard: dict[str, Any] = {"start": rows.start, "far": far, "lengths": rows.lengths}
         if finds is not None:
             shard["finds"] = LayerFinds(finds, layer, rows.first)
-        found = dilated_attention(some_q, some_k, some_v, pattern, **settings, **shard)
+        attended = dilated_attention(some_q, some_k, some_v, pattern, **settings, **shard)
         if memory:
             cache.append(some_k, some_v, q=some_q)
-        return found
+        return attended
 
     out = by_rows(attention_mask, before, q.shape, attend)
     if memory:

@@ -30,7 +30,8 @@ from longnet_cli.nets.config import LongNetConfig, parse_config
 from longnet_cli.nets.foreign import TRANSFORMERS_KEYS, architecture, own_keys
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.weights import list_names, save_pretrained
-from longnet_cli.running.chunks import CausalStream, default_chunk
+from longnet_cli.running.causal_stream import CausalStream
+from longnet_cli.running.chunk_size import default_chunk
 
 
 class LongNetHFConfig(hf.PretrainedConfig):
@@ -159,10 +160,10 @@ class LongNetPreTrainedModel(hf.PreTrainedModel):
             some = rows.of(given)[:, rows.skip :]
             place = {"tokens": some} if input_ids is not None else {"embeddings": some}
             far = memory.of(rows) if memory else None
-            found = self.net(**place, start=rows.start, lengths=rows.lengths, far=far)
+            hidden = self.net(**place, start=rows.start, lengths=rows.lengths, far=far)
             if memory:
                 memory.append()
-            return found
+            return hidden
 
         out = by_rows(columns, before, given.shape, run)
         if memory:
@@ -173,12 +174,12 @@ class LongNetPreTrainedModel(hf.PreTrainedModel):
 
     def _cache(self, use_cache: bool | None, cache: Any, older: Any) -> Any:
         """Return the given cache, under its newer or older name, or a new one if `use_cache` asks for it."""
-        found = older if cache is None else cache
-        if found is not None and not self.config.causal:
+        given = older if cache is None else cache
+        if given is not None and not self.config.causal:
             raise ValueError("a bidirectional LongNet reads a text at once: it has no cache")
-        if found is None and use_cache and self.config.causal:
+        if given is None and use_cache and self.config.causal:
             return LongNetCache(self.config)
-        return found
+        return given
 
 
 class LongNetModel(LongNetPreTrainedModel):
@@ -325,8 +326,8 @@ def _refuse(config: LongNetHFConfig, asked: str, *, causal: bool) -> None:
         raise ValueError(f"this LongNet is {is_}: open it with AutoModelFor{needed}, not {asked}")
 
 
-def _output(found: Any, return_dict: bool | None) -> Any:
-    return found.to_tuple() if return_dict is False else found
+def _output(output: Any, return_dict: bool | None) -> Any:
+    return output.to_tuple() if return_dict is False else output
 
 
 hf.AutoConfig.register(MODEL_TYPE, LongNetHFConfig)

@@ -90,9 +90,9 @@ def by_rows(
         known = None if all(n == before + shape[1] - begin for n in lengths) else lengths
         if len(members) == shape[0] and begin == before:
             return compute(AlignedRows(None, first, 0, before - first, known))
-        found = compute(AlignedRows(members, first, begin - before, begin - first, known))
-        out = found.new_zeros(*shape[:2], *found.shape[2:]) if out is None else out
-        out[members, begin - before :] = found
+        computed = compute(AlignedRows(members, first, begin - before, begin - first, known))
+        out = computed.new_zeros(*shape[:2], *computed.shape[2:]) if out is None else out
+        out[members, begin - before :] = computed
     return out
 
 
@@ -109,14 +109,14 @@ def columns_of(tokens: Tensor) -> Tensor | None:
     first = tokens.int().argmax(-1).where(counts > 0, tokens.shape[-1])
     stop = first + counts
     whole = (tokens == ((columns >= first[:, None]) & (columns < stop[:, None]))).all(-1)
-    found = torch.stack([first, stop, whole], -1).cpu()
-    if not found[:, 2].all():
-        row = int(found[:, 2].logical_not().nonzero()[0])
+    spans = torch.stack([first, stop, whole], -1).cpu()
+    if not spans[:, 2].all():
+        row = int(spans[:, 2].logical_not().nonzero()[0])
         raise ValueError(
             f"row {row} has padding between its tokens: pad on the left or on the right, and prompts of generate() on "
             'the left (tokenizer.padding_side = "left")'
         )
-    return None if counts.numel() and bool((found[:, 1] - found[:, 0] == tokens.shape[-1]).all()) else found[:, :2]
+    return None if counts.numel() and bool((spans[:, 1] - spans[:, 0] == tokens.shape[-1]).all()) else spans[:, :2]
 
 
 MEMORY = "_longnet_memory"  # attribute of the keys that `update` returns: the `Memory` of all earlier keys

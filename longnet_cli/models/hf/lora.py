@@ -64,7 +64,7 @@ def merged(model: hf.PreTrainedModel, state: State) -> dict[str, Tensor]:
 
     The model itself does not change: adding to a matrix and subtracting again would not restore the same numbers.
     """
-    found = {}
+    weights = {}
     for name, tensor in state.items():
         stem, base, rest = name.rpartition(_BASE)
         if base and (a := state.get(stem + _A)) is not None and rest == ".weight":
@@ -72,5 +72,5 @@ def merged(model: hf.PreTrainedModel, state: State) -> dict[str, Tensor]:
             delta = layer.scaling[_NAME] * (state[stem + _B] @ a)
             tensor = tensor + (delta.T if getattr(layer, "fan_in_fan_out", False) else delta).to(tensor.dtype)
         if ".lora_" not in name:
-            found[stem + rest if base else name] = tensor
-    return found
+            weights[stem + rest if base else name] = tensor
+    return weights

@@ -51,8 +51,8 @@ def to_file(settings: Mapping[str, Any]) -> dict[str, Any]:
 
     Any tool can run a dense pattern: such settings stay as they are, and so do settings without a pattern.
     """
-    found = settings.get(_PATTERN)
-    if not found or Pattern(**found) == Pattern.dense() or settings.get("model_type") == DILATED_TYPE:
+    pattern = settings.get(_PATTERN)
+    if not pattern or Pattern(**pattern) == Pattern.dense() or settings.get("model_type") == DILATED_TYPE:
         return dict(settings)
     names = [_PREFIX + name for name in settings.get("architectures") or []]
     changed = {"model_type": DILATED_TYPE, _OWN_TYPE: settings["model_type"], "architectures": names or None}
@@ -61,12 +61,12 @@ def to_file(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def from_file(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Undo `to_file`; other configurations stay as they are."""
-    found = dict(settings)
-    if found.get("model_type") == DILATED_TYPE:
-        found.pop(_ATTENTION, None)
-        found["model_type"] = found.pop(_OWN_TYPE, None)
-        found["architectures"] = [name.removeprefix(_PREFIX) for name in found.get("architectures") or []] or None
-    return found
+    restored = dict(settings)
+    if restored.get("model_type") == DILATED_TYPE:
+        restored.pop(_ATTENTION, None)
+        restored["model_type"] = restored.pop(_OWN_TYPE, None)
+        restored["architectures"] = [name.removeprefix(_PREFIX) for name in restored.get("architectures") or []] or None
+    return restored
 
 
 def with_infinities(data: Any) -> Any:
@@ -126,13 +126,13 @@ def register(prepare: Prepare) -> None:
             kind = data.get("model_type")
             if kind not in hf.CONFIG_MAPPING:
                 raise ConfigError(f"transformers {hf.__version__} does not know the model type {kind!r}")
-            found = hf.CONFIG_MAPPING[kind].from_dict({**data, _ATTENTION: ATTENTION_NAME}, **options)
-            config = found[0] if isinstance(found, tuple) else found
+            returned = hf.CONFIG_MAPPING[kind].from_dict({**data, _ATTENTION: ATTENTION_NAME}, **options)
+            config = returned[0] if isinstance(returned, tuple) else returned
             own: Any = type(config)
             mark(config)
             marked: Any = type(config)
             _register_models(own, marked, prepare)
-            return found
+            return returned
 
     hf.AutoConfig.register(DILATED_TYPE, DilatedConfig)
 
@@ -153,11 +153,11 @@ def _prepared(own: type, prepare: Prepare) -> type:
     """Return a subclass of `own` whose `from_pretrained` calls `prepare` on models with our attention."""
 
     def from_pretrained(cls: Any, *args: Any, **options: Any) -> Any:
-        found = own.from_pretrained(*args, **options)  # type: ignore[attr-defined]
-        model = found[0] if isinstance(found, tuple) else found
+        returned = own.from_pretrained(*args, **options)  # type: ignore[attr-defined]
+        model = returned[0] if isinstance(returned, tuple) else returned
         if model.config._attn_implementation == ATTENTION_NAME:
             prepare(model)
-        return found
+        return returned
 
     names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
     return type(own.__name__, (own,), {**names, "from_pretrained": classmethod(from_pretrained)})

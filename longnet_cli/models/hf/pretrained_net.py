@@ -49,7 +49,7 @@ from longnet_cli.models.hf.rotary import FLOAT32_POSITIONS, ROPE_OF_LENGTH, make
 from longnet_cli.models.hf.trying import NOT_OF_THE_MODEL, body, first_position, why_not
 from longnet_cli.nets.net import FarProvider, Net
 from longnet_cli.nets.weights import check_finite
-from longnet_cli.running.chunks import open_stream
+from longnet_cli.running.causal_stream import open_stream
 
 MOST_LAYERS = 10_000  # each is made before a weight is read
 _CACHE_NAMES = ("cache", "past_key_values")  # the argument of forward, and its older name
@@ -148,8 +148,8 @@ class TransformersNet(Net):
         if documents is not None:  # with a mask: transformers would make one of positions that restart
             options |= {"documents": documents, "attention_mask": given.new_ones(given.shape[:2], dtype=torch.int64)}
         if far is not None or documents is not None:
-            first, *others = documents or [given.shape[1]]
-            runs = [range(start, start + first), *map(range, others)]
+            first, *rest = documents or [given.shape[1]]
+            runs = [range(start, start + first), *map(range, rest)]
             positions = torch.cat([torch.arange(x.start, x.stop, device=given.device) for x in runs])
             options["position_ids"] = positions[None] + first_position(self.model)
         if "use_cache" in self._accepted:
@@ -219,8 +219,8 @@ class TransformersNet(Net):
         """True if the output layer alone makes the model's logits, tried on a few tokens."""
         ids = torch.arange(4, device=next(self.parameters()).device)[None] % self.config.vocab_size
         with torch.no_grad():
-            found = self.model.get_output_embeddings()(self(ids))
-            return torch.allclose(found, self.model(input_ids=ids).logits, rtol=1e-5, atol=1e-6)
+            logits = self.model.get_output_embeddings()(self(ids))
+            return torch.allclose(logits, self.model(input_ids=ids).logits, rtol=1e-5, atol=1e-6)
 
     def _try(self) -> str | None:
         """Return why this net reads no chunks, and let it read none; None if chunks are right, or there are none.
@@ -299,8 +299,8 @@ def load_transformers(
         if names:
             raise CheckpointError(f"{folder}: weights are {what}, {min(names)} among {len(names)}")
     if wrong := sorted(report["mismatched_keys"]):
-        name, found, needed = wrong[0]
-        raise CheckpointError(f"{folder}: {name} has shape {tuple(found)}, its configuration needs {tuple(needed)}")
+        name, stored, needed = wrong[0]
+        raise CheckpointError(f"{folder}: {name} has shape {tuple(stored)}, its configuration needs {tuple(needed)}")
     model = model.to(device)
     check_finite({name: parameter.detach() for name, parameter in model.named_parameters()}, str(folder))
     try:
@@ -329,14 +329,14 @@ def read_facts(
             write_pattern(config, pattern)
         with torch.device("meta"):
             model = architecture(config)
-            found = _facts(model, not as_trained, as_trained)
+            facts = _facts(model, not as_trained, as_trained)
             if lora is not None:
                 add_lora(model, **lora)
                 trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-                found = found.model_copy(update={"trained": trained})
+                facts = facts.model_copy(update={"trained": trained})
     except (ConfigError, ValueError) as error:
         raise ConfigError(f"{folder}: {' '.join(str(error).split())}") from None
-    return found.model_copy(update={"memory": "segments"}) if found.causal else found
+    return facts.model_copy(update={"memory": "segments"}) if facts.causal else facts
 
 
 def _dense(model: hf.PreTrainedModel, as_trained: bool) -> TransformersNet:
@@ -358,15 +358,19 @@ def read_architecture(folder: Path, settings: Mapping[str, Any]) -> tuple[Any, A
     if isinstance(layers := data.get("num_hidden_layers"), int) and layers > MOST_LAYERS:
         raise ConfigError(f"{folder}/config.json: num_hidden_layers is {layers}: {MOST_LAYERS:,} are the most")
     kind, names = data.get("model_type"), data.get("architectures") or [None]
-    found: Any = getattr(hf, str(names[0]), None)
-    known = isinstance(found, type) and issubclass(found, hf.PreTrainedModel) and kind in hf.CONFIG_MAPPING
+    architecture: Any = getattr(hf, str(names[0]), None)
+    known = (
+        isinstance(architecture, type) and issubclass(architecture, hf.PreTrainedModel) and kind in hf.CONFIG_MAPPING
+    )
     own = hf.CONFIG_MAPPING[kind] if known else None
-    if not known or (found.config_class is not own and hf.MODEL_FOR_CAUSAL_LM_MAPPING.get(own, None) is not found):
+    if not known or (
+        architecture.config_class is not own and hf.MODEL_FOR_CAUSAL_LM_MAPPING.get(own, None) is not architecture
+    ):
         raise ConfigError(
             f"{folder}: transformers {hf.__version__} does not know the architecture {names[0]} (model_type {kind})"
         )
     try:
-        return hf.CONFIG_MAPPING[kind].from_dict(with_infinities(data)), found
+        return hf.CONFIG_MAPPING[kind].from_dict(with_infinities(data)), architecture
     except Exception as error:  # a class checks its values as it likes
         raise ConfigError(f"{folder}/config.json: {' '.join(str(error).split())}") from None
 
@@ -376,7 +380,7 @@ def _without_attention(data: Any) -> Any:
     if isinstance(data, Mapping):
         names = [name for name in data if not name.startswith(("attn_impl", "_attn_impl"))]
         return {name: _without_attention(data[name]) for name in names}
-    return [_without_attention(each) for each in data] if isinstance(data, list) else data
+    return [_without_attention(item) for item in data] if isinstance(data, list) else data
 
 
 def _reach(pattern: Pattern) -> int:
@@ -451,7 +455,7 @@ def _facts(model: hf.PreTrainedModel, dilated: bool, as_trained: bool) -> Transf
 def _setting(config: Any, name: str) -> Any:
     """Return a setting of a configuration, the largest one if each layer has its own; None if there is none."""
     try:
-        found = getattr(config, name, None)
+        value = getattr(config, name, None)
     except RuntimeError:  # how transformers says that layers differ
-        found = [getattr(layer, name) for layer in config.per_layer_config]
-    return max(found) if isinstance(found, list | tuple) else found
+        value = [getattr(layer, name) for layer in config.per_layer_config]
+    return max(value) if isinstance(value, list | tuple) else value

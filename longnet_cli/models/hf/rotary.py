@@ -58,10 +58,10 @@ def make_phases_exact(model: PreTrainedModel) -> bool:
     for maker in makers:
         if getattr(maker, _EXACT, False):
             continue
-        found = _ExactPhases.of(maker, trained, getattr(model.config, "layer_types", None) or [None])
-        if found is None:
+        phases = _ExactPhases.of(maker, trained, getattr(model.config, "layer_types", None) or [None])
+        if phases is None:
             return False
-        maker.register_forward_hook(found, with_kwargs=True)
+        maker.register_forward_hook(phases, with_kwargs=True)
         setattr(maker, _EXACT, True)
     return True
 
@@ -173,21 +173,21 @@ def turns(model: PreTrainedModel) -> dict[nn.Module, Turn | None]:
     if "position_ids" not in inspect.signature(body(model).forward).parameters:
         raise ConfigError(f"{name} takes no position_ids: how it turns its keys cannot be tried")
     before, after = (_keys(model, position) for position in (_POSITION, _POSITION + _DISTANCE))
-    found: dict[nn.Module, Turn | None] = {}
+    turn_of: dict[nn.Module, Turn | None] = {}
     for layer, k in before.items():
         size = k.shape[-1]
         fitting = [x for x in frequencies if x.dim() == 1 and 2 * len(x) <= size]
         candidates = [Rotation(x.detach().double().cpu(), axis) for x in fitting for axis in (-2, -1)]
         for turn in (*candidates, None):
             if _equal(_moved(k, turn), after[layer]):
-                found[layer] = turn
+                turn_of[layer] = turn
                 break
         else:
             raise ConfigError(
                 f"{name} turns its keys by position in a way of its own (layer {getattr(layer, 'layer_idx', '?')}): "
                 "its keys cannot be moved with it"
             )
-    return found
+    return turn_of
 
 
 def rope_parameters(config: Any) -> list[dict[str, Any]]:
@@ -204,10 +204,10 @@ def _moved(k: Tensor, turn: Turn | None) -> Tensor:
     return turn(k.transpose(1, 2)[:, None], distances)[:, 0].transpose(1, 2)
 
 
-def _equal(found: Tensor, expected: Tensor) -> bool:
+def _equal(actual: Tensor, expected: Tensor) -> bool:
     tolerance = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 3e-2
-    found, expected = found.double(), expected.double()
-    return bool((found - expected).norm() <= tolerance * expected.norm())
+    actual, expected = actual.double(), expected.double()
+    return bool((actual - expected).norm() <= tolerance * expected.norm())
 
 
 @torch.no_grad()

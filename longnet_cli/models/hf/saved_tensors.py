@@ -49,14 +49,14 @@ def _a_token(settings: dict, layers: int, lora: dict | None, dtype: str) -> int:
 
 def _saved(model: hf.PreTrainedModel, tokens: int, dtype: str) -> int:
     """Return the bytes of all storages that a forward pass over `tokens` tokens saves."""
-    found: dict[int, Tensor] = {}
+    kept: dict[int, Tensor] = {}
 
     def keep(x: Tensor) -> Tensor:
-        found[x.untyped_storage().data_ptr()] = x  # kept alive, so that its address is not reused
+        kept[x.untyped_storage().data_ptr()] = x  # kept alive, so that its address is not reused
         return x
 
     ids = torch.zeros(1, tokens, dtype=torch.int64)
     with precision(dtype, ids.device), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         hidden = hidden_states(model, ids)
         del hidden
-    return sum(x.untyped_storage().nbytes() for x in found.values())
+    return sum(x.untyped_storage().nbytes() for x in kept.values())

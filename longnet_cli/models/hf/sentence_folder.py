@@ -38,7 +38,7 @@ POOLINGS = {
     "weighted": ("weightedmean", "pooling_mode_weightedmean_tokens"),
     "last": ("lasttoken", "pooling_mode_lasttoken"),
 }
-_ACTIVATIONS = {each.__name__: each for each in (nn.Identity, nn.Tanh, nn.ReLU, nn.GELU, nn.SiLU, nn.Sigmoid)}
+_ACTIVATIONS = {module.__name__: module for module in (nn.Identity, nn.Tanh, nn.ReLU, nn.GELU, nn.SiLU, nn.Sigmoid)}
 _TEXT = {"method": "forward", "method_output_name": "last_hidden_state"}
 # keys of the Transformer that change no vector, whatever their value
 _FREE_KEYS = {"backend", "max_seq_length", "modality_config", "module_output_name", "query_length", "unpad_inputs"}
@@ -66,8 +66,8 @@ class Dense(nn.Module):
         self.residual = nn.Linear(inputs, outputs, bias=False) if residual and inputs != outputs else nn.Identity()
 
     def forward(self, vectors: Tensor) -> Tensor:
-        found = self.activation(self.linear(vectors))
-        return found + self.residual(vectors) if self.adds else found
+        output = self.activation(self.linear(vectors))
+        return output + self.residual(vectors) if self.adds else output
 
     def __repr__(self) -> str:
         kind = "Residual" if self.adds else "Dense"
@@ -140,12 +140,12 @@ def _odd_values(folder: Path) -> Iterator[None]:
 
 def _read(folder: Path, modules: Any) -> SentenceModel | None:
     """Return what `read_sentence_model` does, for the data in modules.json."""
-    kinds = [_kind(folder, each) for each in modules] if isinstance(modules, list) else []
+    kinds = [_kind(folder, module) for module in modules] if isinstance(modules, list) else []
     if kinds == ["longnet"]:
         return None
     if kinds[:2] != ["Transformer", "Pooling"]:
         raise ConfigError(f"{folder / MODULES}: a Transformer and a Pooling must come first, not {kinds or modules!r}")
-    places = [folder / str(each.get("path", "")) for each in modules]
+    places = [folder / str(module.get("path", "")) for module in modules]
     if outside := [place for place in places if ".." in place.parts or folder not in (place, *place.parents)]:
         raise ConfigError(f"{folder / MODULES}: the module in {outside[0]} is outside of the folder")
     if places[0] != folder:
@@ -160,7 +160,7 @@ def _read(folder: Path, modules: Any) -> SentenceModel | None:
     _refuse_value(folder / PROMPTS, settings, "model_type", "SentenceTransformer")
     prompts = _prompts(folder, settings)
     # the library always has a prompt `document`, an empty one at least, so its encode_document never takes another
-    others = () if prompts.get("document") else ("passage", "corpus", settings.get("default_prompt_name"))
+    fallbacks = () if prompts.get("document") else ("passage", "corpus", settings.get("default_prompt_name"))
     kept = settings.get("truncate_dim")
     if kept is not None:  # the library cuts a vector after it has scaled it
         steps.append(FirstNumbers(_whole(folder / PROMPTS, settings, "truncate_dim")))
@@ -173,7 +173,7 @@ def _read(folder: Path, modules: Any) -> SentenceModel | None:
         normalized=normalized and kept is None,
         document_prompt=prompts.get("document", ""),
         query_prompt=prompts.get("query") or None,
-        unread_prompt=next((prompts[name] for name in others if prompts.get(name)), ""),
+        unread_prompt=next((prompts[name] for name in fallbacks if prompts.get(name)), ""),
     )
 
 
@@ -194,16 +194,16 @@ def read_words(folder: Path, lowercase: bool) -> Tokenizer:
     try:
         if (folder / TOKENIZER).is_file() and not (folder / "tokenizer_config.json").is_file():
             # without settings, the library would make a tokenizer of the architecture's kind, whatever the file holds
-            found: Any = PreTrainedTokenizerFast(tokenizer_file=str(folder / TOKENIZER))
+            tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=str(folder / TOKENIZER))
         else:
-            found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        inner = tokenizers.Tokenizer.from_str(found.backend_tokenizer.to_str())
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        inner = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     except Exception as error:  # the library raises exceptions of many kinds
         raise CheckpointError(f"{folder}: its tokenizer cannot be read: {' '.join(str(error).split())[:300]}") from None
-    if "token_type_ids" in found.model_input_names and any(inner.encode("a").type_ids):
+    if "token_type_ids" in tokenizer.model_input_names and any(inner.encode("a").type_ids):
         raise ConfigError(f"{folder}: its tokenizer gives a text several types of token (token_type_ids): one is read")
     words = lowercased(Tokenizer(inner)) if lowercase else Tokenizer(inner)
-    words.splits_special, words.special_ids = bool(found.split_special_tokens), frozenset(found.all_special_ids)
+    words.splits_special, words.special_ids = bool(tokenizer.split_special_tokens), frozenset(tokenizer.all_special_ids)
     return words
 
 
@@ -236,9 +236,9 @@ def _pooling(path: Path) -> tuple[str, bool]:
         modes = [mode for mode, key in POOLINGS.values() if settings.get(key)] or ["mean"]
     names = {mode: name for name, (mode, _) in POOLINGS.items()}
     modes = modes if isinstance(modes, list) else [modes]
-    if not modes or (unknown := [each for each in modes if each not in names]):
+    if not modes or (unknown := [mode for mode in modes if mode not in names]):
         raise ConfigError(f"{path}: longnet does not know the pooling {unknown[0] if modes else modes!r}")
-    return "+".join(names[each] for each in modes), settings.get("include_prompt", True) is not False
+    return "+".join(names[mode] for mode in modes), settings.get("include_prompt", True) is not False
 
 
 def _dense(folder: Path) -> nn.Module:
@@ -278,7 +278,7 @@ def _loaded(module: nn.Module, folder: Path, prefix: str = "") -> nn.Module:
         raise CheckpointError(f"{path} is missing: its module needs it{pickled}") from None
     except (OSError, SafetensorError, RuntimeError) as error:
         raise CheckpointError(f"{path}: cannot be loaded: {' '.join(str(error).split())}") from None
-    if not all(bool(torch.isfinite(each).all()) for each in weights.values()):
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in weights.values()):
         raise CheckpointError(f"{path}: a weight is not finite")
     return module.eval().requires_grad_(False)
 
@@ -298,7 +298,7 @@ def _transformer(folder: Path) -> tuple[int | None, bool]:
         if key in _TOKENIZER_ARGUMENTS and isinstance(value, Mapping):
             window = _whole(path, value, "model_max_length", window)
         if key.endswith(("_args", "_kwargs")) and isinstance(value, Mapping):
-            value = {name: each for name, each in value.items() if name not in _FREE_ARGUMENTS}
+            value = {name: setting for name, setting in value.items() if name not in _FREE_ARGUMENTS}
         if value and key not in _FREE_KEYS:
             raise ConfigError(f"{path}: longnet does not know what {key} does: {value}")
     if window is None:
@@ -309,21 +309,21 @@ def _transformer(folder: Path) -> tuple[int | None, bool]:
 
 def _whole(path: Path, settings: Mapping[str, Any], key: str, default: Any = ...) -> Any:
     """Return a number of 1 or more, and at most 2^24 unless it has a default. Raises ConfigError for other values."""
-    found = settings.get(key)
-    if found is None and default is not ...:
+    number = settings.get(key)
+    if number is None and default is not ...:
         return default
-    if not isinstance(found, int) or isinstance(found, bool) or found < 1 or (default is ... and found > 1 << 24):
-        raise ConfigError(f"{path}: {key} must be a whole number from 1 on, not {found!r}")
-    return found
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1 or (default is ... and number > 1 << 24):
+        raise ConfigError(f"{path}: {key} must be a whole number from 1 on, not {number!r}")
+    return number
 
 
 def _prompts(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     """Return the prompts of a folder by name; a null is an empty one. Raises ConfigError for one that is no text."""
-    found = settings.get("prompts") or {}
-    for name, prompt in found.items():
+    prompts = settings.get("prompts") or {}
+    for name, prompt in prompts.items():
         if not isinstance(prompt, str | None):
             raise ConfigError(f"{folder / PROMPTS}: the prompt {name!r} is no text: {prompt!r}")
-    return {name: prompt or "" for name, prompt in found.items()}
+    return {name: prompt or "" for name, prompt in prompts.items()}
 
 
 def _check_names(path: Path, settings: Mapping[str, Any]) -> None:
@@ -339,13 +339,13 @@ def _refuse_value(path: Path, settings: Mapping[str, Any], key: str, only: str) 
 def _json(path: Path, default: Any = ...) -> Any:
     """Return the data in a JSON file; `default` for a missing one. Raises CheckpointError."""
     try:
-        found = parse(read_text(path))
+        data = parse(read_text(path))
     except FileNotFoundError:
         if default is not ...:
             return default
         raise CheckpointError(f"{path} is missing, and {MODULES} names it") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
-    if path.name != MODULES and not isinstance(found, dict):
+    if path.name != MODULES and not isinstance(data, dict):
         raise CheckpointError(f"{path}: a table of settings is needed")
-    return found
+    return data

@@ -110,7 +110,7 @@ def _try(model: PreTrainedModel, form: str, run: Run, expected: Run) -> str | No
 
     try:
         with attending(model):
-            right, found = nats(expected), nats(run)
+            right, actual = nats(expected), nats(run)
             allowed = TOLERANCE
             if weight.dtype.itemsize < 4:
                 allowed = TOLERANCE_16
@@ -122,7 +122,7 @@ def _try(model: PreTrainedModel, form: str, run: Run, expected: Run) -> str | No
     except Exception as error:  # a model's code fails as it likes
         said = " ".join(str(error).split())
         return f"{architecture} cannot be run {form} ({type(error).__name__}: {said[:160]})"
-    difference = _difference(found, right)
+    difference = _difference(actual, right)
     if difference <= allowed:
         return None
     by = f"{difference:.2g} of its nats per token ({count} tokens)"
@@ -142,8 +142,8 @@ def _nats(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(output(hidden[0]).float(), targets, reduction="none")
 
 
-def _difference(found: Tensor, expected: Tensor) -> float:
-    return ((found - expected).abs().max() / expected.abs().mean()).item()
+def _difference(actual: Tensor, expected: Tensor) -> float:
+    return ((actual - expected).abs().max() / expected.abs().mean()).item()
 
 
 def _some_ids(model: PreTrainedModel, count: int) -> Tensor:

@@ -36,10 +36,10 @@ P = TypeVar("P", bound=Portion[Any])
 R = TypeVar("R")
 
 
-def pack_batches(found: Iterable[pa.RecordBatch]) -> bytes:
+def pack_batches(batches: Iterable[pa.RecordBatch]) -> bytes:
     """Return record batches of one schema as an Arrow stream; empty bytes if there are none."""
     sink, writer = pa.BufferOutputStream(), None
-    for batch in found:
+    for batch in batches:
         writer = writer or pa.ipc.new_stream(sink, batch.schema)
         writer.write_batch(batch)
     if writer:
@@ -96,10 +96,10 @@ def deal(
         """Yield the next portions whose results have arrived, on rank 0."""
         nonlocal given
         while waiting and (given in own or table.has(given)):
-            portion, found = waiting[0], own.pop(given, None)
-            sent = codec.unpack(table.get(given, portion)) if found is None else found
+            portion, results = waiting[0], own.pop(given, None)
+            sent = codec.unpack(table.get(given, portion)) if results is None else results
             waiting.popleft()  # only now: if `get` refuses the results, no later portion may take their place
-            if on_other and found is None:
+            if on_other and results is None:
                 on_other(portion)
             yield portion, sent
             given += 1
@@ -115,11 +115,11 @@ def deal(
                 while table.must_wait(index, ahead):
                     yield from come()
                     time.sleep(PAUSE)
-                found = list(work(portion))
+                results = list(work(portion))
                 if ranks.first:
-                    own[index] = found
+                    own[index] = results
                 elif table.group.first:
-                    table.put(index, portion, codec.pack(found))
+                    table.put(index, portion, codec.pack(results))
                 mine = table.take()
             number += 1
             waiting.extend([portion] if ranks.first else [])

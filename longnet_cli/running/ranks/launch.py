@@ -210,7 +210,7 @@ def start_ranks(nproc: int) -> NoReturn:
     except ChildFailedError as error:
         # ranks that failed only after another one: they lost it, or torchrun ended them
         followed = (LOST, -signal.SIGTERM, 128 + signal.SIGTERM)
-        causes = [(rank, found) for rank, found in error.failures.items() if found.exitcode not in followed]
+        causes = [(rank, failure) for rank, failure in error.failures.items() if failure.exitcode not in followed]
         if not causes:
             raise LongNetError("the ranks lost each other: the network between them failed, or one hung") from None
         rank, first = min(causes, key=lambda cause: (cause[1].exitcode > 0, cause[1].timestamp))

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.running.device import select_device
+from longnet_cli.running.ranks.exchange import even_edges
 from longnet_cli.running.ranks.launch import started_by_torchrun, unwind_on_signals
 from longnet_cli.running.ranks.watch import check_agent, stop_watching, watch
 
@@ -43,6 +44,18 @@ class Ranks:
         return self.rank // self.sp
 
     @property
+    def sp_rank(self) -> int:
+        return self.rank % self.sp
+
+    def edges(self, start: int, tokens: int) -> list[int]:
+        """Return the sp + 1 edges of the shards of `tokens` positions from `start` on, which its group shares."""
+        return even_edges(start, tokens, self.sp)
+
+    def shard(self, edges: list[int]) -> slice:
+        """Return this rank's positions of the shards with these edges."""
+        return slice(edges[self.sp_rank], edges[self.sp_rank + 1])
+
+    @property
     def first(self) -> bool:
         """Return whether this rank writes files and prints."""
         return self.rank == 0
@@ -53,7 +66,7 @@ class Ranks:
 
     def of_group(self) -> Ranks:
         """Return the ranks of this rank's own group, as if there were no others."""
-        return Ranks(self.rank % self.sp, self.sp, self.sp, self.group, self.group)
+        return Ranks(self.sp_rank, self.sp, self.sp, self.group, self.group)
 
     def sum(self, *tensors: torch.Tensor) -> None:
         """Sum tensors over all ranks, in place. They may be on the hosts or on the ranks' devices."""
@@ -70,9 +83,9 @@ class Ranks:
         """Return the largest of all ranks' values. The hosts exchange them, so no rank waits for its device."""
         if self.world == 1:
             return value
-        found = torch.tensor([value], dtype=torch.float64)
-        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.everyone)
-        return found.item()
+        tensor = torch.tensor([value], dtype=torch.float64)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.everyone)
+        return tensor.item()
 
     def from_first(self, value: int) -> int:
         """Return rank 0's value on all ranks; exact below 2^53."""
@@ -85,6 +98,9 @@ class Ranks:
 
     def smallest(self, value: float) -> float:
         return -self.largest(-value)
+
+
+ALONE = Ranks()  # one process
 
 
 def join(device: str = "auto", *, sp: int | None = None, dp: int | None = None) -> tuple[Ranks, torch.device]:
@@ -148,10 +164,10 @@ def _silent_stdout() -> Iterator[None]:
 
 def _own_gpu(local_rank: str) -> torch.device:
     """Return the GPU of a LOCAL_RANK. Raises ConfigError where it has none: NCCL would hang if two ranks shared one."""
-    found = torch.cuda.device_count()
-    if not local_rank.isdigit() or int(local_rank) >= found:
+    count = torch.cuda.device_count()
+    if not local_rank.isdigit() or int(local_rank) >= count:
         raise ConfigError(
-            f"LOCAL_RANK is {local_rank!r} and this machine has {found} CUDA devices, one for each process: start as "
+            f"LOCAL_RANK is {local_rank!r} and this machine has {count} CUDA devices, one for each process: start as "
             "many with --nproc or torchrun, or take --device cpu"
         )
     return torch.device("cuda", int(local_rank))

@@ -1,0 +1,265 @@
+"""Exact training on causal sequences longer than memory: the same loss and gradients as one backward pass.
+
+    forward    chunk 0 -> chunk 1 -> chunk 2      each layer's KVCache carries the rows of the open segments along
+    backward   chunk 0 <- chunk 1 <- chunk 2      each chunk computed again, with its far rows as leaves whose
+                                                  gradients are handed to the chunk that made them
+
+B batch, N tokens, n tokens of a shard, H heads, K key heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from longnet_cli.attention import FarKeys, Outside, Past
+from longnet_cli.attention.merging import accumulator, strided_view
+from longnet_cli.attention.spans import common_span, lanes, level_of, open_spans, rows_before, segment_rows, span_views
+from longnet_cli.nets.net import Net, NetConfig
+from longnet_cli.running.causal_stream import CausalStream
+from longnet_cli.running.device import precision, random_state, set_random_state
+from longnet_cli.running.ranks.exchange import Exchange
+from longnet_cli.running.ranks.fsdp import final_backward
+from longnet_cli.running.ranks.ranks import ALONE, Ranks
+
+
+class Tokens(Protocol):
+    """Token ids (B, N) that can be sliced: a tensor, or ids that are read when they are indexed."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def device(self) -> torch.device: ...
+    def __getitem__(self, index: tuple[int | slice, slice], /) -> Tensor: ...  # (n,), or (b, n) for a slice of rows
+
+
+# A loss that is a sum over tokens: takes the hidden states (B, n, dim) of a slice of them and the slice, returns the
+# sum, float64
+HiddenLoss = Callable[[Tensor, slice], Tensor]
+
+
+def backward_in_chunks(
+    model: Net,
+    tokens: Tokens,
+    targets: Tokens | HiddenLoss,
+    chunk: int,
+    *,
+    scale: float = 1.0,
+    dtype: str = "fp32",
+    ranks: Ranks = ALONE,
+    final: bool = True,
+    allocate: Callable[..., Tensor] = torch.empty,
+    on_chunk: Callable[[], None] | None = None,
+) -> Tensor:
+    """Add the gradients of `scale * sum of nll` to the parameters' `.grad`; return the sum, in nats, float64.
+
+    tokens, targets: (B, N) as for `Net.nll`, read one chunk at a time. Loss and gradients are the same as from one
+    backward pass over all N tokens. Memory holds the activations of `chunk` tokens, and the far rows of the levels that
+    chunks cut; the price is one more forward pass. Gradients of far rows are summed in fp32 (fp64 for fp64). `dtype` is
+    as in `running.device`. `allocate` makes the memory of far rows and of these sums, as torch.empty does. That memory
+    may be on the host while the net is on a GPU (`running.mapped`). With chosen blocks, keys and values of all tokens
+    are kept, and the sums of their gradients; what a chunk has chosen is kept, and seen again.
+
+    Another loss, a `HiddenLoss`, can stand in for `targets`: then it takes the place of nll.
+
+    The `ranks` of a group share every chunk; each rank adds and returns its part. `final` says that no other backward
+    pass of the step follows, which sharded weights need to know (`running.ranks.fsdp`). `on_chunk` is called after each
+    chunk, forward and backward.
+    """
+    device = tokens.device
+    on_chunk = on_chunk or (lambda: None)
+    loss = targets if callable(targets) else _next_tokens(model, targets)
+    stream = CausalStream(model, ranks=ranks, keep=tokens.shape[1], allocate=allocate)
+    edges = [*range(0, tokens.shape[1], chunk), tokens.shape[1]]
+    chunks = [_Chunk(model, start, stop, ranks) for start, stop in pairwise(edges)]
+    tape = []  # per chunk: the random state that its dropout draws from, its far keys
+    for index, part in enumerate(chunks):
+        tape.append((random_state(device), [outside.keys for outside in stream.far()]))
+        if index < len(chunks) - 1:  # the last one is only computed with its gradient
+            with precision(dtype, device):
+                stream(tokens[:, part.mine], edges=part.edges)
+            on_chunk()
+    pasts = [cache.past for cache in stream.caches if cache.past]
+    if not pasts and ranks.sp == 1:  # in a group, the exchange of the only chunk makes them
+        pasts = new_pasts(model.config)
+    del stream
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    gradients = FarGradients(model.config, tokens.shape[1], ranks, allocate)
+    after: list[Tensor] = []
+    while chunks:
+        part, (state, far) = chunks.pop(), tape.pop()
+        set_random_state(state, device)
+        final_backward(model, final and not chunks)
+        total += part.backward(tokens[:, part.mine], loss, far, pasts, gradients, scale, dtype)
+        for past in pasts:
+            past.means = None  # all has been chosen
+        after = after or random_state(device)  # the state after the last chunk, as one forward pass leaves it
+        on_chunk()
+    set_random_state(after, device)
+    return total
+
+
+def new_pasts(config: NetConfig) -> list[Past]:
+    """Return the past of a document's first tokens in each layer, which keeps what they choose; [] without a choice."""
+    return [Past(config.pattern, keep=1) for _ in range(config.num_layers if config.pattern.chosen else 0)]
+
+
+def _next_tokens(model: Net, targets: Tokens) -> HiddenLoss:
+    return lambda hidden, mine: model.nll(hidden, targets[:, mine]).sum(dtype=torch.float64)
+
+
+class _Chunk:
+    """The positions [start, stop) of a sequence, or with a group this rank's shard of them."""
+
+    def __init__(self, model: Net, start: int, stop: int, ranks: Ranks) -> None:
+        self.model, self.start, self.stop = model, start, stop
+        self.edges, self.exchange, self.mine = None, None, slice(start, stop)
+        if ranks.sp > 1:
+            self.edges = ranks.edges(start, stop - start)
+            self.exchange = Exchange(model.config, self.edges, group=ranks.group, cached=True)
+            self.mine = ranks.shard(self.edges)
+
+    def backward(
+        self,
+        tokens: Tensor,
+        loss: HiddenLoss,
+        far: Sequence[Sequence[FarKeys]],
+        pasts: list[Past],
+        gradients: FarGradients,
+        scale: float,
+        dtype: str,
+    ) -> Tensor:
+        """Compute the chunk again with `far` as leaves, run its backward pass, and return its loss."""
+        made: list[tuple[Tensor, Tensor]] = []  # keys and values, per layer
+        leaves: list[Outside] = []
+
+        def provide(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Outside:
+            if layer == len(made):  # otherwise activation checkpointing computes it again
+                made.append((k, v))
+                keys, past = [gradients.leaves(layer, x, k.device) for x in far[layer]], None
+                if pasts:
+                    if self.exchange and pasts[layer].position == self.start:  # the last chunk: nothing is there yet
+                        for shard in self.exchange.other_shards(q, k, v)[0]:
+                            pasts[layer].append(*shard)
+                    past = gradients.past(layer, pasts[layer], self.mine.start, k)
+                leaves.append(Outside(keys, past))
+            outside = leaves[layer]
+            if not self.exchange:
+                return outside
+            if outside.past:
+                return Outside([*outside.keys, *self.exchange.run(k, v, outside.past)[0]], outside.past)
+            of_chunk = self.exchange(layer, q, k, v)
+            return Outside([*outside.keys, *of_chunk.keys], of_chunk.past)
+
+        with precision(dtype, tokens.device):
+            hidden = self.model(tokens, start=self.mine.start, far=provide)
+            total = loss(hidden, self.mine)
+        roots, grads = [total], [torch.full_like(total, scale)]
+        for layer, (k, v) in enumerate(made):
+            from_later_chunks = gradients.of_shard(layer, self.start, self.stop, self.mine.start, k)
+            if from_later_chunks is not None:
+                for made_here, gradient in zip((k, v), from_later_chunks, strict=True):
+                    if made_here.requires_grad:  # otherwise no trained weight made it
+                        roots.append(made_here)
+                        grads.append(gradient.to(made_here.dtype))
+        torch.autograd.backward(roots, grads)
+        return total.detach()
+
+
+Key = tuple[int, int, int]  # layer, level, start of the segment
+
+
+class FarGradients:
+    """The gradients of far rows in one sequence of `tokens`, whose chunks come from last to first.
+
+    There is one sum per layer, level and segment, (k and v, B, rows, lanes, D), packed as in KVCache, in fp32 (fp64 for
+    fp64). With chosen blocks, there is one more per layer, for all tokens before the last chunk. `allocate` makes its
+    memory, as torch.empty does. In a group, each rank sums the gradients of its own shards. These sums are reduced over
+    the ranks when the chunk that made the rows asks for them.
+    """
+
+    def __init__(self, config: NetConfig, tokens: int, ranks: Ranks, allocate: Callable[..., Tensor]) -> None:
+        self.pattern, self.num_heads, self.tokens = config.pattern, config.num_heads, tokens
+        self.ranks, self.allocate = ranks, allocate
+        self.sums: dict[Key, Tensor] = {}
+        self.of_pasts: dict[int, Tensor] = {}  # by layer: (k and v, B, tokens, K, D)
+
+    def leaves(self, layer: int, keys: FarKeys, device: torch.device) -> FarKeys:
+        """Return far keys of a chunk on `device`, as leaves of its graph.
+
+        Each gradient is added to its sum and freed as soon as it is known: only one layer's exist beside the sums.
+        """
+        k, v = (x.to(device).detach().requires_grad_() for x in (keys.k, keys.v))
+        for index, x in enumerate((k, v)):
+            x.register_post_accumulate_grad_hook(partial(self._take, (layer, keys.level, keys.start), index))
+        return replace(keys, k=k, v=v)
+
+    def past(self, layer: int, past: Past, start: int, k: Tensor) -> Past:
+        """Return the past of the shard at `start`, which adds the gradients of its rows to their sum.
+
+        `past` is that of a later shard or of this one; k (B, n, K, D) is the shard's.
+        """
+        if start and layer not in self.of_pasts:
+            size, last = self.pattern.chosen_block, start if self.ranks.sp == 1 else self.tokens
+            shape = (2, k.shape[0], -(-last // size) * size, *k.shape[2:])
+            self.of_pasts[layer] = self.allocate(shape, dtype=accumulator(k.dtype), device=k.device).zero_()
+        return past.before(start, self.of_pasts.get(layer))
+
+    def _take(self, key: Key, index: int, leaf: Tensor) -> None:
+        """Add the gradient of k or v (`index` 0 or 1), (B, rows, lanes, D), to its sum, and free it."""
+        gradient, leaf.grad = leaf.grad, None
+        assert gradient is not None
+        if key not in self.sums:  # the first chunk to come here, the last of the sequence, has the most rows
+            batch, _, held, head_dim = leaf.shape
+            shape = (2, batch, segment_rows(self.pattern, key[1], self.tokens), held, head_dim)
+            self.sums[key] = self.allocate(shape, dtype=accumulator(leaf.dtype), device=leaf.device)
+            self.sums[key][:, :, : leaf.shape[1]] = 0
+        rows = self.sums[key][index, :, : leaf.shape[1]]
+        rows.add_(gradient.to(rows.device))
+
+    def of_shard(self, layer: int, start: int, stop: int, begin: int, k: Tensor) -> Tensor | None:
+        """Return what later chunks add to the gradients of one shard's k and v: (k and v, B, n, K, D), or None.
+
+        The shard starts at `begin`, in the chunk [start, stop), and has the shape and the device of `k` (B, n, K, D).
+        """
+        total, sizes = None, (self.num_heads, k.shape[2])
+        if layer in self.of_pasts:
+            rows = self.of_pasts[layer][:, :, start:stop]
+            if self.ranks.sp > 1:
+                of_chunk = rows.to(k.device).contiguous()
+                dist.all_reduce(of_chunk, group=self.ranks.group)
+                rows.zero_()  # what this chunk's own shards add comes apart (`Exchange.run`)
+                rows = of_chunk
+            rows = rows[:, :, begin - start : begin - start + k.shape[1]]
+            total = torch.zeros(2, *k.shape, dtype=rows.dtype, device=k.device)
+            total[:, :, : rows.shape[2]] = rows
+        for span in open_spans(self.pattern, stop):
+            key = (layer, span.level, span.start)
+            if key not in self.sums or span.stop <= start:
+                continue
+            rows = self.sums[key] if span.start < start else self.sums.pop(key)  # no earlier chunk has rows of it
+            if self.ranks.sp > 1:
+                _, r = level_of(self.pattern, span.level)
+                offsets = lanes(self.pattern, span.level, *sizes).offsets
+                first = min(rows_before(max(start - span.start, 0), offset, r) for offset in offsets)
+                last = max(rows_before(span.stop - span.start, offset, r) for offset in offsets)
+                of_chunk = rows[:, :, first:last].to(k.device).contiguous()
+                dist.all_reduce(of_chunk, group=self.ranks.group)
+                rows[:, :, first:last] = of_chunk
+            if total is None:
+                total = torch.zeros(2, *k.shape, dtype=rows.dtype, device=k.device)
+            mine = common_span(self.pattern, span.level, span.start, begin, begin + k.shape[1])
+            for views in span_views(self.pattern, mine, self.num_heads, begin, k.shape[2]):
+                for into, out in zip(total, rows, strict=True):
+                    strided_view(into, views.shard).add_(strided_view(out, views.segment).to(k.device))
+            if self.ranks.sp_rank:
+                # some of these rows may belong to the chunk before: its all-reduce must add this sum once, from rank 0
+                rows[:, :, first:last] = 0
+        return total
