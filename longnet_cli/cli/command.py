@@ -77,14 +77,8 @@ class Command(TyperCommand):
         return params
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Write the help, with each default after its sentence, and the notation of SIZE if an option takes one."""
-        params: list[Any] = list(self.params)
-        for parameter in params:
-            shown = parameter.show_default if isinstance(parameter.show_default, str) else parameter.default
-            if parameter.show_default and not isinstance(shown, bool) and shown is not None:
-                parameter.help = f"{parameter.help} (default: {shown})"
-            parameter.show_default = False
-        if any("SIZE" in str(parameter.metavar) for parameter in params):
+        """Write the help, with the notation of SIZE if an option takes one."""
+        if any("SIZE" in str(parameter.metavar) for parameter in self.params):
             self.epilog = SIZES
         super().format_help(ctx, formatter)
 

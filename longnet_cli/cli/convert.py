@@ -30,22 +30,22 @@ class ConvertCommand:
     dtype: Dtype = option(
         OUTPUT,
         "--dtype auto|fp32|bf16|fp16",
-        "Write weights of this type; fp32 holds exactly what the file says.",
-        "the file's own, bf16 if quantized; required for a LongNet",
+        "Write weights of this type; fp32 holds exactly what the file says. (default: the file's own, bf16 if "
+        "quantized; required for a LongNet)",
         default="auto",
     )
-    heads: int | None = size_option(OFFICIAL, "--heads N", "Set the heads.", "the official model's")
+    heads: int | None = size_option(OFFICIAL, "--heads N", "Set the heads. (default: the official model's)")
     segment_lengths: Sequence[int] | None = option(
-        OFFICIAL, "--segment-lengths SIZE,...", "List the segment lengths.", "the official model's"
+        OFFICIAL, "--segment-lengths SIZE,...", "List the segment lengths. (default: the official model's)"
     )
     dilation_rates: Sequence[int] | None = option(
-        OFFICIAL, "--dilation-rates SIZE,...", "Set one rate per segment length.", "the official model's"
+        OFFICIAL, "--dilation-rates SIZE,...", "Set one rate per segment length. (default: the official model's)"
     )
     padding: Literal["zero_key", "exact"] | None = option(
         OFFICIAL,
         "--padding zero_key|exact",
-        "Fill ragged segments of an encoder with keys of zeros, as in its training, or not (exact).",
-        "zero_key",
+        "Fill ragged segments of an encoder with keys of zeros, as in its training, or not (exact). (default: "
+        "zero_key)",
     )
     update: bool = shared.update_flag()
     quiet: bool = shared.quiet_flag()

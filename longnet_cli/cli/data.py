@@ -36,8 +36,8 @@ class InspectCommand:
     tokenizer: str | None = option(
         INPUT,
         "--tokenizer NAME|PATH",
-        "Check ids against a tokenizer, and count text in its tokens: bytes, a tokenizer.json, or that of a model.",
-        "bytes, for text",
+        "Check ids against a tokenizer, and count text in its tokens: bytes, a tokenizer.json, or that of a model. "
+        "(default: bytes, for text)",
     )
     column: str | None = shared.column_option()
     id_column: str | None = shared.id_column_option()

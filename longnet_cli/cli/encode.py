@@ -32,34 +32,33 @@ class EncodeCommand:
     pool: str | None = option(
         VECTORS,
         "--pool NAME[+NAME]",
-        "Take the mean over the tokens, the first or last token's vector, the cls, max, or the sqrt or "
-        "weighted mean of sentence-transformers; several are joined.",
-        "the model's, otherwise mean",
+        "Take the mean over the tokens, the first or last token's vector, the cls, max, or the sqrt or weighted "
+        "mean of sentence-transformers; several are joined. (default: the model's, otherwise mean)",
     )
     prefix: str | None = option(
         VECTORS,
         "--prefix TEXT|none",
-        "Read this before each document, as a part of it.",
-        "the model's prompt for documents",
+        "Read this before each document, as a part of it. (default: the model's prompt for documents)",
     )
-    dims: int | None = size_option(VECTORS, "--dims N", "Keep the first N numbers of each vector.", "all")
+    dims: int | None = size_option(VECTORS, "--dims N", "Keep the first N numbers of each vector. (default: all)")
     span: int | None = size_option(
         VECTORS,
         "--span SIZE",
-        "Make one vector per this many tokens. Each has the whole document as context.",
-        "one per document",
+        "Make one vector per this many tokens. Each has the whole document as context. (default: one per document)",
     )
     context: int | None = size_option(
         VECTORS,
         "--context SIZE",
-        "Read windows of this many tokens, special ones included, with a model that looks both ways.",
-        "the most that it was made for",
+        "Read windows of this many tokens, special ones included, with a model that looks both ways. (default: the "
+        "most that it was made for)",
     )
     stride: int | None = size_option(
-        VECTORS, "--stride SIZE", "Start a window every this many tokens of the document.", "no overlap"
+        VECTORS, "--stride SIZE", "Start a window every this many tokens of the document. (default: no overlap)"
     )
     normalize: bool | None = option(
-        VECTORS, "--normalize/--no-normalize", "Scale every vector to length 1.", "the model's, otherwise normalize"
+        VECTORS,
+        "--normalize/--no-normalize",
+        "Scale every vector to length 1. (default: the model's, otherwise normalize)",
     )
     all_layers: bool = flag(
         VECTORS, "--all-layers", "Add the column layers: such a vector of the first layer's input and of each layer."
@@ -67,21 +66,21 @@ class EncodeCommand:
     tile_size: int | None = size_option(
         VECTORS,
         "--tile-size SIZE",
-        "Set the side of a slide's tiles, in the units of their coordinates.",
-        "the file's, otherwise the model's",
+        "Set the side of a slide's tiles, in the units of their coordinates. (default: the file's, otherwise the "
+        "model's)",
     )
     output: str = option(
         OUTPUT,
         "--output -o PATH",
-        "Write a new folder of shards, one .arrow, .parquet or .jsonl file, or - for an Arrow stream on "
-        "stdout. An existing file is replaced when the new one is whole.",
+        "Write a new folder of shards, one .arrow, .parquet or .jsonl file, or - for an Arrow stream on stdout. An "
+        "existing file is replaced when the new one is whole.",
         default="-",
     )
     embedding_dtype: Literal["float32", "float16"] = option(
         OUTPUT, "--embedding-dtype float32|float16", "Write numbers of this type.", default="float32"
     )
     shard_rows: int | None = size_option(
-        OUTPUT, "--shard-rows SIZE", "Start a new shard after this many vectors.", "16Ki"
+        OUTPUT, "--shard-rows SIZE", "Start a new shard after this many vectors. (default: 16Ki)"
     )
     shard_format: Literal["arrow", "parquet"] = shared.shard_format_option()
     running: Running

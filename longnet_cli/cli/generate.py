@@ -70,10 +70,9 @@ class GenerateCommand:
         INPUT,
         "--input -i INPUT",
         "Continue each document of files, folders, globs, @list or - (stdin). Repeat it for more.",
-        False,
     )
     state: str | None = option(
-        INPUT, "--state DIR", "Continue after what --save-state has saved in this folder, which stays as it is.", False
+        INPUT, "--state DIR", "Continue after what --save-state has saved in this folder, which stays as it is."
     )
     chat: bool = flag(INPUT, "--chat", "Put each prompt into the tokenizer's chat template, as a user's message.")
     tokenizer: str | None = shared.tokenizer_option()
@@ -83,7 +82,9 @@ class GenerateCommand:
     bos: str | None = shared.bos_option()
     choice: ModelChoice
     max_tokens: int | None = size_option(
-        SAMPLING, "--max-tokens -n SIZE", "Generate at most this many tokens.", f"{MAX_TOKENS}, or 0 with --save-state"
+        SAMPLING,
+        "--max-tokens -n SIZE",
+        f"Generate at most this many tokens. (default: {MAX_TOKENS}, or 0 with --save-state)",
     )
     temperature: float = option(
         SAMPLING,
@@ -92,20 +93,19 @@ class GenerateCommand:
         default=0.0,
     )
     top_p: float | None = option(
-        SAMPLING, "--top-p P", "Draw only from the fewest tokens whose probabilities sum to P.", "from all"
+        SAMPLING, "--top-p P", "Draw only from the fewest tokens whose probabilities sum to P. (default: from all)"
     )
     seed: int | None = option(
-        SAMPLING, "--seed N", "Seed the draws. Runs with the same seed give the same text.", "a new one each run"
+        SAMPLING,
+        "--seed N",
+        "Seed the draws. Runs with the same seed give the same text. (default: a new one each run)",
     )
-    stop: list[str] | None = option(SAMPLING, "--stop TEXT", "End before this text. You can repeat it.", False)
+    stop: list[str] | None = option(SAMPLING, "--stop TEXT", "End before this text. You can repeat it.")
     format: Format = option(
         OUTPUT, "--format text|jsonl", "Stream the text, or print one line of JSON per prompt.", default="text"
     )
     save_state: str | None = option(
-        OUTPUT,
-        "--save-state DIR",
-        "Save in this folder what was read and generated, for --state. One prompt only.",
-        False,
+        OUTPUT, "--save-state DIR", "Save in this folder what was read and generated, for --state. One prompt only."
     )
     sources: bool = flag(
         OUTPUT,
@@ -261,9 +261,7 @@ def _documents(options: GenerateCommand, loaded: Loaded, text: str | None) -> tu
     documents = _each_document(data, text, loaded.chat)
     if options.save_state:
         return _only(documents), False
-    if (
-        options.format == "text" and text is None and data.names != ["-"]
-    ):  # the first line of a pipe waits for no second
+    if options.format == "text" and text is None and data.names != ["-"]:  # the first line of a pipe waits for none
         return _look_ahead(documents)
     return documents, False
 

@@ -70,19 +70,21 @@ PARSERS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def option(panel: str, names: str, help: str, shown: str | bool = True, *, default: Any = None, **more: Any) -> Any:
+def option(panel: str, names: str, help: str, *, default: Any = None, **more: Any) -> Any:
     """Return an option of a command, a field of a dataclass (`command.takes_options`):
 
         model: str = option(MODEL, "--model -m NAME|DIR", "Use this model.", default="longnet-tiny")
 
-    After its `names` stands what the help has for a value. `shown` describes what happens without the option; True
-    shows the default itself. MISSING is no default: the option is required. An option of several values is a Sequence,
-    because typer reads `list[int]` as an option that is given once for each item.
+    After its `names` stands what the help has for a value. The help ends with the default, or with what happens without
+    the option: "(default: all)". MISSING is no default: the option is required. An option of several values is a
+    Sequence, because typer reads `list[int]` as an option that is given once for each item.
     """
     *flags, last = names.split()
     metavar = None if last.startswith("-") else last
     flags += [last] if metavar is None else []
-    look: dict[str, Any] = {"metavar": metavar, "help": help, "show_default": shown, "rich_help_panel": panel}
+    said = "(default: " in help or default in (None, MISSING) or isinstance(default, bool)
+    help = help if said else f"{help} (default: {default})"
+    look: dict[str, Any] = {"metavar": metavar, "help": help, "show_default": False, "rich_help_panel": panel}
     if metavar in PARSERS:
         more["parser"] = _option_parser(PARSERS[metavar])
     value = ... if default is MISSING else default
@@ -94,9 +96,9 @@ def flag(panel: str, names: str, help: str) -> Any:
     return option(panel, names, help, default=False)
 
 
-def size_option(panel: str, names: str, help: str, shown: str | bool = True, **more: Any) -> Any:
+def size_option(panel: str, names: str, help: str, **more: Any) -> Any:
     """Return a size: `seq: int | None = size_option(OUTPUT, "--seq SIZE", "Tokens.")`."""
-    return option(panel, names, help, shown, parser=_option_parser(parse_size), **more)
+    return option(panel, names, help, parser=_option_parser(parse_size), **more)
 
 
 def argument(metavar: str, help: str, default: Any = MISSING) -> Any:
@@ -130,31 +132,31 @@ tokenizer_option = partial(
     option,
     INPUT,
     "--tokenizer NAME|PATH",
-    "Use bytes, a tokenizer.json, a folder that holds one, or the tokenizer of a model: shipped, or ORG/NAME.",
-    "the model's",
+    "Use bytes, a tokenizer.json, a folder that holds one, or the tokenizer of a model: shipped, or ORG/NAME. "
+    "(default: the model's)",
 )
 differs_flag = partial(flag, INPUT, "--tokenizer-differs", "Accept a tokenizer that is not the model's.")
 column_option = partial(
     option,
     INPUT,
     "--column NAME",
-    "Read this column, or a field of a struct: doc.body.",
-    "input_ids, tokens, token_ids or ids, otherwise text",
+    "Read this column, or a field of a struct: doc.body. (default: input_ids, tokens, token_ids or ids, otherwise "
+    "text)",
 )
-id_column_option = partial(option, INPUT, "--id-column NAME", "Name documents by this column.", "doc_id, otherwise id")
+id_column_option = partial(
+    option, INPUT, "--id-column NAME", "Name documents by this column. (default: doc_id, otherwise id)"
+)
 eos_option = partial(
     option,
     INPUT,
     "--eos TOKEN|ID",
-    "Cut a flat column of ids into documents at this token.",
-    "the tokenizer's, otherwise the file's",
+    "Cut a flat column of ids into documents at this token. (default: the tokenizer's, otherwise the file's)",
 )
 bos_option = partial(
     option,
     INPUT,
     "--bos none|TOKEN|ID",
-    "Put this token before each document, or nothing.",
-    "what the tokenizer's template or the model says",
+    "Put this token before each document, or nothing. (default: what the tokenizer's template or the model says)",
 )
 skip_bad_flag = partial(flag, INPUT, "--skip-bad", "Leave out what cannot be read: exit code 6.")
 update_flag = partial(
@@ -165,8 +167,7 @@ pattern_option = partial(
     PATTERN,
     "--pattern PATTERN",
     "Attend by this pattern: paper, geometric:1e9, window:1Ki,sinks=4, nested:1Mi, pretrained, finding, dense, or "
-    "levels such as 1Ki/1,4Ki/4. `longnet pattern PATTERN` describes one.",
-    "the model's own",
+    "levels such as 1Ki/1,4Ki/4. `longnet pattern PATTERN` describes one. (default: the model's own)",
 )
 shard_format_option = partial(
     option, OUTPUT, "--shard-format arrow|parquet", "Write shards of this format.", default="arrow"
@@ -174,13 +175,7 @@ shard_format_option = partial(
 resume_flag = partial(
     flag, OUTPUT, "--resume", "Continue an interrupted run in the output folder, with the same inputs and options."
 )
-device_option = partial(
-    option,
-    COMPUTE,
-    "--device auto|cpu|cuda[:i]",
-    "Compute on this device.",
-    default="auto",
-)
+device_option = partial(option, COMPUTE, "--device auto|cpu|cuda[:i]", "Compute on this device.", default="auto")
 dtype_option = partial(
     option, COMPUTE, "--dtype auto|fp32|bf16|fp16", "Compute matrix products in this precision.", default="auto"
 )
@@ -233,9 +228,8 @@ class Running:
     sample: int | None = size_option(
         OUTPUT,
         "--sample N",
-        "For --dry-run, tokenize a uniform sample of N texts. All texts are read, and their tokens per byte are taken "
-        "to be those of the sample.",
-        "all",
+        "For --dry-run, tokenize a uniform sample of N texts. All texts are read, and their tokens per byte are "
+        "taken to be those of the sample. (default: all)",
     )
 
 
@@ -244,10 +238,10 @@ class Mesh:
     """The processes that share the work."""
 
     nproc: int | None = size_option(
-        COMPUTE, "--nproc N", "Start N processes (ranks) on this machine.", "what --dp and --sp need"
+        COMPUTE, "--nproc N", "Start N processes (ranks) on this machine. (default: what --dp and --sp need)"
     )
-    sp: int | None = size_option(COMPUTE, "--sp N", "Split each sequence over N ranks.", "all of a group")
-    dp: int | None = size_option(COMPUTE, "--dp N", "Make N groups of ranks, each with its own sequences.", "1")
+    sp: int | None = size_option(COMPUTE, "--sp N", "Split each sequence over N ranks. (default: all of a group)")
+    dp: int | None = size_option(COMPUTE, "--dp N", "Make N groups of ranks, each with its own sequences. (default: 1)")
 
 
 @dataclass(frozen=True)
@@ -259,14 +253,13 @@ class Computing:
     chunk: int | None = size_option(
         COMPUTE,
         "--chunk SIZE",
-        "Process this many tokens at a time. Fewer need less memory and change no result.",
-        "what fits the memory",
+        "Process this many tokens at a time. Fewer need less memory and change no result. (default: what fits the "
+        "memory)",
     )
     spill: str | None = option(
         COMPUTE,
         "--spill DIR",
-        "Keep here, not in memory, what grows with a document: keys and values, for a pattern with chosen blocks, or "
-        "a bidirectional model's hidden states.",
-        "in memory",
+        "Keep here, not in memory, what grows with a document: keys and values, for a pattern with chosen blocks, "
+        "or a bidirectional model's hidden states. (default: in memory)",
     )
     quiet: bool = quiet_flag()

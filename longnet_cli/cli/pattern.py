@@ -29,14 +29,14 @@ class PatternCommand:
         "a window takes chosen=32x32, chosen_every=. Or a recipe (.toml) or a model, by name or path.",
     )
     seq: int | None = size_option(
-        MEASURE, "--seq SIZE", "Describe a sequence of this length.", "the longest segment, or 32Ki"
+        MEASURE, "--seq SIZE", "Describe a sequence of this length. (default: the longest segment, or 32Ki)"
     )
-    heads: int | None = option(MEASURE, "--heads N", "Count N heads.", "the model's, or 12", min=1, max=1024)
+    heads: int | None = option(MEASURE, "--heads N", "Count N heads. (default: the model's, or 12)", min=1, max=1024)
     layers: int | None = option(
-        MEASURE, "--layers N", "Follow links through N layers.", "the model's, or 4", min=1, max=256
+        MEASURE, "--layers N", "Follow links through N layers. (default: the model's, or 4)", min=1, max=256
     )
     causal: bool | None = option(
-        MEASURE, "--causal/--bidirectional", "Look back only, or both ways.", "the model's, or causal"
+        MEASURE, "--causal/--bidirectional", "Look back only, or both ways. (default: the model's, or causal)"
     )
     format: Format = option(OUTPUT, "--format text|json", "Print tables, or a list in JSON.", default="text")
     output: str | None = option(

@@ -22,10 +22,9 @@ class PlotCommand:
     show: Sequence[str] | None = option(
         OUTPUT,
         "--show NAME,...",
-        "Draw these alone, in this order, by their names in the files: loss, lr or tokens_per_second of "
-        "runs; seconds, seconds_per_token or peak_rss_bytes of bench; ppl, ppl_ratio, by_position, "
-        "by_segment_position or by_recall of score.",
-        "all that the files have",
+        "Draw these alone, in this order, by their names in the files: loss, lr or tokens_per_second of runs; "
+        "seconds, seconds_per_token or peak_rss_bytes of bench; ppl, ppl_ratio, by_position, by_segment_position or "
+        "by_recall of score. (default: all that the files have)",
     )
     output: str | None = option(
         OUTPUT,

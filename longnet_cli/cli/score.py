@@ -50,24 +50,23 @@ class ScoreCommand:
 
     documents: Documents
     choice: ModelChoice
-    ppl: bool = option(
-        MEASURE, "--ppl", "Measure perplexity and bits per byte. This is the default.", False, default=True
-    )
+    ppl: bool = option(MEASURE, "--ppl", "Measure perplexity and bits per byte. This is the default.", default=True)
     context: Sequence[int] | None = option(
         MEASURE,
         "--context SIZE,...",
-        "Score the text in separate windows of this length. Several lengths are compared on the same tokens.",
-        "the whole document",
+        "Score the text in separate windows of this length. Several lengths are compared on the same tokens. "
+        "(default: the whole document)",
     )
     stride: int | None = size_option(
-        MEASURE, "--stride SIZE", "Let windows overlap: score this many tokens at the end of each.", "the context"
+        MEASURE,
+        "--stride SIZE",
+        "Let windows overlap: score this many tokens at the end of each. (default: the context)",
     )
     last: int | None = size_option(
         MEASURE,
         "--last SIZE",
-        "Score only this many tokens at the end of each document. Documents too short for the longest "
-        "context are left out.",
-        "all tokens",
+        "Score only this many tokens at the end of each document. Documents too short for the longest context are "
+        "left out. (default: all tokens)",
     )
     by_position: bool = flag(
         MEASURE,
@@ -83,9 +82,8 @@ class ScoreCommand:
     key_tokens: Sequence[str] | None = option(
         MEASURE,
         "--key-tokens NAME,...",
-        "Also measure the tokens for which long context matters. Two files that a judge wrote with "
-        "--token-logprobs show which: SHORT.arrow,LONG.arrow.",
-        False,
+        "Also measure the tokens for which long context matters. Two files that a judge wrote with --token-logprobs "
+        "show which: SHORT.arrow,LONG.arrow.",
     )
     format: Literal["text", "json", "jsonl"] = option(
         OUTPUT,
@@ -96,24 +94,23 @@ class ScoreCommand:
     token_logprobs: str | None = option(
         OUTPUT,
         "--token-logprobs FILE",
-        "Write the log-probability of every token, in nats, to an .arrow or .parquet file. An existing "
-        "file is replaced when the new one is whole.",
+        "Write the log-probability of every token, in nats, to an .arrow or .parquet file. An existing file is "
+        "replaced when the new one is whole.",
     )
     chosen: str | None = option(
         OUTPUT,
         "--chosen FILE",
-        "Write which chosen blocks each group of tokens sees in each layer, to an .arrow or .parquet "
-        "file. The pattern must have chosen blocks.",
+        "Write which chosen blocks each group of tokens sees in each layer, to an .arrow or .parquet file. The "
+        "pattern must have chosen blocks.",
     )
     output: str | None = option(
         OUTPUT,
         "--output -o PATH",
-        "Write a row per document instead, with what it gains from the longest context: to a new folder "
-        "of shards, one .arrow, .parquet or .jsonl file, or - for an Arrow stream on stdout.",
-        "print the scores",
+        "Write a row per document instead, with what it gains from the longest context: to a new folder of shards, "
+        "one .arrow, .parquet or .jsonl file, or - for an Arrow stream on stdout. (default: print the scores)",
     )
     shard_tokens: int | None = size_option(
-        OUTPUT, "--shard-tokens SIZE", "Start a new shard after this many tokens.", "4Mi"
+        OUTPUT, "--shard-tokens SIZE", "Start a new shard after this many tokens. (default: 4Mi)"
     )
     running: Running
     mesh: Mesh

@@ -32,16 +32,16 @@ class TokenizeCommand:
     output: str = option(
         OUTPUT,
         "--output -o PATH",
-        "Write a new folder of shards, one .arrow, .parquet or .jsonl file, or - for stdout, with the "
-        "tokenizer. An existing file is replaced when the new one is whole.",
+        "Write a new folder of shards, one .arrow, .parquet or .jsonl file, or - for stdout, with the tokenizer. An "
+        "existing file is replaced when the new one is whole.",
         default=MISSING,
     )
     shard_tokens: int | None = size_option(
-        OUTPUT, "--shard-tokens SIZE", "Start a new shard after this many tokens.", "128Mi"
+        OUTPUT, "--shard-tokens SIZE", "Start a new shard after this many tokens. (default: 128Mi)"
     )
     shard_format: Literal["arrow", "parquet"] = shared.shard_format_option()
     resume: bool = shared.resume_flag()
-    column: str | None = option(INPUT, "--column NAME", "Read this column.", "text, otherwise messages")
+    column: str | None = option(INPUT, "--column NAME", "Read this column. (default: text, otherwise messages)")
     id_column: str | None = shared.id_column_option()
     skip_bad: bool = shared.skip_bad_flag()
     tokenizer: str = option(
@@ -57,10 +57,11 @@ class TokenizeCommand:
     eos: str | None = option(
         TOKENS,
         "--eos [TOKEN|ID]",
-        "End documents with this token, or with the tokenizer's own if you name none.",
-        "nothing is appended",
+        "End documents with this token, or with the tokenizer's own if you name none. (default: nothing is appended)",
     )
-    dp: int | None = size_option(COMPUTE, "--dp N", "Share the documents among N processes (ranks).", "this process")
+    dp: int | None = size_option(
+        COMPUTE, "--dp N", "Share the documents among N processes (ranks). (default: this process)"
+    )
     quiet: bool = shared.quiet_flag()
 
 

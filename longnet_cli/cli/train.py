@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from longnet_cli.running.ranks.ranks import Ranks
 
 RECIPE = "Recipe"
-BY_RECIPE = "the recipe's"
 
 
 PAIRS = (
@@ -68,19 +67,21 @@ class TrainCommand:
         RECIPE, "--init NAME|DIR", "Start from this model, its tokenizer and sizes, as in --model of score."
     )
     update: bool = shared.update_flag()
-    data: list[str] | None = option(INPUT, "--data INPUT", "Train on these inputs, one per --data.", BY_RECIPE)
+    data: list[str] | None = option(
+        INPUT, "--data INPUT", "Train on these inputs, one per --data. (default: the recipe's)"
+    )
     tokenizer: str | None = option(
         INPUT,
         "--tokenizer NAME|PATH",
-        "Use bytes, a tokenizer.json, or the tokenizer of a model: shipped, or ORG/NAME on the hub.",
-        BY_RECIPE,
+        "Use bytes, a tokenizer.json, or the tokenizer of a model: shipped, or ORG/NAME on the hub. (default: the "
+        "recipe's)",
     )
     tokenizer_differs: bool = flag(
         INPUT, "--tokenizer-differs", "Accept a tokenizer that is not that of the --init model."
     )
-    column: str | None = option(INPUT, "--column NAME", "Read this column.", BY_RECIPE)
+    column: str | None = option(INPUT, "--column NAME", "Read this column. (default: the recipe's)")
     eos: str | None = option(
-        INPUT, "--eos TOKEN|ID", "Put this token between documents.", "the recipe's, otherwise the tokenizer's"
+        INPUT, "--eos TOKEN|ID", "Put this token between documents. (default: the recipe's, otherwise the tokenizer's)"
     )
     output: str = option(
         OUTPUT,
@@ -91,8 +92,8 @@ class TrainCommand:
     resume: str | None = option(
         OUTPUT,
         "--resume [PATH]",
-        "Continue the run in the output folder, or from PATH: another run, or a checkpoint.",
-        "the output folder's run, if any",
+        "Continue the run in the output folder, or from PATH: another run, or a checkpoint. (default: the output "
+        "folder's run, if any)",
     )
     no_resume: bool = flag(OUTPUT, "--no-resume", "Refuse an output folder that holds a run.")
     dry_run: bool = flag(
@@ -103,19 +104,23 @@ class TrainCommand:
     shard: str | None = option(
         COMPUTE,
         "--shard none|full",
-        "Keep all weights on every rank, or divide weights and optimizer state between ranks (full, FSDP2).",
-        "none",
+        "Keep all weights on every rank, or divide weights and optimizer state between ranks (full, FSDP2). "
+        "(default: none)",
     )
     pattern: str | None = shared.pattern_option()
     device: str = shared.device_option()
     dtype: str | None = option(
-        COMPUTE, "--dtype auto|fp32|bf16", "Compute matrix products in this precision.", BY_RECIPE
+        COMPUTE, "--dtype auto|fp32|bf16", "Compute matrix products in this precision. (default: the recipe's)"
     )
     chunk: int | None = size_option(
-        COMPUTE, "--chunk SIZE", "Hold the activations of this many tokens. It changes no number.", BY_RECIPE
+        COMPUTE,
+        "--chunk SIZE",
+        "Hold the activations of this many tokens. It changes no number. (default: the recipe's)",
     )
     spill: str | None = option(
-        COMPUTE, "--spill DIR", "Store here, not in memory, the keys and values that later chunks need.", BY_RECIPE
+        COMPUTE,
+        "--spill DIR",
+        "Store here, not in memory, the keys and values that later chunks need. (default: the recipe's)",
     )
     quiet: bool = shared.quiet_flag()
 
