@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -11,16 +12,21 @@ import pyarrow as pa
 import pyarrow.ipc as ipc
 import pytest
 import torch
-
-pytest.importorskip("sentence_transformers", reason="not installed: pip install 'longnet-cli[sentence-transformers]'")
-
-import transformers as hf
 from conftest import RunLongnet
 from processes import refused
+
+pytest.importorskip("transformers", reason="transformers is not installed: pip install 'longnet-cli[hf]'")
+
+import transformers as hf
 from sentence_models import WORDS, save_model, word_pieces
 
 from longnet_cli import encode_batches
 from longnet_cli.jobs.pooling import windows_of
+
+# not importorskip: importing it takes five seconds, which only the worker that runs these tests needs to spend
+pytestmark = pytest.mark.skipif(
+    not find_spec("sentence_transformers"), reason="not installed: pip install 'longnet-cli[sentence-transformers]'"
+)
 
 PROMPT = "query: "
 OPENING, CLOSING = [2], [3]
