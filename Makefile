@@ -1,17 +1,25 @@
 # One virtual environment, .venv, made on first use and again when pyproject.toml changes.
 #
-#   make demo    see it work        make test    run the tests
-#   make check   what CI checks     make quick   run what one runs between two edits: no ranks, docs, compilation
-#   make clean   remove everything that was made here
-#   make matrix  run the tests with the oldest and the newest libraries that are allowed
-#   make docs    build the documentation as a site, build/site
-#   make gpu     check and time this machine's GPU, in ten minutes, and write runs/gpu.md
+#   make demo      see it work
+#   make test      run the tests, in five minutes; the rest of them is compilers, documentation and other programs
+#   make test-all  run all tests, as CI does, with more random cases: ten minutes more
+#   make quick     run what one runs between two edits: no commands, no ranks
+#   make check     what CI checks
+#   make clean     remove everything that was made here
+#   make matrix    run all tests with the oldest and the newest libraries that are allowed
+#   make docs      build the documentation as a site, build/site
+#   make gpu       check and time this machine's GPU, in ten minutes, and write runs/gpu.md
 
 PYTHON ?= python3
 BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo docs/demo.svg test quick matrix gpu docs lint check wheel-check clean
+# Workers take file after file, in the order of tests/conftest.py. PYTEST is for more options.
+RUN_TESTS = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses 4 \
+  --dist loadfile --no-loadscope-reorder $(PYTEST)
+NOT_OF_CI = --ignore=tests/clients --ignore=tests/docs# or their imports would take seconds
+
+.PHONY: demo docs/demo.svg test test-rest test-all quick matrix gpu docs lint check wheel-check clean
 
 demo: .venv/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
@@ -23,11 +31,18 @@ docs/demo.svg: .venv/.installed
 	$(BIN)/python examples/draw_terminal.py $@ < build/demo.txt
 
 test: .venv/.installed-dev
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(PYTEST)
+	$(RUN_TESTS) $(NOT_OF_CI) -m 'not (slow or gpu or ci)'
+
+test-rest: .venv/.installed-dev
+	$(RUN_TESTS) -m 'ci and not (slow or gpu)'
+
+test-all: export HYPOTHESIS_PROFILE ?= ci
+test-all:
+	$(MAKE) test
+	$(MAKE) test-rest
 
 quick: .venv/.installed-dev
-	HYPOTHESIS_PROFILE=quick OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal \
-	  -m 'not slow and not gpu and not full'
+	$(RUN_TESTS) $(NOT_OF_CI) -q -m 'not (slow or gpu or ci or full)'
 
 matrix: .venv/.installed-dev
 	tests/matrix.sh
@@ -46,7 +61,7 @@ lint: .venv/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-check: lint test wheel-check
+check: lint test-all wheel-check
 
 # The wheel, built from the sdist, in an environment that has nothing of this checkout: only the dependencies are lent
 # to it, by a path, because installing torch twice takes minutes.

@@ -1,6 +1,6 @@
 """Compare what a plan predicts for this machine with what this machine takes: forward, backward, and a training step.
 
-    longnet bench --calibrate here.toml --nproc 2
+    torchrun --standalone --nproc-per-node 2 examples/cluster.py calibrate here.toml
     torchrun --standalone --nproc-per-node 2 examples/predicted.py here.toml
 
 The file and the run need the same number of processes; without torchrun, there is one. It prints a line of JSON per
@@ -15,11 +15,10 @@ import json
 import sys
 
 import torch
+from cluster import HIDDEN, Machine, fastest, find_machine, seconds_by_part, training_plans
 
 from longnet_cli import LongNet
-from longnet_cli.jobs.benchmark.calibrating import fastest
-from longnet_cli.jobs.estimating.plan import find_machine
-from longnet_cli.jobs.estimating.training_job import plan_training
+from longnet_cli.jobs.estimating.training_job import StepFlops
 from longnet_cli.jobs.training.gradients import backward
 from longnet_cli.jobs.training.optimizer import build_optimizers
 from longnet_cli.jobs.training.recipe import Recipe, load_recipe
@@ -61,7 +60,7 @@ def measure(recipe: Recipe, ranks: Ranks, device: torch.device) -> dict[str, flo
 
     def gradients() -> None:
         net.zero_grad()
-        backward(net, ids, ids, chunk=train.chunk, scale=1 / tokens, dtype=train.dtype, group=ranks.group)
+        backward(net, ids, ids, chunk=train.chunk, scale=1 / tokens, dtype=train.dtype, ranks=ranks)
 
     def update() -> None:
         sum_gradients(net, ranks)
@@ -74,18 +73,25 @@ def measure(recipe: Recipe, ranks: Ranks, device: torch.device) -> dict[str, flo
     return {"forward": passed, "backward": both - passed, "update": rest, "step": both + rest}
 
 
+def predict(recipe: Recipe, machine: Machine, processes: int) -> dict[str, float]:
+    """Return the seconds of each direction, by the plan for the recipe."""
+    config, tokens, chunk = recipe.model, recipe.train.stages[0].seq_len, recipe.train.chunk
+    flops, attention = config.layer_flops() + config.vocabulary_flops(), config.attention_flops(tokens) / tokens
+    passed = seconds_by_part(config, machine, processes, tokens, chunk, 1, StepFlops(flops, attention, 0.0, 1, 1.0))
+    step = training_plans(recipe, machine)[0].seconds
+    forward, whole = (sum(parts.values()) - parts[HIDDEN] for parts in (passed, step))
+    update = step["weights"] + step["update"]
+    return {"forward": forward, "backward": whole - update - forward, "update": update, "step": whole}
+
+
 def main() -> None:
     machine = find_machine(sys.argv[1])
     ranks, device = join("cpu" if machine.device == "cpu" else "auto")
     for name in NETS:
         recipe = recipe_of(name, ranks.world)
-        measured, plan = measure(recipe, ranks, device), plan_training(recipe, machine)[0]
-        parts = plan.seconds
-        rest = parts["weights"] + parts["update"]
-        both = plan.step - rest - parts["reading"]
-        predicted = {"forward": plan.forward, "backward": both - plan.forward, "update": rest, "step": both + rest}
+        measured, predicted = measure(recipe, ranks, device), predict(recipe, machine, ranks.world)
         for direction, seconds in predicted.items() if ranks.first else ():
-            row = {"processes": ranks.world, "net": name, "tokens": plan.tokens, "direction": direction}
+            row = {"processes": ranks.world, "net": name, "tokens": NETS[name][-1], "direction": direction}
             row |= {"predicted": seconds, "measured": measured[direction], "ratio": seconds / measured[direction]}
             print(json.dumps({key: float(f"{x:.3g}") if isinstance(x, float) else x for key, x in row.items()}))
     leave()

@@ -96,33 +96,36 @@ def write_corpus(folder: Path, bottles: int, held_out: int) -> Path:
     return path
 
 
+LONG = [{"seq_len": 32, "steps": 30}, {"seq_len": 64, "steps": 10}]  # stages in which a net learns
+
+
 def recipe(corpus: Path, **overrides: object) -> Recipe:
-    """One of 40 steps, in two stages, of a net of one layer for bytes."""
+    """One of 6 steps, in two stages, of a net of one layer for bytes."""
     sizes = {"dim": 16, "num_layers": 1, "num_heads": 2, "ffn_dim": 32}
     settings = {
         "model": {**sizes, "segment_lengths": [16, 32], "dilation_rates": [1, 2]},
         "data.train": [str(corpus)],
         "optimizer.lr": 1e-2,
         "schedule.warmup_steps": 2,
-        "train.stages": [{"seq_len": 32, "steps": 30}, {"seq_len": 64, "steps": 10}],
+        "train.stages": [{"seq_len": 32, "steps": 4}, {"seq_len": 64, "steps": 2}],
         "train.batch_tokens": 256,
     }
     return load_recipe(None, json.loads(json.dumps(settings)) | overrides)
 
 
 def recipe_with_checkpoints(corpus: Path, **overrides: object) -> Recipe:
-    """One of 20 steps, in two stages, that saves every fourth; write_corpus makes what it reads."""
+    """One of 10 steps, in two stages, that saves every second; write_corpus makes what it reads."""
     settings = {
         "model": SIZES | {"segment_lengths": [16, 32], "dilation_rates": [1, 2], "dropout": 0.1},
         "data.train": [str(corpus)],
         "data.held_out": [str(corpus.parent / "held_out.txt")],
         "schedule.warmup_steps": 2,
-        "train.stages": [{"seq_len": 32, "steps": 12}, {"seq_len": 100, "steps": 8}],
+        "train.stages": [{"seq_len": 32, "steps": 6}, {"seq_len": 100, "steps": 4}],
         "train.batch_tokens": 256,
         "train.chunk": 60,  # shorter than the windows of the second stage
         "train.log_every": 3,
-        "train.evaluate_every": 8,
-        "train.save_every": 4,
+        "train.evaluate_every": 4,
+        "train.save_every": 2,
     }
     return load_recipe(None, settings | overrides)
 

@@ -1,9 +1,14 @@
-"""What all tests share: the real command as a subprocess, hypothesis profiles, and no GPU test without a GPU."""
+"""What all tests share: the real command as a process, hypothesis profiles, no GPU test without a GPU, and the order.
 
+`pytest --record-durations` writes how many seconds the tests of each file take to tests/durations.json.
+"""
+
+import json
 import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,10 +19,10 @@ from hypothesis import settings
 from places import ROOT
 from processes import Start
 
-# "default" repeats the same examples, so that CI says the same twice; `make quick` takes "quick", and
+# "default" and "ci" repeat the same examples, so that a test says the same twice; .ci/run takes "ci", and
 # HYPOTHESIS_PROFILE=thorough hunts for new ones.
-settings.register_profile("default", deadline=None, max_examples=40, derandomize=True)
-settings.register_profile("quick", deadline=None, max_examples=10, derandomize=True)
+settings.register_profile("default", deadline=None, max_examples=12, derandomize=True)
+settings.register_profile("ci", deadline=None, max_examples=40, derandomize=True)
 settings.register_profile("thorough", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
@@ -26,12 +31,16 @@ GPU = os.environ.get("LONGNET_TEST_DEVICE", "cuda")
 
 STARTS = {"command_env", "longnet", "python", "run_longnet", "start"}  # fixtures
 ROOMS_OF_PROCESSES = {"clients", "commands", "docs", "ranks"}  # folders of tests/
+ROOMS_OF_CI = {"clients", "docs"}
+DURATIONS = ROOT / "tests/durations.json"
 
 RunLongnet = Callable[..., subprocess.CompletedProcess]
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(_own_cache().cleanup)
+    if config.getoption("--record-durations") and not hasattr(config, "workerinput"):  # by the process that starts all
+        config.pluginmanager.register(Recorder())
     # A script's background job, `make test &`, starts with Ctrl-C ignored, and `nohup make test` with SIGHUP ignored:
     # commands under test would inherit it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -48,13 +57,45 @@ def _own_cache() -> TemporaryDirectory:
     return place
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record-durations", action="store_true", help=f"write how long tests take to {DURATIONS}")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what starts commands or ranks, which only the full suite runs, not `make quick`."""
+    """Mark what `make quick` and `make test` leave out, and put the files first that take longest.
+
+    Workers take one file after the other (`--dist loadfile`), so that the last ones are short. A file that nobody has
+    timed counts as an average one.
+    """
     for item in items:
-        starts = STARTS.intersection(getattr(item, "fixturenames", ()))
-        if starts or ROOMS_OF_PROCESSES.intersection(item.path.relative_to(ROOT / "tests").parts):
+        folders = item.path.relative_to(ROOT / "tests").parts
+        if STARTS.intersection(getattr(item, "fixturenames", ())) or ROOMS_OF_PROCESSES.intersection(folders):
             item.add_marker("full")
+        if ROOMS_OF_CI.intersection(folders):
+            item.add_marker("ci")
+    seconds = json.loads(DURATIONS.read_text(encoding="utf-8"))
+    average = sum(seconds.values()) / len(seconds)
+    items.sort(key=lambda item: -seconds.get(file_of(item.nodeid), average))
+
+
+def file_of(nodeid: str) -> str:
+    return nodeid.partition("::")[0]
+
+
+class Recorder:
+    """Adds up the seconds of each file, and writes them at the end; files that were not run keep theirs."""
+
+    def __init__(self) -> None:
+        self.seconds: Counter[str] = Counter()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.seconds[file_of(report.nodeid)] += report.duration
+
+    def pytest_sessionfinish(self) -> None:
+        rounded = {file: round(seconds, 1) for file, seconds in self.seconds.items()}
+        known = json.loads(DURATIONS.read_text(encoding="utf-8"))
+        DURATIONS.write_text(json.dumps(known | rounded, indent=0, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import subprocess
+import os
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
+import pytest
 
+from longnet_cli.basics.errors import DataError
 from longnet_cli.data.documents import Document
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
@@ -67,21 +71,27 @@ def read(*inputs: Any, tokenizer: Tokenizer | None = BYTES, **options: Any) -> l
     return list(Inputs(inputs, tokenizer, **options).documents())
 
 
-def pipe(data: bytes, code: str = "[d.read().tolist() for d in Inputs(['-'], Tokenizer.bytes()).documents()]") -> Any:
-    """What `code` gives in another process that gets `data` through a pipe, in small writes; or its error."""
-    script = (
-        "import json\nfrom longnet_cli.data.inputs import *\nfrom longnet_cli.data.tokenizer import Tokenizer\n"
-        "from longnet_cli.basics.errors import DataError\n"
-        f"try: print(json.dumps({code}))\nexcept DataError as error: print(json.dumps(str(error)))"
-    )
-    child = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+def pipe(data: bytes, texts: bool = False) -> Any:
+    """The ids, or the texts, of documents that come through a pipe as stdin, in small writes; or the error."""
+    reader, writer = os.pipe()
+
+    def feed() -> None:
+        with contextlib.suppress(BrokenPipeError), open(writer, "wb", buffering=0) as end:
+            for part in (data[:3], data[3:9], data[9:40], data[40:]):  # the first is shorter than the magic
+                end.write(part)
+
+    feeder = threading.Thread(target=feed)
+    feeder.start()
     try:
-        for start in (0, 3, 9, 40):  # the first write is shorter than the magic
-            child.stdin.write(data[start : {0: 3, 3: 9, 9: 40, 40: None}[start]])
-    except BrokenPipeError:
-        pass
-    out, _ = child.communicate()
-    return json.loads(out)
+        with pytest.MonkeyPatch.context() as patch, open(reader) as stdin:
+            patch.setattr(sys, "stdin", stdin)
+            if texts:
+                return [text.text for text in Inputs(["-"]).texts()]
+            return [document.read().tolist() for document in Inputs(["-"], BYTES).documents()]
+    except DataError as error:
+        return str(error)
+    finally:
+        feeder.join()
 
 
 FORMATS: dict[str, Callable[[Path], Path]] = {

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Run the default tests with the oldest and with the newest libraries that pyproject.toml allows, each in a virtual
-# environment under build/. It takes some 6 GB and half an hour per environment.
+# Run all tests but those marked slow and gpu, with the oldest and with the newest libraries that pyproject.toml allows,
+# each in a virtual environment under build/. It takes some 6 GB and half an hour per environment.
 #
 #   make matrix                           both, with the Python of .venv
 #   PYTHON=3.10 tests/matrix.sh oldest    one of them, with another Python
@@ -16,6 +16,6 @@ for kind in ${@:-oldest newest}; do
   .venv/bin/uv pip install --quiet --python "$environment" --resolution "${resolution[$kind]}" --editable '.[dev]'
   "$environment/bin/python" -c 'import torch, transformers, pyarrow, platform as p
 print(*("python", p.python_version(), "torch", torch.__version__, "transformers", transformers.__version__, "pyarrow", pyarrow.__version__))'
-  OMP_NUM_THREADS=1 "$environment/bin/python" -m pytest -q -n auto --maxprocesses 4 --dist worksteal | tail -n 30 || failed=1
+  OMP_NUM_THREADS=1 "$environment/bin/python" -m pytest -q -n auto --maxprocesses 4 --dist loadfile | tail -n 30 || failed=1
 done
 exit "${failed:-0}"

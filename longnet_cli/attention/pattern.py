@@ -150,7 +150,7 @@ class Pattern:
 
         Segment lengths and rates grow by `ratio`. Each level looks back one segment, every key counts once, and every
         row queries every level. At a rate of at most the number of heads, each position is seen by some head.
-        `FAR_BIAS` gives far keys less weight than near ones; docs/measurements/results.md has its gain and its cost.
+        `FAR_BIAS` gives far keys less weight than near ones: docs/measurements/results.md has its gain and its cost.
         """
         grown = cls.geometric(length, base, ratio)
         levels = grown.segment_lengths, grown.dilation_rates

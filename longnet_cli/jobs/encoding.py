@@ -26,12 +26,12 @@ from longnet_cli.data.left_out import OnSkip
 from longnet_cli.data.places import TextPlaces
 from longnet_cli.data.tables import numpy_dtype
 from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.jobs.layer_states import LayerStates
 from longnet_cli.jobs.pooling import ONE_STATE, POOLS, DocumentWindow, Pooling, Row, WindowMean, windows_of
 from longnet_cli.jobs.row_jobs import RowJob
 from longnet_cli.models.folder import Embedding, Loaded, ModelFolder
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import Bos, InputSequence, Net, bos_ids
-from longnet_cli.running.layerwise import LayerStates
 from longnet_cli.running.ranks.ranks import Ranks
 from longnet_cli.running.reader import Piece, Reader, Window, share_reader
 

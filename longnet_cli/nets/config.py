@@ -82,16 +82,6 @@ class Costs:
         """Return the bytes of one layer's activations at their peak, without gradients, in float32."""
         return 4 * tokens * (10 * self.dim + 2 * self.ffn_dim)
 
-    def moved_bytes(self: NetConfig, itemsize: int) -> tuple[float, int]:
-        """Return the bytes per token that a forward pass's elementwise operations move: of all layers, of the logits.
-
-        They read and write norms, rotations, gelu, residuals, the merge of levels, and the logarithms of logits.
-        `itemsize` is the bytes per number of matrix products; the residual stream, merges and logarithms are float32.
-        """
-        merged = sum(1 / rate for rate in self.pattern.dilation_rates) * (8 + itemsize)
-        layer = self.dim * (24 + 10 * itemsize + merged) + 4 * itemsize * self.ffn_dim
-        return self.num_layers * layer, 12 * self.vocab_size
-
     def cache_bytes(self: NetConfig, tokens: int, itemsize: int) -> int:
         """Return the bytes of keys and values that a causal stream holds after `tokens`, `itemsize` bytes per number.
 

@@ -86,7 +86,7 @@ class ReadingStep(Generic[Z]):
     batches: list[list[int]] | None
 
 
-def plan(windows: Iterable[Z], chunk: int, streams: bool) -> Iterator[ReadingStep[Z]]:
+def reading_steps(windows: Iterable[Z], chunk: int, streams: bool) -> Iterator[ReadingStep[Z]]:
     """Yield the steps in which windows, of which only the lengths count, are read by a net that `streams` or not.
 
     Short windows wait until they fill a forward pass of `chunk` tokens. Every window is in one step, in order. This is
@@ -161,7 +161,7 @@ class Reader:
         A list has the pieces of one or more forward passes. Every rank gets the same pieces. A window without ids gives
         a piece without hidden states. Raises what reading ids raises, and MemoryLimitError as `hidden_in_chunks` does.
         """
-        for step in plan(windows, self.chunk, self.model.config.streams):
+        for step in reading_steps(windows, self.chunk, self.model.config.streams):
             if step.batches is not None:
                 yield self._together(step.windows, step.batches)
             elif self.model.config.causal:

@@ -23,7 +23,7 @@ from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.positions import position_table
 
-pytestmark = pytest.mark.full
+pytestmark = pytest.mark.ci
 
 COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
 HEADS, SIZE = 4, 8

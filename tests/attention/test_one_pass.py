@@ -18,11 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-pytestmark = pytest.mark.full
-
 pytest.importorskip("triton", reason="Triton cannot be installed here")
 
 
+@pytest.mark.ci
 def test_in_the_interpreter() -> None:
     cases = ROOT / "tests/interpreted.py"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)]
@@ -30,6 +29,7 @@ def test_in_the_interpreter() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("name", "dtype", "capability"),
     [
@@ -104,6 +104,7 @@ class Live(TorchDispatchMode):
         return found
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("fused", "most"), [(True, 10), (False, 17)])
 @pytest.mark.parametrize("tokens", [1 << 15, 1 << 17])
 def test_memory_of_a_backward(monkeypatch: pytest.MonkeyPatch, tokens: int, fused: bool, most: int) -> None:

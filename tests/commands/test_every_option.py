@@ -438,7 +438,11 @@ def extras_of(row: Row) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "kinds_of_runs", [("together", "asked"), pytest.param(("alone", "real"), marks=pytest.mark.slow)]
+    "kinds_of_runs",
+    [
+        pytest.param(("together", "asked"), marks=pytest.mark.ci),
+        pytest.param(("alone", "real"), marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("command", TABLE)
 def test_every_option_does_something(command: str, kinds_of_runs: tuple[str, ...], runs: Runs) -> None:

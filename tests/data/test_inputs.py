@@ -43,7 +43,6 @@ def test_every_format_gives_the_same_documents(tmp_path, name):
     assert len({document.doc_id for document in documents}) == 3
 
 
-@pytest.mark.full
 @pytest.mark.parametrize(
     "name",
     [
@@ -56,7 +55,7 @@ def test_stdin_gives_the_same_documents(tmp_path, name):
 
 
 def test_stdin_text_and_a_redirected_file(tmp_path):
-    assert pipe(TEXTS[1].encode(), "[t.text for t in Inputs(['-']).texts()]") == [TEXTS[1]]
+    assert pipe(TEXTS[1].encode(), texts=True) == [TEXTS[1]]
     script = (
         "from longnet_cli.data.inputs import *\n"
         "document, *_ = Inputs(['-']).documents()\n"

@@ -51,7 +51,6 @@ def test_bytes_that_are_not_utf8_in_a_line_are_named(tmp_path):
         read(tmp_path / "x.jsonl")
 
 
-@pytest.mark.full
 @pytest.mark.parametrize(
     "text",
     [
@@ -77,7 +76,7 @@ def test_bytes_that_are_not_utf8_in_a_line_are_named(tmp_path):
 def test_text_that_only_begins_like_json_lines_stays_text(tmp_path, text):
     (tmp_path / "x.txt").write_text(text)
     assert [found.text for found in Inputs([tmp_path / "x.txt"]).texts()] == [text]
-    assert pipe(text.encode(), "[t.text for t in Inputs(['-']).texts()]") == [text]
+    assert pipe(text.encode(), texts=True) == [text]
 
 
 def test_json_lines_by_another_key_and_with_a_byte_order_mark(tmp_path):
@@ -126,11 +125,10 @@ def test_only_the_bad_first_lines_are_bad(tmp_path, name, beginning, problem):
     assert [text.text for text in found[bad:]] == ["hi you", "c"]
 
 
-@pytest.mark.full
 @pytest.mark.parametrize(("lines", "problem"), [*BEGINNINGS, *ALONE])
 def test_json_lines_in_a_pipe_that_begin_badly_are_an_error_and_no_text(lines, problem):
     data = lines + GOOD if (lines, problem) in BEGINNINGS else lines
-    assert re.search(problem, pipe(data.encode(), "[t.text for t in Inputs(['-']).texts()]"))
+    assert re.search(problem, pipe(data.encode(), texts=True))
 
 
 def test_a_bad_first_line_of_a_pipe_waits_only_for_a_good_one():

@@ -1,11 +1,12 @@
 """The scripts in examples/: the corpus of the shipped model, the Llama of transformers that is trained twice, the
 encoder that finds edited copies of files, labels of slides, patterns compared on a pretrained model and by short
-fine-tunes, decoders timed, pass keys in prose, and the report of a GPU.
+fine-tunes, decoders timed, pass keys in prose, plans for a cluster, and the report of a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import re
 import shutil
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -22,13 +24,18 @@ from places import ROOT, imported
 from processes import invoke
 
 from longnet_cli.attention.notation import parse_pattern
+from longnet_cli.basics.errors import ConfigError
 from longnet_cli.data.documents import Document
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.jobs.estimating.training_job import memory_by_kind, step_flops
 from longnet_cli.jobs.scoring.score_rows import write_token_logprobs
 from longnet_cli.jobs.scoring.scoring import score
+from longnet_cli.jobs.training.recipe import Recipe, load_recipe
 from longnet_cli.jobs.training.windows import TokenStream, TokenWindows
 from longnet_cli.models.folder import ModelFolder
+from longnet_cli.running.ranks.exchange import Exchange, even_edges
+from longnet_cli.running.ranks.ranks import Ranks
 
 
 def test_the_standard_library_is_split_by_the_hash_of_a_path(tmp_path: Path) -> None:
@@ -459,3 +466,110 @@ def test_without_a_gpu_there_is_one_line(tmp_path: Path, command_env: dict[str, 
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "there is no device 'cuda' here" in done.stderr
     assert not (tmp_path / "gpu.md").exists()
+
+
+SMALL = {
+    "model": {"vocab_size": 100, "dim": 64, "num_layers": 2, "num_heads": 4, "ffn_dim": 192, "position": "rope",
+              "segment_lengths": [64, 256, 1024], "dilation_rates": [1, 2, 8]},
+    "train": {"stages": [{"seq_len": 1024, "steps": 3}], "batch_tokens": 4096},
+}  # fmt: skip
+MACHINE = """
+device = "cpu"
+dtype = "fp32"
+devices = 4
+node = 2
+measured = { products = 1e10, attention = 1e10, attention_backward = 2e10, bandwidth = 1e9, memory = 1e9 }
+others = { node_link = 1e9, network = 1e8 }
+assumed = { share = 0.5, message = 1e-4, host_link = 1e9, disk = 1e9, reserved = 0 }
+"""
+
+
+def small_recipe(**changes: object) -> Recipe:
+    keys = {f"{table}.{key}": value for table, keys in SMALL.items() for key, value in keys.items()}
+    return load_recipe(None, keys | changes)
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    return importlib.import_module("cluster")
+
+
+def test_a_plan_for_a_cluster_adds_up(cluster: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_text(MACHINE)
+    machine = cluster.find_machine(str(tmp_path / "own.toml"))
+    plans = cluster.training_plans(small_recipe(), machine)
+    assert len(plans) == 3 * 2 * 2  # meshes, shards, activation_checkpointing
+    assert [plan.total for plan in plans] == sorted(plan.total for plan in plans)
+    for plan in plans:
+        assert plan.total == pytest.approx(3 * (sum(plan.seconds.values()) - plan.seconds[cluster.HIDDEN]))
+        crossing = plan.seconds["exchange"] + plan.seconds[cluster.HIDDEN]
+        assert (crossing > 0) == ("--sp 1 " not in plan.options)
+    alone = next(plan for plan in plans if plan.options == "--sp 1 --dp 4 --chunk 1Ki --shard none")
+    ranks = Ranks(0, 4, 1)
+    work = step_flops(small_recipe(**{"train.chunk": 1024}), small_recipe().train.stages[0], ranks)
+    assert alone.seconds["matrix products"] == pytest.approx(work.products * 1024 / 5e9)  # a window for each rank
+    assert alone.seconds["attention"] == pytest.approx((work.attention + work.attention_backward / 2) * 1024 / 1e10)
+    crossed = 2 * 3 / 4 * 4 * small_recipe().model.num_parameters() / 1e8  # over the network, in a ring
+    assert alone.seconds["weights"] == pytest.approx(crossed + 40 * 1e-4)
+    kinds = memory_by_kind(small_recipe(**{"train.chunk": 1024}), torch.device("cpu"), ranks)
+    assert {kind: n for kind, n in alone.memory.items() if n} == {kind: n for kind, n in kinds.items() if n}
+    named = {"parallel.sp": 4, "parallel.shard": "none", "train.chunk": 256, "train.activation_checkpointing": False}
+    (shared,) = cluster.training_plans(small_recipe(**named), machine)
+    exchange = Exchange(small_recipe().model, even_edges(0, 1024, 4), rank=3)
+    *far, near, _ = exchange.sizes(exchange.received, (1, 0, 4, 16))
+    seconds = max(4 * near / 1e9, 4 * sum(far) / 1e8) + 3e-4
+    crossing = shared.seconds["exchange"] + shared.seconds[cluster.HIDDEN]
+    assert crossing == pytest.approx(4 * 2 * 2 * seconds)  # windows, layers, directions
+    assert shared.memory["far rows"] == 2 * 4 * (near + sum(far))
+    with pytest.raises(ConfigError, match="dp x sp is any x 3, and there are 4 devices"):
+        cluster.training_plans(small_recipe(**{"parallel.sp": 3}), machine)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("h10x8", "", "known are h100xN, h200xN, a100xN, and .toml files"),
+        ("own.toml", MACHINE.replace("disk = 1e9, ", ""), "disk: each of products, "),
+        ("own.toml", MACHINE + "data_sheet = { network = 1e9 }", "network: each of products, "),
+        ("own.toml", MACHINE.replace("1e10", "-1"), "rates must be positive"),
+    ],
+)
+def test_a_wrong_machine_of_a_cluster_is_named(
+    cluster: ModuleType, name: str, text: str, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "own.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        cluster.find_machine(str(path) if text else name)
+
+
+def test_the_commands_of_a_cluster(
+    cluster: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A calibrated machine is planned for; ranks share a document; the formula of docs/ranks.md holds to the byte."""
+
+    def run(*words: str) -> str:
+        cluster.app(words, standalone_mode=False)
+        return capsys.readouterr().out
+
+    monkeypatch.setattr(cluster, "SECONDS", 0.0)  # four runs of each
+    here = str(tmp_path / "here.toml")
+    assert run("calibrate", here, "--device", "cpu") == f"1 x cpu -> {here}\n"
+    assert 1e7 < cluster.find_machine(here).rates["products"] < 1e14
+    assert "the fastest of 2 that fit, of 2" in run("plan", "longnet-tiny", "--on", here, "--set", "train.dtype=fp32")
+    predicted = importlib.import_module("predicted")
+    monkeypatch.setattr(predicted, "NETS", {"small": (16, 1, 2, 16, 512)})
+    monkeypatch.setattr(sys, "argv", ["predicted.py", here])
+    predicted.main()
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["direction"] for row in rows] == ["forward", "backward", "update", "step"]
+    assert all(row["predicted"] > 0 for row in rows)
+    reading = ("plan", "--model", "longnet-tiny", "--tokens", "4Mi", "--pattern", "geometric:4Mi", "--on")
+    one, two = (float(re.search(r"matrix products +([\d.]+) ms", run(*reading, f"h100x{n}"))[1]) for n in (1, 2))
+    assert one == pytest.approx(2 * two, rel=0.01)
+    for tokens in (1 << 12, 1 << 20):
+        words = ("--ranks", "32", "--heads", "2", "--head-dim", "8", "--bidirectional")
+        row = json.loads(run("exchange", f"geometric:{tokens},base=64", "--tokens", str(tokens), *words))
+        assert row["received"] == row["sent"] == row["far"] == row["formula"] == 2 * 2 * 16 * 64 * (5 - 1 + 1 / 32)
+        assert (row["peers"], row["received_mean"]) == (31, row["received"])

@@ -16,10 +16,10 @@ import click
 import pytest
 import typer.main
 from builders import tiny_llama
-from longnet_cli.hub.model_names import list_models, preset_dir
 from places import ROOT
 
 from longnet_cli.cli.app import app
+from longnet_cli.hub.model_names import list_models, preset_dir
 from longnet_cli.jobs.training.recipe import (
     ContrastRecipe,
     DataRecipe,
@@ -167,13 +167,6 @@ def test_docstrings_start_with_the_thing_itself() -> None:
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 text = ast.get_docstring(node) or ""
                 assert not re.match(r"(What|Whether|That|Which|Where|How|Who|When)\b", text), f"{path}: {text[:60]}"
-
-
-def test_every_shipped_recipe_loads() -> None:
-    recipes = sorted(preset_dir().glob("*.toml"))
-    assert recipes
-    for path in recipes:
-        assert load_recipe(path.stem, {"model.vocab_size": 4096}).model.num_parameters() > 0
 
 
 def test_every_shipped_model_has_a_card_and_is_small() -> None:

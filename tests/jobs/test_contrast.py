@@ -15,7 +15,6 @@ from builders import SIZES, metrics_of, tiny_llama, tiny_net
 from conftest import RunLongnet
 from files import write_rows
 from many_ranks import mesh, run_ranks
-from processes import Start, kill_training
 from torch import Tensor
 
 from longnet_cli.attention import Pattern
@@ -319,20 +318,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(corpus: Path, tmp_path: Path) ->
     assert len({0.05, *temperatures[0]}) == 5
 
 
-@pytest.mark.slow
-def test_forty_kills(start: Start, corpus: Path, tmp_path: Path) -> None:
-    stages = [{"seq_len": 32, "steps": 100}, {"seq_len": 100, "steps": 100}]
-    columns = {"data.pair": "question", "data.negative": "other", "train.stages": stages, "train.chunk": 60}
-    found = recipe(corpus, **columns, **{"model.dropout": 0.1, "contrast.temperature": "learned"})
-    (tmp_path / "recipe.json").write_text(found.model_dump_json())
-    kill_training(lambda run: start("train", tmp_path / "recipe.json", "-q", "-o", run, fresh=True), tmp_path, 40)
-
-
 def train_on(corpus: Path, folder: Path) -> None:
     for shard in ("none", "full"):
         train(recipe(corpus, **{"parallel.shard": shard}), folder / shard, ranks=mesh(2))
 
 
+@pytest.mark.ci
 @pytest.mark.full
 def test_a_run_of_ranks_is_that_of_one_process(corpus: Path, tmp_path: Path) -> None:
     train(recipe(corpus), tmp_path / "alone")

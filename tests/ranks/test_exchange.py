@@ -24,8 +24,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from longnet_cli.attention import Pattern, dilated_attention
+from longnet_cli.attention.notation import parse_pattern
+from longnet_cli.attention.reference import key_counts
+from longnet_cli.attention.spans import lanes, span_positions
 from longnet_cli.jobs.training.gradients import StoredTokens, backward
 from longnet_cli.jobs.training.windows import TokenStream, TokenWindows
+from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.running.causal_stream import CausalStream
 from longnet_cli.running.layerwise import hidden_in_chunks
@@ -74,7 +78,9 @@ def attention_in_shards(dtype: torch.dtype, problems: int) -> None:
             assert error <= allowed, f"problem {seed}, rank {rank}: {name} is off by {error:.2e}"
 
 
-@pytest.mark.parametrize("world", [3, 8, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 4))])
+@pytest.mark.parametrize(
+    "world", [3, pytest.param(8, marks=pytest.mark.ci), *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 4))]
+)
 def test_attention_in_shards_is_that_of_the_whole(world: int, tmp_path: Path) -> None:
     run_ranks(world, tmp_path, in_both_types, attention_in_shards, 24 if world < 8 else 12)
 
@@ -383,3 +389,30 @@ def test_layer_by_layer_over_ranks(world: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("world", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4))])
 def test_streaming_over_ranks(world: int, tmp_path: Path) -> None:
     run_ranks(world, tmp_path, streaming_in_shards)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    "pattern", ["8/1,16/2,48/3", "geometric:200,base=4", "window:16", "window:16,sinks=3", "nested:200,base=8"]
+)
+def test_ranks_receive_what_their_queries_see(pattern: str, causal: bool) -> None:
+    """The reference, a dense mask, says which keys outside a shard its queries see."""
+    levels = Pattern.geometric(200, 4) if pattern.startswith("geo") else None
+    levels = levels or (Pattern.nested(200, 8) if pattern.startswith("nested") else parse_pattern(pattern))
+    heads, tokens, edges = 4, 200, even_edges(0, 200, 11)
+    config = LongNetConfig(
+        vocab_size=1, dim=8, num_layers=1, num_heads=heads, ffn_dim=1, position="none", causal=causal, pattern=levels
+    )
+    counts = key_counts(levels, heads, tokens, causal, 0, "exact")[0]
+    first = Exchange(config, edges, rank=0)
+    for plan in map(first.of_rank, range(11)):
+        a, b = edges[plan.rank], edges[plan.rank + 1]
+        seen = counts[:, a:b].any(1)
+        seen[:, a:b] = False
+        got = seen.new_zeros(seen.shape)
+        for parcel in (parcel for parcels in plan.received for parcel in parcels):
+            of_lanes = lanes(levels, parcel.span.level, heads).kv_heads
+            for head, places in zip(of_lanes, span_positions(levels, parcel.span, heads), strict=True):
+                got[head, list(places)] = True
+        assert not (seen & ~got).any(), f"rank {plan.rank} lacks rows"
+        assert plan.received == [first.of_rank(maker).sent[plan.rank] for maker in range(11)]

@@ -45,7 +45,6 @@ class Settings(BaseModel):
     pattern: "paper", "geometric" (`base` times `ratio`), or levels; None is a saved model's own, or suits the length.
     chunk: tokens per chunk of longer causal sequences. A forward pass that is cut this way is streamed, see `streams`.
     model: a name or a folder; otherwise the model has `layers`, `vocab` and random weights.
-    simulate: the number of ranks whose exchange is planned, and not run.
     max_time: seconds for all rows. A streamed run ends then; another run does not start if it is expected to overrun.
     max_dense_time: seconds; a dense run that would take longer, by the rate of shorter ones, is skipped.
     """
@@ -73,7 +72,6 @@ class Settings(BaseModel):
     dtype: Literal["fp32", "bf16", "fp16"]
     device: torch.device
     ranks: Ranks = Ranks()
-    simulate: Annotated[int, Field(ge=2, le=1 << 16)] | None = None
 
     @classmethod
     def of(cls, **options: Any) -> Settings:
@@ -85,7 +83,7 @@ class Settings(BaseModel):
         given = {name: value for name, value in options.items() if value is not None}
         device = select_device(given.get("device", "auto"))
         impls, directions = OPS.get(given.get("op", "attention"), OPS["attention"])
-        small = device.type == "cpu" and max(given["seq"]) >= LONG and "simulate" not in given
+        small = device.type == "cpu" and max(given["seq"]) >= LONG
         shape = {"heads": 2, "head_dim": 32, "base": 256} if small else {"heads": 12, "head_dim": 64, "base": 2048}
         if given.keys() & {"base", "ratio"} and given.setdefault("pattern", "geometric") != "geometric":
             raise ConfigError("--base and --ratio are of a geometric pattern, not of another")
@@ -112,9 +110,7 @@ class Settings(BaseModel):
             raise ValueError(f"--op {self.op} has no model: --model is for --op model and train")
         if net and not self.causal:
             raise ValueError(f"--op {self.op} runs causal language models: --bidirectional is for the other ops")
-        if self.simulate and (self.op != "exchange" or self.ranks.world > 1):
-            raise ValueError("--simulate plans --op exchange in one process: give --op exchange, leave out --nproc")
-        if self.op == "exchange" and self.ranks.world == 1 and not self.simulate:
+        if self.op == "exchange" and self.ranks.world == 1:
             raise ValueError("--op exchange takes several processes: give --nproc 2 or more, or use torchrun")
         if self.op != "exchange" and self.ranks.world > 1:
             raise ValueError(f"--op {self.op} measures one process, not {self.ranks.world}")

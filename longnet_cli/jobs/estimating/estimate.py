@@ -19,7 +19,7 @@ from longnet_cli.nets.net import LOGITS_LIMIT, Net
 from longnet_cli.running.device import DTYPES, resolve_dtype
 from longnet_cli.running.layerwise import fits_beside, kept_bytes
 from longnet_cli.running.ranks.ranks import Ranks
-from longnet_cli.running.reader import plan
+from longnet_cli.running.reader import reading_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +125,7 @@ class PlanSums:
 
     def add(self, windows: Iterable[Extent]) -> None:
         """Count windows as one call of `Reader.read` reads them."""
-        for step in plan(windows, self.chunk, self.config.streams):
+        for step in reading_steps(windows, self.chunk, self.config.streams):
             self.wanted += sum(window.wanted for window in step.windows)
             self.longest = max(self.longest, *map(len, step.windows))
             if step.batches is None:
