@@ -190,12 +190,15 @@ def _run(options: ScoreCommand, opened: Opened, earlier: Manifest | None) -> Non
     done = times * earlier.totals["tokens"] if earlier else 0
     total = times * (data.num_tokens() or 0) if options.last is None else 0
     with progress("scoring", total=total or None, start=done, quiet=quiet) as advance:
-        (_print_scores if options.output is None else _write_rows)(options, opened, left_out, advance)
+        if options.output is None:
+            _print_scores(options, opened, left_out, advance)
+        else:
+            _write_rows(options, opened, options.output, left_out, advance)
     leave()
     end(left_out, first=opened.ranks.first, quiet=quiet)
 
 
-def _write_rows(options: ScoreCommand, opened: Opened, left_out: LeftOut, advance: Advance) -> None:
+def _write_rows(options: ScoreCommand, opened: Opened, output: str, left_out: LeftOut, advance: Advance) -> None:
     """Write a row per document."""
     from longnet_cli.attention.notation import format_pattern
     from longnet_cli.jobs.row_jobs import write_rows
@@ -217,7 +220,7 @@ def _write_rows(options: ScoreCommand, opened: Opened, left_out: LeftOut, advanc
         partial(RowScorer, options=decisive, count_bytes=loaded.tokenizer.n_bytes if loaded.tokenizer else None),
         loaded.net,
         opened.inputs,
-        options.output or "-",
+        output,
         shard_size=options.shard_tokens,
         resume=options.running.resume,
         left_out=left_out,
