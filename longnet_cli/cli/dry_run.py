@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from longnet_cli.basics.errors import ConfigError, MemoryLimitError
 from longnet_cli.basics.sizes import format_bytes, format_count, format_duration
+from longnet_cli.cli.options import Computing, Running
 from longnet_cli.cli.output import emit_json
 from longnet_cli.cli.progress import progress
 
@@ -70,10 +71,8 @@ def _bar(size: float, whole: float) -> str:
     return "#" * round(BAR * size / whole)
 
 
-def check_sample(sample: int | None, dry_run: bool) -> None:
-    """Raise ConfigError for --sample without --dry-run, or with fewer texts than an interval needs."""
-    if sample is not None and not dry_run:
-        raise ConfigError("--sample is for --dry-run, which estimates: give both, or leave it out")
+def check_sample(sample: int | None) -> None:
+    """Raise ConfigError for fewer texts than an interval needs."""
     if sample is not None and sample < 2:
         raise ConfigError("--sample needs 2 texts or more: one says nothing of how they differ")
 
@@ -93,26 +92,36 @@ def estimate_reading(
     doing: str,
     output: str | None,
     format: Format,
-    *,
-    sample: int | None,
-    resume: bool,
-    **options: Any,
+    running: Running,
+    computing: Computing,
 ) -> None:
-    """Print the estimate of a job that would write to `output`, or print; `options` are for `estimate_documents`."""
+    """Print the estimate of a job that would write to `output`, or print."""
     from longnet_cli.jobs.estimating.reading_job import estimate_documents
     from longnet_cli.running.ranks.ranks import leave
 
-    fate, done, chunk = _fate(output, resume)
-    options |= {"chunk": options["chunk"] or chunk}
-    net, inputs = opened.loaded.net, opened.inputs
-    documents = inputs.untokenized() if sample else inputs.documents()
-    options |= {"room": opened.room, "ranks": opened.ranks, "sample": sample, "done": done}
-    options |= {"tokenizer": inputs.tokenizer, "skip_bad": inputs.skip_bad}
+    assert opened.room  # of every dry run
+    fate, done, chunk = _fate(output, running.resume)
+    inputs = opened.inputs
     with progress("counting", total=None, quiet=opened.quiet) as advance:
-        found = estimate_documents(net, job, documents, output=fate, on_progress=advance, **options)
+        estimate = estimate_documents(
+            opened.loaded.net,
+            job,
+            inputs.untokenized() if running.sample else inputs.documents(),
+            output=fate,
+            on_progress=advance,
+            chunk=computing.chunk or chunk,
+            dtype=computing.dtype,
+            spill=computing.spill,
+            room=opened.room,
+            ranks=opened.ranks,
+            sample=running.sample,
+            done=done,
+            tokenizer=inputs.tokenizer,
+            skip_bad=inputs.skip_bad,
+        )
     leave()
     if opened.ranks.first:
-        show_reading(found, format, doing)
+        show_reading(estimate, format, doing)
 
 
 def _fate(output: str | None, resume: bool) -> tuple[str, int, int | None]:

@@ -201,7 +201,7 @@ def test_tables_by_position_and_by_recall_are_columns(run_longnet: RunLongnet, t
         (["--resume"], "--resume is for a folder of rows"),
         (["-o", "x.parquet", "--resume"], "--resume is for a folder of shards"),
         (["-o", "x", "--token-logprobs", "y.arrow"], "--token-logprobs is for scores that are printed"),
-        (["-o", "x", "--format", "json"], "--format json is for scores that are printed"),
+        (["-o", "x", "--format", "json"], "--format is for scores that are printed"),
         (["-o", "a.txt"], "a.txt, which this command reads"),
         (
             ["-o", "v.csv"],
