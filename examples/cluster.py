@@ -351,7 +351,7 @@ def reading_plans(
             "weights": weights + copies,
             "activations": config.forward_bytes(sums.tokens_at_once(chunk)),
             "logits": (8 if machine.itemsize == 4 else 10) * sums.logits_at_once(chunk) * scores,
-            **sums.kept_bytes(chunk, machine.dtype, "a disk" if spill or not config.causal else None, ranks),
+            **sums.kept_bytes(chunk, machine.dtype, spill or not config.causal, ranks),
         }
         # what a bidirectional net keeps between its layers: on the device, in the host's memory, or on a disk
         kept = 0 if config.causal else sums.spilled_bytes(chunk, machine.dtype, ranks)

@@ -182,10 +182,16 @@ def encode(
     opened = opened._replace(inputs=data)
     running: dict[str, Any] = {"chunk": chunk, "dtype": dtype, "spill": spill}
     if room:
-        from longnet_cli.jobs.estimating.reading_job import EncodeJob
-
-        job = EncodeJob(net, options)
-        estimate_reading(opened, job, "encoding", output, format, sample=sample, resume=resume, **running)
+        estimate_reading(
+            opened,
+            partial(Encoder, options=options),
+            "encoding",
+            output,
+            format,
+            sample=sample,
+            resume=resume,
+            **running,
+        )
         return
     known = data.stored() if not skip_bad else ()
     done = earlier.totals["tokens"] if earlier else 0

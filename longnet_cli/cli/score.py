@@ -232,10 +232,9 @@ def score(
         raise ConfigError("--chosen is written by one process: leave out --nproc, --sp and --dp")
     running: dict[str, Any] = {"chunk": chunk, "dtype": dtype, "spill": spill}
     if room:
-        from longnet_cli.jobs.estimating.reading_job import ScoreJob
-        from longnet_cli.jobs.scoring.scoring import Cut
+        from longnet_cli.jobs.scoring.scoring import Cut, Scorer
 
-        job = ScoreJob(net, Cut.of(net, loaded.bos, context, stride, last), recalls=by_recall)
+        job = partial(Scorer, cut=Cut.of(net, loaded.bos, context, stride, last), by_recall=by_recall)
         shown: Literal["json", "text"] = "json" if format == "json" else "text"
         estimate_reading(opened, job, "scoring", output, shown, sample=sample, resume=resume, **running)
         return

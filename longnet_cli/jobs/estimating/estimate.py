@@ -176,7 +176,7 @@ class PlanSums:
         tokens = max(self.tokens_at_once(chunk), min(self.together, 2 * chunk))
         return min(tokens * self.config.vocab_size, LOGITS_LIMIT)
 
-    def kept_bytes(self, chunk: int, dtype: str, spill: str | None, ranks: Ranks) -> dict[str, int]:
+    def kept_bytes(self, chunk: int, dtype: str, spill: bool, ranks: Ranks) -> dict[str, int]:
         """Return the bytes that are kept between forward passes: keys and values, and hidden states that wait."""
         config, device = self.config, next(self.net.parameters()).device
         cut = self.in_chunks(chunk)

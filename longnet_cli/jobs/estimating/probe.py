@@ -42,7 +42,7 @@ class Sample:
     def __init__(self, size: int, tokenizer: Tokenizer) -> None:
         self.size, self.tokenizer = size, tokenizer
         self.bytes = array("q")
-        self._found: list[tuple[int, int]] = []  # tokens and bytes of each text in the sample
+        self._drawn: list[tuple[int, int]] = []  # tokens and bytes of each text in the sample
         self.seconds = 0.0
         self._tokenized = 0  # bytes
         self._random = np.random.default_rng(SEED)
@@ -54,7 +54,7 @@ class Sample:
             tokens, size, begin = 0, 0, time.perf_counter()
             for ids, n_bytes, _ in self.tokenizer.encode_long(text.parts):
                 tokens, size = tokens + len(ids), size + n_bytes
-            self._found[place : place + 1] = [(tokens, size)]
+            self._drawn[place : place + 1] = [(tokens, size)]
             self._tokenized += size
             self.seconds += time.perf_counter() - begin
         else:
@@ -67,7 +67,7 @@ class Sample:
 
     @property
     def tokens_per_byte(self) -> float:
-        tokens, size = (sum(each) for each in zip(*self._found, strict=True)) if self._found else (0, 0)
+        tokens, size = (sum(each) for each in zip(*self._drawn, strict=True)) if self._drawn else (0, 0)
         return float(tokens / size) if size else 0.0
 
     @property
@@ -87,7 +87,7 @@ class Sample:
         number, texts = self.sampled, len(self.bytes)
         if number == texts:
             return 0.0
-        tokens, size = np.array(self._found, float).T
+        tokens, size = np.array(self._drawn, float).T
         shares = size / (size.sum() or 1)
         if shares.max() == 1:
             return math.inf
@@ -115,12 +115,14 @@ class _Noise:
 class Probe:
     """A `Reader` of random ids, or of vectors of zeros, that computes their logits if the job `scores`.
 
-    `before` has the bytes of the process before the first measurement, when torch and its libraries are loaded.
+    `before` has the bytes of the process before the first measurement, when torch and its libraries are loaded,
+    `weights` those of the net.
     """
 
     def __init__(self, net: Net, scores: bool, dtype: str) -> None:
         self.net, self.scores, self.dtype = net, scores, dtype
         self.device = next(net.parameters()).device
+        self.weights = sum(x.numel() * x.element_size() for x in (*net.parameters(), *net.buffers()))
         self.wide = 8 if resolve_dtype(dtype, self.device) == "fp32" else 10  # logits and logarithms; 16-bit logits
         warm_up = min(WARM_UP, net.config.max_tokens or WARM_UP)
         self._read([warm_up], warm_up, scores)
@@ -169,7 +171,7 @@ class Probe:
             self._read(lengths, chunk, scores)
             times += 1
         seconds = (time.perf_counter() - begin) / times
-        kinds = sums.kept_bytes(chunk, self.dtype, None, Ranks())
+        kinds = sums.kept_bytes(chunk, self.dtype, False, Ranks())
         if "cache" in kinds and not self.net.stream():
             kinds["cache"] = round(kinds["cache"] * _written_share(self.net.config, sums.longest))
         kept = sum(kinds.values())
