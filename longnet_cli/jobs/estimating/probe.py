@@ -24,7 +24,8 @@ from longnet_cli.attention.spans import lanes, segment_rows
 from longnet_cli.data.tables import Text
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.estimating.estimate import Extent, PlanSums, Shape
-from longnet_cli.nets.net import Net, NetConfig
+from longnet_cli.nets.config import NetConfig
+from longnet_cli.nets.net import Net
 from longnet_cli.running.device import PeakMemory, precision, resident_memory, resolve_dtype
 from longnet_cli.running.ranks.ranks import Ranks
 from longnet_cli.running.reader import Reader, Window
