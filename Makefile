@@ -17,6 +17,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Workers take file after file, in the order of tests/conftest.py. PYTEST is for more options.
 RUN_TESTS = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses 4 \
   --dist loadfile --no-loadscope-reorder $(PYTEST)
+NOT_OF_CI = --ignore=tests/clients --ignore=tests/docs# or their imports would take seconds
 
 .PHONY: demo docs/demo.svg test test-rest test-all quick matrix gpu docs lint check wheel-check clean
 
@@ -30,7 +31,7 @@ docs/demo.svg: .venv/.installed
 	$(BIN)/python examples/draw_terminal.py $@ < build/demo.txt
 
 test: .venv/.installed-dev
-	$(RUN_TESTS) -m 'not (slow or gpu or ci)'
+	$(RUN_TESTS) $(NOT_OF_CI) -m 'not (slow or gpu or ci)'
 
 test-rest: .venv/.installed-dev
 	$(RUN_TESTS) -m 'ci and not (slow or gpu)'
@@ -41,7 +42,7 @@ test-all:
 	$(MAKE) test-rest
 
 quick: .venv/.installed-dev
-	$(RUN_TESTS) -q -m 'not (slow or gpu or ci or full)'
+	$(RUN_TESTS) $(NOT_OF_CI) -q -m 'not (slow or gpu or ci or full)'
 
 matrix: .venv/.installed-dev
 	tests/matrix.sh

@@ -1,4 +1,4 @@
-"""`longnet` and `python` for tests, forked from a process that has imported torch: a tenth of a second, not two.
+"""`longnet` and `python` for tests, forked from a process that has imported all: a tenth of a second, not two.
 
     with Forked(folder, environment) as forked:
         subprocess.run([forked.longnet, "score", "text.txt"])
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import resource
@@ -26,12 +27,12 @@ import sys
 import traceback
 from pathlib import Path
 
+from asking import end
+
 JOBS = ("benchmark", "encoding", "estimating.training_job", "inspecting", "plotting", "scoring.scoring", "tokenizing")
-IMPORTED = [f"longnet_cli.jobs.{job}" for job in (*JOBS, "training.loop")] + ["torch._dynamo", "torch.distributed.run"]
+IMPORTED = [f"longnet_cli.jobs.{job}" for job in (*JOBS, "training.loop", "scoring.score_rows")]
+IMPORTED += ["longnet_cli.cli.app", "torch._dynamo", "torch.distributed.run"]
 OF_EXTRAS = ("matplotlib.figure", "transformers.models.llama.modeling_llama")
-LIMITS = (resource.RLIMIT_AS, resource.RLIMIT_CPU, resource.RLIMIT_FSIZE)
-SIGNALS = {number: number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)}
-SIGNALS[signal.SIGUSR2] = signal.SIGKILL  # which nothing can pass on: see Command.kill
 HIGH = 512  # handles from here on are free
 
 
@@ -48,10 +49,10 @@ class Forked:
     def __init__(self, folder, environment: dict[str, str]) -> None:
         place, self.longnet, self.python = folder / "socket", folder / "longnet", folder / "python"
         for program in (self.longnet, self.python):
-            ask = f"'{sys.executable}' -I -S '{__file__}' ask '{place}' '{program}'"
+            ask = f"'{sys.executable}' -I -S '{Path(__file__).with_name('asking.py')}' '{place}' '{program}'"
             program.write_text(f'#!/bin/sh\nexec {ask} "$@"\n')
             program.chmod(0o755)
-        command = [sys.executable, __file__, "serve", str(place)]
+        command = [sys.executable, __file__, str(place)]
         self.server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         self.server.stdout.readline()
 
@@ -61,33 +62,6 @@ class Forked:
     def __exit__(self, *_: object) -> None:
         with self.server:
             self.server.stdin.close()
-
-
-def ask(place: str, args: list[str]) -> int:
-    """Have the command run with what this process has; returns its exit code, or minus the signal that ended it."""
-    handles = [handle for handle in map(int, os.listdir("/proc/self/fd")) if is_open(handle)]
-    limits = [resource.getrlimit(limit) for limit in LIMITS]
-    job = {"args": args, "cwd": os.getcwd(), "environment": dict(os.environ), "handles": handles, "limits": limits}
-    process = None
-    for number in SIGNALS:
-        signal.signal(
-            number, lambda number, _: os.kill(process, SIGNALS[number]) if process else os._exit(128 + number)
-        )
-    server = socket.socket(socket.AF_UNIX)
-    server.connect(place)
-    socket.send_fds(server, [b"\n"], handles)
-    server.sendall(json.dumps(job).encode() + b"\n")
-    answers = server.makefile()
-    process = int(answers.readline())
-    return int(answers.readline())
-
-
-def is_open(handle: int) -> bool:
-    try:
-        os.fstat(handle)
-    except OSError:
-        return False
-    return True
 
 
 def serve(place: str) -> None:
@@ -101,6 +75,9 @@ def serve(place: str) -> None:
     for name in OF_EXTRAS:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    commands = importlib.import_module("typer.main")
+    commands.get_command = functools.cache(commands.get_command)
+    commands.get_command(sys.modules["longnet_cli.cli.app"].app)  # which takes longer than a small command
     gc.collect()
     gc.freeze()  # a collection in a fork would copy every page
     listener = socket.socket(socket.AF_UNIX)
@@ -174,7 +151,7 @@ def become(job: dict, handles: list[int]) -> None:
     if "LONGNET_LAUNCHED" in os.environ:  # in a rank, which ends with its parent
         os.environ["LONGNET_LAUNCHED"] = str(os.getppid())
     os.chdir(job["cwd"])
-    for limit, value in zip(LIMITS, job["limits"], strict=True):
+    for limit, value in job["limits"]:
         resource.setrlimit(limit, tuple(value))
 
 
@@ -217,16 +194,6 @@ def run_python() -> None:
         runpy.run_path(kind, run_name="__main__")
 
 
-def end(code: int) -> None:
-    if code < 0:
-        with contextlib.suppress(OSError):  # SIGKILL has no handler
-            signal.signal(-code, signal.SIG_DFL)
-        os.kill(os.getpid(), -code)
-    os._exit(code)
-
-
 if __name__ == "__main__":
-    if sys.argv[1] == "serve":
-        serve(sys.argv[2])
-        end(run())
-    end(ask(sys.argv[2], sys.argv[3:]))
+    serve(sys.argv[1])
+    end(run())

@@ -423,11 +423,11 @@ def make_models(place: Path, other: Path) -> None:
     levels |= {"in_features": 32, "grid": 0, "position": "rope", "padding": "exact"}
     slides = model.SlideConfig(**levels, dim=32, num_layers=2, num_heads=4, ffn_dim=64)
     model.SlideEncoder(slides).save_pretrained(place / "reader")
-    write_gguf, random_llama, slide_state = (
-        helper(other, name) for name in ("write_gguf", "random_llama", "slide_state")
+    write_gguf, random_llama, official_slide_state = (
+        helper(other, name) for name in ("write_gguf", "random_llama", "official_slide_state")
     )
     write_gguf(place / "model.gguf", random_llama())
-    torch.save({"model": slide_state()}, place / "slide_encoder.pth")
+    torch.save({"model": official_slide_state()}, place / "slide_encoder.pth")
     (place / "cut.pth").write_bytes((place / "slide_encoder.pth").read_bytes()[:5000])
 
 

@@ -17,7 +17,7 @@ import typer
 from longnet_cli import __version__
 from longnet_cli.basics.errors import InputWarning, LongNetError, MemoryLimitError, is_out_of_memory
 from longnet_cli.cli.bench import bench
-from longnet_cli.cli.command import Command, CommandGroup
+from longnet_cli.cli.command import Command, CommandGroup, takes_options
 from longnet_cli.cli.convert import convert
 from longnet_cli.cli.data import data
 from longnet_cli.cli.encode import encode
@@ -50,7 +50,7 @@ app = typer.Typer(
     epilog=EPILOG,
 )
 for command in COMMANDS:
-    app.command(cls=Command)(command)
+    app.command(cls=Command)(takes_options(command))
 app.add_typer(data)
 
 

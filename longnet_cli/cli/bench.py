@@ -5,27 +5,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 from longnet_cli.basics.sizes import format_bytes, format_count, format_duration
 from longnet_cli.cli import options as shared
-from longnet_cli.cli.options import (
-    COMPUTE,
-    OUTPUT,
-    PATTERN,
-    names_option,
-    option,
-    read_pattern,
-    size_option,
-    sizes_option,
-)
+from longnet_cli.cli.options import COMPUTE, OUTPUT, PATTERN, Dtype, option, read_pattern, size_option
 from longnet_cli.cli.output import RowFormat, RowWriter, tell
 from longnet_cli.cli.progress import progress
 from longnet_cli.cli.starting import launch
 
 if TYPE_CHECKING:
-    from longnet_cli.jobs.benchmark import Case, Measurement
+    from longnet_cli.jobs.benchmark import Case, Measurement, Settings
+    from longnet_cli.running.ranks.ranks import Ranks
 
 # Markdown is for people: only as many columns as fit a terminal. Values that all rows share go to stderr.
 _MARKDOWN = "op impl direction seq {} status seconds tokens_per_second flops_per_second peak_rss_bytes"
@@ -43,81 +36,65 @@ _LONG_SECONDS, _LONG_BYTES = 10.0, 2**30  # rows beyond these are announced
 MEASURE, SHAPE, MODEL = "What to measure", "Shape", "Model (--op model, train)"
 
 
-def bench(
-    seq: Annotated[
-        Sequence[int] | None, sizes_option(MEASURE, "--seq", "Measure sequences of these lengths.", "4Ki,8Ki,16Ki,32Ki")
-    ] = None,
-    op: Annotated[str, option(MEASURE, "--op", "OP", "Measure attention, model, train or exchange.")] = ("attention"),
-    impl: Annotated[
-        Sequence[str] | None,
-        names_option(
-            MEASURE,
-            "--impl",
-            "Run dilated, dense or kernels (dilated without its merge).",
-            "dilated,dense",
-        ),
-    ] = None,
-    direction: Annotated[
-        Sequence[str] | None,
-        names_option(
-            MEASURE,
-            "--direction",
-            "Time the forward, or the backward alone.",
-            "forward; of train, backward",
-        ),
-    ] = None,
-    repeats: Annotated[int, option(MEASURE, "--repeats", "N", "Repeat each row N times.")] = 3,
-    max_time: Annotated[
-        float | None,
-        option(MEASURE, "--max-time", "SECONDS", "Stop after this many seconds.", "60 without --seq"),
-    ] = None,
-    max_dense_time: Annotated[
-        float, option(MEASURE, "--max-dense-time", "SECONDS", "Skip dense runs that would take more seconds than this.")
-    ] = 60.0,
-    heads: Annotated[int | None, option(SHAPE, "--heads", "N", "Use N heads.", "12, or 2 *")] = None,
-    head_dim: Annotated[
-        int | None, option(SHAPE, "--head-dim", "N", "Set the size of each head.", "64, or 32 *")
-    ] = None,
-    batch: Annotated[int, option(SHAPE, "--batch", "N", "Run N sequences at a time.")] = 1,
-    causal: Annotated[
-        bool, option(SHAPE, "--causal/--bidirectional", None, "Look back only, or both ways.", "causal")
-    ] = True,
-    pattern: Annotated[
-        str | None,
-        option(
-            PATTERN,
-            "--pattern",
-            "PATTERN",
-            "Use a pattern, as window:1Ki,sinks=4 or 1Ki/1,4Ki/4, or geometric: --base times powers of --ratio.",
-            "paper; geometric from 1e6 tokens",
-        ),
-    ] = None,
-    base: Annotated[
-        int | None, size_option(PATTERN, "--base", "Set the first segment length.", "2048, or 256 *")
-    ] = None,
-    ratio: Annotated[int | None, option(PATTERN, "--ratio", "N", "Set the growth per level.", "2")] = None,
-    model: Annotated[
-        str | None, option(MODEL, "--model -m", "NAME|DIR", "Measure a saved model.", "random weights")
-    ] = None,
-    layers: Annotated[int | None, option(MODEL, "--layers", "N", "Use N layers, with random weights.", "2")] = None,
-    vocab: Annotated[
-        int | None, size_option(MODEL, "--vocab", "Use a vocabulary of this size, with random weights.", "256")
-    ] = None,
-    format: Annotated[RowFormat, option(OUTPUT, "--format", "md|json|jsonl|csv", "Print rows in this format.")] = "md",
-    nproc: Annotated[
-        int | None,
-        size_option(COMPUTE, "--nproc", "Start N processes (ranks) on this machine.", "this process", metavar="N"),
-    ] = None,
-    device: shared.DeviceOption = "auto",
-    dtype: shared.DtypeOption = "auto",
-    chunk: Annotated[
-        int | None,
-        size_option(
-            COMPUTE, "--chunk", "Compute this many tokens at a time.", "all; from 1e6 causal tokens 64Ki, 1Mi on a GPU"
-        ),
-    ] = None,
-    quiet: shared.QuietOption = False,
-) -> None:
+@dataclass(frozen=True)
+class BenchCommand:
+    """The options of `bench`."""
+
+    seq: Sequence[int] | None = option(
+        MEASURE, "--seq SIZE,...", "Measure sequences of these lengths. (default: 4Ki,8Ki,16Ki,32Ki)"
+    )
+    op: str = option(MEASURE, "--op OP", "Measure attention, model, train or exchange.", default="attention")
+    impl: Sequence[str] | None = option(
+        MEASURE,
+        "--impl NAME,...",
+        "Run dilated, dense or kernels (dilated without its merge). (default: dilated,dense)",
+    )
+    direction: Sequence[str] | None = option(
+        MEASURE,
+        "--direction NAME,...",
+        "Time the forward, or the backward alone. (default: forward; of train, backward)",
+    )
+    repeats: int = option(MEASURE, "--repeats N", "Repeat each row N times.", default=3)
+    max_time: float | None = option(
+        MEASURE, "--max-time SECONDS", "Stop after this many seconds. (default: 60 without --seq)"
+    )
+    max_dense_time: float = option(
+        MEASURE, "--max-dense-time SECONDS", "Skip dense runs that would take more seconds than this.", default=60.0
+    )
+    heads: int | None = option(SHAPE, "--heads N", "Use N heads. (default: 12, or 2 *)")
+    head_dim: int | None = option(SHAPE, "--head-dim N", "Set the size of each head. (default: 64, or 32 *)")
+    batch: int = option(SHAPE, "--batch N", "Run N sequences at a time.", default=1)
+    causal: bool = option(
+        SHAPE, "--causal/--bidirectional", "Look back only, or both ways. (default: causal)", default=True
+    )
+    pattern: str | None = option(
+        PATTERN,
+        "--pattern PATTERN",
+        "Use a pattern, as window:1Ki,sinks=4 or 1Ki/1,4Ki/4, or geometric: --base times powers of --ratio. "
+        "(default: paper; geometric from 1e6 tokens)",
+    )
+    base: int | None = size_option(PATTERN, "--base SIZE", "Set the first segment length. (default: 2048, or 256 *)")
+    ratio: int | None = option(PATTERN, "--ratio N", "Set the growth per level. (default: 2)")
+    model: str | None = option(MODEL, "--model -m NAME|DIR", "Measure a saved model. (default: random weights)")
+    layers: int | None = option(MODEL, "--layers N", "Use N layers, with random weights. (default: 2)")
+    vocab: int | None = size_option(
+        MODEL, "--vocab SIZE", "Use a vocabulary of this size, with random weights. (default: 256)"
+    )
+    format: RowFormat = option(OUTPUT, "--format md|json|jsonl|csv", "Print rows in this format.", default="md")
+    nproc: int | None = size_option(
+        COMPUTE, "--nproc N", "Start N processes (ranks) on this machine. (default: this process)"
+    )
+    device: str = shared.device_option()
+    dtype: Dtype = shared.dtype_option()
+    chunk: int | None = size_option(
+        COMPUTE,
+        "--chunk SIZE",
+        "Compute this many tokens at a time. (default: all; from 1e6 causal tokens 64Ki, 1Mi on a GPU)",
+    )
+    quiet: bool = shared.quiet_flag()
+
+
+def bench(options: BenchCommand) -> None:
     """Measure dilated attention against dense attention, row by row, up to a billion tokens: --seq 1e9.
 
     --op attention runs the operator alone; model, a model's forward pass; train,
@@ -128,36 +105,66 @@ def bench(
 
     * on a CPU, if a sequence has 1e6 tokens or more.
     """
-    launch(nproc)
-    from longnet_cli.jobs.benchmark import Measurement, Settings, machine
-    from longnet_cli.jobs.benchmark import bench as measure
+    launch(options.nproc)
+    from longnet_cli.jobs.benchmark import machine
     from longnet_cli.running.ranks.ranks import join, leave
 
-    # a bare geometric adapts to each length
-    parsed = pattern if pattern in ("paper", "geometric") else read_pattern(pattern)
-    ranks, where = join(device)
-    quiet = quiet or not ranks.first
-    settings = Settings.of(
-        seq=seq or (4096, 8192, 16384, 32768), op=op, impl=impl, direction=direction, heads=heads, head_dim=head_dim,
-        batch=batch, causal=causal, chunk=chunk, pattern=parsed, base=base, ratio=ratio, model=model, layers=layers,
-        vocab=vocab, repeats=repeats, max_time=60 if max_time is None and seq is None else max_time,
-        max_dense_time=max_dense_time, device=str(where), dtype=dtype, ranks=ranks,
-    )  # fmt: skip
+    ranks, where = join(options.device)
+    quiet = options.quiet or not ranks.first
+    settings = _settings(options, str(where), ranks)
+    tell(f"{machine(settings)}, {settings}", quiet)
+    rows = _measure(settings, options.format, ranks, quiet)
+    leave()
+    if options.format == "md":
+        _print_ratios(rows, partial(tell, quiet=quiet))
 
-    print_note = partial(tell, quiet=quiet)
+
+def _settings(options: BenchCommand, device: str, ranks: Ranks) -> Settings:
+    from longnet_cli.jobs.benchmark import Settings
+
+    # a bare geometric adapts to each length
+    pattern = options.pattern if options.pattern in ("paper", "geometric") else read_pattern(options.pattern)
+    return Settings.of(
+        seq=options.seq or (4096, 8192, 16384, 32768),
+        op=options.op,
+        impl=options.impl,
+        direction=options.direction,
+        heads=options.heads,
+        head_dim=options.head_dim,
+        batch=options.batch,
+        causal=options.causal,
+        chunk=options.chunk,
+        pattern=pattern,
+        base=options.base,
+        ratio=options.ratio,
+        model=options.model,
+        layers=options.layers,
+        vocab=options.vocab,
+        repeats=options.repeats,
+        max_time=60 if options.max_time is None and options.seq is None else options.max_time,
+        max_dense_time=options.max_dense_time,
+        device=device,
+        dtype=options.dtype,
+        ranks=ranks,
+    )
+
+
+def _measure(settings: Settings, format: RowFormat, ranks: Ranks, quiet: bool) -> list[Measurement]:
+    """Print each row as soon as it is measured, and return all."""
+    from longnet_cli.jobs.benchmark import Measurement
+    from longnet_cli.jobs.benchmark import bench as measure
 
     def announce(case: Case, seconds: float | None) -> None:
-        in_all = (seconds or 0.0) * (1 if case.streamed else 1 + repeats)
+        in_all = (seconds or 0.0) * (1 if case.streamed else 1 + settings.repeats)
         if in_all >= _LONG_SECONDS or case.memory_bytes >= _LONG_BYTES:
             about = f"about {format_duration(in_all)} and " if seconds else "about "
-            print_note(f"{_title(case.row)}: {about}{format_bytes(case.memory_bytes)} of memory")
+            tell(f"{_title(case.row)}: {about}{format_bytes(case.memory_bytes)} of memory", quiet)
 
-    print_note(f"{machine(settings)}, {settings}")
     streamed = settings.streamed_tokens
     cases = len(settings.seq) * len(settings.direction) * len(settings.impl)
     columns = [field.name for field in dataclasses.fields(Measurement)]
     if format == "md":
-        columns = _MARKDOWN.format("stop" if streamed else "bytes" if op == "exchange" else "").split()
+        columns = _MARKDOWN.format("stop" if streamed else "bytes" if settings.op == "exchange" else "").split()
     rows: list[Measurement] = []
     with ExitStack() as stack:
         total, unit = (streamed, "tok") if streamed else (cases, "rows")
@@ -168,11 +175,9 @@ def bench(
             if out:
                 out.write({column: getattr(row, column) for column in columns})
             if row.reason:
-                print_note(f"{_title(row)}: {row.status}, {row.reason}")
+                tell(f"{_title(row)}: {row.status}, {row.reason}", quiet)
             advance(0 if streamed else 1, last=_title(row))
-    leave()
-    if format == "md":
-        _print_ratios(rows, print_note)
+    return rows
 
 
 def _title(row: Measurement) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from inspect import Parameter, Signature
+from typing import Any, get_type_hints
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -17,6 +19,37 @@ from longnet_cli.basics.sizes import MAX_SIZE
 OTHER = "Other"  # the last panel
 SIZES = "SIZE: 32k is 32000, 32Ki is 32768."
 BARE = "\0"  # stands for an omitted value: no word of a command line can hold it
+
+
+def takes_options(command: Callable[[Any], None]) -> Callable[..., None]:
+    """Return a command for typer, with an option for each field of the dataclass that `command` takes.
+
+    Fields are made by `options.option` and `options.argument`, in the order of the help. A field may also be another
+    such dataclass, of options that several commands share.
+    """
+    taken = next(kind for name, kind in get_type_hints(command).items() if name != "return")
+
+    def run(**values: Any) -> None:
+        command(_filled(taken, values))
+
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__signature__ = Signature(list(_parameters(taken)))  # type: ignore[attr-defined]
+    return run
+
+
+def _parameters(options: Any) -> Iterator[Parameter]:
+    kinds = get_type_hints(options)
+    for each in fields(options):
+        if is_dataclass(kind := kinds[each.name]):
+            yield from _parameters(kind)
+        else:
+            yield Parameter(each.name, Parameter.KEYWORD_ONLY, default=each.metadata["typer"], annotation=kind)
+
+
+def _filled(options: Any, values: Mapping[str, Any]) -> Any:
+    kinds = get_type_hints(options)
+    groups = {name: _filled(kind, values) for name, kind in kinds.items() if is_dataclass(kind)}
+    return options(**{each.name: groups.get(each.name) or values[each.name] for each in fields(options)})
 
 
 class CommandGroup(TyperGroup):
@@ -44,14 +77,8 @@ class Command(TyperCommand):
         return params
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Write the help, with each default after its sentence, and the notation of SIZE if an option takes one."""
-        params: list[Any] = list(self.params)
-        for parameter in params:
-            shown = parameter.show_default if isinstance(parameter.show_default, str) else parameter.default
-            if parameter.show_default and not isinstance(shown, bool) and shown is not None:
-                parameter.help = f"{parameter.help} (default: {shown})"
-            parameter.show_default = False
-        if any("SIZE" in str(parameter.metavar) for parameter in params):
+        """Write the help, with the notation of SIZE if an option takes one."""
+        if any("SIZE" in str(parameter.metavar) for parameter in self.params):
             self.epilog = SIZES
         super().format_help(ctx, formatter)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Annotated, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import typer
 
-from longnet_cli.cli.command import Command, CommandGroup
-from longnet_cli.cli.options import INPUT, OUTPUT, ColumnOption, EosOption, IdColumnOption, Names, QuietOption, option
+from longnet_cli.cli import options as shared
+from longnet_cli.cli.command import Command, CommandGroup, takes_options
+from longnet_cli.cli.options import INPUT, OUTPUT, option
 from longnet_cli.cli.output import emit_json, printable
 from longnet_cli.cli.progress import progress
 
@@ -26,27 +28,25 @@ def group() -> None:
     """Look at data before a model does."""
 
 
-@data.command(cls=Command)
-def inspect(
-    inputs: Names,
-    tokenizer: Annotated[
-        str | None,
-        option(
-            INPUT,
-            "--tokenizer",
-            "NAME|PATH",
-            "Check ids against a tokenizer, and count text in its tokens: bytes, a tokenizer.json, or that of a model.",
-            "bytes, for text",
-        ),
-    ] = None,
-    column: ColumnOption = None,
-    id_column: IdColumnOption = None,
-    eos: EosOption = None,
-    format: Annotated[Format, option(OUTPUT, "--format", "text|json", "Print a table to read, or one JSON value.")] = (
-        "text"
-    ),
-    quiet: QuietOption = False,
-) -> None:
+@dataclass(frozen=True)
+class InspectCommand:
+    """The options of `data inspect`."""
+
+    inputs: list[str] = shared.inputs_argument()
+    tokenizer: str | None = option(
+        INPUT,
+        "--tokenizer NAME|PATH",
+        "Check ids against a tokenizer, and count text in its tokens: bytes, a tokenizer.json, or that of a model. "
+        "(default: bytes, for text)",
+    )
+    column: str | None = shared.column_option()
+    id_column: str | None = shared.id_column_option()
+    eos: str | None = shared.eos_option()
+    format: Format = option(OUTPUT, "--format text|json", "Print a table to read, or one JSON value.", default="text")
+    quiet: bool = shared.quiet_flag()
+
+
+def inspect(options: InspectCommand) -> None:
     """Count documents and tokens, and find everything that is wrong.
 
     The exit code is 3 if anything is wrong.
@@ -56,37 +56,41 @@ def inspect(
     from longnet_cli.data.tokenizer import Tokenizer, end_of_text
     from longnet_cli.jobs.inspecting import inspect as run
 
-    words = Tokenizer.load(tokenizer) if tokenizer else None
-    with progress("inspecting", total=None, quiet=quiet) as advance:
-        reads = Inputs(inputs, words, column, id_column, eos_id=end_of_text(eos, words))
-        found = run(reads, on_progress=advance)
-    if format == "json":
-        emit_json(found.as_dict())
+    words = Tokenizer.load(options.tokenizer) if options.tokenizer else None
+    with progress("inspecting", total=None, quiet=options.quiet) as advance:
+        eos_id = end_of_text(options.eos, words)
+        reads = Inputs(options.inputs, words, options.column, options.id_column, eos_id=eos_id)
+        inspection = run(reads, on_progress=advance)
+    if options.format == "json":
+        emit_json(inspection.as_dict())
     else:
-        _print(found)
-    if found.num_problems:
-        plural = "s" * (found.num_problems > 1)
-        raise DataError(f"{found.num_problems} problem{plural}, the first: {found.problems[0]}")
+        _print(inspection)
+    if inspection.num_problems:
+        plural = "s" * (inspection.num_problems > 1)
+        raise DataError(f"{inspection.num_problems} problem{plural}, the first: {inspection.problems[0]}")
 
 
-def _print(found: Inspection) -> None:
+data.command(cls=Command)(takes_options(inspect))
+
+
+def _print(inspection: Inspection) -> None:
     def row(name: str, value: object) -> None:
         print(printable(f"{name:<12} {'-' if value is None else value}"))
 
-    row("documents", found.documents)
-    n_bytes = found.byte_tokens
-    unit = "bytes" if n_bytes == found.tokens > 0 else "tokens"
+    row("documents", inspection.documents)
+    n_bytes = inspection.byte_tokens
+    unit = "bytes" if n_bytes == inspection.tokens > 0 else "tokens"
     what = " (bytes)" if unit == "bytes" else f" ({n_bytes} of them bytes)" if n_bytes else ""
-    row("tokens", f"{found.tokens}{what}")
-    row("bytes", found.n_bytes)
-    if found.documents:
-        row("length", ", ".join(f"{name} {value:.10g}" for name, value in found.length().items()))
-    row("ids", None if found.low is None else f"{found.low} .. {found.high}")
-    row("formats", _counts(found.formats))
-    row("token types", _counts(found.token_types))
-    for key, values in found.metadata.items():
+    row("tokens", f"{inspection.tokens}{what}")
+    row("bytes", inspection.n_bytes)
+    if inspection.documents:
+        row("length", ", ".join(f"{name} {value:.10g}" for name, value in inspection.length().items()))
+    row("ids", None if inspection.low is None else f"{inspection.low} .. {inspection.high}")
+    row("formats", _counts(inspection.formats))
+    row("token types", _counts(inspection.token_types))
+    for key, values in inspection.metadata.items():
         row(key, _counts(values))
-    histogram = found.histogram()
+    histogram = inspection.histogram()
     most = max((count for _, _, count in histogram), default=0)
     if histogram:
         print(f"\n{unit:>27} {'documents':>12}")
@@ -94,11 +98,11 @@ def _print(found: Inspection) -> None:
         between = f"{low} .. {high}" if low < high else str(low)
         print(f"{between:>27} {count:>12} {'#' * math.ceil(BAR * count / most)}".rstrip())
     print()
-    for problem in found.problems:
+    for problem in inspection.problems:
         print(printable(f"problem: {problem}"))
-    if found.num_problems > len(found.problems):
-        print(f"... and {found.num_problems - len(found.problems)} more")
-    if not found.num_problems:
+    if inspection.num_problems > len(inspection.problems):
+        print(f"... and {inspection.num_problems - len(inspection.problems)} more")
+    if not inspection.num_problems:
         print("no problems found")
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from longnet_cli.basics.errors import ConfigError, MemoryLimitError
 from longnet_cli.basics.sizes import format_bytes, format_count, format_duration
+from longnet_cli.cli.options import Computing, Running
 from longnet_cli.cli.output import emit_json
 from longnet_cli.cli.progress import progress
 
@@ -71,10 +72,8 @@ def _bar(size: float, whole: float) -> str:
     return "#" * round(BAR * size / whole)
 
 
-def check_sample(sample: int | None, dry_run: bool) -> None:
-    """Raise ConfigError for --sample without --dry-run, or with fewer texts than an interval needs."""
-    if sample is not None and not dry_run:
-        raise ConfigError("--sample is for --dry-run, which estimates: give both, or leave it out")
+def check_sample(sample: int | None) -> None:
+    """Raise ConfigError for fewer texts than an interval needs."""
     if sample is not None and sample < 2:
         raise ConfigError("--sample needs 2 texts or more: one says nothing of how they differ")
 
@@ -94,28 +93,37 @@ def estimate_reading(
     doing: str,
     output: str | None,
     format: Format,
-    *,
-    sample: int | None,
-    resume: bool,
-    chunk: int | None,
-    dtype: str,
-    spill: str | None,
+    running: Running,
+    computing: Computing,
 ) -> None:
-    """Print the estimate of a job that would write to `output`, or print. The other options are as in `Reader`."""
+    """Print the estimate of a job that would write to `output`, or print."""
     from longnet_cli.jobs.estimating.reading_job import estimate_documents
     from longnet_cli.running.ranks.ranks import leave
     from longnet_cli.running.reader import share_reader
 
-    assert opened.room
-    fate, done, earlier = _fate(output, resume)
-    inputs, ranks = opened.inputs, opened.ranks
-    reader = share_reader(opened.loaded.net, chunk=chunk or earlier, dtype=dtype, spill=spill, ranks=ranks)
+    assert opened.room  # of every dry run
+    fate, done, earlier = _fate(output, running.resume)
+    inputs, ranks, sample = opened.inputs, opened.ranks, running.sample
+    reader = share_reader(
+        opened.loaded.net,
+        chunk=computing.chunk or earlier,
+        dtype=computing.dtype,
+        spill=computing.spill,
+        ranks=ranks,
+    )
     with progress("counting", total=None, quiet=opened.quiet) as advance:
         estimate = estimate_documents(
-            make_job(reader), inputs.untokenized() if sample else inputs.documents(), room=opened.room,
-            tokenizer=inputs.tokenizer, sample=sample, done=done, output=fate, ranks=ranks, skip_bad=inputs.skip_bad,
+            make_job(reader),
+            inputs.untokenized() if sample else inputs.documents(),
+            room=opened.room,
+            tokenizer=inputs.tokenizer,
+            sample=sample,
+            done=done,
+            output=fate,
+            ranks=ranks,
+            skip_bad=inputs.skip_bad,
             on_progress=advance,
-        )  # fmt: skip
+        )
     leave()
     if ranks.first:
         show_reading(estimate, format, doing)

@@ -2,140 +2,94 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from longnet_cli.basics.sizes import format_count
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.dry_run import Format, check_sample, estimate_reading
-from longnet_cli.cli.model_and_inputs import ModelAndInputs, check_spill, say_state
-from longnet_cli.cli.options import DEFAULT_MODEL, OUTPUT, Names, option, size_option
-from longnet_cli.cli.output import check_output, count_left_out, end, tell
+from longnet_cli.cli.model_and_inputs import ModelAndInputs, Opened
+from longnet_cli.cli.options import OUTPUT, Computing, Documents, Mesh, ModelChoice, Running, flag, option, size_option
+from longnet_cli.cli.output import count_left_out, end, tell
+from longnet_cli.cli.pairs import SAMPLE, check_pairs
 from longnet_cli.cli.progress import progress
+from longnet_cli.cli.state import say_state
+
+if TYPE_CHECKING:
+    from longnet_cli.data.manifest import Manifest
+    from longnet_cli.jobs.encoding import EncodeOptions
 
 VECTORS = "Vectors"
 
 
-def encode(
-    inputs: Names,
-    tokenizer: shared.TokenizerOption = None,
-    tokenizer_differs: shared.TokenizerDiffersOption = False,
-    column: shared.ColumnOption = None,
-    id_column: shared.IdColumnOption = None,
-    keep: shared.KeepOption = None,
-    eos: shared.EosOption = None,
-    bos: shared.BosOption = None,
-    skip_bad: shared.SkipBadOption = False,
-    model: shared.ModelOption = DEFAULT_MODEL,
-    update: shared.UpdateOption = False,
-    pattern: shared.PatternOption = None,
-    pool: Annotated[
-        str | None,
-        option(
-            VECTORS,
-            "--pool",
-            "NAME[+NAME]",
-            "Take the mean over the tokens, the first or last token's vector, the cls, max, or the sqrt or weighted "
-            "mean of sentence-transformers; several are joined.",
-            "the model's, otherwise mean",
-        ),
-    ] = None,
-    prefix: Annotated[
-        str | None,
-        option(
-            VECTORS,
-            "--prefix",
-            "TEXT|none",
-            "Read this before each document, as a part of it.",
-            "the model's prompt for documents",
-        ),
-    ] = None,
-    dims: Annotated[
-        int | None,
-        size_option(VECTORS, "--dims", "Keep the first N numbers of each vector.", "all", metavar="N"),
-    ] = None,
-    span: Annotated[
-        int | None,
-        size_option(
-            VECTORS,
-            "--span",
-            "Make one vector per this many tokens. Each has the whole document as context.",
-            "one per document",
-        ),
-    ] = None,
-    context: Annotated[
-        int | None,
-        size_option(
-            VECTORS,
-            "--context",
-            "Read windows of this many tokens, special ones included, with a model that looks both ways.",
-            "the most that it was made for",
-        ),
-    ] = None,
-    stride: Annotated[
-        int | None,
-        size_option(VECTORS, "--stride", "Start a window every this many tokens of the document.", "no overlap"),
-    ] = None,
-    normalize: Annotated[
-        bool | None,
-        option(
-            VECTORS,
-            "--normalize/--no-normalize",
-            None,
-            "Scale every vector to length 1.",
-            "the model's, otherwise normalize",
-        ),
-    ] = None,
-    all_layers: Annotated[
-        bool,
-        option(
-            VECTORS,
-            "--all-layers",
-            None,
-            "Add the column layers: such a vector of the first layer's input and of each layer.",
-        ),
-    ] = False,
-    tile_size: Annotated[
-        int | None,
-        size_option(
-            VECTORS,
-            "--tile-size",
-            "Set the side of a slide's tiles, in the units of their coordinates.",
-            "the file's, otherwise the model's",
-        ),
-    ] = None,
-    output: Annotated[
-        str,
-        option(
-            OUTPUT,
-            "--output -o",
-            "PATH",
-            "Write a new folder of shards, one .arrow, .parquet or .jsonl file, or - for an Arrow stream on stdout. "
-            "An existing file is replaced when the new one is whole.",
-        ),
-    ] = "-",
-    embedding_dtype: Annotated[
-        Literal["float32", "float16"],
-        option(OUTPUT, "--embedding-dtype", "float32|float16", "Write numbers of this type."),
-    ] = "float32",
-    shard_rows: Annotated[
-        int | None, size_option(OUTPUT, "--shard-rows", "Start a new shard after this many vectors.", "16Ki")
-    ] = None,
-    shard_format: shared.ShardFormatOption = "arrow",
-    resume: shared.ResumeOption = False,
-    dry_run: shared.DryRunOption = False,
-    sample: shared.SampleOption = None,
-    format: Annotated[Format, option(OUTPUT, "--format", "text|json", "Print --dry-run in this format.")] = "text",
-    nproc: shared.NprocOption = None,
-    sp: shared.SpOption = None,
-    dp: shared.DpOption = None,
-    device: shared.DeviceOption = "auto",
-    dtype: shared.DtypeOption = "auto",
-    chunk: shared.ChunkOption = None,
-    spill: shared.SpillOption = None,
-    quiet: shared.QuietOption = False,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class EncodeCommand:
+    """The options of `encode`. Those of vectors are as in `EncodeOptions.of_model`."""
+
+    documents: Documents
+    choice: ModelChoice
+    pool: str | None = option(
+        VECTORS,
+        "--pool NAME[+NAME]",
+        "Take the mean over the tokens, the first or last token's vector, the cls, max, or the sqrt or weighted "
+        "mean of sentence-transformers; several are joined. (default: the model's, otherwise mean)",
+    )
+    prefix: str | None = option(
+        VECTORS,
+        "--prefix TEXT|none",
+        "Read this before each document, as a part of it. (default: the model's prompt for documents)",
+    )
+    dims: int | None = size_option(VECTORS, "--dims N", "Keep the first N numbers of each vector. (default: all)")
+    span: int | None = size_option(
+        VECTORS,
+        "--span SIZE",
+        "Make one vector per this many tokens. Each has the whole document as context. (default: one per document)",
+    )
+    context: int | None = size_option(
+        VECTORS,
+        "--context SIZE",
+        "Read windows of this many tokens, special ones included, with a model that looks both ways. (default: the "
+        "most that it was made for)",
+    )
+    stride: int | None = size_option(
+        VECTORS, "--stride SIZE", "Start a window every this many tokens of the document. (default: no overlap)"
+    )
+    normalize: bool | None = option(
+        VECTORS,
+        "--normalize/--no-normalize",
+        "Scale every vector to length 1. (default: the model's, otherwise normalize)",
+    )
+    all_layers: bool = flag(
+        VECTORS, "--all-layers", "Add the column layers: such a vector of the first layer's input and of each layer."
+    )
+    tile_size: int | None = size_option(
+        VECTORS,
+        "--tile-size SIZE",
+        "Set the side of a slide's tiles, in the units of their coordinates. (default: the file's, otherwise the "
+        "model's)",
+    )
+    output: str = option(
+        OUTPUT,
+        "--output -o PATH",
+        "Write a new folder of shards, one .arrow, .parquet or .jsonl file, or - for an Arrow stream on stdout. An "
+        "existing file is replaced when the new one is whole.",
+        default="-",
+    )
+    embedding_dtype: Literal["float32", "float16"] = option(
+        OUTPUT, "--embedding-dtype float32|float16", "Write numbers of this type.", default="float32"
+    )
+    shard_rows: int | None = size_option(
+        OUTPUT, "--shard-rows SIZE", "Start a new shard after this many vectors. (default: 16Ki)"
+    )
+    shard_format: Literal["arrow", "parquet"] = shared.shard_format_option()
+    running: Running
+    format: Format = option(OUTPUT, "--format text|json", "Print --dry-run in this format.", default="text")
+    mesh: Mesh
+    computing: Computing
+
+
+def encode(options: EncodeCommand) -> None:
     """Turn each document, or each span of it, into one vector, for search or clustering.
 
     A slide encoder, or a model without a vocabulary, reads documents of vectors: a column features, embedding or
@@ -143,78 +97,76 @@ def encode(
     The columns are doc_id, span, start, end, n_tokens and embedding; for text also char_start and char_end, the place
     of a vector's tokens in it. Rows come in input order.
     """
-    check_sample(sample, dry_run)
-    earlier_run = output if resume else None
-    named = ModelAndInputs(
-        inputs, model, tokenizer, column, id_column, keep, skip_bad, update, earlier_run, embeds=True
-    )
-    named.refuse_overwriting("-o", output)
-    check_spill(spill)
-    for_folder = {"--shard-rows": shard_rows, "--shard-format": shard_format != "arrow"}
+    output, running = options.output, options.running
+    check_pairs([SAMPLE], options)
+    check_sample(running.sample)
+    named = ModelAndInputs(options.documents, options.choice, output if running.resume else None, embeds=True)
     where_to = "embeddings are binary, stdout is a terminal: name a file (-o embeddings.arrow) or pipe them"
-    earlier = check_output(output, where_to, for_folder, resume=resume, dry_run=dry_run)
-    opened = named.open(
-        nproc=nproc, sp=sp, dp=dp, device=device, dtype=dtype, tokenizer_differs=tokenizer_differs, pattern=pattern,
-        bos=bos, eos=eos, dry_run=dry_run, quiet=quiet, embeds=True,
-    )  # fmt: skip
-    loaded, data, ranks, room, quiet = opened
-    net = loaded.net
-    from longnet_cli.jobs.encoding import PLACE_FIELDS, EncodeOptions, Encoder
+    for_folder = {"--shard-rows": options.shard_rows, "--shard-format": options.shard_format != "arrow"}
+    earlier = named.check_outputs({"-o": output}, where_to, for_folder, running)
+    opened, own = _open(options, named)
+    if opened.room:
+        from longnet_cli.jobs.encoding import Encoder
+
+        job = partial(Encoder, options=own)
+        estimate_reading(opened, job, "encoding", output, options.format, running, options.computing)
+    else:
+        _write(options, opened, own, earlier)
+
+
+def _open(options: EncodeCommand, named: ModelAndInputs) -> tuple[Opened, EncodeOptions]:
+    """Return the model with what it reads, and the options of its vectors: its own, where none is given."""
+    opened = named.open(options.mesh, options.computing, dry_run=options.running.dry_run)
+    from longnet_cli.jobs.encoding import EncodeOptions
+
+    own = EncodeOptions.of_model(
+        named.folder,
+        opened.loaded,
+        pool=options.pool,
+        prefix=options.prefix,
+        normalize=options.normalize,
+        context=options.context,
+        stride=options.stride,
+        span=options.span,
+        embedding_dtype=options.embedding_dtype,
+        all_layers=options.all_layers or None,
+        tile_size=options.tile_size,
+        dims=options.dims,
+    )
+    return opened._replace(inputs=replace(opened.inputs, tokenizer=own.tokenizer_for(opened.loaded))), own
+
+
+def _write(options: EncodeCommand, opened: Opened, own: EncodeOptions, earlier: Manifest | None) -> None:
+    """Write the vectors, and say how many."""
+    from longnet_cli.jobs.encoding import PLACE_FIELDS, Encoder
     from longnet_cli.jobs.row_jobs import write_rows
     from longnet_cli.running.ranks.ranks import leave
 
-    check_spill(spill, net)
-    options = EncodeOptions.of_model(
-        named.folder,
-        loaded,
-        pool=pool,
-        prefix=prefix,
-        normalize=normalize,
-        context=context,
-        stride=stride,
-        span=span,
-        embedding_dtype=embedding_dtype,
-        all_layers=all_layers or None,
-        tile_size=tile_size,
-        dims=dims,
-    )
-    data = replace(data, tokenizer=options.tokenizer_for(loaded))
-    opened = opened._replace(inputs=data)
-    running: dict[str, Any] = {"chunk": chunk, "dtype": dtype, "spill": spill}
-    if room:
-        estimate_reading(
-            opened,
-            partial(Encoder, options=options),
-            "encoding",
-            output,
-            format,
-            sample=sample,
-            resume=resume,
-            **running,
-        )
-        return
-    known = data.stored() if not skip_bad else ()
+    net, data, quiet, computing = opened.loaded.net, opened.inputs, opened.quiet, options.computing
+    known = data.stored() if not data.skip_bad else ()
     done = earlier.totals["tokens"] if earlier else 0
-    left_out = count_left_out(skip_bad, quiet)
+    left_out = count_left_out(data.skip_bad, quiet)
     with progress("encoding", total=data.num_tokens(), start=done, quiet=quiet) as advance:
         written = write_rows(
-            partial(Encoder, options=options),
+            partial(Encoder, options=own),
             net,
             data,
-            output,
-            shard_size=shard_rows,
-            shard_format=shard_format,
-            resume=resume,
+            options.output,
+            shard_size=options.shard_rows,
+            shard_format=options.shard_format,
+            resume=options.running.resume,
             left_out=left_out,
             of_text=PLACE_FIELDS,
-            telling=partial(say_state, stored=known, net=net, **running, quiet=quiet),
-            ranks=ranks,
+            telling=partial(say_state, stored=known, net=net, computing=computing, quiet=quiet),
+            ranks=opened.ranks,
+            chunk=computing.chunk,
+            dtype=computing.dtype,
+            spill=computing.spill,
             on_progress=advance,
-            **running,
         )
     leave()
     if written is not None:
         rows = written["rows"]
         counts = f"{rows} vector{'s' * (rows != 1)} of {format_count(written['tokens'])} tokens"
-        tell(f"{counts} -> {'stdout' if output == '-' else output}", quiet)
-    end(left_out, first=ranks.first, quiet=quiet)
+        tell(f"{counts} -> {'stdout' if options.output == '-' else options.output}", quiet)
+    end(left_out, first=opened.ranks.first, quiet=quiet)

@@ -7,22 +7,31 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
-
-import typer
+from typing import TYPE_CHECKING, Literal
 
 from longnet_cli.basics.errors import ConfigError, LongNetError
 from longnet_cli.basics.sizes import format_bytes, format_duration
 from longnet_cli.cli import options as shared
-from longnet_cli.cli.model_and_inputs import check_spill, say_state
-from longnet_cli.cli.options import DEFAULT_MODEL, INPUT, OUTPUT, option, read_pattern, size_option
+from longnet_cli.cli.options import (
+    INPUT,
+    OUTPUT,
+    Computing,
+    ModelChoice,
+    argument,
+    flag,
+    option,
+    read_pattern,
+    size_option,
+)
 from longnet_cli.cli.output import emit_jsonl, note, printable, tell
+from longnet_cli.cli.pairs import Needs, check_pairs
 from longnet_cli.cli.progress import progress
 from longnet_cli.cli.starting import ask_hub, freeze_imports
+from longnet_cli.cli.state import check_spill, say_state
 
 if TYPE_CHECKING:
     from longnet_cli.data.chat import ChatTemplate
@@ -38,205 +47,189 @@ SAMPLING = "How to choose tokens"
 MAX_TOKENS = 256
 
 
-def generate(
-    prompt: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="PROMPT",
-            help="Continue this text. If it is -, or if you give neither PROMPT nor --input nor --state, read stdin.",
-            show_default=False,
-        ),
-    ] = None,
-    inputs: Annotated[
-        list[str] | None,
-        option(
-            INPUT,
-            "--input -i",
-            "INPUT",
-            "Continue each document of files, folders, globs, @list or - (stdin). Repeat it for more.",
-            False,
-        ),
-    ] = None,
-    state: Annotated[
-        str | None,
-        option(
-            INPUT,
-            "--state",
-            "DIR",
-            "Continue after what --save-state has saved in this folder, which stays as it is.",
-            False,
-        ),
-    ] = None,
-    chat: Annotated[
-        bool,
-        option(INPUT, "--chat", None, "Put each prompt into the tokenizer's chat template, as a user's message."),
-    ] = False,
-    tokenizer: shared.TokenizerOption = None,
-    tokenizer_differs: shared.TokenizerDiffersOption = False,
-    column: shared.ColumnOption = None,
-    eos: shared.EosOption = None,
-    bos: shared.BosOption = None,
-    model: shared.ModelOption = DEFAULT_MODEL,
-    update: shared.UpdateOption = False,
-    pattern: shared.PatternOption = None,
-    max_tokens: Annotated[
-        int | None,
-        size_option(
-            SAMPLING,
-            "--max-tokens -n",
-            "Generate at most this many tokens.",
-            f"{MAX_TOKENS}, or 0 with --save-state",
-        ),
-    ] = None,
-    temperature: Annotated[
-        float,
-        option(
-            SAMPLING,
-            "--temperature",
-            "T",
-            "Draw tokens from softmax(logits / T). At 0, take the likeliest token each time.",
-        ),
-    ] = 0.0,
-    top_p: Annotated[
-        float | None,
-        option(SAMPLING, "--top-p", "P", "Draw only from the fewest tokens whose probabilities sum to P.", "from all"),
-    ] = None,
-    seed: Annotated[
-        int | None,
-        option(
-            SAMPLING, "--seed", "N", "Seed the draws. Runs with the same seed give the same text.", "a new one each run"
-        ),
-    ] = None,
-    stop: Annotated[
-        list[str] | None,
-        option(SAMPLING, "--stop", "TEXT", "End before this text. You can repeat it.", False),
-    ] = None,
-    format: Annotated[
-        Format,
-        option(OUTPUT, "--format", "text|jsonl", "Stream the text, or print one line of JSON per prompt."),
-    ] = "text",
-    save_state: Annotated[
-        str | None,
-        option(
-            OUTPUT,
-            "--save-state",
-            "DIR",
-            "Save in this folder what was read and generated, for --state. One prompt only.",
-            False,
-        ),
-    ] = None,
-    sources: Annotated[
-        bool,
-        option(
-            OUTPUT,
-            "--sources",
-            None,
-            "Print on stderr, or in the line of JSON, the passages that the answer chose more than the text before it "
-            "did. It needs a pattern with chosen blocks.",
-        ),
-    ] = False,
-    device: shared.DeviceOption = "auto",
-    dtype: shared.DtypeOption = "auto",
-    chunk: shared.ChunkOption = None,
-    spill: shared.SpillOption = None,
-    quiet: shared.QuietOption = False,
-) -> None:
+PAIRS = (
+    Needs(
+        "--top-p",
+        "--temperature",
+        "needs a temperature above 0",
+        "--temperature, which is 1 for the model's own probabilities",
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateCommand:
+    """The options of `generate`."""
+
+    prompt: str | None = argument(
+        "PROMPT",
+        "Continue this text. If it is -, or if you give neither PROMPT nor --input nor --state, read stdin.",
+        default=None,
+    )
+    inputs: list[str] | None = option(
+        INPUT,
+        "--input -i INPUT",
+        "Continue each document of files, folders, globs, @list or - (stdin). Repeat it for more.",
+    )
+    state: str | None = option(
+        INPUT, "--state DIR", "Continue after what --save-state has saved in this folder, which stays as it is."
+    )
+    chat: bool = flag(INPUT, "--chat", "Put each prompt into the tokenizer's chat template, as a user's message.")
+    tokenizer: str | None = shared.tokenizer_option()
+    tokenizer_differs: bool = shared.differs_flag()
+    column: str | None = shared.column_option()
+    eos: str | None = shared.eos_option()
+    bos: str | None = shared.bos_option()
+    choice: ModelChoice
+    max_tokens: int | None = size_option(
+        SAMPLING,
+        "--max-tokens -n SIZE",
+        f"Generate at most this many tokens. (default: {MAX_TOKENS}, or 0 with --save-state)",
+    )
+    temperature: float = option(
+        SAMPLING,
+        "--temperature T",
+        "Draw tokens from softmax(logits / T). At 0, take the likeliest token each time.",
+        default=0.0,
+    )
+    top_p: float | None = option(
+        SAMPLING, "--top-p P", "Draw only from the fewest tokens whose probabilities sum to P. (default: from all)"
+    )
+    seed: int | None = option(
+        SAMPLING,
+        "--seed N",
+        "Seed the draws. Runs with the same seed give the same text. (default: a new one each run)",
+    )
+    stop: list[str] | None = option(SAMPLING, "--stop TEXT", "End before this text. You can repeat it.")
+    format: Format = option(
+        OUTPUT, "--format text|jsonl", "Stream the text, or print one line of JSON per prompt.", default="text"
+    )
+    save_state: str | None = option(
+        OUTPUT, "--save-state DIR", "Save in this folder what was read and generated, for --state. One prompt only."
+    )
+    sources: bool = flag(
+        OUTPUT,
+        "--sources",
+        "Print on stderr, or in the line of JSON, the passages that the answer chose more than the text "
+        "before it did. It needs a pattern with chosen blocks.",
+    )
+    computing: Computing
+
+
+def generate(options: GenerateCommand) -> None:
     """Continue texts of any length with a model, token by token; only the new text goes to stdout.
 
     The likeliest token is taken each time, unless you give --temperature.
     A text ends at the model's end-of-text token, at a --stop text, or after --max-tokens.
     With a window, a token costs the same time and memory at any position.
     """
-    if top_p is not None and not temperature:
-        raise ConfigError("--top-p needs a temperature above 0: add --temperature 1 for the model's own probabilities")
-    if seed is not None and not 0 <= seed < 1 << 63:
-        raise ConfigError(f"--seed {seed} is not a number from 0 to 2^63 - 1")
-    check_spill(spill)
-    text = _text(prompt, inputs, state)
-    from longnet_cli.data.inputs import Inputs
-    from longnet_cli.data.tokenizer import end_of_text
+    check_pairs(PAIRS, options)
+    if options.seed is not None and not 0 <= options.seed < 1 << 63:
+        raise ConfigError(f"--seed {options.seed} is not a number from 0 to 2^63 - 1")
+    check_spill(options.computing.spill)
+    text, save_state = _text(options.prompt, options.inputs, options.state), options.save_state
+    loaded = _open(options, text)
+    stream = _stream(options, loaded)
+    job = _Generation(options, loaded)
+    more = job.max_tokens + (stream.position if stream else 0)
+    documents, several = _documents(options, loaded, text)
+    computing = options.computing
+    documents = say_state(documents, net=loaded.net, computing=computing, more=more, quiet=computing.quiet)
+    for index, document in enumerate(documents):
+        forked = stream.fork() if stream and text is None and not save_state else stream
+        job.run(document, forked, index if several else None)
+    if stream and save_state:
+        size = stream.save(save_state, name=loaded.origin, tokenizer_sha256=loaded.tokenizer_sha256)
+        tell(f"{save_state}: the state after {stream.position:,} tokens, {format_bytes(size)}", computing.quiet)
+
+
+def _open(options: GenerateCommand, text: str | None) -> Loaded:
+    """Return the model, if it can do what the options ask for."""
     from longnet_cli.models.folder import ModelFolder
     from longnet_cli.running.device import select_device
 
-    parsed = read_pattern(pattern)
-    if update:
-        ask_hub(model, tokenizer)
+    choice, computing = options.choice, options.computing
+    pattern = read_pattern(choice.pattern)
+    if choice.update:
+        ask_hub(choice.model, options.tokenizer)
     freeze_imports()
-    where = select_device(device)
-    loaded = ModelFolder.find(model, gguf=True).load(
+    where = select_device(computing.device)
+    loaded = ModelFolder.find(choice.model, gguf=True).load(
         device=where,
-        dtype=dtype,
-        tokenizer=tokenizer,
-        tokenizer_differs=tokenizer_differs,
-        pattern=parsed,
-        bos=bos,
-        chat=chat,
-        on_note=partial(tell, quiet=quiet),
+        dtype=computing.dtype,
+        tokenizer=options.tokenizer,
+        tokenizer_differs=options.tokenizer_differs,
+        pattern=pattern,
+        bos=options.bos,
+        chat=options.chat,
+        on_note=partial(tell, quiet=computing.quiet),
     )
-    net = loaded.net
-    check_spill(spill, net)
-    from longnet_cli.jobs.chosen_sources import Sources
-    from longnet_cli.jobs.generating import generate as run
-    from longnet_cli.nets.weights import model_origin
-    from longnet_cli.running.causal_stream import CausalStream
+    check_spill(computing.spill, loaded.net)
     from longnet_cli.running.reader import check_choices
 
-    check_choices(net, sources)
-    if loaded.tokenizer is None and (format == "text" or stop or sources or prompt is not None or text is not None):
+    check_choices(loaded.net, options.sources)
+    has_text = options.prompt is not None or text is not None
+    if loaded.tokenizer is None and (options.format == "text" or options.stop or options.sources or has_text):
         raise ConfigError(
-            f"{model}: there is no tokenizer: give --tokenizer, or token ids with --input and --format jsonl"
+            f"{choice.model}: there is no tokenizer: give --tokenizer, or token ids with --input and --format jsonl"
         )
-    eos_id = end_of_text(eos, loaded.tokenizer)
-    data = Inputs(inputs or ["-"], loaded.tokenizer, column, vocab_size=net.config.vocab_size, eos_id=eos_id)
-    reading: dict[str, Any] = {"chunk": chunk, "dtype": dtype, "spill": spill}
-    before = _stream(loaded, dtype, spill, state, save_state)
-    if max_tokens is None:
-        max_tokens = 0 if save_state else MAX_TOKENS
-    found, several = _documents(data, text, loaded.chat), False
-    if save_state:
-        found = _only(found)
-    elif format == "text" and text is None and data.names != ["-"]:  # the first line of a pipe waits for no second
-        found, several = _look_ahead(found)
-    more = max_tokens + (before.position if before else 0)
-    documents = say_state(found, stored=(), net=net, more=more, **reading, quiet=quiet)
-    bos_ids = None if (chat or state) and bos is None else loaded.bos  # a template has its own start ids
-    seed = seed if seed is not None else _new_seed()
-    origin = model_origin(net, loaded.origin, loaded.tokenizer_sha256) if format == "jsonl" else {}
-    for index, document in enumerate(documents):
-        stream = before.fork() if before and text is None and not save_state else before
-        stream = stream or (CausalStream(net, spill=spill) if sources else None)
-        watch = Sources(stream) if sources and stream else None
-        with progress("reading the prompt", total=len(document), quiet=quiet) as advance:
+    return loaded
+
+
+class _Generation:
+    """The generation of texts by one model."""
+
+    def __init__(self, options: GenerateCommand, loaded: Loaded) -> None:
+        from longnet_cli.nets.weights import model_origin
+
+        self.options, self.loaded = options, loaded
+        default = 0 if options.save_state else MAX_TOKENS
+        self.max_tokens = default if options.max_tokens is None else options.max_tokens
+        begun = (options.chat or options.state) and options.bos is None  # a template has its own start ids
+        self.bos_ids = None if begun else loaded.bos
+        self.seed = _new_seed() if options.seed is None else options.seed
+        as_json = options.format == "jsonl"
+        self.origin = model_origin(loaded.net, loaded.origin, loaded.tokenizer_sha256) if as_json else {}
+
+    def run(self, document: Document, stream: CausalStream | None, number: int | None) -> None:
+        """Continue a document, after what the `stream` has read, and print it. One of several has a `number`."""
+        from longnet_cli.jobs.chosen_sources import Sources
+        from longnet_cli.jobs.generating import generate as run
+        from longnet_cli.running.causal_stream import CausalStream
+
+        options, loaded, computing = self.options, self.loaded, self.options.computing
+        if options.sources:
+            stream = stream or CausalStream(loaded.net, spill=computing.spill)
+        watch = Sources(stream) if options.sources and stream else None
+        with progress("reading the prompt", total=len(document), quiet=computing.quiet) as advance:
             steps = run(
-                net,
+                loaded.net,
                 document,
-                bos=bos_ids,
+                bos=self.bos_ids,
                 tokenizer=loaded.tokenizer,
-                max_tokens=max_tokens,
-                temperature=temperature,
-                top_p=1.0 if top_p is None else top_p,
-                seed=seed,
+                max_tokens=self.max_tokens,
+                temperature=options.temperature,
+                top_p=1.0 if options.top_p is None else options.top_p,
+                seed=self.seed,
                 end_ids=loaded.ends,
-                stop=stop or (),
-                **reading,
+                stop=options.stop or (),
+                chunk=computing.chunk,
+                dtype=computing.dtype,
+                spill=computing.spill,
                 stream=stream,
                 on_progress=advance,
             )
             step = next(steps, None)
         if watch:
             watch.begin()
-        printer = _Printer(document, seed if temperature else None, format, origin)
-        if step and several:
-            print(("\n" if index else "") + f"==> {printable(document.doc_id)} <==", flush=True)
+        printer = _Printer(document, self.seed if options.temperature else None, options.format, self.origin)
+        if step and number is not None:
+            print(("\n" if number else "") + f"==> {printable(document.doc_id)} <==", flush=True)
         while step:
             printer.print(step)
-            done = step.finish_reason and not save_state  # otherwise, the last token is read
+            done = step.finish_reason and not options.save_state  # otherwise, the last token is read
             step = None if done else next(steps, None)
-        found_sources = watch.found(loaded.tokenizer) if watch and loaded.tokenizer else None
-        printer.end(quiet, found_sources)
-    if before and save_state:
-        size = before.save(save_state, name=loaded.origin, tokenizer_sha256=loaded.tokenizer_sha256)
-        tell(f"{save_state}: the state after {before.position:,} tokens, {format_bytes(size)}", quiet)
+        printer.end(computing.quiet, watch.found(loaded.tokenizer) if watch and loaded.tokenizer else None)
 
 
 def _text(prompt: str | None, inputs: list[str] | None, state: str | None) -> str | None:
@@ -257,7 +250,23 @@ def _text(prompt: str | None, inputs: list[str] | None, state: str | None) -> st
     return None if prompt == "-" else prompt
 
 
-def _documents(inputs: Inputs, prompt: str | None, template: ChatTemplate | None) -> Iterator[Document]:
+def _documents(options: GenerateCommand, loaded: Loaded, text: str | None) -> tuple[Iterator[Document], bool]:
+    """Return the documents to continue, and whether they are several texts to print, which get their names."""
+    from longnet_cli.data.inputs import Inputs
+    from longnet_cli.data.tokenizer import end_of_text
+
+    words, vocab_size = loaded.tokenizer, loaded.net.config.vocab_size
+    eos_id = end_of_text(options.eos, words)
+    data = Inputs(options.inputs or ["-"], words, options.column, vocab_size=vocab_size, eos_id=eos_id)
+    documents = _each_document(data, text, loaded.chat)
+    if options.save_state:
+        return _only(documents), False
+    if options.format == "text" and text is None and data.names != ["-"]:  # the first line of a pipe waits for none
+        return _look_ahead(documents)
+    return documents, False
+
+
+def _each_document(inputs: Inputs, prompt: str | None, template: ChatTemplate | None) -> Iterator[Document]:
     from longnet_cli.data.documents import Document
     from longnet_cli.data.tables import Text
 
@@ -272,21 +281,20 @@ def _documents(inputs: Inputs, prompt: str | None, template: ChatTemplate | None
         yield from inputs.documents()
 
 
-def _stream(
-    loaded: Loaded, dtype: str, spill: str | None, state: str | None, save_state: str | None
-) -> CausalStream | None:
+def _stream(options: GenerateCommand, loaded: Loaded) -> CausalStream | None:
     """Return a stream that has read --state, or a new one for --save-state; otherwise None. Raises as `load` does."""
     from longnet_cli.running.causal_stream import CausalStream
     from longnet_cli.running.device import DTYPES, resolve_dtype
     from longnet_cli.running.saved_state import check_place
 
-    net = loaded.net
+    net, state, save_state = loaded.net, options.state, options.save_state
+    spill = options.computing.spill
     if (state or save_state) and net.stream():
         raise ConfigError("this model keeps a cache of its own, which is not saved: leave out --state and --save-state")
     if save_state:
         check_place(Path(save_state))
     if state:
-        keys = DTYPES[resolve_dtype(dtype, next(net.parameters()).device)]
+        keys = DTYPES[resolve_dtype(options.computing.dtype, next(net.parameters()).device)]
         stream = CausalStream.load(net, state, tokenizer_sha256=loaded.tokenizer_sha256, dtype=keys, spill=spill)
         if stream.batch != 1:
             raise ConfigError(
@@ -298,10 +306,10 @@ def _stream(
 
 def _only(documents: Iterator[Document]) -> Iterator[Document]:
     """Yield the one document. Raises ConfigError for more, before they are read by the model."""
-    found = [*islice(documents, 2)]
-    if len(found) > 1:
-        raise ConfigError(f"--save-state saves one prompt, and {found[1].where} is the second: give one")
-    yield from found
+    first_two = [*islice(documents, 2)]
+    if len(first_two) > 1:
+        raise ConfigError(f"--save-state saves one prompt, and {first_two[1].where} is the second: give one")
+    yield from first_two
 
 
 def _look_ahead(documents: Iterator[Document]) -> tuple[Iterator[Document], bool]:

@@ -1,10 +1,12 @@
-"""Types of options that several commands share, so that one word means one thing everywhere."""
+"""Options as fields of dataclasses, and those that several commands share: one word means one thing everywhere."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from dataclasses import MISSING, dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
@@ -13,8 +15,6 @@ from longnet_cli.cli.command import BARE, OTHER
 
 if TYPE_CHECKING:
     from longnet_cli.attention import Pattern
-
-DEFAULT_MODEL = "longnet-tiny"
 
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -56,37 +56,57 @@ def parse_names(text: str) -> tuple[str, ...]:
     return names
 
 
-def option(panel: str, names: str, metavar: str | None, help: str, default: str | bool = True, **more: Any) -> Any:
-    """Define an option in a panel: `Annotated[str, option(MODEL, "--model -m", "NAME|DIR", "Use this model.")]`.
-
-    `default` describes, in the help, what happens without the option; True shows the default itself.
-    """
-    return typer.Option(*names.split(), metavar=metavar, help=help, show_default=default, rich_help_panel=panel, **more)
-
-
-def size_option(
-    panel: str, names: str, help: str, default: str | bool = True, *, metavar: str = "SIZE", **more: Any
-) -> Any:
-    """Define a size: `Annotated[int, size_option(OUTPUT, "--seq", "Tokens.")] = 4096`, or `int | None` with None."""
-    return option(panel, names, metavar, help, default, parser=_option_parser(parse_size), **more)
-
-
-def sizes_option(panel: str, names: str, help: str, default: str | bool = True, **more: Any) -> Any:
-    """Define sizes: `Annotated[Sequence[int], sizes_option(OUTPUT, "--seq", "Tokens.")] = (8192, 32768)`.
-
-    Write Sequence, because typer reads `list[int]` as an option that is given once for each item.
-    """
-    return option(panel, names, "SIZE,...", help, default, parser=_option_parser(parse_sizes), **more)
-
-
-def names_option(panel: str, names: str, help: str, default: str | bool = True, **more: Any) -> Any:
-    """Define names: `Annotated[Sequence[str], names_option(OUTPUT, "--show", "Draw these.")]`. The job checks them."""
-    return option(panel, names, "NAME,...", help, default, parser=_split, **more)
-
-
 def _split(value: str | Sequence[str]) -> list[str]:
     """Split `dilated,dense` into ["dilated", "dense"]."""
     return [name.strip() for name in value.split(",")] if isinstance(value, str) else list(value)
+
+
+# What reads the value of an option, by what its help has for one. Other sizes are of `size_option`.
+PARSERS: dict[str, Callable[[Any], Any]] = {
+    "SIZE,...": parse_sizes,
+    "NAME,...": _split,
+    "COLUMN,...": parse_names,
+    "auto|cpu|cuda[:i]": parse_device,
+}
+
+
+def option(panel: str, names: str, help: str, *, default: Any = None, **more: Any) -> Any:
+    """Return an option of a command, a field of a dataclass (`command.takes_options`):
+
+        model: str = option(MODEL, "--model -m NAME|DIR", "Use this model.", default="longnet-tiny")
+
+    After its `names` stands what the help has for a value. The help ends with the default, or with what happens without
+    the option: "(default: all)". MISSING is no default: the option is required. An option of several values is a
+    Sequence, because typer reads `list[int]` as an option that is given once for each item.
+    """
+    *flags, last = names.split()
+    metavar = None if last.startswith("-") else last
+    flags += [last] if metavar is None else []
+    said = "(default: " in help or default in (None, MISSING) or isinstance(default, bool)
+    help = help if said else f"{help} (default: {default})"
+    look: dict[str, Any] = {"metavar": metavar, "help": help, "show_default": False, "rich_help_panel": panel}
+    if metavar in PARSERS:
+        more["parser"] = _option_parser(PARSERS[metavar])
+    value = ... if default is MISSING else default
+    return field(default=default, metadata={"typer": typer.Option(value, *flags, **look, **more)})
+
+
+def flag(panel: str, names: str, help: str) -> Any:
+    """Return an option without a value, which is False if it is not given: a field of a dataclass, as `option`."""
+    return option(panel, names, help, default=False)
+
+
+def size_option(panel: str, names: str, help: str, **more: Any) -> Any:
+    """Return a size: `seq: int | None = size_option(OUTPUT, "--seq SIZE", "Tokens.")`."""
+    return option(panel, names, help, parser=_option_parser(parse_size), **more)
+
+
+def argument(metavar: str, help: str, default: Any = MISSING) -> Any:
+    """Return an argument of a command, a field of a dataclass as `option` does: required, unless it has a default."""
+    value = ... if default is MISSING else default
+    return field(
+        default=default, metadata={"typer": typer.Argument(value, metavar=metavar, help=help, show_default=False)}
+    )
 
 
 def bare_or(value: str | None, bare: Any, absent: Any = None) -> Any:
@@ -101,181 +121,145 @@ def complete_model(incomplete: str) -> list[str]:
     return [name for name in (*list_models(), *list_cached()) if name.startswith(incomplete)]
 
 
-Names = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="INPUT",
-        help="Read files, folders, globs, URIs (s3://...), @list (a file with one input per line), or - for stdin. "
-        "They hold Arrow, Parquet, JSON Lines or UTF-8 text.",
-        show_default=False,
-    ),
-]
-ModelOption = Annotated[
-    str,
-    option(
+# Single options of several commands. Those that always come together are in the dataclasses below.
+inputs_argument = partial(
+    argument,
+    "INPUT",
+    "Read files, folders, globs, URIs (s3://...), @list (a file with one input per line), or - for stdin. "
+    "They hold Arrow, Parquet, JSON Lines or UTF-8 text.",
+)
+tokenizer_option = partial(
+    option,
+    INPUT,
+    "--tokenizer NAME|PATH",
+    "Use bytes, a tokenizer.json, a folder that holds one, or the tokenizer of a model: shipped, or ORG/NAME. "
+    "(default: the model's)",
+)
+differs_flag = partial(flag, INPUT, "--tokenizer-differs", "Accept a tokenizer that is not the model's.")
+column_option = partial(
+    option,
+    INPUT,
+    "--column NAME",
+    "Read this column, or a field of a struct: doc.body. (default: input_ids, tokens, token_ids or ids, otherwise "
+    "text)",
+)
+id_column_option = partial(
+    option, INPUT, "--id-column NAME", "Name documents by this column. (default: doc_id, otherwise id)"
+)
+eos_option = partial(
+    option,
+    INPUT,
+    "--eos TOKEN|ID",
+    "Cut a flat column of ids into documents at this token. (default: the tokenizer's, otherwise the file's)",
+)
+bos_option = partial(
+    option,
+    INPUT,
+    "--bos none|TOKEN|ID",
+    "Put this token before each document, or nothing. (default: what the tokenizer's template or the model says)",
+)
+skip_bad_flag = partial(flag, INPUT, "--skip-bad", "Leave out what cannot be read: exit code 6.")
+update_flag = partial(
+    flag, MODEL, "--update", "Ask the hub what ORG/NAME is now, instead of taking what was downloaded before."
+)
+pattern_option = partial(
+    option,
+    PATTERN,
+    "--pattern PATTERN",
+    "Attend by this pattern: paper, geometric:1e9, window:1Ki,sinks=4, nested:1Mi, pretrained, finding, dense, or "
+    "levels such as 1Ki/1,4Ki/4. `longnet pattern PATTERN` describes one. (default: the model's own)",
+)
+shard_format_option = partial(
+    option, OUTPUT, "--shard-format arrow|parquet", "Write shards of this format.", default="arrow"
+)
+resume_flag = partial(
+    flag, OUTPUT, "--resume", "Continue an interrupted run in the output folder, with the same inputs and options."
+)
+device_option = partial(option, COMPUTE, "--device auto|cpu|cuda[:i]", "Compute on this device.", default="auto")
+dtype_option = partial(
+    option, COMPUTE, "--dtype auto|fp32|bf16|fp16", "Compute matrix products in this precision.", default="auto"
+)
+quiet_flag = partial(flag, OTHER, "--quiet -q", "Show no progress, only errors.")
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The documents that `score` and `encode` read, and how they become tokens."""
+
+    inputs: list[str] = inputs_argument()
+    tokenizer: str | None = tokenizer_option()
+    tokenizer_differs: bool = differs_flag()
+    column: str | None = column_option()
+    id_column: str | None = id_column_option()
+    keep: Sequence[str] | None = option(
+        INPUT, "--keep COLUMN,...", "Carry these columns to the output.", parser=_option_parser(parse_names)
+    )
+    eos: str | None = eos_option()
+    bos: str | None = bos_option()
+    skip_bad: bool = skip_bad_flag()
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """The model that a command reads with, and its pattern."""
+
+    model: str = option(
         MODEL,
-        "--model -m",
-        "NAME|DIR",
+        "--model -m NAME|DIR",
         "Use a shipped model, a folder (with a slash: ./my-run), a GGUF file, or a model on the Hugging Face hub: "
         "ORG/NAME, ORG/NAME@REVISION, ORG/NAME:FILE.gguf.",
+        default="longnet-tiny",
         autocompletion=complete_model,
-    ),
-]
-UpdateOption = Annotated[
-    bool,
-    option(MODEL, "--update", None, "Ask the hub what ORG/NAME is now, instead of taking what was downloaded before."),
-]
-TokenizerOption = Annotated[
-    str | None,
-    option(
-        INPUT,
-        "--tokenizer",
-        "NAME|PATH",
-        "Use bytes, a tokenizer.json, a folder that holds one, or the tokenizer of a model: shipped, or ORG/NAME.",
-        "the model's",
-    ),
-]
-TokenizerDiffersOption = Annotated[
-    bool, option(INPUT, "--tokenizer-differs", None, "Accept a tokenizer that is not the model's.")
-]
-ColumnOption = Annotated[
-    str | None,
-    option(
-        INPUT,
-        "--column",
-        "NAME",
-        "Read this column, or a field of a struct: doc.body.",
-        "input_ids, tokens, token_ids or ids, otherwise text",
-    ),
-]
-IdColumnOption = Annotated[
-    str | None,
-    option(INPUT, "--id-column", "NAME", "Name documents by this column.", "doc_id, otherwise id"),
-]
-KeepOption = Annotated[
-    Sequence[str] | None,
-    option(
-        INPUT,
-        "--keep",
-        "COLUMN,...",
-        "Carry these columns to the output.",
-        parser=_option_parser(parse_names),
-    ),
-]
-EosOption = Annotated[
-    str | None,
-    option(
-        INPUT,
-        "--eos",
-        "TOKEN|ID",
-        "Cut a flat column of ids into documents at this token.",
-        "the tokenizer's, otherwise the file's",
-    ),
-]
-BosOption = Annotated[
-    str | None,
-    option(
-        INPUT,
-        "--bos",
-        "none|TOKEN|ID",
-        "Put this token before each document, or nothing.",
-        "what the tokenizer's template or the model says",
-    ),
-]
-SkipBadOption = Annotated[
-    bool,
-    option(
-        INPUT,
-        "--skip-bad",
-        None,
-        "Leave out what cannot be read: exit code 6.",
-    ),
-]
-PatternOption = Annotated[
-    str | None,
-    option(
-        PATTERN,
-        "--pattern",
-        "PATTERN",
-        "Attend by this pattern: paper, geometric:1e9, window:1Ki,sinks=4, nested:1Mi, pretrained, finding, dense, or "
-        "levels such as 1Ki/1,4Ki/4. `longnet pattern PATTERN` describes one.",
-        "the model's own",
-    ),
-]
-ShardFormatOption = Annotated[
-    Literal["arrow", "parquet"],
-    option(OUTPUT, "--shard-format", "arrow|parquet", "Write shards of this format."),
-]
-ResumeOption = Annotated[
-    bool,
-    option(
-        OUTPUT, "--resume", None, "Continue an interrupted run in the output folder, with the same inputs and options."
-    ),
-]
-DryRunOption = Annotated[
-    bool,
-    option(
+    )
+    update: bool = update_flag()
+    pattern: str | None = pattern_option()
+
+
+@dataclass(frozen=True)
+class Running:
+    """What becomes of an interrupted run, and the run that is only estimated."""
+
+    resume: bool = resume_flag()
+    dry_run: bool = flag(
         OUTPUT,
         "--dry-run",
-        None,
         "Print documents, tokens, memory, FLOPs and time, and stop. The exit code is 5 if it does not fit.",
-    ),
-]
-SampleOption = Annotated[
-    int | None,
-    size_option(
+    )
+    sample: int | None = size_option(
         OUTPUT,
-        "--sample",
-        "For --dry-run, tokenize a uniform sample of N texts. All texts are read, and their tokens per byte are taken "
-        "to be those of the sample.",
-        "all",
-        metavar="N",
-    ),
-]
-DeviceOption = Annotated[
-    str,
-    option(
+        "--sample N",
+        "For --dry-run, tokenize a uniform sample of N texts. All texts are read, and their tokens per byte are "
+        "taken to be those of the sample. (default: all)",
+    )
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The processes that share the work."""
+
+    nproc: int | None = size_option(
+        COMPUTE, "--nproc N", "Start N processes (ranks) on this machine. (default: what --dp and --sp need)"
+    )
+    sp: int | None = size_option(COMPUTE, "--sp N", "Split each sequence over N ranks. (default: all of a group)")
+    dp: int | None = size_option(COMPUTE, "--dp N", "Make N groups of ranks, each with its own sequences. (default: 1)")
+
+
+@dataclass(frozen=True)
+class Computing:
+    """The device and the memory that a process computes with."""
+
+    device: str = device_option()
+    dtype: Dtype = dtype_option()
+    chunk: int | None = size_option(
         COMPUTE,
-        "--device",
-        "auto|cpu|cuda[:i]",
-        "Compute on this device.",
-        parser=_option_parser(parse_device),
-    ),
-]
-DtypeOption = Annotated[
-    Dtype, option(COMPUTE, "--dtype", "auto|fp32|bf16|fp16", "Compute matrix products in this precision.")
-]
-ChunkOption = Annotated[
-    int | None,
-    size_option(
+        "--chunk SIZE",
+        "Process this many tokens at a time. Fewer need less memory and change no result. (default: what fits the "
+        "memory)",
+    )
+    spill: str | None = option(
         COMPUTE,
-        "--chunk",
-        "Process this many tokens at a time. Fewer need less memory and change no result.",
-        "what fits the memory",
-    ),
-]
-SpillOption = Annotated[
-    str | None,
-    option(
-        COMPUTE,
-        "--spill",
-        "DIR",
-        "Keep here, not in memory, what grows with a document: keys and values, for a pattern with chosen blocks, or "
-        "a bidirectional model's hidden states.",
-        "in memory",
-    ),
-]
-NprocOption = Annotated[
-    int | None,
-    size_option(
-        COMPUTE, "--nproc", "Start N processes (ranks) on this machine.", "what --dp and --sp need", metavar="N"
-    ),
-]
-SpOption = Annotated[
-    int | None, size_option(COMPUTE, "--sp", "Split each sequence over N ranks.", "all of a group", metavar="N")
-]
-DpOption = Annotated[
-    int | None,
-    size_option(COMPUTE, "--dp", "Make N groups of ranks, each with its own sequences.", "1", metavar="N"),
-]
-QuietOption = Annotated[bool, option(OTHER, "--quiet -q", None, "Show no progress, only errors.")]
+        "--spill DIR",
+        "Keep here, not in memory, what grows with a document: keys and values, for a pattern with chosen blocks, "
+        "or a bidirectional model's hidden states. (default: in memory)",
+    )
+    quiet: bool = quiet_flag()

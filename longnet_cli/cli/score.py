@@ -4,304 +4,286 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from longnet_cli.cli import options as shared
+from longnet_cli.basics.errors import ConfigError
 from longnet_cli.cli.dry_run import check_sample, estimate_reading
-from longnet_cli.cli.model_and_inputs import ModelAndInputs, check_spill, say_state
-from longnet_cli.cli.options import DEFAULT_MODEL, OUTPUT, Names, names_option, option, size_option, sizes_option
-from longnet_cli.cli.output import check_output, count_left_out, emit_json, emit_jsonl, end, printable, tell
-from longnet_cli.cli.progress import progress
+from longnet_cli.cli.model_and_inputs import ModelAndInputs, Opened
+from longnet_cli.cli.options import OUTPUT, Computing, Documents, Mesh, ModelChoice, Running, flag, option, size_option
+from longnet_cli.cli.output import count_left_out, emit_json, emit_jsonl, end, printable, tell
+from longnet_cli.cli.pairs import SAMPLE, Excludes, Needs, check_pairs
+from longnet_cli.cli.progress import Advance, progress
+from longnet_cli.cli.state import say_state
 
 if TYPE_CHECKING:
+    from longnet_cli.data.documents import Document
     from longnet_cli.data.left_out import LeftOut
+    from longnet_cli.data.manifest import Manifest
     from longnet_cli.jobs.scoring.measures import DocumentScore, Score, Total
 
-Format = Literal["text", "json", "jsonl"]
 MEASURE = "What to measure"
 ROW_KEYS = {"kind", "doc_id", "context", "nll_sum", "n_tokens", "n_bytes", "ppl", "bpb", "by_position", "by_recall"}
 ROW_KEYS |= {"key_nll_sum", "key_n_tokens"}
 GAIN_KEYS = {"gain", "gain_se", "gain_share"}  # of documents that are scored at several contexts
 
+PRINTED = "is for scores that are printed, and -o writes rows"
+PAIRS = (
+    SAMPLE,
+    Needs("--keep", "-o|--format|--dry-run", "carries columns to rows", "-o, or --format jsonl or json"),
+    Excludes("--token-logprobs", "--dp", "is written by one group of ranks"),
+    Excludes("--chosen", "--dp", "is written by one group of ranks"),
+    Excludes("--key-tokens", "--dp", "is for one group of ranks"),
+    Excludes("--chosen", "--context", "is for whole documents"),
+    Needs("--resume", "-o", "is for a folder of rows", "-o FOLDER"),
+    Needs("--shard-tokens", "-o", "is for a folder of rows", "-o FOLDER"),
+    Excludes("--token-logprobs", "-o", PRINTED),
+    Excludes("--chosen", "-o", PRINTED),
+    Excludes("--key-tokens", "-o", PRINTED),
+)
 
-def score(
-    inputs: Names,
-    tokenizer: shared.TokenizerOption = None,
-    tokenizer_differs: shared.TokenizerDiffersOption = False,
-    column: shared.ColumnOption = None,
-    id_column: shared.IdColumnOption = None,
-    keep: shared.KeepOption = None,
-    eos: shared.EosOption = None,
-    bos: shared.BosOption = None,
-    skip_bad: shared.SkipBadOption = False,
-    model: shared.ModelOption = DEFAULT_MODEL,
-    update: shared.UpdateOption = False,
-    pattern: shared.PatternOption = None,
-    ppl: Annotated[
-        bool,
-        option(MEASURE, "--ppl", None, "Measure perplexity and bits per byte. This is the default.", False),
-    ] = True,
-    context: Annotated[
-        Sequence[int] | None,
-        sizes_option(
-            MEASURE,
-            "--context",
-            "Score the text in separate windows of this length. Several lengths are compared on the same tokens.",
-            "the whole document",
-        ),
-    ] = None,
-    stride: Annotated[
-        int | None,
-        size_option(
-            MEASURE,
-            "--stride",
-            "Let windows overlap: score this many tokens at the end of each.",
-            "the context",
-        ),
-    ] = None,
-    last: Annotated[
-        int | None,
-        size_option(
-            MEASURE,
-            "--last",
-            "Score only this many tokens at the end of each document. Documents too short for the longest context "
-            "are left out.",
-            "all tokens",
-        ),
-    ] = None,
-    by_position: Annotated[
-        bool,
-        option(
-            MEASURE,
-            "--by-position",
-            None,
-            "Group the loss by the number of earlier tokens, and by place in the shortest segment.",
-        ),
-    ] = False,
-    by_recall: Annotated[
-        bool,
-        option(
-            MEASURE,
-            "--by-recall",
-            None,
-            "Group the loss by how many tokens ago the document last had the same two tokens in a row. Tokens without "
-            "such a place are one more group.",
-        ),
-    ] = False,
-    key_tokens: Annotated[
-        Sequence[str] | None,
-        names_option(
-            MEASURE,
-            "--key-tokens",
-            "Also measure the tokens for which long context matters. Two files that a judge wrote with "
-            "--token-logprobs show which: SHORT.arrow,LONG.arrow.",
-            False,
-        ),
-    ] = None,
-    format: Annotated[
-        Format,
-        option(
-            OUTPUT, "--format", "text|json|jsonl", "Print a table, one JSON value, or one line of JSON per document."
-        ),
-    ] = "text",
-    token_logprobs: Annotated[
-        str | None,
-        option(
-            OUTPUT,
-            "--token-logprobs",
-            "FILE",
-            "Write the log-probability of every token, in nats, to an .arrow or .parquet file. An existing file is "
-            "replaced when the new one is whole.",
-        ),
-    ] = None,
-    chosen: Annotated[
-        str | None,
-        option(
-            OUTPUT,
-            "--chosen",
-            "FILE",
-            "Write which chosen blocks each group of tokens sees in each layer, to an .arrow or .parquet file. The "
-            "pattern must have chosen blocks.",
-        ),
-    ] = None,
-    output: Annotated[
-        str | None,
-        option(
-            OUTPUT,
-            "--output -o",
-            "PATH",
-            "Write a row per document instead, with what it gains from the longest context: to a new folder of shards, "
-            "one .arrow, .parquet or .jsonl file, or - for an Arrow stream on stdout.",
-            "print the scores",
-        ),
-    ] = None,
-    shard_tokens: Annotated[
-        int | None, size_option(OUTPUT, "--shard-tokens", "Start a new shard after this many tokens.", "4Mi")
-    ] = None,
-    resume: shared.ResumeOption = False,
-    dry_run: shared.DryRunOption = False,
-    sample: shared.SampleOption = None,
-    nproc: shared.NprocOption = None,
-    sp: shared.SpOption = None,
-    dp: shared.DpOption = None,
-    device: shared.DeviceOption = "auto",
-    dtype: shared.DtypeOption = "auto",
-    chunk: shared.ChunkOption = None,
-    spill: shared.SpillOption = None,
-    quiet: shared.QuietOption = False,
-) -> None:
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreCommand:
+    """The options of `score`."""
+
+    documents: Documents
+    choice: ModelChoice
+    ppl: bool = option(MEASURE, "--ppl", "Measure perplexity and bits per byte. This is the default.", default=True)
+    context: Sequence[int] | None = option(
+        MEASURE,
+        "--context SIZE,...",
+        "Score the text in separate windows of this length. Several lengths are compared on the same tokens. "
+        "(default: the whole document)",
+    )
+    stride: int | None = size_option(
+        MEASURE,
+        "--stride SIZE",
+        "Let windows overlap: score this many tokens at the end of each. (default: the context)",
+    )
+    last: int | None = size_option(
+        MEASURE,
+        "--last SIZE",
+        "Score only this many tokens at the end of each document. Documents too short for the longest context are "
+        "left out. (default: all tokens)",
+    )
+    by_position: bool = flag(
+        MEASURE,
+        "--by-position",
+        "Group the loss by the number of earlier tokens, and by place in the shortest segment.",
+    )
+    by_recall: bool = flag(
+        MEASURE,
+        "--by-recall",
+        "Group the loss by how many tokens ago the document last had the same two tokens in a row. Tokens "
+        "without such a place are one more group.",
+    )
+    key_tokens: Sequence[str] | None = option(
+        MEASURE,
+        "--key-tokens NAME,...",
+        "Also measure the tokens for which long context matters. Two files that a judge wrote with --token-logprobs "
+        "show which: SHORT.arrow,LONG.arrow.",
+    )
+    format: Literal["text", "json", "jsonl"] = option(
+        OUTPUT,
+        "--format text|json|jsonl",
+        "Print a table, one JSON value, or one line of JSON per document.",
+        default="text",
+    )
+    token_logprobs: str | None = option(
+        OUTPUT,
+        "--token-logprobs FILE",
+        "Write the log-probability of every token, in nats, to an .arrow or .parquet file. An existing file is "
+        "replaced when the new one is whole.",
+    )
+    chosen: str | None = option(
+        OUTPUT,
+        "--chosen FILE",
+        "Write which chosen blocks each group of tokens sees in each layer, to an .arrow or .parquet file. The "
+        "pattern must have chosen blocks.",
+    )
+    output: str | None = option(
+        OUTPUT,
+        "--output -o PATH",
+        "Write a row per document instead, with what it gains from the longest context: to a new folder of shards, "
+        "one .arrow, .parquet or .jsonl file, or - for an Arrow stream on stdout. (default: print the scores)",
+    )
+    shard_tokens: int | None = size_option(
+        OUTPUT, "--shard-tokens SIZE", "Start a new shard after this many tokens. (default: 4Mi)"
+    )
+    running: Running
+    mesh: Mesh
+    computing: Computing
+
+
+def score(options: ScoreCommand) -> None:
     """Measure how well a model predicts text: perplexity (ppl) and bits per byte (bpb), lower is better.
 
     Every token is scored once. Across tokenizers, compare bpb, not ppl.
     A LongNet needs no more memory for a long document than for a short one.
     Without --pattern, a Hugging Face model is dense and reads no more tokens than it was trained on.
     """
-    from longnet_cli.basics.errors import ConfigError
-    from longnet_cli.data.overwriting import refuse_one_place
+    keys = ROW_KEYS | (GAIN_KEYS if len(options.context or ()) > 1 else set())
+    _check(options, keys)
+    documents, output, running = options.documents, options.output, options.running
+    if output is not None and documents.id_column and documents.id_column not in {*keys, *(documents.keep or ())}:
+        # so that rows join their input by the column's own name and type
+        documents = replace(documents, keep=[documents.id_column, *(documents.keep or ())])
+    named = ModelAndInputs(documents, options.choice, output if running.resume else None, options.key_tokens or ())
+    outputs = {"--token-logprobs": options.token_logprobs, "--chosen": options.chosen, "-o": output}
+    where_to = "the rows are binary, stdout is a terminal: name a file (-o gains.parquet) or pipe them"
+    for_folder = {"--resume": running.resume, "--shard-tokens": options.shard_tokens}
+    earlier = named.check_outputs(outputs, where_to, for_folder, running)
+    opened = named.open(options.mesh, options.computing, dry_run=running.dry_run)
+    _check_model(options, opened)
+    if opened.room:
+        _estimate(options, opened)
+    else:
+        _run(options, opened, earlier)
 
-    check_sample(sample, dry_run)
-    if dry_run and format == "jsonl":
+
+def _check(options: ScoreCommand, keys: set[str]) -> None:
+    """Raise ConfigError for options that do not go together. `keys` are those of a printed document."""
+    dry_run = options.running.dry_run
+    if dry_run and options.format == "jsonl":
         raise ConfigError("--dry-run prints one value: give --format text or json")
-    if keep and format == "text" and output is None and not dry_run:
-        raise ConfigError("--keep carries columns to rows: give -o, or --format jsonl or json")
-    keys = ROW_KEYS | (GAIN_KEYS if len(context or ()) > 1 else set())
-    if keep and output is None and (taken := sorted({*keep} & keys)):
+    check_pairs(PAIRS if dry_run else (*PAIRS, Excludes("--format", "-o", PRINTED)), options)
+    check_sample(options.running.sample)
+    if options.output is None and (taken := sorted({*(options.documents.keep or ())} & keys)):
         raise ConfigError(f"--keep {taken[0]}: the output has a key of this name")
-    for name, file in (("--token-logprobs", token_logprobs), ("--chosen", chosen)):
+    for name, file in (("--token-logprobs", options.token_logprobs), ("--chosen", options.chosen)):
         if file == "-":
             raise ConfigError(f"{name} needs a file: stdout carries the scores")
-        if file and (dp or 1) > 1:
-            raise ConfigError(f"{name} is written by one group of ranks: leave out --dp")
-    if key_tokens and len(key_tokens) != 2:
+    if options.key_tokens and len(options.key_tokens) != 2:
         raise ConfigError("--key-tokens needs two files, of a short and of a long context: SHORT.arrow,LONG.arrow")
-    if key_tokens and (dp or 1) > 1:
-        raise ConfigError("--key-tokens is for one group of ranks: leave out --dp")
-    if chosen and context:
-        raise ConfigError("--chosen is for whole documents: leave out --context")
-    if output is not None and id_column and id_column not in {*keys, *(keep or ())}:
-        keep = [id_column, *(keep or ())]  # so that rows join their input by the column's own name and type
-    earlier_run = output if resume else None
-    named = ModelAndInputs(
-        inputs, model, tokenizer, column, id_column, keep, skip_bad, update, earlier_run, key_tokens or ()
-    )
-    outputs = {"--token-logprobs": token_logprobs, "--chosen": chosen, "-o": output}
-    for its_option, path in outputs.items():
-        named.refuse_overwriting(its_option, path)
-    refuse_one_place(outputs)
-    for_folder = {"--resume": resume, "--shard-tokens": shard_tokens}
-    for_printing = {
-        "--token-logprobs": token_logprobs,
-        "--chosen": chosen,
-        "--key-tokens": key_tokens,
-        f"--format {format}": format != "text" and not dry_run,
-    }
-    if given := [name for name, value in (for_folder if output is None else for_printing).items() if value]:
-        fits = "a folder of rows: name it (-o FOLDER)"
-        if output is not None:
-            fits = "scores that are printed, and -o writes rows: leave one out"
-        raise ConfigError(f"{given[0]} is for {fits}")
-    earlier = None
-    if output is not None:
-        where_to = "the rows are binary, stdout is a terminal: name a file (-o gains.parquet) or pipe them"
-        earlier = check_output(output, where_to, for_folder, resume=resume, dry_run=dry_run)
-    check_spill(spill)
-    opened = named.open(
-        nproc=nproc, sp=sp, dp=dp, device=device, dtype=dtype, tokenizer_differs=tokenizer_differs, pattern=pattern,
-        bos=bos, eos=eos, dry_run=dry_run, quiet=quiet,
-    )  # fmt: skip
-    loaded, data, ranks, room, quiet = opened
-    net = loaded.net
-    check_spill(spill, net)
-    from longnet_cli.attention.notation import format_pattern
 
-    if pattern:
-        tell(f"pattern {format_pattern(net.config.pattern)}", quiet)
-    from longnet_cli.jobs.chosen_sources import write_chosen
-    from longnet_cli.jobs.row_jobs import write_rows
-    from longnet_cli.jobs.scoring.key_tokens import Judge
-    from longnet_cli.jobs.scoring.measures import Total
-    from longnet_cli.jobs.scoring.score_rows import RowScorer, ScoreOptions, write_token_logprobs
-    from longnet_cli.jobs.scoring.scoring import score as run
-    from longnet_cli.nets.weights import model_origin
-    from longnet_cli.running.ranks.ranks import leave
+
+def _check_model(options: ScoreCommand, opened: Opened) -> None:
+    """Say which pattern --pattern names. Raises ConfigError if --chosen has nothing to tell."""
+    from longnet_cli.attention.notation import format_pattern
     from longnet_cli.running.reader import check_choices
 
-    check_choices(net, chosen is not None)
-    if chosen and ranks.world > 1:
+    net = opened.loaded.net
+    if options.choice.pattern:
+        tell(f"pattern {format_pattern(net.config.pattern)}", opened.quiet)
+    check_choices(net, options.chosen is not None)
+    if options.chosen and opened.ranks.world > 1:
         raise ConfigError("--chosen is written by one process: leave out --nproc, --sp and --dp")
-    running: dict[str, Any] = {"chunk": chunk, "dtype": dtype, "spill": spill}
-    if room:
-        from longnet_cli.jobs.scoring.scoring import Cut, Scorer
 
-        job = partial(Scorer, cut=Cut.of(net, loaded.bos, context, stride, last), by_recall=by_recall)
-        shown: Literal["json", "text"] = "json" if format == "json" else "text"
-        estimate_reading(opened, job, "scoring", output, shown, sample=sample, resume=resume, **running)
-        return
-    judge = Judge(key_tokens, loaded.tokenizer_sha256) if key_tokens else None
-    left_out = count_left_out(skip_bad, quiet)
-    origin = model_origin(net, loaded.origin, loaded.tokenizer_sha256) if ranks.first and output is None else {}
-    tokens = write_token_logprobs(token_logprobs, origin) if token_logprobs and ranks.first else nullcontext()
-    choices = write_chosen(chosen, net.config.pattern, origin) if chosen and ranks.first else nullcontext()
-    times = len(context or [None])  # how often each token is scored
+
+def _estimate(options: ScoreCommand, opened: Opened) -> None:
+    from longnet_cli.jobs.scoring.scoring import Cut, Scorer
+
+    cut = Cut.of(opened.loaded.net, opened.loaded.bos, options.context, options.stride, options.last)
+    job = partial(Scorer, cut=cut, by_recall=options.by_recall)
+    format: Literal["text", "json"] = "json" if options.format == "json" else "text"
+    estimate_reading(opened, job, "scoring", options.output, format, options.running, options.computing)
+
+
+def _run(options: ScoreCommand, opened: Opened, earlier: Manifest | None) -> None:
+    """Score the documents, with the progress on stderr, and print the scores or write the rows."""
+    from longnet_cli.running.ranks.ranks import leave
+
+    data, quiet = opened.inputs, opened.quiet
+    left_out = count_left_out(data.skip_bad, quiet)
+    times = len(options.context or [None])  # how often each token is scored
     done = times * earlier.totals["tokens"] if earlier else 0
-    total = times * (data.num_tokens() or 0) if last is None else 0
-    measured: dict[str, Any] = {
-        "bos": loaded.bos,
-        "context": tuple(context) if context else None,
-        "stride": stride,
-        "last": last,
-        "by_position": by_position,
-        "by_recall": by_recall,
-    }
-    known = data.stored() if not skip_bad else ()
-    telling: Callable[[Iterable[Any]], Iterator[Any]] = partial(
-        say_state, stored=known, net=net, contexts=context, **running, quiet=quiet
-    )
-    running["ranks"] = ranks
-    count_bytes = loaded.tokenizer.n_bytes if loaded.tokenizer else None
-    shown_progress = progress("scoring", total=total or None, start=done, quiet=quiet)
-    with shown_progress as advance, tokens as on_tokens, choices as on_choice:
-        if output is not None:
-            origins: dict[str, Any] = {"model_name": loaded.origin, "tokenizer_sha256": loaded.tokenizer_sha256}
-            options = ScoreOptions(**measured, **origins, pattern=format_pattern(net.config.pattern))
-            write_rows(
-                partial(RowScorer, options=options, count_bytes=count_bytes),
-                net,
-                data,
-                output,
-                shard_size=shard_tokens,
-                resume=resume,
-                left_out=left_out,
-                telling=telling,
-                on_progress=advance,
-                **running,
-            )
-        else:
-            scores = run(
-                net,
-                telling(data.documents()),
-                stored=data.stored() if net.config.max_tokens is not None else (),
-                judge=judge,
-                count_bytes=count_bytes,
-                on_skip=left_out.skip,
-                on_tokens=on_tokens,
-                on_choice=on_choice,
-                on_progress=advance,
-                **measured,
-                **running,
-            )
-            if ranks.first:
-                _print(scores, format, Total(context or [None]), origin, left_out)
-            else:
-                for _ in scores:
-                    pass
+    total = times * (data.num_tokens() or 0) if options.last is None else 0
+    with progress("scoring", total=total or None, start=done, quiet=quiet) as advance:
+        (_print_scores if options.output is None else _write_rows)(options, opened, left_out, advance)
     leave()
-    end(left_out, first=ranks.first, quiet=quiet)
+    end(left_out, first=opened.ranks.first, quiet=quiet)
+
+
+def _telling(options: ScoreCommand, opened: Opened) -> Callable[[Iterable[Document]], Iterator[Document]]:
+    """Return what passes documents on, and says what each one keeps."""
+    known = opened.inputs.stored() if not opened.inputs.skip_bad else ()
+    tell_of = partial(say_state, net=opened.loaded.net, computing=options.computing, quiet=opened.quiet)
+    return partial(tell_of, stored=known, contexts=options.context)
+
+
+def _write_rows(options: ScoreCommand, opened: Opened, left_out: LeftOut, advance: Advance) -> None:
+    """Write a row per document."""
+    from longnet_cli.attention.notation import format_pattern
+    from longnet_cli.jobs.row_jobs import write_rows
+    from longnet_cli.jobs.scoring.score_rows import RowScorer, ScoreOptions
+
+    loaded, computing = opened.loaded, options.computing
+    decisive = ScoreOptions(
+        bos=loaded.bos,
+        context=tuple(options.context) if options.context else None,
+        stride=options.stride,
+        last=options.last,
+        model_name=loaded.origin,
+        tokenizer_sha256=loaded.tokenizer_sha256,
+        pattern=format_pattern(loaded.net.config.pattern),
+        by_position=options.by_position,
+        by_recall=options.by_recall,
+    )
+    write_rows(
+        partial(RowScorer, options=decisive, count_bytes=loaded.tokenizer.n_bytes if loaded.tokenizer else None),
+        loaded.net,
+        opened.inputs,
+        options.output or "-",
+        shard_size=options.shard_tokens,
+        resume=options.running.resume,
+        left_out=left_out,
+        telling=_telling(options, opened),
+        ranks=opened.ranks,
+        chunk=computing.chunk,
+        dtype=computing.dtype,
+        spill=computing.spill,
+        on_progress=advance,
+    )
+
+
+def _print_scores(options: ScoreCommand, opened: Opened, left_out: LeftOut, advance: Advance) -> None:
+    """Print the scores, and write what --token-logprobs and --chosen ask for."""
+    from longnet_cli.jobs.chosen_sources import write_chosen
+    from longnet_cli.jobs.scoring.key_tokens import Judge
+    from longnet_cli.jobs.scoring.measures import Total
+    from longnet_cli.jobs.scoring.score_rows import write_token_logprobs
+    from longnet_cli.jobs.scoring.scoring import score as run
+    from longnet_cli.nets.weights import model_origin
+
+    loaded, data, computing, first = opened.loaded, opened.inputs, options.computing, opened.ranks.first
+    net, logprobs, chosen = loaded.net, options.token_logprobs, options.chosen
+    judge = Judge(options.key_tokens, loaded.tokenizer_sha256) if options.key_tokens else None
+    origin = model_origin(net, loaded.origin, loaded.tokenizer_sha256) if first else {}
+    tokens = write_token_logprobs(logprobs, origin) if logprobs and first else nullcontext()
+    choices = write_chosen(chosen, net.config.pattern, origin) if chosen and first else nullcontext()
+    with tokens as on_tokens, choices as on_choice:
+        scores = run(
+            net,
+            _telling(options, opened)(data.documents()),
+            bos=loaded.bos,
+            stored=data.stored() if net.config.max_tokens is not None else (),
+            context=tuple(options.context) if options.context else None,
+            stride=options.stride,
+            last=options.last,
+            by_position=options.by_position,
+            by_recall=options.by_recall,
+            judge=judge,
+            count_bytes=loaded.tokenizer.n_bytes if loaded.tokenizer else None,
+            chunk=computing.chunk,
+            dtype=computing.dtype,
+            spill=computing.spill,
+            ranks=opened.ranks,
+            on_skip=left_out.skip,
+            on_tokens=on_tokens,
+            on_progress=advance,
+            on_choice=on_choice,
+        )
+        if first:
+            _print(scores, options.format, Total(options.context or [None]), origin, left_out)
+        else:
+            for _ in scores:
+                pass
 
 
 def _print(
-    scores: Iterator[DocumentScore], format: Format, total: Total, origin: dict[str, str], left_out: LeftOut
+    scores: Iterator[DocumentScore], format: str, total: Total, origin: dict[str, str], left_out: LeftOut
 ) -> None:
     """Print each document as soon as it is scored, then the total. The format json prints one value at the end."""
     several = len(total.contexts) > 1
@@ -368,10 +350,10 @@ def _print_key_tokens(totals: list[dict[str, Any]]) -> None:
     context = totals[0]["context"]
     print(f"\n{'key tokens':>12} {'share':>8} {'ppl':>12} {'+-':>8} {'ppl of all':>12}" + "  context" * bool(context))
     for row in totals:
-        found = row["key_tokens"]
-        numbers = f"{_number(found['share']):>8} {_number(found['ppl']):>12} {_number(found['ppl_se']):>8}"
+        keys = row["key_tokens"]
+        numbers = f"{_number(keys['share']):>8} {_number(keys['ppl']):>12} {_number(keys['ppl_se']):>8}"
         end = f" {row['context']:>8}" if context else ""
-        print(f"{found['n_tokens']:>12} {numbers} {_number(row['ppl']):>12}{end}")
+        print(f"{keys['n_tokens']:>12} {numbers} {_number(row['ppl']):>12}{end}")
 
 
 def _print_losses(total: dict[str, Any], first: int | None) -> None:

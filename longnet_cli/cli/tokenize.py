@@ -2,72 +2,70 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import MISSING, dataclass
+from typing import TYPE_CHECKING, Literal
 
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.basics.sizes import format_count
 from longnet_cli.cli import options as shared
-from longnet_cli.cli.options import COMPUTE, INPUT, OUTPUT, Names, bare_or, option, size_option
+from longnet_cli.cli.options import COMPUTE, INPUT, OUTPUT, bare_or, option, size_option
 from longnet_cli.cli.output import check_output, count_left_out, end, tell
+from longnet_cli.cli.pairs import Excludes, check_pairs
 from longnet_cli.cli.progress import progress
 from longnet_cli.cli.starting import ask_hub, launch
 from longnet_cli.running.ranks.launch import under_torchrun
 
+if TYPE_CHECKING:
+    from longnet_cli.data.inputs import Inputs
+    from longnet_cli.data.manifest import Manifest
+    from longnet_cli.jobs.tokenizing import TokenizeResult
+    from longnet_cli.running.ranks.ranks import Ranks
+
 TOKENS = "Tokens"
 
 
-def tokenize(
-    inputs: Names,
-    output: Annotated[
-        str,
-        option(
-            OUTPUT,
-            "--output -o",
-            "PATH",
-            "Write a new folder of shards, one .arrow, .parquet or .jsonl file, or - for stdout, with the tokenizer. "
-            "An existing file is replaced when the new one is whole.",
-        ),
-    ],
-    shard_tokens: Annotated[
-        int | None, size_option(OUTPUT, "--shard-tokens", "Start a new shard after this many tokens.", "128Mi")
-    ] = None,
-    shard_format: shared.ShardFormatOption = "arrow",
-    resume: shared.ResumeOption = False,
-    column: Annotated[
-        str | None, option(INPUT, "--column", "NAME", "Read this column.", "text, otherwise messages")
-    ] = None,
-    id_column: shared.IdColumnOption = None,
-    skip_bad: shared.SkipBadOption = False,
-    tokenizer: Annotated[
-        str,
-        option(
-            TOKENS,
-            "--tokenizer",
-            "NAME|PATH",
-            "Use bytes (one id per byte), a tokenizer.json, or a model's: shipped, or ORG/NAME on the hub.",
-        ),
-    ] = "bytes",
-    update: shared.UpdateOption = False,
-    train_vocab: Annotated[
-        int | None,
-        size_option(TOKENS, "--train-vocab", "First train a byte-level BPE tokenizer of this many ids on the inputs."),
-    ] = None,
-    eos: Annotated[
-        str | None,
-        option(
-            TOKENS,
-            "--eos",
-            "[TOKEN|ID]",
-            "End documents with this token, or with the tokenizer's own if you name none.",
-            "nothing is appended",
-        ),
-    ] = None,
-    dp: Annotated[
-        int | None,
-        size_option(COMPUTE, "--dp", "Share the documents among N processes (ranks).", "this process", metavar="N"),
-    ] = None,
-    quiet: shared.QuietOption = False,
-) -> None:
+@dataclass(frozen=True)
+class TokenizeCommand:
+    """The options of `tokenize`."""
+
+    inputs: list[str] = shared.inputs_argument()
+    output: str = option(
+        OUTPUT,
+        "--output -o PATH",
+        "Write a new folder of shards, one .arrow, .parquet or .jsonl file, or - for stdout, with the tokenizer. An "
+        "existing file is replaced when the new one is whole.",
+        default=MISSING,
+    )
+    shard_tokens: int | None = size_option(
+        OUTPUT, "--shard-tokens SIZE", "Start a new shard after this many tokens. (default: 128Mi)"
+    )
+    shard_format: Literal["arrow", "parquet"] = shared.shard_format_option()
+    resume: bool = shared.resume_flag()
+    column: str | None = option(INPUT, "--column NAME", "Read this column. (default: text, otherwise messages)")
+    id_column: str | None = shared.id_column_option()
+    skip_bad: bool = shared.skip_bad_flag()
+    tokenizer: str = option(
+        TOKENS,
+        "--tokenizer NAME|PATH",
+        "Use bytes (one id per byte), a tokenizer.json, or a model's: shipped, or ORG/NAME on the hub.",
+        default="bytes",
+    )
+    update: bool = shared.update_flag()
+    train_vocab: int | None = size_option(
+        TOKENS, "--train-vocab SIZE", "First train a byte-level BPE tokenizer of this many ids on the inputs."
+    )
+    eos: str | None = option(
+        TOKENS,
+        "--eos [TOKEN|ID]",
+        "End documents with this token, or with the tokenizer's own if you name none. (default: nothing is appended)",
+    )
+    dp: int | None = size_option(
+        COMPUTE, "--dp N", "Share the documents among N processes (ranks). (default: this process)"
+    )
+    quiet: bool = shared.quiet_flag()
+
+
+def tokenize(options: TokenizeCommand) -> None:
     """Turn text into token ids once, to read them many times.
 
     Every command also reads text. If you read the same data often, tokenize it once.
@@ -75,30 +73,42 @@ def tokenize(
     from longnet_cli.data.inputs import Inputs
     from longnet_cli.data.overwriting import refuse_overwriting
     from longnet_cli.data.tokenizer import Tokenizer
-    from longnet_cli.jobs.tokenizing import SHARD_TOKENS, tokenizer_beside
+    from longnet_cli.jobs.tokenizing import tokenizer_beside
+
+    output = options.output
+    if options.update:
+        ask_hub(None, options.tokenizer)
+    beside = tokenizer_beside(output)
+    data = Inputs(options.inputs, column=options.column, id_column=options.id_column, skip_bad=options.skip_bad)
+    refuse_overwriting("-o", [output, *([beside] if beside else [])], data, [Tokenizer.find(options.tokenizer)])
+    for_folder = {"--shard-tokens": options.shard_tokens, "--shard-format": options.shard_format != "arrow"}
+    where_to = "token ids are binary, stdout is a terminal: name a folder or a file (-o tokens), or pipe them"
+    earlier = check_output(output, where_to, for_folder, resume=options.resume)
+    check_pairs([Excludes("--train-vocab", "--dp", "is for one process, which trains the tokenizer first")], options)
+    launch(None, options.inputs, dp=options.dp)
+    _write(options, data, _join(options.dp), earlier)
+
+
+def _join(dp: int | None) -> Ranks | None:
+    """Return the ranks that torchrun started, if it did, without torch if not."""
+    if not under_torchrun():
+        return None
+    from longnet_cli.running.ranks.ranks import join
+
+    ranks, _ = join("cpu", sp=1)
+    if dp not in (None, ranks.world):
+        raise ConfigError(f"--dp is {dp}, and there are {ranks.world} processes: leave it out")
+    return ranks
+
+
+def _write(options: TokenizeCommand, data: Inputs, ranks: Ranks | None, earlier: Manifest | None) -> None:
+    """Write the tokens, and say how many."""
+    from longnet_cli.jobs.tokenizing import SHARD_TOKENS
     from longnet_cli.jobs.tokenizing import tokenize as run
 
-    if update:
-        ask_hub(None, tokenizer)
-    beside = tokenizer_beside(output)
-    data = Inputs(inputs, column=column, id_column=id_column, skip_bad=skip_bad)
-    refuse_overwriting("-o", [output, *([beside] if beside else [])], data, [Tokenizer.find(tokenizer)])
-    for_folder = {"--shard-tokens": shard_tokens, "--shard-format": shard_format != "arrow"}
-    where_to = "token ids are binary, stdout is a terminal: name a folder or a file (-o tokens), or pipe them"
-    earlier = check_output(output, where_to, for_folder, resume=resume)
-    if train_vocab is not None and (dp or 1) > 1:
-        raise ConfigError("--train-vocab is for one process: train the tokenizer first, without --dp")
-    launch(None, inputs, dp=dp)
-    ranks = None
-    if under_torchrun():
-        from longnet_cli.running.ranks.ranks import join, leave
-
-        ranks, _ = join("cpu", sp=1)
-        if dp not in (None, ranks.world):
-            raise ConfigError(f"--dp is {dp}, and there are {ranks.world} processes: leave it out")
-        quiet = quiet or not ranks.first
+    quiet = options.quiet or bool(ranks and not ranks.first)
     done = earlier.totals["bytes"] if earlier else 0
-    left_out = count_left_out(skip_bad, quiet)
+    left_out = count_left_out(options.skip_bad, quiet)
     with progress("tokenizing", total=data.num_bytes(), unit="B", start=done, quiet=quiet) as advance:
 
         def on_progress(documents: int, tokens: int, size: int) -> None:
@@ -108,28 +118,37 @@ def tokenize(
 
         result = run(
             data,
-            output,
-            tokenizer=tokenizer,
-            train_vocab=train_vocab,
-            shard_tokens=shard_tokens or SHARD_TOKENS,
-            shard_format=shard_format,
-            eos=bare_or(eos, True),
-            resume=resume,
+            options.output,
+            tokenizer=options.tokenizer,
+            train_vocab=options.train_vocab,
+            shard_tokens=options.shard_tokens or SHARD_TOKENS,
+            shard_format=options.shard_format,
+            eos=bare_or(options.eos, True),
+            resume=options.resume,
             ranks=ranks,
             left_out=left_out,
             on_progress=on_progress,
         )
     if ranks:
+        from longnet_cli.running.ranks.ranks import leave
+
         leave()
     if result:
-        counts = [
-            f"{result.documents} document{'s' * (result.documents != 1)}",
-            f"{format_count(result.tokens)} tokens",
-            f"{result.bytes / result.tokens:.2f} bytes per token" if result.tokens else "all of them empty",
-            f"vocabulary {result.tokenizer.vocab_size}",
-        ]
-        shards = f" ({len(result.shards)} shards)" if len(result.shards) > 1 else ""
-        place = "stdout" if output == "-" else output
         skipped = f"; {left_out.skipped} document{'s' * (left_out.skipped > 1)} left out" if left_out.skipped else ""
-        tell(f"{', '.join(counts)} -> {place}{shards}{skipped}", quiet)
+        tell(f"{_counts(result)} -> {_place(options.output, result)}{skipped}", quiet)
     end(left_out, first=result is not None, quiet=True)  # the line above has the count
+
+
+def _counts(result: TokenizeResult) -> str:
+    counts = [
+        f"{result.documents} document{'s' * (result.documents != 1)}",
+        f"{format_count(result.tokens)} tokens",
+        f"{result.bytes / result.tokens:.2f} bytes per token" if result.tokens else "all of them empty",
+        f"vocabulary {result.tokenizer.vocab_size}",
+    ]
+    return ", ".join(counts)
+
+
+def _place(output: str, result: TokenizeResult) -> str:
+    shards = f" ({len(result.shards)} shards)" if len(result.shards) > 1 else ""
+    return f"{'stdout' if output == '-' else output}{shards}"

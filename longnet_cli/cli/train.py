@@ -7,190 +7,203 @@ import os
 import shlex
 import signal
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from longnet_cli.basics.errors import ConfigError
 from longnet_cli.basics.sizes import format_bytes
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.dry_run import Format, show_training
-from longnet_cli.cli.options import COMPUTE, INPUT, OUTPUT, bare_or, option, read_pattern, size_option
+from longnet_cli.cli.options import (
+    COMPUTE,
+    INPUT,
+    OUTPUT,
+    Mesh,
+    argument,
+    bare_or,
+    flag,
+    option,
+    read_pattern,
+    size_option,
+)
 from longnet_cli.cli.output import tell
+from longnet_cli.cli.pairs import Excludes, Needs, check_pairs
 from longnet_cli.cli.progress import Advance, progress
 from longnet_cli.cli.starting import ask_hub, freeze_imports, launch
 from longnet_cli.running.ranks.launch import LAUNCHED
 
 if TYPE_CHECKING:
+    import torch
+
+    from longnet_cli.jobs.training.loop import TrainResult
     from longnet_cli.jobs.training.metrics import Metrics
+    from longnet_cli.jobs.training.recipe import Recipe
     from longnet_cli.running.ranks.ranks import Ranks
 
 RECIPE = "Recipe"
-BY_RECIPE = "the recipe's"
 
 
-def train(
-    recipe: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="RECIPE", help="Train by this recipe: a .toml file, or a shipped one's name.", show_default=False
-        ),
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        option(RECIPE, "--set", "KEY=VALUE", "Set values of the recipe, one per --set: optimizer.lr=1e-3."),
-    ] = None,
-    seq_len: Annotated[
-        int | None, size_option(RECIPE, "--seq-len", "Train in one stage, at this context length.")
-    ] = None,
-    steps: Annotated[
-        int | None, size_option(RECIPE, "--steps", "Take N steps in that stage. A larger N extends a run.", metavar="N")
-    ] = None,
-    initial: Annotated[
-        str | None,
-        option(RECIPE, "--init", "NAME|DIR", "Start from this model, its tokenizer and sizes, as in --model of score."),
-    ] = None,
-    update: shared.UpdateOption = False,
-    data: Annotated[
-        list[str] | None, option(INPUT, "--data", "INPUT", "Train on these inputs, one per --data.", BY_RECIPE)
-    ] = None,
-    tokenizer: Annotated[
-        str | None,
-        option(
-            INPUT,
-            "--tokenizer",
-            "NAME|PATH",
-            "Use bytes, a tokenizer.json, or the tokenizer of a model: shipped, or ORG/NAME on the hub.",
-            BY_RECIPE,
-        ),
-    ] = None,
-    tokenizer_differs: Annotated[
-        bool, option(INPUT, "--tokenizer-differs", None, "Accept a tokenizer that is not that of the --init model.")
-    ] = False,
-    column: Annotated[str | None, option(INPUT, "--column", "NAME", "Read this column.", BY_RECIPE)] = None,
-    eos: Annotated[
-        str | None,
-        option(
-            INPUT, "--eos", "TOKEN|ID", "Put this token between documents.", "the recipe's, otherwise the tokenizer's"
-        ),
-    ] = None,
-    output: Annotated[
-        str, option(OUTPUT, "--output -o", "DIR", "Write checkpoints, metrics.jsonl and the model to this folder.")
-    ] = "runs/train",
-    resume: Annotated[
-        str | None,
-        option(
-            OUTPUT,
-            "--resume",
-            "[PATH]",
-            "Continue the run in the output folder, or from PATH: another run, or a checkpoint.",
-            "the output folder's run, if any",
-        ),
-    ] = None,
-    no_resume: Annotated[
-        bool, option(OUTPUT, "--no-resume", None, "Refuse an output folder that holds a run.")
-    ] = False,
-    dry_run: Annotated[
-        bool,
-        option(
-            OUTPUT, "--dry-run", None, "Print memory, FLOPs and time, and stop. The exit code is 5 if it does not fit."
-        ),
-    ] = False,
-    format: Annotated[Format, option(OUTPUT, "--format", "text|json", "Print --dry-run in this format.")] = "text",
-    nproc: shared.NprocOption = None,
-    sp: shared.SpOption = None,
-    dp: shared.DpOption = None,
-    shard: Annotated[
-        str | None,
-        option(
-            COMPUTE,
-            "--shard",
-            "none|full",
-            "Keep all weights on every rank, or divide weights and optimizer state between ranks (full, FSDP2).",
-            "none",
-        ),
-    ] = None,
-    pattern: shared.PatternOption = None,
-    device: shared.DeviceOption = "auto",
-    dtype: Annotated[
-        str | None,
-        option(COMPUTE, "--dtype", "auto|fp32|bf16", "Compute matrix products in this precision.", BY_RECIPE),
-    ] = None,
-    chunk: Annotated[
-        int | None,
-        size_option(COMPUTE, "--chunk", "Hold the activations of this many tokens. It changes no number.", BY_RECIPE),
-    ] = None,
-    spill: Annotated[
-        str | None,
-        option(
-            COMPUTE,
-            "--spill",
-            "DIR",
-            "Store here, not in memory, the keys and values that later chunks need.",
-            BY_RECIPE,
-        ),
-    ] = None,
-    quiet: shared.QuietOption = False,
-) -> None:
+PAIRS = (
+    Needs("--seq-len", "--steps", "and --steps make one stage together", "both"),
+    Needs("--steps", "--seq-len", "and --seq-len make one stage together", "both"),
+    Excludes("--resume", "--no-resume", "continues a run"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainCommand:
+    """The options of `train`. What is None is as the recipe says."""
+
+    recipe: str | None = argument(
+        "RECIPE", "Train by this recipe: a .toml file, or a shipped one's name.", default=None
+    )
+    settings: list[str] | None = option(
+        RECIPE, "--set KEY=VALUE", "Set values of the recipe, one per --set: optimizer.lr=1e-3."
+    )
+    seq_len: int | None = size_option(RECIPE, "--seq-len SIZE", "Train in one stage, at this context length.")
+    steps: int | None = size_option(RECIPE, "--steps N", "Take N steps in that stage. A larger N extends a run.")
+    initial: str | None = option(
+        RECIPE, "--init NAME|DIR", "Start from this model, its tokenizer and sizes, as in --model of score."
+    )
+    update: bool = shared.update_flag()
+    data: list[str] | None = option(
+        INPUT, "--data INPUT", "Train on these inputs, one per --data. (default: the recipe's)"
+    )
+    tokenizer: str | None = option(
+        INPUT,
+        "--tokenizer NAME|PATH",
+        "Use bytes, a tokenizer.json, or the tokenizer of a model: shipped, or ORG/NAME on the hub. (default: the "
+        "recipe's)",
+    )
+    tokenizer_differs: bool = flag(
+        INPUT, "--tokenizer-differs", "Accept a tokenizer that is not that of the --init model."
+    )
+    column: str | None = option(INPUT, "--column NAME", "Read this column. (default: the recipe's)")
+    eos: str | None = option(
+        INPUT, "--eos TOKEN|ID", "Put this token between documents. (default: the recipe's, otherwise the tokenizer's)"
+    )
+    output: str = option(
+        OUTPUT,
+        "--output -o DIR",
+        "Write checkpoints, metrics.jsonl and the model to this folder.",
+        default="runs/train",
+    )
+    resume: str | None = option(
+        OUTPUT,
+        "--resume [PATH]",
+        "Continue the run in the output folder, or from PATH: another run, or a checkpoint. (default: the output "
+        "folder's run, if any)",
+    )
+    no_resume: bool = flag(OUTPUT, "--no-resume", "Refuse an output folder that holds a run.")
+    dry_run: bool = flag(
+        OUTPUT, "--dry-run", "Print memory, FLOPs and time, and stop. The exit code is 5 if it does not fit."
+    )
+    format: Format = option(OUTPUT, "--format text|json", "Print --dry-run in this format.", default="text")
+    mesh: Mesh
+    shard: str | None = option(
+        COMPUTE,
+        "--shard none|full",
+        "Keep all weights on every rank, or divide weights and optimizer state between ranks (full, FSDP2). "
+        "(default: none)",
+    )
+    pattern: str | None = shared.pattern_option()
+    device: str = shared.device_option()
+    dtype: str | None = option(
+        COMPUTE, "--dtype auto|fp32|bf16", "Compute matrix products in this precision. (default: the recipe's)"
+    )
+    chunk: int | None = size_option(
+        COMPUTE,
+        "--chunk SIZE",
+        "Hold the activations of this many tokens. It changes no number. (default: the recipe's)",
+    )
+    spill: str | None = option(
+        COMPUTE,
+        "--spill DIR",
+        "Store here, not in memory, the keys and values that later chunks need. (default: the recipe's)",
+    )
+    quiet: bool = shared.quiet_flag()
+
+    @property
+    def goes_on(self) -> str | bool:
+        """What the run may continue: the run in the output folder, or in a path; False with --no-resume."""
+        return False if self.no_resume else bare_or(self.resume, True, True)
+
+
+def train(options: TrainCommand) -> None:
     """Train a model by a recipe.
 
     The same command continues a stopped run, and so does `longnet train -o DIR`. You can also start it with torchrun.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # held until the run listens; before, it would kill
-    if update:
-        ask_hub(initial, tokenizer)
+    if options.update:
+        ask_hub(options.initial, options.tokenizer)
+    check_pairs(PAIRS, options)
+    read_pattern(options.pattern)  # so that an error names --pattern, not the recipe
+    recipe = _recipe(options)
+    launch(
+        options.mesh.nproc, sp=options.mesh.sp, dp=options.mesh.dp
+    )  # now: one process downloads, and refuses what every rank would refuse
     from longnet_cli.jobs.estimating.training_job import estimate_training, settle_chunk
-    from longnet_cli.jobs.training.loop import train as run
-    from longnet_cli.jobs.training.recipe import parse_overrides
-    from longnet_cli.jobs.training.start import prepare_run
-    from longnet_cli.running.device import keep_freed_memory, matmul_peak
+    from longnet_cli.running.device import keep_freed_memory
     from longnet_cli.running.ranks.ranks import join, leave
 
-    if (seq_len is None) != (steps is None):
-        raise ConfigError("--seq-len and --steps make one stage together: give both")
-    read_pattern(pattern)  # so that an error names --pattern, not the recipe
-    if resume is not None and no_resume:
-        raise ConfigError("--resume and --no-resume exclude each other: give one")
-    flags = {
-        "init": initial,
-        "data.train": data,
-        "data.tokenizer": tokenizer,
-        "data.column": column,
-        "data.eos": eos,
-        "model.pattern": pattern,
-        "parallel.sp": sp,
-        "parallel.dp": dp,
-        "parallel.shard": shard,
-        "train.stages": [{"seq_len": seq_len, "steps": steps}] if steps else None,
-        "train.dtype": dtype,
-        "train.chunk": chunk,
-        "train.spill": spill,
-    }
-    overrides = parse_overrides(settings or []) | {key: value for key, value in flags.items() if value}
-    going_on = not no_resume and bare_or(resume, True, True)
-    found = prepare_run(recipe, overrides, output, resume=going_on, writes=not dry_run)
-
-    launch(nproc, sp=sp, dp=dp)  # only now: one process downloads, and refuses what every rank would refuse
     freeze_imports()
-    ranks, where = join(device, sp=found.parallel.sp, dp=found.parallel.dp)
-    found = settle_chunk(found, where, ranks)
-    if dry_run:
-        estimated = estimate_training(found, where, ranks)
+    ranks, where = join(options.device, sp=recipe.parallel.sp, dp=recipe.parallel.dp)
+    recipe = settle_chunk(recipe, where, ranks)
+    if options.dry_run:
+        estimated = estimate_training(recipe, where, ranks)
         leave()
         if ranks.first:
-            show_training(estimated, format)
+            show_training(estimated, options.format)
         return
     if where.type == "cpu":
         keep_freed_memory()
-    quiet = quiet or not ranks.first
-    total, most = found.tokens, "at most " if found.data.pair else ""
+    quiet = options.quiet or not ranks.first
+    result = _run(recipe, options, where, ranks, quiet)
+    leave()
+    contrast = recipe.train.objective == "contrast"
+    unit = "text" if contrast else "token"
+    loss = f", loss {result.loss:.4f} nats per {unit}" if result.loss == result.loss else ""
+    tell(f"saved {result.output} after {result.steps:,} steps{loss}", quiet)
+    use = "score it: longnet score --ppl" if recipe.model.causal and not contrast else "use it: longnet encode"
+    tell(f"{use} --model {_path(options.output)} FILE", quiet)
+
+
+def _recipe(options: TrainCommand) -> Recipe:
+    """Return the recipe with the options in it."""
+    from longnet_cli.jobs.training.recipe import parse_overrides
+    from longnet_cli.jobs.training.start import prepare_run
+
+    flags = {
+        "init": options.initial,
+        "data.train": options.data,
+        "data.tokenizer": options.tokenizer,
+        "data.column": options.column,
+        "data.eos": options.eos,
+        "model.pattern": options.pattern,
+        "parallel.sp": options.mesh.sp,
+        "parallel.dp": options.mesh.dp,
+        "parallel.shard": options.shard,
+        "train.stages": [{"seq_len": options.seq_len, "steps": options.steps}] if options.steps else None,
+        "train.dtype": options.dtype,
+        "train.chunk": options.chunk,
+        "train.spill": options.spill,
+    }
+    overrides = parse_overrides(options.settings or []) | {key: value for key, value in flags.items() if value}
+    return prepare_run(options.recipe, overrides, options.output, resume=options.goes_on, writes=not options.dry_run)
+
+
+def _run(recipe: Recipe, options: TrainCommand, where: torch.device, ranks: Ranks, quiet: bool) -> TrainResult:
+    """Train, with the progress on stderr. If the run is stopped, say what it has saved."""
+    from longnet_cli.jobs.training.loop import train as run
+    from longnet_cli.running.device import matmul_peak
 
     print_note = partial(tell, quiet=quiet)
-    mesh = f" on {ranks.dp} x {ranks.sp} ranks" if ranks.world > 1 else ""
-    all_steps = f"{found.train.steps:,} steps, {most}{total:,} tokens"
-    print_note(f"training {found.model.trained:,} parameters for {all_steps}{mesh}")
+    total, most = recipe.tokens, "at most " if recipe.data.pair else ""
+    on_ranks = f" on {ranks.dp} x {ranks.sp} ranks" if ranks.world > 1 else ""
+    all_steps = f"{recipe.train.steps:,} steps, {most}{total:,} tokens"
+    print_note(f"training {recipe.model.trained:,} parameters for {all_steps}{on_ranks}")
     with ExitStack() as stack:
         shown: dict[str, str] = {}
         begun = False  # until it is True, there is nothing to save
@@ -200,8 +213,8 @@ def train(
             nonlocal advance, begun
             begun = True
             if step:
-                what = f"continuing after step {step:,}" if step < found.train.steps else "all steps are done already"
-                unused = initial and not found.pretrained
+                what = f"continuing after step {step:,}" if step < recipe.train.steps else "all steps are done already"
+                unused = options.initial and not recipe.pretrained
                 print_note(f"{what}; --init is ignored, because this run has already started" if unused else what)
             advance = stack.enter_context(progress("training", total, start=tokens, quiet=quiet))
 
@@ -211,14 +224,14 @@ def train(
             advance(tokens, **shown)
 
         try:
-            result = run(
-                found,
-                output,
+            return run(
+                recipe,
+                options.output,
                 device=where,
-                tokenizer_differs=tokenizer_differs,
-                resume=going_on,
+                tokenizer_differs=options.tokenizer_differs,
+                resume=options.goes_on,
                 ranks=ranks,
-                peak=matmul_peak(where, found.train.dtype),
+                peak=matmul_peak(where, recipe.train.dtype),
                 on_begin=on_begin,
                 on_step=on_step,
                 on_note=print_note,
@@ -226,17 +239,10 @@ def train(
         except (KeyboardInterrupt, SystemExit):
             stack.close()
             if begun:
-                print_note(f"stopped, and saved in {output}: {_again(output, ranks)} goes on")
+                print_note(f"stopped, and saved in {options.output}: {_again(options.output, ranks)} goes on")
             else:
                 print_note("stopped before a step: nothing new is saved, and the same command starts again")
             raise
-    leave()
-    contrast = found.train.objective == "contrast"
-    unit = "text" if contrast else "token"
-    loss = f", loss {result.loss:.4f} nats per {unit}" if result.loss == result.loss else ""
-    print_note(f"saved {result.output} after {result.steps:,} steps{loss}")
-    use = "score it: longnet score --ppl" if found.model.causal and not contrast else "use it: longnet encode"
-    print_note(f"{use} --model {_path(output)} FILE")
 
 
 def describe(line: Metrics) -> dict[str, str]:

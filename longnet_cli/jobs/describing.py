@@ -254,17 +254,17 @@ def keys_of_heads(
     `queries` (queries,) and `keys` (queries, keys) are positions.
     """
     q = queries[:, None]
-    found = np.zeros((len(chosen), *keys.shape), bool)
+    seen = np.zeros((len(chosen), *keys.shape), bool)
     for level, (w, r) in enumerate(pattern.levels):
         row, place = q % w % r, keys % w % r
         covered = np.zeros(keys.shape, bool)
         for low, high in keys_seen(pattern, level, q, seq, causal):
             covered |= (keys >= low) & (keys < high)
         offsets = pattern.offsets(level, heads)
-        for mine, head in zip(found, chosen, strict=True):
+        for mine, head in zip(seen, chosen, strict=True):
             asks = (pattern.queries == "all") | (row == offsets[head])
             mine |= asks & covered & (place == offsets[head])
-    return found | (_sees_sinks(pattern, q) & (keys >= 0) & (keys < pattern.sinks))
+    return seen | (_sees_sinks(pattern, q) & (keys >= 0) & (keys < pattern.sinks))
 
 
 def _nearest(pattern: Pattern, seq: int, heads: int, causal: bool) -> tuple[int, float]:
@@ -311,18 +311,18 @@ def reach(pattern: Pattern, seq: int, heads: int, causal: bool, layers: Sequence
     reached[queries, np.arange(len(queries))] = True
     past = float((queries + 1).sum()) if causal else float(seq * len(queries))
     steps = list(_links(pattern, seq, heads, causal))
-    found: dict[int, float] = {}
+    shares: dict[int, float] = {}
     share = 0.0
     for layer in range(1, max(layers) + 1):
         if share < 1.0:
             reached = _one_layer(pattern, reached, steps)
             before, share = share, float(reached.sum()) / past
             if share == before:  # no new links, so none in later layers
-                found |= {number: share for number in layers if number >= layer}
+                shares |= {number: share for number in layers if number >= layer}
                 break
         if layer in layers:
-            found[layer] = share
-    return found
+            shares[layer] = share
+    return shares
 
 
 @dataclass(frozen=True)
@@ -354,7 +354,7 @@ def _links(pattern: Pattern, seq: int, heads: int, causal: bool) -> Iterator[_Li
 
 
 def _one_layer(pattern: Pattern, reached: np.ndarray, steps: Sequence[_Link]) -> np.ndarray:
-    found = reached.copy()
+    linked = reached.copy()
     counted: dict[int, np.ndarray] = {}
     for link in steps:
         key = -1 if isinstance(link.asking, slice) else id(link.asking)
@@ -363,10 +363,10 @@ def _one_layer(pattern: Pattern, reached: np.ndarray, steps: Sequence[_Link]) ->
             np.cumsum(reached[link.asking], 0, out=sums[1:])  # 64Ki wraps to 0, but then all tokens are reached
             counted = {key: sums}
         sums = counted[key]
-        found[link.keys] |= sums[link.last] != sums[link.first]
+        linked[link.keys] |= sums[link.last] != sums[link.first]
     if pattern.sinks:
-        found[: pattern.sinks] |= reached[_sees_sinks(pattern, np.arange(len(reached)))].any(0)
-    return found
+        linked[: pattern.sinks] |= reached[_sees_sinks(pattern, np.arange(len(reached)))].any(0)
+    return linked
 
 
 def picture(pattern: Pattern, seq: int, size: int, heads: int, causal: bool = True) -> np.ndarray:
@@ -379,7 +379,7 @@ def picture(pattern: Pattern, seq: int, size: int, heads: int, causal: bool = Tr
     size = min(size, seq)
     edges = np.array([seq * i // size for i in range(size + 1)])
     low, high = edges[:-1], edges[1:]
-    found = np.full((size, size), NOTHING)
+    drawn = np.full((size, size), NOTHING)
     for level, (w, r) in enumerate(pattern.levels):
         offsets = {*pattern.offsets(level, heads)}
         if int((high - low).min()) >= 2 * r:  # every cell has rows of every offset
@@ -391,12 +391,12 @@ def picture(pattern: Pattern, seq: int, size: int, heads: int, causal: bool = Tr
                     end = np.maximum(end, np.where(asking < high, high, 0)[:, None])  # the cell's last query
                 key = _next_kept(np.maximum(low[None], begin), w, r, offset)
                 seen = (asking < high)[:, None] & (key < np.minimum(high[None], end))
-                found[seen & (found == NOTHING)] = level
+                drawn[seen & (drawn == NOTHING)] = level
     if pattern.sinks or pattern.chosen:
         first = low[:, None] if pattern.chosen else pattern.sinks
         seen = (_sees_sinks(pattern, low) | (pattern.chosen > 0))[:, None] & (low[None] < first)
-        found[seen & (found == NOTHING)] = len(pattern.levels)
-    return found
+        drawn[seen & (drawn == NOTHING)] = len(pattern.levels)
+    return drawn
 
 
 def _next_kept(positions: np.ndarray, w: int, r: int, offset: int) -> np.ndarray:
@@ -404,8 +404,8 @@ def _next_kept(positions: np.ndarray, w: int, r: int, offset: int) -> np.ndarray
     inside = positions % w
     start = positions - inside
     rows = np.maximum(0, -((offset - inside) // r))
-    found = start + offset + rows * r
-    return np.where(found < start + w, found, start + w + offset)
+    kept = start + offset + rows * r
+    return np.where(kept < start + w, kept, start + w + offset)
 
 
 _SIZE = 480  # rows and columns of a picture

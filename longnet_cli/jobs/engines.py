@@ -207,13 +207,13 @@ class _DocumentTable:
 
     def rows(self, make_job: Callable[[bool], RowJob]) -> Iterator[pa.RecordBatch]:
         """Yield the rows of all documents, then an empty batch, so that the schema is known if there are none."""
-        found, inputs, of_text = self.inputs()
+        documents_table, inputs, of_text = self.inputs()
         job, taken = make_job(of_text), list[int]()
         if clash := set(job.schema.names) & set(self.how.keep):
             raise ConfigError(f"keep {min(clash)}: the output has a column of this name")
 
         def documents() -> Iterator[Document]:
-            for row, document in enumerate(inputs.documents_of(found) if len(self.table) else ()):
+            for row, document in enumerate(inputs.documents_of(documents_table) if len(self.table) else ()):
                 if len(document) or isinstance(document, Unread) or not job.skips_empty:
                     taken.append(row)
                     yield document
@@ -241,9 +241,9 @@ class _DocumentTable:
         """Return the table of documents, one per row, what reads it, and whether the documents are texts."""
         own = [index for index, name in enumerate(self.names) if name not in (self.id_column, "doc_id", "part")]
         table = self.table.select(own)
-        found = Table(self.where, self.where, table.schema, lambda names: iter(table.select(names).to_batches()))
+        documents = Table(self.where, self.where, table.schema, lambda names: iter(table.select(names).to_batches()))
         inputs = Inputs((), column=self.how.column)
-        columns = inputs.columns_of(found)
+        columns = inputs.columns_of(documents)
         if columns.type in INTEGERS:
             raise ConfigError(
                 f"{self.where}: column {columns.documents!r} has one id per row: in batches a row is a document, a "
@@ -251,4 +251,4 @@ class _DocumentTable:
             )
         words = self.words()
         inputs = replace(inputs, tokenizer=words, vocab_size=self.how.load().net.config.vocab_size)
-        return found, inputs, is_text(columns.type)
+        return documents, inputs, is_text(columns.type)

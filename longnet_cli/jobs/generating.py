@@ -101,15 +101,15 @@ class StopTexts:
 
     def add(self, text: str) -> str:
         """Return the text that certainly belongs to no stop text."""
-        found = self._held + text
-        places = [place for place in (found.find(stop) for stop in self._texts) if place >= 0]
+        pending = self._held + text
+        places = [place for place in (pending.find(stop) for stop in self._texts) if place >= 0]
         self.reached = bool(places)
         if places:
             self._held = ""
-            return found[: min(places)]
-        held = max((_common(found, stop) for stop in self._texts), default=0)
-        self._held = found[len(found) - held :]
-        return found[: len(found) - held]
+            return pending[: min(places)]
+        held = max((_common(pending, stop) for stop in self._texts), default=0)
+        self._held = pending[len(pending) - held :]
+        return pending[: len(pending) - held]
 
     def end(self) -> str:
         """Return the text that was held back."""
@@ -207,10 +207,10 @@ class Sampler:
         # The inverse of a smaller temperature is infinite in float32: 0 / 0 would be drawn from.
         draws = self.temperature >= torch.finfo(torch.float32).tiny
         index = self._draw(logits) if draws else logits.argmax(-1)
-        found, logprob = int(index), float(logprobs[index])
+        drawn, logprob = int(index), float(logprobs[index])
         if logprob != logprob:
             raise NotFiniteError("the model's logits are not finite: its weights are too large, or damaged")
-        return found, logprob
+        return drawn, logprob
 
     def _draw(self, logits: Tensor) -> Tensor:
         scores = (logits - logits.max()) / self.temperature

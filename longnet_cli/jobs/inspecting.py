@@ -96,37 +96,37 @@ def inspect(inputs: Inputs, *, on_progress: Callable[[int], None] | None = None)
     """
     if not inputs.names:
         raise ConfigError("no input: name a file, a folder, a glob, @list.txt, or - for stdin")
-    found, types = Inspection(), TokenTypes()
+    inspection, types = Inspection(), TokenTypes()
     sources: list[Source] = []
     for item in inputs.names:
         refuse_web_address(str(item))
-        with _noting(found):
+        with _noting(inspection):
             sources += Inputs([item]).sources
     for source in once(sources):
-        with _noting(found):
-            for document, in_bytes in _open(found, source, types, inputs):
-                with _noting(found):
-                    _count(found, document, in_bytes)
+        with _noting(inspection):
+            for document, in_bytes in _open(inspection, source, types, inputs):
+                with _noting(inspection):
+                    _count(inspection, document, in_bytes)
                     if on_progress:
                         on_progress(len(document))
-    if not found.documents:
-        found.n_bytes = None
-    return found
+    if not inspection.documents:
+        inspection.n_bytes = None
+    return inspection
 
 
-def _open(found: Inspection, source: Source, types: TokenTypes, inputs: Inputs) -> Iterator[tuple[Document, bool]]:
+def _open(inspection: Inspection, source: Source, types: TokenTypes, inputs: Inputs) -> Iterator[tuple[Document, bool]]:
     """Record the format of a source, and yield its documents, each with whether its tokens are bytes."""
     opened = open_source(source, inputs.wanted)
     kind = None
     if isinstance(opened, Text):
-        found.formats["text"] += 1
+        inspection.formats["text"] += 1
     else:
-        found.formats[opened.format] += 1
-        _note_metadata(found, opened.where, opened.schema.metadata or {})
+        inspection.formats[opened.format] += 1
+        _note_metadata(inspection, opened.where, opened.schema.metadata or {})
         columns = inputs.columns_of(opened)
         kind = token_type(columns.type)
-        found.token_types[str(kind or "text")] += 1
-        with _noting(found):
+        inspection.token_types[str(kind or "text")] += 1
+        with _noting(inspection):
             types.check(opened, columns)
     if kind is None and not inputs.tokenizer:
         inputs = replace(inputs, tokenizer=Tokenizer.bytes())
@@ -135,41 +135,41 @@ def _open(found: Inspection, source: Source, types: TokenTypes, inputs: Inputs) 
         yield document, in_bytes
 
 
-def _note_metadata(found: Inspection, where: str, metadata: dict[bytes, bytes]) -> None:
+def _note_metadata(inspection: Inspection, where: str, metadata: dict[bytes, bytes]) -> None:
     for key, value in metadata.items():
         if key.startswith(b"longnet."):
-            found.metadata[key.decode("utf-8", "replace")][value.decode("utf-8", "replace")] += 1
+            inspection.metadata[key.decode("utf-8", "replace")][value.decode("utf-8", "replace")] += 1
     written = metadata.get(b"longnet.tokenizer_sha256")
     if written:
-        first, own = next(iter(found.metadata["longnet.tokenizer_sha256"])), written.decode("utf-8", "replace")
-        with _noting(found):
+        first, own = next(iter(inspection.metadata["longnet.tokenizer_sha256"])), written.decode("utf-8", "replace")
+        with _noting(inspection):
             if own != first:
                 raise ConfigError(f"{where}: its tokens were made by tokenizer {own[:12]}, the first by {first[:12]}")
 
 
-def _count(found: Inspection, document: Document, in_bytes: bool) -> None:
-    """Read a document to its end, and add it to `found` if it is good."""
+def _count(inspection: Inspection, document: Document, in_bytes: bool) -> None:
+    """Read a document to its end, and add it to `inspection` if it is good."""
     low, high = math.inf, -math.inf
     for start in range(0, len(document), BLOCK):
         ids = document.read(start, start + BLOCK)
         low, high = min(low, ids.min()), max(high, ids.max())
     n_bytes = document.n_bytes
-    found.documents += 1
-    found.tokens += len(document)
-    found.byte_tokens += len(document) * in_bytes
-    found.lengths[len(document)] += 1
-    found.n_bytes = None if n_bytes is None or found.n_bytes is None else found.n_bytes + n_bytes
+    inspection.documents += 1
+    inspection.tokens += len(document)
+    inspection.byte_tokens += len(document) * in_bytes
+    inspection.lengths[len(document)] += 1
+    inspection.n_bytes = None if n_bytes is None or inspection.n_bytes is None else inspection.n_bytes + n_bytes
     if len(document):
-        found.low = int(low if found.low is None else min(low, found.low))
-        found.high = int(high if found.high is None else max(high, found.high))
+        inspection.low = int(low if inspection.low is None else min(low, inspection.low))
+        inspection.high = int(high if inspection.high is None else max(high, inspection.high))
 
 
 @contextmanager
-def _noting(found: Inspection) -> Iterator[None]:
+def _noting(inspection: Inspection) -> Iterator[None]:
     """Record a problem of the data instead of stopping. Other errors, such as memory that runs out, pass through."""
     try:
         yield
     except (ConfigError, DataError) as error:
-        found.num_problems += 1
-        if len(found.problems) < MAX_PROBLEMS:
-            found.problems.append(" ".join(str(error).split()))
+        inspection.num_problems += 1
+        if len(inspection.problems) < MAX_PROBLEMS:
+            inspection.problems.append(" ".join(str(error).split()))

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from strategies import PAPER_64TH, Choice, PackedMath, Problem, assert_close, choices, cuts, problems, run, split, turn
 from torch import Tensor
@@ -49,7 +49,6 @@ def each_alone(documents: list[int]):
     return function
 
 
-@settings(max_examples=20)
 @given(problem=problems(lengths=False), sizes=cuts())
 def test_documents_equal_the_reference(problem: Problem, sizes: list[int]) -> None:
     inputs, documents = problem.tensors(4), split(problem.tokens, sizes)
@@ -59,7 +58,6 @@ def test_documents_equal_the_reference(problem: Problem, sizes: list[int]) -> No
         assert_close(run(dilated_attention, inputs, problem.pattern, **options), expected, 1e-12)
 
 
-@settings(max_examples=20)
 @given(problem=problems(), zero_keys=st.booleans())
 def test_padded_rows_equal_the_reference(problem: Problem, zero_keys: bool) -> None:
     options = {"causal": problem.causal, "lengths": problem.lengths, "padding": "zero_key" if zero_keys else "exact"}
@@ -69,7 +67,6 @@ def test_padded_rows_equal_the_reference(problem: Problem, zero_keys: bool) -> N
         assert_close(run(dilated_attention, inputs, problem.pattern, kernel=kernel, **options), expected, 1e-12)
 
 
-@settings(max_examples=20)
 @given(choice=choices(), sizes=cuts())
 def test_every_option_of_a_pattern(choice: Choice, sizes: list[int]) -> None:
     """Look-back, sinks, biases, shared key heads."""

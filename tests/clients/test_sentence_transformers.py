@@ -12,12 +12,12 @@ pytest.importorskip("sentence_transformers", reason="not installed: pip install 
 import torch
 from builders import tiny_llama, tiny_model, tiny_net
 from conftest import ROOT
-from longnet_cli.hub.model_names import model_path
 from sentence_transformers import SentenceTransformer
 
 import longnet_cli.integrations.transformers
 from longnet_cli.data.documents import Document
 from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.hub.model_names import model_path
 from longnet_cli.jobs.encoding import EncodeOptions, encode
 from longnet_cli.jobs.training.loop import train
 from longnet_cli.jobs.training.recipe import load_recipe

@@ -64,6 +64,7 @@ def test_skipped_and_stopped_rows_give_their_reason(bench: Bench) -> None:
     assert result.exit_code == 0
 
 
+@pytest.mark.ci
 def test_ranks_exchange_as_much_for_a_longer_sequence(run_longnet: Callable[..., subprocess.CompletedProcess]) -> None:
     options = ["--heads", "2", "--head-dim", "8", "--pattern", "geometric", "--base", "16", "--repeats", "1"]
     options += ["--direction", "forward,backward", "--format", "jsonl", "--nproc", "2"]
@@ -79,6 +80,7 @@ def test_ranks_exchange_as_much_for_a_longer_sequence(run_longnet: Callable[...,
     assert all(row["status"] == "ok" and row["seconds"] > 0 for row in rows)
 
 
+@pytest.mark.ci
 def test_ctrl_c_leaves_the_rows_so_far(tmp_path: Path, command_env: dict[str, str]) -> None:
     endless = ",".join(["64"] * 20_000)
     command = [sys.executable, "-m", "longnet_cli", "bench", *TINY, "--seq", endless, "--format", "json"]

@@ -6,7 +6,6 @@ Real processes: killed at random moments, stopped by signals, on a full disk.
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -44,29 +43,12 @@ def command(corpus: Path, model: Path, *more: str) -> list[str | Path]:
     return ["encode", corpus, "-m", f"{model}/", "--span", "50", "--chunk", "2000", "--shard-rows", "100", *more]
 
 
+@pytest.mark.ci
 def test_killed_and_resumed_the_vectors_are_the_same(start: Start, corpus: Path, model: Path, tmp_path: Path) -> None:
     kill_and_resume(start, command(corpus, model), tmp_path, kills=3)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("model", [True, False], indirect=True, ids=["causal", "bidirectional"])
-def test_killed_twenty_times_the_vectors_are_the_same(start: Start, corpus: Path, model: Path, tmp_path: Path) -> None:
-    kill_and_resume(start, command(corpus, model, "--pool", "last"), tmp_path, kills=20)
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_leaves_finished_shards_and_no_others(
-    start: Start, corpus: Path, model: Path, tmp_path: Path, number: signal.Signals, code: int
-) -> None:
-    process = start(*command(corpus, model), "-o", "out")
-    wait_for(lambda: (tmp_path / "out" / "vectors-00003.arrow").exists())
-    process.send_signal(number)
-    assert process.communicate(timeout=60)[1] == b""
-    assert process.returncode == code
-    names = sorted(os.listdir(tmp_path / "out"))
-    assert names == ["_unfinished.json", *(f"vectors-{index:05d}.arrow" for index in range(len(names) - 1))]
-
-
+@pytest.mark.ci
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM])
 @pytest.mark.parametrize("model", [False], indirect=True, ids=["bidirectional"])
 def test_a_killed_spilled_encode(

@@ -3,7 +3,8 @@
 import re
 import subprocess
 import sys
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import typer
@@ -13,38 +14,34 @@ from typer.testing import CliRunner
 
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.cli.app import app
-from longnet_cli.cli.command import Command
-from longnet_cli.cli.options import INPUT, Names, QuietOption, bare_or, option, parse_device
+from longnet_cli.cli.command import Command, takes_options
+from longnet_cli.cli.options import INPUT, Mesh, bare_or, inputs_argument, option, parse_device, quiet_flag
+from longnet_cli.cli.pairs import Excludes, Needs, check_pairs
 from longnet_cli.data.outputs import OUTPUT_SUFFIXES
 from longnet_cli.jobs.plotting.picture import PICTURES
 
 COMMANDS = ["tokenize", "convert", "train", "plot", "score", "encode", "generate", "bench", "data inspect"]
 
 SCRIPT = """
-import json, typer
+import dataclasses, json, typer
 from collections.abc import Sequence
-from typing import Annotated
 from longnet_cli.cli.app import run
-from longnet_cli.cli.command import Command
+from longnet_cli.cli.command import Command, takes_options
 from longnet_cli.cli.options import *
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shown:
+    documents: Documents
+    seq: Sequence[int] = option(INPUT, "--seq SIZE,...", "Lengths.", default=(8192, 32768))
+    limit: int | None = size_option(INPUT, "--limit SIZE", "Tokens.")
+    choice: ModelChoice
+    computing: Computing
+
+def show(options: Shown) -> None:
+    print(json.dumps(dataclasses.asdict(options)))
+
 app = typer.Typer()
-
-@app.command(cls=Command)
-def show(
-    inputs: Names,
-    seq: Annotated[Sequence[int], sizes_option(INPUT, "--seq", "Lengths.")] = (8192, 32768),
-    chunk: Annotated[int, size_option(INPUT, "--chunk", "Tokens.")] = 65536,
-    limit: Annotated[int | None, size_option(INPUT, "--limit", "Tokens.")] = None,
-    model: ModelOption = DEFAULT_MODEL,
-    tokenizer: TokenizerOption = None,
-    column: ColumnOption = None,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
-    quiet: QuietOption = False,
-) -> None:
-    print(json.dumps(locals()))
-
+app.command(cls=Command)(takes_options(show))
 run(app)
 """
 
@@ -77,19 +74,14 @@ def test_a_command_gets_its_defaults_and_its_options(show):
     import json
 
     defaults = json.loads(show("in.arrow").stdout)
-    assert defaults["inputs"] == ["in.arrow"]
-    assert defaults["seq"] == [8192, 32768]
-    assert (defaults["chunk"], defaults["limit"], defaults["device"], defaults["dtype"]) == (
-        65536,
-        None,
-        "auto",
-        "auto",
-    )
-    assert defaults["model"] == "longnet-tiny"
+    assert (defaults["documents"]["inputs"], defaults["documents"]["keep"]) == (["in.arrow"], None)
+    assert (defaults["seq"], defaults["limit"], defaults["choice"]["model"]) == ([8192, 32768], None, "longnet-tiny")
+    computing = {"device": "auto", "dtype": "auto", "chunk": None, "spill": None, "quiet": False}
+    assert defaults["computing"] == computing
 
     given_ = json.loads(show("a", "-", "--seq", "8k,1e6", "--limit", "64Ki", "--dtype", "bf16", "-m", "./run").stdout)
-    assert given_["inputs"] == ["a", "-"]
-    assert (given_["seq"], given_["limit"], given_["dtype"], given_["model"]) == ([8000, 10**6], 65536, "bf16", "./run")
+    assert (given_["documents"]["inputs"], given_["choice"]["model"]) == (["a", "-"], "./run")
+    assert (given_["seq"], given_["limit"], given_["computing"]["dtype"]) == ([8000, 10**6], 65536, "bf16")
 
 
 @pytest.mark.parametrize(
@@ -156,16 +148,32 @@ def parse(*args: str) -> Any:
     """What a command with INPUT and an option whose value may be left out gets, or the ConfigError."""
     small, got = typer.Typer(), []
 
-    @small.command(cls=Command)
-    def show(
-        inputs: Names,
-        end: Annotated[str | None, option(INPUT, "--end", "[TOKEN]", "End here.")] = None,
-        quiet: QuietOption = False,
-    ) -> None:
-        got.append((inputs, bare_or(end, True)))
+    def show(options: Small) -> None:
+        got.append((options.inputs, bare_or(options.end, True)))
 
+    small.command(cls=Command)(takes_options(show))
     failed = CliRunner().invoke(small, args).exception
     return got[0] if got else failed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Small:
+    """INPUT, an option whose value may be left out, and a group of options."""
+
+    inputs: list[str] = inputs_argument()
+    end: str | None = option(INPUT, "--end [TOKEN]", "End here.")
+    quiet: bool = quiet_flag()
+    mesh: Mesh = Mesh()
+
+
+def test_a_pair_of_options_is_refused_also_across_groups() -> None:
+    needs, excludes = Needs("--quiet", "--end|--sp", "hides it", "--end"), Excludes("-q", "--dp", "is for one process")
+    for given_ in ({}, {"end": "x"}, {"quiet": True, "end": "x"}, {"quiet": True, "mesh": Mesh(sp=1, dp=1)}):
+        check_pairs([needs, excludes], Small(inputs=["a"], **given_))
+    with pytest.raises(ConfigError, match=r"^--quiet hides it: give --end$"):
+        check_pairs([needs, excludes], Small(inputs=["a"], quiet=True))
+    with pytest.raises(ConfigError, match=r"^-q is for one process: leave out --dp$"):
+        check_pairs([needs, excludes], Small(inputs=["a"], quiet=True, end="x", mesh=Mesh(dp=2)))
 
 
 def test_the_value_of_an_option_may_be_left_out() -> None:

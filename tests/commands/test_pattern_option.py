@@ -78,16 +78,6 @@ def test_wrong_patterns_are_one_line(model: Path, text: Path, tmp_path: Path) ->
     assert 'use position="rope"' in str(refused("score", text, "--model", tmp_path / "xpos", "--pattern", "8/1,12/1"))
 
 
-def test_bench_takes_any_pattern() -> None:
-    tiny = ["--seq", "64", "--heads", "2", "--head-dim", "8", "--repeats", "1", "--device", "cpu", "--format", "jsonl"]
-    result = invoke("bench", *tiny, "--impl", "dilated", "--pattern", "window:16,sinks=4")
-    assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)["pattern"] == "16/1,look_back=1,sinks=4"
-    assert "pattern window:16,sinks=4" in result.stderr
-    result = invoke("bench", *tiny, "--impl", "dilated", "--pattern", "geometric", "--base", "16")
-    assert json.loads(result.stdout)["pattern"] == "16/1,32/2,64/4"
-
-
 def test_recipes_say_patterns_too() -> None:
     recipe = {**{f"model.{key}": value for key, value in SHAPE.items()}, **STAGES}
     found = load_recipe(None, {**recipe, "model.pattern": "geometric:64,base=16"})
@@ -117,12 +107,3 @@ def test_a_configuration_with_another_pattern(model: Path) -> None:
     assert load_config(model, Pattern((4,), (2,), "grouped")).pattern == Pattern((4,), (2,), "grouped")
     with pytest.raises(ConfigError, match='pattern needs a text, as "window:1Ki", got 7'):
         parse_config({**SHAPE, "pattern": 7}, "x")
-
-
-def test_every_option_reaches_the_net(model: Path, text: Path) -> None:
-    result = invoke("score", text, "--model", model, "--pattern", NESTED, "--format", "json")
-    assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)["total"]["pattern"] == NESTED
-    found = load_config(model, Pattern.window(16, sinks=4))
-    assert found.pattern == Pattern.window(16, sinks=4)
-    assert parse_config(found.model_dump(), "saved") == found

@@ -18,7 +18,6 @@ from typing import IO
 import pyarrow as pa
 import pyarrow.ipc as ipc
 import pytest
-from longnet_cli.hub.model_names import model_path
 from processes import assert_full, contents, kill_and_resume, wait_for
 
 from longnet_cli.basics.errors import DataError
@@ -38,15 +37,6 @@ def corpus(tmp_path: Path) -> Path:
 
 def test_killed_and_resumed_the_shards_are_the_same(start, corpus, tmp_path):
     kill_and_resume(start, ["tokenize", corpus, "--shard-tokens", "10000", "--eos"], tmp_path, kills=3)
-
-
-@pytest.mark.slow
-def test_killed_twenty_times_the_shards_are_the_same(start, tmp_path):
-    """A trained tokenizer on real text, with documents of several parts."""
-    corpus = [Path(os.__file__).parent / name for name in ("asyncio", "email", "json", "unittest", "xml")]
-    tokenizer = model_path("longnet-tiny") / "tokenizer.json"
-    command = ["tokenize", *corpus, "--shard-tokens", "20000", "--tokenizer", tokenizer]
-    kill_and_resume(start, command, tmp_path, kills=20)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -1,12 +1,9 @@
 """Proves that outputs appear whole or not at all, and that what is written is what the schema promises."""
 
-import io
 import json
 import os
 import resource
 import signal
-import subprocess
-import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -140,33 +137,3 @@ def test_only_a_name_without_the_ending_of_a_file_is_a_folder(tmp_path):
         with pytest.raises(ConfigError, match="is not written"):
             is_folder(tmp_path / name)
     assert not is_folder(tmp_path / "v.parquet")
-
-
-STREAM = """
-import sys
-sys.path.append(sys.argv[2])
-from test_outputs import BATCH, SCHEMA, ShardWriter
-with ShardWriter("-", SCHEMA) as writer:
-    writer.write(BATCH)
-    if sys.argv[1] == "fail":
-        sys.exit(1)
-sys.stdout.flush()
-"""
-
-
-@pytest.mark.parametrize("outcome", ["succeed", "fail"])
-def test_only_a_whole_stream_on_stdout_has_an_end_marker(outcome):
-    here = str(Path(__file__).parent)
-    done = subprocess.run([sys.executable, "-c", STREAM, outcome, here], capture_output=True)
-    assert done.returncode == (outcome == "fail"), done.stderr
-    assert done.stdout.endswith(b"\xff\xff\xff\xff\0\0\0\0") == (outcome == "succeed")
-    assert ipc.open_stream(done.stdout).read_all()["doc_id"].to_pylist() == ["a", "b", "c"]
-    assert done.stderr == b""
-
-
-def test_a_terminal_is_refused(monkeypatch):
-    terminal = io.TextIOWrapper(io.BytesIO())
-    monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr(sys, "stdout", terminal)
-    with pytest.raises(ConfigError, match="terminal"), ShardWriter("-", SCHEMA):
-        pass

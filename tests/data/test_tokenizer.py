@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import models, normalizers, pre_tokenizers
 
@@ -45,7 +45,6 @@ def test_byte_ids_are_the_bytes_themselves():
     assert library(tokenizer).encode(text, add_special_tokens=False).ids == ids.tolist()
 
 
-@settings(max_examples=60, deadline=None)
 @given(text=st.text(max_size=200))
 def test_encoding_round_trips_and_counts_bytes(trained, text):
     for tokenizer in (Tokenizer.bytes(), trained):
@@ -194,7 +193,6 @@ def test_the_end_of_text_is_known_by_its_usual_names(name: str) -> None:
     assert Tokenizer(inner).eos_id == 1
 
 
-@settings(max_examples=20)
 @given(st.text(alphabet="ab ,\u6f22", max_size=400), st.lists(st.integers(1, 90), min_size=1, max_size=5))
 def test_a_text_that_comes_in_parts_is_cut_as_the_whole(text: str, sizes: list[int]) -> None:
     with pytest.MonkeyPatch.context() as patch:

@@ -63,6 +63,7 @@ def refusal(done, code: int = 4) -> str:
     return done.stderr.removeprefix("longnet: error: ").rstrip("\n")
 
 
+@pytest.mark.ci
 def test_commands_take_a_name_from_the_cache_and_write_its_commit(run_longnet, tmp_path, home, command_env, tiny):
     command_env["HF_HUB_OFFLINE"] = "1"
     commit = fill_cache(home, TINY, tiny)
@@ -96,6 +97,7 @@ def test_a_folder_here_wins(run_longnet, tmp_path, hub, tiny, other):
     assert (found["model"], hub.requests) == (TINY, [])
 
 
+@pytest.mark.ci
 def test_only_what_is_read_is_downloaded_once_by_all_processes(start, run_longnet, command_env, hub, home, tiny):
     hub.secret, command_env["HF_TOKEN"], command_env["HF_ENDPOINT"] = "s3cret", "s3cret", hub.url
     more = dict.fromkeys(("pytorch_model.bin", "modeling.py", "README.md", "onnx/model.safetensors"), b"other")
@@ -113,6 +115,7 @@ def test_only_what_is_read_is_downloaded_once_by_all_processes(start, run_longne
     assert hub.requests == []
 
 
+@pytest.mark.ci
 def test_a_broken_download_is_continued(start, run_longnet, command_env, hub, tmp_path):
     command_env["HF_ENDPOINT"] = hub.url
     hub.push(TINY, read_folder(tiny_model(tmp_path / "made", vocab_size=200_000)))
@@ -132,6 +135,7 @@ def test_a_broken_download_is_continued(start, run_longnet, command_env, hub, tm
     assert (again, hub.ranges) == (["model.safetensors"] * 2, [f"bytes={10 << 20}-"])
 
 
+@pytest.mark.ci
 def test_a_sharded_model_is_downloaded_whole(run_longnet, tmp_path, command_env, hub):
     command_env["HF_ENDPOINT"] = hub.url
     files = read_folder(tiny_llama(tmp_path / "llama", max_position_embeddings=256))
@@ -145,6 +149,7 @@ def test_a_sharded_model_is_downloaded_whole(run_longnet, tmp_path, command_env,
     assert total(run_longnet("score", "a.txt", "-m", TINY, "--format", "json"))["model"] == f"{TINY}@{commit}"
 
 
+@pytest.mark.ci
 def test_a_moved_branch_is_taken_with_update_and_a_resumed_run_keeps_its_commit(
     run_longnet, tmp_path, command_env, hub, tiny, other
 ):
@@ -272,6 +277,7 @@ def test_one_file_that_a_hub_refuses_is_named(run_longnet, command_env, hub, tin
         assert refusal(run_longnet("score", "a.txt", "-m", TINY)).startswith(f"{here} {said}")
 
 
+@pytest.mark.ci
 def test_without_folder_cache_and_network_one_line_says_how_to_download(run_longnet, command_env, home, hub, tiny):
     nowhere = f"{TINY}: no folder of that name here, nor in {home}, and "
     command = ("score", "a.txt", "-m", f"{TINY}@v1")
@@ -299,6 +305,7 @@ def test_update_without_a_network_names_the_cache(run_longnet, home, tiny):
     assert said.endswith(f": leave out --update to take what is in the cache {home}")
 
 
+@pytest.mark.ci
 def test_a_damaged_cache_is_one_line_or_downloaded_again(run_longnet, command_env, home, hub, tiny):
     commit = fill_cache(home, TINY, tiny)
     folder = home / "models--org--tiny"

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 from builders import read_golden
-from longnet_cli.hub.model_names import find_file
 from loopback_hub import fill_cache
 from torch import Tensor, nn
 
 from longnet_cli.basics.errors import CheckpointError, ConfigError
+from longnet_cli.hub.model_names import find_file
 from longnet_cli.integrations import gigapath
 from longnet_cli.integrations.gigapath import ARCHITECTURES, LongNetViT, create_model
 from longnet_cli.models.official import slide_net

@@ -6,13 +6,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from longnet_cli.hub.model_names import model_path
 from many_ranks import mesh, run_ranks
 
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.branches import attention_flops
 from longnet_cli.attention.notation import format_levels
 from longnet_cli.basics.errors import ConfigError
+from longnet_cli.hub.model_names import model_path
 from longnet_cli.jobs.benchmark import Case, Measurement, Settings, bench, job, measurement
 from longnet_cli.nets.weights import load_config
 

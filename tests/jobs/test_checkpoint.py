@@ -68,7 +68,7 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_bytes(
         train(found, tmp_path / "whole")
     weights = (tmp_path / "whole/model.safetensors").read_bytes()
     lines = metrics_of(tmp_path / "whole")
-    assert counter.moments > 50
+    assert counter.moments > 25
     steps = set()
     for attempt, moment in enumerate(range(5, counter.moments, counter.moments // 3)):
         run = tmp_path / f"{attempt}"
@@ -85,14 +85,14 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_bytes(
         measured = dict.fromkeys(("tokens_per_second", "peak_memory_bytes"))
         assert [line | measured for line in again] == [line | measured for line in lines]
     assert len(steps) > 2
-    assert any(step % 4 for step in steps)  # not only where a checkpoint was due
+    assert any(step % 2 for step in steps)  # not only where a checkpoint was due
 
 
 def test_sigusr1_saves_and_goes_on(
     corpus: Path, made: tuple[Recipe, Path, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = recipe(corpus, **{"train.save_every": 1000, "train.keep": 9})
-    Stop(monkeypatch, 40, signal.SIGUSR1)
+    Stop(monkeypatch, 20, signal.SIGUSR1)
     train(found, tmp_path / "run")
     assert len(checkpoints_in(tmp_path / "run/checkpoints")) == 2
     assert (tmp_path / "run/model.safetensors").read_bytes() == made[2]
@@ -127,7 +127,7 @@ def test_a_save_during_an_evaluation_gives_no_line_twice(
 def test_old_checkpoints_go(corpus: Path, tmp_path: Path) -> None:
     train(recipe(corpus, **{"train.keep": 3, "train.save_every": 2}), tmp_path / "run")
     assert [path.name for path in checkpoints_in(tmp_path / "run/checkpoints")] == [
-        "step-00000020", "step-00000018", "step-00000016",
+        "step-00000010", "step-00000008", "step-00000006",
     ]  # fmt: skip
 
 
@@ -149,18 +149,18 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path, bytes]
 
     def stop(tokens: int, line: object) -> None:
         steps.append(tokens)
-        if len(steps) == 13:
+        if len(steps) == 7:
             raise LongNetError("stop")
 
     with pytest.raises(LongNetError, match="stop"):
         train(found, folder / "run", on_step=stop)
-    assert [path.name for path in checkpoints_in(folder / "run/checkpoints")] == ["step-00000012", "step-00000008"]
+    assert [path.name for path in checkpoints_in(folder / "run/checkpoints")] == ["step-00000006", "step-00000004"]
     return found, folder / "run", (folder / "whole/model.safetensors").read_bytes()
 
 
 @pytest.fixture
 def stopped(made: tuple[Recipe, Path, bytes], tmp_path: Path) -> tuple[Recipe, Path, bytes]:
-    """A recipe, a run of it that was stopped after checkpoints at steps 8 and 12, and the bytes it must end with."""
+    """A recipe, a run of it that was stopped after checkpoints at steps 4 and 6, and the bytes it must end with."""
     found, run, weights = made
     return found, Path(shutil.copytree(run, tmp_path / "run")), weights
 
@@ -185,7 +185,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     notes: list[str] = []
     began: list[int] = []
     train(found, run, on_note=notes.append, on_begin=lambda step, tokens: began.append(step))
-    assert began == [8]
+    assert began == [4]
     (note,) = notes
     assert str(newest) in note
     assert "damaged" in note
@@ -328,7 +328,7 @@ def test_more_steps_extend_a_run_that_has_ended(corpus: Path, tmp_path: Path) ->
 
 
 def test_a_checkpoint_that_cannot_be_written(corpus: Path, small_disk: Path) -> None:
-    found = recipe(corpus, **{"train.keep": 9, "train.save_every": 2, "data.held_out": None})
+    found = recipe(corpus, **{"train.keep": 9, "train.save_every": 1, "data.held_out": None})
     with pytest.raises(
         LongNetError, match=r"cannot write the checkpoint: No space left on device; the one before"
     ) as e:
@@ -372,6 +372,7 @@ def kill_runs(start: Start, corpus: Path, folder: Path, kills: int, steps: int) 
     kill_training(lambda run: start("train", folder / "recipe.json", "-q", "-o", run, fresh=True), folder, kills)
 
 
+@pytest.mark.ci
 def test_killed_runs_end_with_the_same_bytes(start: Start, corpus: Path, tmp_path: Path) -> None:
     kill_runs(start, corpus, tmp_path, 3, steps=30)
 
@@ -395,6 +396,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(start: Start, corpus: Path, tmp_path
     LongNet.from_pretrained(tmp_path / "run")
 
 
+@pytest.mark.ci
 def test_a_terminal_that_is_closed_saves(start: Start, corpus: Path, tmp_path: Path) -> None:
     """Its last words would fail: the exit code still says that all is saved."""
     endless = recipe(corpus, **{"train.stages": [{"seq_len": 32, "steps": 10**6}]})

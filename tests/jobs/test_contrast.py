@@ -323,6 +323,7 @@ def train_on(corpus: Path, folder: Path) -> None:
         train(recipe(corpus, **{"parallel.shard": shard}), folder / shard, ranks=mesh(2))
 
 
+@pytest.mark.ci
 @pytest.mark.full
 def test_a_run_of_ranks_is_that_of_one_process(corpus: Path, tmp_path: Path) -> None:
     train(recipe(corpus), tmp_path / "alone")

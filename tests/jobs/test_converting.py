@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import RunLongnet
-from longnet_cli.hub.model_names import model_path
 
+from longnet_cli.hub.model_names import model_path
 from longnet_cli.nets.longnet import LongNet
 
 

@@ -120,11 +120,6 @@ def test_spans_go_out_while_the_rest_comes_in() -> None:
     assert read == [0]
 
 
-def test_normalized_vectors_have_length_one(model: LongNet) -> None:
-    table = encode(model, [make_document(5), make_document(50)], EncodeOptions(bos=BOS)).read_all()
-    np.testing.assert_allclose(np.linalg.norm(vectors(table), axis=1), 1, rtol=1e-6)
-
-
 @pytest.mark.parametrize("embedding_dtype", ["float32", "float16"])
 def test_schema_and_metadata_are_the_contract(model: LongNet, embedding_dtype: str) -> None:
     settings = {"embedding_dtype": embedding_dtype, "model_name": "tiny", "tokenizer_sha256": "ab12"}

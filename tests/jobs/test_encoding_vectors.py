@@ -16,6 +16,7 @@ import torch
 from builders import level_options, read_golden, slide, slide_encoder
 from conftest import RunLongnet
 from files import write_file
+from processes import refused
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -258,13 +259,10 @@ def changed(**columns: object) -> pa.Table:
         ({}, ["--column", "coords"], 2, "column 'coords' does not hold vectors"),
     ],
 )
-def test_what_is_refused(
-    run_longnet: RunLongnet, tmp_path: Path, model: Path, columns: dict, words: list[str], code: int, line: str
-) -> None:
+def test_what_is_refused(tmp_path: Path, model: Path, columns: dict, words: list[str], code: int, line: str) -> None:
     pq.write_table(changed(**columns), tmp_path / "slides.parquet")
-    done = run_longnet("encode", tmp_path / "slides.parquet", "--model", model, "-o", tmp_path / "out.arrow", *words)
-    assert (done.returncode, done.stderr.count("\n")) == (code, 1), done.stderr
-    assert line in done.stderr
+    error = refused("encode", tmp_path / "slides.parquet", "--model", model, "-o", tmp_path / "out.arrow", *words)
+    assert (error.exit_code, line in str(error)) == (code, True), error
     assert not (tmp_path / "out.arrow").exists()
 
 
@@ -347,8 +345,9 @@ def test_files_of_vectors_that_cannot_be_read_are_left_out(
 
 
 def test_models_of_tokens_read_no_vectors_and_the_other_way_round(
-    run_longnet: RunLongnet, tmp_path: Path, model: Path
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     pq.write_table(slides(), tmp_path / "slides.parquet")
     (tmp_path / "text.txt").write_text("text")
     for words, code, line in (
@@ -359,9 +358,8 @@ def test_models_of_tokens_read_no_vectors_and_the_other_way_round(
         (["score", "text.txt", "--model", model], 2, "it reads vectors, not tokens"),
         (["generate", "text", "--model", model], 2, "it reads vectors, not tokens"),
     ):
-        done = run_longnet(*words)
-        assert (done.returncode, done.stderr.count("\n")) == (code, 1), done.stderr
-        assert line in done.stderr
+        error = refused(*words)
+        assert (error.exit_code, line in str(error)) == (code, True), error
 
 
 def test_convert_writes_a_slide_encoder_in_another_type(run_longnet: RunLongnet, tmp_path: Path, model: Path) -> None:

@@ -49,7 +49,14 @@ def plain(model: LongNet, document: Document, bos: int | None, context: int, str
 @pytest.mark.parametrize("bos", [BOS, None])
 @pytest.mark.parametrize("chunk", [16, 1000])
 @pytest.mark.parametrize(
-    ("contexts", "stride", "last"), [((8, 30, 90), 8, None), ((16, 50), 5, 33), ((32, 40), None, 32), ((10,), None, 25)]
+    ("contexts", "stride", "last"),
+    [
+        ((8, 30, 90), 8, None),
+        ((16, 50), 5, 33),
+        ((32, 40), None, 32),
+        ((10,), None, 25),
+        ((1, 49, 131, 999), None, None),
+    ],
 )
 def test_windows_are_plain_forwards(
     model: LongNet, bos: int | None, chunk: int, contexts: tuple[int, ...], stride: int | None, last: int | None
@@ -189,6 +196,7 @@ def test_few_and_empty_documents(sums: np.ndarray) -> None:
         ({"context": [8, 4], "stride": 6}, "a stride of 6 tokens needs a context of 6 or more, not 4"),
         ({"stride": 6}, "a stride of 6 tokens needs a context"),
         ({"last": 0}, "last must be 1 or more"),
+        ({"context": 0}, "context must be 1 or more"),
         ({"context": [8, 4], "on_tokens": print}, "need one context"),
     ],
 )

@@ -180,8 +180,3 @@ def test_colours_are_for_terminals(
     os.close(ours)
     assert process.returncode == 0
     assert (b"\x1b[36m" in shown) == coloured
-
-
-def test_it_loads_no_torch(command_env: dict[str, str]) -> None:
-    program = "import sys, longnet_cli.jobs.plotting; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], env=command_env, check=False).returncode == 0

@@ -5,7 +5,6 @@ what it leaves is a folder that transformers opens.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from many_ranks import mesh, run_ranks
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.notation import parse_pattern
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.training.checkpoint import checkpoints_in, tensor_names
 from longnet_cli.jobs.training.gradients import backward, far_bytes
 from longnet_cli.jobs.training.loop import train
@@ -225,29 +223,3 @@ def test_what_does_not_fit_the_model_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         recipe(llama, corpus, **changes)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("lora", [None, ["q_proj", "v_proj"]])
-def test_a_real_model_in_chunks(lora: list[str] | None) -> None:
-    """SmolLM2-135M, which examples/real_model.py fetches; SMOLLM2 is its folder."""
-    folder = Path(os.environ.get("SMOLLM2", "/tmp/smollm2"))
-    if not folder.is_dir():
-        pytest.skip("no SmolLM2: set SMOLLM2 to its folder")
-    net = ModelFolder(folder).net(pattern=Pattern.window(64, sinks=4))
-    if lora:
-        net.add_lora({"rank": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": lora})
-        for name, p in net.named_parameters():
-            if "lora_B" in name:  # zeros, by which A would have no gradient
-                torch.nn.init.normal_(p, std=0.01)
-    text = "The quick brown fox jumps over the lazy dog, and nobody asks it why it lies there. " * 16
-    ids = torch.tensor([Tokenizer.load(folder).encode(text)[:257].tolist()])
-    found, losses = [], []
-    for chunk in (256, 96):  # the second ends in three chunks, which see the last 64 to 127 tokens and the sinks
-        net.zero_grad()
-        losses.append(backward_in_chunks(net, ids[:, :-1], ids[:, 1:], chunk).item())
-        found.append(torch.cat([p.grad.flatten() for p in net.parameters() if p.requires_grad]))
-    error = ((found[1] - found[0]).norm() / found[0].norm()).item()
-    print(f"{losses[0] / 256:.4f} nats per token, relative error {error:.1e}")
-    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
-    assert error <= 1e-5

@@ -287,6 +287,9 @@ def test_the_command_writes_nothing_and_says_what_it_would(run_longnet: RunLongn
     assert "(95 %), estimated from 2 texts" in table.stdout
     assert table.stdout.endswith("gains.parquet, which is new\n")
     assert {path.name for path in tmp_path.iterdir()} == before
+    windows = ["score", "@list", "--context", "64", "--dry-run", "--format", "json"]
+    read = [json.loads(run_longnet(*windows, *more).stdout)["tokens_read"] for more in ([], ["--last", "16"])]
+    assert read[1] < read[0]
 
     done = run_longnet("encode", "0.txt", "1.txt", "-o", "vectors", "--shard-rows", "1")
     assert done.returncode == 0

@@ -201,7 +201,7 @@ def test_tables_by_position_and_by_recall_are_columns(run_longnet: RunLongnet, t
         (["--resume"], "--resume is for a folder of rows"),
         (["-o", "x.parquet", "--resume"], "--resume is for a folder of shards"),
         (["-o", "x", "--token-logprobs", "y.arrow"], "--token-logprobs is for scores that are printed"),
-        (["-o", "x", "--format", "json"], "--format json is for scores that are printed"),
+        (["-o", "x", "--format", "json"], "--format is for scores that are printed"),
         (["-o", "a.txt"], "a.txt, which this command reads"),
         (
             ["-o", "v.csv"],
@@ -259,27 +259,3 @@ def test_a_kept_value_of_another_type_and_a_name_that_is_taken_are_refused(model
         rows(model, documents, kept=[pa.field("year", pa.int64())])
     with pytest.raises(ConfigError, match="--keep gain: the output has a column of this name"):
         OPTIONS.schema([pa.field("gain", pa.float64())])
-
-
-def test_the_command_carries_columns(run_longnet: RunLongnet, tmp_path: Path) -> None:
-    rows = [{"id": "a", "text": "one two " * 40, "meta": {"year": 1999}}, {"id": "b", "text": "three", "meta": {}}]
-    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = ("score", "x.jsonl", "--context", "16,64", "-q", "--keep")
-    for output in ("gains.parquet", "folder"):
-        done = run_longnet(*words, "meta.year", "-o", output)
-        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    shard = tmp_path / "folder" / "gains-00000.arrow"
-    for table in (pq.read_table(tmp_path / "gains.parquet"), pa.ipc.open_file(shard).read_all()):
-        assert table.select(["doc_id", "meta.year"]).to_pylist() == [
-            {"doc_id": "a", "meta.year": 1999},
-            {"doc_id": "b", "meta.year": None},
-        ]
-    pq.write_table(pa.table({"uid": [7, 8], "text": ["one two " * 40, "three"]}), tmp_path / "y.parquet")
-    done = run_longnet("score", "y.parquet", "--id-column", "uid", "--context", "16,64", "-q", "-o", "joined.parquet")
-    joined = pq.read_table(tmp_path / "joined.parquet")
-    assert (done.returncode, joined["uid"].to_pylist(), joined["doc_id"].to_pylist()) == (0, [7, 8], ["7", "8"])
-    (tmp_path / "x.jsonl").write_text(json.dumps({"text": "one", "gain": 1.0}) + "\n")
-    refused = run_longnet(*words, "gain", "-o", "other.parquet")
-    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
-    assert "--keep gain: the output has a column of this name" in refused.stderr
-    assert not (tmp_path / "other.parquet").exists()

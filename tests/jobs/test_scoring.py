@@ -50,24 +50,6 @@ def test_equals_plain_cross_entropy(model: LongNet, length: int) -> None:
     assert got.bpb == pytest.approx(got.nll_sum / math.log(2) / length)
 
 
-def test_without_bos_the_first_token_is_not_scored_and_bytes_are_unknown(model: LongNet) -> None:
-    document = make_document(50)
-    got = only(list(score(model, [document], bos=None)))
-    assert (got.n_tokens, got.n_bytes, got.bpb) == (49, None, None)
-    assert got.nll_sum == pytest.approx(plain_nll(model, document.tokens.tolist()), rel=1e-6)
-
-
-@pytest.mark.parametrize("bos", [BOS, None])
-@pytest.mark.parametrize("context", [1, 7, 16, 49, 50, 51, 1000])
-def test_context_windows_equal_separate_passes(model: LongNet, bos: int | None, context: int) -> None:
-    document = make_document(50)
-    ids = document.tokens.tolist() if bos is None else [bos, *document.tokens.tolist()]
-    starts = range(0, len(ids) - 1, context)
-    got = only(list(score(model, [document], bos=bos, context=context)))
-    assert got.n_tokens == len(ids) - 1
-    assert got.nll_sum == pytest.approx(sum(plain_nll(model, ids[s : s + context + 1]) for s in starts), rel=1e-6)
-
-
 @pytest.mark.parametrize("context", [None, 64])
 def test_company_and_order_do_not_matter(model: LongNet, context: int | None) -> None:
     """Ragged documents over several forwards, one of them longer than a batch, an empty one in between."""
@@ -175,11 +157,6 @@ def test_leaves_no_inference_mode_behind(model: LongNet) -> None:
 def test_a_model_that_cannot_score(change: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):  # at the call, not at the first document
         score(tiny_net(**change), [], bos=BOS)
-
-
-def test_context_must_be_positive(model: LongNet) -> None:
-    with pytest.raises(ConfigError, match="context"):
-        score(model, [], bos=BOS, context=0)
 
 
 def test_score_arithmetic() -> None:

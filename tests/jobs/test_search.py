@@ -118,6 +118,7 @@ def test_what_does_not_fit_is_said(tmp_path: Path, run_longnet: RunLongnet) -> N
         assert message in done.stderr
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("texts", "vectors", "options"),
     [
@@ -179,6 +180,7 @@ def write_archives(folder: Path) -> list[Path]:
     return [deb, wheel]
 
 
+@pytest.mark.ci
 def test_retrieval_is_measured(tmp_path: Path, command_env: dict[str, str], python: Path) -> None:
 
     def run(*args: str | Path, code: int = 0) -> tuple[list[dict], str]:
@@ -223,6 +225,7 @@ def test_retrieval_is_measured(tmp_path: Path, command_env: dict[str, str], pyth
     assert {json.loads(line)["first"] for line in held_out} == {pair["first"] for pair in modules}
 
 
+@pytest.mark.ci
 def test_no_task_trains_on_a_held_out_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "examples")
     module = imported(ROOT / "examples/retrieval.py")

@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.ipc as ipc
 import pytest
 import tokenizers
-from longnet_cli.hub.model_names import model_path
 from processes import contents
 
 from longnet_cli.basics.errors import ConfigError, DataError
@@ -20,6 +19,7 @@ from longnet_cli.data import tokenizer as tokenizer_module
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.manifest import read_manifest
 from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.hub.model_names import model_path
 from longnet_cli.jobs import tokenizing
 from longnet_cli.jobs.tokenizing import tokenize
 

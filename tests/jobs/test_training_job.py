@@ -107,6 +107,7 @@ print(json.dumps([found.memory, peak_memory(torch.device("cpu"))]))
 """
 
 
+@pytest.mark.ci
 @pytest.mark.full
 @pytest.mark.parametrize(
     ("seq_len", "chunk", "levels"),

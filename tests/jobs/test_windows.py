@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from builders import NotedDocument as Document
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from strategies import document_starts
 
@@ -29,7 +29,6 @@ from longnet_cli.running.ranks.ranks import Ranks
 EOS = -1  # no document holds it
 SHIPPED = {name: getattr(module, name) for name in ("BLOCK_TOKENS", "POOL_BLOCKS")}
 
-checked = settings(max_examples=60, deadline=None)
 lengths = st.lists(st.integers(0, 30), min_size=1, max_size=25)
 
 
@@ -60,7 +59,6 @@ def small_blocks() -> Iterator[None]:
         yield
 
 
-@checked
 @given(lengths=lengths, data=st.data())
 def test_a_stream_is_eos_doc_eos_doc(lengths, data):
     found = stream(*lengths)
@@ -78,7 +76,6 @@ def test_a_stream_is_eos_doc_eos_doc(lengths, data):
     assert all(len(document.reads) <= 1 for document in found.documents)
 
 
-@checked
 @given(lengths=lengths, data=st.data())
 def test_a_batch_knows_where_documents_start(lengths, data):
     found = stream(*lengths)
@@ -90,7 +87,6 @@ def test_a_batch_knows_where_documents_start(lengths, data):
 
 @pytest.mark.parametrize("seq_len", [1, 7, 32, 100])
 def test_every_token_is_an_input_once_an_epoch(seq_len):
-    @checked
     @given(lengths=lengths, seed=st.integers(0, 2**40), epoch=st.integers(0, 5))
     def check(lengths, seed, epoch):
         source = stream(*lengths, seq_len)
@@ -134,7 +130,6 @@ def take(run, count, rows=1, world=1, state=None):
     return np.array(found)[:count], states
 
 
-@checked
 @given(
     run=runs(), before=st.tuples(*[st.integers(1, 5)] * 3), rows=st.integers(1, 7), world=st.integers(1, 5),
 )  # fmt: skip
@@ -152,7 +147,6 @@ def test_a_run_resumed_on_other_ranks_goes_on_as_one_that_was_not_stopped(run, b
     assert np.array_equal(second, whole[count:])
 
 
-@checked
 @given(run=runs(), data=st.data())
 def test_what_is_asked_for_is_read_and_nothing_else(run, data):
     first = data.draw(st.integers(0, run[1] + 1))
@@ -171,7 +165,6 @@ def test_what_is_asked_for_is_read_and_nothing_else(run, data):
     assert reads == np.count_nonzero(part != EOS)
 
 
-@checked
 @given(weights=st.lists(st.integers(1, 300), min_size=1, max_size=7))
 def test_a_mix_is_within_one_window_of_its_weights_at_every_count(weights):
     mix = Mix(weights)
@@ -203,7 +196,6 @@ def test_a_short_source_begins_anew_without_the_others():
     assert epochs[1] == [epoch for epoch in range(9) for _ in range(2)]  # 2
 
 
-@checked
 @given(run=runs(), numbers=st.lists(st.integers(0, 200), min_size=1, max_size=8))
 def test_a_window_is_the_same_in_whatever_order_one_asks(run, numbers):
     sources, seq_len, seed, weights = run

@@ -39,6 +39,7 @@ def _nothing_was_tried(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(trying, "TRIED", {})
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("name", "outcome", "own", "pattern", "why"),
     [

@@ -201,6 +201,7 @@ def test_it_generates_what_the_command_generates(net: LongNet, folder: Path, wor
         model(ids(1, 5), past_key_values=hf.DynamicCache(config=model.config))
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("net", ["sinks"], indirect=True)
 def test_pipeline_writes_text(folder: Path) -> None:
     pipe = hf.pipeline("text-generation", model=str(folder), device="cpu")
@@ -212,6 +213,7 @@ def test_pipeline_writes_text(folder: Path) -> None:
     )
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("net", ["untied"], indirect=True)
 def test_a_trainer_trains_and_resumes(net: LongNet, folder: Path, tmp_path: Path) -> None:
     """The first loss is the LongNet's; its checkpoint is a LongNet; a resumed run ends where a whole one does."""

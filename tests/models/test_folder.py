@@ -4,11 +4,11 @@ import sys
 
 import pytest
 from builders import tiny_llama
-from longnet_cli.hub.model_names import list_models, preset_dir
 from processes import invoke
 
 from longnet_cli.basics.errors import CheckpointError, ConfigError
 from longnet_cli.hub import model_names as module
+from longnet_cli.hub.model_names import list_models, preset_dir
 from longnet_cli.models.folder import ModelFolder
 
 

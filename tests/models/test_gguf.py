@@ -154,6 +154,7 @@ def test_files_that_cannot_be_converted(tmp_path: Path) -> None:
         assert not [name for name in _names(tmp_path) if "out" in name]
 
 
+@pytest.mark.ci
 @pytest.mark.full
 def test_without_its_libraries(tmp_path: Path, command_env: dict[str, str]) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF")

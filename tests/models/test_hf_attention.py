@@ -277,6 +277,7 @@ def test_padding_on_both_sides_is_as_alone() -> None:
             assert (x - y).abs().max() <= 1e-4 * y.abs().max()
 
 
+@pytest.mark.ci
 @pytest.mark.full
 @pytest.mark.parametrize(("model", "pattern"), [(llama, FAR), (bert, PAPER_64TH)])
 def test_a_model_compiles_to_one_graph(model: Callable[[], hf.PreTrainedModel], pattern: Pattern) -> None:

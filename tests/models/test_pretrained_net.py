@@ -266,6 +266,7 @@ def test_what_decides_the_vectors_decides_what_can_be_resumed(folder: Path, tmp_
             run(**other)
 
 
+@pytest.mark.ci
 def test_bench_compares_dense_and_dilated(folder: Path, tmp_path: Path) -> None:
     arguments = ["bench", "--op", "model", "--model", folder, "--repeats", "1", "--format", "jsonl"]
     result = invoke(*arguments, "--seq", "64,128", *OPTIONS)
@@ -377,6 +378,7 @@ def test_without_a_tokenizer(folder: Path, tmp_path: Path) -> None:
     assert "tokenizer" in str(error)
 
 
+@pytest.mark.ci
 @pytest.mark.full
 def test_without_transformers(folder: Path, command_env: dict[str, str]) -> None:
     script = "import sys; sys.modules['transformers'] = None; from longnet_cli.cli.app import main; main()"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,20 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-pytest.importorskip("sentence_transformers", reason="not installed: pip install 'longnet-cli[sentence-transformers]'")
+pytest.importorskip("transformers", reason="transformers is not installed: pip install 'longnet-cli[hf]'")
 
 from sentence_models import WORDS, byte_level, save_model, sentence_pieces, word_pieces
-from sentence_transformers import SentenceTransformer
 
 from longnet_cli import encode_batches
 from longnet_cli.basics.errors import LongNetError
 from longnet_cli.data.text_pieces import PIECE
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.models.hf.sentence_folder import plain_model, read_sentence_model
+
+# not importorskip: importing it takes five seconds, which only the worker that runs these tests needs to spend
+pytestmark = pytest.mark.skipif(
+    not find_spec("sentence_transformers"), reason="not installed: pip install 'longnet-cli[sentence-transformers]'"
+)
 
 ODD = ["[SEP] Caf\u00e9, \u6f22 A", "the\n\n net ", " of", "a\u0301 DOCUMENT [MASK]?", "</s> in <end> to"]
 
@@ -40,6 +45,8 @@ def vectors(folder: Path, documents: list[str], **options: Any) -> np.ndarray:
 
 def difference(folder: Path, documents: list[str], **options: Any) -> float:
     """Return the largest difference from the library's vectors."""
+    from sentence_transformers import SentenceTransformer
+
     theirs = SentenceTransformer(str(folder), device="cpu").encode_document(documents, batch_size=5)
     ours = vectors(folder, documents, **options)
     assert ours.shape == theirs.shape

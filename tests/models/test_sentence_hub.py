@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pyarrow.ipc as ipc
@@ -10,9 +11,17 @@ import pytest
 from conftest import RunLongnet
 from loopback_hub import LoopbackHub, fill_cache, loopback_hub, read_folder
 
-pytest.importorskip("sentence_transformers", reason="not installed: pip install 'longnet-cli[sentence-transformers]'")
+pytest.importorskip("transformers", reason="transformers is not installed: pip install 'longnet-cli[hf]'")
 
 from sentence_models import save_model
+
+# not importorskip: importing it takes five seconds, which only the worker that runs these tests needs to spend
+pytestmark = [
+    pytest.mark.ci,
+    pytest.mark.skipif(
+        not find_spec("sentence_transformers"), reason="not installed: pip install 'longnet-cli[sentence-transformers]'"
+    ),
+]
 
 NAME = "org/sentences"
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from longnet_cli.hub.model_names import preset_dir
 
 from longnet_cli.basics.errors import ConfigError
+from longnet_cli.hub.model_names import preset_dir
 from longnet_cli.jobs.training.loop import train
 from longnet_cli.jobs.training.recipe import Recipe, load_recipe
 from longnet_cli.nets.longnet import LongNet

@@ -200,6 +200,7 @@ def test_a_hugging_face_model_gives_each_process_its_own_documents(folder: Path,
     assert len(alone.stdout.splitlines()) == 63
 
 
+@pytest.mark.ci
 def test_groups_may_share_documents(folder: Path, run_longnet: RunLongnet) -> None:
     alone, many = (
         run_longnet(*COMMANDS["encode"], "-o", place, *more, cwd=folder)
@@ -247,6 +248,7 @@ def test_what_cannot_be_shared_is_one_line(folder: Path, run_longnet: RunLongnet
         assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("rank", ["1", pytest.param("0", marks=pytest.mark.slow)])
 def test_a_killed_rank_ends_the_job_and_the_next_run_goes_on(
     rank: str, folder: Path, run_longnet: RunLongnet, command_env: dict[str, str]

@@ -110,6 +110,7 @@ def test_vectors_are_those_of_one_process(
     torch.testing.assert_close(*vectors, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.ci
 def test_a_rank_with_bad_data_ends_the_job_and_says_where(
     folder: Path, run_longnet: RunLongnet, aborting: dict[str, str]
 ) -> None:
@@ -153,6 +154,7 @@ def start_training(folder: Path, env: dict[str, str], *start: str, until: int) -
     return job
 
 
+@pytest.mark.ci
 def test_a_killed_rank_ends_the_job_and_the_next_run_goes_on_until_sigterm(
     folder: Path, command_env: dict[str, str]
 ) -> None:
@@ -193,6 +195,7 @@ def test_a_launcher_killed_while_its_ranks_start_leaves_none(
     assert not (folder / "run").exists()
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("way", ["killed", "a rank stopped"])
 def test_a_launcher_that_ends_takes_its_ranks_with_it_in_few_words(
     way: str, folder: Path, command_env: dict[str, str]
@@ -214,6 +217,7 @@ def test_a_launcher_that_ends_takes_its_ranks_with_it_in_few_words(
         assert (job.returncode, lines[1:]) == (143, [])
 
 
+@pytest.mark.ci
 def test_sigusr1_saves_on_all_ranks_and_they_go_on(folder: Path, command_env: dict[str, str]) -> None:
     command = [sys.executable, *TRAIN, f"{folder}/recipe.toml", "-o", f"{folder}/run", "--nproc", "2", "--set"]
     command += ["train.stages=[{seq_len=256, steps=100000}]", "--set", "train.save_every=99999"]

@@ -107,10 +107,10 @@ def point(row: Row, x: float | None, key: str, axes: tuple[Axis, Axis], error: s
     return [Point(x, y, number(row.get(error)))]
 
 
-def merged(found: Sequence[Panel]) -> list[Panel]:
+def merged(panels: Sequence[Panel]) -> list[Panel]:
     """Merge the panels of each key, in the order of their first ones. Leave out empty curves and empty panels."""
     keys: dict[str, Panel] = {}
-    for panel in found:
+    for panel in panels:
         first = keys.setdefault(panel.key, panel._replace(curves=[]))
         first.curves.extend(curve for curve in panel.curves if curve.points)
     return [panel for panel in keys.values() if panel.curves]

@@ -56,12 +56,12 @@ class Bench:
     @classmethod
     def of(cls, name: str, rows: Iterator[tuple[str, Row]]) -> Bench:
         """Return the benchmark of rows, each with its place for errors. Raises DataError for a row of another kind."""
-        found: list[Row] = []
+        measured: list[Row] = []
         for where, row in rows:
             if not isinstance(row.get("impl"), str) or not number(row.get("seq")):
                 raise DataError(f"{where}: not a row of bench: it has no 'impl' and 'seq'")
-            found.append({**row, "seconds_per_token": _inverse(number(row.get("tokens_per_second")))})
-        return cls(name, found)
+            measured.append({**row, "seconds_per_token": _inverse(number(row.get("tokens_per_second")))})
+        return cls(name, measured)
 
     def panels(self, several: bool) -> Iterator[Panel]:
         """Yield a panel for each quantity, with a curve for each implementation. Other differences are in its name.
@@ -101,8 +101,8 @@ def _extrapolated(curve: Curve, rows: list[Row], power: int) -> Curve:
     """Return the continuation of a curve to the lengths that were skipped."""
     last = curve.points[-1]
     skipped = sorted({float(row["seq"]) for row in rows if row.get("status") == "skipped" and row["seq"] > last.x})
-    found = [Point(x, last.y * (x / last.x) ** power) for x in skipped]
-    return Curve(curve.name, [last, *found] if found else [], extrapolated=True)
+    further = [Point(x, last.y * (x / last.x) ** power) for x in skipped]
+    return Curve(curve.name, [last, *further] if further else [], extrapolated=True)
 
 
 STEP = Axis("step", at="step {}", write=lambda value: f"{value:g}")
@@ -131,15 +131,15 @@ class Run:
         A resumed run may have lines of steps that it then repeated: the later lines count. Raises DataError for a line
         without a step.
         """
-        found: list[Row] = []
+        lines: list[Row] = []
         for where, row in rows:
             step = row.get("step")
             if not isinstance(step, int) or number(step) is None:
                 raise DataError(f"{where}: not a line of metrics: it has no whole number 'step'")
-            while found and found[-1]["step"] >= step:
-                found.pop()
-            found.append(row)
-        return cls(name, found)
+            while lines and lines[-1]["step"] >= step:
+                lines.pop()
+            lines.append(row)
+        return cls(name, lines)
 
     def panels(self, several: bool) -> Iterator[Panel]:
         """Yield a panel for each quantity. Its curves are empty if no line has the quantity."""
@@ -176,7 +176,7 @@ class Scores:
     @classmethod
     def of(cls, name: str, rows: Iterator[tuple[str, Row]]) -> Scores:
         """Return the scores in rows of `--format json` (one value) or `jsonl`, with their places. Raises DataError."""
-        found = []
+        all_totals = []
         for where, row in rows:
             if row.get("kind") == "document":
                 continue
@@ -185,14 +185,11 @@ class Scores:
                 lists = [total.get(key) or [] for key, _ in LISTS] if isinstance(total, dict) else [None]
                 if not all(isinstance(rows, list) and all(isinstance(row, dict) for row in rows) for rows in lists):
                     raise DataError(f"{where}: not a score: its total has other types")
-                found.append(total)
-        if found and found[0].get("context") is not None:
-            found[0] = {
-                "ppl_ratio": 1.0,
-                "ppl_ratio_se": 0.0,
-                **found[0],
-            }  # ratios are relative to the first context
-        return cls(name, found)
+                all_totals.append(total)
+        if all_totals and all_totals[0].get("context") is not None:
+            first = {"ppl_ratio": 1.0, "ppl_ratio_se": 0.0}  # ratios are relative to the first context
+            all_totals[0] = first | all_totals[0]
+        return cls(name, all_totals)
 
     def panels(self, several: bool) -> Iterator[Panel]:
         """Yield a panel for perplexity by context, one for its ratio to the first context, and one for each list."""
@@ -258,23 +255,23 @@ def read(path: str | Path) -> Measured:
 
 def read_all(paths: Sequence[str | Path]) -> list[Measured]:
     """Read several files. Each is named by its path if another one has the same name."""
-    found = [read(path) for path in paths]
-    times = Counter(each.name for each in found)
+    measured = [read(path) for path in paths]
+    times = Counter(each.name for each in measured)
     return [
         each if times[each.name] == 1 else replace(each, name=str(path))
-        for each, path in zip(found, paths, strict=True)
+        for each, path in zip(measured, paths, strict=True)
     ]
 
 
-def panels(found: Sequence[Measured], show: Sequence[str] = ()) -> list[Panel]:
+def panels(measured: Sequence[Measured], show: Sequence[str] = ()) -> list[Panel]:
     """Return the panels to draw: all, or only the panels with the keys in `show`, in that order.
 
     Raises DataError if there is nothing to draw, ConfigError for a key that no panel has.
     """
-    times = Counter(type(each) for each in found)
-    every = merged([panel for each in found for panel in each.panels(times[type(each)] > 1)])
+    times = Counter(type(each) for each in measured)
+    every = merged([panel for each in measured for panel in each.panels(times[type(each)] > 1)])
     if not every:
-        names = ", ".join(each.name for each in found)
+        names = ", ".join(each.name for each in measured)
         raise DataError(f"{names}: nothing to draw; of scores, give several contexts, --by-position or --by-recall")
     known = {panel.key: panel for panel in every}
     for key in show:

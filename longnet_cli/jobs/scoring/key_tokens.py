@@ -51,7 +51,7 @@ class _Logprobs:
 
         Raises DataError if the file has other tokens.
         """
-        found: list[np.ndarray] = []
+        parts: list[np.ndarray] = []
         seen, ids = first, document.read(first, first + count) if count else np.empty(0)
         while seen < first + count:
             row = next(self._rows, None)
@@ -67,9 +67,9 @@ class _Logprobs:
                     f"{self.where}: token {seen + int(differ.argmax())} of document {document.doc_id!r} is another: "
                     "the judge must score the same text, by the same tokenizer"
                 )
-            found.append(row.logprobs)
+            parts.append(row.logprobs)
             seen += len(row.ids)
-        return np.concatenate(found) if found else np.empty(0, np.float32)
+        return np.concatenate(parts) if parts else np.empty(0, np.float32)
 
     def end(self) -> None:
         """Raise DataError if there are more rows."""
@@ -84,12 +84,12 @@ class _Logprobs:
             for index in range(batch.num_rows):
                 try:
                     of_row = (np.asarray(column[index].values) for column in (ids, logprobs))
-                    found = _Logged(names[index].as_py(), int(starts[index].as_py()), *of_row)
-                    if found.ids.shape != found.logprobs.shape or not len(found.ids):
+                    logged = _Logged(names[index].as_py(), int(starts[index].as_py()), *of_row)
+                    if logged.ids.shape != logged.logprobs.shape or not len(logged.ids):
                         raise ValueError("as many log-probabilities as ids are needed")
                 except (AttributeError, TypeError, ValueError) as error:
                     raise DataError(f"{table.place(row)}: not a row of log-probabilities: {error}") from None
-                yield found
+                yield logged
                 row += 1
 
 

@@ -232,15 +232,15 @@ class Total:
         self._waiting.append(document)
         if len(self._waiting) < len(self.contexts):
             return
-        found, self._waiting = self._waiting, []
+        at_all_contexts, self._waiting = self._waiting, []
         if score.n_tokens:
-            self.clusters.add([*(each.score.nll_sum for each in found), score.n_bytes or 0, score.n_tokens])
-        keys = [each.key for each in found if each.key]
+            self.clusters.add([*(each.score.nll_sum for each in at_all_contexts), score.n_bytes or 0, score.n_tokens])
+        keys = [each.key for each in at_all_contexts if each.key]
         if keys:
             self.keys = self.keys or Clusters(len(self.contexts) + 2)
             if keys[0].n_tokens:
                 self.keys.add([*(key.nll_sum for key in keys), 0, keys[0].n_tokens])
-        tables = [each.by_recall.table for each in found if each.by_recall]
+        tables = [each.by_recall.table for each in at_all_contexts if each.by_recall]
         for row in np.flatnonzero(tables[0][:, 1]) if tables else ():
             self.recall[row].add([*(table[row, 0] for table in tables), 0, tables[0][row, 1]])
 
@@ -250,7 +250,7 @@ class Total:
 
     def _as_dict(self, index: int) -> dict[str, Any]:
         score, nats = self.scores[index], np.eye(len(self.contexts) + 2)[index]
-        tables = {key: _cluster_rows(*found, 0) for key, found in self.places[index].items()}
+        tables = {key: _cluster_rows(*of_key, 0) for key, of_key in self.places[index].items()}
         if any(row.documents for row in self.recall):
             compare = partial(self._compare, index=index)
             tables["by_recall"] = _cluster_rows(ByRecall.RANGES, self.recall, index, compare)
@@ -391,10 +391,10 @@ class Bigrams:
         """
         while self.end < start:
             self._read(min(self.end + BLOCK, start))
-        found = [np.empty(0, np.int64)]
+        parts = [np.empty(0, np.int64)]
         while self.end < stop:
-            found.append(self._read(min(self.end + BLOCK, stop)))
-        return np.concatenate(found)
+            parts.append(self._read(min(self.end + BLOCK, stop)))
+        return np.concatenate(parts)
 
     def _read(self, stop: int) -> np.ndarray:
         """Read the bigrams that end in [self.end, stop), at least one, and return their distances."""

@@ -96,8 +96,8 @@ class Checkpoints:
                 if self.ranks.first:
                     checksums.write_manifest(partial / STATE, STATE_VERSION, facts)
             if self.ranks.first:
-                found = checkpoints_in(self.folder)
-                for old in found[found.index(final) + self.keep :]:  # later ones are damaged, and do not count
+                saved = checkpoints_in(self.folder)
+                for old in saved[saved.index(final) + self.keep :]:  # later ones are damaged, and do not count
                     with suppress(CheckpointError, OSError):  # not a checkpoint of ours, which stays
                         _remove(old, [*read_state(old)["files"], STATE])
         except Exception as error:  # any error: in a thread it would be lost, and the run without checkpoints
@@ -116,8 +116,8 @@ def _remove(folder: Path, names: Iterable[str]) -> None:
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """Return the whole checkpoints in a folder, newest first. A checkpoint being written has another name."""
-    found = [path for path in folder.glob("step-*") if CHECKPOINT_NAME.fullmatch(path.name)] if folder.is_dir() else []
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+    paths = [path for path in folder.glob("step-*") if CHECKPOINT_NAME.fullmatch(path.name)] if folder.is_dir() else []
+    return sorted(paths, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
 def newest_whole(folder: Path, ranks: Ranks, on_damaged: Callable[[str], None]) -> Path | None:
@@ -126,21 +126,21 @@ def newest_whole(folder: Path, ranks: Ranks, on_damaged: Callable[[str], None]) 
     `on_damaged` gets a message about each damaged checkpoint that is skipped. Rank 0 looks, for all ranks. Raises
     CheckpointError when there are checkpoints and all are damaged.
     """
-    found = checkpoints_in(folder)
-    chosen = len(found)
+    newest_first = checkpoints_in(folder)
+    chosen = len(newest_first)
     if ranks.first:
-        for index, path in enumerate(found):
+        for index, path in enumerate(newest_first):
             damage = find_damage(path)
             if damage is None:
                 chosen = index
                 break
             on_damaged(f"{path} is damaged ({damage}); the one before it is used")
     chosen = ranks.from_first(chosen)
-    if chosen < len(found):
-        return found[chosen]
-    if found:
+    if chosen < len(newest_first):
+        return newest_first[chosen]
+    if newest_first:
         raise CheckpointError(
-            f"{folder}: all {len(found)} checkpoints are damaged; start again with -o and another folder"
+            f"{folder}: all {len(newest_first)} checkpoints are damaged; start again with -o and another folder"
         )
     return None
 

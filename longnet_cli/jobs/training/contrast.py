@@ -166,10 +166,10 @@ def read_pairs(reader: TextReader, batch: PairBatch, place: slice, pairs: int, r
     Vectors are (2, pairs, dim) float64, or (3, pairs, dim) with hard negatives; facts (pairs, n + 1) int64 are the n
     keys of each pair, and the tokens of its texts.
     """
-    found = reader.vectors(batch.texts).unflatten(0, batch.shape)
-    vectors = found.new_zeros(len(found), pairs, found.shape[2])
-    facts = torch.zeros(pairs, batch.keys.shape[1] + 1, dtype=torch.int64, device=found.device)
-    vectors[:, place] = found
+    own_vectors = reader.vectors(batch.texts).unflatten(0, batch.shape)
+    vectors = own_vectors.new_zeros(len(own_vectors), pairs, own_vectors.shape[2])
+    facts = torch.zeros(pairs, batch.keys.shape[1] + 1, dtype=torch.int64, device=own_vectors.device)
+    vectors[:, place] = own_vectors
     if ranks.rank % ranks.sp == 0:
         tokens = np.reshape([len(text.ids) for text in batch.texts], batch.shape).sum(0)
         facts[place] = torch.from_numpy(np.column_stack((batch.keys, tokens))).to(facts.device)
@@ -207,10 +207,10 @@ def _scores(vectors: Tensor, keys: Tensor, temperature: float | Tensor = 1.0) ->
     """
     first, second, *third = F.normalize(vectors, dim=-1)
     alike = [_alike(keys[:, :3], keys[:, :3]).fill_diagonal_(False), _alike(keys[:, :3], keys[:, 3:])]
-    found = [first @ second.T, first @ third[0].T if third else first[:, :0]]
+    similarities = [first @ second.T, first @ third[0].T if third else first[:, :0]]
     scores, hard = (  # divided before they are masked: the derivative of -inf by the temperature is no number
         (x / temperature).masked_fill(mask[:, : x.shape[1]], float("-inf"))
-        for x, mask in zip(found, alike, strict=True)
+        for x, mask in zip(similarities, alike, strict=True)
     )
     return scores, hard
 

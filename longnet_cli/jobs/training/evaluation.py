@@ -88,13 +88,13 @@ def evaluate(
         if isinstance(documents, PairBatch):
             return _rank_pairs(model, documents, recipe, contrast, ranks, on_part)
         if recipe.train.objective == "masked":
-            found = _score_masked(Reader(model, **reading), _masked_windows(documents, recipe, eos_id, seq_len))
+            total = _score_masked(Reader(model, **reading), _masked_windows(documents, recipe, eos_id, seq_len))
         else:
-            found = reduce(add, (each.score for each in score(model, documents, bos=eos_id, **reading)))
+            total = reduce(add, (each.score for each in score(model, documents, bos=eos_id, **reading)))
     finally:
         model.train()
-    loss = found.nll_sum / found.n_tokens
-    return {"held_out_loss": loss, "held_out_ppl": found.ppl, "held_out_bpb": found.bpb}
+    loss = total.nll_sum / total.n_tokens
+    return {"held_out_loss": loss, "held_out_ppl": total.ppl, "held_out_bpb": total.bpb}
 
 
 def _rank_pairs(

@@ -256,7 +256,7 @@ def plan_forwards(starts: Sequence[Sequence[int]], length: int, chunk: int) -> I
         yield _Forward([[(whole[index], 0, length)] for index in batch], None)
     # the rule of reading sorts by length and pads: here, neighbours stay one run of ids, and nothing is padded
     mixed = [
-        (row, *edges) for row, found in enumerate(starts) if len(found) > 1 for edges in pairwise([*found, length])
+        (row, *edges) for row, begins in enumerate(starts) if len(begins) > 1 for edges in pairwise([*begins, length])
     ]
     for group in _filled(mixed, chunk):
         yield _Forward([_joined(group)], [stop - start for _, start, stop in group])

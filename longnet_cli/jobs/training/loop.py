@@ -285,9 +285,9 @@ class _TrainingRun:
             # not if groups may have different numbers of chunks, or weights are gathered between chunks
             "on_chunk": self._look if ranks.dp == 1 and not self.sharded else None,
         }
-        found, documents, seen = self._gradient(batch, windows.seed, running)
+        objective, documents, seen = self._gradient(batch, windows.seed, running)
         norm = clip_gradients(self.model, recipe.optimizer.clip)
-        loss, norm, slope = torch.stack((found, norm.double(), self.slope)).tolist()  # the only wait for the device
+        loss, norm, slope = torch.stack((objective, norm.double(), self.slope)).tolist()  # the only wait for the device
         self._refuse_divergence(loss, norm, windows, position)
         rate = self._learning_rate(self.progress.step)
         for optimizer in self.optimizers:
@@ -410,7 +410,7 @@ class _TrainingRun:
         """Return the held-out metrics. Write best/ if the loss is lower than ever."""
         with whole_weights(self.model):
             try:
-                found = evaluate(
+                held_out_metrics = evaluate(
                     self.model,
                     held_out,
                     self.recipe,
@@ -420,7 +420,7 @@ class _TrainingRun:
                     ranks=self.ranks,
                     on_part=self._look if not self.sharded else lambda: None,
                 )
-                loss = found["held_out_loss"] or 0.0
+                loss = held_out_metrics["held_out_loss"] or 0.0
             except NotFiniteError:
                 loss = math.nan
         if not math.isfinite(loss):
@@ -431,7 +431,7 @@ class _TrainingRun:
         if self.progress.best is None or loss < self.progress.best:
             self.progress.best = loss
             self._write_model(self.output / BEST)
-        return found
+        return held_out_metrics
 
     def _look(self) -> None:
         """Stop or save, between two chunks, if a signal asks for it."""
@@ -523,14 +523,14 @@ def _before_texts(recipe: Recipe, tokenizer: Tokenizer, eos_id: int) -> tuple[li
 def _before_documents(recipe: Recipe, tokenizer: Tokenizer) -> int:
     """Return the id with which each document starts: end-of-text, or what a Hugging Face model was trained with."""
     if recipe.pretrained is None or recipe.data.eos is not None:
-        found: int | tuple[int, ...] | None = tokenizer.eos_id
+        token_id: int | tuple[int, ...] | None = tokenizer.eos_id
     else:
-        found = ModelFolder.find(recipe.pretrained.init).bos(tokenizer)
-    if found is None:
+        token_id = ModelFolder.find(recipe.pretrained.init).bos(tokenizer)
+    if token_id is None:
         raise ConfigError(f"{NO_END}; training puts it between documents: name a token or an id (--eos, data.eos)")
-    if not isinstance(found, int):
-        raise ConfigError(f"{recipe.init} starts a document with {len(found)} tokens, and training puts one there")
-    return found
+    if not isinstance(token_id, int):
+        raise ConfigError(f"{recipe.init} starts a document with {len(token_id)} tokens, and training puts one there")
+    return token_id
 
 
 def _model(recipe: Recipe, initial: str | None) -> Net:

@@ -168,7 +168,7 @@ class MetricsLog:
         """
         seconds = time.perf_counter() - self.began
         share = self.flops / seconds / peak if peak else None
-        found: dict[str, Any] = dict(held_out or {})
+        measured: dict[str, Any] = dict(held_out or {})
         line = Metrics(
             step=step,
             tokens=self.tokens,
@@ -180,7 +180,7 @@ class MetricsLog:
             peak_memory_bytes=memory,
             mfu=share if share is not None and share <= 1 else None,
             temperature=temperature,
-            **found,
+            **measured,
         )
         if self.path:
             with writing(self.path), self.path.open("a", encoding="utf-8") as file:

@@ -393,8 +393,8 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any], stored: Sequence
         data["init"] = folder.origin
     given = data.get("data")
     spec = given.get("tokenizer") if isinstance(given, dict) else None
-    if isinstance(spec, str) and (found := find_tokenizer(as_stored(spec, stored))):
-        data["data"]["tokenizer"] = found.name
+    if isinstance(spec, str) and (words := find_tokenizer(as_stored(spec, stored))):
+        data["data"]["tokenizer"] = words.name
     if folder and folder.of_transformers:
         return validate(PretrainedRecipe, data | _pretrained(data, folder, where), where)
     if folder:
@@ -460,16 +460,16 @@ def parse_overrides(settings: Sequence[str]) -> dict[str, Any]:
 
     Text keeps its spaces, unless there is one before the equals sign, as in `data.tokenizer = bytes`.
     """
-    found: dict[str, Any] = {}
+    overrides: dict[str, Any] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or not key.strip():
             raise ConfigError(f"--set {setting}: write key=value, for example --set optimizer.lr=1e-3")
         try:
-            found[key.strip()] = parse(f"value = {text}", tomllib.loads)["value"]
+            overrides[key.strip()] = parse(f"value = {text}", tomllib.loads)["value"]
         except ValueError:
-            found[key.strip()] = text.strip() if key.endswith(" ") else text
-    return found
+            overrides[key.strip()] = text.strip() if key.endswith(" ") else text
+    return overrides
 
 
 def _read(path: str) -> tuple[Any, str]:

@@ -125,14 +125,15 @@ def prepare_run(
             f"nothing to train: there is no run in {output}; name a recipe (`longnet train my-recipe.toml`) or --set "
             "its values"
         )
-    found = load_recipe(recipe or own, overrides, [_stored(earlier, *keys) for keys in _NAMES] if earlier else ())
+    loaded = load_recipe(recipe or own, overrides, [_stored(earlier, *keys) for keys in _NAMES] if earlier else ())
     # then the recipe names it: the order of `running.chunk_size.chunk_of`
-    if earlier and not found.names_chunk and isinstance(chunk := _stored(earlier, "train", "chunk"), int) and chunk > 0:
-        found = found.with_chunk(chunk)
+    chunk = _stored(earlier, "train", "chunk") if earlier else None
+    if not loaded.names_chunk and isinstance(chunk, int) and chunk > 0:
+        loaded = loaded.with_chunk(chunk)
     if writes:
         _refuse_others(folder)
-        _refuse_overwriting(folder, found, recipe)
-    return found
+        _refuse_overwriting(folder, loaded, recipe)
+    return loaded
 
 
 def find_checkpoint(output: Path, resume: Resume, ranks: Ranks, on_note: Callable[[str], None]) -> Path | None:
@@ -145,12 +146,12 @@ def find_checkpoint(output: Path, resume: Resume, ranks: Ranks, on_note: Callabl
         resume = True
     if resume is True:
         return newest_whole(output / CHECKPOINTS, ranks, on_note)
-    found = None if resume is False else _checkpoint_at(Path(resume), ranks, on_note)
+    checkpoint = None if resume is False else _checkpoint_at(Path(resume), ranks, on_note)
     for newest in checkpoints_in(output / CHECKPOINTS)[:1]:
-        if found is None or found.resolve() != newest.resolve():
+        if checkpoint is None or checkpoint.resolve() != newest.resolve():
             raise ConfigError(f"{output} already holds a run: name another folder with -o, or remove it")
         return newest
-    return found
+    return checkpoint
 
 
 def _recipe_of_run(folder: Path, resume: Resume) -> str | None:
@@ -192,12 +193,12 @@ def _checkpoint_at(path: Path, ranks: Ranks, on_note: Callable[[str], None]) -> 
         if damage := find_damage(path):
             raise CheckpointError(f"{path} is damaged: {damage}")
         return path
-    found = newest_whole(path / CHECKPOINTS, ranks, on_note)
-    if found is None:
+    checkpoint = newest_whole(path / CHECKPOINTS, ranks, on_note)
+    if checkpoint is None:
         raise CheckpointError(
             f"--resume {path}: neither a checkpoint ({STATE} is missing) nor a run with {CHECKPOINTS}/{_LAST}"
         )
-    return found
+    return checkpoint
 
 
 def _refuse_overwriting(output: Path, recipe: Recipe, path: str | None) -> None:

@@ -270,12 +270,12 @@ class TokenWindows:
 
     def places(self, first: int, last: int) -> list[str]:
         """Return where the windows first .. last - 1 start: file and row, each once, in order."""
-        found: dict[str, None] = {}
+        places: dict[str, None] = {}
         for n in range(first, last):
             source, _, start = self.locate(n)
             stream = self.sources[source]
-            found[stream.documents[stream.locate(start)].where] = None
-        return list(found)
+            places[stream.documents[stream.locate(start)].where] = None
+        return list(places)
 
     def _check(self, stream: TokenStream, name: str) -> None:
         if len(stream) < self.seq_len + 1:
@@ -351,9 +351,9 @@ class PairStream(TokenStream):
     def __init__(self, documents: Sequence[Document], eos_id: int, others: Sequence[Sequence[Document]] = ()) -> None:
         super().__init__(documents, eos_id)
         self.others = others
-        for key, found in zip(("pair", "negative")[: len(others)], others, strict=True):
-            if len(found) != len(documents):
-                raise DataError(f"data.{key} has {len(found)} documents and data.column {len(documents)}")
+        for key, texts in zip(("pair", "negative")[: len(others)], others, strict=True):
+            if len(texts) != len(documents):
+                raise DataError(f"data.{key} has {len(texts)} documents and data.column {len(documents)}")
 
     @cached_property
     def usable(self) -> np.ndarray:
@@ -361,7 +361,7 @@ class PairStream(TokenStream):
         lengths = np.diff(self.starts) - 1
         if not self.others:
             return np.flatnonzero(lengths > 1)
-        shortest = np.min([lengths, *(np.fromiter(map(len, found), np.int64) for found in self.others)], axis=0)
+        shortest = np.min([lengths, *(np.fromiter(map(len, texts), np.int64) for texts in self.others)], axis=0)
         return np.flatnonzero(shortest > 0)
 
     def pair(self, index: int, longest: Sequence[int], seed: Sequence[int]) -> tuple[list[np.ndarray], list[int]]:
@@ -370,7 +370,7 @@ class PairStream(TokenStream):
         if not self.others:
             texts = [document.read(*span) for span in draw_spans(len(document), longest[:2], seed)]
         else:
-            columns = (document, *(found[index] for found in self.others))
+            columns = (document, *(texts[index] for texts in self.others))
             texts = [each.read(0, n) for each, n in zip(columns, longest[: len(columns)], strict=True)]
         start = document.read(0, DIGEST_TOKENS)  # equal documents under two names are one
         return texts, [_key(start, len(document)), *map(_key, texts)]
@@ -402,8 +402,8 @@ class PairWindows(TokenWindows):
             source, _, start = self.locate(n)
             stream = self.sources[source]
             assert isinstance(stream, PairStream)
-            found, key = stream.pair(stream.locate(start), self.longest, (self.seed, n))
-            parts = zip(self.before[: len(found)], found, strict=True)
+            texts_of_pair, key = stream.pair(stream.locate(start), self.longest, (self.seed, n))
+            parts = zip(self.before[: len(texts_of_pair)], texts_of_pair, strict=True)
             texts.append([PairText(np.concatenate(part), min(1, len(part[0]))) for part in parts])
             keys.append(key)
         sides = [[*side] for side in zip(*texts, strict=True)]
@@ -464,5 +464,5 @@ def draw_spans(tokens: int, longest: Sequence[int], seed: Sequence[int]) -> list
 
 
 def _key(ids: np.ndarray, more: int = 0) -> int:
-    found = hashlib.blake2b(np.ascontiguousarray(ids, np.int64).tobytes(), digest_size=8, salt=more.to_bytes(8, "big"))
-    return int.from_bytes(found.digest(), "big", signed=True)
+    digest = hashlib.blake2b(np.ascontiguousarray(ids, np.int64).tobytes(), digest_size=8, salt=more.to_bytes(8, "big"))
+    return int.from_bytes(digest.digest(), "big", signed=True)
