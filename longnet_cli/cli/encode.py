@@ -105,9 +105,9 @@ def encode(options: EncodeCommand) -> None:
     earlier = named.check_outputs({"-o": output}, where_to, for_folder, running)
     opened, own = _open(options, named)
     if opened.room:
-        from longnet_cli.jobs.estimating.reading_job import EncodeJob
+        from longnet_cli.jobs.encoding import Encoder
 
-        job = EncodeJob(opened.loaded.net, own)
+        job = partial(Encoder, options=own)
         estimate_reading(opened, job, "encoding", output, options.format, running, options.computing)
     else:
         _write(options, opened, own, earlier)

@@ -171,11 +171,10 @@ def _check_model(options: ScoreCommand, opened: Opened) -> None:
 
 
 def _estimate(options: ScoreCommand, opened: Opened) -> None:
-    from longnet_cli.jobs.estimating.reading_job import ScoreJob
-    from longnet_cli.jobs.scoring.scoring import Cut
+    from longnet_cli.jobs.scoring.scoring import Cut, Scorer
 
     cut = Cut.of(opened.loaded.net, opened.loaded.bos, options.context, options.stride, options.last)
-    job = ScoreJob(opened.loaded.net, cut, recalls=options.by_recall)
+    job = partial(Scorer, cut=cut, by_recall=options.by_recall)
     format: Literal["text", "json"] = "json" if options.format == "json" else "text"
     estimate_reading(opened, job, "scoring", options.output, format, options.running, options.computing)
 
