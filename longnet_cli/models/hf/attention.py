@@ -42,7 +42,7 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
-from longnet_cli.attention import FarKeys, LayerFinds, Outside, Pattern, Span, dilated_attention
+from longnet_cli.attention import FarKeys, FarSpan, LayerFinds, Outside, Pattern, dilated_attention
 from longnet_cli.attention.choosing import Finds
 from longnet_cli.attention.spans import SINKS, far_spans, lanes, span_positions, span_rows
 from longnet_cli.basics.errors import ConfigError
@@ -338,7 +338,7 @@ def _cached(k: Tensor, v: Tensor, pattern: Pattern, num_heads: int, start: int) 
         if not (rows := max(map(len, positions))):
             continue
         edge = (start // w + 1) * w  # two segments show every lane that has a new token
-        new = [Span(span.level, start, min(stop, edge)), Span(span.level, edge, max(edge, min(stop, edge + w)))]
+        new = [FarSpan(span.level, start, min(stop, edge)), FarSpan(span.level, edge, max(edge, min(stop, edge + w)))]
         asked = [
             any(counts) for counts in zip(*(span_rows(pattern, x, num_heads, key_heads) for x in new), strict=True)
         ]
