@@ -14,7 +14,6 @@ from longnet_cli.cli.options import OUTPUT, Computing, Documents, Mesh, ModelCho
 from longnet_cli.cli.output import count_left_out, end, tell
 from longnet_cli.cli.pairs import SAMPLE, check_pairs
 from longnet_cli.cli.progress import progress
-from longnet_cli.cli.state import say_state
 
 if TYPE_CHECKING:
     from longnet_cli.data.manifest import Manifest
@@ -143,7 +142,6 @@ def _write(options: EncodeCommand, opened: Opened, own: EncodeOptions, earlier: 
     from longnet_cli.running.ranks.ranks import leave
 
     net, data, quiet, computing = opened.loaded.net, opened.inputs, opened.quiet, options.computing
-    known = data.stored() if not data.skip_bad else ()
     done = earlier.totals["tokens"] if earlier else 0
     left_out = count_left_out(data.skip_bad, quiet)
     with progress("encoding", total=data.num_tokens(), start=done, quiet=quiet) as advance:
@@ -157,7 +155,7 @@ def _write(options: EncodeCommand, opened: Opened, own: EncodeOptions, earlier: 
             resume=options.running.resume,
             left_out=left_out,
             of_text=PLACE_FIELDS,
-            telling=partial(say_state, stored=known, net=net, computing=computing, quiet=quiet),
+            telling=opened.telling(computing),
             ranks=opened.ranks,
             chunk=computing.chunk,
             dtype=computing.dtype,
