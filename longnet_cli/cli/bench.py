@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from longnet_cli.basics.sizes import format_bytes, format_count, format_duration
 from longnet_cli.cli import options as shared
-from longnet_cli.cli.options import COMPUTE, OUTPUT, PATTERN, Dtype, Panel, read_pattern
+from longnet_cli.cli.options import COMPUTE, OUTPUT, PATTERN, Dtype, HelpPanel, read_pattern
 from longnet_cli.cli.output import RowFormat, RowWriter, tell
 from longnet_cli.cli.progress import progress
 from longnet_cli.cli.starting import launch
@@ -33,7 +33,7 @@ _HUMAN = {
 _LONG_SECONDS, _LONG_BYTES = 10.0, 2**30  # rows beyond these are announced
 
 
-MEASURE, SHAPE, MODEL = Panel("What to measure"), Panel("Shape"), Panel("Model (--op model, train)")
+MEASURE, SHAPE, MODEL = HelpPanel("What to measure"), HelpPanel("Shape"), HelpPanel("Model (--op model, train)")
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from dataclasses import MISSING, dataclass
 from typing import Literal
 
 from longnet_cli.cli import options as shared
-from longnet_cli.cli.options import OUTPUT, Dtype, Panel, argument
+from longnet_cli.cli.options import OUTPUT, Dtype, HelpPanel, argument
 from longnet_cli.cli.output import tell
 from longnet_cli.cli.starting import ask_hub
 
-OFFICIAL = Panel("Official checkpoints")
+OFFICIAL = HelpPanel("Official checkpoints")
 
 
 @dataclass(frozen=True)

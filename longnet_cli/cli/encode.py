@@ -10,7 +10,7 @@ from longnet_cli.basics.sizes import format_count
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.dry_run import Format, check_sample, estimate_reading
 from longnet_cli.cli.model_and_inputs import ModelAndInputs, Opened
-from longnet_cli.cli.options import OUTPUT, Computing, Documents, Mesh, ModelChoice, Panel, Running
+from longnet_cli.cli.options import OUTPUT, Computing, Documents, HelpPanel, Mesh, ModelChoice, Running
 from longnet_cli.cli.output import count_left_out, end, tell
 from longnet_cli.cli.pairs import SAMPLE, check_pairs
 from longnet_cli.cli.progress import progress
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from longnet_cli.data.manifest import Manifest
     from longnet_cli.jobs.encoding import EncodeOptions
 
-VECTORS = Panel("Vectors")
+VECTORS = HelpPanel("Vectors")
 
 
 @dataclass(frozen=True, kw_only=True)

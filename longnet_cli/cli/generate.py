@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from longnet_cli.basics.errors import ConfigError, LongNetError
 from longnet_cli.basics.sizes import format_bytes, format_duration
 from longnet_cli.cli import options as shared
-from longnet_cli.cli.options import INPUT, OUTPUT, Computing, ModelChoice, Panel, argument, read_pattern
+from longnet_cli.cli.options import INPUT, OUTPUT, Computing, HelpPanel, ModelChoice, argument, read_pattern
 from longnet_cli.cli.output import emit_jsonl, note, printable, tell
 from longnet_cli.cli.pairs import Needs, check_pairs
 from longnet_cli.cli.progress import progress
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from longnet_cli.running.causal_stream import CausalStream
 
 Format = Literal["text", "jsonl"]
-SAMPLING = Panel("How to choose tokens")
+SAMPLING = HelpPanel("How to choose tokens")
 MAX_TOKENS = 256
 
 

@@ -58,7 +58,7 @@ def _split(value: str | Sequence[str]) -> list[str]:
     return [name.strip() for name in value.split(",")] if isinstance(value, str) else list(value)
 
 
-# What reads the value of an option, by what its help has for one. Sizes are of `Panel.size`.
+# What reads the value of an option, by what its help has for one. Sizes are of `HelpPanel.size`.
 PARSERS: dict[str, Callable[[Any], Any]] = {
     "SIZE,...": parse_sizes,
     "NAME,...": _split,
@@ -67,7 +67,7 @@ PARSERS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-class Panel(str):
+class HelpPanel(str):
     """A panel of the help, by its title, which makes the options in it: fields of a dataclass (`takes_options`).
 
     A panel appears where its first option does.
@@ -120,8 +120,8 @@ def complete_model(incomplete: str) -> list[str]:
     return [name for name in (*list_models(), *list_cached()) if name.startswith(incomplete)]
 
 
-INPUT, MODEL, PATTERN, OUTPUT = Panel("Input"), Panel("Model"), Panel("Pattern"), Panel("Output")
-COMPUTE, LAST = Panel("Compute"), Panel(OTHER)
+INPUT, MODEL, PATTERN, OUTPUT = HelpPanel("Input"), HelpPanel("Model"), HelpPanel("Pattern"), HelpPanel("Output")
+COMPUTE, LAST = HelpPanel("Compute"), HelpPanel(OTHER)
 
 # Single options of several commands. Those that always come together are in the dataclasses below.
 inputs_argument = partial(

@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from longnet_cli.basics.sizes import format_bytes, format_count
-from longnet_cli.cli.options import OUTPUT, Panel, argument
+from longnet_cli.cli.options import OUTPUT, HelpPanel, argument
 from longnet_cli.cli.output import can_print, emit_json, printable, shows_color
 
 if TYPE_CHECKING:
     from longnet_cli.jobs.describing import Description, LevelCosts, PatternCosts
 
 Format = Literal["text", "json"]
-MEASURE = Panel("What to describe")
+MEASURE = HelpPanel("What to describe")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.cli.dry_run import check_sample, estimate_reading
 from longnet_cli.cli.model_and_inputs import ModelAndInputs, Opened
-from longnet_cli.cli.options import OUTPUT, Computing, Documents, Mesh, ModelChoice, Panel, Running
+from longnet_cli.cli.options import OUTPUT, Computing, Documents, HelpPanel, Mesh, ModelChoice, Running
 from longnet_cli.cli.output import count_left_out, emit_json, emit_jsonl, end, printable, tell
 from longnet_cli.cli.pairs import SAMPLE, Excludes, Needs, check_pairs
 from longnet_cli.cli.progress import Advance, progress
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from longnet_cli.data.manifest import Manifest
     from longnet_cli.jobs.scoring.measures import DocumentScore, Score, Total
 
-MEASURE = Panel("What to measure")
+MEASURE = HelpPanel("What to measure")
 ROW_KEYS = {"kind", "doc_id", "context", "nll_sum", "n_tokens", "n_bytes", "ppl", "bpb", "by_position", "by_recall"}
 ROW_KEYS |= {"key_nll_sum", "key_n_tokens"}
 GAIN_KEYS = {"gain", "gain_se", "gain_share"}  # of documents that are scored at several contexts

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.basics.sizes import format_count
 from longnet_cli.cli import options as shared
-from longnet_cli.cli.options import COMPUTE, INPUT, OUTPUT, Panel, bare_or
+from longnet_cli.cli.options import COMPUTE, INPUT, OUTPUT, HelpPanel, bare_or
 from longnet_cli.cli.output import check_output, count_left_out, end, tell
 from longnet_cli.cli.pairs import Excludes, check_pairs
 from longnet_cli.cli.progress import progress
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from longnet_cli.jobs.tokenizing import TokenizeResult
     from longnet_cli.running.ranks.ranks import Ranks
 
-TOKENS = Panel("Tokens")
+TOKENS = HelpPanel("Tokens")
 
 
 @dataclass(frozen=True)

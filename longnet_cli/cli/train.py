@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from longnet_cli.basics.sizes import format_bytes
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.dry_run import Format, show_training
-from longnet_cli.cli.options import COMPUTE, INPUT, OUTPUT, Mesh, Panel, argument, bare_or, read_pattern
+from longnet_cli.cli.options import COMPUTE, INPUT, OUTPUT, HelpPanel, Mesh, argument, bare_or, read_pattern
 from longnet_cli.cli.output import tell
 from longnet_cli.cli.pairs import Excludes, Needs, check_pairs
 from longnet_cli.cli.progress import Advance, progress
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from longnet_cli.jobs.training.recipe import Recipe
     from longnet_cli.running.ranks.ranks import Ranks
 
-RECIPE = Panel("Recipe")
+RECIPE = HelpPanel("Recipe")
 
 
 PAIRS = (
