@@ -382,6 +382,7 @@ def test_thirty_kills(start: Start, corpus: Path, tmp_path: Path) -> None:
     kill_runs(start, corpus, tmp_path, 30, steps=200)
 
 
+@pytest.mark.ci
 def test_ctrl_c_saves_and_says_how_to_go_on(start: Start, corpus: Path, tmp_path: Path) -> None:
     endless = recipe(corpus, **{"train.stages": [{"seq_len": 32, "steps": 10**6}]})
     (tmp_path / "recipe.json").write_text(endless.model_dump_json())
