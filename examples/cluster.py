@@ -42,9 +42,9 @@ from longnet_cli.jobs.training.gradients import stored_bytes
 from longnet_cli.jobs.training.recipe import Recipe, Stage, load_recipe, parse_overrides
 from longnet_cli.jobs.training.start import check_ranks
 from longnet_cli.models.folder import ModelFolder
-from longnet_cli.nets.config import LongNetConfig, parse_config
+from longnet_cli.nets.config import LongNetConfig, NetConfig, parse_config
 from longnet_cli.nets.longnet import LongNet
-from longnet_cli.nets.net import Net, NetConfig
+from longnet_cli.nets.net import Net
 from longnet_cli.running.chunk_size import GPU_BENCH_CHUNK, SHORTEST_CHUNK, chunk_beside, fitting_chunk
 from longnet_cli.running.device import DTYPES, free_memory, resident_memory, resolve_dtype
 from longnet_cli.running.ranks.exchange import Exchange, even_edges
@@ -351,7 +351,7 @@ def reading_plans(
             "weights": weights + copies,
             "activations": config.forward_bytes(sums.tokens_at_once(chunk)),
             "logits": (8 if machine.itemsize == 4 else 10) * sums.logits_at_once(chunk) * scores,
-            **sums.kept_bytes(chunk, machine.dtype, "a disk" if spill or not config.causal else None, ranks),
+            **sums.kept_bytes(chunk, machine.dtype, spill or not config.causal, ranks),
         }
         # what a bidirectional net keeps between its layers: on the device, in the host's memory, or on a disk
         kept = 0 if config.causal else sums.spilled_bytes(chunk, machine.dtype, ranks)

@@ -14,7 +14,6 @@ from longnet_cli.cli.options import OUTPUT, Computing, Documents, Mesh, ModelCho
 from longnet_cli.cli.output import count_left_out, end, tell
 from longnet_cli.cli.pairs import SAMPLE, check_pairs
 from longnet_cli.cli.progress import progress
-from longnet_cli.cli.state import say_state
 
 if TYPE_CHECKING:
     from longnet_cli.data.manifest import Manifest
@@ -106,9 +105,9 @@ def encode(options: EncodeCommand) -> None:
     earlier = named.check_outputs({"-o": output}, where_to, for_folder, running)
     opened, own = _open(options, named)
     if opened.room:
-        from longnet_cli.jobs.estimating.reading_job import EncodeJob
+        from longnet_cli.jobs.encoding import Encoder
 
-        job = EncodeJob(opened.loaded.net, own)
+        job = partial(Encoder, options=own)
         estimate_reading(opened, job, "encoding", output, options.format, running, options.computing)
     else:
         _write(options, opened, own, earlier)
@@ -143,7 +142,6 @@ def _write(options: EncodeCommand, opened: Opened, own: EncodeOptions, earlier: 
     from longnet_cli.running.ranks.ranks import leave
 
     net, data, quiet, computing = opened.loaded.net, opened.inputs, opened.quiet, options.computing
-    known = data.stored() if not data.skip_bad else ()
     done = earlier.totals["tokens"] if earlier else 0
     left_out = count_left_out(data.skip_bad, quiet)
     with progress("encoding", total=data.num_tokens(), start=done, quiet=quiet) as advance:
@@ -157,7 +155,7 @@ def _write(options: EncodeCommand, opened: Opened, own: EncodeOptions, earlier: 
             resume=options.running.resume,
             left_out=left_out,
             of_text=PLACE_FIELDS,
-            telling=partial(say_state, stored=known, net=net, computing=computing, quiet=quiet),
+            telling=opened.telling(computing),
             ranks=opened.ranks,
             chunk=computing.chunk,
             dtype=computing.dtype,

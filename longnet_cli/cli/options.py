@@ -217,7 +217,7 @@ class ModelChoice:
 
 @dataclass(frozen=True)
 class Running:
-    """What becomes of an interrupted run, and the run that is only estimated."""
+    """The choice to continue an interrupted run, or only to estimate one."""
 
     resume: bool = resume_flag()
     dry_run: bool = flag(

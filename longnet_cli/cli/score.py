@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,10 +15,8 @@ from longnet_cli.cli.options import OUTPUT, Computing, Documents, Mesh, ModelCho
 from longnet_cli.cli.output import count_left_out, emit_json, emit_jsonl, end, printable, tell
 from longnet_cli.cli.pairs import SAMPLE, Excludes, Needs, check_pairs
 from longnet_cli.cli.progress import Advance, progress
-from longnet_cli.cli.state import say_state
 
 if TYPE_CHECKING:
-    from longnet_cli.data.documents import Document
     from longnet_cli.data.left_out import LeftOut
     from longnet_cli.data.manifest import Manifest
     from longnet_cli.jobs.scoring.measures import DocumentScore, Score, Total
@@ -173,11 +171,10 @@ def _check_model(options: ScoreCommand, opened: Opened) -> None:
 
 
 def _estimate(options: ScoreCommand, opened: Opened) -> None:
-    from longnet_cli.jobs.estimating.reading_job import ScoreJob
-    from longnet_cli.jobs.scoring.scoring import Cut
+    from longnet_cli.jobs.scoring.scoring import Cut, Scorer
 
     cut = Cut.of(opened.loaded.net, opened.loaded.bos, options.context, options.stride, options.last)
-    job = ScoreJob(opened.loaded.net, cut, recalls=options.by_recall)
+    job = partial(Scorer, cut=cut, by_recall=options.by_recall)
     format: Literal["text", "json"] = "json" if options.format == "json" else "text"
     estimate_reading(opened, job, "scoring", options.output, format, options.running, options.computing)
 
@@ -192,19 +189,15 @@ def _run(options: ScoreCommand, opened: Opened, earlier: Manifest | None) -> Non
     done = times * earlier.totals["tokens"] if earlier else 0
     total = times * (data.num_tokens() or 0) if options.last is None else 0
     with progress("scoring", total=total or None, start=done, quiet=quiet) as advance:
-        (_print_scores if options.output is None else _write_rows)(options, opened, left_out, advance)
+        if options.output is None:
+            _print_scores(options, opened, left_out, advance)
+        else:
+            _write_rows(options, opened, options.output, left_out, advance)
     leave()
     end(left_out, first=opened.ranks.first, quiet=quiet)
 
 
-def _telling(options: ScoreCommand, opened: Opened) -> Callable[[Iterable[Document]], Iterator[Document]]:
-    """Return what passes documents on, and says what each one keeps."""
-    known = opened.inputs.stored() if not opened.inputs.skip_bad else ()
-    tell_of = partial(say_state, net=opened.loaded.net, computing=options.computing, quiet=opened.quiet)
-    return partial(tell_of, stored=known, contexts=options.context)
-
-
-def _write_rows(options: ScoreCommand, opened: Opened, left_out: LeftOut, advance: Advance) -> None:
+def _write_rows(options: ScoreCommand, opened: Opened, output: str, left_out: LeftOut, advance: Advance) -> None:
     """Write a row per document."""
     from longnet_cli.attention.notation import format_pattern
     from longnet_cli.jobs.row_jobs import write_rows
@@ -226,11 +219,11 @@ def _write_rows(options: ScoreCommand, opened: Opened, left_out: LeftOut, advanc
         partial(RowScorer, options=decisive, count_bytes=loaded.tokenizer.n_bytes if loaded.tokenizer else None),
         loaded.net,
         opened.inputs,
-        options.output or "-",
+        output,
         shard_size=options.shard_tokens,
         resume=options.running.resume,
         left_out=left_out,
-        telling=_telling(options, opened),
+        telling=opened.telling(computing, options.context),
         ranks=opened.ranks,
         chunk=computing.chunk,
         dtype=computing.dtype,
@@ -257,7 +250,7 @@ def _print_scores(options: ScoreCommand, opened: Opened, left_out: LeftOut, adva
     with tokens as on_tokens, choices as on_choice:
         scores = run(
             net,
-            _telling(options, opened)(data.documents()),
+            opened.telling(computing, options.context)(data.documents()),
             bos=loaded.bos,
             stored=data.stored() if net.config.max_tokens is not None else (),
             context=tuple(options.context) if options.context else None,

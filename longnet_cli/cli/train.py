@@ -126,7 +126,7 @@ class TrainCommand:
 
     @property
     def goes_on(self) -> str | bool:
-        """What the run may continue: the run in the output folder, or in a path; False with --no-resume."""
+        """The run that may be continued: the one in the output folder, or in a path; False with --no-resume."""
         return False if self.no_resume else bare_or(self.resume, True, True)
 
 

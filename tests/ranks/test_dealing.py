@@ -240,7 +240,7 @@ def test_what_cannot_be_shared_is_one_line(folder: Path, run_longnet: RunLongnet
     os.mkfifo(folder / "pipe")
     for command, words in (
         (["score", "docs.arrow", "-m", "./net", "--token-logprobs", "x.arrow"], "leave out --dp"),
-        (["tokenize", "docs.jsonl", "-o", "t", "--train-vocab", "300"], "without --dp"),
+        (["tokenize", "docs.jsonl", "-o", "t", "--train-vocab", "300"], "leave out --dp"),
         (["tokenize", "pipe", "-o", "t"], "pipe can be read by one process"),
         (["score", "-", "-m", "./net"], "stdin can be read by one process"),
         (["encode", "docs.arrow", "-m", "./net", "-o", "v", "--nproc", "1"], "needs 2 processes, and there are 1"),
