@@ -172,6 +172,7 @@ def test_shards_are_the_bytes_of_one_process(name: str, folder: Path, run_longne
     assert many.stderr == alone.stderr.replace("alone", "many")
 
 
+@pytest.mark.ci
 def test_printed_scores_are_those_of_one_process(folder: Path, run_longnet: RunLongnet) -> None:
     """And the values of many types that documents carry along."""
     table = ipc.open_file(folder / "docs.arrow").read_all()

@@ -135,8 +135,8 @@ class Probe:
     def measure(self, usual: Shape, longest: int, room: float) -> tuple[float, Shape]:
         """Measure a read; return its FLOP/s and the shape of its forward passes, at most the `usual` one.
 
-        The read has `STEPS` forward passes of the shape that `_grown` finds or, if `longest` exceeds the usual tokens, a
-        window of as many chunks; where they are slow, only one, with its logits. `room` is in bytes.
+        The read has `STEPS` forward passes of the shape that `_grown` finds or, if `longest` exceeds the usual tokens,
+        a window of as many chunks; where they are slow, only one, with its logits. `room` is in bytes.
         """
         shape, rate, seconds = self._grown(usual, room)
         steps = STEPS if seconds < 4 * SECONDS else 1
