@@ -230,13 +230,13 @@ class LongNetConfig(NetConfig, StrictModel):
     def _one_or_several(cls, value: Any, check: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
         """Refuse other values in one sentence. Make `look_back` one number if it is the same at all levels."""
         try:
-            found = check(value)
+            checked = check(value)
         except ValidationError:
             one = "one number" if info.field_name == "look_back" else '"log_rate"'
             raise ValueError(f"must be {one}, or one number per level{no_longer_learned(value)}") from None
         levels = len(info.data.get("segment_lengths", ()))
-        same = info.field_name == "look_back" and isinstance(found, tuple) and len(found) == levels
-        return found[0] if same and len({*found}) == 1 else found
+        same = info.field_name == "look_back" and isinstance(checked, tuple) and len(checked) == levels
+        return checked[0] if same and len({*checked}) == 1 else checked
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:

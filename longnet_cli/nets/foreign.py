@@ -77,8 +77,8 @@ def foreign_keys(config: NetConfig, tokenizer_json: str | None, eos: str | None)
     if type(config) is not LongNetConfig:
         return {}
     keys: dict[str, Any] = {"model_type": MODEL_TYPE, "architectures": [architecture(config)], "dtype": "float32"}
-    found = _ids(tokenizer_json).get(eos or END_OF_TEXT)
-    return keys if found is None else keys | {"bos_token_id": found, "eos_token_id": found}
+    eos_id = _ids(tokenizer_json).get(eos or END_OF_TEXT)
+    return keys if eos_id is None else keys | {"bos_token_id": eos_id, "eos_token_id": eos_id}
 
 
 def foreign_files(tokenizer_json: str | None, eos: str | None) -> dict[str, Any]:

@@ -180,7 +180,7 @@ def test_training_with_dropout_computes_again_what_it_dropped() -> None:
 
 def whole_graph(model: LongNet, ids: Tensor, targets: Tensor, chunk: int) -> Tensor:
     """The loss of all chunks in one graph: far keys are taken, differentiably, from all that came before."""
-    from longnet_cli.attention import Outside, Span, far_keys
+    from longnet_cli.attention import FarSpan, Outside, far_keys
 
     pattern = model.config.pattern
     past: list[list[tuple[Tensor, Tensor]]] = [[] for _ in model.layers]
@@ -191,7 +191,7 @@ def whole_graph(model: LongNet, ids: Tensor, targets: Tensor, chunk: int) -> Ten
         def far(layer: int, q: Tensor, k: Tensor, v: Tensor, start: int = start) -> Outside:
             before = past[layer]
             past[layer] = [*before, (k, v)]
-            spans = [Span(i, start // w * w, start) for i, (w, _) in enumerate(pattern.levels) if start % w]
+            spans = [FarSpan(i, start // w * w, start) for i, (w, _) in enumerate(pattern.levels) if start % w]
             everything = [torch.cat(x, 1) for x in zip(*before, strict=True)]
             return Outside([far_keys(*everything, pattern, span) for span in spans])
 

@@ -35,7 +35,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longnet_cli.attention import FarKeys, Outside, Past, Span
+from longnet_cli.attention import FarKeys, FarSpan, Outside, Past
 from longnet_cli.attention.merging import accumulator
 from longnet_cli.attention.pattern import Pattern
 from longnet_cli.attention.spans import far_spans, lanes, level_of, open_spans, rows_before, span_positions, span_rows
@@ -50,7 +50,7 @@ class Parcel(NamedTuple):
     If `attended`, the reader's shard attends to them; otherwise they are only kept in its cache.
     """
 
-    span: Span
+    span: FarSpan
     start: int
     rows: int
     attended: bool
@@ -82,13 +82,13 @@ class Exchange:
         self.edges = list(edges)
         begin = 0 if cached else self.edges[0]  # a cached chunk continues a document that started at 0
         self.starts = sorted({begin, *(cut for cut in cuts if self.edges[0] < cut < self.edges[-1])})
-        self._open: dict[int, list[Span]] = {}  # by start of the document
-        self._counts: dict[Span, int] = {}  # rows of spans
+        self._open: dict[int, list[FarSpan]] = {}  # by start of the document
+        self._counts: dict[FarSpan, int] = {}  # rows of spans
         self._levels: dict[int, tuple[int, int, set[int]]] = {}  # (w, r, offsets) of each
         self._reach = max(
             (1 + b) * w for w, b in zip(self.pattern.segment_lengths, self.pattern.look_backs, strict=True)
         )
-        self._seen: dict[int, list[tuple[Span, bool]]] = {}  # by reader
+        self._seen: dict[int, list[tuple[FarSpan, bool]]] = {}  # by reader
         # the same on every rank: a collective is entered by all or by none
         self.needed = bool(self.pattern.chosen) or any(self._wants_others(reader) for reader in range(len(edges) - 1))
         self._pasts: dict[int, Past] = {}  # by layer
@@ -243,7 +243,7 @@ class Exchange:
         index = bisect_right(self.starts, position)
         return self.starts[index - 1], self.starts[index] if index < len(self.starts) else self.edges[-1]
 
-    def _wanted(self, reader: int) -> list[tuple[Span, bool]]:
+    def _wanted(self, reader: int) -> list[tuple[FarSpan, bool]]:
         """Return the spans that a rank keeps (False), then the spans that its shard's first document sees (True)."""
         if reader in self._seen:
             return self._seen[reader]
@@ -273,7 +273,7 @@ class Exchange:
         first, last = max(self.edges[maker], document) - document, min(self.edges[maker + 1], end) - document
         parcels: dict[tuple[int, int], Parcel] = {}  # by level and segment
         for span, attended in self._wanted(reader):
-            part = Span(span.level, max(span.start, first), min(span.stop, last))
+            part = FarSpan(span.level, max(span.start, first), min(span.stop, last))
             if part.start < part.stop and (rows := self._rows(part)):
                 segment = part.start // level_of(self.pattern, span.level)[0]
                 # the kept part of a segment contains the attended part
@@ -281,7 +281,7 @@ class Exchange:
                 parcels[span.level, segment] = parcel._replace(attended=attended)
         return list(parcels.values())
 
-    def _rows(self, span: Span) -> int:
+    def _rows(self, span: FarSpan) -> int:
         """Return the rows of the lane that has the most, `max(span_rows(...))`."""
         level, start, stop = span
         if start >= stop:
@@ -310,14 +310,14 @@ class Exchange:
             segment = level, start // level_of(self.pattern, level)[0], parcel.attended
             last = lasts.get(segment)
             if last is not None and self._are_adjacent(joined[last].span, parcel.span):
-                span = Span(level, joined[last].span.start, stop)
+                span = FarSpan(level, joined[last].span.start, stop)
                 joined[last] = joined[last]._replace(span=span, rows=self._rows(span))
             else:
                 lasts[segment] = len(joined)
                 joined.append(parcel)
         return joined
 
-    def _are_adjacent(self, earlier: Span, later: Span) -> bool:
+    def _are_adjacent(self, earlier: FarSpan, later: FarSpan) -> bool:
         """Return whether nothing lies between two spans of a segment: neither this rank's shard, nor any row.
 
         A rank between them may be so short that it has no row of this level.
@@ -325,7 +325,7 @@ class Exchange:
         document, _ = self._document(self.edges[self.rank])
         first, stop = (edge - document for edge in self.edges[self.rank : self.rank + 2])
         around_shard = first < stop and earlier.stop <= first and stop <= later.start
-        return not around_shard and not self._rows(Span(later.level, earlier.stop, later.start))
+        return not around_shard and not self._rows(FarSpan(later.level, earlier.stop, later.start))
 
     def _wants_others(self, reader: int) -> bool:
         """Return whether `reader` gets a row from any other rank."""
@@ -337,7 +337,7 @@ class Exchange:
             for (level, a, z), _ in self._wanted(reader)
             for part in ((level, a, min(z, start)), (level, max(a, stop), z))
         )
-        return any(self._rows(Span(level, max(begin, first), end)) for level, begin, end in parts)
+        return any(self._rows(FarSpan(level, max(begin, first), end)) for level, begin, end in parts)
 
 
 class _Maps(NamedTuple):
@@ -499,7 +499,7 @@ class _AllToAll(torch.autograd.Function):
         shapes = [(batch, parcel.rows, exchange.lanes(parcel, kv_heads), width) for parcel in exchange.joined]
         parts = [x.split([prod(shape[:3]) for shape in shapes]) if shapes else () for x in joined]
         pairs = [(k_.view(shape), v_.view(shape)) for k_, v_, shape in zip(*parts, shapes, strict=True)]
-        level = Parcel(Span(0, 0, 0), 0, 0, False)
+        level = Parcel(FarSpan(0, 0, 0), 0, 0, False)
         nothing = k.new_empty(2, batch, 0, exchange.lanes(level, kv_heads), width)
         return *chain(*pairs), *nothing
 
