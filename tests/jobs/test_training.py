@@ -234,7 +234,7 @@ def test_masked_training_learns_and_hides_the_same_tokens_again(corpus: Path, tm
     lines = metrics_of(tmp_path / "a")
     assert lines[-1]["held_out_loss"] < lines[2]["held_out_loss"] < 5
     assert result.loss < lines[0]["loss"] - 1
-    few = recipe(corpus, **settings, **{"train.stages": [{"seq_len": 64, "steps": 3}]})
+    few = recipe(corpus, **settings | {"train.stages": [{"seq_len": 64, "steps": 3}]})
     first, again = (train(few, tmp_path / name).loss for name in "bc")
     assert first == again
     with pytest.raises(ConfigError, match=r"train.chunk = 32 on 1 ranks is less than the longest seq_len, 64"):
