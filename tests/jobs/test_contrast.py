@@ -289,7 +289,7 @@ def corpus(tmp_path: Path) -> Path:
     ("settings", "stored"),
     [
         ({"contrast.pool": "last", "contrast.document_prompt": "q: "}, ("last", "", "q: ")),
-        (ENCODER, ("mean", "", "")),
+        pytest.param(ENCODER, ("mean", "", ""), marks=pytest.mark.ci),
     ],
 )
 def test_a_run_learns_to_find(settings: dict[str, Any], stored: Any, corpus: Path, tmp_path: Path) -> None:
