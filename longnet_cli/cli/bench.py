@@ -113,29 +113,14 @@ def _settings(options: BenchCommand, device: str, ranks: Ranks) -> Settings:
 
     # a bare geometric adapts to each length
     pattern = options.pattern if options.pattern in ("paper", "geometric") else read_pattern(options.pattern)
+    max_time = 60 if options.max_time is None and options.seq is None else options.max_time
     return Settings.of(
-        seq=options.seq or (4096, 8192, 16384, 32768),
-        op=options.op,
-        impl=options.impl,
-        direction=options.direction,
-        heads=options.heads,
-        head_dim=options.head_dim,
-        batch=options.batch,
-        causal=options.causal,
-        chunk=options.chunk,
-        pattern=pattern,
-        base=options.base,
-        ratio=options.ratio,
-        model=options.model,
-        layers=options.layers,
-        vocab=options.vocab,
-        repeats=options.repeats,
-        max_time=60 if options.max_time is None and options.seq is None else options.max_time,
-        max_dense_time=options.max_dense_time,
-        device=device,
-        dtype=options.dtype,
-        ranks=ranks,
-    )
+        seq=options.seq or (4096, 8192, 16384, 32768), op=options.op, impl=options.impl, direction=options.direction,
+        heads=options.heads, head_dim=options.head_dim, batch=options.batch, causal=options.causal, chunk=options.chunk,
+        pattern=pattern, base=options.base, ratio=options.ratio, model=options.model, layers=options.layers,
+        vocab=options.vocab, repeats=options.repeats, max_time=max_time, max_dense_time=options.max_dense_time,
+        device=device, dtype=options.dtype, ranks=ranks,
+    )  # fmt: skip
 
 
 def _measure(settings: Settings, format: RowFormat, ranks: Ranks, quiet: bool) -> list[Measurement]:

@@ -61,12 +61,7 @@ def convert(options: ConvertCommand) -> None:
     if options.update:
         ask_hub(source, None)
     what = run(
-        source,
-        output,
-        options.dtype,
-        heads=options.heads,
-        segment_lengths=options.segment_lengths,
-        dilation_rates=options.dilation_rates,
-        padding=options.padding,
-    )
+        source, output, options.dtype, heads=options.heads, segment_lengths=options.segment_lengths,
+        dilation_rates=options.dilation_rates, padding=options.padding,
+    )  # fmt: skip
     tell(f"{source}: {what} -> {output}", options.quiet)

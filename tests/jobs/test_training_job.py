@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.spans import open_spans
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.jobs.estimating.training_job import estimate_training, memory_by_kind, settle_chunk
+from longnet_cli.jobs.estimating.training_job import estimate_training, memory_by_kind, settle_chunk, step_flops
 from longnet_cli.jobs.training.gradients import plan_forwards, seen_segments
 from longnet_cli.jobs.training.recipe import Recipe, load_recipe
 from longnet_cli.nets.config import LongNetConfig
@@ -191,6 +191,27 @@ def test_what_a_chunk_and_a_cache_take() -> None:
     two = Ranks(0, 2, 2)
     shared = memory_by_kind(recipe(MODEL, stages=[{"seq_len": 1024, "steps": 1}], chunk=512), CPU, two)
     assert shared == whole | {kind: whole[kind] // 2 for kind in ("activations", "logits")} | {"checkpoint": 0}
+
+
+def test_ranks_hold_their_share_beside_what_a_step_gathers() -> None:
+    one = recipe(MODEL, stages=[{"seq_len": 1024, "steps": 1}], chunk=1024)
+    shared = one.model_copy(update={"parallel": one.parallel.model_copy(update={"shard": "full"})})
+    whole, share = (memory_by_kind(each, CPU, Ranks(0, 4, 4)) for each in (one, shared))
+    for kind in ("weights", "gradients"):
+        assert share[kind] == pytest.approx(1.25 * whole[kind])
+    assert share["optimizer"] == pytest.approx(whole["optimizer"] / 4)
+
+
+def test_contrast_chooses_blocks_in_both_of_its_forward_passes() -> None:
+    pattern = {"segment_lengths": (64,), "dilation_rates": (1,), "look_back": 1, "chosen": 4, "chosen_block": 16}
+    causal = recipe(MODEL | pattern | {"position": "rope"}, stages=[{"seq_len": 1024, "steps": 1}], chunk=1024)
+    contrast = causal.model_copy(update={"train": causal.train.model_copy(update={"objective": "contrast"})})
+    once, twice = (step_flops(each, each.train.stages[0], Ranks()) for each in (causal, contrast))
+    assert twice.attention == 2 * once.attention == 2 * causal.model.attention_flops(1024) / 1024
+    in_chunks = step_flops(causal.with_chunk(512), causal.train.stages[0], Ranks())
+    votes = causal.model.vote_flops(1024) / 1024
+    assert votes > 0
+    assert in_chunks.attention == pytest.approx(1.5 * once.attention - 0.5 * votes)  # what is computed again sees them
 
 
 def test_documents_of_several_windows_fill_a_chunk() -> None:
