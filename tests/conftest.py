@@ -31,7 +31,7 @@ GPU = os.environ.get("LONGNET_TEST_DEVICE", "cuda")
 
 STARTS = {"command_env", "longnet", "python", "run_longnet", "start"}  # fixtures
 ROOMS_OF_PROCESSES = {"clients", "commands", "docs", "ranks"}  # folders of tests/
-ROOMS_OF_CI = {"clients", "docs"}
+ROOMS_OF_CI = {"clients"}
 DURATIONS = ROOT / "tests/durations.json"
 
 RunLongnet = Callable[..., subprocess.CompletedProcess]

@@ -43,12 +43,13 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 MESHES = [
-    pytest.param(["--nproc", "2", "--dp", "2"], id="dp2", marks=pytest.mark.ci),
+    pytest.param(["--nproc", "2", "--dp", "2"], id="dp2"),
     pytest.param(["--nproc", "2", "--chunk", "50"], id="sp2-chunked"),
     pytest.param(["--nproc", "4", "--dp", "2", "--sp", "2"], id="2x2", marks=pytest.mark.slow),
 ]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("mesh", MESHES)
 def test_training_is_that_of_one_process(mesh: list[str], alone: Path, folder: Path, run_longnet: RunLongnet) -> None:
     many = run_longnet("train", folder / "recipe.toml", "-o", folder / "many", *mesh, cwd=folder)
