@@ -17,7 +17,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Workers take file after file, in the order of tests/conftest.py. PYTEST is for more options.
 RUN_TESTS = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses 4 \
   --dist loadfile --no-loadscope-reorder $(PYTEST)
-NOT_OF_CI = --ignore=tests/clients --ignore=tests/docs# or their imports would take seconds
+NOT_OF_CI = --ignore=tests/clients# whose imports take seconds
 
 .PHONY: demo docs/demo.svg test test-rest test-all quick matrix gpu docs lint check wheel-check clean
 

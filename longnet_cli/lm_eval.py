@@ -148,16 +148,16 @@ class LongNetLM(TemplateLM):
     def _document(self, index: int, ids: np.ndarray) -> Document:
         return Document(str(index), ids, None, f"request {index}", limit=self.net.config.vocab_size)
 
-    def _window(self, index: int, context: list[int], more: list[int]) -> _Continuation:
+    def _window(self, index: int, context: list[int], more: list[int]) -> _RequestWindow:
         """Return the ids of a request to read: all but the last. From the context's last on, each predicts a target."""
         ids = np.array((context + more)[-(self.max_length + 1) :] if self.max_length else context + more)
         read, wanted = len(ids) - 1, len(ids) - min(len(more), len(ids) - 1) - 1
         instead = "give max_length, to see the last tokens alone"
         sequence = self.net.sequence(self._document(index, ids)).check(instead, read, skips=False)
-        return _Continuation(sequence, 0, read, wanted, index)
+        return _RequestWindow(sequence, 0, read, wanted, index)
 
     @torch.inference_mode()
-    def _targets(self, piece: Piece[_Continuation]) -> tuple[float, bool]:
+    def _targets(self, piece: Piece[_RequestWindow]) -> tuple[float, bool]:
         """Return the log-likelihood of the ids that a piece predicts, and whether each is the likeliest."""
         total, likeliest = 0.0, True
         if piece.hidden is None or not len(piece):
@@ -173,7 +173,7 @@ class LongNetLM(TemplateLM):
 
 
 @dataclass(frozen=True)
-class _Continuation(Window):
+class _RequestWindow(Window):
     """The context and the continuation of request `index`."""
 
     index: int

@@ -66,7 +66,7 @@ class Table:
         return f"{self.where}, {self.numbered} {row + (self.numbered == 'line')}"
 
 
-class Place(NamedTuple):
+class ColumnPlace(NamedTuple):
     """The place of a column: the table's column `root`, the struct fields that lead to it from there, and its type."""
 
     root: str
@@ -74,7 +74,7 @@ class Place(NamedTuple):
     type: pa.DataType
 
 
-def find_column(schema: pa.Schema, name: str) -> Place | None:
+def find_column(schema: pa.Schema, name: str) -> ColumnPlace | None:
     """Return the place of a column, which may be inside others (`doc.body`), or None for an unknown name."""
     kinds = {field.name: field.type for field in schema}
     steps = name.split(".")
@@ -86,7 +86,7 @@ def find_column(schema: pa.Schema, name: str) -> Place | None:
                 break
             kind = kind.field(step).type
         if kind is not None:
-            return Place(".".join(steps[:cut]), rest, kind)
+            return ColumnPlace(".".join(steps[:cut]), rest, kind)
     return None
 
 

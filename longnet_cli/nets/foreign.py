@@ -12,8 +12,8 @@ from typing import Any
 
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.hub.folder_files import END_OF_TEXT, MODEL_TYPE, MODULES, OLDER_TYPE, POOL_KEY, TRANSFORMER_CONFIGS
-from longnet_cli.nets.config import LongNetConfig
-from longnet_cli.nets.net import Embedder, NetConfig
+from longnet_cli.nets.config import LongNetConfig, NetConfig
+from longnet_cli.nets.net import Embedder
 
 TOKENIZER_CONFIG, SENTENCES = "tokenizer_config.json", TRANSFORMER_CONFIGS[0]
 

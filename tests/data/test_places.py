@@ -121,7 +121,9 @@ def _bytes(inner: tokenizers.Tokenizer, ids: list[int]) -> list[list[int]]:
     return [known[each] for each in ids]
 
 
-@pytest.mark.parametrize("kind", ["WordPiece", "Unigram", "bytes with NFC"])
+@pytest.mark.parametrize(
+    "kind", ["bytes with NFC", *(pytest.param(kind, marks=pytest.mark.ci) for kind in ("WordPiece", "Unigram"))]
+)
 def test_a_long_text_is_read_in_pieces_with_the_same_places(kind: str) -> None:
     text = "the net, the text. \u00e9the ab hen\n" * 3000
     inner = made(kind)

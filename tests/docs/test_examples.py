@@ -37,6 +37,8 @@ from longnet_cli.models.folder import ModelFolder
 from longnet_cli.running.ranks.exchange import Exchange, even_edges
 from longnet_cli.running.ranks.ranks import Ranks
 
+pytestmark = pytest.mark.ci
+
 
 def test_the_standard_library_is_split_by_the_hash_of_a_path(tmp_path: Path) -> None:
     script = ROOT / "examples/stdlib_corpus.py"

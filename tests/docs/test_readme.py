@@ -53,6 +53,7 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     "page",
     [page for page in PAGES if blocks(page, "sh") and page.name not in TESTED_ELSEWHERE],
@@ -118,6 +119,7 @@ def test_blocks_of_vectors(checkout: Path, command_env: dict[str, str], longnet:
     assert all(line[0].split("-")[0] == line[1].split("-")[0] == line[3].split("-")[0] for line in neighbours)
 
 
+@pytest.mark.ci
 def test_python_blocks(checkout: Path, command_env: dict[str, str], python: Path) -> None:
     script = "\n".join(blocks(ROOT / "README.md", "python"))
     done = subprocess.run(

@@ -334,6 +334,7 @@ def exchange_of_chosen_blocks() -> None:
     assert [row.bytes for row in rows] == [number * (window + gathered), number * (window + summed)]
 
 
+@pytest.mark.ci
 def test_what_chosen_blocks_exchange(tmp_path: Path) -> None:
     run_ranks(2, tmp_path, exchange_of_chosen_blocks)
 

@@ -102,11 +102,12 @@ LAST = {"pool": "last", "temperature": 0.5}
         ("native", 1, {"dims": [3, 8]}),
         ("native", 1, LAST),
         ("native", 3, {}),
-        ("native", 3, {"dims": [3, 8]}),
-        ("encoder", 2, {}),
         ("encoder", 2, LAST),
-        ("llama", 1, LAST),
         ("lora", 1, {}),
+        *(
+            pytest.param(*case, marks=pytest.mark.ci)
+            for case in (("native", 3, {"dims": [3, 8]}), ("encoder", 2, {}), ("llama", 1, LAST))
+        ),
     ],
 )
 def test_the_gradient_is_that_of_the_plain_loss(
@@ -288,7 +289,7 @@ def corpus(tmp_path: Path) -> Path:
     ("settings", "stored"),
     [
         ({"contrast.pool": "last", "contrast.document_prompt": "q: "}, ("last", "", "q: ")),
-        (ENCODER, ("mean", "", "")),
+        pytest.param(ENCODER, ("mean", "", ""), marks=pytest.mark.ci),
     ],
 )
 def test_a_run_learns_to_find(settings: dict[str, Any], stored: Any, corpus: Path, tmp_path: Path) -> None:

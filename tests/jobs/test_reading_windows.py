@@ -150,6 +150,7 @@ def rows(path: Path) -> pa.Table:
     return ipc.open_file(path).read_all()
 
 
+@pytest.mark.ci
 def test_the_same_from_everywhere(mean_model: Path, tmp_path: Path, run_longnet: RunLongnet) -> None:
     path = corpus(tmp_path)
     command = ["encode", path, "--model", mean_model, "--span", "40", "--shard-rows", "50"]

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.spans import open_spans
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.jobs.estimating.training_job import estimate_training, memory_by_kind, settle_chunk
+from longnet_cli.jobs.estimating.training_job import estimate_training, memory_by_kind, settle_chunk, step_flops
 from longnet_cli.jobs.training.gradients import plan_forwards, seen_segments
 from longnet_cli.jobs.training.recipe import Recipe, load_recipe
 from longnet_cli.nets.config import LongNetConfig
@@ -154,63 +154,6 @@ def test_the_peak_of_the_papers_smallest_model(tmp_path: Path, command_env: dict
     assert_it_is_the_peak(settings, tmp_path, command_env, "longnet-125m")
 
 
-GROWTH = """
-import json, sys, threading, time
-from pathlib import Path
-import torch
-from longnet_cli.jobs.estimating.training_job import estimate_training
-from longnet_cli.jobs.training.loop import train
-from longnet_cli.jobs.training.recipe import load_recipe
-
-def anonymous():  # pages of a file that is mapped may be given back, and are not counted
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
-
-def watch():
-    while not done.wait(0.005):
-        peaks.append(anonymous())
-
-recipe = load_recipe(None, json.loads(sys.argv[1]))
-found = estimate_training(recipe, torch.device("cpu"))
-done, peaks = threading.Event(), []
-watcher = threading.Thread(target=watch)
-watcher.start()
-train(recipe, sys.argv[2])
-done.set()
-watcher.join()
-print(json.dumps([found.memory["cache"], found.spilled, max(peaks)]))
-"""
-
-
-@pytest.mark.slow
-def test_memory_grows_by_the_far_rows_and_spilled_not_at_all(tmp_path: Path, command_env: dict[str, str]) -> None:
-    """Of a net that looks back one segment, from 16,384 to 65,536 tokens."""
-    data = tmp_path / "data.txt"
-    data.write_text("a line of text.\n" * 8192)
-    model = {"vocab_size": 259, "dim": 64, "num_layers": 4, "num_heads": 4, "ffn_dim": 64, "position": "rope",
-             "segment_lengths": [1024], "dilation_rates": [1], "look_back": 1, "sinks": 4}  # fmt: skip
-    found = {}
-    for spill in (None, str(tmp_path)):
-        for tokens in (16_384, 65_536):
-            settings = {f"model.{key}": value for key, value in model.items()} | {
-                "data.train": [str(data)], "train.chunk": 1024, "train.batch_tokens": tokens, "train.spill": spill,
-                "train.stages": [{"seq_len": tokens, "steps": 1}], "train.across_documents": True,
-            }  # fmt: skip
-            out = tmp_path / f"{tokens} {spill is None}"
-            done = subprocess.run(
-                [sys.executable, "-c", GROWTH, json.dumps(settings), out],
-                capture_output=True, text=True, env=command_env, check=True,
-            )  # fmt: skip
-            found[spill, tokens] = json.loads(done.stdout)
-    (before, _, least), (after, _, most) = found[None, 16_384], found[None, 65_536]
-    (_, _, flat), (cache, file, still_flat) = found[str(tmp_path), 16_384], found[str(tmp_path), 65_536]
-    print(f"stated {(after - before) / 1e6:.1f} MB, grown {(most - least) / 1e6:.1f} MB; spilled "
-          f"{(still_flat - flat) / 1e6:.1f} MB beside a file of {file / 1e6:.1f} MB")  # fmt: skip
-    assert most - least == pytest.approx(after - before, rel=0.1)
-    assert file + cache == after
-    assert still_flat - flat <= 0.05 * (after - before)
-
-
 def assert_it_is_the_peak(settings: dict, folder: Path, env: dict[str, str], name: str | None = None) -> None:
     """Of a run by the recipe `name` with `settings`, in a process of its own."""
     done = subprocess.run(
@@ -248,6 +191,27 @@ def test_what_a_chunk_and_a_cache_take() -> None:
     two = Ranks(0, 2, 2)
     shared = memory_by_kind(recipe(MODEL, stages=[{"seq_len": 1024, "steps": 1}], chunk=512), CPU, two)
     assert shared == whole | {kind: whole[kind] // 2 for kind in ("activations", "logits")} | {"checkpoint": 0}
+
+
+def test_ranks_hold_their_share_beside_what_a_step_gathers() -> None:
+    one = recipe(MODEL, stages=[{"seq_len": 1024, "steps": 1}], chunk=1024)
+    shared = one.model_copy(update={"parallel": one.parallel.model_copy(update={"shard": "full"})})
+    whole, share = (memory_by_kind(each, CPU, Ranks(0, 4, 4)) for each in (one, shared))
+    for kind in ("weights", "gradients"):
+        assert share[kind] == pytest.approx(1.25 * whole[kind])
+    assert share["optimizer"] == pytest.approx(whole["optimizer"] / 4)
+
+
+def test_contrast_chooses_blocks_in_both_of_its_forward_passes() -> None:
+    pattern = {"segment_lengths": (64,), "dilation_rates": (1,), "look_back": 1, "chosen": 4, "chosen_block": 16}
+    causal = recipe(MODEL | pattern | {"position": "rope"}, stages=[{"seq_len": 1024, "steps": 1}], chunk=1024)
+    contrast = causal.model_copy(update={"train": causal.train.model_copy(update={"objective": "contrast"})})
+    once, twice = (step_flops(each, each.train.stages[0], Ranks()) for each in (causal, contrast))
+    assert twice.attention == 2 * once.attention == 2 * causal.model.attention_flops(1024) / 1024
+    in_chunks = step_flops(causal.with_chunk(512), causal.train.stages[0], Ranks())
+    votes = causal.model.vote_flops(1024) / 1024
+    assert votes > 0
+    assert in_chunks.attention == pytest.approx(1.5 * once.attention - 0.5 * votes)  # what is computed again sees them
 
 
 def test_documents_of_several_windows_fill_a_chunk() -> None:

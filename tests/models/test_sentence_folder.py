@@ -88,6 +88,7 @@ NETS = {
 }
 
 
+@pytest.mark.ci
 @pytest.mark.filterwarnings("ignore:.*no pattern is given")
 @pytest.mark.parametrize("prompt", ["", "query: "])
 @pytest.mark.parametrize("kind", NETS)
@@ -118,6 +119,7 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("case", CASES)
 def test_what_a_folder_says(case: str, tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", **CASES[case])
@@ -136,6 +138,7 @@ def test_every_activation(tmp_path: Path) -> None:
         assert all(np.abs(one - other).max() > 1e-3 for other in found[:index])
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("names", [("passage",), ("corpus", "x"), ("x",)])
 def test_a_prompt_that_the_library_does_not_read(names: tuple[str, ...], tmp_path: Path, run_longnet: Any) -> None:
     folder = save_model(tmp_path / "model", prompts=dict.fromkeys(names, "query: "))

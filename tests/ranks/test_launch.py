@@ -49,6 +49,7 @@ MESHES = [
 ]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("mesh", MESHES)
 def test_training_is_that_of_one_process(mesh: list[str], alone: Path, folder: Path, run_longnet: RunLongnet) -> None:
     many = run_longnet("train", folder / "recipe.toml", "-o", folder / "many", *mesh, cwd=folder)
@@ -64,7 +65,14 @@ def aborting(folder: Path, command_env: dict[str, str]) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join((command_env["PYTHONPATH"], str(folder))), "PYTHON_EXEC": sys.executable}
 
 
-@pytest.mark.parametrize("more", [[], ["--context", "300"], ["--pattern", "window:32,chosen=2x16"]])
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        pytest.param(["--context", "300"], marks=pytest.mark.ci),
+        pytest.param(["--pattern", "window:32,chosen=2x16"], marks=pytest.mark.ci),
+    ],
+)
 def test_scores_are_those_of_one_process(
     more: list[str], folder: Path, run_longnet: RunLongnet, aborting: dict[str, str]
 ) -> None:
@@ -90,7 +98,10 @@ def _columns(path: Path) -> list[tuple[int, float]]:
 
 
 # one of the encoder's documents fits both ranks' chunks, others are longer
-@pytest.mark.parametrize(("name", "chunk", "place"), [("decoder", "100", "vectors"), ("encoder", "1000", "many.arrow")])
+@pytest.mark.parametrize(
+    ("name", "chunk", "place"),
+    [pytest.param("decoder", "100", "vectors", marks=pytest.mark.ci), ("encoder", "1000", "many.arrow")],
+)
 def test_vectors_are_those_of_one_process(
     name: str, chunk: str, place: str, folder: Path, run_longnet: RunLongnet
 ) -> None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import gc
-import json
 from collections import Counter
 from functools import partial
 
 import pytest
 import torch
-from conftest import RunLongnet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pattern_nets import CAUSAL, TOLERANCE, draw, error, gradients, net
@@ -244,16 +242,3 @@ def test_default_chunk_follows_the_models_size() -> None:
     small, large = (net(PAPER_64TH, heads=h).config for h in (2, 32))
     assert default_chunk(small, device) > default_chunk(large, device) > 256
     assert default_chunk(large, device).bit_count() == 1
-
-
-@pytest.mark.slow
-def test_chunked_training_needs_a_quarter_of_the_memory(run_longnet: RunLongnet) -> None:
-    """131,072 tokens through longnet-tiny, whole and by 8,192: resident memory of the process, everything included."""
-    bench = ["bench", "--op", "train", "--model", "longnet-tiny", "--impl", "dilated", "--seq", "128Ki"]
-    bench += ["--repeats", "1", "--format", "jsonl", "-q"]
-    peaks = []
-    for chunk in ([], ["--chunk", "8Ki"]):
-        done = run_longnet(*bench, *chunk, timeout=1800)
-        assert done.returncode == 0, done.stderr
-        peaks.append(json.loads(done.stdout)["peak_rss_bytes"])
-    assert peaks[0] >= 4 * peaks[1]
