@@ -236,7 +236,9 @@ class _Rectangle(NamedTuple):
         queries, keys = _overlap(self.queries, queries), _overlap(self.keys, keys)
         if self.square:  # the positions that both have are a square again
             queries = keys = _overlap(queries, keys)
-        return self._replace(queries=queries, keys=keys) if queries[0] < queries[1] and keys[0] < keys[1] else None
+        if queries[0] >= queries[1] or keys[0] >= keys[1]:
+            return None
+        return _Rectangle(1, queries, keys, self.square, self.own)
 
 
 class _ShardGeometry(NamedTuple):

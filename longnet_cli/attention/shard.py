@@ -34,7 +34,7 @@ class Shard(NamedTuple):
             documents=None if self.documents is None else _whole_numbers("documents", self.documents),
         )
 
-    def places(self, batch: int, tokens: int) -> Iterator[Place]:
+    def places(self, batch: int, tokens: int) -> Iterator[BatchPlace]:
         """Yield the places of a batch with `tokens` per row, if `hashable`. Raises ValueError for wrong lengths."""
         if self.documents is not None:
             if min(self.documents, default=0) < 1 or sum(self.documents) != tokens:
@@ -44,11 +44,11 @@ class Shard(NamedTuple):
             stop = 0
             for length in self.documents:
                 start, stop = stop, stop + length
-                yield Place(slice(0, batch), slice(start, stop))
+                yield BatchPlace(slice(0, batch), slice(start, stop))
             return
         lengths = self.lengths
         if lengths is None:
-            yield Place(slice(0, batch), slice(0, tokens))
+            yield BatchPlace(slice(0, batch), slice(0, tokens))
             return
         assert isinstance(lengths, tuple)
         if len(lengths) != batch or not all(0 <= n <= tokens for n in lengths):
@@ -57,10 +57,10 @@ class Shard(NamedTuple):
         for length, rows in groupby(range(batch), key=lengths.__getitem__):  # neighbours of equal length go together
             members = list(rows)
             if length:
-                yield Place(slice(members[0], members[-1] + 1), slice(0, length))
+                yield BatchPlace(slice(members[0], members[-1] + 1), slice(0, length))
 
 
-class Place(NamedTuple):
+class BatchPlace(NamedTuple):
     """Rows of a batch, and their tokens, that one set of calls serves: in each row, these tokens are one sequence."""
 
     rows: slice

@@ -262,11 +262,14 @@ def span_views(pattern: Pattern, span: FarSpan, num_heads: int, start: int, kv_h
     group = num_heads // (kv_heads or num_heads)
     steps = (1, r, -(-len(heads) // r), len(heads) // len({*heads}), lcm(r, group))
     for run in progressions(equal, even, steps):
-        here = {"segments": 1, "segment_step": w, "rows": counts[run.first]}
+        first, skew = firsts[run.first], run.growth(firsts)
+        packed = Rows.of(run, segments=1, segment_step=w, rows=counts[run.first], row_step=1, first_token=0, skew=0)
         yield SpanViews(
-            shard=Rows.of(run.of(heads), **here, row_step=r, first_token=firsts[run.first], skew=run.growth(firsts)),
-            packed=Rows.of(run, **here, row_step=1, first_token=0, skew=0),
-            segment=Rows.of(run, **here, row_step=1, first_token=before[run.first], skew=0),
+            shard=Rows.of(
+                run.of(heads), segments=1, segment_step=w, rows=packed.rows, row_step=r, first_token=first, skew=skew
+            ),
+            packed=packed,
+            segment=packed._replace(first_token=before[run.first]) if before[run.first] else packed,
         )
 
 
