@@ -1,4 +1,4 @@
-"""What a shard attends to outside itself: far keys of its levels, and the past whose blocks it chooses from."""
+"""All that a shard attends to outside itself: far keys of its levels, and the past whose blocks it chooses from."""
 
 from __future__ import annotations
 

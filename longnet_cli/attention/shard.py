@@ -13,7 +13,7 @@ from .pattern import Padding
 
 
 class Shard(NamedTuple):
-    """Which tokens of which sequences a call computes, and what they see of them, as `dilated_attention` describes it.
+    """The tokens of sequences that a call computes, and what they see of these sequences (`dilated_attention`).
 
     The operator of compiled graphs takes all fields by their names (`compiled`), so a new one cannot be left out there.
     """

@@ -1,4 +1,4 @@
-"""Which chunk a job takes: the tokens that go through a net at once."""
+"""The chunk that a job takes: the tokens that go through a net at once."""
 
 from __future__ import annotations
 
