@@ -32,14 +32,17 @@ def token_nll(model: LongNet, ids: np.ndarray) -> np.ndarray:
     return F.cross_entropy(logits[0], tokens[0, 1:], reduction="none").numpy()
 
 
-def plain(model: LongNet, document: Document, bos: int | None, context: int, stride: int, last: int | None):
-    """(nats, inputs seen) of each scored token: blocks of `stride`, each at the end of a window of `context`."""
+def plain(model: LongNet, document: Document, bos: int | None, context: int, stride: int | None, last: int | None):
+    """(nats, inputs seen) of each scored token: blocks of `stride`, each at the end of a window of `context`.
+
+    Without a stride, windows of a whole document do not overlap, and the last one may be shorter.
+    """
     ids = document.tokens if bos is None else np.concatenate(([bos], document.tokens))  # ids[i + 1] is the i-th target
     end, begin = len(ids) - 1, 0 if last is None else len(ids) - 1 - last
     nats, seen = [], []
-    for block in range(begin, end, stride):
-        stop = min(block + stride, end)
-        start = max(0, stop - context)
+    for block in range(begin, end, stride or context):
+        stop = min(block + (stride or context), end)
+        start = block if stride is None and last is None else max(0, stop - context)
         found = token_nll(model, ids[start : stop + 1])[block - start :]
         nats += found.tolist()
         seen += range(block - start + 1, stop - start + 1)
@@ -71,7 +74,7 @@ def test_windows_are_plain_forwards(
     longest = [d for d in documents if last is None or len(d) > 50]
     assert [(each.doc_id, each.context) for each in found] == [(d.doc_id, c) for d in longest for c in contexts]
     for each, (document, context) in zip(found, [(d, c) for d in longest for c in contexts], strict=True):
-        nats, seen = plain(model, document, bos, context, stride or context, last)
+        nats, seen = plain(model, document, bos, context, stride, last)
         assert each.score.n_tokens == len(nats) == (last or len(document) - (bos is None))
         assert each.score.nll_sum == pytest.approx(nats.sum(), rel=1e-7)
         assert each.score.n_bytes == (last or (len(document) if bos is not None else None))
