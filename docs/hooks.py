@@ -166,12 +166,10 @@ def _row(parameter: Any) -> str:
     names = [*parameter.opts, *parameter.secondary_opts] if parameter.param_type_name == "option" else []
     value = "" if getattr(parameter, "is_flag", False) else parameter.metavar or parameter.name.upper()
     told = " ".join(filter(None, [", ".join(names), value]))
-    shown = parameter.show_default
-    default = shown if isinstance(shown, str) else parameter.default if shown else None
-    default = "" if default is None or isinstance(default, bool) else default
-    if parameter.param_type_name == "argument":
-        default = "required" if parameter.required else ""
-    return f"| `{told}` | {_cell(parameter.help or '')} | {_cell(str(default))} |"
+    help, _, default = (parameter.help or "").partition(" (default: ")
+    if parameter.param_type_name == "argument" and parameter.required:
+        default = "required)"
+    return f"| `{told}` | {_cell(help)} | {_cell(default[:-1])} |"
 
 
 def _cell(text: str) -> str:

@@ -2,7 +2,7 @@
 
     python examples/cluster.py plan longnet-2.7b --on h100x8 --set train.batch_tokens=4Mi    # training by a recipe
     python examples/cluster.py plan --model longnet-tiny --tokens 1Gi --on h100x8            # reading a document
-    python examples/cluster.py exchange geometric --tokens 1Gi --ranks 1024                  # what ranks send
+    python examples/cluster.py exchange geometric:1Gi --tokens 1Gi --ranks 1024              # what ranks send
     torchrun --standalone --nproc-per-node 2 examples/cluster.py calibrate here.toml         # this machine's rates
 
 All counts of FLOPs and bytes come from the code that runs. Only the division by rates, and what overlaps with what, is
@@ -42,9 +42,9 @@ from longnet_cli.jobs.training.gradients import stored_bytes
 from longnet_cli.jobs.training.recipe import Recipe, Stage, load_recipe, parse_overrides
 from longnet_cli.jobs.training.start import check_ranks
 from longnet_cli.models.folder import ModelFolder
-from longnet_cli.nets.config import LongNetConfig, parse_config
+from longnet_cli.nets.config import LongNetConfig, NetConfig, parse_config
 from longnet_cli.nets.longnet import LongNet
-from longnet_cli.nets.net import Net, NetConfig
+from longnet_cli.nets.net import Net
 from longnet_cli.running.chunk_size import GPU_BENCH_CHUNK, SHORTEST_CHUNK, chunk_beside, fitting_chunk
 from longnet_cli.running.device import DTYPES, free_memory, resident_memory, resolve_dtype
 from longnet_cli.running.ranks.exchange import Exchange, even_edges
@@ -91,19 +91,19 @@ class Machine:
 
 def find_machine(name: str) -> Machine:
     """Return the machine of a name, as h100x64 of machines.toml, or of a .toml file. Raises ConfigError for others."""
-    if name.endswith(".toml"):
-        path, table = Path(name), None
-    else:
-        path, table = Path(__file__).with_name("machines.toml"), name
+    of_own = name.endswith(".toml")
+    path = Path(name) if of_own else Path(__file__).with_name("machines.toml")
     try:
         facts: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"--on {name}: {error}") from None
-    if table is not None:
-        kind, _, count = table.partition("x")
+    if not of_own:
+        kind, _, count = name.partition("x")
         if kind not in facts or not (count or "1").isdigit():
             raise ConfigError(f"--on {name}: known are {', '.join(f'{kind}xN' for kind in facts)}, and .toml files")
         facts = facts[kind] | {"devices": int(count or 1)}
+    if facts.get("device") not in ("cpu", "cuda") or facts.get("dtype") not in ("fp32", "bf16"):
+        raise ConfigError(f"--on {name}: device is cpu or cuda, and dtype is fp32 or bf16")
     known = {by: list(facts[by]) for by in KNOWN_BY if by in facts}
     given = list(itertools.chain(*known.values()))
     if wrong := sorted({*given} ^ {*RATES}) or sorted(rate for rate in RATES if given.count(rate) > 1):
@@ -257,8 +257,9 @@ def meshes(machine: Machine, sp: int | None = None, dp: int | None = None) -> li
 
 
 def training_plans(recipe: Recipe, machine: Machine) -> list[Plan]:
-    """Return plans for training by a recipe, in order. What it names of sp, dp, shard, chunk and
-    activation_checkpointing stays; of the rest, every choice is tried, with the longest chunk that fits.
+    """Return plans for training by a recipe, in order.
+
+    What it names of sp, dp, shard, chunk and activation_checkpointing stays; of the rest, every choice is tried.
     """
     if recipe.train.dtype not in ("auto", machine.dtype):
         raise ConfigError(f"the rates of {machine.name} are of {machine.dtype}, not of {recipe.train.dtype}")
@@ -283,34 +284,27 @@ def training_plans(recipe: Recipe, machine: Machine) -> list[Plan]:
 def training_plan(recipe: Recipe, machine: Machine, ranks: Ranks) -> Plan:
     """Return the plan for these ranks, with the recipe's chunk or the longest that fits. Raises as `check_ranks`."""
     config, device, room = recipe.model, torch.device(machine.device), ROOM * machine.rates["memory"]
-    longest = max(recipe.train.stages, key=lambda stage: stage.seq_len)
-    kinds = {"program": int(machine.rates["reserved"])}
+    longest, program = max(recipe.train.stages, key=lambda stage: stage.seq_len), int(machine.rates["reserved"])
     if not recipe.names_chunk:
 
         def needed(chunk: int) -> int:
-            return sum({**kinds, **memory_by_kind(recipe.with_chunk(chunk), device, ranks)}.values())
+            return program + sum(memory_by_kind(recipe.with_chunk(chunk), device, ranks).values())
 
         share = ceil(longest.seq_len / ranks.sp)
         most = min(share, GPU_BENCH_CHUNK) if config.causal else share
         shortest = min(SHORTEST_CHUNK, most) if config.causal else most
         powers = [1 << power for power in range(shortest.bit_length(), most.bit_length())]
-        recipe = recipe.with_chunk(
-            fitting_chunk(needed, most, room, shortest) or min([shortest, *powers, most], key=needed)
-        )
+        chunk = fitting_chunk(needed, most, room, shortest)
+        recipe = recipe.with_chunk(chunk or min([shortest, *powers, most], key=needed))
     check_ranks(recipe, ranks)
     steps = {stage: step_seconds(recipe, stage, machine, ranks) for stage in recipe.train.stages}
     far = config.num_layers * shared(config, machine, longest.seq_len, recipe.train.chunk, ranks.sp).far
-    memory = {**kinds, **memory_by_kind(recipe, device, ranks), "far rows": far}
+    memory = {"program": program, **memory_by_kind(recipe, device, ranks), "far rows": far}
     again = " --set train.activation_checkpointing=true" if recipe.train.activation_checkpointing else ""
     mesh = f"--sp {ranks.sp} --dp {ranks.dp} --chunk {format_size(recipe.train.chunk)}"
-    return Plan(
-        f"{mesh} --shard {recipe.parallel.shard}{again}",
-        memory,
-        steps[longest],
-        recipe.step_tokens(longest),
-        sum(stage.steps * (sum(parts.values()) - parts[HIDDEN]) for stage, parts in steps.items()),
-        room,
-    )
+    total = sum(stage.steps * (sum(parts.values()) - parts[HIDDEN]) for stage, parts in steps.items())
+    options = f"{mesh} --shard {recipe.parallel.shard}{again}"
+    return Plan(options, memory, steps[longest], recipe.step_tokens(longest), total, room)
 
 
 def step_seconds(recipe: Recipe, stage: Stage, machine: Machine, ranks: Ranks) -> dict[str, float]:
@@ -351,7 +345,7 @@ def reading_plans(
             "weights": weights + copies,
             "activations": config.forward_bytes(sums.tokens_at_once(chunk)),
             "logits": (8 if machine.itemsize == 4 else 10) * sums.logits_at_once(chunk) * scores,
-            **sums.kept_bytes(chunk, machine.dtype, "a disk" if spill or not config.causal else None, ranks),
+            **sums.kept_bytes(chunk, machine.dtype, spill or not config.causal, ranks),
         }
         # what a bidirectional net keeps between its layers: on the device, in the host's memory, or on a disk
         kept = 0 if config.causal else sums.spilled_bytes(chunk, machine.dtype, ranks)
@@ -364,9 +358,8 @@ def reading_plans(
         else:
             seconds = seconds_by_part(config, machine, 1, tokens, chunk, 1 / sp, work)
         seconds["spilling" if spill else "host"] = traffic / rates["disk" if spill else "host_link"]
+        total = ceil(documents / dp) * (sum(seconds.values()) - seconds[HIDDEN])
         options = f"--sp {sp} --dp {dp} --chunk {format_size(chunk)}"
-        turns = ceil(documents / dp)
-        total = turns * (sum(seconds.values()) - seconds[HIDDEN])
         plans.append(Plan(options, memory, seconds, tokens * min(dp, documents), total, ROOM * rates["memory"]))
     return ordered(plans)
 
@@ -389,10 +382,9 @@ def show(plans: Sequence[Plan], machine: Machine, what: str) -> None:
             line(kind, format_bytes(size), bar(size, best.peak))
     line("peak memory", format_bytes(best.peak), f"of a device; a plan may fill {format_bytes(best.room)}\n")
     for part, seconds in best.seconds.items():
+        note = "while attention runs" if part == HIDDEN else bar(seconds, best.at_once)
         if seconds:
-            line(
-                part, format_duration(seconds), "while attention runs" if part == HIDDEN else bar(seconds, best.at_once)
-            )
+            line(part, format_duration(seconds), note)
     speed = f"{format_count(best.tokens / best.at_once)} tokens/s"
     line(what, format_duration(best.at_once), f"{format_count(best.tokens)} tokens, {speed}")
     line("in all", format_duration(best.total), "\n")
@@ -418,7 +410,7 @@ def plan_command(
     model: Annotated[str | None, typer.Option(help="A model, to plan reading in place of training.")] = None,
     tokens: OptionalSize = None,
     documents: Size = 1,
-    pattern: str | None = None,
+    pattern: Annotated[Pattern | None, typer.Option(parser=parse_pattern, metavar="PATTERN")] = None,
     chunk: OptionalSize = None,
     encode: Annotated[bool, typer.Option("--encode", help="Make vectors; otherwise, tokens are scored.")] = False,
     spill: Annotated[bool, typer.Option("--spill", help="Keep on a disk what --spill of the commands keeps.")] = False,
@@ -430,20 +422,20 @@ def plan_command(
         return
     if recipe is not None or model is None or tokens is None:
         raise ConfigError("give a recipe, or --model and --tokens")
-    folder, levels = ModelFolder.find(model), parse_pattern(pattern) if pattern else None
-    config = folder.net_config(levels)
+    folder = ModelFolder.find(model)
+    config = folder.net_config(pattern)
     if type(config) is LongNetConfig:
         with torch.device("meta"):  # a LongNet needs no weights
             net: Net = LongNet(config)
     else:
-        net = folder.net(pattern=levels, dtype=DTYPES[machine.dtype])
+        net = folder.net(pattern=pattern, dtype=DTYPES[machine.dtype])
     scores = net.config.causal and bool(net.config.vocab_size) and not encode
     show(reading_plans(net, machine, tokens, documents, chunk, scores, spill), machine, "at once")
 
 
 @app.command("exchange")
 def exchange_command(
-    pattern: Annotated[str, typer.Argument(help="As in `longnet pattern`; geometric reaches the tokens.")],
+    pattern: Annotated[Pattern, typer.Argument(parser=parse_pattern, help="As in `longnet pattern`.")],
     tokens: Size,
     ranks: Size = 64,
     heads: Size = 12,
@@ -457,10 +449,9 @@ def exchange_command(
     docs/ranks.md, which counts levels wider than a shard. balance: attention FLOPs of the busiest rank, relative to the
     mean. Ends with an error if a rank would send other rows than its reader expects.
     """
-    levels = Pattern.geometric(tokens) if pattern == "geometric" else parse_pattern(pattern)
     causal, edges, shape, number = not bidirectional, even_edges(0, tokens, ranks), (1, 0, heads, head_dim), 2
     sizes = {"vocab_size": 0, "dim": heads * head_dim, "num_layers": 1, "num_heads": heads, "ffn_dim": 1}
-    config = parse_config({**sizes, "position": "none", "causal": causal}, "exchange", levels)
+    config = parse_config({**sizes, "position": "none", "causal": causal}, "exchange", pattern)
     sends, sent, expected = (np.zeros((ranks, ranks), np.int64) for _ in range(3))  # [maker, reader]
     held, flops = np.zeros(ranks, np.int64), np.zeros(ranks)
     exchange = Exchange(config, edges, rank=0)
@@ -471,13 +462,13 @@ def exchange_command(
         expected[:, rank] = [hash(tuple(parcels)) for parcels in exchange.received]
         held[rank] = sum(exchange.sizes([exchange.joined], shape))
         first, last = edges[rank], edges[rank + 1]
-        spans = tuple(far_spans(levels, first, last, causal, tokens)) if first < last else ()
-        flops[rank] = shard_flops(levels, heads, head_dim, first, last - first, causal, spans, tokens)
+        spans = tuple(far_spans(pattern, first, last, causal, tokens)) if first < last else ()
+        flops[rank] = shard_flops(pattern, heads, head_dim, first, last - first, causal, spans, tokens)
     for maker, reader in np.argwhere(sent != expected)[:1]:
         raise LongNetError(f"{tokens:,} tokens: rank {maker} sends other rows than rank {reader} expects")
     sends += exchange.gathered(shape) * (1 - np.eye(ranks, dtype=np.int64))  # what blocks are chosen from
-    rows = sum(w / r * (1 - tokens / ranks / w) for w, r in levels.levels if w > tokens / ranks)
-    facts = {"pattern": format_pattern(levels), "causal": causal, "tokens": tokens, "ranks": ranks}
+    rows = sum(w / r * (1 - tokens / ranks / w) for w, r in pattern.levels if w > tokens / ranks)
+    facts = {"pattern": format_pattern(pattern), "causal": causal, "tokens": tokens, "ranks": ranks}
     facts |= {"received": int(number * sends.sum(0).max()), "received_mean": float(number * sends.sum(0).mean())}
     facts |= {"sent": int(number * sends.sum(1).max()), "peers": int((sends > 0).sum(0).max())}
     facts |= {"far": int(number * (held.max() + (ranks - 1) * exchange.gathered(shape)))}

@@ -104,6 +104,8 @@ def serve(place: str) -> None:
                     continue
                 process = os.fork()
                 if process == 0:
+                    for file in (waiting, listener, client, *(other for other, _ in running.values())):
+                        file.close()  # else a collection would, when its number is another file's
                     become(job, handles)
                     return
                 for handle in handles:

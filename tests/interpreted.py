@@ -16,7 +16,7 @@ import triton.runtime.interpreter
 from strategies import PackedMath, assert_close, pattern_with_options, run, turn
 from torch import Tensor
 
-from longnet_cli.attention import SINKS, Pattern, Span, dilated_attention, far_keys, merging, one_pass
+from longnet_cli.attention import SINKS, FarSpan, Pattern, dilated_attention, far_keys, merging, one_pass
 from longnet_cli.attention.branches import Branch
 from longnet_cli.attention.kernels import KERNELS
 from longnet_cli.attention.merging import strided_view
@@ -122,7 +122,7 @@ def test_far_keys(dtype: torch.dtype, early: bool) -> None:
     inputs = tensors(dtype)
     found = run(in_halves, inputs, pattern)
     assert_close(found, run(dilated_attention_reference, [x.double() for x in inputs], pattern), tolerance)
-    assert Span(SINKS, 0, 2) in far_spans(pattern, half, 45, True)
+    assert FarSpan(SINKS, 0, 2) in far_spans(pattern, half, 45, True)
     assert all(d.dtype == torch.float32 for d in told)
     assert bool(told) == early
 

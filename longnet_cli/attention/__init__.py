@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .pattern import Level, Pattern
-from .spans import SINKS, Span
+from .spans import SINKS, FarSpan
 
 if TYPE_CHECKING:
     from .cache import KVCache
@@ -21,13 +21,13 @@ __all__ = [
     "SINKS",
     "DilatedAttention",
     "FarKeys",
+    "FarSpan",
     "KVCache",
     "LayerFinds",
     "Level",
     "Outside",
     "Past",
     "Pattern",
-    "Span",
     "dilated_attention",
     "far_keys",
 ]
@@ -47,6 +47,5 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import_module(".compiled", __name__)  # registers the operator that compiled graphs use for `dilated_attention`
-    found = globals()[name] = getattr(import_module(f".{_MODULES[name]}", __name__), name)
-    return found
+    value = globals()[name] = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    return value

@@ -24,7 +24,7 @@ from .past import Blocks, Past, Shape
 from .pattern import Pattern
 from .spans import (
     SINKS,
-    Span,
+    FarSpan,
     SpanViews,
     common_span,
     lanes,
@@ -224,9 +224,9 @@ class KVCache:
             raise ValueError(f"{min(other)} is {'missing' if min(other) in shapes else 'not of it'}")
         for name, shape in shapes.items():
             if tuple(saved[name].shape) != shape or saved[name].dtype != types.get(name, self.dtype):
-                found = f"{tuple(saved[name].shape)} of {saved[name].dtype}"
+                given = f"{tuple(saved[name].shape)} of {saved[name].dtype}"
                 raise ValueError(
-                    f"{name} is {found}, for {position} tokens and {shape} of {types.get(name, self.dtype)}"
+                    f"{name} is {given}, for {position} tokens and {shape} of {types.get(name, self.dtype)}"
                 )
 
     def _new_rows(self, number: int, level: int) -> Tensor:
@@ -234,7 +234,7 @@ class KVCache:
         (batch, head_dim), held = self._sizes, len(lanes(self.pattern, level, self.num_heads, self.kv_heads).offsets)
         return self._allocate((2 * batch, held, number, head_dim)).transpose(1, 2)
 
-    def _rows(self, span: Span, number: int = 0) -> Tensor:
+    def _rows(self, span: FarSpan, number: int = 0) -> Tensor:
         """Return the memory of a span's segment, (2 B, rows, lanes, D), with room for `number` rows or more."""
         if span.level == SINKS:
             return self._sinks
@@ -255,7 +255,7 @@ class _Held(NamedTuple):
     If a single token does not need sinks apart, their `rows` are 0.
     """
 
-    span: Span
+    span: FarSpan
     rows: int
     views: tuple[SpanViews, ...]
 
@@ -265,14 +265,14 @@ def _held(
     pattern: Pattern, num_heads: int, kv_heads: int, position: int, own: int, start: int, stop: int
 ) -> tuple[_Held, ...]:
     """Return all spans of `open_spans(pattern, position, own)`, for the shard [start, stop)."""
-    found = []
+    held = []
     for span in open_spans(pattern, position, own):
         w = pattern.segment_lengths[max(span.level, 0)]
         of_shard = common_span(pattern, span.level, span.start // w * w, start, stop)
         views = tuple(span_views(pattern, of_shard, num_heads, start, kv_heads))
         unseen = own and span.level == SINKS and not sink_segments(pattern, start, stop)
-        found.append(_Held(span, 0 if unseen else max(span_rows(pattern, span, num_heads, kv_heads)), views))
-    return tuple(found)
+        held.append(_Held(span, 0 if unseen else max(span_rows(pattern, span, num_heads, kv_heads)), views))
+    return tuple(held)
 
 
 def _halves(rows: Tensor, number: int) -> tuple[Tensor, Tensor]:

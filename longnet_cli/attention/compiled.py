@@ -8,63 +8,98 @@ without this operator: it keeps its plan from the forward to the backward, and p
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .dilated import plan_calls
 from .kernels import select_kernel
-from .merging import Plan, accumulator, merged_backward, merged_forward, unit_stride
+from .merging import AttentionPlan, accumulator, merged_backward, merged_forward, unit_stride
 from .outside import FarKeys
-from .pattern import Padding, Pattern
-from .plain_call import Kernel
+from .pattern import Pattern
+from .planning import plan_calls
+from .shard import Shard
 from .sinks import sink_rows
 
+# The type of each field of `Pattern` and `Shard`. All go to the operator, by these names: a new field without a type
+# fails here, rather than be a default there. (One text for a pattern is not to be had: a graph may hold its numbers as
+# symbols, which have no text.)
+_TYPES = {
+    "segment_lengths": "int[]",
+    "dilation_rates": "int[]",
+    "look_back": "int[]",
+    "level_bias": "float[]",
+    "head_offsets": "str",
+    "overlap": "str",
+    "queries": "str",
+    "sinks": "int",
+    "chosen": "int",
+    "chosen_block": "int",
+    "chosen_every": "int",
+    "start": "SymInt",
+    "documents": "SymInt[]?",
+    "total": "SymInt?",
+    "padding": "str",
+    "causal": "bool",
+}
+_OF_PATTERN = [field.name for field in fields(Pattern)]
+_OF_SHARD = [name for name in Shard._fields if name != "lengths"]
 # `far` has k and v of each of the far keys in turn, then k and v of turned sinks. `spans` has level, start and stop of
-# each of the far keys. An empty look_back or level_bias means none.
-_OPTIONS = (
-    "Tensor[] far, Tensor? lengths, SymInt[] spans, SymInt[]? documents, int[] segment_lengths, int[] dilation_rates, "
-    "str head_offsets, bool causal, SymInt start, str padding, SymInt? total, float scale, "
-    "str? kernel, *, "
-    'int[] look_back=[], str overlap="repeat", str queries="dilated", int sinks=0, float[] level_bias=[]'
+# each of the far keys.
+_OPTIONS = "Tensor[] far, Tensor? lengths, SymInt[] spans, float scale, str? kernel, " + ", ".join(
+    f"{_TYPES[name]} {name}" for name in (*_OF_PATTERN, *_OF_SHARD)
 )
 
 
-def _prepare(
+def attend_in_graph(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    far: Sequence[Tensor],
+    spans: Sequence[int],
+    pattern: Pattern,
+    shard: Shard,
+    scale: float,
+    kernel: str | None,
+) -> Tensor:
+    """Call the operator; `far` and `spans` are as in its options. Return (B, N, H, D) like q."""
+    lengths = None if shard.lengths is None else torch.as_tensor(shard.lengths)
+    of_pattern = [pattern.biases if name == "level_bias" else getattr(pattern, name) for name in _OF_PATTERN]
+    lists = [list(value) if isinstance(value, tuple) else value for value in of_pattern]
+    of_shard = [getattr(shard, name) for name in _OF_SHARD]
+    return torch.ops.longnet.dilated_attention(q, k, v, far, lengths, spans, scale, kernel, *lists, *of_shard)[0]
+
+
+@lru_cache(maxsize=64)
+def _pattern(*values: Any) -> Pattern:
+    """Return the pattern of the operator's values, in the order of its fields."""
+    given = dict(zip(_OF_PATTERN, values, strict=True))
+    return Pattern(**given | {"level_bias": given["level_bias"] if any(given["level_bias"]) else None})
+
+
+def _plan(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     far: Sequence[Tensor],
     lengths: Tensor | None,
     spans: Sequence[int],
-    documents: Sequence[int] | None,
-    segment_lengths: Sequence[int],
-    dilation_rates: Sequence[int],
-    head_offsets: Any,
-    causal: bool,
-    start: int,
-    padding: Padding,
-    total: int | None,
     scale: float,
     kernel: str | None,
-    *,
-    look_back: Sequence[int] = (),
-    overlap: Any = "repeat",
-    queries: Any = "dilated",
-    sinks: int = 0,
-    level_bias: Sequence[float] = (),
-) -> tuple[Plan, float, Kernel]:
-    fixed = tuple(level_bias) if any(level_bias) else None
-    levels = tuple(segment_lengths), tuple(dilation_rates)
-    pattern = Pattern(*levels, head_offsets, tuple(look_back) or 0, overlap, queries, sinks, fixed)
+    *values: Any,
+) -> tuple[AttentionPlan, float]:
+    of_pattern, of_shard = values[: len(_OF_PATTERN)], values[len(_OF_PATTERN) :]
+    pattern = _pattern(*(tuple(value) if isinstance(value, list) else value for value in of_pattern))
+    shard = Shard(lengths=lengths, **dict(zip(_OF_SHARD, of_shard, strict=True)))
     each = zip(spans[::3], spans[1::3], spans[2::3], far[::2], far[1::2], strict=False)  # `far` may end with sinks
     far_keys = [FarKeys(level, begin, end, k_, v_) for level, begin, end, k_, v_ in each]
-    given = [keys.span for keys in far_keys]
-    turned = sink_rows(pattern, start, q.shape[1], documents, given) if len(far) > 2 * len(far_keys) else None
-    chosen = select_kernel(q.device, q.dtype, q.shape[-1], kernel)
-    plan = plan_calls(chosen, q, k, v, pattern, causal, start, far_keys, lengths, documents, padding, total, turned)
-    return plan, scale, chosen
+    sinks = None
+    if len(far) > 2 * len(far_keys):
+        sinks = sink_rows(pattern, shard.start, q.shape[1], shard.documents, [keys.span for keys in far_keys])
+    selected = select_kernel(q.device, q.dtype, q.shape[-1], kernel)
+    return plan_calls(selected, q, k, v, pattern, shard, far_keys, sinks), scale
 
 
 @torch.library.custom_op(
@@ -72,22 +107,13 @@ def _prepare(
     mutates_args=(),
     schema=f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)",
 )
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    far: Sequence[Tensor],
-    lengths: Tensor | None,
-    *options: Any,
-    **seen: Any,
-) -> tuple[Tensor, Tensor]:
+def _forward(q: Tensor, k: Tensor, v: Tensor, far: Sequence[Tensor], *options: Any) -> tuple[Tensor, Tensor]:
     far = [unit_stride(x) for x in far]
-    call = _prepare(q, k, v, far, lengths, *options, **seen)
-    return merged_forward(*call, q, k, v, lambda i: far[2 * i : 2 * i + 2])
+    return merged_forward(*_plan(q, k, v, far, *options), q, k, v, lambda i: far[2 * i : 2 * i + 2])
 
 
 @_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
 
 
@@ -97,51 +123,29 @@ def _(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tens
     schema=f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS}) -> Tensor[]",
 )
 def _backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    far: Sequence[Tensor],
-    lengths: Tensor | None,
-    *options: Any,
-    **seen: Any,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, far: Sequence[Tensor], *options: Any
 ) -> list[Tensor]:
     far = [unit_stride(x) for x in far]
-    call = _prepare(q, k, v, far, lengths, *options, **seen)
-    grads = merged_backward(*call, dout, q, k, v, out, lse, far)
+    grads = merged_backward(*_plan(q, k, v, far, *options), dout, q, k, v, out, lse, far)
     return [d.to(x.dtype) for d, x in zip(grads, (q, k, v, *far), strict=True)]
 
 
 @_backward.register_fake
 def _(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    far: Sequence[Tensor],
-    lengths: Tensor | None,
-    *_: Any,
-    **__: Any,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, far: Sequence[Tensor], *_: Any
 ) -> list[Tensor]:
     return [x.new_empty(x.shape) for x in (q, k, v, *far)]
 
 
-def _save(
-    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, Tensor]
-) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, far, lengths, *ctx.options = inputs
-    ctx.seen = keyword_only_inputs
     ctx.save_for_backward(q, k, v, *output, lengths, *far)
 
 
 def _gradients(ctx: Any, dout: Tensor, *_: Tensor) -> tuple[Any, ...]:
     q, k, v, out, lse, lengths, *far = ctx.saved_tensors
     dq, dk, dv, *dfar = torch.ops.longnet.dilated_attention_backward(
-        dout, q, k, v, out, lse, far, lengths, *ctx.options, **ctx.seen
+        dout, q, k, v, out, lse, far, lengths, *ctx.options
     )
     # torch takes an empty list for a list of tensors, and wants a list of as many gradients
     return (dq, dk, dv, dfar, None, *([] if isinstance(x, list) and not x else None for x in ctx.options))

@@ -110,8 +110,8 @@ class ActivatedKernel(CudaFlashKernel):
         self._module, self._majors = module, majors  # imported by torch; of the compute capability
 
     def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-        found: list[str] = getattr(torch.nn.attention, "list_flash_attention_impls", list)()
-        if self.implementation not in found:
+        known: list[str] = getattr(torch.nn.attention, "list_flash_attention_impls", list)()
+        if self.implementation not in known:
             return f"torch {torch.__version__} cannot activate it; 2.13 can"
         if not _can_import(self._module):
             return f"{self._module} cannot be imported"
@@ -243,9 +243,9 @@ class FlashAttnKernel(CudaKernel):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         function, _ = flash_attn_functions()
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        found = _call_by_name(function, q=q, k=k, v=v, softmax_scale=scale, causal=causal)
+        results = _call_by_name(function, q=q, k=k, v=v, softmax_scale=scale, causal=causal)
         # since 2.7 four results, out first and lse second; in 2.6 eight, of which lse is the sixth
-        out, lse = found[0], found[1] if len(found) == 4 else found[5]
+        out, lse = results[0], results[1] if len(results) == 4 else results[5]
         return out.transpose(1, 2), lse
 
     def backward(

@@ -60,7 +60,7 @@ class CpuFlashKernel(Kernel):
             op(x, k[:, :, :end], v[:, :, :end], 0.0, False, attn_mask=self._seen(x, end, bias), scale=scale)
             for x, end in zip(q.split(self._STEP, 2), steps, strict=True)
         ]
-        out, lse = (torch.cat(found, 2) for found in zip(*parts, strict=True))
+        out, lse = (torch.cat(of_steps, 2) for of_steps in zip(*parts, strict=True))
         return out, lse
 
     def backward(
@@ -240,7 +240,7 @@ def _packed_calls(kernel: Kernel, x: Tensor, scale: float) -> Iterator[tuple[Seq
             *(t.split(n) for t, n in ((q, q_counts), (k, k_counts), (v, k_counts), (dout, q_counts))), strict=True
         )
         parts = [_plain((t[None, None] for t in tensors), causal, scale) for tensors in each]
-        out, lse, *grads = (torch.cat(found, 2)[0, 0] for found in zip(*parts, strict=True))
+        out, lse, *grads = (torch.cat(of_sequences, 2)[0, 0] for of_sequences in zip(*parts, strict=True))
         merged = (out.to(x.dtype), lse, queries, keys, causal, scale)
         yield (
             (

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import exp, log
@@ -28,25 +28,26 @@ from .branches import Branch, Union, branches
 from .groups import GroupedPart
 from .packing import Block, Pack, packed
 from .plain_call import Kernel
-from .spans import Rows
+from .spans import Heads, Rows
 
 if TYPE_CHECKING:
     from . import one_pass
     from .choosing import Chosen
 
-Call = tuple[Branch, list[Tensor], list[Tensor]]  # query-like and key-like views
+KernelCall = tuple[Branch, list[Tensor], list[Tensor]]  # query-like and key-like views
 FarTensors = Callable[[int], Sequence[Tensor]]  # index of far keys -> their key-like tensors, once they are there
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
-    """All calls of a batch: blocks as views, then packs.
+class AttentionPlan:
+    """All calls of a batch, for a kernel: blocks as views, then packs.
 
     `covered`: no branch is packed, and the `first` branches reach every row. `squares`: besides, in each `first` branch
         queries and keys are the same rows of the same heads (H = K). `chosen`: the groups of queries that see chosen
         blocks. `start`: the branch that a forward starts with, without a merge, as it has all heads of a single token.
     """
 
+    kernel: Kernel
     blocks: Sequence[Block]
     packs: Sequence[Pack] = ()
     covered: bool = False
@@ -57,28 +58,27 @@ class Plan:
     @classmethod
     def of(
         cls,
+        kernel: Kernel,
         blocks: Sequence[Block],
         batch: int,
         tokens: int,
         heads: int,
         kv_heads: int,
-        packs: bool,
         chosen: Sequence[GroupedPart] = (),
-    ) -> Plan:
-        """Plan the calls of some blocks. `packs`: the kernel takes packed sequences."""
-        views, gathered = packed(blocks, tokens, heads, kv_heads) if packs else (blocks, [])
+    ) -> AttentionPlan:
+        """Plan the calls of some blocks."""
+        views, gathered = packed(blocks, tokens, heads, kv_heads) if kernel.packs else (blocks, [])
         full = sum((rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns, _ in blocks)
-        covered = not gathered and full == batch * tokens and all(found and found[0].first for *_, found in blocks)
-        even = all(branch.queries == branch.keys for *_, found in blocks for branch in found if branch.first)
+        covered = not gathered and full == batch * tokens and all(calls and calls[0].first for *_, calls in blocks)
+        even = all(branch.queries == branch.keys for *_, calls in blocks for branch in calls if branch.first)
         first = blocks[0][2][0] if covered and len(blocks) == tokens == 1 else None
         start = first if first and first.queries.heads * first.queries.rows == heads and not first.zero_keys else None
-        return cls(views, gathered, covered, covered and even and heads == kv_heads, chosen, start)
+        return cls(kernel, views, gathered, covered, covered and even and heads == kv_heads, chosen, start)
 
 
 def merged_forward(
-    plan: Plan,
+    plan: AttentionPlan,
     scale: float,
-    kernel: Kernel,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -91,23 +91,18 @@ def merged_forward(
     """
     if torch.is_autocast_enabled(q.device.type):
         with torch.autocast(q.device.type, enabled=False):  # kernels choose their own precision
-            return merged_forward(plan, scale, kernel, q, k, v, far, chosen)
+            return merged_forward(plan, scale, q, k, v, far, chosen)
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
-    blocks = plan.blocks
+    kernel, blocks = plan.kernel, plan.blocks
     merge: Merge | one_pass.OnePassMerge
     if fused := _fused(q):
         merge = fused.OnePassMerge(q, plan.covered)
-    elif branch := plan.start:
-        ((rows, columns, (_, *others)),) = blocks
-        k_, v_ = (k, v) if branch.far is None or not far else far(branch.far)
-        pairs = (q, branch.queries), (k_, branch.keys), (v_, branch.keys)
-        q_, k_, v_ = [_view(x, each, rows, 0, True) for x, each in pairs]
-        out, lse = kernel.forward(q_, k_, v_, False, scale)
-        merge = Merge(q, True, (out, lse + branch.bias if branch.bias else lse))
-        blocks = [(rows, columns, tuple(others))] if others else ()
+    elif plan.start:
+        merge = _single_token(plan, plan.start, scale, q, k, v, far)
+        blocks = [(rows, columns, calls[1:]) for rows, columns, calls in blocks if len(calls) > 1]
     else:
         merge = Merge(q, plan.covered)
-    if blocks:
+    if blocks:  # after a single token's first call, there are often no others
         for branch, (q_, *places), (k_, v_) in kernel_calls(blocks, kernel, (q, *merge.places), (k, v), far):
             out, lse = kernel.forward(q_, k_, v_, branch.causal, scale, *_bias(branch, q_))
             merge.add(branch, places, out, lse)
@@ -122,10 +117,22 @@ def merged_forward(
     return merge.result()
 
 
+def _single_token(
+    plan: AttentionPlan, branch: Branch, scale: float, q: Tensor, k: Tensor, v: Tensor, far: FarTensors | None
+) -> Merge:
+    """Return a merge that starts with the result of `branch`, which has all heads of a single token."""
+    k, v = (k, v) if branch.far is None or not far else far(branch.far)
+    rows = plan.blocks[0][0]
+    q_, k_, v_ = (
+        _view(x, shown, rows, 0, True) for x, shown in ((q, branch.queries), (k, branch.keys), (v, branch.keys))
+    )
+    out, lse = plan.kernel.forward(q_, k_, v_, False, scale)
+    return Merge(q, True, (out, lse + branch.bias if branch.bias else lse))
+
+
 def merged_backward(
-    plan: Plan,
+    plan: AttentionPlan,
     scale: float,
-    kernel: Kernel,
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -143,52 +150,78 @@ def merged_backward(
     gradients of near keys are computed.
     """
     dout, q, k, v = (unit_stride(x) for x in (dout, q, k, v))
-    far_first, shared_heads = on_far is not None, q.shape[2] != k.shape[2]
-    of_keys = plan.squares and not far_first
-    half = q.numel() * q.element_size() // 2
-    total = fused.OnePassGradientSum if (fused := _fused(q)) else GradientSum
-    totals = [
-        total(x, half, written) for x, written in ((q, plan.covered and not far_first), (k, of_keys), (v, of_keys))
-    ]
-    of_far = [GradientSum(x) for x in far]
-    dfar = [total.place for total in of_far]
-    of_q, *of_near = totals
-    tensors = (dout, q, out, lse[..., None], of_q.place)
-
-    def far_tensors(index: int) -> Sequence[Tensor]:
-        return *far[2 * index : 2 * index + 2], *dfar[2 * index : 2 * index + 2]
-
+    sums = _Gradients(plan, q, k, v, far, far_first=on_far is not None)
+    of_queries = (dout, q, out, lse[..., None])
     with torch.autocast(q.device.type, enabled=False):
-        near = (k, v, *(total.place for total in of_near))
-        calls: Iterable[Call] = kernel_calls(plan.blocks, kernel, tensors, near, far_tensors)
-        for branch, qs, ks in sorted(calls, key=lambda call: call[0].far is None) if far_first else calls:
-            if branch.far is None and on_far:
-                on_far(dfar)
-                on_far = None
-            (dout_, q_, out_, lse_, place), (k_, v_, *places) = qs, ks
-            lse_ = lse_[..., 0] - branch.bias if branch.bias else lse_[..., 0]
-            part, *parts = kernel.backward(dout_, q_, k_, v_, out_, lse_, branch.causal, scale, *_bias(branch, q_))
-            of_q.add(place, part, branch.queries, fresh=branch.first and not far_first)
-            fresh = branch.first and branch.queries == branch.keys and not shared_heads
-            into = of_near if branch.far is None else of_far[2 * branch.far : 2 * branch.far + 2]
-            for total, place, part in zip(into, places, parts, strict=True):
+        if on_far:
+            sums.add_calls(_only(plan.blocks, far=True), scale, of_queries, (k, v))
+            on_far(sums.of_far)
+            sums.add_calls(_only(plan.blocks, far=False), scale, of_queries, (k, v))
+        else:
+            sums.add_calls(plan.blocks, scale, of_queries, (k, v))
+        for pack in plan.packs:
+            sums.add_pack(pack, scale, of_queries, (k, v))
+        of_chosen = chosen.gradients(plan.kernel, scale, of_queries, (k, v), sums.q) if chosen else ()
+    dq, *of_keys = (total.result() for total in (sums.q, sums.k, sums.v))
+    for index, more in enumerate(of_chosen):
+        of_keys[index] = of_keys[index] + more
+    return [dq, *of_keys, *sums.of_far]
+
+
+def _only(blocks: Sequence[Block], far: bool) -> list[Block]:
+    """Return the calls of blocks on far keys alone, or on near keys alone."""
+    return [
+        (rows, columns, tuple(branch for branch in calls if (branch.far is not None) == far))
+        for rows, columns, calls in blocks
+    ]
+
+
+class _Gradients:
+    """The sums of all calls of a backward pass: of q, k and v, and of far tensors (`of_far`, in fp32 or fp64)."""
+
+    def __init__(
+        self, plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor, far: Sequence[Tensor], far_first: bool
+    ) -> None:
+        """Allocate the sums. `far_first`: far keys come before near ones."""
+        half = q.numel() * q.element_size() // 2
+        total = fused.OnePassGradientSum if (fused := _fused(q)) else GradientSum
+        # what the first calls write anyway needs no zeros, if nothing else is added before
+        self.q = total(q, half, plan.covered and not far_first)
+        self.k, self.v = (total(x, half, plan.squares and not far_first) for x in (k, v))
+        self.kernel, self.far, self._far_sums = plan.kernel, far, [GradientSum(x) for x in far]
+        self.of_far = [total.place for total in self._far_sums]
+        self._far_first, self._shared_heads = far_first, q.shape[2] != k.shape[2]
+
+    def add_calls(
+        self, blocks: Sequence[Block], scale: float, of_queries: Sequence[Tensor], keys: Sequence[Tensor]
+    ) -> None:
+        """Add the gradients of calls on views; `of_queries` are dout, q, out and lse (B, N, H, 1), `keys` k and v."""
+        query_like, key_like = (*of_queries, self.q.place), (*keys, self.k.place, self.v.place)
+        calls = kernel_calls(blocks, self.kernel, query_like, key_like, self._far_tensors)
+        for branch, (dout, q, out, lse, dq), (k, v, *places) in calls:
+            lse = lse[..., 0] - branch.bias if branch.bias else lse[..., 0]
+            part, *parts = self.kernel.backward(dout, q, k, v, out, lse, branch.causal, scale, *_bias(branch, q))
+            self.q.add(dq, part, branch.queries, fresh=branch.first and not self._far_first)
+            fresh = branch.first and branch.queries == branch.keys and not self._shared_heads
+            of_keys = (self.k, self.v) if branch.far is None else self._far_sums[2 * branch.far : 2 * branch.far + 2]
+            for total, place, part in zip(of_keys, places, parts, strict=True):
                 total.add(place, part, branch.keys, fresh)
             del part, parts  # `one_pass` may have added them: free their memory
-        if on_far:
-            on_far(dfar)
-        for pack in plan.packs:
-            queries, keys = pack.rows(q.device)
-            dout_, q_, out_, lse_ = (_rows(x)[queries.places] for x in (dout, q, out, lse[..., None]))
-            k_, v_ = (_rows(x)[keys.places] for x in (k, v))
-            lse_ = lse_[..., 0] - pack.bias
-            of_pack = kernel.backward_packed(dout_, q_, k_, v_, out_, lse_, queries, keys, pack.causal, scale)
-            for total, rows, part in zip(totals, (queries, keys, keys), of_pack, strict=True):
-                total.add_rows(rows.places, part, repeated=rows is not queries)
-        of_chosen = chosen.gradients(kernel, scale, tensors[:4], (k, v), of_q) if chosen else ()
-    grads = [total.result() for total in totals]
-    for index, d in enumerate(of_chosen, 1):
-        grads[index] = grads[index] + d
-    return [*grads, *dfar]
+
+    def add_pack(self, pack: Pack, scale: float, of_queries: Sequence[Tensor], keys: Sequence[Tensor]) -> None:
+        """Add the gradients of a call on gathered rows; the other arguments are as in `add_calls`."""
+        queries, of_keys = pack.rows(of_queries[0].device)
+        dout, q, out, lse = (_rows(x)[queries.places] for x in of_queries)
+        k, v = (_rows(x)[of_keys.places] for x in keys)
+        lse = lse[..., 0] - pack.bias
+        parts = self.kernel.backward_packed(dout, q, k, v, out, lse, queries, of_keys, pack.causal, scale)
+        for total, rows, part in zip((self.q, self.k, self.v), (queries, of_keys, of_keys), parts, strict=True):
+            total.add_rows(rows.places, part, repeated=rows is not queries)
+
+    def _far_tensors(self, index: int) -> Sequence[Tensor]:
+        """Return k and v of far keys, and the sums of their gradients."""
+        both = slice(2 * index, 2 * index + 2)
+        return *self.far[both], *self.of_far[both]
 
 
 class Merge:
@@ -286,8 +319,9 @@ def _select(device: torch.device, dtype: torch.dtype, head_dim: int, interpreted
 
 def _probe(module: ModuleType, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Merge and add up two small branches both ways. Return the reason if `one_pass` fails, or None."""
-    every = Rows(2, 20, 3, 0, 1, 20, 1, 0, 0)
-    both = [Branch(every, every, True, first=True), Branch(x := Rows(2, 20, 3, 0, 1, 5, 4, 1, 1), x, True)]
+    every = Rows.of(Heads(3, 0, 1), segments=2, segment_step=20, rows=20, row_step=1, first_token=0, skew=0)
+    fourth = every._replace(rows=5, row_step=4, first_token=1, skew=1)
+    both = [Branch(every, every, True, first=True), Branch(fourth, fourth, True)]
     draw = torch.Generator().manual_seed(0)
     q = torch.zeros(1, 40, 3, head_dim, dtype=dtype, device=device)
     parts = [
@@ -310,8 +344,8 @@ def _probe(module: ModuleType, device: torch.device, dtype: torch.dtype, head_di
                 merge.add(branch, [strided_view(place, branch.queries)[0] for place in merge.places], part, lse)
                 total.add(strided_view(total.place, branch.keys)[0], part.clone(), branch.keys, branch.first)
             results.append((*merge.result(), total.result()))
-        for what, found, expected in zip(("out", "lse", "sum"), *results, strict=True):
-            error = ((found.float() - expected.float()).norm() / expected.float().norm()).item()
+        for what, fused, expected in zip(("out", "lse", "sum"), *results, strict=True):
+            error = ((fused.float() - expected.float()).norm() / expected.float().norm()).item()
             if not error <= tolerance:
                 return f"its {what} is off by {error:.1e} on {device} in {dtype}"
     except Exception as error:  # whatever fails in the compiler or in the kernel
@@ -341,13 +375,13 @@ def kernel_calls(
     query_like: Sequence[Tensor],
     key_like: Sequence[Tensor],
     far: FarTensors | None = None,
-) -> Iterator[Call]:
+) -> Iterator[KernelCall]:
     """Yield every kernel call of some blocks, as views (batch, heads, rows, last dim) of the tensors, in a fixed order.
 
     `far` returns as many tensors for far keys as `key_like` has. It is called right before a call that needs them.
     """
-    for run, columns, found in blocks:
-        for branch in found:
+    for run, columns, calls in blocks:
+        for branch in calls:
             if branch.far is None:
                 sources, first = key_like, columns.start
             else:
@@ -365,8 +399,9 @@ def _bias(branch: Branch, q: Tensor) -> tuple[Tensor, ...]:
     """Return the bias on the scores of a union, as a tuple of one tensor (heads, rows, keys); () for other branches."""
     if branch.union is None:
         return ()
-    _, _, heads, first, step, rows, *_ = branch.queries
-    return (log_counts(branch.union, accumulator(q.dtype), q.device)[first :: max(step, 1)][:heads, :rows, :rows],)
+    shown = branch.queries
+    of_heads = log_counts(branch.union, accumulator(q.dtype), q.device)[shown.first_head :: max(shown.head_step, 1)]
+    return (of_heads[: shown.heads, : shown.rows, : shown.rows],)
 
 
 @lru_cache(maxsize=4)
@@ -380,8 +415,7 @@ def log_counts(union: Union, dtype: torch.dtype, device: torch.device) -> Tensor
             seen = seen.tril_() if branch.causal else seen
             for segment in range(branch.queries.segments):
                 for index in range(branch.queries.heads):
-                    _, _, _, first, step, *_ = branch.queries
-                    of_head = counts[first + index * step]
+                    of_head = counts[branch.queries.first_head + index * branch.queries.head_step]
                     rows, keys = (_tokens(x, segment, index) for x in (branch.queries, branch.keys))
                     of_head[rows, keys] += seen
         return counts.log_()

@@ -224,8 +224,8 @@ def _places(x: Tensor) -> Tensor:
 def _inverse(places: Tensor, size: int) -> Tensor:
     """Return the index of the gathered row at each of `size` places, (size,) int32, -1 for none."""
     with torch.inference_mode(False):  # the cached tensor outlives the caller's inference mode
-        found = torch.full((size,), -1, dtype=torch.int32, device=places.device)
-        return found.index_copy_(0, places, torch.arange(len(places), dtype=torch.int32, device=places.device))
+        inverse = torch.full((size,), -1, dtype=torch.int32, device=places.device)
+        return inverse.index_copy_(0, places, torch.arange(len(places), dtype=torch.int32, device=places.device))
 
 
 def _is_whole(place: Tensor, part: Tensor, shape: torch.Size) -> bool:

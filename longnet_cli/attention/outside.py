@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .past import Past
 from .pattern import Pattern
-from .spans import Span, lanes, span_positions
+from .spans import FarSpan, lanes, span_positions
 
 
 @dataclass(eq=False)  # a frozen one takes longer to make, and every layer makes some per token
@@ -42,8 +42,8 @@ class FarKeys:
     turned: dict[tuple[int, ...], tuple[Tensor, ...]] | None = None
 
     @property
-    def span(self) -> Span:
-        return Span(self.level, self.start, self.stop)
+    def span(self) -> FarSpan:
+        return FarSpan(self.level, self.start, self.stop)
 
 
 class Outside(NamedTuple):
@@ -57,7 +57,7 @@ class Outside(NamedTuple):
 
 
 def far_keys(
-    k: Tensor, v: Tensor, pattern: Pattern, span: Span, *, start: int = 0, num_heads: int | None = None
+    k: Tensor, v: Tensor, pattern: Pattern, span: FarSpan, *, start: int = 0, num_heads: int | None = None
 ) -> FarKeys:
     """Take the rows of `span` from k and v (batch, tokens, key heads, head_dim) of a shard that starts at `start`.
 

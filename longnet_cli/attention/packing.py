@@ -91,10 +91,10 @@ def packed(blocks: Sequence[Block], tokens: int, heads: int, kv_heads: int) -> t
     groups: dict[_Key, tuple[Sequences, Sequences]] = defaultdict(
         lambda: (Sequences([], [], []), Sequences([], [], []))
     )
-    for rows, columns, found in blocks:
+    for rows, columns, calls in blocks:
         left = []
         taken: dict[_Key, list[_Taken]] = defaultdict(list)
-        for branch in found:
+        for branch in calls:
             if (
                 branch.far is not None
                 or branch.queries.heads

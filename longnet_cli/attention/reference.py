@@ -58,7 +58,7 @@ def dilated_attention_reference(
         scores[:, :, late, :n] = torch.einsum("bnhd,bnmhd->bhnm", q[:, late], turned)
     counts = counts.expand(len(q), -1, -1, -1)
     if choice:
-        places, found = [], []
+        places, of_blocks = [], []
         for row, queries, blocks in choice:
             near, size = queries.start // w * w - b * w, pattern.chosen_block
             for place, block in enumerate(blocks):
@@ -68,9 +68,9 @@ def dilated_attention_reference(
                     distance = near - (len(blocks) - place) * size - keys.start
                     moved = turn(moved[None, None], torch.tensor([distance]))[0, 0]
                 places.append(torch.cartesian_prod(*map(torch.tensor, ([row], queries, keys))))
-                found.append(torch.einsum("nhd,mhd->nmh", q[row, queries], moved).flatten(0, 1))
+                of_blocks.append(torch.einsum("nhd,mhd->nmh", q[row, queries], moved).flatten(0, 1))
         seen = torch.cat(places).unbind(1)  # rows of the batch, queries, keys
-        scores = scores.movedim(1, 3).index_put(seen, torch.cat(found)).movedim(3, 1)
+        scores = scores.movedim(1, 3).index_put(seen, torch.cat(of_blocks)).movedim(3, 1)
         counts = counts.movedim(1, 3).index_put(seen, counts.new_ones(())).movedim(3, 1)
     unseen = (counts == 0).to(q.device)
     logits = scores * scale + counts.to(q).masked_fill(unseen, 1).log().masked_fill(unseen, float("-inf"))
@@ -98,7 +98,7 @@ def chosen_blocks(
     if turn:  # un-rotated: by minus the position
         q, k = (turn(x[:, :, None], -torch.arange(tokens))[:, :, 0] for x in (q, k))
     k = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
-    found = []
+    choices = []
     for row, start in itertools.product(range(len(q)), range(0, tokens, every)):
         near = max(0, (start // w - b) * w)
         blocks = list(range(near // size))
@@ -107,8 +107,8 @@ def chosen_blocks(
             voted, finds[row, start] = _voted(voters, keys, pattern, scale, finds.get((row, start), {}))
             blocks = [0, *voted]
         if blocks:
-            found.append((row, range(start, min(start + every, tokens)), blocks))
-    return found
+            choices.append((row, range(start, min(start + every, tokens)), blocks))
+    return choices
 
 
 def _voted(

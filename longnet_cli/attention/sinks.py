@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .pattern import Pattern
-from .spans import SINKS, Span, sink_segments
+from .spans import SINKS, FarSpan, sink_segments
 
 # (keys (B, S, n, K, D) rotated for their own positions, distances (S,) int64) -> the keys, so many positions further on
 Turn = Callable[[Tensor, Tensor], Tensor]
@@ -46,12 +46,12 @@ class SinkRows(NamedTuple):
 
     def collect(self, x: Tensor, far: Sequence[Tensor], n: int) -> Tensor:
         """Return the sinks (B, documents, n, K, D) of each document, from a shard's x (B, N, K, D) and far tensors."""
-        found = []
+        of_documents = []
         for first in self.firsts:
             outside = self.outside if first == 0 else 0
             own = x[:, first : first + n - outside]
-            found.append(torch.cat([*(far[i][:, :rows] for i, rows in self.far), own], 1) if outside else own)
-        return torch.stack(found, 1)
+            of_documents.append(torch.cat([*(far[i][:, :rows] for i, rows in self.far), own], 1) if outside else own)
+        return torch.stack(of_documents, 1)
 
     def spread(self, k: Tensor, v: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
         """Turn the sinks of each document for its segments; return k and v packed, both (B, S n, K, D)."""
@@ -80,7 +80,7 @@ class SinkRows(NamedTuple):
 
 
 def sink_rows(
-    pattern: Pattern, start: int, tokens: int, documents: Sequence[int] | None, spans: Sequence[Span]
+    pattern: Pattern, start: int, tokens: int, documents: Sequence[int] | None, spans: Sequence[FarSpan]
 ) -> SinkRows | None:
     """Return the sinks for which a shard's queries need a separate call, or None.
 

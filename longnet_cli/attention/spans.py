@@ -40,6 +40,22 @@ class Rows(NamedTuple):
     skew: int
     row_heads: int = 0
 
+    @classmethod
+    def of(
+        cls,
+        heads: Heads,
+        *,
+        segments: int,
+        segment_step: int,
+        rows: int,
+        row_step: int,
+        first_token: int,
+        skew: int,
+        row_heads: int = 0,
+    ) -> Rows:
+        """Return the rows of these heads."""
+        return cls(segments, segment_step, *heads, rows, row_step, first_token, skew, row_heads)
+
 
 class Heads(NamedTuple):
     """An arithmetic progression of `number` heads: first, first + step, ..."""
@@ -74,9 +90,9 @@ def progressions(
 
     best: list[Heads] = []
     for step in dict.fromkeys(steps):
-        found = [run for residue in range(min(step, len(equal))) for run in _runs(equal, even, residue, step)]
-        if not best or len(found) < len(best):
-            best = found
+        runs = [run for residue in range(min(step, len(equal))) for run in _runs(equal, even, residue, step)]
+        if not best or len(runs) < len(best):
+            best = runs
         if len(best) <= 1:
             break
     return best
@@ -101,7 +117,7 @@ def _runs(equal: Sequence[Hashable | None], even: Sequence[tuple[int, ...]], fir
 SINKS = -1  # the level of a span that holds a document's first positions, which every query sees
 
 
-class Span(NamedTuple):
+class FarSpan(NamedTuple):
     """Far keys of one level: its rows at positions [start, stop), which lie in one segment, outside the shard.
 
     An empty span (start = stop) also has far keys: they keep the operation that made them in the autograd graph. For
@@ -146,12 +162,12 @@ def segment_rows(pattern: Pattern, level: int, tokens: int) -> int:
     return -(-min(w, tokens) // r)
 
 
-def far_spans(pattern: Pattern, start: int, stop: int, causal: bool, total: int | None = None) -> list[Span]:
+def far_spans(pattern: Pattern, start: int, stop: int, causal: bool, total: int | None = None) -> list[FarSpan]:
     """Return the spans that queries of the shard [start, stop) see outside it, by segment; sinks, not turned, are last.
 
     `total` is the length of the sequence; bidirectional attention needs it.
     """
-    found: list[Span] = []
+    seen: list[FarSpan] = []
     for level, (w, b) in enumerate(zip(pattern.segment_lengths, pattern.look_backs, strict=True)):
         first, last = start // w, (stop - 1) // w
         low, until, after = max(0, first - b) * w, start, stop
@@ -162,26 +178,26 @@ def far_spans(pattern: Pattern, start: int, stop: int, causal: bool, total: int 
             until = min(until, ((stop - 1) // inner - near) * inner)
             after = max(after, (start // inner + near + 1) * inner)
         if low < until:
-            found += _by_segment(level, w, low, until)
+            seen += _by_segment(level, w, low, until)
         if not causal:
             assert total is not None
-            found += _by_segment(level, w, after, min(total, (last + b + 1) * w))
+            seen += _by_segment(level, w, after, min(total, (last + b + 1) * w))
     if pattern.sinks and start and len(sink_segments(pattern, start, stop)):
-        found.append(Span(SINKS, 0, min(pattern.sinks, start)))
-    return found
+        seen.append(FarSpan(SINKS, 0, min(pattern.sinks, start)))
+    return seen
 
 
-def open_spans(pattern: Pattern, start: int, own: int = 0) -> list[Span]:
+def open_spans(pattern: Pattern, start: int, own: int = 0) -> list[FarSpan]:
     """Return the spans of a causal sequence's first `start` positions that later queries can see, sinks last.
 
     Levels, but not sinks, also have the `own` positions that follow.
     """
-    found: list[Span] = []
+    kept: list[FarSpan] = []
     for level, (w, b) in enumerate(zip(pattern.segment_lengths, pattern.look_backs, strict=True)):
-        found += _by_segment(level, w, max(0, start // w - b) * w, start + own)
+        kept += _by_segment(level, w, max(0, start // w - b) * w, start + own)
     if pattern.sinks and start + own:
-        found.append(Span(SINKS, 0, min(pattern.sinks, start)))
-    return found
+        kept.append(FarSpan(SINKS, 0, min(pattern.sinks, start)))
+    return kept
 
 
 def sink_segments(pattern: Pattern, start: int, stop: int) -> range:
@@ -190,16 +206,16 @@ def sink_segments(pattern: Pattern, start: int, stop: int) -> range:
     return range(max(start // w, first), (stop - 1) // w + 1) if pattern.sinks and start < stop else range(0)
 
 
-def _by_segment(level: int, w: int, start: int, stop: int) -> list[Span]:
-    found = []
+def _by_segment(level: int, w: int, start: int, stop: int) -> list[FarSpan]:
+    spans = []
     while start < stop:
         end = min(stop, (start // w + 1) * w)
-        found.append(Span(level, start, end))
+        spans.append(FarSpan(level, start, end))
         start = end
-    return found
+    return spans
 
 
-def span_rows(pattern: Pattern, span: Span, num_heads: int, kv_heads: int = 0) -> list[int]:
+def span_rows(pattern: Pattern, span: FarSpan, num_heads: int, kv_heads: int = 0) -> list[int]:
     """Return how many rows of `span` each lane has; lanes differ by at most one."""
     w, r = level_of(pattern, span.level)
     inside = span.start % w
@@ -208,7 +224,7 @@ def span_rows(pattern: Pattern, span: Span, num_heads: int, kv_heads: int = 0) -
     return [rows_before(stop, o, r) - rows_before(inside, o, r) for o in offsets]
 
 
-def span_positions(pattern: Pattern, span: Span, num_heads: int, kv_heads: int = 0) -> list[range]:
+def span_positions(pattern: Pattern, span: FarSpan, num_heads: int, kv_heads: int = 0) -> list[range]:
     """Return the positions of the rows of `span`, for each lane."""
     w, r = level_of(pattern, span.level)
     segment = span.start // w * w
@@ -230,7 +246,7 @@ class SpanViews(NamedTuple):
     segment: Rows
 
 
-def span_views(pattern: Pattern, span: Span, num_heads: int, start: int, kv_heads: int = 0) -> Iterator[SpanViews]:
+def span_views(pattern: Pattern, span: FarSpan, num_heads: int, start: int, kv_heads: int = 0) -> Iterator[SpanViews]:
     """Yield views of the rows of `span` for a shard that starts at `start` and holds them; none for an empty span."""
     w, r = level_of(pattern, span.level)
     if span.start >= span.stop:
@@ -246,18 +262,18 @@ def span_views(pattern: Pattern, span: Span, num_heads: int, start: int, kv_head
     group = num_heads // (kv_heads or num_heads)
     steps = (1, r, -(-len(heads) // r), len(heads) // len({*heads}), lcm(r, group))
     for run in progressions(equal, even, steps):
-        number, skew = counts[run.first], run.growth(firsts)
+        here = {"segments": 1, "segment_step": w, "rows": counts[run.first]}
         yield SpanViews(
-            Rows(1, w, *run.of(heads), number, r, firsts[run.first], skew),
-            Rows(1, w, *run, number, 1, 0, 0),
-            Rows(1, w, *run, number, 1, before[run.first], 0),
+            shard=Rows.of(run.of(heads), **here, row_step=r, first_token=firsts[run.first], skew=run.growth(firsts)),
+            packed=Rows.of(run, **here, row_step=1, first_token=0, skew=0),
+            segment=Rows.of(run, **here, row_step=1, first_token=before[run.first], skew=0),
         )
 
 
-def common_span(pattern: Pattern, level: int, segment: int, start: int, stop: int) -> Span:
+def common_span(pattern: Pattern, level: int, segment: int, start: int, stop: int) -> FarSpan:
     """Return the overlap of positions [start, stop) with the segment that starts at `segment`; it may be empty.
 
     For level `SINKS`, the segment is the first `pattern.sinks` positions.
     """
     end = pattern.sinks if level == SINKS else segment + pattern.segment_lengths[level]
-    return Span(level, max(segment, start), max(max(segment, start), min(end, stop)))
+    return FarSpan(level, max(segment, start), max(max(segment, start), min(end, stop)))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from longnet_cli.basics.sizes import format_bytes, format_count, format_duration
 from longnet_cli.cli import options as shared
-from longnet_cli.cli.options import COMPUTE, OUTPUT, PATTERN, Dtype, option, read_pattern, size_option
+from longnet_cli.cli.options import COMPUTE, OUTPUT, PATTERN, Dtype, HelpPanel, read_pattern
 from longnet_cli.cli.output import RowFormat, RowWriter, tell
 from longnet_cli.cli.progress import progress
 from longnet_cli.cli.starting import launch
@@ -33,63 +33,52 @@ _HUMAN = {
 _LONG_SECONDS, _LONG_BYTES = 10.0, 2**30  # rows beyond these are announced
 
 
-MEASURE, SHAPE, MODEL = "What to measure", "Shape", "Model (--op model, train)"
+MEASURE, SHAPE, MODEL = HelpPanel("What to measure"), HelpPanel("Shape"), HelpPanel("Model (--op model, train)")
 
 
 @dataclass(frozen=True)
 class BenchCommand:
     """The options of `bench`."""
 
-    seq: Sequence[int] | None = option(
-        MEASURE, "--seq SIZE,...", "Measure sequences of these lengths. (default: 4Ki,8Ki,16Ki,32Ki)"
+    seq: Sequence[int] | None = MEASURE.option(
+        "--seq SIZE,...", "Measure sequences of these lengths. (default: 4Ki,8Ki,16Ki,32Ki)"
     )
-    op: str = option(MEASURE, "--op OP", "Measure attention, model, train or exchange.", default="attention")
-    impl: Sequence[str] | None = option(
-        MEASURE,
-        "--impl NAME,...",
-        "Run dilated, dense or kernels (dilated without its merge). (default: dilated,dense)",
+    op: str = MEASURE.option("--op OP", "Measure attention, model, train or exchange.", default="attention")
+    impl: Sequence[str] | None = MEASURE.option(
+        "--impl NAME,...", "Run dilated, dense or kernels (dilated without its merge). (default: dilated,dense)"
     )
-    direction: Sequence[str] | None = option(
-        MEASURE,
-        "--direction NAME,...",
-        "Time the forward, or the backward alone. (default: forward; of train, backward)",
+    direction: Sequence[str] | None = MEASURE.option(
+        "--direction NAME,...", "Time the forward, or the backward alone. (default: forward; of train, backward)"
     )
-    repeats: int = option(MEASURE, "--repeats N", "Repeat each row N times.", default=3)
-    max_time: float | None = option(
-        MEASURE, "--max-time SECONDS", "Stop after this many seconds. (default: 60 without --seq)"
+    repeats: int = MEASURE.option("--repeats N", "Repeat each row N times.", default=3)
+    max_time: float | None = MEASURE.option(
+        "--max-time SECONDS", "Stop after this many seconds. (default: 60 without --seq)"
     )
-    max_dense_time: float = option(
-        MEASURE, "--max-dense-time SECONDS", "Skip dense runs that would take more seconds than this.", default=60.0
+    max_dense_time: float = MEASURE.option(
+        "--max-dense-time SECONDS", "Skip dense runs that would take more seconds than this.", default=60.0
     )
-    heads: int | None = option(SHAPE, "--heads N", "Use N heads. (default: 12, or 2 *)")
-    head_dim: int | None = option(SHAPE, "--head-dim N", "Set the size of each head. (default: 64, or 32 *)")
-    batch: int = option(SHAPE, "--batch N", "Run N sequences at a time.", default=1)
-    causal: bool = option(
-        SHAPE, "--causal/--bidirectional", "Look back only, or both ways. (default: causal)", default=True
+    heads: int | None = SHAPE.option("--heads N", "Use N heads. (default: 12, or 2 *)")
+    head_dim: int | None = SHAPE.option("--head-dim N", "Set the size of each head. (default: 64, or 32 *)")
+    batch: int = SHAPE.option("--batch N", "Run N sequences at a time.", default=1)
+    causal: bool = SHAPE.option(
+        "--causal/--bidirectional", "Look back only, or both ways. (default: causal)", default=True
     )
-    pattern: str | None = option(
-        PATTERN,
+    pattern: str | None = PATTERN.option(
         "--pattern PATTERN",
         "Use a pattern, as window:1Ki,sinks=4 or 1Ki/1,4Ki/4, or geometric: --base times powers of --ratio. "
         "(default: paper; geometric from 1e6 tokens)",
     )
-    base: int | None = size_option(PATTERN, "--base SIZE", "Set the first segment length. (default: 2048, or 256 *)")
-    ratio: int | None = option(PATTERN, "--ratio N", "Set the growth per level. (default: 2)")
-    model: str | None = option(MODEL, "--model -m NAME|DIR", "Measure a saved model. (default: random weights)")
-    layers: int | None = option(MODEL, "--layers N", "Use N layers, with random weights. (default: 2)")
-    vocab: int | None = size_option(
-        MODEL, "--vocab SIZE", "Use a vocabulary of this size, with random weights. (default: 256)"
-    )
-    format: RowFormat = option(OUTPUT, "--format md|json|jsonl|csv", "Print rows in this format.", default="md")
-    nproc: int | None = size_option(
-        COMPUTE, "--nproc N", "Start N processes (ranks) on this machine. (default: this process)"
-    )
+    base: int | None = PATTERN.size("--base SIZE", "Set the first segment length. (default: 2048, or 256 *)")
+    ratio: int | None = PATTERN.option("--ratio N", "Set the growth per level. (default: 2)")
+    model: str | None = MODEL.option("--model -m NAME|DIR", "Measure a saved model. (default: random weights)")
+    layers: int | None = MODEL.option("--layers N", "Use N layers, with random weights. (default: 2)")
+    vocab: int | None = MODEL.size("--vocab SIZE", "Use a vocabulary of this size, with random weights. (default: 256)")
+    format: RowFormat = OUTPUT.option("--format md|json|jsonl|csv", "Print rows in this format.", default="md")
+    nproc: int | None = COMPUTE.size("--nproc N", "Start N processes (ranks) on this machine. (default: this process)")
     device: str = shared.device_option()
     dtype: Dtype = shared.dtype_option()
-    chunk: int | None = size_option(
-        COMPUTE,
-        "--chunk SIZE",
-        "Compute this many tokens at a time. (default: all; from 1e6 causal tokens 64Ki, 1Mi on a GPU)",
+    chunk: int | None = COMPUTE.size(
+        "--chunk SIZE", "Compute this many tokens at a time. (default: all; from 1e6 causal tokens 64Ki, 1Mi on a GPU)"
     )
     quiet: bool = shared.quiet_flag()
 

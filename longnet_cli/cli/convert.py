@@ -7,11 +7,11 @@ from dataclasses import MISSING, dataclass
 from typing import Literal
 
 from longnet_cli.cli import options as shared
-from longnet_cli.cli.options import OUTPUT, Dtype, argument, option, size_option
+from longnet_cli.cli.options import OUTPUT, Dtype, HelpPanel, argument
 from longnet_cli.cli.output import tell
 from longnet_cli.cli.starting import ask_hub
 
-OFFICIAL = "Official checkpoints"
+OFFICIAL = HelpPanel("Official checkpoints")
 
 
 @dataclass(frozen=True)
@@ -24,25 +24,23 @@ class ConvertCommand:
         "(slide_encoder.pth, safetensors), or this LongNet, by name or folder. ORG/NAME:FILE.gguf and "
         "ORG/NAME are on the Hugging Face hub.",
     )
-    output: str = option(
-        OUTPUT, "--output -o DIR", "Write the model and its tokenizer to this new folder.", default=MISSING
+    output: str = OUTPUT.option(
+        "--output -o DIR", "Write the model and its tokenizer to this new folder.", default=MISSING
     )
-    dtype: Dtype = option(
-        OUTPUT,
+    dtype: Dtype = OUTPUT.option(
         "--dtype auto|fp32|bf16|fp16",
         "Write weights of this type; fp32 holds exactly what the file says. (default: the file's own, bf16 if "
         "quantized; required for a LongNet)",
         default="auto",
     )
-    heads: int | None = size_option(OFFICIAL, "--heads N", "Set the heads. (default: the official model's)")
-    segment_lengths: Sequence[int] | None = option(
-        OFFICIAL, "--segment-lengths SIZE,...", "List the segment lengths. (default: the official model's)"
+    heads: int | None = OFFICIAL.size("--heads N", "Set the heads. (default: the official model's)")
+    segment_lengths: Sequence[int] | None = OFFICIAL.option(
+        "--segment-lengths SIZE,...", "List the segment lengths. (default: the official model's)"
     )
-    dilation_rates: Sequence[int] | None = option(
-        OFFICIAL, "--dilation-rates SIZE,...", "Set one rate per segment length. (default: the official model's)"
+    dilation_rates: Sequence[int] | None = OFFICIAL.option(
+        "--dilation-rates SIZE,...", "Set one rate per segment length. (default: the official model's)"
     )
-    padding: Literal["zero_key", "exact"] | None = option(
-        OFFICIAL,
+    padding: Literal["zero_key", "exact"] | None = OFFICIAL.option(
         "--padding zero_key|exact",
         "Fill ragged segments of an encoder with keys of zeros, as in its training, or not (exact). (default: "
         "zero_key)",

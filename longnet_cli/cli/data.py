@@ -10,7 +10,7 @@ import typer
 
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.command import Command, CommandGroup, takes_options
-from longnet_cli.cli.options import INPUT, OUTPUT, option
+from longnet_cli.cli.options import INPUT, OUTPUT
 from longnet_cli.cli.output import emit_json, printable
 from longnet_cli.cli.progress import progress
 
@@ -33,8 +33,7 @@ class InspectCommand:
     """The options of `data inspect`."""
 
     inputs: list[str] = shared.inputs_argument()
-    tokenizer: str | None = option(
-        INPUT,
+    tokenizer: str | None = INPUT.option(
         "--tokenizer NAME|PATH",
         "Check ids against a tokenizer, and count text in its tokens: bytes, a tokenizer.json, or that of a model. "
         "(default: bytes, for text)",
@@ -42,7 +41,7 @@ class InspectCommand:
     column: str | None = shared.column_option()
     id_column: str | None = shared.id_column_option()
     eos: str | None = shared.eos_option()
-    format: Format = option(OUTPUT, "--format text|json", "Print a table to read, or one JSON value.", default="text")
+    format: Format = OUTPUT.option("--format text|json", "Print a table to read, or one JSON value.", default="text")
     quiet: bool = shared.quiet_flag()
 
 

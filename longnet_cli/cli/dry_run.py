@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from longnet_cli.jobs.estimating.reading_job import Job, ReadingEstimate, Room
     from longnet_cli.jobs.estimating.training_job import TrainingEstimate
     from longnet_cli.models.folder import ModelFolder
+    from longnet_cli.running.reader import Reader
 
 Format = Literal["text", "json"]
 Row = tuple[str, str, str]  # a name, its value, what it means
@@ -27,44 +28,44 @@ BAR = 30  # characters of a full bar
 YEAR = 365.25 * 86400  # seconds
 
 
-def show_training(found: TrainingEstimate, format: Format) -> None:
+def show_training(estimate: TrainingEstimate, format: Format) -> None:
     """Print the estimate to stdout. Raises MemoryLimitError if training does not fit."""
     from longnet_cli.jobs.estimating.training_job import EFFICIENCY
 
-    peak = f"{EFFICIENCY:.0%} (assumed) of {format_count(found.matmul_peak)} FLOP/s (measured, {found.dtype})"
+    peak = f"{EFFICIENCY:.0%} (assumed) of {format_count(estimate.matmul_peak)} FLOP/s (measured, {estimate.dtype})"
     after = [
-        ("FLOPs per token", format_count(found.flops_per_token), "forward and backward"),
-        ("tokens", format_count(found.tokens), f"{format_count(found.flops)} FLOPs in all"),
-        ("time", _duration(found.seconds), f"at {peak}"),
+        ("FLOPs per token", format_count(estimate.flops_per_token), "forward and backward"),
+        ("tokens", format_count(estimate.tokens), f"{format_count(estimate.flops)} FLOPs in all"),
+        ("time", _duration(estimate.seconds), f"at {peak}"),
     ]
-    _show(found, format, "training", [], after)
+    _show(estimate, format, "training", [], after)
 
 
-def show_reading(found: ReadingEstimate, format: Format, job: str) -> None:
+def show_reading(estimate: ReadingEstimate, format: Format, job: str) -> None:
     """Print the estimate of a `job` to stdout. Raises MemoryLimitError if the job does not fit."""
-    longest = f"the longest has {found.longest:,} tokens"
-    if found.too_long:
-        longest += f", and the model reads {found.too_long:,}"
-    if found.left_out:
-        longest += f"; left out: {found.left_out:,}"
+    longest = f"the longest has {estimate.longest:,} tokens"
+    if estimate.too_long:
+        longest += f", and the model reads {estimate.too_long:,}"
+    if estimate.left_out:
+        longest += f"; left out: {estimate.left_out:,}"
     counted = "counted"
-    if found.sampled is not None:
-        share = found.tokens_error / (found.tokens or 1)
-        counted = f"+- {share:.1%} (95 %), estimated from {found.sampled:,} texts"
+    if estimate.sampled is not None:
+        share = estimate.tokens_error / (estimate.tokens or 1)
+        counted = f"+- {share:.1%} (95 %), estimated from {estimate.sampled:,} texts"
     before = [
-        ("documents", f"{found.documents:,}", longest),
-        ("tokens", format_count(found.tokens), counted),
-        ("read", format_count(found.tokens_read), "tokens in all forwards, with contexts and padding"),
+        ("documents", f"{estimate.documents:,}", longest),
+        ("tokens", format_count(estimate.tokens), counted),
+        ("read", format_count(estimate.tokens_read), "tokens in all forwards, with contexts and padding"),
     ]
-    measured = f"{found.measured.rows:,} x {found.measured.tokens:,}"
-    rate = f"at {format_count(found.rate)} FLOP/s (measured, a forward of {measured} tokens)"
+    measured = f"{estimate.measured.rows:,} x {estimate.measured.tokens:,}"
+    rate = f"at {format_count(estimate.rate)} FLOP/s (measured, a forward of {measured} tokens)"
     after = [
-        ("FLOPs per token", format_count(found.flops_per_token), "forward"),
-        ("FLOPs", format_count(found.flops), ""),
-        ("time", _duration(found.seconds), rate),
-        ("output", "", found.output),
+        ("FLOPs per token", format_count(estimate.flops_per_token), "forward"),
+        ("FLOPs", format_count(estimate.flops), ""),
+        ("time", _duration(estimate.seconds), rate),
+        ("output", "", estimate.output),
     ]
-    _show(found, format, job, before, after)
+    _show(estimate, format, job, before, after)
 
 
 def _bar(size: float, whole: float) -> str:
@@ -81,14 +82,14 @@ def room(folder: ModelFolder, dtype: str, device: torch.device) -> Room:
     """Return the memory before the model is loaded. Raises MemoryLimitError if its weights do not fit."""
     from longnet_cli.jobs.estimating.reading_job import Room
 
-    found = Room.now(device)
-    folder.check_weights_fit(dtype, device, found.free)
-    return found
+    before = Room.now(device)
+    folder.check_weights_fit(dtype, device, before.free)
+    return before
 
 
 def estimate_reading(
     opened: Opened,
-    job: Job,
+    make_job: Callable[[Reader], Job],
     doing: str,
     output: str | None,
     format: Format,
@@ -98,29 +99,33 @@ def estimate_reading(
     """Print the estimate of a job that would write to `output`, or print."""
     from longnet_cli.jobs.estimating.reading_job import estimate_documents
     from longnet_cli.running.ranks.ranks import leave
+    from longnet_cli.running.reader import share_reader
 
     assert opened.room  # of every dry run
-    fate, done, chunk = _fate(output, running.resume)
-    inputs = opened.inputs
+    fate, done, earlier = _fate(output, running.resume)
+    inputs, ranks, sample = opened.inputs, opened.ranks, running.sample
+    reader = share_reader(
+        opened.loaded.net,
+        chunk=computing.chunk or earlier,
+        dtype=computing.dtype,
+        spill=computing.spill,
+        ranks=ranks,
+    )
     with progress("counting", total=None, quiet=opened.quiet) as advance:
         estimate = estimate_documents(
-            opened.loaded.net,
-            job,
-            inputs.untokenized() if running.sample else inputs.documents(),
-            output=fate,
-            on_progress=advance,
-            chunk=computing.chunk or chunk,
-            dtype=computing.dtype,
-            spill=computing.spill,
+            make_job(reader),
+            inputs.untokenized() if sample else inputs.documents(),
             room=opened.room,
-            ranks=opened.ranks,
-            sample=running.sample,
-            done=done,
             tokenizer=inputs.tokenizer,
+            sample=sample,
+            done=done,
+            output=fate,
+            ranks=ranks,
             skip_bad=inputs.skip_bad,
+            on_progress=advance,
         )
     leave()
-    if opened.ranks.first:
+    if ranks.first:
         show_reading(estimate, format, doing)
 
 
@@ -145,28 +150,34 @@ def _fate(output: str | None, resume: bool) -> tuple[str, int, int | None]:
     return f"{output}, after document {done:,} of an earlier run", done, earlier.settings.get("chunk")
 
 
-def _show(found: Estimate, format: Format, job: str, before: Sequence[Row], after: Sequence[Row]) -> None:
+def _show(estimate: Estimate, format: Format, job: str, before: Sequence[Row], after: Sequence[Row]) -> None:
     if format == "json":
-        emit_json(found.as_dict())
+        emit_json(estimate.as_dict())
     else:
-        rows = [("parameters", format_count(found.parameters), f"{found.parameters:,}"), *before]
-        _print([rows, _memory(found), after])
-    if found.free is not None and not found.fits:
+        rows = [("parameters", format_count(estimate.parameters), f"{estimate.parameters:,}"), *before]
+        _print([rows, _memory(estimate), after])
+    if estimate.free is not None and not estimate.fits:
         raise MemoryLimitError(
-            f"{job} needs {format_bytes(found.beyond)}, the largest part for {found.largest}, and "
-            f"{format_bytes(found.free)} are free; {found.advice}"
+            f"{job} needs {format_bytes(estimate.beyond)}, the largest part for {estimate.largest}, and "
+            f"{format_bytes(estimate.free)} are free; {estimate.advice}"
         )
 
 
-def _memory(found: Estimate) -> list[Row]:
-    rows = [(kind, format_bytes(size), _bar(size, found.peak)) for kind, size in found.memory.items()]
+def _memory(estimate: Estimate) -> list[Row]:
+    rows = [(kind, format_bytes(size), _bar(size, estimate.peak)) for kind, size in estimate.memory.items()]
     rows.append(
-        ("peak memory", format_bytes(found.peak), f"a process, {found.dtype}, chunks of {found.chunk:,} tokens")
+        (
+            "peak memory",
+            format_bytes(estimate.peak),
+            f"a process, {estimate.dtype}, chunks of {estimate.chunk:,} tokens",
+        )
     )
-    if found.spilled:
-        rows.append(("spill file", format_bytes(found.spilled), "on a disk"))
-    if found.free is not None:
-        rows.append(("free", format_bytes(found.free), "besides the program" if found.fits else "it does not fit"))
+    if estimate.spilled:
+        rows.append(("spill file", format_bytes(estimate.spilled), "on a disk"))
+    if estimate.free is not None:
+        rows.append(
+            ("free", format_bytes(estimate.free), "besides the program" if estimate.fits else "it does not fit")
+        )
     return rows
 
 

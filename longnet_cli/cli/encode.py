@@ -10,17 +10,16 @@ from longnet_cli.basics.sizes import format_count
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.dry_run import Format, check_sample, estimate_reading
 from longnet_cli.cli.model_and_inputs import ModelAndInputs, Opened
-from longnet_cli.cli.options import OUTPUT, Computing, Documents, Mesh, ModelChoice, Running, flag, option, size_option
+from longnet_cli.cli.options import OUTPUT, Computing, Documents, HelpPanel, Mesh, ModelChoice, Running
 from longnet_cli.cli.output import count_left_out, end, tell
 from longnet_cli.cli.pairs import SAMPLE, check_pairs
 from longnet_cli.cli.progress import progress
-from longnet_cli.cli.state import say_state
 
 if TYPE_CHECKING:
     from longnet_cli.data.manifest import Manifest
     from longnet_cli.jobs.encoding import EncodeOptions
 
-VECTORS = "Vectors"
+VECTORS = HelpPanel("Vectors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,62 +28,54 @@ class EncodeCommand:
 
     documents: Documents
     choice: ModelChoice
-    pool: str | None = option(
-        VECTORS,
+    pool: str | None = VECTORS.option(
         "--pool NAME[+NAME]",
         "Take the mean over the tokens, the first or last token's vector, the cls, max, or the sqrt or weighted "
         "mean of sentence-transformers; several are joined. (default: the model's, otherwise mean)",
     )
-    prefix: str | None = option(
-        VECTORS,
+    prefix: str | None = VECTORS.option(
         "--prefix TEXT|none",
         "Read this before each document, as a part of it. (default: the model's prompt for documents)",
     )
-    dims: int | None = size_option(VECTORS, "--dims N", "Keep the first N numbers of each vector. (default: all)")
-    span: int | None = size_option(
-        VECTORS,
+    dims: int | None = VECTORS.size("--dims N", "Keep the first N numbers of each vector. (default: all)")
+    span: int | None = VECTORS.size(
         "--span SIZE",
         "Make one vector per this many tokens. Each has the whole document as context. (default: one per document)",
     )
-    context: int | None = size_option(
-        VECTORS,
+    context: int | None = VECTORS.size(
         "--context SIZE",
         "Read windows of this many tokens, special ones included, with a model that looks both ways. (default: the "
         "most that it was made for)",
     )
-    stride: int | None = size_option(
-        VECTORS, "--stride SIZE", "Start a window every this many tokens of the document. (default: no overlap)"
+    stride: int | None = VECTORS.size(
+        "--stride SIZE", "Start a window every this many tokens of the document. (default: no overlap)"
     )
-    normalize: bool | None = option(
-        VECTORS,
-        "--normalize/--no-normalize",
-        "Scale every vector to length 1. (default: the model's, otherwise normalize)",
+    normalize: bool | None = VECTORS.option(
+        "--normalize/--no-normalize", "Scale every vector to length 1. (default: the model's, otherwise normalize)"
     )
-    all_layers: bool = flag(
-        VECTORS, "--all-layers", "Add the column layers: such a vector of the first layer's input and of each layer."
+    all_layers: bool = VECTORS.flag(
+        "--all-layers", "Add the column layers: such a vector of the first layer's input and of each layer."
     )
-    tile_size: int | None = size_option(
-        VECTORS,
+    tile_size: int | None = VECTORS.size(
         "--tile-size SIZE",
         "Set the side of a slide's tiles, in the units of their coordinates. (default: the file's, otherwise the "
         "model's)",
     )
-    output: str = option(
-        OUTPUT,
+    output: str = OUTPUT.option(
         "--output -o PATH",
         "Write a new folder of shards, one .arrow, .parquet or .jsonl file, or - for an Arrow stream on stdout. An "
         "existing file is replaced when the new one is whole.",
         default="-",
     )
-    embedding_dtype: Literal["float32", "float16"] = option(
-        OUTPUT, "--embedding-dtype float32|float16", "Write numbers of this type.", default="float32"
+    embedding_dtype: Literal["float32", "float16"] = OUTPUT.option(
+        "--embedding-dtype float32|float16", "Write numbers of this type.", default="float32"
     )
-    shard_rows: int | None = size_option(
-        OUTPUT, "--shard-rows SIZE", "Start a new shard after this many vectors. (default: 16Ki)"
+    shard_rows: int | None = OUTPUT.size(
+        "--shard-rows SIZE", "Start a new shard after this many vectors. (default: 16Ki)"
     )
     shard_format: Literal["arrow", "parquet"] = shared.shard_format_option()
     running: Running
-    format: Format = option(OUTPUT, "--format text|json", "Print --dry-run in this format.", default="text")
+    format: Format = OUTPUT.option("--format text|json", "Print --dry-run in this format.", default="text")
     mesh: Mesh
     computing: Computing
 
@@ -106,9 +97,9 @@ def encode(options: EncodeCommand) -> None:
     earlier = named.check_outputs({"-o": output}, where_to, for_folder, running)
     opened, own = _open(options, named)
     if opened.room:
-        from longnet_cli.jobs.estimating.reading_job import EncodeJob
+        from longnet_cli.jobs.encoding import Encoder
 
-        job = EncodeJob(opened.loaded.net, own)
+        job = partial(Encoder, options=own)
         estimate_reading(opened, job, "encoding", output, options.format, running, options.computing)
     else:
         _write(options, opened, own, earlier)
@@ -143,7 +134,6 @@ def _write(options: EncodeCommand, opened: Opened, own: EncodeOptions, earlier: 
     from longnet_cli.running.ranks.ranks import leave
 
     net, data, quiet, computing = opened.loaded.net, opened.inputs, opened.quiet, options.computing
-    known = data.stored() if not data.skip_bad else ()
     done = earlier.totals["tokens"] if earlier else 0
     left_out = count_left_out(data.skip_bad, quiet)
     with progress("encoding", total=data.num_tokens(), start=done, quiet=quiet) as advance:
@@ -157,7 +147,7 @@ def _write(options: EncodeCommand, opened: Opened, own: EncodeOptions, earlier: 
             resume=options.running.resume,
             left_out=left_out,
             of_text=PLACE_FIELDS,
-            telling=partial(say_state, stored=known, net=net, computing=computing, quiet=quiet),
+            telling=opened.telling(computing),
             ranks=opened.ranks,
             chunk=computing.chunk,
             dtype=computing.dtype,

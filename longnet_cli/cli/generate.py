@@ -16,17 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from longnet_cli.basics.errors import ConfigError, LongNetError
 from longnet_cli.basics.sizes import format_bytes, format_duration
 from longnet_cli.cli import options as shared
-from longnet_cli.cli.options import (
-    INPUT,
-    OUTPUT,
-    Computing,
-    ModelChoice,
-    argument,
-    flag,
-    option,
-    read_pattern,
-    size_option,
-)
+from longnet_cli.cli.options import INPUT, OUTPUT, Computing, HelpPanel, ModelChoice, argument, read_pattern
 from longnet_cli.cli.output import emit_jsonl, note, printable, tell
 from longnet_cli.cli.pairs import Needs, check_pairs
 from longnet_cli.cli.progress import progress
@@ -43,7 +33,7 @@ if TYPE_CHECKING:
     from longnet_cli.running.causal_stream import CausalStream
 
 Format = Literal["text", "jsonl"]
-SAMPLING = "How to choose tokens"
+SAMPLING = HelpPanel("How to choose tokens")
 MAX_TOKENS = 256
 
 
@@ -66,49 +56,41 @@ class GenerateCommand:
         "Continue this text. If it is -, or if you give neither PROMPT nor --input nor --state, read stdin.",
         default=None,
     )
-    inputs: list[str] | None = option(
-        INPUT,
-        "--input -i INPUT",
-        "Continue each document of files, folders, globs, @list or - (stdin). Repeat it for more.",
+    inputs: list[str] | None = INPUT.option(
+        "--input -i INPUT", "Continue each document of files, folders, globs, @list or - (stdin). Repeat it for more."
     )
-    state: str | None = option(
-        INPUT, "--state DIR", "Continue after what --save-state has saved in this folder, which stays as it is."
+    state: str | None = INPUT.option(
+        "--state DIR", "Continue after what --save-state has saved in this folder, which stays as it is."
     )
-    chat: bool = flag(INPUT, "--chat", "Put each prompt into the tokenizer's chat template, as a user's message.")
+    chat: bool = INPUT.flag("--chat", "Put each prompt into the tokenizer's chat template, as a user's message.")
     tokenizer: str | None = shared.tokenizer_option()
     tokenizer_differs: bool = shared.differs_flag()
     column: str | None = shared.column_option()
     eos: str | None = shared.eos_option()
     bos: str | None = shared.bos_option()
     choice: ModelChoice
-    max_tokens: int | None = size_option(
-        SAMPLING,
-        "--max-tokens -n SIZE",
-        f"Generate at most this many tokens. (default: {MAX_TOKENS}, or 0 with --save-state)",
+    max_tokens: int | None = SAMPLING.size(
+        "--max-tokens -n SIZE", f"Generate at most this many tokens. (default: {MAX_TOKENS}, or 0 with --save-state)"
     )
-    temperature: float = option(
-        SAMPLING,
+    temperature: float = SAMPLING.option(
         "--temperature T",
         "Draw tokens from softmax(logits / T). At 0, take the likeliest token each time.",
         default=0.0,
     )
-    top_p: float | None = option(
-        SAMPLING, "--top-p P", "Draw only from the fewest tokens whose probabilities sum to P. (default: from all)"
+    top_p: float | None = SAMPLING.option(
+        "--top-p P", "Draw only from the fewest tokens whose probabilities sum to P. (default: from all)"
     )
-    seed: int | None = option(
-        SAMPLING,
-        "--seed N",
-        "Seed the draws. Runs with the same seed give the same text. (default: a new one each run)",
+    seed: int | None = SAMPLING.option(
+        "--seed N", "Seed the draws. Runs with the same seed give the same text. (default: a new one each run)"
     )
-    stop: list[str] | None = option(SAMPLING, "--stop TEXT", "End before this text. You can repeat it.")
-    format: Format = option(
-        OUTPUT, "--format text|jsonl", "Stream the text, or print one line of JSON per prompt.", default="text"
+    stop: list[str] | None = SAMPLING.option("--stop TEXT", "End before this text. You can repeat it.")
+    format: Format = OUTPUT.option(
+        "--format text|jsonl", "Stream the text, or print one line of JSON per prompt.", default="text"
     )
-    save_state: str | None = option(
-        OUTPUT, "--save-state DIR", "Save in this folder what was read and generated, for --state. One prompt only."
+    save_state: str | None = OUTPUT.option(
+        "--save-state DIR", "Save in this folder what was read and generated, for --state. One prompt only."
     )
-    sources: bool = flag(
-        OUTPUT,
+    sources: bool = OUTPUT.flag(
         "--sources",
         "Print on stderr, or in the line of JSON, the passages that the answer chose more than the text "
         "before it did. It needs a pattern with chosen blocks.",
@@ -130,7 +112,7 @@ def generate(options: GenerateCommand) -> None:
     text, save_state = _text(options.prompt, options.inputs, options.state), options.save_state
     loaded = _open(options, text)
     stream = _stream(options, loaded)
-    job = _Generation(options, loaded)
+    job = _Continuation(options, loaded)
     more = job.max_tokens + (stream.position if stream else 0)
     documents, several = _documents(options, loaded, text)
     computing = options.computing
@@ -176,7 +158,7 @@ def _open(options: GenerateCommand, text: str | None) -> Loaded:
     return loaded
 
 
-class _Generation:
+class _Continuation:
     """The generation of texts by one model."""
 
     def __init__(self, options: GenerateCommand, loaded: Loaded) -> None:

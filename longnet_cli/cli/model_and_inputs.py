@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,9 +12,10 @@ from longnet_cli.cli.dry_run import room
 from longnet_cli.cli.options import Computing, Documents, Mesh, ModelChoice, Running, read_pattern
 from longnet_cli.cli.output import check_output, tell
 from longnet_cli.cli.starting import ask_hub, freeze_imports, launch
-from longnet_cli.cli.state import check_spill
+from longnet_cli.cli.state import check_spill, say_state
 
 if TYPE_CHECKING:
+    from longnet_cli.data.documents import Document
     from longnet_cli.data.inputs import Inputs
     from longnet_cli.data.manifest import Manifest
     from longnet_cli.jobs.estimating.reading_job import Room
@@ -33,6 +34,14 @@ class Opened(NamedTuple):
     ranks: Ranks
     room: Room | None
     quiet: bool
+
+    def telling(
+        self, computing: Computing, contexts: Sequence[int] | None = None
+    ) -> Callable[[Iterable[Document]], Iterator[Document]]:
+        """Return what passes documents on, and says what the longest one keeps (`state.say_state`)."""
+        known = self.inputs.stored() if not self.inputs.skip_bad else ()
+        net, quiet = self.loaded.net, self.quiet
+        return partial(say_state, stored=known, net=net, computing=computing, contexts=contexts, quiet=quiet)
 
 
 class ModelAndInputs:

@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 
-# Panels of the help. A panel appears where its first option does.
-INPUT, MODEL, PATTERN, OUTPUT, COMPUTE = "Input", "Model", "Pattern", "Output", "Compute"
-
 
 def parse_device(text: str) -> str:
     """Return `auto`, `cpu`, `cuda` or `cuda:1`. Only torch, once loaded, knows whether that GPU exists."""
@@ -61,7 +58,7 @@ def _split(value: str | Sequence[str]) -> list[str]:
     return [name.strip() for name in value.split(",")] if isinstance(value, str) else list(value)
 
 
-# What reads the value of an option, by what its help has for one. Other sizes are of `size_option`.
+# What reads the value of an option, by what its help has for one. Sizes are of `HelpPanel.size`.
 PARSERS: dict[str, Callable[[Any], Any]] = {
     "SIZE,...": parse_sizes,
     "NAME,...": _split,
@@ -70,35 +67,37 @@ PARSERS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def option(panel: str, names: str, help: str, *, default: Any = None, **more: Any) -> Any:
-    """Return an option of a command, a field of a dataclass (`command.takes_options`):
+class HelpPanel(str):
+    """A panel of the help, by its title, which makes the options in it: fields of a dataclass (`takes_options`).
 
-        model: str = option(MODEL, "--model -m NAME|DIR", "Use this model.", default="longnet-tiny")
-
-    After its `names` stands what the help has for a value. The help ends with the default, or with what happens without
-    the option: "(default: all)". MISSING is no default: the option is required. An option of several values is a
-    Sequence, because typer reads `list[int]` as an option that is given once for each item.
+    A panel appears where its first option does.
     """
-    *flags, last = names.split()
-    metavar = None if last.startswith("-") else last
-    flags += [last] if metavar is None else []
-    said = "(default: " in help or default in (None, MISSING) or isinstance(default, bool)
-    help = help if said else f"{help} (default: {default})"
-    look: dict[str, Any] = {"metavar": metavar, "help": help, "show_default": False, "rich_help_panel": panel}
-    if metavar in PARSERS:
-        more["parser"] = _option_parser(PARSERS[metavar])
-    value = ... if default is MISSING else default
-    return field(default=default, metadata={"typer": typer.Option(value, *flags, **look, **more)})
 
+    def option(self, names: str, help: str, *, default: Any = None, **more: Any) -> Any:
+        """Return an option: `model: str = MODEL.option("--model -m NAME", "Use this model.", default="longnet-tiny")`.
 
-def flag(panel: str, names: str, help: str) -> Any:
-    """Return an option without a value, which is False if it is not given: a field of a dataclass, as `option`."""
-    return option(panel, names, help, default=False)
+        After its `names` stands what the help has for a value. The help ends with the default, or with what happens
+        without the option: "(default: all)". MISSING is no default: the option is required. An option of several values
+        is a Sequence, because typer reads `list[int]` as an option that is given once for each item.
+        """
+        *flags, last = names.split()
+        metavar = None if last.startswith("-") else last
+        flags += [last] if metavar is None else []
+        said = "(default: " in help or default in (None, MISSING) or isinstance(default, bool)
+        help = help if said else f"{help} (default: {default})"
+        look: dict[str, Any] = {"metavar": metavar, "help": help, "show_default": False, "rich_help_panel": str(self)}
+        if metavar in PARSERS:
+            more["parser"] = _option_parser(PARSERS[metavar])
+        value = ... if default is MISSING else default
+        return field(default=default, metadata={"typer": typer.Option(value, *flags, **look, **more)})
 
+    def flag(self, names: str, help: str) -> Any:
+        """Return an option without a value, which is False if it is not given."""
+        return self.option(names, help, default=False)
 
-def size_option(panel: str, names: str, help: str, **more: Any) -> Any:
-    """Return a size: `seq: int | None = size_option(OUTPUT, "--seq SIZE", "Tokens.")`."""
-    return option(panel, names, help, parser=_option_parser(parse_size), **more)
+    def size(self, names: str, help: str) -> Any:
+        """Return a size: `seq: int | None = MODEL.size("--seq SIZE", "Tokens.")`."""
+        return self.option(names, help, parser=_option_parser(parse_size))
 
 
 def argument(metavar: str, help: str, default: Any = MISSING) -> Any:
@@ -121,6 +120,9 @@ def complete_model(incomplete: str) -> list[str]:
     return [name for name in (*list_models(), *list_cached()) if name.startswith(incomplete)]
 
 
+INPUT, MODEL, PATTERN, OUTPUT = HelpPanel("Input"), HelpPanel("Model"), HelpPanel("Pattern"), HelpPanel("Output")
+COMPUTE, LAST = HelpPanel("Compute"), HelpPanel(OTHER)
+
 # Single options of several commands. Those that always come together are in the dataclasses below.
 inputs_argument = partial(
     argument,
@@ -129,57 +131,52 @@ inputs_argument = partial(
     "They hold Arrow, Parquet, JSON Lines or UTF-8 text.",
 )
 tokenizer_option = partial(
-    option,
-    INPUT,
+    INPUT.option,
     "--tokenizer NAME|PATH",
     "Use bytes, a tokenizer.json, a folder that holds one, or the tokenizer of a model: shipped, or ORG/NAME. "
     "(default: the model's)",
 )
-differs_flag = partial(flag, INPUT, "--tokenizer-differs", "Accept a tokenizer that is not the model's.")
+differs_flag = partial(INPUT.flag, "--tokenizer-differs", "Accept a tokenizer that is not the model's.")
 column_option = partial(
-    option,
-    INPUT,
+    INPUT.option,
     "--column NAME",
     "Read this column, or a field of a struct: doc.body. (default: input_ids, tokens, token_ids or ids, otherwise "
     "text)",
 )
 id_column_option = partial(
-    option, INPUT, "--id-column NAME", "Name documents by this column. (default: doc_id, otherwise id)"
+    INPUT.option, "--id-column NAME", "Name documents by this column. (default: doc_id, otherwise id)"
 )
 eos_option = partial(
-    option,
-    INPUT,
+    INPUT.option,
     "--eos TOKEN|ID",
     "Cut a flat column of ids into documents at this token. (default: the tokenizer's, otherwise the file's)",
 )
 bos_option = partial(
-    option,
-    INPUT,
+    INPUT.option,
     "--bos none|TOKEN|ID",
     "Put this token before each document, or nothing. (default: what the tokenizer's template or the model says)",
 )
-skip_bad_flag = partial(flag, INPUT, "--skip-bad", "Leave out what cannot be read: exit code 6.")
+skip_bad_flag = partial(INPUT.flag, "--skip-bad", "Leave out what cannot be read: exit code 6.")
 update_flag = partial(
-    flag, MODEL, "--update", "Ask the hub what ORG/NAME is now, instead of taking what was downloaded before."
+    MODEL.flag, "--update", "Ask the hub what ORG/NAME is now, instead of taking what was downloaded before."
 )
 pattern_option = partial(
-    option,
-    PATTERN,
+    PATTERN.option,
     "--pattern PATTERN",
     "Attend by this pattern: paper, geometric:1e9, window:1Ki,sinks=4, nested:1Mi, pretrained, finding, dense, or "
     "levels such as 1Ki/1,4Ki/4. `longnet pattern PATTERN` describes one. (default: the model's own)",
 )
 shard_format_option = partial(
-    option, OUTPUT, "--shard-format arrow|parquet", "Write shards of this format.", default="arrow"
+    OUTPUT.option, "--shard-format arrow|parquet", "Write shards of this format.", default="arrow"
 )
 resume_flag = partial(
-    flag, OUTPUT, "--resume", "Continue an interrupted run in the output folder, with the same inputs and options."
+    OUTPUT.flag, "--resume", "Continue an interrupted run in the output folder, with the same inputs and options."
 )
-device_option = partial(option, COMPUTE, "--device auto|cpu|cuda[:i]", "Compute on this device.", default="auto")
+device_option = partial(COMPUTE.option, "--device auto|cpu|cuda[:i]", "Compute on this device.", default="auto")
 dtype_option = partial(
-    option, COMPUTE, "--dtype auto|fp32|bf16|fp16", "Compute matrix products in this precision.", default="auto"
+    COMPUTE.option, "--dtype auto|fp32|bf16|fp16", "Compute matrix products in this precision.", default="auto"
 )
-quiet_flag = partial(flag, OTHER, "--quiet -q", "Show no progress, only errors.")
+quiet_flag = partial(LAST.flag, "--quiet -q", "Show no progress, only errors.")
 
 
 @dataclass(frozen=True)
@@ -191,8 +188,8 @@ class Documents:
     tokenizer_differs: bool = differs_flag()
     column: str | None = column_option()
     id_column: str | None = id_column_option()
-    keep: Sequence[str] | None = option(
-        INPUT, "--keep COLUMN,...", "Carry these columns to the output.", parser=_option_parser(parse_names)
+    keep: Sequence[str] | None = INPUT.option(
+        "--keep COLUMN,...", "Carry these columns to the output.", parser=_option_parser(parse_names)
     )
     eos: str | None = eos_option()
     bos: str | None = bos_option()
@@ -203,8 +200,7 @@ class Documents:
 class ModelChoice:
     """The model that a command reads with, and its pattern."""
 
-    model: str = option(
-        MODEL,
+    model: str = MODEL.option(
         "--model -m NAME|DIR",
         "Use a shipped model, a folder (with a slash: ./my-run), a GGUF file, or a model on the Hugging Face hub: "
         "ORG/NAME, ORG/NAME@REVISION, ORG/NAME:FILE.gguf.",
@@ -217,16 +213,13 @@ class ModelChoice:
 
 @dataclass(frozen=True)
 class Running:
-    """What becomes of an interrupted run, and the run that is only estimated."""
+    """The choice to continue an interrupted run, or only to estimate one."""
 
     resume: bool = resume_flag()
-    dry_run: bool = flag(
-        OUTPUT,
-        "--dry-run",
-        "Print documents, tokens, memory, FLOPs and time, and stop. The exit code is 5 if it does not fit.",
+    dry_run: bool = OUTPUT.flag(
+        "--dry-run", "Print documents, tokens, memory, FLOPs and time, and stop. The exit code is 5 if it does not fit."
     )
-    sample: int | None = size_option(
-        OUTPUT,
+    sample: int | None = OUTPUT.size(
         "--sample N",
         "For --dry-run, tokenize a uniform sample of N texts. All texts are read, and their tokens per byte are "
         "taken to be those of the sample. (default: all)",
@@ -237,11 +230,11 @@ class Running:
 class Mesh:
     """The processes that share the work."""
 
-    nproc: int | None = size_option(
-        COMPUTE, "--nproc N", "Start N processes (ranks) on this machine. (default: what --dp and --sp need)"
+    nproc: int | None = COMPUTE.size(
+        "--nproc N", "Start N processes (ranks) on this machine. (default: what --dp and --sp need)"
     )
-    sp: int | None = size_option(COMPUTE, "--sp N", "Split each sequence over N ranks. (default: all of a group)")
-    dp: int | None = size_option(COMPUTE, "--dp N", "Make N groups of ranks, each with its own sequences. (default: 1)")
+    sp: int | None = COMPUTE.size("--sp N", "Split each sequence over N ranks. (default: all of a group)")
+    dp: int | None = COMPUTE.size("--dp N", "Make N groups of ranks, each with its own sequences. (default: 1)")
 
 
 @dataclass(frozen=True)
@@ -250,14 +243,12 @@ class Computing:
 
     device: str = device_option()
     dtype: Dtype = dtype_option()
-    chunk: int | None = size_option(
-        COMPUTE,
+    chunk: int | None = COMPUTE.size(
         "--chunk SIZE",
         "Process this many tokens at a time. Fewer need less memory and change no result. (default: what fits the "
         "memory)",
     )
-    spill: str | None = option(
-        COMPUTE,
+    spill: str | None = COMPUTE.option(
         "--spill DIR",
         "Keep here, not in memory, what grows with a document: keys and values, for a pattern with chosen blocks, "
         "or a bidirectional model's hidden states. (default: in memory)",

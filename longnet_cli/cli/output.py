@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from longnet_cli.data.manifest import Manifest
 
 RowFormat = Literal["md", "json", "jsonl", "csv"]
-FORMATS: tuple[RowFormat, ...] = get_args(RowFormat)
 
 
 def emit_json(value: Any) -> None:

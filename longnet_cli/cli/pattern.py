@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from longnet_cli.basics.sizes import format_bytes, format_count
-from longnet_cli.cli.options import OUTPUT, argument, option, size_option
+from longnet_cli.cli.options import OUTPUT, HelpPanel, argument
 from longnet_cli.cli.output import can_print, emit_json, printable, shows_color
 
 if TYPE_CHECKING:
     from longnet_cli.jobs.describing import Description, LevelCosts, PatternCosts
 
 Format = Literal["text", "json"]
-MEASURE = "What to describe"
+MEASURE = HelpPanel("What to describe")
 
 
 @dataclass(frozen=True)
@@ -28,21 +28,19 @@ class PatternCommand:
         "1Ki/1,4Ki/4. All take look_back=, overlap=once, queries=all, sinks=, level_bias=, head_offsets=; "
         "a window takes chosen=32x32, chosen_every=. Or a recipe (.toml) or a model, by name or path.",
     )
-    seq: int | None = size_option(
-        MEASURE, "--seq SIZE", "Describe a sequence of this length. (default: the longest segment, or 32Ki)"
+    seq: int | None = MEASURE.size(
+        "--seq SIZE", "Describe a sequence of this length. (default: the longest segment, or 32Ki)"
     )
-    heads: int | None = option(MEASURE, "--heads N", "Count N heads. (default: the model's, or 12)", min=1, max=1024)
-    layers: int | None = option(
-        MEASURE, "--layers N", "Follow links through N layers. (default: the model's, or 4)", min=1, max=256
+    heads: int | None = MEASURE.option("--heads N", "Count N heads. (default: the model's, or 12)", min=1, max=1024)
+    layers: int | None = MEASURE.option(
+        "--layers N", "Follow links through N layers. (default: the model's, or 4)", min=1, max=256
     )
-    causal: bool | None = option(
-        MEASURE, "--causal/--bidirectional", "Look back only, or both ways. (default: the model's, or causal)"
+    causal: bool | None = MEASURE.option(
+        "--causal/--bidirectional", "Look back only, or both ways. (default: the model's, or causal)"
     )
-    format: Format = option(OUTPUT, "--format text|json", "Print tables, or a list in JSON.", default="text")
-    output: str | None = option(
-        OUTPUT,
-        "--output -o FILE",
-        "Draw a picture (.png, .svg, .pdf; needs the extra `plot`). An existing file is replaced.",
+    format: Format = OUTPUT.option("--format text|json", "Print tables, or a list in JSON.", default="text")
+    output: str | None = OUTPUT.option(
+        "--output -o FILE", "Draw a picture (.png, .svg, .pdf; needs the extra `plot`). An existing file is replaced."
     )
 
 

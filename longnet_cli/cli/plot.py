@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from longnet_cli.cli.options import OUTPUT, argument, option
+from longnet_cli.cli.options import OUTPUT, argument
 from longnet_cli.cli.output import can_print, printable, shows_color
 
 
@@ -19,15 +19,13 @@ class PlotCommand:
         "Read the folder of a run or its metrics.jsonl, a file of `bench --format jsonl` or of `score "
         "--format json`, or - for stdin. The content says which.",
     )
-    show: Sequence[str] | None = option(
-        OUTPUT,
+    show: Sequence[str] | None = OUTPUT.option(
         "--show NAME,...",
         "Draw these alone, in this order, by their names in the files: loss, lr or tokens_per_second of runs; "
         "seconds, seconds_per_token or peak_rss_bytes of bench; ppl, ppl_ratio, by_position, by_segment_position or "
         "by_recall of score. (default: all that the files have)",
     )
-    output: str | None = option(
-        OUTPUT,
+    output: str | None = OUTPUT.option(
         "--output -o FILE",
         "Draw a picture instead: .png, .svg or .pdf. It replaces an existing file, and needs the extra `plot`.",
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,19 +11,17 @@ from typing import TYPE_CHECKING, Any, Literal
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.cli.dry_run import check_sample, estimate_reading
 from longnet_cli.cli.model_and_inputs import ModelAndInputs, Opened
-from longnet_cli.cli.options import OUTPUT, Computing, Documents, Mesh, ModelChoice, Running, flag, option, size_option
+from longnet_cli.cli.options import OUTPUT, Computing, Documents, HelpPanel, Mesh, ModelChoice, Running
 from longnet_cli.cli.output import count_left_out, emit_json, emit_jsonl, end, printable, tell
 from longnet_cli.cli.pairs import SAMPLE, Excludes, Needs, check_pairs
 from longnet_cli.cli.progress import Advance, progress
-from longnet_cli.cli.state import say_state
 
 if TYPE_CHECKING:
-    from longnet_cli.data.documents import Document
     from longnet_cli.data.left_out import LeftOut
     from longnet_cli.data.manifest import Manifest
     from longnet_cli.jobs.scoring.measures import DocumentScore, Score, Total
 
-MEASURE = "What to measure"
+MEASURE = HelpPanel("What to measure")
 ROW_KEYS = {"kind", "doc_id", "context", "nll_sum", "n_tokens", "n_bytes", "ppl", "bpb", "by_position", "by_recall"}
 ROW_KEYS |= {"key_nll_sum", "key_n_tokens"}
 GAIN_KEYS = {"gain", "gain_se", "gain_share"}  # of documents that are scored at several contexts
@@ -50,67 +48,53 @@ class ScoreCommand:
 
     documents: Documents
     choice: ModelChoice
-    ppl: bool = option(MEASURE, "--ppl", "Measure perplexity and bits per byte. This is the default.", default=True)
-    context: Sequence[int] | None = option(
-        MEASURE,
+    ppl: bool = MEASURE.option("--ppl", "Measure perplexity and bits per byte. This is the default.", default=True)
+    context: Sequence[int] | None = MEASURE.option(
         "--context SIZE,...",
         "Score the text in separate windows of this length. Several lengths are compared on the same tokens. "
         "(default: the whole document)",
     )
-    stride: int | None = size_option(
-        MEASURE,
-        "--stride SIZE",
-        "Let windows overlap: score this many tokens at the end of each. (default: the context)",
+    stride: int | None = MEASURE.size(
+        "--stride SIZE", "Let windows overlap: score this many tokens at the end of each. (default: the context)"
     )
-    last: int | None = size_option(
-        MEASURE,
+    last: int | None = MEASURE.size(
         "--last SIZE",
         "Score only this many tokens at the end of each document. Documents too short for the longest context are "
         "left out. (default: all tokens)",
     )
-    by_position: bool = flag(
-        MEASURE,
-        "--by-position",
-        "Group the loss by the number of earlier tokens, and by place in the shortest segment.",
+    by_position: bool = MEASURE.flag(
+        "--by-position", "Group the loss by the number of earlier tokens, and by place in the shortest segment."
     )
-    by_recall: bool = flag(
-        MEASURE,
+    by_recall: bool = MEASURE.flag(
         "--by-recall",
         "Group the loss by how many tokens ago the document last had the same two tokens in a row. Tokens "
         "without such a place are one more group.",
     )
-    key_tokens: Sequence[str] | None = option(
-        MEASURE,
+    key_tokens: Sequence[str] | None = MEASURE.option(
         "--key-tokens NAME,...",
         "Also measure the tokens for which long context matters. Two files that a judge wrote with --token-logprobs "
         "show which: SHORT.arrow,LONG.arrow.",
     )
-    format: Literal["text", "json", "jsonl"] = option(
-        OUTPUT,
-        "--format text|json|jsonl",
-        "Print a table, one JSON value, or one line of JSON per document.",
-        default="text",
+    format: Literal["text", "json", "jsonl"] = OUTPUT.option(
+        "--format text|json|jsonl", "Print a table, one JSON value, or one line of JSON per document.", default="text"
     )
-    token_logprobs: str | None = option(
-        OUTPUT,
+    token_logprobs: str | None = OUTPUT.option(
         "--token-logprobs FILE",
         "Write the log-probability of every token, in nats, to an .arrow or .parquet file. An existing file is "
         "replaced when the new one is whole.",
     )
-    chosen: str | None = option(
-        OUTPUT,
+    chosen: str | None = OUTPUT.option(
         "--chosen FILE",
         "Write which chosen blocks each group of tokens sees in each layer, to an .arrow or .parquet file. The "
         "pattern must have chosen blocks.",
     )
-    output: str | None = option(
-        OUTPUT,
+    output: str | None = OUTPUT.option(
         "--output -o PATH",
         "Write a row per document instead, with what it gains from the longest context: to a new folder of shards, "
         "one .arrow, .parquet or .jsonl file, or - for an Arrow stream on stdout. (default: print the scores)",
     )
-    shard_tokens: int | None = size_option(
-        OUTPUT, "--shard-tokens SIZE", "Start a new shard after this many tokens. (default: 4Mi)"
+    shard_tokens: int | None = OUTPUT.size(
+        "--shard-tokens SIZE", "Start a new shard after this many tokens. (default: 4Mi)"
     )
     running: Running
     mesh: Mesh
@@ -173,11 +157,10 @@ def _check_model(options: ScoreCommand, opened: Opened) -> None:
 
 
 def _estimate(options: ScoreCommand, opened: Opened) -> None:
-    from longnet_cli.jobs.estimating.reading_job import ScoreJob
-    from longnet_cli.jobs.scoring.scoring import Cut
+    from longnet_cli.jobs.scoring.scoring import Cut, Scorer
 
     cut = Cut.of(opened.loaded.net, opened.loaded.bos, options.context, options.stride, options.last)
-    job = ScoreJob(opened.loaded.net, cut, recalls=options.by_recall)
+    job = partial(Scorer, cut=cut, by_recall=options.by_recall)
     format: Literal["text", "json"] = "json" if options.format == "json" else "text"
     estimate_reading(opened, job, "scoring", options.output, format, options.running, options.computing)
 
@@ -192,19 +175,15 @@ def _run(options: ScoreCommand, opened: Opened, earlier: Manifest | None) -> Non
     done = times * earlier.totals["tokens"] if earlier else 0
     total = times * (data.num_tokens() or 0) if options.last is None else 0
     with progress("scoring", total=total or None, start=done, quiet=quiet) as advance:
-        (_print_scores if options.output is None else _write_rows)(options, opened, left_out, advance)
+        if options.output is None:
+            _print_scores(options, opened, left_out, advance)
+        else:
+            _write_rows(options, opened, options.output, left_out, advance)
     leave()
     end(left_out, first=opened.ranks.first, quiet=quiet)
 
 
-def _telling(options: ScoreCommand, opened: Opened) -> Callable[[Iterable[Document]], Iterator[Document]]:
-    """Return what passes documents on, and says what each one keeps."""
-    known = opened.inputs.stored() if not opened.inputs.skip_bad else ()
-    tell_of = partial(say_state, net=opened.loaded.net, computing=options.computing, quiet=opened.quiet)
-    return partial(tell_of, stored=known, contexts=options.context)
-
-
-def _write_rows(options: ScoreCommand, opened: Opened, left_out: LeftOut, advance: Advance) -> None:
+def _write_rows(options: ScoreCommand, opened: Opened, output: str, left_out: LeftOut, advance: Advance) -> None:
     """Write a row per document."""
     from longnet_cli.attention.notation import format_pattern
     from longnet_cli.jobs.row_jobs import write_rows
@@ -226,11 +205,11 @@ def _write_rows(options: ScoreCommand, opened: Opened, left_out: LeftOut, advanc
         partial(RowScorer, options=decisive, count_bytes=loaded.tokenizer.n_bytes if loaded.tokenizer else None),
         loaded.net,
         opened.inputs,
-        options.output or "-",
+        output,
         shard_size=options.shard_tokens,
         resume=options.running.resume,
         left_out=left_out,
-        telling=_telling(options, opened),
+        telling=opened.telling(computing, options.context),
         ranks=opened.ranks,
         chunk=computing.chunk,
         dtype=computing.dtype,
@@ -257,7 +236,7 @@ def _print_scores(options: ScoreCommand, opened: Opened, left_out: LeftOut, adva
     with tokens as on_tokens, choices as on_choice:
         scores = run(
             net,
-            _telling(options, opened)(data.documents()),
+            opened.telling(computing, options.context)(data.documents()),
             bos=loaded.bos,
             stored=data.stored() if net.config.max_tokens is not None else (),
             context=tuple(options.context) if options.context else None,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.basics.sizes import format_count
 from longnet_cli.cli import options as shared
-from longnet_cli.cli.options import COMPUTE, INPUT, OUTPUT, bare_or, option, size_option
+from longnet_cli.cli.options import COMPUTE, INPUT, OUTPUT, HelpPanel, bare_or
 from longnet_cli.cli.output import check_output, count_left_out, end, tell
 from longnet_cli.cli.pairs import Excludes, check_pairs
 from longnet_cli.cli.progress import progress
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from longnet_cli.jobs.tokenizing import TokenizeResult
     from longnet_cli.running.ranks.ranks import Ranks
 
-TOKENS = "Tokens"
+TOKENS = HelpPanel("Tokens")
 
 
 @dataclass(frozen=True)
@@ -29,39 +29,34 @@ class TokenizeCommand:
     """The options of `tokenize`."""
 
     inputs: list[str] = shared.inputs_argument()
-    output: str = option(
-        OUTPUT,
+    output: str = OUTPUT.option(
         "--output -o PATH",
         "Write a new folder of shards, one .arrow, .parquet or .jsonl file, or - for stdout, with the tokenizer. An "
         "existing file is replaced when the new one is whole.",
         default=MISSING,
     )
-    shard_tokens: int | None = size_option(
-        OUTPUT, "--shard-tokens SIZE", "Start a new shard after this many tokens. (default: 128Mi)"
+    shard_tokens: int | None = OUTPUT.size(
+        "--shard-tokens SIZE", "Start a new shard after this many tokens. (default: 128Mi)"
     )
     shard_format: Literal["arrow", "parquet"] = shared.shard_format_option()
     resume: bool = shared.resume_flag()
-    column: str | None = option(INPUT, "--column NAME", "Read this column. (default: text, otherwise messages)")
+    column: str | None = INPUT.option("--column NAME", "Read this column. (default: text, otherwise messages)")
     id_column: str | None = shared.id_column_option()
     skip_bad: bool = shared.skip_bad_flag()
-    tokenizer: str = option(
-        TOKENS,
+    tokenizer: str = TOKENS.option(
         "--tokenizer NAME|PATH",
         "Use bytes (one id per byte), a tokenizer.json, or a model's: shipped, or ORG/NAME on the hub.",
         default="bytes",
     )
     update: bool = shared.update_flag()
-    train_vocab: int | None = size_option(
-        TOKENS, "--train-vocab SIZE", "First train a byte-level BPE tokenizer of this many ids on the inputs."
+    train_vocab: int | None = TOKENS.size(
+        "--train-vocab SIZE", "First train a byte-level BPE tokenizer of this many ids on the inputs."
     )
-    eos: str | None = option(
-        TOKENS,
+    eos: str | None = TOKENS.option(
         "--eos [TOKEN|ID]",
         "End documents with this token, or with the tokenizer's own if you name none. (default: nothing is appended)",
     )
-    dp: int | None = size_option(
-        COMPUTE, "--dp N", "Share the documents among N processes (ranks). (default: this process)"
-    )
+    dp: int | None = COMPUTE.size("--dp N", "Share the documents among N processes (ranks). (default: this process)")
     quiet: bool = shared.quiet_flag()
 
 

@@ -15,18 +15,7 @@ from typing import TYPE_CHECKING
 from longnet_cli.basics.sizes import format_bytes
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.dry_run import Format, show_training
-from longnet_cli.cli.options import (
-    COMPUTE,
-    INPUT,
-    OUTPUT,
-    Mesh,
-    argument,
-    bare_or,
-    flag,
-    option,
-    read_pattern,
-    size_option,
-)
+from longnet_cli.cli.options import COMPUTE, INPUT, OUTPUT, HelpPanel, Mesh, argument, bare_or, read_pattern
 from longnet_cli.cli.output import tell
 from longnet_cli.cli.pairs import Excludes, Needs, check_pairs
 from longnet_cli.cli.progress import Advance, progress
@@ -41,7 +30,7 @@ if TYPE_CHECKING:
     from longnet_cli.jobs.training.recipe import Recipe
     from longnet_cli.running.ranks.ranks import Ranks
 
-RECIPE = "Recipe"
+RECIPE = HelpPanel("Recipe")
 
 
 PAIRS = (
@@ -58,75 +47,65 @@ class TrainCommand:
     recipe: str | None = argument(
         "RECIPE", "Train by this recipe: a .toml file, or a shipped one's name.", default=None
     )
-    settings: list[str] | None = option(
-        RECIPE, "--set KEY=VALUE", "Set values of the recipe, one per --set: optimizer.lr=1e-3."
+    settings: list[str] | None = RECIPE.option(
+        "--set KEY=VALUE", "Set values of the recipe, one per --set: optimizer.lr=1e-3."
     )
-    seq_len: int | None = size_option(RECIPE, "--seq-len SIZE", "Train in one stage, at this context length.")
-    steps: int | None = size_option(RECIPE, "--steps N", "Take N steps in that stage. A larger N extends a run.")
-    initial: str | None = option(
-        RECIPE, "--init NAME|DIR", "Start from this model, its tokenizer and sizes, as in --model of score."
+    seq_len: int | None = RECIPE.size("--seq-len SIZE", "Train in one stage, at this context length.")
+    steps: int | None = RECIPE.size("--steps N", "Take N steps in that stage. A larger N extends a run.")
+    initial: str | None = RECIPE.option(
+        "--init NAME|DIR", "Start from this model, its tokenizer and sizes, as in --model of score."
     )
     update: bool = shared.update_flag()
-    data: list[str] | None = option(
-        INPUT, "--data INPUT", "Train on these inputs, one per --data. (default: the recipe's)"
+    data: list[str] | None = INPUT.option(
+        "--data INPUT", "Train on these inputs, one per --data. (default: the recipe's)"
     )
-    tokenizer: str | None = option(
-        INPUT,
+    tokenizer: str | None = INPUT.option(
         "--tokenizer NAME|PATH",
         "Use bytes, a tokenizer.json, or the tokenizer of a model: shipped, or ORG/NAME on the hub. (default: the "
         "recipe's)",
     )
-    tokenizer_differs: bool = flag(
-        INPUT, "--tokenizer-differs", "Accept a tokenizer that is not that of the --init model."
+    tokenizer_differs: bool = INPUT.flag(
+        "--tokenizer-differs", "Accept a tokenizer that is not that of the --init model."
     )
-    column: str | None = option(INPUT, "--column NAME", "Read this column. (default: the recipe's)")
-    eos: str | None = option(
-        INPUT, "--eos TOKEN|ID", "Put this token between documents. (default: the recipe's, otherwise the tokenizer's)"
+    column: str | None = INPUT.option("--column NAME", "Read this column. (default: the recipe's)")
+    eos: str | None = INPUT.option(
+        "--eos TOKEN|ID", "Put this token between documents. (default: the recipe's, otherwise the tokenizer's)"
     )
-    output: str = option(
-        OUTPUT,
-        "--output -o DIR",
-        "Write checkpoints, metrics.jsonl and the model to this folder.",
-        default="runs/train",
+    output: str = OUTPUT.option(
+        "--output -o DIR", "Write checkpoints, metrics.jsonl and the model to this folder.", default="runs/train"
     )
-    resume: str | None = option(
-        OUTPUT,
+    resume: str | None = OUTPUT.option(
         "--resume [PATH]",
         "Continue the run in the output folder, or from PATH: another run, or a checkpoint. (default: the output "
         "folder's run, if any)",
     )
-    no_resume: bool = flag(OUTPUT, "--no-resume", "Refuse an output folder that holds a run.")
-    dry_run: bool = flag(
-        OUTPUT, "--dry-run", "Print memory, FLOPs and time, and stop. The exit code is 5 if it does not fit."
+    no_resume: bool = OUTPUT.flag("--no-resume", "Refuse an output folder that holds a run.")
+    dry_run: bool = OUTPUT.flag(
+        "--dry-run", "Print memory, FLOPs and time, and stop. The exit code is 5 if it does not fit."
     )
-    format: Format = option(OUTPUT, "--format text|json", "Print --dry-run in this format.", default="text")
+    format: Format = OUTPUT.option("--format text|json", "Print --dry-run in this format.", default="text")
     mesh: Mesh
-    shard: str | None = option(
-        COMPUTE,
+    shard: str | None = COMPUTE.option(
         "--shard none|full",
         "Keep all weights on every rank, or divide weights and optimizer state between ranks (full, FSDP2). "
         "(default: none)",
     )
     pattern: str | None = shared.pattern_option()
     device: str = shared.device_option()
-    dtype: str | None = option(
-        COMPUTE, "--dtype auto|fp32|bf16", "Compute matrix products in this precision. (default: the recipe's)"
+    dtype: str | None = COMPUTE.option(
+        "--dtype auto|fp32|bf16", "Compute matrix products in this precision. (default: the recipe's)"
     )
-    chunk: int | None = size_option(
-        COMPUTE,
-        "--chunk SIZE",
-        "Hold the activations of this many tokens. It changes no number. (default: the recipe's)",
+    chunk: int | None = COMPUTE.size(
+        "--chunk SIZE", "Hold the activations of this many tokens. It changes no number. (default: the recipe's)"
     )
-    spill: str | None = option(
-        COMPUTE,
-        "--spill DIR",
-        "Store here, not in memory, the keys and values that later chunks need. (default: the recipe's)",
+    spill: str | None = COMPUTE.option(
+        "--spill DIR", "Store here, not in memory, the keys and values that later chunks need. (default: the recipe's)"
     )
     quiet: bool = shared.quiet_flag()
 
     @property
     def goes_on(self) -> str | bool:
-        """What the run may continue: the run in the output folder, or in a path; False with --no-resume."""
+        """The run that may be continued: the one in the output folder, or in a path; False with --no-resume."""
         return False if self.no_resume else bare_or(self.resume, True, True)
 
 

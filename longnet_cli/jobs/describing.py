@@ -30,7 +30,7 @@ from longnet_cli.jobs.plotting.text import colored
 from longnet_cli.models.folder import ModelFolder
 
 if TYPE_CHECKING:
-    from longnet_cli.nets.net import NetConfig
+    from longnet_cli.nets.config import NetConfig
 
 NEAREST = 64  # tokens up to and including a query
 LONGEST_REACH = 1 << 16  # tokens of the longest sequence whose links are followed

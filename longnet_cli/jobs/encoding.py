@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -372,12 +373,23 @@ class Encoder(RowJob):
     def __init__(self, reader: Reader, options: EncodeOptions, kept_fields: Sequence[pa.Field] = ()) -> None:
         options.check(reader.model)
         super().__init__(reader, options, kept_fields)
-        self.schema = options.schema(reader.model, self.digest, kept_fields)
+        self.alone = bool(options.all_layers)
         self.carried = [field for field in kept_fields if field not in PLACE_FIELDS]
         self.places: TextPlaces | None = None  # in the document of the last row
 
+    @cached_property
+    def schema(self) -> pa.Schema:
+        return self.options.schema(self.reader.model, self.digest, self.kept_fields)
+
     def sequence(self, document: Document) -> InputSequence[Document]:
         return self.options.sequence(self.reader.model, document)
+
+    def window_sizes(self, tokens: int) -> Iterator[tuple[int, int]]:
+        options = self.options
+        before = self.reader.model.start_rows((*bos_ids(options.bos), *(options.prefix or ())))
+        around = len(before) if options.closing is None else options.around
+        for window in options.windows(tokens) if tokens else ():
+            yield around + window.stop - window.start, window.last - window.first
 
     def size(self, sequence: InputSequence[Document]) -> int:
         return -(-len(sequence.document) // self.options.span) if self.options.span else 1

@@ -45,6 +45,8 @@ class DocumentJob(ABC, Generic[R]):
 
     codec: Codec[R]  # for results that another group of ranks sends
     skips_empty: ClassVar[bool] = False  # an empty document has no result
+    scores: ClassVar[bool] = False  # it computes logits
+    alone: bool = False  # no window is read together with another one
     nothing: str  # the error for results without any token
 
     def __init__(self, reader: Reader) -> None:
@@ -53,6 +55,10 @@ class DocumentJob(ABC, Generic[R]):
     @abstractmethod
     def sequence(self, document: Document) -> InputSequence[Document]:
         """Return a document as the model reads it. Raises ConfigError or DataError if the job refuses it."""
+
+    @abstractmethod
+    def window_sizes(self, tokens: int) -> Iterator[tuple[int, int]]:
+        """Yield (tokens, wanted tokens) of each window in which a document of so many tokens is read."""
 
     @abstractmethod
     def results(self, sequences: Sequences) -> Iterator[R]:
@@ -65,6 +71,10 @@ class DocumentJob(ABC, Generic[R]):
     def tell_progress(self, portion: Portion[InputSequence[Document]]) -> None:
         """Report the tokens that another group of ranks has read."""
         self.reader.on_progress(portion.length)
+
+    def kept_bytes(self, tokens: int) -> dict[str, int]:
+        """Return the bytes that the job itself keeps of a document of so many tokens, by kind."""
+        return {}
 
     def end(self) -> None:
         """Check what can be checked only after the last document."""

@@ -28,47 +28,87 @@ from longnet_cli.attention.notation import PATTERN_FIELDS, parse_pattern, patter
 from longnet_cli.attention.pattern import no_longer_learned
 from longnet_cli.basics.configuration import StrictModel, validate
 
-if TYPE_CHECKING:
-    from longnet_cli.nets.net import NetConfig
-
 # many documents have the same length
 _attention_flops = lru_cache(maxsize=1 << 16)(branches.attention_flops)
 _backward_flops = lru_cache(maxsize=1 << 16)(branches.backward_flops)
 
 
-class Costs:
-    """The methods of every `NetConfig` that tell what its net costs.
+class NetConfig:
+    """The facts of a net, and what it costs: the base of pydantic models, for which annotations would be fields.
 
-    The configurations are pydantic models and inherit this class. So it has no annotated attributes: they would become
-    fields.
+    `model_dump_json` holds all facts that, with the weights, decide what the net computes.
     """
 
+    if TYPE_CHECKING:
+        vocab_size: int
+        dim: int
+        num_layers: int
+        num_heads: int
+        ffn_dim: int
+        causal: bool
+
+        @property
+        def head_dim(self) -> int: ...
+
+        @property
+        def kv_heads(self) -> int:
+            """The number of heads of keys and values, a divisor of num_heads."""
+
+        @property
+        def trained(self) -> int:
+            """The number of trained parameters: all of the net's, or LoRA's."""
+
+        @property
+        def layer_weights(self) -> int:
+            """The number of weights in the matrices of all layers."""
+
+        @property
+        def pattern(self) -> Pattern: ...
+
+        @property
+        def streams(self) -> bool:
+            """True if a sequence can come in chunks; otherwise it takes one forward pass, whatever its length."""
+
+        @property
+        def max_tokens(self) -> int | None:
+            """The tokens of the longest sequence that the net reads; None for no limit."""
+
+        def num_parameters(self) -> int: ...
+        def saved_bytes(self, itemsize: int, device: str, lora: dict | None = None) -> tuple[int, int]:
+            """Return the bytes that a token saves for the backward pass: in each layer, and outside the layers.
+
+            `itemsize` is the bytes per number of matrix products, `device` is "cpu" or "cuda". `lora` holds the
+            arguments of `models.hf.lora.add_lora`, or is None.
+            """
+
+        def model_dump_json(self, **options: Any) -> str: ...
+
     @property
-    def frozen(self: NetConfig) -> bool:
+    def frozen(self) -> bool:
         """True if LoRA weights are trained in place of the net's own."""
         return self.trained != self.num_parameters()
 
-    def layer_flops(self: NetConfig) -> int:
+    def layer_flops(self) -> int:
         """Return the FLOPs of the matrices of all layers, per token."""
         return 2 * self.layer_weights
 
-    def vocabulary_flops(self: NetConfig) -> int:
+    def vocabulary_flops(self) -> int:
         """Return the FLOPs of the logits, per token."""
         return 2 * self.dim * self.vocab_size
 
-    def attention_flops(self: NetConfig, tokens: int) -> int:
+    def attention_flops(self, tokens: int) -> int:
         """Return the FLOPs of the attention of all layers, over one document of `tokens` tokens."""
         return self.num_layers * _attention_flops(self.pattern, self.num_heads, self.head_dim, tokens, self.causal)
 
-    def attention_backward_flops(self: NetConfig, tokens: int) -> float:
+    def attention_backward_flops(self, tokens: int) -> float:
         """Return the FLOPs of the attention in a backward pass of all layers, over one document of `tokens` tokens."""
         return self.num_layers * _backward_flops(self.pattern, self.num_heads, self.head_dim, tokens, self.causal)
 
-    def vote_flops(self: NetConfig, tokens: int) -> int:
+    def vote_flops(self, tokens: int) -> int:
         """Return the part of `attention_flops` that chooses blocks."""
         return self.num_layers * chosen_flops(self.pattern, self.num_heads, self.head_dim, tokens).votes
 
-    def training_flops(self: NetConfig, documents: Sequence[int], predicted: float = 1.0) -> float:
+    def training_flops(self, documents: Sequence[int], predicted: float = 1.0) -> float:
         """Return the FLOPs of a forward and a backward pass over documents of these lengths.
 
         The share `predicted` of the tokens has logits.
@@ -78,11 +118,11 @@ class Costs:
         passes = 2 if self.frozen else 3  # forward, gradients of activations, gradients of weights
         return passes * matrices * sum(documents) + attention
 
-    def forward_bytes(self: NetConfig, tokens: int) -> int:
+    def forward_bytes(self, tokens: int) -> int:
         """Return the bytes of one layer's activations at their peak, without gradients, in float32."""
         return 4 * tokens * (10 * self.dim + 2 * self.ffn_dim)
 
-    def cache_bytes(self: NetConfig, tokens: int, itemsize: int) -> int:
+    def cache_bytes(self, tokens: int, itemsize: int) -> int:
         """Return the bytes of keys and values that a causal stream holds after `tokens`, `itemsize` bytes per number.
 
         `spilled_bytes` of them may be in a file instead. Training in chunks keeps more (`far_bytes`): the rows
@@ -92,13 +132,11 @@ class Costs:
         past = sum(past_bytes(self.pattern, self.kv_heads, self.head_dim, tokens, itemsize))
         return self.num_layers * (2 * self.head_dim * rows * itemsize + past)
 
-    def spilled_bytes(self: NetConfig, tokens: int, itemsize: int) -> int:
+    def spilled_bytes(self, tokens: int, itemsize: int) -> int:
         """Return the bytes that a causal stream writes to the file of `--spill`: all blocks, for chosen ones."""
         return self.num_layers * past_bytes(self.pattern, self.kv_heads, self.head_dim, tokens, itemsize)[0]
 
-    def activation_bytes(
-        self: NetConfig, itemsize: int, device: str, again: bool = False, lora: dict | None = None
-    ) -> int:
+    def activation_bytes(self, itemsize: int, device: str, again: bool = False, lora: dict | None = None) -> int:
         """Return the bytes per token that all layers save for the backward pass, and that one layer's backward adds.
 
         With `again` (`train.activation_checkpointing`), all layers but one save only their input. The other arguments
@@ -115,7 +153,7 @@ XPOS_MAX_SEGMENT = 65536
 _OPTIONS = {*PATTERN_FIELDS, "drop_path"} - {"segment_lengths", "dilation_rates", "head_offsets"}
 
 
-class LongNetConfig(Costs, StrictModel):
+class LongNetConfig(NetConfig, StrictModel):
     """The immutable configuration of a LongNet. `vocab_size=0` is a net without embedding (GigaPath, LongViT).
 
     The fields of `attention.Pattern` are fields here, with the same names, meanings and defaults. In their place you
@@ -192,13 +230,13 @@ class LongNetConfig(Costs, StrictModel):
     def _one_or_several(cls, value: Any, check: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
         """Refuse other values in one sentence. Make `look_back` one number if it is the same at all levels."""
         try:
-            found = check(value)
+            checked = check(value)
         except ValidationError:
             one = "one number" if info.field_name == "look_back" else '"log_rate"'
             raise ValueError(f"must be {one}, or one number per level{no_longer_learned(value)}") from None
         levels = len(info.data.get("segment_lengths", ()))
-        same = info.field_name == "look_back" and isinstance(found, tuple) and len(found) == levels
-        return found[0] if same and len({*found}) == 1 else found
+        same = info.field_name == "look_back" and isinstance(checked, tuple) and len(checked) == levels
+        return checked[0] if same and len({*checked}) == 1 else checked
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from typing import Any
 
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.hub.folder_files import END_OF_TEXT, MODEL_TYPE, MODULES, OLDER_TYPE, POOL_KEY, TRANSFORMER_CONFIGS
-from longnet_cli.nets.config import LongNetConfig
-from longnet_cli.nets.net import Embedder, NetConfig
+from longnet_cli.nets.config import LongNetConfig, NetConfig
+from longnet_cli.nets.net import Embedder
 
 TOKENIZER_CONFIG, SENTENCES = "tokenizer_config.json", TRANSFORMER_CONFIGS[0]
 
@@ -77,8 +77,8 @@ def foreign_keys(config: NetConfig, tokenizer_json: str | None, eos: str | None)
     if type(config) is not LongNetConfig:
         return {}
     keys: dict[str, Any] = {"model_type": MODEL_TYPE, "architectures": [architecture(config)], "dtype": "float32"}
-    found = _ids(tokenizer_json).get(eos or END_OF_TEXT)
-    return keys if found is None else keys | {"bos_token_id": found, "eos_token_id": found}
+    eos_id = _ids(tokenizer_json).get(eos or END_OF_TEXT)
+    return keys if eos_id is None else keys | {"bos_token_id": eos_id, "eos_token_id": eos_id}
 
 
 def foreign_files(tokenizer_json: str | None, eos: str | None) -> dict[str, Any]:

@@ -75,9 +75,9 @@ def tile_cells(document: Tiles, config: SlideConfig, tile_size: float | None = N
             f"{document.place(index)}: the tile at ({x:g}, {y:g}): {problem} of {side:g} pixels: give the side of a "
             "tile with --tile-size"
         )
-    found = cells.float().numpy()
-    _warn_of_crowds(document, document.coords, found, side)
-    return found
+    numbers = cells.float().numpy()
+    _warn_of_crowds(document, document.coords, numbers, side)
+    return numbers
 
 
 def _warn_of_crowds(document: Tiles, coords: np.ndarray, cells: np.ndarray, side: float) -> None:

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from longnet_cli.attention import Outside, Pattern
+from longnet_cli.attention import Outside
 from longnet_cli.basics.errors import ConfigError, DataError, TooLongError
+from longnet_cli.nets.config import NetConfig
 
 # What a model reads before each document: nothing, one id, or several, as in some tokenizers' templates
 Bos = int | Sequence[int] | None
@@ -116,68 +117,6 @@ FarProvider = Callable[[int, Tensor, Tensor, Tensor], Outside]
 
 LOGITS_LIMIT = 1 << 26  # elements of logits that `nll` holds at a time: 256 MiB in float32
 IGNORED = -100  # a target without loss
-
-
-class NetConfig(Protocol):
-    """The facts of a net. `model_dump_json` holds all facts that, with the weights, decide what the net computes."""
-
-    vocab_size: int
-    dim: int
-    num_layers: int
-    num_heads: int
-    ffn_dim: int
-    causal: bool
-
-    @property
-    def head_dim(self) -> int: ...
-
-    @property
-    def kv_heads(self) -> int:
-        """The number of heads of keys and values, a divisor of num_heads."""
-
-    @property
-    def trained(self) -> int:
-        """The number of trained parameters: all of the net's, or LoRA's."""
-
-    @property
-    def frozen(self) -> bool: ...
-
-    @property
-    def layer_weights(self) -> int:
-        """The number of weights in the matrices of all layers."""
-
-    @property
-    def pattern(self) -> Pattern: ...
-
-    @property
-    def streams(self) -> bool:
-        """True if a sequence can come in chunks; otherwise it takes one forward pass, whatever its length."""
-
-    @property
-    def max_tokens(self) -> int | None:
-        """The tokens of the longest sequence that the net reads; None for no limit."""
-
-    def num_parameters(self) -> int: ...
-    def saved_bytes(self, itemsize: int, device: str, lora: dict | None = None) -> tuple[int, int]:
-        """Return the bytes that a token saves for the backward pass: in each layer, and outside the layers.
-
-        `itemsize` is the bytes per number of matrix products, `device` is "cpu" or "cuda". `lora` holds the arguments
-        of `models.hf.lora.add_lora`, or is None.
-        """
-
-    # the methods of `nets.config.Costs`
-    def layer_flops(self) -> int: ...
-    def vocabulary_flops(self) -> int: ...
-    def attention_flops(self, tokens: int) -> int: ...
-    def attention_backward_flops(self, tokens: int) -> float: ...
-    def vote_flops(self, tokens: int) -> int: ...
-    def training_flops(self, documents: Sequence[int], predicted: float = 1.0) -> float: ...
-    def forward_bytes(self, tokens: int) -> int: ...
-    def cache_bytes(self, tokens: int, itemsize: int) -> int: ...
-    def spilled_bytes(self, tokens: int, itemsize: int) -> int: ...
-    def activation_bytes(self, itemsize: int, device: str, again: bool = False, lora: dict | None = None) -> int: ...
-
-    def model_dump_json(self) -> str: ...
 
 
 class Embedder(NamedTuple):

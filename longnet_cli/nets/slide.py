@@ -72,10 +72,10 @@ class VectorNet(LongNet):
         self, document: D, bos: Bos = None, tile_size: float | None = None, closing: Sequence[int] | None = None
     ) -> InputSequence[D]:
         """Return a document as the net reads it; see `Net.sequence`. Raises, and warns, as `tile_cells` does, too."""
-        found = super().sequence(document, bos)
+        sequence = super().sequence(document, bos)
         if not len(document):
-            return found  # no job reads it
-        return replace(found, cells=tile_cells(cast(Tiles, document), self.config, tile_size))
+            return sequence  # no job reads it
+        return replace(sequence, cells=tile_cells(cast(Tiles, document), self.config, tile_size))
 
     def inputs_like(self, shape: tuple[int, int]) -> Tensor:
         return F.pad(super().inputs_like(shape), (0, 2))
@@ -122,13 +122,13 @@ class VectorNet(LongNet):
         x = self.dropout(self.embed(self.rows(features, coords, counts, tile_size)))
         table = self.positions(x, 0)
         place = Placement(lengths=None if lengths is None else (counts + 1).tolist())
-        found = [self.head(_pooled(x, counts, pool))] if all_layers else []
+        states = [self.head(_pooled(x, counts, pool))] if all_layers else []
         again &= torch.is_grad_enabled()
         for layer in self.layers:
             x = checkpoint(layer, x, table, place, use_reentrant=False) if again else layer(x, table, place)
             if all_layers:
-                found.append(self.head(_pooled(x, counts, pool)))
-        return found or [self.head(_pooled(self.final_norm(x), counts, pool))]
+                states.append(self.head(_pooled(x, counts, pool)))
+        return states or [self.head(_pooled(self.final_norm(x), counts, pool))]
 
     def rows(self, features: Tensor, coords: Tensor | None, counts: Tensor, tile_size: TileSize = None) -> Tensor:
         """Return the rows that the net reads, (B, 1 + N, in_features + 2), of slides with these counts of tiles."""
@@ -191,10 +191,10 @@ class SlideEncoder(nn.Module):
         for tiles outside the grid.
         """
         again = self.activation_checkpointing
-        found = self.net.encode(
+        vectors = self.net.encode(
             features, coords, tile_size=tile_size, lengths=lengths, pool=pool, all_layers=all_layers, again=again
         )
-        return torch.stack(found) if all_layers else found[0]
+        return torch.stack(vectors) if all_layers else vectors[0]
 
     @classmethod
     def from_pretrained(

@@ -69,19 +69,19 @@ def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
         return hashlib.sha256(b"".join(pool.map(one, sorted(tensors)))).hexdigest()
 
 
-def check_header(config: LongNetConfig, found: Mapping[str, tuple[str, tuple[int, ...]]], where: str) -> None:
+def check_header(config: LongNetConfig, stored: Mapping[str, tuple[str, tuple[int, ...]]], where: str) -> None:
     """Compare the types and shapes in a safetensors file with a configuration, before a net of any size is built.
 
     Raises CheckpointError for weights of another type than `TYPE_NAMES`, for another number of layers, and for a
     configuration that needs far more parameters than the file has.
     """
-    for name, (dtype, _) in found.items():
+    for name, (dtype, _) in stored.items():
         if dtype not in TYPE_NAMES.values():
             raise CheckpointError(f"{where}: {name} is of type {dtype}: weights are {', '.join(TYPE_NAMES.values())}")
-    layers = {name.split(".")[1] for name in found if name.startswith("layers.")}
+    layers = {name.split(".")[1] for name in stored if name.startswith("layers.")}
     if len(layers) != config.num_layers:
         raise CheckpointError(f"{where}: it has {len(layers)} layers, its configuration needs {config.num_layers}")
-    numbers, needed = sum(math.prod(shape) for _, shape in found.values()), config.num_parameters()
+    numbers, needed = sum(math.prod(shape) for _, shape in stored.values()), config.num_parameters()
     if needed > 2 * numbers + _SMALL:
         raise CheckpointError(f"{where}: it has {numbers:,} numbers, its configuration needs {needed:,}")
 
@@ -129,7 +129,7 @@ def save_pretrained(
         keys[POOL_KEY] = model.embedder.pool
         data[PROMPTS] = prompts_file(model.embedder)
     texts: dict[str, str | None] = {
-        name: json.dumps(found, indent=2, ensure_ascii=False) + "\n" for name, found in data.items()
+        name: json.dumps(table, indent=2, ensure_ascii=False) + "\n" for name, table in data.items()
     }
     texts[TOKENIZER] = tokenizer_json
     try:
@@ -246,9 +246,9 @@ def empty_net(
         raise CheckpointError(f"{where}: {list_names('missing', missing)}")
     if unexpected := [name for name in shapes if name not in expected]:
         raise CheckpointError(f"{where}: {list_names('unexpected', unexpected)}")
-    for name, found in shapes.items():
-        if found != (needed := tuple(expected[name].shape)):
-            raise CheckpointError(f"{where}: {name} has shape {found}, its configuration needs {needed}")
+    for name, shape in shapes.items():
+        if shape != (needed := tuple(expected[name].shape)):
+            raise CheckpointError(f"{where}: {name} has shape {shape}, its configuration needs {needed}")
     return model
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.nets.net import NetConfig
+from longnet_cli.nets.config import NetConfig
 from longnet_cli.running.device import free_memory
 from longnet_cli.running.ranks.ranks import Ranks
 

@@ -22,7 +22,8 @@ from torch import Tensor
 from longnet_cli.attention import FarKeys, Outside, Past
 from longnet_cli.attention.merging import accumulator, strided_view
 from longnet_cli.attention.spans import common_span, lanes, level_of, open_spans, rows_before, segment_rows, span_views
-from longnet_cli.nets.net import Net, NetConfig
+from longnet_cli.nets.config import NetConfig
+from longnet_cli.nets.net import Net
 from longnet_cli.running.causal_stream import CausalStream
 from longnet_cli.running.device import precision, random_state, set_random_state
 from longnet_cli.running.ranks.exchange import Exchange

@@ -21,7 +21,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from longnet_cli.attention import SINKS, FarKeys, Outside, Span
+from longnet_cli.attention import SINKS, FarKeys, FarSpan, Outside
 from longnet_cli.attention.merging import strided_view
 from longnet_cli.attention.spans import common_span, far_spans, lanes, level_of, rows_before, span_rows, span_views
 from longnet_cli.basics.errors import MemoryLimitError
@@ -115,11 +115,11 @@ class _Layers:
                 self.places[key] = slice(self.rows, self.rows + count)
                 self.rows += count
 
-    def _spans(self, start: int, stop: int) -> list[Span]:
+    def _spans(self, start: int, stop: int) -> list[FarSpan]:
         """Return the spans that a chunk sees outside itself."""
         return far_spans(self.pattern, start, stop, False, self.tokens)
 
-    def _segment(self, span: Span) -> int:
+    def _segment(self, span: FarSpan) -> int:
         w, _ = level_of(self.pattern, span.level)
         return span.start // w * w
 

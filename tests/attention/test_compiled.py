@@ -6,7 +6,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,8 @@ from strategies import PAPER_64TH, turn
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from longnet_cli.attention import DilatedAttention, Pattern, Span, dilated_attention, far_keys
+from longnet_cli.attention import DilatedAttention, FarSpan, Pattern, dilated_attention, far_keys
+from longnet_cli.attention.shard import Shard
 from longnet_cli.attention.spans import far_spans
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet
@@ -66,7 +69,7 @@ def plain(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
 
 
 def with_far(q: Tensor, k: Tensor, v: Tensor, other_k: Tensor, other_v: Tensor) -> Tensor:
-    far = [far_keys(other_k, other_v, PATTERN, Span(level, 0, 30)) for level in (1, 2)]
+    far = [far_keys(other_k, other_v, PATTERN, FarSpan(level, 0, 30)) for level in (1, 2)]
     return dilated_attention(q, k, v, PATTERN, start=30, far=far).cos()
 
 
@@ -147,30 +150,63 @@ def test_wrong_lengths_are_refused_by_a_compiled_graph_too() -> None:
 def test_the_operator_keeps_torchs_contract() -> None:
     """Schema, fake kernel, autograd and the strides that a compiler may change, by torch's own checks."""
     q, k, v = tensors(3, 20)
-    options = ([8, 32], [1, 4], "modulo", True, 0, "exact", None, 0.3, None)
+    outside = [x[:, :4].detach().requires_grad_() for x in (k, v)]
+    pattern = ([8, 32], [1, 4], "modulo", [0, 0], "repeat", "dilated", 0, [0.0, 0.0], 0, 32, 16)
+    options, shard = (0.3, None, *pattern), (None, None, "exact", True)
     samples = [
-        (q, k, v, [], None, [], None, *options),
-        (q, k, v, [], torch.tensor([7, 20]), [], None, *options),
-        (
-            q,
-            k,
-            v,
-            [x[:, :4].detach().requires_grad_() for x in (k, v)],
-            None,
-            [1, 0, 16],
-            None,
-            *options[:4],
-            16,
-            *options[5:],
-        ),
+        (q, k, v, [], None, [], *options, 0, *shard),
+        (q, k, v, [], torch.tensor([7, 20]), [], *options, 0, *shard),
+        (q, k, v, outside, None, [1, 0, 16], *options, 16, *shard),
     ]
     for sample in samples:
         torch.library.opcheck(torch.ops.longnet.dilated_attention, sample)
-        out, *saved = torch.ops.longnet.dilated_attention(*sample)
-        saved = [x.detach() for x in (torch.ones_like(out), *sample[:3], out, *saved)]
-        biases = None if sample[5] is None else sample[5].detach()
-        backward = (*saved, [x.detach() for x in sample[3]], sample[4], biases, *sample[6:])
+        out, lse = torch.ops.longnet.dilated_attention(*sample)
+        saved = [x.detach() for x in (torch.ones_like(out), *sample[:3], out, lse)]
+        backward = (*saved, [x.detach() for x in sample[3]], *sample[4:])
         torch.library.opcheck(torch.ops.longnet.dilated_attention_backward, backward)
+
+
+TILED = {"segment_lengths": (8, 32), "dilation_rates": (1, 4), "overlap": "once", "look_back": 1}
+WINDOW = {"segment_lengths": (16,), "dilation_rates": (1,), "look_back": 1}
+CHOSEN = WINDOW | {"chosen": 1, "chosen_block": 8, "chosen_every": 8}
+# of each field of `Pattern` or `Shard`, a value, and what else the call has with it and without it
+FIELDS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "segment_lengths": ((16, 64), {}),
+    "dilation_rates": ((1, 2), {}),
+    "head_offsets": ("grouped", {"dilation_rates": (1, 3)}),
+    "look_back": (1, {}),
+    "overlap": ("once", {"look_back": 1}),
+    "queries": ("all", TILED),
+    "sinks": (3, TILED),
+    "level_bias": ((0.1, -2.5), {}),
+    "chosen": (2, CHOSEN),
+    "chosen_block": (16, CHOSEN),
+    "chosen_every": (8, CHOSEN | {"chosen": 2, "chosen_every": 2}),
+    "start": (19, {}),
+    "lengths": ([33, 80], {}),
+    "documents": ([30, 50], {}),
+    "total": (90, {"padding": "zero_key", "causal": False}),
+    "padding": ("zero_key", {"segment_lengths": (7, 30), "causal": False}),
+    "causal": (False, {}),
+}
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(Pattern)] + [*Shard._fields])
+def test_a_graph_forgets_no_option(name: str) -> None:
+    """Each option changes the result, and does so in a graph too. An option that is new needs a line in FIELDS."""
+    value, others = FIELDS[name]
+    q, k, v = tensors(3, 80)
+    found = []
+    for options in (others, others | {name: value}):
+        given = {"segment_lengths": (8, 32), "dilation_rates": (1, 4)} | options
+        pattern = Pattern(**{key: given.pop(key) for key in [*given] if key not in Shard._fields})
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, pattern=pattern, given=given) -> Tensor:
+            return dilated_attention(q, k, v, pattern, **given)
+
+        compare(attend, torch.compile(attend, backend="aot_eager", fullgraph=not pattern.chosen), [q, k, v])
+        found.append(attend(q, k, v))
+    assert not torch.allclose(*found, atol=1e-4)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[COMPILER, pytest.mark.slow])])

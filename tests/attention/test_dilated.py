@@ -16,7 +16,7 @@ from safetensors import safe_open
 from strategies import Problem, assert_close, problems, run
 from torch import Tensor
 
-from longnet_cli.attention import FarKeys, Pattern, Span, dilated_attention, far_keys
+from longnet_cli.attention import FarKeys, FarSpan, Pattern, dilated_attention, far_keys
 from longnet_cli.attention.kernels import KERNELS
 from longnet_cli.attention.reference import dilated_attention_reference
 
@@ -59,7 +59,7 @@ def test_shards_with_their_far_keys_equal_the_whole(problem: Problem, cuts: set[
                     for segment in {a // w, (b - 1) // w}:
                         first, last = max(c, segment * w), min(d, (segment + 1) * w)
                         if first < last and (last <= a or (first >= b and not causal)):
-                            far.append(far_keys(other_k, other_v, pattern, Span(level, first, last), start=c))
+                            far.append(far_keys(other_k, other_v, pattern, FarSpan(level, first, last), start=c))
             options = {"causal": causal, "start": a, "far": far, "padding": padding, "total": total}
             outs.append(dilated_attention(q_, k_, v_, pattern, **options))
         return torch.cat(outs, dim=1)

@@ -12,7 +12,7 @@ from strategies import Choice, Problem, choices, problems
 
 from longnet_cli.attention.branches import branches
 from longnet_cli.attention.pattern import Pattern
-from longnet_cli.attention.spans import SINKS, Rows, Span, far_spans, rows_before, span_positions
+from longnet_cli.attention.spans import SINKS, FarSpan, Rows, far_spans, rows_before, span_positions
 
 
 def tokens_of(rows: Rows) -> dict[tuple[int, int], list[int]]:
@@ -49,7 +49,7 @@ def test_near_views_are_the_definition(problem: Problem) -> None:
 @given(problem=problems(lengths=False))
 def test_span_positions_are_the_definition(problem: Problem) -> None:
     for level, (w, r) in enumerate(problem.pattern.levels):
-        span = Span(level, problem.start, min(problem.start + problem.tokens, (problem.start // w + 1) * w))
+        span = FarSpan(level, problem.start, min(problem.start + problem.tokens, (problem.start // w + 1) * w))
         for offset, positions in zip(
             problem.pattern.offsets(level, problem.heads),
             span_positions(problem.pattern, span, problem.heads),
@@ -91,7 +91,7 @@ def test_far_spans_are_what_a_shard_sees_outside_it(choice: Choice, shards: list
             assert needed <= set(found)
             assert not needed or min(found) == min(needed)
         far_from_sinks = pattern.sinks and start and not levels[0][start : last + 1, 0].all()
-        sinks = [Span(SINKS, 0, min(start, pattern.sinks))] if far_from_sinks else []
+        sinks = [FarSpan(SINKS, 0, min(start, pattern.sinks))] if far_from_sinks else []
         assert [span for span in spans if span.level == SINKS] == sinks
 
 

@@ -113,8 +113,9 @@ def test_memory_of_a_backward(monkeypatch: pytest.MonkeyPatch, tokens: int, fuse
     On fake tensors: torch knows what its CUDA operators return. They allocate more inside.
     """
     from longnet_cli.attention import Pattern, merging, one_pass
-    from longnet_cli.attention.dilated import plan_calls
     from longnet_cli.attention.kernels import KERNELS
+    from longnet_cli.attention.planning import plan_calls
+    from longnet_cli.attention.shard import Shard
 
     monkeypatch.setattr(merging, "_fused", lambda q: one_pass if fused else None)
     monkeypatch.setattr(one_pass._LaunchParts, "launch", lambda *_, **__: None)  # which needs memory to read
@@ -122,8 +123,8 @@ def test_memory_of_a_backward(monkeypatch: pytest.MonkeyPatch, tokens: int, fuse
     with FakeTensorMode():
         q, k, v, out, dout = (torch.empty(1, tokens, 12, 64, dtype=torch.bfloat16) for _ in range(5))
         lse = torch.empty(1, tokens, 12)
-        plan = plan_calls(kernel, q, k, v, Pattern.paper(), True, 0, (), None, None, "exact", None)
+        plan = plan_calls(kernel, q, k, v, Pattern.paper(), Shard())
         with Live(q, k, v, out, dout, lse) as live:
-            grads = merging.merged_backward(plan, 0.125, kernel, dout, q, k, v, out, lse, [])
+            grads = merging.merged_backward(plan, 0.125, dout, q, k, v, out, lse, [])
             grads = [d.to(q.dtype) for d in grads]
     assert live.most <= most * q.untyped_storage().nbytes()

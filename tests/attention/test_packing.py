@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from strategies import PAPER_64TH, Choice, PackedMath, Problem, assert_close, choices, cuts, problems, run, split, turn
 from torch import Tensor
 
-from longnet_cli.attention import FarKeys, Pattern, Span, dilated_attention, far_keys
-from longnet_cli.attention.dilated import plan_calls
+from longnet_cli.attention import FarKeys, FarSpan, Pattern, dilated_attention, far_keys
 from longnet_cli.attention.kernels import KERNELS, forget_selections
+from longnet_cli.attention.planning import plan_calls
 from longnet_cli.attention.reference import dilated_attention_reference
+from longnet_cli.attention.shard import Shard
 
 
 class Unpacked(PackedMath):
@@ -81,7 +82,7 @@ def test_every_option_of_a_pattern(choice: Choice, sizes: list[int]) -> None:
 def test_the_first_document_may_have_begun_before_the_shard() -> None:
     pattern, documents, before = PAPER_64TH, [150, 40, 90, 20], 100
     q, k, v, dout = Problem(pattern, 2, before + 300, 12, 4, 0, True, None, seed=5).tensors(4)
-    spans = [Span(level, before // w * w, before) for level, (w, _) in enumerate(pattern.levels) if before % w]
+    spans = [FarSpan(level, before // w * w, before) for level, (w, _) in enumerate(pattern.levels) if before % w]
 
     def shard(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, kernel: str | None) -> Tensor:
         first, *rest = (x.split([before, 300], 1) for x in (q, k, v))
@@ -107,7 +108,7 @@ def test_calls_on_a_gpu_hardly_grow_with_the_number_of_documents(kernel: str) ->
 
 
 def calls(kernel: str, x: Tensor, causal: bool = True, lengths=None, documents=None) -> int:
-    plan = plan_calls(KERNELS[kernel], x, x, x, Pattern.paper(), causal, 0, (), lengths, documents, "exact", None)
+    plan = plan_calls(KERNELS[kernel], x, x, x, Pattern.paper(), Shard(0, lengths, documents, causal=causal))
     return sum(len(found) for *_, found in plan.blocks) + len(plan.packs)
 
 
@@ -131,8 +132,8 @@ def test_a_kernel_whose_packed_calls_fail_does_not_pack(monkeypatch: pytest.Monk
 
 def test_a_document_that_fits_the_first_segment_is_one_call_on_a_cpu() -> None:
     x = torch.empty(1, 2000, 6, 32)
-    options = (Pattern((1024, 4096), (1, 4)), True, 0, (), None, [300, 1024, 676], "exact", None)
-    plan = plan_calls(KERNELS["cpu_flash"], x, x, x, *options)
+    shard = Shard(documents=[300, 1024, 676])
+    plan = plan_calls(KERNELS["cpu_flash"], x, x, x, Pattern((1024, 4096), (1, 4)), shard)
     assert [len(found) for *_, found in plan.blocks] == [1, 1, 1]
 
 

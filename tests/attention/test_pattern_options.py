@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from strategies import Choice, assert_close, choices, cuts, run, split, turn, turning
 from torch import Tensor
 
-from longnet_cli.attention import SINKS, FarKeys, KVCache, Pattern, Span, dilated_attention, far_keys
+from longnet_cli.attention import SINKS, FarKeys, FarSpan, KVCache, Pattern, dilated_attention, far_keys
 from longnet_cli.attention.branches import attention_flops, branches
 from longnet_cli.attention.cache import cached_rows
 from longnet_cli.attention.merging import apart, strided_view
@@ -37,7 +37,7 @@ def test_gradients_are_added_to_views_without_overlap(choice: Choice) -> None:
     """Where two numbers of a view are one place, a sum of several threads is wrong, now and then."""
     places = torch.arange(choice.tokens * choice.kv_heads).view(1, choice.tokens, choice.kv_heads, 1)
     start, kv_heads = choice.start, choice.kv_heads
-    spans = (Span(SINKS, 0, min(start, choice.pattern.sinks)),)
+    spans = (FarSpan(SINKS, 0, min(start, choice.pattern.sinks)),)
     options = (choice.heads, start, choice.tokens, choice.causal, "exact", spans, 0, kv_heads)
     for branch in branches(choice.pattern, *options):
         view = strided_view(places, branch.keys)[0]
@@ -64,7 +64,7 @@ def test_shards_with_their_far_keys_equal_the_whole(choice: Choice, sizes: list[
             far: list[FarKeys] = []
             for span in far_spans(pattern, a, b, choice.causal, stop):
                 for c, d in pairwise(edges):
-                    part = Span(span.level, max(span.start, c), min(span.stop, d))
+                    part = FarSpan(span.level, max(span.start, c), min(span.stop, d))
                     if part.start < part.stop and span.stop > start:
                         rows = slice(c - start, d - start)
                         keys = far_keys(k[:, rows], v[:, rows], pattern, part, start=c, num_heads=choice.heads)
@@ -163,7 +163,7 @@ def test_sinks_are_seen_right_before_the_window_at_any_distance(causal: bool, mo
     whole = dilated_attention(q, k, v, pattern, causal=causal, turn=turn)
     start = 256
     q_, k_ = (turn(x[:, None, start:], torch.tensor([moved]))[:, 0] for x in (q, k))
-    before = [Span(0, start - 64, start), Span(SINKS, 0, 4)]
+    before = [FarSpan(0, start - 64, start), FarSpan(SINKS, 0, 4)]
     far = [far_keys(k, v, pattern, span) for span in before]
     far[0] = FarKeys(
         0, start + moved - 64, start + moved, turn(far[0].k[:, None], torch.tensor([moved]))[:, 0], far[0].v

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.cli.app import app
 from longnet_cli.cli.command import Command, takes_options
-from longnet_cli.cli.options import INPUT, Mesh, bare_or, inputs_argument, option, parse_device, quiet_flag
+from longnet_cli.cli.options import INPUT, Mesh, bare_or, inputs_argument, parse_device, quiet_flag
 from longnet_cli.cli.pairs import Excludes, Needs, check_pairs
 from longnet_cli.data.outputs import OUTPUT_SUFFIXES
 from longnet_cli.jobs.plotting.picture import PICTURES
@@ -32,8 +32,8 @@ from longnet_cli.cli.options import *
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shown:
     documents: Documents
-    seq: Sequence[int] = option(INPUT, "--seq SIZE,...", "Lengths.", default=(8192, 32768))
-    limit: int | None = size_option(INPUT, "--limit SIZE", "Tokens.")
+    seq: Sequence[int] = INPUT.option("--seq SIZE,...", "Lengths.", default=(8192, 32768))
+    limit: int | None = INPUT.size("--limit SIZE", "Tokens.")
     choice: ModelChoice
     computing: Computing
 
@@ -161,7 +161,7 @@ class Small:
     """INPUT, an option whose value may be left out, and a group of options."""
 
     inputs: list[str] = inputs_argument()
-    end: str | None = option(INPUT, "--end [TOKEN]", "End here.")
+    end: str | None = INPUT.option("--end [TOKEN]", "End here.")
     quiet: bool = quiet_flag()
     mesh: Mesh = Mesh()
 

@@ -8,9 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT
 from files import write_file, write_stream
-from processes import wait_for
 
 from longnet_cli.basics.errors import DataError
 from longnet_cli.data import files
@@ -103,21 +101,3 @@ def test_a_file_replaced_by_a_rename_is_read_as_it_was(tmp_path):
     write(tmp_path / "new", "flat")
     os.replace(tmp_path / "new", path)
     assert document.read().sum() == (np.arange(LENGTH) % 250).sum()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("change", ["shrink", "rewrite"])
-def test_train_saves_what_it_has_done(tmp_path, start, change):
-    """The real command, whose data shrinks while it trains: exit code 3, file and row, and a checkpoint."""
-    path = write(tmp_path / "x.arrow", "list")
-    words = ["--data", "x.arrow", "--tokenizer", "bytes", "--steps", "100000", "--seq-len", "256", "-o", "run"]
-    process = start("train", ROOT / "examples/small.toml", *words, "--set", "train.log_every=1", "--device", "cpu")
-    log = tmp_path / "run" / "metrics.jsonl"
-    wait_for(lambda: process.poll() is not None or (log.exists() and log.stat().st_size > 0))
-    CHANGES[change](path)
-    _, err = process.communicate(timeout=60)
-    message = err.decode().splitlines()[-1]
-    assert process.returncode == 3, message
-    assert "x.arrow, row " in message
-    assert "steps before it are saved in run" in message
-    assert list((tmp_path / "run" / "checkpoints").iterdir())

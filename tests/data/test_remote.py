@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.fs as fs
 import pyarrow.ipc as ipc
@@ -165,15 +164,3 @@ def test_s3(s3):
             read(uri)
         assert str(caught.value).startswith(uri.split("?")[0])
         assert "\n" not in str(caught.value)
-
-
-@pytest.mark.slow
-def test_s3_reads_a_file_larger_than_a_request(s3):
-    filesystem, path = fs.FileSystem.from_uri(f"s3://shelf/large.arrow?{s3}")
-    filesystem.create_dir("shelf")
-    ids = np.random.default_rng(0).integers(0, 1000, 6_000_000, dtype=np.int32)
-    with filesystem.open_output_stream(path) as file, ipc.new_file(file, TABLE.schema) as writer:
-        for part in np.split(ids, 3):
-            writer.write_batch(pa.record_batch([pa.array([part], TABLE.schema.field(0).type)], schema=TABLE.schema))
-    documents = Inputs([f"s3://shelf/large.arrow?{s3}"]).documents()
-    assert np.array_equal(np.concatenate([document.read() for document in documents]), ids)

@@ -197,7 +197,7 @@ def test_a_long_run_is_streamed_and_reports_every_decade(monkeypatch: pytest.Mon
 
 def test_every_pair_of_the_whole_is_computed_by_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The streamed operator's own branches add up to the FLOPs of the row: nothing is left out."""
-    from longnet_cli.attention import dilated
+    from longnet_cli.attention import planning
     from longnet_cli.attention.branches import branches
 
     pairs: list[int] = []
@@ -210,8 +210,8 @@ def test_every_pair_of_the_whole_is_computed_by_the_chunks(monkeypatch: pytest.M
             pairs.append(b.queries.segments * b.queries.heads * each)
         return found
 
-    monkeypatch.setattr(dilated, "branches", counted)
-    monkeypatch.setattr(dilated, "_plan", dilated._plan.__wrapped__)  # which would remember
+    monkeypatch.setattr(planning, "branches", counted)
+    monkeypatch.setattr(planning, "_plan", planning._plan.__wrapped__)  # which would remember
     rows_of([300], chunk=300, **LONG)
     whole = pairs[-1:] and sum(pairs)
     runs = 1 + 2  # warm-up and two runs
@@ -334,6 +334,7 @@ def exchange_of_chosen_blocks() -> None:
     assert [row.bytes for row in rows] == [number * (window + gathered), number * (window + summed)]
 
 
+@pytest.mark.ci
 def test_what_chosen_blocks_exchange(tmp_path: Path) -> None:
     run_ranks(2, tmp_path, exchange_of_chosen_blocks)
 

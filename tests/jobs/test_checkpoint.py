@@ -54,7 +54,11 @@ class Stop:
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "pattern"), [("adamw", {}), ("muon", {"look_back": 1, "overlap": "once", "sinks": 2})]
+    ("optimizer", "pattern"),
+    [
+        pytest.param("adamw", {}, marks=pytest.mark.ci),
+        ("muon", {"look_back": 1, "overlap": "once", "sinks": 2}),
+    ],
 )
 def test_a_run_stopped_anywhere_goes_on_to_the_same_bytes(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str, pattern: dict
@@ -382,6 +386,7 @@ def test_thirty_kills(start: Start, corpus: Path, tmp_path: Path) -> None:
     kill_runs(start, corpus, tmp_path, 30, steps=200)
 
 
+@pytest.mark.ci
 def test_ctrl_c_saves_and_says_how_to_go_on(start: Start, corpus: Path, tmp_path: Path) -> None:
     endless = recipe(corpus, **{"train.stages": [{"seq_len": 32, "steps": 10**6}]})
     (tmp_path / "recipe.json").write_text(endless.model_dump_json())

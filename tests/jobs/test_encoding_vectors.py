@@ -80,6 +80,7 @@ def same(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray], atol: floa
         np.testing.assert_allclose(found[name], wanted[name], rtol=0, atol=atol)
 
 
+@pytest.mark.ci
 def test_golden_through_every_format(run_longnet: RunLongnet, tmp_path: Path) -> None:
     """`convert`, then `encode`: the official vectors, out of Parquet, an Arrow stream on a pipe, and HDF5."""
     h5py = pytest.importorskip("h5py")

@@ -69,6 +69,7 @@ def test_the_nats_of_key_tokens(bos: int | None, last: int | None, tmp_path: Pat
     assert long["ppl_se"] > 0
 
 
+@pytest.mark.ci
 def test_a_judge_on_the_command_line(run_longnet: RunLongnet, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("def one(two, three):\n    return two + three\n\n\n" * 8)
     (tmp_path / "b.txt").write_text("one two three four five six\n" * 8)

@@ -9,8 +9,9 @@ import random
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,22 +31,16 @@ from longnet_cli.cli.dry_run import show_reading
 from longnet_cli.data.documents import Document
 from longnet_cli.data.tables import Text
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.jobs.encoding import EncodeOptions, encode
+from longnet_cli.jobs.encoding import EncodeOptions, Encoder, encode
 from longnet_cli.jobs.estimating.probe import Sample
-from longnet_cli.jobs.estimating.reading_job import (
-    EncodeJob,
-    Job,
-    ReadingEstimate,
-    Room,
-    ScoreJob,
-    estimate_documents,
-)
-from longnet_cli.jobs.scoring.scoring import Cut, score
+from longnet_cli.jobs.estimating.reading_job import Job, ReadingEstimate, Room, estimate_documents
+from longnet_cli.jobs.scoring.scoring import Cut, Scorer, score
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import InputSequence, Net
 from longnet_cli.running.causal_stream import CausalStream
 from longnet_cli.running.device import trim_memory
+from longnet_cli.running.reader import Reader
 
 pytestmark = pytest.mark.full
 
@@ -75,9 +70,17 @@ def counting(net: nn.Module) -> Iterator[list[int]]:
     handle.remove()
 
 
-def estimated(net: Net, job: Job, found: list[Document] | None = None, **options: Any) -> ReadingEstimate:
+def estimated(
+    net: Net,
+    make_job: Callable[[Reader], Job],
+    texts: list[Document] | None = None,
+    chunk: int | None = None,
+    spill: str | None = None,
+    **options: Any,
+) -> ReadingEstimate:
     trim_memory(torch.device("cpu"))  # memory that an earlier estimate has freed would hide what this one measures
-    return estimate_documents(net, job, documents() if found is None else found, **({"room": ROOM} | options))
+    job = make_job(Reader(net, chunk=chunk, spill=spill))
+    return estimate_documents(job, documents() if texts is None else texts, **({"room": ROOM} | options))
 
 
 @pytest.mark.parametrize(
@@ -94,11 +97,13 @@ def test_windows_of_scoring_are_those_that_are_read(how: dict[str, Any]) -> None
     net, how = net_of(), {"bos": BOS, "stride": None, "last": None} | how
     with counting(net) as made:
         scores = list(score(net, documents(), chunk=64, **how))
-    job = ScoreJob(net, Cut.of(net, **how))
+    job = partial(Scorer, cut=Cut.of(net, **how))
     found = estimated(net, job, chunk=64)
     assert (found.documents, found.tokens, found.longest) == (len(LENGTHS), sum(LENGTHS), max(LENGTHS))
     assert found.tokens_read == sum(made)
-    assert sum(wanted for n in LENGTHS for _, wanted in job.windows(n)) == sum(x.score.n_tokens for x in scores)
+    assert sum(wanted for n in LENGTHS for _, wanted in job(Reader(net)).window_sizes(n)) == sum(
+        x.score.n_tokens for x in scores
+    )
 
 
 @pytest.mark.parametrize(
@@ -109,16 +114,16 @@ def test_flops_are_those_that_torch_counts(causal: bool, options: dict | None) -
     """Of matrices: at one key per query there is next to no attention, of which none is counted here."""
     net = net_of(segment_lengths=(1,), dilation_rates=(1,), causal=causal)
     net(torch.zeros(1, 4, dtype=torch.int64))  # the first forward probes the kernel, by matrix products
-    job: Job
+    make_job: Callable[[Reader], Job]
     with FlopCounterMode(display=False) as counter:
         if options is None:
-            job = ScoreJob(net, Cut.of(net, BOS, None, None, None))
+            make_job = partial(Scorer, cut=Cut.of(net, BOS, None, None, None))
             list(score(net, documents(), bos=BOS, chunk=64))
         else:
-            job = EncodeJob(net, EncodeOptions(bos=BOS, **options))
-            encode(net, documents(), job.options, chunk=64).read_all()
+            make_job = partial(Encoder, options=EncodeOptions(bos=BOS, **options))
+            encode(net, documents(), EncodeOptions(bos=BOS, **options), chunk=64).read_all()
     counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
-    found = estimated(net, job, chunk=64)
+    found = estimated(net, make_job, chunk=64)
     assert found.documents == len(LENGTHS) - (options is not None)  # an empty one has no row
     attention = found.tokens_read * net.config.attention_flops(1)
     assert found.flops - attention == pytest.approx(counted, rel=1e-6)
@@ -131,7 +136,7 @@ def test_layer_by_layer_computes_keys_twice_where_chunks_see_each_other(pattern:
     with FlopCounterMode(display=False) as counter:
         encode(net, found, EncodeOptions(), chunk=64).read_all()
     counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
-    flops = estimated(net, EncodeJob(net, EncodeOptions()), found, chunk=64).flops
+    flops = estimated(net, partial(Encoder, options=EncodeOptions()), found, chunk=64).flops
     assert flops - net.config.attention_flops(500) == pytest.approx(counted, rel=1e-6)
 
 
@@ -152,7 +157,7 @@ def test_the_cache_is_that_of_a_stream(pattern: Pattern, tokens: int) -> None:
 
 def test_chosen_blocks_are_kept_in_memory_or_on_a_disk() -> None:
     net = net_of(**vars(Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=16)))
-    job, found = ScoreJob(net, Cut.of(net, BOS, None, None, None)), documents((60_000,))
+    job, found = partial(Scorer, cut=Cut.of(net, BOS, None, None, None)), documents((60_000,))
     kept = estimated(net, job, found, chunk=256, room=Room(1 << 40, 1))
     spilled = estimated(net, job, found, chunk=256, spill="disk")
     assert spilled.spilled == kept.memory["cache"] - spilled.memory["cache"] == net.config.spilled_bytes(60_000, 4)
@@ -162,7 +167,7 @@ def test_chosen_blocks_are_kept_in_memory_or_on_a_disk() -> None:
 
 def refuse_what_does_not_fit() -> None:
     net = net_of(dim=64, ffn_dim=256)
-    job = EncodeJob(net, EncodeOptions(bos=BOS))
+    job = partial(Encoder, options=EncodeOptions(bos=BOS))
     whole = estimated(net, job, documents((60_000,) * 2), chunk=50_000, room=Room(1 << 40, 1 << 40))
     assert whole.fits
     room = Room(1 << 40, whole.beyond // 4)  # the program has been there before
@@ -187,21 +192,24 @@ def test_what_does_not_fit_is_refused_with_what_to_change(python: Path, command_
 
 def test_hidden_states_are_kept_on_a_disk() -> None:
     both = net_of(causal=False)
-    stored = estimated(both, EncodeJob(both, EncodeOptions()), documents((60_000,)), chunk=256, room=Room(1 << 40, 1))
+    stored = estimated(
+        both, partial(Encoder, options=EncodeOptions()), documents((60_000,)), chunk=256, room=Room(1 << 40, 1)
+    )
     assert stored.advice == "keep the hidden states on a disk (--spill DIR)"
-    spilled = estimated(both, EncodeJob(both, EncodeOptions()), documents((60_000,)), chunk=256, spill="disk")
+    spilled = estimated(both, partial(Encoder, options=EncodeOptions()), documents((60_000,)), chunk=256, spill="disk")
     assert spilled.spilled == stored.memory["hidden"] - spilled.memory["hidden"] >= 60_000 * 16 * 4
 
 
 def test_a_document_that_the_job_refuses_is_refused_or_left_out() -> None:
     net = net_of()
-    job = EncodeJob(net, EncodeOptions(bos=BOS))
-    job.sequence = lambda document: limited(document)  # type: ignore[method-assign]
 
-    def limited(document: Document) -> InputSequence[Document]:
-        if len(document) > 100:
-            raise TooLongError(f"{document.where}: too long", "cut it")
-        return net.sequence(document, BOS)
+    class Limited(Encoder):
+        def sequence(self, document: Document) -> InputSequence[Document]:
+            if len(document) > 100:
+                raise TooLongError(f"{document.where}: too long", "cut it")
+            return super().sequence(document)
+
+    job = partial(Limited, options=EncodeOptions(bos=BOS))
 
     with pytest.raises(TooLongError, match=r"4\.txt"):
         estimated(net, job)
@@ -252,7 +260,7 @@ def test_a_sample_takes_the_memory_of_its_texts(words: Tokenizer) -> None:
 
 def test_a_sample_of_all_is_exact(words: Tokenizer) -> None:
     net, found = net_of(vocab_size=words.vocab_size), some_texts(words, 20, 0)
-    job = ScoreJob(net, Cut.of(net, 0, None, None, None))
+    job = partial(Scorer, cut=Cut.of(net, 0, None, None, None))
     all_of_them = estimated(net, job, found, sample=20, tokenizer=words)  # type: ignore[arg-type]
     assert (all_of_them.sampled, all_of_them.tokens_error) == (20, 0.0)
     assert all_of_them.tokens == pytest.approx(sum(len(words.encode(text.text)) for text in found), abs=10)
@@ -314,7 +322,7 @@ def test_a_model_of_transformers_is_estimated(tmp_path: Path) -> None:
     net = ModelFolder(tmp_path).net(pattern=Pattern.window(16, sinks=4))
     with counting(net) as made:
         encode(net, documents(), EncodeOptions(), chunk=64).read_all()
-    found = estimated(net, EncodeJob(net, EncodeOptions()), chunk=64)
+    found = estimated(net, partial(Encoder, options=EncodeOptions()), chunk=64)
     assert found.tokens_read == sum(made)
     assert found.parameters == sum(p.numel() for p in net.parameters())
     assert found.memory["weights"] >= 4 * found.parameters
@@ -325,7 +333,7 @@ def test_a_model_of_transformers_is_estimated(tmp_path: Path) -> None:
     ModelFolder.find(str(tmp_path)).check_weights_fit("bf16", torch.device("cpu"), 2 * found.parameters)
     trained = ModelFolder(tmp_path).net()  # on up to 256 tokens
     with pytest.raises(TooLongError, match="500 tokens"):
-        estimated(trained, EncodeJob(trained, EncodeOptions()))
+        estimated(trained, partial(Encoder, options=EncodeOptions()))
 
 
 def test_weights_that_do_not_fit_are_refused_before_they_are_loaded() -> None:

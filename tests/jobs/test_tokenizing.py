@@ -2,9 +2,6 @@
 
 import json
 import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -232,25 +229,3 @@ def test_options_that_do_not_fit_together(corpus, tmp_path):
         writer.write_table(table)
     with pytest.raises(ConfigError, match="input_ids"):
         tokenize(Inputs([tmp_path / "ids.arrow"]), tmp_path / "out")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("output", ["shards", "-"])
-def test_memory_does_not_grow_with_the_corpus(tmp_path, output):
-    """Of 150 MB and of 600 MB of text, in one process each."""
-    (tmp_path / "text").write_text("some text é\n" * ((4 << 20) // 13))
-    peaks = []
-    for copies in (37, 148):
-        code = (
-            "import sys; from pathlib import Path; from longnet_cli.jobs.tokenizing import *\n"
-            "tokenize(Inputs([sys.argv[1]] * int(sys.argv[2])), sys.argv[3], shard_tokens=1 << 26)\n"
-            # not ru_maxrss, in which a child begins with what its parent holds
-            "status = Path('/proc/self/status').read_text().splitlines()\n"
-            "print(next(int(line.split()[1]) // 1024 for line in status if 'VmHWM' in line), file=sys.stderr)"
-        )
-        words = [sys.executable, "-c", code, str(tmp_path / "text"), str(copies), output]
-        done = subprocess.run(words, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=True)
-        peaks.append(int(done.stderr))
-        shutil.rmtree(tmp_path / output, ignore_errors=True)
-    assert peaks[1] < peaks[0] + 20, peaks
-    assert peaks[1] < 400, peaks

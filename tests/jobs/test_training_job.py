@@ -154,63 +154,6 @@ def test_the_peak_of_the_papers_smallest_model(tmp_path: Path, command_env: dict
     assert_it_is_the_peak(settings, tmp_path, command_env, "longnet-125m")
 
 
-GROWTH = """
-import json, sys, threading, time
-from pathlib import Path
-import torch
-from longnet_cli.jobs.estimating.training_job import estimate_training
-from longnet_cli.jobs.training.loop import train
-from longnet_cli.jobs.training.recipe import load_recipe
-
-def anonymous():  # pages of a file that is mapped may be given back, and are not counted
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
-
-def watch():
-    while not done.wait(0.005):
-        peaks.append(anonymous())
-
-recipe = load_recipe(None, json.loads(sys.argv[1]))
-found = estimate_training(recipe, torch.device("cpu"))
-done, peaks = threading.Event(), []
-watcher = threading.Thread(target=watch)
-watcher.start()
-train(recipe, sys.argv[2])
-done.set()
-watcher.join()
-print(json.dumps([found.memory["cache"], found.spilled, max(peaks)]))
-"""
-
-
-@pytest.mark.slow
-def test_memory_grows_by_the_far_rows_and_spilled_not_at_all(tmp_path: Path, command_env: dict[str, str]) -> None:
-    """Of a net that looks back one segment, from 16,384 to 65,536 tokens."""
-    data = tmp_path / "data.txt"
-    data.write_text("a line of text.\n" * 8192)
-    model = {"vocab_size": 259, "dim": 64, "num_layers": 4, "num_heads": 4, "ffn_dim": 64, "position": "rope",
-             "segment_lengths": [1024], "dilation_rates": [1], "look_back": 1, "sinks": 4}  # fmt: skip
-    found = {}
-    for spill in (None, str(tmp_path)):
-        for tokens in (16_384, 65_536):
-            settings = {f"model.{key}": value for key, value in model.items()} | {
-                "data.train": [str(data)], "train.chunk": 1024, "train.batch_tokens": tokens, "train.spill": spill,
-                "train.stages": [{"seq_len": tokens, "steps": 1}], "train.across_documents": True,
-            }  # fmt: skip
-            out = tmp_path / f"{tokens} {spill is None}"
-            done = subprocess.run(
-                [sys.executable, "-c", GROWTH, json.dumps(settings), out],
-                capture_output=True, text=True, env=command_env, check=True,
-            )  # fmt: skip
-            found[spill, tokens] = json.loads(done.stdout)
-    (before, _, least), (after, _, most) = found[None, 16_384], found[None, 65_536]
-    (_, _, flat), (cache, file, still_flat) = found[str(tmp_path), 16_384], found[str(tmp_path), 65_536]
-    print(f"stated {(after - before) / 1e6:.1f} MB, grown {(most - least) / 1e6:.1f} MB; spilled "
-          f"{(still_flat - flat) / 1e6:.1f} MB beside a file of {file / 1e6:.1f} MB")  # fmt: skip
-    assert most - least == pytest.approx(after - before, rel=0.1)
-    assert file + cache == after
-    assert still_flat - flat <= 0.05 * (after - before)
-
-
 def assert_it_is_the_peak(settings: dict, folder: Path, env: dict[str, str], name: str | None = None) -> None:
     """Of a run by the recipe `name` with `settings`, in a process of its own."""
     done = subprocess.run(

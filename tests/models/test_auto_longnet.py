@@ -36,7 +36,7 @@ CAUSAL = {
 TEXTS = ["One text, which has some length, more than a segment.", "Two"]
 
 
-@pytest.fixture(params=CAUSAL)
+@pytest.fixture(params=["sinks", *(pytest.param(kind, marks=pytest.mark.ci) for kind in ("xpos", "untied"))])
 def net(request: pytest.FixtureRequest) -> LongNet:
     torch.manual_seed(0)
     return LongNet(LongNetConfig(**SHAPE, **CAUSAL[request.param])).eval()

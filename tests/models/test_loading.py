@@ -26,6 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+@pytest.mark.ci
 @pytest.mark.full
 def test_weights_are_mapped_not_copied(folder: Path, command_env: dict[str, str]) -> None:
     extra, weights = extra_memory(folder, "bfloat16", command_env)

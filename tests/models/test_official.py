@@ -17,7 +17,9 @@ from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.slide import SlideEncoder
 
 
-@pytest.mark.parametrize("kind", ["pth", "legacy", "safetensors"])
+@pytest.mark.parametrize(
+    "kind", ["pth", *(pytest.param(kind, marks=pytest.mark.ci) for kind in ("legacy", "safetensors"))]
+)
 def test_golden_slide_encoder(run_longnet: RunLongnet, tmp_path: Path, kind: str) -> None:
     state, wanted, theirs = read_golden("slide_encoder_zero_key")
     path = tmp_path / "slide_encoder.pth"

@@ -158,7 +158,9 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(n, marks=pytest.mark.ci) for n in ("encode", "encode-keep")), "gains", "tokenize"]
+)
 def test_shards_are_the_bytes_of_one_process(name: str, folder: Path, run_longnet: RunLongnet) -> None:
     alone, many = (
         run_longnet(*COMMANDS[name], "-o", place, *more, cwd=folder, env={"OMP_NUM_THREADS": "1"})
@@ -170,6 +172,7 @@ def test_shards_are_the_bytes_of_one_process(name: str, folder: Path, run_longne
     assert many.stderr == alone.stderr.replace("alone", "many")
 
 
+@pytest.mark.ci
 def test_printed_scores_are_those_of_one_process(folder: Path, run_longnet: RunLongnet) -> None:
     """And the values of many types that documents carry along."""
     table = ipc.open_file(folder / "docs.arrow").read_all()
@@ -214,7 +217,7 @@ def test_groups_may_share_documents(folder: Path, run_longnet: RunLongnet) -> No
         torch.testing.assert_close(*vectors, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("skip_bad", [True, False])
+@pytest.mark.parametrize("skip_bad", [True, pytest.param(False, marks=pytest.mark.ci)])
 def test_bad_data_ends_what_it_ends_in_one_process(skip_bad: bool, folder: Path, run_longnet: RunLongnet) -> None:
     rows = [[97] * 200 for _ in range(50)]
     rows[30][100] = 9999
@@ -237,7 +240,7 @@ def test_what_cannot_be_shared_is_one_line(folder: Path, run_longnet: RunLongnet
     os.mkfifo(folder / "pipe")
     for command, words in (
         (["score", "docs.arrow", "-m", "./net", "--token-logprobs", "x.arrow"], "leave out --dp"),
-        (["tokenize", "docs.jsonl", "-o", "t", "--train-vocab", "300"], "without --dp"),
+        (["tokenize", "docs.jsonl", "-o", "t", "--train-vocab", "300"], "leave out --dp"),
         (["tokenize", "pipe", "-o", "t"], "pipe can be read by one process"),
         (["score", "-", "-m", "./net"], "stdin can be read by one process"),
         (["encode", "docs.arrow", "-m", "./net", "-o", "v", "--nproc", "1"], "needs 2 processes, and there are 1"),

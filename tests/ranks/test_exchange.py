@@ -115,6 +115,7 @@ def net_in_shards(dtype: torch.dtype) -> None:
             assert error <= TOLERANCE[dtype][1], f"rank {rank}: {name} is off by {error:.2e}"
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("world", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4))])
 def test_a_whole_nets_loss_and_gradients(world: int, tmp_path: Path) -> None:
     run_ranks(world, tmp_path, in_both_types, net_in_shards)
@@ -240,6 +241,7 @@ def counted_copies() -> None:
     assert rank == 0 or len(attended) == len({(keys.level, keys.start) for keys in attended}) < 7 * rank
 
 
+@pytest.mark.ci
 def test_packing_takes_four_copies_a_layer(tmp_path: Path) -> None:
     run_ranks(3, tmp_path, counted_copies)
 

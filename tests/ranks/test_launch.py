@@ -43,7 +43,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 MESHES = [
-    pytest.param(["--nproc", "2", "--dp", "2"], id="dp2"),
+    pytest.param(["--nproc", "2", "--dp", "2"], id="dp2", marks=pytest.mark.ci),
     pytest.param(["--nproc", "2", "--chunk", "50"], id="sp2-chunked"),
     pytest.param(["--nproc", "4", "--dp", "2", "--sp", "2"], id="2x2", marks=pytest.mark.slow),
 ]
@@ -64,7 +64,14 @@ def aborting(folder: Path, command_env: dict[str, str]) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join((command_env["PYTHONPATH"], str(folder))), "PYTHON_EXEC": sys.executable}
 
 
-@pytest.mark.parametrize("more", [[], ["--context", "300"], ["--pattern", "window:32,chosen=2x16"]])
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        pytest.param(["--context", "300"], marks=pytest.mark.ci),
+        pytest.param(["--pattern", "window:32,chosen=2x16"], marks=pytest.mark.ci),
+    ],
+)
 def test_scores_are_those_of_one_process(
     more: list[str], folder: Path, run_longnet: RunLongnet, aborting: dict[str, str]
 ) -> None:
@@ -90,7 +97,10 @@ def _columns(path: Path) -> list[tuple[int, float]]:
 
 
 # one of the encoder's documents fits both ranks' chunks, others are longer
-@pytest.mark.parametrize(("name", "chunk", "place"), [("decoder", "100", "vectors"), ("encoder", "1000", "many.arrow")])
+@pytest.mark.parametrize(
+    ("name", "chunk", "place"),
+    [pytest.param("decoder", "100", "vectors", marks=pytest.mark.ci), ("encoder", "1000", "many.arrow")],
+)
 def test_vectors_are_those_of_one_process(
     name: str, chunk: str, place: str, folder: Path, run_longnet: RunLongnet
 ) -> None:

@@ -61,9 +61,10 @@ def losses(run: Path) -> list[tuple[float, float]]:
 
 
 MESHES = [
-    pytest.param(dp, sp, shard, marks=[] if (dp, shard) in ((1, "none"), (2, "full")) and sp == 2 else pytest.mark.slow)
-    for dp, sp in ((1, 2), (2, 1), (2, 2))
-    for shard in ("none", "full")
+    (1, 2, "none"),
+    pytest.param(2, 2, "full", marks=pytest.mark.ci),
+    *(pytest.param(*mesh, marks=pytest.mark.slow) for mesh in ((1, 2, "full"), (2, 1, "none"), (2, 1, "full"))),
+    pytest.param(2, 2, "none", marks=pytest.mark.slow),
 ]
 
 

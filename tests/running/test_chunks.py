@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import gc
-import json
 from collections import Counter
 from functools import partial
 
 import pytest
 import torch
-from conftest import RunLongnet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pattern_nets import CAUSAL, TOLERANCE, draw, error, gradients, net
@@ -182,7 +180,7 @@ def test_training_with_dropout_computes_again_what_it_dropped() -> None:
 
 def whole_graph(model: LongNet, ids: Tensor, targets: Tensor, chunk: int) -> Tensor:
     """The loss of all chunks in one graph: far keys are taken, differentiably, from all that came before."""
-    from longnet_cli.attention import Outside, Span, far_keys
+    from longnet_cli.attention import FarSpan, Outside, far_keys
 
     pattern = model.config.pattern
     past: list[list[tuple[Tensor, Tensor]]] = [[] for _ in model.layers]
@@ -193,7 +191,7 @@ def whole_graph(model: LongNet, ids: Tensor, targets: Tensor, chunk: int) -> Ten
         def far(layer: int, q: Tensor, k: Tensor, v: Tensor, start: int = start) -> Outside:
             before = past[layer]
             past[layer] = [*before, (k, v)]
-            spans = [Span(i, start // w * w, start) for i, (w, _) in enumerate(pattern.levels) if start % w]
+            spans = [FarSpan(i, start // w * w, start) for i, (w, _) in enumerate(pattern.levels) if start % w]
             everything = [torch.cat(x, 1) for x in zip(*before, strict=True)]
             return Outside([far_keys(*everything, pattern, span) for span in spans])
 
@@ -244,16 +242,3 @@ def test_default_chunk_follows_the_models_size() -> None:
     small, large = (net(PAPER_64TH, heads=h).config for h in (2, 32))
     assert default_chunk(small, device) > default_chunk(large, device) > 256
     assert default_chunk(large, device).bit_count() == 1
-
-
-@pytest.mark.slow
-def test_chunked_training_needs_a_quarter_of_the_memory(run_longnet: RunLongnet) -> None:
-    """131,072 tokens through longnet-tiny, whole and by 8,192: resident memory of the process, everything included."""
-    bench = ["bench", "--op", "train", "--model", "longnet-tiny", "--impl", "dilated", "--seq", "128Ki"]
-    bench += ["--repeats", "1", "--format", "jsonl", "-q"]
-    peaks = []
-    for chunk in ([], ["--chunk", "8Ki"]):
-        done = run_longnet(*bench, *chunk, timeout=1800)
-        assert done.returncode == 0, done.stderr
-        peaks.append(json.loads(done.stdout)["peak_rss_bytes"])
-    assert peaks[0] >= 4 * peaks[1]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from longnet_cli.attention import dilated, merging
+from longnet_cli.attention import dilated, merging, planning
 from longnet_cli.attention.cuda_kernels import CudaFlashKernel
 from longnet_cli.jobs.training.gradients import backward
 from longnet_cli.jobs.training.optimizer import build_optimizers
@@ -44,10 +44,10 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if not FAKE:  # there is no autocast on the meta device
         monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
         monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
-    dilated._plan.cache_clear()  # plans keep tensors: none of a real device here, nor fake ones afterwards
+    planning._plan.cache_clear()  # plans keep tensors: none of a real device here, nor fake ones afterwards
     with FakeTensorMode() if FAKE else nullcontext():
         yield
-    dilated._plan.cache_clear()
+    planning._plan.cache_clear()
 
 
 def net(causal: bool = True, **options) -> LongNet:

@@ -30,9 +30,9 @@ from longnet_cli.basics.errors import ConfigError
 from longnet_cli.jobs.estimating.training_job import logits_bytes
 from longnet_cli.jobs.training.gradients import backward, far_bytes
 from longnet_cli.models.folder import ModelFolder
-from longnet_cli.nets.config import LongNetConfig, parse_config
+from longnet_cli.nets.config import LongNetConfig, NetConfig, parse_config
 from longnet_cli.nets.longnet import LongNet
-from longnet_cli.nets.net import LOGITS_LIMIT, Net, NetConfig
+from longnet_cli.nets.net import LOGITS_LIMIT, Net
 from longnet_cli.running.causal_stream import open_stream
 from longnet_cli.running.device import DTYPES, precision
 from longnet_cli.running.ranks.exchange import Exchange, even_edges
@@ -283,11 +283,11 @@ def _net(s: Settings, impl: str, seq: int) -> tuple[Net, Callable[[], Net]]:
     pattern = s.pattern_for(seq, own)
     if own:
         pattern = replace(pattern, head_offsets=own.head_offsets)  # the weights were trained with these
-    found = parse_config(config, where, pattern)  # raises if the pattern does not fit the model's positions
+    measured = parse_config(config, where, pattern)  # raises if the pattern does not fit the model's positions
     if impl == "dense":  # one segment for the whole sequence
-        found = found.model_copy(update=vars(Pattern((seq,), (1,))))
+        measured = measured.model_copy(update=vars(Pattern((seq,), (1,))))
     with torch.device("meta"):
-        empty = LongNet(found)
+        empty = LongNet(measured)
     return empty, partial(_with_weights, s, empty)
 
 

@@ -86,14 +86,14 @@ class Case:
     def measured(self, first: int, last: int, seconds: float, peak: PeakMemory, **values: Any) -> Measurement:
         """Return the row of positions [first, last), which took `seconds`."""
         flops = self.flops(last) - self.flops(first)
-        found = {
+        numbers = {
             "status": "ok",
             "seconds": seconds,
             "tokens_per_second": self.row.batch * (last - first) / seconds,
             "flops_per_second": flops / seconds if flops else None,
             "peak_rss_bytes": peak.bytes,
         }
-        return replace(self.row, **{**found, **values})
+        return replace(self.row, **{**numbers, **values})
 
 
 def measure(case: Case, s: Settings, deadline: float) -> Measurement:

@@ -91,8 +91,8 @@ class Settings(BaseModel):
         if "model" in given and own:
             raise ConfigError(f"{', '.join(own)}: a saved model has its own, leave it out or leave out --model")
         given["dtype"] = resolve_dtype(given.get("dtype", "auto"), device)
-        found = {"impl": impls[:2], "direction": directions[:1], **shape, **given, "device": device}
-        return validate(cls, {_option(name): value for name, value in found.items()}, "longnet bench")
+        values = {"impl": impls[:2], "direction": directions[:1], **shape, **given, "device": device}
+        return validate(cls, {_option(name): value for name, value in values.items()}, "longnet bench")
 
     @model_validator(mode="after")
     def _check(self) -> Settings:

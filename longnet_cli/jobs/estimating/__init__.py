@@ -1,1 +1,1 @@
-"""Estimates for `--dry-run`: the memory, FLOPs and time of a job, here or on another machine."""
+"""Estimates for `--dry-run`: the memory, FLOPs and time of a job on this machine."""

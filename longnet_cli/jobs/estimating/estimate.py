@@ -146,10 +146,14 @@ class PlanSums:
         return max(self._shapes.values())[1]
 
     def product_flops(self, scores: bool) -> float:
-        """Return the FLOPs of the matrices in all forward passes, with the logits of wanted tokens if `scores`."""
+        """Return the FLOPs of the matrices in all forward passes, with the logits of wanted tokens if `scores`.
+
+        A layer computes queries, keys and values, by three matrices (dim, dim), a second time for tokens `twice`.
+        """
         config = self.config
-        matrices = config.layer_flops() * self.read + self.twice * 6 * config.num_layers * config.dim**2
-        return matrices + (config.vocabulary_flops() * self.wanted if scores else 0)
+        again = 3 * 2 * config.dim**2 * config.num_layers
+        logits = config.vocabulary_flops() * self.wanted if scores else 0
+        return config.layer_flops() * self.read + again * self.twice + logits
 
     def attention_flops(self) -> int:
         """Return the FLOPs of attention in all forward passes."""
@@ -158,10 +162,6 @@ class PlanSums:
     def flops(self, scores: bool) -> float:
         """Return the FLOPs of all forward passes, with the logits of the wanted tokens if `scores`."""
         return self.product_flops(scores) + self.attention_flops()
-
-    def chunks(self, size: int) -> int:
-        """Return the number of chunks of `size` tokens in all windows that are read in chunks."""
-        return sum(rows * -(-tokens // size) for tokens, rows in self._lengths.items() if self._cut(tokens))
 
     def in_chunks(self, chunk: int) -> bool:
         """Return whether a window is read in chunks of this many tokens."""
@@ -176,19 +176,22 @@ class PlanSums:
         tokens = max(self.tokens_at_once(chunk), min(self.together, 2 * chunk))
         return min(tokens * self.config.vocab_size, LOGITS_LIMIT)
 
-    def kept_bytes(self, chunk: int, dtype: str, spill: str | None, ranks: Ranks) -> dict[str, int]:
-        """Return the bytes that are kept between forward passes: keys and values, and hidden states that wait."""
+    def kept_bytes(self, chunk: int, dtype: str, spill: bool, ranks: Ranks) -> dict[str, int]:
+        """Return the bytes that are kept between forward passes on one rank, by kind.
+
+        hidden: float32 hidden states that wait, in pieces and joined: of windows that are read together, or of two
+        chunks of a longer one. In a bidirectional net also all that `spilled_bytes` counts, unless they are on a disk
+        or, because a GPU has no room, in the host's memory. cache: keys and values of the longest window in a causal
+        net, without those on a disk.
+        """
         config, device = self.config, next(self.net.parameters()).device
-        cut = self.in_chunks(chunk)
-        tokens = max(min(self.together, 2 * chunk), 2 * chunk if cut else 0)
-        kinds = {"hidden": 2 * 4 * config.dim * tokens}  # in pieces, and joined
-        if cut and config.causal:
-            kinds["cache"] = config.cache_bytes(self.longest, _itemsize(dtype, device))
-            kinds["cache"] -= self.spilled_bytes(chunk, dtype, ranks) if spill else 0
-        elif cut and not spill:
-            size = self.spilled_bytes(chunk, dtype, ranks)
-            if device.type == "cpu" or fits_beside(config.forward_bytes(chunk), size, device):
-                kinds["hidden"] += size
+        in_chunks, spillable = self.in_chunks(chunk), self.spilled_bytes(chunk, dtype, ranks)
+        waiting = 2 * chunk if in_chunks else min(self.together, 2 * chunk)
+        kinds = {"hidden": 2 * 4 * config.dim * waiting}
+        if in_chunks and config.causal:
+            kinds["cache"] = config.cache_bytes(self.longest, _itemsize(dtype, device)) - (spillable if spill else 0)
+        elif not spill and (device.type == "cpu" or fits_beside(config.forward_bytes(chunk), spillable, device)):
+            kinds["hidden"] += spillable
         return kinds
 
     def spilled_bytes(self, chunk: int, dtype: str, ranks: Ranks) -> int:
@@ -201,9 +204,6 @@ class PlanSums:
         if self.config.causal:
             return self.config.spilled_bytes(self.longest, _itemsize(dtype, next(self.net.parameters()).device))
         return kept_bytes(cast(LongNet, self.net), self.longest, chunk, ranks) if self.net.layer_by_layer else 0
-
-    def _cut(self, tokens: int) -> bool:
-        return self.config.streams and tokens > self.chunk
 
     def _sees_outside(self, tokens: int) -> bool:
         """Return whether the chunks of a window in a bidirectional net see keys of each other."""

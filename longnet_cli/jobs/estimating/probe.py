@@ -24,7 +24,8 @@ from longnet_cli.attention.spans import lanes, segment_rows
 from longnet_cli.data.tables import Text
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.estimating.estimate import Extent, PlanSums, Shape
-from longnet_cli.nets.net import Net, NetConfig
+from longnet_cli.nets.config import NetConfig
+from longnet_cli.nets.net import Net
 from longnet_cli.running.device import PeakMemory, precision, resident_memory, resolve_dtype
 from longnet_cli.running.ranks.ranks import Ranks
 from longnet_cli.running.reader import Reader, Window
@@ -42,7 +43,7 @@ class Sample:
     def __init__(self, size: int, tokenizer: Tokenizer) -> None:
         self.size, self.tokenizer = size, tokenizer
         self.bytes = array("q")
-        self._found: list[tuple[int, int]] = []  # tokens and bytes of each text in the sample
+        self._drawn: list[tuple[int, int]] = []  # tokens and bytes of each text in the sample
         self.seconds = 0.0
         self._tokenized = 0  # bytes
         self._random = np.random.default_rng(SEED)
@@ -54,7 +55,7 @@ class Sample:
             tokens, size, begin = 0, 0, time.perf_counter()
             for ids, n_bytes, _ in self.tokenizer.encode_long(text.parts):
                 tokens, size = tokens + len(ids), size + n_bytes
-            self._found[place : place + 1] = [(tokens, size)]
+            self._drawn[place : place + 1] = [(tokens, size)]
             self._tokenized += size
             self.seconds += time.perf_counter() - begin
         else:
@@ -67,7 +68,7 @@ class Sample:
 
     @property
     def tokens_per_byte(self) -> float:
-        tokens, size = (sum(each) for each in zip(*self._found, strict=True)) if self._found else (0, 0)
+        tokens, size = (sum(each) for each in zip(*self._drawn, strict=True)) if self._drawn else (0, 0)
         return float(tokens / size) if size else 0.0
 
     @property
@@ -87,7 +88,7 @@ class Sample:
         number, texts = self.sampled, len(self.bytes)
         if number == texts:
             return 0.0
-        tokens, size = np.array(self._found, float).T
+        tokens, size = np.array(self._drawn, float).T
         shares = size / (size.sum() or 1)
         if shares.max() == 1:
             return math.inf
@@ -115,12 +116,14 @@ class _Noise:
 class Probe:
     """A `Reader` of random ids, or of vectors of zeros, that computes their logits if the job `scores`.
 
-    `before` has the bytes of the process before the first measurement, when torch and its libraries are loaded.
+    `before` has the bytes of the process before the first measurement, when torch and its libraries are loaded,
+    `weights` those of the net.
     """
 
     def __init__(self, net: Net, scores: bool, dtype: str) -> None:
         self.net, self.scores, self.dtype = net, scores, dtype
         self.device = next(net.parameters()).device
+        self.weights = sum(x.numel() * x.element_size() for x in (*net.parameters(), *net.buffers()))
         self.wide = 8 if resolve_dtype(dtype, self.device) == "fp32" else 10  # logits and logarithms; 16-bit logits
         warm_up = min(WARM_UP, net.config.max_tokens or WARM_UP)
         self._read([warm_up], warm_up, scores)
@@ -132,49 +135,57 @@ class Probe:
     def measure(self, usual: Shape, longest: int, room: float) -> tuple[float, Shape]:
         """Measure a read; return its FLOP/s and the shape of its forward passes, at most the `usual` one.
 
-        First, forward passes of ever more tokens are read, until one takes half a second, or needs much of the `room`,
-        in bytes. A read of `STEPS` of the last ones follows or, if `longest` exceeds the usual tokens, of a window of
-        as many chunks; where they are slow, only of one, with its logits.
+        The read has `STEPS` forward passes of the shape that `_grown` finds or, if `longest` exceeds the usual tokens,
+        a window of as many chunks; where they are slow, only one, with its logits. `room` is in bytes.
+        """
+        shape, rate, seconds = self._grown(usual, room)
+        steps = STEPS if seconds < 4 * SECONDS else 1
+        if steps == 1 and not self.scores:
+            return rate, shape
+        chunk, of_one = shape.rows * shape.tokens, self.activations
+        in_chunks = steps > 1 and longest > usual.tokens
+        lengths = [min(longest, steps * chunk)] if in_chunks else [shape.tokens] * steps * shape.rows
+        rate, _ = self._measure(lengths, chunk, SECONDS, self.scores)
+        self.far = max(0, self.activations - of_one) if in_chunks else 0
+        return rate, shape
+
+    def _grown(self, usual: Shape, room: float) -> tuple[Shape, float, float]:
+        """Read forward passes of ever more tokens, until one is `usual`, takes `SECONDS`, or needs much of the `room`.
+
+        Return its shape, FLOP/s and seconds.
         """
         most, tokens = usual.rows * usual.tokens, FIRST_TOKENS
         while True:
             tokens = min(tokens, most)
             shape = Shape(max(1, tokens // usual.tokens), min(tokens, usual.tokens))
-            chunk = shape.rows * shape.tokens
-            rate, seconds = self._measure([shape.tokens] * shape.rows, chunk, 0.0, False)
+            rate, seconds = self._measure([shape.tokens] * shape.rows, shape.rows * shape.tokens, 0.0, False)
             if tokens == most or seconds >= SECONDS or 4 * self.activations > room:
-                break
+                return shape, rate, seconds
             tokens *= 2 if seconds > SECONDS / 8 else 4
-        steps = STEPS if seconds < 4 * SECONDS else 1
-        if self.scores or steps > 1:
-            cut = steps > 1 and longest > usual.tokens
-            lengths = [min(longest, steps * chunk)] if cut else [shape.tokens] * steps * shape.rows
-            whole = self.activations
-            rate, _ = self._measure(lengths, chunk, SECONDS, self.scores)
-            self.far = max(0, self.activations - whole) if cut else 0
-        return rate, shape
 
     def _measure(self, lengths: Sequence[int], chunk: int, least: float, scores: bool) -> tuple[float, float]:
         """Read windows of these lengths for `least` seconds or longer; return the FLOP/s and the seconds of one read.
 
-        The first read, without logits, shows what the activations take.
+        The first read, without logits, shows what the activations take: its peak, without what the process had before
+        and what is kept between forward passes. Where the system tells no peak, they are counted.
         """
         sums = PlanSums(self.net, chunk)
         sums.add(Extent(length, length) for length in lengths)
         self.tokens, self.elements = sums.tokens_at_once(chunk), sums.logits_at_once(chunk)
-        without = self._read(lengths, chunk, False) if scores else 0
+        peak_of_layers = self._read(lengths, chunk, False) if scores else 0
         begin = time.perf_counter()
-        peak, times = max(without, self._read(lengths, chunk, scores)), 1
+        peak, times = max(peak_of_layers, self._read(lengths, chunk, scores)), 1
         while time.perf_counter() < begin + least:
             self._read(lengths, chunk, scores)
             times += 1
         seconds = (time.perf_counter() - begin) / times
-        kinds = sums.kept_bytes(chunk, self.dtype, None, Ranks())
-        if "cache" in kinds and not self.net.stream():
-            kinds["cache"] = round(kinds["cache"] * _written_share(self.net.config, sums.longest))
-        kept = sum(kinds.values())
-        self.activations, self.logits = max(0, (without or peak) - self.before - kept), peak - (without or peak)
-        if not peak:  # the system does not say
+        kept = sums.kept_bytes(chunk, self.dtype, False, Ranks())
+        if "cache" in kept and not self.net.stream():
+            kept["cache"] = round(kept["cache"] * _written_share(self.net.config, sums.longest))
+        peak_of_layers = peak_of_layers or peak
+        self.activations = max(0, peak_of_layers - self.before - sum(kept.values()))
+        self.logits = peak - peak_of_layers
+        if not peak:
             self.activations, self.logits = self.net.config.forward_bytes(self.tokens), self.wide * self.elements
         return sums.flops(scores) / seconds, seconds
 

@@ -17,9 +17,9 @@ from longnet_cli.jobs.training.gradients import far_bytes, stored_bytes
 from longnet_cli.jobs.training.optimizer import build_optimizers
 from longnet_cli.jobs.training.recipe import OptimizerRecipe, Recipe, Stage
 from longnet_cli.jobs.training.start import check_ranks
-from longnet_cli.nets.config import LongNetConfig
+from longnet_cli.nets.config import LongNetConfig, NetConfig
 from longnet_cli.nets.longnet import LongNet
-from longnet_cli.nets.net import LOGITS_LIMIT, NetConfig
+from longnet_cli.nets.net import LOGITS_LIMIT
 from longnet_cli.running.chunk_size import (
     GPU_TRAINING_CHUNK,
     SHORTEST_CHUNK,
@@ -85,19 +85,20 @@ def estimate_training(recipe: Recipe, device: torch.device, ranks: Ranks | None 
     _load_all(device)
     program, free = resident_memory(device), free_memory(device)
     memory = {"program": program, **memory_by_kind(recipe, device, ranks)}
-    whole = not config.causal
-    shortest = -(-max(stage.seq_len for stage in train.stages) // ranks.sp) if whole else SHORTEST_CHUNK
+    whole_windows = not config.causal
+    shortest = -(-max(stage.seq_len for stage in train.stages) // ranks.sp) if whole_windows else SHORTEST_CHUNK
     fitting = fitting_chunk(partial(_needed_bytes, recipe, device, ranks), train.chunk, free, shortest)
+    # of each stage: its tokens, the FLOPs per token of one forward and one backward pass, and those that are executed
     tokens = [stage.steps * recipe.step_tokens(stage) for stage in train.stages]
-    plain = [config.training_flops([stage.seq_len], train.predicted) / stage.seq_len for stage in train.stages]
-    executed = [sum(step_flops(recipe, stage, ranks)[:3]) for stage in train.stages]
-    flops = sum(n * each for n, each in zip(tokens, executed, strict=True))
+    of_passes = [config.training_flops([stage.seq_len], train.predicted) / stage.seq_len for stage in train.stages]
+    executed = [step_flops(recipe, stage, ranks).all for stage in train.stages]
+    flops = sum(n * per_token for n, per_token in zip(tokens, executed, strict=True))
     peak = matmul_peak(device, dtype)
     return TrainingEstimate(
         parameters=config.num_parameters(),
         memory=memory,
         free=free,
-        flops_per_token=sum(n * each for n, each in zip(tokens, plain, strict=True)) / sum(tokens),
+        flops_per_token=sum(n * per_token for n, per_token in zip(tokens, of_passes, strict=True)) / sum(tokens),
         tokens=sum(tokens),
         flops=flops,
         matmul_peak=peak,
@@ -106,7 +107,7 @@ def estimate_training(recipe: Recipe, device: torch.device, ranks: Ranks | None 
         chunk=train.chunk,
         chunk_that_fits=fitting,
         spilled=stored_bytes(recipe, device, ranks) if train.spill else 0,
-        whole_windows=whole,
+        whole_windows=whole_windows,
     )
 
 
@@ -126,40 +127,60 @@ def _needed_bytes(recipe: Recipe, device: torch.device, ranks: Ranks, chunk: int
 
 
 def memory_by_kind(recipe: Recipe, device: torch.device, ranks: Ranks) -> dict[str, int]:
-    """Return the bytes of one rank at its peak over all stages, by kind.
+    """Return the bytes of one rank at its peak, by kind.
 
-    Weights are float32; autocast adds a copy of the matrices. A single process copies its weights and moments for a
-    checkpoint, and makes a second copy, the bytes of the file, while it continues to train. With a GPU these two copies
-    are in the host's memory, and not counted.
+    weights: 4 bytes per number, and the copy of the matrices that autocast makes. gradients: 4 bytes per trained
+    number. optimizer: 8 bytes per trained number, the two moments of AdamW; Muon has one moment of the layers'
+    matrices, or of LoRA's. With `parallel.shard` "full", a rank holds its share of all these, and in a step all weights
+    and gradients besides. activations, logits, cache, key_gradients: of the stage that takes the most. checkpoint: a
+    single process copies its weights and moments, and makes a second copy, the bytes of the file, while it continues to
+    train. With a GPU these two copies are in the host's memory, and not counted.
     """
-    config: NetConfig = recipe.model
-    trained, matrices = config.trained, config.layer_weights
+    config, itemsize = recipe.model, _itemsize(recipe, device)
+    trained, layer_matrices = config.trained, config.layer_weights
     numbers = config.num_parameters() + (trained if config.frozen else 0)
-    itemsize = 4 if resolve_dtype(recipe.train.dtype, device) == "fp32" else 2
-    copies = 0 if itemsize == 4 else itemsize * (matrices + config.vocab_size * config.dim)
-    moments = 8 * trained - (4 * (trained if config.frozen else matrices) if recipe.optimizer.name == "muon" else 0)
-    share = ranks.world if recipe.parallel.shard == "full" else 1  # besides its share, a rank holds all in a step
-    lora = recipe.pretrained.adapter if recipe.pretrained else None
-    a_token = config.activation_bytes(itemsize, device.type, recipe.train.activation_checkpointing, lora)
-    stages = []
-    for stage in recipe.train.stages:
-        tokens = _tokens_at_once(recipe, stage, ranks)
-        far = far_bytes(config, stage.seq_len, recipe.train.chunk * ranks.sp, itemsize, ranks.sp)
-        rows = max(1, tokens * ranks.sp // stage.seq_len)  # of a forward pass
-        stages.append(
-            {
-                "activations": tokens * a_token,
-                "logits": logits_bytes(config, round(tokens * recipe.train.predicted)),
-                "cache": rows * far.passing + (0 if recipe.train.spill else far.stored - far.gradients),
-                **({"key_gradients": 0 if recipe.train.spill else far.gradients} if config.pattern.chosen else {}),
-            }
-        )
-    largest = max(stages, key=lambda stage: sum(stage.values()))
-    shares = [4 * n // share if share > 1 else 0 for n in (numbers, trained)]
-    kinds = {"weights": 4 * numbers + shares[0] + copies, "gradients": 4 * trained + shares[1]}
-    kinds["optimizer"] = moments // share
+    copies = 0 if itemsize == 4 else itemsize * (layer_matrices + config.vocab_size * config.dim)
+    of_muon = (trained if config.frozen else layer_matrices) if recipe.optimizer.name == "muon" else 0
+    moments = 8 * trained - 4 * of_muon
+    share = ranks.world if recipe.parallel.shard == "full" else 1
+    own_weights, own_gradients = (4 * n // share if share > 1 else 0 for n in (numbers, trained))
+    stages = [_stage_bytes(recipe, stage, device, ranks) for stage in recipe.train.stages]
     alone = device.type == "cpu" and ranks.world == 1
-    return kinds | largest | {"checkpoint": 2 * (4 * trained + moments) if alone else 0}
+    return {
+        "weights": 4 * numbers + own_weights + copies,
+        "gradients": 4 * trained + own_gradients,
+        "optimizer": moments // share,
+        **max(stages, key=lambda kinds: sum(kinds.values())),
+        "checkpoint": 2 * (4 * trained + moments) if alone else 0,
+    }
+
+
+def _stage_bytes(recipe: Recipe, stage: Stage, device: torch.device, ranks: Ranks) -> dict[str, int]:
+    """Return the bytes of one rank that depend on the length of a stage's windows, by kind.
+
+    activations: what all layers save for the tokens of a forward pass. logits: of those that are predicted. cache: rows
+    that pass from chunk to chunk, of each window of the forward pass, and rows that are stored for the backward pass.
+    key_gradients: of blocks that are chosen. With `train.spill`, what is stored is on a disk.
+    """
+    config, train, itemsize = recipe.model, recipe.train, _itemsize(recipe, device)
+    tokens = _tokens_at_once(recipe, stage, ranks)
+    windows = max(1, tokens * ranks.sp // stage.seq_len)
+    far = far_bytes(config, stage.seq_len, train.chunk * ranks.sp, itemsize, ranks.sp)
+    lora = recipe.pretrained.adapter if recipe.pretrained else None
+    saved = config.activation_bytes(itemsize, device.type, train.activation_checkpointing, lora)  # per token
+    kinds = {
+        "activations": tokens * saved,
+        "logits": logits_bytes(config, round(tokens * train.predicted)),
+        "cache": windows * far.passing + (0 if train.spill else far.stored - far.gradients),
+    }
+    if config.pattern.chosen:
+        kinds["key_gradients"] = 0 if train.spill else far.gradients
+    return kinds
+
+
+def _itemsize(recipe: Recipe, device: torch.device) -> int:
+    """Return the bytes per number of matrix products."""
+    return 4 if resolve_dtype(recipe.train.dtype, device) == "fp32" else 2
 
 
 def logits_bytes(config: NetConfig, tokens: int) -> int:
@@ -178,8 +199,7 @@ def _tokens_at_once(recipe: Recipe, stage: Stage, ranks: Ranks) -> int:
 class StepFlops(NamedTuple):
     """FLOPs per token that a step executes, by kind; `forwards` and `logits` count the forward passes, of both kinds.
 
-    Layers are computed again for the backward pass in all chunks but the last, and in all chunks with
-    `train.activation_checkpointing`; logits, if there are more than `LOGITS_LIMIT`.
+    `logits` counts a pass over the share of tokens that are predicted as that share.
     """
 
     products: float
@@ -188,19 +208,34 @@ class StepFlops(NamedTuple):
     forwards: float
     logits: float
 
+    @property
+    def all(self) -> float:
+        return self.products + self.attention + self.attention_backward
+
 
 def step_flops(recipe: Recipe, stage: Stage, ranks: Ranks) -> StepFlops:
-    """Return the FLOPs per token of a step in this stage, on all ranks."""
-    config, train, chunk = recipe.model, recipe.train, recipe.train.chunk * ranks.sp
-    forwards = 1 + (-(-stage.seq_len // chunk) - 1) * chunk / stage.seq_len + train.activation_checkpointing
-    forwards += train.objective == "contrast"  # vectors come first, without gradients
-    again = _tokens_at_once(recipe, stage, ranks) * train.predicted * config.vocab_size > LOGITS_LIMIT
-    tokens = stage.seq_len
-    backward, votes = config.attention_backward_flops(tokens) / tokens, config.vote_flops(tokens) / tokens
-    attention = config.attention_flops(tokens) / tokens
-    both = config.training_flops([tokens], train.predicted) / tokens  # a forward and a backward pass
-    products = both - attention - backward + (forwards - 1) * config.layer_flops()
-    attention *= forwards
-    attention -= (forwards - 1 - (train.objective == "contrast")) * votes  # a pass that is repeated chooses nothing
-    products += again * train.predicted * config.vocabulary_flops()
-    return StepFlops(products, attention, backward, forwards, train.predicted * (1 + again))
+    """Return the FLOPs per token of a step in this stage, on all ranks.
+
+    A step is a forward and a backward pass. Of the chunks of a window, all but the last are computed again for the
+    backward pass, and with `train.activation_checkpointing`, each chunk is once more. For contrast, a pass without
+    gradients comes first. What is computed again chooses no blocks again. Logits are computed again where they are
+    more than `LOGITS_LIMIT`.
+    """
+    config, train, tokens = recipe.model, recipe.train, stage.seq_len
+    chunk, vectors_first = train.chunk * ranks.sp, train.objective == "contrast"
+    chunks = -(-tokens // chunk)
+    forwards = 1 + (chunks - 1) * chunk / tokens + train.activation_checkpointing + vectors_first
+    logits_again = _tokens_at_once(recipe, stage, ranks) * train.predicted * config.vocab_size > LOGITS_LIMIT
+    logits = train.predicted * (1 + logits_again)
+    one_pass, backward = config.attention_flops(tokens) / tokens, config.attention_backward_flops(tokens) / tokens
+    votes = config.vote_flops(tokens) / tokens
+    matrices = config.training_flops([tokens], train.predicted) / tokens - one_pass - backward
+    return StepFlops(
+        products=matrices
+        + (forwards - 1) * config.layer_flops()
+        + (logits - train.predicted) * config.vocabulary_flops(),
+        attention=forwards * one_pass - (forwards - 1 - vectors_first) * votes,
+        attention_backward=backward,
+        forwards=forwards,
+        logits=logits,
+    )

@@ -134,7 +134,7 @@ class RowScorer(RowJob):
 
     options: ScoreOptions
     shard_name, shard_unit, shard_size = "gains", "tokens", 1 << 22
-    batch_rows, says_no_id_column = 1 << 12, True
+    batch_rows, says_no_id_column, scores = 1 << 12, True, True
 
     def __init__(
         self,
@@ -151,6 +151,9 @@ class RowScorer(RowJob):
 
     def sequence(self, document: Document) -> InputSequence[Document]:
         return self.scorer.sequence(document)
+
+    def window_sizes(self, tokens: int) -> Iterator[tuple[int, int]]:
+        return self.scorer.window_sizes(tokens)
 
     def results(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[pa.RecordBatch]:
         """Yield one batch, when all documents have been read."""

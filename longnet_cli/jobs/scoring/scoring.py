@@ -22,7 +22,7 @@ from torch import Tensor
 from longnet_cli.basics.errors import ConfigError, NotFiniteError
 from longnet_cli.basics.finite_json import to_json
 from longnet_cli.basics.sizes import format_size
-from longnet_cli.data.documents import Document
+from longnet_cli.data.documents import SPOOL_BYTES, Document
 from longnet_cli.data.kept import Sent
 from longnet_cli.data.left_out import OnSkip
 from longnet_cli.jobs.row_jobs import DocumentJob
@@ -271,7 +271,7 @@ def _unpack(data: bytes) -> Iterator[DocumentScore]:
 class Scorer(DocumentJob[DocumentScore]):
     """The job of `score`: a score of each document at each context. The fields are as the arguments of `score`."""
 
-    codec = Codec(_pack, _unpack)
+    codec, scores = Codec(_pack, _unpack), True
 
     reader: Reader
     cut: Cut
@@ -287,6 +287,18 @@ class Scorer(DocumentJob[DocumentScore]):
 
     def sequence(self, document: Document) -> InputSequence[Document]:
         return self.cut.sequence(self.reader.model, document)
+
+    def window_sizes(self, tokens: int) -> Iterator[tuple[int, int]]:
+        if not (self.cut.last and tokens < self.cut.least):
+            for context in self.cut.contexts:
+                for start, stop, wanted in self.cut.inputs(tokens, context):
+                    yield stop - start, stop - wanted
+
+    def kept_bytes(self, tokens: int) -> dict[str, int]:
+        """Return the bytes of the nats that are kept for the gain, and of the bigrams that `by_recall` keeps."""
+        nats = min(4 * tokens, SPOOL_BYTES) if len(self.cut.contexts) > 1 else 0
+        bigrams = 32 * min(tokens, self.reader.model.config.vocab_size**2) if self.by_recall else 0
+        return {"nats": nats, "bigrams": bigrams}
 
     def tokens(self, result: DocumentScore) -> int:
         return result.score.n_tokens

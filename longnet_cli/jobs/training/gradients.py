@@ -18,7 +18,8 @@ from longnet_cli.attention import Outside
 from longnet_cli.attention.groups import past_bytes
 from longnet_cli.attention.spans import SINKS, lanes, segment_rows
 from longnet_cli.jobs.training.windows import Batch
-from longnet_cli.nets.net import IGNORED, FarProvider, Net, NetConfig
+from longnet_cli.nets.config import NetConfig
+from longnet_cli.nets.net import IGNORED, FarProvider, Net
 from longnet_cli.running.chunked_backward import Tokens, backward_in_chunks, new_pasts
 from longnet_cli.running.device import precision, resolve_dtype, to_device
 from longnet_cli.running.mapped import aligned

@@ -42,7 +42,7 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
-from longnet_cli.attention import FarKeys, LayerFinds, Outside, Pattern, Span, dilated_attention
+from longnet_cli.attention import FarKeys, FarSpan, LayerFinds, Outside, Pattern, dilated_attention
 from longnet_cli.attention.choosing import Finds
 from longnet_cli.attention.spans import SINKS, far_spans, lanes, span_positions, span_rows
 from longnet_cli.basics.errors import ConfigError
@@ -221,38 +221,17 @@ def dilated_attention_forward(
             query, key, value, attention_mask = _with_sink(query, key, value, attention_mask, sinks, scaling)
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     pattern = _pattern_of(module)
-    for name in _REFUSED_OPTIONS & options.keys():
-        if options[name] is not None and options[name] is not False:
-            raise ConfigError(f"dilated attention has no {name}")
-    if dropout:
-        raise ConfigError(
-            f"dilated attention has no dropout of attention weights, and the model's config asks for {dropout}: set "
-            "attention_dropout, attn_pdrop or attention_probs_dropout_prob to 0"
-        )
-    if attention_mask is not None and attention_mask.shape != (query.shape[0], 2):
-        raise ValueError(
-            f"dilated attention takes a padding mask (batch, tokens), not one of {tuple(attention_mask.shape)}"
-        )
-    turn = module.__dict__.get(_TURN)
-    if pattern.moves_keys and _TURN not in module.__dict__:
-        what = "chosen blocks" if pattern.chosen else "sinks"
-        raise ConfigError(
-            f"{what} are moved by a model's own positions: call use_dilated_attention(model) after loading"
-        )
+    _check_call(module, pattern, query, attention_mask, dropout, options)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     memory: Memory | None = getattr(key, MEMORY, None)
-    # as autocast does for sdpa: rotated q and k come in float32, v in the type of its projection
-    if torch.is_autocast_enabled(query.device.type):
-        kind = torch.get_autocast_dtype(query.device.type)
-        query, key, value = (x.to(kind) for x in (query, key, value))
-    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    q, k, v = (_in_autocast_type(x).transpose(1, 2) for x in (query, key, value))
     before = memory.position if memory else k.shape[1] - q.shape[1]
     if before and (before < 0 or not causal):
         raise ValueError(
             f"dilated attention is self-attention: {q.shape[1]} queries cannot attend to {k.shape[1]} keys "
             f"in a {'causal' if causal else 'bidirectional'} layer"
         )
-    settings: dict[str, Any] = {"causal": causal, "scale": scaling, "turn": turn}
+    settings: dict[str, Any] = {"causal": causal, "scale": scaling, "turn": module.__dict__.get(_TURN)}
     provider, documents = options.get("far"), options.get("documents")
     if provider:
         settings |= {"start": options["start"], "far": provider(module.layer_idx, q, k, v)}
@@ -295,6 +274,35 @@ def dilated_attention_forward(
     return q.masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0) if out is None else out, None
 
 
+def _in_autocast_type(x: Tensor) -> Tensor:
+    """Return q, k or v as autocast gives them to sdpa: rotated q and k come in float32, v in its projection's type."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+def _check_call(
+    module: nn.Module, pattern: Pattern, query: Tensor, attention_mask: Tensor | None, dropout: float, options: Any
+) -> None:
+    """Raise ConfigError for what dilated attention does not support, ValueError for another mask than its own."""
+    for name in _REFUSED_OPTIONS & options.keys():
+        if options[name] is not None and options[name] is not False:
+            raise ConfigError(f"dilated attention has no {name}")
+    if dropout:
+        raise ConfigError(
+            f"dilated attention has no dropout of attention weights, and the model's config asks for {dropout}: set "
+            "attention_dropout, attn_pdrop or attention_probs_dropout_prob to 0"
+        )
+    if attention_mask is not None and attention_mask.shape != (query.shape[0], 2):
+        raise ValueError(
+            f"dilated attention takes a padding mask (batch, tokens), not one of {tuple(attention_mask.shape)}"
+        )
+    if pattern.moves_keys and _TURN not in module.__dict__:
+        what = "chosen blocks" if pattern.chosen else "sinks"
+        raise ConfigError(
+            f"{what} are moved by a model's own positions: call use_dilated_attention(model) after loading"
+        )
+
+
 def _with_sink(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor, scaling: float | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -330,7 +338,7 @@ def _cached(k: Tensor, v: Tensor, pattern: Pattern, num_heads: int, start: int) 
         if not (rows := max(map(len, positions))):
             continue
         edge = (start // w + 1) * w  # two segments show every lane that has a new token
-        new = [Span(span.level, start, min(stop, edge)), Span(span.level, edge, max(edge, min(stop, edge + w)))]
+        new = [FarSpan(span.level, start, min(stop, edge)), FarSpan(span.level, edge, max(edge, min(stop, edge + w)))]
         asked = [
             any(counts) for counts in zip(*(span_rows(pattern, x, num_heads, key_heads) for x in new), strict=True)
         ]

@@ -31,7 +31,8 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from longnet_cli.attention import KVCache, Outside, Pattern
 from longnet_cli.attention.notation import format_pattern, parse_pattern
 from longnet_cli.basics.errors import ConfigError, DataError
-from longnet_cli.nets.net import FarProvider, Net, NetConfig
+from longnet_cli.nets.config import NetConfig
+from longnet_cli.nets.net import FarProvider, Net
 from longnet_cli.nets.weights import digest_of
 from longnet_cli.running.mapped import mapped_empty
 from longnet_cli.running.saved_state import (

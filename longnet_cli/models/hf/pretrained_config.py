@@ -8,11 +8,11 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from longnet_cli.attention import Pattern
-from longnet_cli.nets.config import Costs
+from longnet_cli.nets.config import NetConfig
 
 
-class TransformersConfig(Costs, BaseModel):
-    """The facts of `NetConfig`; `source` is the model's own configuration, as JSON."""
+class TransformersConfig(NetConfig, BaseModel):
+    """The facts of a Hugging Face model; `source` is the model's own configuration, as JSON."""
 
     model_config = ConfigDict(frozen=True)
 

@@ -35,11 +35,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longnet_cli.attention import FarKeys, Outside, Past, Span
+from longnet_cli.attention import FarKeys, FarSpan, Outside, Past
 from longnet_cli.attention.merging import accumulator
 from longnet_cli.attention.pattern import Pattern
 from longnet_cli.attention.spans import far_spans, lanes, level_of, open_spans, rows_before, span_positions, span_rows
-from longnet_cli.nets.net import NetConfig
+from longnet_cli.nets.config import NetConfig
 
 ShardTensors = tuple[Tensor, ...]  # queries, keys and values
 
@@ -50,7 +50,7 @@ class Parcel(NamedTuple):
     If `attended`, the reader's shard attends to them; otherwise they are only kept in its cache.
     """
 
-    span: Span
+    span: FarSpan
     start: int
     rows: int
     attended: bool
@@ -82,13 +82,13 @@ class Exchange:
         self.edges = list(edges)
         begin = 0 if cached else self.edges[0]  # a cached chunk continues a document that started at 0
         self.starts = sorted({begin, *(cut for cut in cuts if self.edges[0] < cut < self.edges[-1])})
-        self._open: dict[int, list[Span]] = {}  # by start of the document
-        self._counts: dict[Span, int] = {}  # rows of spans
+        self._open: dict[int, list[FarSpan]] = {}  # by start of the document
+        self._counts: dict[FarSpan, int] = {}  # rows of spans
         self._levels: dict[int, tuple[int, int, set[int]]] = {}  # (w, r, offsets) of each
         self._reach = max(
             (1 + b) * w for w, b in zip(self.pattern.segment_lengths, self.pattern.look_backs, strict=True)
         )
-        self._seen: dict[int, list[tuple[Span, bool]]] = {}  # by reader
+        self._seen: dict[int, list[tuple[FarSpan, bool]]] = {}  # by reader
         # the same on every rank: a collective is entered by all or by none
         self.needed = bool(self.pattern.chosen) or any(self._wants_others(reader) for reader in range(len(edges) - 1))
         self._pasts: dict[int, Past] = {}  # by layer
@@ -163,8 +163,8 @@ class Exchange:
         lengths, last = [b - a for a, b in pairwise(self.edges)], self.pattern.last_queries
         queries = self._gathered(q[:, -last:], [min(length, last) for length in lengths])
         rows = self._gathered(torch.cat([k, v]), lengths)
-        found = [(of_q, *both.chunk(2)) for of_q, both in zip(queries, rows, strict=True)]
-        return found[: self.rank], found[self.rank + 1 :]
+        shards = [(of_q, *both.chunk(2)) for of_q, both in zip(queries, rows, strict=True)]
+        return shards[: self.rank], shards[self.rank + 1 :]
 
     def past(self, q: Tensor, k: Tensor, v: Tensor) -> Past:
         """Gather what blocks are chosen from, and return it: the past of the shard's first document.
@@ -200,9 +200,9 @@ class Exchange:
         """Return all ranks' x (B, n, ...), whose n are `lengths`."""
         padded = x.new_zeros(x.shape[0], max(lengths), *x.shape[2:])  # collectives take equal sizes
         padded[:, : x.shape[1]] = x
-        found = [torch.empty_like(padded) for _ in lengths]
-        dist.all_gather(found, padded, group=self.group)
-        return [each[:, :length] for each, length in zip(found, lengths, strict=True)]
+        of_ranks = [torch.empty_like(padded) for _ in lengths]
+        dist.all_gather(of_ranks, padded, group=self.group)
+        return [of_rank[:, :length] for of_rank, length in zip(of_ranks, lengths, strict=True)]
 
     def maps(self, like: Tensor) -> _Maps:
         """Return the indices of rows, for keys of this shape (B, n, H, D). They are the same in all layers."""
@@ -218,8 +218,8 @@ class Exchange:
     def sizes(self, parcels: Sequence[Sequence[Parcel]], like: Sequence[int]) -> list[int]:
         """Return how many numbers go to, or come from, each rank: k and v of all rows, for keys (B, n, H, D)."""
         batch, _, kv_heads, head_dim = like
-        numbers = 2 * batch * head_dim
-        return [numbers * sum(parcel.rows * self.lanes(parcel, kv_heads) for parcel in found) for found in parcels]
+        of_row = 2 * batch * head_dim
+        return [of_row * sum(parcel.rows * self.lanes(parcel, kv_heads) for parcel in of_rank) for of_rank in parcels]
 
     def gathered(self, like: Sequence[int]) -> int:
         """Return how many numbers each other rank sends here for chosen blocks, given the shape of keys (B, n, H, D).
@@ -243,7 +243,7 @@ class Exchange:
         index = bisect_right(self.starts, position)
         return self.starts[index - 1], self.starts[index] if index < len(self.starts) else self.edges[-1]
 
-    def _wanted(self, reader: int) -> list[tuple[Span, bool]]:
+    def _wanted(self, reader: int) -> list[tuple[FarSpan, bool]]:
         """Return the spans that a rank keeps (False), then the spans that its shard's first document sees (True)."""
         if reader in self._seen:
             return self._seen[reader]
@@ -270,26 +270,24 @@ class Exchange:
             return []
         document, end = self._document(self.edges[reader])
         # the maker's part of that document
-        a, b = max(self.edges[maker], document) - document, min(self.edges[maker + 1], end) - document
-        found: dict[tuple[int, int], Parcel] = {}
+        first, last = max(self.edges[maker], document) - document, min(self.edges[maker + 1], end) - document
+        parcels: dict[tuple[int, int], Parcel] = {}  # by level and segment
         for span, attended in self._wanted(reader):
-            if span.start >= b or span.stop <= a:
-                continue
-            part = Span(span.level, max(span.start, a), min(span.stop, b))
+            part = FarSpan(span.level, max(span.start, first), min(span.stop, last))
             if part.start < part.stop and (rows := self._rows(part)):
                 segment = part.start // level_of(self.pattern, span.level)[0]
                 # the kept part of a segment contains the attended part
-                parcel = found.get((span.level, segment), Parcel(part, self.edges[maker] - document, rows, attended))
-                found[span.level, segment] = parcel._replace(attended=attended)
-        return list(found.values())
+                parcel = parcels.get((span.level, segment), Parcel(part, self.edges[maker] - document, rows, attended))
+                parcels[span.level, segment] = parcel._replace(attended=attended)
+        return list(parcels.values())
 
-    def _rows(self, span: Span) -> int:
+    def _rows(self, span: FarSpan) -> int:
         """Return the rows of the lane that has the most, `max(span_rows(...))`."""
         level, start, stop = span
         if start >= stop:
             return 0
-        if (found := self._counts.get(span)) is not None:
-            return found
+        if span in self._counts:
+            return self._counts[span]
         if level not in self._levels:
             offsets = {*lanes(self.pattern, level, self.num_heads).offsets}
             self._levels[level] = *level_of(self.pattern, level), offsets
@@ -305,23 +303,29 @@ class Exchange:
 
     def _joined(self) -> list[Parcel]:
         """Return the parcels to receive. Adjacent parcels of one segment, even from several ranks, become one."""
-        found: list[Parcel] = []
-        begin, _ = self._document(self.edges[self.rank])
-        own = range(self.edges[self.rank] - begin, self.edges[self.rank + 1] - begin)
-        places: dict[tuple[int, int, bool], int] = {}  # the index of a segment's last parcel
+        joined: list[Parcel] = []
+        lasts: dict[tuple[int, int, bool], int] = {}  # the index of a segment's last parcel
         for parcel in chain(*self.received):
             level, start, stop = parcel.span
-            key = level, start // level_of(self.pattern, level)[0], parcel.attended
-            other = found[places[key]] if key in places else parcel
-            around = len(own) > 0 and other.span.stop <= own.start and own.stop <= start
-            # a rank between them may be so short that it has no row of this level
-            if other is not parcel and not around and not self._rows(Span(level, other.span.stop, start)):
-                span = Span(level, other.span.start, stop)
-                found[places[key]] = other._replace(span=span, rows=self._rows(span))
+            segment = level, start // level_of(self.pattern, level)[0], parcel.attended
+            last = lasts.get(segment)
+            if last is not None and self._are_adjacent(joined[last].span, parcel.span):
+                span = FarSpan(level, joined[last].span.start, stop)
+                joined[last] = joined[last]._replace(span=span, rows=self._rows(span))
             else:
-                places[key] = len(found)
-                found.append(parcel)
-        return found
+                lasts[segment] = len(joined)
+                joined.append(parcel)
+        return joined
+
+    def _are_adjacent(self, earlier: FarSpan, later: FarSpan) -> bool:
+        """Return whether nothing lies between two spans of a segment: neither this rank's shard, nor any row.
+
+        A rank between them may be so short that it has no row of this level.
+        """
+        document, _ = self._document(self.edges[self.rank])
+        first, stop = (edge - document for edge in self.edges[self.rank : self.rank + 2])
+        around_shard = first < stop and earlier.stop <= first and stop <= later.start
+        return not around_shard and not self._rows(FarSpan(later.level, earlier.stop, later.start))
 
     def _wants_others(self, reader: int) -> bool:
         """Return whether `reader` gets a row from any other rank."""
@@ -333,7 +337,7 @@ class Exchange:
             for (level, a, z), _ in self._wanted(reader)
             for part in ((level, a, min(z, start)), (level, max(a, stop), z))
         )
-        return any(self._rows(Span(level, max(begin, first), end)) for level, begin, end in parts)
+        return any(self._rows(FarSpan(level, max(begin, first), end)) for level, begin, end in parts)
 
 
 class _Maps(NamedTuple):
@@ -350,33 +354,42 @@ class _Maps(NamedTuple):
 
     @classmethod
     def of(cls, exchange: Exchange, batch: int, tokens: int, kv_heads: int, device: torch.device) -> _Maps:
-        pattern, heads = exchange.pattern, exchange.num_heads
-        sent = [np.empty(0, np.int64)]
-        for parcel in chain(*exchange.sent):
-            number = np.arange(batch)[:, None, None] * tokens
-            tokens_of, lane_heads = _tokens(pattern, parcel, heads, kv_heads)
-            # a lane with one row fewer sends an arbitrary row, which nobody reads
-            sent.append(((number + np.minimum(tokens_of, tokens - 1)) * kv_heads + lane_heads).ravel())
-        places: list[np.ndarray] = []  # per joined parcel, its rows as received; -1: nobody reads it
-        begun = []
-        for parcel in exchange.joined:
-            places.append(np.full((batch, parcel.rows, exchange.lanes(parcel, kv_heads)), -1))
-            begun.append(np.zeros(places[-1].shape[2], np.int64))  # rows of each lane so far
-        first = 0
-        for parcel in chain(*exchange.received):
-            index = next(i for i, whole in enumerate(exchange.joined) if _holds(whole, parcel))
-            counts = np.array(span_rows(pattern, parcel.span, heads, kv_heads))
-            shape = batch, parcel.rows, len(counts)
-            rows = first + np.arange(batch * parcel.rows * len(counts)).reshape(shape)
-            first += rows.size
-            for lane, (at, count) in enumerate(zip(begun[index], counts, strict=True)):
-                places[index][:, at : at + count, lane] = rows[:, :count, lane]
-            begun[index] += counts
-        joined = np.concatenate([np.empty(0, np.int64), *(place.ravel() for place in places)])
-        received, read = np.full(first, len(joined)), np.flatnonzero(joined >= 0)
-        received[joined[read]] = read
-        found = np.concatenate(sent), np.maximum(joined, 0), received
-        return cls(*(torch.from_numpy(x).to(device) for x in found))
+        sent = _sent_rows(exchange, batch, tokens, kv_heads)
+        joined, count = _received_rows(exchange, batch, kv_heads)
+        received, is_read = np.full(count, len(joined)), np.flatnonzero(joined >= 0)
+        received[joined[is_read]] = is_read
+        maps = sent, np.maximum(joined, 0), received
+        return cls(*(torch.from_numpy(rows).to(device) for rows in maps))
+
+
+def _sent_rows(exchange: Exchange, batch: int, tokens: int, kv_heads: int) -> np.ndarray:
+    """Return `_Maps.sent`. A lane with one row fewer sends an arbitrary row, which nobody reads."""
+    sent = [np.empty(0, np.int64)]
+    sequences = np.arange(batch)[:, None, None] * tokens
+    for parcel in chain(*exchange.sent):
+        tokens_of, lane_heads = _tokens(exchange.pattern, parcel, exchange.num_heads, kv_heads)
+        sent.append(((sequences + np.minimum(tokens_of, tokens - 1)) * kv_heads + lane_heads).ravel())
+    return np.concatenate(sent)
+
+
+def _received_rows(exchange: Exchange, batch: int, kv_heads: int) -> tuple[np.ndarray, int]:
+    """Return the received row of each row of the joined parcels, -1 where nobody reads it, and how many are received.
+
+    The parcels of a joined one come in order, so that each of its lanes is filled from its beginning.
+    """
+    sources = [np.full((batch, parcel.rows, exchange.lanes(parcel, kv_heads)), -1) for parcel in exchange.joined]
+    filled = [np.zeros(rows.shape[2], np.int64) for rows in sources]  # rows of each lane so far
+    count = 0
+    for parcel in chain(*exchange.received):
+        index = next(i for i, whole in enumerate(exchange.joined) if _holds(whole, parcel))
+        of_lanes = np.array(span_rows(exchange.pattern, parcel.span, exchange.num_heads, kv_heads))
+        shape = batch, parcel.rows, len(of_lanes)
+        rows = count + np.arange(batch * parcel.rows * len(of_lanes)).reshape(shape)
+        count += rows.size
+        for lane, (begin, number) in enumerate(zip(filled[index], of_lanes, strict=True)):
+            sources[index][:, begin : begin + number, lane] = rows[:, :number, lane]
+        filled[index] += of_lanes
+    return np.concatenate([np.empty(0, np.int64), *(rows.ravel() for rows in sources)]), count
 
 
 def _tokens(pattern: Pattern, parcel: Parcel, num_heads: int, kv_heads: int) -> tuple[np.ndarray, np.ndarray]:
@@ -433,15 +446,15 @@ class _WayBack:
     def depart(self) -> None:
         exchange, like = self.exchange, self.like
         width = like.shape[3]
-        found: list[tuple[Tensor, Tensor]] = []
+        of_parcels: list[tuple[Tensor, Tensor]] = []
         for index, parcel in enumerate(exchange.joined):
             shape = like.shape[0], parcel.rows, exchange.lanes(parcel, like.shape[2]), width
             none = like.new_zeros(1).expand(shape)
-            found.append(self.grads.get(index, (none, none)))
+            of_parcels.append(self.grads.get(index, (none, none)))
         self.grads = {}
         sent = like.new_empty(len(self.maps.received), 2, width)
-        if found:
-            for place, grads in enumerate(zip(*found, strict=True)):
+        if of_parcels:
+            for place, grads in enumerate(zip(*of_parcels, strict=True)):
                 flat = torch.cat([*(d.reshape(-1, width).to(like.dtype) for d in grads), like.new_zeros(1, width)])
                 sent[:, place] = flat[self.maps.received]
         self.got = like.new_empty(len(self.maps.sent), 2, width)
@@ -486,7 +499,7 @@ class _AllToAll(torch.autograd.Function):
         shapes = [(batch, parcel.rows, exchange.lanes(parcel, kv_heads), width) for parcel in exchange.joined]
         parts = [x.split([prod(shape[:3]) for shape in shapes]) if shapes else () for x in joined]
         pairs = [(k_.view(shape), v_.view(shape)) for k_, v_, shape in zip(*parts, shapes, strict=True)]
-        level = Parcel(Span(0, 0, 0), 0, 0, False)
+        level = Parcel(FarSpan(0, 0, 0), 0, 0, False)
         nothing = k.new_empty(2, batch, 0, exchange.lanes(level, kv_heads), width)
         return *chain(*pairs), *nothing
 
