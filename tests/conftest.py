@@ -95,6 +95,7 @@ class Recorder:
     def pytest_sessionfinish(self) -> None:
         rounded = {file: round(seconds, 1) for file, seconds in self.seconds.items()}
         known = json.loads(DURATIONS.read_text(encoding="utf-8"))
+        known = {file: seconds for file, seconds in known.items() if (ROOT / file).exists()}
         DURATIONS.write_text(json.dumps(known | rounded, indent=0, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -59,12 +59,8 @@ WORDS = {"in": "../../in", "data": "--data ../../in/tokens --tokenizer ../../in/
 CASES = r"""
 version: python -m longnet_cli --version
 help: longnet --help; longnet; longnet data --help; longnet nothing
-help-tokenize: python -m longnet_cli tokenize --help
-help-score: longnet score --help
-help-encode: longnet encode --help
-help-generate: longnet generate --help
-help-train: longnet train --help
-help-others: for name in pattern convert plot bench 'data inspect'; do longnet $name --help; done
+help-commands: for name in tokenize pattern convert train plot score encode generate bench 'data inspect';
+    do longnet $name --help; done
 
 tokenize-folder: longnet tokenize $in/texts -o tokens --train-vocab 400 --eos
 tokenize-shards: longnet tokenize $in/rows.jsonl -o tokens --tokenizer longnet-tiny --shard-tokens 300
@@ -214,13 +210,11 @@ convert-tiny: longnet convert longnet-tiny -o tiny --dtype fp32
 convert-slides: longnet convert $in/slide_encoder.pth -o slides; longnet convert $in/cut.pth -o cut
 convert-gguf: longnet convert $in/model.gguf -o llama
 
-wrong-command: longnet scor
-wrong-option: longnet score --no-such-option $in/texts
+wrong-words: longnet scor; longnet score --no-such-option $in/texts; longnet score https://example.org/a.txt
 wrong-model: longnet score $in/texts --model no-such-model; longnet score $in/texts --model ./no-such-model
 wrong-input: longnet score $in/no-such-file; longnet score $in/texts/empty.txt; longnet encode $in/nothing-*
-wrong-key: longnet train $in/recipe.toml --set optimizer.learning_rate=1 -o run
-wrong-value: longnet train $in/recipe.toml --set optimizer.lr=-1 -o run
-wrong-recipe: longnet train $in/texts/readme.md -o run
+wrong-recipe: for words in 'recipe.toml --set optimizer.learning_rate=1' 'recipe.toml --set optimizer.lr=-1'
+    texts/readme.md; do longnet train $in/$words -o run; done
 wrong-pattern: longnet pattern 64/3/1; longnet pattern window:1Ki,sinks=-1; longnet score $in/texts --pattern nonsense
 wrong-tokenizer: longnet score $in/texts --tokenizer $in/tokens;
     longnet score $in/prompts.jsonl --tokenizer bytes --tokenizer-differs
@@ -229,7 +223,6 @@ wrong-column: longnet score $in/rows.parquet --column nothing; longnet encode $i
 wrong-output: longnet encode $in/texts -o v.csv; cp $in/rows.parquet .; longnet encode rows.parquet -o rows.parquet
 wrong-folder: longnet tokenize $in/texts -o tokens -q; longnet tokenize $in/texts -o tokens;
     longnet encode $in/texts -o tokens; longnet tokenize $in/rows.jsonl -o tokens --resume
-wrong-web: longnet score https://example.org/a.txt
 wrong-weights: longnet score $in/texts --model $in/damaged; longnet score $in/texts --model $in/edited
 wrong-llama: longnet score $in/texts --model $in/surplus; longnet score $in/rows.jsonl --model $in/llama --sp 2
 wrong-data: longnet score $in/cut.arrow; longnet score $in/bad-ids.arrow;

@@ -99,21 +99,13 @@ def estimate_reading(
     """Print the estimate of a job that would write to `output`, or print."""
     from longnet_cli.jobs.estimating.reading_job import estimate_documents
     from longnet_cli.running.ranks.ranks import leave
-    from longnet_cli.running.reader import share_reader
 
     assert opened.room  # of every dry run
     fate, done, earlier = _fate(output, running.resume)
     inputs, ranks, sample = opened.inputs, opened.ranks, running.sample
-    reader = share_reader(
-        opened.loaded.net,
-        chunk=computing.chunk or earlier,
-        dtype=computing.dtype,
-        spill=computing.spill,
-        ranks=ranks,
-    )
     with progress("counting", total=None, quiet=opened.quiet) as advance:
         estimate = estimate_documents(
-            make_job(reader),
+            make_job(opened.reader(computing, earlier)),
             inputs.untokenized() if sample else inputs.documents(),
             room=opened.room,
             tokenizer=inputs.tokenizer,

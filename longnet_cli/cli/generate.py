@@ -112,7 +112,7 @@ def generate(options: GenerateCommand) -> None:
     text, save_state = _text(options.prompt, options.inputs, options.state), options.save_state
     loaded = _open(options, text)
     stream = _stream(options, loaded)
-    job = _Continuation(options, loaded)
+    job = _TextGenerator(options, loaded)
     more = job.max_tokens + (stream.position if stream else 0)
     documents, several = _documents(options, loaded, text)
     computing = options.computing
@@ -158,7 +158,7 @@ def _open(options: GenerateCommand, text: str | None) -> Loaded:
     return loaded
 
 
-class _Continuation:
+class _TextGenerator:
     """The generation of texts by one model."""
 
     def __init__(self, options: GenerateCommand, loaded: Loaded) -> None:

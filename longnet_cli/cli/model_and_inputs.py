@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from longnet_cli.jobs.estimating.reading_job import Room
     from longnet_cli.models.folder import Loaded
     from longnet_cli.running.ranks.ranks import Ranks
+    from longnet_cli.running.reader import OnWindows, Reader
 
 
 class Opened(NamedTuple):
@@ -34,6 +35,26 @@ class Opened(NamedTuple):
     ranks: Ranks
     room: Room | None
     quiet: bool
+
+    def reader(
+        self,
+        computing: Computing,
+        chunk: int | None = None,
+        on_progress: Callable[[int], None] | None = None,
+        on_choice: OnWindows | None = None,
+    ) -> Reader:
+        """Return a reader of the model, by default with this `chunk`. The callbacks are as in `running.reader`."""
+        from longnet_cli.running.reader import share_reader
+
+        return share_reader(
+            self.loaded.net,
+            chunk=computing.chunk or chunk,
+            dtype=computing.dtype,
+            spill=computing.spill,
+            ranks=self.ranks,
+            on_progress=on_progress,
+            on_choice=on_choice,
+        )
 
     def telling(
         self, computing: Computing, contexts: Sequence[int] | None = None

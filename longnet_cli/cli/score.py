@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from longnet_cli.data.left_out import LeftOut
     from longnet_cli.data.manifest import Manifest
     from longnet_cli.jobs.scoring.measures import DocumentScore, Score, Total
+    from longnet_cli.jobs.scoring.scoring import Cut
+    from longnet_cli.models.folder import Loaded
 
 MEASURE = HelpPanel("What to measure")
 ROW_KEYS = {"kind", "doc_id", "context", "nll_sum", "n_tokens", "n_bytes", "ppl", "bpb", "by_position", "by_recall"}
@@ -157,12 +159,17 @@ def _check_model(options: ScoreCommand, opened: Opened) -> None:
 
 
 def _estimate(options: ScoreCommand, opened: Opened) -> None:
-    from longnet_cli.jobs.scoring.scoring import Cut, Scorer
+    from longnet_cli.jobs.scoring.scoring import Scorer
 
-    cut = Cut.of(opened.loaded.net, opened.loaded.bos, options.context, options.stride, options.last)
-    job = partial(Scorer, cut=cut, by_recall=options.by_recall)
+    job = partial(Scorer, cut=_cut(options, opened.loaded), by_recall=options.by_recall)
     format: Literal["text", "json"] = "json" if options.format == "json" else "text"
     estimate_reading(opened, job, "scoring", options.output, format, options.running, options.computing)
+
+
+def _cut(options: ScoreCommand, loaded: Loaded) -> Cut:
+    from longnet_cli.jobs.scoring.scoring import Cut
+
+    return Cut.of(loaded.net, loaded.bos, options.context, options.stride, options.last)
 
 
 def _run(options: ScoreCommand, opened: Opened, earlier: Manifest | None) -> None:
@@ -224,7 +231,7 @@ def _print_scores(options: ScoreCommand, opened: Opened, left_out: LeftOut, adva
     from longnet_cli.jobs.scoring.key_tokens import Judge
     from longnet_cli.jobs.scoring.measures import Total
     from longnet_cli.jobs.scoring.score_rows import write_token_logprobs
-    from longnet_cli.jobs.scoring.scoring import score as run
+    from longnet_cli.jobs.scoring.scoring import Scorer
     from longnet_cli.nets.weights import model_origin
 
     loaded, data, computing, first = opened.loaded, opened.inputs, options.computing, opened.ranks.first
@@ -233,28 +240,13 @@ def _print_scores(options: ScoreCommand, opened: Opened, left_out: LeftOut, adva
     origin = model_origin(net, loaded.origin, loaded.tokenizer_sha256) if first else {}
     tokens = write_token_logprobs(logprobs, origin) if logprobs and first else nullcontext()
     choices = write_chosen(chosen, net.config.pattern, origin) if chosen and first else nullcontext()
+    count_bytes = loaded.tokenizer.n_bytes if loaded.tokenizer else None
     with tokens as on_tokens, choices as on_choice:
-        scores = run(
-            net,
-            opened.telling(computing, options.context)(data.documents()),
-            bos=loaded.bos,
-            stored=data.stored() if net.config.max_tokens is not None else (),
-            context=tuple(options.context) if options.context else None,
-            stride=options.stride,
-            last=options.last,
-            by_position=options.by_position,
-            by_recall=options.by_recall,
-            judge=judge,
-            count_bytes=loaded.tokenizer.n_bytes if loaded.tokenizer else None,
-            chunk=computing.chunk,
-            dtype=computing.dtype,
-            spill=computing.spill,
-            ranks=opened.ranks,
-            on_skip=left_out.skip,
-            on_tokens=on_tokens,
-            on_progress=advance,
-            on_choice=on_choice,
-        )
+        cut, reader = _cut(options, loaded), opened.reader(computing, None, advance, on_choice)
+        scorer = Scorer(reader, cut, options.by_position, options.by_recall, count_bytes, on_tokens, judge)
+        documents = opened.telling(computing, options.context)(data.documents())
+        stored = data.stored() if net.config.max_tokens is not None else ()
+        scores = scorer.all_results(scorer.checked(documents, stored, left_out.skip), opened.ranks)
         if first:
             _print(scores, options.format, Total(options.context or [None]), origin, left_out)
         else:

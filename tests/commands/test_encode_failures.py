@@ -22,12 +22,6 @@ SIZES = {"dim": 32, "num_layers": 4, "num_heads": 4, "ffn_dim": 64, "position": 
 SIZES |= {"segment_lengths": (64, 1024), "dilation_rates": (1, 4)}
 
 
-@pytest.fixture(params=[True], ids=["causal"])
-def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """Random weights; tests may ask for a net that is not causal."""
-    return tiny_model(tmp_path / "model", **SIZES, causal=request.param)
-
-
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
     """JSON Lines of 40 documents of 10 to 4000 bytes, and one of 15,000 in their midst, which fills a shard alone."""
@@ -39,22 +33,20 @@ def corpus(tmp_path: Path) -> Path:
     return tmp_path / "corpus.jsonl"
 
 
-def command(corpus: Path, model: Path, *more: str) -> list[str | Path]:
-    return ["encode", corpus, "-m", f"{model}/", "--span", "50", "--chunk", "2000", "--shard-rows", "100", *more]
-
-
 @pytest.mark.ci
-def test_killed_and_resumed_the_vectors_are_the_same(start: Start, corpus: Path, model: Path, tmp_path: Path) -> None:
-    kill_and_resume(start, command(corpus, model), tmp_path, kills=3)
+def test_killed_and_resumed_the_vectors_are_the_same(start: Start, corpus: Path, tmp_path: Path) -> None:
+    model = f"{tiny_model(tmp_path / 'model', **SIZES)}/"
+    command = ["encode", corpus, "-m", model, "--span", "50", "--chunk", "2000", "--shard-rows", "100"]
+    kill_and_resume(start, command, tmp_path, kills=3)
 
 
 @pytest.mark.ci
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM])
-@pytest.mark.parametrize("model", [False], indirect=True, ids=["bidirectional"])
 def test_a_killed_spilled_encode(
-    kind: signal.Signals, model: Path, tmp_path: Path, command_env: dict[str, str], run_longnet: RunLongnet
+    kind: signal.Signals, tmp_path: Path, command_env: dict[str, str], run_longnet: RunLongnet
 ) -> None:
-    """It leaves no half output, and after the next run nothing of the first."""
+    """Of a bidirectional net: it leaves no half output, and after the next run nothing of the first."""
+    model = tiny_model(tmp_path / "model", **SIZES, causal=False)
     text, spill, out = tmp_path / "long.txt", tmp_path / "spill", tmp_path / "out"
     text.write_text("the quick brown fox " * 20_000)
     spill.mkdir()

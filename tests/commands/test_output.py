@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+from typing import get_args
 
 import pyarrow as pa
 import pyarrow.ipc as ipc
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longnet_cli.basics.sizes import format_bytes, format_count, format_duration
-from longnet_cli.cli.output import FORMATS, RowWriter, emit_jsonl, printable
+from longnet_cli.cli.output import RowFormat, RowWriter, emit_jsonl, printable
 
 COLUMNS = ["op", "seq", "seconds", "status"]
 ROWS = [
@@ -56,7 +57,7 @@ def test_no_rows_are_an_empty_list(capsys, format):
     assert parse(format, capsys.readouterr().out) == []
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", get_args(RowFormat))
 def test_each_row_is_written_at_once(capsys, format):
     with RowWriter(format, COLUMNS) as out:
         for row in ROWS:

@@ -102,11 +102,12 @@ LAST = {"pool": "last", "temperature": 0.5}
         ("native", 1, {"dims": [3, 8]}),
         ("native", 1, LAST),
         ("native", 3, {}),
-        ("native", 3, {"dims": [3, 8]}),
-        ("encoder", 2, {}),
         ("encoder", 2, LAST),
-        ("llama", 1, LAST),
         ("lora", 1, {}),
+        *(
+            pytest.param(*case, marks=pytest.mark.ci)
+            for case in (("native", 3, {"dims": [3, 8]}), ("encoder", 2, {}), ("llama", 1, LAST))
+        ),
     ],
 )
 def test_the_gradient_is_that_of_the_plain_loss(

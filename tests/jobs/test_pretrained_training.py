@@ -186,6 +186,7 @@ def train_on(llama: Path, corpus: Path, runs: list[tuple[Path, int, str, str]]) 
         train(recipe(llama, corpus, **changes), output, ranks=ranks)
 
 
+@pytest.mark.ci
 def test_two_ranks_are_one(llama: Path, corpus: Path, tmp_path: Path) -> None:
     alone = [(tmp_path / pattern, 1, "none", pattern) for pattern in (WINDOW, CHOSEN)]
     train_on(llama, corpus, alone)

@@ -17,6 +17,7 @@ import pytest
 import torch
 from builders import MadeInputs, make_document, tiny_net
 from conftest import RunLongnet
+from processes import refused
 
 from longnet_cli.basics.errors import ConfigError, DataError, NoTokensError
 from longnet_cli.data.documents import Document
@@ -211,13 +212,12 @@ def test_tables_by_position_and_by_recall_are_columns(run_longnet: RunLongnet, t
     ],
 )
 def test_what_cannot_be_written_is_refused(
-    run_longnet: RunLongnet, tmp_path: Path, words: list[str], said: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], said: str
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text("text")
-    done = run_longnet("score", "a.txt", *words)
-    assert done.returncode == 2
-    assert said in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    error = refused("score", "a.txt", *words)
+    assert (error.exit_code, said in str(error)) == (2, True), error
     assert {path.name for path in tmp_path.iterdir()} <= {"a.txt"}
 
 

@@ -221,7 +221,10 @@ def left_padded(tokens: int) -> Tensor:
 @pytest.mark.full
 @pytest.mark.parametrize(
     ("model", "pattern"),
-    [(llama, WINDOW), (qwen3, NESTED), (gpt2, LEVELS), (mixed, FAR), (llama, CHOSEN), (gpt2, CHOSEN)],
+    [
+        *((llama, WINDOW), (mixed, FAR), (gpt2, CHOSEN)),
+        *(pytest.param(*case, marks=pytest.mark.ci) for case in ((qwen3, NESTED), (gpt2, LEVELS), (llama, CHOSEN))),
+    ],
 )
 def test_generate_is_exact_with_any_cache(model: Callable[[], hf.PreTrainedModel], pattern: Pattern) -> None:
     """Token for token what one pass over all before it has as its best, for rows of different lengths too."""

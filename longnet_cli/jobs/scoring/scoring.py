@@ -187,8 +187,6 @@ def score(
     """
     cut = Cut.of(model, bos, context, stride, last)
     ranks = ranks or Ranks()
-    if on_tokens and len(cut.contexts) > 1:
-        raise ConfigError("log-probabilities of tokens need one context: give only one")
     if on_tokens and ranks.dp > 1:
         raise ConfigError("log-probabilities of tokens are written by one group of ranks: leave out --dp")
     if judge and ranks.dp > 1:
@@ -283,6 +281,8 @@ class Scorer(DocumentJob[DocumentScore]):
     open: deque[_Tally] = field(default_factory=deque, init=False)  # documents whose windows are being read
 
     def __post_init__(self) -> None:
+        if self.on_tokens and len(self.cut.contexts) > 1:
+            raise ConfigError("log-probabilities of tokens need one context: give only one")
         self.nothing = self.cut.nothing
 
     def sequence(self, document: Document) -> InputSequence[Document]:
