@@ -15,8 +15,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
+
+try:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+except ImportError as error:
+    needed = f"lm-eval cannot be imported ({error}): pip install 'longnet-cli[lm-eval]'"
+    if __name__ == "__main__":
+        print(f"longnet: error: {needed}", file=sys.stderr)
+        sys.exit(2)
+    raise ImportError(needed) from None
 
 from longnet_cli.attention.notation import read_pattern
 from longnet_cli.basics.errors import ConfigError, LongNetError

@@ -36,6 +36,7 @@ class _Constructor(NamedTuple):
     sizes: str = ""  # the name of its size; empty if it takes none
     needed: bool = True  # whether the size has no default
     words: tuple[str, ...] = ()  # its options besides those of `Pattern`
+    fields: tuple[str, ...] = ()  # options of `Pattern` that it takes itself: its defaults may not fit its size
 
 
 _CONSTRUCTORS = {
@@ -44,7 +45,7 @@ _CONSTRUCTORS = {
     "window": _Constructor(Pattern.window, "width"),
     "nested": _Constructor(Pattern.nested, "length", words=("base", "ratio")),
     "pretrained": _Constructor(Pattern.pretrained, "width", needed=False),
-    "finding": _Constructor(Pattern.finding, "width", needed=False),
+    "finding": _Constructor(Pattern.finding, "width", needed=False, fields=("chosen", "chosen_block", "chosen_every")),
     "dense": _Constructor(Pattern.dense),
 }
 PATTERN_FIELDS = tuple(field.name for field in fields(Pattern))
@@ -117,14 +118,17 @@ def parse_pattern(text: str) -> Pattern:
             raise ValueError(f"a colon follows the name: {text.replace(',', ':', 1)}")
         hint = _nearest(name, _CONSTRUCTORS) or "."
         raise ValueError(f"unknown pattern '{name}'{hint} Write {FORMS}")
-    found = _CONSTRUCTORS[name]
-    sizes, given = _read(name, rest.split(",") if colon else [], found.words)
-    if found.sizes and found.needed and not sizes:
-        raise ValueError(f"{name} needs a {found.sizes}, as {name}:64Ki")
-    if len(sizes) > bool(found.sizes):
-        takes = f"takes one {found.sizes}" if found.sizes else "takes no size"
-        raise ValueError(f"{name} {takes}, and '{sizes[-1]}' is one more{_nearest(sizes[-1], found.words, _OPTIONS)}")
-    made = found.make(*map(parse_size, sizes), **{word: given.pop(word) for word in found.words if word in given})
+    constructor = _CONSTRUCTORS[name]
+    sizes, given = _read(name, rest.split(",") if colon else [], constructor.words)
+    if constructor.sizes and constructor.needed and not sizes:
+        raise ValueError(f"{name} needs a {constructor.sizes}, as {name}:64Ki")
+    if len(sizes) > bool(constructor.sizes):
+        takes = f"takes one {constructor.sizes}" if constructor.sizes else "takes no size"
+        raise ValueError(
+            f"{name} {takes}, and '{sizes[-1]}' is one more{_nearest(sizes[-1], constructor.words, _OPTIONS)}"
+        )
+    own = {name: given.pop(name) for name in (*constructor.words, *constructor.fields) if name in given}
+    made = constructor.make(*map(parse_size, sizes), **own)
     return replace(made, **given)
 
 

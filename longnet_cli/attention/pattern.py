@@ -168,14 +168,15 @@ class Pattern:
         return cls.window(width, sinks=sinks)
 
     @classmethod
-    def finding(cls, width: int = 1024, chosen: int = 32) -> Pattern:
-        """Return a window and chosen blocks of 32 tokens: what a pretrained model can find again in all of the past.
+    def finding(cls, width: int = 1024, chosen: int = 32, chosen_block: int = 32, chosen_every: int = 16) -> Pattern:
+        """Return a window and chosen blocks: what a pretrained model can find again in all of the past.
 
-        A query sees 1.5 * width + 32 * chosen keys on average (2,560 by default), and 2 * width + 32 * chosen at most.
+        A query sees 1.5 * width + chosen_block * chosen keys on average (2,560 by default), and half a width more at
+        most.
         This must not exceed the length that the model was trained on. The keys of the whole document are kept.
         docs/finding.md says what is found, and what it costs.
         """
-        return cls((width,), (1,), look_back=1, chosen=chosen)
+        return cls((width,), (1,), look_back=1, chosen=chosen, chosen_block=chosen_block, chosen_every=chosen_every)
 
     @classmethod
     def dense(cls) -> Pattern:

@@ -20,11 +20,13 @@ if TYPE_CHECKING:
     from longnet_cli.jobs.benchmark import Case, Measurement, Settings
     from longnet_cli.running.ranks.ranks import Ranks
 
-# Markdown is for people: only as many columns as fit a terminal. Values that all rows share go to stderr.
-_MARKDOWN = "op impl direction seq {} status seconds tokens_per_second flops_per_second peak_rss_bytes"
+# Markdown is for people: only as many columns as fit 80 characters. Values that all rows share go to stderr, and in
+# the place of the seconds of a row that has none stands its status.
+_MARKDOWN = "impl direction seq {} seconds tokens_per_second flops_per_second peak_rss_bytes"
+_TITLES = {"tokens_per_second": "tokens/s", "flops_per_second": "FLOP/s", "peak_rss_bytes": "peak RSS"}
 _HUMAN = {
     "stop": format_count,
-    "seconds": format_duration,
+    "seconds": lambda value: value if isinstance(value, str) else format_duration(value),
     "tokens_per_second": format_count,
     "flops_per_second": format_count,
     "peak_rss_bytes": format_bytes,
@@ -101,7 +103,7 @@ def bench(options: BenchCommand) -> None:
     ranks, where = join(options.device)
     quiet = options.quiet or not ranks.first
     settings = _settings(options, str(where), ranks)
-    tell(f"{machine(settings)}, {settings}", quiet)
+    tell(f"{machine(settings)}, {settings.op}, {' and '.join(settings.direction)}, {settings}", quiet)
     rows = _measure(settings, options.format, ranks, quiet)
     leave()
     if options.format == "md":
@@ -143,11 +145,15 @@ def _measure(settings: Settings, format: RowFormat, ranks: Ranks, quiet: bool) -
     with ExitStack() as stack:
         total, unit = (streamed, "tok") if streamed else (cases, "rows")
         advance = stack.enter_context(progress("bench", total=total, unit=unit, quiet=quiet))
-        out = stack.enter_context(RowWriter(format, columns, human=_HUMAN)) if ranks.first else None
+        writer = RowWriter(format, columns, human=_HUMAN, titles=_TITLES)
+        out = stack.enter_context(writer) if ranks.first else None
         for row in measure(settings, on_start=announce, on_tokens=advance):
             rows.append(row)
             if out:
-                out.write({column: getattr(row, column) for column in columns})
+                values = {column: getattr(row, column) for column in columns}
+                if format == "md" and row.seconds is None:
+                    values["seconds"] = row.status
+                out.write(values)
             if row.reason:
                 tell(f"{_title(row)}: {row.status}, {row.reason}", quiet)
             advance(0 if streamed else 1, last=_title(row))

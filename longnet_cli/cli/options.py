@@ -22,7 +22,8 @@ Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 def parse_device(text: str) -> str:
     """Return `auto`, `cpu`, `cuda` or `cuda:1`. Only torch, once loaded, knows whether that GPU exists."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text, re.ASCII):
-        raise ValueError(f"'{text}' is not a device: write auto, cpu, cuda or cuda:1")
+        why = ": it has no float64, in which positions are computed" if text.startswith("mps") else ""
+        raise ValueError(f"'{text}' is not a device{why}: write auto, cpu, cuda or cuda:1")
     return text
 
 

@@ -46,15 +46,20 @@ class RowWriter:
 
     Every format has exactly `columns`, in that order; a key that a row lacks is null. A JSON list is closed even if an
     exception ends the block, so rows from before Ctrl-C can be parsed. `human` gives Markdown cells their units, for
-    example `{"peak_rss_bytes": format_bytes}`.
+    example `{"peak_rss_bytes": format_bytes}`, and `titles` gives Markdown columns other names.
     """
 
     def __init__(
-        self, format: RowFormat, columns: Sequence[str], human: Mapping[str, Callable[[Any], str]] | None = None
+        self,
+        format: RowFormat,
+        columns: Sequence[str],
+        human: Mapping[str, Callable[[Any], str]] | None = None,
+        titles: Mapping[str, str] | None = None,
     ) -> None:
         self.format = format
         self.columns = list(columns)
         self.human = human or {}
+        self.titles = [(titles or {}).get(column, column) for column in self.columns]
         self.widths: list[int] = []  # of the Markdown columns, set by the first row
         self.num_rows = 0
 
@@ -88,11 +93,11 @@ class RowWriter:
     def _markdown_head(self, values: Sequence[Any]) -> str:
         """Return the header. Columns fit the first row, with 8 characters or more; numbers are aligned to the right."""
         cells = [self._cell(column, value) for column, value in zip(self.columns, values, strict=True)]
-        self.widths = [max(len(column), len(cell), 8) for column, cell in zip(self.columns, cells, strict=True)]
+        self.widths = [max(len(title), len(cell), 8) for title, cell in zip(self.titles, cells, strict=True)]
         numeric = [isinstance(value, (int, float)) for value in values]
         names = [
-            column.rjust(width) if right else column.ljust(width)
-            for column, width, right in zip(self.columns, self.widths, numeric, strict=True)
+            title.rjust(width) if right else title.ljust(width)
+            for title, width, right in zip(self.titles, self.widths, numeric, strict=True)
         ]
         rules = ["-" * (width - 1) + (":" if right else "-") for width, right in zip(self.widths, numeric, strict=True)]
         return _markdown_join(names) + _markdown_join(rules)

@@ -29,7 +29,8 @@ CONTINUATION = b"\xff\xff\xff\xff"  # starts a message, which before Arrow 0.15 
 PADDING = 64  # more than the bytes between two messages of a file
 
 _SCHEMA, _BATCH = 1, 3  # from Arrow's MessageHeader
-_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # in Python's mmap from 3.13 on
+# in Python's mmap from 3.13 on; other systems than Linux reserve nothing, or have another number
+_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
 
 class Message(NamedTuple):

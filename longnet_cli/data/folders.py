@@ -12,6 +12,8 @@ from longnet_cli.data.manifest import FINISHED, UNFINISHED, manifest_in, manifes
 SHARD_SUFFIXES = (".arrow", ".feather", ".parquet")
 JSON_SUFFIXES = (".jsonl", ".ndjson")
 HDF5_SUFFIXES = (".h5", ".hdf5")
+FASTA_SUFFIXES = (".fa", ".fasta", ".fna", ".ffn", ".faa")
+FASTQ_SUFFIXES = (".fq", ".fastq")
 
 # The words by which Hugging Face knows a split in the name of a file
 _SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
@@ -53,7 +55,7 @@ def choose_files(folder: str, names: Sequence[str], read: Callable[[str, int | N
     files = sorted((name for name in names if not any(map(is_hidden, name.split("/")))), key=natural_order)
     written = _written_folders(names)
     files = [file for file in files if not file.startswith(written)] or files
-    for suffixes in (SHARD_SUFFIXES, JSON_SUFFIXES):
+    for suffixes in (SHARD_SUFFIXES, JSON_SUFFIXES, (*FASTA_SUFFIXES, *FASTQ_SUFFIXES)):
         shards = [file for file in files if bare_name(file).endswith(suffixes)]
         if shards:
             shards = [shard for shard in shards if "/" not in shard] or shards

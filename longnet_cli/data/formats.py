@@ -1,4 +1,4 @@
-"""File formats, known by contents and not by name: Arrow IPC file or stream, Parquet, HDF5, JSON Lines, UTF-8 text.
+"""File formats, known by contents: Arrow IPC file or stream, Parquet, HDF5, JSON Lines, UTF-8 text; by name, FASTA.
 
 Any of them may be compressed: the unpacked data is then read as from a pipe. A new format is one more case in
 `_open_file` and `_open_pipe`. Every failure is one line that names the file and the batch.
@@ -19,6 +19,7 @@ from longnet_cli.basics.errors import DataError
 from longnet_cli.data import arrow
 from longnet_cli.data.columns import Wanted
 from longnet_cli.data.compressed import bare_name, compression, unpack
+from longnet_cli.data.fasta import is_fasta, open_fasta
 from longnet_cli.data.files import StoredFile, no_place
 from longnet_cli.data.folders import JSON_SUFFIXES, SHARD_SUFFIXES, sniff
 from longnet_cli.data.hdf5 import open_hdf5
@@ -106,7 +107,9 @@ def _copy(pipe: Pipe) -> int:
 
 
 def _open_text(source: Source, pipe: Pipe, wanted: Wanted) -> Text | Table:
-    """Open JSON Lines, otherwise one document, byte for byte: no newline translation, no normalisation."""
+    """Open FASTA or JSON Lines, otherwise one document, byte for byte: no newline translation, no normalisation."""
+    if is_fasta(source.name):
+        return open_fasta(source, pipe)
     table = open_json_lines(source, pipe, wanted)
     if table:
         return table

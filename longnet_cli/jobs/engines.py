@@ -10,7 +10,7 @@ others, so it does not matter which process gets which batch.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
@@ -87,18 +87,32 @@ def encode_batches(
     embedding_dtype: EmbeddingDtype = "float32",
     prefix: str | None = None,
     dims: int | None = None,
-    **reading: Any,
+    model: str = "longnet-tiny",
+    tokenizer: str | None = None,
+    pattern: str | None = None,
+    bos: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    chunk: int | None = None,
+    column: str | None = None,
+    id_column: str | None = None,
+    keep: Sequence[str] = (),
+    skip_bad: bool = False,
 ) -> Any:
     """Encode the documents of a table or of record batches, and return the rows of `longnet encode`.
 
-    A table gives a table. Record batches give a lazy iterator of record batches. The output has the columns of
-    `EncodeOptions.schema`, for text `char_start` and `char_end`, then the columns of `keep`. The options are as in
-    `EncodeOptions.of_model` and `Reading`: without `pool` and `prefix`, the model's own. An empty document has no rows.
+    A table gives a pyarrow table. So does all else that passes Arrow data on (`__arrow_c_stream__`), as a frame of
+    polars or pandas, a relation of DuckDB, or a Dataset of Hugging Face. Record batches give a lazy iterator of record
+    batches. The output has the columns of `EncodeOptions.schema`, for text `char_start` and `char_end`, then the
+    columns of `keep`. The options are as in `EncodeOptions.of_model` and `Reading`: without `pool` and `prefix`, the
+    model's own. An empty document has no rows.
 
-    Raises ConfigError for invalid options and for a batch without the id column or the document column, DataError for
-    bad values, TypeError for an unknown option, and what `encode` raises.
+    Raises ConfigError for invalid options, for what is no table and no batches, and for a batch without the id column
+    or the document column, DataError for bad values, and what `encode` raises.
     """
-    how = Reading(**reading, embeds=True)
+    how = Reading(
+        model, tokenizer, pattern, bos, device, dtype, chunk, column, id_column, tuple(keep), skip_bad, embeds=True
+    )
     chosen: dict[str, Any] = {"pool": pool, "span": span, "normalize": normalize, "embedding_dtype": embedding_dtype}
     chosen |= {"context": context, "stride": stride, "prefix": prefix, "dims": dims}
 
@@ -111,18 +125,32 @@ def encode_batches(
 
 
 def score_batches(
-    batches: Any, *, context: int | Sequence[int] | None = None, stride: int | None = None, **reading: Any
+    batches: Any,
+    *,
+    context: int | Sequence[int] | None = None,
+    stride: int | None = None,
+    model: str = "longnet-tiny",
+    tokenizer: str | None = None,
+    pattern: str | None = None,
+    bos: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    chunk: int | None = None,
+    column: str | None = None,
+    id_column: str | None = None,
+    keep: Sequence[str] = (),
+    skip_bad: bool = False,
 ) -> Any:
     """Score the documents of a table or of record batches, and return the rows of `longnet score -o`.
 
-    A table gives a table. Record batches give a lazy iterator of record batches. The output has the columns of
-    `ScoreOptions.schema`, then the columns of `keep`. The options are `context`, `stride` and the options of `Reading`.
-    With several contexts, the rows also show what a document gains from the longest one.
+    Tables and batches are taken and given as by `encode_batches`. The output has the columns of `ScoreOptions.schema`,
+    then the columns of `keep`. `context` and `stride` are as in `ScoreOptions`, the others as in `Reading`. With
+    several contexts, the rows also show what a document gains from the longest one.
 
-    Raises ConfigError for invalid options and for a batch without the id column or the document column, DataError for
-    bad values, TypeError for an unknown option, and what `score` raises.
+    Raises ConfigError for invalid options, for what is no table and no batches, and for a batch without the id column
+    or the document column, DataError for bad values, and what `score` raises.
     """
-    how = Reading(**reading)
+    how = Reading(model, tokenizer, pattern, bos, device, dtype, chunk, column, id_column, tuple(keep), skip_bad)
     chosen: dict[str, Any] = {
         "context": (context,) if isinstance(context, int) else context and tuple(context),
         "stride": stride,
@@ -164,16 +192,43 @@ def _mapped(
 
     `make_job(of_text)` returns the job for documents of text, or of ids. `words` returns what tokenizes texts.
     """
-    words = cache(words)
-    if isinstance(batches, pa.Table):
-        return pa.Table.from_batches(_DocumentTable(batches, "table", how, words).rows(make_job))
+    words, given = cache(words), _tables(batches)
+    if isinstance(given, pa.Table):
+        return pa.Table.from_batches(_DocumentTable(given, "table", how, words).rows(make_job))
 
     def rows() -> Iterator[pa.RecordBatch]:
-        for index, batch in enumerate(batches):
-            table = pa.Table.from_batches([batch])
+        for index, batch in enumerate(given):
+            table = pa.Table.from_batches([_checked_batch(batch)])
             yield from _DocumentTable(table, f"batch {index}", how, words).rows(make_job)
 
     return (batch for batch in rows() if batch.num_rows)
+
+
+def _tables(given: Any) -> pa.Table | Iterable[Any]:
+    """Return a table for what has whole Arrow data, an iterable for batches. Raises ConfigError for all else."""
+    if isinstance(given, pa.RecordBatchReader):
+        return given
+    if hasattr(given, "with_format") and hasattr(given, "__getitem__"):  # a Dataset of Hugging Face
+        given = given.with_format("arrow")[:]
+    if isinstance(given, pa.RecordBatch) or hasattr(given, "__arrow_c_stream__"):
+        return pa.table(given)
+    if isinstance(given, Sequence) and not isinstance(given, str):
+        return [*map(_checked_batch, given)]  # at once, rather than in the middle of the work
+    if not isinstance(given, Iterator):
+        raise ConfigError(_NO_TABLE.format(type(given).__name__))
+    return given
+
+
+def _checked_batch(batch: Any) -> pa.RecordBatch:
+    if not isinstance(batch, pa.RecordBatch):
+        raise ConfigError(_NO_TABLE.format(f"{type(batch).__name__} among its batches"))
+    return batch
+
+
+_NO_TABLE = (
+    "a table (of pyarrow, or a frame that passes Arrow data on) or record batches of pyarrow are needed, not {}: "
+    "pyarrow.table makes one"
+)
 
 
 class _DocumentTable:

@@ -25,6 +25,7 @@ from torch import Tensor
 from longnet_cli.attention.past import Blocks
 from longnet_cli.basics.errors import ConfigError, MemoryLimitError
 from longnet_cli.basics.sizes import format_bytes
+from longnet_cli.basics.system_calls import allocate, read_into
 
 PIECE_BYTES = 1 << 26  # of blocks that are read from a file at a time
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM)
@@ -49,7 +50,7 @@ class MappedMemory:
                 self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             else:
                 with tempfile.TemporaryFile(dir=folder) as file:
-                    os.posix_fallocate(file.fileno(), 0, size)  # a write to a map of a full disk would kill the process
+                    allocate(file.fileno(), size)
                     self._map = mmap.mmap(file.fileno(), size)
         self._used = self._alive = 0
         self._free: defaultdict[int, list[int]] = defaultdict(list)  # size -> offsets of the rooms of that size
@@ -113,7 +114,7 @@ class SpillFile:
 
     def read(self, first: int, into: Sequence[memoryview]) -> None:
         """Fill rooms for bytes, one after the other, with the bytes from `first` on."""
-        done = os.preadv(self._file.fileno(), into, first)
+        done = read_into(self._file.fileno(), into, first)
         if done != sum(map(len, into)):
             raise OSError(errno.EIO, os.strerror(errno.EIO), f"--spill {self.folder}")
 

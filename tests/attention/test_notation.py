@@ -146,3 +146,10 @@ def test_the_documented_way_from_python() -> None:
     page = (ROOT / "docs/patterns.md").read_text()
     (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     exec(program)
+
+
+def test_options_stand_in_for_defaults_that_do_not_fit_the_size() -> None:
+    """Blocks of 32 do not divide a window of 48, but the blocks given do."""
+    assert parse_pattern("finding:48,chosen=4x16") == Pattern((48,), (1,), look_back=1, chosen=4, chosen_block=16)
+    with pytest.raises(ValueError, match="chosen"):
+        parse_pattern("finding:48,chosen=4")

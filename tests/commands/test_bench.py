@@ -46,7 +46,9 @@ def test_rows_have_every_key_of_the_contract(bench: Bench) -> None:
 def test_markdown_is_a_table_and_the_ratios_follow_on_stderr(bench: Bench) -> None:
     result = bench("--seq", "64")
     head, rule, *rows = result.stdout.splitlines()
-    assert [cell.strip() for cell in head.strip("|").split("|")][:5] == ["op", "impl", "direction", "seq", "status"]
+    assert [cell.strip() for cell in head.strip("|").split("|")][:4] == ["impl", "direction", "seq", "seconds"]
+    assert {len(line) for line in (head, rule, *rows)} == {79}  # it fits a terminal
+    assert "attention, forward" in result.stderr.splitlines()[0]
     assert set(rule) == set("|-: ")
     assert len(rows) == 2
     assert "dilated is " in result.stderr

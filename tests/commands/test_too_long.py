@@ -64,6 +64,15 @@ def test_dense_to_the_trained_length_and_refused_beyond(llama: Path, tmp_path: P
     assert not (tmp_path / "out.arrow").exists()
 
 
+def test_finding_is_a_choice_for_a_model_that_can_see_its_keys(tmp_path: Path) -> None:
+    llama = tiny_llama(tmp_path / "llama", vocab_size=260, max_position_embeddings=3072, bos_token_id=7)
+    long = tmp_path / "long.txt"
+    long.write_text("x" * 3073)
+    for words in (["score", long], ["generate", "--input", long, "--max-tokens", 1]):
+        assert "--pattern finding (finds what was read long ago) or" in str(invoke(*words, "-m", llama).exception)
+    assert total(long, "-m", llama, "--pattern", "finding")["n_tokens"] == 3073
+
+
 def test_a_window_that_reaches_farther_than_the_model_was_trained_is_named(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "long.txt").write_text("x" * 100)
     words = "its first level reaches 66 tokens back, and the model was trained on 64: window:32,sinks=4 stays within"

@@ -93,6 +93,64 @@ def test_what_is_no_batch_of_documents_is_refused(columns: dict, options: dict, 
     assert len(str(error.value).splitlines()) == 1
 
 
+class Frame:
+    """What a frame of polars or pandas, or a relation of DuckDB, is for a reader of Arrow data."""
+
+    def __arrow_c_stream__(self, requested_schema: object = None) -> object:
+        return TABLE[3:].__arrow_c_stream__(requested_schema)
+
+
+def test_whatever_passes_arrow_data_on_is_a_table() -> None:
+    expected = encode_batches(TABLE[3:])
+    for given in (Frame(), TABLE[3:].to_batches()[0]):
+        assert encode_batches(given).equals(expected)
+    assert score_batches(Frame()).equals(score_batches(TABLE[3:]))
+    reader = TABLE[3:].to_reader()
+    assert pa.Table.from_batches(encode_batches(reader)).equals(expected)
+
+
+@pytest.mark.parametrize("package", ["polars", "pandas", "duckdb", "datasets"])
+def test_frames_of_real_libraries_are_tables(package: str) -> None:
+    library = pytest.importorskip(package)
+    table = TABLE[3:]
+    frame = {
+        "polars": lambda: library.from_arrow(table),
+        "pandas": lambda: table.to_pandas(),
+        "duckdb": lambda: library.from_arrow(table),
+        "datasets": lambda: library.Dataset(library.table.InMemoryTable(table)),
+    }[package]()
+    found, expected = encode_batches(frame), encode_batches(table)
+    assert found["doc_id"].to_pylist() == expected["doc_id"].to_pylist()
+    assert found["embedding"].equals(expected["embedding"])
+
+
+@pytest.mark.parametrize("given", ["corpus.arrow", {"text": ["a"]}, 7, ["a text"], [{"text": "a"}]], ids=str)
+def test_what_is_no_table_is_refused_at_the_call(given: object) -> None:
+    for function in (encode_batches, score_batches):
+        with pytest.raises(ConfigError, match=r"^a table .* needed, not (str|dict|int)"):
+            function(given)
+
+
+def test_an_iterator_of_other_things_is_refused_when_it_comes_there() -> None:
+    with pytest.raises(ConfigError, match="not str among its batches"):
+        next(encode_batches(iter(["a text"])))
+
+
+@pytest.mark.parametrize(
+    ("package", "program", "extra"),
+    [
+        ("transformers", "import longnet_cli.integrations.transformers", "hf"),
+        ("lm_eval", "import longnet_cli.lm_eval", "lm-eval"),
+        ("lm_eval", "import runpy; runpy.run_module('longnet_cli.lm_eval', run_name='__main__')", "lm-eval"),
+    ],
+)
+def test_without_its_extra_an_import_says_which_to_install(package: str, program: str, extra: str) -> None:
+    program = f"import sys; sys.modules[{package!r}] = None; {program}"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert f"pip install 'longnet-cli[{extra}]'" in done.stderr.splitlines()[-1]
+    assert done.returncode == (2 if "runpy" in program else 1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ray", "pyspark"])
 def test_an_engine_writes_the_vectors_of_one_process(engine: str, tmp_path: Path, command_env: dict[str, str]) -> None:

@@ -36,6 +36,11 @@ def corpus(tmp_path: Path) -> Path:
     return path
 
 
+def test_lora_of_a_longnet_says_what_it_is_for() -> None:
+    with pytest.raises(ConfigError, match=r"^longnet-125m.*lora is for a Hugging Face model \(init\)"):
+        load_recipe("longnet-125m", {"lora.rank": 4})
+
+
 def test_it_learns_and_leaves_a_model(corpus: Path, tmp_path: Path) -> None:
     found = recipe(corpus, **{"train.stages": LONG})
     result = train(found, tmp_path / "out")

@@ -405,6 +405,10 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any], stored: Sequence
         name = source.get("tokenizer", "bytes") if isinstance(source, dict) else "bytes"
         size = Tokenizer.load(str(name)).vocab_size + masked
         data = data | {"model": model | {"vocab_size": size}}
+    if data.get("lora") is not None:
+        raise ConfigError(
+            f"{where}: lora is for a Hugging Face model (init): a LongNet trains all of its weights: leave it out"
+        )
     return validate(Recipe, data, where)
 
 

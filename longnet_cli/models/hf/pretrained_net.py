@@ -102,7 +102,11 @@ class TransformersNet(Net):
                 window = (
                     "pretrained" if limit >= _reach(Pattern.pretrained()) else f"window:{max(4, limit // 2)},sinks=4"
                 )
-                self.choices = f"--pattern {window} (a window and 4 sinks) or --pattern dense (farther than trained)"
+                finding = ", --pattern finding (finds what was read long ago)"
+                self.choices = (
+                    f"--pattern {window} (a window and 4 sinks){finding * (limit >= _reach(Pattern.finding()))} or "
+                    "--pattern dense (farther than trained)"
+                )
 
     def as_it_comes(self) -> TransformersNet:
         """Switch the model back to transformers' own attention, in place. Return its net: a baseline for benchmarks."""

@@ -74,7 +74,7 @@ def watch(ranks: Ranks, grace: float = GRACE) -> None:
     """
     parent, lines = os.getppid(), _connect(ranks) if ranks.world > 1 else []
     _over.clear()
-    with suppress(OSError, AttributeError):
+    if sys.platform == "linux":
         # For a process in which C code holds the interpreter's lock, so that no Python thread runs. The handler is C's
         # `alarm`. Called with the signal's number, it lets SIGALRM kill the process after as many seconds.
         libc = ctypes.CDLL(None)

@@ -1,0 +1,103 @@
+"""Proves that a record of FASTA or FASTQ is a document: its name, its letters, in any layout; and what is no record."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+from conftest import RunLongnet
+from files import BYTES
+from hypothesis import given
+from hypothesis import strategies as st
+
+from longnet_cli.basics.errors import ConfigError, DataError
+from longnet_cli.data.inputs import Inputs
+
+FASTA = ">chr1 assembled\r\nACGT\r\nNNac\r\n\r\n;a comment\r\nGT\r\n>chr2\n>chr3 x\nTTTT"
+READS = [("chr1", "ACGTNNacGT"), ("chr2", ""), ("chr3", "TTTT")]
+
+
+def read(path: Path, **options: object) -> list[tuple[str, str]]:
+    inputs = Inputs((str(path),), tokenizer=BYTES, **options)
+    return [
+        (document.doc_id, bytes(document.read(0, len(document)).tolist()).decode()) for document in inputs.documents()
+    ]
+
+
+@pytest.mark.parametrize("name", ["a.fa", "a.fasta", "a.fna", "a.ffn", "a.faa"])
+def test_a_record_is_a_document(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(FASTA, newline="")
+    assert read(tmp_path / name) == READS
+    (tmp_path / f"{name}.gz").write_bytes(gzip.compress(FASTA.encode()))
+    assert read(tmp_path / f"{name}.gz") == READS
+    assert read(tmp_path / name, keep=("description",)) == READS
+
+
+@given(st.lists(st.text("ACGTNacgt-*", max_size=40), min_size=1, max_size=5), st.integers(1, 9))
+def test_lines_of_any_length_are_joined(sequences: list[str], width: int) -> None:
+    with TemporaryDirectory() as folder:
+        lines = [
+            line
+            for number, letters in enumerate(sequences)
+            for line in (f">r{number}", *(letters[i : i + width] for i in range(0, len(letters), width)))
+        ]
+        path = Path(folder, "x.fa")
+        path.write_text("\n".join(lines) + "\n")
+        assert read(path) == [(f"r{number}", letters) for number, letters in enumerate(sequences)]
+
+
+def test_fastq_of_one_and_of_several_lines_and_of_pairs(tmp_path: Path) -> None:
+    path = tmp_path / "reads.fastq"
+    path.write_text("@a 1:N:0:AT\nACGT\n+\n@+@+\n@a 2:N:0:AT\nAC\nGT\n+a\nII\nII\n@b\n\n+\n\n@c\nA\n+\n+\n")
+    assert read(path) == [("a/1", "ACGT"), ("a/2", "ACGT"), ("b", ""), ("c", "A")]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("a.fa", "ACGT\n>x\n", "a.fa, line 1: FASTA begins with a name"),
+        ("a.fa", ">x\nA\n>x\nC\n", "a.fa, line 3: the name 'x' again"),
+        ("a.fa", ">\nA\n", "a.fa, line 1: no name"),
+        (
+            "a.fq",
+            "@x\nACGT\n+\nII",
+            "a.fq, line 1: the record 'x' has 4 letters and 2 qualities: is the file",
+        ),
+        ("a.fq", "@x\nACGT\n", "is the file truncated"),
+        ("a.fq", "@x\nA\n+\nI\nACGT\n", "a.fq, line 5: a FASTQ record begins with a name"),
+    ],
+)
+def test_what_is_no_record_is_one_line(name: str, text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=said) as error:
+        read(tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+def test_bytes_that_are_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.fa").write_bytes(b">x\nAC\xffGT\n")
+    with pytest.raises(DataError, match="line 2: not UTF-8: byte 2 is 0xff"):
+        read(tmp_path / "a.fa")
+
+
+def test_a_folder_gives_its_records_and_no_index_beside_them(tmp_path: Path) -> None:
+    (tmp_path / "b.fa").write_text(">x\nA\n")
+    (tmp_path / "b.fa.fai").write_text("x\t1\t3\t1\t2\n")
+    assert read(tmp_path) == [("x", "A")]
+
+
+def test_a_column_that_records_lack(tmp_path: Path) -> None:
+    (tmp_path / "b.fa").write_text(">x\nA\n")
+    with pytest.raises(ConfigError, match="column 'quality'"):
+        read(tmp_path / "b.fa", keep=("quality",))
+
+
+def test_a_pipe_stays_text(run_longnet: RunLongnet, tmp_path: Path) -> None:
+    (tmp_path / "a.fa").write_text(FASTA)
+    rows = run_longnet("score", "a.fa", "--format", "jsonl").stdout.splitlines()
+    assert len(rows) == 3 + 1
+    assert (
+        len(run_longnet("score", "-", "--format", "jsonl", input=FASTA).stdout.splitlines()) == 1 + 1
+    )  # one document, and the total
