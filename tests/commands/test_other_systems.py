@@ -61,6 +61,7 @@ COMMANDS = [
 ]
 
 
+@pytest.mark.ci
 def test_commands_need_nothing_that_only_linux_has(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("what a reader finds again, " * 60)
     program = WITHOUT_LINUX.replace("WORDS", repr(COMMANDS))

@@ -136,6 +136,7 @@ def test_an_iterator_of_other_things_is_refused_when_it_comes_there() -> None:
         next(encode_batches(iter(["a text"])))
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("package", "program", "extra"),
     [
