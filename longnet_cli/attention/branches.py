@@ -2,15 +2,20 @@
 
 For a query at position p, level i covers the positions [lo_i, hi_i): the query's own segment and `look_back` segments
 before it (in bidirectional attention, as many after it too). A level's queries come in blocks: its segments or, with
-overlap="once", the segments of the previous level. Apart from causality, all queries of a block see the same keys. So
-each segment needs one causal square, and full rectangles. Whole segments are evenly spaced, so one batched call
-computes the same rectangle in all of them.
+overlap="once", the segments of the previous level. All queries of a block see the same keys, but for causality, which
+only cuts the keys of their own segment. So a segment needs one causal square, its own keys, and full rectangles for
+all others. Whole segments are evenly spaced, so one batched call computes the same rectangle in all of them.
 
-    causal, look_back 1, overlap "once", w_1 = 2 w_0           keys ->
-                                                    queries    # 0 0
-    0  level 0: its own segment and the one before             | # 0 0
-    1  level 1: from lo_1 to lo_0                              v 1 # 0 0
-    #  both level 0                                              1 1 # 0 0
+    causal, look_back 1, overlap "once", w_1 = 2 w_0. A row of cells is the queries of one segment of w_0 positions, a
+    column the keys of one; a cell says which level sees them. Level 0 sees its own segment and the one before. Level 1
+    sees its own segment, of two cells, and the one before, without what level 0 sees:
+
+        0
+        0 0
+        1 0 0
+        1 1 0 0
+            1 0 0
+            1 1 0 0
 
 A shard is the positions [start, start + tokens) of one sequence. Keys outside the shard are far keys (the packed rows
 of a span) or sinks; each needs one more rectangle. A single token's own row may be among the far keys, which saves the
