@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longnet_cli.attention import FarKeys, Outside, Past
+from longnet_cli.attention import FarKeys, FarSpan, Outside, Past
 from longnet_cli.attention.merging import accumulator, strided_view
 from longnet_cli.attention.spans import common_span, lanes, level_of, open_spans, rows_before, segment_rows, span_views
 from longnet_cli.nets.config import NetConfig
@@ -101,7 +101,8 @@ def backward_in_chunks(
         total += part.backward(tokens[:, part.mine], loss, far, pasts, gradients, scale, dtype)
         for past in pasts:
             past.means = None  # all has been chosen
-        after = after or random_state(device)  # the state after the last chunk, as one forward pass leaves it
+        if not after:
+            after = random_state(device)  # after the last chunk, as one forward pass leaves it
         on_chunk()
     set_random_state(after, device)
     return total
@@ -164,7 +165,7 @@ class _Chunk:
             total = loss(hidden, self.mine)
         roots, grads = [total], [torch.full_like(total, scale)]
         for layer, (k, v) in enumerate(made):
-            from_later_chunks = gradients.of_shard(layer, self.start, self.stop, self.mine.start, k)
+            from_later_chunks = gradients.hand_over(layer, self.start, self.stop, self.mine.start, k)
             if from_later_chunks is not None:
                 for made_here, gradient in zip((k, v), from_later_chunks, strict=True):
                     if made_here.requires_grad:  # otherwise no trained weight made it
@@ -199,7 +200,7 @@ class FarGradients:
         """
         k, v = (x.to(device).detach().requires_grad_() for x in (keys.k, keys.v))
         for index, x in enumerate((k, v)):
-            x.register_post_accumulate_grad_hook(partial(self._take, (layer, keys.level, keys.start), index))
+            x.register_post_accumulate_grad_hook(partial(self._add, (layer, keys.level, keys.start), index))
         return replace(keys, k=k, v=v)
 
     def past(self, layer: int, past: Past, start: int, k: Tensor) -> Past:
@@ -213,7 +214,7 @@ class FarGradients:
             self.of_pasts[layer] = self.allocate(shape, dtype=accumulator(k.dtype), device=k.device).zero_()
         return past.before(start, self.of_pasts.get(layer))
 
-    def _take(self, key: Key, index: int, leaf: Tensor) -> None:
+    def _add(self, key: Key, index: int, leaf: Tensor) -> None:
         """Add the gradient of k or v (`index` 0 or 1), (B, rows, lanes, D), to its sum, and free it."""
         gradient, leaf.grad = leaf.grad, None
         assert gradient is not None
@@ -225,20 +226,15 @@ class FarGradients:
         rows = self.sums[key][index, :, : leaf.shape[1]]
         rows.add_(gradient.to(rows.device))
 
-    def of_shard(self, layer: int, start: int, stop: int, begin: int, k: Tensor) -> Tensor | None:
-        """Return what later chunks add to the gradients of one shard's k and v: (k and v, B, n, K, D), or None.
+    def hand_over(self, layer: int, start: int, stop: int, begin: int, k: Tensor) -> Tensor | None:
+        """Return what later chunks have added to the gradients of a shard: (k and v, B, n, K, D), or None for nothing.
 
         The shard starts at `begin`, in the chunk [start, stop), and has the shape and the device of `k` (B, n, K, D).
+        Sums that no earlier chunk needs are freed. All ranks of a group must ask, once for each chunk.
         """
-        total, sizes = None, (self.num_heads, k.shape[2])
+        total = None
         if layer in self.of_pasts:
-            rows = self.of_pasts[layer][:, :, start:stop]
-            if self.ranks.sp > 1:
-                of_chunk = rows.to(k.device).contiguous()
-                dist.all_reduce(of_chunk, group=self.ranks.group)
-                rows.zero_()  # what this chunk's own shards add comes apart (`Exchange.run`)
-                rows = of_chunk
-            rows = rows[:, :, begin - start : begin - start + k.shape[1]]
+            rows = self._of_past(layer, start, stop, k.device)[:, :, begin - start : begin - start + k.shape[1]]
             total = torch.zeros(2, *k.shape, dtype=rows.dtype, device=k.device)
             total[:, :, : rows.shape[2]] = rows
         for span in open_spans(self.pattern, stop):
@@ -246,14 +242,7 @@ class FarGradients:
             if key not in self.sums or span.stop <= start:
                 continue
             rows = self.sums[key] if span.start < start else self.sums.pop(key)  # no earlier chunk has rows of it
-            if self.ranks.sp > 1:
-                _, r = level_of(self.pattern, span.level)
-                offsets = lanes(self.pattern, span.level, *sizes).offsets
-                first = min(rows_before(max(start - span.start, 0), offset, r) for offset in offsets)
-                last = max(rows_before(span.stop - span.start, offset, r) for offset in offsets)
-                of_chunk = rows[:, :, first:last].to(k.device).contiguous()
-                dist.all_reduce(of_chunk, group=self.ranks.group)
-                rows[:, :, first:last] = of_chunk
+            of_chunk = self._sum_over_ranks(rows, span, start, k)
             if total is None:
                 total = torch.zeros(2, *k.shape, dtype=rows.dtype, device=k.device)
             mine = common_span(self.pattern, span.level, span.start, begin, begin + k.shape[1])
@@ -262,5 +251,28 @@ class FarGradients:
                     strided_view(into, views.shard).add_(strided_view(out, views.segment).to(k.device))
             if self.ranks.sp_rank:
                 # some of these rows may belong to the chunk before: its all-reduce must add this sum once, from rank 0
-                rows[:, :, first:last] = 0
+                rows[:, :, of_chunk] = 0
         return total
+
+    def _of_past(self, layer: int, start: int, stop: int, device: torch.device) -> Tensor:
+        """Return the sums of a chunk's chosen rows [start, stop), of all ranks: (k and v, B, tokens, K, D)."""
+        rows = self.of_pasts[layer][:, :, start:stop]
+        if self.ranks.sp == 1:
+            return rows
+        of_chunk = rows.to(device).contiguous()
+        dist.all_reduce(of_chunk, group=self.ranks.group)
+        rows.zero_()  # what this chunk's own shards add comes apart (`Exchange.run`)
+        return of_chunk
+
+    def _sum_over_ranks(self, rows: Tensor, span: FarSpan, start: int, k: Tensor) -> slice:
+        """Sum the rows that a chunk from `start` on has of a span over the ranks, in place. Return their places."""
+        if self.ranks.sp == 1:
+            return slice(None)
+        _, r = level_of(self.pattern, span.level)
+        offsets = lanes(self.pattern, span.level, self.num_heads, k.shape[2]).offsets
+        first = min(rows_before(max(start - span.start, 0), offset, r) for offset in offsets)
+        last = max(rows_before(span.stop - span.start, offset, r) for offset in offsets)
+        of_chunk = rows[:, :, first:last].to(k.device).contiguous()
+        dist.all_reduce(of_chunk, group=self.ranks.group)
+        rows[:, :, first:last] = of_chunk
+        return slice(first, last)
