@@ -28,5 +28,6 @@ def allocate(file: int, size: int) -> None:
         os.posix_fallocate(file, 0, size)
         return
     zeros = bytes(min(size, 1 << 20))
-    for first in range(0, size, len(zeros)):
-        os.pwrite(file, zeros[: size - first], first)
+    written = 0
+    while written < size:  # a call may write a part
+        written += os.pwrite(file, zeros[: size - written], written)
