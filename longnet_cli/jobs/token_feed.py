@@ -5,9 +5,13 @@ Ids are collected document by document into record batches of a given size.
 
 from __future__ import annotations
 
-import threading
+import math
+import time
+from _thread import start_new_thread
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -40,7 +44,6 @@ def in_two_threads(
     """
     feed = _Feed(size, group_size)
     failures: list[BaseException] = []
-    done = threading.Event()  # not Thread.join, which takes the thread for ended once a signal has interrupted it
 
     def run() -> None:
         try:
@@ -51,68 +54,90 @@ def in_two_threads(
         except BaseException as error:
             failures.append(error)
         finally:
-            feed.close(stop=True)
-            done.set()
+            feed.end()
 
-    threading.Thread(target=run, daemon=True).start()
+    start_new_thread(run, ())  # not Thread.start, which waits for an Event: see _Feed
     try:
         for item in items:
             if not feed.put(item):
                 break
         feed.close()
-        done.wait()
+        feed.wait_for_end()
     except Exception:
         feed.close()
-        done.wait()
+        feed.wait_for_end()
         raise
     except BaseException:
         feed.close(stop=True)
-        done.wait(ABANDON_SECONDS if abandon else None)
+        feed.wait_for_end(ABANDON_SECONDS if abandon else math.inf)
         raise
     if failures:
         raise failures[0]
 
 
 class _Feed(Generic[Item]):
+    """The items on their way from the thread that reads to the thread that works.
+
+    Both threads wait for a SimpleQueue and for nothing else, because a signal's handler may raise between any two
+    lines of the reading thread. Between two lines of threading.Condition or Event, that leaves a lock which nobody
+    releases, or releases one which nobody holds.
+    """
+
     def __init__(self, size: Callable[[Item], int], group_size: int) -> None:
         self._size_of = size
         self._group_size = group_size
-        self._changed = threading.Condition()
-        self._items: list[Item] = []
-        self._size = 0
-        self._closed = self._stopped = False
+        self._items: SimpleQueue[Item | None] = SimpleQueue()  # None: no more come
+        self._taken: SimpleQueue[int] = SimpleQueue()  # the sizes of groups, and 0 at the end of the work
+        self._in_queue = 0  # the size of the items that are put and not yet known to be taken
+        self._stopped = self._ended = False
 
     def put(self, item: Item) -> bool:
         """Add an item once there is room. Return False when no more items are wanted."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._size < self._group_size or self._closed)
-            self._items.append(item)
-            self._size += self._size_of(item)
-            if len(self._items) == 1 or self._size >= self._group_size:
-                self._changed.notify_all()
-            return not self._closed
+        while self._in_queue >= self._group_size and not self._ended:
+            self._in_queue -= self._taken.get()
+        self._items.put(item)
+        self._in_queue += self._size_of(item)
+        return not self._ended
 
     def take(self) -> list[Item]:
         """Return the next group, empty at the end."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._items or self._closed)
-            self._changed.wait_for(lambda: self._size >= self._group_size or self._closed, PATIENCE)
-            group, self._items, self._size = self._items, [], 0
-            self._changed.notify_all()
-            self.check()
-            return group
+        group: list[Item] = []
+        size, deadline = 0, math.inf
+        with suppress(Empty):
+            while size < self._group_size:
+                item = self._items.get(timeout=None if deadline == math.inf else max(0, deadline - time.monotonic()))
+                if item is None:
+                    self._items.put(None)  # for the next call
+                    break
+                if not group:
+                    deadline = time.monotonic() + PATIENCE
+                group.append(item)
+                size += self._size_of(item)
+        self.check()
+        self._taken.put(size)
+        return group
 
     def close(self, *, stop: bool = False) -> None:
         """Accept no more items. With `stop`, end the work on earlier items too."""
-        with self._changed:
-            self._closed = True
-            self._stopped = self._stopped or stop
-            self._changed.notify_all()
+        self._stopped = self._stopped or stop
+        self._items.put(None)
 
     def check(self) -> None:
         """Raise StoppedError once stopped."""
         if self._stopped:
             raise StoppedError
+
+    def end(self) -> None:
+        """Say that the work has ended."""
+        self._ended = True
+        self._taken.put(0)
+
+    def wait_for_end(self, seconds: float = math.inf) -> None:
+        """Wait until the work has ended, or for so many seconds."""
+        deadline = time.monotonic() + seconds
+        while not self._ended and (left := deadline - time.monotonic()) > 0:
+            with suppress(Empty):
+                self._taken.get(timeout=min(left, 1.0))  # an interrupted get may have lost what it got: look again
 
 
 BATCH_ROWS = 1 << 16
