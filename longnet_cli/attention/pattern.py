@@ -371,7 +371,7 @@ class Pattern:
         if not n:
             given = [name for name in (*names, "chosen_layers") if getattr(self, name) != getattr(Pattern, name)]
             if given:
-                raise ValueError(f"{' and '.join(given)} say how blocks are chosen: give their number, chosen")
+                raise ValueError(f"{given[0]} says how blocks are chosen: give their number, chosen")
             return
         if n < 0:
             raise ValueError(f"chosen must be 0 or more blocks, got {n}")

@@ -127,19 +127,21 @@ class _Reading:
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         """Note what a model is called with, before its forward pass."""
-        ids, cache = options.get("input_ids", args[0] if args else None), options.get("past_key_values")
+        ids = options.get("input_ids", args[0] if args else None)
         self.ids, self.choices = ids, {}
-        self.cache = cache if isinstance(cache, LongNetCache) else None
-        if self.cache:
+        # its name depends on the model and on the version of transformers
+        self.cache = next((x for x in (*options.values(), *args) if isinstance(x, LongNetCache)), None)
+        if self.cache is not None:
             self.cache.read(ids)
 
     def of(self, rows: AlignedRows, pattern: Pattern) -> Choices:
         """Return the choices of some rows."""
         if rows.first not in self.choices:
             named = None
-            if self.ids is not None:
-                tokens = rows.of(self.ids)[:, rows.skip :] if self.cache else rows.of(self.ids)[:, rows.first :]
-                named = self.cache.named(rows, tokens, pattern) if self.cache else named_blocks(pattern, tokens)
+            if self.ids is not None and self.cache is not None:
+                named = self.cache.named(rows, rows.of(self.ids)[:, rows.skip :], pattern)
+            elif self.ids is not None:
+                named = named_blocks(pattern, rows.of(self.ids)[:, rows.first :])
             self.choices[rows.first] = Choices(named)
         return self.choices[rows.first]
 
