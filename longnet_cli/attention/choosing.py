@@ -198,7 +198,7 @@ def _seen(
         compared = torch.cat([candidates, earlier.blocks.flatten()]).unique()
         own = torch.isin(compared, candidates) | (compared[:, None] == earlier.blocks[:, None]).any(2)
     blocks = compared.expand(len(firsts), -1)
-    votes, finds = _votes(voters, _taken(voting.means.fine[voting.row], compared), blocks, own)
+    votes, finds = votes_and_finds(voters, _taken(voting.means.fine[voting.row], compared), blocks, own)
     if pattern.chosen_exact:
         best = _best(torch.maximum(votes, finds), min(pattern.chosen_exact, len(candidates)))
         some = blocks.gather(1, best)
@@ -217,7 +217,7 @@ def _exact_votes(voting: Voting, voters: Tensor, blocks: Tensor) -> tuple[Tensor
     inside = torch.arange(keys.shape[1], device=blocks.device)
     positions = (blocks[:, None] * keys.shape[1] + inside).flatten()
     keys = unrotated(keys.flatten(0, 1)[None], positions, voting.turn)[0].unflatten(0, keys.shape[:2])
-    return _votes(voters, keys.permute(2, 0, 1, 3), blocks[None])
+    return votes_and_finds(voters, keys.permute(2, 0, 1, 3), blocks[None])
 
 
 def _picked(pattern: Pattern, blocks: Tensor, votes: Tensor, finds: Tensor, named: Tensor | None) -> Tensor:
@@ -244,7 +244,7 @@ def _voters(voting: Voting, firsts: Sequence[int]) -> Tensor:
     return voting.queries(positions.flatten()).unflatten(0, positions.shape)
 
 
-def _votes(voters: Tensor, means: Tensor, blocks: Tensor, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def votes_and_finds(voters: Tensor, means: Tensor, blocks: Tensor, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return votes and finds (groups, C) of voters (groups, n, H, D) for blocks (groups, C), means (K, C, m, D).
 
     A group compares its `own` blocks (groups, C) alone, if not all; the others get -1.

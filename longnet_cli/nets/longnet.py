@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from longnet_cli.attention import LayerChoices, Outside, Pattern, dilated_attention
 from longnet_cli.attention.choosing import Choices, Names
+from longnet_cli.attention.sinks import Turn
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.named_blocks import named_blocks
@@ -236,6 +237,19 @@ class LongNet(Net):
                 place = place._replace(choices=LayerChoices(choices, pattern, index))
             x = layer(x, table, place, _of_layer(far, index) if far else None)
         return self.final_norm(x)
+
+    @property
+    def turns(self) -> Sequence[Turn | None]:
+        return [attention.turn for attention in self._attentions]
+
+    def choose_in(self, layers: tuple[int, ...]) -> None:
+        self.config, self.digest = self.config.model_copy(update={"chosen_layers": layers}), None
+        for attention in self._attentions:
+            attention.config, attention.pattern = self.config, self.config.pattern
+
+    @property
+    def _attentions(self) -> list[Attention]:
+        return [module for module in self.modules() if isinstance(module, Attention)]
 
     def embed(self, tokens: Tensor | None = None, embeddings: Tensor | None = None) -> Tensor:
         """Return the input of the first layer, (B, N, dim), from exactly one of the two inputs of `forward`."""

@@ -44,6 +44,7 @@ from transformers.masking_utils import (
 
 from longnet_cli.attention import FarKeys, FarSpan, LayerChoices, Outside, Pattern, dilated_attention
 from longnet_cli.attention.choosing import Choices
+from longnet_cli.attention.sinks import Turn
 from longnet_cli.attention.spans import SINKS, far_spans, lanes, span_positions, span_rows
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.models.hf.auto_longnet import LongNetPreTrainedModel  # registers its classes
@@ -115,6 +116,11 @@ def use_dilated_attention(model: PreTrainedModel, pattern: Pattern | None = None
         _watch(model, turn_of)
     make_phases_exact(model)
     return model
+
+
+def turns_of(model: PreTrainedModel) -> list[Turn | None]:
+    """Return the functions that turn the keys of each layer with dilated attention, where sinks or blocks are moved."""
+    return [module.__dict__[_TURN] for module in model.modules() if _TURN in module.__dict__]
 
 
 class _Reading:

@@ -33,11 +33,13 @@ from torch import Tensor, nn
 from longnet_cli.attention import Outside, Pattern
 from longnet_cli.attention.choosing import Choices, Names
 from longnet_cli.attention.notation import format_pattern
+from longnet_cli.attention.sinks import Turn
 from longnet_cli.basics.errors import CheckpointError, ConfigError
 from longnet_cli.models.hf.attention import (
     ATTENTION_NAME,
     check_taken,
     pattern_of,
+    turns_of,
     use_dilated_attention,
     use_own_attention,
     write_pattern,
@@ -109,6 +111,15 @@ class TransformersNet(Net):
                     f"--pattern {window} (a window and 4 sinks){finding * (limit >= _reach(Pattern.finding()))} or "
                     "--pattern dense (farther than trained)"
                 )
+
+    @property
+    def turns(self) -> Sequence[Turn | None]:
+        return turns_of(self.model)
+
+    def choose_in(self, layers: tuple[int, ...]) -> None:
+        pattern = replace(self.config.pattern, chosen_layers=layers)
+        write_pattern(self.model.config, pattern)
+        self.config, self.digest = self.config.model_copy(update={"pattern": pattern}), None
 
     def as_it_comes(self) -> TransformersNet:
         """Switch the model back to transformers' own attention, in place. Return its net: a baseline for benchmarks."""
