@@ -79,21 +79,23 @@ def stages(pattern: Pattern, candidates: float = inf) -> list[ChoiceStage]:
     return [stage for stage in fitting if candidates > stage.blocks >= fitting[-1].blocks]
 
 
-def comparisons(pattern: Pattern, stop: int) -> tuple[float, float]:
-    """Return what the group that ends at position `stop` compares: its mean keys, and its pairs of a voter and one.
+class Comparisons(NamedTuple):
+    """The mean keys that a scan compares, by half of the voters, and those that each group compares, by all of them."""
 
-    Each group has its part of a scan.
-    """
-    (w,), (back,) = pattern.segment_lengths, pattern.look_backs
-    near = ((stop - 1) // w - back) * w
+    scan: int
+    group: int
+
+
+def comparisons(pattern: Pattern, near: int) -> Comparisons:
+    """Return what is compared for queries whose near keys start at `near`."""
     if near <= pattern.chosen_keys:
-        return 0, 0
-    means, left = 0.0, near // pattern.chosen_block - 1
+        return Comparisons(0, 0)
+    scanned, left = 0, near // pattern.chosen_block - 1
     for stage in stages(pattern, left):
-        means += stage.compared(left) * pattern.chosen_every / pattern.scan_every
+        scanned += stage.compared(left)
         left = stage.blocks
-    votes = left * pattern.chosen_block // MEAN_OF + min(left, pattern.chosen_exact) * pattern.chosen_block
-    return means + votes, means * (VOTERS // 2) + votes * VOTERS
+    exact = min(left, pattern.chosen_exact) * pattern.chosen_block
+    return Comparisons(scanned, left * (pattern.chosen_block // MEAN_OF) + exact)
 
 
 class ChosenFlops(NamedTuple):
@@ -109,9 +111,10 @@ def chosen_flops(pattern: Pattern, heads: int, head_dim: int, tokens: int, kind:
         return ChosenFlops(0, 0)
     (w,), (back,) = pattern.segment_lengths, pattern.look_backs
 
-    def votes(segment: int, queries: int) -> float:
-        _, pairs = comparisons(pattern, (segment + 1) * w)
-        return 2 * -(-queries // pattern.chosen_every) * pairs
+    def votes(segment: int, queries: int) -> int:
+        scan, group = comparisons(pattern, (segment - back) * w)
+        scans, groups = -(-queries // pattern.scan_every), -(-queries // pattern.chosen_every)
+        return 2 * (scans * scan * VOTERS // 2 + groups * group * VOTERS)
 
     def attention(segment: int, queries: int) -> int:
         near = (segment - back) * w
@@ -124,11 +127,11 @@ def chosen_flops(pattern: Pattern, heads: int, head_dim: int, tokens: int, kind:
     edges = [0, pattern.chosen_keys // w, *many, whole - back - 1]
     steps = sorted(back + 1 + max(0, min(edge, whole - back - 1)) for edge in edges)
 
-    def of_document(of_segment: Callable[[int, int], float]) -> int:
+    def of_document(of_segment: Callable[[int, int], int]) -> int:
         total = of_segment(whole, rest) if whole > back else 0
         for first, stop in pairwise(steps):
-            total += (stop - first) * (of_segment(first, w) + of_segment(max(first, stop - 1), w)) / 2
-        return round(heads * head_dim * total)
+            total += (stop - first) * (of_segment(first, w) + of_segment(max(first, stop - 1), w)) // 2
+        return heads * head_dim * total
 
     return ChosenFlops(of_document(votes) if kind == "chooses" else 0, of_document(attention))
 

@@ -64,11 +64,8 @@ def let_layers_choose(net: Net) -> None:
 def peaks(evidence: list[float]) -> tuple[int, ...]:
     """Return the layers with at least LEAST of evidence, and more than the layers before and after."""
     around = [0.0, *evidence, 0.0]
-    return tuple(
-        layer
-        for layer, (before, own, after) in enumerate(zip(around, around[1:], around[2:], strict=False))
-        if own >= LEAST and before < own > after
-    )
+    neighbours = [max(around[layer], around[layer + 2]) for layer in range(len(evidence))]
+    return tuple(layer for layer, own in enumerate(evidence) if own >= LEAST and own > neighbours[layer])
 
 
 @torch.inference_mode()

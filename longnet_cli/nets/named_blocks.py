@@ -27,7 +27,7 @@ NEXT = 0.9
 _FACTORS = np.int64(6364136223846793005), np.int64(1442695040888963407)
 
 
-class Text:
+class ReadText:
     """The tokens of a text so far, and an index of their pairs and triples.
 
     The index takes 32 bytes per token, in sorted pieces of growing sizes: adding a token costs a logarithm of the
@@ -48,7 +48,7 @@ class Text:
         self._new.append(ids)
         self.length += len(ids)
 
-    def fork(self) -> Text:
+    def fork(self) -> ReadText:
         """Return another text with the same tokens so far; the index is shared."""
         new = copy.copy(self)
         new._new, new._pieces = [*self._new], [*self._pieces]
@@ -159,15 +159,15 @@ class NamedBlocks:
     hold the shard's tokens, too. All other documents begin in the shard.
     """
 
-    def __init__(self, pattern: Pattern, tokens: Tensor, texts: Sequence[Text] | None = None) -> None:
+    def __init__(self, pattern: Pattern, tokens: Tensor, texts: Sequence[ReadText] | None = None) -> None:
         self.pattern, self.tokens, self.texts = pattern, tokens, texts
-        self._own: dict[tuple[int, int], Text] = {}  # by row and first column
+        self._own: dict[tuple[int, int], ReadText] = {}  # by row and first column
         self._named: dict[tuple[int, int, int], Tensor] = {}
 
     @classmethod
     def of_shard(cls, pattern: Pattern, earlier: Tensor, tokens: Tensor) -> NamedBlocks:
         """Return the names of a shard's tokens (B, N); `earlier` (B, n) are those of its first document before it."""
-        return cls(pattern, tokens, [Text(rows) for rows in zip(earlier, tokens, strict=True)])
+        return cls(pattern, tokens, [ReadText(rows) for rows in zip(earlier, tokens, strict=True)])
 
     def __call__(self, row: int, part: GroupedPart) -> Tensor:
         key = row, part.columns.start, part.groups.first
@@ -176,15 +176,17 @@ class NamedBlocks:
             self._named[key] = torch.from_numpy(blocks).to(self.tokens.device)
         return self._named[key]
 
-    def _text(self, row: int, columns: slice) -> Text:
+    def _text(self, row: int, columns: slice) -> ReadText:
         if self.texts and not columns.start:
             return self.texts[row]
         if (row, columns.start) not in self._own:
-            self._own[row, columns.start] = Text([self.tokens[row, columns]])
+            self._own[row, columns.start] = ReadText([self.tokens[row, columns]])
         return self._own[row, columns.start]
 
 
-def named_blocks(pattern: Pattern, tokens: Tensor | None, texts: Sequence[Text] | None = None) -> NamedBlocks | None:
+def named_blocks(
+    pattern: Pattern, tokens: Tensor | None, texts: Sequence[ReadText] | None = None
+) -> NamedBlocks | None:
     """Return the names of a shard's text; None for vectors, and if the pattern has no places for blocks by name."""
     if tokens is None or tokens.is_floating_point() or pattern.chosen < NAMED:
         return None

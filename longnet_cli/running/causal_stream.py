@@ -22,7 +22,7 @@ from longnet_cli.attention import FarKeys, KVCache, Outside
 from longnet_cli.attention.groups import GroupedPart
 from longnet_cli.attention.notation import parse_pattern
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.nets.named_blocks import Text, named_blocks
+from longnet_cli.nets.named_blocks import ReadText, named_blocks
 from longnet_cli.nets.net import Net
 from longnet_cli.running.mapped import BlockFile, SpillFile, mapped_empty
 from longnet_cli.running.ranks.exchange import Exchange
@@ -91,7 +91,7 @@ class CausalStream:
         self.last_hidden: Tensor | None = None
         self.last_tokens: Tensor | None = None  # (B,); None after vectors
         self.ids: list[Tensor] = []
-        self.texts: list[Text] = []  # of the rows, for chosen blocks; none after vectors
+        self.texts: list[ReadText] = []  # of the rows, for chosen blocks; none after vectors
         self.on_choice: OnChoice | None = None
         self.caches: list[KVCache] = []  # made with the first chunk, whose keys have the dtype and the device
 
@@ -162,7 +162,7 @@ class CausalStream:
         if tokens is None or tokens.is_floating_point():
             self.texts = []
         elif not self.position:
-            self.texts = [Text([row]) for row in tokens]
+            self.texts = [ReadText([row]) for row in tokens]
         else:
             for text, row in zip(self.texts, tokens, strict=bool(self.texts)):
                 text.append(row)
@@ -249,7 +249,7 @@ class CausalStream:
                 raise ValueError(f"ids has shape {tuple(ids.shape)}, for {len(hidden)} x {self.position} tokens")
             self.ids = [ids]
             if ids.shape[1] == self.position:
-                self.texts = [Text([row]) for row in ids]
+                self.texts = [ReadText([row]) for row in ids]
         known = [x for x in (self.last_tokens, ids) if x is not None and x.numel()]
         if any(not 0 <= int(bound) < config.vocab_size for x in known for bound in x.aminmax()):
             raise ValueError("it has ids that the model does not know")

@@ -24,7 +24,7 @@ from longnet_cli.attention.choosing import Names
 from longnet_cli.attention.merging import accumulator, strided_view
 from longnet_cli.attention.spans import common_span, lanes, level_of, open_spans, rows_before, segment_rows, span_views
 from longnet_cli.nets.config import NetConfig
-from longnet_cli.nets.named_blocks import Text, named_blocks
+from longnet_cli.nets.named_blocks import ReadText, named_blocks
 from longnet_cli.nets.net import Net
 from longnet_cli.running.causal_stream import CausalStream
 from longnet_cli.running.device import precision, random_state, set_random_state
@@ -91,7 +91,7 @@ def backward_in_chunks(
             on_chunk()
     named, last = None, chunks[-1]
     if model.config.pattern.chosen:  # only the last chunk still chooses
-        texts = stream.texts or [Text() for _ in range(tokens.shape[0])]
+        texts = stream.texts or [ReadText() for _ in range(tokens.shape[0])]
         for row, text in enumerate(texts):
             text.append(tokens[row, last.start : last.mine.stop])
         named = named_blocks(model.config.pattern, tokens[:, last.mine], texts)

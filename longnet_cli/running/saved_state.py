@@ -40,7 +40,7 @@ from longnet_cli.nets.net import Net
 from longnet_cli.nets.weights import TYPE_NAMES, model_digest, write_tensors
 
 MANIFEST, PIECE = "manifest.json", re.compile(r"piece-[0-9a-f]{8}-\d{5,}\.safetensors")
-STATE_VERSION = 2  # 1: until 2026-11-28, without tensors that are empty
+STATE_VERSION = 3  # 1 and 2: until 2026-11-28, with blocks that were chosen by another rule
 KIND = "longnet state"
 READER = "reader_sha256"
 MOST_TOKENS = 1 << 53

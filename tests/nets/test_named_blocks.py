@@ -18,7 +18,7 @@ from longnet_cli.attention.groups import GroupedPart, groups_of
 from longnet_cli.nets import named_blocks
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet
-from longnet_cli.nets.named_blocks import NamedBlocks, Text
+from longnet_cli.nets.named_blocks import NamedBlocks, ReadText
 from longnet_cli.running.causal_stream import CausalStream
 
 PATTERN = Pattern((16,), (1,), look_back=1, chosen=8, chosen_block=8, chosen_every=4)
@@ -56,7 +56,7 @@ def test_names_are_those_of_a_plain_count(seed: int, tokens: int, words: int, si
     """In any chunks, and in any of two rows."""
     chance, pattern = random.Random(seed), replace(PATTERN, chosen_every=every)
     ids = torch.tensor([[chance.randrange(words) for _ in range(tokens)] for _ in range(2)])
-    texts, start = [Text(), Text()], 0
+    texts, start = [ReadText(), ReadText()], 0
     for chunk in ids.split(split(tokens, sizes), 1):
         for text, row in zip(texts, chunk, strict=True):
             text.append(row)
@@ -79,14 +79,14 @@ def test_what_stands_often_names_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     ids = torch.arange(1000, 1165)
     ids[41:43] = ids[105:107] = ids[163:165] = torch.tensor([1, 2])
     (groups,) = groups_of(PATTERN, 164, 165)
-    assert Text([ids]).named(PATTERN, groups).tolist() == [[5, 13]]
+    assert ReadText([ids]).named(PATTERN, groups).tolist() == [[5, 13]]
     ids[81:83] = ids[163:165]
-    assert Text([ids]).named(PATTERN, groups).tolist() == [[-1, -1]]
+    assert ReadText([ids]).named(PATTERN, groups).tolist() == [[-1, -1]]
 
 
 def test_a_fork_reads_on_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(named_blocks, "SPAN", 12)
-    text = Text([torch.arange(100)])
+    text = ReadText([torch.arange(100)])
     fork = text.fork()
     text.append(torch.arange(100, 170))
     fork.append(torch.arange(70))

@@ -336,7 +336,8 @@ def test_a_question_chooses_more_often(tmp_path: Path) -> None:
             torch.testing.assert_close(again(ids[:, tokens:]), whole(ids[:, tokens:]), rtol=0, atol=1e-6)
     again.save(tmp_path / "state")
     with pytest.raises(
-        ConfigError, match=r"pattern window:16,chosen=4x16,chosen_every=8,layers=0, and this is window:16,chosen=4x16,layers=0$"
+        ConfigError,
+        match=r"pattern window:16,chosen=4x16,chosen_every=8,layers=0, and this is window:16,chosen=4x16,layers=0$",
     ):
         CausalStream.load(net(coarse, layers=1), tmp_path / "state")
 

@@ -56,7 +56,7 @@ from longnet_cli.nets.named_blocks import named_blocks
 
 _TURN = "_dilated_turn"  # attribute of an attention module: the `Turn` of its sinks and chosen blocks, or None
 _PATTERN = "_dilated_pattern"  # attribute of an attention module: its config, what that says, and the `Pattern`
-_READING = "_dilated_reading"  # attribute of a model and of its attention modules: the `_Reading` of all of them
+_CURRENT = "_dilated_pass"  # attribute of a model and of its attention modules: the `_CurrentPass` of all of them
 _OWN = "_own_attention"  # attribute of a model: the name of its earlier attention
 
 _NO_LAYER = "every layer of this model has a sliding window: there is no global attention to replace"
@@ -123,7 +123,7 @@ def turns_of(model: PreTrainedModel) -> list[Turn | None]:
     return [module.__dict__[_TURN] for module in model.modules() if _TURN in module.__dict__]
 
 
-class _Reading:
+class _CurrentPass:
     """The forward pass that a model is in: its token ids, and what its layers choose."""
 
     def __init__(self) -> None:
@@ -154,13 +154,13 @@ class _Reading:
 
 def _watch(model: PreTrainedModel, modules: Iterable[nn.Module]) -> None:
     """Let a model note what it reads at each call, for its attention `modules`."""
-    reading = getattr(model, _READING, None)
-    if reading is None:
-        reading = _Reading()
-        setattr(model, _READING, reading)
-        body(model).register_forward_pre_hook(reading.begin, with_kwargs=True)
+    current = getattr(model, _CURRENT, None)
+    if current is None:
+        current = _CurrentPass()
+        setattr(model, _CURRENT, current)
+        body(model).register_forward_pre_hook(current.begin, with_kwargs=True)
     for module in modules:
-        setattr(module, _READING, reading)
+        setattr(module, _CURRENT, current)
 
 
 def _seeing_all(model: PreTrainedModel, ids: Tensor) -> Tensor:
@@ -289,7 +289,7 @@ def dilated_attention_forward(
         if pattern.chosen:
             settings["choices"] = LayerChoices(options["choices"], pattern, layer)
         return dilated_attention(q, k, v, pattern, documents=documents, **settings), None
-    reading: _Reading | None = module.__dict__.get(_READING) if pattern.chosen else None
+    current: _CurrentPass | None = module.__dict__.get(_CURRENT) if pattern.chosen else None
 
     def attend(rows: AlignedRows) -> Tensor:
         some_q, some_k, some_v = rows.of(q), rows.of(k), rows.of(v)
@@ -310,8 +310,8 @@ def dilated_attention_forward(
             far = _cached(some_k, some_v, pattern, q.shape[2], rows.start) if rows.start else Outside()
             some_k, some_v = some_k[:, rows.start :], some_v[:, rows.start :]
         shard: dict[str, Any] = {"start": rows.start, "far": far, "lengths": rows.lengths}
-        if reading:
-            shard["choices"] = LayerChoices(reading.of(rows, pattern), pattern, layer)
+        if current:
+            shard["choices"] = LayerChoices(current.of(rows, pattern), pattern, layer)
         attended = dilated_attention(some_q, some_k, some_v, pattern, **settings, **shard)
         if memory:
             cache.append(some_k, some_v, q=some_q)

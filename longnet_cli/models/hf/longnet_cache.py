@@ -33,7 +33,7 @@ from longnet_cli.attention import KVCache, Outside, Pattern
 from longnet_cli.attention.notation import format_pattern, parse_pattern
 from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.nets.config import NetConfig
-from longnet_cli.nets.named_blocks import NamedBlocks, Text, named_blocks
+from longnet_cli.nets.named_blocks import NamedBlocks, ReadText, named_blocks
 from longnet_cli.nets.net import FarProvider, Net
 from longnet_cli.nets.weights import digest_of
 from longnet_cli.running.mapped import mapped_empty
@@ -141,7 +141,7 @@ class LongNetCache(hf.DynamicCache):
         ]
         self._last: Any = None  # the layer whose `update` was called last
         self._ids: list[Tensor] | None = []  # all columns so far, (B, n) each; None after vectors
-        self._texts: dict[int, Text] = {}  # of the rows that chosen blocks were named for
+        self._texts: dict[int, ReadText] = {}  # of the rows that chosen blocks were named for
 
     @property
     def nbytes(self) -> int:
@@ -175,7 +175,7 @@ class LongNetCache(hf.DynamicCache):
         members = range(len(tokens)) if rows.members is None else rows.members
         for row in members:
             if row not in self._texts:
-                self._texts[row] = Text([torch.cat([ids[row] for ids in self._ids])[rows.first :]])
+                self._texts[row] = ReadText([torch.cat([ids[row] for ids in self._ids])[rows.first :]])
         return named_blocks(pattern, tokens, [self._texts[row] for row in members])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
