@@ -33,6 +33,7 @@ PAIRS = (
     SAMPLE,
     Needs("--keep", "-o|--format|--dry-run", "carries columns to rows", "-o, or --format jsonl or json"),
     Excludes("--token-logprobs", "--dp", "is written by one group of ranks"),
+    Needs("--top", "--token-logprobs", "adds to a file of log-probabilities", "--token-logprobs FILE"),
     Excludes("--chosen", "--dp", "is written by one group of ranks"),
     Excludes("--key-tokens", "--dp", "is for one group of ranks"),
     Excludes("--chosen", "--context", "is for whole documents"),
@@ -84,6 +85,9 @@ class ScoreCommand:
         "--token-logprobs FILE",
         "Write the log-probability of every token, in nats, to an .arrow or .parquet file. An existing file is "
         "replaced when the new one is whole.",
+    )
+    top: Literal["1"] | None = OUTPUT.option(
+        "--top 1", "Add the most likely token in each place, and its log-probability, to --token-logprobs."
     )
     chosen: str | None = OUTPUT.option(
         "--chosen FILE",
@@ -230,20 +234,20 @@ def _print_scores(options: ScoreCommand, opened: Opened, left_out: LeftOut, adva
     from longnet_cli.jobs.chosen_sources import write_chosen
     from longnet_cli.jobs.scoring.key_tokens import Judge
     from longnet_cli.jobs.scoring.measures import Total
-    from longnet_cli.jobs.scoring.score_rows import write_token_logprobs
     from longnet_cli.jobs.scoring.scoring import Scorer
+    from longnet_cli.jobs.scoring.token_logprobs import write_token_logprobs
     from longnet_cli.nets.weights import model_origin
 
     loaded, data, computing, first = opened.loaded, opened.inputs, options.computing, opened.ranks.first
-    net, logprobs, chosen = loaded.net, options.token_logprobs, options.chosen
+    net, logprobs, top, chosen = loaded.net, options.token_logprobs, bool(options.top), options.chosen
     judge = Judge(options.key_tokens, loaded.tokenizer_sha256) if options.key_tokens else None
     origin = model_origin(net, loaded.origin, loaded.tokenizer_sha256) if first else {}
-    tokens = write_token_logprobs(logprobs, origin) if logprobs and first else nullcontext()
+    tokens = write_token_logprobs(logprobs, origin, top) if logprobs and first else nullcontext()
     choices = write_chosen(chosen, net.config.pattern, origin) if chosen and first else nullcontext()
     count_bytes = loaded.tokenizer.n_bytes if loaded.tokenizer else None
     with tokens as on_tokens, choices as on_choice:
         cut, reader = _cut(options, loaded), opened.reader(computing, None, advance, on_choice)
-        scorer = Scorer(reader, cut, options.by_position, options.by_recall, count_bytes, on_tokens, judge)
+        scorer = Scorer(reader, cut, options.by_position, options.by_recall, count_bytes, on_tokens, judge, top)
         documents = opened.telling(computing, options.context)(data.documents())
         stored = data.stored() if net.config.max_tokens is not None else ()
         scores = scorer.all_results(scorer.checked(documents, stored, left_out.skip), opened.ranks)

@@ -29,8 +29,8 @@ from longnet_cli.data.documents import Document
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.estimating.training_job import memory_by_kind, step_flops
-from longnet_cli.jobs.scoring.score_rows import write_token_logprobs
 from longnet_cli.jobs.scoring.scoring import score
+from longnet_cli.jobs.scoring.token_logprobs import write_token_logprobs
 from longnet_cli.jobs.training.recipe import Recipe, load_recipe
 from longnet_cli.jobs.training.windows import TokenStream, TokenWindows
 from longnet_cli.models.folder import ModelFolder
