@@ -103,6 +103,7 @@ OPTIONS = {
 """,
     "plot": """
 ../in/metrics.jsonl
+--tokenizer           code       --tokenizer ../in/other.json @ ../start/long.arrow
 --show                stdout     --show lr
 --output              files      -o p.svg
 """,
@@ -128,6 +129,7 @@ OPTIONS = {
 --key-tokens          rows       --key-tokens ../start/short.arrow,../start/long.arrow
 --format              stdout     --format json | --format jsonl @ {READING}
 --token-logprobs      files      --token-logprobs x.arrow
+--top                 rows       --top 1 @ {READING} --format jsonl --token-logprobs x.arrow
 --chosen              files      --chosen x.arrow @ {READING} --format jsonl {CHOSEN}
 --output              files      -o gains.jsonl | -o gains.arrow @ {READING}
 --shard-tokens        files      --shard-tokens 20 @ {READING} -o out
