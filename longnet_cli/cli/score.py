@@ -12,11 +12,12 @@ from longnet_cli.basics.errors import ConfigError
 from longnet_cli.cli.dry_run import check_sample, estimate_reading
 from longnet_cli.cli.model_and_inputs import ModelAndInputs, Opened
 from longnet_cli.cli.options import OUTPUT, Computing, Documents, HelpPanel, Mesh, ModelChoice, Running
-from longnet_cli.cli.output import count_left_out, emit_json, emit_jsonl, end, printable, tell
+from longnet_cli.cli.output import count_left_out, emit_json, emit_jsonl, end, printable, say_what_is_kept, tell
 from longnet_cli.cli.pairs import SAMPLE, Excludes, Needs, check_pairs
-from longnet_cli.cli.progress import Advance, progress
+from longnet_cli.cli.progress import Advance, ExpectedTokens, progress
 
 if TYPE_CHECKING:
+    from longnet_cli.data.documents import Document
     from longnet_cli.data.left_out import LeftOut
     from longnet_cli.data.manifest import Manifest
     from longnet_cli.jobs.scoring.measures import DocumentScore, Score, Total
@@ -184,14 +185,25 @@ def _run(options: ScoreCommand, opened: Opened, earlier: Manifest | None) -> Non
     left_out = count_left_out(data.skip_bad, quiet)
     times = len(options.context or [None])  # how often each token is scored
     done = times * earlier.totals["tokens"] if earlier else 0
-    total = times * (data.num_tokens() or 0) if options.last is None else 0
-    with progress("scoring", total=total or None, start=done, quiet=quiet) as advance:
+    known = times * (data.num_tokens() or 0) if options.last is None else 0
+    expected = ExpectedTokens(data, partial(_scored, times=times, last=options.last))
+    opened = opened._replace(inputs=expected.inputs, counted=expected.counted)
+    kept = options.output or "-"
+    with (
+        say_what_is_kept(kept, quiet),
+        progress("scoring", total=known or expected.total, start=done, quiet=quiet) as advance,
+    ):
         if options.output is None:
             _print_scores(options, opened, left_out, advance)
         else:
             _write_rows(options, opened, options.output, left_out, advance)
     leave()
     end(left_out, first=opened.ranks.first, quiet=quiet)
+
+
+def _scored(document: Document, times: int, last: int | None) -> int:
+    """Return how many of a document's tokens are scored, each at `times` contexts."""
+    return times * min(len(document), last or len(document))
 
 
 def _write_rows(options: ScoreCommand, opened: Opened, output: str, left_out: LeftOut, advance: Advance) -> None:

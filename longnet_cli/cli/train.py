@@ -184,7 +184,7 @@ def _run(recipe: Recipe, options: TrainCommand, where: torch.device, ranks: Rank
     all_steps = f"{recipe.train.steps:,} steps, {most}{total:,} tokens"
     print_note(f"training {recipe.model.trained:,} parameters for {all_steps}{on_ranks}")
     with ExitStack() as stack:
-        shown: dict[str, str] = {}
+        shown: dict[str, str | None] = {}
         begun = False  # until it is True, there is nothing to save
         advance: Advance = lambda amount, **fields: None  # noqa: E731
 
@@ -199,7 +199,7 @@ def _run(recipe: Recipe, options: TrainCommand, where: torch.device, ranks: Rank
 
         def on_step(tokens: int, line: Metrics | None) -> None:
             if line:
-                shown.update(describe(line))
+                shown.update({k: v for k, v in describe(line).items() if v is not None or k not in shown})
             advance(tokens, **shown)
 
         try:
@@ -224,23 +224,19 @@ def _run(recipe: Recipe, options: TrainCommand, where: torch.device, ranks: Rank
             raise
 
 
-def describe(line: Metrics) -> dict[str, str]:
-    """Return the fields of a line of metrics that the progress line shows at its end."""
-    fields = {
-        "step": f"{line.step:,}",
+def describe(line: Metrics) -> dict[str, str | None]:
+    """Return the fields of a line of metrics for the end of the progress line, the most telling first."""
+    return {
         "loss": f"{line.loss:.4f}",
-        "ppl": f"{math.exp(min(line.loss, 99)):.2f}",
+        "step": f"{line.step:,}",
+        "held-out": None if line.held_out_loss is None else f"{line.held_out_loss:.4f}",
+        "mrr": None if line.held_out_mrr is None else f"{line.held_out_mrr:.3f}",
         "lr": f"{line.lr:.2e}",
         "grad": f"{line.grad_norm:.2f}",
         "memory": format_bytes(line.peak_memory_bytes),
+        "mfu": None if line.mfu is None else f"{100 * line.mfu:.0f}%",
+        "ppl": f"{math.exp(min(line.loss, 99)):.2f}",
     }
-    if line.mfu is not None:
-        fields["mfu"] = f"{100 * line.mfu:.0f}%"
-    if line.held_out_loss is not None:
-        fields["held-out"] = f"{line.held_out_loss:.4f}"
-    if line.held_out_mrr is not None:
-        fields["mrr"] = f"{line.held_out_mrr:.3f}"
-    return fields
 
 
 def _again(output: str, ranks: Ranks) -> str:
