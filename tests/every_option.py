@@ -198,6 +198,7 @@ hello -m ../in/native -n 6 --format jsonl
 --stop                rows       --stop B --stop S --stop T --stop U --stop V @ hello -m ../in/native -n 60 --format jsonl --temperature 9 --seed 1
 --format              stdout     --format jsonl | --format text @ hello -m ../in/native -n 6
 --save-state          files      --save-state s
+--dry-run             stdout     --dry-run @ hello -m ../in/native -n 6
 --sources             rows       --sources @ -i ../in/t.txt -m ../in/native -n 6 --format jsonl {CHOSEN}
 {DEVICE}
 --dtype               rows       --dtype bf16

@@ -16,7 +16,7 @@ from longnet_cli.basics.sizes import format_bytes
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.dry_run import Format, show_training
 from longnet_cli.cli.options import COMPUTE, INPUT, OUTPUT, HelpPanel, Mesh, argument, bare_or, read_pattern
-from longnet_cli.cli.output import tell
+from longnet_cli.cli.output import note, tell
 from longnet_cli.cli.pairs import Excludes, Needs, check_pairs
 from longnet_cli.cli.progress import Advance, progress
 from longnet_cli.cli.starting import ask_hub, freeze_imports, launch
@@ -130,6 +130,8 @@ def train(options: TrainCommand) -> None:
     freeze_imports()
     ranks, where = join(options.device, sp=recipe.parallel.sp, dp=recipe.parallel.dp)
     recipe = settle_chunk(recipe, where, ranks)
+    quiet = options.quiet or not ranks.first
+    _note_reach(recipe, quiet)
     if options.dry_run:
         estimated = estimate_training(recipe, where, ranks)
         leave()
@@ -138,7 +140,6 @@ def train(options: TrainCommand) -> None:
         return
     if where.type == "cpu":
         keep_freed_memory()
-    quiet = options.quiet or not ranks.first
     result = _run(recipe, options, where, ranks, quiet)
     leave()
     contrast = recipe.train.objective == "contrast"
@@ -147,6 +148,18 @@ def train(options: TrainCommand) -> None:
     tell(f"saved {result.output} after {result.steps:,} steps{loss}", quiet)
     use = "score it: longnet score --ppl" if recipe.model.causal and not contrast else "use it: longnet encode"
     tell(f"{use} --model {_path(options.output)} FILE", quiet)
+
+
+def _note_reach(recipe: Recipe, quiet: bool) -> None:
+    """Say so if a stage's sequences are longer than the pattern links."""
+    from longnet_cli.attention.notation import format_pattern
+    from longnet_cli.jobs.describing import farthest
+
+    longest = max(stage.seq_len for stage in recipe.train.stages)
+    reach = farthest(recipe.model.pattern, recipe.model.num_layers)
+    if reach is not None and reach < longest:
+        said = f"pattern {format_pattern(recipe.model.pattern)} links tokens at most {reach:,} apart"
+        note(f"{said}, and sequences have {longest:,}: what is farther is never seen", quiet)
 
 
 def _recipe(options: TrainCommand) -> Recipe:

@@ -14,7 +14,8 @@ Text comes as its tokens come: never half a character, and nothing from a stop t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -25,10 +26,12 @@ from longnet_cli.basics.errors import ConfigError, DataError, NotFiniteError
 from longnet_cli.data.documents import Document
 from longnet_cli.data.text_stream import TextStream
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.nets.net import Bos, InputSequence, Net
+from longnet_cli.jobs.row_jobs import DocumentJob
+from longnet_cli.nets.net import Bos, InputSequence, Net, bos_ids
 from longnet_cli.running.causal_stream import CausalStream, open_stream
 from longnet_cli.running.chunk_size import chunk_of, default_chunk
 from longnet_cli.running.device import precision
+from longnet_cli.running.reader import Reader
 
 
 class StopTexts:
@@ -128,6 +131,48 @@ def generate(
     return _Generator(
         model, tokenizer, sampler, end_ids, stop, chunk, dtype, stream or open_stream(model, spill=spill), on_progress
     ).run(sequence, max_tokens, reads_all=stream is not None)
+
+
+class PromptJob(DocumentJob[None]):
+    """What reading a prompt and its continuation takes, for `reading_job.estimate_documents`. It has no results."""
+
+    alone = True
+    nothing = "no prompt has a token"
+
+    def __init__(self, reader: Reader, bos: Bos, max_tokens: int) -> None:
+        super().__init__(reader)
+        _check(reader.model, None, max_tokens, 0.0, 1.0, (), least=1)
+        self.bos, self.max_tokens = bos, max_tokens
+
+    def sequence(self, document: Document) -> InputSequence[Document]:
+        return self.reader.model.sequence(document, self.bos).check("give a shorter prompt", skips=False)
+
+    def window_sizes(self, tokens: int) -> Iterator[tuple[int, int]]:
+        yield tokens + len(bos_ids(self.bos)) + self.max_tokens, 1 + self.max_tokens
+
+    def results(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[None]:
+        raise NotImplementedError
+
+    def tokens(self, result: None) -> int:
+        raise NotImplementedError
+
+
+MEASURED = 4  # tokens
+
+
+@torch.inference_mode()
+def measure_token(model: Net, dtype: str) -> float:
+    """Return the seconds that a new token takes, at best of MEASURED, after a prompt of as many random tokens."""
+    device, stream = next(model.parameters()).device, open_stream(model)
+    seconds = []
+    with precision(dtype, device):
+        stream(torch.randint(model.config.vocab_size, (1, MEASURED), device=device))
+        for _ in range(MEASURED):
+            began = time.perf_counter()
+            hidden = stream(torch.randint(model.config.vocab_size, (1, 1), device=device))
+            int(model.logits(hidden[0, -1]).argmax(-1))
+            seconds.append(time.perf_counter() - began)
+    return min(seconds)
 
 
 class Sampler:
