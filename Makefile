@@ -19,7 +19,7 @@ RUN_TESTS = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n au
   --dist loadfile --no-loadscope-reorder $(PYTEST)
 NOT_OF_CI = --ignore=tests/clients# whose imports take seconds
 
-.PHONY: demo docs/demo.svg test test-rest test-all quick matrix gpu docs lint check wheel-check clean
+.PHONY: demo docs/demo.svg docs/surprise.png test test-rest test-all quick matrix gpu docs lint check wheel-check clean
 
 demo: .venv/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
@@ -29,6 +29,16 @@ docs/demo.svg: .venv/.installed
 	mkdir -p build
 	PATH="$(CURDIR)/$(BIN):$$PATH" script -qec "stty cols 127; bash examples/demo.sh" /dev/null > build/demo.txt
 	$(BIN)/python examples/draw_terminal.py $@ < build/demo.txt
+
+# The page of docs/surprise.md, in a browser: CHROMIUM draws it.
+CHROMIUM ?= chromium
+docs/surprise.png: .venv/.installed
+	mkdir -p build
+	$(BIN)/longnet score examples/cluster.py --token-logprobs build/whole.arrow --top 1
+	$(BIN)/longnet score examples/cluster.py --token-logprobs build/near.arrow --context 64
+	cd build && ../$(BIN)/longnet plot near.arrow whole.arrow -o surprise.html
+	$(CHROMIUM) --headless --no-sandbox --disable-gpu --hide-scrollbars --virtual-time-budget=5000 \
+	  --window-size=960,520 --screenshot=$@ build/surprise.html
 
 test: .venv/.installed-dev
 	$(RUN_TESTS) $(NOT_OF_CI) -m 'not (slow or gpu or ci)'

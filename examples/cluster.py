@@ -147,8 +147,11 @@ class Plan:
 
 
 def ordered(plans: Sequence[Plan]) -> list[Plan]:
-    """Return the plans that fit, the fastest first, then the others, by their memory."""
-    return sorted(plans, key=lambda plan: (not plan.fits, plan.total if plan.fits else plan.peak))
+    """Return the plans that fit, the fastest first, then the others, by their memory.
+
+    Plans come in with the simplest first, which stay before others whose three printed digits are the same.
+    """
+    return sorted(plans, key=lambda plan: (not plan.fits, float(f"{plan.total if plan.fits else plan.peak:.3g}")))
 
 
 class Shared(NamedTuple):

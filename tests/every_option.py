@@ -103,6 +103,7 @@ OPTIONS = {
 """,
     "plot": """
 ../in/metrics.jsonl
+--tokenizer           code       --tokenizer ../in/other.json @ ../start/long.arrow
 --show                stdout     --show lr
 --output              files      -o p.svg
 """,
@@ -128,6 +129,7 @@ OPTIONS = {
 --key-tokens          rows       --key-tokens ../start/short.arrow,../start/long.arrow
 --format              stdout     --format json | --format jsonl @ {READING}
 --token-logprobs      files      --token-logprobs x.arrow
+--top                 rows       --top 1 @ {READING} --format jsonl --token-logprobs x.arrow
 --chosen              files      --chosen x.arrow @ {READING} --format jsonl {CHOSEN}
 --output              files      -o gains.jsonl | -o gains.arrow @ {READING}
 --shard-tokens        files      --shard-tokens 20 @ {READING} -o out
@@ -196,6 +198,7 @@ hello -m ../in/native -n 6 --format jsonl
 --stop                rows       --stop B --stop S --stop T --stop U --stop V @ hello -m ../in/native -n 60 --format jsonl --temperature 9 --seed 1
 --format              stdout     --format jsonl | --format text @ hello -m ../in/native -n 6
 --save-state          files      --save-state s
+--dry-run             stdout     --dry-run @ hello -m ../in/native -n 6
 --sources             rows       --sources @ -i ../in/t.txt -m ../in/native -n 6 --format jsonl {CHOSEN}
 {DEVICE}
 --dtype               rows       --dtype bf16

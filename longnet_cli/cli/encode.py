@@ -11,9 +11,9 @@ from longnet_cli.cli import options as shared
 from longnet_cli.cli.dry_run import Format, check_sample, estimate_reading
 from longnet_cli.cli.model_and_inputs import ModelAndInputs, Opened
 from longnet_cli.cli.options import OUTPUT, Computing, Documents, HelpPanel, Mesh, ModelChoice, Running
-from longnet_cli.cli.output import count_left_out, end, tell
+from longnet_cli.cli.output import count_left_out, end, say_what_is_kept, tell
 from longnet_cli.cli.pairs import SAMPLE, check_pairs
-from longnet_cli.cli.progress import progress
+from longnet_cli.cli.progress import ExpectedTokens, progress
 
 if TYPE_CHECKING:
     from longnet_cli.data.manifest import Manifest
@@ -136,11 +136,16 @@ def _write(options: EncodeCommand, opened: Opened, own: EncodeOptions, earlier: 
     net, data, quiet, computing = opened.loaded.net, opened.inputs, opened.quiet, options.computing
     done = earlier.totals["tokens"] if earlier else 0
     left_out = count_left_out(data.skip_bad, quiet)
-    with progress("encoding", total=data.num_tokens(), start=done, quiet=quiet) as advance:
+    expected = ExpectedTokens(data)
+    opened = opened._replace(inputs=expected.inputs, counted=expected.counted)
+    with (
+        say_what_is_kept(options.output, quiet),
+        progress("encoding", total=data.num_tokens() or expected.total, start=done, quiet=quiet) as advance,
+    ):
         written = write_rows(
             partial(Encoder, options=own),
             net,
-            data,
+            expected.inputs,
             options.output,
             shard_size=options.shard_rows,
             shard_format=options.shard_format,

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Literal
 from longnet_cli.basics.errors import ConfigError, LongNetError
 from longnet_cli.basics.sizes import format_bytes, format_duration
 from longnet_cli.cli import options as shared
+from longnet_cli.cli.dry_run import room, show_reading
 from longnet_cli.cli.options import INPUT, OUTPUT, Computing, HelpPanel, ModelChoice, argument, read_pattern
 from longnet_cli.cli.output import emit_jsonl, note, printable, tell
-from longnet_cli.cli.pairs import Needs, check_pairs
+from longnet_cli.cli.pairs import Excludes, Needs, check_pairs
 from longnet_cli.cli.progress import progress
 from longnet_cli.cli.starting import ask_hub, freeze_imports
 from longnet_cli.cli.state import check_spill, say_state
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from longnet_cli.data.documents import Document
     from longnet_cli.data.inputs import Inputs
     from longnet_cli.jobs.chosen_sources import Passage
+    from longnet_cli.jobs.estimating.reading_job import Room
     from longnet_cli.jobs.generating import Step
     from longnet_cli.models.folder import Loaded
     from longnet_cli.running.causal_stream import CausalStream
@@ -44,6 +46,9 @@ PAIRS = (
         "needs a temperature above 0",
         "--temperature, which is 1 for the model's own probabilities",
     ),
+    Excludes("--dry-run", "--format", "prints a table"),
+    Excludes("--dry-run", "--state", "estimates what reading a whole prompt takes"),
+    Excludes("--dry-run", "--save-state", "saves nothing"),
 )
 
 
@@ -95,6 +100,10 @@ class GenerateCommand:
         "Print on stderr, or in the line of JSON, the passages that the answer chose more than the text "
         "before it did. It needs a pattern with chosen blocks.",
     )
+    dry_run: bool = OUTPUT.flag(
+        "--dry-run",
+        "Read the prompts, print tokens, FLOPs, memory and time, and stop. The exit code is 5 if it does not fit.",
+    )
     computing: Computing
 
 
@@ -110,7 +119,10 @@ def generate(options: GenerateCommand) -> None:
         raise ConfigError(f"--seed {options.seed} is not a number from 0 to 2^63 - 1")
     check_spill(options.computing.spill)
     text, save_state = _text(options.prompt, options.inputs, options.state), options.save_state
-    loaded = _open(options, text)
+    loaded, free = _open(options, text)
+    if free:
+        _estimate(options, loaded, free, text)
+        return
     stream = _stream(options, loaded)
     job = _TextGenerator(options, loaded)
     more = job.max_tokens + (stream.position if stream else 0)
@@ -125,8 +137,8 @@ def generate(options: GenerateCommand) -> None:
         tell(f"{save_state}: the state after {stream.position:,} tokens, {format_bytes(size)}", computing.quiet)
 
 
-def _open(options: GenerateCommand, text: str | None) -> Loaded:
-    """Return the model, if it can do what the options ask for."""
+def _open(options: GenerateCommand, text: str | None) -> tuple[Loaded, Room | None]:
+    """Return the model, if it can do what the options ask for; and of a dry run, the memory before it was loaded."""
     from longnet_cli.models.folder import ModelFolder
     from longnet_cli.running.device import select_device
 
@@ -136,7 +148,9 @@ def _open(options: GenerateCommand, text: str | None) -> Loaded:
         ask_hub(choice.model, options.tokenizer)
     freeze_imports()
     where = select_device(computing.device)
-    loaded = ModelFolder.find(choice.model, gguf=True).load(
+    folder = ModelFolder.find(choice.model, gguf=True)
+    free = room(folder, computing.dtype, where) if options.dry_run else None
+    loaded = folder.load(
         device=where,
         dtype=computing.dtype,
         tokenizer=options.tokenizer,
@@ -155,7 +169,25 @@ def _open(options: GenerateCommand, text: str | None) -> Loaded:
         raise ConfigError(
             f"{choice.model}: there is no tokenizer: give --tokenizer, or token ids with --input and --format jsonl"
         )
-    return loaded
+    return loaded, free
+
+
+def _estimate(options: GenerateCommand, loaded: Loaded, free: Room, text: str | None) -> None:
+    """Print what reading the prompts and generating the most tokens would take. Raises as `show_reading`."""
+    from longnet_cli.jobs.estimating.reading_job import estimate_documents
+    from longnet_cli.jobs.generating import PromptJob, measure_token
+    from longnet_cli.running.reader import share_reader
+
+    computing, generator = options.computing, _TextGenerator(options, loaded)
+    documents, _ = _documents(options, loaded, text)
+    reader = share_reader(loaded.net, chunk=computing.chunk, dtype=computing.dtype, spill=computing.spill)
+    job = PromptJob(reader, generator.bos_ids, generator.max_tokens)
+    estimate = estimate_documents(job, documents, room=free, tokenizer=loaded.tokenizer)
+    each = measure_token(loaded.net, computing.dtype)
+    seconds = estimate.seconds + estimate.documents * generator.max_tokens * each
+    most = f"at most {generator.max_tokens} tokens of each"
+    said = f"{most}, {format_duration(each)} a token (measured after a short prompt)"
+    show_reading(replace(estimate, seconds=seconds, output=said), "text", "generating")
 
 
 class _TextGenerator:

@@ -28,6 +28,7 @@ class Opened(NamedTuple):
     """A model, the documents that it reads, and the ranks that share them.
 
     `room` is the memory before the model was loaded, of a dry run. `quiet` is true for all ranks except the first.
+    Documents are passed through `counted` before they are read.
     """
 
     loaded: Loaded
@@ -35,6 +36,7 @@ class Opened(NamedTuple):
     ranks: Ranks
     room: Room | None
     quiet: bool
+    counted: Callable[[Iterable[Document]], Iterable[Document]] = iter
 
     def reader(
         self,
@@ -62,7 +64,8 @@ class Opened(NamedTuple):
         """Return what passes documents on, and says what the longest one keeps (`state.say_state`)."""
         known = self.inputs.stored() if not self.inputs.skip_bad else ()
         net, quiet = self.loaded.net, self.quiet
-        return partial(say_state, stored=known, net=net, computing=computing, contexts=contexts, quiet=quiet)
+        said = partial(say_state, stored=known, net=net, computing=computing, contexts=contexts, quiet=quiet)
+        return lambda documents: said(self.counted(documents))
 
 
 class ModelAndInputs:

@@ -13,8 +13,8 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -198,6 +198,26 @@ def check_output(
         why = "one file is what its name says" if name == "--shard-format" else "a single file or stream has no parts"
         raise ConfigError(f"{output}: {name} is for a folder of shards: {why}")
     return run_to_resume(output, resume=resume) if is_folder(output, resume=resume) and not dry_run else None
+
+
+@contextmanager
+def say_what_is_kept(output: str, quiet: bool) -> Iterator[None]:
+    """Run a job that writes rows to `output`. If it is stopped, say what is kept and how to go on, unless `quiet`."""
+    from longnet_cli.data.manifest import read_manifest
+    from longnet_cli.data.outputs import is_folder
+
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        if is_folder(output) and (manifest := read_manifest(output)):
+            kept = f"{output} keeps {manifest.totals['documents']:,} documents"
+            what = f"{kept}: the same command with --resume goes on"
+        elif output == "-":
+            what = "only what was written to stdout is kept"
+        else:
+            what = f"nothing is kept in {output}, which is written whole; of a folder (-o NAME), finished shards are"
+        tell(f"stopped: {what}", quiet)
+        raise
 
 
 def count_left_out(skip_bad: bool, quiet: bool) -> LeftOut:

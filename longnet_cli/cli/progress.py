@@ -6,20 +6,27 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from longnet_cli.basics.sizes import format_count, format_duration
 from longnet_cli.cli.output import printable
 
+if TYPE_CHECKING:
+    from longnet_cli.data.documents import Document
+    from longnet_cli.data.inputs import Inputs
+
 RECENT = 60.0  # seconds
+BAR, SHORT_BAR = 24, 8  # columns
 Advance = Callable[..., None]
 
 
 @contextmanager
 def progress(
     description: str,
-    total: int | None,
+    total: int | Callable[[], int | None] | None,
     unit: str = "tok",
     *,
     start: int = 0,
@@ -28,9 +35,10 @@ def progress(
 ) -> Iterator[Advance]:
     """Show the progress of a job: `with progress("scoring", total=n) as advance: advance(512, loss="2.31")`.
 
-    `total` is None if the end is unknown; `start` is the amount that an earlier run had done. The fields of the latest
-    `advance` appear at the end of the line. Without a terminal, a line comes every `every` seconds, so a quick job
-    prints nothing.
+    `total` is None if the end is unknown, a function if it is estimated while the job runs. `start` is the amount that
+    an earlier run had done. The fields of the latest `advance` appear at the end of the line; where a terminal is too
+    narrow, the last ones are left out. Without a terminal, a line comes every `every` seconds, so a quick job prints
+    nothing.
     """
     meter, description = _Meter(total, unit, start), printable(description)
     if quiet or not sys.stderr:
@@ -42,6 +50,30 @@ def progress(
         yield _lines(description, meter, every)
 
 
+class ExpectedTokens:
+    """An estimate of the tokens of all documents, by the bytes of the inputs that those so far take.
+
+    `inputs` are to be read in place of the ones given, and the documents to be passed through `counted`.
+    """
+
+    def __init__(self, inputs: Inputs, size: Callable[[Document], int] = len) -> None:
+        from longnet_cli.data.input_share import InputShare
+
+        self._watch, self._size, self._tokens = InputShare(), size, 0
+        self.inputs = replace(inputs, watch=self._watch)
+
+    def counted(self, documents: Iterable[Document]) -> Iterator[Document]:
+        """Yield the documents, and count their tokens."""
+        for document in documents:
+            self._tokens += self._size(document)
+            yield document
+
+    def total(self) -> int | None:
+        """Return the expected number, None before the first document and where no size of a file is known."""
+        share = self._watch.share
+        return round(self._tokens / share) if share and self._tokens else None
+
+
 # Not tqdm, nor the time and speed columns of rich: logs get plain lines, and the time left follows the last minute.
 class _Meter:
     """A counter of the work done, with its status in words.
@@ -50,12 +82,18 @@ class _Meter:
     work may have been different.
     """
 
-    def __init__(self, total: int | None, unit: str, start: int) -> None:
-        self.total, self.unit, self.start = total, unit, start
+    def __init__(self, total: int | Callable[[], int | None] | None, unit: str, start: int) -> None:
+        self._total, self.unit, self.start = total, unit, start
         self.done = start
         self.began = time.monotonic()
         self.fields: dict[str, object] = {}
         self.marks = deque([(self.began, start)])  # (time, done), one per second, of the last minute
+
+    @property
+    def total(self) -> int | None:
+        """The whole amount, which is not less than what is done."""
+        total = self._total() if callable(self._total) else self._total
+        return max(total, self.done) if total is not None and callable(self._total) else total
 
     def advance(self, amount: int, **fields: object) -> None:
         self.done += amount
@@ -73,17 +111,27 @@ class _Meter:
             return None
         return (total - self.done) * (time.monotonic() - since) / (self.done - done)
 
-    def status(self) -> str:
-        """Return the status: `1.20M/10.0M tok, 34.1k tok/s, 4m18s left, loss 2.31`."""
-        elapsed = time.monotonic() - self.began
+    def status(self, width: int | None = None) -> str:
+        """Return the status: `12 %, 1.20M/10.0M tok, 34.1k tok/s, 4m18s left, loss 2.31`; ~10.0M is an estimate.
+
+        If it is longer than `width`, the last fields are left out.
+        """
+        elapsed, total = time.monotonic() - self.began, self.total
         rate = (self.done - self.start) / elapsed if elapsed > 0 else 0.0
-        of_total = f"/{format_count(self.total)}" if self.total is not None else ""
-        parts = [f"{format_count(self.done)}{of_total} {self.unit}", f"{format_count(rate)} {self.unit}/s"]
-        if self.total is None or self.done >= self.total:
+        about = "~" if callable(self._total) else ""
+        of_total = f"/{about}{format_count(total)}" if total is not None else ""
+        parts = [f"{100 * self.done / total:.0f} %"] if total and self.done < total else []
+        parts += [f"{format_count(self.done)}{of_total} {self.unit}", f"{format_count(rate)} {self.unit}/s"]
+        if total is None or self.done >= total:
             parts.append(f"in {format_duration(elapsed)}")
-        elif (left := self._left(self.total)) is not None:
+        elif (left := self._left(total)) is not None:
             parts.append(f"{format_duration(left)} left")
-        return printable(", ".join(parts + [f"{name} {value}" for name, value in self.fields.items()]))
+        fields = [f"{name} {value}" for name, value in self.fields.items() if value is not None]
+        while True:
+            status = printable(", ".join(parts + fields))
+            if width is None or len(status) <= width or not fields:
+                return status
+            fields.pop()
 
 
 def _lines(description: str, meter: _Meter, every: float) -> Advance:
@@ -101,22 +149,28 @@ def _lines(description: str, meter: _Meter, every: float) -> Advance:
 
 @contextmanager
 def _bar(description: str, meter: _Meter) -> Iterator[Advance]:
+    from rich.cells import cell_len
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
 
+    bar = BarColumn(bar_width=BAR)
     columns = (
         TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=24),
+        bar,
         TextColumn("{task.fields[status]}", markup=False),
     )
     # Rich would redirect stdout to its own console, which is stderr. That is right only for a shared terminal, where
     # rows must appear above the bar.
-    with Progress(*columns, console=Console(stderr=True), redirect_stdout=_stdout_is_terminal()) as bar:
-        task = bar.add_task(description, total=meter.total, completed=meter.done, status="")
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, redirect_stdout=_stdout_is_terminal()) as shown:
+        task = shown.add_task(description, total=meter.total, completed=meter.done, status="")
 
         def advance(amount: int, **fields: object) -> None:
             meter.advance(amount, **fields)
-            bar.update(task, completed=meter.done, status=meter.status())
+            room = console.width - cell_len(description) - 2  # two spaces between columns
+            status = meter.status(room - SHORT_BAR)
+            bar.bar_width = max(SHORT_BAR, min(BAR, room - cell_len(status)))
+            shown.update(task, completed=meter.done, total=meter.total, status=status)
 
         yield advance
 

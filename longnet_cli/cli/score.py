@@ -12,11 +12,12 @@ from longnet_cli.basics.errors import ConfigError
 from longnet_cli.cli.dry_run import check_sample, estimate_reading
 from longnet_cli.cli.model_and_inputs import ModelAndInputs, Opened
 from longnet_cli.cli.options import OUTPUT, Computing, Documents, HelpPanel, Mesh, ModelChoice, Running
-from longnet_cli.cli.output import count_left_out, emit_json, emit_jsonl, end, printable, tell
+from longnet_cli.cli.output import count_left_out, emit_json, emit_jsonl, end, printable, say_what_is_kept, tell
 from longnet_cli.cli.pairs import SAMPLE, Excludes, Needs, check_pairs
-from longnet_cli.cli.progress import Advance, progress
+from longnet_cli.cli.progress import Advance, ExpectedTokens, progress
 
 if TYPE_CHECKING:
+    from longnet_cli.data.documents import Document
     from longnet_cli.data.left_out import LeftOut
     from longnet_cli.data.manifest import Manifest
     from longnet_cli.jobs.scoring.measures import DocumentScore, Score, Total
@@ -33,6 +34,7 @@ PAIRS = (
     SAMPLE,
     Needs("--keep", "-o|--format|--dry-run", "carries columns to rows", "-o, or --format jsonl or json"),
     Excludes("--token-logprobs", "--dp", "is written by one group of ranks"),
+    Needs("--top", "--token-logprobs", "adds to a file of log-probabilities", "--token-logprobs FILE"),
     Excludes("--chosen", "--dp", "is written by one group of ranks"),
     Excludes("--key-tokens", "--dp", "is for one group of ranks"),
     Excludes("--chosen", "--context", "is for whole documents"),
@@ -84,6 +86,9 @@ class ScoreCommand:
         "--token-logprobs FILE",
         "Write the log-probability of every token, in nats, to an .arrow or .parquet file. An existing file is "
         "replaced when the new one is whole.",
+    )
+    top: Literal["1"] | None = OUTPUT.option(
+        "--top 1", "Add the most likely token in each place, and its log-probability, to --token-logprobs."
     )
     chosen: str | None = OUTPUT.option(
         "--chosen FILE",
@@ -180,14 +185,25 @@ def _run(options: ScoreCommand, opened: Opened, earlier: Manifest | None) -> Non
     left_out = count_left_out(data.skip_bad, quiet)
     times = len(options.context or [None])  # how often each token is scored
     done = times * earlier.totals["tokens"] if earlier else 0
-    total = times * (data.num_tokens() or 0) if options.last is None else 0
-    with progress("scoring", total=total or None, start=done, quiet=quiet) as advance:
+    known = times * (data.num_tokens() or 0) if options.last is None else 0
+    expected = ExpectedTokens(data, partial(_scored, times=times, last=options.last))
+    opened = opened._replace(inputs=expected.inputs, counted=expected.counted)
+    kept = options.output or "-"
+    with (
+        say_what_is_kept(kept, quiet),
+        progress("scoring", total=known or expected.total, start=done, quiet=quiet) as advance,
+    ):
         if options.output is None:
             _print_scores(options, opened, left_out, advance)
         else:
             _write_rows(options, opened, options.output, left_out, advance)
     leave()
     end(left_out, first=opened.ranks.first, quiet=quiet)
+
+
+def _scored(document: Document, times: int, last: int | None) -> int:
+    """Return how many of a document's tokens are scored, each at `times` contexts."""
+    return times * min(len(document), last or len(document))
 
 
 def _write_rows(options: ScoreCommand, opened: Opened, output: str, left_out: LeftOut, advance: Advance) -> None:
@@ -230,20 +246,20 @@ def _print_scores(options: ScoreCommand, opened: Opened, left_out: LeftOut, adva
     from longnet_cli.jobs.chosen_sources import write_chosen
     from longnet_cli.jobs.scoring.key_tokens import Judge
     from longnet_cli.jobs.scoring.measures import Total
-    from longnet_cli.jobs.scoring.score_rows import write_token_logprobs
     from longnet_cli.jobs.scoring.scoring import Scorer
+    from longnet_cli.jobs.scoring.token_logprobs import write_token_logprobs
     from longnet_cli.nets.weights import model_origin
 
     loaded, data, computing, first = opened.loaded, opened.inputs, options.computing, opened.ranks.first
-    net, logprobs, chosen = loaded.net, options.token_logprobs, options.chosen
+    net, logprobs, top, chosen = loaded.net, options.token_logprobs, bool(options.top), options.chosen
     judge = Judge(options.key_tokens, loaded.tokenizer_sha256) if options.key_tokens else None
     origin = model_origin(net, loaded.origin, loaded.tokenizer_sha256) if first else {}
-    tokens = write_token_logprobs(logprobs, origin) if logprobs and first else nullcontext()
+    tokens = write_token_logprobs(logprobs, origin, top) if logprobs and first else nullcontext()
     choices = write_chosen(chosen, net.config.pattern, origin) if chosen and first else nullcontext()
     count_bytes = loaded.tokenizer.n_bytes if loaded.tokenizer else None
     with tokens as on_tokens, choices as on_choice:
         cut, reader = _cut(options, loaded), opened.reader(computing, None, advance, on_choice)
-        scorer = Scorer(reader, cut, options.by_position, options.by_recall, count_bytes, on_tokens, judge)
+        scorer = Scorer(reader, cut, options.by_position, options.by_recall, count_bytes, on_tokens, judge, top)
         documents = opened.telling(computing, options.context)(data.documents())
         stored = data.stored() if net.config.max_tokens is not None else ()
         scores = scorer.all_results(scorer.checked(documents, stored, left_out.skip), opened.ranks)

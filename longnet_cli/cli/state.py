@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from longnet_cli.basics.errors import ConfigError
+from longnet_cli.basics.errors import ConfigError, MemoryLimitError
 from longnet_cli.basics.sizes import format_bytes
 from longnet_cli.cli.options import Computing
 from longnet_cli.cli.output import tell
@@ -38,26 +39,35 @@ def say_state(
 
     Lengths of `stored` documents are known before the first one; otherwise, one that is twice as long as those before
     has a line of its own. `more` tokens follow each document. Each is read whole, or at the longest of `contexts`.
+    Raises MemoryLimitError for one whose part in the folder of --spill is larger than what was free there at first.
     """
     from longnet_cli.running.chunk_size import chunk_of, default_chunk
     from longnet_cli.running.device import DTYPES, resolve_dtype
 
     config, device, spill = net.config, next(net.parameters()).device, computing.spill
-    said = chunk_of(computing.chunk, default_chunk(config, device)) / 2
+    free = shutil.disk_usage(spill).free if spill else 0
+    chunk = chunk_of(computing.chunk, default_chunk(config, device))
+    said = chunk / 2
     itemsize = DTYPES[resolve_dtype(computing.dtype, device)].itemsize
 
     def say(tokens: int) -> None:
         nonlocal said
-        if (tokens := min(tokens, max(contexts or (tokens,))) + more) <= 2 * said:
+        tokens = min(tokens, max(contexts or (tokens,))) + more
+        size, blocks = config.cache_bytes(tokens, itemsize), config.spilled_bytes(tokens, itemsize)
+        if spill and blocks > free and tokens > chunk:
+            raise MemoryLimitError(
+                f"--spill {spill}: {tokens:,} tokens keep {format_bytes(blocks)} there, and {format_bytes(free)} "
+                "are free"
+            )
+        if tokens <= 2 * said:
             return
         said = tokens
-        size, blocks = config.cache_bytes(tokens, itemsize), config.spilled_bytes(tokens, itemsize)
         where = f"{format_bytes(size - blocks)} of memory and {format_bytes(blocks)} in {spill}"
         tell(f"{tokens:,} tokens keep {where if spill else f'{format_bytes(size)} of memory'} for chosen blocks", quiet)
 
-    if config.pattern.chosen and not quiet:
+    if config.pattern.chosen:
         say(max(map(len, stored), default=0))
     for document in documents:
-        if config.pattern.chosen and not quiet:
+        if config.pattern.chosen:
             say(len(document))
         yield document

@@ -16,7 +16,7 @@ from longnet_cli.basics.sizes import format_bytes
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.dry_run import Format, show_training
 from longnet_cli.cli.options import COMPUTE, INPUT, OUTPUT, HelpPanel, Mesh, argument, bare_or, read_pattern
-from longnet_cli.cli.output import tell
+from longnet_cli.cli.output import note, tell
 from longnet_cli.cli.pairs import Excludes, Needs, check_pairs
 from longnet_cli.cli.progress import Advance, progress
 from longnet_cli.cli.starting import ask_hub, freeze_imports, launch
@@ -130,6 +130,8 @@ def train(options: TrainCommand) -> None:
     freeze_imports()
     ranks, where = join(options.device, sp=recipe.parallel.sp, dp=recipe.parallel.dp)
     recipe = settle_chunk(recipe, where, ranks)
+    quiet = options.quiet or not ranks.first
+    _note_reach(recipe, quiet)
     if options.dry_run:
         estimated = estimate_training(recipe, where, ranks)
         leave()
@@ -138,7 +140,6 @@ def train(options: TrainCommand) -> None:
         return
     if where.type == "cpu":
         keep_freed_memory()
-    quiet = options.quiet or not ranks.first
     result = _run(recipe, options, where, ranks, quiet)
     leave()
     contrast = recipe.train.objective == "contrast"
@@ -147,6 +148,18 @@ def train(options: TrainCommand) -> None:
     tell(f"saved {result.output} after {result.steps:,} steps{loss}", quiet)
     use = "score it: longnet score --ppl" if recipe.model.causal and not contrast else "use it: longnet encode"
     tell(f"{use} --model {_path(options.output)} FILE", quiet)
+
+
+def _note_reach(recipe: Recipe, quiet: bool) -> None:
+    """Say so if a stage's sequences are longer than the pattern links."""
+    from longnet_cli.attention.notation import format_pattern
+    from longnet_cli.jobs.describing import farthest
+
+    longest = max(stage.seq_len for stage in recipe.train.stages)
+    reach = farthest(recipe.model.pattern, recipe.model.num_layers)
+    if reach is not None and reach < longest:
+        said = f"pattern {format_pattern(recipe.model.pattern)} links tokens at most {reach:,} apart"
+        note(f"{said}, and sequences have {longest:,}: what is farther is never seen", quiet)
 
 
 def _recipe(options: TrainCommand) -> Recipe:
@@ -184,7 +197,7 @@ def _run(recipe: Recipe, options: TrainCommand, where: torch.device, ranks: Rank
     all_steps = f"{recipe.train.steps:,} steps, {most}{total:,} tokens"
     print_note(f"training {recipe.model.trained:,} parameters for {all_steps}{on_ranks}")
     with ExitStack() as stack:
-        shown: dict[str, str] = {}
+        shown: dict[str, str | None] = {}
         begun = False  # until it is True, there is nothing to save
         advance: Advance = lambda amount, **fields: None  # noqa: E731
 
@@ -199,7 +212,7 @@ def _run(recipe: Recipe, options: TrainCommand, where: torch.device, ranks: Rank
 
         def on_step(tokens: int, line: Metrics | None) -> None:
             if line:
-                shown.update(describe(line))
+                shown.update({k: v for k, v in describe(line).items() if v is not None or k not in shown})
             advance(tokens, **shown)
 
         try:
@@ -224,23 +237,19 @@ def _run(recipe: Recipe, options: TrainCommand, where: torch.device, ranks: Rank
             raise
 
 
-def describe(line: Metrics) -> dict[str, str]:
-    """Return the fields of a line of metrics that the progress line shows at its end."""
-    fields = {
-        "step": f"{line.step:,}",
+def describe(line: Metrics) -> dict[str, str | None]:
+    """Return the fields of a line of metrics for the end of the progress line, the most telling first."""
+    return {
         "loss": f"{line.loss:.4f}",
-        "ppl": f"{math.exp(min(line.loss, 99)):.2f}",
+        "step": f"{line.step:,}",
+        "held-out": None if line.held_out_loss is None else f"{line.held_out_loss:.4f}",
+        "mrr": None if line.held_out_mrr is None else f"{line.held_out_mrr:.3f}",
         "lr": f"{line.lr:.2e}",
         "grad": f"{line.grad_norm:.2f}",
         "memory": format_bytes(line.peak_memory_bytes),
+        "mfu": None if line.mfu is None else f"{100 * line.mfu:.0f}%",
+        "ppl": f"{math.exp(min(line.loss, 99)):.2f}",
     }
-    if line.mfu is not None:
-        fields["mfu"] = f"{100 * line.mfu:.0f}%"
-    if line.held_out_loss is not None:
-        fields["held-out"] = f"{line.held_out_loss:.4f}"
-    if line.held_out_mrr is not None:
-        fields["mrr"] = f"{line.held_out_mrr:.3f}"
-    return fields
 
 
 def _again(output: str, ranks: Ranks) -> str:

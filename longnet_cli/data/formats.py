@@ -11,6 +11,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -52,7 +53,10 @@ def open_source(source: Source, wanted: Wanted) -> Text | Table:
         if not source.path.is_file() or source.path.stat().st_size == 0:
             return _open_pipe(source, open(source.path, "rb"), wanted)
         stored = StoredFile(source.path, source.where)
-        return _open_file(source, stored, stored, wanted)
+        opened = _open_file(source, stored, stored, wanted)
+        if isinstance(opened, Table) and opened.format not in ("Parquet", "HDF5"):  # which are not read in order
+            return replace(opened, share=lambda rows: stored.tell() / stored.size)
+        return opened
 
 
 def _open_file(source: Source, stream: Any, file: StoredFile | None, wanted: Wanted) -> Text | Table:
@@ -184,7 +188,10 @@ def _open_parquet(source: Source, file: Any) -> Table:
                 f"{expected} that it should hold"
             )
 
-    return Table(source.name, source.where, parquet.schema_arrow, batches, "Parquet")
+    def share(rows: int) -> float:
+        return rows / max(1, metadata.num_rows)
+
+    return Table(source.name, source.where, parquet.schema_arrow, batches, "Parquet", share=share)
 
 
 def _root(path: str, names: Sequence[str]) -> str:

@@ -36,6 +36,7 @@ from longnet_cli.data.documents import Document, Part, Unread, collect
 from longnet_cli.data.files import FileChangedError, no_place
 from longnet_cli.data.folders import ARROW_KINDS, sniff
 from longnet_cli.data.formats import open_source
+from longnet_cli.data.input_share import InputShare
 from longnet_cli.data.manifest import read_manifest
 from longnet_cli.data.names import Source, find_sources
 from longnet_cli.data.tables import Table, Text, reading
@@ -97,7 +98,8 @@ class Inputs:
     `doc_id` are a document, and a table without such a column is one. Or a row is a document, a list of vectors.
     Coordinates are in a column `coords` of pairs, or in `x` and `y`; without `coords` they are not read.
 
-    A list `opened` gets the name and the digest (`content_digest`) of each file, before its first document is read.
+    A list `opened` gets the name and the digest (`content_digest`) of each file, before its first document is read. A
+    `watch` counts the documents that are handed out.
 
     Reading raises ConfigError for a missing tokenizer or column, for no input, for stdin given twice, and for a
     tokenizer other than the one that made the tokens; DataError for missing, empty or damaged data and for inputs with
@@ -116,6 +118,7 @@ class Inputs:
     vectors: bool = False
     coords: bool = True
     opened: list[tuple[str, str | None]] | None = field(default=None, repr=False, compare=False)
+    watch: InputShare | None = field(default=None, repr=False, compare=False)
     _expanded: list[tuple[list[Source], list[DataError]]] = field(default_factory=list, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -220,13 +223,17 @@ class Inputs:
 
     def _each(self, read: Callable[[Text | Table, TokenTypes], Iterator[Any]]) -> Iterator[Any]:
         """Yield the items that `read` returns for each file. With `skip_bad`, yield errors instead of raising them."""
-        sources, types = self.sources, TokenTypes()
+        sources, types, watch = self.sources, TokenTypes(), self.watch or InputShare()
+        watch.begin(sources if self.watch else ())
         yield from map(Unread, self._files()[1])
         for source in sources:
             if self.opened is not None:
                 self.opened.append((source.where, content_digest(source)))
             try:
-                yield from read(open_source(source, self.wanted), types)
+                watch.open(source)
+                for item in read(watch.watched(open_source(source, self.wanted)), types):
+                    watch.count()
+                    yield item
             except DataError as error:
                 if not self.skip_bad or isinstance(error, FileChangedError):
                     raise

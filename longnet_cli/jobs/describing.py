@@ -307,6 +307,16 @@ def _sample(start: int, stop: int, number: int) -> np.ndarray:
     return np.random.default_rng(0).integers(edges[:-1], edges[1:])
 
 
+def farthest(pattern: Pattern, num_layers: int) -> int | None:
+    """Return a distance in tokens that no link through so many layers exceeds; None where content or sinks choose."""
+    if pattern.chosen or pattern.sinks:
+        return None
+    if not any(pattern.look_backs):
+        return max(pattern.segment_lengths)  # shorter segments lie within longer ones
+    levels = zip(pattern.segment_lengths, pattern.look_backs, strict=True)
+    return num_layers * max(w * (1 + back) for w, back in levels)
+
+
 def reach(pattern: Pattern, seq: int, heads: int, causal: bool, layers: Sequence[int]) -> dict[int, float]:
     """Return, for each number of layers, the share of tokens that are linked to a query.
 

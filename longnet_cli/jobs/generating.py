@@ -14,81 +14,24 @@ Text comes as its tokens come: never half a character, and nothing from a stop t
 
 from __future__ import annotations
 
-import codecs
-from collections.abc import Callable, Collection, Iterator, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from longnet_cli.basics.errors import ConfigError, DataError, NotFiniteError
 from longnet_cli.data.documents import Document
-from longnet_cli.data.tokenizer import BYTE_OF, Tokenizer
-from longnet_cli.nets.net import Bos, InputSequence, Net
+from longnet_cli.data.text_stream import TextStream
+from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.jobs.row_jobs import DocumentJob
+from longnet_cli.nets.net import Bos, InputSequence, Net, bos_ids
 from longnet_cli.running.causal_stream import CausalStream, open_stream
 from longnet_cli.running.chunk_size import chunk_of, default_chunk
 from longnet_cli.running.device import precision
-
-REPLACEMENT = "\ufffd"  # stands for bytes that are no character, or not yet one
-LONGEST_WAIT = 64  # tokens to wait for such bytes to become a character
-
-
-# Not tokenizers.decoders.DecodeStream: as of 0.23.3 it has no end that returns bytes cut in a character, it waits for
-# bytes that never become one, in quadratic time, and it raises "Invalid prefix" when a token changes the bytes before
-# it into U+FFFD, which SentencePiece's byte fallback does (vLLM's pull request #19449 works around that).
-class TextStream:
-    """A decoder of ids, one by one: the parts together are the text of all ids, without special tokens.
-
-    Time per token does not depend on the number of tokens before. Bytes that make no character become U+FFFD.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._bytes: dict[int, bytes] = {}  # of the ids so far
-        # The last ids whose text was returned, and the ids since then: a decoder may join them.
-        self._shown: list[int] = []
-        self._waiting: list[int] = []
-
-    def add(self, token_id: int) -> str:
-        """Return the characters that this id completes."""
-        if self._tokenizer.token_bytes is not None:
-            if token_id not in self._bytes:
-                self._bytes[token_id] = _bytes_of(self._tokenizer, token_id)
-            return self._decoder.decode(self._bytes[token_id])
-        self._waiting.append(token_id)
-        text = self._text()
-        return "" if text.endswith(REPLACEMENT) and len(self._waiting) < LONGEST_WAIT else self._out(text)
-
-    def end(self) -> str:
-        """Return the rest of the text when no more ids come."""
-        if self._tokenizer.token_bytes is not None:
-            return self._decoder.decode(b"", final=True)
-        return self._out(self._text())
-
-    def _text(self) -> str:
-        def decode(ids: list[int]) -> str:
-            return self._tokenizer.decode(np.array(ids, np.int64), special=False)
-
-        return decode(self._shown + self._waiting)[len(decode(self._shown)) :]
-
-    def _out(self, text: str) -> str:
-        if text:  # otherwise only special tokens came, and these join with nothing
-            self._shown = self._waiting
-        self._waiting = []
-        return text
-
-
-def _bytes_of(tokenizer: Tokenizer, token_id: int) -> bytes:
-    """Return the UTF-8 bytes for an id of a byte-level tokenizer; none for a special token and for an unknown id."""
-    added = next((x for x in tokenizer.added_tokens if x["id"] == token_id), None)
-    if added:
-        return b"" if added["special"] else added["content"].encode()
-    token = tokenizer.token_of(token_id)
-    known = all(character in BYTE_OF for character in token)
-    return bytes(BYTE_OF[character] for character in token) if known else token.encode()
+from longnet_cli.running.reader import Reader
 
 
 class StopTexts:
@@ -188,6 +131,48 @@ def generate(
     return _Generator(
         model, tokenizer, sampler, end_ids, stop, chunk, dtype, stream or open_stream(model, spill=spill), on_progress
     ).run(sequence, max_tokens, reads_all=stream is not None)
+
+
+class PromptJob(DocumentJob[None]):
+    """What reading a prompt and its continuation takes, for `reading_job.estimate_documents`. It has no results."""
+
+    alone = True
+    nothing = "no prompt has a token"
+
+    def __init__(self, reader: Reader, bos: Bos, max_tokens: int) -> None:
+        super().__init__(reader)
+        _check(reader.model, None, max_tokens, 0.0, 1.0, (), least=1)
+        self.bos, self.max_tokens = bos, max_tokens
+
+    def sequence(self, document: Document) -> InputSequence[Document]:
+        return self.reader.model.sequence(document, self.bos).check("give a shorter prompt", skips=False)
+
+    def window_sizes(self, tokens: int) -> Iterator[tuple[int, int]]:
+        yield tokens + len(bos_ids(self.bos)) + self.max_tokens, 1 + self.max_tokens
+
+    def results(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[None]:
+        raise NotImplementedError
+
+    def tokens(self, result: None) -> int:
+        raise NotImplementedError
+
+
+MEASURED = 4  # tokens
+
+
+@torch.inference_mode()
+def measure_token(model: Net, dtype: str) -> float:
+    """Return the seconds that a new token takes, at best of MEASURED, after a prompt of as many random tokens."""
+    device, stream = next(model.parameters()).device, open_stream(model)
+    seconds = []
+    with precision(dtype, device):
+        stream(torch.randint(model.config.vocab_size, (1, MEASURED), device=device))
+        for _ in range(MEASURED):
+            began = time.perf_counter()
+            hidden = stream(torch.randint(model.config.vocab_size, (1, 1), device=device))
+            int(model.logits(hidden[0, -1]).argmax(-1))
+            seconds.append(time.perf_counter() - began)
+    return min(seconds)
 
 
 class Sampler:

@@ -1,4 +1,4 @@
-"""Proves that whatever ends `encode`, its output is whole or says that it is not, and --resume completes it.
+"""Proves that whatever ends `encode` (and `score`), its output is whole or says that it is not; --resume completes it.
 
 Real processes: killed at random moments, stopped by signals, on a full disk.
 """
@@ -16,7 +16,10 @@ import pyarrow.ipc as ipc
 import pytest
 from builders import tiny_model
 from conftest import RunLongnet
-from processes import Start, kill_and_resume, wait_for
+from processes import Start, invoke, kill_and_resume, wait_for
+
+from longnet_cli.data.outputs import ShardWriter
+from longnet_cli.data.shards import ShardFolder
 
 SIZES = {"dim": 32, "num_layers": 4, "num_heads": 4, "ffn_dim": 64, "position": "rope"}
 SIZES |= {"segment_lengths": (64, 1024), "dilation_rates": (1, 4)}
@@ -67,3 +70,32 @@ def test_a_killed_spilled_encode(
     assert list(spill.iterdir()) == []
     assert [path.name for path in out.iterdir()] == ["vectors.arrow"]
     assert ipc.open_file(out / "vectors.arrow").read_all().num_rows == 1
+
+
+@pytest.mark.parametrize("command", ["score", "encode"])
+def test_a_stopped_command_says_what_is_kept(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = f"{tiny_model(tmp_path / 'model')}/"
+    texts = [tmp_path / f"{name}.txt" for name in "abcd"]
+    for path in texts:
+        path.write_text("some text " * 3)
+    shards = ["--shard-tokens", "20"] if command == "score" else ["--shard-rows", "1"]
+    end_shard, ended = ShardFolder.end_shard, []
+
+    def stop(self: ShardFolder) -> None:
+        ended.append(end_shard(self))
+        if len(ended) % 2 == 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ShardFolder, "end_shard", stop)
+    folder = [command, *texts, "-m", model, *shards, "-o", tmp_path / "out"]
+    said = f"stopped: {tmp_path / 'out'} keeps 2 documents: the same command with --resume goes on\n"
+    assert said in invoke(*folder).stderr
+    assert "keeps 4 documents" in invoke(*folder, "--resume").stderr
+    assert invoke(*folder[:-1], tmp_path / "other", "-q").stderr.strip() in ("", "Aborted!", "Aborted.")
+
+    def stop_at_once(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ShardWriter, "write", stop_at_once)
+    alone = invoke(command, *texts, "-m", model, "-o", tmp_path / "rows.arrow")
+    assert f"stopped: nothing is kept in {tmp_path / 'rows.arrow'}, which is written whole" in alone.stderr

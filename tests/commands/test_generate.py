@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import tokenizers
 from builders import tiny_net
 from conftest import RunLongnet
-from processes import Start
+from processes import Start, invoke, refused
 
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.data.chat import ChatTemplate
@@ -221,3 +222,16 @@ def test_the_ids_at_which_a_model_ends(tmp_path: Path) -> None:
     assert ModelFolder(tmp_path).ends(words) == {3}
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
     assert ModelFolder(tmp_path).ends(words) == {1, 2}
+
+
+def test_a_dry_run_counts_the_prompts_and_generates_nothing(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(PROMPT * 9)
+    done = invoke("generate", "--dry-run", "-n", 7, "-i", tmp_path / "a.txt", "-m", f"{model}/", "--chunk", 32)
+    assert done.exit_code == 0, done.output
+    assert re.search(r"documents +1  the longest has 135 tokens\n", done.stdout)
+    assert re.search(r"read +143  tokens in all", done.stdout)  # with one before the text
+    assert re.search(r"output +at most 7 tokens of each, [\d.]+ (us|ms|s) a token", done.stdout)
+    assert PROMPT not in done.stdout
+    words = ["generate", "--dry-run", "text", "-m", f"{model}/"]
+    assert "--dry-run prints a table: leave out --format" in str(refused(*words, "--format", "jsonl"))
+    assert "leave out --save-state" in str(refused(*words, "--save-state", tmp_path / "state"))

@@ -1,14 +1,22 @@
-"""Proves that progress goes to stderr only: a bar on a terminal (a pty), plain lines in a log, else nothing."""
+"""Proves that progress goes to stderr only: a bar on a terminal (a pty), plain lines in a log, else nothing.
+It tells how much is left, by the bytes of the inputs."""
 
+import gzip
 import os
 import pty
 import re
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
+import pyarrow as pa
 import pytest
+from files import write_file, write_lines, write_parquet
 
-from longnet_cli.cli.progress import progress
+from longnet_cli.cli.progress import ExpectedTokens, progress
+from longnet_cli.data.inputs import Inputs
+from longnet_cli.data.tokenizer import Tokenizer
 
 PROGRAM = """
 import sys, time
@@ -22,11 +30,11 @@ with progress("scoring [x]", total=1000) as advance:
 COLOUR = re.compile(r"\x1b\[[0-9;]*[1-9][0-9;]*m")
 
 
-def run_on_terminal(env, stdout=subprocess.PIPE):
+def run_on_terminal(env, stdout=subprocess.PIPE, program=PROGRAM):
     """Exit code, stdout and what the terminal on stderr was sent; with stdout="terminal" both go to it."""
     terminal, end = pty.openpty()
-    program = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM], stdout=end if stdout == "terminal" else stdout, stderr=end, env=env, text=True
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=end if stdout == "terminal" else stdout, stderr=end, env=env, text=True
     )
     os.close(end)
     shown = b""
@@ -39,8 +47,8 @@ def run_on_terminal(env, stdout=subprocess.PIPE):
             break
         shown += block
     os.close(terminal)
-    rows, _ = program.communicate(timeout=30)
-    return program.returncode, rows, shown.decode()
+    rows, _ = process.communicate(timeout=30)
+    return process.returncode, rows, shown.decode()
 
 
 def test_a_terminal_gets_a_bar_with_rate_and_fields(command_env):
@@ -95,8 +103,8 @@ def test_a_long_job_writes_a_line_every_half_minute(capsys, clock):
             clock(10)
             advance(1000, loss=step)
     assert capsys.readouterr().err.splitlines() == [
-        "scoring: 3.00k/10.0k tok, 100 tok/s, 1m10s left, loss 2",
-        "scoring: 6.00k/10.0k tok, 100 tok/s, 40.0 s left, loss 5",
+        "scoring: 30 %, 3.00k/10.0k tok, 100 tok/s, 1m10s left, loss 2",
+        "scoring: 60 %, 6.00k/10.0k tok, 100 tok/s, 40.0 s left, loss 5",
     ]
 
 
@@ -104,7 +112,77 @@ def test_what_an_earlier_run_did_counts_as_done_but_not_in_the_rate(capsys, cloc
     with progress("training", total=10_000, start=5000) as advance:
         clock(50)
         advance(500)
-    assert capsys.readouterr().err == "training: 5.50k/10.0k tok, 10 tok/s, 7m30s left\n"
+    assert capsys.readouterr().err == "training: 55 %, 5.50k/10.0k tok, 10 tok/s, 7m30s left\n"
+
+
+def test_a_narrow_terminal_keeps_the_first_word_and_the_bar(command_env):
+    """As much of the fields as fits 80 columns is shown, from the first on."""
+    fields = 'loss="2.3100", step="1,200", lr="3.00e-04", grad="0.50", memory="1.20 GiB", ppl="10.07"'
+    program = PROGRAM.replace('loss=f"{2 - step / 10:.2f}"', fields).replace("total=1000", "total=10_000_000")
+    program = program.replace("scoring [x]", "training").replace("advance(250,", "advance(1_234_567,")
+    _, _, shown = run_on_terminal(command_env | {"TERM": "xterm", "COLUMNS": "80", "NO_COLOR": "1"}, program=program)
+    lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "\n", shown).split("\n") if "tok/s" in line]
+    assert lines
+    for line in lines:
+        assert re.match(r"training .*[\u2501\u2578\u257a-]{2,}.* \d+ %, .* left, loss 2\.3100", line), line
+        assert len(line) <= 80
+        assert "ppl" not in line
+
+
+def documents_of(kind: str, folder: Path) -> list[Path]:
+    texts = [f"text {number} " * (1 + number % 7) for number in range(40)]
+    rows = [{"text": text} for text in texts]
+    if kind == "text":
+        for number, text in enumerate(texts):
+            (folder / f"{number:02}.txt").write_text(text)
+        return [folder]
+    if kind == "parquet":
+        return [write_parquet(folder / "x.parquet", pa.table({"text": texts}))]
+    if kind == "arrow":
+        return [write_file(folder / "x.arrow", pa.table({"text": texts}), rows=3)]
+    lines = write_lines(folder / "x.jsonl", rows)
+    if kind == "gzip":
+        lines.with_suffix(".jsonl.gz").write_bytes(gzip.compress(lines.read_bytes()))
+        lines.unlink()
+        return [lines.with_suffix(".jsonl.gz")]
+    return [lines]
+
+
+@pytest.mark.parametrize("kind", ["text", "jsonl", "gzip", "arrow", "parquet"])
+def test_the_bytes_of_files_tell_how_many_tokens_will_come(kind, tmp_path):
+    names = documents_of(kind, tmp_path)
+    expected = ExpectedTokens(Inputs(names, Tokenizer.bytes()))
+    assert expected.total() is None
+    guesses, tokens = [], 0
+    for document in expected.counted(expected.inputs.documents()):
+        tokens += len(document)
+        guesses.append(expected.total())
+    assert guesses[-1] == tokens
+    halfway = guesses[len(guesses) // 2]
+    assert 0.6 * tokens < halfway < 1.5 * tokens
+
+
+def test_a_pipe_has_no_total(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_text("some text"))
+    writer.start()
+    expected = ExpectedTokens(Inputs([tmp_path / "pipe"], Tokenizer.bytes()))
+    assert len([*expected.counted(expected.inputs.documents())]) == 1
+    assert expected.total() is None
+    writer.join()
+
+
+def test_an_expected_total_is_marked_and_grows(capsys, clock):
+    expected = iter([None, 4000, 3000])
+    with progress("scoring", total=lambda: next(expected), every=1) as advance:
+        for amount in (1000, 1000, 2000):
+            clock(10)
+            advance(amount)
+    assert capsys.readouterr().err.splitlines() == [
+        "scoring: 1.00k tok, 100 tok/s, in 10.0 s",
+        "scoring: 50 %, 2.00k/~4.00k tok, 100 tok/s, 20.0 s left",
+        "scoring: 4.00k/~4.00k tok, 133 tok/s, in 30.0 s",
+    ]
 
 
 def test_an_unknown_end_has_no_time_left(capsys, clock):

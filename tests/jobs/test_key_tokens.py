@@ -15,8 +15,8 @@ from conftest import RunLongnet
 from longnet_cli.data.documents import Document
 from longnet_cli.jobs.scoring.key_tokens import Judge
 from longnet_cli.jobs.scoring.measures import Total
-from longnet_cli.jobs.scoring.score_rows import write_token_logprobs
 from longnet_cli.jobs.scoring.scoring import score
+from longnet_cli.jobs.scoring.token_logprobs import write_token_logprobs
 
 DOCUMENTS = [make_document(length, name) for length, name in ((70, "a"), (0, "b"), (1, "c"), (301, "d"))]
 

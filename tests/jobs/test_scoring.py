@@ -14,8 +14,8 @@ from builders import make_document, tiny_net
 
 from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.data.documents import Document
-from longnet_cli.jobs.scoring.score_rows import logprob_schema, write_token_logprobs
 from longnet_cli.jobs.scoring.scoring import DocumentScore, Score, score
+from longnet_cli.jobs.scoring.token_logprobs import logprob_schema, write_token_logprobs
 from longnet_cli.nets.longnet import LongNet
 
 BOS = 256
@@ -114,6 +114,25 @@ def test_token_logprobs_are_written_in_order_and_add_up(model: LongNet, tmp_path
     ids, logprobs = table["input_ids"].to_pylist(), table["logprobs"].to_pylist()
     assert [i for row in ids for i in row] == [*documents[0].tokens.tolist(), *documents[2].tokens.tolist()]
     assert -sum(sum(row) for row in logprobs[:3]) == pytest.approx(rows[0].score.nll_sum, rel=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [7, 1000])
+def test_the_most_likely_tokens_are_those_of_the_logits(model: LongNet, tmp_path: Path, chunk: int) -> None:
+    """Row by row as the model's logits say, and beside the same ids and log-probabilities as without them."""
+    documents = [make_document(length, str(length)) for length in (40, 3)]
+    for name, top in (("plain", False), ("top", True)):
+        with write_token_logprobs(tmp_path / f"{name}.parquet", top=top) as on_tokens:
+            list(score(model, documents, bos=BOS, chunk=chunk, on_tokens=on_tokens, top=top))
+    plain, table = (pq.read_table(tmp_path / f"{name}.parquet") for name in ("plain", "top"))
+    assert table.select(plain.schema.names).equals(plain)
+    assert table.schema.equals(logprob_schema(top=True))
+    for document in documents:
+        with torch.no_grad():
+            logits = model.logits(model(torch.tensor([[BOS, *document.tokens[:-1].tolist()]])))[0]
+        rows = [row for row in table.to_pylist() if row["doc_id"] == document.doc_id]
+        ids, logprobs = (np.concatenate([row[key] for row in rows]) for key in ("top_ids", "top_logprobs"))
+        assert ids.tolist() == logits.argmax(-1).tolist()
+        np.testing.assert_allclose(logprobs, logits.log_softmax(-1).amax(-1), rtol=1e-4)
 
 
 def test_a_long_document_is_handed_out_at_once(model: LongNet) -> None:

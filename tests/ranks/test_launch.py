@@ -76,10 +76,20 @@ def aborting(folder: Path, command_env: dict[str, str]) -> dict[str, str]:
 def test_scores_are_those_of_one_process(
     more: list[str], folder: Path, run_longnet: RunLongnet, aborting: dict[str, str]
 ) -> None:
-    command = ["score", folder / "texts", "-m", f"{folder}/decoder", "--format", "jsonl", "--chunk", "100", *more]
-    tokens = ["--token-logprobs", folder / "many.arrow"]
-    alone = run_longnet(*command, "--token-logprobs", folder / "alone.arrow")
-    many = run_longnet(*command, *tokens, "--nproc", "2", env=aborting)
+    command = [
+        "score",
+        folder / "texts",
+        "-m",
+        f"{folder}/decoder",
+        "--format",
+        "jsonl",
+        "--chunk",
+        "100",
+        "--top",
+        "1",
+    ]
+    alone = run_longnet(*command, *more, "--token-logprobs", folder / "alone.arrow")
+    many = run_longnet(*command, *more, "--token-logprobs", folder / "many.arrow", "--nproc", "2", env=aborting)
     assert many.returncode == alone.returncode == 0, many.stderr
     rows, expected = ([json.loads(line) for line in done.stdout.splitlines()] for done in (many, alone))
     assert [row.get("doc_id") for row in rows] == [row.get("doc_id") for row in expected]
@@ -87,14 +97,15 @@ def test_scores_are_those_of_one_process(
         assert (row["n_tokens"], row["n_bytes"]) == (other["n_tokens"], other["n_bytes"])
         assert row["nll_sum"] == pytest.approx(other["nll_sum"], rel=1e-5)
     found, wanted = (_columns(folder / name) for name in ("many.arrow", "alone.arrow"))
-    assert [ids for ids, _ in found] == [ids for ids, _ in wanted]
-    assert [nats for _, nats in found] == pytest.approx([nats for _, nats in wanted], rel=1e-3)
+    for ids in (0, 2):
+        assert [row[ids] for row in found] == [row[ids] for row in wanted]
+        assert [row[ids + 1] for row in found] == pytest.approx([row[ids + 1] for row in wanted], rel=1e-3)
 
 
-def _columns(path: Path) -> list[tuple[int, float]]:
+def _columns(path: Path) -> list[tuple[int, float, int, float]]:
     table = ipc.open_file(path).read_all()
-    lists = (table[name].to_pylist() for name in ("input_ids", "logprobs"))
-    return [pair for ids, nats in zip(*lists, strict=True) for pair in zip(ids, nats, strict=True)]
+    lists = (table[name].to_pylist() for name in ("input_ids", "logprobs", "top_ids", "top_logprobs"))
+    return [token for row in zip(*lists, strict=True) for token in zip(*row, strict=True)]
 
 
 # one of the encoder's documents fits both ranks' chunks, others are longer

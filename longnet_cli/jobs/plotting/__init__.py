@@ -1,4 +1,4 @@
-"""The job `plot`: measurements of runs, benchmarks and scores, as curves in a picture or in characters.
+"""The job `plot`: curves of runs, benchmarks and scores; and a text with the nats of each token (surprise*.py).
 
 Loads no torch, and matplotlib only for a picture.
 """
@@ -6,6 +6,9 @@ Loads no torch, and matplotlib only for a picture.
 from .axes import Axis, Curve, Panel, Point
 from .picture import PICTURES, draw_picture, new_figure, save_figure
 from .recognizing import metrics_file, panels, read, read_all
+from .surprise import has_columns, read_surprise
+from .surprise_page import write_surprise
+from .surprise_text import draw_surprise
 from .text import draw_text
 
 __all__ = [
@@ -15,11 +18,15 @@ __all__ = [
     "Panel",
     "Point",
     "draw_picture",
+    "draw_surprise",
     "draw_text",
+    "has_columns",
     "metrics_file",
     "new_figure",
     "panels",
     "read",
     "read_all",
+    "read_surprise",
     "save_figure",
+    "write_surprise",
 ]

@@ -6,45 +6,24 @@ documents that are scored.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
 
 from longnet_cli.basics.errors import ConfigError, DataError
-from longnet_cli.data.columns import Wanted
 from longnet_cli.data.documents import Document
-from longnet_cli.data.formats import open_source
-from longnet_cli.data.names import find_sources
-from longnet_cli.data.tables import Table, pick
 from longnet_cli.jobs.scoring.measures import MANY_NATS
+from longnet_cli.jobs.scoring.token_logprobs import LogprobFile
 
 MOST_NATS = 2.0  # a key token's loss at the long context is less: the judge knows it there
-_COLUMNS = ["doc_id", "start", "input_ids", "logprobs"]  # an Arrow file would leave the ids of the first one on disk
 
 
-class _Logged(NamedTuple):
-    """Ids and log-probabilities (n,) of the tokens of a document from `start` on."""
-
-    doc_id: str
-    start: int
-    ids: np.ndarray
-    logprobs: np.ndarray
-
-
-class _Logprobs:
-    """The rows of one file, document by document."""
+class _Judged(LogprobFile):
+    """The rows of a judge's file, document by document."""
 
     def __init__(self, name: str) -> None:
-        """Open a file. Raises DataError for one that is missing, damaged or has no log-probabilities."""
-        sources, missing = find_sources([name])
-        if missing:
-            raise missing[0]
-        table = open_source(sources[0], Wanted()) if len(sources) == 1 else None
-        if not isinstance(table, Table) or not {*_COLUMNS} <= {*table.schema.names}:
-            raise DataError(f"{name}: not a file of log-probabilities, which `longnet score --token-logprobs` writes")
-        self.where, self._rows = table.where, self._read(table)
-        self.metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+        super().__init__(name)
+        self._rows = self.rows()
 
     def take(self, document: Document, first: int, count: int) -> np.ndarray:
         """Return the log-probabilities (count,) of the tokens of a document from `first` on, which come next.
@@ -76,22 +55,6 @@ class _Logprobs:
         if (row := next(self._rows, None)) is not None:
             raise DataError(f"{self.where}: it has more documents than are scored, the next is {row.doc_id!r}")
 
-    @staticmethod
-    def _read(table: Table) -> Iterator[_Logged]:
-        row = 0
-        for batch in table.read(_COLUMNS):
-            names, starts, ids, logprobs = (pick(batch, name) for name in _COLUMNS)
-            for index in range(batch.num_rows):
-                try:
-                    of_row = (np.asarray(column[index].values) for column in (ids, logprobs))
-                    logged = _Logged(names[index].as_py(), int(starts[index].as_py()), *of_row)
-                    if logged.ids.shape != logged.logprobs.shape or not len(logged.ids):
-                        raise ValueError("as many log-probabilities as ids are needed")
-                except (AttributeError, TypeError, ValueError) as error:
-                    raise DataError(f"{table.place(row)}: not a row of log-probabilities: {error}") from None
-                yield logged
-                row += 1
-
 
 class Judge:
     """The key tokens of documents, in the order in which they are scored."""
@@ -101,7 +64,7 @@ class Judge:
 
         Raises ConfigError for files of another tokenizer or of two models, DataError as for any damaged file.
         """
-        self._short, self._long = short, long = [_Logprobs(name) for name in files]
+        self._short, self._long = short, long = [_Judged(name) for name in files]
         for file in (short, long):
             if tokenizer_sha256 and file.metadata.get("longnet.tokenizer_sha256", tokenizer_sha256) != tokenizer_sha256:
                 raise ConfigError(f"--key-tokens: {file.where} is of another tokenizer than the model that is scored")

@@ -1,17 +1,13 @@
 """The rows of `score -o`: a document each, with its nats per token at each context and the gain of the longest one.
 
-    documents --Scorer--> scores, context by context --> rows --> Arrow batches, which `write_rows` writes
-
-And the file of token log-probabilities that `score --token-logprobs` writes.
+documents --Scorer--> scores, context by context --> rows --> Arrow batches, which `write_rows` writes
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,60 +15,12 @@ import pyarrow as pa
 
 from longnet_cli.data.documents import Document
 from longnet_cli.data.kept import kept_columns, row_schema
-from longnet_cli.data.outputs import ShardWriter
 from longnet_cli.jobs.row_jobs import RowJob
 from longnet_cli.jobs.scoring.measures import DocumentScore, Gain
-from longnet_cli.jobs.scoring.scoring import Cut, OnTokens, Scorer
+from longnet_cli.jobs.scoring.scoring import Cut, Scorer
 from longnet_cli.nets.net import Bos, InputSequence
 from longnet_cli.running.ranks.portions import Portion
 from longnet_cli.running.reader import Reader
-
-BATCH = 1 << 18  # tokens per record batch
-
-
-def logprob_schema(metadata: Mapping[str, str] | None = None) -> pa.Schema:
-    """Return the schema of token log-probabilities, in nats: a row has the tokens of a document from `start` on.
-
-    A long document has several rows, with `part` 0, 1, 2, ... and one doc_id. `metadata` is `weights.model_origin`.
-    """
-    fields = [
-        pa.field("doc_id", pa.string()),
-        pa.field("part", pa.int32()),
-        pa.field("start", pa.int64()),
-        pa.field("input_ids", pa.large_list(pa.int32()), nullable=False),
-        pa.field("logprobs", pa.large_list(pa.float32()), nullable=False),
-    ]
-    return pa.schema(fields, metadata=dict(metadata or {}))
-
-
-@contextmanager
-def write_token_logprobs(path: str | Path, metadata: Mapping[str, str] | None = None) -> Iterator[OnTokens]:
-    """Open a file for token log-probabilities (see `logprob_schema`), and yield the `on_tokens` of `score`."""
-    rows: list[tuple[str, int, int, np.ndarray, np.ndarray]] = []
-    size = part = 0
-    last: Document | None = None
-
-    with ShardWriter(path, logprob_schema(metadata)) as writer:
-
-        def flush() -> None:
-            nonlocal rows, size
-            if rows:
-                columns = [pa.array(c, f.type) for c, f in zip(zip(*rows, strict=True), writer.schema, strict=True)]
-                writer.write(pa.record_batch(columns, schema=writer.schema))
-            rows, size = [], 0
-
-        def on_tokens(document: Document, start: int, ids: np.ndarray, logprobs: np.ndarray) -> None:
-            nonlocal size, part, last
-            part = part + 1 if document is last else 0
-            last = document
-            rows.append((document.doc_id, part, start, ids, logprobs))
-            size += len(ids)
-            if size >= BATCH:
-                flush()
-
-        yield on_tokens
-        flush()
-
 
 TABLE = pa.list_(pa.struct([("from", pa.int64()), ("to", pa.int64()), ("n_tokens", pa.int64()), ("nll", pa.float64())]))
 

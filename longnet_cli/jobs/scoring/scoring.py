@@ -28,7 +28,7 @@ from longnet_cli.data.left_out import OnSkip
 from longnet_cli.jobs.row_jobs import DocumentJob
 from longnet_cli.jobs.scoring.key_tokens import Judge
 from longnet_cli.jobs.scoring.measures import Bigrams, ByPosition, ByRecall, DocumentScore, Gain, GainTally, Score
-from longnet_cli.nets.net import Bos, InputSequence, Net, bos_ids
+from longnet_cli.nets.net import LOGITS_LIMIT, Bos, InputSequence, Net, bos_ids
 from longnet_cli.running.device import precision, to_device, to_host
 from longnet_cli.running.ranks.dealing import Codec
 from longnet_cli.running.ranks.portions import Portion
@@ -121,8 +121,9 @@ class Cut:
         )
 
 
-# Called with (document, start, ids, log-probabilities) of the tokens [start, start + n): (n,) int64 and (n,) float32
-OnTokens = Callable[[Document, int, np.ndarray, np.ndarray], None]
+# Called with (document, start, ids, log-probabilities) of the tokens [start, start + n): (n,) int64 and (n,) float32.
+# With `top`, two more are the most likely ids in their places, and their log-probabilities.
+OnTokens = Callable[..., None]
 
 ADVICE = "the model's weights are too large for its numbers, or damaged"
 
@@ -147,6 +148,7 @@ def score(
     ranks: Ranks | None = None,
     on_skip: OnSkip | None = None,
     on_tokens: OnTokens | None = None,
+    top: bool = False,
     on_progress: Callable[[int], None] | None = None,
     on_choice: OnWindows | None = None,
 ) -> Iterator[DocumentScore]:
@@ -179,8 +181,8 @@ def score(
     without `on_skip`, these lengths are checked before anything else.
 
     An empty document scores 0 tokens. The model is moved to `device`; None leaves it where it is. `on_tokens` gets the
-    log-probabilities of all tokens in order. `on_progress` gets the number of tokens that each forward pass has scored.
-    `on_choice` is as in `Reader`.
+    log-probabilities of all tokens in order, and with `top` the most likely tokens in their places. `on_progress` gets
+    the number of tokens that each forward pass has scored. `on_choice` is as in `Reader`.
     Raises ConfigError for a model that cannot score, options that contradict each other and a document with more tokens
     than the model reads, NoTokensError at the end if no document had a token to score, NotFiniteError for a
     log-probability that is NaN or infinite.
@@ -196,8 +198,19 @@ def score(
     reader = share_reader(
         model, chunk=chunk, dtype=dtype, spill=spill, ranks=ranks, on_progress=on_progress, on_choice=on_choice
     )
-    scorer = Scorer(reader, cut, by_position, by_recall, count_bytes, on_tokens, judge)
+    scorer = Scorer(reader, cut, by_position, by_recall, count_bytes, on_tokens, judge, top)
     return scorer.all_results(scorer.checked(documents, stored, on_skip), ranks)
+
+
+def most_likely(model: Net, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the most likely next id (N,) int64 of each hidden state (N, dim), and its log-probability (N,)."""
+    ids, logprobs = [], []
+    for rows in hidden.split(max(1, LOGITS_LIMIT // model.config.vocab_size)):
+        logits = model.logits(rows).float()
+        best = logits.max(-1)
+        ids.append(best.indices)
+        logprobs.append(best.values - logits.logsumexp(-1))
+    return torch.cat(ids), torch.cat(logprobs)
 
 
 @dataclass
@@ -278,6 +291,7 @@ class Scorer(DocumentJob[DocumentScore]):
     count_bytes: Callable[[np.ndarray], int | None] | None = None
     on_tokens: OnTokens | None = None
     judge: Judge | None = None
+    top: bool = False  # whether `on_tokens` also gets the most likely tokens
     open: deque[_Tally] = field(default_factory=deque, init=False)  # documents whose windows are being read
 
     def __post_init__(self) -> None:
@@ -309,7 +323,7 @@ class Scorer(DocumentJob[DocumentScore]):
 
     def results(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[DocumentScore]:
         """Yield the score of each checked document at each context, in order."""
-        measured: deque[tuple[Sequence[Piece[_ScoredWindow]], Callable[[], Tensor]]] = deque()
+        measured: deque[tuple[Sequence[Piece[_ScoredWindow]], Sequence[Callable[[], Tensor]]]] = deque()
         for pieces in self.reader.read(self._windows(sequences)):
             measured.append((pieces, self._measure(pieces)))
             # within a window, the device computes the next chunk while the host sums the previous one
@@ -360,29 +374,39 @@ class Scorer(DocumentJob[DocumentScore]):
         return _Tally(document, context, expected, n_bytes, positions, recall, bigrams, gain, keys)
 
     @torch.inference_mode()
-    def _measure(self, pieces: Sequence[Piece[_ScoredWindow]]) -> Callable[[], Tensor]:
-        """Return a function that waits for the nats (tokens,) of the pieces' targets, and returns them on the host."""
+    def _measure(self, pieces: Sequence[Piece[_ScoredWindow]]) -> Sequence[Callable[[], Tensor]]:
+        """Return a function for the nats (tokens,) of the pieces' targets, which it waits for and returns on the host.
+
+        With `top`, two more are for the most likely ids and their log-probabilities.
+        """
         device, ranks = self.reader.device, self.reader.ranks
-        nll = torch.zeros(sum(map(len, pieces)), device=device)
-        places = nll.split([len(piece) for piece in pieces])
-        mine = [(piece, place) for piece, place in zip(pieces, places, strict=True) if piece.hidden is not None]
+        tokens = sum(map(len, pieces))
+        columns = [torch.zeros(tokens, device=device)]
+        if self.top:
+            columns += [torch.zeros(tokens, dtype=torch.int64, device=device), torch.zeros(tokens, device=device)]
+        mine = [piece for piece in pieces if piece.hidden is not None]
         if mine:
-            hidden = torch.cat([piece.hidden for piece, _ in mine if piece.hidden is not None])
-            ids = np.concatenate([self._targets(piece) for piece, _ in mine])
+            hidden = torch.cat([piece.hidden for piece in mine if piece.hidden is not None])
+            ids = np.concatenate([self._targets(piece) for piece in mine])
             targets = to_device(torch.from_numpy(ids), device)
             with precision(self.reader.dtype, device):
-                of_mine = self.reader.model.nll(hidden, targets)
-            for (_, place), part in zip(mine, of_mine.split([len(piece) for piece, _ in mine]), strict=True):
-                place.copy_(part)
-        ranks.sum(nll)
-        return to_host(nll)
+                of_mine = [self.reader.model.nll(hidden, targets)]
+                of_mine += most_likely(self.reader.model, hidden) if self.top else ()
+            for column, values in zip(columns, of_mine, strict=True):
+                parts = iter(values.split([len(piece) for piece in mine]))
+                for piece, place in zip(pieces, column.split([len(piece) for piece in pieces]), strict=True):
+                    if piece.hidden is not None:
+                        place.copy_(next(parts))
+        ranks.sum(*columns)
+        return [to_host(column) for column in columns]
 
-    def _add_up(self, pieces: Sequence[Piece[_ScoredWindow]], nll: Callable[[], Tensor]) -> None:
+    def _add_up(self, pieces: Sequence[Piece[_ScoredWindow]], columns: Sequence[Callable[[], Tensor]]) -> None:
         """Add the nats of the pieces' targets to their documents."""
-        for piece, part in zip(pieces, nll().split([len(piece) for piece in pieces]), strict=True):
-            self._add(piece, part.numpy())
+        parts = [column().split([len(piece) for piece in pieces]) for column in columns]
+        for piece, nll, *top in zip(pieces, *parts, strict=True):
+            self._add(piece, nll.numpy(), [column.numpy() for column in top])
 
-    def _add(self, piece: Piece[_ScoredWindow], nll: np.ndarray) -> None:
+    def _add(self, piece: Piece[_ScoredWindow], nll: np.ndarray, top: Sequence[np.ndarray]) -> None:
         tally = piece.window.tally
         first = piece.start + 1 - len(self.cut.bos)
         if not np.isfinite(nll).all():
@@ -404,7 +428,7 @@ class Scorer(DocumentJob[DocumentScore]):
         if tally.gain and tally.context is not None:
             tally.gain.add(tally.context, nll)
         if self.on_tokens and len(nll):
-            self.on_tokens(tally.document, first, self._targets(piece), -nll)
+            self.on_tokens(tally.document, first, self._targets(piece), -nll, *top)
 
     @staticmethod
     def _targets(piece: Piece[_ScoredWindow]) -> np.ndarray:

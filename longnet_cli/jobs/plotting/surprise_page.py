@@ -1,0 +1,79 @@
+"""Surprise as one HTML file: the text, the nats of each token as its background, and a strip of the whole.
+
+A page holds its data in two script elements that no browser runs: `facts`, JSON, and `data`, base64 of zlib of
+
+    top        uint32  of each token, the index of the most likely one in `tops`; if the files have it
+    lengths    uint16  of each token, UTF-16 units of text
+    nats       uint16  of each token, in thousandths
+    other      uint16  the same of the second file, if there is one
+    top_nats   uint16  the same of the most likely token; if the files have it
+    text       UTF-8   of all documents
+
+little-endian, each list without a gap after the one before. Elements are made for the tokens in sight alone.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from longnet_cli.basics.atomic import write_file
+from longnet_cli.basics.errors import ConfigError
+
+from .surprise import Surprise
+
+PAGE = ".html"
+STEPS = 1000  # of a nat
+_TEMPLATE = Path(__file__).with_suffix(PAGE)
+
+
+def write_surprise(surprise: Surprise, output: str | Path) -> None:
+    """Write a page, whole or not at all. Raises ConfigError for a name that does not end in PAGE."""
+    if Path(output).suffix.lower() != PAGE:
+        raise ConfigError(f"{output}: the page of a file of log-probabilities has a name that ends in {PAGE}")
+    page = _TEMPLATE.read_text(encoding="utf-8")
+    facts = json.dumps(_facts(surprise), ensure_ascii=False).replace("<", "\\u003c")
+    for name, value in (("FACTS", facts), ("DATA", base64.b64encode(zlib.compress(_data(surprise), 6)).decode())):
+        before, after = page.split(f"@{name}@")
+        page = before + value + after
+    write_file(output, page.encode("utf-8", "replace"))
+
+
+def _facts(surprise: Surprise) -> dict[str, Any]:
+    """Return what a page knows of its documents: names, numbers of tokens, and which lists its data has."""
+    documents = [
+        {"id": each.doc_id, "start": each.start, "tokens": len(each.pieces), "nats": [float(of.mean()) for of in lists]}
+        for each in surprise.documents
+        for lists in [[each.nats] if each.other_nats is None else [each.nats, each.other_nats]]
+    ]
+    tokens = sum(len(each.pieces) for each in surprise.documents)
+    lists = {"tokens": tokens, "other": len(surprise.names) > 1, "top": _has_top(surprise)}
+    return {"names": surprise.names, "documents": documents, "tops": surprise.tops, "steps": STEPS, **lists}
+
+
+def _has_top(surprise: Surprise) -> bool:
+    return any(each.top is not None for each in surprise.documents)
+
+
+def _data(surprise: Surprise) -> bytes:
+    documents = surprise.documents
+    lists: list[np.ndarray] = []
+    if _has_top(surprise):
+        lists += [np.concatenate([each.top for each in documents if each.top is not None]).astype("<u4")]
+    pieces = [piece.encode("utf-16-le", "replace") for each in documents for piece in each.pieces]
+    lists += [np.array([len(piece) // 2 for piece in pieces], "<u2")]
+    lists += [_packed(each.nats for each in documents)]
+    if len(surprise.names) > 1:
+        lists += [_packed(each.other_nats for each in documents)]
+    if _has_top(surprise):
+        lists += [_packed(each.top_nats for each in documents)]
+    return b"".join([*(values.tobytes() for values in lists), b"".join(pieces).decode("utf-16-le").encode()])
+
+
+def _packed(lists: Any) -> np.ndarray:
+    return np.rint(np.concatenate([*lists]) * STEPS).clip(0, 65535).astype("<u2")

@@ -1,0 +1,122 @@
+"""The file of token log-probabilities that `score --token-logprobs` writes, and its reader."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from longnet_cli.basics.errors import DataError
+from longnet_cli.data.columns import Wanted
+from longnet_cli.data.documents import Document
+from longnet_cli.data.formats import open_source
+from longnet_cli.data.names import find_sources
+from longnet_cli.data.outputs import ShardWriter
+from longnet_cli.data.tables import Table, pick
+
+if TYPE_CHECKING:
+    from longnet_cli.jobs.scoring.scoring import OnTokens
+
+BATCH = 1 << 18  # tokens per record batch
+_COLUMNS = ["doc_id", "start", "input_ids", "logprobs"]  # an Arrow file would leave the ids of the first one on disk
+_TOP = ["top_ids", "top_logprobs"]
+
+
+def logprob_schema(metadata: Mapping[str, str] | None = None, top: bool = False) -> pa.Schema:
+    """Return the schema of token log-probabilities, in nats: a row has the tokens of a document from `start` on.
+
+    A long document has several rows, with `part` 0, 1, 2, ... and one doc_id. `metadata` is `weights.model_origin`.
+    With `top`, there are columns for the most likely token in the place of each one, and for its log-probability.
+    """
+    ids, logprobs = pa.large_list(pa.int32()), pa.large_list(pa.float32())
+    fields = [
+        pa.field("doc_id", pa.string()),
+        pa.field("part", pa.int32()),
+        pa.field("start", pa.int64()),
+        pa.field("input_ids", ids, nullable=False),
+        pa.field("logprobs", logprobs, nullable=False),
+    ]
+    if top:
+        fields += [pa.field(name, kind, nullable=False) for name, kind in zip(_TOP, (ids, logprobs), strict=True)]
+    return pa.schema(fields, metadata=dict(metadata or {}))
+
+
+@contextmanager
+def write_token_logprobs(
+    path: str | Path, metadata: Mapping[str, str] | None = None, top: bool = False
+) -> Iterator[OnTokens]:
+    """Open a file for token log-probabilities (see `logprob_schema`), and yield the `on_tokens` of `score`."""
+    rows: list[tuple[Any, ...]] = []
+    size = part = 0
+    last: Document | None = None
+
+    with ShardWriter(path, logprob_schema(metadata, top)) as writer:
+
+        def flush() -> None:
+            nonlocal rows, size
+            if rows:
+                columns = [pa.array(c, f.type) for c, f in zip(zip(*rows, strict=True), writer.schema, strict=True)]
+                writer.write(pa.record_batch(columns, schema=writer.schema))
+            rows, size = [], 0
+
+        def on_tokens(document: Document, start: int, *lists: np.ndarray) -> None:
+            nonlocal size, part, last
+            part = part + 1 if document is last else 0
+            last = document
+            rows.append((document.doc_id, part, start, *lists))
+            size += len(lists[0])
+            if size >= BATCH:
+                flush()
+
+        yield on_tokens
+        flush()
+
+
+class Logged(NamedTuple):
+    """Ids and log-probabilities (n,) of the tokens of a document from `start` on, and of the most likely tokens."""
+
+    doc_id: str
+    start: int
+    ids: np.ndarray
+    logprobs: np.ndarray
+    top_ids: np.ndarray | None = None
+    top_logprobs: np.ndarray | None = None
+
+
+class LogprobFile:
+    """A file of token log-probabilities. `where` names it in messages; `metadata` is that of its schema."""
+
+    def __init__(self, name: str) -> None:
+        """Open a file. Raises DataError for one that is missing, damaged or has no log-probabilities."""
+        sources, missing = find_sources([name])
+        if missing:
+            raise missing[0]
+        table = open_source(sources[0], Wanted()) if len(sources) == 1 else None
+        if not isinstance(table, Table) or not {*_COLUMNS} <= {*table.schema.names}:
+            raise DataError(f"{name}: not a file of log-probabilities, which `longnet score --token-logprobs` writes")
+        self._table, self.where = table, table.where
+        self.metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+
+    def rows(self, top: bool = False) -> Iterator[Logged]:
+        """Yield the rows in order; with `top`, also the most likely tokens, if the file has them.
+
+        Raises DataError for a damaged row.
+        """
+        table, row = self._table, 0
+        names = [*_COLUMNS, *(_TOP if top and {*_TOP} <= {*table.schema.names} else ())]
+        for batch in table.read(names):
+            doc_ids, starts, *lists = (pick(batch, name) for name in names)
+            for index in range(batch.num_rows):
+                try:
+                    of_row = [np.asarray(column[index].values) for column in lists]
+                    logged = Logged(doc_ids[index].as_py(), int(starts[index].as_py()), *of_row)
+                    if len({values.shape for values in of_row}) > 1 or not len(logged.ids):
+                        raise ValueError("as many log-probabilities as ids are needed")
+                except (AttributeError, TypeError, ValueError) as error:
+                    raise DataError(f"{table.place(row)}: not a row of log-probabilities: {error}") from None
+                yield logged
+                row += 1
