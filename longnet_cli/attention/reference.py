@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .groups import stages
-from .pattern import MEAN_OF, NEIGHBOUR, RUN, RUNS, VOTERS, Padding, Pattern
+from .pattern import FOUND, MEAN_OF, NEIGHBOUR, RUN, RUNS, SURE, VOTERS, Padding, Pattern
 from .sinks import Turn
 
 
@@ -145,12 +145,12 @@ def _voted(
     The voters `scanners` (VOTERS, H, D) choose the candidates; those of the layer `before` are candidates, too.
     """
 
-    def votes(own: Tensor, blocks: list[int], keys_of: Tensor, means: int) -> dict[int, float]:
+    def votes(own: Tensor, blocks: list[int], keys_of: Tensor, means: int, power: int = 1) -> dict[int, float]:
         """Return a score for each block, whose keys are in `keys_of` (blocks, keys, H, D), by `means` means of each."""
         of_blocks = keys_of[blocks].unflatten(1, (means, -1)).mean(2)
         scores = torch.einsum("vhd,cmhd->vhcm", own, of_blocks)
-        shares = scores.logsumexp(-1).softmax(-1).mean((0, 1)).tolist()
-        found = dict(zip(blocks, shares, strict=True))
+        shares = scores.logsumexp(-1).softmax(-1).pow(power).mean((0, 1)) ** (1 / power)
+        found = dict(zip(blocks, shares.tolist(), strict=True))
         return {block: max(score, NEIGHBOUR * found.get(block - 1, 0.0)) for block, score in found.items()}
 
     def best(scores: Mapping[int, float], number: int) -> list[int]:
@@ -167,11 +167,15 @@ def _voted(
         else:
             candidates = best(votes(scanners[1::2], candidates, keys, stage.means), stage.blocks)
     candidates = sorted({*candidates, *before} - {0})
-    shares = votes(voters, candidates, keys, finest)
+    shares, finds = (votes(voters, candidates, keys, finest, power) for power in (1, SURE))
     if pattern.chosen_exact:
-        compared = best(shares, pattern.chosen_exact)
-        shares = dict.fromkeys(candidates, 0.0) | votes(voters, compared, keys, size)
-    return [0, *best(shares | dict.fromkeys(named, inf), pattern.chosen - 1)]
+        compared = best({block: max(shares[block], finds[block]) for block in candidates}, pattern.chosen_exact)
+        rest = dict.fromkeys(candidates, 0.0)
+        shares, finds = (rest | votes(voters, compared, keys, size, power) for power in (1, SURE))
+    by_finds = pattern.chosen // FOUND
+    own = best(shares | dict.fromkeys(named, inf), pattern.chosen - 1 - by_finds)
+    others = best({block: score for block, score in finds.items() if block not in own}, by_finds)
+    return [0, *sorted([*own, *others])]
 
 
 def key_counts(

@@ -22,7 +22,7 @@ from torch import Tensor
 from longnet_cli.attention import Outside
 from longnet_cli.attention.choosing import shares_of
 from longnet_cli.attention.past import Means, unrotated
-from longnet_cli.attention.pattern import VOTERS
+from longnet_cli.attention.pattern import SURE, VOTERS
 from longnet_cli.attention.sinks import Turn
 from longnet_cli.basics.errors import InputWarning
 from longnet_cli.basics.verdicts import remembered
@@ -31,7 +31,6 @@ from longnet_cli.nets.weights import model_digest
 
 TEXTS, READ, BETWEEN = 2, 512, 256  # texts; tokens that are read twice; tokens between
 EVERY = 16  # tokens per group
-SURE = 3  # power of the shares
 LEAST = 0.15  # SmolLM2: 0.19 to 1.2 at its peaks, and 0.12 at the next one
 
 
