@@ -363,15 +363,22 @@ def test_what_is_read_apart_is_what_would_come_next(
         list(score(net, [document], bos=7, on_tokens=lambda *token: found.append(token[3])))
         return -np.concatenate(found)
 
-    words = ["--passages", text, "--filler", text, "--tokens", "50", "--distances", "300", "--every", "4"]
-    command = [python, ROOT / "examples/passage.py", model, pattern, *words]
+    said = tmp_path / "passage.txt"
+    said.write_text("One says it once, and then one says it once more. " * 9)
+    words = ["--passages", said, "--filler", text, said, "--tokens", "50", "--distances", "300", "240", "--every", "4"]
+    command = [python, ROOT / "examples/passage.py", model, pattern, *words, "--near", "90"]
     done = subprocess.run(command, env=command_env, capture_output=True, text=True, check=True)
-    again, natural = map(json.loads, done.stdout.splitlines())
-    passage = ids[(len(ids) - 50) // 2 :][:50]
-    before = [ids[:200], passage, ids[200:500]]
-    assert again["nats"] == pytest.approx(nats([*before, passage])[-49:].mean(), rel=1e-5)
-    assert natural["nats"] == pytest.approx(nats([*before, ids[500:550]])[-49:].mean(), rel=1e-5)
-    assert again["first"] == pytest.approx(nats([ids[:200], passage])[-49:].mean(), rel=1e-5)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(row["distance"], row["passage"]) for row in rows] == [
+        (distance, name) for distance in (240, 300) for name in ("passage.txt", "natural")
+    ]
+    other = folder.tokenizer().encode(said.read_text())
+    passage = other[(len(other) - 50) // 2 :][:50]
+    for row in rows:
+        before = [ids[:200], passage, ids[200 : 110 + row["distance"]], ids[410:500]]
+        expected = nats([*before, passage if row["first"] else ids[500:550]])[-49:].mean()
+        assert row["nats"] == pytest.approx(expected, rel=1e-5)
+    assert rows[0]["first"] == pytest.approx(nats([ids[:200], passage])[-49:].mean(), rel=1e-5)
 
     passkey = imported(ROOT / "examples/passkey.py")
     monkeypatch.setattr(passkey, "LAST", 300)
@@ -379,6 +386,43 @@ def test_what_is_read_apart_is_what_would_come_next(
     (row,) = passkey.alone(argparse.Namespace(**names, patterns=[pattern], every=[4]))
     assert (row["questions"], row["every"]) == (2, 4 if "chosen" in pattern else None)
     assert 0 < row["nats"] < 20
+
+
+def test_questions_in_their_own_words_and_in_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All needles are in the document; answers begin where they are said to; nats are those of one pass."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)  # of the test's process
+    questions = imported(ROOT / "examples/questions.py")
+    for name, words in questions.NAMES.items():
+        assert not {*name.split()} & {*words.split()}
+    monkeypatch.setattr(questions, "LAST", 300)
+    monkeypatch.setattr(questions, "NAMES", {"red fox": "the animal with a crimson coat"})
+    model, text = tiny_llama(tmp_path / "llama", max_position_embeddings=400, bos_token_id=7), tmp_path / "prose.txt"
+    text.write_text("All is well that ends well; what ends is another matter. " * 100)
+    read, asked = "window:64,chosen=2x32", "window:64,chosen=2x32,chosen_every=4"
+    sizes = {"text": [str(text)], "tokens": 1500, "needles": 9, "offsets": [0, 40], "seed": 3, "chunk": 500}
+    options = argparse.Namespace(model=str(model), patterns=[read], ask=[asked], **sizes)
+    rows = list(questions.measure(options))
+    assert [(row["asked"], row["words"], row["offset"]) for row in rows] == [
+        (pattern, words, offset) for pattern in (read, asked) for words in ("same", "other") for offset in (0, 40)
+    ]
+    assert [line.split(" | ")[1] for line in [*questions.table(rows)][2:]] == ["same", "other"] * 2
+
+    folder = ModelFolder(model)
+    document = questions.Document(folder.tokenizer(), [str(text)], 1500, 9, 3)
+    told = re.findall(r"The pass key of the (\w+ \w+) is \d{5}\.", folder.tokenizer().decode(document.ids.tolist()))
+    assert len({*told}) == len(told) == 9
+    for row in rows:
+        ((question, answer),) = document.questions[row["words"]]
+        first = next(n for n in range(1500, 1800) if n % 128 == row["offset"] and n > row["tokens"] + len(question))
+        more = document.next[: first - len(question) - row["tokens"]]
+        parts = [document.ids, more, question, answer]
+        assert (1 + sum(map(len, parts[:-1]))) % 128 == row["offset"]
+        if row["asked"] == read:
+            whole, logprobs = np.concatenate(parts), []
+            list(score(folder.net(pattern=parse_pattern(read)), [Document("", whole, len(whole), "")], bos=7,
+                       on_tokens=lambda *token, to=logprobs: to.append(token[3])))  # fmt: skip
+            assert row["nats"] == pytest.approx(-np.concatenate(logprobs)[-len(answer) :].mean(), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["niah_single_3", "niah_multikey_2", "niah_multivalue", "vt"])
