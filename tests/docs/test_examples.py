@@ -34,6 +34,7 @@ from longnet_cli.jobs.scoring.scoring import score
 from longnet_cli.jobs.training.recipe import Recipe, load_recipe
 from longnet_cli.jobs.training.windows import TokenStream, TokenWindows
 from longnet_cli.models.folder import ModelFolder
+from longnet_cli.running.causal_stream import CausalStream
 from longnet_cli.running.ranks.exchange import Exchange, even_edges
 from longnet_cli.running.ranks.ranks import Ranks
 
@@ -423,6 +424,46 @@ def test_questions_in_their_own_words_and_in_others(tmp_path: Path, monkeypatch:
             list(score(folder.net(pattern=parse_pattern(read)), [Document("", whole, len(whole), "")], bos=7,
                        on_tokens=lambda *token, to=logprobs: to.append(token[3])))  # fmt: skip
             assert row["nats"] == pytest.approx(-np.concatenate(logprobs)[-len(answer) :].mean(), rel=1e-5)
+
+
+def test_the_recall_of_a_choice_is_by_all_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal to what follows from the keys and queries of a Llama before they are turned."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)  # of the test's process
+    choice_recall = imported(ROOT / "examples/choice_recall.py")
+    monkeypatch.setattr(choice_recall, "LAST", 192)
+    model, text = tiny_llama(tmp_path / "llama", bos_token_id=7, initializer_range=0.5), tmp_path / "prose.txt"
+    text.write_text("".join(np.random.default_rng(0).choice([*"abcdefgh "], 700)))
+    pattern = "window:64,chosen=3x32"
+    names = {"model": str(model), "patterns": [pattern], "text": [str(text)], "random": False, "spill": None}
+    rows = list(choice_recall.measure(argparse.Namespace(**names, tokens=[592], groups=99, chunk=150, seed=0)))
+
+    net = ModelFolder(model).net(pattern=parse_pattern(pattern))
+    plain: dict[str, list[torch.Tensor]] = {}
+    for name, module in net.model.named_modules():
+        if name.endswith(("q_proj", "k_proj")):
+            module.register_forward_hook(lambda _, x, y, name=name: plain.setdefault(name, []).append(y[0]))
+    ids = torch.from_numpy(ModelFolder(model).tokenizer().encode(text.read_text())[:591].astype(np.int64))
+    stream, seen = CausalStream(net), []
+    stream(torch.cat([torch.tensor([7]), ids[:399]])[None])
+    stream.watch(lambda layer, part, blocks: seen.append((layer, part.groups, blocks[0])))
+    stream(ids[None, 399:])
+    for row in rows:
+        q, k = (
+            torch.cat(next(plain[name] for name in plain if f".{row['layer']}.self_attn.{kind}" in name))
+            for kind in "qk"
+        )
+        recalls = []
+        for layer, groups, chosen in seen:
+            for i, blocks in enumerate(chosen if layer == row["layer"] else []):
+                queries = q[groups.first + 16 * i :][:16].view(16, 4, 8) / 8**0.5
+                keys = k[: groups.near].view(-1, 4, 8)
+                shares = torch.einsum("qhd,khd->qhk", queries, keys[32:]).softmax(-1).mean((0, 1))
+                weights = shares.view(-1, 32).sum(1).tolist()
+                recalls.append(sum(weights[b - 1] for b in blocks[1:]) / sum(sorted(weights)[-2:]))
+        assert row["groups"] == len(recalls) == 12
+        assert row["recall"] == pytest.approx(np.mean(recalls), rel=1e-5)
+    assert [row["layer"] for row in rows] == [0, 1]
+    assert len([*choice_recall.table(rows)]) == 3
 
 
 @pytest.mark.parametrize("name", ["niah_single_3", "niah_multikey_2", "niah_multivalue", "vt"])
