@@ -12,7 +12,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longnet_cli.attention import Pattern
+from longnet_cli.attention import Pattern, choosing
 from longnet_cli.attention.packing import PackedRows
 from longnet_cli.attention.plain_call import MathKernel
 
@@ -250,3 +250,10 @@ def _sequences(queries: PackedRows, keys: PackedRows, of_q: tuple[Tensor, ...], 
     """Each sequence's tensors (1, 1, rows, D)."""
     for (a, b), (c, d) in zip(pairwise(queries.edges.tolist()), pairwise(keys.edges.tolist()), strict=True):
         yield [*(x[None, None, a:b] for x in of_q), *(x[None, None, c:d] for x in of_k)]
+
+
+def chosen_by_hand(blocks: Tensor) -> choosing.Choice:
+    """The choice of groups that see block 0 and these blocks (groups, m)."""
+    none = torch.zeros(len(blocks), 0)
+    seen = torch.cat([blocks.new_zeros(len(blocks), 1), blocks], 1).int()
+    return choosing.Choice(seen, seen[-1].long(), choosing.Finds(none.long(), none))

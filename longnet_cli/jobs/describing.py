@@ -186,7 +186,7 @@ def describe(
     keys = sum(level.keys_per_query for level in levels) + pattern.sinks + pattern.chosen_keys
     kept = seq if pattern.chosen else 0
     dense = sum(level_flops(Pattern((seq,), (1,)), heads, head_dim, seq, causal))
-    compared, _ = comparisons(pattern, seq) if pattern.chosen else (0, 0)
+    compared = round(comparisons(pattern, seq)[0]) if pattern.chosen else 0
     least, mean = _nearest(pattern, seq, heads, causal)
     return Description(
         name=name,
