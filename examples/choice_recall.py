@@ -11,10 +11,11 @@ could be chosen, un-rotated, as they are compared in the choice, in the mean ove
 exact choice is as many blocks as the group sees, those with the largest weights; block 0, which all see, is left out.
 The recall of a choice is the weight of what it sees, relative to the weight of the exact choice.
 
-It writes one line of JSON per pattern, number of tokens and layer: `pattern, tokens, layer, groups, recall, exact` (the
-share of all weight that the exact choice has) and `seconds`, those of reading on until there. The table on stderr has
-the means over layers, and the least layer's. With `--random`, the document is random tokens, in which nothing stands
-out. Give `--spill` for keys that do not fit in memory.
+It writes one line of JSON per pattern, number of tokens and layer that sees chosen blocks: `pattern, tokens, layer,
+kind` (chooses, or follows another layer's choice), `groups, recall, exact` (the share of all weight that the exact
+choice has) and `seconds`, those of reading on until there. The table on stderr has the means over layers of a kind.
+With `--random`, the document is random tokens, in which nothing stands out. Give `--spill` for keys that do not fit in
+memory.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from torch import Tensor
 from longnet_cli import CausalStream, ConfigError, LongNetError, ModelFolder, Net, parse_pattern
 from longnet_cli.attention.groups import GroupedPart
 from longnet_cli.attention.past import Past, unrotated
+from longnet_cli.attention.sinks import Turn
 from longnet_cli.basics.sizes import parse_size
 
 LAST = 4096  # tokens of which groups are taken
@@ -89,28 +91,24 @@ def read_groups(stream: CausalStream, ids: np.ndarray, number: int) -> dict[int,
     return groups
 
 
-def all_keys(past: Past) -> Tensor:
+def all_keys(past: Past, turn: Turn | None) -> Tensor:
     """Return the keys of all whole blocks of a past, un-rotated, in row 0: (K, tokens, D)."""
-    size, turn = past.pattern.chosen_block, past._turn
-    assert turn
-    parts = []
+    size, parts = past.pattern.chosen_block, []
     for blocks in torch.arange(past.blocks.number).split(STEP // size):
         into = past.waiting.new_empty(2, len(blocks), size, *past.waiting.shape[3:])
         past.blocks.take(0, blocks, into)
         positions = torch.arange(int(blocks[0]) * size, (int(blocks[-1]) + 1) * size)
-        parts.append(unrotated(into[0].flatten(0, 1)[None], positions, *turn)[0])
+        parts.append(unrotated(into[0].flatten(0, 1)[None], positions, turn)[0])
     return torch.cat(parts).transpose(0, 1).contiguous()
 
 
-def recall(group: Group, keys: Tensor, past: Past) -> tuple[float, float]:
-    """Return the recall of a group's choice, and the share of all weight that the exact choice has.
+def recall(group: Group, keys: Tensor, size: int, turn: Turn | None) -> tuple[float, float]:
+    """Return the recall of a group's choice of blocks of `size` keys, and the share of all weight of the exact choice.
 
     keys (K, tokens, D) as `all_keys` gives them.
     """
-    size, turn = past.pattern.chosen_block, past._turn
-    assert turn
     positions = torch.arange(group.first, group.first + len(group.queries))
-    queries = unrotated(group.queries[None], positions, *turn)[0] * keys.shape[2] ** -0.5
+    queries = unrotated(group.queries[None], positions, turn)[0] * keys.shape[2] ** -0.5
     weights = torch.zeros(group.near // size - 1)
     for own, of_head in zip(queries.unflatten(1, (len(keys), -1)).unbind(1), keys, strict=True):
         scores = own.flatten(0, 1) @ of_head[size : group.near].T
@@ -146,24 +144,33 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
             for layer, some in groups.items():
                 past = stream.caches[layer].past
                 assert past
-                keys = all_keys(past)
-                recalls, exact = zip(*(recall(group, keys, past) for group in some), strict=True)
-                result = {"layer": layer, "groups": len(some), "recall": float(np.mean(recalls))}
+                turn = net.turns[layer]
+                keys = all_keys(past, turn)
+                recalls, exact = zip(
+                    *(recall(group, keys, net.config.pattern.chosen_block, turn) for group in some), strict=True
+                )
+                result = {
+                    "layer": layer,
+                    "kind": net.config.pattern.kind(layer),
+                    "groups": len(some),
+                    "recall": float(np.mean(recalls)),
+                }
                 yield row | result | {"exact": float(np.mean(exact))}
 
 
 def table(rows: list[Row]) -> Iterator[str]:
-    """Yield lines of Markdown: a row per pattern and number of tokens, with means over layers."""
-    yield "| pattern | tokens | recall | of the least layer | share of the exact choice |"
-    yield "|---|---|---|---|---|"
-    ways: dict[tuple, list[Row]] = defaultdict(list)
+    """Yield lines of Markdown: a row per pattern and number of tokens, with means over layers that choose, and others.
+
+    Each cell has the recall, and the share of all weight that the exact choice has.
+    """
+    yield "| pattern | tokens | layers that choose | layers that follow |"
+    yield "|---|---|---|---|"
+    ways: dict[tuple, dict[str, list[tuple]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        ways[row["pattern"], row["tokens"]].append(row)
-    for (pattern, tokens), layers in ways.items():
-        recalls = [row["recall"] for row in layers]
-        least = min(layers, key=lambda row: row["recall"])
-        exact = np.mean([row["exact"] for row in layers])
-        cells = [f"{np.mean(recalls):.2f}", f"{least['recall']:.2f} ({least['layer']})", f"{exact:.2f}"]
+        ways[row["pattern"], row["tokens"]][row["kind"]].append((row["recall"], row["exact"]))
+    for (pattern, tokens), of_kind in ways.items():
+        means = (np.mean(of_kind[kind], 0) if of_kind[kind] else None for kind in ("chooses", "follows"))
+        cells = ["" if mean is None else f"{mean[0]:.2f} of {mean[1]:.2f}" for mean in means]
         yield f"| `{pattern}` | {tokens:,} | " + " | ".join(cells) + " |"
 
 

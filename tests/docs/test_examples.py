@@ -433,7 +433,7 @@ def test_the_recall_of_a_choice_is_by_all_keys(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(choice_recall, "LAST", 192)
     model, text = tiny_llama(tmp_path / "llama", bos_token_id=7, initializer_range=0.5), tmp_path / "prose.txt"
     text.write_text("".join(np.random.default_rng(0).choice([*"abcdefgh "], 700)))
-    pattern = "window:64,chosen=3x32"
+    pattern = "window:64,chosen=3x32,layers=0"
     names = {"model": str(model), "patterns": [pattern], "text": [str(text)], "random": False, "spill": None}
     rows = list(choice_recall.measure(argparse.Namespace(**names, tokens=[592], groups=99, chunk=150, seed=0)))
 
@@ -462,7 +462,7 @@ def test_the_recall_of_a_choice_is_by_all_keys(tmp_path: Path, monkeypatch: pyte
                 recalls.append(sum(weights[b - 1] for b in blocks[1:]) / sum(sorted(weights)[-2:]))
         assert row["groups"] == len(recalls) == 12
         assert row["recall"] == pytest.approx(np.mean(recalls), rel=1e-5)
-    assert [row["layer"] for row in rows] == [0, 1]
+    assert [(row["layer"], row["kind"]) for row in rows] == [(0, "chooses"), (1, "follows")]
     assert len([*choice_recall.table(rows)]) == 3
 
 
