@@ -1,6 +1,7 @@
 """The scripts in examples/: the corpus of the shipped model, the Llama of transformers that is trained twice, the
 encoder that finds edited copies of files, labels of slides, patterns compared on a pretrained model and by short
-fine-tunes, decoders timed, pass keys in prose, plans for a cluster, and the report of a GPU.
+fine-tunes, decoders timed, passages, pass keys and questions long after, choices compared with those by all keys, plans
+for a cluster, and the report of a GPU.
 """
 
 from __future__ import annotations
