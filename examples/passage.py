@@ -19,8 +19,8 @@ at all distances. A window begins at a multiple of its length. So distances that
 default ones do, have the same near keys.
 
 The filler is read once per pattern; forked processes read the near text and the passages. In a model of transformers, a
-pattern with chosen blocks reads the passages with every number of `--every` in turn. With `--exact`, blocks are chosen
-by all of their keys.
+pattern with chosen blocks reads the passages with every number of `--every` in turn. With `--exact N`, the best N
+blocks are then compared by all of their keys.
 
 It writes one line of JSON per pattern, distance and passage: `pattern, distance, passage, every, exact, nats` (per
 token of the second reading), `first` (of the first reading) and `seconds`. The passage "natural" is the filler that
@@ -45,7 +45,7 @@ import numpy as np
 import torch
 
 from longnet_cli import ConfigError, LongNetError, ModelFolder, Net, open_stream, parse_pattern
-from longnet_cli.attention import Pattern, groups, past
+from longnet_cli.attention import Pattern
 from longnet_cli.basics.sizes import parse_size
 from longnet_cli.integrations.transformers import write_pattern
 
@@ -63,10 +63,11 @@ def nats_of(net: Net, stream: Any, ids: np.ndarray) -> list[float]:
     return net.nll(hidden[0, :-1], tokens[1:]).tolist()
 
 
-def apart(net: Net, stream: Any, read: Callable[[], Any], every: int | None = None) -> Any:
+def apart(net: Net, stream: Any, read: Callable[[], Any], every: int | None = None, exact: int = 0) -> Any:
     """Return what `read()` returns (JSON), but leave the stream as it was: a forked process reads.
 
-    With `every`, a model of transformers chooses blocks every so many tokens there.
+    With `every`, a model of transformers chooses blocks every so many tokens there, at last by all keys of `exact`
+    blocks.
     """
     source, sink = os.pipe()
     child = os.fork()
@@ -75,7 +76,7 @@ def apart(net: Net, stream: Any, read: Callable[[], Any], every: int | None = No
             os.close(source)
             if every:
                 before = net.config.pattern.chosen_every
-                pattern = replace(net.config.pattern, chosen_every=every)
+                pattern = replace(net.config.pattern, chosen_every=every, chosen_exact=exact)
                 write_pattern(net.model.config, pattern)
                 for cache in stream.caches:
                     cache.pattern = cache.past.pattern = pattern
@@ -112,7 +113,7 @@ def measure(
         for name, ids in (passages | {NATURAL: natural}).items():
             for every in options.every if pattern.chosen else [None]:
                 begin = time.perf_counter()
-                nats = float(np.mean(apart(net, stream, partial(nats_of, net, stream, ids), every)))
+                nats = float(np.mean(apart(net, stream, partial(nats_of, net, stream, ids), every, options.exact)))
                 row = {"pattern": written, "distance": distance, "passage": name, "every": every}
                 row |= {"exact": options.exact, "nats": nats, "first": first.get(name)}
                 rows.append(row | {"seconds": round(time.perf_counter() - begin, 2)})
@@ -140,7 +141,7 @@ def table(rows: list[Row]) -> Iterator[str]:
     yield "| pattern | " + " | ".join(f"{name} at {distance:,}" for distance, name in columns) + " |"
     yield "|---" * (len(columns) + 1) + "|"
     for (pattern, every, exact), of_distance in ways.items():
-        name = f"`{pattern}`" + (f", every {every}" if every else "") + (", exact" if exact else "")
+        name = f"`{pattern}`" + (f", every {every}" if every else "") + (f", exact {exact}" if exact else "")
         yield f"| {name} | " + " | ".join(f"{of_distance[at][of]:.3f}" for at, of in columns) + " |"
 
 
@@ -154,13 +155,10 @@ def main() -> None:
     parser.add_argument("--distances", type=parse_size, nargs="+", default=[10 << 10, 60 << 10], help="of filler")
     parser.add_argument("--near", type=parse_size, default=2048, help="of these tokens, the last before a passage")
     parser.add_argument("--every", type=int, nargs="+", default=[16, 4, 1], help="chosen_every of the second reading")
-    parser.add_argument("--exact", action="store_true", help="choose by all keys of a block, not by means")
+    parser.add_argument("--exact", type=int, default=0, help="blocks that are compared by all keys at last")
     parser.add_argument("--chunk", type=parse_size, default=4096, help="tokens of a forward pass")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of weights and keys")
     options = parser.parse_intermixed_args()
-    if options.exact:
-        past.MEAN_OF = groups.MEAN_OF = 1
-        groups.FUNNEL = ()
     torch.set_num_threads(1)  # other threads would be missing in a forked process
     folder = ModelFolder.find(options.model)
     tokenizer = folder.tokenizer()
