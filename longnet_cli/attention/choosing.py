@@ -10,12 +10,12 @@ its text names and those that its queries vote for:
              (`groups.stages`); those that remain are the candidates of all groups in these tokens. A group also
              has the blocks that it sees in the layer that chose before: they often are the right ones
     votes    for each voter and head, the softmax of its scores with the means of all candidates. A block's vote is the
-             mean of its shares; NEIGHBOUR of its predecessor's, if more
-    finds    the same with the mean of the share's third power, where a few sure heads count more than many that guess
+             mean of the third power of its shares, in which a few sure heads count more than many that guess; or
+             NEIGHBOUR of its predecessor's, if more
     names    blocks that come from outside, by `Names`: attention knows no text
-    choice   up to a quarter of the blocks by names, a quarter by finds, the others by votes
+    choice   up to a quarter of the blocks by names, the others by votes
 
-With `chosen_exact`, the best so many candidates get new votes and finds, by all of their keys.
+With `chosen_exact`, the best so many candidates get new votes, by all of their keys.
 
 Only some layers choose (`Pattern.chosen_layers`). The layers after each of them see the same blocks, and those before
 the first see block 0 alone.
@@ -34,7 +34,7 @@ from torch import Tensor
 
 from .groups import GroupedPart, slot_of, stages
 from .past import Means, unrotated
-from .pattern import FOUND, NEIGHBOUR, RUN, RUNS, SURE, VOTERS, Pattern
+from .pattern import NEIGHBOUR, RUN, RUNS, SURE, VOTERS, Pattern
 from .sinks import Turn
 
 SCORES = 1 << 20  # scores of a scan that exist at a time
@@ -180,16 +180,16 @@ def _seen(
         compared = torch.cat([candidates, earlier.flatten()]).unique()
         own = torch.isin(compared, candidates) | (compared[:, None] == earlier[:, None]).any(2)
     blocks = compared.expand(len(firsts), -1)
-    votes, finds = _votes(voters, _taken(voting.means.fine[voting.row], compared), blocks, own)
+    votes = _votes(voters, _taken(voting.means.fine[voting.row], compared), blocks, own)
     if pattern.chosen_exact:
-        best = _best(torch.maximum(votes, finds), min(pattern.chosen_exact, len(candidates)))
+        best = _best(votes, min(pattern.chosen_exact, len(candidates)))
         exact = [_exact_votes(voting, v[None], x) for v, x in zip(voters, blocks.gather(1, best), strict=True)]
-        votes, finds = (torch.zeros_like(votes).scatter(1, best, torch.cat(x)) for x in zip(*exact, strict=True))
-    return _picked(pattern, blocks, votes, finds, named)
+        votes = torch.zeros_like(votes).scatter(1, best, torch.cat(exact))
+    return _picked(pattern, blocks, votes, named)
 
 
-def _exact_votes(voting: Voting, voters: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the votes and finds (1, n) for blocks (n,) of one group, by all of their keys."""
+def _exact_votes(voting: Voting, voters: Tensor, blocks: Tensor) -> Tensor:
+    """Return the votes (1, n) for blocks (n,) of one group, by all of their keys."""
     keys = voting.keys(blocks)
     inside = torch.arange(keys.shape[1], device=blocks.device)
     positions = (blocks[:, None] * keys.shape[1] + inside).flatten()
@@ -197,21 +197,17 @@ def _exact_votes(voting: Voting, voters: Tensor, blocks: Tensor) -> tuple[Tensor
     return _votes(voters, keys.permute(2, 0, 1, 3), blocks[None])
 
 
-def _picked(pattern: Pattern, blocks: Tensor, votes: Tensor, finds: Tensor, named: Tensor | None) -> Tensor:
-    """Return the blocks (groups, m) that are seen: block 0, those that are named, and the best by votes and finds.
+def _picked(pattern: Pattern, blocks: Tensor, votes: Tensor, named: Tensor | None) -> Tensor:
+    """Return the blocks (groups, m) that are seen: block 0, those that are named, and the best by votes.
 
-    blocks, votes and finds are (groups, C).
+    blocks and votes are (groups, C).
     """
     if named is not None:  # a named block has the best vote, whether it is a candidate or not
         same = named[:, :, None] == blocks[:, None]
         votes = votes.masked_fill(same.any(1), torch.inf)
         more = votes.new_full(named.shape, -torch.inf).masked_fill((named > 0) & ~same.any(2), torch.inf)
         blocks, votes = torch.cat([blocks, named], 1), torch.cat([votes, more], 1)
-        finds = torch.cat([finds, torch.full_like(more, -torch.inf)], 1)
-    by_finds = pattern.chosen // FOUND
-    own = _best(votes, pattern.chosen - 1 - by_finds)
-    others = _best(finds.scatter(1, own, -torch.inf), by_finds)
-    seen = blocks.gather(1, torch.cat([own, others], 1)).sort(1).values
+    seen = blocks.gather(1, _best(votes, pattern.chosen - 1)).sort(1).values
     return torch.cat([seen.new_zeros(len(seen), 1), seen], 1)
 
 
@@ -221,15 +217,14 @@ def _voters(voting: Voting, firsts: Sequence[int]) -> Tensor:
     return voting.queries(positions.flatten()).unflatten(0, positions.shape)
 
 
-def _votes(voters: Tensor, means: Tensor, blocks: Tensor, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return votes and finds (groups, C) of voters (groups, n, H, D) for blocks (groups, C), means (K, C, m, D).
+def _votes(voters: Tensor, means: Tensor, blocks: Tensor, own: Tensor | None = None) -> Tensor:
+    """Return the votes (groups, C) of voters (groups, n, H, D) for blocks (groups, C) with means (K, C, m, D).
 
     A group compares its `own` blocks (groups, C) alone, if not all; the others get -1.
     """
-    shares = shares_of(voters, means, own)
-    both = shares.mean((0, 2)), (shares**SURE).mean((0, 2)) ** (1 / SURE)
-    votes, finds = (_with_neighbours(x, blocks) for x in both)
-    return (votes, finds) if own is None else (votes.where(own, -1), finds.where(own, -1))
+    votes = (shares_of(voters, means, own) ** SURE).mean((0, 2)) ** (1 / SURE)
+    votes = _with_neighbours(votes, blocks)
+    return votes if own is None else votes.where(own, -1)
 
 
 def shares_of(voters: Tensor, means: Tensor, own: Tensor | None = None) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .groups import stages
-from .pattern import FOUND, MEAN_OF, NEIGHBOUR, RUN, RUNS, SURE, VOTERS, Padding, Pattern
+from .pattern import MEAN_OF, NEIGHBOUR, RUN, RUNS, SURE, VOTERS, Padding, Pattern
 from .sinks import Turn
 
 
@@ -167,15 +167,11 @@ def _voted(
         else:
             candidates = best(votes(scanners[1::2], candidates, keys, stage.means), stage.blocks)
     candidates = sorted({*candidates, *before} - {0})
-    shares, finds = (votes(voters, candidates, keys, finest, power) for power in (1, SURE))
+    shares = votes(voters, candidates, keys, finest, SURE)
     if pattern.chosen_exact:
-        compared = best({block: max(shares[block], finds[block]) for block in candidates}, pattern.chosen_exact)
-        rest = dict.fromkeys(candidates, 0.0)
-        shares, finds = (rest | votes(voters, compared, keys, size, power) for power in (1, SURE))
-    by_finds = pattern.chosen // FOUND
-    own = best(shares | dict.fromkeys(named, inf), pattern.chosen - 1 - by_finds)
-    others = best({block: score for block, score in finds.items() if block not in own}, by_finds)
-    return [0, *sorted([*own, *others])]
+        compared = best(shares, pattern.chosen_exact)
+        shares = dict.fromkeys(candidates, 0.0) | votes(voters, compared, keys, size, SURE)
+    return [0, *best(shares | dict.fromkeys(named, inf), pattern.chosen - 1)]
 
 
 def key_counts(
