@@ -12,7 +12,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longnet_cli.attention import Pattern
+from longnet_cli.attention import Pattern, choosing
 from longnet_cli.attention.packing import PackedRows
 from longnet_cli.attention.plain_call import MathKernel
 
@@ -154,11 +154,13 @@ def choices(draw: st.DrawFn, causal: bool | None = None) -> Choice:
 
 @st.composite
 def chosen_patterns(draw: st.DrawFn) -> Pattern:
-    """Windows with chosen blocks."""
+    """Windows with chosen blocks, for nets of two layers or more."""
     block = 4 * draw(st.integers(1, 4))
     every = draw(st.sampled_from([n for n in range(1, block + 1) if block % n == 0]))
-    width, back, number = block * draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 4))
-    return Pattern((width,), (1,), look_back=back, chosen=number, chosen_block=block, chosen_every=every)
+    width, back, number = block * draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 5))
+    layers, exact = draw(st.sampled_from([(), (0,), (1,), (0, 1)])), draw(st.sampled_from([0, 0, number + 2]))
+    sizes = {"chosen": number, "chosen_block": block, "chosen_every": every}
+    return Pattern((width,), (1,), look_back=back, **sizes, chosen_layers=layers, chosen_exact=exact)
 
 
 @st.composite
@@ -250,3 +252,10 @@ def _sequences(queries: PackedRows, keys: PackedRows, of_q: tuple[Tensor, ...], 
     """Each sequence's tensors (1, 1, rows, D)."""
     for (a, b), (c, d) in zip(pairwise(queries.edges.tolist()), pairwise(keys.edges.tolist()), strict=True):
         yield [*(x[None, None, a:b] for x in of_q), *(x[None, None, c:d] for x in of_k)]
+
+
+def chosen_by_hand(blocks: Tensor) -> choosing.Choice:
+    """The choice of groups that see block 0 and these blocks (groups, m)."""
+    none = torch.zeros(len(blocks), 0)
+    seen = torch.cat([blocks.new_zeros(len(blocks), 1), blocks], 1).int()
+    return choosing.Choice(seen, seen[-1].long(), choosing.Finds(none.long(), none))

@@ -11,7 +11,7 @@ from .spans import SINKS, FarSpan
 
 if TYPE_CHECKING:
     from .cache import KVCache
-    from .choosing import LayerFinds
+    from .choosing import LayerChoices
     from .dilated import dilated_attention
     from .module import DilatedAttention
     from .outside import FarKeys, Outside, far_keys
@@ -23,7 +23,7 @@ __all__ = [
     "FarKeys",
     "FarSpan",
     "KVCache",
-    "LayerFinds",
+    "LayerChoices",
     "Level",
     "Outside",
     "Past",
@@ -36,7 +36,7 @@ _MODULES = {
     "DilatedAttention": "module",
     "FarKeys": "outside",
     "KVCache": "cache",
-    "LayerFinds": "choosing",
+    "LayerChoices": "choosing",
     "Outside": "outside",
     "Past": "past",
     "dilated_attention": "dilated",

@@ -31,7 +31,7 @@ from math import lcm
 from typing import NamedTuple
 
 from .groups import chosen_flops
-from .pattern import Padding, Pattern
+from .pattern import LayerKind, Padding, Pattern
 from .spans import SINKS, FarSpan, Heads, Rows, lanes, level_of, progressions, rows_before, sink_segments
 
 BACKWARD_FLOPS = 2.5  # times the forward's: five matrix products instead of two
@@ -147,32 +147,54 @@ def _pairs(branch: Branch) -> int:
 
 
 def attention_flops(
-    pattern: Pattern, heads: int, head_dim: int, tokens: int, causal: bool, batch: int = 1, kv_heads: int = 0
+    pattern: Pattern,
+    heads: int,
+    head_dim: int,
+    tokens: int,
+    causal: bool,
+    batch: int = 1,
+    kv_heads: int = 0,
+    kind: LayerKind = "chooses",
 ) -> int:
     """Return the executed FLOPs of a forward pass, summed over branches.
 
-    Each head and segment takes 4 * rows * keys * head_dim; a causal square takes half.
+    Each head and segment takes 4 * rows * keys * head_dim; a causal square takes half. With chosen blocks, this depends
+    on the `kind` of the layer.
     """
-    return sum(level_flops(pattern, heads, head_dim, tokens, causal, batch, kv_heads))
+    return sum(level_flops(pattern, heads, head_dim, tokens, causal, batch, kv_heads, kind))
 
 
 def level_flops(
-    pattern: Pattern, heads: int, head_dim: int, tokens: int, causal: bool, batch: int = 1, kv_heads: int = 0
+    pattern: Pattern,
+    heads: int,
+    head_dim: int,
+    tokens: int,
+    causal: bool,
+    batch: int = 1,
+    kv_heads: int = 0,
+    kind: LayerKind = "chooses",
 ) -> list[int]:
     """Return the share of each level in `attention_flops`, and last that of calls on sinks alone or chosen blocks."""
     shard = _ShardGeometry(pattern, heads, kv_heads or heads, 0, tokens, causal)
     parts = [*(shard.near(level, False, 0) for level in range(len(pattern.levels))), shard.sinks((), None)]
     flops = [2 * head_dim * batch * sum(map(_pairs, part)) for part in parts]
-    flops[-1] += batch * sum(chosen_flops(pattern, heads, head_dim, tokens))
+    flops[-1] += batch * sum(chosen_flops(pattern, heads, head_dim, tokens, kind))
     return flops
 
 
 def backward_flops(
-    pattern: Pattern, heads: int, head_dim: int, tokens: int, causal: bool, batch: int = 1, kv_heads: int = 0
+    pattern: Pattern,
+    heads: int,
+    head_dim: int,
+    tokens: int,
+    causal: bool,
+    batch: int = 1,
+    kv_heads: int = 0,
+    kind: LayerKind = "chooses",
 ) -> float:
     """Return the executed FLOPs of a backward pass."""
-    votes = batch * chosen_flops(pattern, heads, head_dim, tokens).votes
-    return BACKWARD_FLOPS * (attention_flops(pattern, heads, head_dim, tokens, causal, batch, kv_heads) - votes)
+    votes = batch * chosen_flops(pattern, heads, head_dim, tokens, kind).votes
+    return BACKWARD_FLOPS * (attention_flops(pattern, heads, head_dim, tokens, causal, batch, kv_heads, kind) - votes)
 
 
 def shard_flops(

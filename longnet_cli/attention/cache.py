@@ -53,7 +53,8 @@ class KVCache:
     Pass `keep`, the length that the sequence may reach, if earlier far keys must stay valid, as for a backward pass
     over all shards. Then every segment gets new memory for all its rows at once, and takes over no older segment's. Of
     chosen blocks, the past is the next shard's, and `Past.before` gives earlier ones.
-    `allocate` makes the memory; it takes the arguments of torch.empty. The blocks of the past, if they are chosen, are
+    `allocate` makes the memory; it takes the arguments of torch.empty. `layer` is the number of the layer, on which it
+    depends what chosen blocks need of the past. The blocks of the past, if they are chosen, are
     kept in `blocks`, by default in memory.
     """
 
@@ -70,6 +71,7 @@ class KVCache:
         keep: int = 0,
         allocate: Callable[..., Tensor] = torch.empty,
         blocks: Blocks | None = None,
+        layer: int | None = None,
     ) -> None:
         self.pattern, self.num_heads, self.kv_heads, self.keep = pattern, num_heads, kv_heads or num_heads, keep
         self.position, self.dtype = 0, dtype
@@ -85,9 +87,9 @@ class KVCache:
         self._turned: dict[tuple[int, ...], tuple[Tensor, ...]] = {}  # sinks as they were turned last
         self.past = None
         if pattern.chosen and keep:  # on a GPU, `allocate` may take memory of the host, and means are always needed
-            self.past = Past(pattern, blocks or Blocks(allocate, keep // pattern.chosen_block), keep=keep)
+            self.past = Past(pattern, blocks or Blocks(allocate, keep // pattern.chosen_block), keep=keep, layer=layer)
         elif pattern.chosen:
-            self.past = Past(pattern, blocks, allocate)
+            self.past = Past(pattern, blocks, allocate, layer=layer)
 
     @property
     def batch(self) -> int:
@@ -220,6 +222,7 @@ class KVCache:
         if self.past:
             shapes |= self.past.shapes(position, saved, (self.batch, self.num_heads, self.kv_heads, self.head_dim))
         types = {"fine": accumulator(self.dtype), "counts": torch.int32, "held": torch.int32, "held_at": torch.int64}
+        types |= {"scanned": torch.int32, "scanned_at": torch.int64}
         if other := saved.keys() ^ shapes.keys():
             raise ValueError(f"{min(other)} is {'missing' if min(other) in shapes else 'not of it'}")
         for name, shape in shapes.items():

@@ -38,6 +38,8 @@ _TYPES = {
     "chosen": "int",
     "chosen_block": "int",
     "chosen_every": "int",
+    "chosen_layers": "int[]",
+    "chosen_exact": "int",
     "start": "SymInt",
     "documents": "SymInt[]?",
     "total": "SymInt?",

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .choosing import Chosen, LayerFinds
+from .choosing import LayerChoices
+from .chosen import Chosen
 from .compiled import attend_in_graph
 from .kernels import select_kernel
 from .merging import AttentionPlan, merged_backward, merged_forward, unit_stride
@@ -48,7 +49,7 @@ def dilated_attention(
     scale: float | None = None,
     kernel: str | None = None,
     turn: Turn | None = None,
-    finds: LayerFinds | None = None,
+    choices: LayerChoices | None = None,
 ) -> Tensor:
     """Attend from q (B, N, H, D) to k, v (B, N, K, D) by `pattern`; return (B, N, H, D) like q. Differentiable.
 
@@ -69,8 +70,8 @@ def dilated_attention(
     turn: function that moves sinks to the place where a segment sees them, for k that is rotated by position:
         (keys (B, S, n, K, D), distances (S,) int64) -> the same keys, that many positions further on. Linear and
         differentiable. Without it, every segment sees the sinks as they are.
-    finds: what the layer before has found, and where this layer leaves what it finds. Without them, a layer chooses for
-        itself.
+    choices: what the layers of a forward pass choose, and this layer's place in it. Without them, a layer chooses for
+        itself, whatever the pattern's `chosen_layers`, and nothing is named.
 
     Chosen blocks are moved by `turn` in the same way, and un-rotated by minus their positions (`choosing`). The choice
     of blocks has no gradient. A compiled graph breaks at them.
@@ -82,11 +83,11 @@ def dilated_attention(
     outside = far if isinstance(far, Outside) else Outside(far or ())
     shard = Shard(start, lengths, documents, total, padding, causal)
     if not torch.compiler.is_compiling():
-        return _attend(q, k, v, pattern, shard, outside, scale, kernel, turn, finds)
+        return _attend(q, k, v, pattern, shard, outside, scale, kernel, turn, choices)
     if not pattern.chosen:
         return _attend_in_graph(q, k, v, pattern, shard, outside.keys, scale, kernel, turn)
     # a choice is data, and `turn` cannot be called in a graph
-    return torch.compiler.disable(_attend)(q, k, v, pattern, shard, outside, scale, kernel, turn, finds)
+    return torch.compiler.disable(_attend)(q, k, v, pattern, shard, outside, scale, kernel, turn, choices)
 
 
 def _attend(
@@ -99,7 +100,7 @@ def _attend(
     scale: float | None,
     kernel: str | None,
     turn: Turn | None,
-    finds: LayerFinds | None,
+    choices: LayerChoices | None,
 ) -> Tensor:
     far_keys, past = outside
     if pattern.chosen and shard.start != (before := past.position if past else 0):
@@ -110,7 +111,7 @@ def _attend(
     sinks = _sinks(pattern, shard, q.shape[1], far_keys, turn, _sink_rows)
     selected = select_kernel(q.device, q.dtype, q.shape[-1], kernel)
     plan = plan_calls(selected, q, k, v, pattern, shard, far_keys, sinks.rows if sinks else None)
-    chosen = Chosen(pattern, plan.chosen, turn, past, finds) if plan.chosen else None
+    chosen = Chosen(pattern, plan.chosen, turn, past, choices) if plan.chosen else None
     call = _ShardCall(plan, q.shape[-1] ** -0.5 if scale is None else scale, far_keys, sinks, chosen)
     far = [x for keys in far_keys for x in (keys.k, keys.v)]
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *far)):

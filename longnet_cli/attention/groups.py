@@ -7,7 +7,7 @@ from itertools import pairwise
 from math import inf
 from typing import NamedTuple
 
-from .pattern import FUNNEL, MEAN_OF, VOTERS, Pattern
+from .pattern import FUNNEL, MEAN_OF, RUN, RUNS, VOTERS, LayerKind, Pattern
 
 
 class Groups(NamedTuple):
@@ -32,11 +32,17 @@ class GroupedPart(NamedTuple):
 
 
 class ChoiceStage(NamedTuple):
-    """A stage of a choice: `means` mean keys of a block are compared by `voters` voters, and `blocks` blocks remain."""
+    """A stage of a scan: of all candidates, those `blocks` remain that have the best votes for their means.
+
+    means: mean keys per block, or RUNS: one for each RUN blocks.
+    """
 
     means: int
     blocks: int
-    voters: int
+
+    def compared(self, blocks: int) -> int:
+        """Return the number of means of so many blocks."""
+        return blocks // RUN if self.means == RUNS else blocks * self.means
 
 
 def groups_of(pattern: Pattern, start: int, stop: int) -> Iterator[Groups]:
@@ -56,26 +62,40 @@ def groups_of(pattern: Pattern, start: int, stop: int) -> Iterator[Groups]:
             yield Groups(end, 1, last - end, near)
 
 
+def slot_of(pattern: Pattern, near: int, first: int) -> int:
+    """Return the position at which the scan was made for the group that starts at `first`.
+
+    Groups in the same SCAN tokens of a segment, whose near keys start at `near`, share one.
+    """
+    segment = near + pattern.look_backs[0] * pattern.segment_lengths[0]
+    return segment + (first - segment) // pattern.scan_every * pattern.scan_every
+
+
 def stages(pattern: Pattern, candidates: float = inf) -> list[ChoiceStage]:
-    """Return the stages of a choice among so many blocks, the coarsest first."""
+    """Return the stages of a scan of so many blocks, the coarsest first; none if all of them are candidates."""
     finest = pattern.chosen_block // MEAN_OF
-    some = [ChoiceStage(*stage) for stage in FUNNEL if stage[0] < finest and finest % stage[0] == 0]
-    first = [stage for stage in some if candidates > stage.blocks >= pattern.chosen]
-    return [*first, ChoiceStage(finest, pattern.chosen - 1, VOTERS)]
+    fitting = [ChoiceStage(*stage) for stage in FUNNEL if stage[0] == RUNS or finest % stage[0] == 0]
+    fitting[-1] = ChoiceStage(fitting[-1].means, max(FUNNEL[-1][1], 2 * pattern.chosen, pattern.chosen_exact))
+    return [stage for stage in fitting if candidates > stage.blocks >= fitting[-1].blocks]
 
 
-def comparisons(pattern: Pattern, stop: int) -> tuple[int, int]:
-    """Return what the group that ends at position `stop` compares: its mean keys, and its pairs of a voter and one."""
-    (w,), (back,) = pattern.segment_lengths, pattern.look_backs
-    near = ((stop - 1) // w - back) * w
+class Comparisons(NamedTuple):
+    """The mean keys that a scan compares, by half of the voters, and those that each group compares, by all of them."""
+
+    scan: int
+    group: int
+
+
+def comparisons(pattern: Pattern, near: int) -> Comparisons:
+    """Return what is compared for queries whose near keys start at `near`."""
     if near <= pattern.chosen_keys:
-        return 0, 0
-    means, pairs, candidates = 0, 0, near // pattern.chosen_block - 1
-    for stage in stages(pattern, candidates):
-        means += candidates * stage.means
-        pairs += candidates * stage.means * stage.voters
-        candidates = stage.blocks
-    return means, pairs
+        return Comparisons(0, 0)
+    scanned, left = 0, near // pattern.chosen_block - 1
+    for stage in stages(pattern, left):
+        scanned += stage.compared(left)
+        left = stage.blocks
+    exact = min(left, pattern.chosen_exact) * pattern.chosen_block
+    return Comparisons(scanned, left * (pattern.chosen_block // MEAN_OF) + exact)
 
 
 class ChosenFlops(NamedTuple):
@@ -85,18 +105,21 @@ class ChosenFlops(NamedTuple):
     attention: int
 
 
-def chosen_flops(pattern: Pattern, heads: int, head_dim: int, tokens: int) -> ChosenFlops:
+def chosen_flops(pattern: Pattern, heads: int, head_dim: int, tokens: int, kind: LayerKind = "chooses") -> ChosenFlops:
     """Return the FLOPs of a layer's chosen blocks in a document of `tokens`."""
     if not pattern.chosen:
         return ChosenFlops(0, 0)
     (w,), (back,) = pattern.segment_lengths, pattern.look_backs
 
     def votes(segment: int, queries: int) -> int:
-        _, pairs = comparisons(pattern, (segment + 1) * w)
-        return 2 * -(-queries // pattern.chosen_every) * pairs
+        scan, group = comparisons(pattern, (segment - back) * w)
+        scans, groups = -(-queries // pattern.scan_every), -(-queries // pattern.chosen_every)
+        return 2 * (scans * scan * VOTERS // 2 + groups * group * VOTERS)
 
     def attention(segment: int, queries: int) -> int:
-        return 4 * queries * min((segment - back) * w, pattern.chosen_keys)
+        near = (segment - back) * w
+        seen = pattern.chosen_block if kind == "first" and near > pattern.chosen_keys else pattern.chosen_keys
+        return 4 * queries * min(near, seen)
 
     whole, rest = divmod(tokens, w)
     # between these segments, the numbers grow evenly
@@ -110,12 +133,17 @@ def chosen_flops(pattern: Pattern, heads: int, head_dim: int, tokens: int) -> Ch
             total += (stop - first) * (of_segment(first, w) + of_segment(max(first, stop - 1), w)) // 2
         return heads * head_dim * total
 
-    return ChosenFlops(of_document(votes), of_document(attention))
+    return ChosenFlops(of_document(votes) if kind == "chooses" else 0, of_document(attention))
 
 
-def past_bytes(pattern: Pattern, kv_heads: int, head_dim: int, tokens: int, itemsize: int) -> tuple[int, int]:
-    """Return the bytes of one layer's past: of all keys and values, `itemsize` per number, and of the mean keys."""
+def past_bytes(
+    pattern: Pattern, kv_heads: int, head_dim: int, tokens: int, itemsize: int, kind: LayerKind = "chooses"
+) -> tuple[int, int]:
+    """Return the bytes of one layer's past: of keys and values, `itemsize` per number, and of the mean keys."""
     if not pattern.chosen:
         return 0, 0
-    means = tokens // pattern.chosen_block * sum(stage.means for stage in stages(pattern))
-    return kv_heads * head_dim * 2 * itemsize * tokens, kv_heads * head_dim * max(4, itemsize) * means
+    blocks = tokens // pattern.chosen_block
+    finest = ChoiceStage(pattern.chosen_block // MEAN_OF, 0)
+    means = sum(stage.compared(blocks) for stage in (*stages(pattern), finest)) if kind == "chooses" else 0
+    kept = min(tokens, pattern.chosen_keys) if kind == "first" else tokens
+    return kv_heads * head_dim * 2 * itemsize * kept, kv_heads * head_dim * max(4, itemsize) * means

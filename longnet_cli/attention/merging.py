@@ -32,7 +32,7 @@ from .spans import Heads, Rows
 
 if TYPE_CHECKING:
     from . import one_pass
-    from .choosing import Chosen
+    from .chosen import Chosen
 
 KernelCall = tuple[Branch, list[Tensor], list[Tensor]]  # query-like and key-like views
 FarTensors = Callable[[int], Sequence[Tensor]]  # index of far keys -> their key-like tensors, once they are there

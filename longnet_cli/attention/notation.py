@@ -4,6 +4,7 @@
     geometric:1e9,base=2048,ratio=2          with its size
     window:1Ki,look_back=1,sinks=4           with options of `Pattern`, which go with every constructor
     window:1Ki,chosen=32x32,chosen_every=4   32 blocks of 32 tokens, chosen every 4 tokens
+    finding:layers=5/7/14,exact=128          chosen by these layers, at last by all keys of 128 blocks
     nested:1Mi,base=1Ki,ratio=4,sinks=4
     pretrained                               a window and sinks, for models that were trained with dense attention
     finding                                  a window and chosen blocks
@@ -39,13 +40,14 @@ class _Constructor(NamedTuple):
     fields: tuple[str, ...] = ()  # options of `Pattern` that it takes itself: its defaults may not fit its size
 
 
+_CHOSEN = ("chosen", "chosen_block", "chosen_every", "chosen_layers", "chosen_exact")
 _CONSTRUCTORS = {
     "paper": _Constructor(Pattern.paper),
     "geometric": _Constructor(Pattern.geometric, "length", words=("base", "ratio")),
     "window": _Constructor(Pattern.window, "width"),
     "nested": _Constructor(Pattern.nested, "length", words=("base", "ratio")),
     "pretrained": _Constructor(Pattern.pretrained, "width", needed=False),
-    "finding": _Constructor(Pattern.finding, "width", needed=False, fields=("chosen", "chosen_block", "chosen_every")),
+    "finding": _Constructor(Pattern.finding, "width", needed=False, fields=_CHOSEN),
     "dense": _Constructor(Pattern.dense),
 }
 PATTERN_FIELDS = tuple(field.name for field in fields(Pattern))
@@ -71,6 +73,13 @@ def _bias(text: str) -> str | tuple[float, ...]:
         raise ValueError(wrong + no_longer_learned(text)) from None
 
 
+def _layers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(map(int, text.split("/")))
+    except ValueError:
+        raise ValueError(f"numbers of layers are needed, as 5/7/14, not '{text}'") from None
+
+
 def _chosen(text: str) -> tuple[int, int]:
     """Return the number of chosen blocks and their size."""
     number, times, block = text.partition("x")
@@ -86,7 +95,10 @@ _OPTIONS: dict[str, Callable[[str], Any]] = {
     "head_offsets": str,
     "chosen": _chosen,
     "chosen_every": _count,
+    "layers": _layers,
+    "exact": _count,
 }
+_WRITTEN = {"chosen_layers": "layers", "chosen_exact": "exact"}  # fields with another name in a text
 
 
 def is_pattern(text: str) -> bool:
@@ -155,6 +167,7 @@ def _read(name: str, items: Iterable[str], words: Sequence[str]) -> tuple[list[s
             raise ValueError(f"{key}: {error}") from None
     if "chosen" in given:
         given["chosen"], given["chosen_block"] = given["chosen"]
+    given |= {field: given.pop(name) for field, name in _WRITTEN.items() if name in given}
     return sizes, given
 
 
@@ -215,13 +228,16 @@ def _options(made: Pattern, pattern: Pattern, separator: str) -> str:
     changed = {name: _value(getattr(pattern, name)) for name in _changed(made, pattern)}
     if changed.pop("chosen_block", None) or "chosen" in changed:
         changed["chosen"] = f"{_value(pattern.chosen)}x{_value(pattern.chosen_block)}"
-    words = ",".join(f"{name}={value}" for name, value in changed.items())
+    if "chosen_layers" in changed:
+        changed["chosen_layers"] = "/".join(map(str, pattern.chosen_layers))
+    words = ",".join(f"{_WRITTEN.get(name, name)}={value}" for name, value in changed.items())
     return separator + words if words else ""
 
 
 def _changed(made: Pattern, pattern: Pattern) -> list[str]:
     """Return the names of the options, beyond levels, in which `pattern` differs from `made`."""
-    return [name for name in (*_OPTIONS, "chosen_block") if getattr(pattern, name) != getattr(made, name)]
+    names = [*(name for name in _OPTIONS if name not in _WRITTEN.values()), "chosen_block", *_WRITTEN]
+    return [name for name in names if getattr(pattern, name) != getattr(made, name)]
 
 
 def _value(value: Any) -> str:

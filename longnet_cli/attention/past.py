@@ -1,8 +1,8 @@
 """The past of a document, from which blocks are chosen: all keys and values, mean keys, and the last queries.
 
 It grows with the document. Keys and values lie in pieces of memory or elsewhere, in whole blocks; mean keys, a fifth
-of that for keys of four bytes, in one. Keys, values and queries are stored as they come, rotated; mean keys are
-un-rotated.
+of that for keys of four bytes, in one, and only in layers that choose. Keys, values and queries are stored as they
+come, rotated; mean keys are un-rotated.
 
 B batch, H query heads, K key heads, D head_dim.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .groups import GroupedPart, stages
 from .merging import accumulator
-from .pattern import MEAN_OF, Pattern
+from .pattern import MEAN_OF, RUN, RUNS, Pattern
 from .sinks import Turn
 
 FIRST_BLOCKS = 1 << 6  # blocks in the first piece of memory; each next piece is half of all before, if that is more
@@ -31,17 +31,21 @@ Shape = tuple[int, ...]
 class Means:
     """The mean keys of a document's first blocks, for a batch, un-rotated, in fp32 or fp64.
 
-    of: by the number of means per block (`groups.stages`), the means (B, K, blocks, number, D).
+    of: by the number of means per block (`ChoiceStage.means`), the means (B, K, blocks, number, D); for RUNS, one mean
+    per RUN blocks, (B, K, runs, 1, D), of runs that are whole.
     """
 
     def __init__(
         self, pattern: Pattern, like: Tensor, blocks: int, allocate: Callable[..., Tensor] = torch.empty
     ) -> None:
         """Allocate memory for as many blocks of keys like (B, tokens, K, D)."""
-        self._block = pattern.chosen_block
+        self._block, self._finest = pattern.chosen_block, pattern.chosen_block // MEAN_OF
         self._allocate = partial(allocate, dtype=accumulator(like.dtype), device=like.device)
         batch, _, heads, head_dim = like.shape
-        self.of = {n: self._allocate((batch, heads, blocks, n, head_dim)) for n, *_ in stages(pattern)}
+        self.of = {
+            number: self._allocate((batch, heads, *_sizes(number, blocks), head_dim))
+            for number in {*(stage.means for stage in stages(pattern)), self._finest}
+        }
 
     @property
     def nbytes(self) -> int:
@@ -50,7 +54,7 @@ class Means:
     @property
     def fine(self) -> Tensor:
         """The means of MEAN_OF keys each."""
-        return self.of[self._block // MEAN_OF]
+        return self.of[self._finest]
 
     def write(self, rows: slice, first: int, keys: Tensor, turn: Turn | None) -> None:
         """Write the means of blocks from `first` on, in some rows of the batch: keys (rows, tokens, K, D) of theirs."""
@@ -61,14 +65,19 @@ class Means:
             stop = min(begin + max(1, SLICE // size), needed)
             some = keys[:, (begin - first) * size : (stop - first) * size]
             some = unrotated(some, torch.arange(begin * size, stop * size), turn)
-            fine = sum(some.unflatten(1, (-1, size // MEAN_OF, MEAN_OF)).unbind(3)) / MEAN_OF
+            fine = _mean(some.unflatten(1, (-1, self._finest, MEAN_OF)), 3)
             self.write_finest(rows, begin, fine.movedim(3, 1))
 
     def write_finest(self, rows: slice, first: int, fine: Tensor) -> None:
         """Write blocks from `first` on, given their finest means (rows, K, n, means, D)."""
+        stop = first + fine.shape[2]
         for number, means in self.of.items():
-            parts = fine.unflatten(3, (number, -1)).unbind(4)
-            means[rows, :, first : first + fine.shape[2]] = sum(parts) / len(parts)
+            if number != RUNS:
+                means[rows, :, first:stop] = _mean(fine.unflatten(3, (number, -1)), 4)
+        if RUNS in self.of:
+            begin, end = first // RUN, stop // RUN
+            means = self.of[self._finest][rows, :, begin * RUN : end * RUN]
+            self.of[RUNS][rows, :, begin:end, 0] = _mean(_mean(means, 3).unflatten(2, (-1, RUN)), 3)
 
     def select(self, index: Tensor) -> None:
         self.of = {number: x.index_select(0, index) for number, x in self.of.items()}
@@ -81,11 +90,23 @@ class Means:
         return new
 
     def _move(self, means: dict[int, Tensor], number: int, room: int) -> None:
-        """Move the first `number` blocks of means to new memory, for `room` blocks."""
+        """Move the means of the first `number` blocks to new memory, for `room` blocks."""
         for n, old in means.items():
-            wider = self._allocate((*old.shape[:2], room, *old.shape[3:]))
-            wider[:, :, :number] = old[:, :, :number]
+            filled, _ = _sizes(n, number)
+            wider = self._allocate((*old.shape[:2], *_sizes(n, room), old.shape[-1]))
+            wider[:, :, :filled] = old[:, :, :filled]
             self.of[n] = wider
+
+
+def _sizes(number: int, blocks: int) -> tuple[int, int]:
+    """Return the sizes of the means of so many blocks, `number` per block."""
+    return (blocks // RUN, 1) if number == RUNS else (blocks, number)
+
+
+def _mean(x: Tensor, axis: int) -> Tensor:
+    """Return the mean along an axis, summed one after the other: equal whatever other rows there are."""
+    parts = x.unbind(axis)
+    return sum(parts[1:], parts[0]) / len(parts)
 
 
 def unrotated(x: Tensor, positions: Tensor, turn: Turn | None) -> Tensor:
@@ -163,12 +184,17 @@ class Blocks:
 
 
 class Past:
-    """The first `position` tokens of a document, for a batch: what later queries choose blocks from.
+    """The first `position` tokens of a document in one layer, for a batch: what later queries choose blocks from.
 
     A `KVCache` keeps one, and gives it out with its far keys. Shards are appended as they come; `settle`, which needs
-    `turn`, moves whole blocks to `blocks`, and from then on `append` does. `queries` (B, n, H, D) are the last queries:
-    an open group's, and its voters. `counts` (B, blocks) int32 says how many groups have chosen each block. If there is
-    `on_choice`, it gets the parts of each shard and the blocks that their rows see, as in `choosing.Chosen`.
+    `turn`, moves whole blocks to `blocks`, and from then on `append` does. `counts` (B, blocks) int32 says how many
+    groups have seen each block. If there is `on_choice`, it gets the parts of each shard and the blocks that their rows
+    see, as in `chosen.Chosen`.
+
+    The `layer` of a net that chooses keeps `means` and the last `queries` (B, n, H, D) as well: those since the last
+    scan, and its voters. `held` is what the last open group has chosen, and `scanned` what the last scan has found,
+    each with the position that it was for. A layer that sees the first block alone keeps only the first blocks, those
+    that all layers see in a short document.
 
     For a backward pass, `keep` is the length that the document may reach. Then `before` gives earlier pasts, `choices`
     has what the shards saw, by position, and a shard that is computed again sees the same. The backward pass of a shard
@@ -181,9 +207,11 @@ class Past:
         blocks: Blocks | None = None,
         allocate: Callable[..., Tensor] = torch.empty,
         keep: int = 0,
+        layer: int | None = None,
     ) -> None:
         self.pattern, self.position, self.allocate = pattern, 0, allocate
-        self.choices: dict[int, list[list[Tensor]]] | None = {} if keep else None  # `choosing.Chosen.blocks`
+        self.kind = pattern.kind(layer)
+        self.choices: dict[int, list[list[Tensor]]] | None = {} if keep else None  # `chosen.Chosen.blocks`
         self.gradients: Tensor | None = None
         self.counts: Tensor | None = None
         self.on_choice: Callable[[GroupedPart, list[Tensor]], None] | None = None
@@ -191,14 +219,15 @@ class Past:
         self.queries: Tensor | None = None
         self.means: Means | None = None
         self.blocks = Blocks(allocate) if blocks is None else blocks
-        self.held: tuple[int, list[Tensor]] | None = None  # the first position of the last open group, and its choice
+        self.held: tuple[int, list[Tensor]] | None = None  # a group's first position, and of each row the blocks (1, m)
+        self.scanned: tuple[int, list[Tensor]] | None = None  # `groups.slot_of`, and of each row the candidates (C,)
         self._waiting: list[Tensor] = []  # (k and v, B, tokens, K, D), after the stored blocks
         self._turn: tuple[Turn | None] | None = None  # once it is known
 
     @property
     def nbytes(self) -> int:
-        found = self._waiting + ([] if self.queries is None else [self.queries])
-        return sum(x.nbytes for x in found) + self.blocks.nbytes + (self.means.nbytes if self.means else 0)
+        rows = self._waiting + ([] if self.queries is None else [self.queries])
+        return sum(x.nbytes for x in rows) + self.blocks.nbytes + (self.means.nbytes if self.means else 0)
 
     @property
     def waiting(self) -> Tensor:
@@ -207,14 +236,22 @@ class Past:
             self._waiting = [torch.cat(self._waiting, 2)]
         return self._waiting[0]
 
+    @property
+    def kept(self) -> int:
+        """The number of first tokens whose keys and values it keeps."""
+        return min(self.position, self.pattern.chosen_keys) if self.kind == "first" else self.position
+
     @torch.no_grad()
     def append(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Add the next tokens' queries (B, n, H, D), and keys and values (B, n, K, D)."""
-        self._waiting.append(torch.stack([k, v]))
+        before = self.kept
         self.position += k.shape[1]
-        last = self.pattern.last_queries
-        found = q if self.queries is None or q.shape[1] >= last else torch.cat([self.queries, q], 1)
-        self.queries = found[:, -last:].clone()
+        if self.kept > before or not self._waiting:
+            self._waiting.append(torch.stack([k, v])[:, :, : self.kept - before])
+        if self.kind == "chooses":
+            last = self.pattern.last_queries
+            all_queries = q if self.queries is None or q.shape[1] >= last else torch.cat([self.queries, q], 1)
+            self.queries = all_queries[:, -last:].clone()
         if self._turn:
             self.settle(*self._turn)
 
@@ -227,9 +264,10 @@ class Past:
             return
         rows = self.waiting
         whole = rows[:, :, : blocks * size]
-        if self.means is None:
-            self.means = Means(self.pattern, whole[0], max(blocks, self._first_means), self.allocate)
-        self.means.write(slice(None), self.blocks.number, whole[0], turn)
+        if self.kind == "chooses":
+            if self.means is None:
+                self.means = Means(self.pattern, whole[0], max(blocks, self._first_means), self.allocate)
+            self.means.write(slice(None), self.blocks.number, whole[0], turn)
         self.blocks.append(whole.unflatten(2, (blocks, size)))
         self._waiting = [rows[:, :, blocks * size :].clone()]
 
@@ -255,7 +293,7 @@ class Past:
         self.counts = None if self.counts is None else self.counts.index_select(0, rows)
         self._waiting = [x.index_select(1, rows) for x in self._waiting]
         self.queries = None if self.queries is None else self.queries.index_select(0, rows)
-        self.held = None
+        self.held = self.scanned = None
         if self.means:
             self.means.select(rows)
 
@@ -284,25 +322,28 @@ class Past:
             rows = rows.new_empty(*rows.shape[:2], self.pattern.chosen_block, *rows.shape[3:])
             for row in range(rows.shape[1]):
                 self.blocks.take(row, torch.tensor([number], device=rows.device), rows[:, row : row + 1])
-        new._waiting = [rows[:, :, : position - number * self.pattern.chosen_block]]
+        new._waiting = [rows[:, :, : new.kept - number * self.pattern.chosen_block]]
         return new
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         """Yield all that `restore` needs, by name; a part that there is not yet has no numbers."""
+        yield "waiting", self.waiting
+        no_blocks = torch.zeros(self.waiting.shape[1], 0, dtype=torch.int32)
+        yield "counts", no_blocks if self.counts is None else self.counts
+        for number, piece in enumerate(self.blocks.pieces()):
+            yield f"blocks.{number}", piece
+        if self.kind != "chooses":
+            return
         assert self.queries is not None
         yield "queries", self.queries
-        yield "waiting", self.waiting
         batch, heads, head_dim = self.waiting.shape[1], *self.waiting.shape[3:]
         means = self.pattern.chosen_block // MEAN_OF
         none = self.waiting.new_empty((batch, heads, 0, means, head_dim), dtype=accumulator(self.waiting.dtype))
         yield "fine", self.means.fine[:, :, : self.blocks.number] if self.means else none
-        no_blocks = torch.zeros(batch, 0, dtype=torch.int32)
-        yield "counts", no_blocks if self.counts is None else self.counts
         # chosen again, in another shape, other blocks may win where scores nearly tie
-        yield "held_at", torch.tensor([self.held[0]] if self.held else [], dtype=torch.int64)
-        yield "held", torch.stack(self.held[1]) if self.held else no_blocks[:, None]
-        for number, piece in enumerate(self.blocks.pieces()):
-            yield f"blocks.{number}", piece
+        for name, kept, empty in (("held", self.held, no_blocks[:, None]), ("scanned", self.scanned, no_blocks)):
+            yield f"{name}_at", torch.tensor([kept[0]] if kept else [], dtype=torch.int64)
+            yield name, torch.stack(kept[1]).int() if kept else empty
 
     def shapes(self, position: int, saved: Mapping[str, Tensor], like: tuple[int, int, int, int]) -> dict[str, Shape]:
         """Return the shapes of the `state` of `position` tokens; what it may have more or less of, as `saved` has.
@@ -311,16 +352,23 @@ class Past:
         """
         (batch, heads, kv_heads, head_dim), size = like, self.pattern.chosen_block
         pieces = [len_at(saved, f"blocks.{n}", 2) for n in range(sum(name.startswith("blocks.") for name in saved))]
-        held = len_at(saved, "held_at", 0)
-        queries = len_at(saved, "queries", 1)  # more than these, if groups were longer
-        return {
-            "queries": (batch, min(position, max(queries, self.pattern.last_queries)), heads, head_dim),
-            "waiting": (2, batch, position - sum(pieces) * size, kv_heads, head_dim),
-            "fine": (batch, kv_heads, sum(pieces), size // MEAN_OF, head_dim),
+        kept = min(position, self.pattern.chosen_keys) if self.kind == "first" else position
+        shapes: dict[str, Shape] = {
+            "waiting": (2, batch, kept - sum(pieces) * size, kv_heads, head_dim),
             "counts": (batch, len_at(saved, "counts", 1)),
-            "held_at": (min(held, 1),),
-            "held": (batch, 1, self.pattern.chosen if held else 0),
             **{f"blocks.{n}": (2, batch, number, size, kv_heads, head_dim) for n, number in enumerate(pieces)},
+        }
+        if self.kind != "chooses":
+            return shapes
+        held, scanned = (min(1, len_at(saved, name, 0)) for name in ("held_at", "scanned_at"))
+        queries = len_at(saved, "queries", 1)  # more than these, if groups were longer
+        return shapes | {
+            "queries": (batch, min(position, max(queries, self.pattern.last_queries)), heads, head_dim),
+            "fine": (batch, kv_heads, sum(pieces), size // MEAN_OF, head_dim),
+            "held_at": (held,),
+            "held": (batch, 1, self.pattern.chosen if held else 0),
+            "scanned_at": (scanned,),
+            "scanned": (batch, len_at(saved, "scanned", 1) if scanned else 0),
         }
 
     def restore(self, position: int, saved: Mapping[str, Tensor]) -> None:
@@ -328,19 +376,23 @@ class Past:
 
         Raises ValueError for a choice of blocks that there are not.
         """
-        self.position, self.queries, self._waiting = position, saved["queries"], [saved["waiting"]]
-        number = saved["fine"].shape[2]
+        self.position, self._waiting = position, [saved["waiting"]]
+        if saved["counts"].numel():
+            self.counts = saved["counts"].clone()
+        for piece in range(sum(name.startswith("blocks.") for name in saved)):
+            self.blocks.adopt(saved[f"blocks.{piece}"])
+        if self.kind != "chooses":
+            return
+        self.queries, number = saved["queries"], saved["fine"].shape[2]
         if number:
             self.means = Means(self.pattern, saved["waiting"][0], max(number, FIRST_BLOCKS), self.allocate)
             self.means.write_finest(slice(None), 0, saved["fine"])
-        if saved["counts"].numel():
-            self.counts = saved["counts"].clone()
-        if (held := saved["held"]).numel():
-            if held.min() < 0 or held.max() >= number or (held.diff() <= 0).any():
-                raise ValueError("held is no choice of blocks")
-            self.held = int(saved["held_at"]), [*held]
-        for piece in range(sum(name.startswith("blocks.") for name in saved)):
-            self.blocks.adopt(saved[f"blocks.{piece}"])
+        for name in ("held", "scanned"):
+            if (blocks := saved[name]).numel():
+                if blocks.min() < 0 or blocks.max() >= number or (blocks.diff() <= 0).any():
+                    raise ValueError(f"{name} is no choice of blocks")
+                kept = blocks if name == "held" else blocks.long()
+                setattr(self, name, (int(saved[f"{name}_at"]), [*kept]))
 
 
 def len_at(saved: Mapping[str, Tensor], name: str, axis: int) -> int:

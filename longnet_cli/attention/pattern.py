@@ -21,6 +21,7 @@ The rest of the geometry is in `spans` (the rows that one strided view shows, an
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -31,19 +32,23 @@ HeadOffsets = Literal["modulo", "grouped"]
 Overlap = Literal["repeat", "once"]
 Queries = Literal["dilated", "all"]
 Padding = Literal["exact", "zero_key"]
+LayerKind = Literal["chooses", "follows", "first"]  # of a layer with chosen blocks: see `Pattern.kind`
 
 FAR_BIAS = -2.0  # of `Pattern.nested`: with equal scores, a far key has a seventh (e^-2) of a near key's weight
 # of chosen blocks. Measured on SmolLM2-135M, with passages that are read again: fewer or averaged voters, coarser means
-# and no neighbours find less; twice as many find little more
+# and no neighbours find less; twice as many find little more. Rarer scans lose nothing (docs/measurements/finding.md)
 VOTERS = 8  # positions whose queries choose, those that end with the group's first
-MEAN_OF = 4  # keys per mean that a query is compared with
+MEAN_OF = 4  # keys per mean that a query is compared with at last
 NEIGHBOUR = 0.99  # share of a block's score that the next block has at least: text goes on there
 FOUND = 4  # one block of so many is chosen because a few heads are sure of it, in this layer or in those before
 SURE = 3  # power of the shares there
-CARRIED = 0.8  # share of its score in the layer before that a block has there besides its own
-# (mean keys per block, blocks, voters): with more candidates than that, a stage with fewer means and voters first
-# chooses so many of them. Half of the voters choose 512 of 1,900 blocks as well as all do
-FUNNEL = ((1, 4096, 4), (4, 512, 4))
+CARRIED = 0.8  # share of its finds in the layer that chose before which a block has besides its own
+NAMED = 4  # one block of so many is chosen because the text names it, at most
+SCAN = 128  # tokens for which one scan finds the candidates
+RUN, RUNS = 32, 0  # blocks per mean of a scan's coarsest stage, and how FUNNEL writes it
+# (mean keys per block, blocks that remain): with more candidates than that, a stage of the scan. The last stage leaves
+# the candidates of a scan
+FUNNEL = ((RUNS, 8192), (1, 4096), (4, 256))
 MAX_LEVELS = 64  # enough to double from 1 to 2^63; every layer computes every level
 
 
@@ -72,8 +77,12 @@ class Pattern:
     level_bias: added to the scores of a level: one number per level, or "log_rate" (log r: a kept key stands for r
         keys). For models that were trained with dense attention.
     chosen: number of blocks of `chosen_block` tokens before a window that every query sees: the first block of the
-        document, and those that the last queries vote for (`choosing`). All query heads of a layer see the same blocks,
-        and so do the queries of a group of `chosen_every` tokens. Causal attention with one level at rate 1 only.
+        document, and those that the last queries vote for or that the text names (`choosing`). All query heads of a
+        layer see the same blocks, and so do the queries of a group of `chosen_every` tokens. Causal attention with one
+        level at rate 1 only.
+    chosen_layers: the layers that choose, from 0; the layers after each see the same blocks, and those before the first
+        see block 0 alone. With (), every layer chooses.
+    chosen_exact: number of blocks that are compared by all of their keys at last, for questions: this takes long.
 
     Raises ValueError for levels that no attention can have, and for options that do not go together.
     """
@@ -89,6 +98,8 @@ class Pattern:
     chosen: int = 0
     chosen_block: int = 32
     chosen_every: int = 16
+    chosen_layers: tuple[int, ...] = ()
+    chosen_exact: int = 0
 
     def __post_init__(self) -> None:
         for name in ("segment_lengths", "dilation_rates"):
@@ -168,7 +179,15 @@ class Pattern:
         return cls.window(width, sinks=sinks)
 
     @classmethod
-    def finding(cls, width: int = 1024, chosen: int = 32, chosen_block: int = 32, chosen_every: int = 16) -> Pattern:
+    def finding(
+        cls,
+        width: int = 1024,
+        chosen: int = 32,
+        chosen_block: int = 32,
+        chosen_every: int = 16,
+        chosen_layers: tuple[int, ...] = (),
+        chosen_exact: int = 0,
+    ) -> Pattern:
         """Return a window and chosen blocks: what a pretrained model can find again in all of the past.
 
         A query sees 1.5 * width + chosen_block * chosen keys on average (2,560 by default), and half a width more at
@@ -176,7 +195,16 @@ class Pattern:
         This must not exceed the length that the model was trained on. The keys of the whole document are kept.
         docs/finding.md says what is found, and what it costs.
         """
-        return cls((width,), (1,), look_back=1, chosen=chosen, chosen_block=chosen_block, chosen_every=chosen_every)
+        return cls(
+            (width,),
+            (1,),
+            look_back=1,
+            chosen=chosen,
+            chosen_block=chosen_block,
+            chosen_every=chosen_every,
+            chosen_layers=chosen_layers,
+            chosen_exact=chosen_exact,
+        )
 
     @classmethod
     def dense(cls) -> Pattern:
@@ -213,9 +241,32 @@ class Pattern:
         return self.chosen * self.chosen_block
 
     @property
+    def scan_every(self) -> int:
+        """The tokens whose groups have the candidates of one scan: SCAN, in whole groups."""
+        return max(1, SCAN // self.chosen_every) * self.chosen_every
+
+    @property
     def last_queries(self) -> int:
-        """The number of a document's last queries that still matter: an open group's, and its voters."""
-        return self.chosen_every + VOTERS - 2  # of the open group, the last token may be missing
+        """The number of a document's last queries that still matter: those since the last scan, and its voters."""
+        return self.scan_every + VOTERS - 2  # of the open group, the last token may be missing
+
+    def source(self, layer: int) -> int | None:
+        """Return the layer that chooses the blocks that `layer` sees: itself, or one before; None for block 0 alone."""
+        if not self.chosen_layers:
+            return layer
+        return max((chooser for chooser in self.chosen_layers if chooser <= layer), default=None)
+
+    def kind(self, layer: int | None) -> LayerKind:
+        """Return whether a layer chooses its blocks, follows an earlier layer's choice, or sees the first block alone.
+
+        None is a layer that belongs to no net, and chooses.
+        """
+        source = None if layer is None else self.source(layer)
+        return "chooses" if source == layer else "first" if source is None else "follows"
+
+    def kinds(self, layers: int) -> Counter[LayerKind]:
+        """Return how many of a net's layers are of each kind."""
+        return Counter(map(self.kind, range(layers)))
 
     @property
     def moves_keys(self) -> bool:
@@ -262,6 +313,12 @@ class Pattern:
             return 'padding="zero_key" goes with no look_back, overlap, queries, sinks or level_bias but the paper\'s'
         return None
 
+    def refusal_of_layers(self, layers: int) -> str | None:
+        """Return one line that says why a net of so many layers cannot have this pattern, or None if it can."""
+        if self.chosen_layers and self.chosen_layers[-1] >= layers:
+            return f"layer {self.chosen_layers[-1]} is to choose blocks, and the layers are 0 to {layers - 1}"
+        return None
+
     def _covered(self, level: int) -> int:
         """Return the number of positions that a level covers for a bidirectional query far from the ends."""
         return (1 + 2 * self.look_backs[level]) * self.segment_lengths[level]
@@ -306,12 +363,15 @@ class Pattern:
                 )
 
     def _check_chosen(self) -> None:
-        for name in ("chosen", "chosen_block", "chosen_every"):
+        names = ("chosen", "chosen_block", "chosen_every", "chosen_exact")
+        for name in names:
             self._set(name, *_whole_numbers(name, [getattr(self, name)]))
+        self._set("chosen_layers", _whole_numbers("chosen_layers", self.chosen_layers))
         n, block, every, w = self.chosen, self.chosen_block, self.chosen_every, self.segment_lengths[0]
         if not n:
-            if (block, every) != (Pattern.chosen_block, Pattern.chosen_every):
-                raise ValueError("chosen_block and chosen_every say how blocks are chosen: give their number, chosen")
+            given = [name for name in (*names, "chosen_layers") if getattr(self, name) != getattr(Pattern, name)]
+            if given:
+                raise ValueError(f"{given[0]} says how blocks are chosen: give their number, chosen")
             return
         if n < 0:
             raise ValueError(f"chosen must be 0 or more blocks, got {n}")
@@ -330,6 +390,11 @@ class Pattern:
             )
         if every < 1 or block % every:
             raise ValueError(f"chosen_every must divide chosen_block, {block}, got {every}")
+        layers = self.chosen_layers
+        if any(a >= b for a, b in pairwise((-1, *layers))):
+            raise ValueError(f"chosen_layers needs the numbers of layers from 0 on, ascending, got {layers}")
+        if self.chosen_exact and self.chosen_exact < n:
+            raise ValueError(f"chosen_exact must be 0, or at least chosen, {n}, got {self.chosen_exact}")
 
 
 def no_longer_learned(level_bias: object) -> str:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from math import exp
+from collections.abc import Callable, Mapping, Sequence
+from math import exp, inf
 
 import torch
 from torch import Tensor
 
 from .groups import stages
-from .pattern import CARRIED, FOUND, NEIGHBOUR, SURE, VOTERS, Padding, Pattern
+from .pattern import CARRIED, FOUND, MEAN_OF, NEIGHBOUR, RUN, RUNS, SURE, VOTERS, Padding, Pattern
 from .sinks import Turn
 
 
@@ -26,13 +26,14 @@ def dilated_attention_reference(
     padding: Padding = "exact",
     scale: float | None = None,
     turn: Turn | None = None,
-    finds: Scores | None = None,
+    choice: Choice | None = None,
 ) -> Tensor:
     """Return dilated attention of (batch, tokens, heads, head_dim) tensors, in O(tokens^2) memory; differentiable.
 
     A key counts once for every level at which the query sees it (a multiset, paper Eq. 9-10), or e^bias times if the
     level has a bias. k and v may have fewer heads. Sinks are the first rows given, and blocks are chosen among the rows
-    given, so `start` must be 0 with sinks or chosen blocks. A choice has no gradient.
+    given, so `start` must be 0 with sinks or chosen blocks. A choice has no gradient. `choice` gives another one than
+    `chosen_blocks` makes.
     """
     if lengths is not None:
         out = q * 0  # zeros, and in the graph even where every length is 0
@@ -45,7 +46,8 @@ def dilated_attention_reference(
                 out = out.index_put((torch.tensor(b), torch.arange(n)), alone[0])
         return out
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    choice = chosen_blocks(q, k, pattern, scale, turn, finds) if pattern.chosen else []
+    if choice is None:
+        choice = chosen_blocks(q, k, pattern, scale, turn) if pattern.chosen else []
     k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
     counts, zeros = key_counts(pattern, q.shape[2], q.shape[1], causal, start, padding)
     scores = torch.einsum("bnhd,bmhd->bhnm", q, k)
@@ -80,17 +82,25 @@ def dilated_attention_reference(
     return torch.einsum("bhnm,bmhd->bnhd", weights[..., :-1], v)
 
 
-Scores = dict[tuple[int, int], dict[int, float]]  # by row and first query of a group: finds, by candidate
+Scores = dict[tuple[int, int], dict[int, float]]  # by row and first query of a group: finds, by block
+Choice = list[tuple[int, range, list[int]]]  # of each group: row of the batch, its queries, the blocks that they see
 
 
 @torch.no_grad()
 def chosen_blocks(
-    q: Tensor, k: Tensor, pattern: Pattern, scale: float, turn: Turn | None, finds: Scores | None = None
-) -> list[tuple[int, range, list[int]]]:
-    """Return (row of the batch, its queries, the blocks that they see) for each group of queries that sees blocks.
+    q: Tensor,
+    k: Tensor,
+    pattern: Pattern,
+    scale: float,
+    turn: Turn | None,
+    named: Callable[[int, int], Sequence[int]] = lambda row, first: (),
+    finds: Scores | None = None,
+) -> Choice:
+    """Return the blocks that each group of queries sees, if it sees any, in a layer that chooses.
 
-    q (B, N, H, D) and k (B, N, K, D) are rotated, if at all, by `turn`. `finds` are those of the layer before, and
-    become those of this layer.
+    q (B, N, H, D) and k (B, N, K, D) are rotated, if at all, by `turn`. `named` takes a row and the first query of a
+    group, and returns the blocks that its text names, the best first. `finds` are those of the layer that chose before,
+    and become those of this layer.
     """
     finds = {} if finds is None else finds
     w, b, every, size = pattern.segment_lengths[0], pattern.look_backs[0], pattern.chosen_every, pattern.chosen_block
@@ -98,54 +108,78 @@ def chosen_blocks(
     if turn:  # un-rotated: by minus the position
         q, k = (turn(x[:, :, None], -torch.arange(tokens))[:, :, 0] for x in (q, k))
     k = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
-    choices = []
+    choice = []
     for row, start in itertools.product(range(len(q)), range(0, tokens, every)):
         near = max(0, (start // w - b) * w)
         blocks = list(range(near // size))
         if len(blocks) > pattern.chosen:
-            voters, keys = q[row, start - VOTERS + 1 : start + 1], k[row, size:near]
-            voted, finds[row, start] = _voted(voters, keys, pattern, scale, finds.get((row, start), {}))
-            blocks = [0, *voted]
+            scanned = start // w * w + start % w // pattern.scan_every * pattern.scan_every
+            scanners, voters = (q[row, first - VOTERS + 1 : first + 1] * scale for first in (scanned, start))
+            keys, before = k[row, :near].unflatten(0, (-1, size)), finds.get((row, start), {})
+            blocks, finds[row, start] = _voted(scanners, voters, keys, pattern, named(row, start), before)
         if blocks:
-            choices.append((row, range(start, min(start + every, tokens)), blocks))
-    return choices
+            choice.append((row, range(start, min(start + every, tokens)), blocks))
+    return choice
+
+
+def followed(choice: Choice | None, pattern: Pattern, own: Choice) -> Choice:
+    """Return what a layer sees that follows a `choice`, or that sees block 0 alone (None), given its own choice."""
+    (w,), (b,) = pattern.segment_lengths, pattern.look_backs
+
+    def chooses(queries: range) -> bool:
+        return (queries.start // w - b) * w > pattern.chosen_keys
+
+    first = [(row, queries, [0] if chooses(queries) else blocks) for row, queries, blocks in own]
+    return first if choice is None else choice
 
 
 def _voted(
-    voters: Tensor, keys: Tensor, pattern: Pattern, scale: float, before: Mapping[int, float]
+    scanners: Tensor,
+    voters: Tensor,
+    keys: Tensor,
+    pattern: Pattern,
+    named: Sequence[int],
+    before: Mapping[int, float],
 ) -> tuple[list[int], dict[int, float]]:
-    """Return the blocks that voters (VOTERS, H, D) choose among those of keys (n, H, D), from block 1 on, in order.
+    """Return the blocks that voters (VOTERS, H, D) see among those of keys (blocks, size, H, D), in order.
 
-    Also the finds for the next layer; `before` has those of the layer before.
+    Also the finds for the next layer; `before` has those of the layer that chose before. The voters `scanners`
+    (VOTERS, H, D) choose the candidates.
     """
 
-    def votes(candidates: list[int], number: int, every: int, power: int = 1) -> list[float]:
-        """Return a score for each block: `number` means of each, compared by the last of `every` voters in a row.
-
-        Those that are no candidates get no vote.
-        """
-        means = keys.unflatten(0, (len(blocks), number, -1)).mean(2)[candidates]
-        scores = torch.einsum("vhd,cmhd->vhcm", voters[every - 1 :: every], means) * scale
+    def votes(own: Tensor, blocks: list[int], keys_of: Tensor, means: int, power: int = 1) -> dict[int, float]:
+        """Return a score for each block, whose keys are in `keys_of` (blocks, keys, H, D), by `means` means of each."""
+        of_blocks = keys_of[blocks].unflatten(1, (means, -1)).mean(2)
+        scores = torch.einsum("vhd,cmhd->vhcm", own, of_blocks)
         shares = scores.logsumexp(-1).softmax(-1).pow(power).mean((0, 1)) ** (1 / power)
-        own = torch.zeros(len(blocks)).to(shares).index_put((torch.tensor(candidates),), shares).tolist()
-        return [max(score, NEIGHBOUR * before) for before, score in zip([0.0, *own][:-1], own, strict=True)]
+        found = dict(zip(blocks, shares.tolist(), strict=True))
+        return {block: max(score, NEIGHBOUR * found.get(block - 1, 0.0)) for block, score in found.items()}
 
-    def best(scores: list[float], number: int) -> list[int]:
-        return sorted(sorted(blocks, key=lambda block: -scores[block])[:number])  # stable: the earlier one of equals
+    def best(scores: Mapping[int, float], number: int) -> list[int]:
+        return sorted(sorted(scores, key=lambda block: -scores[block])[:number])  # stable: the earlier one of equals
 
-    blocks = [*range(len(keys) // pattern.chosen_block)]
-    *coarse, last = stages(pattern, len(blocks))
-    candidates = blocks
-    for stage in coarse:
-        candidates = best(votes(candidates, stage.means, VOTERS // stage.voters), stage.blocks)
-    scores, finds = votes(candidates, last.means, 1), votes(candidates, last.means, 1, SURE)
-    for block, score in before.items():
-        finds[block] += CARRIED * score
-    left = {block: finds[block] for block in best(finds, 2 * last.blocks)}
-    more = pattern.chosen // FOUND
-    own = best(scores, last.blocks - more)
-    others = best([-1.0 if block in own else score for block, score in enumerate(finds)], more)
-    return [1 + block for block in sorted([*own, *others])], left
+    size, finest = pattern.chosen_block, pattern.chosen_block // MEAN_OF
+    candidates = [*range(1, len(keys))]
+    for stage in stages(pattern, len(candidates)):
+        if stage.means == RUNS:
+            whole = len(keys) // RUN
+            runs = keys[: whole * RUN].unflatten(0, (whole, RUN)).flatten(1, 2)
+            kept = best(votes(scanners[1::2], [*range(1, whole)], runs, 1), stage.blocks // RUN - 1)
+            candidates = [block for block in candidates if block // RUN in {0, *kept, whole}]
+        else:
+            candidates = best(votes(scanners[1::2], candidates, keys, stage.means), stage.blocks)
+    candidates = sorted({*candidates, *before})
+    shares, finds = (votes(voters, candidates, keys, finest, power) for power in (1, SURE))
+    if pattern.chosen_exact:
+        compared = best({block: max(shares[block], finds[block]) for block in candidates}, pattern.chosen_exact)
+        rest = dict.fromkeys(candidates, 0.0)
+        shares, finds = (rest | votes(voters, compared, keys, size, power) for power in (1, SURE))
+    finds = {block: score + CARRIED * before.get(block, 0.0) for block, score in finds.items()}
+    left = {block: finds[block] for block in best(finds, 2 * (pattern.chosen - 1))}
+    by_finds = pattern.chosen // FOUND
+    own = best(shares | dict.fromkeys(named, inf), pattern.chosen - 1 - by_finds)
+    others = best({block: score for block, score in finds.items() if block not in own}, by_finds)
+    return [0, *sorted([*own, *others])], left
 
 
 def key_counts(

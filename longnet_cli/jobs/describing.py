@@ -186,7 +186,7 @@ def describe(
     keys = sum(level.keys_per_query for level in levels) + pattern.sinks + pattern.chosen_keys
     kept = seq if pattern.chosen else 0
     dense = sum(level_flops(Pattern((seq,), (1,)), heads, head_dim, seq, causal))
-    compared, _ = comparisons(pattern, seq) if pattern.chosen else (0, 0)
+    compared = _compared(pattern, seq) if pattern.chosen else 0
     least, mean = _nearest(pattern, seq, heads, causal)
     return Description(
         name=name,
@@ -206,6 +206,13 @@ def describe(
         nearest_mean=mean,
         reach=reach(pattern, seq, heads, causal, layers) if seq <= LONGEST_REACH and not pattern.chosen else None,
     )
+
+
+def _compared(pattern: Pattern, seq: int) -> int:
+    """Return how many mean keys the last group of a sequence compares, with its share of a scan."""
+    (w,), (back,) = pattern.segment_lengths, pattern.look_backs
+    scan, group = comparisons(pattern, ((seq - 1) // w - back) * w)
+    return scan * pattern.chosen_every // pattern.scan_every + group
 
 
 def _refuse_the_boundless(pattern: Pattern, seq: int) -> None:

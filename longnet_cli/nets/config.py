@@ -5,7 +5,7 @@ From it follow the FLOPs and bytes of a net. A multiply and an add count as two 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -98,15 +98,16 @@ class NetConfig:
 
     def attention_flops(self, tokens: int) -> int:
         """Return the FLOPs of the attention of all layers, over one document of `tokens` tokens."""
-        return self.num_layers * _attention_flops(self.pattern, self.num_heads, self.head_dim, tokens, self.causal)
+        return round(self._sum_over_layers(_attention_flops, tokens))
 
     def attention_backward_flops(self, tokens: int) -> float:
         """Return the FLOPs of the attention in a backward pass of all layers, over one document of `tokens` tokens."""
-        return self.num_layers * _backward_flops(self.pattern, self.num_heads, self.head_dim, tokens, self.causal)
+        return self._sum_over_layers(_backward_flops, tokens)
 
     def vote_flops(self, tokens: int) -> int:
         """Return the part of `attention_flops` that chooses blocks."""
-        return self.num_layers * chosen_flops(self.pattern, self.num_heads, self.head_dim, tokens).votes
+        choosing = self.pattern.kinds(self.num_layers)["chooses"]
+        return choosing * chosen_flops(self.pattern, self.num_heads, self.head_dim, tokens).votes
 
     def training_flops(self, documents: Sequence[int], predicted: float = 1.0) -> float:
         """Return the FLOPs of a forward and a backward pass over documents of these lengths.
@@ -129,12 +130,21 @@ class NetConfig:
         of all segments, until the backward pass, and the sums of their gradients.
         """
         rows = cached_rows(self.pattern, self.num_heads, self.kv_heads, tokens)
-        past = sum(past_bytes(self.pattern, self.kv_heads, self.head_dim, tokens, itemsize))
-        return self.num_layers * (2 * self.head_dim * rows * itemsize + past)
+        return self.num_layers * 2 * self.head_dim * rows * itemsize + sum(self.past_bytes(tokens, itemsize))
 
     def spilled_bytes(self, tokens: int, itemsize: int) -> int:
         """Return the bytes that a causal stream writes to the file of `--spill`: all blocks, for chosen ones."""
-        return self.num_layers * past_bytes(self.pattern, self.kv_heads, self.head_dim, tokens, itemsize)[0]
+        return self.past_bytes(tokens, itemsize)[0]
+
+    def past_bytes(self, tokens: int, itemsize: int) -> tuple[int, int]:
+        """Return the bytes that chosen blocks need of `tokens`, in all layers: of keys and values, and of mean keys."""
+        sizes = self.pattern, self.kv_heads, self.head_dim, tokens, itemsize
+        of_kinds = [(*past_bytes(*sizes, kind), layers) for kind, layers in self.pattern.kinds(self.num_layers).items()]
+        return sum(layers * rows for rows, _, layers in of_kinds), sum(layers * means for _, means, layers in of_kinds)
+
+    def _sum_over_layers(self, flops: Callable[..., float], tokens: int) -> float:
+        sizes = self.pattern, self.num_heads, self.head_dim, tokens, self.causal
+        return sum(layers * flops(*sizes, kind=kind) for kind, layers in self.pattern.kinds(self.num_layers).items())
 
     def activation_bytes(self, itemsize: int, device: str, again: bool = False, lora: dict | None = None) -> int:
         """Return the bytes per token that all layers save for the backward pass, and that one layer's backward adds.
@@ -179,6 +189,8 @@ class LongNetConfig(NetConfig, StrictModel):
     chosen: int = 0
     chosen_block: int = Pattern.chosen_block
     chosen_every: int = Pattern.chosen_every
+    chosen_layers: tuple[int, ...] = ()
+    chosen_exact: int = 0
     padding: Literal["exact", "zero_key"] = "exact"
     causal: bool = True
     position: Literal["xpos", "rope", "none"] = "xpos"
@@ -241,7 +253,8 @@ class LongNetConfig(NetConfig, StrictModel):
     @model_serializer(mode="wrap")
     def _without_defaults(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         defaults = {name: field.default for name, field in type(self).model_fields.items() if name in _OPTIONS}
-        return {name: value for name, value in write(self).items() if value != defaults.get(name, ...)}
+        written = {name: tuple(x) if isinstance(x, list) else x for name, x in write(self).items()}
+        return {name: value for name, value in written.items() if value != defaults.get(name, ...)}
 
     @model_validator(mode="after")
     def _check(self) -> LongNetConfig:
@@ -252,6 +265,8 @@ class LongNetConfig(NetConfig, StrictModel):
         if self.padding == "zero_key" and self.causal:
             raise ValueError('padding="zero_key" is only for causal=false: a causal net never sees the zero keys')
         if refusal := self.pattern.refusal(self.causal, self.padding):  # `pattern` itself raises ValueError
+            raise ValueError(refusal)
+        if refusal := self.pattern.refusal_of_layers(self.num_layers):
             raise ValueError(refusal)
         if self.position == "xpos":
             self._check_xpos()

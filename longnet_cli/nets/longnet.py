@@ -23,10 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longnet_cli.attention import LayerFinds, Outside, Pattern, dilated_attention
-from longnet_cli.attention.choosing import Finds
+from longnet_cli.attention import LayerChoices, Outside, Pattern, dilated_attention
+from longnet_cli.attention.choosing import Choices, Names
+from longnet_cli.attention.sinks import Turn
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.nets.config import LongNetConfig
+from longnet_cli.nets.named_blocks import named_blocks
 from longnet_cli.nets.net import FarProvider, Net
 from longnet_cli.nets.positions import PositionTable, position_table, rotate, sink_turn
 from longnet_cli.nets.weights import load_pretrained, save_pretrained
@@ -41,7 +43,7 @@ class Placement(NamedTuple):
     lengths: Sequence[int] | Tensor | None = None
     documents: Sequence[int] | None = None
     total: int | None = None
-    finds: LayerFinds | None = None
+    choices: LayerChoices | None = None
 
 
 class Norm(nn.LayerNorm):
@@ -212,6 +214,7 @@ class LongNet(Net):
         documents: Sequence[int] | None = None,
         far: FarProvider | None = None,
         total: int | None = None,
+        named: Names | None = None,
     ) -> Tensor:
         """Return hidden states (B, N, dim) after the final norm, of token ids (B, N) or of vectors (B, N, dim).
 
@@ -219,18 +222,34 @@ class LongNet(Net):
         tokens come out as they would alone, outputs at padding have no meaning. `documents` gives the lengths of the
         documents that follow each other in every row: each comes out as it would alone, the first from `start` on.
         `far` makes the input one shard of a longer sequence, see FarProvider; for zero keys, give the length of that
-        sequence as `total`. Raises ConfigError for tokens given to a net without embedding.
+        sequence as `total`. `named` gives the blocks that the text names, for chosen blocks; without it, the text is
+        that of the tokens, if they begin their documents. Raises ConfigError for tokens given to a net without
+        embedding.
         """
         x = self.embed(tokens, embeddings)
         if isinstance(lengths, Tensor) and not torch.compiler.is_compiling():
             lengths = lengths.tolist()  # waits for a GPU: once, not in every layer
         table, place = self.positions(x, start, documents), Placement(start, lengths, documents, total)
-        finds = Finds()
+        pattern = self.config.pattern
+        choices = Choices(named or (None if start else named_blocks(pattern, tokens)))
         for index, layer in enumerate(self.layers):
-            if self.config.pattern.chosen:
-                place = place._replace(finds=LayerFinds(finds, index))
+            if pattern.chosen:
+                place = place._replace(choices=LayerChoices(choices, pattern, index))
             x = layer(x, table, place, _of_layer(far, index) if far else None)
         return self.final_norm(x)
+
+    @property
+    def turns(self) -> Sequence[Turn | None]:
+        return [attention.turn for attention in self._attentions]
+
+    def choose_in(self, layers: tuple[int, ...]) -> None:
+        self.config, self.digest = self.config.model_copy(update={"chosen_layers": layers}), None
+        for attention in self._attentions:
+            attention.config, attention.pattern = self.config, self.config.pattern
+
+    @property
+    def _attentions(self) -> list[Attention]:
+        return [module for module in self.modules() if isinstance(module, Attention)]
 
     def embed(self, tokens: Tensor | None = None, embeddings: Tensor | None = None) -> Tensor:
         """Return the input of the first layer, (B, N, dim), from exactly one of the two inputs of `forward`."""

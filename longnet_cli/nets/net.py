@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from longnet_cli.attention import Outside
+from longnet_cli.attention.sinks import Turn
 from longnet_cli.basics.errors import ConfigError, DataError, TooLongError
 from longnet_cli.nets.config import NetConfig
 
@@ -144,6 +145,15 @@ class Net(nn.Module):
     def row_size(self) -> int | None:
         """The size of the vectors that the net reads in place of token ids; None if it reads ids."""
         return None
+
+    @property
+    def turns(self) -> Sequence[Turn | None]:
+        """The functions that turn the keys of each layer by positions; None where nothing is turned."""
+        return []
+
+    def choose_in(self, layers: tuple[int, ...]) -> None:
+        """Let these layers choose blocks (`Pattern.chosen_layers`), in place."""
+        raise NotImplementedError
 
     def start_rows(self, bos: Bos) -> np.ndarray:
         """Return the rows that the net reads before each document: the ids of `bos`, (n,) int64, if it is causal."""

@@ -22,6 +22,7 @@ from longnet_cli.attention import FarKeys, KVCache, Outside
 from longnet_cli.attention.groups import GroupedPart
 from longnet_cli.attention.notation import parse_pattern
 from longnet_cli.basics.errors import ConfigError
+from longnet_cli.nets.named_blocks import ReadText, named_blocks
 from longnet_cli.nets.net import Net
 from longnet_cli.running.mapped import BlockFile, SpillFile, mapped_empty
 from longnet_cli.running.ranks.exchange import Exchange
@@ -90,6 +91,7 @@ class CausalStream:
         self.last_hidden: Tensor | None = None
         self.last_tokens: Tensor | None = None  # (B,); None after vectors
         self.ids: list[Tensor] = []
+        self.texts: list[ReadText] = []  # of the rows, for chosen blocks; none after vectors
         self.on_choice: OnChoice | None = None
         self.caches: list[KVCache] = []  # made with the first chunk, whose keys have the dtype and the device
 
@@ -135,7 +137,10 @@ class CausalStream:
             kept = cache.far() if exchange else cache.far(k, v)
             return Outside([*(_on(k.device, keys) for keys in kept.keys), *near], past)
 
-        hidden = self.model(tokens, embeddings=embeddings, start=start, far=far)
+        if self.model.config.pattern.chosen:
+            self._read(tokens if exchange is None or tokens is None else exchange.all_tokens(tokens))
+        named = named_blocks(self.model.config.pattern, tokens, self.texts) if self.texts else None
+        hidden = self.model(tokens, embeddings=embeddings, start=start, far=far, named=named)
         store_last()
         self.position = edges[-1] if edges else self.position + hidden.shape[1]
         if hidden.shape[1]:  # a rank's shard may be empty
@@ -152,6 +157,16 @@ class CausalStream:
             if cache.past:
                 cache.past.on_choice = partial(on_choice, layer)
 
+    def _read(self, tokens: Tensor | None) -> None:
+        """Add a chunk's tokens (B, n), of all ranks, to the texts, from which chosen blocks are named."""
+        if tokens is None or tokens.is_floating_point():
+            self.texts = []
+        elif not self.position:
+            self.texts = [ReadText([row]) for row in tokens]
+        else:
+            for text, row in zip(self.texts, tokens, strict=bool(self.texts)):
+                text.append(row)
+
     def far(self) -> list[Outside]:
         """Return what the next chunk sees of the past, layer by layer."""
         return [cache.far() for cache in self.caches] or [Outside()] * self.model.config.num_layers
@@ -163,6 +178,7 @@ class CausalStream:
         """
         new = copy.copy(self)
         new.caches, new.ids = [cache.fork() for cache in self.caches], [*self.ids]
+        new.texts = [text.fork() for text in self.texts]
         return new
 
     def save(self, folder: str | Path, *, name: str | None = None, tokenizer_sha256: str | None = None) -> int:
@@ -232,6 +248,8 @@ class CausalStream:
             if ids.dtype != torch.int32 or ids.dim() != 2 or len(ids) != len(hidden) or ids.shape[1] > self.position:
                 raise ValueError(f"ids has shape {tuple(ids.shape)}, for {len(hidden)} x {self.position} tokens")
             self.ids = [ids]
+            if ids.shape[1] == self.position:
+                self.texts = [ReadText([row]) for row in ids]
         known = [x for x in (self.last_tokens, ids) if x is not None and x.numel()]
         if any(not 0 <= int(bound) < config.vocab_size for x in known for bound in x.aminmax()):
             raise ValueError("it has ids that the model does not know")
@@ -256,6 +274,7 @@ class CausalStream:
             keep=self.keep,
             allocate=self.allocate,
             blocks=BlockFile(self.file) if self.file else None,
+            layer=len(self.caches),
         )
         if cache.past and self.on_choice:
             cache.past.on_choice = partial(self.on_choice, len(self.caches))

@@ -20,9 +20,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longnet_cli.attention import FarKeys, FarSpan, Outside, Past
+from longnet_cli.attention.choosing import Names
 from longnet_cli.attention.merging import accumulator, strided_view
 from longnet_cli.attention.spans import common_span, lanes, level_of, open_spans, rows_before, segment_rows, span_views
 from longnet_cli.nets.config import NetConfig
+from longnet_cli.nets.named_blocks import ReadText, named_blocks
 from longnet_cli.nets.net import Net
 from longnet_cli.running.causal_stream import CausalStream
 from longnet_cli.running.device import precision, random_state, set_random_state
@@ -87,6 +89,12 @@ def backward_in_chunks(
             with precision(dtype, device):
                 stream(tokens[:, part.mine], edges=part.edges)
             on_chunk()
+    named, last = None, chunks[-1]
+    if model.config.pattern.chosen:  # only the last chunk still chooses
+        texts = stream.texts or [ReadText() for _ in range(tokens.shape[0])]
+        for row, text in enumerate(texts):
+            text.append(tokens[row, last.start : last.mine.stop])
+        named = named_blocks(model.config.pattern, tokens[:, last.mine], texts)
     pasts = [cache.past for cache in stream.caches if cache.past]
     if not pasts and ranks.sp == 1:  # in a group, the exchange of the only chunk makes them
         pasts = new_pasts(model.config)
@@ -98,7 +106,8 @@ def backward_in_chunks(
         part, (state, far) = chunks.pop(), tape.pop()
         set_random_state(state, device)
         final_backward(model, final and not chunks)
-        total += part.backward(tokens[:, part.mine], loss, far, pasts, gradients, scale, dtype)
+        total += part.backward(tokens[:, part.mine], loss, far, pasts, gradients, scale, dtype, named)
+        named = None
         for past in pasts:
             past.means = None  # all has been chosen
         if not after:
@@ -110,7 +119,8 @@ def backward_in_chunks(
 
 def new_pasts(config: NetConfig) -> list[Past]:
     """Return the past of a document's first tokens in each layer, which keeps what they choose; [] without a choice."""
-    return [Past(config.pattern, keep=1) for _ in range(config.num_layers if config.pattern.chosen else 0)]
+    layers = range(config.num_layers if config.pattern.chosen else 0)
+    return [Past(config.pattern, keep=1, layer=layer) for layer in layers]
 
 
 def _next_tokens(model: Net, targets: Tokens) -> HiddenLoss:
@@ -137,6 +147,7 @@ class _Chunk:
         gradients: FarGradients,
         scale: float,
         dtype: str,
+        named: Names | None,
     ) -> Tensor:
         """Compute the chunk again with `far` as leaves, run its backward pass, and return its loss."""
         made: list[tuple[Tensor, Tensor]] = []  # keys and values, per layer
@@ -161,7 +172,7 @@ class _Chunk:
             return Outside([*outside.keys, *of_chunk.keys], of_chunk.past)
 
         with precision(dtype, tokens.device):
-            hidden = self.model(tokens, start=self.mine.start, far=provide)
+            hidden = self.model(tokens, start=self.mine.start, far=provide, named=named)
             total = loss(hidden, self.mine)
         roots, grads = [total], [torch.full_like(total, scale)]
         for layer, (k, v) in enumerate(made):
@@ -210,6 +221,8 @@ class FarGradients:
         """
         if start and layer not in self.of_pasts:
             size, last = self.pattern.chosen_block, start if self.ranks.sp == 1 else self.tokens
+            if past.kind == "first":
+                last = min(last, self.pattern.chosen_keys)
             shape = (2, k.shape[0], -(-last // size) * size, *k.shape[2:])
             self.of_pasts[layer] = self.allocate(shape, dtype=accumulator(k.dtype), device=k.device).zero_()
         return past.before(start, self.of_pasts.get(layer))

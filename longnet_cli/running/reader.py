@@ -209,7 +209,7 @@ class Reader:
     def _watched(self, windows: Sequence[Window]) -> FarProvider:
         """Return a function that gives each layer an empty past, which tells what the windows of a batch see."""
         assert self.on_choice
-        pasts = [Past(self.model.config.pattern) for _ in range(self.model.config.num_layers)]
+        pasts = [Past(self.model.config.pattern, layer=layer) for layer in range(self.model.config.num_layers)]
         for layer, past in enumerate(pasts):
             past.on_choice = partial(self.on_choice, windows, layer)
         return lambda layer, q, k, v: Outside(past=pasts[layer])

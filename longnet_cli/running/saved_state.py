@@ -40,7 +40,7 @@ from longnet_cli.nets.net import Net
 from longnet_cli.nets.weights import TYPE_NAMES, model_digest, write_tensors
 
 MANIFEST, PIECE = "manifest.json", re.compile(r"piece-[0-9a-f]{8}-\d{5,}\.safetensors")
-STATE_VERSION = 2  # 1: until 2026-11-28, without tensors that are empty
+STATE_VERSION = 3  # 1 and 2: until 2026-11-28, with blocks that were chosen by another rule
 KIND = "longnet state"
 READER = "reader_sha256"
 MOST_TOKENS = 1 << 53
@@ -58,8 +58,9 @@ _SAME = {
 def reader_facts(model: Net, name: str | None = None, tokenizer_sha256: str | None = None) -> dict[str, str]:
     """Return what a state notes of the model that has read it, without unknown values.
 
-    `reader_sha256` is a digest of all that the state depends on: weights and configuration, but not how often blocks
-    are chosen (`chosen_every`). So it is not the `longnet.model_sha256` of other outputs.
+    `reader_sha256` is a digest of all that the state depends on: weights and configuration, but not how often and
+    how exactly blocks are chosen (`chosen_every`, `chosen_exact`). So it is not the `longnet.model_sha256` of other
+    outputs.
     """
     known = {
         "longnet.model": name,
@@ -187,10 +188,11 @@ def restoring(folder: Path) -> Iterator[None]:
 
 
 def _is_finer(pattern: str, saved: str) -> bool:
-    """Return whether a pattern is the saved one, but chooses more often: what that needs is in the state."""
+    """Return whether a pattern is the saved one, but chooses more often or by more keys: the state is enough for it."""
     new, old = parse_pattern(pattern), parse_pattern(saved)
     every = old.chosen_every
-    return bool(new.chosen and old.chosen) and every % new.chosen_every == 0 and replace(new, chosen_every=every) == old
+    same = new.chosen and old.chosen and every % new.chosen_every == 0
+    return bool(same) and replace(new, chosen_every=every, chosen_exact=old.chosen_exact) == old
 
 
 def layer_tensors(caches: Iterable[KVCache]) -> Iterator[tuple[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -17,32 +18,41 @@ from torch import Tensor
 
 from longnet_cli.attention import (
     KVCache,
-    LayerFinds,
+    LayerChoices,
     Past,
     Pattern,
     choosing,
+    chosen,
     dilated_attention,
     groups,
     past,
     reference,
 )
+from longnet_cli.attention import pattern as pattern_module
 from longnet_cli.attention.branches import BACKWARD_FLOPS, attention_flops, backward_flops
-from longnet_cli.attention.choosing import Chosen
-from longnet_cli.attention.groups import GroupedPart, Groups, chosen_flops, groups_of
-from longnet_cli.attention.reference import chosen_blocks, dilated_attention_reference
+from longnet_cli.attention.chosen import Chosen
+from longnet_cli.attention.groups import GroupedPart, chosen_flops, groups_of
+from longnet_cli.attention.reference import chosen_blocks, dilated_attention_reference, followed
 from longnet_cli.running.mapped import BlockFile, SpillFile
 
 WINDOW = Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4)
 
 
-def choice_of(q: Tensor, k: Tensor, pattern: Pattern, scale: float, turn: choosing.Turn | None) -> list:
+def choice_of(
+    q: Tensor,
+    k: Tensor,
+    pattern: Pattern,
+    scale: float,
+    turn: chosen.Turn | None,
+    choices: LayerChoices | None = None,
+) -> list:
     """What the operator chooses, in the form of `chosen_blocks`."""
     every, (batch, tokens) = pattern.chosen_every, q.shape[:2]
     parts = [GroupedPart(slice(0, batch), slice(0, tokens), 0, each) for each in groups_of(pattern, 0, tokens)]
-    chosen = Chosen(pattern, parts, turn)
-    chosen.choose(q, k, scale)
+    call = Chosen(pattern, parts, turn, choices=choices)
+    call.choose(q, k, scale)
     found = []
-    for part, of_rows in zip(parts, chosen.blocks, strict=True):
+    for part, of_rows in zip(parts, call.blocks, strict=True):
         for row, blocks in enumerate(of_rows):
             for index, group in enumerate(blocks.tolist()):
                 first = part.groups.first + index * every
@@ -53,8 +63,8 @@ def choice_of(q: Tensor, k: Tensor, pattern: Pattern, scale: float, turn: choosi
     return sorted(found, key=lambda each: (each[0], each[1].start))
 
 
-def funnel(*stages: tuple[int, int], voters: int = 4) -> AbstractContextManager[object]:
-    return patch.object(groups, "FUNNEL", [(*stage, voters) for stage in stages])
+def funnel(*stages: tuple[int, int]) -> AbstractContextManager[object]:
+    return patch.object(groups, "FUNNEL", stages)
 
 
 @given(choice=chosen_choices())
@@ -72,29 +82,95 @@ def test_chooses_what_the_reference_chooses(choice: Choice, scale: float) -> Non
     assert choice_of(*asked) == chosen_blocks(*asked)
 
 
-@pytest.mark.parametrize(
-    ("every", "voters"), [(1, 1), (1, 8), (2, 2), (3, 4), (4, 8), (6, 4), (12, 2), (24, 1), (24, 8)]
-)
-def test_chooses_in_stages_what_the_reference_chooses(every: int, voters: int) -> None:
+@pytest.mark.parametrize("every", [1, 2, 3, 4, 6, 12, 24])
+def test_chooses_in_stages_what_the_reference_chooses(every: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pattern_module, "SCAN", 12)
     pattern = Pattern((24,), (1,), look_back=1, chosen=3, chosen_block=24, chosen_every=every)
-    q, k, *_ = Choice(pattern, 2, 400, 4, 8, 0, True, None, 1, kv_heads=2).qkv()
+    q, k, *_ = Choice(pattern, 2, 500, 4, 8, 0, True, None, 1, kv_heads=2).qkv()
     asked = q, k, pattern, 1.0, turn
-    with funnel((1, 9), (2, 5), voters=voters):
-        found = choice_of(*asked)
-        assert found == chosen_blocks(*asked)
-    assert found != choice_of(*asked)
+    with funnel((1, 9), (2, 6)):
+        in_stages = choice_of(*asked)
+        assert in_stages == chosen_blocks(*asked)
+    assert in_stages != choice_of(*asked)
 
 
-@given(choice=chosen_choices())
-def test_layers_that_pass_on_their_finds_equal_the_reference(choice: Choice) -> None:
-    """Of three layers, the second one finds nothing."""
-    finds = choosing.Finds()
-    expected: reference.Scores = {}
-    for layer in (0, 2, 3):
-        inputs = replace(choice, seed=choice.seed + layer).qkv()
-        options = turning(choice)
-        found = run(dilated_attention, inputs, choice.pattern, **options, finds=LayerFinds(finds, layer))
-        assert_close(found, run(dilated_attention_reference, inputs, choice.pattern, **options, finds=expected), 1e-12)
+def test_runs_of_many_blocks_are_compared_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    pattern = Pattern((16,), (1,), look_back=1, chosen=3, chosen_block=4, chosen_every=4)
+    q, k, *_ = Choice(pattern, 1, 1300, 4, 8, 0, True, None, 1, kv_heads=2).qkv()
+    asked = q, k, pattern, 1.0, turn
+    with funnel((groups.RUNS, 96), (1, 20)):
+        in_stages = choice_of(*asked)
+        assert in_stages == chosen_blocks(*asked)
+    with funnel((1, 20)):
+        assert in_stages != choice_of(*asked)
+
+
+@given(choice=chosen_choices(), exact=st.integers(0, 6))
+def test_compares_all_keys_of_the_best_as_the_reference_does(choice: Choice, exact: int) -> None:
+    pattern = replace(choice.pattern, chosen_exact=choice.pattern.chosen + exact)
+    q, k, *_ = choice.qkv()
+    asked = (q, k, pattern, 1.0, turn if choice.rotary else None)
+    assert choice_of(*asked) == chosen_blocks(*asked)
+
+
+def test_comparing_all_keys_chooses_others() -> None:
+    pattern = replace(WINDOW, chosen_exact=6)
+    q, k, *_ = Choice(pattern, 1, 400, 4, 8, 0, True, None, 1, kv_heads=2).qkv()
+    assert choice_of(q, k, pattern, 1.0, turn) != choice_of(q, k, WINDOW, 1.0, turn)
+
+
+@given(choice=chosen_choices(), seed=st.integers(0, 99))
+def test_named_blocks_are_seen_before_others(choice: Choice, seed: int) -> None:
+    """Whether they are candidates or not."""
+    pattern, (q, k, *_), chance = choice.pattern, choice.qkv(), random.Random(seed)
+    most, every = pattern.chosen // 4, pattern.chosen_every
+    names: dict[tuple[int, int], list[int]] = {}
+
+    def named(row: int, part: GroupedPart) -> Tensor:
+        rows = []
+        for first in range(part.groups.first, part.groups.first + part.groups.number * every, every):
+            blocks = [*range(1, part.groups.near // pattern.chosen_block)]
+            own = names.setdefault((row, first), chance.sample(blocks, chance.randint(0, most)))
+            rows.append([*own, *[-1] * (most - len(own))])
+        return torch.tensor(rows, dtype=torch.int64).view(part.groups.number, most)
+
+    with funnel((1, 2 * pattern.chosen)):
+        asked = (q, k, pattern, 1.0, turn if choice.rotary else None)
+        seen = choice_of(*asked, LayerChoices(choosing.Choices(named), pattern, 0))
+        assert seen == chosen_blocks(*asked, lambda row, first: names[row, first])
+
+
+@given(choice=chosen_choices(), layers=st.sampled_from([(1, 2, 4), (2,), ()]))
+def test_layers_equal_the_reference(choice: Choice, layers: tuple[int, ...]) -> None:
+    """Some choose, and pass on their finds. Others see the same blocks as the one before, or block 0."""
+    pattern, choices, made = replace(choice.pattern, chosen_layers=layers), choosing.Choices(), None
+    finds: reference.Scores = {}
+    with funnel((1, 2 * pattern.chosen)):
+        for layer in range(6):
+            inputs = replace(choice, seed=choice.seed + layer, lengths=None).qkv()
+            options, place = turning(choice), LayerChoices(choices, pattern, layer)
+            asked = *inputs[:2], pattern, choice.head_dim**-0.5, options.get("turn")
+            if pattern.source(layer) == layer:
+                made = expected = chosen_blocks(*asked, finds=finds)
+            else:
+                expected = followed(made, pattern, chosen_blocks(*asked))
+            seen = run(dilated_attention, inputs, pattern, **options, choices=place)
+            assert_close(seen, run(dilated_attention_reference, inputs, pattern, **options, choice=expected), 1e-12)
+
+
+def test_finds_that_are_passed_on_change_what_is_chosen() -> None:
+    choices, pattern = choosing.Choices(), replace(WINDOW, chosen_layers=(0, 1))
+    q, k, *_ = Choice(pattern, 1, 400, 4, 8, 0, True, None, 1, kv_heads=2).qkv()
+    choice_of(q.flip(1), k, pattern, 1.0, None, LayerChoices(choices, pattern, 0))
+    second = choice_of(q, k, pattern, 1.0, None, LayerChoices(choices, pattern, 1))
+    assert second != choice_of(q, k, pattern, 1.0, None)
+
+
+def test_a_layer_that_follows_needs_the_one_before() -> None:
+    pattern = replace(WINDOW, chosen_layers=(2,))
+    x = torch.zeros(1, 100, 2, 4)
+    with pytest.raises(ValueError, match="layer 3 sees the blocks that layer 2 chooses, which has not run"):
+        dilated_attention(x, x, x, pattern, choices=LayerChoices(choosing.Choices(), pattern, 3))
 
 
 @given(choice=chosen_choices())
@@ -103,8 +179,8 @@ def test_fp32_equals_the_reference_for_the_same_choice(choice: Choice) -> None:
     inputs, options = choice.qkv(torch.float32), turning(choice)
     found = run(dilated_attention, inputs, choice.pattern, **options)
     made = choice_of(*inputs[:2], choice.pattern, choice.head_dim**-0.5, options.get("turn"))
-    with patch.object(reference, "chosen_blocks", lambda *_: made):
-        expected = run(dilated_attention_reference, [x.double() for x in inputs], choice.pattern, **options)
+    exact = [x.double() for x in inputs]
+    expected = run(dilated_attention_reference, exact, choice.pattern, **options, choice=made)
     assert_close(found, expected, 1e-5)
 
 
@@ -187,32 +263,11 @@ def test_without_votes_the_first_blocks_are_seen() -> None:
     assert choice_of(q, k, WINDOW, 0.5, None)[-1][2] == [0, 1, 2, 3]
 
 
-def test_only_the_best_of_many_blocks_are_compared() -> None:
-    """One block has the best four keys, and four others that hide them in its mean."""
-    near, start = 5000, 5008
-    pattern = Pattern((8,), (1,), look_back=1, chosen=3, chosen_block=8, chosen_every=8)
-    q, k, *_ = Choice(pattern, 1, start + 8, 2, 8, 0, True, None, 5, kv_heads=1).qkv()
-    q[:] = 1
-    k[:, 2400:2404], k[:, 2404:2408] = 3, -9
-
-    def choose() -> list[int]:
-        chosen = Chosen(pattern, [GroupedPart(slice(0, 1), slice(0, start + 8), 0, Groups(start, 1, 8, near))], None)
-        chosen.choose(q, k, 1.0)
-        return chosen.blocks[0][0][0].tolist()
-
-    def expected() -> list[int]:
-        voters, keys = q[0, start - 7 : start + 1], k[0, 8:near].expand(-1, 2, -1)
-        return [0, *reference._voted(voters, keys, pattern, 1.0, {})[0]]
-
-    with funnel((1, 512)):
-        assert choose() == expected() != [0, 300, 301]
-    assert choose() == expected() == [0, 300, 301]
-
-
 def test_groups_in_many_calls_equal_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     choice = Choice(WINDOW, 2, 120, 6, 8, 0, True, None, 1, kv_heads=2, rotary=True)
     whole = run(dilated_attention, choice.qkv(), WINDOW, turn=turn)
-    monkeypatch.setattr(choosing, "GATHERED", 8)
+    monkeypatch.setattr(chosen, "GATHERED", 8)
+    monkeypatch.setattr(choosing, "SCORES", 1)
     monkeypatch.setattr(past, "SLICE", 8)
     assert_close(run(dilated_attention, choice.qkv(), WINDOW, turn=turn), whole, 1e-12)
 
@@ -223,8 +278,8 @@ def test_bf16(kernel: str) -> None:
     inputs = choice.qkv(torch.bfloat16)
     found = run(dilated_attention, inputs, WINDOW, kernel=kernel)
     made = choice_of(*inputs[:2], WINDOW, 0.25, None)
-    with patch.object(reference, "chosen_blocks", lambda *_: made):
-        assert_close(found, run(dilated_attention_reference, [x.double() for x in inputs], WINDOW), 1e-2)
+    expected = run(dilated_attention_reference, [x.double() for x in inputs], WINDOW, choice=made)
+    assert_close(found, expected, 1e-2)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +287,10 @@ def test_bf16(kernel: str) -> None:
     [
         ({"chosen": -1}, "chosen must be 0 or more blocks, got -1"),
         ({"chosen": 1.5}, "chosen needs whole numbers, got"),
-        ({"chosen": 0}, "chosen_block and chosen_every say how blocks are chosen: give their number, chosen"),
+        ({"chosen": 0}, "chosen_(block|every) says how blocks are chosen: give their number, chosen"),
+        ({"chosen_layers": (3, 3)}, "chosen_layers needs the numbers of layers from 0 on, ascending, got"),
+        ({"chosen_layers": (-1, 3)}, "chosen_layers needs the numbers of layers from 0 on, ascending, got"),
+        ({"chosen_exact": 3}, "chosen_exact must be 0, or at least chosen, 4, got 3"),
         (
             {"segment_lengths": (16, 32), "dilation_rates": (1, 1), "look_back": 1},
             "chosen=4 needs a window: one level at rate 1 that looks back",
@@ -288,7 +346,7 @@ def test_any_shards_with_their_cache_equal_the_whole(choice: Choice, sizes: list
 
 @pytest.mark.parametrize(("every", "size"), [(1, 1), (16, 1), (4, 16), (1, 100), (16, 100), (4, 1000)])
 def test_chunks_and_single_tokens_equal_the_whole(every: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(groups, "FUNNEL", ((1, 30, 4), (2, 10, 4)))
+    monkeypatch.setattr(groups, "FUNNEL", ((1, 30), (2, 10)))
     pattern = Pattern((32,), (1,), look_back=1, chosen=4, chosen_block=16, chosen_every=every)
     q, k, v, _ = Choice(pattern, 1, 1100 if size > 1 else 300, 4, 8, 0, True, None, 1, kv_heads=2, rotary=True).qkv()
     whole, parts = dilated_attention(q, k, v, pattern, turn=turn), []
@@ -320,16 +378,20 @@ def test_gradients_of_a_shard_that_starts_anywhere(before: int, lengths: list[in
 
 
 def test_an_open_group_chooses_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A decoder's tokens see what the first of their group has chosen, without another vote."""
-    voted = []
-    own = choosing._chosen
-    monkeypatch.setattr(choosing, "_chosen", lambda voters, *more: voted.append(1) or own(voters, *more))
+    """A decoder's tokens see what the first of their group has chosen, and a scan serves all groups of its slot."""
+    chosen_by, scanned = [], []
+    own, narrowed = choosing._seen, choosing._best_blocks
+    monkeypatch.setattr(choosing, "_seen", lambda *args: chosen_by.append(1) or own(*args))
+    monkeypatch.setattr(choosing, "_best_blocks", lambda *args: scanned.append(1) or narrowed(*args))
+    monkeypatch.setattr(pattern_module, "SCAN", 8)
     q, k, v, _ = Choice(WINDOW, 1, 200, 4, 8, 0, True, None, 1, kv_heads=2).qkv()
     cache = KVCache(WINDOW, 1, 4, 8, kv_heads=2, dtype=q.dtype)
-    for part in zip(*(x.split(1, 1) for x in (q, k, v)), strict=True):
-        dilated_attention(*part, WINDOW, start=cache.position, far=cache.far())
-        cache.append(*part[1:], q=part[0])
-    assert len(voted) == 2 * len(range(64, 200, 4))  # with its first token, and with the next, from the past
+    with funnel((1, 8)):
+        for part in zip(*(x.split(1, 1) for x in (q, k, v)), strict=True):
+            dilated_attention(*part, WINDOW, start=cache.position, far=cache.far())
+            cache.append(*part[1:], q=part[0])
+    assert len(chosen_by) == len(range(64, 200, 4))
+    assert len(scanned) == len(range(96, 200, 8))  # from nine candidates on
 
 
 @given(sizes=cuts(), tokens=st.integers(1, 90), spilled=st.booleans(), data=st.data())
@@ -372,8 +434,8 @@ def test_a_cache_holds_all_keys_once_more() -> None:
     kept = cache.far().past
     assert kept
     kept.settle(None)
-    keys, queries = 2 * 2 * 8 * 4 * 8 * 64, 4 * 8 * 4 * (4 + 6)
-    assert cache.nbytes - empty == kept.nbytes == keys + keys // 8 + keys // 16 + queries
+    keys, queries = 2 * 2 * 8 * 4 * 8 * 64, 4 * 8 * 4 * (128 + 6)
+    assert cache.nbytes - empty == kept.nbytes == keys + keys // 8 + keys // 16 + keys // 16 // 32 + queries
 
 
 def test_a_cache_needs_queries() -> None:
@@ -383,8 +445,8 @@ def test_a_cache_needs_queries() -> None:
 
 
 def test_a_backward_pass_does_not_vote(monkeypatch: pytest.MonkeyPatch) -> None:
-    voted, calls = Chosen._voted, []
-    monkeypatch.setattr(Chosen, "_voted", lambda *args: calls.append(1) or voted(*args))
+    own, calls = chosen.choose, []
+    monkeypatch.setattr(chosen, "choose", lambda *args: calls.append(1) or own(*args))
     pattern = Pattern((8,), (1,), look_back=1, chosen=3, chosen_block=4, chosen_every=4)
     q, k, v = (torch.randn(1, 200, 2, 8, requires_grad=True) for _ in range(3))
     out = dilated_attention(q, k, v, pattern)

@@ -80,7 +80,7 @@ WRONG = {
     "window:1Ki,chosen=32x": "chosen: '' is not a size",
     "window:1Ki,chosen=32,chosen_block=64": "window has no option 'chosen_block'",
     "window:1Ki,chosen=32,sinks=4": "chosen=32 excludes sinks",
-    "window:1Ki,chosen_every=4": "chosen_block and chosen_every say how blocks are chosen: give their number, chosen",
+    "window:1Ki,chosen_every=4": "chosen_every says how blocks are chosen: give their number, chosen",
     "paper:1Ki": "paper takes no size, and '1Ki' is one more",
     "paper:look_back=1/2": "look_back needs one number from 0, or 5, one per level",
     "geometric:1e9,ratio=1": "need length >= 1, base >= 1, ratio >= 2",

@@ -13,11 +13,10 @@ import torch
 from builders import tiny_llama, tiny_model
 from conftest import RunLongnet
 from pattern_nets import native
-from torch import Tensor
+from strategies import chosen_by_hand
 
-from longnet_cli.attention import Pattern, choosing
-from longnet_cli.attention.choosing import Chosen
-from longnet_cli.attention.groups import GroupedPart
+from longnet_cli.attention import Pattern, choosing, chosen
+from longnet_cli.attention.choosing import Choice, Voting
 from longnet_cli.attention.notation import parse_pattern
 from longnet_cli.data.documents import Document
 from longnet_cli.data.tokenizer import Tokenizer
@@ -35,13 +34,13 @@ BOOK = "The key of the red fox is 48213, and that of the dog is 77. " * 6
 def test_the_passages_that_the_answer_chose(saved: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks 0 and 1 are always chosen; 2 and 3 before the answer; in it, 12, and 9 or 10, which are one passage."""
 
-    def drawn(_: Chosen, q: Tensor, row: int, part: GroupedPart, *more: object) -> tuple[Tensor, None]:
-        first, number, *_ = part.groups
+    def drawn(voting: Voting) -> Choice:
+        first, number, *_ = voting.part.groups
         answer = [1, 9 + (first // 4 % 2), 12]
         found = [answer if group >= 200 else [1, 2, 3] for group in range(first, first + 4 * number, 4)]
-        return torch.tensor(found) - 1, None
+        return chosen_by_hand(torch.tensor(found))
 
-    monkeypatch.setattr(Chosen, "_voted", drawn)
+    monkeypatch.setattr(chosen, "choose", drawn)
     net = native(Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4))
     stream = CausalStream(net)
     text = "aé" * 66 + "z" * 2  # 200 bytes, of which three make "aé"
@@ -71,15 +70,15 @@ def test_three_questions_have_three_answers(monkeypatch: pytest.MonkeyPatch) -> 
     """Blocks 1 and 2 are chosen by three in five groups, and always in answers; each answer's own by every third."""
     own = 0
 
-    def drawn(_: Chosen, q: Tensor, row: int, part: GroupedPart, *more: object) -> tuple[Tensor, None]:
-        first, number, *_ = part.groups
+    def drawn(voting: Voting) -> Choice:
+        first, number, *_ = voting.part.groups
         found = []
         for group in range(first // 4, first // 4 + number):
             hubs = [1, 2] if group % 5 < 3 or group >= 50 else [5, 6]
             found.append([*hubs, own if group >= 50 and group % 3 == 0 else 3 + group % 2])
-        return torch.tensor(found) - 1, None
+        return chosen_by_hand(torch.tensor(found))
 
-    monkeypatch.setattr(Chosen, "_voted", drawn)
+    monkeypatch.setattr(chosen, "choose", drawn)
     net = native(Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4))
     text = "".join(chr(97 + i // 8) for i in range(200))  # a letter per block
     read, found = CausalStream(net), {}

@@ -91,27 +91,30 @@ def test_figures_of_known_patterns() -> None:
 
 def test_chosen_blocks() -> None:
     """The keys, what is compared, and what is kept, as the operator has it."""
-    pattern = Pattern((32,), (1,), look_back=2, chosen=4, chosen_block=32, chosen_every=4)
-    for seq in (60, 96, 200, 20_000, 200_000, 200_011):
+    pattern = Pattern((128,), (1,), look_back=2, chosen=4, chosen_block=32, chosen_every=4)
+    for seq in (60, 384, 700, 20_000, 200_000, 400_011):
         found = describe(pattern, seq=seq, heads=3, head_dim=4)
         attended = compared = 0
         for groups in groups_of(pattern, 0, seq):
             attended += groups.number * groups.queries * min(groups.near, 128)
             blocks = groups.near // 32 - 1
-            means = blocks if blocks > 4096 else 0
-            means += 4 * min(blocks, 4096) if blocks > 512 else 0
+            scanned = blocks // 32 if blocks > 8192 else 0
+            scanned += min(blocks, 8192) if blocks > 4096 else 0
+            scanned += 4 * min(blocks, 4096) if blocks > 256 else 0
             if groups.near > 128:
-                compared += groups.number * (4 * means + 8 * 8 * min(blocks, 512))
-        assert found.chosen.flops == 3 * 4 * (4 * attended + 2 * compared)
+                starts = groups.first % 128 == 0  # of a segment, which has one scan
+                compared += groups.number * 8 * 8 * min(blocks, 256) + starts * 4 * scanned
+        # between two segments, runs of blocks grow in steps
+        assert found.chosen.flops == pytest.approx(3 * 4 * (4 * attended + 2 * compared), rel=1e-5)
     assert found.total.flops == sum(level.flops for level in found.levels) + found.chosen.flops
-    last = 199_936 // 32 - 1 + 4 * 4096 + 8 * 512
-    assert (found.chosen.keys_per_query, found.chosen.cache_rows, found.compared) == (128, 200_011, last)
+    last = (399_744 // 32 // 32 + 8192 + 4 * 4096) // 32 + 8 * 256
+    assert (found.chosen.keys_per_query, found.chosen.cache_rows, found.compared) == (128, 400_011, last)
     assert found.read_bytes == 4 * 4 * (found.compared + 2 * 128) // 4
-    assert found.total.cache_rows == 3 * 32 + 200_011
+    assert found.total.cache_rows == 3 * 128 + 400_011
     assert found.reach is None
-    cells = picture(pattern, 200, 200, 3)
-    assert (cells[199, :128] == 1).all()
-    assert (cells[199, 128:] == 0).all()
+    cells = picture(pattern, 800, 800, 3)
+    assert (cells[799, :512] == 1).all()
+    assert (cells[799, 512:] == 0).all()
 
 
 def test_a_billion_tokens() -> None:

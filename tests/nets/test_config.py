@@ -155,3 +155,12 @@ def test_nested_models_have_dotted_names() -> None:
             validate(Recipe, data, "r")
         assert str(caught.value).startswith(text)
         assert "\n" not in str(caught.value)
+
+
+def test_layers_that_choose_are_of_the_net() -> None:
+    data = {"vocab_size": 9, "dim": 8, "num_layers": 2, "num_heads": 2, "ffn_dim": 8, "position": "rope"}
+    config = parse_config(data | {"pattern": "window:1Ki,chosen=16,layers=1"}, "x")
+    assert config.model_dump(mode="json")["chosen_layers"] == [1]
+    assert config.pattern.kinds(2) == {"first": 1, "chooses": 1}
+    with pytest.raises(ConfigError, match="layer 2 is to choose blocks, and the layers are 0 to 1"):
+        parse_config(data | {"pattern": "window:1Ki,chosen=16,layers=1/2"}, "x")

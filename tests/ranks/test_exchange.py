@@ -37,7 +37,7 @@ from longnet_cli.running.ranks import exchange as exchange_module
 from longnet_cli.running.ranks.exchange import Exchange, even_edges
 from longnet_cli.running.ranks.ranks import Ranks
 
-CHOSEN = Pattern((8,), (1,), look_back=1, chosen=2, chosen_block=4, chosen_every=4)
+CHOSEN = Pattern((8,), (1,), look_back=1, chosen=4, chosen_block=4, chosen_every=4, chosen_layers=(1,))
 # those that every number of ranks goes through; beyond them, anything
 GRID = list(product([True, False], ["paper", "geometric", "nested"], ["modulo", "grouped"]))
 

@@ -11,13 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pattern_nets import CAUSAL, TOLERANCE, draw, error, gradients, net
-from strategies import PAPER_64TH, chosen_patterns, cuts, split
+from strategies import PAPER_64TH, chosen_by_hand, chosen_patterns, cuts, split
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from longnet_cli.attention import Pattern
-from longnet_cli.attention.choosing import Chosen
-from longnet_cli.attention.groups import GroupedPart
+from longnet_cli.attention import Pattern, chosen
+from longnet_cli.attention.choosing import Choice, Voting
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.jobs.training.gradients import backward
 from longnet_cli.nets.longnet import LongNet
@@ -134,16 +133,16 @@ def test_what_is_computed_again_sees_the_blocks_that_it_saw(
     """Blocks are drawn at random, others each time that a group asks; the whole graph asks once per group and layer."""
     asked: Counter[int] = Counter()
 
-    def drawn(_: Chosen, q: Tensor, row: int, part: GroupedPart, *more: object) -> tuple[Tensor, None]:
-        first, number, _, near = part.groups
+    def drawn(voting: Voting) -> Choice:
+        first, number, _, near = voting.part.groups
         found = []
         for group in range(first, first + number * 4, 4):
             asked[group] += 1
             draws = torch.Generator().manual_seed(100 * group + asked[group])
-            found.append(torch.randperm(near // 8 - 1, generator=draws)[:3].sort().values)
-        return torch.stack(found), None
+            found.append(1 + torch.randperm(near // 8 - 1, generator=draws)[:3].sort().values)
+        return chosen_by_hand(torch.stack(found))
 
-    monkeypatch.setattr(Chosen, "_voted", drawn)
+    monkeypatch.setattr(chosen, "choose", drawn)
     model = net(Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4)).to(dtype)
     ids, targets = draw(1, 400), draw(1, 400, seed=1)
     loss = model.nll(model(ids), targets).sum()

@@ -28,7 +28,7 @@ from longnet_cli.jobs.generating import generate
 from longnet_cli.running import mapped
 from longnet_cli.running.causal_stream import CausalStream
 
-CHOSEN = Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4)
+CHOSEN = Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4, chosen_layers=(0,))
 PATTERNS = {
     "window": Pattern.window(16, sinks=3),
     "levels": Pattern((8, 24, 96), (1, 3, 8), look_back=1),
@@ -336,7 +336,8 @@ def test_a_question_chooses_more_often(tmp_path: Path) -> None:
             torch.testing.assert_close(again(ids[:, tokens:]), whole(ids[:, tokens:]), rtol=0, atol=1e-6)
     again.save(tmp_path / "state")
     with pytest.raises(
-        ConfigError, match=r"pattern window:16,chosen=4x16,chosen_every=8, and this is window:16,chosen=4x16$"
+        ConfigError,
+        match=r"pattern window:16,chosen=4x16,chosen_every=8,layers=0, and this is window:16,chosen=4x16,layers=0$",
     ):
         CausalStream.load(net(coarse, layers=1), tmp_path / "state")
 

@@ -184,7 +184,7 @@ def exchange(s: Settings, impl: str, direction: str, seq: int) -> Case:
 
 def _far_rows(plan: Exchange, q: Tensor, k: Tensor, v: Tensor, backward: bool) -> Callable[[], object]:
     def run() -> list[Tensor]:
-        far = plan.run(k, v, plan.past(q, k, v) if plan.pattern.chosen else None)[0]
+        far = plan.run(k, v, plan.past(0, q, k, v) if plan.pattern.chosen else None)[0]
         for keys in far:
             if keys.ready:
                 keys.ready()

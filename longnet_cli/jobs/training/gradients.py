@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from longnet_cli.attention import Outside
-from longnet_cli.attention.groups import past_bytes
+from longnet_cli.attention.choosing import Names
 from longnet_cli.attention.spans import SINKS, lanes, segment_rows
 from longnet_cli.jobs.training.windows import Batch
 from longnet_cli.nets.config import NetConfig
+from longnet_cli.nets.named_blocks import NamedBlocks
 from longnet_cli.nets.net import IGNORED, FarProvider, Net
 from longnet_cli.running.chunked_backward import Tokens, backward_in_chunks, new_pasts
 from longnet_cli.running.device import precision, resolve_dtype, to_device
@@ -101,9 +102,9 @@ def far_bytes(config: NetConfig, seq_len: int, chunk: int, itemsize: int, sp: in
     if seq_len <= chunk:
         if sp == 1 or not pattern.chosen:
             return FarBytes(0, 0)
-        of_past = pattern, config.kv_heads, config.head_dim, seq_len // size * size  # at most, what the last rank gets
-        sums, _ = past_bytes(*of_past, max(4, itemsize))
-        return FarBytes(0, config.num_layers * (sum(past_bytes(*of_past, itemsize)) + sums))
+        tokens = seq_len // size * size  # at most, what the last rank gets
+        sums, _ = config.past_bytes(tokens, max(4, itemsize))
+        return FarBytes(0, sum(config.past_bytes(tokens, itemsize)) + sums)
     backs = dict(enumerate(pattern.look_backs))
     stored = passing = 0
     for level in (SINKS, *backs) if pattern.sinks else backs:
@@ -121,11 +122,11 @@ def far_bytes(config: NetConfig, seq_len: int, chunk: int, itemsize: int, sp: in
     if pattern.chosen:
         last = seq_len - 1 - (seq_len - 1) % chunk if sp == 1 else seq_len
         whole, earlier = (n // size * size for n in (seq_len, last + size - 1))
-        kept, means = past_bytes(pattern, config.kv_heads, config.head_dim, whole, itemsize)
-        sums = past_bytes(pattern, config.kv_heads, config.head_dim, earlier, max(4, itemsize))[0]
-        gradients = config.num_layers * aligned(sums)
-        stored += config.num_layers * aligned(kept) + gradients
-        passing += config.num_layers * (means + 4 * pattern.chosen * -(-seq_len // pattern.chosen_every))
+        kept, means = config.past_bytes(whole, itemsize)
+        gradients, _ = config.past_bytes(earlier, max(4, itemsize))
+        stored += kept + gradients
+        choices = pattern.kinds(config.num_layers)["chooses"] * 4 * pattern.chosen * -(-seq_len // pattern.chosen_every)
+        passing += means + choices
     return FarBytes(stored, passing, gradients)
 
 
@@ -195,12 +196,15 @@ def backward(
                 on_chunk=on_chunk,
             )
             continue
-        shard, start, documents, far = slice(None), 0, forward.documents, None
+        shard, start, documents, far, named = slice(None), 0, forward.documents, None, None
         if ranks.sp > 1:
             cuts = list(accumulate(documents or ()))
             far = Exchange(model.config, ranks.edges(0, ids.shape[1]), group=ranks.group, cuts=cuts)
             shard, start, documents = far.shard, far.start, far.documents
-        loss = _nll(model, ids[:, shard], wanted[:, shard], start, documents, far, dtype)
+            if model.config.pattern.chosen:
+                earlier = ids[:, shard.start - start : shard.start]
+                named = NamedBlocks.of_shard(model.config.pattern, earlier, ids[:, shard])
+        loss = _nll(model, ids[:, shard], wanted[:, shard], start, documents, far, named, dtype)
         final_backward(model, final)
         (loss * scale).backward()
         total += loss.detach()
@@ -217,6 +221,7 @@ def _nll(
     start: int,
     documents: Sequence[int] | None,
     far: FarProvider | None,
+    named: Names | None,
     dtype: str,
 ) -> Tensor:
     """Return the sum of nll of one forward pass. In a bidirectional net, only tokens with a target get logits."""
@@ -229,7 +234,7 @@ def _nll(
     with precision(dtype, ids.device):
         # before the forward pass: for targets on a GPU, this waits for all queued work. A causal net predicts all.
         chosen = None if model.config.causal else (targets != IGNORED).nonzero(as_tuple=True)
-        hidden = model(ids, start=start, documents=documents, far=far)
+        hidden = model(ids, start=start, documents=documents, far=far, named=named)
         if chosen:
             hidden, targets = hidden[tuple(to_device(index, ids.device) for index in chosen)], targets[chosen]
         return model.nll(hidden, to_device(targets, ids.device)).sum(dtype=torch.float64)

@@ -538,7 +538,8 @@ def _model(recipe: Recipe, initial: str | None) -> Net:
         return ModelFolder.find(pretrained.init).trainable(pretrained.model, pretrained.adapter)
     if initial is None:
         return LongNet(recipe.model)
-    model = ModelFolder.find(initial).net(pattern=recipe.model.pattern)
+    folder = ModelFolder.find(initial)
+    model = folder.native().from_pretrained(folder.path, pattern=recipe.model.pattern)
     if model.config != recipe.model:
         fields = type(recipe.model).model_fields
         changed = [name for name in fields if getattr(model.config, name) != getattr(recipe.model, name)]

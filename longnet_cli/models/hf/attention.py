@@ -23,7 +23,7 @@ needs `use_dilated_attention` after loading, too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict
@@ -42,19 +42,21 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
-from longnet_cli.attention import FarKeys, FarSpan, LayerFinds, Outside, Pattern, dilated_attention
-from longnet_cli.attention.choosing import Finds
+from longnet_cli.attention import FarKeys, FarSpan, LayerChoices, Outside, Pattern, dilated_attention
+from longnet_cli.attention.choosing import Choices
+from longnet_cli.attention.sinks import Turn
 from longnet_cli.attention.spans import SINKS, far_spans, lanes, span_positions, span_rows
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.models.hf.auto_longnet import LongNetPreTrainedModel  # registers its classes
-from longnet_cli.models.hf.longnet_cache import MEMORY, AlignedRows, Memory, by_rows, columns_of
+from longnet_cli.models.hf.longnet_cache import MEMORY, AlignedRows, LongNetCache, Memory, by_rows, columns_of
 from longnet_cli.models.hf.pretrained_folder import ATTENTION_NAME, mark, register, unmark
 from longnet_cli.models.hf.rotary import make_phases_exact, turns
-from longnet_cli.models.hf.trying import hidden_states, why_not
+from longnet_cli.models.hf.trying import body, hidden_states, why_not
+from longnet_cli.nets.named_blocks import named_blocks
 
 _TURN = "_dilated_turn"  # attribute of an attention module: the `Turn` of its sinks and chosen blocks, or None
 _PATTERN = "_dilated_pattern"  # attribute of an attention module: its config, what that says, and the `Pattern`
-_FINDS = "_dilated_finds"  # attribute of an attention module: the `Finds` of all layers of its model
+_CURRENT = "_dilated_pass"  # attribute of a model and of its attention modules: the `_CurrentPass` of all of them
 _OWN = "_own_attention"  # attribute of a model: the name of its earlier attention
 
 _NO_LAYER = "every layer of this model has a sliding window: there is no global attention to replace"
@@ -72,11 +74,11 @@ def use_dilated_attention(model: PreTrainedModel, pattern: Pattern | None = None
     """Make all global attention layers of a model dilated, in place. Its weights stay the same.
 
     `pattern` goes into `model.config.dilated_attention`, where `save_pretrained` keeps it. None takes the pattern that
-    is already there. With sinks or chosen blocks, the model runs on a few tokens, to find out how it rotates its keys.
-    Rotary phases become exact at any position, where possible (`rotary.make_phases_exact`). Returns the
-    model. An architecture that was not tried is tried first, on a few tokens (`trying`). Raises ConfigError for a model
-    that has no pattern, no layer with global attention, attention of another kind, or positions by which sinks and
-    chosen blocks cannot be moved.
+    is already there. With sinks or chosen blocks, the model runs on a few tokens, to find out how it rotates its keys,
+    and a hook notes the token ids that it reads, which name blocks. Rotary phases become exact at any position, where
+    possible (`rotary.make_phases_exact`). Returns the model. An architecture that was not tried is tried first, on a
+    few tokens (`trying`). Raises ConfigError for a model that has no pattern, no layer with global attention, attention
+    of another kind, or positions by which sinks and chosen blocks cannot be moved.
     """
     config = model.config
     if isinstance(model, LongNetPreTrainedModel):
@@ -97,6 +99,8 @@ def use_dilated_attention(model: PreTrainedModel, pattern: Pattern | None = None
             raise ConfigError(f"{type(model).__name__} does not pick its attention by name: it cannot be made dilated")
         if wrong := why_not(model, "with a pattern", partial(_seeing_all, model)):
             raise ConfigError(wrong)
+        if wrong := pattern_of(config).refusal_of_layers(config.num_hidden_layers):
+            raise ConfigError(wrong)
         turn_of = turns(model) if moves else {}
     except Exception as error:
         with suppress(ValueError):
@@ -106,12 +110,57 @@ def use_dilated_attention(model: PreTrainedModel, pattern: Pattern | None = None
         raise
     if earlier != ATTENTION_NAME:
         setattr(model, _OWN, earlier)
-    finds = Finds()
     for module, turn in turn_of.items():
         setattr(module, _TURN, turn)
-        setattr(module, _FINDS, finds)
+    if turn_of:
+        _watch(model, turn_of)
     make_phases_exact(model)
     return model
+
+
+def turns_of(model: PreTrainedModel) -> list[Turn | None]:
+    """Return the functions that turn the keys of each layer with dilated attention, where sinks or blocks are moved."""
+    return [module.__dict__[_TURN] for module in model.modules() if _TURN in module.__dict__]
+
+
+class _CurrentPass:
+    """The forward pass that a model is in: its token ids, and what its layers choose."""
+
+    def __init__(self) -> None:
+        self.ids: Tensor | None = None  # (B, columns); None for vectors
+        self.cache: LongNetCache | None = None
+        self.choices: dict[int, Choices] = {}  # of rows, by their first column
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """Note what a model is called with, before its forward pass."""
+        ids = options.get("input_ids", args[0] if args else None)
+        self.ids, self.choices = ids, {}
+        # its name depends on the model and on the version of transformers
+        self.cache = next((x for x in (*options.values(), *args) if isinstance(x, LongNetCache)), None)
+        if self.cache is not None:
+            self.cache.read(ids)
+
+    def of(self, rows: AlignedRows, pattern: Pattern) -> Choices:
+        """Return the choices of some rows."""
+        if rows.first not in self.choices:
+            named = None
+            if self.ids is not None and self.cache is not None:
+                named = self.cache.named(rows, rows.of(self.ids)[:, rows.skip :], pattern)
+            elif self.ids is not None:
+                named = named_blocks(pattern, rows.of(self.ids)[:, rows.first :])
+            self.choices[rows.first] = Choices(named)
+        return self.choices[rows.first]
+
+
+def _watch(model: PreTrainedModel, modules: Iterable[nn.Module]) -> None:
+    """Let a model note what it reads at each call, for its attention `modules`."""
+    current = getattr(model, _CURRENT, None)
+    if current is None:
+        current = _CurrentPass()
+        setattr(model, _CURRENT, current)
+        body(model).register_forward_pre_hook(current.begin, with_kwargs=True)
+    for module in modules:
+        setattr(module, _CURRENT, current)
 
 
 def _seeing_all(model: PreTrainedModel, ids: Tensor) -> Tensor:
@@ -235,11 +284,12 @@ def dilated_attention_forward(
     provider, documents = options.get("far"), options.get("documents")
     if provider:
         settings |= {"start": options["start"], "far": provider(module.layer_idx, q, k, v)}
-    finds: Finds | None = module.__dict__.get(_FINDS) if pattern.chosen else None
     layer: Any = getattr(module, "layer_idx", 0)
     if provider or documents is not None:
-        settings["finds"] = None if finds is None else LayerFinds(finds, layer)
+        if pattern.chosen:
+            settings["choices"] = LayerChoices(options["choices"], pattern, layer)
         return dilated_attention(q, k, v, pattern, documents=documents, **settings), None
+    current: _CurrentPass | None = module.__dict__.get(_CURRENT) if pattern.chosen else None
 
     def attend(rows: AlignedRows) -> Tensor:
         some_q, some_k, some_v = rows.of(q), rows.of(k), rows.of(v)
@@ -260,8 +310,8 @@ def dilated_attention_forward(
             far = _cached(some_k, some_v, pattern, q.shape[2], rows.start) if rows.start else Outside()
             some_k, some_v = some_k[:, rows.start :], some_v[:, rows.start :]
         shard: dict[str, Any] = {"start": rows.start, "far": far, "lengths": rows.lengths}
-        if finds is not None:
-            shard["finds"] = LayerFinds(finds, layer, rows.first)
+        if current:
+            shard["choices"] = LayerChoices(current.of(rows, pattern), pattern, layer)
         attended = dilated_attention(some_q, some_k, some_v, pattern, **settings, **shard)
         if memory:
             cache.append(some_k, some_v, q=some_q)

@@ -155,12 +155,15 @@ class LongNetPreTrainedModel(hf.PreTrainedModel):
         before = cache.get_seq_length() if cache is not None else 0
         columns = _columns(attention_mask, position_ids, before + given.shape[1])
         memory = None if cache is None else Memories(cache, given.shape[0], self.net.config)
+        if memory:
+            cache.read(input_ids)
 
         def run(rows: AlignedRows) -> Tensor:
             some = rows.of(given)[:, rows.skip :]
             place = {"tokens": some} if input_ids is not None else {"embeddings": some}
             far = memory.of(rows) if memory else None
-            hidden = self.net(**place, start=rows.start, lengths=rows.lengths, far=far)
+            named = cache.named(rows, some, self.net.config.pattern) if memory else None
+            hidden = self.net(**place, start=rows.start, lengths=rows.lengths, far=far, named=named)
             if memory:
                 memory.append()
             return hidden

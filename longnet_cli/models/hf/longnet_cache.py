@@ -20,6 +20,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ from longnet_cli.attention import KVCache, Outside, Pattern
 from longnet_cli.attention.notation import format_pattern, parse_pattern
 from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.nets.config import NetConfig
+from longnet_cli.nets.named_blocks import NamedBlocks, ReadText, named_blocks
 from longnet_cli.nets.net import FarProvider, Net
 from longnet_cli.nets.weights import digest_of
 from longnet_cli.running.mapped import mapped_empty
@@ -134,8 +136,12 @@ class LongNetCache(hf.DynamicCache):
 
     def __init__(self, config: hf.PretrainedConfig) -> None:
         super().__init__(config=config)
-        self.layers: list[Any] = [Memory() if type(layer) is DynamicLayer else layer for layer in self.layers]
+        self.layers: list[Any] = [
+            Memory(number) if type(layer) is DynamicLayer else layer for number, layer in enumerate(self.layers)
+        ]
         self._last: Any = None  # the layer whose `update` was called last
+        self._ids: list[Tensor] | None = []  # all columns so far, (B, n) each; None after vectors
+        self._texts: dict[int, ReadText] = {}  # of the rows that chosen blocks were named for
 
     @property
     def nbytes(self) -> int:
@@ -149,7 +155,52 @@ class LongNetCache(hf.DynamicCache):
         """
         new = copy.copy(self)
         new.layers = [layer.fork() if isinstance(layer, Memory) else copy.copy(layer) for layer in self.layers]
+        new._ids = self._ids and [*self._ids]
+        new._texts = {row: text.fork() for row, text in self._texts.items()}
         return new
+
+    def read(self, ids: Tensor | None) -> None:
+        """Note the ids (B, N) of new columns, before the layers get their keys; None for vectors."""
+        if ids is None or self._ids is None:
+            self._ids, self._texts = None, {}
+            return
+        self._ids.append(ids)
+        for row, text in self._texts.items():
+            text.append(ids[row])
+
+    def named(self, rows: AlignedRows, tokens: Tensor, pattern: Pattern) -> NamedBlocks | None:
+        """Return what the new tokens (rows, n) of some rows name, for chosen blocks; None where ids are unknown."""
+        if self._ids is None or not pattern.chosen:
+            return None
+        members = range(len(tokens)) if rows.members is None else rows.members
+        for row in members:
+            if row not in self._texts:
+                self._texts[row] = ReadText([torch.cat([ids[row] for ids in self._ids])[rows.first :]])
+        return named_blocks(pattern, tokens, [self._texts[row] for row in members])
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._select(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if self._ids:
+            self._select([row for row in range(len(self._ids[0])) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        if self._ids:
+            self._select(torch.arange(len(self._ids[0]))[indices.cpu()].tolist())
+
+    def reset(self) -> None:
+        super().reset()
+        self._ids, self._texts = [], {}
+
+    def _select(self, rows: list[int]) -> None:
+        """Replace row i of the texts with row `rows[i]`."""
+        if self._ids:
+            self._ids = [torch.cat(self._ids, 1)[rows]]
+            self._texts = {new: self._texts[row].fork() for new, row in enumerate(rows) if row in self._texts}
 
     def save(self, folder: str | Path, model: hf.PreTrainedModel) -> int:
         """Save what was read in a folder, for `load`, in place of the state that it holds; return the bytes.
@@ -169,7 +220,8 @@ class LongNetCache(hf.DynamicCache):
             "sizes": {name: getattr(cache, name) for name in _SIZES},
             "kv_heads": cache.kv_heads,
         }
-        return write_state(Path(folder), facts, layer_tensors(known))
+        ids = [("ids", torch.cat(self._ids, 1).int())] if self._ids and cache.pattern.chosen else []
+        return write_state(Path(folder), facts, chain(ids, layer_tensors(known)))
 
     @classmethod
     def load(cls, folder: str | Path, model: hf.PreTrainedModel) -> LongNetCache:
@@ -188,9 +240,13 @@ class LongNetCache(hf.DynamicCache):
         options = {"kv_heads": facts["kv_heads"], "dtype": getattr(torch, facts["dtype"]), "device": model.device}
         with restoring(Path(folder)):
             for number, layer in enumerate(new.layers):
-                cache = _new_cache(pattern, **facts["sizes"], **options)
+                cache = _new_cache(pattern, **facts["sizes"], **options, layer=number)
                 cache.restore(facts["tokens"], of_layer(saved, number, model.device))
                 layer.adopt(cache)
+            ids = saved.get("ids")
+            if ids is not None and ids.shape != (facts["sizes"]["batch"], facts["tokens"]):
+                raise ValueError(f"ids has shape {tuple(ids.shape)}")
+            new._ids = None if ids is None else [ids.to(model.device)]
         return new
 
     def update(
@@ -213,15 +269,16 @@ class _CachedRows(NamedTuple):
 
 
 class Memory(CacheLayerMixin):
-    """The cache of one layer, with a KVCache for each first column of rows. `position` counts the columns so far.
+    """The cache of layer `number`, with a KVCache for each first column of rows. `position` counts the columns so far.
 
     `waits` is True from the time new keys are handed out until an attention has added them.
     """
 
     is_sliding = False
 
-    def __init__(self) -> None:
+    def __init__(self, number: int) -> None:
         super().__init__()
+        self.number = number
         self.reset()
 
     def reset(self) -> None:
@@ -250,6 +307,7 @@ class Memory(CacheLayerMixin):
         first, batch = rows.first, k.shape[0]
         if first not in self._parts:
             options: dict[str, Any] = {"kv_heads": k.shape[2], "dtype": k.dtype, "device": k.device}
+            options["layer"] = self.number
             members = [*range(batch)] if rows.members is None else rows.members
             self._parts[first] = _CachedRows(members, _new_cache(pattern, batch, num_heads, k.shape[3], **options))
         part = self._parts[first]

@@ -31,12 +31,15 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from longnet_cli.attention import Outside, Pattern
+from longnet_cli.attention.choosing import Choices, Names
 from longnet_cli.attention.notation import format_pattern
+from longnet_cli.attention.sinks import Turn
 from longnet_cli.basics.errors import CheckpointError, ConfigError
 from longnet_cli.models.hf.attention import (
     ATTENTION_NAME,
     check_taken,
     pattern_of,
+    turns_of,
     use_dilated_attention,
     use_own_attention,
     write_pattern,
@@ -47,6 +50,7 @@ from longnet_cli.models.hf.pretrained_config import TransformersConfig
 from longnet_cli.models.hf.pretrained_folder import ADAPTER, from_file, with_infinities, write_folder
 from longnet_cli.models.hf.rotary import FLOAT32_POSITIONS, ROPE_OF_LENGTH, make_phases_exact, rope_parameters
 from longnet_cli.models.hf.trying import NOT_OF_THE_MODEL, body, first_position, why_not
+from longnet_cli.nets.named_blocks import named_blocks
 from longnet_cli.nets.net import FarProvider, Net
 from longnet_cli.nets.weights import check_finite
 from longnet_cli.running.causal_stream import open_stream
@@ -108,6 +112,15 @@ class TransformersNet(Net):
                     "--pattern dense (farther than trained)"
                 )
 
+    @property
+    def turns(self) -> Sequence[Turn | None]:
+        return turns_of(self.model)
+
+    def choose_in(self, layers: tuple[int, ...]) -> None:
+        pattern = replace(self.config.pattern, chosen_layers=layers)
+        write_pattern(self.model.config, pattern)
+        self.config, self.digest = self.config.model_copy(update={"pattern": pattern}), None
+
     def as_it_comes(self) -> TransformersNet:
         """Switch the model back to transformers' own attention, in place. Return its net: a baseline for benchmarks."""
         return TransformersNet(use_own_attention(self.model))
@@ -136,6 +149,7 @@ class TransformersNet(Net):
         lengths: Sequence[int] | None = None,
         documents: Sequence[int] | None = None,
         far: FarProvider | None = None,
+        named: Names | None = None,
     ) -> Tensor:
         """Return hidden states (B, N, dim) after the final norm, of ids (B, N) or vectors (B, N, dim) in their place.
 
@@ -151,6 +165,8 @@ class TransformersNet(Net):
             options |= {"start": start, "far": far}
         if documents is not None:  # with a mask: transformers would make one of positions that restart
             options |= {"documents": documents, "attention_mask": given.new_ones(given.shape[:2], dtype=torch.int64)}
+        if (far is not None or documents is not None) and self.config.pattern.chosen:
+            options["choices"] = Choices(named or (None if start else named_blocks(self.config.pattern, tokens)))
         if far is not None or documents is not None:
             first, *rest = documents or [given.shape[1]]
             runs = [range(start, start + first), *map(range, rest)]

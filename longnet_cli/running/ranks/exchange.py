@@ -129,7 +129,7 @@ class Exchange:
         if not self.pattern.chosen:
             return Outside(self.run(k, v)[0])
         if layer not in self._pasts:  # otherwise activation checkpointing computes it again: it sees the same blocks
-            self._pasts[layer] = self.past(q, k, v)
+            self._pasts[layer] = self.past(layer, q, k, v)
         past = self._pasts[layer]
         return Outside(self.run(k, v, past)[0], past)
 
@@ -166,12 +166,16 @@ class Exchange:
         shards = [(of_q, *both.chunk(2)) for of_q, both in zip(queries, rows, strict=True)]
         return shards[: self.rank], shards[self.rank + 1 :]
 
-    def past(self, q: Tensor, k: Tensor, v: Tensor) -> Past:
+    def all_tokens(self, tokens: Tensor) -> Tensor:
+        """Return the tokens (B, n) of all ranks' shards, in order. All ranks call this."""
+        return torch.cat(self._gathered(tokens, [b - a for a, b in pairwise(self.edges)]), 1)
+
+    def past(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Past:
         """Gather what blocks are chosen from, and return it: the past of the shard's first document.
 
         It has memory for its gradients, if any are computed.
         """
-        past, size = Past(self.pattern, keep=1), self.pattern.chosen_block
+        past, size = Past(self.pattern, keep=1, layer=layer), self.pattern.chosen_block
         document = self._document(self.edges[self.rank])[0]
         earlier = zip(self.edges, self.edges[1:], self.other_shards(q, k, v)[0], strict=False)  # ranks before this one
         for first, stop, shard in earlier:

@@ -1,0 +1,134 @@
+"""The layers of a model that choose blocks, where nobody has named them.
+
+In a pretrained Transformer, few layers look for the place at which a text stood before. They show themselves on a text
+of random tokens that is read twice: nothing but such a look tells where a token stood. For each group of queries in the
+second reading, a layer's finds (`attention.choosing`) are compared: how much more does it find the block in which the
+group's text stood than other groups find it, and than the group finds other blocks? That is its evidence, in nats. The
+layers that choose are the peaks: those with more evidence than both of their neighbours, and at least LEAST.
+
+B texts, N tokens, L layers.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longnet_cli.attention import Outside
+from longnet_cli.attention.choosing import votes_and_finds
+from longnet_cli.attention.past import Means, unrotated
+from longnet_cli.attention.pattern import VOTERS
+from longnet_cli.attention.sinks import Turn
+from longnet_cli.basics.errors import InputWarning
+from longnet_cli.basics.verdicts import remembered
+from longnet_cli.nets.net import Net
+from longnet_cli.nets.weights import model_digest
+
+TEXTS, READ, BETWEEN = 2, 512, 256  # texts; tokens that are read twice; tokens between
+EVERY = 16  # tokens per group
+LEAST = 0.15  # SmolLM2: 0.19 to 1.2 at its peaks, and 0.12 at the next one
+
+
+def let_layers_choose(net: Net) -> None:
+    """Find the layers that choose blocks, and let them, in place, unless the pattern names them.
+
+    What is found is kept for the next time (`basics.verdicts`), and a line says it. Without any evidence, the layer in
+    the middle chooses. A model whose layers cannot be watched keeps a pattern in which every layer chooses.
+    """
+    pattern = net.config.pattern
+    if not pattern.chosen or pattern.chosen_layers or not net.config.causal or not net.config.vocab_size:
+        return
+    asked = {"probe": "layers that choose", "model": model_digest(net), "block": pattern.chosen_block}
+    asked["dtype"] = str(next(net.parameters()).dtype)
+    begun = time.monotonic()
+    evidence = remembered(asked, lambda: [round(x, 4) for x in layer_evidence(net)])
+    if not evidence:
+        return
+    layers = peaks(evidence) or (len(evidence) // 2,)
+    net.choose_in(layers)
+    named = "/".join(map(str, layers))
+    if (seconds := time.monotonic() - begun) >= 1:
+        warnings.warn(
+            InputWarning(
+                f"blocks are chosen by the layers {named}: found in {seconds:.0f} s by a text of random tokens, and "
+                f"kept for the next time (layers={named} in the pattern says the same)"
+            ),
+            stacklevel=2,
+        )
+
+
+def peaks(evidence: list[float]) -> tuple[int, ...]:
+    """Return the layers with at least LEAST of evidence, and more than the layers before and after."""
+    around = [0.0, *evidence, 0.0]
+    neighbours = [max(around[layer], around[layer + 2]) for layer in range(len(evidence))]
+    return tuple(layer for layer, own in enumerate(evidence) if own >= LEAST and own > neighbours[layer])
+
+
+@torch.inference_mode()
+def layer_evidence(net: Net) -> list[float]:
+    """Return the evidence of each layer that it finds what it has read before, in nats; [] if it cannot be told."""
+    device, size = next(net.parameters()).device, net.config.pattern.chosen_block
+    (w,), (back,) = net.config.pattern.segment_lengths, net.config.pattern.look_backs
+    dense = (1 + back) * w  # tokens that a query of the first segments sees at least
+    read = min(READ, dense * 2 // 5 // size * size)
+    between = min(BETWEEN, dense // 5)
+    if read < 2 * size:
+        return []
+    ids = torch.from_numpy(
+        np.stack([_random_text(seed, net.config.vocab_size, read, between) for seed in range(TEXTS)])
+    )
+    watched: list[tuple[Tensor, Tensor]] = []
+
+    def far(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Outside:
+        watched.append((q, k))
+        return Outside()
+
+    net(ids.to(device), start=0, far=far)
+    turns = net.turns
+    if len(watched) != net.config.num_layers or len(turns) != len(watched):
+        return []
+    return [_evidence(net, q, k, turn, read + between) for (q, k), turn in zip(watched, turns, strict=True)]
+
+
+def _random_text(seed: int, vocabulary: int, read: int, between: int) -> np.ndarray:
+    """Return a text (tokens,) that begins and ends with the same `read` tokens.
+
+    Tokens are as frequent as words are, by Zipf's law: the first ids of a vocabulary are characters and marks, the next
+    ones are frequent.
+    """
+    first = min(260, vocabulary // 4)
+    weights = 1 / np.arange(10, 10 + vocabulary - first)
+    chance = np.random.default_rng(seed)
+    ids = first + chance.choice(len(weights), read + between, p=weights / weights.sum())
+    return np.concatenate([ids, ids[:read]])
+
+
+def _evidence(net: Net, q: Tensor, k: Tensor, turn: Turn | None, again: int) -> float:
+    """Return the evidence of one layer, from its queries (B, N, H, D) and keys (B, N, K, D).
+
+    The second reading starts at position `again`.
+    """
+    pattern, tokens = net.config.pattern, q.shape[1]
+    size, scale = pattern.chosen_block, q.shape[-1] ** -0.5
+    blocks = again // size
+    means = Means(pattern, k, blocks)
+    means.write(slice(None), 0, k[:, : blocks * size], turn)
+    firsts = torch.arange(again + EVERY, tokens - 1, EVERY)
+    positions = (firsts[:, None] + torch.arange(1 - VOTERS, 1)).flatten()
+    found = []
+    for row in range(len(q)):
+        voters = unrotated(q[row : row + 1, positions.to(q.device)], positions, turn)[0] * scale
+        candidates = torch.arange(1, blocks, device=q.device).expand(len(firsts), -1)
+        voters = voters.unflatten(0, (len(firsts), VOTERS))
+        _, finds = votes_and_finds(voters, means.fine[row][:, 1:blocks], candidates)
+        logs = finds.double().clamp(min=1e-12).log().cpu()
+        logs = logs - logs.mean(0, keepdim=True)
+        logs = logs - logs.mean(1, keepdim=True)
+        for group, first in enumerate((firsts - again).tolist()):
+            right = {first // size, (first + 1) // size} - {0}
+            found += [max(float(logs[group, block - 1]) for block in right)] if right else []
+    return float(np.mean(found)) if found else 0.0
