@@ -55,6 +55,7 @@ REFERENCE = {
     },
 }  # fmt: skip
 
+_LONG_CODE = re.compile(r"<code>([^<]{36,})</code>")
 _LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
 
 
@@ -76,6 +77,11 @@ def on_files(files: Any, config: Any) -> Any:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Lead links to where files of the checkout are on the site."""
     return moved(markdown, page.file.src_uri)
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
+    """Let long code in a text break, at its spaces: site.css keeps all other code on one line."""
+    return _LONG_CODE.sub(r'<code class="long">\1</code>', html)
 
 
 def uri_of(path: str) -> str:

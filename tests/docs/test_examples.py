@@ -666,3 +666,22 @@ def test_the_commands_of_a_cluster(
         row = json.loads(run("exchange", f"geometric:{tokens},base=64", "--tokens", str(tokens), *words))
         assert row["received"] == row["sent"] == row["far"] == row["formula"] == 2 * 2 * 16 * 64 * (5 - 1 + 1 / 32)
         assert (row["peers"], row["received_mean"]) == (31, row["received"])
+
+
+def test_the_gain_beside_its_other_forms_is_that_of_score(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, model, files = imported(ROOT / "examples/gain_forms.py"), tiny_model(tmp_path / "model"), []
+    for number in range(4):
+        files.append(str(tmp_path / f"{number}.txt"))
+        Path(files[-1]).write_text("some words, again: some words. " * (2 + number))
+    monkeypatch.setattr(sys, "argv", ["gain_forms.py", f"{model}/", *files, "--short", "8", "--long", "32"])
+    module.main()
+    out, err = capsys.readouterr()
+    rows = [json.loads(line) for line in out.splitlines()]
+    done = invoke("score", *files, "-m", f"{model}/", "--context", "8,32", "-o", tmp_path / "gains.jsonl")
+    assert done.exit_code == 0, done.output
+    gains = [json.loads(line)["gain"] for line in (tmp_path / "gains.jsonl").read_text().splitlines()]
+    assert [row["gain"] for row in rows] == pytest.approx(gains, rel=1e-3, abs=1e-5)
+    assert all(row["kl"] > 0 for row in rows)
+    assert len(re.findall(r"rank correlation -?[01]\.\d{3}, best quarter", err)) == 3

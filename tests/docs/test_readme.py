@@ -45,7 +45,13 @@ def blocks(page: Path, language: str) -> list[str]:
 def checkout(tmp_path: Path) -> Path:
     """The files that the pages' commands name, and nothing else of the checkout; a small Llama is somebody's own."""
     (tmp_path / "examples").mkdir()
-    for name in ("near_duplicates.py", "nearest.py", "small.toml", "tiles.py"):  # all would be as many minutes
+    for name in (
+        "dna.toml",
+        "near_duplicates.py",
+        "nearest.py",
+        "small.toml",
+        "tiles.py",
+    ):  # all would be as many minutes
         shutil.copy(ROOT / "examples" / name, tmp_path / "examples")
     shutil.copy(ROOT / "README.md", tmp_path)
     shutil.copytree(ROOT / "docs", tmp_path / "docs")

@@ -52,3 +52,18 @@ def test_parameters_of_a_docstring_are_a_list() -> None:
     assert imported(ROOT / "docs/docstrings.py").listed(text) == (
         "Do it.\n\n- **far**: keys\n    from outside\n- **k, v**: (B, N)\n\nThen so.\nRaises: x"
     )
+
+
+def test_long_code_in_a_text_may_break() -> None:
+    short, long = "<code>window:1Ki,sinks=4</code>", f"<code>{'key, ' * 9}</code>"
+    html = f"<td>{short}{long}</td>"
+    assert hooks.on_page_content(html, None, None, None) == html.replace(
+        long, long.replace("<code>", '<code class="long">')
+    )
+
+
+def test_commands_fit_the_page() -> None:
+    """At 1,280 pixels, a line of code has room for 129 characters."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "models").rglob("*.md")]
+    lines = [(page.name, line) for page in pages for line in page.read_text(encoding="utf-8").splitlines()]
+    assert not [(name, line) for name, line in lines if re.match(r" *(longnet|python) .{122,}|  --.{126,}", line)]

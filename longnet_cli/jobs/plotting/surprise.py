@@ -78,9 +78,9 @@ def read_surprise(names: Sequence[str], tokenizer_name: str | None = None) -> Su
     for damaged files, and for two of other tokens; ConfigError for a tokenizer that is missing or another one, for more
     than two files, and for more than MOST_TOKENS tokens.
     """
-    if len(names) > 2:
-        raise ConfigError(f"{len(names)} files of log-probabilities: give one, or two to see their difference")
     files = [LogprobFile(name) for name in names]
+    if len(files) > 2:
+        raise ConfigError(f"{len(files)} files of log-probabilities: give one, or two to see their difference")
     texts = _TokenTexts(_tokenizer(files, tokenizer_name))
     documents = [*zip_longest(*(_whole_documents(file) for file in files))]
     for pair in documents if len(files) > 1 else ():
