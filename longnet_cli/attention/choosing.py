@@ -15,7 +15,8 @@ its text names and those that its queries vote for:
     names    blocks that come from outside, by `Names`: attention knows no text
     choice   up to a quarter of the blocks by names, the others by votes
 
-With `chosen_exact`, the best so many candidates get new votes, by all of their keys.
+With `chosen_exact`, each group has a scan of its own, and the best so many of its candidates get new votes, by all of
+their keys.
 
 Only some layers choose (`Pattern.chosen_layers`). The layers after each of them see the same blocks, and those before
 the first see block 0 alone.

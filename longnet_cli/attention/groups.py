@@ -75,7 +75,7 @@ def stages(pattern: Pattern, candidates: float = inf) -> list[ChoiceStage]:
     """Return the stages of a scan of so many blocks, the coarsest first; none if all of them are candidates."""
     finest = pattern.chosen_block // MEAN_OF
     fitting = [ChoiceStage(*stage) for stage in FUNNEL if stage[0] == RUNS or finest % stage[0] == 0]
-    fitting[-1] = ChoiceStage(fitting[-1].means, max(FUNNEL[-1][1], 2 * pattern.chosen, pattern.chosen_exact))
+    fitting[-1] = ChoiceStage(fitting[-1].means, max(FUNNEL[-1][1], 2 * pattern.chosen, 4 * pattern.chosen_exact))
     return [stage for stage in fitting if candidates > stage.blocks >= fitting[-1].blocks]
 
 

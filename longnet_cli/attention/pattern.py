@@ -80,7 +80,8 @@ class Pattern:
         level at rate 1 only.
     chosen_layers: the layers that choose, from 0; the layers after each see the same blocks, and those before the first
         see block 0 alone. With (), every layer chooses.
-    chosen_exact: number of blocks that are compared by all of their keys at last, for questions: this takes long.
+    chosen_exact: number of blocks that are compared by all of their keys at last, out of four times as many candidates,
+        which a scan finds for each group. For questions, since it takes long.
 
     Raises ValueError for levels that no attention can have, and for options that do not go together.
     """
@@ -240,8 +241,8 @@ class Pattern:
 
     @property
     def scan_every(self) -> int:
-        """The tokens whose groups have the candidates of one scan: SCAN, in whole groups."""
-        return max(1, SCAN // self.chosen_every) * self.chosen_every
+        """The tokens whose groups have the candidates of one scan: SCAN, in whole groups; one group's if exact."""
+        return (1 if self.chosen_exact else max(1, SCAN // self.chosen_every)) * self.chosen_every
 
     @property
     def last_queries(self) -> int:
