@@ -4,14 +4,27 @@
     python examples/passage.py runs/real/smollm2 window:1Ki,sinks=4 finding \\
       --filler runs/real/prose/sec[A-E]*.txt --passages runs/real/prose/secJ5.txt examples/recall.py
 
-A document starts with 200 tokens of filler, and one passage from the middle of each file. Then comes filler again. At
-each distance, each passage is read for the second time, as if the document went on with it there. The filler is read
-once per pattern; a forked process reads a passage. In a model of transformers, a pattern with chosen blocks reads the
-passages with every number of `--every` in turn. With `--exact`, blocks are chosen by all of their keys.
+Pages of a book whose other pages are the filler:
+
+    apt-get download debian-handbook && dpkg-deb -x debian-handbook_*.deb runs
+    python examples/real_model.py runs/handbook --no-model --prose runs/usr/share/doc/debian-handbook/html/en-US
+    cd runs/handbook/prose
+    python ../../../examples/passage.py ../../real/smollm2 finding --filler *.txt --passages sect.apt-get.txt \\
+      sect.kernel-compilation.txt sect.ldap-directory.txt sect.monitoring.txt sect.release-lifecycle.txt
+
+A document starts with 200 tokens of filler, and one passage from the middle of each file. Then comes filler again: the
+files of `--filler` that are not passages, joined. At each distance, each passage is read for the second time, as if the
+document went on with it there. The `--near` tokens before every second reading are the filler that comes last, the same
+at all distances. A window begins at a multiple of its length. So distances that differ by such a multiple, as the
+default ones do, have the same near keys.
+
+The filler is read once per pattern; forked processes read the near text and the passages. In a model of transformers, a
+pattern with chosen blocks reads the passages with every number of `--every` in turn. With `--exact N`, the best N
+blocks are then compared by all of their keys.
 
 It writes one line of JSON per pattern, distance and passage: `pattern, distance, passage, every, exact, nats` (per
 token of the second reading), `first` (of the first reading) and `seconds`. The passage "natural" is the filler that
-comes next, for comparison. The table on stderr has the nats.
+comes after the near text, for comparison. The table on stderr has the nats, and their means over all other passages.
 """
 
 from __future__ import annotations
@@ -32,7 +45,7 @@ import numpy as np
 import torch
 
 from longnet_cli import ConfigError, LongNetError, ModelFolder, Net, open_stream, parse_pattern
-from longnet_cli.attention import Pattern, groups, past
+from longnet_cli.attention import Pattern
 from longnet_cli.basics.sizes import parse_size
 from longnet_cli.integrations.transformers import write_pattern
 
@@ -50,10 +63,11 @@ def nats_of(net: Net, stream: Any, ids: np.ndarray) -> list[float]:
     return net.nll(hidden[0, :-1], tokens[1:]).tolist()
 
 
-def apart(net: Net, stream: Any, read: Callable[[], Any], every: int | None = None) -> Any:
+def apart(net: Net, stream: Any, read: Callable[[], Any], every: int | None = None, exact: int = 0) -> Any:
     """Return what `read()` returns (JSON), but leave the stream as it was: a forked process reads.
 
-    With `every`, a model of transformers chooses blocks every so many tokens there.
+    With `every`, a model of transformers chooses blocks every so many tokens there, at last by all keys of `exact`
+    blocks.
     """
     source, sink = os.pipe()
     child = os.fork()
@@ -62,7 +76,7 @@ def apart(net: Net, stream: Any, read: Callable[[], Any], every: int | None = No
             os.close(source)
             if every:
                 before = net.config.pattern.chosen_every
-                pattern = replace(net.config.pattern, chosen_every=every)
+                pattern = replace(net.config.pattern, chosen_every=every, chosen_exact=exact)
                 write_pattern(net.model.config, pattern)
                 for cache in stream.caches:
                     cache.pattern = cache.past.pattern = pattern
@@ -88,33 +102,47 @@ def measure(
     stream, pattern = open_stream(net), net.config.pattern
     nats_of(net, stream, np.concatenate([start, filler[:PREFACE]]))
     first = {name: float(np.mean(nats_of(net, stream, ids))) for name, ids in passages.items()}
-    numbers = options.every if pattern.chosen else [None]
-    at = PREFACE
-    for distance in options.distances:
-        while at < PREFACE + distance:
-            stop = min(at + options.chunk, PREFACE + distance)
-            nats_of(net, stream, filler[at:stop])
-            at = stop
-        for name, ids in (passages | {NATURAL: filler[at : at + options.tokens]}).items():
-            for every in numbers:
+    at, end = PREFACE, PREFACE + max(options.distances)
+    near, natural = filler[end - options.near : end], filler[end : end + options.tokens]
+
+    def again(distance: int) -> list[Row]:
+        """Read the near text, and then each passage apart."""
+        if options.near:
+            nats_of(net, stream, near)
+        rows = []
+        for name, ids in (passages | {NATURAL: natural}).items():
+            for every in options.every if pattern.chosen else [None]:
                 begin = time.perf_counter()
-                nats = float(np.mean(apart(net, stream, partial(nats_of, net, stream, ids), every)))
+                nats = float(np.mean(apart(net, stream, partial(nats_of, net, stream, ids), every, options.exact)))
                 row = {"pattern": written, "distance": distance, "passage": name, "every": every}
                 row |= {"exact": options.exact, "nats": nats, "first": first.get(name)}
-                yield row | {"seconds": round(time.perf_counter() - begin, 2)}
+                rows.append(row | {"seconds": round(time.perf_counter() - begin, 2)})
+        return rows
+
+    for distance in sorted(options.distances):
+        stop = PREFACE + distance - options.near
+        while at < stop:
+            chunk = filler[at : min(at + options.chunk, stop)]
+            nats_of(net, stream, chunk)
+            at += len(chunk)
+        yield from apart(net, stream, partial(again, distance))
 
 
 def table(rows: list[Row]) -> Iterator[str]:
-    """Yield lines of Markdown: a row per pattern and way, a column per passage and distance."""
-    columns = list(dict.fromkeys((row["distance"], row["passage"]) for row in rows))
-    yield "| pattern | " + " | ".join(f"{name} at {distance:,}" for distance, name in columns) + " |"
-    yield "|---" * (len(columns) + 1) + "|"
+    """Yield lines of Markdown: a row per pattern and way, a column per passage and distance, and for their mean."""
     ways: dict[tuple, dict] = {}
     for row in rows:
-        ways.setdefault((row["pattern"], row["every"], row["exact"]), {})[row["distance"], row["passage"]] = row["nats"]
-    for (pattern, every, exact), nats in ways.items():
-        name = f"`{pattern}`" + (f", every {every}" if every else "") + (", exact" if exact else "")
-        yield f"| {name} | " + " | ".join(f"{nats[column]:.3f}" for column in columns) + " |"
+        nats = ways.setdefault((row["pattern"], row["every"], row["exact"]), {})
+        nats.setdefault(row["distance"], {})[row["passage"]] = row["nats"]
+    for of_distance in ways.values():
+        for nats in of_distance.values():
+            nats["mean"] = np.mean([value for name, value in nats.items() if name != NATURAL])
+    columns = [(distance, name) for distance, nats in next(iter(ways.values()), {}).items() for name in nats]
+    yield "| pattern | " + " | ".join(f"{name} at {distance:,}" for distance, name in columns) + " |"
+    yield "|---" * (len(columns) + 1) + "|"
+    for (pattern, every, exact), of_distance in ways.items():
+        name = f"`{pattern}`" + (f", every {every}" if every else "") + (f", exact {exact}" if exact else "")
+        yield f"| {name} | " + " | ".join(f"{of_distance[at][of]:.3f}" for at, of in columns) + " |"
 
 
 def main() -> None:
@@ -122,17 +150,15 @@ def main() -> None:
     parser.add_argument("model", help="a model folder")
     parser.add_argument("patterns", nargs="+")
     parser.add_argument("--passages", nargs="+", required=True, metavar="FILE", help="the middle of each is a passage")
-    parser.add_argument("--filler", nargs="+", required=True, metavar="FILE", help="text, joined")
+    parser.add_argument("--filler", nargs="+", required=True, metavar="FILE", help="text, joined; no passages")
     parser.add_argument("--tokens", type=parse_size, default=1000, help="of a passage")
-    parser.add_argument("--distances", type=parse_size, nargs="+", default=[10_000, 60_000], help="tokens of filler")
+    parser.add_argument("--distances", type=parse_size, nargs="+", default=[10 << 10, 60 << 10], help="of filler")
+    parser.add_argument("--near", type=parse_size, default=2048, help="of these tokens, the last before a passage")
     parser.add_argument("--every", type=int, nargs="+", default=[16, 4, 1], help="chosen_every of the second reading")
-    parser.add_argument("--exact", action="store_true", help="choose by all keys of a block, not by means")
+    parser.add_argument("--exact", type=int, default=0, help="blocks that are compared by all keys at last")
     parser.add_argument("--chunk", type=parse_size, default=4096, help="tokens of a forward pass")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of weights and keys")
     options = parser.parse_intermixed_args()
-    if options.exact:
-        past.MEAN_OF = groups.MEAN_OF = 1
-        groups.FUNNEL = ()
     torch.set_num_threads(1)  # other threads would be missing in a forked process
     folder = ModelFolder.find(options.model)
     tokenizer = folder.tokenizer()
@@ -143,7 +169,9 @@ def main() -> None:
     rows: list[Row] = []
     try:
         patterns: dict[str, Pattern] = {text: parse_pattern(text) for text in options.patterns}
-        filler = np.concatenate([read(path) for path in options.filler])
+        filler = np.concatenate([read(path) for path in options.filler if path not in options.passages])
+        if options.near > min(options.distances):
+            raise ConfigError(f"the near text, {options.near} tokens, is longer than a distance: give a smaller --near")
         needed = PREFACE + max(options.distances) + options.tokens
         if len(filler) < needed:
             raise ConfigError(f"the filler has {len(filler)} tokens, and {needed} are needed: give more files")

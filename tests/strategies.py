@@ -256,6 +256,5 @@ def _sequences(queries: PackedRows, keys: PackedRows, of_q: tuple[Tensor, ...], 
 
 def chosen_by_hand(blocks: Tensor) -> choosing.Choice:
     """The choice of groups that see block 0 and these blocks (groups, m)."""
-    none = torch.zeros(len(blocks), 0)
     seen = torch.cat([blocks.new_zeros(len(blocks), 1), blocks], 1).int()
-    return choosing.Choice(seen, seen[-1].long(), choosing.Finds(none.long(), none))
+    return choosing.Choice(seen, seen[-1].long())

@@ -7,15 +7,15 @@ its text names and those that its queries vote for:
     means    of neighbouring keys, un-rotated: what a block is compared by. At last, of MEAN_OF keys each
     voters   the VOTERS queries that end with the group's first, un-rotated, of every head
     scan     at the start of every SCAN tokens, every second voter compares coarse means of all blocks, in stages
-             (`groups.stages`); those that remain are the candidates of all groups in these tokens
-    votes    for each voter and head, the softmax of its scores with the means of all candidates. A block's score is the
-             mean of its share; NEIGHBOUR of its predecessor's, if more
-    finds    the same with the mean of the share's third power, where a few sure heads count more than many that guess,
-             and CARRIED of what the layer that chose before has found besides: its best blocks are candidates, too
+             (`groups.stages`); those that remain are the candidates of all groups in these tokens. A group also
+             has the blocks that it sees in the layer that chose before: they often are the right ones
+    votes    for each voter and head, the softmax of its scores with the means of all candidates. A block's vote is the
+             mean of the third power of its shares, in which a few sure heads count more than many that guess; or
+             NEIGHBOUR of its predecessor's, if more
     names    blocks that come from outside, by `Names`: attention knows no text
-    choice   up to a quarter of the blocks by names, a quarter by finds, the others by votes
+    choice   up to a quarter of the blocks by names, the others by votes
 
-With `chosen_exact`, the best so many candidates get new votes and finds, by all of their keys.
+With `chosen_exact`, the best so many candidates get new votes, by all of their keys.
 
 Only some layers choose (`Pattern.chosen_layers`). The layers after each of them see the same blocks, and those before
 the first see block 0 alone.
@@ -34,7 +34,7 @@ from torch import Tensor
 
 from .groups import GroupedPart, slot_of, stages
 from .past import Means, unrotated
-from .pattern import CARRIED, FOUND, NEIGHBOUR, RUN, RUNS, SURE, VOTERS, Pattern
+from .pattern import NEIGHBOUR, RUN, RUNS, SURE, VOTERS, Pattern
 from .sinks import Turn
 
 SCORES = 1 << 20  # scores of a scan that exist at a time
@@ -46,20 +46,12 @@ KeysOf = Callable[[Tensor], Tensor]
 Blocks = list[list[Tensor]]  # of each part, and of each of its rows: (groups, m) int32, ascending
 
 
-class Finds(NamedTuple):
-    """The blocks (groups, n) that a layer was surest of, for each group, and their finds (groups, n)."""
-
-    blocks: Tensor
-    scores: Tensor
-
-
 class Choices:
     """The choices of all layers of a forward pass, and what the text names."""
 
     def __init__(self, named: Names | None = None) -> None:
         self.named = named
         self.made: dict[int, Blocks] = {}  # by layer
-        self.finds: dict[int, dict[tuple[int, int, int], Finds]] = {}  # by layer, and row, first column and position
 
 
 class LayerChoices(NamedTuple):
@@ -81,30 +73,22 @@ class LayerChoices(NamedTuple):
         """Leave what this layer has chosen to the layers that follow it."""
         self.choices.made[self.layer] = blocks
 
-    def earlier(self, row: int, part: GroupedPart) -> Finds | None:
-        """Return what the layer that chose before has found for a part's groups, if there is one."""
-        before = max((layer for layer in self.choices.finds if layer < self.layer), default=None)
-        return None if before is None else self.choices.finds[before].get(_place(row, part))
-
-    def leave_finds(self, row: int, part: GroupedPart, finds: Finds) -> None:
-        """Leave what this layer has found for a part's groups to the next one that chooses."""
-        self.choices.finds.setdefault(self.layer, {})[_place(row, part)] = finds
+    def earlier(self, part: int, row: int) -> Tensor | None:
+        """Return the blocks (groups, m) that a part's row sees in the layer that chose before, if there is one."""
+        before = max((layer for layer in self.choices.made if layer < self.layer), default=None)
+        return None if before is None else self.choices.made[before][part][row]
 
     def named(self, row: int, part: GroupedPart) -> Tensor | None:
         """Return what `Names` returns, or None without names."""
         return self.choices.named(row, part) if self.choices.named else None
 
 
-def _place(row: int, part: GroupedPart) -> tuple[int, int, int]:
-    return row, part.columns.start, part.groups.first
-
-
 class Voting(NamedTuple):
     """All that the choice of a part's groups depends on, in one row of a batch: see `choose`.
 
     row: the row of `means`. queries: positions (n,) -> un-rotated, scaled queries (n, H, D). scanned: the candidates
-    (C,) of the first group's slot, if they are known. named: what `Names` gives, if there is any. earlier: what the
-    layer that chose before has found.
+    (C,) of the first group's slot, if they are known. named: what `Names` gives, if there is any. earlier: the
+    blocks (groups, m) that the groups see in the layer that chose before.
     """
 
     pattern: Pattern
@@ -116,7 +100,7 @@ class Voting(NamedTuple):
     turn: Turn | None
     scanned: Tensor | None
     named: Tensor | None
-    earlier: Finds | None
+    earlier: Tensor | None
 
 
 class Choice(NamedTuple):
@@ -124,7 +108,6 @@ class Choice(NamedTuple):
 
     blocks: Tensor
     candidates: Tensor
-    finds: Finds
 
 
 def choose(voting: Voting) -> Choice:
@@ -137,12 +120,10 @@ def choose(voting: Voting) -> Choice:
     seen, done = [], 0
     for (_, some), own in zip(slots, candidates, strict=True):
         mine = slice(done, done + len(some))
-        named = None if voting.named is None else voting.named[mine]
-        earlier = voting.earlier and Finds(*(x[mine] for x in voting.earlier))
+        named, earlier = (None if x is None else x[mine] for x in (voting.named, voting.earlier))
         seen.append(_seen(voting, some, own, named, earlier))
         done += len(some)
-    blocks, best, scores = (torch.cat(x) for x in zip(*seen, strict=True))
-    return Choice(blocks.int(), candidates[-1], Finds(best, scores))
+    return Choice(torch.cat(seen).int(), candidates[-1])
 
 
 def _scan(voting: Voting, slots: Sequence[int]) -> list[Tensor]:
@@ -173,7 +154,7 @@ def _best_runs(voters: Tensor, runs: Tensor, _: Tensor | None, number: int, most
     The first run holds block 0, whose keys are like no others. runs: means (K, runs, 1, D).
     """
     whole, own = number // RUN, torch.arange(RUN, device=runs.device)
-    best = 1 + _best(_with_neighbours(_shares(voters, runs[:, 1:whole]).mean((0, 2))), most // RUN - 1)
+    best = 1 + _best(_with_neighbours(shares_of(voters, runs[:, 1:whole]).mean((0, 2))), most // RUN - 1)
     blocks = (best[..., None] * RUN + own).flatten(1)
     rest = torch.arange(whole * RUN, number, device=runs.device)
     return torch.cat([own[1:].expand(len(best), -1), blocks, rest.expand(len(best), -1)], 1)
@@ -182,59 +163,51 @@ def _best_runs(voters: Tensor, runs: Tensor, _: Tensor | None, number: int, most
 def _best_blocks(voters: Tensor, means: Tensor, kept: Tensor | None, number: int, most: int) -> Tensor:
     """Return the `most` best (slots, most) of the blocks that are `kept` (slots, n), or of all from 1 to `number`."""
     if kept is None:
-        scores = _with_neighbours(_shares(voters, means[:, 1:number]).mean((0, 2)))
+        scores = _with_neighbours(shares_of(voters, means[:, 1:number]).mean((0, 2)))
         return 1 + _best(scores, most)
-    shares = [_shares(v[None], _taken(means, own)).mean((0, 2)) for v, own in zip(voters, kept, strict=True)]
+    shares = [shares_of(v[None], _taken(means, own)).mean((0, 2)) for v, own in zip(voters, kept, strict=True)]
     return kept.gather(1, _best(_with_neighbours(torch.cat(shares), kept), most))
 
 
 def _seen(
-    voting: Voting, firsts: Sequence[int], candidates: Tensor, named: Tensor | None, earlier: Finds | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the blocks (groups, m) that the groups of one slot see, and the parts of their `Finds`."""
+    voting: Voting, firsts: Sequence[int], candidates: Tensor, named: Tensor | None, earlier: Tensor | None
+) -> Tensor:
+    """Return the blocks (groups, m) that the groups of one slot see."""
     pattern, voters = voting.pattern, _voters(voting, firsts)
     compared, own = candidates, None
-    if earlier:  # each group has its own candidates besides: what a later group has found must not matter
-        compared = torch.cat([candidates, earlier.blocks.flatten()]).unique()
-        own = torch.isin(compared, candidates) | (compared[:, None] == earlier.blocks[:, None]).any(2)
+    if earlier is not None:  # each group has its own ones besides: what a later group sees must not matter
+        earlier = earlier[:, 1:].long()
+        compared = torch.cat([candidates, earlier.flatten()]).unique()
+        own = torch.isin(compared, candidates) | (compared[:, None] == earlier[:, None]).any(2)
     blocks = compared.expand(len(firsts), -1)
-    votes, finds = votes_and_finds(voters, _taken(voting.means.fine[voting.row], compared), blocks, own)
+    votes = _votes(voters, _taken(voting.means.fine[voting.row], compared), blocks, own)
     if pattern.chosen_exact:
-        best = _best(torch.maximum(votes, finds), min(pattern.chosen_exact, len(candidates)))
-        some = blocks.gather(1, best)
-        exact = [_exact_votes(voting, v[None], own) for v, own in zip(voters, some, strict=True)]
-        votes, finds = (torch.zeros_like(votes).scatter(1, best, torch.cat(x)) for x in zip(*exact, strict=True))
-    if earlier:
-        finds = finds.scatter_add(1, torch.searchsorted(compared, earlier.blocks), CARRIED * earlier.scores)
-    surest = _best(finds, min(2 * (pattern.chosen - 1), len(candidates)))
-    picked = _picked(pattern, blocks, votes, finds, named)
-    return picked, blocks.gather(1, surest), finds.gather(1, surest)
+        best = _best(votes, min(pattern.chosen_exact, len(candidates)))
+        exact = [_exact_votes(voting, v[None], x) for v, x in zip(voters, blocks.gather(1, best), strict=True)]
+        votes = torch.zeros_like(votes).scatter(1, best, torch.cat(exact))
+    return _picked(pattern, blocks, votes, named)
 
 
-def _exact_votes(voting: Voting, voters: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the votes and finds (1, n) for blocks (n,) of one group, by all of their keys."""
+def _exact_votes(voting: Voting, voters: Tensor, blocks: Tensor) -> Tensor:
+    """Return the votes (1, n) for blocks (n,) of one group, by all of their keys."""
     keys = voting.keys(blocks)
     inside = torch.arange(keys.shape[1], device=blocks.device)
     positions = (blocks[:, None] * keys.shape[1] + inside).flatten()
     keys = unrotated(keys.flatten(0, 1)[None], positions, voting.turn)[0].unflatten(0, keys.shape[:2])
-    return votes_and_finds(voters, keys.permute(2, 0, 1, 3), blocks[None])
+    return _votes(voters, keys.permute(2, 0, 1, 3), blocks[None])
 
 
-def _picked(pattern: Pattern, blocks: Tensor, votes: Tensor, finds: Tensor, named: Tensor | None) -> Tensor:
-    """Return the blocks (groups, m) that are seen: block 0, those that are named, and the best by votes and finds.
+def _picked(pattern: Pattern, blocks: Tensor, votes: Tensor, named: Tensor | None) -> Tensor:
+    """Return the blocks (groups, m) that are seen: block 0, those that are named, and the best by votes.
 
-    blocks, votes and finds are (groups, C).
+    blocks and votes are (groups, C).
     """
     if named is not None:  # a named block has the best vote, whether it is a candidate or not
         same = named[:, :, None] == blocks[:, None]
         votes = votes.masked_fill(same.any(1), torch.inf)
         more = votes.new_full(named.shape, -torch.inf).masked_fill((named > 0) & ~same.any(2), torch.inf)
         blocks, votes = torch.cat([blocks, named], 1), torch.cat([votes, more], 1)
-        finds = torch.cat([finds, torch.full_like(more, -torch.inf)], 1)
-    of_finds = pattern.chosen // FOUND
-    own = _best(votes, pattern.chosen - 1 - of_finds)
-    others = _best(finds.scatter(1, own, -torch.inf), of_finds)
-    seen = blocks.gather(1, torch.cat([own, others], 1)).sort(1).values
+    seen = blocks.gather(1, _best(votes, pattern.chosen - 1)).sort(1).values
     return torch.cat([seen.new_zeros(len(seen), 1), seen], 1)
 
 
@@ -244,18 +217,17 @@ def _voters(voting: Voting, firsts: Sequence[int]) -> Tensor:
     return voting.queries(positions.flatten()).unflatten(0, positions.shape)
 
 
-def votes_and_finds(voters: Tensor, means: Tensor, blocks: Tensor, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return votes and finds (groups, C) of voters (groups, n, H, D) for blocks (groups, C), means (K, C, m, D).
+def _votes(voters: Tensor, means: Tensor, blocks: Tensor, own: Tensor | None = None) -> Tensor:
+    """Return the votes (groups, C) of voters (groups, n, H, D) for blocks (groups, C) with means (K, C, m, D).
 
     A group compares its `own` blocks (groups, C) alone, if not all; the others get -1.
     """
-    shares = _shares(voters, means, own)
-    finds = (shares**SURE).mean((0, 2)) ** (1 / SURE)
-    votes, finds = (_with_neighbours(x, blocks) for x in (shares.mean((0, 2)), finds))
-    return (votes, finds) if own is None else (votes.where(own, -1), finds.where(own, -1))
+    votes = (shares_of(voters, means, own) ** SURE).mean((0, 2)) ** (1 / SURE)
+    votes = _with_neighbours(votes, blocks)
+    return votes if own is None else votes.where(own, -1)
 
 
-def _shares(voters: Tensor, means: Tensor, own: Tensor | None = None) -> Tensor:
+def shares_of(voters: Tensor, means: Tensor, own: Tensor | None = None) -> Tensor:
     """Return the share of each block (K, groups, n * H / K, C) for voters (groups, n, H, D); means (K, C, m, D).
 
     Blocks that are not a group's `own` (groups, C) have none.

@@ -71,7 +71,7 @@ class Chosen:
             self.blocks = self.choices.followed()
         else:
             means: dict[tuple[int, int], Means] = {}  # by first row and first token of a document
-            self.blocks = [self._chosen(part, q, k, scale, means) for part in self.parts]
+            self.blocks = [self._chosen(number, q, k, scale, means) for number in range(len(self.parts))]
         self._leave()
         if past and kept is not None:
             kept[past.position] = self.blocks
@@ -127,9 +127,10 @@ class Chosen:
             self.choices.leave(self.blocks)
 
     def _chosen(
-        self, part: GroupedPart, q: Tensor, k: Tensor, scale: float, means: dict[tuple[int, int], Means]
+        self, index: int, q: Tensor, k: Tensor, scale: float, means: dict[tuple[int, int], Means]
     ) -> list[Tensor]:
         """Return the blocks (groups, m) that a part's rows see. `means` has those of documents, by their places."""
+        part = self.parts[index]
         rows, pattern = range(part.rows.start, part.rows.stop), self.pattern
         number = part.groups.near // pattern.chosen_block
         if number <= pattern.chosen or self.kind == "first":
@@ -147,11 +148,9 @@ class Chosen:
         known = past.scanned[1] if past and past.scanned and past.scanned[0] == first_slot else [None] * len(rows)
         blocks, candidates = [], []
         for row, scanned in zip(rows, known, strict=True):
-            choice = choose(self._voting(part, row, q, k, scale, means[place], scanned))
+            choice = choose(self._voting(index, row, q, k, scale, means[place], scanned))
             blocks.append(choice.blocks)
             candidates.append(choice.candidates)
-            if self.choices:
-                self.choices.leave_finds(row, part, choice.finds)
         if past:
             last_group = group + (part.groups.number - 1) * pattern.chosen_every
             past.held = last_group, [x[-1:] for x in blocks]
@@ -159,8 +158,9 @@ class Chosen:
         return blocks
 
     def _voting(
-        self, part: GroupedPart, row: int, q: Tensor, k: Tensor, scale: float, means: Means, scanned: Tensor | None
+        self, index: int, row: int, q: Tensor, k: Tensor, scale: float, means: Means, scanned: Tensor | None
     ) -> Voting:
+        part = self.parts[index]
         past = self._past(part)
         stored = _Stored(self.pattern.chosen_block, part, past, row)
 
@@ -183,7 +183,7 @@ class Chosen:
             turn=self.turn,
             scanned=scanned,
             named=self.choices and self.choices.named(row, part),
-            earlier=self.choices and self.choices.earlier(row, part),
+            earlier=self.choices and self.choices.earlier(index, row - part.rows.start),
         )
 
     def _means(self, k: Tensor, part: GroupedPart, stop: int) -> Means:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .groups import stages
-from .pattern import CARRIED, FOUND, MEAN_OF, NEIGHBOUR, RUN, RUNS, SURE, VOTERS, Padding, Pattern
+from .pattern import MEAN_OF, NEIGHBOUR, RUN, RUNS, SURE, VOTERS, Padding, Pattern
 from .sinks import Turn
 
 
@@ -82,7 +82,6 @@ def dilated_attention_reference(
     return torch.einsum("bhnm,bmhd->bnhd", weights[..., :-1], v)
 
 
-Scores = dict[tuple[int, int], dict[int, float]]  # by row and first query of a group: finds, by block
 Choice = list[tuple[int, range, list[int]]]  # of each group: row of the batch, its queries, the blocks that they see
 
 
@@ -94,15 +93,15 @@ def chosen_blocks(
     scale: float,
     turn: Turn | None,
     named: Callable[[int, int], Sequence[int]] = lambda row, first: (),
-    finds: Scores | None = None,
+    earlier: Choice | None = None,
 ) -> Choice:
     """Return the blocks that each group of queries sees, if it sees any, in a layer that chooses.
 
     q (B, N, H, D) and k (B, N, K, D) are rotated, if at all, by `turn`. `named` takes a row and the first query of a
-    group, and returns the blocks that its text names, the best first. `finds` are those of the layer that chose before,
-    and become those of this layer.
+    group, and returns the blocks that its text names, the best first. `earlier` is the choice of the layer that chose
+    before.
     """
-    finds = {} if finds is None else finds
+    before = {(row, queries.start): blocks for row, queries, blocks in earlier or []}
     w, b, every, size = pattern.segment_lengths[0], pattern.look_backs[0], pattern.chosen_every, pattern.chosen_block
     tokens = q.shape[1]
     if turn:  # un-rotated: by minus the position
@@ -115,8 +114,8 @@ def chosen_blocks(
         if len(blocks) > pattern.chosen:
             scanned = start // w * w + start % w // pattern.scan_every * pattern.scan_every
             scanners, voters = (q[row, first - VOTERS + 1 : first + 1] * scale for first in (scanned, start))
-            keys, before = k[row, :near].unflatten(0, (-1, size)), finds.get((row, start), {})
-            blocks, finds[row, start] = _voted(scanners, voters, keys, pattern, named(row, start), before)
+            keys = k[row, :near].unflatten(0, (-1, size))
+            blocks = _voted(scanners, voters, keys, pattern, named(row, start), before.get((row, start), []))
         if blocks:
             choice.append((row, range(start, min(start + every, tokens)), blocks))
     return choice
@@ -139,12 +138,11 @@ def _voted(
     keys: Tensor,
     pattern: Pattern,
     named: Sequence[int],
-    before: Mapping[int, float],
-) -> tuple[list[int], dict[int, float]]:
+    before: Sequence[int],
+) -> list[int]:
     """Return the blocks that voters (VOTERS, H, D) see among those of keys (blocks, size, H, D), in order.
 
-    Also the finds for the next layer; `before` has those of the layer that chose before. The voters `scanners`
-    (VOTERS, H, D) choose the candidates.
+    The voters `scanners` (VOTERS, H, D) choose the candidates; those of the layer `before` are candidates, too.
     """
 
     def votes(own: Tensor, blocks: list[int], keys_of: Tensor, means: int, power: int = 1) -> dict[int, float]:
@@ -168,18 +166,12 @@ def _voted(
             candidates = [block for block in candidates if block // RUN in {0, *kept, whole}]
         else:
             candidates = best(votes(scanners[1::2], candidates, keys, stage.means), stage.blocks)
-    candidates = sorted({*candidates, *before})
-    shares, finds = (votes(voters, candidates, keys, finest, power) for power in (1, SURE))
+    candidates = sorted({*candidates, *before} - {0})
+    shares = votes(voters, candidates, keys, finest, SURE)
     if pattern.chosen_exact:
-        compared = best({block: max(shares[block], finds[block]) for block in candidates}, pattern.chosen_exact)
-        rest = dict.fromkeys(candidates, 0.0)
-        shares, finds = (rest | votes(voters, compared, keys, size, power) for power in (1, SURE))
-    finds = {block: score + CARRIED * before.get(block, 0.0) for block, score in finds.items()}
-    left = {block: finds[block] for block in best(finds, 2 * (pattern.chosen - 1))}
-    by_finds = pattern.chosen // FOUND
-    own = best(shares | dict.fromkeys(named, inf), pattern.chosen - 1 - by_finds)
-    others = best({block: score for block, score in finds.items() if block not in own}, by_finds)
-    return [0, *sorted([*own, *others])], left
+        compared = best(shares, pattern.chosen_exact)
+        shares = dict.fromkeys(candidates, 0.0) | votes(voters, compared, keys, size, SURE)
+    return [0, *best(shares | dict.fromkeys(named, inf), pattern.chosen - 1)]
 
 
 def key_counts(

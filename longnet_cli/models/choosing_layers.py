@@ -2,9 +2,10 @@
 
 In a pretrained Transformer, few layers look for the place at which a text stood before. They show themselves on a text
 of random tokens that is read twice: nothing but such a look tells where a token stood. For each group of queries in the
-second reading, a layer's finds (`attention.choosing`) are compared: how much more does it find the block in which the
-group's text stood than other groups find it, and than the group finds other blocks? That is its evidence, in nats. The
-layers that choose are the peaks: those with more evidence than both of their neighbours, and at least LEAST.
+second reading, a layer's votes (`attention.choosing`) are compared, with a power that lets a few sure heads count more
+than many that guess: how much more does the group look for the block in which its text stood than other groups do, and
+than for other blocks? That is the layer's evidence, in nats. The layers that choose are the peaks: those with more
+evidence than both of their neighbours, and at least LEAST.
 
 B texts, N tokens, L layers.
 """
@@ -19,9 +20,9 @@ import torch
 from torch import Tensor
 
 from longnet_cli.attention import Outside
-from longnet_cli.attention.choosing import votes_and_finds
+from longnet_cli.attention.choosing import shares_of
 from longnet_cli.attention.past import Means, unrotated
-from longnet_cli.attention.pattern import VOTERS
+from longnet_cli.attention.pattern import SURE, VOTERS
 from longnet_cli.attention.sinks import Turn
 from longnet_cli.basics.errors import InputWarning
 from longnet_cli.basics.verdicts import remembered
@@ -122,10 +123,8 @@ def _evidence(net: Net, q: Tensor, k: Tensor, turn: Turn | None, again: int) -> 
     found = []
     for row in range(len(q)):
         voters = unrotated(q[row : row + 1, positions.to(q.device)], positions, turn)[0] * scale
-        candidates = torch.arange(1, blocks, device=q.device).expand(len(firsts), -1)
-        voters = voters.unflatten(0, (len(firsts), VOTERS))
-        _, finds = votes_and_finds(voters, means.fine[row][:, 1:blocks], candidates)
-        logs = finds.double().clamp(min=1e-12).log().cpu()
+        shares = shares_of(voters.unflatten(0, (len(firsts), VOTERS)), means.fine[row][:, 1:blocks])
+        logs = (shares.double() ** SURE).mean((0, 2)).clamp(min=1e-36).log().cpu() / SURE
         logs = logs - logs.mean(0, keepdim=True)
         logs = logs - logs.mean(1, keepdim=True)
         for group, first in enumerate((firsts - again).tolist()):

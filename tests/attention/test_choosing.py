@@ -26,7 +26,6 @@ from longnet_cli.attention import (
     dilated_attention,
     groups,
     past,
-    reference,
 )
 from longnet_cli.attention import pattern as pattern_module
 from longnet_cli.attention.branches import BACKWARD_FLOPS, attention_flops, backward_flops
@@ -142,28 +141,28 @@ def test_named_blocks_are_seen_before_others(choice: Choice, seed: int) -> None:
 
 @given(choice=chosen_choices(), layers=st.sampled_from([(1, 2, 4), (2,), ()]))
 def test_layers_equal_the_reference(choice: Choice, layers: tuple[int, ...]) -> None:
-    """Some choose, and pass on their finds. Others see the same blocks as the one before, or block 0."""
+    """Some choose, also among what the one before has chosen. Others see the same blocks, or block 0."""
     pattern, choices, made = replace(choice.pattern, chosen_layers=layers), choosing.Choices(), None
-    finds: reference.Scores = {}
     with funnel((1, 2 * pattern.chosen)):
         for layer in range(6):
             inputs = replace(choice, seed=choice.seed + layer, lengths=None).qkv()
             options, place = turning(choice), LayerChoices(choices, pattern, layer)
             asked = *inputs[:2], pattern, choice.head_dim**-0.5, options.get("turn")
             if pattern.source(layer) == layer:
-                made = expected = chosen_blocks(*asked, finds=finds)
+                made = expected = chosen_blocks(*asked, earlier=made)
             else:
                 expected = followed(made, pattern, chosen_blocks(*asked))
             seen = run(dilated_attention, inputs, pattern, **options, choices=place)
             assert_close(seen, run(dilated_attention_reference, inputs, pattern, **options, choice=expected), 1e-12)
 
 
-def test_finds_that_are_passed_on_change_what_is_chosen() -> None:
+def test_what_the_layer_before_has_chosen_is_compared_too() -> None:
     choices, pattern = choosing.Choices(), replace(WINDOW, chosen_layers=(0, 1))
     q, k, *_ = Choice(pattern, 1, 400, 4, 8, 0, True, None, 1, kv_heads=2).qkv()
-    choice_of(q.flip(1), k, pattern, 1.0, None, LayerChoices(choices, pattern, 0))
-    second = choice_of(q, k, pattern, 1.0, None, LayerChoices(choices, pattern, 1))
-    assert second != choice_of(q, k, pattern, 1.0, None)
+    with funnel((1, 8)):
+        choice_of(q.flip(1), k, pattern, 1.0, None, LayerChoices(choices, pattern, 0))
+        second = choice_of(q, k, pattern, 1.0, None, LayerChoices(choices, pattern, 1))
+        assert second != choice_of(q, k, pattern, 1.0, None)
 
 
 def test_a_layer_that_follows_needs_the_one_before() -> None:

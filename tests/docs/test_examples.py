@@ -1,6 +1,7 @@
 """The scripts in examples/: the corpus of the shipped model, the Llama of transformers that is trained twice, the
 encoder that finds edited copies of files, labels of slides, patterns compared on a pretrained model and by short
-fine-tunes, decoders timed, pass keys in prose, plans for a cluster, and the report of a GPU.
+fine-tunes, decoders timed, passages, pass keys and questions long after, choices compared with those by all keys, plans
+for a cluster, and the report of a GPU.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from longnet_cli.jobs.scoring.token_logprobs import write_token_logprobs
 from longnet_cli.jobs.training.recipe import Recipe, load_recipe
 from longnet_cli.jobs.training.windows import TokenStream, TokenWindows
 from longnet_cli.models.folder import ModelFolder
+from longnet_cli.running.causal_stream import CausalStream
 from longnet_cli.running.ranks.exchange import Exchange, even_edges
 from longnet_cli.running.ranks.ranks import Ranks
 
@@ -365,15 +367,22 @@ def test_what_is_read_apart_is_what_would_come_next(
         list(score(net, [document], bos=7, on_tokens=lambda *token: found.append(token[3])))
         return -np.concatenate(found)
 
-    words = ["--passages", text, "--filler", text, "--tokens", "50", "--distances", "300", "--every", "4"]
-    command = [python, ROOT / "examples/passage.py", model, pattern, *words]
+    said = tmp_path / "passage.txt"
+    said.write_text("One says it once, and then one says it once more. " * 9)
+    words = ["--passages", said, "--filler", text, said, "--tokens", "50", "--distances", "300", "240", "--every", "4"]
+    command = [python, ROOT / "examples/passage.py", model, pattern, *words, "--near", "90"]
     done = subprocess.run(command, env=command_env, capture_output=True, text=True, check=True)
-    again, natural = map(json.loads, done.stdout.splitlines())
-    passage = ids[(len(ids) - 50) // 2 :][:50]
-    before = [ids[:200], passage, ids[200:500]]
-    assert again["nats"] == pytest.approx(nats([*before, passage])[-49:].mean(), rel=1e-5)
-    assert natural["nats"] == pytest.approx(nats([*before, ids[500:550]])[-49:].mean(), rel=1e-5)
-    assert again["first"] == pytest.approx(nats([ids[:200], passage])[-49:].mean(), rel=1e-5)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(row["distance"], row["passage"]) for row in rows] == [
+        (distance, name) for distance in (240, 300) for name in ("passage.txt", "natural")
+    ]
+    other = folder.tokenizer().encode(said.read_text())
+    passage = other[(len(other) - 50) // 2 :][:50]
+    for row in rows:
+        before = [ids[:200], passage, ids[200 : 110 + row["distance"]], ids[410:500]]
+        expected = nats([*before, passage if row["first"] else ids[500:550]])[-49:].mean()
+        assert row["nats"] == pytest.approx(expected, rel=1e-5)
+    assert rows[0]["first"] == pytest.approx(nats([ids[:200], passage])[-49:].mean(), rel=1e-5)
 
     passkey = imported(ROOT / "examples/passkey.py")
     monkeypatch.setattr(passkey, "LAST", 300)
@@ -381,6 +390,83 @@ def test_what_is_read_apart_is_what_would_come_next(
     (row,) = passkey.alone(argparse.Namespace(**names, patterns=[pattern], every=[4]))
     assert (row["questions"], row["every"]) == (2, 4 if "chosen" in pattern else None)
     assert 0 < row["nats"] < 20
+
+
+def test_questions_in_their_own_words_and_in_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All needles are in the document; answers begin where they are said to; nats are those of one pass."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)  # of the test's process
+    questions = imported(ROOT / "examples/questions.py")
+    for name, words in questions.NAMES.items():
+        assert not {*name.split()} & {*words.split()}
+    monkeypatch.setattr(questions, "LAST", 300)
+    monkeypatch.setattr(questions, "NAMES", {"red fox": "the animal with a crimson coat"})
+    model, text = tiny_llama(tmp_path / "llama", max_position_embeddings=400, bos_token_id=7), tmp_path / "prose.txt"
+    text.write_text("All is well that ends well; what ends is another matter. " * 100)
+    read, asked = "window:64,chosen=2x32", "window:64,chosen=2x32,chosen_every=4"
+    sizes = {"text": [str(text)], "tokens": 1500, "needles": 9, "offsets": [0, 40], "seed": 3, "chunk": 500}
+    options = argparse.Namespace(model=str(model), patterns=[read], ask=[asked], **sizes)
+    rows = list(questions.measure(options))
+    assert [(row["asked"], row["words"], row["offset"]) for row in rows] == [
+        (pattern, words, offset) for pattern in (read, asked) for words in ("same", "other") for offset in (0, 40)
+    ]
+    assert [line.split(" | ")[1] for line in [*questions.table(rows)][2:]] == ["same", "other"] * 2
+
+    folder = ModelFolder(model)
+    document = questions.Document(folder.tokenizer(), [str(text)], 1500, 9, 3)
+    told = re.findall(r"The pass key of the (\w+ \w+) is \d{5}\.", folder.tokenizer().decode(document.ids.tolist()))
+    assert len({*told}) == len(told) == 9
+    for row in rows:
+        ((question, answer),) = document.questions[row["words"]]
+        first = next(n for n in range(1500, 1800) if n % 128 == row["offset"] and n > row["tokens"] + len(question))
+        more = document.next[: first - len(question) - row["tokens"]]
+        parts = [document.ids, more, question, answer]
+        assert (1 + sum(map(len, parts[:-1]))) % 128 == row["offset"]
+        if row["asked"] == read:
+            whole, logprobs = np.concatenate(parts), []
+            list(score(folder.net(pattern=parse_pattern(read)), [Document("", whole, len(whole), "")], bos=7,
+                       on_tokens=lambda *token, to=logprobs: to.append(token[3])))  # fmt: skip
+            assert row["nats"] == pytest.approx(-np.concatenate(logprobs)[-len(answer) :].mean(), rel=1e-5)
+
+
+def test_the_recall_of_a_choice_is_by_all_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal to what follows from the keys and queries of a Llama before they are turned."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)  # of the test's process
+    choice_recall = imported(ROOT / "examples/choice_recall.py")
+    monkeypatch.setattr(choice_recall, "LAST", 192)
+    model, text = tiny_llama(tmp_path / "llama", bos_token_id=7, initializer_range=0.5), tmp_path / "prose.txt"
+    text.write_text("".join(np.random.default_rng(0).choice([*"abcdefgh "], 700)))
+    pattern = "window:64,chosen=3x32,layers=0"
+    names = {"model": str(model), "patterns": [pattern], "text": [str(text)], "random": False, "spill": None}
+    rows = list(choice_recall.measure(argparse.Namespace(**names, tokens=[592], groups=99, chunk=150, seed=0)))
+
+    net = ModelFolder(model).net(pattern=parse_pattern(pattern))
+    plain: dict[str, list[torch.Tensor]] = {}
+    for name, module in net.model.named_modules():
+        if name.endswith(("q_proj", "k_proj")):
+            module.register_forward_hook(lambda _, x, y, name=name: plain.setdefault(name, []).append(y[0]))
+    ids = torch.from_numpy(ModelFolder(model).tokenizer().encode(text.read_text())[:591].astype(np.int64))
+    stream, seen = CausalStream(net), []
+    stream(torch.cat([torch.tensor([7]), ids[:399]])[None])
+    stream.watch(lambda layer, part, blocks: seen.append((layer, part.groups, blocks[0])))
+    stream(ids[None, 399:])
+    for row in rows:
+        q, k = (
+            torch.cat(next(plain[name] for name in plain if f".{row['layer']}.self_attn.{kind}" in name))
+            for kind in "qk"
+        )
+        recalls = []
+        for layer, groups, chosen in seen:
+            for i, blocks in enumerate(chosen if layer == row["layer"] else []):
+                queries = q[groups.first + 16 * i :][:16].view(16, 4, 8) / 8**0.5
+                keys = k[: groups.near].view(-1, 4, 8)
+                shares = torch.einsum("qhd,khd->qhk", queries, keys[32:]).softmax(-1).mean((0, 1))
+                weights = shares.view(-1, 32).sum(1).tolist()
+                recalls.append(sum(weights[b - 1] for b in blocks[1:]) / sum(sorted(weights)[-2:]))
+        assert row["groups"] == len(recalls) == 12
+        assert row["recall"] == pytest.approx(np.mean(recalls), rel=1e-5)
+    assert [(row["layer"], row["kind"]) for row in rows] == [(0, "chooses"), (1, "follows")]
+    assert len([*choice_recall.table(rows)]) == 3
 
 
 @pytest.mark.parametrize("name", ["niah_single_3", "niah_multikey_2", "niah_multivalue", "vt"])

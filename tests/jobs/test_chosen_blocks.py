@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pyarrow as pa
 import pytest
@@ -15,14 +14,12 @@ from conftest import RunLongnet
 from pattern_nets import native
 from strategies import chosen_by_hand
 
-from longnet_cli.attention import Pattern, choosing, chosen
+from longnet_cli.attention import Pattern, chosen
 from longnet_cli.attention.choosing import Choice, Voting
-from longnet_cli.attention.notation import parse_pattern
 from longnet_cli.data.documents import Document
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.chosen_sources import Sources
 from longnet_cli.jobs.generating import generate
-from longnet_cli.models.folder import ModelFolder
 from longnet_cli.running.causal_stream import CausalStream
 
 WORDS = Tokenizer.bytes()
@@ -166,16 +163,3 @@ def test_the_file_of_chosen_blocks(build: Any, run_longnet: RunLongnet, tmp_path
     ):
         done = run_longnet("score", "a.txt", "--model", str(model), "--pattern", PATTERN, "--chosen", "x.arrow", *more)
         assert (done.returncode, message in done.stderr) == (2, True)
-
-
-@pytest.mark.parametrize("build", [tiny_model, tiny_llama])
-def test_a_layer_sees_what_the_layer_before_has_found(build: Any, tmp_path: Path) -> None:
-    options = {"position": "rope"} if build is tiny_model else {}
-    folder = ModelFolder.find(str(build(tmp_path / "model", **options)))
-    net = folder.net(pattern=parse_pattern(PATTERN)).double()
-    ids = torch.from_numpy(WORDS.encode(BOOK)).long()[None, :256]
-    with torch.no_grad():
-        whole, stream = net(ids), CausalStream(net)
-        torch.testing.assert_close(torch.cat([stream(part) for part in ids.split(90, 1)], 1), whole)
-        with patch.object(choosing, "CARRIED", 0.0):
-            assert not torch.allclose(net(ids), whole)

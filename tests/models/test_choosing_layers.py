@@ -129,12 +129,12 @@ def nats(net: Net, ids: Tensor) -> Tensor:
 @pytest.mark.parametrize("make", [of_llama, of_longnet])
 def test_nets_that_learn_to_repeat_show_the_layers_that_look_back(make: Any) -> None:
     """With these layers, the net repeats what it has read long ago; with the layer of least evidence, it does not."""
-    net, chance, steps = make().train(), torch.Generator().manual_seed(0), 2000
+    net, chance, steps = make().train(), torch.Generator().manual_seed(0), 1000
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=0.01)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * min(1, step / 100) * (1 - step / steps)
-        loss = nats(net, told_twice(32, int(torch.randint(1 + 150 * step // steps, (), generator=chance)), chance))
+        loss = nats(net, told_twice(16, int(torch.randint(1 + 100 * step // steps, (), generator=chance)), chance))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
