@@ -21,6 +21,8 @@ from longnet_cli.data.text_stream import TextStream
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.scoring.token_logprobs import Logged, LogprobFile
 
+from .seen_blocks import SeenBlocks, has_blocks, read_blocks
+
 MOST_TOKENS = 1 << 22  # of all documents; a page of them has some 30 MB
 PART_OF_CHARACTER = "\u25af"  # a token that ends within a character, and so completes none
 _SHA256 = "longnet.tokenizer_sha256"
@@ -50,11 +52,15 @@ class SurpriseDocument:
 
 @dataclass(frozen=True)
 class Surprise:
-    """The documents of one or two files, by the `names` of the files. `tops` are the texts of most likely tokens."""
+    """The documents of one or two files, by the `names` of the files. `tops` are the texts of most likely tokens.
+
+    `seen` are the chosen blocks that tokens saw, if a file of these was named, too.
+    """
 
     names: list[str]
     documents: list[SurpriseDocument]
     tops: list[str]
+    seen: SeenBlocks | None = None
 
 
 def has_columns(path: str) -> bool:
@@ -74,10 +80,18 @@ def _has_columns(head: bytes) -> bool:
 def read_surprise(names: Sequence[str], tokenizer_name: str | None = None) -> Surprise:
     """Read one file of log-probabilities, or two of the same tokens: what the second one saves is then of interest.
 
+    Beside them, a file of `score --chosen` says what each token saw.
+
     The tokenizer is that of the model in the file's metadata, or the one that `tokenizer_name` names. Raises DataError
     for damaged files, and for two of other tokens; ConfigError for a tokenizer that is missing or another one, for more
     than two files, and for more than MOST_TOKENS tokens.
     """
+    chosen = [name for name in names if has_blocks(name)]
+    names = [name for name in names if name not in chosen]
+    if len(chosen) > 1 or (chosen and not names):
+        raise ConfigError(
+            f"{chosen[0]}: name one file of chosen blocks, beside one of log-probabilities, which has the text"
+        )
     files = [LogprobFile(name) for name in names]
     if len(files) > 2:
         raise ConfigError(f"{len(files)} files of log-probabilities: give one, or two to see their difference")
@@ -87,7 +101,18 @@ def read_surprise(names: Sequence[str], tokenizer_name: str | None = None) -> Su
         _check_same(files, *pair)
     if not documents:
         raise DataError(f"{files[0].where}: it has no tokens")
-    return Surprise(list(names), [_document(texts, *logged) for logged in documents], texts.tops)
+    shown = [_document(texts, *logged) for logged in documents]
+    return Surprise(list(names), shown, texts.tops, _seen(chosen[0], shown) if chosen else None)
+
+
+def _seen(name: str, documents: Sequence[SurpriseDocument]) -> SeenBlocks:
+    places, begin = dict[str, tuple[int, int]](), 0
+    for document in documents:
+        if document.start > 1 or document.doc_id in places:
+            raise ConfigError(f"{name}: chosen blocks are shown of whole documents (no --last), each with its own name")
+        places[document.doc_id] = begin, len(document.pieces)
+        begin += len(document.pieces)
+    return read_blocks(name, places)
 
 
 def _tokenizer(files: Sequence[LogprobFile], name: str | None) -> Tokenizer:

@@ -2,11 +2,13 @@
 
 A page holds its data in two script elements that no browser runs: `facts`, JSON, and `data`, base64 of zlib of
 
+    starts, stops, first, blocks    uint32  of `seen_blocks.SeenBlocks`; if there are chosen blocks
     top        uint32  of each token, the index of the most likely one in `tops`; if the files have it
     lengths    uint16  of each token, UTF-16 units of text
     nats       uint16  of each token, in thousandths
     other      uint16  the same of the second file, if there is one
     top_nats   uint16  the same of the most likely token; if the files have it
+    layers     uint16  of `seen_blocks.SeenBlocks`; if there are chosen blocks
     text       UTF-8   of all documents
 
 little-endian, each list without a gap after the one before. Elements are made for the tokens in sight alone.
@@ -53,6 +55,9 @@ def _facts(surprise: Surprise) -> dict[str, Any]:
     ]
     tokens = sum(len(each.pieces) for each in surprise.documents)
     lists = {"tokens": tokens, "other": len(surprise.names) > 1, "top": _has_top(surprise)}
+    seen = surprise.seen
+    lists["groups"], lists["blocks"] = (len(seen.starts), len(seen.blocks)) if seen else (0, 0)
+    lists["layers"], lists["size"] = (seen.num_layers, seen.size) if seen else (0, 0)
     return {"names": surprise.names, "documents": documents, "tops": surprise.tops, "steps": STEPS, **lists}
 
 
@@ -62,7 +67,8 @@ def _has_top(surprise: Surprise) -> bool:
 
 def _data(surprise: Surprise) -> bytes:
     documents = surprise.documents
-    lists: list[np.ndarray] = []
+    seen = surprise.seen
+    lists = [seen.starts, seen.stops, seen.first, seen.blocks] if seen else []
     if _has_top(surprise):
         lists += [np.concatenate([each.top for each in documents if each.top is not None]).astype("<u4")]
     pieces = [piece.encode("utf-16-le", "replace") for each in documents for piece in each.pieces]
@@ -72,6 +78,7 @@ def _data(surprise: Surprise) -> bytes:
         lists += [_packed(each.other_nats for each in documents)]
     if _has_top(surprise):
         lists += [_packed(each.top_nats for each in documents)]
+    lists += [seen.layers] if seen else []
     return b"".join([*(values.tobytes() for values in lists), b"".join(pieces).decode("utf-16-le").encode()])
 
 
