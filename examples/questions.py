@@ -7,8 +7,9 @@
 
 A document of prose hides `--needles` like "The pass key of the red fox is 48213.", evenly, in any order, none in its
 last 2,048 tokens. Ten of them are asked for. In the same words, a question is "The pass key of the red fox is"; in
-others, it has no word of the name: "Which number belongs to the animal with a crimson coat? The number is". The other
-needles have other names.
+others, it has no word of the name: "Which number belongs to the animal with a crimson coat? The number is". What an
+answer costs that cannot be found is told by such a question about something that has no number. The other needles have
+other names.
 
 The document is read once per pattern, and each question comes alone after it, in a forked process. Before a question
 comes as much more prose as moves the first token of its answer to an `--offsets` of a span of 128 tokens: patterns that
@@ -16,8 +17,8 @@ look over the past once per span do so at its first token. `--ask` names pattern
 with chosen blocks are asked, too.
 
 It writes one line of JSON per pattern, way of asking and offset: `pattern, asked` (the pattern of the questions),
-`words` (same or other), `offset, tokens, needles, questions` and `nats` (per token of the answers). The table on stderr
-has a row for each way, and the nats by offset.
+`words` (same, other or none), `offset, tokens, needles, questions` and `nats` (per token of the answers). The table on
+stderr has a row for each way, and the nats by offset.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ SPAN = 128  # tokens
 LAST = 2048  # tokens after the last needle
 NEEDLE = "\nThe pass key of the {} is"
 OTHER = "\nWhich number belongs to {}? The number is"
+ABSENT = "the tall bird that cannot fly"
 NAMES = {  # and the same in other words
     "red fox": "the animal with a crimson coat",
     "old king": "the aged ruler of a realm",
@@ -85,6 +87,7 @@ class Document:
         self.questions = {
             "same": [(ids(NEEDLE.format(name)), ids(numbers[name])) for name in NAMES],
             "other": [(ids(OTHER.format(words)), ids(numbers[name])) for name, words in NAMES.items()],
+            "none": [(ids(OTHER.format(ABSENT)), ids(numbers[name])) for name in NAMES],
         }
 
 

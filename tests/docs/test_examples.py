@@ -408,9 +408,12 @@ def test_questions_in_their_own_words_and_in_others(tmp_path: Path, monkeypatch:
     options = argparse.Namespace(model=str(model), patterns=[read], ask=[asked], **sizes)
     rows = list(questions.measure(options))
     assert [(row["asked"], row["words"], row["offset"]) for row in rows] == [
-        (pattern, words, offset) for pattern in (read, asked) for words in ("same", "other") for offset in (0, 40)
+        (pattern, words, offset)
+        for pattern in (read, asked)
+        for words in ("same", "other", "none")
+        for offset in (0, 40)
     ]
-    assert [line.split(" | ")[1] for line in [*questions.table(rows)][2:]] == ["same", "other"] * 2
+    assert [line.split(" | ")[1] for line in [*questions.table(rows)][2:]] == ["same", "other", "none"] * 2
 
     folder = ModelFolder(model)
     document = questions.Document(folder.tokenizer(), [str(text)], 1500, 9, 3)
