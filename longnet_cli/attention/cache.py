@@ -87,7 +87,9 @@ class KVCache:
         self._turned: dict[tuple[int, ...], tuple[Tensor, ...]] = {}  # sinks as they were turned last
         self.past = None
         if pattern.chosen and keep:  # on a GPU, `allocate` may take memory of the host, and means are always needed
-            self.past = Past(pattern, blocks or Blocks(allocate, keep // pattern.chosen_block), keep=keep, layer=layer)
+            room = pattern.chosen if pattern.kind(layer) == "first" else keep // pattern.chosen_block
+            room = min(room, keep // pattern.chosen_block)
+            self.past = Past(pattern, blocks or Blocks(allocate, room), keep=keep, layer=layer)
         elif pattern.chosen:
             self.past = Past(pattern, blocks, allocate, layer=layer)
 

@@ -134,7 +134,7 @@ def generate(
 
 
 class PromptJob(DocumentJob[None]):
-    """What reading a prompt and its continuation takes, for `reading_job.estimate_documents`. It has no results."""
+    """The reading of a prompt and its continuation, for `reading_job.estimate_documents`. It has no results."""
 
     alone = True
     nothing = "no prompt has a token"

@@ -221,7 +221,7 @@ class FarGradients:
         """
         if start and layer not in self.of_pasts:
             size, last = self.pattern.chosen_block, start if self.ranks.sp == 1 else self.tokens
-            if past.kind == "first":
+            if past.kind == "first" and self.ranks.sp == 1:  # ranks exchange the sums of all rows
                 last = min(last, self.pattern.chosen_keys)
             shape = (2, k.shape[0], -(-last // size) * size, *k.shape[2:])
             self.of_pasts[layer] = self.allocate(shape, dtype=accumulator(k.dtype), device=k.device).zero_()

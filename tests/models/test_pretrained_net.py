@@ -25,8 +25,8 @@ from builders import MadeInputs, make_document, tiny_llama
 from hf_models import (
     BIASED,
     CAUSAL,
-    CHOSEN,
     FAR,
+    FOLLOWED,
     LEVELS,
     MODELS,
     NESTED,
@@ -104,7 +104,7 @@ def test_a_stream_with_the_cache_of_transformers_is_the_whole(
     [
         *((x, LEVELS) for x in CAUSAL),
         *((llama, Pattern.dense()), (llama, FAR), (qwen2, NESTED), (qwen3, BIASED), (gpt2, WINDOW)),
-        *((x, CHOSEN) for x in (llama, gpt2)),
+        *((x, FOLLOWED) for x in (llama, gpt2)),
     ],
 )
 def test_a_stream_is_the_whole(model: Callable[[], hf.PreTrainedModel], pattern: Pattern) -> None:
@@ -117,7 +117,7 @@ def test_a_stream_is_the_whole(model: Callable[[], hf.PreTrainedModel], pattern:
     assert isinstance(stream, CausalStream)
     assert_stream_is_whole(stream, net)
     rows = cached_rows(pattern, c.num_heads, c.kv_heads)
-    if pattern not in (Pattern.dense(), CHOSEN):  # which remember all
+    if pattern not in (Pattern.dense(), FOLLOWED):  # which remember all
         assert stream.cache_bytes == 4 * 2 * 2 * c.num_layers * c.head_dim * rows
 
 

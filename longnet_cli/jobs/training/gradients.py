@@ -16,6 +16,7 @@ from torch import Tensor
 
 from longnet_cli.attention import Outside
 from longnet_cli.attention.choosing import Names
+from longnet_cli.attention.groups import past_bytes
 from longnet_cli.attention.spans import SINKS, lanes, segment_rows
 from longnet_cli.jobs.training.windows import Batch
 from longnet_cli.nets.config import NetConfig
@@ -103,8 +104,8 @@ def far_bytes(config: NetConfig, seq_len: int, chunk: int, itemsize: int, sp: in
         if sp == 1 or not pattern.chosen:
             return FarBytes(0, 0)
         tokens = seq_len // size * size  # at most, what the last rank gets
-        sums, _ = config.past_bytes(tokens, max(4, itemsize))
-        return FarBytes(0, sum(config.past_bytes(tokens, itemsize)) + sums)
+        sums, _ = past_bytes(pattern, config.kv_heads, config.head_dim, tokens, max(4, itemsize), "follows")
+        return FarBytes(0, sum(config.past_bytes(tokens, itemsize)) + config.num_layers * sums)
     backs = dict(enumerate(pattern.look_backs))
     stored = passing = 0
     for level in (SINKS, *backs) if pattern.sinks else backs:
@@ -122,11 +123,14 @@ def far_bytes(config: NetConfig, seq_len: int, chunk: int, itemsize: int, sp: in
     if pattern.chosen:
         last = seq_len - 1 - (seq_len - 1) % chunk if sp == 1 else seq_len
         whole, earlier = (n // size * size for n in (seq_len, last + size - 1))
-        kept, means = config.past_bytes(whole, itemsize)
-        gradients, _ = config.past_bytes(earlier, max(4, itemsize))
-        stored += kept + gradients
-        choices = pattern.kinds(config.num_layers)["chooses"] * 4 * pattern.chosen * -(-seq_len // pattern.chosen_every)
-        passing += means + choices
+        kinds, of_layer = pattern.kinds(config.num_layers), (pattern, config.kv_heads, config.head_dim)
+        for kind, layers in kinds.items():
+            kept, means = past_bytes(*of_layer, whole, itemsize, kind)
+            sums, _ = past_bytes(*of_layer, earlier, max(4, itemsize), kind if sp == 1 else "follows")
+            gradients += layers * aligned(sums)
+            stored += layers * (aligned(kept) + aligned(sums))
+            passing += layers * means
+        passing += kinds["chooses"] * 4 * pattern.chosen * -(-seq_len // pattern.chosen_every)
     return FarBytes(stored, passing, gradients)
 
 
