@@ -126,7 +126,7 @@ def test_a_file_of_blocks_changes_no_bit_and_has_the_stated_size(
         assert torch.equal(spilled(part), in_memory(part))
     assert spilled.file
     blocks = [cache.past.blocks.number for cache in spilled.caches if cache.past]
-    whole = blocks[0] * pattern.chosen_block
+    whole = max(blocks) * pattern.chosen_block  # others may keep the first blocks alone
     assert spilled.file.size == batch * model.config.spilled_bytes(whole, 4)
 
 
