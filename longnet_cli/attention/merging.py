@@ -168,6 +168,14 @@ def merged_backward(
     return [dq, *of_keys, *sums.of_far]
 
 
+def refuse_capture(q: Tensor) -> None:
+    """Raise RuntimeError while a CUDA graph captures: a replay would read tables and rows that are gone by then."""
+    if q.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "dilated attention cannot be captured in a CUDA graph: capture what is around it, as torch.compile does"
+        )
+
+
 def _only(blocks: Sequence[Block], far: bool) -> list[Block]:
     """Return the calls of blocks on far keys alone, or on near keys alone."""
     return [

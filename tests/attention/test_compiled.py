@@ -14,6 +14,9 @@ import pytest
 import torch
 from strategies import PAPER_64TH, turn
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._inductor.utils import get_first_incompatible_cudagraph_node
 from torch.utils.checkpoint import checkpoint
 
 from longnet_cli.attention import DilatedAttention, FarSpan, Pattern, dilated_attention, far_keys
@@ -164,6 +167,23 @@ def test_the_operator_keeps_torchs_contract() -> None:
         saved = [x.detach() for x in (torch.ones_like(out), *sample[:3], out, lse)]
         backward = (*saved, [x.detach() for x in sample[3]], *sample[4:])
         torch.library.opcheck(torch.ops.longnet.dilated_attention_backward, backward)
+
+
+def test_no_cuda_graph_captures_the_operators() -> None:
+    """As `mode="reduce-overhead"` would: the operators copy tables that a replay does not find."""
+    unsafe = []
+
+    def look(graph: torch.fx.GraphModule, _: Any) -> Callable:
+        unsafe.append(get_first_incompatible_cudagraph_node(graph))
+        return make_boxed_func(graph.forward)
+
+    q, k, v = tensors(3, 50)
+    torch.compile(plain, backend=aot_autograd(fw_compiler=look, bw_compiler=look))(q, k, v).sum().backward()
+    operators = torch.ops.longnet
+    assert [node and node.target for node in unsafe] == [
+        operators.dilated_attention.default,
+        operators.dilated_attention_backward.default,
+    ]
 
 
 TILED = {"segment_lengths": (8, 32), "dilation_rates": (1, 4), "overlap": "once", "look_back": 1}
