@@ -208,11 +208,12 @@ class _LaunchParts:
         pieces = (on_host.pin_memory() if out.is_cuda else on_host).to(out.device, non_blocking=True)
         width = triton.next_power_of_2(head_dim)
         tile = max(16, _TILE // width)
-        kernel[(triton.cdiv(batch * tokens, tile) * heads,)](
-            pieces.view(torch.int64), pieces, out, *more, self.number, batch * tokens, heads,
-            HEAD_DIM=head_dim, WIDTH=width, TILE=tile, PART=getattr(tl, str(dtype).removeprefix("torch.")),
-            VECTOR=max(1, alignment // dtype.itemsize), **_OPTIONS, **options,
-        )  # fmt: skip
+        with torch.cuda.device_of(out):  # Triton launches on the current device
+            kernel[(triton.cdiv(batch * tokens, tile) * heads,)](
+                pieces.view(torch.int64), pieces, out, *more, self.number, batch * tokens, heads,
+                HEAD_DIM=head_dim, WIDTH=width, TILE=tile, PART=getattr(tl, str(dtype).removeprefix("torch.")),
+                VECTOR=max(1, alignment // dtype.itemsize), **_OPTIONS, **options,
+            )  # fmt: skip
 
 
 def _places(x: Tensor) -> Tensor:
