@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from .cuda_kernels import (
-    ActivatedKernel,
     CudaEfficientKernel,
     CudaFlashKernel,
+    Flash3Kernel,
+    Flash4Kernel,
     FlashAttnKernel,
-    activate,
-    flash_attn_functions,
 )
 from .packing import Sequences, rows_of
 from .plain_call import Kernel, MathKernel, wide
@@ -123,8 +122,8 @@ def _triangle(rows: int, before: int, dtype: torch.dtype) -> Tensor:
 KERNELS: dict[str, Kernel] = {
     kernel.name: kernel
     for kernel in (
-        ActivatedKernel("fa4", "flash_attn.cute.interface", (9, 10)),
-        ActivatedKernel("fa3", "flash_attn_interface", (9,)),
+        Flash3Kernel(),  # before FlashAttention-4, which is no faster on Hopper, and compiles for seconds
+        Flash4Kernel(),
         FlashAttnKernel(),
         CudaFlashKernel(),
         CudaEfficientKernel(),
@@ -147,7 +146,6 @@ def select_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, name:
 def forget_selections() -> None:
     """Make `select_kernel` probe again: otherwise it remembers its results for the life of the process."""
     _select.cache_clear()
-    flash_attn_functions.cache_clear()
 
 
 @lru_cache(maxsize=256)
@@ -180,10 +178,7 @@ Check = Callable[[Kernel, Tensor, float], Iterator[tuple[Sequence[Tensor], Seque
 
 def _probe(kernel: Kernel, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Return the reason if a kernel does not agree with plain math here, or None."""
-    failure = None if kernel.name == "math" else _failure(_view_calls, kernel, device, dtype, head_dim)
-    if failure and isinstance(kernel, ActivatedKernel):
-        activate(None)  # a failing kernel must not serve other code of this process either
-    return failure
+    return None if kernel.name == "math" else _failure(_view_calls, kernel, device, dtype, head_dim)
 
 
 def _without_failing_packs(kernel: Kernel, device: torch.device, dtype: torch.dtype, head_dim: int) -> Kernel:
