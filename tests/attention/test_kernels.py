@@ -9,6 +9,7 @@ import re
 import sys
 import types
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -77,6 +78,31 @@ def test_a_kernel_that_computes_wrongly_is_passed_over(monkeypatch: pytest.Monke
     with pytest.warns(UserWarning, match="'cpu_flash' is not used: its dq is off"):
         assert kernels.select_kernel(CPU, torch.float32, 16).name == "math"
     with pytest.raises(ValueError, match="cannot run here: its dq is off"):
+        kernels.select_kernel(CPU, torch.float32, 16, "cpu_flash")
+
+
+def own_lse(kernel, dout, q, k, v, out, lse, *options):
+    """The gradients of a call whose out and lse are its own, not those that are merged with others'."""
+    return type(kernel).backward(kernel, dout, q, k, v, *type(kernel).forward(kernel, q, k, v, *options), *options)
+
+
+def whole_tiles(kernel, dout, q, k, v, *options):
+    dq, dk, dv = type(kernel).backward(kernel, dout, q, k, v, *options)
+    dq[:, :, q.shape[2] // 64 * 64 :] = 0
+    return dq, dk, dv
+
+
+def head_by_head(kernel, dout, q, k, *options):
+    dq, dk, dv = type(kernel).backward(kernel, dout, q, k, *options)
+    return dq, dk if k.stride(1) else dk / 2, dv
+
+
+@pytest.mark.parametrize(("backward", "what"), [(own_lse, "dq"), (whole_tiles, "dq"), (head_by_head, "dk")])
+def test_what_only_real_calls_have_is_tried(monkeypatch: pytest.MonkeyPatch, backward, what: str) -> None:
+    """A merged lse, rows that fill no tile, heads that share a key head."""
+    flash = kernels.KERNELS["cpu_flash"]
+    monkeypatch.setattr(flash, "backward", partial(backward, flash))
+    with pytest.raises(ValueError, match=f"cannot run here: its {what} is off"):
         kernels.select_kernel(CPU, torch.float32, 16, "cpu_flash")
 
 
