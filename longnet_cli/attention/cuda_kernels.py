@@ -39,8 +39,7 @@ class CudaKernel(Kernel):
     def forward_packed(
         self, q: Tensor, k: Tensor, v: Tensor, queries: PackedRows, keys: PackedRows, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor]:
-        _, q_edges, rows = queries
-        _, k_edges, most = keys
+        q_edges, rows, k_edges, most = queries.edges, queries.longest, keys.edges, keys.longest
         q, k, v = (x[:, None] for x in (q, k, v))  # (rows, heads, head_dim)
         out, lse = torch.ops.aten._flash_attention_forward.default(
             q, k, v, q_edges, k_edges, rows, most, 0.0, causal, False, scale=scale
@@ -60,8 +59,7 @@ class CudaKernel(Kernel):
         causal: bool,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        _, q_edges, rows = queries
-        _, k_edges, most = keys
+        q_edges, rows, k_edges, most = queries.edges, queries.longest, keys.edges, keys.longest
         dout, q, k, v, out = (x[:, None] for x in (dout, q, k, v, out))
         no_rng = torch.empty(2, dtype=torch.uint64, device=q.device)  # read only with dropout
         dq, dk, dv = torch.ops.aten._flash_attention_backward.default(
@@ -137,8 +135,7 @@ class CudaEfficientKernel(CudaKernel):
         self, q: Tensor, k: Tensor, v: Tensor, queries: PackedRows, keys: PackedRows, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor]:
         rows, head_dim = q.shape
-        _, q_edges, longest = queries
-        _, k_edges, most = keys
+        q_edges, longest, k_edges, most = queries.edges, queries.longest, keys.edges, keys.longest
         q, k, v = (_whole_lines(x)[None, :, None] for x in (q, k, v))  # (1, rows, heads, head_dim)
         out, lse = torch.ops.aten._efficient_attention_forward.default(
             q, k, v, None, q_edges, k_edges, longest, most, 0.0, int(causal), True, scale=scale
@@ -159,8 +156,7 @@ class CudaEfficientKernel(CudaKernel):
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows, head_dim = q.shape
-        _, q_edges, longest = queries
-        _, k_edges, most = keys
+        q_edges, longest, k_edges, most = queries.edges, queries.longest, keys.edges, keys.longest
         dout, q, k, v, out = (_whole_lines(x)[None, :, None] for x in (dout, q, k, v, out))
         width = longest + -longest % 32
         padded = lse.new_full((len(q_edges) - 1, 1, width), float("inf"))
@@ -176,7 +172,7 @@ class CudaEfficientKernel(CudaKernel):
 
 def _places_in_lse(packed: PackedRows, rows: int, width: int) -> Tensor:
     """Return the indices of all rows in a flattened lse (sequences, 1, width), which pads each sequence to `width`."""
-    _, edges, _ = packed
+    edges = packed.edges
     begins = torch.arange(0, (len(edges) - 1) * width, width, device=edges.device) - edges[:-1]
     return torch.arange(rows, device=edges.device) + torch.repeat_interleave(begins, edges.diff(), output_size=rows)
 
@@ -264,9 +260,8 @@ class NewerFlashKernel(PackageKernel):
 
 
 def _edges(queries: PackedRows, keys: PackedRows) -> dict[str, Any]:
-    _, q_edges, rows = queries
-    _, k_edges, most = keys
-    return {"cu_seqlens_q": q_edges, "cu_seqlens_k": k_edges, "max_seqlen_q": rows, "max_seqlen_k": most}
+    edges = {"cu_seqlens_q": queries.edges, "cu_seqlens_k": keys.edges}
+    return edges | {"max_seqlen_q": queries.longest, "max_seqlen_k": keys.longest}
 
 
 class Flash3Kernel(NewerFlashKernel):
