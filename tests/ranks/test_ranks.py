@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.jobs.training.start import check_windows
@@ -55,3 +59,38 @@ def test_hosts_agree_by_gloo_where_gpus_talk_by_nccl(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(dist, "all_reduce", lambda x, op, group: asked.append(x.device.type))
     assert Ranks(0, 2).largest(3.0) == 3.0
     assert asked[1:] == ["cpu"]
+
+
+class Collectives(TorchDispatchMode):
+    """The names of all collectives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """A process that is all ranks of its group, whatever it says of others."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+def test_the_gradients_of_a_gpu_are_summed_in_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of each dtype; hosts sum one by one."""
+    gradients = [torch.ones(n, dtype=dtype) for n in range(1, 9) for dtype in (torch.float32, torch.float64)]
+    with Collectives() as of_hosts:
+        Ranks(0, 2).sum(*gradients)
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    with Collectives() as of_gpus:
+        Ranks(0, 2).sum(*gradients)
+    assert of_hosts.names == ["allreduce_"] * 16
+    assert of_gpus.names == ["allreduce_coalesced_"] * 2
+    assert all(x.eq(1).all() for x in gradients)

@@ -70,10 +70,19 @@ class Ranks:
 
     def sum(self, *tensors: torch.Tensor) -> None:
         """Sum tensors over all ranks, in place. They may be on the hosts or on the ranks' devices."""
-        if self.world > 1:
-            works = [dist.all_reduce(tensor, group=self.everyone, async_op=True) for tensor in tensors]
-            for work in works:
-                work.wait()
+        if self.world == 1:
+            return
+        works = []
+        for dtype in dict.fromkeys(x.dtype for x in tensors if x.is_cuda):  # NCCL takes all of a dtype in one launch
+            with dist._coalescing_manager(self.everyone, async_ops=True) as coalesced:
+                for tensor in tensors:
+                    if tensor.is_cuda and tensor.dtype == dtype:
+                        dist.all_reduce(tensor, group=self.everyone)
+            works.append(coalesced)
+        on_hosts = [tensor for tensor in tensors if not tensor.is_cuda]
+        works += [dist.all_reduce(tensor, group=self.everyone, async_op=True) for tensor in on_hosts]
+        for work in works:
+            work.wait()
 
     def any(self, flag: bool) -> bool:
         """Return whether the flag is set on any rank. All ranks get the same answer."""
