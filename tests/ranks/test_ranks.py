@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterator
+from datetime import timedelta
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -59,6 +63,57 @@ def test_hosts_agree_by_gloo_where_gpus_talk_by_nccl(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(dist, "all_reduce", lambda x, op, group: asked.append(x.device.type))
     assert Ranks(0, 2).largest(3.0) == 3.0
     assert asked[1:] == ["cpu"]
+
+
+def test_gpus_wait_for_minutes_and_hosts_for_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank whose GPU hangs keeps all its connections: only a timeout ends it, and the others with it."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(module, "select_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(module, "_watch", lambda ranks: None)
+    every, own, other = (MagicMock(name=name) for name in ("every", "own", "other"))
+    given = MagicMock()
+    monkeypatch.setattr(dist, "init_process_group", given)
+    monkeypatch.setattr(dist, "group", SimpleNamespace(WORLD=every))
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "new_group", MagicMock(side_effect=[own, other]))
+    assert join("cuda", sp=2)[0].group is own
+    assert given.call_args.kwargs["timeout"] >= timedelta(minutes=30)
+    for group in (every, own):
+        group._get_backend.assert_called_with(torch.device("cuda:0"))
+        group._get_backend.return_value._set_default_timeout.assert_called_with(timedelta(minutes=10))
+
+
+@pytest.mark.usefixtures("one_process")
+def test_ranks_wait_for_each_other_on_their_hosts() -> None:
+    with Collectives() as seen:
+        Ranks(0, 2).barrier()
+    assert seen.names == ["allreduce_"]  # of a tensor of the host; a barrier is a call of NCCL, where there is one
+
+
+INFINITE = resource.RLIM_INFINITY
+
+
+@pytest.mark.parametrize(
+    ("limits", "then"),
+    [
+        ((1024, 4096), 3072),
+        ((1024, 2048), 2048),
+        ((1024, INFINITE), 3072),
+        ((4096, 4096), None),
+        ((INFINITE,) * 2, None),
+    ],
+)
+def test_a_process_may_connect_to_a_thousand_others(
+    monkeypatch: pytest.MonkeyPatch, limits: tuple[int, int], then: int | None
+) -> None:
+    raised = []
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: limits)
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, wanted: raised.append((kind, wanted)))
+    module._allow_files(3072)
+    assert raised == ([] if then is None else [(resource.RLIMIT_NOFILE, (then, limits[1]))])
 
 
 class Collectives(TorchDispatchMode):
