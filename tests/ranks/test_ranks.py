@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import resource
+import subprocess
+import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from types import SimpleNamespace
@@ -11,6 +14,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 import torch.distributed as dist
+from places import ROOT
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -149,3 +153,22 @@ def test_the_gradients_of_a_gpu_are_summed_in_one_launch(monkeypatch: pytest.Mon
     assert of_hosts.names == ["allreduce_"] * 16
     assert of_gpus.names == ["allreduce_coalesced_"] * 2
     assert all(x.eq(1).all() for x in gradients)
+
+
+@pytest.mark.slow
+def test_all_ranks_enter_the_same_collectives() -> None:
+    """torch compares the operator, shape and dtype of each collective of all tests of ranks, before it starts."""
+    tests = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "not slow",
+        str(ROOT / "tests/ranks"),
+    ]
+    env = os.environ | {"TORCH_DISTRIBUTED_DEBUG": "DETAIL"}
+    done = subprocess.run(tests, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
