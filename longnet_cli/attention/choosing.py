@@ -34,16 +34,13 @@ import torch
 from torch import Tensor
 
 from .groups import GroupedPart, slot_of, stages
-from .past import Means, unrotated
+from .past import Means
 from .pattern import NEIGHBOUR, RUN, RUNS, SURE, VOTERS, Pattern
-from .sinks import Turn
 
 SCORES = 1 << 20  # scores of a scan that exist at a time
 
 # (row of the batch, part) -> blocks (groups, n) that the text of each group names, the best first, and -1 for none
 Names = Callable[[int, GroupedPart], Tensor]
-# (blocks (n,), ascending) -> their keys (n, tokens of a block, K, D), as they are stored
-KeysOf = Callable[[Tensor], Tensor]
 Blocks = list[list[Tensor]]  # of each part, and of each of its rows: (groups, m) int32, ascending
 
 
@@ -84,21 +81,34 @@ class LayerChoices(NamedTuple):
         return self.choices.named(row, part) if self.choices.named else None
 
 
+class Unrotated(NamedTuple):
+    """The queries and keys of a document, in one row of a batch, as votes compare them: un-rotated.
+
+    queries: positions (n,) -> scaled queries (n, H, D).
+    keys: blocks (n,), ascending -> keys (n, tokens of a block, K, D).
+    """
+
+    queries: Callable[[Tensor], Tensor]
+    keys: Callable[[Tensor], Tensor]
+
+    def voters(self, firsts: Sequence[int]) -> Tensor:
+        """Return the voters (groups, VOTERS, H, D) of groups with these first positions."""
+        positions = torch.tensor(firsts)[:, None] + torch.arange(1 - VOTERS, 1)
+        return self.queries(positions.flatten()).unflatten(0, positions.shape)
+
+
 class Voting(NamedTuple):
     """All that the choice of a part's groups depends on, in one row of a batch: see `choose`.
 
-    row: the row of `means`. queries: positions (n,) -> un-rotated, scaled queries (n, H, D). scanned: the candidates
-    (C,) of the first group's slot, if they are known. named: what `Names` gives, if there is any. earlier: the
-    blocks (groups, m) that the groups see in the layer that chose before.
+    row: the row of `means`. scanned: the candidates (C,) of the first group's slot, if they are known. named: what
+    `Names` gives, if there is any. earlier: the blocks (groups, m) that the groups see in the layer that chose before.
     """
 
     pattern: Pattern
     part: GroupedPart
     means: Means
     row: int
-    queries: Callable[[Tensor], Tensor]
-    keys: KeysOf
-    turn: Turn | None
+    document: Unrotated
     scanned: Tensor | None
     named: Tensor | None
     earlier: Tensor | None
@@ -114,8 +124,7 @@ class Choice(NamedTuple):
 def choose(voting: Voting) -> Choice:
     """Return the choice of a part's groups: they have the same near keys, and more blocks before than they may see."""
     pattern, groups = voting.pattern, voting.part.groups
-    first = groups.first // pattern.chosen_every * pattern.chosen_every
-    firsts = range(first, first + groups.number * pattern.chosen_every, pattern.chosen_every)
+    firsts = _firsts(pattern, voting.part)
     slots = [(slot, [*some]) for slot, some in groupby(firsts, lambda first: slot_of(pattern, groups.near, first))]
     candidates = _scan(voting, [slot for slot, _ in slots])
     seen, done = [], 0
@@ -127,6 +136,20 @@ def choose(voting: Voting) -> Choice:
     return Choice(torch.cat(seen).int(), candidates[-1])
 
 
+def votes_by_keys(pattern: Pattern, part: GroupedPart, document: Unrotated, some: slice, blocks: Tensor) -> Tensor:
+    """Return the votes (groups, m) of some groups of a part for blocks (groups, m), block 0 and others, ascending."""
+    voters = document.voters(_firsts(pattern, part)[some])
+    votes = [_exact_votes(document, v[None], own[1:].long()) for v, own in zip(voters, blocks, strict=True)]
+    return torch.nn.functional.pad(torch.cat(votes), (1, 0))
+
+
+def _firsts(pattern: Pattern, part: GroupedPart) -> range:
+    """Return the first position of each group of a part, also of tokens before the part."""
+    every, groups = pattern.chosen_every, part.groups
+    first = groups.first // every * every
+    return range(first, first + groups.number * every, every)
+
+
 def _scan(voting: Voting, slots: Sequence[int]) -> list[Tensor]:
     """Return the candidates (C,) of each slot, by the votes of its first group."""
     number = voting.part.groups.near // voting.pattern.chosen_block
@@ -136,10 +159,10 @@ def _scan(voting: Voting, slots: Sequence[int]) -> list[Tensor]:
     candidates = [] if voting.scanned is None else [voting.scanned]
     unknown = slots[len(candidates) :]
     while unknown:
-        voters = _voters(voting, unknown[:1])[:, 1::2]
+        voters = voting.document.voters(unknown[:1])[:, 1::2]
         step = max(1, SCORES // (voters.shape[1:3].numel() * planned[0].compared(number)))
         some, unknown = unknown[:step], unknown[step:]
-        voters, kept = _voters(voting, some)[:, 1::2], None
+        voters, kept = voting.document.voters(some)[:, 1::2], None
         for stage in planned:
             means = voting.means.of[stage.means][voting.row]
             narrow = _best_runs if stage.means == RUNS else _best_blocks
@@ -174,7 +197,7 @@ def _seen(
     voting: Voting, firsts: Sequence[int], candidates: Tensor, named: Tensor | None, earlier: Tensor | None
 ) -> Tensor:
     """Return the blocks (groups, m) that the groups of one slot see."""
-    pattern, voters = voting.pattern, _voters(voting, firsts)
+    pattern, voters = voting.pattern, voting.document.voters(firsts)
     compared, own = candidates, None
     if earlier is not None:  # each group has its own ones besides: what a later group sees must not matter
         earlier = earlier[:, 1:].long()
@@ -184,18 +207,14 @@ def _seen(
     votes = _votes(voters, _taken(voting.means.fine[voting.row], compared), blocks, own)
     if pattern.chosen_exact:
         best = _best(votes, min(pattern.chosen_exact, len(candidates)))
-        exact = [_exact_votes(voting, v[None], x) for v, x in zip(voters, blocks.gather(1, best), strict=True)]
+        exact = [_exact_votes(voting.document, v[None], x) for v, x in zip(voters, blocks.gather(1, best), strict=True)]
         votes = torch.zeros_like(votes).scatter(1, best, torch.cat(exact))
     return _picked(pattern, blocks, votes, named)
 
 
-def _exact_votes(voting: Voting, voters: Tensor, blocks: Tensor) -> Tensor:
+def _exact_votes(document: Unrotated, voters: Tensor, blocks: Tensor) -> Tensor:
     """Return the votes (1, n) for blocks (n,) of one group, by all of their keys."""
-    keys = voting.keys(blocks)
-    inside = torch.arange(keys.shape[1], device=blocks.device)
-    positions = (blocks[:, None] * keys.shape[1] + inside).flatten()
-    keys = unrotated(keys.flatten(0, 1)[None], positions, voting.turn)[0].unflatten(0, keys.shape[:2])
-    return _votes(voters, keys.permute(2, 0, 1, 3), blocks[None])
+    return _votes(voters, document.keys(blocks).permute(2, 0, 1, 3), blocks[None])
 
 
 def _picked(pattern: Pattern, blocks: Tensor, votes: Tensor, named: Tensor | None) -> Tensor:
@@ -210,12 +229,6 @@ def _picked(pattern: Pattern, blocks: Tensor, votes: Tensor, named: Tensor | Non
         blocks, votes = torch.cat([blocks, named], 1), torch.cat([votes, more], 1)
     seen = blocks.gather(1, _best(votes, pattern.chosen - 1)).sort(1).values
     return torch.cat([seen.new_zeros(len(seen), 1), seen], 1)
-
-
-def _voters(voting: Voting, firsts: Sequence[int]) -> Tensor:
-    """Return the voters (groups, VOTERS, H, D) of groups with these first positions."""
-    positions = torch.tensor(firsts)[:, None] + torch.arange(1 - VOTERS, 1)
-    return voting.queries(positions.flatten()).unflatten(0, positions.shape)
 
 
 def _votes(voters: Tensor, means: Tensor, blocks: Tensor, own: Tensor | None = None) -> Tensor:

@@ -13,16 +13,17 @@ N tokens, H query heads, K key heads, D head_dim, B tokens of a block.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .branches import Branch
-from .choosing import Blocks, LayerChoices, Voting, choose
+from .choosing import Blocks, LayerChoices, Unrotated, Voting, choose, votes_by_keys
 from .groups import GroupedPart, Groups, slot_of
 from .merging import GradientSum, Merge, accumulator, strided_view
-from .past import Means, Past, unrotated
+from .past import Means, Past, Seen, unrotated
 from .pattern import Pattern
 from .plain_call import Kernel
 from .sinks import Turn
@@ -76,7 +77,7 @@ class Chosen:
         if past and kept is not None:
             kept[past.position] = self.blocks
         if past and self.kind != "first":
-            self._tell(past, len(q))
+            self._tell(past, q, k, scale)
 
     def merge(self, kernel: Kernel, scale: float, q: Tensor, k: Tensor, v: Tensor, merge: Merge | OnePassMerge) -> None:
         """Attend from q to the chosen rows of k and v, and merge the results."""
@@ -112,15 +113,25 @@ class Chosen:
                 call.add(gradients[index], d, index)
         return gradients
 
-    def _tell(self, past: Past, batch: int) -> None:
+    def _tell(self, past: Past, q: Tensor, k: Tensor, scale: float) -> None:
         """Tell what was chosen to those who count it."""
-        for part, of_rows in zip(self.parts, self.blocks, strict=True):
+        for index, (part, of_rows) in enumerate(zip(self.parts, self.blocks, strict=True)):
             group = part.groups.first // self.pattern.chosen_every * self.pattern.chosen_every
             chooses = part.groups.near > self.pattern.chosen_keys and not part.columns.start
             if chooses and group >= part.start:  # each group once
-                past.count(part, of_rows, batch)
+                past.count(part, of_rows, len(q))
             if past.on_choice:
-                past.on_choice(part, of_rows)
+                past.on_choice(Seen(part, of_rows, partial(self._votes, index, q, k, scale)))
+
+    @torch.no_grad()
+    def _votes(self, index: int, q: Tensor, k: Tensor, scale: float, groups: slice) -> list[Tensor]:
+        """Return `Seen.votes`."""
+        part = self.parts[index]
+        rows = zip(range(part.rows.start, part.rows.stop), self.blocks[index], strict=True)
+        return [
+            votes_by_keys(self.pattern, part, self._document(part, row, q, k, scale), groups, blocks[groups])
+            for row, blocks in rows
+        ]
 
     def _leave(self) -> None:
         if self.choices and self.kind == "chooses":
@@ -161,8 +172,20 @@ class Chosen:
         self, index: int, row: int, q: Tensor, k: Tensor, scale: float, means: Means, scanned: Tensor | None
     ) -> Voting:
         part = self.parts[index]
-        past = self._past(part)
-        stored = _Stored(self.pattern.chosen_block, part, past, row)
+        return Voting(
+            pattern=self.pattern,
+            part=part,
+            means=means,
+            row=row if self._past(part) else row - part.rows.start,
+            document=self._document(part, row, q, k, scale),
+            scanned=scanned,
+            named=self.choices and self.choices.named(row, part),
+            earlier=self.choices and self.choices.earlier(index, row - part.rows.start),
+        )
+
+    def _document(self, part: GroupedPart, row: int, q: Tensor, k: Tensor, scale: float) -> Unrotated:
+        past, size = self._past(part), self.pattern.chosen_block
+        stored = _Stored(size, part, past, row)
 
         def queries(positions: Tensor) -> Tensor:
             inside = (positions - part.start).to(q.device)
@@ -173,18 +196,12 @@ class Chosen:
                 rows[before] = past.queries[row, inside[before]]  # counted from the end
             return unrotated(rows[None], positions, self.turn)[0] * scale
 
-        return Voting(
-            pattern=self.pattern,
-            part=part,
-            means=means,
-            row=row if past else row - part.rows.start,
-            queries=queries,
-            keys=lambda blocks: stored.gathered(blocks[None], k, k)[0],
-            turn=self.turn,
-            scanned=scanned,
-            named=self.choices and self.choices.named(row, part),
-            earlier=self.choices and self.choices.earlier(index, row - part.rows.start),
-        )
+        def keys(blocks: Tensor) -> Tensor:
+            rows = stored.gathered(blocks[None], k, k)[0].flatten(0, 1)
+            positions = (blocks[:, None] * size + torch.arange(size, device=blocks.device)).flatten()
+            return unrotated(rows[None], positions, self.turn)[0].unflatten(0, (len(blocks), size))
+
+        return Unrotated(queries, keys)
 
     def _means(self, k: Tensor, part: GroupedPart, stop: int) -> Means:
         """Return the means of a document's blocks before position `stop`, for keys k (rows, N, K, D) of the shard."""

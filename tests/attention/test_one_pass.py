@@ -24,10 +24,21 @@ from torch.utils._pytree import tree_leaves
 pytest.importorskip("triton", reason="Triton cannot be installed here")
 
 
-@pytest.mark.ci
-def test_in_the_interpreter() -> None:
-    cases = ROOT / "tests/interpreted.py"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)]
+@pytest.mark.parametrize(
+    "cases", [pytest.param("not slow", marks=pytest.mark.ci), pytest.param("slow", marks=pytest.mark.slow)]
+)
+def test_in_the_interpreter(cases: str) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        cases,
+        str(ROOT / "tests/interpreted.py"),
+    ]
     done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
