@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longnet_cli.basics.errors import ConfigError
+from longnet_cli.jobs.training.checkpoint import Checkpoints
 from longnet_cli.jobs.training.start import check_windows
 from longnet_cli.running.ranks import ranks as module
 from longnet_cli.running.ranks.ranks import Ranks, _own_gpu, join
@@ -95,6 +97,15 @@ def test_ranks_wait_for_each_other_on_their_hosts() -> None:
     with Collectives() as seen:
         Ranks(0, 2).barrier()
     assert seen.names == ["allreduce_"]  # of a tensor of the host; a barrier is a call of NCCL, where there is one
+
+
+def test_all_ranks_wait_until_a_checkpoint_is_on_the_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Rank 0 writes longest: on their hosts, the others have the time for that."""
+    done: list[str] = []
+    monkeypatch.setattr(Ranks, "barrier", lambda _: done.append("waited"))
+    monkeypatch.setattr(Checkpoints, "_write", lambda *_: done.append("written"))
+    Checkpoints(tmp_path, Ranks(1, 2), keep=1).save(3, {}, {})
+    assert done == ["written", "waited"]
 
 
 INFINITE = resource.RLIM_INFINITY
