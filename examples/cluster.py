@@ -367,8 +367,11 @@ def reading_plans(
     return ordered(plans)
 
 
-def show(plans: Sequence[Plan], machine: Machine, what: str) -> None:
-    """Print the first plan, the memory and the time of all plans, and who knows the rates."""
+def show(plans: Sequence[Plan], machine: Machine, what: str, would_fit: Sequence[str] = ()) -> None:
+    """Print the first plan, the memory and the time of all plans, and who knows the rates.
+
+    If no plan fits, name the options that `would_fit`.
+    """
 
     def line(name: str, value: str, note: str = "") -> None:
         print(f"{name:<16} {value:>11}  {note}".rstrip(" "))
@@ -379,7 +382,8 @@ def show(plans: Sequence[Plan], machine: Machine, what: str) -> None:
     best, fitting = plans[0], sum(plan.fits for plan in plans)
     line("machine", machine.name, f"devices: {machine.devices:,}, {machine.node} per node, {machine.dtype}")
     line("plan", "", best.options)
-    line("", "", f"the fastest of {fitting} that fit, of {len(plans)}\n" if fitting else f"none of {len(plans)} fits\n")
+    none = f"none of {len(plans)} fits" + (f": {' or '.join(would_fit)} would" if would_fit else "")
+    line("", "", f"the fastest of {fitting} that fit, of {len(plans)}\n" if fitting else f"{none}\n")
     for kind, size in best.memory.items():
         if size:
             line(kind, format_bytes(size), bar(size, best.peak))
@@ -402,7 +406,12 @@ def show(plans: Sequence[Plan], machine: Machine, what: str) -> None:
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__.splitlines()[0])
 Size = Annotated[int, typer.Option(parser=parse_size, metavar="SIZE")]
-OptionalSize = Annotated[int | None, typer.Option(parser=parse_size, metavar="SIZE")]
+NARROW = "window:1Ki"  # a pattern that keeps little, to propose where nothing fits
+
+
+def size_option(text: str) -> Any:
+    """Return an option for a size, with its help."""
+    return typer.Option(parser=parse_size, metavar="SIZE", help=text)
 
 
 @app.command("plan")
@@ -411,10 +420,15 @@ def plan_command(
     on: Annotated[str, typer.Option(help="h100x8, h200x64, a100x8, or a .toml file.")] = "h100x8",
     settings: Annotated[list[str] | None, typer.Option("--set", help="A key of the recipe: train.chunk=64Ki")] = None,
     model: Annotated[str | None, typer.Option(help="A model, to plan reading in place of training.")] = None,
-    tokens: OptionalSize = None,
-    documents: Size = 1,
-    pattern: Annotated[Pattern | None, typer.Option(parser=parse_pattern, metavar="PATTERN")] = None,
-    chunk: OptionalSize = None,
+    tokens: Annotated[int | None, size_option("The tokens of each document to read.")] = None,
+    documents: Annotated[int, size_option("The number of documents to read.")] = 1,
+    pattern: Annotated[
+        Pattern | None,
+        typer.Option(parser=parse_pattern, metavar="PATTERN", help="Read by this pattern, not the model's own."),
+    ] = None,
+    chunk: Annotated[
+        int | None, size_option("The tokens that a device reads at a time; otherwise, as many as commands take.")
+    ] = None,
     encode: Annotated[bool, typer.Option("--encode", help="Make vectors; otherwise, tokens are scored.")] = False,
     spill: Annotated[bool, typer.Option("--spill", help="Keep on a disk what --spill of the commands keeps.")] = False,
 ) -> None:
@@ -426,14 +440,23 @@ def plan_command(
     if recipe is not None or model is None or tokens is None:
         raise ConfigError("give a recipe, or --model and --tokens")
     folder = ModelFolder.find(model)
-    config = folder.net_config(pattern)
-    if type(config) is LongNetConfig:
-        with torch.device("meta"):  # a LongNet needs no weights
-            net: Net = LongNet(config)
-    else:
-        net = folder.net(pattern=pattern, dtype=DTYPES[machine.dtype])
-    scores = net.config.causal and bool(net.config.vocab_size) and not encode
-    show(reading_plans(net, machine, tokens, documents, chunk, scores, spill), machine, "at once")
+
+    def plans(pattern: Pattern | None, spill: bool) -> list[Plan]:
+        config = folder.net_config(pattern)
+        if type(config) is LongNetConfig:
+            with torch.device("meta"):  # a LongNet needs no weights
+                net: Net = LongNet(config)
+        else:
+            net = folder.net(pattern=pattern, dtype=DTYPES[machine.dtype])
+        scores = net.config.causal and bool(net.config.vocab_size) and not encode
+        return reading_plans(net, machine, tokens, documents, chunk, scores, spill)
+
+    found = plans(pattern, spill)
+    would_fit = []
+    if not found[0].fits:
+        others = {"--spill": (pattern, True), f"--pattern {NARROW}": (parse_pattern(NARROW), spill)}
+        would_fit = [option for option, other in others.items() if plans(*other)[0].fits]
+    show(found, machine, "at once", would_fit)
 
 
 @app.command("exchange")

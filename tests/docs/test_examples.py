@@ -717,6 +717,21 @@ def test_the_commands_of_a_cluster(
         assert (row["peers"], row["received_mean"]) == (31, row["received"])
 
 
+def test_a_plan_that_does_not_fit_names_an_option_that_would(
+    cluster: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own.toml").write_text(MACHINE)
+    encoder = tiny_model(tmp_path / "encoder", causal=False, position="rope")
+    for model, on, words, said in (
+        (encoder, tmp_path / "own.toml", (), "none of 3 fits: --spill would\n"),
+        ("longnet-tiny", "h100x1", ("--pattern", "dense"), "none of 1 fits: --pattern window:1Ki would\n"),
+        (encoder, tmp_path / "own.toml", ("--spill",), "the fastest of 3 that fit, of 3\n"),
+    ):
+        command = ["plan", "--model", str(model), "--tokens", "64Mi", "--on", str(on), *words]
+        assert cluster.app(command, standalone_mode=False) == (5 if "none" in said else None)
+        assert said in capsys.readouterr().out
+
+
 def test_the_gain_beside_its_other_forms_is_that_of_score(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
