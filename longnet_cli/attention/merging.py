@@ -188,9 +188,8 @@ class _Gradients:
         self, plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor, far: Sequence[Tensor], far_first: bool
     ) -> None:
         """Allocate the sums. `far_first`: far keys come before near ones."""
-        whole = (
-            q.numel() * q.element_size()
-        )  # the parts of all levels but the first, if rates double: one pass adds them
+        # at rates that double, the parts of all levels but the first have as much: one pass adds them
+        whole = q.numel() * q.element_size()
         total = fused.OnePassGradientSum if (fused := _fused(q)) else GradientSum
         # what the first calls write anyway needs no zeros, if nothing else is added before
         self.q = total(q, whole, plan.covered and not far_first)

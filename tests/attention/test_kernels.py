@@ -55,6 +55,20 @@ def test_cpu_flash_on_strided_views_and_a_foreign_lse(dtype: torch.dtype, tolera
         assert (a - b).norm() <= tolerance * b.norm()
 
 
+def test_cpu_flash_copies_many_rows_that_lie_far_apart() -> None:
+    """More than a page apart, and as many queries as are worth it: the result is the same."""
+    flash = kernels.KERNELS["cpu_flash"]
+    q, k, v, dout = (strided(1, 8, 520, 64, dtype=torch.float32, seed=s) for s in range(4))
+    assert all(x.is_contiguous() for x in flash._side_by_side(520, q, k))
+    assert next(iter(flash._side_by_side(500, q))) is q
+    out, lse = flash.forward(q, k, v, True, 0.1)
+    expected = MATH.forward(*(x.double() for x in (q, k, v)), True, 0.1)
+    grads = flash.backward(dout, q, k, v, out, lse, True, 0.1)
+    of_expected = MATH.backward(*(x.double() for x in (dout, q, k, v)), *expected, True, 0.1)
+    for a, b in zip((out, lse, *grads), (*expected, *of_expected), strict=True):
+        assert (a - b).norm() <= 1e-6 * b.norm()
+
+
 def test_the_cpu_gets_flash_and_the_environment_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LONGNET_KERNEL", raising=False)
     assert kernels.select_kernel(CPU, torch.float32, 64).name == "cpu_flash"

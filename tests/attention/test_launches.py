@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from longnet_cli.attention import KVCache, LayerChoices, Pattern, choosing, dilated_attention, limits
+from longnet_cli.attention import KVCache, LayerChoices, Past, Pattern, choosing, dilated_attention, limits
 from longnet_cli.attention.chosen import Chosen
 from longnet_cli.attention.groups import GroupedPart, groups_of
 from longnet_cli.attention.merging import Merge
@@ -113,12 +113,10 @@ def test_limits_of_a_gpu_give_the_same_bits(before: int, exact: int, monkeypatch
 def test_a_past_on_a_gpu_is_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "CPU", limits.GPU)
     pattern = Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4)
-    x, cache = torch.randn(1, 4000, 2, 4), KVCache(pattern, 1, 2, 4)
-    for some in x.split(700, 1):
-        cache.append(some, some, q=some)
-    past = cache.far().past
-    assert past
+    x, past = torch.randn(1, 4000, 2, 4), Past(pattern)
     past.settle(None)
+    for some in x.split(700, 1):
+        past.append(some, some, some)
     blocks, into = torch.tensor([0, 7, 499]), torch.empty(2, 3, 8, 2, 4)
     with Launches() as launches:
         past.blocks.take(0, blocks, into)
