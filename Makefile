@@ -9,8 +9,11 @@
 #   make matrix    run all tests with the oldest and the newest libraries that are allowed
 #   make docs      build the documentation as a site, build/site
 #   make gpu       check and time this machine's GPU, in ten minutes, and write runs/gpu.md
+#   make wheels    download what `make gpu` needs on a machine without a package index
 
 PYTHON ?= python3
+MINUTES ?= 10
+GPU_PYTHON ?= 3.12
 BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
@@ -19,7 +22,7 @@ RUN_TESTS = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n au
   --dist loadfile --no-loadscope-reorder $(PYTEST)
 NOT_OF_CI = --ignore=tests/clients# whose imports take seconds
 
-.PHONY: demo docs/demo.svg docs/surprise.png test test-rest test-all quick matrix gpu docs lint check wheel-check clean
+.PHONY: demo docs/demo.svg docs/surprise.png test test-rest test-all quick matrix gpu wheels docs lint check wheel-check clean
 
 demo: .venv/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
@@ -57,9 +60,23 @@ quick: .venv/.installed-dev
 matrix: .venv/.installed-dev
 	tests/matrix.sh
 
-# Runs the tests marked `gpu` and `longnet bench`. Its exit codes: 1, something failed; 2, there is no GPU.
+# Runs the tests marked `gpu`, a profiler and `longnet bench`. Its exit codes: 1, something failed; 2, there is no GPU.
+# With build/wheels, it runs the machine's Python and its torch, and installs nothing.
+ifeq ($(wildcard build/wheels/*.whl),)
 gpu: .venv/.installed-dev
-	$(BIN)/python examples/gpu_report.py -o runs/gpu.md
+	$(BIN)/python examples/gpu_report.py -o runs/gpu.md --minutes $(MINUTES)
+else
+gpu:
+	$(PYTHON) examples/gpu_report.py --wheels build/wheels -o runs/gpu.md --minutes $(MINUTES)
+endif
+
+# All that `make gpu` needs beside torch, for a machine without a package index: take build/wheels there, in a checkout.
+# ONLY="pydantic pydantic-core annotated-types typing-inspection" leaves out what is there already.
+wheels: .venv/.installed-dev
+	rm -rf build/wheels
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) --implementation cp -d build/wheels \
+	  $(foreach version,28 27 17 12 5,--platform manylinux_2_$(version)_x86_64) --platform manylinux2014_x86_64 \
+	  $$($(BIN)/python examples/gpu_report.py --needs $(ONLY))
 
 # Not --quiet, with which mkdocs counts no warning.
 docs: .venv/.installed-docs

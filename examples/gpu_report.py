@@ -3,8 +3,12 @@
     make gpu                                     or python examples/gpu_report.py -o runs/gpu.md
     python examples/gpu_report.py --small        tries this script on a CPU, in tiny sizes
 
+Where there is torch but no package index, copy the checkout with `build/wheels`, which `make wheels` fills elsewhere:
+`make gpu` then runs the machine's own Python, with the packages from there, and installs nothing.
+
 The report names the card and the versions, the kernels that work and why others do not, the outcome of `pytest -m gpu`,
-and the figures of `longnet bench`, each with its command. Every step runs in its own process, with a share of the time.
+the figures of `longnet bench`, and the kernels that take the time of a forward and backward pass, each with its
+command. Every step runs in its own process, with a share of the time.
 A step that fails, or takes too long, becomes a line in the report, and the others go on. Exit codes: 0, everything was
 right; 1, a test or a step failed, and the report says which; 2, there is no GPU.
 """
@@ -35,6 +39,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 DTYPES = ("bf16", "fp16", "fp32")
 MODULES = {"longnet": ["-m", "longnet_cli"], "pytest": ["-m", "pytest"], "python": []}  # how Python runs a command
+MOST_SHOWN = 15  # kernels
 START, GRACE = 25.0, 10.0  # seconds that a process may take to start, and to end once it is asked to
 TRIED = "fp32 and not (compiled or math)"  # the tests that run with --small
 
@@ -223,9 +228,8 @@ def describe(device_name: str) -> Row:
             "CUDA of torch": torch.version.cuda,
         }
     facts["cores"] = os.cpu_count()
-    commit = _said_by(["git", "-C", str(ROOT), "describe", "--always", "--dirty"]).strip()
-    facts["longnet"] = f"{importlib.metadata.version('longnet-cli')}{f', commit {commit}' if commit else ''}"
-    for name in ("torch", "triton", "flash-attn", "flash-attn-3", "flash-attn-4"):
+    facts["commit"] = _said_by(["git", "-C", str(ROOT), "describe", "--always", "--dirty"]).strip() or "unknown"
+    for name in ("longnet-cli", "torch", "triton", "flash-attn", "flash-attn-3", "flash-attn-4"):
         try:
             facts[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -261,6 +265,101 @@ def _kernel(name: str, dtype: str, device: Any) -> str:
     except ValueError as refusal:
         return str(refusal).partition("cannot run here: ")[2]
     return "works"
+
+
+def profiled(device_name: str, small: bool) -> list[Row]:
+    """Return what a forward and backward pass of one layer takes, and its kernels, which `--profile` prints."""
+    import torch
+    from torch.profiler import profile
+
+    from longnet_cli.attention import Pattern, dilated_attention
+
+    device = torch.device(device_name)
+    cuda, sizes = device.type == "cuda", (1, 2048, 2, 16) if small else (1, 65536, 12, 64)
+    draw = torch.Generator(device).manual_seed(0)
+    dtype = torch.bfloat16 if cuda else torch.float32
+    q, k, v, dout = (torch.randn(sizes, generator=draw, device=device, dtype=dtype) for _ in range(4))
+
+    def seconds(passes: int) -> float:
+        start = time.perf_counter()
+        for _ in range(passes):
+            inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+            torch.autograd.grad(dilated_attention(*inputs, Pattern.paper()), inputs, dout)
+        if cuda:
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) / passes
+
+    seconds(3)
+    rows: list[Row] = [{"name": "all", "calls": 1, "seconds": seconds(5)}]
+    with profile() as found:
+        seconds(1)
+    for event in found.key_averages():
+        if not cuda or event.device_type == torch.autograd.DeviceType.CUDA:  # a kernel, not the operator that calls it
+            taken = event.self_device_time_total if cuda else event.self_cpu_time_total
+            rows.append({"name": event.key, "calls": event.count, "seconds": taken / 1e6})
+    return rows
+
+
+def show_profile(text: str) -> tuple[list[str], list[str]]:
+    """Return a line for each of the kernels that take longest, and one for all of them."""
+    whole, *kernels = rows_of(text)
+    kernels.sort(key=lambda row: row["seconds"], reverse=True)
+    taken = sum(row["seconds"] for row in kernels)
+    lines: list[list[object]] = [
+        [
+            f"`{row['name'][:80]}`",
+            row["calls"],
+            scaled(row["seconds"], 1e-3, 3),
+            f"{100 * row['seconds'] / taken:.0f} %",
+        ]
+        for row in kernels[:MOST_SHOWN]
+    ]
+    lines.append(["all", sum(row["calls"] for row in kernels), scaled(taken, 1e-3, 3), "100 %"])
+    facts = (
+        f"Without a profiler, a forward and backward pass of one layer takes {scaled(whole['seconds'], 1e-3, 3)} ms."
+    )
+    return [facts, "", *table("kernel | calls | ms | share", lines)], []
+
+
+def needed(names: list[str]) -> list[str]:
+    """Return what this script needs beside torch, as `name==version` of what is here; with `names`, only these."""
+    packages = (
+        requirements("longnet-cli", "pytest", "pytest-xdist", "hypothesis") - requirements("torch") - {"longnet-cli"}
+    )
+    wanted = packages & {*names} if names else packages
+    return [f"{name}=={importlib.metadata.version(name)}" for name in sorted(wanted)]
+
+
+def requirements(*names: str) -> set[str]:
+    """Return the names of these packages and of all that they need, by what is installed here."""
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    found, left = set[str](), [*names]
+    while left:
+        name = canonicalize_name(left.pop())
+        if name not in found:
+            found.add(name)
+            lines = map(Requirement, importlib.metadata.requires(name) or [])
+            left += [line.name for line in lines if line.marker is None or line.marker.evaluate({"extra": ""})]
+    return found
+
+
+def with_wheels(folder: Path, arguments: list[str]) -> int:
+    """Run this script again, with the packages whose wheels are in `folder`. Return its exit code."""
+    wheels = [str(path) for path in sorted(folder.glob("*.whl"))]
+    with tempfile.TemporaryDirectory() as site:
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index"]
+        done = subprocess.run([*pip, "--no-deps", "--no-compile", "--target", site, *wheels], check=False)
+        if done.returncode:
+            return 1
+        return subprocess.run([sys.executable, __file__, *arguments], env=importing(site), check=False).returncode
+
+
+def importing(*folders: str) -> dict[str, str]:
+    """Return an environment whose Python imports from these folders and from this checkout, installed or not."""
+    path = [*folders, str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(path)}
 
 
 def _said_by(command: list[str]) -> str:
@@ -304,10 +403,11 @@ def steps(small: bool, folder: Path) -> list[Step]:
         "no:cacheprovider",
         f"--junitxml={junit}",
     ]
-    this = ["python", "examples/gpu_report.py", "--machine", *(["--small"] if small else [])]
+    this, tiny = ["python", "examples/gpu_report.py"], ["--small"] if small else []
     return [
-        Step("The machine", this, 2, lambda text: show_machine(text, machine)),
+        Step("The machine", [*this, "--machine", *tiny], 2, lambda text: show_machine(text, machine)),
         Step("Is it right?", [*tests, *(["-k", TRIED] if small else [])], 6, lambda _: show_tests(junit)),
+        Step("Where the time goes", [*this, "--profile", *tiny], 1, show_profile),
         Step("Attention", [*bench, *attention], 3, show_attention, bounded=True),
         Step("A billion tokens", [*bench, *stream], 2, show_stream, bounded=True),
         Step("Training longnet-125m", [*bench, *train], 2, lambda text: show_training(text, machine), bounded=True),
@@ -317,7 +417,7 @@ def steps(small: bool, folder: Path) -> list[Step]:
 def report(output: Path, small: bool, minutes: float) -> list[str]:
     """Run all steps within the time, and rewrite the report after each. Return the failures."""
     begin = time.monotonic()
-    env = os.environ | ({"LONGNET_TEST_DEVICE": "cpu"} if small else {})
+    env = importing() | ({"LONGNET_TEST_DEVICE": "cpu"} if small else {})
     sections: list[str] = []
     failures: list[str] = []
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -353,7 +453,17 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10, help="for all of it [10]")
     parser.add_argument("--small", action="store_true", help="tiny sizes on the CPU, to try this script")
     parser.add_argument("--machine", action="store_true", help="print what the machine is and has, as JSON, and stop")
+    parser.add_argument("--profile", action="store_true", help="print what a pass takes, as JSON Lines, and stop")
+    parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="wheels of the packages to run with")
+    parser.add_argument("--needs", nargs="*", metavar="NAME", help="print what those wheels must be, or some of them")
     args = parser.parse_args()
+    if args.needs is not None:
+        print(*needed(args.needs))
+        return 0
+    if args.wheels:
+        small = ["--small"] if args.small else []
+        return with_wheels(args.wheels, ["-o", str(args.output), "--minutes", str(args.minutes), *small])
+    sys.path.insert(0, str(ROOT))
     from longnet_cli import ConfigError
     from longnet_cli.running.device import select_device
 
@@ -364,6 +474,9 @@ def main() -> int:
         return 2
     if args.machine:
         print(json.dumps(describe(str(device))))
+        return 0
+    if args.profile:
+        print(*map(json.dumps, profiled(str(device), args.small)), sep="\n")
         return 0
     failures = report(args.output, args.small, args.minutes)
     print(f"{args.output}: {f'{len(failures)} failures' if failures else 'nothing failed'}", file=sys.stderr)

@@ -22,7 +22,7 @@ from processes import Start
 # "default" and "ci" repeat the same examples, so that a test says the same twice; .ci/run takes "ci", and
 # HYPOTHESIS_PROFILE=thorough hunts for new ones.
 settings.register_profile("default", deadline=None, max_examples=12, derandomize=True)
-settings.register_profile("ci", deadline=None, max_examples=40, derandomize=True)
+settings.register_profile("ci", deadline=None, max_examples=20, derandomize=True)
 settings.register_profile("thorough", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 

@@ -146,6 +146,17 @@ def test_attention(kernel: str, dtype: str, one_pass: bool, monkeypatch: pytest.
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.filterwarnings("error:branches merge", "error:attention kernel")
+def test_another_card_than_the_current_one() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two cards")
+    pattern, like, options = split_options("documents")
+    attend = partial(dilated_attention, pattern=pattern, **options)
+    found = run(attend, like, "bf16", torch.device("cuda:1"), wide=False)
+    for a, b in zip(found, exact_attention("documents", "bf16"), strict=True):
+        assert error(a, b) <= TOLERANCE["bf16"]
+
+
 def test_what_is_fast_serves() -> None:
     """Where a card has compute capability 8.0, nothing falls back to what is slower without anybody's notice."""
     if CUDA and torch.cuda.get_device_capability() < (8, 0):

@@ -38,14 +38,11 @@ from torch.nn.functional import pad
 
 from .groups import GroupedPart, slot_of, stages
 from .limits import limits_of
-from .past import Means, unrotated
+from .past import Means
 from .pattern import NEIGHBOUR, RUN, RUNS, SURE, VOTERS, Pattern
-from .sinks import Turn
 
 # (row of the batch, part) -> blocks (groups, n) that the text of each group names, the best first, and -1 for none
 Names = Callable[[int, GroupedPart], Tensor]
-# blocks (groups, n), ascending -> their keys (groups * n, tokens of a block, K, D), as they are stored
-KeysOf = Callable[[Tensor], Tensor]
 Blocks = list[list[Tensor]]  # of each part, and of each of its rows: (groups, m) int32, ascending
 
 
@@ -86,13 +83,25 @@ class LayerChoices(NamedTuple):
         return self.choices.named(row, part) if self.choices.named else None
 
 
+class Unrotated(NamedTuple):
+    """The queries and keys of a document, in one row of a batch, as votes compare them: un-rotated.
+
+    voters: (first positions of n groups, step s) -> every s-th of their voters, scaled, (n, VOTERS / s, H, D).
+    keys: blocks (groups, n), ascending in each group -> keys (groups, K, n, tokens of a block, D).
+    block_numbers: numbers in the keys of one block.
+    """
+
+    voters: Callable[[range, int], Tensor]
+    keys: Callable[[Tensor], Tensor]
+    block_numbers: int
+
+
 class Voting(NamedTuple):
     """All that the choice of neighbouring parts depends on, in one row of a batch: see `choose`.
 
-    row: the row of `means`. heads: H. voters: (first positions of n groups, step s) -> every s-th of their voters,
-    un-rotated and scaled, (n, VOTERS / s, H, D). scanned: the candidates (C,) of the first group's slot, if
-    they are known. named: what `Names` gives for all groups, if there is any. earlier: the blocks (groups, m) that the
-    groups see in the layer that chose before.
+    row: the row of `means`. heads: H. scanned: the candidates (C,) of the first group's slot, if they are known. named:
+    what `Names` gives for all groups, if there is any. earlier: the blocks (groups, m) that the groups see in the layer
+    that chose before.
     """
 
     pattern: Pattern
@@ -100,9 +109,7 @@ class Voting(NamedTuple):
     means: Means
     row: int
     heads: int
-    voters: Callable[[range, int], Tensor]
-    keys: KeysOf
-    turn: Turn | None
+    document: Unrotated
     scanned: Tensor | None
     named: Tensor | None
     earlier: Tensor | None
@@ -127,7 +134,7 @@ def choose(voting: Voting) -> Choice:
     """Return the choice of neighbouring parts, whose groups have more blocks before them than they may see."""
     pattern, slots = voting.pattern, _slots(voting.pattern, voting.parts)
     every, candidates, votes, done, begin = pattern.chosen_every, _scan(voting, slots), list[_Votes](), 0, 0
-    voters = voting.voters(range(slots[0].firsts[0], slots[-1].firsts[-1] + 1, every), 1)
+    voters = voting.document.voters(range(slots[0].firsts[0], slots[-1].firsts[-1] + 1, every), 1)
     for some in _batches(slots, partial(_vote_alike, pattern), pattern.scan_every, lambda _: len(slots)):
         stop = begin + sum(len(slot.firsts) for slot in some)
         if (of_slots := candidates[done]) is None:
@@ -143,13 +150,24 @@ def choose(voting: Voting) -> Choice:
     return Choice(_picked(pattern, blocks, of_blocks, voting.named).int(), last)
 
 
+def votes_by_keys(pattern: Pattern, part: GroupedPart, document: Unrotated, some: slice, blocks: Tensor) -> Tensor:
+    """Return the votes (groups, m) of some groups of a part for blocks (groups, m), block 0 and others, ascending."""
+    return pad(_exact_votes(document, document.voters(_firsts(pattern, part)[some], 1), blocks[:, 1:].long()), (1, 0))
+
+
+def _firsts(pattern: Pattern, part: GroupedPart) -> range:
+    """Return the first position of each group of a part, also of tokens before the part."""
+    every, groups = pattern.chosen_every, part.groups
+    first = groups.first // every * every
+    return range(first, first + groups.number * every, every)
+
+
 def _slots(pattern: Pattern, parts: Sequence[GroupedPart]) -> list[_Slot]:
     """Return the slots of the groups of neighbouring parts."""
     every, groups = pattern.chosen_every, []
     for part in parts:
-        first = part.groups.first // every * every
-        firsts = range(first, first + part.groups.number * every, every)
-        groups += [(slot_of(pattern, part.groups.near, first), first, part.groups.near) for first in firsts]
+        near = part.groups.near
+        groups += [(slot_of(pattern, near, first), first, near) for first in _firsts(pattern, part)]
     slots = []
     for slot, some in groupby(groups, key=itemgetter(0)):
         (_, first, near), *_ = of_slot = [*some]
@@ -191,7 +209,8 @@ def _scan(voting: Voting, slots: Sequence[_Slot]) -> list[Tensor | None]:
     for some in _batches(slots[known:], alike, pattern.scan_every, most):
         kept, before = None, _blocks_before(some, voting.means.fine.device)
         planned = stages(pattern, some[0].blocks - 1)
-        voters = voting.voters(range(some[0].first, some[-1].first + 1, pattern.scan_every), 2) if planned else None
+        firsts = range(some[0].first, some[-1].first + 1, pattern.scan_every)
+        voters = voting.document.voters(firsts, 2) if planned else None
         for stage in planned:
             assert voters is not None
             means = voting.means.of[stage.means][voting.row]
@@ -333,18 +352,16 @@ def _exactly(voting: Voting, voters: Tensor, blocks: Tensor, votes: Tensor, cand
     if not voting.pattern.chosen_exact:
         return votes
     best = _best(votes, min(voting.pattern.chosen_exact, candidates))
-    return torch.zeros_like(votes).scatter(1, best, _exact_votes(voting, voters, blocks.gather(1, best)))
+    return torch.zeros_like(votes).scatter(1, best, _exact_votes(voting.document, voters, blocks.gather(1, best)))
 
 
-def _exact_votes(voting: Voting, voters: Tensor, blocks: Tensor) -> Tensor:
+def _exact_votes(document: Unrotated, voters: Tensor, blocks: Tensor) -> Tensor:
     """Return the votes (groups, n) for blocks (groups, n) of each group, by all of their keys."""
-    size, (kv_heads, head_dim), votes = voting.pattern.chosen_block, voting.means.fine.shape[1::3], []
-    step = max(1, limits_of(blocks).scores // (blocks.shape[1] * size * kv_heads * head_dim))
-    for some, own in zip(voters.split(step), blocks.split(step), strict=True):
-        positions = own.flatten()[:, None] * size + torch.arange(size, device=own.device)
-        keys = unrotated(voting.keys(own).flatten(0, 1)[None], positions.flatten(), voting.turn)[0]
-        keys = keys.unflatten(0, (*own.shape, size)).permute(0, 3, 1, 2, 4)
-        votes.append(_votes(some[:, None], keys, blocks=own[:, None], power=SURE)[:, 0])
+    step = max(1, limits_of(blocks).scores // max(1, blocks.shape[1] * document.block_numbers))
+    votes = [
+        _votes(some[:, None], document.keys(own), blocks=own[:, None], power=SURE)[:, 0]
+        for some, own in zip(voters.split(step), blocks.split(step), strict=True)
+    ]
     return torch.cat(votes)
 
 

@@ -14,17 +14,18 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .branches import Branch
-from .choosing import Blocks, LayerChoices, Voting, choose
+from .choosing import Blocks, LayerChoices, Unrotated, Voting, choose, votes_by_keys
 from .groups import GroupedPart, Groups, slot_of
 from .limits import limits_of
 from .merging import GradientSum, Merge, accumulator, strided_view
-from .past import Means, Past, unrotated
+from .past import Means, Past, Seen, unrotated
 from .pattern import VOTERS, Pattern
 from .plain_call import Kernel
 from .sinks import Turn
@@ -75,7 +76,7 @@ class Chosen:
         if past and kept is not None:
             kept[past.position] = self.blocks
         if past and self.kind != "first":
-            self._tell(past, len(q))
+            self._tell(past, q, k, scale)
 
     def merge(self, kernel: Kernel, scale: float, q: Tensor, k: Tensor, v: Tensor, merge: Merge | OnePassMerge) -> None:
         """Attend from q to the chosen rows of k and v, and merge the results."""
@@ -118,19 +119,29 @@ class Chosen:
             of_q.add(place, _joined(parts).reshape(queries[1].shape), run.branch.queries, fresh=False)
         return gradients
 
-    def _tell(self, past: Past, batch: int) -> None:
+    def _tell(self, past: Past, q: Tensor, k: Tensor, scale: float) -> None:
         """Tell what was chosen to those who count it."""
         counted: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for number, part in enumerate(self.parts):
+        for index, part in enumerate(self.parts):
             group = part.groups.first // self.pattern.chosen_every * self.pattern.chosen_every
             chooses = part.groups.near > self.pattern.chosen_keys and not part.columns.start
             if chooses and group >= part.start:  # each group once
-                counted[part.rows.start, part.rows.stop].append(number)
+                counted[part.rows.start, part.rows.stop].append(index)
             if past.on_choice:
-                past.on_choice(part, self.blocks[number])
-        for rows, numbers in counted.items():
-            of_rows = [_joined(some) for some in zip(*(self.blocks[number] for number in numbers), strict=True)]
-            past.count(slice(*rows), max(self.parts[number].groups.near for number in numbers), of_rows, batch)
+                past.on_choice(Seen(part, self.blocks[index], partial(self._votes, index, q, k, scale)))
+        for rows, indices in counted.items():
+            of_rows = [_joined(some) for some in zip(*(self.blocks[index] for index in indices), strict=True)]
+            past.count(slice(*rows), max(self.parts[index].groups.near for index in indices), of_rows, len(q))
+
+    @torch.no_grad()
+    def _votes(self, index: int, q: Tensor, k: Tensor, scale: float, groups: slice) -> list[Tensor]:
+        """Return `Seen.votes`."""
+        part = self.parts[index]
+        rows = zip(range(part.rows.start, part.rows.stop), self.blocks[index], strict=True)
+        return [
+            votes_by_keys(self.pattern, part, self._document(part, row, q, k, scale), groups, blocks[groups])
+            for row, blocks in rows
+        ]
 
     def _leave(self) -> None:
         if self.choices and self.kind == "chooses":
@@ -199,21 +210,6 @@ class Chosen:
         self, numbers: Sequence[int], row: int, q: Tensor, k: Tensor, scale: float, means: Means, scanned: Tensor | None
     ) -> Voting:
         part, choices = self.parts[numbers[0]], self.choices
-        past = self._past(part)
-        stored = _Stored(self.pattern.chosen_block, part, past, row)
-
-        def voters(firsts: range, step: int) -> Tensor:
-            positions = torch.arange(firsts.start, firsts.stop, firsts.step, device=q.device)[:, None]
-            positions = positions + torch.arange(step - VOTERS, 1, step, device=q.device)
-            rows, begin = q[row, part.columns], part.start
-            if past and firsts[0] + step - VOTERS < begin:
-                assert past.queries is not None
-                rows, begin = (
-                    torch.cat([past.queries[row], rows[: firsts[-1] + 1 - begin]]),
-                    begin - past.queries.shape[1],
-                )
-            chosen = rows[(positions - begin).clamp(min=0).flatten()]
-            return unrotated(chosen[None], positions.flatten(), self.turn)[0].unflatten(0, positions.shape) * scale
 
         def of_parts(of_part: Callable[[int], Tensor | None]) -> Tensor | None:
             some = [x for x in map(of_part, numbers) if x is not None]
@@ -223,15 +219,36 @@ class Chosen:
             pattern=self.pattern,
             parts=[self.parts[number] for number in numbers],
             means=means,
-            row=row if past else row - part.rows.start,
+            row=row if self._past(part) else row - part.rows.start,
             heads=q.shape[2],
-            voters=voters,
-            keys=lambda blocks: stored.gathered(stored.taken(blocks), k, k)[0],
-            turn=self.turn,
+            document=self._document(part, row, q, k, scale),
             scanned=scanned,
             named=of_parts(lambda number: choices.named(row, self.parts[number])) if choices else None,
             earlier=of_parts(lambda number: choices.earlier(number, row - part.rows.start)) if choices else None,
         )
+
+    def _document(self, part: GroupedPart, row: int, q: Tensor, k: Tensor, scale: float) -> Unrotated:
+        past, size = self._past(part), self.pattern.chosen_block
+        stored = _Stored(size, part, past, row)
+
+        def voters(firsts: range, step: int) -> Tensor:
+            positions = torch.arange(firsts.start, firsts.stop, firsts.step, device=q.device)[:, None]
+            positions = positions + torch.arange(step - VOTERS, 1, step, device=q.device)
+            rows, begin = q[row, part.columns], part.start
+            if past and firsts[0] + step - VOTERS < begin:
+                assert past.queries is not None
+                rows = torch.cat([past.queries[row], rows[: max(0, firsts[-1] + 1 - begin)]])
+                begin -= past.queries.shape[1]
+            voting = rows[(positions - begin).clamp(min=0).flatten()]
+            return unrotated(voting[None], positions.flatten(), self.turn)[0].unflatten(0, positions.shape) * scale
+
+        def keys(blocks: Tensor) -> Tensor:
+            rows = stored.gathered(stored.taken(blocks), k, k)[0].flatten(0, 1)
+            positions = (blocks.flatten()[:, None] * size + torch.arange(size, device=blocks.device)).flatten()
+            of_groups = unrotated(rows[None], positions, self.turn)[0].unflatten(0, (*blocks.shape, size))
+            return of_groups.permute(0, 3, 1, 2, 4)
+
+        return Unrotated(voters, keys, size * k.shape[2:].numel())
 
     def _means(self, k: Tensor, part: GroupedPart, stop: int) -> Means:
         """Return the means of a document's blocks before position `stop`, for keys k (rows, N, K, D) of the shard."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .kernels import select_kernel
-from .merging import AttentionPlan, accumulator, merged_backward, merged_forward, unit_stride
+from .merging import AttentionPlan, accumulator, merged_backward, merged_forward, refuse_capture, unit_stride
 from .outside import FarKeys
 from .pattern import Pattern
 from .planning import plan_calls
@@ -53,6 +53,7 @@ _OF_SHARD = [name for name in Shard._fields if name != "lengths"]
 _OPTIONS = "Tensor[] far, Tensor? lengths, SymInt[] spans, float scale, str? kernel, " + ", ".join(
     f"{_TYPES[name]} {name}" for name in (*_OF_PATTERN, *_OF_SHARD)
 )
+_TAGS = (torch.Tag.cudagraph_unsafe,)  # torch.compile leaves the operators out of the CUDA graphs that it captures
 
 
 def attend_in_graph(
@@ -92,6 +93,7 @@ def _plan(
     kernel: str | None,
     *values: Any,
 ) -> tuple[AttentionPlan, float]:
+    refuse_capture(q)
     of_pattern, of_shard = values[: len(_OF_PATTERN)], values[len(_OF_PATTERN) :]
     pattern = _pattern(*(tuple(value) if isinstance(value, list) else value for value in of_pattern))
     shard = Shard(lengths=lengths, **dict(zip(_OF_SHARD, of_shard, strict=True)))
@@ -107,6 +109,7 @@ def _plan(
 @torch.library.custom_op(
     "longnet::dilated_attention",
     mutates_args=(),
+    tags=_TAGS,
     schema=f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)",
 )
 def _forward(q: Tensor, k: Tensor, v: Tensor, far: Sequence[Tensor], *options: Any) -> tuple[Tensor, Tensor]:
@@ -122,6 +125,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op(
     "longnet::dilated_attention_backward",
     mutates_args=(),
+    tags=_TAGS,
     schema=f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS}) -> Tensor[]",
 )
 def _backward(

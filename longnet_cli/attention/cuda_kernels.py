@@ -1,14 +1,13 @@
-"""Attention kernels for CUDA: torch's own (aten), FlashAttention-3 and -4 in their place, and flash-attn's."""
+"""Attention kernels for CUDA: torch's own (aten), and those of FlashAttention's packages."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import inspect
-from functools import lru_cache
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.attention
 from torch import Tensor
 
 from .packing import PackedRows
@@ -16,10 +15,9 @@ from .plain_call import Kernel
 
 
 class CudaKernel(Kernel):
-    """A CUDA kernel. Packed sequences go through aten's flash operators, whichever flash kernel serves the views."""
+    """A CUDA kernel. Packed sequences go through aten's flash operators, unless it has its own calls for them."""
 
     packs = True
-    implementation: str | None = None  # of aten's flash operators; None: torch's own
     _MAX_ELEMENTS = 1 << 31  # beyond it, the backward addresses memory out of bounds
     _MAX_SEGMENTS = 65_535  # the batch is a grid dimension
 
@@ -41,9 +39,7 @@ class CudaKernel(Kernel):
     def forward_packed(
         self, q: Tensor, k: Tensor, v: Tensor, queries: PackedRows, keys: PackedRows, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor]:
-        activate(self.implementation)
-        _, q_edges, rows = queries
-        _, k_edges, most = keys
+        q_edges, rows, k_edges, most = queries.edges, queries.longest, keys.edges, keys.longest
         q, k, v = (x[:, None] for x in (q, k, v))  # (rows, heads, head_dim)
         out, lse = torch.ops.aten._flash_attention_forward.default(
             q, k, v, q_edges, k_edges, rows, most, 0.0, causal, False, scale=scale
@@ -63,9 +59,7 @@ class CudaKernel(Kernel):
         causal: bool,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        activate(self.implementation)
-        _, q_edges, rows = queries
-        _, k_edges, most = keys
+        q_edges, rows, k_edges, most = queries.edges, queries.longest, keys.edges, keys.longest
         dout, q, k, v, out = (x[:, None] for x in (dout, q, k, v, out))
         no_rng = torch.empty(2, dtype=torch.uint64, device=q.device)  # read only with dropout
         dq, dk, dv = torch.ops.aten._flash_attention_backward.default(
@@ -80,7 +74,6 @@ class CudaFlashKernel(CudaKernel):
     name = "cuda_flash"
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        activate(self.implementation)
         rows, keys = q.shape[2], k.shape[2]
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (batch, rows, heads, head_dim)
         out, lse = torch.ops.aten._flash_attention_forward.default(
@@ -91,7 +84,6 @@ class CudaFlashKernel(CudaKernel):
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        activate(self.implementation)
         rows, keys = q.shape[2], k.shape[2]
         dout, q, k, v, out = (x.transpose(1, 2) for x in (dout, q, k, v, out))
         no_rng = torch.empty(2, dtype=torch.uint64, device=q.device)  # read only with dropout
@@ -141,43 +133,6 @@ class CudnnKernel(CudaFlashKernel):
         return dq, dk, dv
 
 
-class ActivatedKernel(CudaFlashKernel):
-    """FlashAttention-3 or -4 inside aten's flash operators. torch activates it for the whole process."""
-
-    def __init__(self, name: str, module: str, majors: tuple[int, ...]) -> None:
-        self.name, self.implementation = name, name.upper()
-        self._module, self._majors = module, majors  # imported by torch; of the compute capability
-
-    def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-        known: list[str] = getattr(torch.nn.attention, "list_flash_attention_impls", list)()
-        if self.implementation not in known:
-            return f"torch {torch.__version__} cannot activate it; 2.13 can"
-        if not _can_import(self._module):
-            return f"{self._module} cannot be imported"
-        refusal = super().refusal(device, dtype, head_dim)
-        if not refusal and torch.cuda.get_device_capability(device)[0] not in self._majors:
-            return f"it needs compute capability {' or '.join(f'{major}.x' for major in self._majors)}"
-        return refusal
-
-
-def activate(implementation: str | None) -> None:
-    """Make aten's flash operators run `implementation`; None: torch's own."""
-    current = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)
-    if current() == implementation:
-        return
-    if implementation is None:
-        torch.nn.attention.restore_flash_attention_impl()
-    else:
-        torch.nn.attention.activate_flash_attention_impl(implementation)
-
-
-def _can_import(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except (ImportError, OSError, ValueError):  # a package above it is missing, or its binary does not load
-        return False
-
-
 class CudaEfficientKernel(CudaKernel):
     """The memory-efficient attention inside torch (aten): slower than flash, but for fp32 too, and for any head_dim.
 
@@ -219,8 +174,7 @@ class CudaEfficientKernel(CudaKernel):
         self, q: Tensor, k: Tensor, v: Tensor, queries: PackedRows, keys: PackedRows, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor]:
         rows, head_dim = q.shape
-        _, q_edges, longest = queries
-        _, k_edges, most = keys
+        q_edges, longest, k_edges, most = queries.edges, queries.longest, keys.edges, keys.longest
         q, k, v = (_whole_lines(x)[None, :, None] for x in (q, k, v))  # (1, rows, heads, head_dim)
         out, lse = torch.ops.aten._efficient_attention_forward.default(
             q, k, v, None, q_edges, k_edges, longest, most, 0.0, int(causal), True, scale=scale
@@ -241,8 +195,7 @@ class CudaEfficientKernel(CudaKernel):
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows, head_dim = q.shape
-        _, q_edges, longest = queries
-        _, k_edges, most = keys
+        q_edges, longest, k_edges, most = queries.edges, queries.longest, keys.edges, keys.longest
         dout, q, k, v, out = (_whole_lines(x)[None, :, None] for x in (dout, q, k, v, out))
         width = longest + -longest % 32
         padded = lse.new_full((len(q_edges) - 1, 1, width), float("inf"))
@@ -258,7 +211,7 @@ class CudaEfficientKernel(CudaKernel):
 
 def _places_in_lse(packed: PackedRows, rows: int, width: int) -> Tensor:
     """Return the indices of all rows in a flattened lse (sequences, 1, width), which pads each sequence to `width`."""
-    _, edges, _ = packed
+    edges = packed.edges
     begins = torch.arange(0, (len(edges) - 1) * width, width, device=edges.device) - edges[:-1]
     return torch.arange(rows, device=edges.device) + torch.repeat_interleave(begins, edges.diff(), output_size=rows)
 
@@ -269,18 +222,150 @@ def _whole_lines(x: Tensor) -> Tensor:
     return torch.nn.functional.pad(x, (0, missing)) if missing else x
 
 
-class FlashAttnKernel(CudaKernel):
-    """The flash-attn package, 2.6 or newer. Arguments go by name, because they change between releases."""
+class PackageKernel(CudaKernel):
+    """A kernel of a package that is imported on the first GPU that it may serve."""
 
-    name = "flash_attn"
+    package = ""
+    majors: tuple[int, ...] = ()  # of the compute capability; (): all that CUDA kernels need
 
     def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-        if not flash_attn_functions():
-            return "the flash_attn package cannot be imported"
-        return super().refusal(device, dtype, head_dim)
+        refusal = super().refusal(device, dtype, head_dim)
+        if not refusal and self.majors and torch.cuda.get_device_capability(device)[0] not in self.majors:
+            refusal = f"it needs compute capability {' or '.join(f'{major}.x' for major in self.majors)}"
+        if refusal:
+            return refusal
+        try:
+            self.functions()
+        except Exception as error:  # parts that do not fit this torch or this CUDA fail in any way
+            reason = next(iter(str(error).splitlines()), "no reason given")
+            return f"{self.package} cannot be imported: {type(error).__name__}: {reason}"
+        return None
+
+    def functions(self) -> tuple[Any, Any]:
+        """Import the package, and return its forward and its backward function."""
+        raise NotImplementedError
+
+
+class NewerFlashKernel(PackageKernel):
+    """FlashAttention-3 or -4, called directly: torch could put it in place of its own, but for the whole process.
+
+    Views are (batch, rows, heads, head_dim) here. Packed sequences are (rows, 1, head_dim), with `edges`: the packed
+    rows of queries and of keys, by the arguments that tell of them.
+    """
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, edges: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """Return out like q, and the lse (batch, heads, rows) or, of packed sequences, (heads, rows)."""
+        raise NotImplementedError
+
+    def gradients(self, tensors: Sequence[Tensor], causal: bool, scale: float, edges: dict[str, Any]) -> list[Tensor]:
+        """Return dq, dk and dv, given dout, q, k, v, out and a contiguous lse."""
+        raise NotImplementedError
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        function, _ = flash_attn_functions()
+        out, lse = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal, scale, {})
+        return out.transpose(1, 2), lse
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        tensors = [x.transpose(1, 2) for x in (dout, q, k, v, out)]
+        dq, dk, dv = (x.transpose(1, 2) for x in self.gradients([*tensors, lse.contiguous()], causal, scale, {}))
+        return dq, dk, dv
+
+    def forward_packed(
+        self, q: Tensor, k: Tensor, v: Tensor, queries: PackedRows, keys: PackedRows, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = self.attend(q[:, None], k[:, None], v[:, None], causal, scale, _edges(queries, keys))
+        return out[:, 0], lse[0]
+
+    def backward_packed(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        queries: PackedRows,
+        keys: PackedRows,
+        causal: bool,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        tensors = [*(x[:, None] for x in (dout, q, k, v, out)), lse[None].contiguous()]
+        dq, dk, dv = (x[:, 0] for x in self.gradients(tensors, causal, scale, _edges(queries, keys)))
+        return dq, dk, dv
+
+
+def _edges(queries: PackedRows, keys: PackedRows) -> dict[str, Any]:
+    edges = {"cu_seqlens_q": queries.edges, "cu_seqlens_k": keys.edges}
+    return edges | {"max_seqlen_q": queries.longest, "max_seqlen_k": keys.longest}
+
+
+class Flash3Kernel(NewerFlashKernel):
+    """FlashAttention-3: two operators that its package registers with torch."""
+
+    name, package, majors = "fa3", "flash_attn_interface", (9,)
+
+    def functions(self) -> tuple[Any, Any]:
+        importlib.import_module(self.package)
+        return torch.ops.flash_attn_3.fwd.default, torch.ops.flash_attn_3.bwd.default
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, edges: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        function, _ = self.functions()
+        splits = 1 if torch.are_deterministic_algorithms_enabled() else 0  # of the keys; 0: as it likes
+        out, lse, *_ = function(q, k, v, softmax_scale=scale, is_causal=causal, num_splits=splits, **edges)
+        return out, lse
+
+    def gradients(self, tensors: Sequence[Tensor], causal: bool, scale: float, edges: dict[str, Any]) -> list[Tensor]:
+        _, function = self.functions()
+        grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors[1:4]]
+        always_equal = torch.are_deterministic_algorithms_enabled()
+        function(*tensors, *grads, softmax_scale=scale, is_causal=causal, deterministic=always_equal, **edges)
+        return grads
+
+
+class Flash4Kernel(NewerFlashKernel):
+    """FlashAttention-4, which compiles itself at the first call of each kind, and launches on the current device."""
+
+    name, package, majors = "fa4", "flash_attn.cute.interface", (9, 10)
+
+    def functions(self) -> tuple[Any, Any]:
+        module = importlib.import_module(self.package)
+        return module._flash_attn_fwd, module._flash_attn_bwd
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, edges: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        function, _ = self.functions()
+        with torch.cuda.device_of(q):
+            out, lse, *_ = function(q, k, v, softmax_scale=scale, causal=causal, return_lse=True, **edges)
+        return out, lse
+
+    def gradients(self, tensors: Sequence[Tensor], causal: bool, scale: float, edges: dict[str, Any]) -> list[Tensor]:
+        _, function = self.functions()
+        dout, q, k, v, out, lse = tensors
+        options = {"deterministic": torch.are_deterministic_algorithms_enabled()}
+        options |= {name: value for name, value in edges.items() if name.startswith("cu_")}
+        with torch.cuda.device_of(q):
+            dq, dk, dv, *_ = function(q, k, v, out, dout, lse, softmax_scale=scale, causal=causal, **options)
+        return [dq, dk, dv]
+
+
+class FlashAttnKernel(PackageKernel):
+    """The flash-attn package, 2.6 or newer. Arguments go by name, because they change between releases."""
+
+    name, package = "flash_attn", "flash_attn.flash_attn_interface"
+
+    def functions(self) -> tuple[Any, Any]:
+        module = importlib.import_module(self.package)
+        return module._flash_attn_forward, module._flash_attn_backward
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        function, _ = self.functions()
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         results = _call_by_name(function, q=q, k=k, v=v, softmax_scale=scale, causal=causal)
         # since 2.7 four results, out first and lse second; in 2.6 eight, of which lse is the sixth
@@ -290,7 +375,7 @@ class FlashAttnKernel(CudaKernel):
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        _, function = flash_attn_functions()
+        _, function = self.functions()
         dout, q, k, v, out = (x.transpose(1, 2) for x in (dout, q, k, v, out))
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
         lse = lse.contiguous()  # the kernel ignores its strides
@@ -311,17 +396,6 @@ _FLASH_ATTN_DEFAULTS: dict[str, Any] = {
     "alibi_slopes": None,
     "return_softmax": False,
 }
-
-
-@lru_cache(maxsize=1)
-def flash_attn_functions() -> tuple[Any, ...]:
-    """Return (forward, backward) of the flash-attn package, or () if it is missing or its binary does not load."""
-    try:
-        from flash_attn import flash_attn_interface as package
-
-        return package._flash_attn_forward, package._flash_attn_backward
-    except (ImportError, OSError, AttributeError):
-        return ()
 
 
 def _call_by_name(function: Any, **arguments: Any) -> Any:

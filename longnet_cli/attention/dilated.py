@@ -22,7 +22,7 @@ from .choosing import LayerChoices
 from .chosen import Chosen
 from .compiled import attend_in_graph
 from .kernels import select_kernel
-from .merging import AttentionPlan, merged_backward, merged_forward, unit_stride
+from .merging import AttentionPlan, merged_backward, merged_forward, refuse_capture, unit_stride
 from .outside import FarKeys, Outside
 from .pattern import Padding, Pattern
 from .planning import plan_calls
@@ -78,7 +78,8 @@ def dilated_attention(
 
     Sinks are the document's own first rows if the shard has them, otherwise far keys of level `SINKS`.
 
-    Raises ValueError for shapes, patterns, far keys, sinks, lengths or kernels that do not fit.
+    Raises ValueError for shapes, patterns, far keys, sinks, lengths or kernels that do not fit, and RuntimeError while
+    a CUDA graph captures.
     """
     outside = far if isinstance(far, Outside) else Outside(far or ())
     shard = Shard(start, lengths, documents, total, padding, causal)
@@ -102,6 +103,7 @@ def _attend(
     turn: Turn | None,
     choices: LayerChoices | None,
 ) -> Tensor:
+    refuse_capture(q)
     far_keys, past = outside
     if pattern.chosen and shard.start != (before := past.position if past else 0):
         raise ValueError(
@@ -228,6 +230,7 @@ class _MergedBranches(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, *far = ctx.saved_tensors
+        refuse_capture(q)
         plan, scale, _, sinks, chosen = ctx.call
         back: list[Callable[[Tensor, Tensor], object] | None] = ctx.back
         of_sinks: tuple[Tensor, ...] = ()  # gradients of each document's sinks

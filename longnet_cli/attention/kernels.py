@@ -15,15 +15,14 @@ import torch
 from torch import Tensor
 
 from .cuda_kernels import (
-    ActivatedKernel,
     CudaEfficientKernel,
     CudaFlashKernel,
     CudnnKernel,
+    Flash3Kernel,
+    Flash4Kernel,
     FlashAttnKernel,
-    activate,
-    flash_attn_functions,
 )
-from .packing import Sequences, rows_of
+from .packing import PackedRows, Sequences, rows_of
 from .plain_call import Kernel, MathKernel, wide
 
 
@@ -134,8 +133,8 @@ def _triangle(rows: int, before: int, dtype: torch.dtype) -> Tensor:
 KERNELS: dict[str, Kernel] = {
     kernel.name: kernel
     for kernel in (
-        ActivatedKernel("fa4", "flash_attn.cute.interface", (9, 10)),
-        ActivatedKernel("fa3", "flash_attn_interface", (9,)),
+        Flash3Kernel(),  # before FlashAttention-4, which is no faster on Hopper, and compiles for seconds
+        Flash4Kernel(),
         FlashAttnKernel(),
         CudaFlashKernel(),
         CudaEfficientKernel(),
@@ -159,7 +158,6 @@ def select_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, name:
 def forget_selections() -> None:
     """Make `select_kernel` probe again: otherwise it remembers its results for the life of the process."""
     _select.cache_clear()
-    flash_attn_functions.cache_clear()
 
 
 @lru_cache(maxsize=256)
@@ -192,10 +190,7 @@ Check = Callable[[Kernel, Tensor, float], Iterator[tuple[Sequence[Tensor], Seque
 
 def _probe(kernel: Kernel, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Return the reason if a kernel does not agree with plain math here, or None."""
-    failure = None if kernel.name == "math" else _failure(_view_calls, kernel, device, dtype, head_dim)
-    if failure and isinstance(kernel, ActivatedKernel):
-        activate(None)  # a failing kernel must not serve other code of this process either
-    return failure
+    return None if kernel.name == "math" else _failure(_view_calls, kernel, device, dtype, head_dim)
 
 
 def _without_failing_packs(kernel: Kernel, device: torch.device, dtype: torch.dtype, head_dim: int) -> Kernel:
@@ -216,7 +211,7 @@ def _failure(check: Check, kernel: Kernel, device: torch.device, dtype: torch.dt
         with torch.no_grad(), torch.autocast(device.type, enabled=False):  # autocast would cast plain math
             # drawn from a generator of its own, so that probing never moves the caller's random state
             draw = torch.Generator().manual_seed(0)
-            x = torch.randn(4, 2, 40, 2, head_dim, generator=draw, dtype=torch.float32).to(device, dtype)
+            x = torch.randn(4, 3, 140, 2, head_dim, generator=draw, dtype=torch.float32).to(device, dtype)
             for results in check(kernel, x, head_dim**-0.5):
                 for what, a, b in zip(("out", "lse", "dq", "dk", "dv"), *results, strict=True):
                     error = ((wide(a) - b).norm() / b.norm()).item()
@@ -228,43 +223,69 @@ def _failure(check: Check, kernel: Kernel, device: torch.device, dtype: torch.dt
 
 
 def _view_calls(kernel: Kernel, x: Tensor, scale: float) -> Iterator[tuple[Sequence[Tensor], Sequence[Tensor]]]:
-    """Yield the results of a kernel and of plain math on strided views of x (4, batch, tokens, heads, head_dim)."""
-    q, k, v, dout = x[:, :, ::2].transpose(2, 3)  # (batch, heads, rows, head_dim), rows two tokens apart
-    for causal in (False, True):
-        out, lse, *grads = _plain((q, k, v, dout), causal, scale)
-        merged = (out.to(x.dtype), lse, causal, scale)
+    """Yield the results of a kernel and of plain math on strided views of x (4, segments, tokens, heads, head_dim).
+
+    The results of the two calls merge. As in real calls, a backward gets what merged, and heads may share a key head.
+    """
+    math, rows = KERNELS["math"], slice(None, None, 2)
+    q, k, v, dout = x[:, :, rows].transpose(2, 3)  # (segments, heads, rows, head_dim)
+    shared_k, shared_v = x[1:3, :, 1::3, :1].transpose(2, 3).expand(-1, -1, q.shape[1], -1, -1)
+    calls = [(k, v, True), (shared_k, shared_v, False)]
+    plain = [math.forward(q, k, v, causal, scale) for k, v, causal in calls]
+    out, lse = x.new_empty(x.shape[1:]), x.new_empty(x.shape[1:4], dtype=plain[0][1].dtype)
+    of_rows = [
+        whole[:, rows].transpose(1, 2).copy_(part) for whole, part in zip((out, lse), _merged(plain), strict=True)
+    ]
+    for (k, v, causal), forward in zip(calls, plain, strict=True):
+        backward = (dout, q, k, v, *of_rows, causal, scale)
         yield (
-            (*kernel.forward(q, k, v, causal, scale), *kernel.backward(dout, q, k, v, *merged)),
-            (out, lse, *grads),
+            (*kernel.forward(q, k, v, causal, scale), *kernel.backward(*backward)),
+            (*forward, *math.backward(*backward)),
         )
 
 
 def _packed_calls(kernel: Kernel, x: Tensor, scale: float) -> Iterator[tuple[Sequence[Tensor], Sequence[Tensor]]]:
-    """Yield the results for packed sequences of several lengths, with as many keys as queries or a different number."""
-    q, k, v, dout = x.flatten(1, 3)[:, :80]
-    for q_counts, k_counts in (([20, 3, 57], [20, 3, 57]), ([20, 3, 57], [1, 46, 33])):
-        causal = q_counts == k_counts
-        queries, keys = (
-            rows_of(Sequences([0] * len(counts), [1] * len(counts), counts), x.device)
-            for counts in (q_counts, k_counts)
-        )
-        each = zip(
-            *(t.split(n) for t, n in ((q, q_counts), (k, k_counts), (v, k_counts), (dout, q_counts))), strict=True
-        )
-        parts = [_plain((t[None, None] for t in tensors), causal, scale) for tensors in each]
-        out, lse, *grads = (torch.cat(of_sequences, 2)[0, 0] for of_sequences in zip(*parts, strict=True))
-        merged = (out.to(x.dtype), lse, queries, keys, causal, scale)
+    """Yield the same for packed sequences of several lengths, with as many keys as queries and then with others."""
+    math, counts, others = KERNELS["math"], [20, 3, 70], [1, 46, 66]
+    rows = x.flatten(1, 3)
+    q, k, v, dout = rows[:, : sum(counts)]
+    calls = [(k, v, counts, True), (*rows[1:3, -sum(others) :], others, False)]
+    plain = [
+        [math.forward(q_, k_, v_, causal, scale) for q_, k_, v_ in _sequences((q, counts), (k, number), (v, number))]
+        for k, v, number, causal in calls
+    ]
+    out, lse = _joined([_merged(both) for both in zip(*plain, strict=True)])
+    out = out.to(x.dtype)
+    queries = _packed_rows(counts, x)
+    for (k, v, number, causal), forward in zip(calls, plain, strict=True):
+        keys = queries if number is counts else _packed_rows(number, x)
+        each = _sequences((dout, counts), (q, counts), (k, number), (v, number), (out, counts), (lse, counts))
+        backward = [math.backward(d_, q_, k_, v_, o_, l_, causal, scale) for d_, q_, k_, v_, o_, l_ in each]
         yield (
             (
                 *kernel.forward_packed(q, k, v, queries, keys, causal, scale),
-                *kernel.backward_packed(dout, q, k, v, *merged),
+                *kernel.backward_packed(dout, q, k, v, out, lse, queries, keys, causal, scale),
             ),
-            (out, lse, *grads),
+            (*_joined(forward), *_joined(backward)),
         )
 
 
-def _plain(inputs: Iterable[Tensor], causal: bool, scale: float) -> tuple[Tensor, ...]:
-    """Return out, lse, dq, dk, dv by plain math; as in real calls, the backward gets out in the dtype of q."""
-    q, k, v, dout = inputs
-    out, lse = KERNELS["math"].forward(q, k, v, causal, scale)
-    return out, lse, *KERNELS["math"].backward(dout, q, k, v, out.to(q.dtype), lse, causal, scale)
+def _merged(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Merge the out and lse of two calls on the same queries."""
+    (out, lse), (other, other_lse) = parts
+    merged = torch.logaddexp(lse, other_lse)
+    return torch.lerp(out, other, (other_lse - merged).exp()[..., None]), merged
+
+
+def _packed_rows(counts: list[int], x: Tensor) -> PackedRows:
+    return rows_of(Sequences([0] * len(counts), [1] * len(counts), counts), x.device)
+
+
+def _sequences(*packed: tuple[Tensor, list[int]]) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the tensors (1, 1, rows, ..) of each of several packed sequences."""
+    return zip(*([part[None, None] for part in x.split(counts)] for x, counts in packed), strict=True)
+
+
+def _joined(parts: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
+    """Return the tensors of all sequences, packed."""
+    return [torch.cat(of_sequences, 2)[0, 0] for of_sequences in zip(*parts, strict=True)]

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .branches import Branch, Union, branches
 from .groups import GroupedPart
-from .packing import Block, Pack, packed
+from .packing import Block, Pack, PackedRows, packed
 from .plain_call import Kernel
 from .spans import Heads, Rows
 
@@ -115,7 +115,7 @@ def merged_forward(
         queries, keys = pack.rows(q.device)
         q_, k_, v_ = _rows(q)[queries.places], _rows(k)[keys.places], _rows(v)[keys.places]
         out, lse = kernel.forward_packed(q_, k_, v_, queries, keys, pack.causal, scale)
-        merge.add_rows(pack, queries.places, out, lse)
+        merge.add_rows(pack, queries, out, lse)
     if chosen:
         chosen.choose(q, k, scale)
         chosen.merge(kernel, scale, q, k, v, merge)
@@ -173,6 +173,14 @@ def merged_backward(
     return [dq, *of_keys, *sums.of_far]
 
 
+def refuse_capture(q: Tensor) -> None:
+    """Raise RuntimeError while a CUDA graph captures: a replay would read tables and rows that are gone by then."""
+    if q.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "dilated attention cannot be captured in a CUDA graph: capture what is around it, as torch.compile does"
+        )
+
+
 def _only(blocks: Sequence[Block], far: bool) -> list[Block]:
     """Return the calls of blocks on far keys alone, or on near keys alone."""
     return [
@@ -223,7 +231,7 @@ class _Gradients:
         lse = lse[..., 0] - pack.bias
         parts = self.kernel.backward_packed(dout, q, k, v, out, lse, queries, of_keys, pack.causal, scale)
         for total, rows, part in zip((self.q, self.k, self.v), (queries, of_keys, of_keys), parts, strict=True):
-            total.add_rows(rows.places, part, repeated=rows is not queries)
+            total.add_rows(rows, part, repeated=rows is not queries)
 
     def _far_tensors(self, index: int) -> Sequence[Tensor]:
         """Return k and v of far keys, and the sums of their gradients."""
@@ -270,12 +278,12 @@ class Merge:
         out.lerp_(part.to(out.dtype), (lse - sums).exp_())
         total.copy_(sums)
 
-    def add_rows(self, pack: Pack, places: Tensor, part: Tensor, lse: Tensor) -> None:
-        """Merge one call (rows, D) of gathered rows; `places` are their distinct indices among all B N H rows."""
-        gathered = [_rows(x)[places] for x in self.places]
+    def add_rows(self, pack: Pack, queries: PackedRows, part: Tensor, lse: Tensor) -> None:
+        """Merge one call (rows, D) of gathered rows, all of them distinct."""
+        gathered = [_rows(x)[queries.places] for x in self.places]
         self.add(pack, gathered, part, lse)
         for x, rows in zip(self.places, gathered, strict=True):
-            _rows(x).index_copy_(0, places, rows)
+            _rows(x).index_copy_(0, queries.places, rows)
 
     def result(self) -> tuple[Tensor, Tensor]:
         return _as(self._out, self._dtype), self._lse
@@ -296,9 +304,9 @@ class GradientSum:
         for into, share in apart(place, part, rows):
             into.add_(share)
 
-    def add_rows(self, places: Tensor, part: Tensor, repeated: bool) -> None:
-        """Add the part (rows, D) of gathered rows at indices `places` among all B N H, which may be `repeated`."""
-        _rows(self.place).index_add_(0, places, part.to(self.place.dtype))
+    def add_rows(self, rows: PackedRows, part: Tensor, repeated: bool) -> None:
+        """Add the part (rows, D) of gathered rows, which may be `repeated`."""
+        _rows(self.place).index_add_(0, rows.places, part.to(self.place.dtype))
 
     def result(self) -> Tensor:
         return self.place

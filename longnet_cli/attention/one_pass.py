@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .branches import Branch
-from .packing import Pack
+from .packing import Pack, PackedRows
 from .spans import Rows
 
 # Triton compiles functions without annotations
@@ -37,7 +37,7 @@ _OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 _PENDING = 16 << 20  # bytes of parts that may always wait for their sum
 
 # The facts that a kernel needs about a part, in one cache line: addresses and strides of the part and of its lse, the
-# address of `_inverse` for gathered rows (int64); `_ViewRows` (int32); the bias on the lse and the log of zero keys
+# address of `inverse` for gathered rows (int64); `_ViewRows` (int32); the bias on the lse and the log of zero keys
 # (fp32).
 _PIECE = struct.Struct("<9q11i2f4x")
 _WORDS = tl.constexpr(_PIECE.size // 4)
@@ -58,10 +58,10 @@ class OnePassMerge:
     def add(self, branch: Branch, places: list[Tensor], part: Tensor, lse: Tensor) -> None:
         self._pieces.add(places[0], self.q.shape[2], part, lse, branch.bias, branch.zero_keys)
 
-    def add_rows(self, pack: Pack, places: Tensor, part: Tensor, lse: Tensor) -> None:
-        """Take the part (rows, D) and lse (rows,) of gathered rows, at distinct indices `places` among all B N H."""
+    def add_rows(self, pack: Pack, queries: PackedRows, part: Tensor, lse: Tensor) -> None:
+        """Take the part (rows, D) and lse (rows,) of gathered rows, all of them distinct."""
         batch, tokens, heads, _ = self.q.shape
-        self._pieces.add_rows(places, (batch * tokens, heads), part, lse, pack.bias, pack.zero_keys)
+        self._pieces.add_rows(queries, (batch * tokens, heads), part, lse, pack.bias, pack.zero_keys)
 
     def result(self) -> tuple[Tensor, Tensor]:
         out = torch.empty(self.q.shape, dtype=self.q.dtype, device=self.q.device)
@@ -94,14 +94,14 @@ class OnePassGradientSum:
         if self._pieces.nbytes >= self._limit:
             self._flush()
 
-    def add_rows(self, places: Tensor, part: Tensor, repeated: bool) -> None:
-        """Take the part (rows, D) of gathered rows at indices `places` among all B N H, which may be `repeated`."""
+    def add_rows(self, rows: PackedRows, part: Tensor, repeated: bool) -> None:
+        """Take the part (rows, D) of gathered rows, which may be `repeated`."""
         batch, tokens, heads, head_dim = self._like.shape
-        if repeated:  # `_inverse` would find only one row for each place
-            wide = self.result().float().view(-1, head_dim).index_add_(0, places, part.float())
+        if repeated:  # `inverse` finds only one row for each place
+            wide = self.result().float().view(-1, head_dim).index_add_(0, rows.places, part.float())
             self._sum = wide.to(self._like.dtype).view(self._like.shape)
             return
-        self._pieces.add_rows(places, (batch * tokens, heads), part)
+        self._pieces.add_rows(rows, (batch * tokens, heads), part)
         if self._pieces.nbytes >= self._limit:
             self._flush()
 
@@ -174,19 +174,19 @@ class _LaunchParts:
 
     def add_rows(
         self,
-        places: Tensor,
+        packed: PackedRows,
         size: tuple[int, int],
         part: Tensor,
         lse: Tensor | None = None,
         bias: float = 0.0,
         zero_keys: int = 0,
     ) -> None:
-        (total, heads), rows = size, len(places)
+        (total, heads), rows = size, len(packed.places)
         every = _ViewRows(0, total - 1, 1, 1, rows, 1, 0, heads, 1, 0, 1)
         # the same row for every head
         part = part.as_strided((1, 1, *part.shape), (0, 0, *part.stride()))
         lse = None if lse is None else lse.as_strided((1, 1, rows), (0, 0, *lse.stride()))
-        self._hold(part, lse, _inverse(places, total * heads), every, bias, zero_keys)
+        self._hold(part, lse, packed.inverse(total * heads), every, bias, zero_keys)
 
     def _hold(
         self, part: Tensor, lse: Tensor | None, inverse: Tensor | None, rows: _ViewRows, bias: float, zero_keys: int
@@ -213,24 +213,17 @@ class _LaunchParts:
         pieces = (on_host.pin_memory() if out.is_cuda else on_host).to(out.device, non_blocking=True)
         width = triton.next_power_of_2(head_dim)
         tile = max(16, _TILE // width)
-        kernel[(triton.cdiv(batch * tokens, tile) * heads,)](
-            pieces.view(torch.int64), pieces, out, *more, self.number, batch * tokens, heads,
-            HEAD_DIM=head_dim, WIDTH=width, TILE=tile, PART=getattr(tl, str(dtype).removeprefix("torch.")),
-            VECTOR=max(1, alignment // dtype.itemsize), **_OPTIONS, **options,
-        )  # fmt: skip
+        with torch.cuda.device_of(out):  # Triton launches on the current device
+            kernel[(triton.cdiv(batch * tokens, tile) * heads,)](
+                pieces.view(torch.int64), pieces, out, *more, self.number, batch * tokens, heads,
+                HEAD_DIM=head_dim, WIDTH=width, TILE=tile, PART=getattr(tl, str(dtype).removeprefix("torch.")),
+                VECTOR=max(1, alignment // dtype.itemsize), **_OPTIONS, **options,
+            )  # fmt: skip
 
 
 def _places(x: Tensor) -> Tensor:
     """Return a tensor (B, N, H, 1) without memory; the strides of its views tell which rows they show."""
     return torch.empty((*x.shape[:3], 1), device="meta")
-
-
-@lru_cache(maxsize=64)  # all layers of a step gather the same rows
-def _inverse(places: Tensor, size: int) -> Tensor:
-    """Return the index of the gathered row at each of `size` places, (size,) int32, -1 for none."""
-    with torch.inference_mode(False):  # the cached tensor outlives the caller's inference mode
-        inverse = torch.full((size,), -1, dtype=torch.int32, device=places.device)
-        return inverse.index_copy_(0, places, torch.arange(len(places), dtype=torch.int32, device=places.device))
 
 
 def _is_whole(place: Tensor, part: Tensor, shape: torch.Size) -> bool:

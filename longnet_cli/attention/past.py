@@ -13,6 +13,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +27,18 @@ from .sinks import Turn
 FIRST_BLOCKS = 1 << 6  # blocks in the first piece of memory; each next piece is half of all before, if that is more
 
 Shape = tuple[int, ...]
+
+
+class Seen(NamedTuple):
+    """The blocks that the groups of a part see in a layer: for each row, (groups, m) int32, ascending.
+
+    votes: some of the groups -> for each row, the votes (groups, m) for their blocks by all keys, 0 for block 0. Only a
+    layer that chooses has votes, and only during the call that gives them.
+    """
+
+    part: GroupedPart
+    blocks: list[Tensor]
+    votes: Callable[[slice], list[Tensor]]
 
 
 class Means:
@@ -199,8 +212,7 @@ class Past:
 
     A `KVCache` keeps one, and gives it out with its far keys. Shards are appended as they come; `settle`, which needs
     `turn`, moves whole blocks to `blocks`, and from then on `append` does. `counts` (B, blocks) int32 says how many
-    groups have seen each block. If there is `on_choice`, it gets the parts of each shard and the blocks that their rows
-    see, as in `chosen.Chosen`.
+    groups have seen each block. If there is `on_choice`, it gets what each part of a shard sees.
 
     The `layer` of a net that chooses keeps `means` and the last `queries` (B, n, H, D) as well: those since the last
     scan, and its voters. `held` is what the last open group has chosen, and `scanned` what the last scan has found,
@@ -225,7 +237,7 @@ class Past:
         self.choices: dict[int, list[list[Tensor]]] | None = {} if keep else None  # `chosen.Chosen.blocks`
         self.gradients: Tensor | None = None
         self.counts: Tensor | None = None
-        self.on_choice: Callable[[GroupedPart, list[Tensor]], None] | None = None
+        self.on_choice: Callable[[Seen], None] | None = None
         self._first_means = keep // pattern.chosen_block or FIRST_BLOCKS
         self.queries: Tensor | None = None
         self.means: Means | None = None

@@ -202,13 +202,20 @@ def check_output(
 
 @contextmanager
 def say_what_is_kept(output: str, quiet: bool) -> Iterator[None]:
-    """Run a job that writes rows to `output`. If it is stopped, say what is kept and how to go on, unless `quiet`."""
+    """Run a job that writes rows to `output`. If it is stopped, say what is kept and how to go on, unless `quiet`.
+
+    One of several ranks says so for Ctrl-C alone. torchrun ends it by SIGTERM if another rank failed too, and then the
+    error of that rank is all there is to say.
+    """
     from longnet_cli.data.manifest import read_manifest
     from longnet_cli.data.outputs import is_folder
+    from longnet_cli.running.ranks.launch import under_torchrun
 
     try:
         yield
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop, SystemExit) and under_torchrun():
+            raise
         if is_folder(output) and (manifest := read_manifest(output)):
             kept = f"{output} keeps {manifest.totals['documents']:,} documents"
             what = f"{kept}: the same command with --resume goes on"

@@ -1,9 +1,10 @@
 """The sources of an answer, from the blocks that the content chose, and the file that `score --chosen` writes.
 
-Sources are passages of what was read that were chosen while the answer was generated, more often than before. For each
-block, the share of a generated token's layers that see it is compared with the share of the groups before that have
-chosen it, where they could, by the log-likelihood ratio. The blocks with the largest, and neighbours with half of it,
-are passages.
+Sources are passages of what was read that were chosen while the answer was generated, more often than before. The
+evidence for a block is its vote by all of its keys, on average over the tokens of the answer and the layers that
+choose, times the negative log of how often it was chosen before: the least common of what the answer looks at comes
+first, as with the weights of rare words in a search (tf-idf). The blocks with the most evidence, and neighbours with a
+third of it, are passages.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from longnet_cli.attention import Pattern
-from longnet_cli.attention.groups import GroupedPart
+from longnet_cli.attention.past import Seen
 from longnet_cli.data.outputs import ShardWriter
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.running.causal_stream import CausalStream
@@ -56,9 +57,9 @@ def write_chosen(path: str | Path, pattern: Pattern, metadata: Mapping[str, str]
                 writer.write(pa.RecordBatch.from_pylist(rows, schema=writer.schema))
             rows.clear()
 
-        def on_choice(windows: Sequence[Window], layer: int, part: GroupedPart, chosen: list[Tensor]) -> None:
-            first, _, queries, _ = part.groups
-            for window, of_row in zip(windows[part.rows], chosen, strict=True):
+        def on_choice(windows: Sequence[Window], layer: int, seen: Seen) -> None:
+            first, _, queries, _ = seen.part.groups
+            for window, of_row in zip(windows[seen.part.rows], seen.blocks, strict=True):
                 name = window.sequence.document.doc_id  # type: ignore[attr-defined]
                 groups = zip(range(first, len(window), every), of_row.tolist(), strict=False)  # others are padding
                 for start, blocks in groups:
@@ -73,6 +74,7 @@ def write_chosen(path: str | Path, pattern: Pattern, metadata: Mapping[str, str]
 
 PASSAGES = 3
 LEAST_SHARE = 1e-3  # so that one choice of a block that nothing chose before says little
+NEIGHBOURING = 1 / 3  # of a passage's most evidence, that a neighbouring block needs to belong to it
 
 
 class Passage(NamedTuple):
@@ -90,15 +92,17 @@ class Sources:
 
     def __init__(self, stream: CausalStream) -> None:
         self.stream, self.pattern = stream, stream.model.config.pattern
-        self._last: dict[int, Tensor] = {}  # by layer: what the last token sees; it predicts the first of the answer
-        self._seen: list[Tensor] = []  # of the answer: blocks, one tensor per token and layer
+        # by layer: the blocks that the last token sees, and their votes; it predicts the first token of the answer
+        self._last: dict[int, tuple[Tensor, Tensor]] = {}
+        self._seen: list[tuple[Tensor, Tensor]] = []  # of the answer: those of each token and layer
         self._before: np.ndarray | None = None
         stream.watch(self._on_choice)
 
     def begin(self) -> None:
         """Count from now on what the answer sees."""
         self._seen = [*self._last.values()]
-        counts = [cache.past.counts[0] for cache in self.stream.caches if cache.past and cache.past.counts is not None]
+        pasts = [cache.past for cache in self.stream.caches if cache.past and cache.past.kind == "chooses"]
+        counts = [past.counts[0] for past in pasts if past.counts is not None]
         longest = max(map(len, counts), default=0)
         total = sum(np.pad(x.cpu().numpy(), (0, longest - len(x))) for x in counts)
         self._before = total / (len(counts) * self._choosers(longest).clip(1)) if longest else np.zeros(0)
@@ -107,16 +111,15 @@ class Sources:
         """Return up to PASSAGES passages, the most telling one first; [] if all that was read was always seen."""
         if not self._seen or self._before is None:
             return []
-        seen = torch.cat(self._seen).cpu().numpy()
+        seen, votes = (torch.cat(each).cpu().numpy() for each in zip(*self._seen, strict=True))
         number = max(int(seen.max()) + 1, len(self._before))
-        share = np.bincount(seen, minlength=number) / len(self._seen)
+        share, vote = (np.bincount(seen, weights, number) / len(self._seen) for weights in (None, votes))
         before = np.pad(self._before, (0, number - len(self._before)))
-        more, passages = _surprise(share, before), list[Passage]()
-        more[0] = 0  # every group sees the first block
+        more, passages = np.where(share > before, -vote * np.log(before.clip(LEAST_SHARE, 1)), 0), list[Passage]()
         ids, size = torch.cat(self.stream.ids, 1)[0].cpu().numpy(), self.pattern.chosen_block
         while len(passages) < PASSAGES and more.max() > 0:
             best = int(more.argmax())
-            least, first, last = more[best] / 2, best, best
+            least, first, last = more[best] * NEIGHBOURING, best, best
             while first and more[first - 1] >= least:
                 first -= 1
             while last + 1 < number and more[last + 1] >= least:
@@ -127,13 +130,15 @@ class Sources:
             more[first : last + 1] = 0
         return passages
 
-    def _on_choice(self, layer: int, part: GroupedPart, chosen: list[Tensor]) -> None:
-        if part.groups.near <= self.pattern.chosen_keys:
-            return  # all blocks are seen
-        if self._before is None:
-            self._last[layer] = chosen[0][-1]
-        else:
-            self._seen += [blocks for blocks in chosen[0] for _ in range(part.groups.queries)]
+    def _on_choice(self, layer: int, seen: Seen) -> None:
+        if self.pattern.kind(layer) != "chooses" or seen.part.groups.near <= self.pattern.chosen_keys:
+            return  # it sees what another layer has chosen, or all blocks
+        some = slice(-1, None) if self._before is None else slice(None)
+        for blocks, votes in zip(seen.blocks[0][some], seen.votes(some)[0], strict=True):
+            if self._before is None:
+                self._last[layer] = blocks, votes
+            else:
+                self._seen += [(blocks, votes)] * seen.part.groups.queries
 
     def _choosers(self, blocks: int) -> np.ndarray:
         """Return how many groups so far could choose each of the first blocks."""
@@ -141,13 +146,3 @@ class Sources:
         ends = np.maximum(np.arange(blocks) * pattern.chosen_block, pattern.chosen_keys)
         first = (ends // w + back + 1) * w  # the first query that sees blocks beyond the end
         return (-(-self.stream.position // pattern.chosen_every) - -(-first // pattern.chosen_every)).clip(0)
-
-
-def _surprise(share: np.ndarray, before: np.ndarray) -> np.ndarray:
-    """Return how much likelier choices of each block are by its share than by the one before, in nats per choice.
-
-    It is negative for smaller shares. Their difference would rank the blocks first that nearly everything chooses: from
-    0.6 to 1 is more than from 0 to 0.3. So would the difference of log odds, which has no limit towards 1.
-    """
-    p, q = share.clip(LEAST_SHARE, 1 - LEAST_SHARE), before.clip(LEAST_SHARE, 1 - LEAST_SHARE)
-    return np.sign(p - q) * (p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q)))

@@ -192,7 +192,7 @@ def write_rows(
 
     A shard ends with the document that brings it to `shard_size`, in the job's `shard_unit`. `resume` continues a
     folder that an earlier run left unfinished, without reading the documents of finished shards again. On the same
-    machine with as many threads, the result is byte for byte as if the run had never stopped. Inputs, model and options
+    CPU with as many threads, the result is byte for byte as if the run had never stopped. Inputs, model and options
     must be the same as in the earlier run. Only a `chunk` of None takes the earlier run's value, because on a GPU the
     default depends on the free memory. A resumed run leaves out again what the earlier run left out. The manifest has
     the counts of `left_out`, and the digests of the inputs: those of finished shards must be the same in a resumed run.

@@ -94,7 +94,14 @@ class Attention(nn.Module):
         far: LayerProvider | None,
     ) -> Tensor:
         q, k, v = self.project(x, table)
-        mixed = dilated_attention(
+        if far and torch.compiler.is_compiling():  # a provider keeps state and sends messages: no graph can hold that
+            mixed = torch.compiler.disable(self.attend)(q, k, v, place, far)
+        else:
+            mixed = self.attend(q, k, v, place, far)
+        return self.out(self.inner_norm(mixed.flatten(-2)))  # (B, N, H, D) -> (B, N, dim)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, place: Placement, far: LayerProvider | None) -> Tensor:
+        return dilated_attention(
             q,
             k,
             v,
@@ -105,7 +112,6 @@ class Attention(nn.Module):
             turn=self.turn,
             **place._asdict(),
         )
-        return self.out(self.inner_norm(mixed.flatten(-2)))  # (B, N, H, D) -> (B, N, dim)
 
 
 class FeedForward(nn.Module):

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from longnet_cli.attention import FarKeys, KVCache, Outside
-from longnet_cli.attention.groups import GroupedPart
 from longnet_cli.attention.notation import parse_pattern
+from longnet_cli.attention.past import Seen
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.nets.named_blocks import ReadText, named_blocks
 from longnet_cli.nets.net import Net
@@ -37,7 +37,7 @@ from longnet_cli.running.saved_state import (
     write_state,
 )
 
-OnChoice = Callable[[int, GroupedPart, list[Tensor]], None]  # layer, and as `Past.on_choice`
+OnChoice = Callable[[int, Seen], None]  # layer, and what it sees
 
 
 def open_stream(net: Net, ranks: Ranks = ALONE, spill: str | Path | None = None) -> Callable[..., Tensor]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from longnet_cli.attention import Outside, Past
-from longnet_cli.attention.groups import GroupedPart
+from longnet_cli.attention.past import Seen
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import FarProvider, InputSequence, Net, Readable
@@ -56,7 +56,7 @@ class Window:
         return self.stop - self.wanted
 
 
-OnWindows = Callable[[Sequence[Window], int, GroupedPart, list[Tensor]], None]  # as `Reader.on_choice`
+OnWindows = Callable[[Sequence[Window], int, Seen], None]  # as `Reader.on_choice`
 W = TypeVar("W", bound=Window)
 S = TypeVar("S", bound=InputSequence[Any])
 Z = TypeVar("Z", bound=Sized)

@@ -12,13 +12,19 @@ from typing import Any
 
 import pytest
 import torch
+from pattern_nets import draw, error, gradients, net
 from strategies import PAPER_64TH, turn
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._inductor.utils import get_first_incompatible_cudagraph_node
 from torch.utils.checkpoint import checkpoint
 
 from longnet_cli.attention import DilatedAttention, FarSpan, Pattern, dilated_attention, far_keys
 from longnet_cli.attention.shard import Shard
 from longnet_cli.attention.spans import far_spans
+from longnet_cli.jobs.training.gradients import backward
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.positions import position_table
@@ -132,7 +138,7 @@ def test_chosen_blocks_compiled(options: dict) -> None:
 
 def test_one_graph_for_all_lengths() -> None:
     """Lengths of a batch and numbers of tokens are data of the operator: a new one compiles nothing."""
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(plain, backend=counter, fullgraph=True, dynamic=True)
     for tokens, lengths in [(50, [3, 50]), (51, [51, 0]), (170, [9, 9])]:
         compare(plain, compiled, tensors(3, tokens), lengths=torch.tensor(lengths))
@@ -164,6 +170,23 @@ def test_the_operator_keeps_torchs_contract() -> None:
         saved = [x.detach() for x in (torch.ones_like(out), *sample[:3], out, lse)]
         backward = (*saved, [x.detach() for x in sample[3]], *sample[4:])
         torch.library.opcheck(torch.ops.longnet.dilated_attention_backward, backward)
+
+
+def test_no_cuda_graph_captures_the_operators() -> None:
+    """As `mode="reduce-overhead"` would: the operators copy tables that a replay does not find."""
+    unsafe = []
+
+    def look(graph: torch.fx.GraphModule, _: Any) -> Callable:
+        unsafe.append(get_first_incompatible_cudagraph_node(graph))
+        return make_boxed_func(graph.forward)
+
+    q, k, v = tensors(3, 50)
+    torch.compile(plain, backend=aot_autograd(fw_compiler=look, bw_compiler=look))(q, k, v).sum().backward()
+    operators = torch.ops.longnet
+    assert [node and node.target for node in unsafe] == [
+        operators.dilated_attention.default,
+        operators.dilated_attention_backward.default,
+    ]
 
 
 TILED = {"segment_lengths": (8, 32), "dilation_rates": (1, 4), "overlap": "once", "look_back": 1}
@@ -236,6 +259,19 @@ def run_block(block: nn.Module, compiled: Callable[..., Tensor], *inputs: Tensor
     )
     for a, b in zip(expected, found, strict=True):
         assert (a - b).abs().max() <= 1e-6 * max(1.0, a.abs().max())
+
+
+def test_no_graph_holds_what_comes_from_outside() -> None:
+    """In chunks, far keys differ at each call, and their provider keeps a cache: neither compiles anything again."""
+    ids, targets = draw(2, 400), draw(2, 400, seed=1)
+    model = net(PAPER_64TH, layers=1)
+    expected = [backward(model, ids, targets, chunk=100, starts=None), *gradients(model)]
+    counter = CompileCounterWithBackend("eager")
+    model.layers[0].forward = torch.compile(model.layers[0].forward, backend=counter)
+    found = [backward(model, ids, targets, chunk=100, starts=None), *gradients(model)]
+    for a, b in zip(found, expected, strict=True):
+        assert error(a, b) <= 1e-6
+    assert counter.frame_count == 2 * 4  # without and with gradients: the layer and its attention, before and after
 
 
 @pytest.mark.parametrize(("padded", "backend"), [(False, "aot_eager"), pytest.param(True, "inductor", marks=COMPILER)])

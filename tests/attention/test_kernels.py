@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 import sys
 import types
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -77,7 +79,7 @@ def test_the_cpu_gets_flash_and_the_environment_decides(monkeypatch: pytest.Monk
     assert kernels.select_kernel(CPU, torch.float32, 64, "cpu_flash").name == "cpu_flash"
     monkeypatch.setenv("LONGNET_KERNEL", "quick")
     with pytest.raises(
-        ValueError, match="choose from fa4, fa3, flash_attn, cuda_flash, cuda_efficient, cudnn, cpu_flash, math"
+        ValueError, match="choose from fa3, fa4, flash_attn, cuda_flash, cuda_efficient, cudnn, cpu_flash, math"
     ):
         kernels.select_kernel(CPU, torch.float32, 64)
 
@@ -90,6 +92,31 @@ def test_a_kernel_that_computes_wrongly_is_passed_over(monkeypatch: pytest.Monke
     with pytest.warns(UserWarning, match="'cpu_flash' is not used: its dq is off"):
         assert kernels.select_kernel(CPU, torch.float32, 16).name == "math"
     with pytest.raises(ValueError, match="cannot run here: its dq is off"):
+        kernels.select_kernel(CPU, torch.float32, 16, "cpu_flash")
+
+
+def own_lse(kernel, dout, q, k, v, out, lse, *options):
+    """The gradients of a call whose out and lse are its own, not those that are merged with others'."""
+    return type(kernel).backward(kernel, dout, q, k, v, *type(kernel).forward(kernel, q, k, v, *options), *options)
+
+
+def whole_tiles(kernel, dout, q, k, v, *options):
+    dq, dk, dv = type(kernel).backward(kernel, dout, q, k, v, *options)
+    dq[:, :, q.shape[2] // 64 * 64 :] = 0
+    return dq, dk, dv
+
+
+def head_by_head(kernel, dout, q, k, *options):
+    dq, dk, dv = type(kernel).backward(kernel, dout, q, k, *options)
+    return dq, dk if k.stride(1) else dk / 2, dv
+
+
+@pytest.mark.parametrize(("backward", "what"), [(own_lse, "dq"), (whole_tiles, "dq"), (head_by_head, "dk")])
+def test_what_only_real_calls_have_is_tried(monkeypatch: pytest.MonkeyPatch, backward, what: str) -> None:
+    """A merged lse, rows that fill no tile, heads that share a key head."""
+    flash = kernels.KERNELS["cpu_flash"]
+    monkeypatch.setattr(flash, "backward", partial(backward, flash))
+    with pytest.raises(ValueError, match=f"cannot run here: its {what} is off"):
         kernels.select_kernel(CPU, torch.float32, 16, "cpu_flash")
 
 
@@ -231,7 +258,7 @@ def test_flash_attn_is_called_as_it_wants(monkeypatch: pytest.MonkeyPatch, versi
     package.flash_attn_interface = interface
     monkeypatch.setitem(sys.modules, "flash_attn", package)
     monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", interface)
-    monkeypatch.setattr(cuda_kernels.FlashAttnKernel, "refusal", lambda *_: None)  # only the device is missing
+    monkeypatch.setattr(cuda_kernels.PackageKernel, "refusal", lambda *_: None)  # only the device is missing
     library = torch.library.Library("aten", "IMPL")  # which packs
     library.impl("_flash_attention_forward", flash_forward, "CPU")
     library.impl("_flash_attention_backward", flash_backward, "CPU")
@@ -423,50 +450,136 @@ def test_plain_math_on_a_gpu_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels.select_kernel(torch.device("cuda"), torch.float64, 64, "math")  # as was asked for: nothing to say
 
 
-@pytest.mark.skipif(not hasattr(torch.nn.attention, "activate_flash_attention_impl"), reason="torch before 2.13")
-@pytest.mark.parametrize("name", ["fa3", "fa4"])
-def test_newer_flash_attention_takes_the_place_of_atens(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Registered with torch as FA3 and FA4 are; aten's flash operators have no kernel for CPUs of their own."""
-    registry = torch.nn.attention._registry
-    monkeypatch.setattr(registry, "_FLASH_ATTENTION_IMPLS", dict(registry._FLASH_ATTENTION_IMPLS))
-    monkeypatch.setattr(cuda_kernels.ActivatedKernel, "refusal", lambda *_: None)
-    monkeypatch.setattr(cuda_kernels.CudaFlashKernel, "refusal", lambda *_: None)
+# What the operators `fwd` and `bwd` of flash_attn_3 are: in FlashAttention-3 since 2025
+FLASH_3 = (
+    "(Tensor q, Tensor k, Tensor v, Tensor(a!)? k_new=None, Tensor(b!)? v_new=None, Tensor? q_v=None, "
+    "Tensor(c!)? out=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, Tensor? cu_seqlens_k_new=None, "
+    "Tensor? seqused_q=None, Tensor? seqused_k=None, int? max_seqlen_q=None, int? max_seqlen_k=None, "
+    "Tensor? page_table=None, Tensor? kv_batch_idx=None, Tensor? leftpad_k=None, Tensor? rotary_cos=None, "
+    "Tensor? rotary_sin=None, Tensor? seqlens_rotary=None, Tensor? q_descale=None, Tensor? k_descale=None, "
+    "Tensor? v_descale=None, float? softmax_scale=None, bool is_causal=False, int window_size_left=-1, "
+    "int window_size_right=-1, int attention_chunk=0, float softcap=0.0, bool is_rotary_interleaved=False, "
+    "Tensor? scheduler_metadata=None, int num_splits=0, bool? pack_gqa=None, int sm_margin=0) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, Tensor(a!)? dq=None, "
+    "Tensor(b!)? dk=None, Tensor(c!)? dv=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
+    "Tensor? seqused_q=None, Tensor? seqused_k=None, int? max_seqlen_q=None, int? max_seqlen_k=None, "
+    "float? softmax_scale=None, bool is_causal=False, int window_size_left=-1, int window_size_right=-1, "
+    "float softcap=0.0, bool deterministic=False, int sm_margin=0) -> (Tensor, Tensor)",
+)
 
-    class Handle:
-        def __init__(self) -> None:
-            self.library = torch.library.Library("aten", "IMPL")
-            self.library.impl("_flash_attention_forward", flash_forward, "CPU")
-            self.library.impl("_flash_attention_backward", flash_backward, "CPU")
 
-        def remove(self) -> None:
-            self.library._destroy()
+EDGES = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
 
-    torch.nn.attention.register_flash_attention_impl(name.upper(), register_fn=Handle)
+
+def by_aten(q, k, v, causal, scale, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None):
+    """The out and lse of FlashAttention-3 and -4, whose layouts are those of aten's operator."""
+    lengths = (max_seqlen_q or q.shape[1], max_seqlen_k or k.shape[1])
+    return flash_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, *lengths, 0.0, causal, scale=scale)[:2]
+
+
+def by_aten_backward(dout, q, k, v, out, lse, causal, scale, cu_seqlens_q=None, cu_seqlens_k=None):
+    assert lse.is_contiguous()
+    edges = cu_seqlens_q, cu_seqlens_k
+    most = [x.shape[1] if of is None else of.diff().max() for x, of in zip((q, k), edges, strict=True)]
+    return flash_backward(dout, q, k, v, out, lse, *edges, *most, 0.0, causal, scale=scale)
+
+
+def flash_3(monkeypatch: pytest.MonkeyPatch) -> torch.library.Library:
+    """flash_attn_interface: importing it registers operators, whose gradients are written into arguments."""
+
+    names = [re.findall(r" (\w+)[,=)]", schema) for schema in FLASH_3]
+
+    def forward(*arguments):
+        given = dict(zip(names[0], arguments, strict=False))  # torch leaves out defaults at the end
+        edges = {name: given.get(name) for name in EDGES}
+        found = by_aten(*arguments[:3], given.get("is_causal", False), given["softmax_scale"], **edges)
+        return *found, torch.empty(0), torch.empty(0)
+
+    def backward(*arguments):
+        given = dict(zip(names[1], arguments, strict=False))
+        edges = {name: given.get(name) for name in EDGES[:2]}
+        grads = by_aten_backward(*arguments[:6], given.get("is_causal", False), given["softmax_scale"], **edges)
+        for total, part in zip(arguments[6:9], grads, strict=True):
+            total.copy_(part)
+        return torch.empty(0), torch.empty(0)
+
+    library = torch.library.Library("flash_attn_3", "DEF")
+    for name, schema, function in zip(("fwd", "bwd"), FLASH_3, (forward, backward), strict=True):
+        library.define(f"{name}{schema}")
+        library.impl(name, function, "CPU")
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", types.ModuleType("flash_attn_interface"))
+    return library
+
+
+def flash_4(monkeypatch: pytest.MonkeyPatch) -> None:
+    """flash_attn.cute.interface: functions of Python."""
+
+    def _flash_attn_fwd(q, k, v, *, softmax_scale=None, causal=False, return_lse=False, **edges):
+        assert return_lse
+        return by_aten(q, k, v, causal, softmax_scale, **edges)
+
+    def _flash_attn_bwd(
+        q, k, v, out, dout, lse, softmax_scale=None, causal=False, *, cu_seqlens_q=None, cu_seqlens_k=None,
+        deterministic=False,
+    ):  # fmt: skip
+        return by_aten_backward(dout, q, k, v, out, lse, causal, softmax_scale, cu_seqlens_q, cu_seqlens_k)
+
+    module = types.ModuleType("flash_attn.cute.interface")
+    for name in ("flash_attn", "flash_attn.cute", "flash_attn.cute.interface"):
+        monkeypatch.setitem(sys.modules, name, module)
+    module._flash_attn_fwd, module._flash_attn_bwd = _flash_attn_fwd, _flash_attn_bwd
+
+
+@pytest.mark.parametrize(("name", "package"), [("fa3", flash_3), ("fa4", flash_4)])
+def test_newer_flash_attention_is_called_as_it_wants(monkeypatch: pytest.MonkeyPatch, name: str, package) -> None:
+    """Directly: torch's own attention, which it could replace, stays what it is in this process."""
+    kept = package(monkeypatch)
+    for names in ("activate", "restore", "register"):  # which torch has, or has not, by its version
+        monkeypatch.delattr(torch.nn.attention, f"{names}_flash_attention_impl", raising=False)
+    monkeypatch.setattr(cuda_kernels.PackageKernel, "refusal", lambda *_: None)  # only the device is missing
     problem = torch.randn(4, 2, 50, 4, 8), Pattern((8, 32), (1, 4))
-    monkeypatch.setenv("LONGNET_KERNEL", name)
-    try:
-        assert_equals_the_reference(*problem)
-        assert_packs(*problem, kernel=name)
-        assert torch.nn.attention.current_flash_attention_impl() == name.upper()
-        with pytest.raises(ValueError, match="'cuda_flash' cannot run here: NotImplementedError"):  # torch's own
-            dilated_attention(*problem[0][:3], problem[1], kernel="cuda_flash")
-        assert torch.nn.attention.current_flash_attention_impl() is None
-    finally:
-        cuda_kernels.activate(None)
+    assert_equals_the_reference(*problem, kernel=name)
+    assert_packs(*problem, kernel=name)
+    if kept:
+        kept._destroy()
 
 
-def test_what_cannot_be_activated_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    refusal = kernels.KERNELS["fa4"].refusal(torch.device("cuda"), torch.bfloat16, 64)
-    assert re.search(r"flash_attn.cute.interface cannot be imported|2.13 can", refusal)
-    monkeypatch.setattr(torch.nn.attention, "list_flash_attention_impls", list, raising=False)
-    assert "cannot activate it; 2.13 can" in kernels.KERNELS["fa3"].refusal(torch.device("cuda"), torch.bfloat16, 64)
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], torch.device]:
+    """Make this machine say that it has a card, of a compute capability."""
+
+    def of(major: int) -> torch.device:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (major, 0))
+        return torch.device("cuda")
+
+    return of
 
 
-def test_what_fails_is_not_left_activated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Others in the process would get it as well."""
-    left: list[str | None] = ["FA4"]
-    monkeypatch.setattr(cuda_kernels.ActivatedKernel, "refusal", lambda *_: None)
-    monkeypatch.setattr(kernels, "activate", left.append)
-    with pytest.raises(ValueError, match="'fa4' cannot run here"):  # aten has no such operator for CPUs
-        kernels.select_kernel(CPU, torch.float32, 8, "fa4")
-    assert left[-1] is None
+def test_a_broken_package_stops_no_other_kernel(monkeypatch: pytest.MonkeyPatch, card) -> None:
+    """As flash-attn's with another nvidia-cutlass-dsl, or of another torch: on a CPU nobody imports it."""
+    imported = []
+
+    def broken(name: str) -> None:
+        imported.append(name)
+        raise AttributeError("module 'cutlass' has no attribute 'Int32'\nin line 3")
+
+    monkeypatch.setattr(cuda_kernels.importlib, "import_module", broken)
+    monkeypatch.delenv("LONGNET_KERNEL", raising=False)
+    assert kernels.select_kernel(CPU, torch.float32, 64).name == "cpu_flash"
+    assert not imported
+    for name in ("fa3", "fa4", "flash_attn"):
+        why = kernels.KERNELS[name].refusal(card(9), torch.bfloat16, 64)
+        assert why == f"{imported[-1]} cannot be imported: AttributeError: module 'cutlass' has no attribute 'Int32'"
+    assert imported == ["flash_attn_interface", "flash_attn.cute.interface", "flash_attn.flash_attn_interface"]
+
+
+@pytest.mark.parametrize(("major", "first"), [(8, "flash_attn"), (9, "fa3"), (10, "fa4"), (12, "flash_attn")])
+def test_each_card_gets_the_kernel_that_is_made_for_it(
+    monkeypatch: pytest.MonkeyPatch, card, major: int, first: str
+) -> None:
+    monkeypatch.delenv("LONGNET_KERNEL", raising=False)
+    monkeypatch.setattr(kernels, "_failure", lambda *_: None)
+    for kernel in (cuda_kernels.Flash3Kernel, cuda_kernels.Flash4Kernel, cuda_kernels.FlashAttnKernel):
+        monkeypatch.setattr(kernel, "functions", lambda _: (print, print))
+    assert kernels.select_kernel(card(major), torch.bfloat16, 64).name == first

@@ -8,7 +8,10 @@ import subprocess
 import sys
 import weakref
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -21,10 +24,21 @@ from torch.utils._pytree import tree_leaves
 pytest.importorskip("triton", reason="Triton cannot be installed here")
 
 
-@pytest.mark.ci
-def test_in_the_interpreter() -> None:
-    cases = ROOT / "tests/interpreted.py"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)]
+@pytest.mark.parametrize(
+    "cases", [pytest.param("not slow", marks=pytest.mark.ci), pytest.param("slow", marks=pytest.mark.slow)]
+)
+def test_in_the_interpreter(cases: str) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        cases,
+        str(ROOT / "tests/interpreted.py"),
+    ]
     done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -72,6 +86,27 @@ def test_compiled_ahead_of_time_with_vector_loads(
     reads = 1 if name == "merge_parts" or fresh else 2  # a part, and the sum so far
     assert moved["ld", 16] == reads * tile // 16, moved
     assert moved["st", 16] == tile // 16, moved
+
+
+def test_a_launch_is_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton itself launches on the current device, whichever that is."""
+    from longnet_cli.attention import one_pass
+
+    current: list[Tensor] = []
+    launched: list[Tensor] = []
+
+    @contextmanager
+    def device_of(x: Tensor) -> Iterator[None]:
+        current.append(x)
+        yield
+        current.remove(x)
+
+    kernel = MagicMock()
+    kernel.__getitem__.return_value = lambda *_, **__: launched.extend(current)
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    out = torch.empty(1, 5, 2, 8)
+    one_pass._LaunchParts().launch(kernel, out)
+    assert [x is out for x in launched] == [True]
 
 
 class Live(TorchDispatchMode):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 from itertools import pairwise
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from strategies import PAPER_64TH, Choice, PackedMath, Problem, assert_close, choices, cuts, problems, run, split, turn
 from torch import Tensor
 
-from longnet_cli.attention import FarKeys, FarSpan, Pattern, dilated_attention, far_keys
+from longnet_cli.attention import FarKeys, FarSpan, Pattern, dilated_attention, far_keys, planning
 from longnet_cli.attention.kernels import KERNELS, forget_selections
 from longnet_cli.attention.planning import plan_calls
 from longnet_cli.attention.reference import dilated_attention_reference
@@ -29,8 +30,10 @@ class Unpacked(PackedMath):
             raise RuntimeError("no kernel image\nfor this device")
         return super().forward_packed(*args, **kwargs)
 
-    def backward_packed(self, *args, **kwargs) -> tuple[Tensor, Tensor, Tensor]:
-        dq, dk, dv = super().backward_packed(*args, **kwargs)
+    def backward_packed(self, dout, q, k, v, *args) -> tuple[Tensor, Tensor, Tensor]:
+        if self.wrong == "own lse":  # rather than the merged one
+            args = (*self.forward_packed(q, k, v, *args[2:]), *args[2:])
+        dq, dk, dv = super().backward_packed(dout, q, k, v, *args)
         return dq, 1.1 * dk if self.wrong == "backward_packed" else dk, dv
 
 
@@ -112,9 +115,27 @@ def calls(kernel: str, x: Tensor, causal: bool = True, lengths=None, documents=N
     return sum(len(found) for *_, found in plan.blocks) + len(plan.packs)
 
 
+def test_what_is_kept_for_packed_rows_goes_with_their_plan() -> None:
+    """On a GPU it takes 4 bytes per token and head: calls share it, and it must not outlive them."""
+    x = torch.empty(1, 90, 3, 8)
+    plan = plan_calls(KERNELS["packed"], x, x, x, PAPER_64TH, Shard(documents=[30, 41, 19]))
+    queries = plan.packs[0].rows(x.device)[0]
+    assert queries.inverse(270)[queries.places].tolist() == [*range(len(queries.places))]
+    assert (queries.inverse(270) >= 0).sum() == len(queries.places)
+    kept = weakref.ref(queries.inverse(270))
+    assert plan.packs[0].rows(x.device)[0].inverse(270) is kept()
+    del plan, queries
+    planning._plan.cache_clear()
+    assert kept() is None
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
-    [("forward_packed", "RuntimeError: no kernel image"), ("backward_packed", "its dk is off by 1.0e-01 on cpu")],
+    [
+        ("forward_packed", "RuntimeError: no kernel image"),
+        ("backward_packed", "its dk is off by 1.0e-01 on cpu"),
+        ("own lse", "its dq is off by"),
+    ],
 )
 def test_a_kernel_whose_packed_calls_fail_does_not_pack(monkeypatch: pytest.MonkeyPatch, wrong: str, said: str) -> None:
     kernel = Unpacked()

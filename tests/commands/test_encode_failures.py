@@ -18,6 +18,7 @@ from builders import tiny_model
 from conftest import RunLongnet
 from processes import Start, invoke, kill_and_resume, wait_for
 
+from longnet_cli.cli.output import say_what_is_kept
 from longnet_cli.data.outputs import ShardWriter
 from longnet_cli.data.shards import ShardFolder
 
@@ -99,3 +100,13 @@ def test_a_stopped_command_says_what_is_kept(command: str, tmp_path: Path, monke
     monkeypatch.setattr(ShardWriter, "write", stop_at_once)
     alone = invoke(command, *texts, "-m", model, "-o", tmp_path / "rows.arrow")
     assert f"stopped: nothing is kept in {tmp_path / 'rows.arrow'}, which is written whole" in alone.stderr
+
+
+@pytest.mark.parametrize(("stop", "world", "said"), [(143, 1, True), (143, 2, False), (None, 2, True)])
+def test_a_rank_that_another_one_ends_says_nothing(
+    stop: int | None, world: int, said: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    with pytest.raises((SystemExit, KeyboardInterrupt)), say_what_is_kept("-", quiet=False):
+        raise SystemExit(stop) if stop else KeyboardInterrupt
+    assert capsys.readouterr().err.startswith("stopped: ") == said

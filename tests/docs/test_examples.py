@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.metadata
 import itertools
 import json
 import re
 import shutil
 import subprocess
 import sys
+import venv
 import zipfile
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -521,19 +524,62 @@ def test_documents_with_pass_keys_fill_training_windows(tmp_path: Path) -> None:
     assert {batch.document_starts(0, 1600) == [0] for batch in batches} == {True}
 
 
-def gpu_report(env: dict[str, str], *arguments: str | Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, ROOT / "examples/gpu_report.py", *arguments]
+def gpu_report(
+    env: dict[str, str], *arguments: str | Path, python: str | Path = sys.executable
+) -> subprocess.CompletedProcess:
+    command = [python, ROOT / "examples/gpu_report.py", *arguments]
     return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
 
 
-def test_the_report_of_a_gpu_is_whole(tmp_path: Path, command_env: dict[str, str]) -> None:
-    """On the CPU, in tiny sizes: every section, every figure, and the tests of a GPU themselves."""
-    done = gpu_report(command_env, "--small", "-o", tmp_path / "gpu.md")
+def machine_with(names: Iterable[str], folder: Path) -> Path:
+    """A Python that has these packages alone, without copies. Return its path."""
+    venv.create(folder, with_pip=False)
+    (there,) = folder.glob("lib/python*/site-packages")
+    for name in names:
+        files = importlib.metadata.files(name)
+        for top in {file.parts[0] for file in files} - {"..", "__pycache__"}:
+            (there / top).symlink_to(files[0].locate().parents[len(files[0].parts) - 1] / top)
+    return folder / "bin/python"
+
+
+def wheels_of(names: Iterable[str], folder: Path) -> None:
+    """Make wheels of packages that are installed here."""
+    folder.mkdir()
+    for name in names:
+        package = importlib.metadata.distribution(name)
+        label = f"{re.sub('[-_.]+', '_', name)}-{package.version}"
+        with zipfile.ZipFile(folder / f"{label}-py3-none-any.whl", "w") as wheel:
+            for file in package.files:
+                if file.parts[0] != ".." and "__pycache__" not in file.parts:
+                    wheel.write(file.locate(), file)
+
+
+def test_the_report_of_a_gpu_is_whole(
+    tmp_path: Path, command_env: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the CPU, in tiny sizes: every section, every figure, and the tests of a GPU themselves.
+
+    As on a machine that has torch, this checkout and wheels, but no package index, and that has not installed us.
+    """
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    there = importlib.import_module("gpu_report").requirements("torch", "numpy", "pyarrow", "pip")
+    python = machine_with(there, tmp_path / "machine")
+    needs = gpu_report(command_env, "--needs").stdout.split()
+    names = {need.partition("==")[0] for need in needs}
+    assert {"pydantic", "typer", "pytest"} < names
+    assert not names & {"torch", "sympy", "longnet-cli"}
+    wheels_of(names - there, tmp_path / "wheels")
+    env = {name: value for name, value in command_env.items() if name != "PYTHONPATH"} | {"PIP_NO_INDEX": "1"}
+    done = gpu_report(env, "--small", "--wheels", tmp_path / "wheels", "-o", tmp_path / "gpu.md", python=python)
     report = (tmp_path / "gpu.md").read_text()
-    assert (done.returncode, done.stdout) == (0, ""), report
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr + report
     assert re.search(r"^Nothing failed\.$", report, re.MULTILINE)
     parts = dict(part.split("\n", 1) for part in report.split("\n## ")[1:])
-    assert [*parts] == ["The machine", "Is it right?", "Attention", "A billion tokens", "Training longnet-125m"]
+    titles = ["The machine", "Is it right?", "Where the time goes", "Attention", "A billion tokens"]
+    assert [*parts] == [*titles, "Training longnet-125m"]
+    assert "| longnet-cli | not installed |" in parts["The machine"]
+    assert re.search(r"takes [\d.,]+ ms\.\n", parts["Where the time goes"])
+    assert re.search(r"\n\| `aten::[^`]*attention[^`]*` \| \d+ \| [\d.]+ \| \d+ % \|\n", parts["Where the time goes"])
     assert re.search(r"\n\| \*\*chosen\*\* \| cpu_flash \| cpu_flash \| cpu_flash \|\n", parts["The machine"])
     passed, failed = map(int, re.findall(r"(\d+) (?:passed|failed)", parts["Is it right?"]))
     assert passed >= 10
@@ -550,7 +596,7 @@ def test_the_report_of_a_gpu_is_whole(tmp_path: Path, command_env: dict[str, str
 def test_what_the_time_does_not_allow_is_named(tmp_path: Path, command_env: dict[str, str]) -> None:
     done = gpu_report(command_env, "--small", "--minutes", "0", "-o", tmp_path / "gpu.md")
     assert done.returncode == 1
-    assert (tmp_path / "gpu.md").read_text().count(": not run, the time was over") == 5
+    assert (tmp_path / "gpu.md").read_text().count(": not run, the time was over") == 6
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -27,17 +27,23 @@ PATTERN = "window:16,chosen=4x8,chosen_every=4"
 BOOK = "The key of the red fox is 48213, and that of the dog is 77. " * 6
 
 
-@pytest.mark.parametrize("saved", [False, True])
-def test_the_passages_that_the_answer_chose(saved: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks 0 and 1 are always chosen; 2 and 3 before the answer; in it, 12, and 9 or 10, which are one passage."""
+@pytest.mark.parametrize(("saved", "vote"), [(False, 1), (True, 1), (False, 0.2)])
+def test_the_passages_that_the_answer_chose(
+    saved: bool, vote: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks 0 and 1 are always chosen; 2 and 3 before the answer; in it, 12, and 9 or 10, which are one passage.
+
+    Block 12 has a smaller vote or not.
+    """
 
     def drawn(voting: Voting) -> Choice:
-        first, number, *_ = voting.part.groups
+        first, number, *_ = voting.parts[0].groups
         answer = [1, 9 + (first // 4 % 2), 12]
         found = [answer if group >= 200 else [1, 2, 3] for group in range(first, first + 4 * number, 4)]
         return chosen_by_hand(torch.tensor(found))
 
     monkeypatch.setattr(chosen, "choose", drawn)
+    monkeypatch.setattr(chosen, "votes_by_keys", lambda *given: torch.where(given[-1] == 12, vote, 1))
     net = native(Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4))
     stream = CausalStream(net)
     text = "aé" * 66 + "z" * 2  # 200 bytes, of which three make "aé"
@@ -54,6 +60,7 @@ def test_the_passages_that_the_answer_chose(saved: bool, tmp_path: Path, monkeyp
     watch.begin()
     assert [first, *steps][-1].finish_reason == "length"
     found = watch.found(WORDS)
+    found = found if vote == 1 else found[::-1]
     assert [(round(each.share * 18), each.share_before) for each in found] == [(17, 0), (9, 0)]
     counts = [cache.past.counts[0] for cache in stream.caches if cache.past and cache.past.counts is not None]
     assert [x[1].item() for x in counts] == 2 * [
@@ -68,7 +75,7 @@ def test_three_questions_have_three_answers(monkeypatch: pytest.MonkeyPatch) -> 
     own = 0
 
     def drawn(voting: Voting) -> Choice:
-        first, number, *_ = voting.part.groups
+        first, number, *_ = voting.parts[0].groups
         found = []
         for group in range(first // 4, first // 4 + number):
             hubs = [1, 2] if group % 5 < 3 or group >= 50 else [5, 6]
@@ -76,6 +83,7 @@ def test_three_questions_have_three_answers(monkeypatch: pytest.MonkeyPatch) -> 
         return chosen_by_hand(torch.tensor(found))
 
     monkeypatch.setattr(chosen, "choose", drawn)
+    monkeypatch.setattr(chosen, "votes_by_keys", lambda *given: torch.ones(given[-1].shape))
     net = native(Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4))
     text = "".join(chr(97 + i // 8) for i in range(200))  # a letter per block
     read, found = CausalStream(net), {}

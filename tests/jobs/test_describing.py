@@ -10,8 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from builders import recipe
 from hypothesis import given
 from hypothesis import strategies as st
+from pattern_nets import net
 from places import ROOT
 from processes import invoke
 from strategies import Choice, choices
@@ -22,7 +25,8 @@ from longnet_cli.attention.groups import groups_of
 from longnet_cli.attention.notation import parse_pattern
 from longnet_cli.attention.reference import key_counts
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.jobs.describing import NOTHING, describe, find_subject, keys_of_heads, picture, reach
+from longnet_cli.cli.train import _note_reach
+from longnet_cli.jobs.describing import NOTHING, describe, farthest, find_subject, keys_of_heads, picture, reach
 
 TILED = {"look_back": 1, "overlap": "once"}
 EVEN = [
@@ -198,3 +202,26 @@ def test_pictures_of_any_length(seq: int, text: str) -> None:
     assert cells.shape == (min(seq, 16),) * 2
     assert (np.triu(cells, 1) == NOTHING)[np.triu_indices(len(cells), 1)].all()
     assert (np.diagonal(cells) == 0).all()
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize(
+    "pattern", [Pattern((16,), (1,)), Pattern.window(8), Pattern((8, 32), (1, 4)), replace(EVEN[2], sinks=0)], ids=str
+)
+def test_nothing_is_linked_farther(pattern: Pattern, layers: int) -> None:
+    """Another first token changes tokens within the distance, and none beyond it."""
+    model, ids = net(pattern, layers=layers).double(), torch.arange(300)[None] % 50
+    with torch.no_grad():
+        changed = (model(ids) != model(torch.cat([ids[:, :1] + 1, ids[:, 1:]], 1))).any(2)[0]
+    distance = int(changed.nonzero().max())
+    reach = farthest(pattern, layers)
+    assert reach is not None
+    assert reach / 3 < distance <= reach
+
+
+def test_a_pattern_shorter_than_the_sequences_is_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _note_reach(recipe(tmp_path), quiet=False)
+    said = "links tokens at most 32 apart, and sequences have 64: what is farther is never seen"
+    assert said in capsys.readouterr().err
+    _note_reach(recipe(tmp_path, **{"model.segment_lengths": [16, 64]}), quiet=False)
+    assert not capsys.readouterr().err

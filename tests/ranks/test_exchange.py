@@ -27,6 +27,7 @@ from longnet_cli.attention import Pattern, dilated_attention
 from longnet_cli.attention.notation import parse_pattern
 from longnet_cli.attention.reference import key_counts
 from longnet_cli.attention.spans import lanes, span_positions
+from longnet_cli.basics.errors import LongNetError
 from longnet_cli.jobs.training.gradients import StoredTokens, backward
 from longnet_cli.jobs.training.windows import TokenStream, TokenWindows
 from longnet_cli.nets.config import LongNetConfig
@@ -83,6 +84,21 @@ def attention_in_shards(dtype: torch.dtype, problems: int) -> None:
 )
 def test_attention_in_shards_is_that_of_the_whole(world: int, tmp_path: Path) -> None:
     run_ranks(world, tmp_path, in_both_types, attention_in_shards, 24 if world < 8 else 12)
+
+
+def plans_that_differ() -> None:
+    rank, keys = dist.get_rank(), torch.zeros(1, 100, 4, 8)
+    edges = [0, 90 if rank == 2 else 100, 200, 300]
+    exchange = Exchange(net(PAPER_64TH).config, edges)
+    with pytest.raises(
+        LongNetError, match=r"rank \d of a group sends .*expects: start all ranks with the same version"
+    ):
+        exchange.run(keys, keys)
+
+
+def test_ranks_that_plan_differently_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    """All of them end, also those whose plans fit."""
+    run_ranks(3, tmp_path, plans_that_differ)
 
 
 def net_in_shards(dtype: torch.dtype) -> None:
@@ -234,6 +250,7 @@ def counted_copies() -> None:
     exchange = Exchange(model.config, even_edges(0, 64 * world, world))
     k, v = torch.randn(2, 1, 64, 4, 8)
     exchange.maps(k)
+    exchange._agree(k.shape)  # once in a job
     with Copies() as copies:
         attended, _ = exchange.run(k, v)
         attended[0].ready()

@@ -166,7 +166,7 @@ def start_training(folder: Path, env: dict[str, str], *start: str, until: int) -
     """A long run of two ranks, which has begun or gone on, and reached a step."""
     command = [sys.executable, *start, *TRAIN, str(folder / "recipe.toml")]
     command += ["-o", str(folder / "run"), "--set", "train.stages=[{seq_len=256, steps=100000}]"]
-    command += ["--set", "train.save_every=50", *([] if start else ["--nproc", "2"])]
+    command += ["--set", "train.save_every=10", *([] if start else ["--nproc", "2"])]
     job = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
     metrics, deadline = folder / "run/metrics.jsonl", time.monotonic() + 90
     while not (metrics.exists() and metrics.read_text().count("\n") >= until):
@@ -180,7 +180,7 @@ def start_training(folder: Path, env: dict[str, str], *start: str, until: int) -
 def test_a_killed_rank_ends_the_job_and_the_next_run_goes_on_until_sigterm(
     folder: Path, command_env: dict[str, str]
 ) -> None:
-    job = start_training(folder, command_env, until=60)
+    job = start_training(folder, command_env, until=15)
     began = time.monotonic()
     os.kill(max(workers(job)), signal.SIGKILL)
     _, stderr = job.communicate(timeout=60)
@@ -193,7 +193,7 @@ def test_a_killed_rank_ends_the_job_and_the_next_run_goes_on_until_sigterm(
     reached = (folder / "run/metrics.jsonl").read_text().count("\n")
     assert saved <= reached
 
-    job = start_training(folder, command_env, *TORCHRUN, until=reached + 20)
+    job = start_training(folder, command_env, *TORCHRUN, until=reached + 5)
     job.send_signal(signal.SIGTERM)  # to torchrun, which passes it on
     _, stderr = job.communicate(timeout=60)
     assert job.returncode != 0

@@ -8,8 +8,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from processes import processes_of, wait_for
 from longnet_cli.basics.errors import LongNetError
 from longnet_cli.running.ranks.launch import LAUNCHED, LOST
 from longnet_cli.running.ranks.ranks import Ranks
-from longnet_cli.running.ranks.watch import check_agent, watch
+from longnet_cli.running.ranks.watch import _listen, check_agent, watch
 
 GRACE = 0.5
 BLOCK = """
@@ -128,3 +130,10 @@ def test_a_rank_whose_torchrun_has_ended_says_so(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setenv(name, value)
     with pytest.raises(LongNetError, match="the torchrun that started this rank has ended"):
         check_agent()
+
+
+def test_many_ranks_may_call_at_once() -> None:
+    """Before the first one has accepted any: a call that finds no room is tried again, and a second later at that."""
+    with _listen("127.0.0.1", 300) as server, ExitStack() as calls:
+        for _ in range(300):
+            calls.enter_context(socket.create_connection(server.getsockname(), timeout=0.5))

@@ -56,6 +56,7 @@ class Checkpoints:
             return
         if self.ranks.world > 1:
             self._write(step, tensors, facts)
+            self.ranks.barrier()  # rank 0 writes longest, and GPUs do not wait as long as hosts
             self.finish()
         else:
             copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}

@@ -140,8 +140,6 @@ class _TrainingRun:
         self.allocate: Callable[..., Tensor] = torch.empty
         if recipe.train.spill or device.type == "cpu":
             self.allocate = MappedMemory(stored_bytes(recipe, device, ranks), recipe.train.spill).empty
-            if recipe.train.compile:  # a compiled layer would guard the list of finalizers, which grows
-                self.allocate = torch.compiler.disable(self.allocate)
         initial = recipe.init
         if not recipe.pretrained and checkpoints_in(output / CHECKPOINTS):
             initial = None  # a LongNet's weights are all in the checkpoint

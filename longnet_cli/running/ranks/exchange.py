@@ -22,6 +22,7 @@ B batch, H heads of keys, D head dim, P ranks.
 
 from __future__ import annotations
 
+import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from copy import copy
@@ -39,9 +40,11 @@ from longnet_cli.attention import FarKeys, FarSpan, Outside, Past
 from longnet_cli.attention.merging import accumulator
 from longnet_cli.attention.pattern import Pattern
 from longnet_cli.attention.spans import far_spans, lanes, level_of, open_spans, rows_before, span_positions, span_rows
+from longnet_cli.basics.errors import LongNetError
 from longnet_cli.nets.config import NetConfig
 
 ShardTensors = tuple[Tensor, ...]  # queries, keys and values
+_agreeing: weakref.WeakSet[Any] = weakref.WeakSet()  # groups whose first exchange is over
 
 
 class Parcel(NamedTuple):
@@ -140,6 +143,7 @@ class Exchange:
         """
         if not self.needed:
             return [], []
+        self._agree(k.shape)
         there = _Flight()
         back = _WayBack(self, k, [i for i, parcel in enumerate(self.joined) if parcel.attended])
         tensors = _AllToAll.apply(self, there, back, past, k, v)
@@ -153,6 +157,27 @@ class Exchange:
             k_, v_ = tensors[-2:]
             attended = [FarKeys(0, self.start, self.start, k_, v_, there.land, back.nothing)]
         return attended, got
+
+    def _agree(self, like: Sequence[int]) -> None:
+        """Compare what ranks send and expect, in a group's first exchange, given the shape of keys (B, n, H, D).
+
+        Raises LongNetError on all ranks if two do not agree: they would wait for each other until a timeout.
+        """
+        group = self.group or dist.group.WORLD
+        if group in _agreeing:
+            return
+        _agreeing.add(group)
+        ranks = len(self.edges) - 1
+        more = torch.zeros(ranks, ranks, dtype=torch.int64)  # than the reader (column) expects, its maker (row) sends
+        more[self.rank] += torch.tensor(self.sizes(self.sent, like))
+        more[:, self.rank] -= torch.tensor(self.sizes(self.received, like))
+        dist.all_reduce(more, group=self.group)
+        if more.any():
+            maker, reader = more.nonzero()[0].tolist()
+            raise LongNetError(
+                f"rank {maker} of a group sends {more[maker, reader]:+} numbers beside those that rank {reader} "
+                "expects: start all ranks with the same version, model, inputs and options"
+            )
 
     @torch.no_grad()
     def other_shards(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[list[ShardTensors], list[ShardTensors]]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
@@ -18,7 +19,9 @@ from longnet_cli.running.ranks.exchange import even_edges
 from longnet_cli.running.ranks.launch import started_by_torchrun, unwind_on_signals
 from longnet_cli.running.ranks.watch import check_agent, stop_watching, watch
 
-TIMEOUT = timedelta(minutes=30)  # of a collective: rank 0 may write a checkpoint while the others wait
+TIMEOUT = timedelta(minutes=30)  # of a collective of hosts: rank 0 may write a checkpoint while the others wait
+GPU_TIMEOUT = timedelta(minutes=10)  # of one of GPUs: a rank whose GPU hangs is ended by its timeout alone
+_FILES = 1024  # that a process may open beside its connections
 
 
 @dataclass(frozen=True)
@@ -70,10 +73,19 @@ class Ranks:
 
     def sum(self, *tensors: torch.Tensor) -> None:
         """Sum tensors over all ranks, in place. They may be on the hosts or on the ranks' devices."""
-        if self.world > 1:
-            works = [dist.all_reduce(tensor, group=self.everyone, async_op=True) for tensor in tensors]
-            for work in works:
-                work.wait()
+        if self.world == 1:
+            return
+        works = []
+        for dtype in dict.fromkeys(x.dtype for x in tensors if x.is_cuda):  # NCCL takes all of a dtype in one launch
+            with dist._coalescing_manager(self.everyone, async_ops=True) as coalesced:
+                for tensor in tensors:
+                    if tensor.is_cuda and tensor.dtype == dtype:
+                        dist.all_reduce(tensor, group=self.everyone)
+            works.append(coalesced)
+        on_hosts = [tensor for tensor in tensors if not tensor.is_cuda]
+        works += [dist.all_reduce(tensor, group=self.everyone, async_op=True) for tensor in on_hosts]
+        for work in works:
+            work.wait()
 
     def any(self, flag: bool) -> bool:
         """Return whether the flag is set on any rank. All ranks get the same answer."""
@@ -92,9 +104,8 @@ class Ranks:
         return int(self.largest(value if self.first else -math.inf))
 
     def barrier(self) -> None:
-        """Wait for all ranks."""
-        if self.world > 1:
-            dist.barrier(group=self.everyone)
+        """Wait for all ranks, on the hosts: for half an hour, if one of them writes for so long."""
+        self.largest(0.0)
 
     def smallest(self, value: float) -> float:
         return -self.largest(-value)
@@ -128,6 +139,7 @@ def join(device: str = "auto", *, sp: int | None = None, dp: int | None = None) 
         where = _own_gpu(os.environ.get("LOCAL_RANK", "0"))
         torch.cuda.set_device(where)
     check_agent()
+    _allow_files(2 * world + _FILES)  # gloo connects every rank with all others, and `watch` the first one
     # gloo: hosts agree on what to do next without their GPUs; NCCL guesses its GPU if not told
     backend, own = ("cpu:gloo,cuda:nccl", where) if where.type == "cuda" else ("gloo", None)
     with _silent_stdout():
@@ -140,9 +152,21 @@ def join(device: str = "auto", *, sp: int | None = None, dp: int | None = None) 
                 members = dist.new_group(list(range(first, first + sp)))
                 if first <= rank < first + sp:
                     group = members
+    if own is not None:
+        for used in filter(None, (dist.group.WORLD, group)):
+            used._get_backend(own)._set_default_timeout(GPU_TIMEOUT)  # of NCCL alone
     ranks = Ranks(rank, world, sp, group)
     _watch(ranks)
     return ranks, where
+
+
+def _allow_files(number: int) -> None:
+    """Raise the limit on this process's open files to `number`, or as far as the system lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = number if hard == resource.RLIM_INFINITY else min(number, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):  # some systems have other limits as well
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 @contextmanager
@@ -182,6 +206,6 @@ def _watch(ranks: Ranks) -> None:
 def leave() -> None:
     """End a job that went well. Without it, the first rank to finish may break the others' last collective."""
     if dist.is_initialized():
-        dist.barrier()
+        Ranks(dist.get_rank(), dist.get_world_size()).barrier()
         dist.destroy_process_group()
     stop_watching()

@@ -138,7 +138,7 @@ def _say(what: str) -> None:
 def _connect(ranks: Ranks) -> list[socket.socket]:
     """Return connections that break when a process ends: on rank 0 to all others, on the others to rank 0."""
     together = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]  # on one machine
-    with _listen("127.0.0.1" if together else "") as server:
+    with _listen("127.0.0.1" if together else "", ranks.world) as server:
         port = ranks.from_first(server.getsockname()[1])
         password = ranks.from_first(secrets.randbits(52)).to_bytes(7, "big")
         if not ranks.first:
@@ -162,7 +162,8 @@ def _connect(ranks: Ranks) -> list[socket.socket]:
     return lines
 
 
-def _listen(host: str) -> socket.socket:
+def _listen(host: str, callers: int) -> socket.socket:
+    """Listen on any port. All `callers` may call at once: none must wait for another try."""
     if not host and socket.has_dualstack_ipv6():
-        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
-    return socket.create_server((host, 0))
+        return socket.create_server(("", 0), family=socket.AF_INET6, backlog=callers, dualstack_ipv6=True)
+    return socket.create_server((host, 0), backlog=callers)
