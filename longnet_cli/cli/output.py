@@ -239,8 +239,9 @@ def count_left_out(skip_bad: bool, quiet: bool) -> LeftOut:
 
 def end(left_out: LeftOut, *, first: bool, quiet: bool) -> None:
     """Report the counts, unless `quiet`. If documents were skipped, the `first` rank exits with code 6."""
-    for number, what in ((left_out.empty, "empty"), (left_out.skipped, "left out")):
-        if number:
-            note(f"{number} document{'s' * (number > 1)} {what}", quiet)
+    if left_out.empty:
+        note(f"{left_out.empty} document{'s' * (left_out.empty > 1)} empty", quiet)
+    if left_out.skipped:
+        note(str(left_out), quiet)
     if left_out.skipped and first:
         raise typer.Exit(LEFT_OUT)

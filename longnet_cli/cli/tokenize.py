@@ -129,7 +129,7 @@ def _write(options: TokenizeCommand, data: Inputs, ranks: Ranks | None, earlier:
 
         leave()
     if result:
-        skipped = f"; {left_out.skipped} document{'s' * (left_out.skipped > 1)} left out" if left_out.skipped else ""
+        skipped = f"; {left_out}" if left_out.skipped else ""
         tell(f"{_counts(result)} -> {_place(options.output, result)}{skipped}", quiet)
     end(left_out, first=result is not None, quiet=True)  # the line above has the count
 

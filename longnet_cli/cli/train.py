@@ -6,18 +6,19 @@ import math
 import os
 import shlex
 import signal
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from longnet_cli.basics.errors import ConfigError, LongNetError
 from longnet_cli.basics.sizes import format_bytes
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.dry_run import Format, check_fits, show_training
 from longnet_cli.cli.options import COMPUTE, INPUT, OUTPUT, HelpPanel, Mesh, argument, bare_or, read_pattern
 from longnet_cli.cli.output import note, tell
-from longnet_cli.cli.pairs import Excludes, Needs, check_pairs
+from longnet_cli.cli.pairs import Excludes, check_pairs
 from longnet_cli.cli.progress import Advance, progress
 from longnet_cli.cli.starting import ask_hub, freeze_imports, launch
 from longnet_cli.running.ranks.launch import LAUNCHED
@@ -33,11 +34,7 @@ if TYPE_CHECKING:
 RECIPE = HelpPanel("Recipe")
 
 
-PAIRS = (
-    Needs("--seq-len", "--steps", "and --steps make one stage together", "both"),
-    Needs("--steps", "--seq-len", "and --seq-len make one stage together", "both"),
-    Excludes("--resume", "--no-resume", "continues a run"),
-)
+PAIRS = [Excludes("--resume", "--no-resume", "continues a run")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +115,7 @@ def train(options: TrainCommand) -> None:
     if options.update:
         ask_hub(options.initial, options.tokenizer)
     check_pairs(PAIRS, options)
+    _check_stage(options)
     read_pattern(options.pattern)  # so that an error names --pattern, not the recipe
     recipe = _recipe(options)
     launch(
@@ -150,6 +148,19 @@ def train(options: TrainCommand) -> None:
     tell(f"saved {result.output} after {result.steps:,} steps{loss}", quiet)
     use = "score it: longnet score --ppl" if recipe.model.causal and not contrast else "use it: longnet encode"
     tell(f"{use} --model {_path(options.output)} FILE", quiet)
+
+
+def _check_stage(options: TrainCommand) -> None:
+    """Raise ConfigError for one of --steps and --seq-len alone. The error has the recipe's value of the other one."""
+    if (options.steps is None) is (options.seq_len is None):
+        return
+    given, other = ("--steps", "--seq-len") if options.steps else ("--seq-len", "--steps")
+    own = ""
+    with suppress(LongNetError):  # the recipe may be incomplete
+        stages = _recipe(replace(options, steps=None, seq_len=None)).train.stages
+        if len(stages) == 1:
+            own = f" (the recipe's {other} is {stages[0].seq_len if options.steps else stages[0].steps})"
+    raise ConfigError(f"{given} and {other} make one stage together: give both{own}")
 
 
 def _note_reach(recipe: Recipe, quiet: bool) -> None:
@@ -200,12 +211,12 @@ def _run(recipe: Recipe, options: TrainCommand, where: torch.device, ranks: Rank
     print_note(f"training {recipe.model.trained:,} parameters for {all_steps}{on_ranks}")
     with ExitStack() as stack:
         shown: dict[str, str | None] = {}
-        begun = False  # until it is True, there is nothing to save
+        done: int | None = None  # steps; until it is known, there is nothing to save
         advance: Advance = lambda amount, **fields: None  # noqa: E731
 
         def on_begin(step: int, tokens: int) -> None:
-            nonlocal advance, begun
-            begun = True
+            nonlocal advance, done
+            done = step
             if step:
                 what = f"continuing after step {step:,}" if step < recipe.train.steps else "all steps are done already"
                 unused = options.initial and not recipe.pretrained
@@ -213,6 +224,8 @@ def _run(recipe: Recipe, options: TrainCommand, where: torch.device, ranks: Rank
             advance = stack.enter_context(progress("training", total, start=tokens, quiet=quiet))
 
         def on_step(tokens: int, line: Metrics | None) -> None:
+            nonlocal done
+            done = (done or 0) + 1
             if line:
                 shown.update({k: v for k, v in describe(line).items() if v is not None or k not in shown})
             advance(tokens, **shown)
@@ -232,8 +245,9 @@ def _run(recipe: Recipe, options: TrainCommand, where: torch.device, ranks: Rank
             )
         except (KeyboardInterrupt, SystemExit):
             stack.close()
-            if begun:
-                print_note(f"stopped, and saved in {options.output}: {_again(options.output, ranks)} goes on")
+            if done is not None:
+                place, again = options.output, _again(options.output, ranks)
+                print_note(f"stopped after step {done:,}, and saved in {place}: {again} goes on")
             else:
                 print_note("stopped before a step: nothing new is saved, and the same command starts again")
             raise

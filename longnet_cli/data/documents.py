@@ -167,11 +167,11 @@ class Document:
 
 
 class Unread(Document):
-    """A stand-in, without tokens, for a file or a row that could not be read: `error` says why."""
+    """A stand-in, without tokens, for a row, or a `file`, that could not be read: `error` says why."""
 
-    def __init__(self, error: DataError) -> None:
+    def __init__(self, error: DataError, *, file: bool = False) -> None:
         super().__init__("", np.empty(0, np.int64), 0, str(error))
-        self.error = error
+        self.error, self.file = error, file
 
 
 def checked(

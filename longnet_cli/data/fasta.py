@@ -28,6 +28,7 @@ from longnet_cli.data.tables import Pipe, Table, reading
 BATCH_BYTES = 4 << 20  # of the letters in one batch
 SCHEMA = pa.schema([("id", pa.string()), ("text", pa.large_string()), ("description", pa.string())])
 
+_BEGINNING = re.compile(r">.*\n[A-Za-z]+\r?(\n|\Z)")
 _MATE = re.compile(r"([12]):[YN]:")  # the number of a read in its pair
 
 
@@ -42,6 +43,11 @@ class _Record(NamedTuple):
 def is_fasta(name: str) -> bool:
     """Return whether a file with this name, which may be compressed, holds FASTA or FASTQ."""
     return bare_name(name).endswith((*FASTA_SUFFIXES, *FASTQ_SUFFIXES))
+
+
+def begins_like_fasta(text: str) -> bool:
+    """Return whether a text begins with a header, and a line that is all letters."""
+    return _BEGINNING.match(text) is not None
 
 
 def open_fasta(source: Source, pipe: Pipe) -> Table:

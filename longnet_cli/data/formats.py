@@ -10,22 +10,23 @@ import os
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
 
-from longnet_cli.basics.errors import DataError
+from longnet_cli.basics.errors import DataError, InputWarning
 from longnet_cli.data import arrow
 from longnet_cli.data.columns import Wanted
 from longnet_cli.data.compressed import bare_name, compression, unpack
-from longnet_cli.data.fasta import is_fasta, open_fasta
+from longnet_cli.data.fasta import begins_like_fasta, is_fasta, open_fasta
 from longnet_cli.data.files import StoredFile, no_place
 from longnet_cli.data.folders import JSON_SUFFIXES, SHARD_SUFFIXES, sniff
 from longnet_cli.data.hdf5 import open_hdf5
 from longnet_cli.data.jsonlines import open_json_lines
-from longnet_cli.data.names import Source
+from longnet_cli.data.names import STDIN, Source
 from longnet_cli.data.tables import BYTE_ORDER_MARK, Pipe, Table, Text, pick, reading
 
 PARQUET_BATCH_BYTES = 64 << 20
@@ -124,6 +125,9 @@ def _open_text(source: Source, pipe: Pipe, wanted: Wanted) -> Text | Table:
         if not is_file or bare_name(source.name).endswith((*SHARD_SUFFIXES, *JSON_SUFFIXES)):
             raise DataError(f"{source.where}: the file is empty (0 bytes)")
         return Text(source.name, "", source.where)  # an empty text is a document too
+    if source.path in (None, STDIN) and begins_like_fasta(first):
+        line = f"{source.where} looks like FASTA and is read as text: give a file named .fasta"
+        warnings.warn(line, InputWarning, stacklevel=2)
     return Text(source.name, first, source.where, rest=parts)
 
 

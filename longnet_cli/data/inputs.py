@@ -225,7 +225,7 @@ class Inputs:
         """Yield the items that `read` returns for each file. With `skip_bad`, yield errors instead of raising them."""
         sources, types, watch = self.sources, TokenTypes(), self.watch or InputShare()
         watch.begin(sources if self.watch else ())
-        yield from map(Unread, self._files()[1])
+        yield from (Unread(error, file=True) for error in self._files()[1])
         for source in sources:
             if self.opened is not None:
                 self.opened.append((source.where, content_digest(source)))
@@ -237,7 +237,7 @@ class Inputs:
             except DataError as error:
                 if not self.skip_bad or isinstance(error, FileChangedError):
                     raise
-                yield Unread(error)
+                yield Unread(error, file=True)
 
     def _texts(self, opened: Text | Table, types: TokenTypes) -> Iterator[Text | Unread]:
         for text in self._items(opened, types, ids=False):

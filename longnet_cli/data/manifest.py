@@ -35,9 +35,10 @@ class Manifest:
 
     `settings` holds everything that decides the bytes of the shards: inputs and options. `shards` has one dict per
     shard, in order: `name`, `rows`, and the counts that were given to `ShardFolder.write`, such as `documents`.
-    `skipped` counts the documents that could not be read, `empty` the documents with nothing in them; no shard has
-    either kind. `tokenizer` is the value of `Tokenizer.description`. `contents` has the digest of each input that was
-    opened, in order (`content_digest`); it is empty in folders begun by older versions.
+    `skipped` counts the documents that could not be read, `skipped_files` those of them that are files, `empty` the
+    documents with nothing in them; no shard has any of them. `tokenizer` is the value of `Tokenizer.description`.
+    `contents` has the digest of each input that was opened, in order (`content_digest`); it is empty in folders begun
+    by older versions.
     """
 
     settings: dict[str, Any]
@@ -47,11 +48,12 @@ class Manifest:
     empty: int = 0
     tokenizer: dict[str, str] | None = None
     contents: list[str | None] = field(default_factory=list)
+    skipped_files: int = 0
 
     @property
     def totals(self) -> Counter[str]:
-        """The sums of `rows`, `documents` and other counts over finished shards, and `skipped` and `empty` unless 0."""
-        left_out = {"skipped": self.skipped, "empty": self.empty}
+        """The sums of `rows`, `documents` and other counts over finished shards, and of what is left out unless 0."""
+        left_out = {"skipped": self.skipped, "skipped_files": self.skipped_files, "empty": self.empty}
         totals = Counter({name: count for name, count in left_out.items() if count})
         for shard in self.shards:
             totals.update({name: count for name, count in shard.items() if name != "name"})
@@ -88,15 +90,15 @@ def read_manifest(folder: str | Path) -> Manifest | None:
             if written is not None and written != digest(content):
                 raise ValueError("it was changed: its digest is that of other content")
             shards = [{**shard, "name": str(shard["name"]), "rows": shard["rows"]} for shard in content["shards"]]
-            skipped, empty = (content["totals"].get(name, 0) for name in ("skipped", "empty"))
+            skipped, empty, files = (content["totals"].get(name, 0) for name in ("skipped", "empty", "skipped_files"))
             counts = [count for shard in shards for key, count in shard.items() if key != "name"]
-            for count in (skipped, empty, *counts):
+            for count in (skipped, empty, files, *counts):
                 if type(count) is not int or count < 0:
                     raise ValueError(f"{count!r} is not a count")
             tokenizer, contents = content.get("tokenizer"), content.get("contents", [])
             settings = dict(content["settings"])
             tokenizer = tokenizer and dict(tokenizer)
-            return Manifest(settings, name != UNFINISHED, shards, skipped, empty, tokenizer, list(contents))
+            return Manifest(settings, name != UNFINISHED, shards, skipped, empty, tokenizer, list(contents), files)
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:

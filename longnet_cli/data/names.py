@@ -22,6 +22,8 @@ from longnet_cli.data.folders import choose_files, is_hidden, natural_order
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
+STDIN = Path("/dev/stdin")  # where stdin can seek
+
 
 @dataclass(frozen=True)
 class Source:
@@ -140,7 +142,7 @@ def _stdin_source() -> Source:
         regular = stat.S_ISREG(os.fstat(handle).st_mode) and os.lseek(handle, 0, os.SEEK_CUR) == 0
     except (OSError, ValueError):
         regular = False
-    return Source(Path("/dev/stdin") if regular else None, "stdin", "stdin")
+    return Source(STDIN if regular else None, "stdin", "stdin")
 
 
 @lru_cache(maxsize=1)

@@ -176,6 +176,7 @@ class ShardFolder:
                 self.end_shard()
                 self._note_inputs()
                 self._manifest.skipped, self._manifest.empty = self._left_out.skipped, self._left_out.empty
+                self._manifest.skipped_files = self._left_out.skipped_files
                 self._manifest.write_finished(self.folder, self.schema, self._suffix)
                 with writing(self.folder):
                     os.remove(self.folder / UNFINISHED)

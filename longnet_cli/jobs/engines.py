@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from longnet_cli.attention.notation import format_pattern, read_pattern
 from longnet_cli.basics.errors import ConfigError, DataError, InputWarning, LongNetError, NoTokensError
+from longnet_cli.basics.sizes import parse_size
 from longnet_cli.data.columns import ID_COLUMNS, INTEGERS, is_text
 from longnet_cli.data.documents import Document, Unread
 from longnet_cli.data.inputs import Inputs
@@ -80,20 +81,20 @@ def encode_batches(
     batches: Any,
     *,
     pool: str | None = None,
-    span: int | None = None,
+    span: int | str | None = None,
     normalize: bool | None = None,
-    context: int | None = None,
-    stride: int | None = None,
+    context: int | str | None = None,
+    stride: int | str | None = None,
     embedding_dtype: EmbeddingDtype = "float32",
     prefix: str | None = None,
-    dims: int | None = None,
+    dims: int | str | None = None,
     model: str = "longnet-tiny",
     tokenizer: str | None = None,
     pattern: str | None = None,
     bos: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
-    chunk: int | None = None,
+    chunk: int | str | None = None,
     column: str | None = None,
     id_column: str | None = None,
     keep: Sequence[str] = (),
@@ -105,16 +106,21 @@ def encode_batches(
     polars or pandas, a relation of DuckDB, or a Dataset of Hugging Face. Record batches give a lazy iterator of record
     batches. The output has the columns of `EncodeOptions.schema`, for text `char_start` and `char_end`, then the
     columns of `keep`. The options are as in `EncodeOptions.of_model` and `Reading`: without `pool` and `prefix`, the
-    model's own. An empty document has no rows.
+    model's own. Sizes may be texts, as on the command line: `span="1Ki"`. An empty document has no rows.
+
+    A frame without a column of names has its row numbers as `doc_id`, from "0" on. A pyarrow table or batch needs such
+    a column: an engine passes it one part of the rows after the other, and each would begin at 0.
 
     Raises ConfigError for invalid options, for what is no table and no batches, and for a batch without the id column
     or the document column, DataError for bad values, and what `encode` raises.
     """
+    rows = _size("chunk", chunk)
     how = Reading(
-        model, tokenizer, pattern, bos, device, dtype, chunk, column, id_column, tuple(keep), skip_bad, embeds=True
+        model, tokenizer, pattern, bos, device, dtype, rows, column, id_column, tuple(keep), skip_bad, embeds=True
     )
-    chosen: dict[str, Any] = {"pool": pool, "span": span, "normalize": normalize, "embedding_dtype": embedding_dtype}
-    chosen |= {"context": context, "stride": stride, "prefix": prefix, "dims": dims}
+    sizes = {"span": span, "context": context, "stride": stride, "dims": dims}
+    chosen: dict[str, Any] = {name: _size(name, size) for name, size in sizes.items()}
+    chosen |= {"pool": pool, "normalize": normalize, "embedding_dtype": embedding_dtype, "prefix": prefix}
 
     @cache
     def make_job(of_text: bool) -> Encoder:
@@ -127,15 +133,15 @@ def encode_batches(
 def score_batches(
     batches: Any,
     *,
-    context: int | Sequence[int] | None = None,
-    stride: int | None = None,
+    context: int | str | Sequence[int | str] | None = None,
+    stride: int | str | None = None,
     model: str = "longnet-tiny",
     tokenizer: str | None = None,
     pattern: str | None = None,
     bos: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
-    chunk: int | None = None,
+    chunk: int | str | None = None,
     column: str | None = None,
     id_column: str | None = None,
     keep: Sequence[str] = (),
@@ -145,15 +151,17 @@ def score_batches(
 
     Tables and batches are taken and given as by `encode_batches`. The output has the columns of `ScoreOptions.schema`,
     then the columns of `keep`. `context` and `stride` are as in `ScoreOptions`, the others as in `Reading`. With
-    several contexts, the rows also show what a document gains from the longest one.
+    several contexts, `(64, 1024)` or `"64,1Ki"`, the rows also show what a document gains from the longest one.
 
     Raises ConfigError for invalid options, for what is no table and no batches, and for a batch without the id column
     or the document column, DataError for bad values, and what `score` raises.
     """
-    how = Reading(model, tokenizer, pattern, bos, device, dtype, chunk, column, id_column, tuple(keep), skip_bad)
+    rows = _size("chunk", chunk)
+    how = Reading(model, tokenizer, pattern, bos, device, dtype, rows, column, id_column, tuple(keep), skip_bad)
+    contexts = context.split(",") if isinstance(context, str) else (context,) if isinstance(context, int) else context
     chosen: dict[str, Any] = {
-        "context": (context,) if isinstance(context, int) else context and tuple(context),
-        "stride": stride,
+        "context": contexts and tuple(_size("context", size) for size in contexts),
+        "stride": _size("stride", stride),
     }
 
     @cache
@@ -161,6 +169,14 @@ def score_batches(
         return RowScorer(how.reader(), ScoreOptions(**chosen, **how.origin()))
 
     return _mapped(batches, how, make_job, lambda: how.load().tokenizer)
+
+
+def _size(name: str, size: int | str | None) -> int | None:
+    """Return a size that may be a text, such as `64Ki`. Raises ConfigError, with the option's name, for other texts."""
+    try:
+        return parse_size(size) if isinstance(size, str) else size
+    except ValueError as error:
+        raise ConfigError(f"{name}: {error}") from None
 
 
 @cache
@@ -194,7 +210,8 @@ def _mapped(
     """
     words, given = cache(words), _tables(batches)
     if isinstance(given, pa.Table):
-        return pa.Table.from_batches(_DocumentTable(given, "table", how, words).rows(make_job))
+        numbered = not isinstance(batches, pa.Table | pa.RecordBatch)
+        return pa.Table.from_batches(_DocumentTable(given, "table", how, words, numbered).rows(make_job))
 
     def rows() -> Iterator[pa.RecordBatch]:
         for index, batch in enumerate(given):
@@ -206,6 +223,9 @@ def _mapped(
 
 def _tables(given: Any) -> pa.Table | Iterable[Any]:
     """Return a table for what has whole Arrow data, an iterable for batches. Raises ConfigError for all else."""
+    kind = type(given).__name__
+    if kind in _MAKES_A_TABLE:
+        raise ConfigError(_NO_TABLE.format(kind, _MAKES_A_TABLE[kind]))
     if isinstance(given, pa.RecordBatchReader):
         return given
     if hasattr(given, "with_format") and hasattr(given, "__getitem__"):  # a Dataset of Hugging Face
@@ -215,31 +235,43 @@ def _tables(given: Any) -> pa.Table | Iterable[Any]:
     if isinstance(given, Sequence) and not isinstance(given, str):
         return [*map(_checked_batch, given)]  # at once, rather than in the middle of the work
     if not isinstance(given, Iterator):
-        raise ConfigError(_NO_TABLE.format(type(given).__name__))
+        raise ConfigError(_NO_TABLE.format(kind, "pyarrow.table"))
     return given
 
 
 def _checked_batch(batch: Any) -> pa.RecordBatch:
     if not isinstance(batch, pa.RecordBatch):
-        raise ConfigError(_NO_TABLE.format(f"{type(batch).__name__} among its batches"))
+        raise ConfigError(_NO_TABLE.format(f"{type(batch).__name__} among its batches", "pyarrow.table"))
     return batch
 
 
 _NO_TABLE = (
     "a table (of pyarrow, or a frame that passes Arrow data on) or record batches of pyarrow are needed, not {}: "
-    "pyarrow.table makes one"
+    "{} makes one"
 )
+# by the class, of polars, pandas or pyarrow: a column passes Arrow data on as well, and is no table
+_MAKES_A_TABLE = {"LazyFrame": ".collect()", "Series": ".to_frame()", "ChunkedArray": "pyarrow.table"}
 
 
 class _DocumentTable:
-    """A table whose rows are documents. Raises ConfigError and DataError for a table that cannot be read this way."""
+    """A table whose rows are documents. Raises ConfigError and DataError for a table that cannot be read this way.
 
-    def __init__(self, table: pa.Table, where: str, how: Reading, words: Callable[[], Tokenizer | None]) -> None:
+    If it is `numbered`, its row numbers are the names of the documents unless a column is.
+    """
+
+    def __init__(
+        self,
+        table: pa.Table,
+        where: str,
+        how: Reading,
+        words: Callable[[], Tokenizer | None],
+        numbered: bool = False,
+    ) -> None:
         self.table, self.where, self.how, self.words = table, where, how, words
         self.names = table.schema.names
         wanted = [how.id_column] if how.id_column else ID_COLUMNS
         self.id_column = next((name for name in wanted if name in self.names), "")
-        if not self.id_column:
+        if not self.id_column and (how.id_column or not numbered):
             raise ConfigError(
                 f"{where}: there is no column {' or '.join(map(repr, wanted))} that names the documents: choose one "
                 f"(id_column); its columns are {', '.join(self.names)}"
@@ -247,7 +279,8 @@ class _DocumentTable:
         for name in how.keep:
             if name not in self.names:
                 raise ConfigError(f"{where}: there is no column {name!r}; its columns are {', '.join(self.names)}")
-        self.doc_ids = table[self.id_column].cast(pa.string())
+        names = table[self.id_column] if self.id_column else pa.chunked_array([pa.array(range(len(table)), pa.int64())])
+        self.doc_ids = names.cast(pa.string())
         if self.doc_ids.null_count:
             row = self.doc_ids.is_null().to_pylist().index(True)
             raise DataError(f"{where}, row {row}, {self.id_column}: the value is null")

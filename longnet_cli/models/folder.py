@@ -277,14 +277,19 @@ class ModelFolder:
 
         return VectorNet if isinstance(load_config(self.path), SlideConfig) else LongNet
 
-    def trainable(self, config: TransformersConfig, lora: Mapping[str, Any] | None = None) -> Net:
+    def trainable(
+        self, config: TransformersConfig, lora: Mapping[str, Any] | None, on_note: Callable[[str], None]
+    ) -> Net:
         """Load a Hugging Face model for training, with the pattern of `config`: float32, on the CPU, not mapped.
 
-        `lora` holds the arguments of `lora.add_lora`, or is None to train all weights.
+        `lora` holds the arguments of `lora.add_lora`, or is None to train all weights. `on_note` gets a line if the
+        pattern shows distances that the model has never seen.
         Raises as `net` does, and ConfigError if the gradient of a long sequence cannot go through the model.
         """
         net = cast("TransformersNet", self.net(pattern=None if config.as_trained else config.pattern))
         net.check_trainable()
+        if net.too_wide:
+            on_note(f"{self.name}: {net.too_wide}")
         for parameter in net.parameters():  # mapped from files until now, which may vanish during a run
             parameter.data = parameter.data.clone()
         if lora is not None:

@@ -65,14 +65,14 @@ def test_the_rest_is_written_as_if_it_were_all(tmp_path, run_longnet, inputs, ou
         "longnet: note: left out: "
     ] * len(ERRORS)
     place = {"-": "stdout", "out": "out (5 shards)"}.get(output, output)
-    assert said[len(ERRORS) :] == [f"{TOTALS}{place}; 5 documents left out"]
+    assert said[len(ERRORS) :] == [f"{TOTALS}{place}; 3 documents and 2 files left out"]
     assert good.stderr.decode() == f"{TOTALS}{place}\n"
     if output == "out":
         shards, wanted = contents(tmp_path / "out"), contents(tmp_path / "good/out")
         assert shards.pop("_manifest.arrow") != wanted.pop("_manifest.arrow")  # in the number of what is left out
         assert shards == wanted
         totals = read_manifest(tmp_path / "good/out").totals
-        assert read_manifest(tmp_path / "out").totals == {**totals, "skipped": 5}
+        assert read_manifest(tmp_path / "out").totals == {**totals, "skipped": 5, "skipped_files": 2}
     elif output != "-":
         assert (tmp_path / output).read_bytes() == (tmp_path / "good" / output).read_bytes()
 

@@ -35,6 +35,14 @@ def test_a_record_is_a_document(name: str, tmp_path: Path) -> None:
     assert read(tmp_path / name, keep=("description",)) == READS
 
 
+def test_stdin_that_looks_like_fasta_is_read_as_text_with_a_note(run_longnet: RunLongnet) -> None:
+    note = "longnet: note: stdin looks like FASTA and is read as text: give a file named .fasta"
+    for text, noted in ((FASTA, True), (">A quoted line\nand an answer.\n", False), ("ACGT\n>a\nACGT\n", False)):
+        for sent in (text.encode(), gzip.compress(text.encode())):
+            done = run_longnet("tokenize", "-", "-o", "x.arrow", input=sent, text=False)
+            assert (done.returncode, done.stderr.decode().count(note)) == (0, noted)
+
+
 @given(st.lists(st.text("ACGTNacgt-*", max_size=40), min_size=1, max_size=5), st.integers(1, 9))
 def test_lines_of_any_length_are_joined(sequences: list[str], width: int) -> None:
     with TemporaryDirectory() as folder:

@@ -211,7 +211,7 @@ def test_what_is_left_out_is_counted_and_ends_with_a_code_of_its_own(tmp_path: P
     assert total.pop("n_skipped") == 0
     assert bad_total == total
     assert bad.stderr.splitlines()[0] == "longnet: note: left out: nothing: no such file or folder"
-    assert bad.stderr.splitlines()[-1] == "longnet: note: 4 documents left out"
+    assert bad.stderr.splitlines()[-1] == "longnet: note: 3 documents and 1 file left out"
     done = run_longnet("encode", "a.jsonl", "nothing", "--skip-bad", "-o", "vectors", "--shard-rows", "1")
     assert done.returncode == 6
     assert read_manifest(tmp_path / "vectors").totals["skipped"] == 4
@@ -226,7 +226,7 @@ def test_a_finished_folder_says_what_its_run_left_out(tmp_path: Path, run_longne
         assert run_longnet(*words).returncode == 6
         again = run_longnet(*words, "--resume")
         assert again.returncode == 6, again.stderr
-        assert again.stderr.endswith("4 documents left out\n")
+        assert again.stderr.endswith("3 documents and 1 file left out\n")
 
 
 def test_empty_documents_are_counted_and_passed_over(tmp_path: Path, run_longnet: RunLongnet) -> None:

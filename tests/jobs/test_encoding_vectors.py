@@ -338,7 +338,7 @@ def test_files_of_vectors_that_cannot_be_read_are_left_out(
     assert said[0] == "longnet: note: left out: missing.parquet: no such file or folder"
     assert said[1].startswith("longnet: note: left out: cut.parquet: the data is damaged or truncated")
     assert said[2] == f"3 vectors of 111 tokens -> {tmp_path / 'out.arrow'}"
-    assert said[3:] == ["longnet: note: 1 document empty", "longnet: note: 2 documents left out"]
+    assert said[3:] == ["longnet: note: 1 document empty", "longnet: note: 2 files left out"]
     same(vectors(tmp_path / "out.arrow"), {name: x for name, x in expected().items() if name != "s2"})
     for sample in ([], ["--sample", "2"]):
         found = json.loads(run_longnet(*words, "--skip-bad", "--dry-run", "--format", "json", *sample).stdout)

@@ -1,6 +1,7 @@
 """Proves that batches of any size get the rows of `longnet encode` and `longnet score -o`, with the columns kept, and
 that what is not a document a row is refused; and runs the examples for Ray and Spark where those are installed."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -131,6 +132,30 @@ def test_what_is_no_table_is_refused_at_the_call(given: object) -> None:
     for function in (encode_batches, score_batches):
         with pytest.raises(ConfigError, match=r"^a table .* needed, not (str|dict|int)"):
             function(given)
+
+
+@pytest.mark.parametrize(("kind", "makes"), [("LazyFrame", ".collect()"), ("Series", ".to_frame()")])
+def test_a_column_or_a_plan_is_told_what_makes_a_table_of_it(kind: str, makes: str) -> None:
+    for function in (encode_batches, score_batches):
+        with pytest.raises(ConfigError, match=re.escape(f"not {kind}: {makes} makes one")):
+            function(type(kind, (Frame,), {})())
+
+
+def test_the_rows_of_a_frame_without_names_are_numbered() -> None:
+    frame = type("Frame", (), {"__arrow_c_stream__": lambda self, schema=None: texts.__arrow_c_stream__(schema)})()
+    texts = TABLE.select(["text"])
+    assert encode_batches(frame)["doc_id"].to_pylist() == ["0", "1", "3", "4"]  # document 2 is empty
+    assert score_batches(frame)["doc_id"].to_pylist() == ["0", "1", "2", "3", "4"]
+    with pytest.raises(ConfigError, match="no column 'name'"):
+        score_batches(frame, id_column="name")
+
+
+def test_sizes_may_be_texts() -> None:
+    for sizes in ("64,0.1k", ("64", "100")):
+        assert score_batches(TABLE[:1], context=sizes).equals(score_batches(TABLE[:1], context=(64, 100)))
+    assert encode_batches(TABLE[:1], span="0.1k", chunk="1Ki").equals(encode_batches(TABLE[:1], span=100, chunk=1024))
+    with pytest.raises(ConfigError, match=r"^context: '1Kx' is not a size: write"):
+        score_batches(TABLE, context="64,1Kx")
 
 
 def test_an_iterator_of_other_things_is_refused_when_it_comes_there() -> None:

@@ -429,9 +429,23 @@ def test_the_command(corpus: Path, tmp_path: Path, run_longnet, monkeypatch: pyt
         (["elsewhere", "--init", "./run"], "already holds a model"),
         (["run2", "--column", "words"], "column 'words' is asked for"),
         (["run2", "--set", "train.log_evry=1"], "did you mean 'train.log_every'?"),
+        (
+            ["run2", "--steps", "5"],
+            "--steps and --seq-len make one stage together: give both (the recipe's --seq-len is 32)",
+        ),
+        (["run2", "--seq-len", "64"], "give both (the recipe's --steps is 5)"),
     ):
         error = refused("train", recipe_file, "-o", *words)
         assert (error.exit_code, said in str(error)) == (2, True), error
+    for words, said in (
+        (
+            ["--seq-len", "256", "--steps", "5", "--pattern", "window:8"],
+            "there is no model: give a RECIPE (longnet-1m,",
+        ),
+        (["--steps", "5"], "--steps and --seq-len make one stage together: give both"),
+    ):
+        error = refused("train", "--data", corpus, *words, "-o", "run2")
+        assert (error.exit_code, str(error).startswith(said)) == (2, True), error
     assert not (tmp_path / "run2").exists()
 
 

@@ -198,7 +198,7 @@ def test_a_killed_rank_ends_the_job_and_the_next_run_goes_on_until_sigterm(
     _, stderr = job.communicate(timeout=60)
     assert job.returncode != 0
     assert f"continuing after step {saved}\n" in stderr
-    assert f"stopped, and saved in {folder}/run: the same command goes on" in stderr
+    assert f", and saved in {folder}/run: the same command goes on" in stderr
     assert "longnet: error" not in stderr
     steps = [line["step"] for line in metrics_of(folder / "run")]
     assert steps == list(range(1, len(steps) + 1))
@@ -232,7 +232,7 @@ def test_a_launcher_that_ends_takes_its_ranks_with_it_in_few_words(
         job.terminate()
     _, stderr = job.communicate(timeout=90)  # until no rank holds it
     assert time.monotonic() - began < 60
-    lines = [line for line in stderr.splitlines() if "stopped, and saved" not in line]
+    lines = [line for line in stderr.splitlines() if ", and saved in" not in line]
     if way == "killed":
         assert lines[1:] == ["longnet: error: rank 0: the process that started this rank ended, and this one with it"]
     else:

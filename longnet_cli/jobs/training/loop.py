@@ -155,7 +155,7 @@ class _TrainingRun:
         if held_out and recipe.train.objective == "contrast":
             self.held_out = _held_out_pairs(recipe, held_out, self.tokenizer, self.eos_id, on_note)
         torch.manual_seed(recipe.train.seed)
-        self.model = _model(recipe, initial).to(device).train()
+        self.model = _model(recipe, initial, on_note).to(device).train()
         if recipe.train.objective == "contrast":
             self.model.embedder = _contrast(recipe).embedder
         self.frozen = frozen_digest(self.model)
@@ -531,9 +531,9 @@ def _before_documents(recipe: Recipe, tokenizer: Tokenizer) -> int:
     return token_id
 
 
-def _model(recipe: Recipe, initial: str | None) -> Net:
+def _model(recipe: Recipe, initial: str | None, on_note: OnNote) -> Net:
     if pretrained := recipe.pretrained:
-        return ModelFolder.find(pretrained.init).trainable(pretrained.model, pretrained.adapter)
+        return ModelFolder.find(pretrained.init).trainable(pretrained.model, pretrained.adapter, on_note)
     if initial is None:
         return LongNet(recipe.model)
     folder = ModelFolder.find(initial)

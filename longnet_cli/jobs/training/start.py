@@ -97,6 +97,11 @@ Resume = bool | str | Path
 _LAST = "; to continue the run in the output folder, put --resume at the end"
 
 
+def _names_a_model(key: str) -> bool:
+    """Return whether a key of a recipe gives a model, or sizes of one: a pattern alone does not."""
+    return key == "init" or (key.startswith("model.") and key != "model.pattern")
+
+
 def prepare_run(
     recipe: str | None,
     overrides: Mapping[str, Any],
@@ -124,6 +129,10 @@ def prepare_run(
         raise ConfigError(
             f"nothing to train: there is no run in {output}; name a recipe (`longnet train my-recipe.toml`) or --set "
             "its values"
+        )
+    if recipe is None and own is None and not any(map(_names_a_model, overrides)):
+        raise ConfigError(
+            "there is no model: give a RECIPE (longnet-1m, or a file such as examples/small.toml) or --init MODEL"
         )
     loaded = load_recipe(recipe or own, overrides, [_stored(earlier, *keys) for keys in _NAMES] if earlier else ())
     # then the recipe names it: the order of `running.chunk_size.chunk_of`

@@ -96,8 +96,11 @@ class TransformersNet(Net):
             self.config = self.config.model_copy(update={"max_tokens": most})
         wrong = self._try()
         self.note = f"{wrong}: {_NOTES['none']}" if wrong else _NOTES[self.config.memory]
+        self.too_wide: str | None = None  # a warning
         if dilated and self.config.streams:  # then the memory "cache" is a LongNetCache, which is bounded
-            self.note = _GROWS if self.config.pattern == Pattern.dense() else _too_wide(model, self.config.pattern)
+            dense = self.config.pattern == Pattern.dense()
+            self.too_wide = None if dense else _too_wide(model, self.config.pattern)
+            self.note = _GROWS if dense else self.too_wide
         if as_trained and (limit := self.config.max_tokens):
             self.note = f"no pattern is given: dense attention as it was trained, on up to {limit} tokens"
             if not self.config.streams:
