@@ -18,6 +18,7 @@ import os
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil
@@ -34,7 +35,7 @@ from longnet_cli.attention import Pattern, dilated_attention
 from longnet_cli.attention.branches import BACKWARD_FLOPS, attention_flops, shard_flops
 from longnet_cli.attention.notation import format_pattern, parse_pattern
 from longnet_cli.attention.spans import common_span, far_spans, open_spans, span_rows
-from longnet_cli.basics.errors import ConfigError, LongNetError
+from longnet_cli.basics.errors import ConfigError, InputWarning, LongNetError
 from longnet_cli.basics.sizes import format_bytes, format_count, format_duration, format_size, parse_size
 from longnet_cli.jobs.estimating.estimate import Extent, PlanSums
 from longnet_cli.jobs.estimating.training_job import StepFlops, memory_by_kind, step_flops
@@ -434,6 +435,7 @@ def plan_command(
 ) -> None:
     """Print memory and time of training by a recipe, or of reading documents, for every way to share it."""
     machine = find_machine(on)
+    warnings.filterwarnings("ignore", "this CPU", InputWarning)  # the plan is for another machine
     if recipe is not None and model is None:
         show(training_plans(load_recipe(recipe, parse_overrides(settings or [])), machine), machine, "a step")
         return

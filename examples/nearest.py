@@ -144,6 +144,8 @@ def main() -> None:
             if not any(texts):
                 sys.exit("--words needs the texts: give their folder (--root), or their column (--text)")
             found = z_scores(found) + z_scores(shared_words(args.query, texts))
+        elif not any(text_of(row, args.text, args.root) for row in rows[:1]):
+            print("no texts are shown: give their folder (--root), or their column (--text)", file=sys.stderr)
         best = {names[place]: place for place in np.argsort(found).tolist()}  # of each document, its best span
         for place in sorted(best.values(), key=lambda place: -found[place])[: args.top]:
             row = rows[place]

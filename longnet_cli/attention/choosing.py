@@ -26,18 +26,20 @@ N tokens, H query heads, K key heads, D head_dim, C candidates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import groupby
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .groups import GroupedPart, slot_of, stages
+from .limits import limits_of
 from .past import Means
 from .pattern import NEIGHBOUR, RUN, RUNS, SURE, VOTERS, Pattern
-
-SCORES = 1 << 20  # scores of a scan that exist at a time
 
 # (row of the batch, part) -> blocks (groups, n) that the text of each group names, the best first, and -1 for none
 Names = Callable[[int, GroupedPart], Tensor]
@@ -84,30 +86,29 @@ class LayerChoices(NamedTuple):
 class Unrotated(NamedTuple):
     """The queries and keys of a document, in one row of a batch, as votes compare them: un-rotated.
 
-    queries: positions (n,) -> scaled queries (n, H, D).
-    keys: blocks (n,), ascending -> keys (n, tokens of a block, K, D).
+    voters: (first positions of n groups, step s) -> every s-th of their voters, scaled, (n, VOTERS / s, H, D).
+    keys: blocks (groups, n), ascending in each group -> keys (groups, K, n, tokens of a block, D).
+    block_numbers: numbers in the keys of one block.
     """
 
-    queries: Callable[[Tensor], Tensor]
+    voters: Callable[[range, int], Tensor]
     keys: Callable[[Tensor], Tensor]
-
-    def voters(self, firsts: Sequence[int]) -> Tensor:
-        """Return the voters (groups, VOTERS, H, D) of groups with these first positions."""
-        positions = torch.tensor(firsts)[:, None] + torch.arange(1 - VOTERS, 1)
-        return self.queries(positions.flatten()).unflatten(0, positions.shape)
+    block_numbers: int
 
 
 class Voting(NamedTuple):
-    """All that the choice of a part's groups depends on, in one row of a batch: see `choose`.
+    """All that the choice of neighbouring parts depends on, in one row of a batch: see `choose`.
 
-    row: the row of `means`. scanned: the candidates (C,) of the first group's slot, if they are known. named: what
-    `Names` gives, if there is any. earlier: the blocks (groups, m) that the groups see in the layer that chose before.
+    row: the row of `means`. heads: H. scanned: the candidates (C,) of the first group's slot, if they are known. named:
+    what `Names` gives for all groups, if there is any. earlier: the blocks (groups, m) that the groups see in the layer
+    that chose before.
     """
 
     pattern: Pattern
-    part: GroupedPart
+    parts: Sequence[GroupedPart]
     means: Means
     row: int
+    heads: int
     document: Unrotated
     scanned: Tensor | None
     named: Tensor | None
@@ -115,32 +116,43 @@ class Voting(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """The blocks (groups, m) that a part's groups see, the candidates (C,) of the last group's slot, both ascending."""
+    """The blocks (groups, m) that the groups see, the candidates (C,) of the last group's slot, both ascending."""
 
     blocks: Tensor
     candidates: Tensor
 
 
+class _Slot(NamedTuple):
+    """Neighbouring groups that share a scan, made at position `first`: their first positions, and the blocks before."""
+
+    first: int
+    firsts: range
+    blocks: int
+
+
 def choose(voting: Voting) -> Choice:
-    """Return the choice of a part's groups: they have the same near keys, and more blocks before than they may see."""
-    pattern, groups = voting.pattern, voting.part.groups
-    firsts = _firsts(pattern, voting.part)
-    slots = [(slot, [*some]) for slot, some in groupby(firsts, lambda first: slot_of(pattern, groups.near, first))]
-    candidates = _scan(voting, [slot for slot, _ in slots])
-    seen, done = [], 0
-    for (_, some), own in zip(slots, candidates, strict=True):
-        mine = slice(done, done + len(some))
-        named, earlier = (None if x is None else x[mine] for x in (voting.named, voting.earlier))
-        seen.append(_seen(voting, some, own, named, earlier))
-        done += len(some)
-    return Choice(torch.cat(seen).int(), candidates[-1])
+    """Return the choice of neighbouring parts, whose groups have more blocks before them than they may see."""
+    pattern, slots = voting.pattern, _slots(voting.pattern, voting.parts)
+    every, candidates, votes, done, begin = pattern.chosen_every, _scan(voting, slots), list[_Votes](), 0, 0
+    voters = voting.document.voters(range(slots[0].firsts[0], slots[-1].firsts[-1] + 1, every), 1)
+    for some in _batches(slots, partial(_vote_alike, pattern), pattern.scan_every, lambda _: len(slots)):
+        stop = begin + sum(len(slot.firsts) for slot in some)
+        if (of_slots := candidates[done]) is None:
+            votes += _votes_of_all(voting, some, voters[begin:stop])
+        else:
+            of_slots = torch.stack([x for x in candidates[done : done + len(some)] if x is not None])
+            earlier = None if voting.earlier is None else voting.earlier[begin:stop, 1:].long()
+            votes += _votes_of_candidates(voting, voters[begin:stop], of_slots, earlier)
+        done, begin = done + len(some), stop
+    blocks, of_blocks = _side_by_side(votes)
+    last = candidates[-1]
+    last = torch.arange(1, slots[-1].blocks, device=blocks.device) if last is None else last
+    return Choice(_picked(pattern, blocks, of_blocks, voting.named).int(), last)
 
 
 def votes_by_keys(pattern: Pattern, part: GroupedPart, document: Unrotated, some: slice, blocks: Tensor) -> Tensor:
     """Return the votes (groups, m) of some groups of a part for blocks (groups, m), block 0 and others, ascending."""
-    voters = document.voters(_firsts(pattern, part)[some])
-    votes = [_exact_votes(document, v[None], own[1:].long()) for v, own in zip(voters, blocks, strict=True)]
-    return torch.nn.functional.pad(torch.cat(votes), (1, 0))
+    return pad(_exact_votes(document, document.voters(_firsts(pattern, part)[some], 1), blocks[:, 1:].long()), (1, 0))
 
 
 def _firsts(pattern: Pattern, part: GroupedPart) -> range:
@@ -150,71 +162,207 @@ def _firsts(pattern: Pattern, part: GroupedPart) -> range:
     return range(first, first + groups.number * every, every)
 
 
-def _scan(voting: Voting, slots: Sequence[int]) -> list[Tensor]:
-    """Return the candidates (C,) of each slot, by the votes of its first group."""
-    number = voting.part.groups.near // voting.pattern.chosen_block
-    planned = stages(voting.pattern, number - 1)
-    if not planned:
-        return [torch.arange(1, number, device=voting.means.fine.device)] * len(slots)
-    candidates = [] if voting.scanned is None else [voting.scanned]
-    unknown = slots[len(candidates) :]
-    while unknown:
-        voters = voting.document.voters(unknown[:1])[:, 1::2]
-        step = max(1, SCORES // (voters.shape[1:3].numel() * planned[0].compared(number)))
-        some, unknown = unknown[:step], unknown[step:]
-        voters, kept = voting.document.voters(some)[:, 1::2], None
+def _slots(pattern: Pattern, parts: Sequence[GroupedPart]) -> list[_Slot]:
+    """Return the slots of the groups of neighbouring parts."""
+    every, groups = pattern.chosen_every, []
+    for part in parts:
+        near = part.groups.near
+        groups += [(slot_of(pattern, near, first), first, near) for first in _firsts(pattern, part)]
+    slots = []
+    for slot, some in groupby(groups, key=itemgetter(0)):
+        (_, first, near), *_ = of_slot = [*some]
+        firsts = range(first, first + len(of_slot) * every, every)
+        slots.append(_Slot(slot, firsts, near // pattern.chosen_block))
+    return slots
+
+
+def _batches(
+    slots: Sequence[_Slot], alike: Callable[[_Slot], object], every: int, most: Callable[[_Slot], int]
+) -> Iterator[list[_Slot]]:
+    """Yield neighbouring slots that are alike and `every` tokens apart, as many at a time as `most` allows the last."""
+    batch: list[_Slot] = []
+    for slot in slots:
+        follows = batch and alike(slot) == alike(batch[0]) and slot.first == batch[-1].first + every
+        if batch and (not follows or len(batch) >= most(slot)):
+            yield batch
+            batch = []
+        batch.append(slot)
+    if batch:
+        yield batch
+
+
+def _scan(voting: Voting, slots: Sequence[_Slot]) -> list[Tensor | None]:
+    """Return the candidates (C,) of each slot, by the votes of its first group; None if all blocks but 0 are."""
+    pattern, heads = voting.pattern, voting.heads
+    limit = limits_of(voting.means.fine).scores
+
+    def alike(slot: _Slot) -> tuple[object, int]:
+        planned = stages(pattern, slot.blocks - 1)
+        return planned, slot.blocks % RUN if planned and planned[0].means == RUNS else 0
+
+    def most(slot: _Slot) -> int:
+        planned = stages(pattern, slot.blocks - 1)
+        return limit // (VOTERS // 2 * heads * planned[0].compared(slot.blocks)) if planned else len(slots)
+
+    known = voting.scanned is not None
+    candidates = [voting.scanned if stages(pattern, slots[0].blocks - 1) else None] if known else []
+    for some in _batches(slots[known:], alike, pattern.scan_every, most):
+        kept, before = None, _blocks_before(some, voting.means.fine.device)
+        planned = stages(pattern, some[0].blocks - 1)
+        firsts = range(some[0].first, some[-1].first + 1, pattern.scan_every)
+        voters = voting.document.voters(firsts, 2) if planned else None
         for stage in planned:
+            assert voters is not None
             means = voting.means.of[stage.means][voting.row]
             narrow = _best_runs if stage.means == RUNS else _best_blocks
-            kept = narrow(voters, means, kept, number, stage.blocks)
-        assert kept is not None
-        candidates += kept.unbind()
+            kept = narrow(voters, means, kept, before, some[-1].blocks, stage.blocks)
+        candidates += [None] * len(some) if kept is None else kept.unbind()
     return candidates
 
 
-def _best_runs(voters: Tensor, runs: Tensor, _: Tensor | None, number: int, most: int) -> Tensor:
+def _blocks_before(slots: Sequence[_Slot], device: torch.device) -> Tensor | int:
+    """Return the number of blocks before each slot, (slots, 1), or one number if it is the same."""
+    if slots[0].blocks == slots[-1].blocks:
+        return slots[0].blocks
+    return torch.tensor([[slot.blocks] for slot in slots], device=device)
+
+
+def _after(first: int, stop: int, before: Tensor | int, device: torch.device) -> Tensor | None:
+    """Return which of [first, stop) are not below each of the numbers `before` (n, 1): (n, C); None if all are."""
+    return None if isinstance(before, int) else torch.arange(first, stop, device=device) >= before
+
+
+def _best_runs(voters: Tensor, runs: Tensor, _: Tensor | None, before: Tensor | int, number: int, most: int) -> Tensor:
     """Return the blocks (slots, n) of the best runs. The first run and blocks after the last whole one always stay.
 
-    The first run holds block 0, whose keys are like no others. runs: means (K, runs, 1, D).
+    The first run holds block 0, whose keys are like no others. runs: means (K, runs, 1, D). Of the blocks `before` the
+    slots, there are at most `number`.
     """
     whole, own = number // RUN, torch.arange(RUN, device=runs.device)
-    best = 1 + _best(_with_neighbours(shares_of(voters, runs[:, 1:whole]).mean((0, 2))), most // RUN - 1)
-    blocks = (best[..., None] * RUN + own).flatten(1)
-    rest = torch.arange(whole * RUN, number, device=runs.device)
-    return torch.cat([own[1:].expand(len(best), -1), blocks, rest.expand(len(best), -1)], 1)
+    votes = _votes(voters, runs[:, 1:whole], _after(1, whole, before // RUN, runs.device))
+    blocks = ((1 + _best(votes, most // RUN - 1))[..., None] * RUN + own).flatten(1)
+    rest = before // RUN * RUN + own[: number % RUN]
+    return torch.cat([own[1:].expand(len(voters), -1), blocks, rest.expand(len(voters), -1)], 1)
 
 
-def _best_blocks(voters: Tensor, means: Tensor, kept: Tensor | None, number: int, most: int) -> Tensor:
-    """Return the `most` best (slots, most) of the blocks that are `kept` (slots, n), or of all from 1 to `number`."""
-    if kept is None:
-        scores = _with_neighbours(shares_of(voters, means[:, 1:number]).mean((0, 2)))
-        return 1 + _best(scores, most)
-    shares = [shares_of(v[None], _taken(means, own)).mean((0, 2)) for v, own in zip(voters, kept, strict=True)]
-    return kept.gather(1, _best(_with_neighbours(torch.cat(shares), kept), most))
-
-
-def _seen(
-    voting: Voting, firsts: Sequence[int], candidates: Tensor, named: Tensor | None, earlier: Tensor | None
+def _best_blocks(
+    voters: Tensor, means: Tensor, kept: Tensor | None, before: Tensor | int, number: int, most: int
 ) -> Tensor:
-    """Return the blocks (groups, m) that the groups of one slot see."""
-    pattern, voters = voting.pattern, voting.document.voters(firsts)
-    compared, own = candidates, None
-    if earlier is not None:  # each group has its own ones besides: what a later group sees must not matter
-        earlier = earlier[:, 1:].long()
-        compared = torch.cat([candidates, earlier.flatten()]).unique()
-        own = torch.isin(compared, candidates) | (compared[:, None] == earlier[:, None]).any(2)
-    blocks = compared.expand(len(firsts), -1)
-    votes = _votes(voters, _taken(voting.means.fine[voting.row], compared), blocks, own)
-    if pattern.chosen_exact:
-        best = _best(votes, min(pattern.chosen_exact, len(candidates)))
-        exact = [_exact_votes(voting.document, v[None], x) for v, x in zip(voters, blocks.gather(1, best), strict=True)]
-        votes = torch.zeros_like(votes).scatter(1, best, torch.cat(exact))
-    return _picked(pattern, blocks, votes, named)
+    """Return the `most` best (slots, most) of the blocks that are `kept` (slots, n), or of all but 0 `before` them."""
+    if kept is None:
+        return 1 + _best(_votes(voters, means[:, 1:number], _after(1, number, before, means.device)), most)
+    step = max(1, limits_of(means).scores // (kept.shape[1] * means[:, 0].numel()))
+    votes = [
+        _votes(some[:, None], _taken(means, own), blocks=own[:, None])[:, 0]
+        for some, own in zip(voters.split(step), kept.split(step), strict=True)
+    ]
+    return kept.gather(1, _best(torch.cat(votes), most))
+
+
+def _vote_alike(pattern: Pattern, slot: _Slot) -> object:
+    """Return what is equal for slots that can vote together: they have all of their groups."""
+    every = pattern.chosen_every
+    cut = len(slot.firsts) * every < pattern.scan_every and slot.first  # the shard begins or ends in it
+    return bool(stages(pattern, slot.blocks - 1)), cut, pattern.chosen_exact and slot.blocks
+
+
+def _votes_of_all(voting: Voting, slots: Sequence[_Slot], voters: Tensor) -> Iterator[_Votes]:
+    """Yield the votes of the groups of some slots, which compare all blocks but 0 before them."""
+    means, number = voting.means.fine[voting.row], slots[-1].blocks
+    before = _blocks_before([slot for slot in slots for _ in slot.firsts], means.device)
+    others = _after(1, number, before, means.device)
+    step = max(1, limits_of(means).scores // (VOTERS * voting.heads * (number - 1) * means.shape[2]))
+    for first in range(0, len(voters), step):
+        some = slice(first, first + step)
+        votes = _votes(voters[some], means[:, 1:number], None if others is None else others[some], power=SURE)
+        blocks = torch.arange(1, number, device=means.device).expand_as(votes)
+        yield _Votes(blocks, _exactly(voting, voters[some], blocks, votes, number - 1))
+
+
+def _votes_of_candidates(
+    voting: Voting, voters: Tensor, candidates: Tensor, earlier: Tensor | None
+) -> Iterator[_Votes]:
+    """Yield the votes of the groups of slots that compare their candidates (slots, n), and `earlier` ones (groups, e).
+
+    Each group has its own earlier ones: what a later group sees must not matter.
+    """
+    means, by_slot = voting.means.fine[voting.row], voters.unflatten(0, (len(candidates), -1))
+    compared = _Compared(candidates, None, [candidates.shape[1]] * len(candidates))
+    if earlier is not None:
+        compared = _Compared.of(candidates, earlier.unflatten(0, by_slot.shape[:2]))
+    per_block = means.shape[2] * max(by_slot[0, ..., 0].numel(), means.shape[0] * means.shape[3])
+    step = max(1, limits_of(means).scores // (compared.blocks.shape[1] * per_block))
+    for first in range(0, len(candidates), step):
+        some, width = slice(first, first + step), max(compared.numbers[first : first + step])
+        blocks = compared.blocks[some, :width]
+        others = None if compared.others is None else compared.others[some, :, :width]
+        votes = _votes(by_slot[some], _taken(means, blocks), others, blocks[:, None], SURE).flatten(0, 1)
+        blocks = blocks[:, None].expand(-1, by_slot.shape[1], -1).flatten(0, 1)
+        yield _Votes(blocks, _exactly(voting, by_slot[some].flatten(0, 1), blocks, votes, candidates.shape[1]))
+
+
+class _Votes(NamedTuple):
+    """The votes (groups, C) of some groups for blocks (groups, C)."""
+
+    blocks: Tensor
+    votes: Tensor
+
+
+def _side_by_side(votes: Sequence[_Votes]) -> _Votes:
+    """Return the votes of all groups: those with fewer blocks than others get block 0, with a vote of -1."""
+    if len(votes) == 1:
+        return votes[0]
+    groups, most = (sum(len(some.votes) for some in votes), max(some.votes.shape[1] for some in votes))
+    every = _Votes(votes[0].blocks.new_zeros(groups, most), votes[0].votes.new_full((groups, most), -1))
+    begin = 0
+    for some in votes:
+        number, width = some.votes.shape
+        for into, x in zip(every, some, strict=True):
+            into[begin : begin + number, :width] = x
+        begin += number
+    return every
+
+
+class _Compared(NamedTuple):
+    """The blocks (slots, C) that slots compare, ascending, and which of them each group does not (slots, groups, C).
+
+    Without these `others`, each group compares all of them. A slot has `numbers` of them, and its last one repeated.
+    """
+
+    blocks: Tensor
+    others: Tensor | None
+    numbers: list[int]
+
+    @classmethod
+    def of(cls, candidates: Tensor, earlier: Tensor) -> _Compared:
+        """Return the candidates (slots, n), which all groups compare, and the `earlier` ones (slots, groups, e)."""
+        both = torch.cat([candidates, earlier.flatten(1)], 1)
+        ascending = both.sort(1).values
+        places = pad(ascending.diff() != 0, (1, 0)).cumsum(1)  # of equals, one
+        numbers = (places[:, -1] + 1).tolist()
+        blocks = ascending[:, -1:].repeat(1, max(numbers)).scatter_(1, places, ascending)
+        of_candidates, of_earlier = torch.searchsorted(blocks, both).split([candidates.shape[1], earlier[0].numel()], 1)
+        others = torch.ones((*earlier.shape[:2], max(numbers)), dtype=torch.bool, device=blocks.device)
+        others.scatter_(2, of_candidates[:, None].expand(-1, earlier.shape[1], -1), False)
+        return cls(blocks, others.scatter_(2, of_earlier.unflatten(1, earlier.shape[1:]), False), numbers)
+
+
+def _exactly(voting: Voting, voters: Tensor, blocks: Tensor, votes: Tensor, candidates: int) -> Tensor:
+    """Return the votes of groups (groups, C): with `chosen_exact`, new ones for the best, by all of their keys."""
+    if not voting.pattern.chosen_exact:
+        return votes
+    best = _best(votes, min(voting.pattern.chosen_exact, candidates))
+    return torch.zeros_like(votes).scatter(1, best, _exact_votes(voting.document, voters, blocks.gather(1, best)))
 
 
 def _exact_votes(document: Unrotated, voters: Tensor, blocks: Tensor) -> Tensor:
-    """Return the votes (1, n) for blocks (n,) of one group, by all of their keys."""
-    return _votes(voters, document.keys(blocks).permute(2, 0, 1, 3), blocks[None])
+    """Return the votes (groups, n) for blocks (groups, n) of each group, by all of their keys."""
+    step = max(1, limits_of(blocks).scores // max(1, blocks.shape[1] * document.block_numbers))
+    votes = [
+        _votes(some[:, None], document.keys(own), blocks=own[:, None], power=SURE)[:, 0]
+        for some, own in zip(voters.split(step), blocks.split(step), strict=True)
+    ]
+    return torch.cat(votes)
 
 
 def _picked(pattern: Pattern, blocks: Tensor, votes: Tensor, named: Tensor | None) -> Tensor:
@@ -231,43 +379,46 @@ def _picked(pattern: Pattern, blocks: Tensor, votes: Tensor, named: Tensor | Non
     return torch.cat([seen.new_zeros(len(seen), 1), seen], 1)
 
 
-def _votes(voters: Tensor, means: Tensor, blocks: Tensor, own: Tensor | None = None) -> Tensor:
-    """Return the votes (groups, C) of voters (groups, n, H, D) for blocks (groups, C) with means (K, C, m, D).
+def _votes(
+    voters: Tensor, means: Tensor, others: Tensor | None = None, blocks: Tensor | None = None, power: int = 1
+) -> Tensor:
+    """Return the votes (.., groups, C) of voters (.., groups, n, H, D) for blocks with means (.., K, C, m, D).
 
-    A group compares its `own` blocks (groups, C) alone, if not all; the others get -1.
+    Blocks (.., groups or 1, C) are ascending; without them, the blocks are all in a row. A group does not compare the
+    `others` (.., groups, C), which get -1.
     """
-    votes = (shares_of(voters, means, own) ** SURE).mean((0, 2)) ** (1 / SURE)
+    shares = shares_of(voters, means, others)
+    votes = shares.mean((-4, -2)) if power == 1 else (shares**power).mean((-4, -2)) ** (1 / power)
     votes = _with_neighbours(votes, blocks)
-    return votes if own is None else votes.where(own, -1)
+    return votes if others is None else votes.masked_fill(others, -1)
 
 
-def shares_of(voters: Tensor, means: Tensor, own: Tensor | None = None) -> Tensor:
-    """Return the share of each block (K, groups, n * H / K, C) for voters (groups, n, H, D); means (K, C, m, D).
+def shares_of(voters: Tensor, means: Tensor, others: Tensor | None = None) -> Tensor:
+    """Return the share of each block (.., K, groups, n * H / K, C) for voters (.., groups, n, H, D).
 
-    Blocks that are not a group's `own` (groups, C) have none.
+    means (.., K, C, m, D). Of the `others` of a group (.., groups, C), none has any.
     """
-    by_head = voters.unflatten(2, (len(means), -1)).permute(2, 0, 1, 3, 4).flatten(2, 3)
-    scores = (by_head.flatten(1, 2) @ means.flatten(1, 2).mT).unflatten(1, by_head.shape[1:3])
-    scores = scores.unflatten(-1, means.shape[1:3])
-    if own is not None:
-        scores = scores.masked_fill(~own[:, None, :, None], -torch.inf)
-    return scores.flatten(-2).softmax(-1).unflatten(-1, means.shape[1:3]).sum(-1)
+    by_head = voters.unflatten(-2, (means.shape[-4], -1)).movedim(-3, -5).flatten(-3, -2)
+    scores = by_head.flatten(-3, -2) @ means.flatten(-3, -2).mT
+    scores = scores.unflatten(-2, by_head.shape[-3:-1]).unflatten(-1, means.shape[-3:-1])
+    if others is not None:
+        scores.masked_fill_(others[..., None, :, None, :, None], -torch.inf)
+    return scores.flatten(-2).softmax(-1).unflatten(-1, means.shape[-3:-1]).sum(-1)
 
 
 def _taken(means: Tensor, blocks: Tensor) -> Tensor:
-    """Return the means (K, n, m, D) of some blocks (n,); means (K, blocks, m, D)."""
-    taken = means.new_empty(len(means), len(blocks), *means.shape[2:])
-    for of_head, into in zip(means, taken, strict=True):  # for all heads at once, index_select would copy them whole
-        torch.index_select(of_head, 0, blocks, out=into)
-    return taken
+    """Return the means (slots, K, n, m, D) of some blocks (slots, n); means (K, blocks, m, D)."""
+    of_heads = torch.arange(0, means.shape[:2].numel(), means.shape[1], device=blocks.device)
+    places = blocks[:, None] + of_heads[:, None]
+    return means.view(-1, *means.shape[2:]).index_select(0, places.flatten()).unflatten(0, places.shape)
 
 
 def _with_neighbours(scores: Tensor, blocks: Tensor | None = None) -> Tensor:
-    """Return scores (groups, C) where the block after a good one is nearly as good; `blocks` None is all in a row."""
-    before = NEIGHBOUR * scores[:, :-1]
+    """Return scores (.., C) where the block after a good one is nearly as good; `blocks` None is all in a row."""
+    before = NEIGHBOUR * scores[..., :-1]
     if blocks is not None:
         before = before.where(blocks.diff() == 1, 0)
-    return torch.cat([scores[:, :1], torch.maximum(scores[:, 1:], before)], 1)
+    return torch.cat([scores[..., :1], torch.maximum(scores[..., 1:], before)], -1)
 
 
 def _best(scores: Tensor, number: int) -> Tensor:

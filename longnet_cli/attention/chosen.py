@@ -12,7 +12,8 @@ N tokens, H query heads, K key heads, D head_dim, B tokens of a block.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -22,17 +23,16 @@ from torch import Tensor
 from .branches import Branch
 from .choosing import Blocks, LayerChoices, Unrotated, Voting, choose, votes_by_keys
 from .groups import GroupedPart, Groups, slot_of
+from .limits import limits_of
 from .merging import GradientSum, Merge, accumulator, strided_view
 from .past import Means, Past, Seen, unrotated
-from .pattern import Pattern
+from .pattern import VOTERS, Pattern
 from .plain_call import Kernel
 from .sinks import Turn
 from .spans import Rows
 
 if TYPE_CHECKING:
     from .one_pass import OnePassGradientSum, OnePassMerge
-
-GATHERED = 1 << 20  # numbers of gathered keys that exist at a time: 4 MiB in fp32, which a cache of a CPU holds
 
 
 class Chosen:
@@ -71,8 +71,7 @@ class Chosen:
             assert self.choices
             self.blocks = self.choices.followed()
         else:
-            means: dict[tuple[int, int], Means] = {}  # by first row and first token of a document
-            self.blocks = [self._chosen(number, q, k, scale, means) for number in range(len(self.parts))]
+            self.blocks = self._chosen(q, k, scale)
         self._leave()
         if past and kept is not None:
             kept[past.position] = self.blocks
@@ -81,11 +80,15 @@ class Chosen:
 
     def merge(self, kernel: Kernel, scale: float, q: Tensor, k: Tensor, v: Tensor, merge: Merge | OnePassMerge) -> None:
         """Attend from q to the chosen rows of k and v, and merge the results."""
-        for call in self._calls(kernel, q, k):
-            q_, *places = (call.queries(x) for x in (q, *merge.places))
-            k_, v_ = call.keys(k, v)
-            part, lse = kernel.forward(_folded(q_, k), call.turned(k_, self.turn), call.in_groups(v_), False, scale)
-            merge.add(call.branch, places, part.reshape(q_.shape), lse.reshape(q_.shape[:-1]))
+        for run in self._runs(q, k):
+            q_, *places = (run.queries(x) for x in (q, *merge.places))
+            parts = []
+            for call in run.calls(kernel, k):
+                k_, v_ = call.keys(k, v)
+                of_call = _folded(q_[call.groups], k), call.turned(k_, self.turn), call.in_groups(v_)
+                parts.append(kernel.forward(*of_call, False, scale))
+            part, lse = (_joined(of_calls) for of_calls in zip(*parts, strict=True))
+            merge.add(run.branch, places, part.reshape(q_.shape), lse.reshape(q_.shape[:-1]))
 
     def gradients(
         self,
@@ -102,26 +105,33 @@ class Chosen:
         """
         _, q, _, _ = tensors
         gradients = [torch.zeros(x.shape, dtype=accumulator(x.dtype), device=x.device) for x in keys]
-        for call in self._calls(kernel, q, keys[0]):
-            place, *queries = (call.queries(x) for x in (of_q.place, *tensors))
-            dout_, q_, out_, lse_ = (_folded(x, keys[0]) for x in queries)
-            k_, v_ = call.keys(*keys)
-            k_ = call.turned(k_, self.turn)
-            dq, dk, dv = kernel.backward(dout_, q_, k_, call.in_groups(v_), out_, lse_[..., 0], False, scale)
-            of_q.add(place, dq.reshape(queries[1].shape), call.branch.queries, fresh=False)
-            for index, d in enumerate((call.turned_back(dk, self.turn), call.in_blocks(dv))):
-                call.add(gradients[index], d, index)
+        for run in self._runs(q, keys[0]):
+            place, *queries = (run.queries(x) for x in (of_q.place, *tensors))
+            parts = []
+            for call in run.calls(kernel, keys[0]):
+                dout_, q_, out_, lse_ = (_folded(x[call.groups], keys[0]) for x in queries)
+                k_, v_ = call.keys(*keys)
+                k_ = call.turned(k_, self.turn)
+                dq, dk, dv = kernel.backward(dout_, q_, k_, call.in_groups(v_), out_, lse_[..., 0], False, scale)
+                parts.append(dq)
+                for index, d in enumerate((call.turned_back(dk, self.turn), call.in_blocks(dv))):
+                    call.add(gradients[index], d, index)
+            of_q.add(place, _joined(parts).reshape(queries[1].shape), run.branch.queries, fresh=False)
         return gradients
 
     def _tell(self, past: Past, q: Tensor, k: Tensor, scale: float) -> None:
         """Tell what was chosen to those who count it."""
-        for index, (part, of_rows) in enumerate(zip(self.parts, self.blocks, strict=True)):
+        counted: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for index, part in enumerate(self.parts):
             group = part.groups.first // self.pattern.chosen_every * self.pattern.chosen_every
             chooses = part.groups.near > self.pattern.chosen_keys and not part.columns.start
             if chooses and group >= part.start:  # each group once
-                past.count(part, of_rows, len(q))
+                counted[part.rows.start, part.rows.stop].append(index)
             if past.on_choice:
-                past.on_choice(Seen(part, of_rows, partial(self._votes, index, q, k, scale)))
+                past.on_choice(Seen(part, self.blocks[index], partial(self._votes, index, q, k, scale)))
+        for rows, indices in counted.items():
+            of_rows = [_joined(some) for some in zip(*(self.blocks[index] for index in indices), strict=True)]
+            past.count(slice(*rows), max(self.parts[index].groups.near for index in indices), of_rows, len(q))
 
     @torch.no_grad()
     def _votes(self, index: int, q: Tensor, k: Tensor, scale: float, groups: slice) -> list[Tensor]:
@@ -137,71 +147,108 @@ class Chosen:
         if self.choices and self.kind == "chooses":
             self.choices.leave(self.blocks)
 
-    def _chosen(
-        self, index: int, q: Tensor, k: Tensor, scale: float, means: dict[tuple[int, int], Means]
-    ) -> list[Tensor]:
-        """Return the blocks (groups, m) that a part's rows see. `means` has those of documents, by their places."""
-        part = self.parts[index]
-        rows, pattern = range(part.rows.start, part.rows.stop), self.pattern
-        number = part.groups.near // pattern.chosen_block
+    def _chosen(self, q: Tensor, k: Tensor, scale: float) -> Blocks:
+        """Return the blocks (groups, m) that each part's rows see."""
+        blocks, voting = [self._known(part, q) for part in self.parts], list[list[int]]()
+        for number, known in enumerate(blocks):
+            if known is not None:
+                continue
+            last = self.parts[voting[-1][-1]] if voting and limits_of(q).whole else None
+            if last and (last.rows, last.columns) == (self.parts[number].rows, self.parts[number].columns):
+                voting[-1].append(number)
+            else:
+                voting.append([number])
+        means: dict[tuple[int, int], Means] = {}  # by first row and first token of a document
+        for numbers in voting:
+            of_rows = self._voted(numbers, q, k, scale, means)
+            sizes = [self.parts[number].groups.number for number in numbers]
+            for number, some in zip(numbers, zip(*(x.split(sizes) for x in of_rows), strict=True), strict=True):
+                blocks[number] = [*some]
+        return [some for some in blocks if some is not None]
+
+    def _known(self, part: GroupedPart, q: Tensor) -> list[Tensor] | None:
+        """Return the blocks (groups, m) that a part's rows see, if nobody needs to vote."""
+        pattern, past = self.pattern, self._keeper(part, q)
+        rows, number = range(part.rows.start, part.rows.stop), part.groups.near // pattern.chosen_block
         if number <= pattern.chosen or self.kind == "first":
             seen = torch.arange(number if number <= pattern.chosen else 1, dtype=torch.int32, device=q.device)
             return [seen[None]] * len(rows)
-        past = self.past if not part.columns.start and len(rows) == len(q) else None  # which may keep what is chosen
         group = part.groups.first // pattern.chosen_every * pattern.chosen_every
-        if past and past.held and past.held[0] == group and group < part.start:
-            return past.held[1]
+        held = past.held if past else None
+        return held[1] if held and held[0] == group and group < part.start else None
+
+    def _keeper(self, part: GroupedPart, q: Tensor) -> Past | None:
+        """Return the past that keeps what is chosen for a part, if it has all rows of the batch and of the document."""
+        return self.past if not part.columns.start and part.rows.stop - part.rows.start == len(q) else None
+
+    def _voted(
+        self, numbers: Sequence[int], q: Tensor, k: Tensor, scale: float, means: dict[tuple[int, int], Means]
+    ) -> list[Tensor]:
+        """Return the blocks (groups, m) that the rows of neighbouring parts see. `means` has those of documents."""
+        pattern, parts = self.pattern, [self.parts[number] for number in numbers]
+        part, rows, past = parts[0], range(parts[0].rows.start, parts[0].rows.stop), self._keeper(parts[0], q)
         place = rows.start, part.columns.start
         if place not in means:
             last = max(x.groups.near for x in self.parts if (x.rows.start, x.columns.start) == place)
             means[place] = self._means(k[part.rows, part.columns], part, last)
+        group = part.groups.first // pattern.chosen_every * pattern.chosen_every
         first_slot = slot_of(pattern, part.groups.near, group)
         known = past.scanned[1] if past and past.scanned and past.scanned[0] == first_slot else [None] * len(rows)
-        blocks, candidates = [], []
-        for row, scanned in zip(rows, known, strict=True):
-            choice = choose(self._voting(index, row, q, k, scale, means[place], scanned))
-            blocks.append(choice.blocks)
-            candidates.append(choice.candidates)
+        choices = [
+            choose(self._voting(numbers, row, q, k, scale, means[place], scanned))
+            for row, scanned in zip(rows, known, strict=True)
+        ]
         if past:
-            last_group = group + (part.groups.number - 1) * pattern.chosen_every
-            past.held = last_group, [x[-1:] for x in blocks]
-            past.scanned = slot_of(pattern, part.groups.near, last_group), candidates
-        return blocks
+            _, number, _, near = parts[-1].groups
+            last_group = parts[-1].groups.first // pattern.chosen_every * pattern.chosen_every
+            last_group += (number - 1) * pattern.chosen_every
+            past.held = last_group, [choice.blocks[-1:] for choice in choices]
+            past.scanned = slot_of(pattern, near, last_group), [choice.candidates for choice in choices]
+        return [choice.blocks for choice in choices]
 
     def _voting(
-        self, index: int, row: int, q: Tensor, k: Tensor, scale: float, means: Means, scanned: Tensor | None
+        self, numbers: Sequence[int], row: int, q: Tensor, k: Tensor, scale: float, means: Means, scanned: Tensor | None
     ) -> Voting:
-        part = self.parts[index]
+        part, choices = self.parts[numbers[0]], self.choices
+
+        def of_parts(of_part: Callable[[int], Tensor | None]) -> Tensor | None:
+            some = [x for x in map(of_part, numbers) if x is not None]
+            return _joined(some) if some else None
+
         return Voting(
             pattern=self.pattern,
-            part=part,
+            parts=[self.parts[number] for number in numbers],
             means=means,
             row=row if self._past(part) else row - part.rows.start,
+            heads=q.shape[2],
             document=self._document(part, row, q, k, scale),
             scanned=scanned,
-            named=self.choices and self.choices.named(row, part),
-            earlier=self.choices and self.choices.earlier(index, row - part.rows.start),
+            named=of_parts(lambda number: choices.named(row, self.parts[number])) if choices else None,
+            earlier=of_parts(lambda number: choices.earlier(number, row - part.rows.start)) if choices else None,
         )
 
     def _document(self, part: GroupedPart, row: int, q: Tensor, k: Tensor, scale: float) -> Unrotated:
         past, size = self._past(part), self.pattern.chosen_block
         stored = _Stored(size, part, past, row)
 
-        def queries(positions: Tensor) -> Tensor:
-            inside = (positions - part.start).to(q.device)
-            rows = q[row, part.columns][inside.clamp(min=0)]
-            if past and (positions < part.start).any():
+        def voters(firsts: range, step: int) -> Tensor:
+            positions = torch.arange(firsts.start, firsts.stop, firsts.step, device=q.device)[:, None]
+            positions = positions + torch.arange(step - VOTERS, 1, step, device=q.device)
+            rows, begin = q[row, part.columns], part.start
+            if past and firsts[0] + step - VOTERS < begin:
                 assert past.queries is not None
-                before = inside < 0
-                rows[before] = past.queries[row, inside[before]]  # counted from the end
-            return unrotated(rows[None], positions, self.turn)[0] * scale
+                rows = torch.cat([past.queries[row], rows[: max(0, firsts[-1] + 1 - begin)]])
+                begin -= past.queries.shape[1]
+            voting = rows[(positions - begin).clamp(min=0).flatten()]
+            return unrotated(voting[None], positions.flatten(), self.turn)[0].unflatten(0, positions.shape) * scale
 
         def keys(blocks: Tensor) -> Tensor:
-            rows = stored.gathered(blocks[None], k, k)[0].flatten(0, 1)
-            positions = (blocks[:, None] * size + torch.arange(size, device=blocks.device)).flatten()
-            return unrotated(rows[None], positions, self.turn)[0].unflatten(0, (len(blocks), size))
+            rows = stored.gathered(stored.taken(blocks), k, k)[0].flatten(0, 1)
+            positions = (blocks.flatten()[:, None] * size + torch.arange(size, device=blocks.device)).flatten()
+            of_groups = unrotated(rows[None], positions, self.turn)[0].unflatten(0, (*blocks.shape, size))
+            return of_groups.permute(0, 3, 1, 2, 4)
 
-        return Unrotated(queries, keys)
+        return Unrotated(voters, keys, size * k.shape[2:].numel())
 
     def _means(self, k: Tensor, part: GroupedPart, stop: int) -> Means:
         """Return the means of a document's blocks before position `stop`, for keys k (rows, N, K, D) of the shard."""
@@ -228,16 +275,25 @@ class Chosen:
             return part
         return part._replace(groups=Groups(first, 1, number * queries, near))
 
-    def _calls(self, kernel: Kernel, q: Tensor, k: Tensor) -> Iterator[_GroupCall]:
-        heads, (kv_heads, head_dim) = q.shape[2], k.shape[2:]
+    def _runs(self, q: Tensor, k: Tensor) -> Iterator[_GroupRun]:
+        whole, runs = limits_of(q).whole, list[tuple[GroupedPart, list[list[Tensor]]]]()
         for part, of_rows in zip(self.parts, self.blocks, strict=True):
-            for row, blocks in enumerate(of_rows, part.rows.start):
-                queries, keys = part.groups.queries, blocks.shape[1] * self.pattern.chosen_block
-                most = kernel.max_batch(kv_heads, max(heads // kv_heads * queries, keys), head_dim)
-                step = max(1, min(most, GATHERED // (keys * kv_heads * head_dim)))
+            if whole and runs and _follows(*runs[-1], part, of_rows):
+                runs[-1][1].append(of_rows)
+            else:
+                runs.append((part, [of_rows]))
+        for part, of_parts in runs:
+            for row, blocks in enumerate(zip(*of_parts, strict=True), part.rows.start):
                 stored = _Stored(self.pattern.chosen_block, part, self._past(part), row)
-                for first in range(0, len(blocks), step):
-                    yield _GroupCall.of(self.pattern, stored, first, blocks[first : first + step].long(), heads)
+                yield _GroupRun.of(self.pattern, stored, _joined(blocks).long(), q.shape[2])
+
+
+def _follows(first: GroupedPart, so_far: list[list[Tensor]], part: GroupedPart, blocks: list[Tensor]) -> bool:
+    """Return whether a part's groups are as those of the parts before it, the `first` of which is given, and next."""
+    number = sum(len(of_rows[0]) for of_rows in so_far)
+    same = (first.rows, first.columns, first.groups.queries) == (part.rows, part.columns, part.groups.queries)
+    next_one = part.groups.first == first.groups.first + number * first.groups.queries
+    return same and next_one and blocks[0].shape[1] == so_far[0][0].shape[1]
 
 
 class _Stored(NamedTuple):
@@ -259,52 +315,66 @@ class _Stored(NamedTuple):
         number = len(rows) // self.size
         return rows[: number * self.size].unflatten(0, (number, self.size))
 
-    def gathered(self, groups: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Gather blocks (groups, m), ascending, of k and v (B, N, K, D): (k and v, groups * m, tokens, K, D)."""
-        gathered = k.new_empty(2, groups.numel(), self.size, *k.shape[2:])
-        own, past = [self.own(x) for x in (k, v)], self.past
+    def taken(self, groups: Tensor) -> _Taken:
+        """Find the blocks (groups, m), ascending in each group."""
+        blocks, inverse, past = groups.flatten(), None, self.past
         if not past:
-            for into, x in zip(gathered, own, strict=True):
-                torch.index_select(x, 0, groups.flatten(), out=into)
-            return gathered
-        edges = groups.new_tensor([past.blocks.number, self.first]).expand(len(groups), 2).contiguous()
-        places = torch.searchsorted(groups.contiguous(), edges).tolist()
-        for blocks, group, (before, inside) in zip(
-            groups, gathered.unflatten(1, groups.shape).unbind(1), places, strict=True
-        ):
-            past.blocks.take(self.row, blocks[:before], group[:, :before])
-            for into, x, of_past, all_of in zip(group, own, past.waiting, (k, v), strict=True):
-                if before < inside:
-                    ends = all_of[self.row, self.part.columns][: self.size - of_past.shape[1]]
-                    torch.cat([of_past[self.row], ends], out=into[before])
-                if inside < len(blocks):
-                    torch.index_select(x, 0, blocks[inside:] - self.first, out=into[inside:])
-        return gathered
+            return _Taken(blocks, None, 0, 0)
+        if len(groups) > 1:
+            blocks, inverse = blocks.unique(return_inverse=True)
+        edges = blocks.new_tensor([past.blocks.number, self.first])
+        return _Taken(blocks, inverse, *torch.searchsorted(blocks, edges).tolist())
 
-    def add(self, into: Tensor, d: Tensor, blocks: Tensor, index: int) -> None:
-        """Add gradients (n, tokens, K, D) of the rows of blocks (n,) to those of the shard's rows (B, N, K, D).
+    def gathered(self, taken: _Taken, k: Tensor, v: Tensor) -> Tensor:
+        """Gather blocks of k and v (B, N, K, D) and of the past: (k and v, groups * m, tokens, K, D)."""
+        blocks, inverse, before, inside = taken
+        gathered = k.new_empty(2, len(blocks), self.size, *k.shape[2:])
+        if self.past and before:
+            self.past.blocks.take(self.row, blocks[:before], gathered[:, :before])
+        if self.past and before < inside:
+            for into, of_past, x in zip(gathered, self.past.waiting, (k, v), strict=True):
+                ends = x[self.row, self.part.columns][: self.size - of_past.shape[1]]
+                torch.cat([of_past[self.row], ends], out=into[before])
+        if inside < len(blocks):
+            own = blocks[inside:] - self.first
+            for into, x in zip(gathered, (k, v), strict=True):
+                torch.index_select(self.own(x), 0, own, out=into[inside:])
+        return gathered if inverse is None else gathered.index_select(1, inverse)
+
+    def add(self, into: Tensor, d: Tensor, taken: _Taken, index: int) -> None:
+        """Add gradients (groups * m, tokens, K, D) of gathered rows to those of the shard's rows (B, N, K, D).
 
         Gradients of k (`index` 0) or v (1) of the past go to its sum.
         """
-        d = d.to(into.dtype)
-        if not self.past:
-            self.own(into).index_add_(0, blocks, d)
-            return
-        inside = blocks >= self.first
-        cut = ~inside & (blocks >= self.past.blocks.number)  # the block that the shard's start cuts
-        self.own(into).index_add_(0, blocks[inside] - self.first, d[inside])
-        if cut.any():
-            held = self.past.waiting.shape[2]
-            into[self.row, self.part.columns][: self.size - held] += d[cut].sum(0)[held:]
-        if self.past.gradients is not None:  # rows of the shard that are in the block it cuts are added, but never read
-            into = self.past.gradients[index, self.row].unflatten(0, (-1, self.size))
-            into.index_add_(0, blocks[~inside].to(into.device), d[~inside].to(into.device))
+        d, past, (blocks, inverse, before, inside) = d.to(into.dtype), self.past, taken
+        if inverse is not None:
+            d = d.new_zeros(len(blocks), *d.shape[1:]).index_add_(0, inverse, d)
+        self.own(into).index_add_(0, blocks[inside:] - self.first, d[inside:])
+        if past and before < inside:
+            held = past.waiting.shape[2]
+            into[self.row, self.part.columns][: self.size - held] += d[before, held:]
+        if past and past.gradients is not None:  # rows of the shard that are in the block it cuts are never read there
+            into = past.gradients[index, self.row].unflatten(0, (-1, self.size))
+            into.index_add_(0, blocks[:inside].to(into.device), d[:inside].to(into.device))
 
 
-class _GroupCall(NamedTuple):
-    """One call of attention: groups of one row of a batch on the tokens of their `blocks` (groups, m).
+class _Taken(NamedTuple):
+    """The distinct blocks (n,) that some groups see, ascending, and the place of each group's blocks among them.
 
-    distances (groups * m,): positions by which each block's keys are moved; None if they stay.
+    inverse: (groups * m,), or None if the blocks are the groups' own. The first `before` blocks are whole in the past,
+    those from `inside` on in the shard. The shard's start cuts the one between.
+    """
+
+    blocks: Tensor
+    inverse: Tensor | None
+    before: int
+    inside: int
+
+
+class _GroupRun(NamedTuple):
+    """Neighbouring groups of one row of a batch, which see the tokens of equally many `blocks` (groups, m).
+
+    distances (groups, m): positions by which each block's keys are moved; None if they stay.
     """
 
     stored: _Stored
@@ -313,30 +383,53 @@ class _GroupCall(NamedTuple):
     distances: Tensor | None
 
     @classmethod
-    def of(cls, pattern: Pattern, stored: _Stored, first: int, blocks: Tensor, heads: int) -> _GroupCall:
-        """Make the call for groups from `first` on, with these blocks (groups, m)."""
-        part, size, every = stored.part, pattern.chosen_block, pattern.chosen_every
-        near, (groups, m) = part.groups.near, blocks.shape
-        token = part.groups.first - part.start + first * every
-        queries = Rows(groups, every, heads, 0, 1, part.groups.queries, 1, token, 0)
+    def of(cls, pattern: Pattern, stored: _Stored, blocks: Tensor, heads: int) -> _GroupRun:
+        """Return the run of the groups of a part, and of those that follow it, with these blocks (groups, m)."""
+        part, size, (groups, m) = stored.part, stored.size, blocks.shape
+        first, _, queries, near = part.groups
+        rows = Rows(groups, queries, heads, 0, 1, queries, 1, first - part.start, 0)
         distances = None
         if near > m * size:
-            places = near - (m - torch.arange(m, device=blocks.device)) * size
-            distances = (places - blocks * size).flatten()
-        return cls(stored, Branch(queries, queries, causal=False), blocks, distances)
+            (w,), (back,) = pattern.segment_lengths, pattern.look_backs
+            segments = torch.arange(first, first + groups * queries, queries, device=blocks.device) // w
+            places = torch.arange(-m * size, 0, size, device=blocks.device)
+            distances = (segments[:, None] - back) * w + places - blocks * size
+        return cls(stored, Branch(rows, rows, causal=False), blocks, distances)
+
+    def calls(self, kernel: Kernel, k: Tensor) -> Iterator[_GroupCall]:
+        """Yield the calls for keys k (B, N, K, D): as many groups at a time as the kernel and memory allow."""
+        (kv_heads, head_dim), rows = k.shape[2:], self.branch.queries
+        keys = self.blocks.shape[1] * self.stored.size
+        most = kernel.max_batch(kv_heads, max(rows.heads // kv_heads * rows.rows, keys), head_dim)
+        step = max(1, min(most, limits_of(k).gathered // (keys * kv_heads * head_dim * k.element_size())))
+        for first in range(0, len(self.blocks), step):
+            groups = slice(first, first + step)
+            blocks = self.blocks[groups]
+            distances = None if self.distances is None else self.distances[groups].flatten()
+            yield _GroupCall(self.stored, groups, blocks, self.stored.taken(blocks), distances)
 
     def queries(self, x: Tensor) -> Tensor:
-        """View the call's rows of x (B, N, H, D) as (groups, H, rows, D)."""
+        """View the run's rows of x (B, N, H, D) as (groups, H, rows, D)."""
         row = self.stored.row
         return strided_view(x[row : row + 1, self.stored.part.columns], self.branch.queries)[0]
 
+
+class _GroupCall(NamedTuple):
+    """One call of attention: some `groups` of a run, the tokens of their `blocks` (groups, m), and where these are."""
+
+    stored: _Stored
+    groups: slice
+    blocks: Tensor
+    taken: _Taken
+    distances: Tensor | None
+
     def keys(self, k: Tensor, v: Tensor) -> Tensor:
         """Gather the call's blocks of k and v (B, N, K, D), and of the past: (k and v, blocks, tokens, K, D)."""
-        return self.stored.gathered(self.blocks, k, v)
+        return self.stored.gathered(self.taken, k, v)
 
     def add(self, into: Tensor, d: Tensor, index: int) -> None:
         """Add gradients (blocks, tokens, K, D) of gathered rows, as `_Stored.add` does."""
-        self.stored.add(into, d, self.blocks.flatten(), index)
+        self.stored.add(into, d, self.taken, index)
 
     def in_groups(self, x: Tensor) -> Tensor:
         """Return gathered rows (blocks, tokens, K, D) as (groups, K, keys, D)."""
@@ -364,3 +457,7 @@ class _GroupCall(NamedTuple):
 def _folded(x: Tensor, k: Tensor) -> Tensor:
     """Return x (groups, H, rows, D) as (groups, K, H / K * rows, D): heads that share a key head are rows of it."""
     return x.reshape(len(x), k.shape[2], -1, x.shape[-1])
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat([*parts])

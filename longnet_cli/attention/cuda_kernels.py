@@ -94,6 +94,45 @@ class CudaFlashKernel(CudaKernel):
         return dq, dk, dv
 
 
+class CudnnKernel(CudaFlashKernel):
+    """The attention of cuDNN inside torch (aten), for Hopper and newer, where it is faster than FlashAttention-2.
+
+    cuDNN plans each shape anew, which takes longer than a short call. So it is for calls of one shape, as in training,
+    and serves if it is named. It has no single rows; these and packed sequences are FlashAttention-2's.
+    """
+
+    name = "cudnn"
+
+    def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        refusal = super().refusal(device, dtype, head_dim)
+        if not refusal and head_dim > 128:
+            return f"it needs a head_dim up to 128, not {head_dim}"
+        if not refusal and torch.cuda.get_device_capability(device)[0] not in (9, 10):
+            return "it needs compute capability 9.x or 10.x"
+        return refusal
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        if 1 in (q.shape[2], k.shape[2]):
+            return super().forward(q, k, v, causal, scale)
+        out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention.default(
+            q, k, v, None, True, 0.0, causal, False, scale=scale
+        )[:2]
+        return out, lse.reshape(q.shape[:3])  # (batch, heads, rows, 1)
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rows, keys = q.shape[2], k.shape[2]
+        if 1 in (rows, keys):
+            return super().backward(dout, q, k, v, out, lse, causal, scale)
+        dout, out, lse = dout.contiguous(), out.contiguous(), lse.contiguous()[..., None]  # in one layout
+        no_rng = torch.empty((), dtype=torch.int64, device=q.device)  # read only with dropout
+        dq, dk, dv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default(
+            dout, q, k, v, out, lse, no_rng, no_rng, None, None, None, rows, keys, 0.0, causal, scale=scale
+        )
+        return dq, dk, dv
+
+
 class CudaEfficientKernel(CudaKernel):
     """The memory-efficient attention inside torch (aten): slower than flash, but for fp32 too, and for any head_dim.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from functools import lru_cache
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from .cuda_kernels import (
     CudaEfficientKernel,
     CudaFlashKernel,
+    CudnnKernel,
     Flash3Kernel,
     Flash4Kernel,
     FlashAttnKernel,
@@ -30,6 +31,8 @@ class CpuFlashKernel(Kernel):
 
     torch wastes work on causal squares: it also computes the scores above the diagonal, 512 keys at a time, and masks
     them. So a short square is cut into steps of 128 rows, and a step gets only the keys up to its last row.
+
+    It reads all keys once for each tile of queries. Rows more than a page apart are copied first, side by side.
     """
 
     name = "cpu_flash"
@@ -37,6 +40,7 @@ class CpuFlashKernel(Kernel):
     _MAX_ELEMENTS = 1 << 21  # bounds the scratch memory of one call: 8 MiB per tensor in fp32
     _STEP = 128  # rows
     _MAX_STEPS = 4, 8  # in a forward, in a backward; with more steps, one call is as fast
+    _COPIED, _PAGE = 512, 4096  # queries from which keys are copied, and the bytes of a page
 
     def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         if device.type != "cpu":
@@ -52,6 +56,7 @@ class CpuFlashKernel(Kernel):
         self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         op = torch._scaled_dot_product_flash_attention_for_cpu  # a call by `torch.ops` costs more than the attention
+        q, k, v = self._side_by_side(q.shape[2], q, k, v)
         rows, mask = q.shape[2], None if bias is None else bias[None]
         if not causal or (steps := self._steps(rows, bias is not None, self._MAX_STEPS[0])) == [rows]:
             return op(q, k, v, 0.0, causal and bias is None, attn_mask=mask, scale=scale)
@@ -76,6 +81,7 @@ class CpuFlashKernel(Kernel):
     ) -> tuple[Tensor, Tensor, Tensor]:
         op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
         dout, q, k, v, out = (wide(x) for x in (dout, q, k, v, out))
+        k, v = self._side_by_side(q.shape[2], k, v)
         rows, mask = q.shape[2], None if bias is None else bias[None]
         if not causal or (steps := self._steps(rows, bias is not None, self._MAX_STEPS[1])) == [rows]:
             return op(dout, q, k, v, out, lse, 0.0, causal and bias is None, attn_mask=mask, scale=scale)
@@ -96,6 +102,11 @@ class CpuFlashKernel(Kernel):
         assert dk is not None
         assert dv is not None
         return torch.cat(parts[::-1], 2), dk, dv
+
+    def _side_by_side(self, queries: int, *of_rows: Tensor) -> Iterable[Tensor]:
+        if queries < self._COPIED:
+            return of_rows
+        return [x.contiguous() if x.stride(2) * x.element_size() > self._PAGE else x for x in of_rows]
 
     def _steps(self, rows: int, biased: bool, most: int) -> list[int]:
         """Return the end of each step of a causal square; a single step is one call for all rows."""
@@ -127,6 +138,7 @@ KERNELS: dict[str, Kernel] = {
         FlashAttnKernel(),
         CudaFlashKernel(),
         CudaEfficientKernel(),
+        CudnnKernel(),
         CpuFlashKernel(),
         MathKernel(),
     )

@@ -15,11 +15,11 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from math import exp, log
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 KernelCall = tuple[Branch, list[Tensor], list[Tensor]]  # query-like and key-like views
 FarTensors = Callable[[int], Sequence[Tensor]]  # index of far keys -> their key-like tensors, once they are there
+# strides and width of all tensors -> (branch, rows and first column of its block) -> the layouts of a call's views
+Layouts = dict[tuple[Any, ...], dict[tuple[int, int, int, int], "_CallLayout"]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +47,7 @@ class AttentionPlan:
     `covered`: no branch is packed, and the `first` branches reach every row. `squares`: besides, in each `first` branch
         queries and keys are the same rows of the same heads (H = K). `chosen`: the groups of queries that see chosen
         blocks. `start`: the branch that a forward starts with, without a merge, as it has all heads of a single token.
+        `layouts`: those of the views of near rows, as `kernel_calls` has found them.
     """
 
     kernel: Kernel
@@ -54,6 +57,7 @@ class AttentionPlan:
     squares: bool = False
     chosen: Sequence[GroupedPart] = ()
     start: Branch | None = None
+    layouts: Layouts = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -103,7 +107,8 @@ def merged_forward(
     else:
         merge = Merge(q, plan.covered)
     if blocks:  # after a single token's first call, there are often no others
-        for branch, (q_, *places), (k_, v_) in kernel_calls(blocks, kernel, (q, *merge.places), (k, v), far):
+        calls = kernel_calls(blocks, kernel, (q, *merge.places), (k, v), far, plan.layouts)
+        for branch, (q_, *places), (k_, v_) in calls:
             out, lse = kernel.forward(q_, k_, v_, branch.causal, scale, *_bias(branch, q_))
             merge.add(branch, places, out, lse)
     for pack in plan.packs:
@@ -191,12 +196,14 @@ class _Gradients:
         self, plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor, far: Sequence[Tensor], far_first: bool
     ) -> None:
         """Allocate the sums. `far_first`: far keys come before near ones."""
-        half = q.numel() * q.element_size() // 2
+        # at rates that double, the parts of all levels but the first have as much: one pass adds them
+        whole = q.numel() * q.element_size()
         total = fused.OnePassGradientSum if (fused := _fused(q)) else GradientSum
         # what the first calls write anyway needs no zeros, if nothing else is added before
-        self.q = total(q, half, plan.covered and not far_first)
-        self.k, self.v = (total(x, half, plan.squares and not far_first) for x in (k, v))
+        self.q = total(q, whole, plan.covered and not far_first)
+        self.k, self.v = (total(x, whole, plan.squares and not far_first) for x in (k, v))
         self.kernel, self.far, self._far_sums = plan.kernel, far, [GradientSum(x) for x in far]
+        self._layouts = plan.layouts
         self.of_far = [total.place for total in self._far_sums]
         self._far_first, self._shared_heads = far_first, q.shape[2] != k.shape[2]
 
@@ -205,7 +212,7 @@ class _Gradients:
     ) -> None:
         """Add the gradients of calls on views; `of_queries` are dout, q, out and lse (B, N, H, 1), `keys` k and v."""
         query_like, key_like = (*of_queries, self.q.place), (*keys, self.k.place, self.v.place)
-        calls = kernel_calls(blocks, self.kernel, query_like, key_like, self._far_tensors)
+        calls = kernel_calls(blocks, self.kernel, query_like, key_like, self._far_tensors, self._layouts)
         for branch, (dout, q, out, lse, dq), (k, v, *places) in calls:
             lse = lse[..., 0] - branch.bias if branch.bias else lse[..., 0]
             part, *parts = self.kernel.backward(dout, q, k, v, out, lse, branch.causal, scale, *_bias(branch, q))
@@ -383,24 +390,62 @@ def kernel_calls(
     query_like: Sequence[Tensor],
     key_like: Sequence[Tensor],
     far: FarTensors | None = None,
+    layouts: Layouts | None = None,
 ) -> Iterator[KernelCall]:
     """Yield every kernel call of some blocks, as views (batch, heads, rows, last dim) of the tensors, in a fixed order.
 
     `far` returns as many tensors for far keys as `key_like` has. It is called right before a call that needs them.
+    `layouts` are kept from one call to the next, if they are the plan's.
     """
+    near = *query_like, *key_like
+    known = {} if layouts is None else layouts.setdefault(tuple([(x.stride(), x.shape[3]) for x in near]), {})
+    begins = [x.storage_offset() for x in near]
+    queries = len(query_like)
     for run, columns, calls in blocks:
         for branch in calls:
-            if branch.far is None:
-                sources, first = key_like, columns.start
-            else:
+            key = id(branch), run.start, run.stop, columns.start
+            if (layout := known.get(key)) is None:
+                layout = known[key] = _CallLayout.of(branch, run, columns.start, kernel, query_like, key_like)
+            shown = zip(near, layout.views, begins, strict=False)  # of far keys, only the queries are near
+            views = [x.as_strided(size, stride, begin + offset) for x, (size, stride, offset), begin in shown]
+            if branch.far is not None:
                 assert far is not None
-                sources, first = far(branch.far), 0
-            views = [_view(x, branch.queries, run, columns.start) for x in query_like]
-            views += [_view(x, branch.keys, run, first) for x in sources]
-            rows = max(branch.queries.rows, branch.keys.rows)
-            limit = kernel.max_batch(branch.queries.heads, rows, query_like[0].shape[-1])
-            for call in _batched(views, limit):
-                yield branch, call[: len(query_like)], call[len(query_like) :]
+                views += [_view(x, branch.keys, run, 0) for x in far(branch.far)]
+            if layout.single and branch.far is None:
+                yield branch, views[:queries], views[queries:]
+            else:
+                for call in _batched(views, layout.limit):
+                    yield branch, call[:queries], call[queries:]
+
+
+class _CallLayout(NamedTuple):
+    """The layouts of a branch's views in one block, without those of far keys, and how many rows a call takes.
+
+    views: size, stride and offset of each. single: one call takes all.
+    """
+
+    views: list[tuple[Any, Any, int]]
+    limit: int
+    single: bool
+
+    @classmethod
+    def of(
+        cls,
+        branch: Branch,
+        run: slice,
+        column: int,
+        kernel: Kernel,
+        query_like: Sequence[Tensor],
+        key_like: Sequence[Tensor],
+    ) -> _CallLayout:
+        shown = [(x, branch.queries) for x in query_like]
+        if branch.far is None:
+            shown += [(x, branch.keys) for x in key_like]
+        views = [_layout_of_call(x, rows, run, column) for x, rows in shown]
+        rows = max(branch.queries.rows, branch.keys.rows)
+        limit = kernel.max_batch(branch.queries.heads, rows, query_like[0].shape[-1])
+        size = views[0][0]
+        return cls(views, limit, len(size) == 4 and size[0] <= limit)
 
 
 def _bias(branch: Branch, q: Tensor) -> tuple[Tensor, ...]:
@@ -440,7 +485,8 @@ def strided_view(x: Tensor, rows: Rows, first: int = 0, batch: int | None = None
 
     `first` and `batch` select a part of the batch.
     """
-    return x.as_strided(*_layout(x, rows, first, x.shape[0] if batch is None else first + batch, 0))
+    size, stride, offset = _layout(x, rows, first, x.shape[0] if batch is None else first + batch, 0)
+    return x.as_strided(size, stride, x.storage_offset() + offset)
 
 
 def _view(x: Tensor, rows: Rows, run: slice, column: int, apart: bool = False) -> Tensor:
@@ -449,6 +495,12 @@ def _view(x: Tensor, rows: Rows, run: slice, column: int, apart: bool = False) -
     The result is (batch or segments, heads, rows, last dim) if batch or segments is 1. If both are, and heads shall be
     `apart`, it is (heads, 1, rows, last dim): then the output of a kernel comes in the order of heads.
     """
+    size, stride, offset = _layout_of_call(x, rows, run, column, apart)
+    return x.as_strided(size, stride, x.storage_offset() + offset)
+
+
+def _layout_of_call(x: Tensor, rows: Rows, run: slice, column: int, apart: bool = False) -> tuple[Any, Any, int]:
+    """Return size, stride and offset of `_view`."""
     size, stride, offset = _layout(x, rows, run.start, run.stop, column)
     if apart and size[0] == 1:
         size, stride = (size[2], *size[1:2], *size[3:]), (stride[2], *stride[1:2], *stride[3:])
@@ -456,16 +508,16 @@ def _view(x: Tensor, rows: Rows, run: slice, column: int, apart: bool = False) -
         size, stride = size[1:], stride[1:]
     elif size[1] == 1:
         size, stride = size[:1] + size[2:], stride[:1] + stride[2:]
-    return x.as_strided(size, stride, offset)
+    return size, stride, offset
 
 
-def _layout(x: Tensor, rows: Rows, start: int, stop: int, column: int) -> tuple[Any, Any, Any]:
+def _layout(x: Tensor, rows: Rows, start: int, stop: int, column: int) -> tuple[Any, Any, int]:
     """Return size, stride and offset of `strided_view`, for rows [start, stop) of a batch, from token `column` on."""
     segments, segment_step, heads, first_head, head_step, number, row_step, first, skew, row_heads = rows
     of_batch, token, head, last = x.stride()
     size = (stop - start, segments, heads, number, x.shape[3])
     of_head, of_row = head_step * head + skew * token, row_step * token + row_heads * head
-    offset = x.storage_offset() + start * of_batch + (first + column) * token + first_head * head
+    offset = start * of_batch + (first + column) * token + first_head * head
     return size, (of_batch, segment_step * token, of_head, of_row, last), offset
 
 

@@ -15,6 +15,7 @@ B batch, N tokens of the shard, H heads (key heads, for keys), D head_dim; parts
 from __future__ import annotations
 
 import struct
+from functools import lru_cache
 from math import inf, log
 from typing import Any, NamedTuple
 
@@ -136,15 +137,20 @@ class _ViewRows(NamedTuple):
     @classmethod
     def of(cls, place: Tensor, heads: int) -> _ViewRows:
         """Return the rows that `place` (segments, heads, rows, 1), a view of `_places`, shows, from its strides."""
-        segments, number, rows, _ = place.shape
-        of_segment, of_head, of_row, _ = place.stride()
-        first, first_head = divmod(int(place.storage_offset()), heads)
-        skew, head_step = divmod(of_head, heads) if number > 1 else (0, 1)
-        segment_step = of_segment // heads if segments > 1 else 1
-        row_step = of_row // heads if rows > 1 else 1
-        again = ((rows - 1) * row_step // segment_step + 1) if segments > 1 else 1
-        last = first + (segments - 1) * segment_step + (number - 1) * skew + (rows - 1) * row_step
-        return cls(first, last, segments, segment_step, rows, row_step, first_head, number, head_step, skew, again)
+        return _view_rows(place.shape, place.stride(), int(place.storage_offset()), heads)
+
+
+@lru_cache(maxsize=1 << 12)  # all layers of a step ask for the same
+def _view_rows(shape: torch.Size, stride: tuple[int, ...], offset: int, heads: int) -> _ViewRows:
+    segments, number, rows, _ = shape
+    of_segment, of_head, of_row, _ = stride
+    first, first_head = divmod(offset, heads)
+    skew, head_step = divmod(of_head, heads) if number > 1 else (0, 1)
+    segment_step = of_segment // heads if segments > 1 else 1
+    row_step = of_row // heads if rows > 1 else 1
+    again = ((rows - 1) * row_step // segment_step + 1) if segments > 1 else 1
+    last = first + (segments - 1) * segment_step + (number - 1) * skew + (rows - 1) * row_step
+    return _ViewRows(first, last, segments, segment_step, rows, row_step, first_head, number, head_step, skew, again)
 
 
 class _LaunchParts:

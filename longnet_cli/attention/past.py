@@ -10,7 +10,7 @@ B batch, H query heads, K key heads, D head_dim.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import accumulate, pairwise
 from typing import NamedTuple
@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from .groups import GroupedPart, stages
+from .limits import limits_of
 from .merging import accumulator
 from .pattern import MEAN_OF, RUN, RUNS, Pattern
 from .sinks import Turn
 
 FIRST_BLOCKS = 1 << 6  # blocks in the first piece of memory; each next piece is half of all before, if that is more
-SLICE = 1 << 12  # keys that are un-rotated at a time
 
 Shape = tuple[int, ...]
 
@@ -74,10 +74,11 @@ class Means:
         have, needed, size = self.fine.shape[2], first + keys.shape[1] // self._block, self._block
         if have < needed:  # more room than is needed costs no memory as long as nothing is written there
             self._move(self.of, have, max(needed, have * 3 // 2))
-        for begin in range(first, needed, max(1, SLICE // size)):
-            stop = min(begin + max(1, SLICE // size), needed)
+        step = max(1, limits_of(keys).unrotated // size)
+        for begin in range(first, needed, step):
+            stop = min(begin + step, needed)
             some = keys[:, (begin - first) * size : (stop - first) * size]
-            some = unrotated(some, torch.arange(begin * size, stop * size), turn)
+            some = unrotated(some, torch.arange(begin * size, stop * size, device=keys.device), turn)
             fine = _mean(some.unflatten(1, (-1, self._finest, MEAN_OF)), 3)
             self.write_finest(rows, begin, fine.movedim(3, 1))
 
@@ -89,8 +90,9 @@ class Means:
                 means[rows, :, first:stop] = _mean(fine.unflatten(3, (number, -1)), 4)
         if RUNS in self.of:
             begin, end = first // RUN, stop // RUN
-            means = self.of[self._finest][rows, :, begin * RUN : end * RUN]
-            self.of[RUNS][rows, :, begin:end, 0] = _mean(_mean(means, 3).unflatten(2, (-1, RUN)), 3)
+            whole = slice(begin * RUN, end * RUN)
+            means = self.of[1][rows, :, whole, 0] if 1 in self.of else _mean(self.fine[rows, :, whole], 3)
+            self.of[RUNS][rows, :, begin:end, 0] = _mean(means.unflatten(2, (-1, RUN)), 3)
 
     def select(self, index: Tensor) -> None:
         self.of = {number: x.index_select(0, index) for number, x in self.of.items()}
@@ -131,7 +133,8 @@ def unrotated(x: Tensor, positions: Tensor, turn: Turn | None) -> Tensor:
 class Blocks:
     """The blocks of keys and values of a document, for a batch, in memory that grows in pieces and is never copied.
 
-    Another class with these methods may keep them elsewhere (`running.mapped.BlockFile`).
+    On a GPU, they move to one larger piece instead: a copy is fast there, and `take` is one call. Another class with
+    these methods may keep them elsewhere (`running.mapped.BlockFile`).
     """
 
     def __init__(self, allocate: Callable[..., Tensor] = torch.empty, room: int = 0) -> None:
@@ -146,13 +149,20 @@ class Blocks:
 
     def append(self, blocks: Tensor) -> None:
         """Add blocks (k and v, B, n, tokens of a block, K, D)."""
-        done = 0
+        done, whole = 0, limits_of(blocks).whole
         while done < blocks.shape[2]:
             room = sum(piece.shape[2] for piece in self._pieces)
             if room == self.number:
-                number = max(FIRST_BLOCKS, room // 2) if room or not self._room else self._room
-                shape = (*blocks.shape[:2], number, *blocks.shape[3:])
-                self._pieces.append(self._allocate(shape, dtype=blocks.dtype, device=blocks.device))
+                number = (
+                    max(FIRST_BLOCKS, room // 2, whole and blocks.shape[2]) if room or not self._room else self._room
+                )
+                kept = [*self.pieces()] if whole else []
+                shape = (*blocks.shape[:2], sum(x.shape[2] for x in kept) + number, *blocks.shape[3:])
+                piece = self._allocate(shape, dtype=blocks.dtype, device=blocks.device)
+                if kept:
+                    torch.cat(kept, 2, out=piece[:, :, : self.number])
+                    self._pieces = []
+                self._pieces.append(piece)
                 room += number
             piece = self._pieces[-1]
             n = min(room - self.number, blocks.shape[2] - done)
@@ -163,10 +173,11 @@ class Blocks:
     def take(self, row: int, blocks: Tensor, into: Tensor) -> None:
         """Copy blocks (n,), ascending, of one row of the batch to `into` (k and v, n, tokens of a block, K, D)."""
         firsts = [0, *accumulate(piece.shape[2] for piece in self._pieces)]
-        places = torch.searchsorted(blocks, blocks.new_tensor(firsts)).tolist()
+        several = len(self._pieces) > 1
+        places = torch.searchsorted(blocks, blocks.new_tensor(firsts)).tolist() if several else [0, len(blocks)]
         for piece, first, (start, stop) in zip(self._pieces, firsts[:-1], pairwise(places), strict=True):
             if start < stop:
-                index = (blocks[start:stop] - first).to(piece.device)
+                index = (blocks[start:stop] - first if first else blocks[start:stop]).to(piece.device)
                 for x, y in zip(into[:, start:stop], piece[:, row], strict=True):
                     if x.device == y.device:
                         torch.index_select(y, 0, index, out=x)
@@ -283,15 +294,18 @@ class Past:
         self.blocks.append(whole.unflatten(2, (blocks, size)))
         self._waiting = [rows[:, :, blocks * size :].clone()]
 
-    def count(self, part: GroupedPart, chosen: list[Tensor], batch: int) -> None:
-        """Count the blocks (groups, m) that groups have chosen in each row of the part, of a batch of `batch` rows."""
-        have, blocks = self.counts, part.groups.near // self.pattern.chosen_block
+    def count(self, rows: slice, near: int, chosen: Sequence[Tensor], batch: int) -> None:
+        """Count the blocks (groups, m) before position `near` that groups have chosen in each of the `rows`.
+
+        There are `batch` rows in all.
+        """
+        have, blocks = self.counts, near // self.pattern.chosen_block
         if have is None or have.shape[1] < blocks:
             self.counts = chosen[0].new_zeros(batch, blocks * 3 // 2)
             if have is not None:
                 self.counts[:, : have.shape[1]] = have
         assert self.counts is not None
-        for row, found in zip(self.counts[part.rows], chosen, strict=True):
+        for row, found in zip(self.counts[rows], chosen, strict=True):
             row.index_add_(0, found.flatten(), torch.ones_like(found.flatten()))
 
     def convert_counts(self, every: int) -> None:

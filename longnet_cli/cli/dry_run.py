@@ -148,6 +148,11 @@ def _show(estimate: Estimate, format: Format, job: str, before: Sequence[Row], a
     else:
         rows = [("parameters", format_count(estimate.parameters), f"{estimate.parameters:,}"), *before]
         _print([rows, _memory(estimate), after])
+    check_fits(estimate, job)
+
+
+def check_fits(estimate: Estimate, job: str) -> None:
+    """Raise MemoryLimitError if a job does not fit into the free memory."""
     if estimate.free is not None and not estimate.fits:
         raise MemoryLimitError(
             f"{job} needs {format_bytes(estimate.beyond)}, the largest part for {estimate.largest}, and "

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from longnet_cli.basics.errors import ConfigError
+from longnet_cli.basics.sizes import format_count
 from longnet_cli.cli.dry_run import check_sample, estimate_reading
 from longnet_cli.cli.model_and_inputs import ModelAndInputs, Opened
 from longnet_cli.cli.options import OUTPUT, Computing, Documents, HelpPanel, Mesh, ModelChoice, Running
@@ -224,7 +225,7 @@ def _write_rows(options: ScoreCommand, opened: Opened, output: str, left_out: Le
         by_position=options.by_position,
         by_recall=options.by_recall,
     )
-    write_rows(
+    written = write_rows(
         partial(RowScorer, options=decisive, count_bytes=loaded.tokenizer.n_bytes if loaded.tokenizer else None),
         loaded.net,
         opened.inputs,
@@ -239,6 +240,10 @@ def _write_rows(options: ScoreCommand, opened: Opened, output: str, left_out: Le
         spill=computing.spill,
         on_progress=advance,
     )
+    if written is not None:
+        rows = written["rows"]
+        counts = f"{rows:,} row{'s' * (rows != 1)} of {format_count(written['tokens'])} tokens"
+        tell(f"{counts} -> {'stdout' if output == '-' else output}", opened.quiet)
 
 
 def _print_scores(options: ScoreCommand, opened: Opened, left_out: LeftOut, advance: Advance) -> None:

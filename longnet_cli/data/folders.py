@@ -2,10 +2,11 @@
 
 import json
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from os.path import commonprefix
 
-from longnet_cli.basics.errors import ConfigError, DataError
+from longnet_cli.basics.errors import ConfigError, DataError, InputWarning
 from longnet_cli.data.compressed import SUFFIXES, bare_name, compression
 from longnet_cli.data.manifest import FINISHED, UNFINISHED, manifest_in, manifest_text
 
@@ -24,7 +25,8 @@ def choose_files(folder: str, names: Sequence[str], read: Callable[[str, int | N
     """Choose the files to read below a folder: the shards of a data set in its order, otherwise every text.
 
     Files without an order of their own are sorted naturally. A data set or a run that `longnet` wrote below the folder
-    is skipped if there are other files, because it may be the output that is being written. `names` are relative paths.
+    is skipped if there are other files, because it may be the output that is being written. Other files whose names say
+    that they are documents are not left out without a warning. `names` are relative paths.
     `read(name, size)` returns the first `size` bytes of a file, or all bytes if `size` is None. Raises DataError for a
     folder without readable files, a missing shard and an unfinished or damaged data set, ConfigError for a data set of
     several splits, also by the names of its files.
@@ -60,12 +62,27 @@ def choose_files(folder: str, names: Sequence[str], read: Callable[[str, int | N
         if shards:
             shards = [shard for shard in shards if "/" not in shard] or shards
             _refuse_splits(folder, shards)
+            _tell_unread(folder, files, shards)
             return shards
     chosen = [file for file in files if _looks_like_text(file, read(file, 8192))]
     chosen = chosen or [file for file in files if file.endswith(HDF5_SUFFIXES)]  # last: beside text, they are its data
     if not chosen:
         raise DataError(f"{folder}: the folder holds nothing readable (Arrow, Parquet, JSON Lines, text or HDF5 files)")
+    _tell_unread(folder, files, chosen)
     return chosen
+
+
+def _tell_unread(folder: str, files: Sequence[str], chosen: Sequence[str]) -> None:
+    """Warn of files that are not among the `chosen` ones, although their names say that they are documents."""
+    ending = (".txt", *JSON_SUFFIXES, *SHARD_SUFFIXES, *FASTA_SUFFIXES, *FASTQ_SUFFIXES)
+    unread = [file for file in {*files} - {*chosen} if bare_name(file).endswith(ending)]
+    if unread:
+        first = min(unread, key=natural_order)
+        what = f"{len(unread)} files, such as {first}, are" if unread[1:] else f"{first} is"
+        beside = f"the {len(chosen)} files like {chosen[0]}" if chosen[1:] else chosen[0]
+        pattern = f"'{folder}/*.{first.rpartition('.')[2]}'"
+        said = f"{folder}: {what} not read beside {beside}: {pattern} reads files of that kind"
+        warnings.warn(said, InputWarning, stacklevel=2)
 
 
 def _refuse_splits(folder: str, shards: Sequence[str]) -> None:

@@ -51,7 +51,10 @@ def _with_weights_of(model: ModelFolder, output: Path, dtype: str) -> str:
     """Write a copy of a LongNet with weights of type `dtype`. Return a few words about it."""
     folder = model.path
     if model.of_transformers:
-        raise ConfigError(f"{folder}: already a Hugging Face model folder, which any tool loads")
+        raise ConfigError(
+            f"{folder}: already a Hugging Face model folder, which transformers loads. If it has a pattern, "
+            "import longnet_cli.integrations.transformers first; its use_own_attention(model) takes the pattern away"
+        )
     if dtype not in DTYPES:
         raise ConfigError(f"{folder}: give the type to convert the weights to: --dtype bf16 halves the size")
     net = model.native().from_pretrained(folder, dtype=DTYPES[dtype])

@@ -338,5 +338,6 @@ class _DocumentTable:
                 "list of ids or a text"
             )
         words = self.words()
-        inputs = replace(inputs, tokenizer=words, vocab_size=self.how.load().net.config.vocab_size)
+        vocab_size, skip_bad = self.how.load().net.config.vocab_size, self.how.skip_bad
+        inputs = replace(inputs, tokenizer=words, vocab_size=vocab_size, skip_bad=skip_bad)
         return documents, inputs, is_text(columns.type)

@@ -25,6 +25,7 @@ from longnet_cli.attention import (
     chosen,
     dilated_attention,
     groups,
+    limits,
     past,
 )
 from longnet_cli.attention import pattern as pattern_module
@@ -265,9 +266,7 @@ def test_without_votes_the_first_blocks_are_seen() -> None:
 def test_groups_in_many_calls_equal_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     choice = Choice(WINDOW, 2, 120, 6, 8, 0, True, None, 1, kv_heads=2, rotary=True)
     whole = run(dilated_attention, choice.qkv(), WINDOW, turn=turn)
-    monkeypatch.setattr(chosen, "GATHERED", 8)
-    monkeypatch.setattr(choosing, "SCORES", 1)
-    monkeypatch.setattr(past, "SLICE", 8)
+    monkeypatch.setattr(limits, "CPU", limits.Limits(gathered=8, scores=1, unrotated=8, whole=False))
     assert_close(run(dilated_attention, choice.qkv(), WINDOW, turn=turn), whole, 1e-12)
 
 
@@ -379,8 +378,8 @@ def test_gradients_of_a_shard_that_starts_anywhere(before: int, lengths: list[in
 def test_an_open_group_chooses_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A decoder's tokens see what the first of their group has chosen, and a scan serves all groups of its slot."""
     chosen_by, scanned = [], []
-    own, narrowed = choosing._seen, choosing._best_blocks
-    monkeypatch.setattr(choosing, "_seen", lambda *args: chosen_by.append(1) or own(*args))
+    own, narrowed = choosing._picked, choosing._best_blocks
+    monkeypatch.setattr(choosing, "_picked", lambda *args: chosen_by.append(1) or own(*args))
     monkeypatch.setattr(choosing, "_best_blocks", lambda *args: scanned.append(1) or narrowed(*args))
     monkeypatch.setattr(pattern_module, "SCAN", 8)
     q, k, v, _ = Choice(WINDOW, 1, 200, 4, 8, 0, True, None, 1, kv_heads=2).qkv()

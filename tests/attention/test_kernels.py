@@ -57,6 +57,20 @@ def test_cpu_flash_on_strided_views_and_a_foreign_lse(dtype: torch.dtype, tolera
         assert (a - b).norm() <= tolerance * b.norm()
 
 
+def test_cpu_flash_copies_many_rows_that_lie_far_apart() -> None:
+    """More than a page apart, and as many queries as are worth it: the result is the same."""
+    flash = kernels.KERNELS["cpu_flash"]
+    q, k, v, dout = (strided(1, 8, 520, 64, dtype=torch.float32, seed=s) for s in range(4))
+    assert all(x.is_contiguous() for x in flash._side_by_side(520, q, k))
+    assert next(iter(flash._side_by_side(500, q))) is q
+    out, lse = flash.forward(q, k, v, True, 0.1)
+    expected = MATH.forward(*(x.double() for x in (q, k, v)), True, 0.1)
+    grads = flash.backward(dout, q, k, v, out, lse, True, 0.1)
+    of_expected = MATH.backward(*(x.double() for x in (dout, q, k, v)), *expected, True, 0.1)
+    for a, b in zip((out, lse, *grads), (*expected, *of_expected), strict=True):
+        assert (a - b).norm() <= 1e-6 * b.norm()
+
+
 def test_the_cpu_gets_flash_and_the_environment_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LONGNET_KERNEL", raising=False)
     assert kernels.select_kernel(CPU, torch.float32, 64).name == "cpu_flash"
@@ -65,7 +79,7 @@ def test_the_cpu_gets_flash_and_the_environment_decides(monkeypatch: pytest.Monk
     assert kernels.select_kernel(CPU, torch.float32, 64, "cpu_flash").name == "cpu_flash"
     monkeypatch.setenv("LONGNET_KERNEL", "quick")
     with pytest.raises(
-        ValueError, match="choose from fa3, fa4, flash_attn, cuda_flash, cuda_efficient, cpu_flash, math"
+        ValueError, match="choose from fa3, fa4, flash_attn, cuda_flash, cuda_efficient, cudnn, cpu_flash, math"
     ):
         kernels.select_kernel(CPU, torch.float32, 64)
 
@@ -367,6 +381,56 @@ def test_efficient_attention_is_called_as_it_wants(monkeypatch: pytest.MonkeyPat
     problem = torch.randn(4, 2, 50, 4, head_dim), Pattern((8, 32), (1, 4))
     assert_equals_the_reference(*problem, kernel="cuda_efficient")
     assert_packs(*problem, kernel="cuda_efficient")
+
+
+def cudnn_forward(
+    query, key, value, attn_bias, compute_log_sumexp, dropout_p=0.0, is_causal=False, return_debug_mask=False, *,
+    scale=None,
+):  # fmt: skip
+    """aten's `_scaled_dot_product_cudnn_attention`: its lse is (batch, heads, rows, 1)."""
+    assert attn_bias is None
+    assert compute_log_sumexp
+    out, lse = MATH.forward(query, key, value, is_causal, scale)
+    rng = torch.zeros((), dtype=torch.int64)
+    return out, lse[..., None], torch.empty(0), torch.empty(0), query.shape[2], key.shape[2], rng, rng, torch.empty(0)
+
+
+def cudnn_backward(
+    grad_out, query, key, value, out, logsumexp, philox_seed, philox_offset, attn_bias, cum_seq_q, cum_seq_k, max_q,
+    max_k, dropout_p=0.0, is_causal=False, *, scale=None,
+):  # fmt: skip
+    assert grad_out.stride() == out.stride()
+    assert logsumexp.shape == (*query.shape[:3], 1)
+    assert logsumexp.is_contiguous()
+    assert (max_q, max_k) == (query.shape[2], key.shape[2])
+    return MATH.backward(grad_out, query, key, value, out, logsumexp[..., 0], is_causal, scale)
+
+
+def test_cudnn_is_called_as_it_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Single rows, which it has not, are FlashAttention-2's: the last segment's of 49 tokens."""
+    monkeypatch.setattr(cuda_kernels.CudnnKernel, "refusal", lambda *_: None)  # only the device is missing
+    library, calls = torch.library.Library("aten", "IMPL"), []
+    library.impl(
+        "_scaled_dot_product_cudnn_attention", lambda *a, **k: calls.append(a) or cudnn_forward(*a, **k), "CPU"
+    )
+    library.impl("_scaled_dot_product_cudnn_attention_backward", cudnn_backward, "CPU")
+    library.impl("_flash_attention_forward", flash_forward, "CPU")
+    library.impl("_flash_attention_backward", flash_backward, "CPU")
+    assert_equals_the_reference(torch.randn(4, 2, 49, 4, 8), Pattern((8, 32), (1, 4)), kernel="cudnn")
+    assert calls
+    assert all(call[0].shape[2] > 1 for call in calls)
+
+
+def test_cudnn_serves_if_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a card that has it, too: it plans each shape anew, and documents have many."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    names, cuda = list(kernels.KERNELS), torch.device("cuda")
+    assert kernels.KERNELS["cudnn"].refusal(cuda, torch.bfloat16, 128) is None
+    assert names.index("cudnn") > max(map(names.index, ("cuda_flash", "cuda_efficient")))
+    assert kernels.KERNELS["cudnn"].refusal(cuda, torch.bfloat16, 192) == "it needs a head_dim up to 128, not 192"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    refusal = kernels.KERNELS["cudnn"].refusal(cuda, torch.bfloat16, 64)
+    assert refusal == "it needs compute capability 9.x or 10.x"
 
 
 def test_efficient_attention_serves_what_flash_does_not() -> None:

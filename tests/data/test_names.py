@@ -40,6 +40,20 @@ def test_folders_are_read_in_natural_order_without_what_is_not_text(tmp_path):
     assert names(tmp_path) == ["part-2.py", "part-10.txt", "sub/part-3.md"]
 
 
+def test_documents_of_a_folder_that_are_not_read_are_told(tmp_path):
+    """Files of another kind than the one that is read, and files that are no text whatever their names say."""
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "image.png").write_bytes(b"\x89PNG\0\0")
+    (tmp_path / "utf-16.txt").write_text("x", encoding="utf-16")
+    with pytest.warns(
+        InputWarning, match=r"utf-16.txt is not read beside a.txt: '.*/\*.txt' reads files of that kind$"
+    ):
+        assert names(tmp_path) == ["a.txt"]
+    (tmp_path / "notes.jsonl").write_text('{"text": "x", "id": "n"}\n')
+    with pytest.warns(InputWarning, match=r": 2 files, such as a.txt, are not read beside notes.jsonl: "):
+        assert names(tmp_path) == ["n"]
+
+
 def test_shards_in_a_folder_are_read_alone_and_in_their_order(tmp_path):
     (tmp_path / "README.md").write_text("x")
     for name in ("part-10.arrow", "part-2.arrow", "cache-1.arrow"):

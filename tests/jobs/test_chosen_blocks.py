@@ -37,7 +37,7 @@ def test_the_passages_that_the_answer_chose(
     """
 
     def drawn(voting: Voting) -> Choice:
-        first, number, *_ = voting.part.groups
+        first, number, *_ = voting.parts[0].groups
         answer = [1, 9 + (first // 4 % 2), 12]
         found = [answer if group >= 200 else [1, 2, 3] for group in range(first, first + 4 * number, 4)]
         return chosen_by_hand(torch.tensor(found))
@@ -75,7 +75,7 @@ def test_three_questions_have_three_answers(monkeypatch: pytest.MonkeyPatch) -> 
     own = 0
 
     def drawn(voting: Voting) -> Choice:
-        first, number, *_ = voting.part.groups
+        first, number, *_ = voting.parts[0].groups
         found = []
         for group in range(first // 4, first // 4 + number):
             hubs = [1, 2] if group % 5 < 3 or group >= 50 else [5, 6]

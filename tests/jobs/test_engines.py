@@ -60,6 +60,8 @@ def test_documents_that_cannot_be_read_are_left_out() -> None:
     for function in (encode_batches, score_batches):
         found = function(table, keep=("n",), skip_bad=True)
         assert (found["doc_id"].to_pylist(), found["n"].to_pylist()) == (["a", "c"], [0, 2])
+        texts = table.set_column(1, "text", [["x", None, "y"]]).drop_columns("n")
+        assert function(texts, skip_bad=True)["doc_id"].to_pylist() == ["a", "c"]
 
 
 def test_batches_without_rows_or_tokens_have_no_vectors() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -287,6 +288,15 @@ def test_what_cannot_fit_is_refused_with_what_to_change(run_longnet) -> None:
     (line,) = done.stderr.splitlines()
     assert "the largest part for activations, and " in line
     assert line.endswith("no chunk fits: choose a smaller model (model.dim, model.num_layers) or a larger device")
+
+
+def test_what_cannot_fit_does_not_start(run_longnet, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x" * 999)
+    sizes = ("--seq-len", "4Mi", "--chunk", "4Mi", "--set", "train.batch_tokens=4Mi", "--steps", "1")
+    done = run_longnet("train", "longnet-125m", "--data", "a.txt", *sizes, "--device", "cpu", "-o", "run", cwd=tmp_path)
+    assert done.returncode == 5
+    assert re.search(r"training needs .*, the largest part for .*, and .* are free; ", done.stderr)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ def test_what_is_computed_again_sees_the_blocks_that_it_saw(
     asked: Counter[int] = Counter()
 
     def drawn(voting: Voting) -> Choice:
-        first, number, _, near = voting.part.groups
+        first, number, _, near = voting.parts[0].groups
         found = []
         for group in range(first, first + number * 4, 4):
             asked[group] += 1

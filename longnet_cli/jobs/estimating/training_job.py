@@ -74,6 +74,12 @@ def settle_chunk(recipe: Recipe, device: torch.device, ranks: Ranks) -> Recipe:
     return recipe.with_chunk(chunk_of(None, longest or TRAINING_CHUNK, ranks=ranks))
 
 
+def is_too_large(recipe: Recipe, device: torch.device, ranks: Ranks) -> bool:
+    """Return whether training by `recipe` needs more memory than is free, as `estimate_training` counts it."""
+    free = free_memory(device)
+    return free is not None and _needed_bytes(recipe, device, ranks, recipe.train.chunk) > free
+
+
 def estimate_training(recipe: Recipe, device: torch.device, ranks: Ranks | None = None) -> TrainingEstimate:
     """Return what training by `recipe` will take on this machine. Times matrix products for a third of a second.
 

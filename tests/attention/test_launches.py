@@ -1,0 +1,124 @@
+"""Chosen blocks with a GPU's limits, tried on a CPU: few operators, and the same bits as with a CPU's."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from strategies import turn
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from longnet_cli.attention import KVCache, LayerChoices, Past, Pattern, choosing, dilated_attention, limits
+from longnet_cli.attention.chosen import Chosen
+from longnet_cli.attention.groups import GroupedPart, groups_of
+from longnet_cli.attention.merging import Merge
+from longnet_cli.attention.plain_call import Kernel
+from longnet_cli.nets.config import LongNetConfig
+from longnet_cli.nets.positions import sink_turn
+
+# what starts nothing on a GPU
+VIEWS = {"view", "_unsafe_view", "slice", "select", "unsqueeze", "squeeze", "expand", "as_strided", "transpose", "t"}
+VIEWS |= {"permute", "unbind", "split", "split_with_sizes", "alias", "detach", "unfold", "view_as_complex"}
+VIEWS |= {"view_as_real", "empty", "empty_like", "new_empty", "scalar_tensor", "lift_fresh"}
+WAITS = {"tolist", "item", "nonzero", "unique", "masked_select", "__bool__", "__int__", "__index__"}  # for a GPU
+
+
+class Launches(TorchDispatchMode):
+    number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += func.overloadpacket.__name__ not in VIEWS
+        return func(*args, **(kwargs or {}))
+
+
+class Waits(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_name: Counter[str] = Counter()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in WAITS:
+            self.by_name[func.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class FlashOfAGpu(Kernel):
+    """As many groups at a time as a GPU's kernel takes, and no result."""
+
+    def max_batch(self, heads: int, rows: int, head_dim: int) -> int:
+        return min(65_535, ((1 << 31) - 1) // (heads * (-(-rows // 128) * 128) * head_dim))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        return q.new_empty(q.shape), q.new_empty(q.shape[:3])
+
+
+def test_a_layer_starts_few_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For 65,536 tokens of 12 heads x 64 in bf16, tried with a quarter of them, of one head x 8 in fp32.
+
+    The limits are so much less, too.
+    """
+    less = limits.GPU._replace(gathered=limits.GPU.gathered * 2 // (4 * 96), scores=limits.GPU.scores // (4 * 12))
+    monkeypatch.setattr(limits, "CPU", less)
+    pattern, tokens, choices = replace(Pattern.finding(), chosen_layers=(0, 2)), 16_384, choosing.Choices()
+    fields = {"dim": 8, "num_heads": 1, "num_layers": 1, "ffn_dim": 8, "vocab_size": 8, "position": "rope"}
+    rope = sink_turn(LongNetConfig(**fields, segment_lengths=(8,), dilation_rates=(1,)))
+    parts = [GroupedPart(slice(0, 1), slice(0, tokens), 0, each) for each in groups_of(pattern, 0, tokens)]
+    for layer, most in enumerate((400, 150, 400)):
+        q, k = torch.randn(2, 1, tokens, 1, 8, generator=torch.Generator().manual_seed(layer)).unbind()
+        call, merge = Chosen(pattern, parts, rope, choices=LayerChoices(choices, pattern, layer)), Merge(q, False)
+        with torch.no_grad(), Waits() as waits, Launches() as launches:
+            call.choose(q, k, 0.5)
+            call.merge(FlashOfAGpu(), 0.5, q, k, k, merge)
+        assert 0 < launches.number <= most
+        assert waits.by_name.total() <= 2
+
+
+@pytest.mark.parametrize(("before", "exact"), [(0, 0), (1501, 0), (1501, 16)])
+def test_limits_of_a_gpu_give_the_same_bits(before: int, exact: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers that choose and that follow, from the first token on and with a past that was read in shards."""
+    pattern = Pattern(
+        (64,), (1,), look_back=1, chosen=4, chosen_block=16, chosen_every=8, chosen_layers=(1, 3), chosen_exact=exact
+    )
+    monkeypatch.setattr("longnet_cli.attention.groups.FUNNEL", ((2, 40),))
+    results = []
+    for sizes in (limits.CPU, limits.GPU):
+        monkeypatch.setattr(limits, "CPU", sizes)
+        choices, of_sizes = choosing.Choices(), []
+        for layer in range(4):
+            q, k, v = torch.randn(3, 1, before + 1200, 4, 16, generator=torch.Generator().manual_seed(layer)).unbind()
+            cache = KVCache(pattern, 1, 4, 16, layer=layer)
+            for part in zip(*(x[:, :before].split(400, 1) for x in (q, k, v)), strict=True):
+                if before:
+                    cache.append(*part[1:], q=part[0])
+            options = {
+                "start": before,
+                "far": cache.far(),
+                "turn": turn,
+                "choices": LayerChoices(choices, pattern, layer),
+            }
+            of_sizes.append(dilated_attention(*(x[:, before:] for x in (q, k, v)), pattern, **options))
+        results.append((of_sizes, choices.made))
+    (outs, made), (others, others_made) = results
+    assert all(map(torch.equal, outs, others))
+    for layer in pattern.chosen_layers:
+        of_parts = zip(made[layer], others_made[layer], strict=True)
+        assert all(torch.equal(*each) for of_part in of_parts for each in zip(*of_part, strict=True))
+
+
+def test_a_past_on_a_gpu_is_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "CPU", limits.GPU)
+    pattern = Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4)
+    x, past = torch.randn(1, 4000, 2, 4), Past(pattern)
+    past.settle(None)
+    for some in x.split(700, 1):
+        past.append(some, some, some)
+    blocks, into = torch.tensor([0, 7, 499]), torch.empty(2, 3, 8, 2, 4)
+    with Launches() as launches:
+        past.blocks.take(0, blocks, into)
+    assert launches.number == 2  # of keys, of values
+    assert torch.equal(into[0], x[0].unflatten(0, (-1, 8))[blocks])
