@@ -315,17 +315,17 @@ class _Stored(NamedTuple):
         number = len(rows) // self.size
         return rows[: number * self.size].unflatten(0, (number, self.size))
 
-    def taken(self, groups: Tensor) -> _Taken:
+    def taken(self, groups: Tensor) -> _TakenBlocks:
         """Find the blocks (groups, m), ascending in each group."""
         blocks, inverse, past = groups.flatten(), None, self.past
         if not past:
-            return _Taken(blocks, None, 0, 0)
+            return _TakenBlocks(blocks, None, 0, 0)
         if len(groups) > 1:
             blocks, inverse = blocks.unique(return_inverse=True)
         edges = blocks.new_tensor([past.blocks.number, self.first])
-        return _Taken(blocks, inverse, *torch.searchsorted(blocks, edges).tolist())
+        return _TakenBlocks(blocks, inverse, *torch.searchsorted(blocks, edges).tolist())
 
-    def gathered(self, taken: _Taken, k: Tensor, v: Tensor) -> Tensor:
+    def gathered(self, taken: _TakenBlocks, k: Tensor, v: Tensor) -> Tensor:
         """Gather blocks of k and v (B, N, K, D) and of the past: (k and v, groups * m, tokens, K, D)."""
         blocks, inverse, before, inside = taken
         gathered = k.new_empty(2, len(blocks), self.size, *k.shape[2:])
@@ -341,7 +341,7 @@ class _Stored(NamedTuple):
                 torch.index_select(self.own(x), 0, own, out=into[inside:])
         return gathered if inverse is None else gathered.index_select(1, inverse)
 
-    def add(self, into: Tensor, d: Tensor, taken: _Taken, index: int) -> None:
+    def add(self, into: Tensor, d: Tensor, taken: _TakenBlocks, index: int) -> None:
         """Add gradients (groups * m, tokens, K, D) of gathered rows to those of the shard's rows (B, N, K, D).
 
         Gradients of k (`index` 0) or v (1) of the past go to its sum.
@@ -358,7 +358,7 @@ class _Stored(NamedTuple):
             into.index_add_(0, blocks[:inside].to(into.device), d[:inside].to(into.device))
 
 
-class _Taken(NamedTuple):
+class _TakenBlocks(NamedTuple):
     """The distinct blocks (n,) that some groups see, ascending, and the place of each group's blocks among them.
 
     inverse: (groups * m,), or None if the blocks are the groups' own. The first `before` blocks are whole in the past,
@@ -420,7 +420,7 @@ class _GroupCall(NamedTuple):
     stored: _Stored
     groups: slice
     blocks: Tensor
-    taken: _Taken
+    taken: _TakenBlocks
     distances: Tensor | None
 
     def keys(self, k: Tensor, v: Tensor) -> Tensor:
