@@ -80,7 +80,7 @@ def _tell_unread(folder: str, files: Sequence[str], chosen: Sequence[str]) -> No
         first = min(unread, key=natural_order)
         what = f"{len(unread)} files, such as {first}, are" if unread[1:] else f"{first} is"
         beside = f"the {len(chosen)} files like {chosen[0]}" if chosen[1:] else chosen[0]
-        pattern = f"'{folder}/*.{first.rpartition('.')[2]}'"
+        pattern = f"'{folder}/{'**/' if '/' in first else ''}*.{first.rpartition('.')[2]}'"
         said = f"{folder}: {what} not read beside {beside}: {pattern} reads files of that kind"
         warnings.warn(said, InputWarning, stacklevel=2)
 

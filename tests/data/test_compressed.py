@@ -18,7 +18,7 @@ import pyarrow.ipc as ipc
 import pytest
 from conftest import RunLongnet
 
-from longnet_cli.basics.errors import DataError
+from longnet_cli.basics.errors import DataError, InputWarning
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
 
@@ -75,7 +75,10 @@ def test_a_folder_of_compressed_files_is_read(suffix: str, tmp_path: Path) -> No
         (tmp_path / name).write_bytes(pack(b"text"))
     assert [source.name for source in Inputs([tmp_path]).sources] == [f"a.txt{suffix}", f"b.txt{suffix}"]
     (tmp_path / f"c.jsonl{suffix}").write_bytes(pack(b'{"text": "x"}\n'))
-    assert [source.name for source in Inputs([tmp_path]).sources] == [f"c.jsonl{suffix}"]
+    with pytest.warns(InputWarning, match=rf"2 files, such as a.txt{suffix}, are not read beside c.jsonl{suffix}: "):
+        assert [source.name for source in Inputs([tmp_path]).sources] == [f"c.jsonl{suffix}"]
+    for name in "ab":
+        (tmp_path / f"{name}.txt{suffix}").unlink()
     (tmp_path / f"c.jsonl{suffix}").write_bytes(pack(b"hello"))
     with pytest.raises(DataError, match=r"line 1: not JSON Lines of documents"):
         texts(tmp_path)

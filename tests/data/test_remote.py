@@ -13,7 +13,7 @@ import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 import pytest
 
-from longnet_cli.basics.errors import ConfigError, DataError, LongNetError
+from longnet_cli.basics.errors import ConfigError, DataError, InputWarning, LongNetError
 from longnet_cli.data import remote
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
@@ -76,8 +76,13 @@ def test_text_and_names_with_spaces(store):
 
 def test_folders_and_globs_are_as_on_a_disk(store):
     names = ["part-2.arrow", "part-10.arrow", "stream.arrow", "x.parquet"]
-    found = Inputs(["store://bucket/"]).sources
-    assert [source.name for source in found] == names == [source.name for source in Inputs([store]).sources]
+    beside = (
+        r": 3 files, such as deep/part-10.arrow, are not read beside the 4 files like part-2.arrow: '.*/\*\*/\*.arrow'"
+    )
+    with pytest.warns(InputWarning, match=beside):
+        found = Inputs(["store://bucket/"]).sources
+    with pytest.warns(InputWarning, match=beside):
+        assert [source.name for source in found] == names == [source.name for source in Inputs([store]).sources]
     assert found[0].where == "store://bucket/part-2.arrow"
     assert [source.name for source in Inputs(["store://bucket/p*.arrow?region=x"]).sources] == names[:2]
     assert len(Inputs(["store://bucket/**/*.arrow"]).sources) == 4
@@ -111,7 +116,8 @@ def test_file_uris_are_local_files(tmp_path):
     uri = folder.as_uri()
     assert "%20" in uri
     assert read(f"{uri}/part-2.arrow") == read(f"{uri}/part-1*.arrow") == IDS
-    (source, *_) = Inputs([uri]).sources
+    with pytest.warns(InputWarning, match="3 files, such as deep"):
+        (source, *_) = Inputs([uri]).sources
     assert (source.path, source.filesystem) == (folder / "part-2.arrow", None)  # so it is mapped
 
 
