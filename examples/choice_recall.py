@@ -71,7 +71,7 @@ class Watched:
 def read_groups(stream: CausalStream, ids: np.ndarray, number: int) -> dict[int, list[Group]]:
     """Read the last ids (n,) of a document at once; return `number` of their groups, by layer."""
     choices: dict[int, list[tuple[GroupedPart, Tensor]]] = defaultdict(list)
-    stream.watch(lambda layer, part, blocks: choices[layer].append((part, blocks[0])))
+    stream.watch(lambda layer, seen: choices[layer].append((seen.part, seen.blocks[0])))
     begin, pattern = stream.position, stream.model.config.pattern
     stream(torch.from_numpy(ids)[None])
     stream.watch(lambda *_: None)
