@@ -48,7 +48,7 @@ FILE_BYTES = 1 << 26  # a file is full when it has as many
 
 # What must be as it was when the state was saved: the key in the manifest, and how to say that it is not
 _SAME = {
-    "longnet.pattern": "it was saved{by} with the pattern {saved}, and this is {given}",
+    "longnet.pattern": "it was saved{by} with the pattern {saved}, and this is {given}: name both (--model, --pattern)",
     "dtype": "it was saved in {saved}, and this run computes in {given} (--dtype)",
     "longnet.tokenizer_sha256": "it was saved with another tokenizer, of SHA-256 {saved:.12}..., not {given:.12}...",
     READER: "it was saved by another model{name}: its weights or its configuration differ",

@@ -297,7 +297,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         (
             net(Pattern.window(16)),
             {},
-            "it was saved by ./mine with the pattern window:16,chosen=4x8.*, and this is window:16$",
+            "it was saved by ./mine with the pattern window:16,chosen=4x8.*, and this is window:16: name both",
         ),
         (net(CHOSEN, heads=2), {}, r"it was saved by another model, ./mine: its weights or its configuration differ"),
         (model, {"tokenizer_sha256": "b" * 64}, "another tokenizer, of SHA-256 aaaaaaaaaaaa..., not bbbbbbbbbbbb..."),
