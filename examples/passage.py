@@ -78,6 +78,7 @@ def apart(net: Net, stream: Any, read: Callable[[], Any], every: int | None = No
                 before = net.config.pattern.chosen_every
                 pattern = replace(net.config.pattern, chosen_every=every, chosen_exact=exact)
                 write_pattern(net.model.config, pattern)
+                net.config = net.config.model_copy(update={"pattern": pattern})  # which names blocks, and counts them
                 for cache in stream.caches:
                     cache.pattern = cache.past.pattern = pattern
                     cache.past.held = None

@@ -454,7 +454,7 @@ def test_the_recall_of_a_choice_is_by_all_keys(tmp_path: Path, monkeypatch: pyte
     ids = torch.from_numpy(ModelFolder(model).tokenizer().encode(text.read_text())[:591].astype(np.int64))
     stream, seen = CausalStream(net), []
     stream(torch.cat([torch.tensor([7]), ids[:399]])[None])
-    stream.watch(lambda layer, part, blocks: seen.append((layer, part.groups, blocks[0])))
+    stream.watch(lambda layer, told: seen.append((layer, told.part.groups, told.blocks[0])))
     stream(ids[None, 399:])
     for row in rows:
         q, k = (
