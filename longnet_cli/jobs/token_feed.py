@@ -94,7 +94,8 @@ class _Feed(Generic[Item]):
     def put(self, item: Item) -> bool:
         """Add an item once there is room. Return False when no more items are wanted."""
         while self._in_queue >= self._group_size and not self._ended:
-            self._in_queue -= self._taken.get()
+            with suppress(Empty):
+                self._in_queue -= self._taken.get(timeout=1.0)  # a signal right before the call does not end it
         self._items.put(item)
         self._in_queue += self._size_of(item)
         return not self._ended

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import termios
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -66,8 +67,12 @@ def test_a_signal_ends_a_wait_for_input(start, tmp_path, output):
     process.stdin.write(b"a line\n")
     process.stdin.flush()
     wait_for(lambda: unread(process.stdin) == 0)  # and now it waits for more
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 143
+    for _ in range(10):  # Python learns of a signal right before a call that waits only from the next one
+        process.send_signal(signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(2)
+            break
+    assert process.returncode == 143
     assert not process.stdout.read().endswith(b"\xff\xff\xff\xff\0\0\0\0")
     assert sorted(os.listdir(tmp_path)) in ([], ["out"])
 
