@@ -29,7 +29,8 @@ from longnet_cli.basics.verdicts import remembered
 from longnet_cli.nets.net import Net
 from longnet_cli.nets.weights import model_digest
 
-TEXTS, READ, BETWEEN = 2, 512, 256  # texts; tokens that are read twice; tokens between
+READ, BETWEEN = 512, 256  # tokens of a text that are read twice, and tokens between; fewer in short windows
+IN_ALL = 1024  # tokens of all texts that are read twice: with 200, chance alone made 0.25 of evidence
 EVERY = 16  # tokens per group
 LEAST = 0.15  # SmolLM2: 0.19 to 1.2 at its peaks, and 0.12 at the next one
 
@@ -80,7 +81,7 @@ def layer_evidence(net: Net) -> list[float]:
     if read < 2 * size:
         return []
     ids = torch.from_numpy(
-        np.stack([_random_text(seed, net.config.vocab_size, read, between) for seed in range(TEXTS)])
+        np.stack([_random_text(seed, net.config.vocab_size, read, between) for seed in range(IN_ALL // read)])
     )
     watched: list[tuple[Tensor, Tensor]] = []
 
