@@ -38,8 +38,8 @@ from torch.nn.functional import pad
 
 from .groups import GroupedPart, slot_of, stages
 from .limits import limits_of
-from .past import Means
-from .pattern import NEIGHBOUR, RUN, RUNS, SURE, VOTERS, Pattern
+from .past import Means, RowMeans
+from .pattern import MEAN_OF, NEIGHBOUR, RUN, RUNS, SURE, VOTERS, Pattern
 
 # (row of the batch, part) -> blocks (groups, n) that the text of each group names, the best first, and -1 for none
 Names = Callable[[int, GroupedPart], Tensor]
@@ -213,7 +213,7 @@ def _scan(voting: Voting, slots: Sequence[_Slot]) -> list[Tensor | None]:
         voters = voting.document.voters(firsts, 2) if planned else None
         for stage in planned:
             assert voters is not None
-            means = voting.means.of[stage.means][voting.row]
+            means = voting.means.of_row(voting.row, stage.means)
             narrow = _best_runs if stage.means == RUNS else _best_blocks
             kept = narrow(voters, means, kept, before, some[-1].blocks, stage.blocks)
         candidates += [None] * len(some) if kept is None else kept.unbind()
@@ -232,28 +232,30 @@ def _after(first: int, stop: int, before: Tensor | int, device: torch.device) ->
     return None if isinstance(before, int) else torch.arange(first, stop, device=device) >= before
 
 
-def _best_runs(voters: Tensor, runs: Tensor, _: Tensor | None, before: Tensor | int, number: int, most: int) -> Tensor:
+def _best_runs(
+    voters: Tensor, runs: RowMeans, _: Tensor | None, before: Tensor | int, number: int, most: int
+) -> Tensor:
     """Return the blocks (slots, n) of the best runs. The first run and blocks after the last whole one always stay.
 
-    The first run holds block 0, whose keys are like no others. runs: means (K, runs, 1, D). Of the blocks `before` the
-    slots, there are at most `number`.
+    The first run holds block 0, whose keys are like no others. Of the blocks `before` the slots, there are at most
+    `number`.
     """
-    whole, own = number // RUN, torch.arange(RUN, device=runs.device)
-    votes = _votes(voters, runs[:, 1:whole], _after(1, whole, before // RUN, runs.device))
+    whole, own = number // RUN, torch.arange(RUN, device=voters.device)
+    votes = _votes(voters, runs.first(whole)[:, 1:], _after(1, whole, before // RUN, voters.device))
     blocks = ((1 + _best(votes, most // RUN - 1))[..., None] * RUN + own).flatten(1)
     rest = before // RUN * RUN + own[: number % RUN]
     return torch.cat([own[1:].expand(len(voters), -1), blocks, rest.expand(len(voters), -1)], 1)
 
 
 def _best_blocks(
-    voters: Tensor, means: Tensor, kept: Tensor | None, before: Tensor | int, number: int, most: int
+    voters: Tensor, means: RowMeans, kept: Tensor | None, before: Tensor | int, number: int, most: int
 ) -> Tensor:
     """Return the `most` best (slots, most) of the blocks that are `kept` (slots, n), or of all but 0 `before` them."""
     if kept is None:
-        return 1 + _best(_votes(voters, means[:, 1:number], _after(1, number, before, means.device)), most)
-    step = max(1, limits_of(means).scores // (kept.shape[1] * means[:, 0].numel()))
+        return 1 + _best(_votes(voters, means.first(number)[:, 1:], _after(1, number, before, voters.device)), most)
+    of_blocks, step = means.some(kept), max(1, limits_of(voters).scores // (kept.shape[1] * means.numbers))
     votes = [
-        _votes(some[:, None], _taken(means, own), blocks=own[:, None])[:, 0]
+        _votes(some[:, None], of_blocks(own), blocks=own[:, None])[:, 0]
         for some, own in zip(voters.split(step), kept.split(step), strict=True)
     ]
     return kept.gather(1, _best(torch.cat(votes), most))
@@ -268,13 +270,14 @@ def _vote_alike(pattern: Pattern, slot: _Slot) -> object:
 
 def _votes_of_all(voting: Voting, slots: Sequence[_Slot], voters: Tensor) -> Iterator[_Votes]:
     """Yield the votes of the groups of some slots, which compare all blocks but 0 before them."""
-    means, number = voting.means.fine[voting.row], slots[-1].blocks
+    number = slots[-1].blocks
+    means = voting.means.of_row(voting.row).first(number)[:, 1:]
     before = _blocks_before([slot for slot in slots for _ in slot.firsts], means.device)
     others = _after(1, number, before, means.device)
-    step = max(1, limits_of(means).scores // (VOTERS * voting.heads * (number - 1) * means.shape[2]))
+    step = max(1, limits_of(means).scores // (VOTERS * voting.heads * means[0, :, :, 0].numel()))
     for first in range(0, len(voters), step):
         some = slice(first, first + step)
-        votes = _votes(voters[some], means[:, 1:number], None if others is None else others[some], power=SURE)
+        votes = _votes(voters[some], means, None if others is None else others[some], power=SURE)
         blocks = torch.arange(1, number, device=means.device).expand_as(votes)
         yield _Votes(blocks, _exactly(voting, voters[some], blocks, votes, number - 1))
 
@@ -286,17 +289,18 @@ def _votes_of_candidates(
 
     Each group has its own earlier ones: what a later group sees must not matter.
     """
-    means, by_slot = voting.means.fine[voting.row], voters.unflatten(0, (len(candidates), -1))
+    means, by_slot = voting.means.of_row(voting.row), voters.unflatten(0, (len(candidates), -1))
     compared = _Compared(candidates, None, [candidates.shape[1]] * len(candidates))
     if earlier is not None:
         compared = _Compared.of(candidates, earlier.unflatten(0, by_slot.shape[:2]))
-    per_block = means.shape[2] * max(by_slot[0, ..., 0].numel(), means.shape[0] * means.shape[3])
-    step = max(1, limits_of(means).scores // (compared.blocks.shape[1] * per_block))
+    of_blocks, fine = means.some(compared.blocks), voting.pattern.chosen_block // MEAN_OF
+    per_block = max(fine * by_slot[0, ..., 0].numel(), means.numbers)
+    step = max(1, limits_of(voters).scores // (compared.blocks.shape[1] * per_block))
     for first in range(0, len(candidates), step):
         some, width = slice(first, first + step), max(compared.numbers[first : first + step])
         blocks = compared.blocks[some, :width]
         others = None if compared.others is None else compared.others[some, :, :width]
-        votes = _votes(by_slot[some], _taken(means, blocks), others, blocks[:, None], SURE).flatten(0, 1)
+        votes = _votes(by_slot[some], of_blocks(blocks), others, blocks[:, None], SURE).flatten(0, 1)
         blocks = blocks[:, None].expand(-1, by_slot.shape[1], -1).flatten(0, 1)
         yield _Votes(blocks, _exactly(voting, by_slot[some].flatten(0, 1), blocks, votes, candidates.shape[1]))
 
@@ -404,13 +408,6 @@ def shares_of(voters: Tensor, means: Tensor, others: Tensor | None = None) -> Te
     if others is not None:
         scores.masked_fill_(others[..., None, :, None, :, None], -torch.inf)
     return scores.flatten(-2).softmax(-1).unflatten(-1, means.shape[-3:-1]).sum(-1)
-
-
-def _taken(means: Tensor, blocks: Tensor) -> Tensor:
-    """Return the means (slots, K, n, m, D) of some blocks (slots, n); means (K, blocks, m, D)."""
-    of_heads = torch.arange(0, means.shape[:2].numel(), means.shape[1], device=blocks.device)
-    places = blocks[:, None] + of_heads[:, None]
-    return means.view(-1, *means.shape[2:]).index_select(0, places.flatten()).unflatten(0, places.shape)
 
 
 def _with_neighbours(scores: Tensor, blocks: Tensor | None = None) -> Tensor:

@@ -25,6 +25,7 @@ from longnet_cli.basics.errors import ConfigError
 from longnet_cli.nets.named_blocks import ReadText, named_blocks
 from longnet_cli.nets.net import Net
 from longnet_cli.running.mapped import BlockFile, SpillFile, mapped_empty
+from longnet_cli.running.ranks.blocks import RankPast
 from longnet_cli.running.ranks.exchange import Exchange
 from longnet_cli.running.ranks.ranks import ALONE, Ranks
 from longnet_cli.running.saved_state import (
@@ -61,7 +62,8 @@ class CausalStream:
 
     It computes no gradients. Its state is one KVCache per layer, `cache_bytes` in all, bounded whatever the `position`,
     except with chosen blocks, which need all keys. The `ranks` of a group share every chunk: each passes its own
-    shard and the chunk's `edges`, and holds the whole state. `keep` and `allocate` go to KVCache; for chosen blocks,
+    shard and the chunk's `edges`, and holds the whole state, but for blocks of the past, which stay with the rank that
+    has read them. `keep` and `allocate` go to KVCache; for chosen blocks,
     memory is in maps by default. Cached rows on another device than the net's are copied for each chunk. With chosen
     blocks and `spill`, all keys and values go to one file in that folder, and only what chooses them is in memory.
     `last_hidden` (B, dim) is the last token's hidden state, from which the next token can be drawn. With chosen blocks,
@@ -106,7 +108,10 @@ class CausalStream:
         """Read the next tokens (B, n), or vectors (B, n, dim) in their place; return hidden (B, n, dim).
 
         `edges` are the edges of the ranks' shards, as in `exchange.Exchange`; the first one is `position`.
+        Raises ValueError without them for chosen blocks over ranks.
         """
+        if self.ranks.sp > 1 and self.model.config.pattern.chosen and not edges:
+            raise ValueError("each rank has only its own chosen blocks: give the edges of all ranks' shards")
         exchange = Exchange(self.model.config, edges, group=self.ranks.group, cached=True) if edges else None
         start = edges[exchange.rank] if edges and exchange else self.position
 
@@ -122,18 +127,9 @@ class CausalStream:
             past = cache.past
             near, others = exchange.run(k, v) if exchange else ([], [])
             stop = edges[-1] if edges else None
-            earlier, later = exchange.other_shards(q, k, v) if exchange and past else ([], [])
-            for shard in earlier:
-                assert past
-                past.append(*shard)
-
-            def store() -> None:
-                cache.append(k, v, q=q, start=start, stop=stop, others=others)
-                for shard in later:
-                    assert past
-                    past.append(*shard)
-
-            store_last = store
+            if exchange and isinstance(past, RankPast):
+                past.enter(exchange, q, k, v)
+            store_last = partial(cache.append, k, v, q=q, start=start, stop=stop, others=others)
             kept = cache.far() if exchange else cache.far(k, v)
             return Outside([*(_on(k.device, keys) for keys in kept.keys), *near], past)
 
@@ -262,7 +258,8 @@ class CausalStream:
         yield from layer_tensors(self.caches)
 
     def _new_cache(self, k: Tensor) -> KVCache:
-        config, (batch, _, kv_heads, head_dim) = self.model.config, k.shape
+        config, (batch, _, kv_heads, head_dim), layer = self.model.config, k.shape, len(self.caches)
+        blocks = BlockFile(self.file) if self.file else None
         cache = KVCache(
             config.pattern,
             batch,
@@ -273,11 +270,13 @@ class CausalStream:
             device=k.device,
             keep=self.keep,
             allocate=self.allocate,
-            blocks=BlockFile(self.file) if self.file else None,
-            layer=len(self.caches),
+            blocks=blocks,
+            layer=layer,
         )
+        if cache.past and self.ranks.sp > 1:
+            cache.past = RankPast(config.pattern, self.ranks.group, blocks, self.allocate, self.keep, layer)
         if cache.past and self.on_choice:
-            cache.past.on_choice = partial(self.on_choice, len(self.caches))
+            cache.past.on_choice = partial(self.on_choice, layer)
         return cache
 
 

@@ -1,0 +1,563 @@
+"""Chosen blocks over ranks: the rank that has read a block keeps it, and the others fetch what they have chosen.
+
+    rank 0   its blocks and means  --+
+    rank 1   its blocks and means  --+-- rounds: each rank asks the owners for rows, and answers what others ask
+    rank 2   its blocks and means  --+
+
+A block belongs to the rank whose shard has its last token. Every rank knows the edges of all shards, so it knows the
+owner of each block, and of each run of blocks. What crosses an edge is small: after each shard, all ranks get its last
+queries, and the last keys and values, fewer than a block.
+
+In a round, each rank says to each owner how many rows of which kind it asks for, then which ones, and then rows travel.
+Ranks take rounds whenever they need rows. A rank that needs no more finishes: it answers until all have finished. So no
+rank plans what another one asks for, and a rank from which nobody has chosen anything sends nothing.
+
+The means of runs are fetched once, those of blocks for the scans of neighbouring slots, and blocks for FETCHED queries.
+The backward pass fetches blocks again, and gives their gradients to the owners, which add them in the order of ranks.
+
+B batch, n tokens of a shard, H query heads, K key heads, D head_dim, P ranks.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from math import prod
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from longnet_cli.attention.groups import GroupedPart, stages
+from longnet_cli.attention.merging import accumulator
+from longnet_cli.attention.past import Blocks, Means, Past, RowMeans, one_each, run_means, taken
+from longnet_cli.attention.pattern import RUN, RUNS, Pattern
+from longnet_cli.attention.sinks import Turn
+
+if TYPE_CHECKING:
+    from longnet_cli.running.ranks.exchange import Exchange
+
+# kinds of rows that a round carries; the others are means: their number per block, or RUNS
+ROWS, GRADIENTS, FINISHED = -1, -2, -3
+
+
+class Directory:
+    """The owners of a document's blocks of `size` tokens, and each block's place among those of its owner.
+
+    blocks: their number. held: the number of each rank.
+    """
+
+    def __init__(self, size: int, ranks: int) -> None:
+        self.size, self.blocks, self.held = size, 0, [0] * ranks
+        self._spans: list[tuple[int, int, int]] = []  # first block, owner, place of the first block
+
+    def add(self, edges: Sequence[int]) -> None:
+        """Add the blocks whose last tokens are in the shards with these P + 1 edges."""
+        for rank, (first, stop) in enumerate(pairwise(edge // self.size for edge in edges)):
+            if first < stop:
+                self._spans.append((first, rank, self.held[rank]))
+                self.held[rank] += stop - first
+                self.blocks = stop
+        self._table = torch.tensor(self._spans, dtype=torch.int64).view(-1, 3).T.contiguous()
+
+    def find(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the owners of blocks (n,), and their places there."""
+        firsts, owners, places = self._table
+        at = torch.searchsorted(firsts, blocks, right=True) - 1
+        return owners[at], places[at] + blocks - firsts[at]
+
+    def place(self, block: int, rank: int) -> int | None:
+        """Return the place of a block at a rank, or None if that is not its owner."""
+        if block >= self.blocks:
+            return None
+        owner, place = (x.item() for x in self.find(torch.tensor([block])))
+        return int(place) if owner == rank else None
+
+
+class Owned:
+    """What a rank has of a layer's past: blocks, their means, the means of runs, and sums of gradients (k and v, B,
+    blocks, tokens of a block, K, D) in fp32 or fp64.
+    """
+
+    def __init__(self, pattern: Pattern, k: Tensor, blocks: Blocks, allocate: Callable[..., Tensor]) -> None:
+        self.blocks, self.like, self._allocate = blocks, k[:, :0].detach(), allocate
+        self.shape = pattern.chosen_block, *k.shape[2:]
+        self.means = Means(pattern, self.like, 0, allocate, runs=False)
+        self.runs = self.means.fine.new_empty(k.shape[0], k.shape[2], 0, 1, k.shape[3])
+        self.sums: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.blocks.nbytes + self.means.nbytes + self.runs.nbytes
+
+    def forget_means(self) -> None:
+        """Free the means: everything has been chosen."""
+        self.means.of, self.runs = {}, self.runs[:, :, :0].clone()
+
+    def rooms(self, kinds: Sequence[int], counts: Sequence[int]) -> _Rooms:
+        """Return memory for rows of several kinds, `counts` of each."""
+        heads, head_dim = self.shape[1:]
+        shapes, dtypes = list[tuple[int, ...]](), []
+        for kind, count in zip(kinds, counts, strict=True):
+            shapes.append((heads, count, max(1, kind), head_dim) if kind >= 0 else (2, count, *self.shape))
+            dtypes.append(self.like.dtype if kind == ROWS else accumulator(self.like.dtype))
+        sizes = [prod(shape) * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True)]
+        memory = torch.empty(sum(sizes), dtype=torch.uint8, device=self.like.device)
+        views = zip(memory.split(sizes), dtypes, shapes, strict=True)
+        return _Rooms(memory, sizes, [view.view(dtype).view(shape) for view, dtype, shape in views])
+
+    def answer(self, kind: int, row: int, places: Tensor, into: Tensor) -> None:
+        """Copy the rows of a kind at some places (n,), ascending, in one row of the batch."""
+        if kind == ROWS:
+            self.blocks.take(row, places, into)
+        else:
+            means = self.runs if kind == RUNS else self.means.of[kind]
+            torch.index_select(means[row], 1, places.to(means.device), out=into)
+
+    def accept(self, row: int, places: Tensor, gradients: Tensor) -> None:
+        """Add gradients (k and v, n, tokens of a block, K, D) of the blocks at some places (n,)."""
+        self.all_sums()[:, row].index_add_(1, places.to(gradients.device), gradients)
+
+    def all_sums(self) -> Tensor:
+        if self.sums is None:
+            batch, number = self.like.shape[0], self.blocks.number
+            shape = 2, batch, number, *self.shape
+            self.sums = self._allocate(shape, dtype=accumulator(self.like.dtype), device=self.like.device).zero_()
+        return self.sums
+
+
+class Rounds:
+    """The rounds in which the ranks of a group ask each other for what they have `owned`."""
+
+    def __init__(self, group: dist.ProcessGroup | None, owned: Owned) -> None:
+        self.group, self.owned, self.ranks = group, owned, dist.get_world_size(group)
+
+    def ask(self, kind: int, row: int, counts: list[int], places: Tensor) -> list[Tensor]:
+        """Return rows of a kind, in one row of the batch: from each owner, `counts` of them, at `places` (n,) there."""
+        return self._take(kind, row, counts, places) or []
+
+    def give(self, row: int, counts: list[int], places: Tensor, gradients: Tensor) -> None:
+        """Give gradients (k and v, n, tokens of a block, K, D) to the owners of the blocks at `places` (n,)."""
+        self._take(GRADIENTS, row, counts, places, gradients)
+
+    def finish(self) -> None:
+        """Answer until all ranks have finished."""
+        while self._take(FINISHED, 0, [0] * self.ranks, torch.empty(0, dtype=torch.int64)) is not None:
+            pass
+
+    def _take(
+        self, kind: int, row: int, counts: list[int], places: Tensor, given: Tensor | None = None
+    ) -> list[Tensor] | None:
+        """Take a round, and return what each owner answers; None if all ranks have finished."""
+        says = torch.tensor([(kind, row, count) for count in counts])
+        heard = torch.empty_like(says)
+        dist.all_to_all_single(heard, says, group=self.group)
+        kinds, rows, numbers = heard.T.tolist()
+        if all(of_rank == FINISHED for of_rank in kinds):
+            return None
+        wanted = torch.empty(sum(numbers), dtype=torch.int64)
+        dist.all_to_all_single(wanted, places, numbers, counts, group=self.group)
+        readers, got = [*zip(kinds, rows, wanted.split(numbers), strict=True)], list[Tensor]()
+        if any(of_rank not in (GRADIENTS, FINISHED) for of_rank in kinds):
+            answers = self._rooms(kinds, numbers, gradients=False)
+            for (of_reader, of_batch, at), into in zip(readers, answers.views, strict=True):
+                if into.numel():
+                    self.owned.answer(of_reader, of_batch, at, into)
+            got = self._carry(answers, self._rooms([kind] * self.ranks, counts, gradients=False))
+        if GRADIENTS in kinds:
+            gifts = self._rooms([kind] * self.ranks, counts, gradients=True)
+            for part, into in zip(given.split(counts, 1) if given is not None else (), gifts.views, strict=False):
+                into.copy_(part)
+            come = self._carry(gifts, self._rooms(kinds, numbers, gradients=True))
+            for (_, of_batch, at), gradients in zip(readers, come, strict=True):
+                if gradients.numel():
+                    self.owned.accept(of_batch, at, gradients)
+        return got
+
+    def _rooms(self, kinds: Sequence[int], counts: Sequence[int], *, gradients: bool) -> _Rooms:
+        """Return memory for rows of each rank's kind, of those kinds that are gradients or of the others."""
+        carried = [(kind == GRADIENTS) == gradients for kind in kinds]
+        return self.owned.rooms(kinds, [n if here else 0 for n, here in zip(counts, carried, strict=True)])
+
+    def _carry(self, sent: _Rooms, got: _Rooms) -> list[Tensor]:
+        dist.all_to_all_single(got.memory, sent.memory, got.sizes, sent.sizes, group=self.group)
+        return got.views
+
+
+class _Rooms(NamedTuple):
+    """Memory for rows of several ranks: bytes, how many there are of each rank, and views of them."""
+
+    memory: Tensor
+    sizes: list[int]
+    views: list[Tensor]
+
+
+class RankBlocks(Blocks):
+    """The first `number` blocks of a document, over ranks: those that were fetched last are here."""
+
+    def __init__(self, rounds: Rounds, directory: Directory) -> None:
+        super().__init__()
+        self.rounds, self.directory = rounds, directory
+        self._fetched: _Fetched | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.rounds.owned.nbytes + (self._fetched.rows.nbytes if self._fetched else 0)
+
+    def fetch(self, row: int, blocks: Tensor) -> None:
+        self._fetched = None  # before the next ones come
+        blocks = blocks[blocks < self.number].unique()
+        if len(blocks):
+            found = _Found.of(self.directory, blocks)
+            rows = blocks.new_empty(0)
+            for at, part in found.ask(self.rounds, ROWS, row):
+                if not rows.numel():
+                    rows = part.new_empty(2, len(blocks), *part.shape[2:])
+                rows.index_copy_(1, at, part)
+            self._fetched = _Fetched(row, blocks, found, rows)
+
+    def take(self, row: int, blocks: Tensor, into: Tensor) -> None:
+        places = self._fetched.places(row, blocks) if self._fetched else None
+        if places is None:
+            self.fetch(row, blocks)
+            assert self._fetched
+            places = torch.arange(len(blocks), device=blocks.device)
+        assert self._fetched
+        for x, y in zip(into, self._fetched.rows, strict=True):
+            torch.index_select(y, 0, places, out=x)
+
+    def add_gradients(self, row: int, index: int, blocks: Tensor, d: Tensor) -> None:
+        """Add gradients d (n, tokens of a block, K, D) of fetched blocks (n,) of k or v (`index` 0 or 1)."""
+        fetched = self._fetched
+        assert fetched
+        if fetched.gradients is None:
+            fetched = self._fetched = fetched._replace(gradients=torch.zeros_like(fetched.rows, dtype=d.dtype))
+        assert fetched.gradients is not None
+        places = fetched.places(row, blocks)
+        assert places is not None
+        fetched.gradients[index].index_add_(0, places, d)
+
+    def give_back(self) -> None:
+        """Give what `add_gradients` has added to the owners."""
+        if self._fetched and (gradients := self._fetched.gradients) is not None:
+            row, _, (order, counts, places), *_ = self._fetched
+            self.rounds.give(row, counts, places, gradients.index_select(1, order.to(gradients.device)))
+        self._fetched = None
+
+    def forget(self) -> None:
+        """Free what was fetched last."""
+        self._fetched = None
+
+
+class _Found(NamedTuple):
+    """The owners of some blocks (n,): the blocks' order by owner, how many each owner has, and their places there."""
+
+    order: Tensor
+    counts: list[int]
+    places: Tensor
+
+    @classmethod
+    def of(cls, directory: Directory, blocks: Tensor) -> _Found:
+        owners, places = directory.find(blocks.cpu())
+        order = owners.argsort(stable=True)
+        return cls(order, owners.bincount(minlength=len(directory.held)).tolist(), places[order])
+
+    def ask(self, rounds: Rounds, kind: int, row: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield, for each owner that has any, the indices (m,) of its blocks and their rows of a kind."""
+        parts = rounds.ask(kind, row, self.counts, self.places)
+        for at, part in zip(self.order.split(self.counts), parts, strict=True):
+            if len(at):
+                yield at.to(part.device), part
+
+
+class _Fetched(NamedTuple):
+    """Blocks (n,), ascending, of one row of the batch: where they are from, and (k and v, n, tokens, K, D)."""
+
+    row: int
+    blocks: Tensor
+    found: _Found
+    rows: Tensor
+    gradients: Tensor | None = None
+
+    def places(self, row: int, blocks: Tensor) -> Tensor | None:
+        """Return the places of blocks (m,) among these, or None if some are not there."""
+        if row != self.row:
+            return None
+        places = torch.searchsorted(self.blocks, blocks).clamp(max=len(self.blocks) - 1)
+        return places if torch.equal(self.blocks[places], blocks) else None
+
+
+class RankMeans(Means):
+    """The means of a document's blocks over ranks, which fetch those that they compare."""
+
+    def __init__(self, rounds: Rounds, directory: Directory, of_runs: Directory) -> None:
+        self.rounds, self.directory, self.of_runs = rounds, directory, of_runs
+        self.of = rounds.owned.means.of
+        self._finest = rounds.owned.means._finest
+        self._runs: dict[int, Tensor] = {}  # those that are known, by row of the batch: (K, runs, 1, D)
+
+    def of_row(self, row: int, number: int | None = None) -> RowMeans:
+        kind = self._finest if number is None else number
+        return _RankRow(self, row, kind)
+
+    def fetched(self, kind: int, row: int, blocks: Tensor) -> Tensor:
+        """Return means (K, n, m, D) of some blocks (n,), ascending, or of runs."""
+        found = _Found.of(self.of_runs if kind == RUNS else self.directory, blocks)
+        (means,) = self.rounds.owned.rooms([kind], [len(blocks)]).views
+        for at, part in found.ask(self.rounds, kind, row):
+            means.index_copy_(1, at, part)
+        return means
+
+    def one_each(self, row: int, blocks: Tensor) -> Tensor:  # type: ignore[override]
+        """Return one mean for each of some blocks (n,) in a row of the batch, (K, n, D)."""
+        return one_each(self.fetched(1 if 1 in self.of else self._finest, row, blocks))
+
+    def runs(self, row: int, number: int) -> Tensor:
+        """Return the means (K, number, 1, D) of the first runs."""
+        known = self._runs.get(row)
+        have = 0 if known is None else known.shape[1]
+        if have < number:
+            new = self.fetched(RUNS, row, torch.arange(have, number))
+            self._runs[row] = known = new if known is None else torch.cat([known, new], 1)
+        assert known is not None
+        return known[:, :number]
+
+
+class _RankRow(RowMeans):
+    def __init__(self, means: RankMeans, row: int, kind: int) -> None:
+        super().__init__(means.rounds.owned.runs[row] if kind == RUNS else means.of[kind][row])
+        self._all, self._row, self._kind = means, row, kind
+
+    def first(self, number: int) -> Tensor:
+        if self._kind == RUNS:
+            return self._all.runs(self._row, number)
+        return self._all.fetched(self._kind, self._row, torch.arange(number))
+
+    def some(self, blocks: Tensor) -> Callable[[Tensor], Tensor]:
+        distinct = blocks.unique()
+        means = self._all.fetched(self._kind, self._row, distinct)
+        return lambda own: taken(means, torch.searchsorted(distinct, own))
+
+
+class RankPast(Past):
+    """The past of a document in one layer, over ranks. See `Past`; each rank keeps the blocks that end in its shards.
+
+    For each shard, all ranks call `enter` with their tokens, and then `append`, if other shards follow. In between,
+    `position` is that of the shard. Reading takes rounds, until `finish`.
+    """
+
+    shared = True
+
+    def __init__(
+        self,
+        pattern: Pattern,
+        group: dist.ProcessGroup | None,
+        blocks: Blocks | None = None,
+        allocate: Callable[..., Tensor] = torch.empty,
+        keep: int = 0,
+        layer: int | None = None,
+    ) -> None:
+        super().__init__(pattern, blocks, allocate, keep, layer)
+        self._group, ranks, self._keeps = group, dist.get_world_size(group), bool(keep)
+        self._directory = Directory(pattern.chosen_block, ranks)
+        self._of_runs = Directory(pattern.chosen_block * RUN, ranks)
+        self._kept = self.blocks  # this rank's own
+        self._rounds: Rounds | None = None  # from the first shard on
+        self._cut: dict[int, Tensor] = {}  # by position, if earlier shards are read again: what was waiting there
+        self._new: list[_NewBlocks] = []  # whose means are not there yet
+        self._end: tuple[int, Tensor | None, Tensor] | None = (
+            None  # position, queries and waiting rows after the shards
+        )
+
+    @property
+    def rounds(self) -> Rounds:
+        assert self._rounds  # made by `enter`
+        return self._rounds
+
+    @torch.no_grad()
+    def enter(self, exchange: Exchange, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Become the past of this rank's shard, with queries (B, n, H, D), keys and values (B, n, K, D).
+
+        All ranks call this, each with its shard.
+        """
+        if not self._rounds:
+            self._rounds = Rounds(self._group, Owned(self.pattern, k, self._kept, self.allocate))
+            self.blocks = RankBlocks(self._rounds, self._directory)
+            if self.kind == "chooses":
+                self.means = RankMeans(self._rounds, self._directory, self._of_runs)
+        size, mine, rank = self.pattern.chosen_block, exchange.edges[exchange.rank], exchange.rank
+        document, stop = exchange.document(mine)
+        edges = [min(max(edge, document), stop) - document for edge in exchange.edges]
+        last = exchange.document(exchange.edges[rank + 1] - 1)[0] if k.shape[1] else document
+        tails = exchange.tails(q, k, v, queries=self.kind == "chooses")
+        self._end = edges[-1], *self._until(edges, tails)
+        self.queries, waiting = self._until(edges[: rank + 1], tails)
+        self.position, self._waiting = edges[rank], [waiting]
+        if self._keeps:
+            self._cut[self.position] = waiting
+        rows = torch.stack([k, v])
+        if last != document:  # others read the last document; this rank's own, if it is another one, comes behind it
+            number = self._keep(0, rows[:, :, last - mine :])
+            self._directory.held[rank] += number
+            self._of_runs.held[rank] += number // RUN
+        if last == document or self.position:
+            self._keep(self.position // size, torch.cat([waiting, rows[:, :, : stop - mine]], 2))
+        self._directory.add(edges)
+        self._of_runs.add(edges)
+        self.blocks.number = self.position // size
+
+    def _until(self, edges: Sequence[int], tails: Sequence[Tail]) -> tuple[Tensor | None, Tensor]:
+        """Return the last queries before the last edge, and the keys and values there that are no whole block.
+
+        The edges, in the document, are those of the shards with these tails.
+        """
+        lengths = [stop - first for first, stop in pairwise(edges)]
+        queries, rows = self.queries, [*self._waiting]
+        for length, tail in zip(lengths, tails, strict=False):  # of later shards, nothing counts
+            if tail.queries is not None:
+                new = tail.queries[:, max(0, tail.queries.shape[1] - length) :]
+                queries = new if queries is None else torch.cat([queries, new], 1)
+            rows.append(tail.rows[:, :, max(0, tail.rows.shape[2] - length) :])
+        if queries is not None:
+            queries = queries[:, -self.pattern.last_queries :].clone()
+        both = torch.cat(rows or [tails[0].rows[:, :, :0]], 2)
+        return queries, both[:, :, both.shape[2] - edges[-1] % self.pattern.chosen_block :].clone()
+
+    def _keep(self, first: int, rows: Tensor) -> int:
+        """Keep whole blocks of rows (k and v, B, tokens, K, D), from block `first` on; return how many."""
+        size = self.pattern.chosen_block
+        number = rows.shape[2] // size
+        if self.kind == "first":
+            number = max(0, min(number, self.pattern.chosen - first))
+        whole = rows[:, :, : number * size]
+        if number:
+            self._kept.append(whole.unflatten(2, (number, size)))
+        self._new.append(_NewBlocks(first, number, whole[0]))
+        return number
+
+    @torch.no_grad()
+    def settle(self, turn: Turn | None) -> None:
+        """Store the means of new blocks, and of runs. All ranks call this before they choose."""
+        new, self._new[:] = [*self._new], []
+        if self.kind != "chooses" or not new:
+            return
+        owned, place = self.rounds.owned, self._kept.number - sum(blocks.number for blocks in new)
+        for blocks in new:
+            owned.means.write(slice(None), place, blocks.keys, turn, blocks.first)
+            place += blocks.number
+        if RUNS in {stage.means for stage in stages(self.pattern)}:
+            self._keep_runs(new)
+
+    def _keep_runs(self, new: Sequence[_NewBlocks]) -> None:
+        """Keep the means of the runs that end in new blocks. The first blocks of a run may be those of other ranks."""
+        owned, place = self.rounds.owned, self._kept.number - sum(blocks.number for blocks in new)
+        for blocks in new:
+            begin, stop = blocks.first // RUN * RUN, (blocks.first + blocks.number) // RUN * RUN
+            means = owned.means.one_each(slice(None), slice(place, place + max(0, stop - blocks.first)))
+            if blocks is new[-1]:  # all ranks take these rounds, before any of them asks for runs
+                missing = torch.arange(begin, blocks.first if begin < stop else begin)
+                of_rows = [self._all_means().one_each(row, missing) for row in range(len(means))]
+                means = torch.cat([torch.stack(of_rows), means], 2)
+            owned.runs = torch.cat([owned.runs, run_means(means)], 2)
+            place += blocks.number
+
+    def _all_means(self) -> RankMeans:
+        assert isinstance(self.means, RankMeans)
+        return self.means
+
+    def append(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Go on behind the shards of all ranks."""
+        assert self._end
+        self.position, self.queries, waiting = self._end
+        self._waiting = [waiting]
+
+    def before(self, position: int, gradients: Tensor | None = None) -> Past:
+        new = copy.copy(self)
+        if position != self.position:
+            new.position, new.queries, new.means, new._waiting = position, None, None, [self._cut[position]]
+            new.blocks = copy.copy(self.blocks)
+            new.blocks.number = position // self.pattern.chosen_block
+        return new
+
+    def means_before(self, stop: int, part: GroupedPart, k: Tensor) -> Means:
+        return self._all_means()
+
+    def forget_means(self) -> None:
+        if self._rounds:
+            self.means = None
+            self._rounds.owned.forget_means()
+
+    def add_gradients(self, row: int, index: int, blocks: Tensor, d: Tensor) -> None:
+        assert isinstance(self.blocks, RankBlocks)
+        whole = int((blocks < self.blocks.number).sum())
+        if whole:
+            self.blocks.add_gradients(row, index, blocks[:whole], d[:whole])
+        if whole < len(blocks):  # the block that the shard's start cuts ends in the shard
+            _, places = self._directory.find(blocks[whole:].cpu())
+            self.rounds.owned.all_sums()[index, row].index_add_(0, places.to(d.device), d[whole:])
+
+    def give_back(self) -> None:
+        assert isinstance(self.blocks, RankBlocks)
+        self.blocks.give_back()
+
+    def finish(self) -> None:
+        self.rounds.finish()
+        if isinstance(self.blocks, RankBlocks):
+            self.blocks.forget()
+
+    def hand_back(self, exchange: Exchange, like: Tensor) -> Tensor:
+        """Return the gradients (k and v, B, n, K, D) of this rank's shard that have come back since the last call.
+
+        `like` has the shape (B, n, K, D) and the device of the shard's keys. All ranks call this, with their shards.
+        """
+        sums, size, rank = self.rounds.owned.all_sums(), self.pattern.chosen_block, exchange.rank
+        total, cuts = torch.zeros(2, *like.shape, dtype=sums.dtype, device=like.device), self._cut_blocks(exchange)
+        mine, after = exchange.edges[rank : rank + 2]
+        if mine == after:
+            return total
+        document, _ = exchange.document(after - 1)  # the one that others read
+        first, stop, before = max(0, mine - document), after - document, max(0, document - mine)
+        block = first // size
+        place = 0 if before else self._directory.place(block, rank)
+        if place is not None:
+            rows = sums[:, :, place : place + stop // size - block].flatten(2, 3)
+            own = rows[:, :, first % size :]
+            total[:, :, before : before + own.shape[2]] = own
+            rows[:, :, max(0, exchange.edges[0] - document - block * size) :] = 0
+        if number := min(stop % size, stop - first):  # in a block that ends in another shard
+            total[:, :, -number:] += cuts[rank + 1, :, :, stop % size - number : stop % size]
+        return total
+
+    def _cut_blocks(self, exchange: Exchange) -> Tensor:
+        """Return the sums of the blocks that the P + 1 edges cut: (P + 1, k and v, B, tokens of a block, K, D)."""
+        sums, size = self.rounds.owned.all_sums(), self.pattern.chosen_block
+        cuts = sums.new_zeros(len(exchange.edges), *sums.shape[:2], *sums.shape[3:])
+        document, _ = exchange.document(exchange.edges[exchange.rank])
+        for index, edge in enumerate(exchange.edges[1:], 1):
+            block, rest = divmod(edge - document, size)
+            if not rest or exchange.document(edge)[0] != document:
+                continue
+            place = self._directory.place(block, exchange.rank)
+            if place is not None and place < sums.shape[2]:
+                cuts[index] = sums[:, :, place]
+                if index == len(exchange.edges) - 1:  # other blocks end in these shards
+                    sums[:, :, place, max(0, exchange.edges[0] - document - block * size) : rest] = 0
+        dist.all_reduce(cuts, group=self._group)
+        return cuts
+
+
+class Tail(NamedTuple):
+    """The end of a shard: its last queries (B, n, H, D), if they matter, and keys and values (k and v, B, m, K, D)."""
+
+    queries: Tensor | None
+    rows: Tensor
+
+
+class _NewBlocks(NamedTuple):
+    """A number of blocks, the first of them in their document, and their keys (B, tokens, K, D)."""
+
+    first: int
+    number: int
+    keys: Tensor
