@@ -19,8 +19,7 @@ from torch import Tensor
 from longnet_cli.attention import Pattern, dilated_attention, groups
 from longnet_cli.attention.outside import Outside
 from longnet_cli.attention.past import Past, Seen
-from longnet_cli.running.ranks import blocks as rank_blocks
-from longnet_cli.running.ranks.blocks import FINISHED, GRADIENTS, ROWS, Directory, Owned
+from longnet_cli.running.ranks.blocks import Directory
 from longnet_cli.running.ranks.exchange import Exchange, even_edges
 
 PATTERN = Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4)
@@ -87,3 +86,97 @@ def in_shards(problems: range) -> None:
 )
 def test_the_blocks_of_one_process_are_chosen(world: int, problems: range, tmp_path: Path) -> None:
     run_ranks(world, tmp_path, in_shards, problems)
+
+
+def one_for_all(group: int, near: int) -> list[int]:
+    return [0, 1, 2, 3]
+
+
+def each_another(group: int, near: int) -> list[int]:
+    return sorted({0, *random.Random(group).sample(range(1, near // 8), 3)})
+
+
+def the_last(group: int, near: int) -> list[int]:
+    return [0, *range(near // 8 - 3, near // 8)]
+
+
+def forced(past: Past, start: int, stop: int, choice: Callable[[int, int], list[int]]) -> list[list[list[int]]]:
+    """Let the shard see the blocks that `choice` gives for a group and its near keys; return those of each part."""
+    parts = []
+    for first, number, queries, near in groups.groups_of(past.pattern, start, stop):
+        of_group = range(first, first + number * queries, queries)
+        sees_all = near <= past.pattern.chosen_keys
+        parts.append([[*range(near // 8)] if sees_all else choice(at // 4, near) for at in of_group])
+    assert past.choices is not None
+    past.choices[start] = [[torch.tensor(part, dtype=torch.int32)] for part in parts]
+    return parts
+
+
+def received(carried: list[tuple[torch.dtype, list[int]]]) -> list[int]:
+    """The bytes from each rank, in collectives of bytes."""
+    return [sum(sizes) for sizes in zip(*(sizes for dtype, sizes in carried if dtype == torch.uint8), strict=True)]
+
+
+def adversarial_choices() -> None:
+    """The numbers are those of one process, and every owner sends what was chosen of its blocks, and nothing else."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    carried: list[tuple[torch.dtype, list[int]]] = []
+    original = dist.all_to_all_single
+
+    def counting(got: Tensor, sent: Tensor, *sizes: Any, **options: Any) -> Any:
+        if sizes:
+            carried.append((got.dtype, sizes[0]))
+        return original(got, sent, *sizes, **options)
+
+    dist.all_to_all_single = counting  # this process ends with the test
+    tokens = 600
+    config = net(PATTERN, heads=2, layers=1).config
+    for choice in (one_for_all, each_another, the_last):
+        for edges in (even_edges(0, tokens, world), [0, 230, 230, *even_edges(230, tokens - 230, world - 2)[1:]]):
+            generator = torch.Generator().manual_seed(1)
+            q, k, v, dout = torch.randn(4, 1, tokens, 2, 8, generator=generator, dtype=torch.float64)
+            whole, alone = [x.clone().requires_grad_() for x in (q, k, v)], Past(PATTERN, keep=1)
+            forced(alone, 0, tokens, choice)
+            out = dilated_attention(*whole, PATTERN, far=Outside(past=alone))
+            expected = [out.detach(), *torch.autograd.grad(out, whole, dout)]
+
+            first, last = edges[rank : rank + 2]
+            mine = [x[:, first:last].clone().requires_grad_() for x in (q, k, v)]
+            exchange = Exchange(config, edges)
+            far = exchange(0, *mine)
+            parts = forced(far.past, first, last, choice) if first < last else []
+            carried.clear()
+            out = dilated_attention(*mine, PATTERN, start=first, far=far)
+
+            def by_owner(blocks: set[int], edges: list[int] = edges) -> Tensor:
+                owners = [next(r for r in range(world) if (block + 1) * 8 <= edges[r + 1]) for block in blocks]
+                return torch.tensor(owners, dtype=torch.int64).bincount(minlength=world)
+
+            seen = [{block for group in part for block in group if block < first // 8} for part in parts]
+            rows = 8 * 2 * 128 * sum(map(by_owner, seen), by_owner(set()))
+            run = first // 8 // groups.RUN * groups.RUN  # a run that ends in the shard: one mean of each block before
+            means = 8 * 16 * by_owner({*range(run, first // 8)} if last // 8 >= run + groups.RUN else set())
+            assert received(carried) == (rows + means).tolist()
+            carried.clear()
+            got = [out.detach(), *torch.autograd.grad(out, mine, dout[:, first:last])]
+            for a, b in zip(got, expected, strict=True):
+                torch.testing.assert_close(a, b[:, first:last], rtol=1e-12, atol=1e-12)
+            given = torch.zeros(world, world, dtype=torch.int64)  # by owner (row) and the rank that chose
+            given[:, rank] = rows
+            dist.all_reduce(given)
+            assert received(carried) == (rows + given[rank]).tolist()
+
+
+def test_owners_send_what_was_chosen_and_nothing_else(tmp_path: Path) -> None:
+    run_ranks(4, tmp_path, adversarial_choices)
+
+
+def test_a_directory_knows_owners_and_places() -> None:
+    directory = Directory(10, 3)
+    directory.add([0, 25, 25, 61])  # the block of tokens 20 to 29 ends in the last shard
+    directory.add([61, 62, 90, 99])
+    owners, places = directory.find(torch.arange(9))
+    assert owners.tolist() == [0, 0, 2, 2, 2, 2, 1, 1, 1]
+    assert places.tolist() == [0, 1, 0, 1, 2, 3, 0, 1, 2]
+    assert (directory.held, directory.blocks) == ([2, 3, 4], 9)
+    assert (directory.place(7, 1), directory.place(7, 2), directory.place(9, 2)) == (1, None, None)

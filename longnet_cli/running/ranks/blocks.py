@@ -12,7 +12,8 @@ In a round, each rank says to each owner how many rows of which kind it asks for
 Ranks take rounds whenever they need rows. A rank that needs no more finishes: it answers until all have finished. So no
 rank plans what another one asks for, and a rank from which nobody has chosen anything sends nothing.
 
-The means of runs are fetched once, those of blocks for the scans of neighbouring slots, and blocks for FETCHED queries.
+Means of runs, and of the blocks of short documents, are fetched once. Those of other blocks are fetched for the scans
+of neighbouring slots, and blocks for FETCHED queries.
 The backward pass fetches blocks again, and gives their gradients to the owners, which add them in the order of ranks.
 
 B batch, n tokens of a shard, H query heads, K key heads, D head_dim, P ranks.
@@ -296,7 +297,12 @@ class RankMeans(Means):
         self.rounds, self.directory, self.of_runs = rounds, directory, of_runs
         self.of = rounds.owned.means.of
         self._finest = rounds.owned.means._finest
-        self._runs: dict[int, Tensor] = {}  # those that are known, by row of the batch: (K, runs, 1, D)
+        # by kind and row of the batch, those that were fetched to be kept: (K, room, m, D), and how many there are
+        self._firsts: dict[tuple[int, int], tuple[Tensor, int]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(means.nbytes for means, _ in self._firsts.values())
 
     def of_row(self, row: int, number: int | None = None) -> RowMeans:
         kind = self._finest if number is None else number
@@ -310,18 +316,18 @@ class RankMeans(Means):
             means.index_copy_(1, at, part)
         return means
 
-    def one_each(self, row: int, blocks: Tensor) -> Tensor:  # type: ignore[override]
-        """Return one mean for each of some blocks (n,) in a row of the batch, (K, n, D)."""
-        return one_each(self.fetched(1 if 1 in self.of else self._finest, row, blocks))
-
-    def runs(self, row: int, number: int) -> Tensor:
-        """Return the means (K, number, 1, D) of the first runs."""
-        known = self._runs.get(row)
-        have = 0 if known is None else known.shape[1]
-        if have < number:
-            new = self.fetched(RUNS, row, torch.arange(have, number))
-            self._runs[row] = known = new if known is None else torch.cat([known, new], 1)
-        assert known is not None
+    def first(self, kind: int, row: int, number: int) -> Tensor:
+        """Return the means (K, number, m, D) of the first blocks or runs. They are fetched once, and kept."""
+        known, have = self._firsts.get((kind, row), (None, 0))
+        if known is None or have < number:
+            new = self.fetched(kind, row, torch.arange(have, number))
+            if known is None or known.shape[1] < number:
+                wider = new.new_empty(len(new), max(number, have * 3 // 2), *new.shape[2:])
+                if known is not None:
+                    wider[:, :have] = known[:, :have]
+                known = wider
+            known[:, have:number] = new
+            self._firsts[kind, row] = known, number
         return known[:, :number]
 
 
@@ -331,9 +337,7 @@ class _RankRow(RowMeans):
         self._all, self._row, self._kind = means, row, kind
 
     def first(self, number: int) -> Tensor:
-        if self._kind == RUNS:
-            return self._all.runs(self._row, number)
-        return self._all.fetched(self._kind, self._row, torch.arange(number))
+        return self._all.first(self._kind, self._row, number)
 
     def some(self, blocks: Tensor) -> Callable[[Tensor], Tensor]:
         distinct = blocks.unique()
@@ -458,7 +462,8 @@ class RankPast(Past):
             means = owned.means.one_each(slice(None), slice(place, place + max(0, stop - blocks.first)))
             if blocks is new[-1]:  # all ranks take these rounds, before any of them asks for runs
                 missing = torch.arange(begin, blocks.first if begin < stop else begin)
-                of_rows = [self._all_means().one_each(row, missing) for row in range(len(means))]
+                kind = 1 if 1 in owned.means.of else owned.means.fine.shape[3]
+                of_rows = [one_each(self._all_means().fetched(kind, row, missing)) for row in range(len(means))]
                 means = torch.cat([torch.stack(of_rows), means], 2)
             owned.runs = torch.cat([owned.runs, run_means(means)], 2)
             place += blocks.number
