@@ -20,7 +20,7 @@ from torch import Tensor
 
 from longnet_cli.attention import FarKeys, KVCache, Outside
 from longnet_cli.attention.notation import parse_pattern
-from longnet_cli.attention.past import Seen
+from longnet_cli.attention.past import Blocks, Seen
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.nets.named_blocks import ReadText, named_blocks
 from longnet_cli.nets.net import Net
@@ -63,7 +63,7 @@ class CausalStream:
     It computes no gradients. Its state is one KVCache per layer, `cache_bytes` in all, bounded whatever the `position`,
     except with chosen blocks, which need all keys. The `ranks` of a group share every chunk: each passes its own
     shard and the chunk's `edges`, and holds the whole state, but for blocks of the past, which stay with the rank that
-    has read them. `keep` and `allocate` go to KVCache; for chosen blocks,
+    has read them: make `room` for as many at once. `keep` and `allocate` go to KVCache; for chosen blocks,
     memory is in maps by default. Cached rows on another device than the net's are copied for each chunk. With chosen
     blocks and `spill`, all keys and values go to one file in that folder, and only what chooses them is in memory.
     `last_hidden` (B, dim) is the last token's hidden state, from which the next token can be drawn. With chosen blocks,
@@ -81,13 +81,14 @@ class CausalStream:
         *,
         ranks: Ranks = ALONE,
         keep: int = 0,
+        room: int = 0,
         allocate: Callable[..., Tensor] | None = None,
         spill: str | Path | None = None,
     ) -> None:
         if not model.config.causal:
             raise ConfigError("a bidirectional model sees the whole sequence at once: it cannot be streamed")
         self.file = SpillFile(spill) if spill and model.config.pattern.chosen else None
-        self.model, self.ranks, self.keep = model, ranks, keep
+        self.model, self.ranks, self.keep, self.room = model, ranks, keep, room
         self.allocate = allocate or (mapped_empty if model.config.pattern.chosen else torch.empty)
         self.position = 0
         self.last_hidden: Tensor | None = None
@@ -274,7 +275,9 @@ class CausalStream:
             layer=layer,
         )
         if cache.past and self.ranks.sp > 1:
-            cache.past = RankPast(config.pattern, self.ranks.group, blocks, self.allocate, self.keep, layer)
+            room = min(self.room, config.pattern.chosen) if cache.past.kind == "first" else self.room
+            own = blocks or Blocks(self.allocate, room)
+            cache.past = RankPast(config.pattern, self.ranks.group, own, self.allocate, self.keep, layer)
         if cache.past and self.on_choice:
             cache.past.on_choice = partial(self.on_choice, layer)
         return cache

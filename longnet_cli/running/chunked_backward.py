@@ -29,7 +29,7 @@ from longnet_cli.nets.net import Net
 from longnet_cli.running.causal_stream import CausalStream
 from longnet_cli.running.device import precision, random_state, set_random_state
 from longnet_cli.running.ranks.blocks import RankPast
-from longnet_cli.running.ranks.exchange import Exchange
+from longnet_cli.running.ranks.exchange import Exchange, most_owned
 from longnet_cli.running.ranks.fsdp import final_backward
 from longnet_cli.running.ranks.ranks import ALONE, Ranks
 
@@ -80,7 +80,9 @@ def backward_in_chunks(
     device = tokens.device
     on_chunk = on_chunk or (lambda: None)
     loss = targets if callable(targets) else _next_tokens(model, targets)
-    stream = CausalStream(model, ranks=ranks, keep=tokens.shape[1], allocate=allocate)
+    pattern = model.config.pattern
+    room = most_owned(pattern.chosen_block, tokens.shape[1], chunk, ranks.sp) if pattern.chosen else 0
+    stream = CausalStream(model, ranks=ranks, keep=tokens.shape[1], room=room, allocate=allocate)
     edges = [*range(0, tokens.shape[1], chunk), tokens.shape[1]]
     chunks = [_Chunk(model, start, stop, ranks) for start, stop in pairwise(edges)]
     tape = []  # per chunk: the random state that its dropout draws from, its far keys

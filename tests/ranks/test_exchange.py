@@ -201,25 +201,21 @@ def counted_traffic() -> None:
     assert calls == []  # no level is wider than a shard
     dist.all_to_all_single = original
 
-    gathered, summed = [], []
-    gather, reduce = dist.all_gather, dist.all_reduce
+    gathered = []
+    gather = dist.all_gather
 
     def counting_gather(found: list[Tensor], mine: Tensor, **options: Any) -> Any:
         gathered.append(mine.numel())
         return gather(found, mine, **options)
 
-    def counting_reduce(mine: Tensor, **options: Any) -> Any:
-        summed.append(mine.numel())
-        return reduce(mine, **options)
-
     model, edges = net(CHOSEN, layers=layers), even_edges(0, 64 * world + 1, world)
     exchange = Exchange(model.config, edges)
-    dist.all_gather, dist.all_reduce = counting_gather, counting_reduce
+    dist.all_gather = counting_gather
     model(draw(1, edges[rank + 1] - edges[rank]), start=exchange.start, far=exchange).sum().backward()
-    dist.all_gather, dist.all_reduce = gather, reduce
+    dist.all_gather = gather
     shape = 1, 0, model.config.kv_heads, model.config.head_dim
-    assert (sum(gathered), len(gathered)) == (layers * exchange.gathered(shape), 2 * layers)
-    assert summed == layers * [exchange.summed(shape)]
+    chooses, not_ = (exchange.tail_numbers(shape, queries=queries) for queries in (True, False))
+    assert (sum(gathered), len(gathered)) == (chooses + (layers - 1) * not_, layers + 1)
 
 
 @pytest.mark.parametrize("world", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 8))])

@@ -31,14 +31,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longnet_cli.attention.groups import GroupedPart, stages
+from longnet_cli.attention.chosen import FETCHED
+from longnet_cli.attention.groups import ChoiceStage, GroupedPart, stages
 from longnet_cli.attention.merging import accumulator
 from longnet_cli.attention.past import Blocks, Means, Past, RowMeans, one_each, run_means, taken
-from longnet_cli.attention.pattern import RUN, RUNS, Pattern
+from longnet_cli.attention.pattern import MEAN_OF, RUN, RUNS, LayerKind, Pattern
 from longnet_cli.attention.sinks import Turn
 
 if TYPE_CHECKING:
     from longnet_cli.running.ranks.exchange import Exchange
+
+# measured (docs/measurements/finding.md): the distinct blocks that FETCHED neighbouring queries see, and how many times
+# as many candidates eight neighbouring scans have as one
+SEEN_BLOCKS, SEEN_CANDIDATES = 440, 2.0
 
 # kinds of rows that a round carries; the others are means: their number per block, or RUNS
 ROWS, GRADIENTS, FINISHED = -1, -2, -3
@@ -61,10 +66,12 @@ class Directory:
                 self._spans.append((first, rank, self.held[rank]))
                 self.held[rank] += stop - first
                 self.blocks = stop
-        self._table = torch.tensor(self._spans, dtype=torch.int64).view(-1, 3).T.contiguous()
+        self._table: Tensor | None = None
 
     def find(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """Return the owners of blocks (n,), and their places there."""
+        if self._table is None:
+            self._table = torch.tensor(self._spans, dtype=torch.int64).view(-1, 3).T.contiguous()
         firsts, owners, places = self._table
         at = torch.searchsorted(firsts, blocks, right=True) - 1
         return owners[at], places[at] + blocks - firsts[at]
@@ -119,7 +126,8 @@ class Owned:
 
     def accept(self, row: int, places: Tensor, gradients: Tensor) -> None:
         """Add gradients (k and v, n, tokens of a block, K, D) of the blocks at some places (n,)."""
-        self.all_sums()[:, row].index_add_(1, places.to(gradients.device), gradients)
+        sums = self.all_sums()[:, row]
+        sums.index_add_(1, places.to(sums.device), gradients.to(sums.device))
 
     def all_sums(self) -> Tensor:
         if self.sums is None:
@@ -501,7 +509,8 @@ class RankPast(Past):
             self.blocks.add_gradients(row, index, blocks[:whole], d[:whole])
         if whole < len(blocks):  # the block that the shard's start cuts ends in the shard
             _, places = self._directory.find(blocks[whole:].cpu())
-            self.rounds.owned.all_sums()[index, row].index_add_(0, places.to(d.device), d[whole:])
+            sums = self.rounds.owned.all_sums()[index, row]
+            sums.index_add_(0, places.to(sums.device), d[whole:].to(sums.device))
 
     def give_back(self) -> None:
         assert isinstance(self.blocks, RankBlocks)
@@ -538,7 +547,8 @@ class RankPast(Past):
     def _cut_blocks(self, exchange: Exchange) -> Tensor:
         """Return the sums of the blocks that the P + 1 edges cut: (P + 1, k and v, B, tokens of a block, K, D)."""
         sums, size = self.rounds.owned.all_sums(), self.pattern.chosen_block
-        cuts = sums.new_zeros(len(exchange.edges), *sums.shape[:2], *sums.shape[3:])
+        shape = len(exchange.edges), *sums.shape[:2], *sums.shape[3:]
+        cuts = torch.zeros(shape, dtype=sums.dtype, device=self.rounds.owned.like.device)
         document, _ = exchange.document(exchange.edges[exchange.rank])
         for index, edge in enumerate(exchange.edges[1:], 1):
             block, rest = divmod(edge - document, size)
@@ -551,6 +561,66 @@ class RankPast(Past):
                     sums[:, :, place, max(0, exchange.edges[0] - document - block * size) : rest] = 0
         dist.all_reduce(cuts, group=self._group)
         return cuts
+
+
+def evenly_seen(pattern: Pattern, edges: Sequence[int], rank: int) -> Iterator[Tensor]:
+    """Yield, for each FETCHED queries of a rank, the blocks (n,) of others that they fetch if they see blocks evenly.
+
+    They see as many as were measured, SEEN_BLOCKS. The edges of shards are those of a document that starts at 0.
+    """
+    (w,), (back,), size = pattern.segment_lengths, pattern.look_backs, pattern.chosen_block
+    for position in range(edges[rank], edges[rank + 1], FETCHED):
+        before = max(0, position // w - back) * w // size
+        seen = min(before, SEEN_BLOCKS)
+        blocks = torch.arange(seen) * before // max(1, seen)
+        yield blocks[blocks < edges[rank] // size]
+
+
+class Fetches(NamedTuple):
+    """The numbers of blocks, of means, and of ids of both that a rank asks others for in one layer's forward pass."""
+
+    blocks: float
+    means: float
+    ids: float
+
+    @classmethod
+    def expected(cls, pattern: Pattern, edges: Sequence[int], rank: int, kind: LayerKind = "chooses") -> Fetches:
+        """Return what a rank is expected to fetch, if shards have these edges in a document that starts at 0.
+
+        Neighbouring queries choose the same blocks: SEEN_BLOCKS and SEEN_CANDIDATES say how many of them differ.
+        """
+        (w,), (back,), size = pattern.segment_lengths, pattern.look_backs, pattern.chosen_block
+        others, finest = edges[rank] // size, size // MEAN_OF
+        blocks = means = ids = 0.0
+        firsts: dict[int, float] = {}  # means that are fetched once, by their number per block
+        for position in range(edges[rank], edges[rank + 1], FETCHED):
+            before = max(0, position // w - back) * w // size
+            if not others or not before:
+                continue
+            share, few = min(1.0, others / before), before <= pattern.chosen
+            seen = before if few else 1 if kind == "first" else min(before, SEEN_BLOCKS)
+            blocks, ids = blocks + share * seen, ids + share * seen
+            if few or kind != "chooses":
+                continue
+            compared = before
+            for stage in (*stages(pattern, before - 1), ChoiceStage(finest, 0)):
+                if compared == before:
+                    firsts[stage.means] = share * stage.compared(before)
+                else:
+                    distinct = share * min(before, SEEN_CANDIDATES * compared)
+                    means, ids = means + stage.compared(1) * distinct, ids + distinct
+                compared = stage.blocks
+        return cls(blocks, means + sum(firsts.values()), ids + sum(firsts.values()))
+
+    def received(self, pattern: Pattern, kv_heads: int, head_dim: int, dtype: torch.dtype) -> float:
+        """Return the bytes of these blocks, means and ids."""
+        numbers = kv_heads * head_dim
+        rows = self.blocks * 2 * pattern.chosen_block * dtype.itemsize
+        return numbers * (rows + self.means * accumulator(dtype).itemsize) + 8 * self.ids
+
+    def given(self, pattern: Pattern, kv_heads: int, head_dim: int, dtype: torch.dtype) -> float:
+        """Return the bytes of the gradients of these blocks."""
+        return self.blocks * 2 * pattern.chosen_block * kv_heads * head_dim * accumulator(dtype).itemsize
 
 
 class Tail(NamedTuple):

@@ -41,7 +41,7 @@ from longnet_cli.attention.pattern import Pattern
 from longnet_cli.attention.spans import far_spans, lanes, level_of, open_spans, rows_before, span_positions, span_rows
 from longnet_cli.basics.errors import LongNetError
 from longnet_cli.nets.config import NetConfig
-from longnet_cli.running.ranks.blocks import RankPast, Tail
+from longnet_cli.running.ranks.blocks import Directory, RankPast, Tail
 
 _agreeing: weakref.WeakSet[Any] = weakref.WeakSet()  # groups whose first exchange is over
 
@@ -222,22 +222,12 @@ class Exchange:
         of_row = 2 * batch * head_dim
         return [of_row * sum(parcel.rows * self.lanes(parcel, kv_heads) for parcel in of_rank) for of_rank in parcels]
 
-    def gathered(self, like: Sequence[int]) -> int:
-        """Return how many numbers each other rank sends here for chosen blocks, given the shape of keys (B, n, H, D).
-
-        They are the keys, values and last queries of a shard, padded to the longest one.
-        """
-        if not self.pattern.chosen:
-            return 0
+    def tail_numbers(self, like: Sequence[int], *, queries: bool = True) -> int:
+        """Return how many numbers `tails` gets from each other rank, for keys like (B, n, H, D)."""
         batch, _, kv_heads, head_dim = like
         longest = max(b - a for a, b in pairwise(self.edges))
-        queries = min(longest, self.pattern.last_queries)
-        return batch * head_dim * (2 * kv_heads * longest + self.num_heads * queries)
-
-    def summed(self, like: Sequence[int]) -> int:
-        """Return how many gradients of keys and values the backward pass adds up over all ranks, for chosen blocks."""
-        batch, _, kv_heads, head_dim = like
-        return 2 * batch * (self.edges[-1] - self.edges[0]) * kv_heads * head_dim if self.pattern.chosen else 0
+        rows = 2 * kv_heads * min(longest, self.pattern.chosen_block - 1)
+        return batch * head_dim * (rows + queries * self.num_heads * min(longest, self.pattern.last_queries))
 
     def document(self, position: int) -> tuple[int, int]:
         """Return the start and the end of the document that holds a position."""
@@ -520,6 +510,14 @@ class _AllToAll(torch.autograd.Function):
 @lru_cache(maxsize=256)
 def _lanes(pattern: Pattern, level: int, num_heads: int, kv_heads: int) -> int:
     return len(lanes(pattern, level, num_heads, kv_heads).offsets)
+
+
+def most_owned(size: int, tokens: int, chunk: int, ranks: int) -> int:
+    """Return the most blocks of `size` that a rank has of a sequence in chunks of `chunk` tokens, which ranks share."""
+    directory = Directory(size, ranks)
+    for start in range(0, tokens, chunk):
+        directory.add(even_edges(start, min(chunk, tokens - start), ranks))
+    return max(directory.held)
 
 
 def even_edges(start: int, tokens: int, ranks: int) -> list[int]:
