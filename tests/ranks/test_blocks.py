@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,11 @@ def received(carried: list[tuple[torch.dtype, list[int]]]) -> list[int]:
     return [sum(sizes) for sizes in zip(*(sizes for dtype, sizes in carried if dtype == torch.uint8), strict=True)]
 
 
+def new_ones(seen: list[set[int]], last: Iterable[int] = ()) -> list[set[int]]:
+    """Of what neighbouring queries see, the blocks that those right before them have not seen."""
+    return [now - {*before} for before, now in pairwise([last, *filter(None, seen)])]
+
+
 def adversarial_choices() -> None:
     """The numbers are those of one process, and every owner sends what was chosen of its blocks, and nothing else."""
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -153,7 +159,8 @@ def adversarial_choices() -> None:
                 return torch.tensor(owners, dtype=torch.int64).bincount(minlength=world)
 
             seen = [{block for group in part for block in group if block < first // 8} for part in parts]
-            rows = 8 * 2 * 128 * sum(map(by_owner, seen), by_owner(set()))
+            each, last_seen = 8 * 2 * 128, [blocks for blocks in seen if blocks][-1:]  # bytes of a block
+            rows = each * sum(map(by_owner, new_ones(seen)), by_owner(set()))
             run = first // 8 // groups.RUN * groups.RUN  # a run that ends in the shard: one mean of each block before
             means = 8 * 16 * by_owner({*range(run, first // 8)} if last // 8 >= run + groups.RUN else set())
             assert received(carried) == (rows + means).tolist()
@@ -162,8 +169,9 @@ def adversarial_choices() -> None:
             for a, b in zip(got, expected, strict=True):
                 torch.testing.assert_close(a, b[:, first:last], rtol=1e-12, atol=1e-12)
             given = torch.zeros(world, world, dtype=torch.int64)  # by owner (row) and the rank that chose
-            given[:, rank] = rows
+            given[:, rank] = each * sum(map(by_owner, seen), by_owner(set()))
             dist.all_reduce(given)
+            rows = each * sum(map(by_owner, new_ones(seen, *last_seen)), by_owner(set()))
             assert received(carried) == (rows + given[rank]).tolist()
 
 

@@ -203,132 +203,138 @@ class _Rooms(NamedTuple):
     views: list[Tensor]
 
 
-class RankBlocks(Blocks):
-    """The first `number` blocks of a document, over ranks: those that were fetched last are here."""
+class _Source:
+    """The blocks of a document over ranks, as rows of one kind, in all rows of a batch.
 
-    def __init__(self, rounds: Rounds, directory: Directory) -> None:
-        super().__init__()
-        self.rounds, self.directory = rounds, directory
-        self._fetched: _Fetched | None = None
+    Those that were fetched last are kept: the next queries want many of them again.
+    """
+
+    def __init__(self, rounds: Rounds, directory: Directory, kind: int) -> None:
+        self.rounds, self.directory, self.kind = rounds, directory, kind
+        self.last: _Fetched | None = None
 
     @property
     def nbytes(self) -> int:
-        return self.rounds.owned.nbytes + (self._fetched.rows.nbytes if self._fetched else 0)
+        return self.last.rows.nbytes if self.last else 0
+
+    def fetch(self, row: int, blocks: Tensor) -> _Fetched:
+        """Return blocks (n,), ascending, of one row of the batch."""
+        (rows,) = self.rounds.owned.rooms([self.kind], [len(blocks)]).views
+        new = torch.ones(len(blocks), dtype=torch.bool, device=blocks.device)
+        if self.last and self.last.row == row:
+            places, known = self.last.find(blocks)
+            rows.index_copy_(1, known.nonzero()[:, 0], self.last.rows.index_select(1, places[known]))
+            new = ~known
+        if new.any():
+            self.ask(row, blocks[new], rows, new.nonzero()[:, 0])
+        self.last = _Fetched(row, blocks, rows)
+        return self.last
+
+    def ask(self, row: int, blocks: Tensor, into: Tensor, at: Tensor | None = None) -> None:
+        """Take a round for blocks (n,), ascending, and write their rows to places of axis 1, by default in order."""
+        order, counts, places = self.owners(blocks)
+        parts = self.rounds.ask(self.kind, row, counts, places)
+        for of_owner, part in zip(order.split(counts), parts, strict=True):
+            if len(of_owner):
+                of_owner = of_owner.to(into.device)
+                into.index_copy_(1, of_owner if at is None else at[of_owner], part)
+
+    def owners(self, blocks: Tensor) -> tuple[Tensor, list[int], Tensor]:
+        """Return the order of blocks (n,) by owner, how many each owner has, and their places there, in this order."""
+        owners, places = self.directory.find(blocks.cpu())
+        order = owners.argsort(stable=True)
+        return order, owners.bincount(minlength=self.rounds.ranks).tolist(), places[order]
+
+
+class _Fetched(NamedTuple):
+    """Blocks (n,), ascending, of one row of the batch, and their rows (.., n, ..), on axis 1."""
+
+    row: int
+    blocks: Tensor
+    rows: Tensor
+
+    def find(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the places of blocks (m,) among these, and which of them are there."""
+        places = torch.searchsorted(self.blocks, blocks).clamp(max=len(self.blocks) - 1)
+        return places, self.blocks[places] == blocks
+
+
+class RankBlocks(Blocks):
+    """The first `number` blocks of a document, over ranks. `take` has those that were fetched last."""
+
+    def __init__(self, rounds: Rounds, directory: Directory) -> None:
+        super().__init__()
+        self._source, self._owned = _Source(rounds, directory, ROWS), rounds.owned
+        self._gradients: Tensor | None = None  # of the blocks that were fetched last
+
+    @property
+    def nbytes(self) -> int:
+        return self._owned.nbytes + self._source.nbytes
 
     def fetch(self, row: int, blocks: Tensor) -> None:
-        self._fetched = None  # before the next ones come
         blocks = blocks[blocks < self.number].unique()
         if len(blocks):
-            found = _Found.of(self.directory, blocks)
-            rows = blocks.new_empty(0)
-            for at, part in found.ask(self.rounds, ROWS, row):
-                if not rows.numel():
-                    rows = part.new_empty(2, len(blocks), *part.shape[2:])
-                rows.index_copy_(1, at, part)
-            self._fetched = _Fetched(row, blocks, found, rows)
+            self._source.fetch(row, blocks)
 
     def take(self, row: int, blocks: Tensor, into: Tensor) -> None:
-        places = self._fetched.places(row, blocks) if self._fetched else None
-        if places is None:
-            self.fetch(row, blocks)
-            assert self._fetched
-            places = torch.arange(len(blocks), device=blocks.device)
-        assert self._fetched
-        for x, y in zip(into, self._fetched.rows, strict=True):
+        fetched = self._source.last
+        places, known = fetched.find(blocks) if fetched and fetched.row == row else (blocks, blocks < 0)
+        if not known.all():
+            fetched, places = self._source.fetch(row, blocks), torch.arange(len(blocks), device=blocks.device)
+        assert fetched
+        for x, y in zip(into, fetched.rows, strict=True):
             torch.index_select(y, 0, places, out=x)
 
     def add_gradients(self, row: int, index: int, blocks: Tensor, d: Tensor) -> None:
         """Add gradients d (n, tokens of a block, K, D) of fetched blocks (n,) of k or v (`index` 0 or 1)."""
-        fetched = self._fetched
+        fetched = self._source.last
         assert fetched
-        if fetched.gradients is None:
-            fetched = self._fetched = fetched._replace(gradients=torch.zeros_like(fetched.rows, dtype=d.dtype))
-        assert fetched.gradients is not None
-        places = fetched.places(row, blocks)
-        assert places is not None
-        fetched.gradients[index].index_add_(0, places, d)
+        if self._gradients is None:
+            self._gradients = torch.zeros_like(fetched.rows, dtype=d.dtype)
+        self._gradients[index].index_add_(0, fetched.find(blocks)[0], d)
 
     def give_back(self) -> None:
         """Give what `add_gradients` has added to the owners."""
-        if self._fetched and (gradients := self._fetched.gradients) is not None:
-            row, _, (order, counts, places), *_ = self._fetched
-            self.rounds.give(row, counts, places, gradients.index_select(1, order.to(gradients.device)))
-        self._fetched = None
-
-    def forget(self) -> None:
-        """Free what was fetched last."""
-        self._fetched = None
-
-
-class _Found(NamedTuple):
-    """The owners of some blocks (n,): the blocks' order by owner, how many each owner has, and their places there."""
-
-    order: Tensor
-    counts: list[int]
-    places: Tensor
-
-    @classmethod
-    def of(cls, directory: Directory, blocks: Tensor) -> _Found:
-        owners, places = directory.find(blocks.cpu())
-        order = owners.argsort(stable=True)
-        return cls(order, owners.bincount(minlength=len(directory.held)).tolist(), places[order])
-
-    def ask(self, rounds: Rounds, kind: int, row: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield, for each owner that has any, the indices (m,) of its blocks and their rows of a kind."""
-        parts = rounds.ask(kind, row, self.counts, self.places)
-        for at, part in zip(self.order.split(self.counts), parts, strict=True):
-            if len(at):
-                yield at.to(part.device), part
-
-
-class _Fetched(NamedTuple):
-    """Blocks (n,), ascending, of one row of the batch: where they are from, and (k and v, n, tokens, K, D)."""
-
-    row: int
-    blocks: Tensor
-    found: _Found
-    rows: Tensor
-    gradients: Tensor | None = None
-
-    def places(self, row: int, blocks: Tensor) -> Tensor | None:
-        """Return the places of blocks (m,) among these, or None if some are not there."""
-        if row != self.row:
-            return None
-        places = torch.searchsorted(self.blocks, blocks).clamp(max=len(self.blocks) - 1)
-        return places if torch.equal(self.blocks[places], blocks) else None
+        gradients, self._gradients, fetched = self._gradients, None, self._source.last
+        if gradients is not None and fetched:
+            order, counts, places = self._source.owners(fetched.blocks)
+            self._source.rounds.give(fetched.row, counts, places, gradients.index_select(1, order.to(gradients.device)))
 
 
 class RankMeans(Means):
     """The means of a document's blocks over ranks, which fetch those that they compare."""
 
     def __init__(self, rounds: Rounds, directory: Directory, of_runs: Directory) -> None:
-        self.rounds, self.directory, self.of_runs = rounds, directory, of_runs
-        self.of = rounds.owned.means.of
-        self._finest = rounds.owned.means._finest
-        # by kind and row of the batch, those that were fetched to be kept: (K, room, m, D), and how many there are
+        self.rounds, self.of = rounds, rounds.owned.means.of
+        self._finest = rounds.owned.means.fine.shape[3]
+        self._sources = {kind: _Source(rounds, directory, kind) for kind in self.of}
+        self._sources[RUNS] = _Source(rounds, of_runs, RUNS)
+        # by kind and row of the batch, those that are kept: (K, room, m, D), and how many there are
         self._firsts: dict[tuple[int, int], tuple[Tensor, int]] = {}
 
     @property
     def nbytes(self) -> int:
-        return sum(means.nbytes for means, _ in self._firsts.values())
+        firsts = sum(means.nbytes for means, _ in self._firsts.values())
+        return firsts + sum(source.nbytes for source in self._sources.values())
 
     def of_row(self, row: int, number: int | None = None) -> RowMeans:
-        kind = self._finest if number is None else number
-        return _RankRow(self, row, kind)
+        return _RankRow(self, row, self._finest if number is None else number)
 
-    def fetched(self, kind: int, row: int, blocks: Tensor) -> Tensor:
-        """Return means (K, n, m, D) of some blocks (n,), ascending, or of runs."""
-        found = _Found.of(self.of_runs if kind == RUNS else self.directory, blocks)
+    def some(self, kind: int, row: int, blocks: Tensor) -> Tensor:
+        """Return means (K, n, m, D) of blocks (n,), ascending."""
+        return self._sources[kind].fetch(row, blocks).rows
+
+    def some_of_all(self, kind: int, row: int, blocks: Tensor) -> Tensor:
+        """Return what `some` returns, by a round that all ranks take."""
         (means,) = self.rounds.owned.rooms([kind], [len(blocks)]).views
-        for at, part in found.ask(self.rounds, kind, row):
-            means.index_copy_(1, at, part)
+        self._sources[kind].ask(row, blocks, means)
         return means
 
     def first(self, kind: int, row: int, number: int) -> Tensor:
         """Return the means (K, number, m, D) of the first blocks or runs. They are fetched once, and kept."""
         known, have = self._firsts.get((kind, row), (None, 0))
         if known is None or have < number:
-            new = self.fetched(kind, row, torch.arange(have, number))
+            new = self.some_of_all(kind, row, torch.arange(have, number))
             if known is None or known.shape[1] < number:
                 wider = new.new_empty(len(new), max(number, have * 3 // 2), *new.shape[2:])
                 if known is not None:
@@ -349,7 +355,7 @@ class _RankRow(RowMeans):
 
     def some(self, blocks: Tensor) -> Callable[[Tensor], Tensor]:
         distinct = blocks.unique()
-        means = self._all.fetched(self._kind, self._row, distinct)
+        means = self._all.some(self._kind, self._row, distinct)
         return lambda own: taken(means, torch.searchsorted(distinct, own))
 
 
@@ -471,7 +477,7 @@ class RankPast(Past):
             if blocks is new[-1]:  # all ranks take these rounds, before any of them asks for runs
                 missing = torch.arange(begin, blocks.first if begin < stop else begin)
                 kind = 1 if 1 in owned.means.of else owned.means.fine.shape[3]
-                of_rows = [one_each(self._all_means().fetched(kind, row, missing)) for row in range(len(means))]
+                of_rows = [one_each(self._all_means().some_of_all(kind, row, missing)) for row in range(len(means))]
                 means = torch.cat([torch.stack(of_rows), means], 2)
             owned.runs = torch.cat([owned.runs, run_means(means)], 2)
             place += blocks.number
@@ -518,8 +524,6 @@ class RankPast(Past):
 
     def finish(self) -> None:
         self.rounds.finish()
-        if isinstance(self.blocks, RankBlocks):
-            self.blocks.forget()
 
     def hand_back(self, exchange: Exchange, like: Tensor) -> Tensor:
         """Return the gradients (k and v, B, n, K, D) of this rank's shard that have come back since the last call.
