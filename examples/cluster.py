@@ -33,6 +33,7 @@ import typer
 
 from longnet_cli.attention import Pattern, dilated_attention
 from longnet_cli.attention.branches import BACKWARD_FLOPS, attention_flops, shard_flops
+from longnet_cli.attention.groups import Fetches
 from longnet_cli.attention.notation import format_pattern, parse_pattern
 from longnet_cli.attention.spans import common_span, far_spans, open_spans, span_rows
 from longnet_cli.basics.errors import ConfigError, InputWarning, LongNetError
@@ -48,7 +49,6 @@ from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import Net
 from longnet_cli.running.chunk_size import GPU_BENCH_CHUNK, SHORTEST_CHUNK, chunk_beside, fitting_chunk
 from longnet_cli.running.device import DTYPES, free_memory, resident_memory, resolve_dtype
-from longnet_cli.running.ranks.blocks import Fetches
 from longnet_cli.running.ranks.exchange import Exchange, even_edges
 from longnet_cli.running.ranks.ranks import Ranks, join, leave
 
@@ -211,8 +211,7 @@ def chosen_bytes(exchange: Exchange, config: NetConfig, itemsize: int) -> tuple[
     pattern, shape = config.pattern, (1, 0, config.kv_heads, config.head_dim)
     if not pattern.chosen:
         return 0.0, 0.0, 0.0
-    dtype = torch.float32 if itemsize == 4 else torch.bfloat16
-    sizes = pattern, config.kv_heads, config.head_dim, dtype
+    sizes = pattern, config.kv_heads, config.head_dim, itemsize
     choosing = fetching = giving = 0.0
     for kind, layers in pattern.kinds(config.num_layers).items():
         fetches = Fetches.expected(pattern, exchange.edges, exchange.rank, kind)

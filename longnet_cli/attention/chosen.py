@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .branches import Branch
 from .choosing import Blocks, LayerChoices, Unrotated, Voting, choose, votes_by_keys
-from .groups import GroupedPart, Groups, slot_of
+from .groups import FETCHED, GroupedPart, Groups, slot_of
 from .limits import limits_of
 from .merging import GradientSum, Merge, accumulator, strided_view
 from .past import Means, Past, Seen, unrotated
@@ -33,9 +33,6 @@ from .spans import Rows
 
 if TYPE_CHECKING:
     from .one_pass import OnePassGradientSum, OnePassMerge
-
-
-FETCHED = 1024  # queries for which blocks are fetched together, if several ranks hold the past
 
 
 class Chosen:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from math import inf
 from typing import NamedTuple
 
 from .pattern import FUNNEL, MEAN_OF, RUN, RUNS, VOTERS, LayerKind, Pattern
+
+FETCHED = 1024  # queries for which blocks are fetched together, if several ranks hold the past
+# Measured (docs/measurements/finding.md): the distinct blocks that FETCHED neighbouring queries see; how many times as
+# many candidates, and blocks that remain after an earlier stage, their scans have as one scan; of all of these, the
+# share that was not fetched for the queries before
+SEEN_BLOCKS, SEEN_CANDIDATES, SEEN_BY_STAGES, NEW = 480, 4.0, 2.1, 0.6
 
 
 class Groups(NamedTuple):
@@ -136,14 +142,83 @@ def chosen_flops(pattern: Pattern, heads: int, head_dim: int, tokens: int, kind:
     return ChosenFlops(of_document(votes) if kind == "chooses" else 0, of_document(attention))
 
 
+class Fetches(NamedTuple):
+    """The expected numbers of blocks and means that a rank fetches of a layer's past, and of ids that it asks for."""
+
+    blocks: float
+    means: float
+    ids: float
+
+    @classmethod
+    def expected(cls, pattern: Pattern, edges: Sequence[int], rank: int, kind: LayerKind = "chooses") -> Fetches:
+        """Return what a rank fetches from others in a forward pass of a document, if shards have these edges."""
+        (w,), (back,) = pattern.segment_lengths, pattern.look_backs
+        others, blocks, means, ids, once = edges[rank] // pattern.chosen_block, 0.0, 0.0, 0.0, dict[int, float]()
+        for position in range(edges[rank], edges[rank + 1], FETCHED):
+            before = max(0, position // w - back) * w // pattern.chosen_block
+            if not others or not before:
+                continue
+            share = min(1.0, others / before)
+            new = share * (NEW if position > edges[rank] else 1)
+            seen = new * _seen(pattern, before, kind)
+            blocks, ids = blocks + seen, ids + seen
+            for stage, distinct in _scanned(pattern, before) if kind == "chooses" else ():
+                if distinct == before:  # fetched once
+                    once[stage.means] = share * stage.compared(before)
+                else:
+                    means, ids = means + new * stage.compared(round(distinct)), ids + new * distinct
+        return cls(blocks, means + sum(once.values()), ids + sum(once.values()))
+
+    def received(self, pattern: Pattern, kv_heads: int, head_dim: int, itemsize: int) -> float:
+        """Return the bytes of these blocks, means and ids, with `itemsize` bytes per number of a key."""
+        of_block = 2 * pattern.chosen_block * itemsize
+        return kv_heads * head_dim * (self.blocks * of_block + self.means * max(4, itemsize)) + 8 * self.ids
+
+    def given(self, pattern: Pattern, kv_heads: int, head_dim: int, itemsize: int) -> float:
+        """Return the bytes of the gradients of these blocks."""
+        return self.blocks * 2 * pattern.chosen_block * kv_heads * head_dim * max(4, itemsize)
+
+
+def _seen(pattern: Pattern, before: int, kind: LayerKind) -> int:
+    """Return the distinct blocks that FETCHED queries see of those before them."""
+    return before if before <= pattern.chosen else 1 if kind == "first" else min(before, SEEN_BLOCKS)
+
+
+def _scanned(pattern: Pattern, before: int) -> Iterator[tuple[ChoiceStage, float]]:
+    """Yield the stages of the scans of FETCHED queries, and last their votes, each with the blocks compared."""
+    if before <= pattern.chosen:
+        return
+    planned, distinct = stages(pattern, before - 1), float(before)
+    for stage in planned:
+        yield stage, distinct
+        factor = SEEN_CANDIDATES if stage == planned[-1] else SEEN_BY_STAGES
+        distinct = min(before, factor * stage.blocks)
+    yield ChoiceStage(pattern.chosen_block // MEAN_OF, 0), distinct
+
+
 def past_bytes(
-    pattern: Pattern, kv_heads: int, head_dim: int, tokens: int, itemsize: int, kind: LayerKind = "chooses"
+    pattern: Pattern,
+    kv_heads: int,
+    head_dim: int,
+    tokens: int,
+    itemsize: int,
+    kind: LayerKind = "chooses",
+    sp: int = 1,
 ) -> tuple[int, int]:
-    """Return the bytes of one layer's past: of keys and values, `itemsize` per number, and of the mean keys."""
+    """Return the bytes of one layer's past: of keys and values, `itemsize` per number, and of the mean keys.
+
+    Of `sp` ranks, each has its own, and what it fetched last.
+    """
     if not pattern.chosen:
         return 0, 0
-    blocks = tokens // pattern.chosen_block
+    own = -(-tokens // sp)
+    blocks = own // pattern.chosen_block
     finest = ChoiceStage(pattern.chosen_block // MEAN_OF, 0)
     means = sum(stage.compared(blocks) for stage in (*stages(pattern), finest)) if kind == "chooses" else 0
-    kept = min(tokens, pattern.chosen_keys) if kind == "first" else tokens
+    kept = min(own, pattern.chosen_keys) if kind == "first" else own
+    if sp > 1:
+        before = tokens // pattern.chosen_block
+        kept += pattern.chosen_block * _seen(pattern, before, kind)
+        fetched = _scanned(pattern, before) if kind == "chooses" else ()
+        means += sum(stage.compared(round(distinct)) for stage, distinct in fetched)
     return kv_heads * head_dim * 2 * itemsize * kept, kv_heads * head_dim * max(4, itemsize) * means

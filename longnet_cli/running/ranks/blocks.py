@@ -31,19 +31,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longnet_cli.attention.chosen import FETCHED
-from longnet_cli.attention.groups import ChoiceStage, GroupedPart, stages
+from longnet_cli.attention.groups import FETCHED, SEEN_BLOCKS, GroupedPart, stages
 from longnet_cli.attention.merging import accumulator
 from longnet_cli.attention.past import Blocks, Means, Past, RowMeans, one_each, run_means, taken
-from longnet_cli.attention.pattern import MEAN_OF, RUN, RUNS, LayerKind, Pattern
+from longnet_cli.attention.pattern import RUN, RUNS, Pattern
 from longnet_cli.attention.sinks import Turn
 
 if TYPE_CHECKING:
     from longnet_cli.running.ranks.exchange import Exchange
-
-# measured (docs/measurements/finding.md): the distinct blocks that FETCHED neighbouring queries see, and how many times
-# as many candidates eight neighbouring scans have as one
-SEEN_BLOCKS, SEEN_CANDIDATES = 440, 2.0
 
 # kinds of rows that a round carries; the others are means: their number per block, or RUNS
 ROWS, GRADIENTS, FINISHED = -1, -2, -3
@@ -578,53 +573,6 @@ def evenly_seen(pattern: Pattern, edges: Sequence[int], rank: int) -> Iterator[T
         seen = min(before, SEEN_BLOCKS)
         blocks = torch.arange(seen) * before // max(1, seen)
         yield blocks[blocks < edges[rank] // size]
-
-
-class Fetches(NamedTuple):
-    """The numbers of blocks, of means, and of ids of both that a rank asks others for in one layer's forward pass."""
-
-    blocks: float
-    means: float
-    ids: float
-
-    @classmethod
-    def expected(cls, pattern: Pattern, edges: Sequence[int], rank: int, kind: LayerKind = "chooses") -> Fetches:
-        """Return what a rank is expected to fetch, if shards have these edges in a document that starts at 0.
-
-        Neighbouring queries choose the same blocks: SEEN_BLOCKS and SEEN_CANDIDATES say how many of them differ.
-        """
-        (w,), (back,), size = pattern.segment_lengths, pattern.look_backs, pattern.chosen_block
-        others, finest = edges[rank] // size, size // MEAN_OF
-        blocks = means = ids = 0.0
-        firsts: dict[int, float] = {}  # means that are fetched once, by their number per block
-        for position in range(edges[rank], edges[rank + 1], FETCHED):
-            before = max(0, position // w - back) * w // size
-            if not others or not before:
-                continue
-            share, few = min(1.0, others / before), before <= pattern.chosen
-            seen = before if few else 1 if kind == "first" else min(before, SEEN_BLOCKS)
-            blocks, ids = blocks + share * seen, ids + share * seen
-            if few or kind != "chooses":
-                continue
-            compared = before
-            for stage in (*stages(pattern, before - 1), ChoiceStage(finest, 0)):
-                if compared == before:
-                    firsts[stage.means] = share * stage.compared(before)
-                else:
-                    distinct = share * min(before, SEEN_CANDIDATES * compared)
-                    means, ids = means + stage.compared(1) * distinct, ids + distinct
-                compared = stage.blocks
-        return cls(blocks, means + sum(firsts.values()), ids + sum(firsts.values()))
-
-    def received(self, pattern: Pattern, kv_heads: int, head_dim: int, dtype: torch.dtype) -> float:
-        """Return the bytes of these blocks, means and ids."""
-        numbers = kv_heads * head_dim
-        rows = self.blocks * 2 * pattern.chosen_block * dtype.itemsize
-        return numbers * (rows + self.means * accumulator(dtype).itemsize) + 8 * self.ids
-
-    def given(self, pattern: Pattern, kv_heads: int, head_dim: int, dtype: torch.dtype) -> float:
-        """Return the bytes of the gradients of these blocks."""
-        return self.blocks * 2 * pattern.chosen_block * kv_heads * head_dim * accumulator(dtype).itemsize
 
 
 class Tail(NamedTuple):
