@@ -277,7 +277,10 @@ class CausalStream:
         if cache.past and self.ranks.sp > 1:
             room = min(self.room, config.pattern.chosen) if cache.past.kind == "first" else self.room
             own = blocks or Blocks(self.allocate, room)
-            cache.past = RankPast(config.pattern, self.ranks.group, own, self.allocate, self.keep, layer)
+            allocate = torch.empty if self.keep else self.allocate  # as in a KVCache, for means
+            cache.past = RankPast(
+                config.pattern, self.ranks.group, own, allocate, self.keep, layer, allocate_sums=self.allocate
+            )
         if cache.past and self.on_choice:
             cache.past.on_choice = partial(self.on_choice, layer)
         return cache

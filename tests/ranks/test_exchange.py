@@ -28,12 +28,13 @@ from longnet_cli.attention.notation import parse_pattern
 from longnet_cli.attention.reference import key_counts
 from longnet_cli.attention.spans import lanes, span_positions
 from longnet_cli.basics.errors import LongNetError
-from longnet_cli.jobs.training.gradients import StoredTokens, backward
+from longnet_cli.jobs.training.gradients import StoredTokens, backward, far_bytes
 from longnet_cli.jobs.training.windows import TokenStream, TokenWindows
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.running.causal_stream import CausalStream
 from longnet_cli.running.layerwise import hidden_in_chunks
+from longnet_cli.running.mapped import MappedMemory
 from longnet_cli.running.ranks import exchange as exchange_module
 from longnet_cli.running.ranks.exchange import Exchange, even_edges
 from longnet_cli.running.ranks.ranks import Ranks
@@ -298,7 +299,9 @@ def training_in_shards(dtype: torch.dtype) -> None:
         expected = [p.grad for p in model.parameters()]
         model.zero_grad()
         starts = document_starts(ids, EOS) if cut else None
-        part = backward(model, ids, targets, chunk=chunk, starts=starts, ranks=together())
+        stored = far_bytes(model.config, tokens, chunk * world, dtype.itemsize, world).stored
+        room = MappedMemory(batch * stored)  # as a job has
+        part = backward(model, ids, targets, chunk=chunk, starts=starts, ranks=together(), allocate=room.empty)
         dist.all_reduce(part)
         floor = 0.1 * max(g.double().norm().item() for g in expected)
         assert off(part, loss, 0) <= TOLERANCE[dtype][0] * 10

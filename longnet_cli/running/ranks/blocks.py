@@ -84,8 +84,15 @@ class Owned:
     blocks, tokens of a block, K, D) in fp32 or fp64.
     """
 
-    def __init__(self, pattern: Pattern, k: Tensor, blocks: Blocks, allocate: Callable[..., Tensor]) -> None:
-        self.blocks, self.like, self._allocate = blocks, k[:, :0].detach(), allocate
+    def __init__(
+        self,
+        pattern: Pattern,
+        k: Tensor,
+        blocks: Blocks,
+        allocate: Callable[..., Tensor],
+        allocate_sums: Callable[..., Tensor],
+    ) -> None:
+        self.blocks, self.like, self._allocate_sums = blocks, k[:, :0].detach(), allocate_sums
         self.shape = pattern.chosen_block, *k.shape[2:]
         self.means = Means(pattern, self.like, 0, allocate, runs=False)
         self.runs = self.means.fine.new_empty(k.shape[0], k.shape[2], 0, 1, k.shape[3])
@@ -128,7 +135,7 @@ class Owned:
         if self.sums is None:
             batch, number = self.like.shape[0], self.blocks.number
             shape = 2, batch, number, *self.shape
-            self.sums = self._allocate(shape, dtype=accumulator(self.like.dtype), device=self.like.device).zero_()
+            self.sums = self._allocate_sums(shape, dtype=accumulator(self.like.dtype), device=self.like.device).zero_()
         return self.sums
 
 
@@ -358,7 +365,7 @@ class RankPast(Past):
     """The past of a document in one layer, over ranks. See `Past`; each rank keeps the blocks that end in its shards.
 
     For each shard, all ranks call `enter` with their tokens, and then `append`, if other shards follow. In between,
-    `position` is that of the shard. Reading takes rounds, until `finish`.
+    `position` is that of the shard. Reading takes rounds, until `finish`. `allocate_sums` makes memory for gradients.
     """
 
     shared = True
@@ -371,8 +378,10 @@ class RankPast(Past):
         allocate: Callable[..., Tensor] = torch.empty,
         keep: int = 0,
         layer: int | None = None,
+        allocate_sums: Callable[..., Tensor] = torch.empty,
     ) -> None:
         super().__init__(pattern, blocks, allocate, keep, layer)
+        self._allocate_sums = allocate_sums
         self._group, ranks, self._keeps = group, dist.get_world_size(group), bool(keep)
         self._directory = Directory(pattern.chosen_block, ranks)
         self._of_runs = Directory(pattern.chosen_block * RUN, ranks)
@@ -396,7 +405,8 @@ class RankPast(Past):
         All ranks call this, each with its shard.
         """
         if not self._rounds:
-            self._rounds = Rounds(self._group, Owned(self.pattern, k, self._kept, self.allocate))
+            owned = Owned(self.pattern, k, self._kept, self.allocate, self._allocate_sums)
+            self._rounds = Rounds(self._group, owned)
             self.blocks = RankBlocks(self._rounds, self._directory)
             if self.kind == "chooses":
                 self.means = RankMeans(self._rounds, self._directory, self._of_runs)
