@@ -10,10 +10,11 @@ from typing import NamedTuple
 from .pattern import FUNNEL, MEAN_OF, RUN, RUNS, VOTERS, LayerKind, Pattern
 
 FETCHED = 1024  # queries for which blocks are fetched together, if several ranks hold the past
-# Measured (docs/measurements/finding.md): the distinct blocks that FETCHED neighbouring queries see; how many times as
-# many candidates, and blocks that remain after an earlier stage, their scans have as one scan; of all of these, the
-# share that was not fetched for the queries before
-SEEN_BLOCKS, SEEN_CANDIDATES, SEEN_BY_STAGES, NEW = 480, 4.0, 2.1, 0.6
+# Measured (docs/measurements/finding.md), of FETCHED neighbouring queries: the distinct blocks that they see; how many
+# times as many candidates, and blocks that remain after an earlier stage, their scans have as one scan. And of each of
+# these, the share that the queries before have not
+SEEN_BLOCKS, SEEN_CANDIDATES, SEEN_IN_STAGES = 480, 4.0, 2.1
+NEW_BLOCKS, NEW_CANDIDATES, NEW_IN_STAGES = 0.63, 0.42, 0.12
 
 
 class Groups(NamedTuple):
@@ -158,15 +159,15 @@ class Fetches(NamedTuple):
             before = max(0, position // w - back) * w // pattern.chosen_block
             if not others or not before:
                 continue
-            share = min(1.0, others / before)
-            new = share * (NEW if position > edges[rank] else 1)
-            seen = new * _seen(pattern, before, kind)
+            share, first = min(1.0, others / before), position == edges[rank]
+            seen = share * (1 if first else NEW_BLOCKS) * _seen(pattern, before, kind)
             blocks, ids = blocks + seen, ids + seen
-            for stage, distinct in _scanned(pattern, before) if kind == "chooses" else ():
+            for stage, distinct, new in _scanned(pattern, before) if kind == "chooses" else ():
                 if distinct == before:  # fetched once
                     once[stage.means] = share * stage.compared(before)
                 else:
-                    means, ids = means + new * stage.compared(round(distinct)), ids + new * distinct
+                    asked = share * (1 if first else new) * distinct
+                    means, ids = means + asked * stage.means, ids + asked
         return cls(blocks, means + sum(once.values()), ids + sum(once.values()))
 
     def received(self, pattern: Pattern, kv_heads: int, head_dim: int, itemsize: int) -> float:
@@ -184,16 +185,20 @@ def _seen(pattern: Pattern, before: int, kind: LayerKind) -> int:
     return before if before <= pattern.chosen else 1 if kind == "first" else min(before, SEEN_BLOCKS)
 
 
-def _scanned(pattern: Pattern, before: int) -> Iterator[tuple[ChoiceStage, float]]:
-    """Yield the stages of the scans of FETCHED queries, and last their votes, each with the blocks compared."""
+def _scanned(pattern: Pattern, before: int) -> Iterator[tuple[ChoiceStage, float, float]]:
+    """Yield the stages of the scans of FETCHED queries, and last their votes.
+
+    Each comes with the number of distinct blocks compared, and the share of them that the queries before have not.
+    """
     if before <= pattern.chosen:
         return
-    planned, distinct = stages(pattern, before - 1), float(before)
+    planned, distinct, new = stages(pattern, before - 1), float(before), 0.0
     for stage in planned:
-        yield stage, distinct
-        factor = SEEN_CANDIDATES if stage == planned[-1] else SEEN_BY_STAGES
-        distinct = min(before, factor * stage.blocks)
-    yield ChoiceStage(pattern.chosen_block // MEAN_OF, 0), distinct
+        yield stage, distinct, new
+        last = stage == planned[-1]
+        distinct = min(before, (SEEN_CANDIDATES if last else SEEN_IN_STAGES) * stage.blocks)
+        new = NEW_CANDIDATES if last else NEW_IN_STAGES
+    yield ChoiceStage(pattern.chosen_block // MEAN_OF, 0), distinct, new
 
 
 def past_bytes(
@@ -220,5 +225,5 @@ def past_bytes(
         before = tokens // pattern.chosen_block
         kept += pattern.chosen_block * _seen(pattern, before, kind)
         fetched = _scanned(pattern, before) if kind == "chooses" else ()
-        means += sum(stage.compared(round(distinct)) for stage, distinct in fetched)
+        means += sum(stage.compared(round(distinct)) for stage, distinct, _ in fetched)
     return kv_heads * head_dim * 2 * itemsize * kept, kv_heads * head_dim * max(4, itemsize) * means
