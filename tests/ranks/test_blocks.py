@@ -20,8 +20,8 @@ from torch import Tensor
 from longnet_cli.attention import Pattern, dilated_attention, groups
 from longnet_cli.attention.outside import Outside
 from longnet_cli.attention.past import Past, Seen
-from longnet_cli.running.ranks.blocks import Directory
 from longnet_cli.running.ranks.exchange import Exchange, even_edges
+from longnet_cli.running.ranks.rounds import Directory
 
 PATTERN = Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4)
 FUNNEL = ((groups.RUNS, 96), (1, 40), (2, 12))  # so that short documents are scanned in all stages

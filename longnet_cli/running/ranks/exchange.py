@@ -41,7 +41,8 @@ from longnet_cli.attention.pattern import Pattern
 from longnet_cli.attention.spans import far_spans, lanes, level_of, open_spans, rows_before, span_positions, span_rows
 from longnet_cli.basics.errors import LongNetError
 from longnet_cli.nets.config import NetConfig
-from longnet_cli.running.ranks.blocks import Directory, RankPast, Tail
+from longnet_cli.running.ranks.blocks import RankPast, Tail
+from longnet_cli.running.ranks.rounds import Directory
 
 _agreeing: weakref.WeakSet[Any] = weakref.WeakSet()  # groups whose first exchange is over
 
