@@ -30,7 +30,7 @@ from longnet_cli.attention.groups import FETCHED, SEEN_BLOCKS, GroupedPart, stag
 from longnet_cli.attention.past import Blocks, Means, Past, RowMeans, one_each, run_means, taken
 from longnet_cli.attention.pattern import RUN, RUNS, Pattern
 from longnet_cli.attention.sinks import Turn
-from longnet_cli.running.ranks.rounds import ROWS, Directory, Owned, Rounds, Source
+from longnet_cli.running.ranks.rounds import ROWS, Directory, Owned, RankSource, Rounds
 
 if TYPE_CHECKING:
     from longnet_cli.running.ranks.exchange import Exchange
@@ -41,7 +41,7 @@ class RankBlocks(Blocks):
 
     def __init__(self, rounds: Rounds, directory: Directory) -> None:
         super().__init__()
-        self._source, self._owned = Source(rounds, directory, ROWS), rounds.owned
+        self._source, self._owned = RankSource(rounds, directory, ROWS), rounds.owned
         self._gradients: Tensor | None = None  # of the blocks that were fetched last
 
     @property
@@ -84,8 +84,8 @@ class RankMeans(Means):
     def __init__(self, rounds: Rounds, directory: Directory, of_runs: Directory) -> None:
         self.rounds, self.of = rounds, rounds.owned.means.of
         self._finest = rounds.owned.means.fine.shape[3]
-        self._sources = {kind: Source(rounds, directory, kind) for kind in self.of}
-        self._sources[RUNS] = Source(rounds, of_runs, RUNS)
+        self._sources = {kind: RankSource(rounds, directory, kind) for kind in self.of}
+        self._sources[RUNS] = RankSource(rounds, of_runs, RUNS)
         # by kind and row of the batch, those that are kept: (K, room, m, D), and how many there are
         self._firsts: dict[tuple[int, int], tuple[Tensor, int]] = {}
 

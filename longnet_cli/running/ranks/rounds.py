@@ -62,9 +62,9 @@ class Directory:
 
 
 class Owned:
-    """What a rank has of a layer's past, and answers others with.
+    """A rank's own part of a layer's past, from which it answers others.
 
-    These are blocks, their means, the means of runs (B, K, runs, 1, D), and for a backward pass the sums of gradients
+    It has blocks, their means, the means of runs (B, K, runs, 1, D), and for a backward pass the sums of gradients
     (k and v, B, blocks, tokens of a block, K, D) in fp32 or fp64.
     """
 
@@ -164,8 +164,9 @@ class Rounds:
             got = self._carry(answers, self._rooms([kind] * self.ranks, counts, gradients=False))
         if GRADIENTS in kinds:
             gifts = self._rooms([kind] * self.ranks, counts, gradients=True)
-            for part, into in zip(given.split(counts, 1) if given is not None else (), gifts.views, strict=False):
-                into.copy_(part)
+            if given is not None:
+                for part, into in zip(given.split(counts, 1), gifts.views, strict=True):
+                    into.copy_(part)
             come = self._carry(gifts, self._rooms(kinds, numbers, gradients=True))
             for (_, of_batch, at), gradients in zip(readers, come, strict=True):
                 if gradients.numel():
@@ -190,7 +191,7 @@ class Rooms(NamedTuple):
     views: list[Tensor]
 
 
-class Source:
+class RankSource:
     """The blocks of a document over ranks, as rows of one kind, in all rows of a batch.
 
     Those that were fetched last are kept: the next queries want many of them again.
