@@ -25,6 +25,7 @@ from .merging import accumulator
 from .pattern import MEAN_OF, RUN, RUNS, Pattern
 from .sinks import Turn
 
+PIECE_BYTES = 1 << 26  # of blocks that are taken at a time from where they are not in memory
 FIRST_BLOCKS = 1 << 6  # blocks in the first piece of memory; each next piece is half of all before, if that is more
 
 Shape = tuple[int, ...]
@@ -254,6 +255,17 @@ class Blocks:
         for piece in self._pieces:
             yield piece[:, :, : self.number - first]
             first += piece.shape[2]
+
+    def taken_pieces(self, like: Tensor) -> Iterator[Tensor]:
+        """Yield all blocks, some at a time, as `take` gives them; they are like (k and v, B, 0, tokens, K, D)."""
+        _, batch, _, *shape = like.shape
+        step = max(1, PIECE_BYTES // (2 * batch * prod(shape) * like.itemsize))
+        for first in range(0, self.number, step):
+            blocks = torch.arange(first, min(first + step, self.number), device=like.device)
+            piece = like.new_empty(2, batch, len(blocks), *shape)
+            for row in range(batch):
+                self.take(row, blocks, piece[:, row])
+            yield piece
 
     def adopt(self, blocks: Tensor) -> None:
         """Add blocks as `append` does, but without a copy: their memory is only read. Call it before `append`."""

@@ -9,6 +9,7 @@ B batch, n tokens of a chunk.
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from longnet_cli.attention import FarKeys, KVCache, Outside
@@ -134,18 +136,35 @@ class CausalStream:
             kept = cache.far() if exchange else cache.far(k, v)
             return Outside([*(_on(k.device, keys) for keys in kept.keys), *near], past)
 
+        of_all = None
         if self.model.config.pattern.chosen:
-            self._read(tokens if exchange is None or tokens is None else exchange.all_tokens(tokens))
+            of_all = exchange.all_tokens(tokens) if exchange and tokens is not None else tokens
+            self._read(of_all)
         named = named_blocks(self.model.config.pattern, tokens, self.texts) if self.texts else None
         hidden = self.model(tokens, embeddings=embeddings, start=start, far=far, named=named)
         store_last()
         self.position = edges[-1] if edges else self.position + hidden.shape[1]
-        if hidden.shape[1]:  # a rank's shard may be empty
-            self.last_hidden = hidden[:, -1].clone()
-            self.last_tokens = None if tokens is None else tokens[:, -1].clone()
-        if self.model.config.pattern.chosen and tokens is not None and not self.keep:
-            self.ids.append(tokens.int())
+        if edges[0] < edges[-1] if edges else hidden.shape[1]:
+            last = self._last_of_ranks if exchange else _last
+            self.last_hidden, self.last_tokens = last(hidden), None if tokens is None else last(tokens)
+        if of_all is not None and not self.keep:
+            self.ids.append(of_all.int())
         return hidden
+
+    def read(self, tokens: Tensor) -> Tensor:
+        """Read the next tokens (B, n), which all ranks give; return the last one's hidden state (B, dim) to all."""
+        if self.ranks.sp == 1:
+            return _last(self(tokens))
+        edges = self.ranks.edges(self.position, tokens.shape[1])
+        self(tokens[:, self.ranks.shard([edge - self.position for edge in edges])], edges=edges)
+        assert self.last_hidden is not None
+        return self.last_hidden
+
+    def _last_of_ranks(self, x: Tensor) -> Tensor:
+        """Return the last of x (B, n, ..) to all ranks: the last rank's, whose shard has the end of every chunk."""
+        last = x[:, -1:].sum(1)  # zeros, if this rank's shard is empty
+        dist.broadcast(last, group=self.ranks.group, group_src=self.ranks.sp - 1)
+        return last
 
     def watch(self, on_choice: OnChoice) -> None:
         """Call `on_choice` from now on with what each layer sees of chosen blocks."""
@@ -181,11 +200,14 @@ class CausalStream:
     def save(self, folder: str | Path, *, name: str | None = None, tokenizer_sha256: str | None = None) -> int:
         """Save what was read in a folder, for `load`, in place of the state that it holds; return the bytes.
 
-        `name` is the model's, for messages. Raises ConfigError if there is nothing to save, for the stream of several
-        ranks, and as `write_state` does, as it raises LongNetError.
+        `name` is the model's, for messages. All ranks of a group call this; the first one writes, and returns the
+        bytes. Raises ConfigError if there is nothing to save, and as `write_state` does, as it raises LongNetError.
         """
-        if self.last_hidden is None or self.ranks.sp > 1:
-            raise ConfigError(f"{folder}: one process saves a state, after it has read something")
+        if self.last_hidden is None:
+            raise ConfigError(f"{folder}: a state is saved after something was read")
+        if self.ranks.sp_rank:
+            deque(self._state(), maxlen=0)  # the first rank asks for what it writes
+            return 0
         facts: dict[str, Any] = dict(reader_facts(self.model, name, tokenizer_sha256))
         facts |= {"dtype": dtype_name(self.caches[0].dtype), "tokens": self.position}
         facts["last_tokens"] = None if self.last_tokens is None else self.last_tokens.tolist()
@@ -284,6 +306,11 @@ class CausalStream:
         if cache.past and self.on_choice:
             cache.past.on_choice = partial(self.on_choice, layer)
         return cache
+
+
+def _last(x: Tensor) -> Tensor:
+    """Return a copy of the last of x (B, n, ..)."""
+    return x[:, -1].clone()
 
 
 def _on(device: torch.device, keys: FarKeys) -> FarKeys:

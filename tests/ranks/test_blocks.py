@@ -12,14 +12,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from many_ranks import run_ranks
-from pattern_nets import net
+from many_ranks import run_ranks, together
+from pattern_nets import draw, net
 from strategies import turn
 from torch import Tensor
 
 from longnet_cli.attention import Pattern, dilated_attention, groups
 from longnet_cli.attention.outside import Outside
 from longnet_cli.attention.past import Past, Seen
+from longnet_cli.running.causal_stream import CausalStream
 from longnet_cli.running.ranks.exchange import Exchange, even_edges
 from longnet_cli.running.ranks.rounds import Directory
 
@@ -177,6 +178,36 @@ def adversarial_choices() -> None:
 
 def test_owners_send_what_was_chosen_and_nothing_else(tmp_path: Path) -> None:
     run_ranks(4, tmp_path, adversarial_choices)
+
+
+def states_of_shards(folder: Path) -> None:
+    """One process goes on after what several have read, as if it had read that itself."""
+    groups.FUNNEL = FUNNEL  # this process ends with the test
+    for seed, pattern in enumerate([replace(PATTERN, chosen_layers=(1,)), Pattern.window(24, sinks=2)]):
+        model = net(pattern, layers=3).double()
+        ids, ends = draw(2, 1320, seed), [35, 36, 700, 1290]
+        stream, alone, start = CausalStream(model, ranks=together()), CausalStream(model), 0
+        for stop in ends:
+            alone(ids[:, start:stop])
+            last = stream.read(ids[:, start:stop])
+            torch.testing.assert_close(last, alone.last_hidden, rtol=1e-11, atol=1e-11)
+            start = stop
+        place = folder / f"{seed}"
+        size = stream.save(place)
+        assert bool(size) == (dist.get_rank() == 0)
+        dist.barrier()
+        loaded = CausalStream.load(model, place)
+        assert loaded.position == 1290
+        assert torch.equal(loaded.last_tokens, ids[:, 1289])
+        if pattern.chosen:
+            assert torch.equal(torch.cat(loaded.ids, 1), ids[:, :1290])
+            assert torch.equal(loaded.caches[1].past.counts.sum(1), alone.caches[1].past.counts.sum(1))
+        torch.testing.assert_close(loaded(ids[:, 1290:]), alone(ids[:, 1290:]), rtol=1e-11, atol=1e-11)
+        dist.barrier()
+
+
+def test_one_process_goes_on_after_what_several_have_read(tmp_path: Path) -> None:
+    run_ranks(3, tmp_path, states_of_shards, tmp_path / "states")
 
 
 def test_a_directory_knows_owners_and_places() -> None:

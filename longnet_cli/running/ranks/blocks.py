@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from longnet_cli.running.ranks.exchange import Exchange
 
 
+STEP = 1 << 12  # blocks whose means are fetched at a time to be saved
+
+
 class RankBlocks(Blocks):
     """The first `number` blocks of a document, over ranks. `take` has those that were fetched last."""
 
@@ -100,6 +103,13 @@ class RankMeans(Means):
     def some(self, kind: int, row: int, blocks: Tensor) -> Tensor:
         """Return means (K, n, m, D) of blocks (n,), ascending."""
         return self._sources[kind].fetch(row, blocks).rows
+
+    def all_of_row(self, row: int, number: int) -> Tensor:
+        """Return the finest means (K, number, m, D) of the first blocks, by rounds that other ranks only answer."""
+        (means,) = self.rounds.owned.rooms([self._finest], [number]).views
+        for blocks in torch.arange(number).split(STEP):
+            self._sources[self._finest].ask(row, blocks, means, blocks.to(means.device))
+        return means
 
     def some_of_all(self, kind: int, row: int, blocks: Tensor) -> Tensor:
         """Return what `some` returns, by a round that all ranks take."""
@@ -272,9 +282,41 @@ class RankPast(Past):
         self.position, self.queries, waiting = self._end
         self._waiting = [waiting]
 
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield to the group's first rank what `restore` needs in one process. All ranks iterate over it to the end.
+
+        It holds one layer's means at a time. An open group chooses again.
+        """
+        batch, total = len(self.rounds.owned.like), self._directory.blocks
+        number = min(total, self.pattern.chosen) if self.kind == "first" else total
+        counts = torch.zeros(batch, total, dtype=torch.int32)
+        if self.counts is not None:
+            counts[:, : self.counts.shape[1]] = self.counts[:, :total].cpu()
+        dist.all_reduce(counts, group=self._group)
+        if dist.get_rank(self._group) == 0:
+            yield "waiting", self.waiting if self.kept == self.position else self.waiting[:, :, :0]
+            yield "counts", counts
+            self.blocks.number = number
+            owned = self.rounds.owned
+            like = owned.like.new_empty(2, batch, 0, *owned.shape)
+            for index, piece in enumerate(self.blocks.taken_pieces(like)):
+                yield f"blocks.{index}", piece
+            if self.kind == "chooses":
+                yield from self._state_of_choice(batch, number)
+        self.finish()
+
+    def _state_of_choice(self, batch: int, number: int) -> Iterator[tuple[str, Tensor]]:
+        assert self.queries is not None
+        yield "queries", self.queries
+        yield "fine", torch.stack([self._all_means().all_of_row(row, number) for row in range(batch)])
+        nothing = torch.empty(0, dtype=torch.int64)
+        yield from (("held_at", nothing), ("scanned_at", nothing))
+        yield "held", torch.zeros(batch, 1, 0, dtype=torch.int32)
+        yield "scanned", torch.zeros(batch, 0, dtype=torch.int32)
+
     def fork(self) -> Past:
         """Raise ValueError: a fork would read where the other ranks do not."""
-        raise ValueError("chosen blocks are shared by several ranks: only one process forks or saves what it has read")
+        raise ValueError("chosen blocks are shared by several ranks: only one process forks what it has read")
 
     def before(self, position: int, gradients: Tensor | None = None) -> Past:
         new = copy.copy(self)
