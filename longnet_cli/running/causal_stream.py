@@ -204,7 +204,7 @@ class CausalStream:
         bytes. Raises ConfigError if there is nothing to save, and as `write_state` does, as it raises LongNetError.
         """
         if self.last_hidden is None:
-            raise ConfigError(f"{folder}: a state is saved after something was read")
+            raise ConfigError(f"{folder}: a stream is saved after it has read something")
         if self.ranks.sp_rank:
             deque(self._state(), maxlen=0)  # the first rank asks for what it writes
             return 0
