@@ -33,6 +33,7 @@ import typer
 
 from longnet_cli.attention import Pattern, dilated_attention
 from longnet_cli.attention.branches import BACKWARD_FLOPS, attention_flops, shard_flops
+from longnet_cli.attention.groups import Fetches
 from longnet_cli.attention.notation import format_pattern, parse_pattern
 from longnet_cli.attention.spans import common_span, far_spans, open_spans, span_rows
 from longnet_cli.basics.errors import ConfigError, InputWarning, LongNetError
@@ -159,7 +160,9 @@ class Shared(NamedTuple):
     """Costs of a chunk that ranks share, per layer, of its busiest rank."""
 
     seconds: float = 0.0  # of an exchange of far rows
-    gathering: float = 0.0  # seconds of gathering what blocks are chosen from
+    choosing: float = 0.0  # seconds of fetching what blocks are chosen from, and the chosen ones
+    fetching: float = 0.0  # seconds of fetching the chosen ones alone
+    giving: float = 0.0  # seconds of giving their gradients back
     far: int = 0  # bytes of far rows that its shard attends to
     summed: int = 0  # bytes of gradients that are summed over the ranks
     balance: float = 1.0  # attention FLOPs, relative to the mean of the chunk
@@ -168,8 +171,9 @@ class Shared(NamedTuple):
 def shared(config: NetConfig, machine: Machine, tokens: int, chunk: int, sp: int) -> Shared:
     """Return the costs of sharing the last full chunk of `chunk` tokens per rank, from the plan of a real exchange.
 
-    In a causal net the last rank receives the most, in a bidirectional one a rank in the middle. Gradients are summed
-    for chosen blocks and, where the chunk is one of several, for the rows that later chunks see.
+    In a causal net the last rank receives the most, in a bidirectional one a rank in the middle. Where the chunk is one
+    of several, gradients of rows that later chunks see are summed. Chosen blocks are those that are expected, in the
+    mean of layers, and nothing hides them.
     """
     if sp == 1:
         return Shared()
@@ -183,12 +187,11 @@ def shared(config: NetConfig, machine: Machine, tokens: int, chunk: int, sp: int
         inside = sum(n for peer, n in enumerate(numbers) if peer // machine.node == rank // machine.node)
         slower = max(inside / rates["node_link"], (sum(numbers) - inside) / rates["network"])
         seconds = max(seconds, machine.itemsize * slower + rates["message"] * sum(n > 0 for n in numbers))
-    gathering = (sp - 1) * machine.itemsize * exchange.gathered(shape) / machine.link(sp)
+    choosing, fetching, giving = (x / machine.link(sp) for x in chosen_bytes(exchange, config, machine.itemsize))
     attended = [parcel for parcel in exchange.joined if parcel.attended]
     far = machine.itemsize * sum(exchange.sizes([attended], shape))
-    summed = 4 * exchange.summed(shape)
+    summed = 0
     if cut and config.causal:
-        summed *= 2  # those of later chunks too
         for level, begin, end in open_spans(pattern, start + whole):
             mine = common_span(pattern, level, begin, start, end)
             summed += 2 * 4 * config.head_dim * sum(span_rows(pattern, mine, config.num_heads, config.kv_heads))
@@ -197,7 +200,27 @@ def shared(config: NetConfig, machine: Machine, tokens: int, chunk: int, sp: int
     heads = config.num_heads, config.head_dim
     flops = shard_flops(pattern, *heads, first, last - first, config.causal, spans, tokens, config.kv_heads)
     mean = (config.attention_flops(start + whole) - config.attention_flops(start)) / config.num_layers / sp
-    return Shared(seconds, gathering, far, summed, max(1.0, flops / mean))
+    return Shared(seconds, choosing, fetching, giving, far, summed, max(1.0, flops / mean))
+
+
+def chosen_bytes(exchange: Exchange, config: NetConfig, itemsize: int) -> tuple[float, float, float]:
+    """Return the bytes that a rank is expected to receive for chosen blocks, in the mean of layers.
+
+    They are those of a forward pass that chooses, of one that sees the same blocks again, and of gradients.
+    """
+    pattern, shape = config.pattern, (1, 0, config.kv_heads, config.head_dim)
+    if not pattern.chosen:
+        return 0.0, 0.0, 0.0
+    sizes = pattern, config.kv_heads, config.head_dim, itemsize
+    choosing = fetching = giving = 0.0
+    for kind, layers in pattern.kinds(config.num_layers).items():
+        fetches = Fetches.expected(pattern, exchange.edges, exchange.rank, kind)
+        tails = (len(exchange.edges) - 2) * itemsize * exchange.tail_numbers(shape, queries=kind == "chooses")
+        choosing += layers / config.num_layers * (tails + fetches.received(*sizes))
+        again = fetches._replace(means=0.0, ids=fetches.blocks)
+        fetching += layers / config.num_layers * again.received(*sizes)
+        giving += layers / config.num_layers * fetches.given(*sizes)
+    return choosing, fetching, giving
 
 
 def moved_bytes(config: NetConfig, itemsize: int) -> tuple[float, int]:
@@ -241,12 +264,14 @@ def seconds_by_part(
     layers, logits = moved_bytes(config, machine.itemsize)
     moved = (work.forwards + back) * layers + (work.logits + back * predicted) * logits
     summing = 2 * (1 - 1 / sp) * costs.summed / machine.link(sp) if back else 0.0
+    again = work.forwards - choices + bool(back)  # passes in which the same blocks are fetched again
+    chosen = choices * costs.choosing + again * costs.fetching + bool(back) * costs.giving
     open_exchange = sum(times * max(0.0, costs.seconds - cover) for times, cover in covers)
     return {
         "matrix products": of_device * work.products / (rates["products"] * rates["share"]),
         "attention": of_device * costs.balance * (work.forwards * forward + backward),
         "elementwise": of_device * moved / rates["bandwidth"],
-        "exchange": exchanges * (open_exchange + choices * costs.gathering + summing),
+        "exchange": exchanges * (open_exchange + chosen + summing),
         HIDDEN: exchanges * sum(times * min(costs.seconds, cover) for times, cover in covers),
     }
 
@@ -468,17 +493,19 @@ def exchange_command(
     ranks: Size = 64,
     heads: Size = 12,
     head_dim: Size = 64,
+    layers: Size = 1,
     bidirectional: Annotated[bool, typer.Option("--bidirectional")] = False,
 ) -> None:
     """Print what ranks send for one layer's forward pass in bf16, as a line of JSON. No process is started.
 
     The plan of every rank is made. received, sent: bytes of the rank that has the most. peers: the most ranks from
-    which a rank receives. far: the most bytes of far rows that a rank holds. formula: bytes by the formula of
-    docs/ranks.md, which counts levels wider than a shard. balance: attention FLOPs of the busiest rank, relative to the
-    mean. Ends with an error if a rank would send other rows than its reader expects.
+    which a rank receives. far: the most bytes of far rows that a rank holds. chosen: of `received`, the bytes expected
+    for chosen blocks, in the mean of `--layers` layers, some of which may follow others' choices. formula: bytes by the
+    formula of docs/ranks.md, which counts levels wider than a shard. balance: attention FLOPs of the busiest rank,
+    relative to the mean. Ends with an error if a rank would send other rows than its reader expects.
     """
     causal, edges, shape, number = not bidirectional, even_edges(0, tokens, ranks), (1, 0, heads, head_dim), 2
-    sizes = {"vocab_size": 0, "dim": heads * head_dim, "num_layers": 1, "num_heads": heads, "ffn_dim": 1}
+    sizes = {"vocab_size": 0, "dim": heads * head_dim, "num_layers": layers, "num_heads": heads, "ffn_dim": 1}
     config = parse_config({**sizes, "position": "none", "causal": causal}, "exchange", pattern)
     sends, sent, expected = (np.zeros((ranks, ranks), np.int64) for _ in range(3))  # [maker, reader]
     held, flops = np.zeros(ranks, np.int64), np.zeros(ranks)
@@ -494,12 +521,16 @@ def exchange_command(
         flops[rank] = shard_flops(pattern, heads, head_dim, first, last - first, causal, spans, tokens)
     for maker, reader in np.argwhere(sent != expected)[:1]:
         raise LongNetError(f"{tokens:,} tokens: rank {maker} sends other rows than rank {reader} expects")
-    sends += exchange.gathered(shape) * (1 - np.eye(ranks, dtype=np.int64))  # what blocks are chosen from
+    chosen = np.zeros(ranks)  # bytes
+    for rank in range(ranks) if pattern.chosen else ():
+        exchange = exchange.of_rank(rank)
+        chosen[rank], *_ = chosen_bytes(exchange, config, number)
+        sends[:rank, rank] += round(chosen[rank] / number / max(1, rank))  # evenly from those before it
     rows = sum(w / r * (1 - tokens / ranks / w) for w, r in pattern.levels if w > tokens / ranks)
     facts = {"pattern": format_pattern(pattern), "causal": causal, "tokens": tokens, "ranks": ranks}
     facts |= {"received": int(number * sends.sum(0).max()), "received_mean": float(number * sends.sum(0).mean())}
     facts |= {"sent": int(number * sends.sum(1).max()), "peers": int((sends > 0).sum(0).max())}
-    facts |= {"far": int(number * (held.max() + (ranks - 1) * exchange.gathered(shape)))}
+    facts |= {"far": int(number * held.max()), "chosen": int(chosen.max()), "chosen_mean": float(chosen.mean())}
     facts |= {"formula": 2 * number * heads * head_dim * rows, "balance": float(flops.max() / flops.mean())}
     print(json.dumps(facts))
 

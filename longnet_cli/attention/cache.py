@@ -85,7 +85,7 @@ class KVCache:
         self._sinks = self._new_rows(pattern.sinks, SINKS)
         self._stored: Tensor | None = None  # k of a token whose rows are there before it is appended
         self._turned: dict[tuple[int, ...], tuple[Tensor, ...]] = {}  # sinks as they were turned last
-        self.past = None
+        self.past: Past | None = None
         if pattern.chosen and keep:  # on a GPU, `allocate` may take memory of the host, and means are always needed
             room = pattern.chosen if pattern.kind(layer) == "first" else keep // pattern.chosen_block
             room = min(room, keep // pattern.chosen_block)

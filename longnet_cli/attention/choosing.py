@@ -28,18 +28,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import groupby
-from operator import itemgetter
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .groups import GroupedPart, slot_of, stages
+from .groups import GroupedPart, stages
 from .limits import limits_of
 from .past import Means
-from .pattern import NEIGHBOUR, RUN, RUNS, SURE, VOTERS, Pattern
+from .pattern import MEAN_OF, SURE, VOTERS, Pattern
+from .scanning import Slot, batches, blocks_before, firsts_of, not_before, scan, slots_of
+from .voting import best, votes_for
 
 # (row of the batch, part) -> blocks (groups, n) that the text of each group names, the best first, and -1 for none
 Names = Callable[[int, GroupedPart], Tensor]
@@ -122,20 +122,12 @@ class Choice(NamedTuple):
     candidates: Tensor
 
 
-class _Slot(NamedTuple):
-    """Neighbouring groups that share a scan, made at position `first`: their first positions, and the blocks before."""
-
-    first: int
-    firsts: range
-    blocks: int
-
-
 def choose(voting: Voting) -> Choice:
     """Return the choice of neighbouring parts, whose groups have more blocks before them than they may see."""
-    pattern, slots = voting.pattern, _slots(voting.pattern, voting.parts)
-    every, candidates, votes, done, begin = pattern.chosen_every, _scan(voting, slots), list[_Votes](), 0, 0
+    pattern, slots = voting.pattern, slots_of(voting.pattern, voting.parts)
+    every, candidates, votes, done, begin = pattern.chosen_every, scan(voting, slots), list[_Votes](), 0, 0
     voters = voting.document.voters(range(slots[0].firsts[0], slots[-1].firsts[-1] + 1, every), 1)
-    for some in _batches(slots, partial(_vote_alike, pattern), pattern.scan_every, lambda _: len(slots)):
+    for some in batches(slots, partial(_vote_alike, pattern), pattern.scan_every, lambda _: len(slots)):
         stop = begin + sum(len(slot.firsts) for slot in some)
         if (of_slots := candidates[done]) is None:
             votes += _votes_of_all(voting, some, voters[begin:stop])
@@ -152,129 +144,26 @@ def choose(voting: Voting) -> Choice:
 
 def votes_by_keys(pattern: Pattern, part: GroupedPart, document: Unrotated, some: slice, blocks: Tensor) -> Tensor:
     """Return the votes (groups, m) of some groups of a part for blocks (groups, m), block 0 and others, ascending."""
-    return pad(_exact_votes(document, document.voters(_firsts(pattern, part)[some], 1), blocks[:, 1:].long()), (1, 0))
+    return pad(_exact_votes(document, document.voters(firsts_of(pattern, part)[some], 1), blocks[:, 1:].long()), (1, 0))
 
 
-def _firsts(pattern: Pattern, part: GroupedPart) -> range:
-    """Return the first position of each group of a part, also of tokens before the part."""
-    every, groups = pattern.chosen_every, part.groups
-    first = groups.first // every * every
-    return range(first, first + groups.number * every, every)
-
-
-def _slots(pattern: Pattern, parts: Sequence[GroupedPart]) -> list[_Slot]:
-    """Return the slots of the groups of neighbouring parts."""
-    every, groups = pattern.chosen_every, []
-    for part in parts:
-        near = part.groups.near
-        groups += [(slot_of(pattern, near, first), first, near) for first in _firsts(pattern, part)]
-    slots = []
-    for slot, some in groupby(groups, key=itemgetter(0)):
-        (_, first, near), *_ = of_slot = [*some]
-        firsts = range(first, first + len(of_slot) * every, every)
-        slots.append(_Slot(slot, firsts, near // pattern.chosen_block))
-    return slots
-
-
-def _batches(
-    slots: Sequence[_Slot], alike: Callable[[_Slot], object], every: int, most: Callable[[_Slot], int]
-) -> Iterator[list[_Slot]]:
-    """Yield neighbouring slots that are alike and `every` tokens apart, as many at a time as `most` allows the last."""
-    batch: list[_Slot] = []
-    for slot in slots:
-        follows = batch and alike(slot) == alike(batch[0]) and slot.first == batch[-1].first + every
-        if batch and (not follows or len(batch) >= most(slot)):
-            yield batch
-            batch = []
-        batch.append(slot)
-    if batch:
-        yield batch
-
-
-def _scan(voting: Voting, slots: Sequence[_Slot]) -> list[Tensor | None]:
-    """Return the candidates (C,) of each slot, by the votes of its first group; None if all blocks but 0 are."""
-    pattern, heads = voting.pattern, voting.heads
-    limit = limits_of(voting.means.fine).scores
-
-    def alike(slot: _Slot) -> tuple[object, int]:
-        planned = stages(pattern, slot.blocks - 1)
-        return planned, slot.blocks % RUN if planned and planned[0].means == RUNS else 0
-
-    def most(slot: _Slot) -> int:
-        planned = stages(pattern, slot.blocks - 1)
-        return limit // (VOTERS // 2 * heads * planned[0].compared(slot.blocks)) if planned else len(slots)
-
-    known = voting.scanned is not None
-    candidates = [voting.scanned if stages(pattern, slots[0].blocks - 1) else None] if known else []
-    for some in _batches(slots[known:], alike, pattern.scan_every, most):
-        kept, before = None, _blocks_before(some, voting.means.fine.device)
-        planned = stages(pattern, some[0].blocks - 1)
-        firsts = range(some[0].first, some[-1].first + 1, pattern.scan_every)
-        voters = voting.document.voters(firsts, 2) if planned else None
-        for stage in planned:
-            assert voters is not None
-            means = voting.means.of[stage.means][voting.row]
-            narrow = _best_runs if stage.means == RUNS else _best_blocks
-            kept = narrow(voters, means, kept, before, some[-1].blocks, stage.blocks)
-        candidates += [None] * len(some) if kept is None else kept.unbind()
-    return candidates
-
-
-def _blocks_before(slots: Sequence[_Slot], device: torch.device) -> Tensor | int:
-    """Return the number of blocks before each slot, (slots, 1), or one number if it is the same."""
-    if slots[0].blocks == slots[-1].blocks:
-        return slots[0].blocks
-    return torch.tensor([[slot.blocks] for slot in slots], device=device)
-
-
-def _after(first: int, stop: int, before: Tensor | int, device: torch.device) -> Tensor | None:
-    """Return which of [first, stop) are not below each of the numbers `before` (n, 1): (n, C); None if all are."""
-    return None if isinstance(before, int) else torch.arange(first, stop, device=device) >= before
-
-
-def _best_runs(voters: Tensor, runs: Tensor, _: Tensor | None, before: Tensor | int, number: int, most: int) -> Tensor:
-    """Return the blocks (slots, n) of the best runs. The first run and blocks after the last whole one always stay.
-
-    The first run holds block 0, whose keys are like no others. runs: means (K, runs, 1, D). Of the blocks `before` the
-    slots, there are at most `number`.
-    """
-    whole, own = number // RUN, torch.arange(RUN, device=runs.device)
-    votes = _votes(voters, runs[:, 1:whole], _after(1, whole, before // RUN, runs.device))
-    blocks = ((1 + _best(votes, most // RUN - 1))[..., None] * RUN + own).flatten(1)
-    rest = before // RUN * RUN + own[: number % RUN]
-    return torch.cat([own[1:].expand(len(voters), -1), blocks, rest.expand(len(voters), -1)], 1)
-
-
-def _best_blocks(
-    voters: Tensor, means: Tensor, kept: Tensor | None, before: Tensor | int, number: int, most: int
-) -> Tensor:
-    """Return the `most` best (slots, most) of the blocks that are `kept` (slots, n), or of all but 0 `before` them."""
-    if kept is None:
-        return 1 + _best(_votes(voters, means[:, 1:number], _after(1, number, before, means.device)), most)
-    step = max(1, limits_of(means).scores // (kept.shape[1] * means[:, 0].numel()))
-    votes = [
-        _votes(some[:, None], _taken(means, own), blocks=own[:, None])[:, 0]
-        for some, own in zip(voters.split(step), kept.split(step), strict=True)
-    ]
-    return kept.gather(1, _best(torch.cat(votes), most))
-
-
-def _vote_alike(pattern: Pattern, slot: _Slot) -> object:
+def _vote_alike(pattern: Pattern, slot: Slot) -> object:
     """Return what is equal for slots that can vote together: they have all of their groups."""
     every = pattern.chosen_every
     cut = len(slot.firsts) * every < pattern.scan_every and slot.first  # the shard begins or ends in it
     return bool(stages(pattern, slot.blocks - 1)), cut, pattern.chosen_exact and slot.blocks
 
 
-def _votes_of_all(voting: Voting, slots: Sequence[_Slot], voters: Tensor) -> Iterator[_Votes]:
+def _votes_of_all(voting: Voting, slots: Sequence[Slot], voters: Tensor) -> Iterator[_Votes]:
     """Yield the votes of the groups of some slots, which compare all blocks but 0 before them."""
-    means, number = voting.means.fine[voting.row], slots[-1].blocks
-    before = _blocks_before([slot for slot in slots for _ in slot.firsts], means.device)
-    others = _after(1, number, before, means.device)
-    step = max(1, limits_of(means).scores // (VOTERS * voting.heads * (number - 1) * means.shape[2]))
+    number = slots[-1].blocks
+    means = voting.means.of_row(voting.row).first(number)[:, 1:]
+    before = blocks_before([slot for slot in slots for _ in slot.firsts], means.device)
+    others = not_before(1, number, before, means.device)
+    step = max(1, limits_of(means).scores // (VOTERS * voting.heads * means[0, :, :, 0].numel()))
     for first in range(0, len(voters), step):
         some = slice(first, first + step)
-        votes = _votes(voters[some], means[:, 1:number], None if others is None else others[some], power=SURE)
+        votes = votes_for(voters[some], means, None if others is None else others[some], power=SURE)
         blocks = torch.arange(1, number, device=means.device).expand_as(votes)
         yield _Votes(blocks, _exactly(voting, voters[some], blocks, votes, number - 1))
 
@@ -286,17 +175,18 @@ def _votes_of_candidates(
 
     Each group has its own earlier ones: what a later group sees must not matter.
     """
-    means, by_slot = voting.means.fine[voting.row], voters.unflatten(0, (len(candidates), -1))
+    means, by_slot = voting.means.of_row(voting.row), voters.unflatten(0, (len(candidates), -1))
     compared = _Compared(candidates, None, [candidates.shape[1]] * len(candidates))
     if earlier is not None:
         compared = _Compared.of(candidates, earlier.unflatten(0, by_slot.shape[:2]))
-    per_block = means.shape[2] * max(by_slot[0, ..., 0].numel(), means.shape[0] * means.shape[3])
-    step = max(1, limits_of(means).scores // (compared.blocks.shape[1] * per_block))
+    of_blocks, fine = means.some(compared.blocks), voting.pattern.chosen_block // MEAN_OF
+    per_block = max(fine * by_slot[0, ..., 0].numel(), means.numbers)
+    step = max(1, limits_of(voters).scores // (compared.blocks.shape[1] * per_block))
     for first in range(0, len(candidates), step):
         some, width = slice(first, first + step), max(compared.numbers[first : first + step])
         blocks = compared.blocks[some, :width]
         others = None if compared.others is None else compared.others[some, :, :width]
-        votes = _votes(by_slot[some], _taken(means, blocks), others, blocks[:, None], SURE).flatten(0, 1)
+        votes = votes_for(by_slot[some], of_blocks(blocks), others, blocks[:, None], SURE).flatten(0, 1)
         blocks = blocks[:, None].expand(-1, by_slot.shape[1], -1).flatten(0, 1)
         yield _Votes(blocks, _exactly(voting, by_slot[some].flatten(0, 1), blocks, votes, candidates.shape[1]))
 
@@ -351,15 +241,15 @@ def _exactly(voting: Voting, voters: Tensor, blocks: Tensor, votes: Tensor, cand
     """Return the votes of groups (groups, C): with `chosen_exact`, new ones for the best, by all of their keys."""
     if not voting.pattern.chosen_exact:
         return votes
-    best = _best(votes, min(voting.pattern.chosen_exact, candidates))
-    return torch.zeros_like(votes).scatter(1, best, _exact_votes(voting.document, voters, blocks.gather(1, best)))
+    places = best(votes, min(voting.pattern.chosen_exact, candidates))
+    return torch.zeros_like(votes).scatter(1, places, _exact_votes(voting.document, voters, blocks.gather(1, places)))
 
 
 def _exact_votes(document: Unrotated, voters: Tensor, blocks: Tensor) -> Tensor:
     """Return the votes (groups, n) for blocks (groups, n) of each group, by all of their keys."""
     step = max(1, limits_of(blocks).scores // max(1, blocks.shape[1] * document.block_numbers))
     votes = [
-        _votes(some[:, None], document.keys(own), blocks=own[:, None], power=SURE)[:, 0]
+        votes_for(some[:, None], document.keys(own), blocks=own[:, None], power=SURE)[:, 0]
         for some, own in zip(voters.split(step), blocks.split(step), strict=True)
     ]
     return torch.cat(votes)
@@ -375,60 +265,5 @@ def _picked(pattern: Pattern, blocks: Tensor, votes: Tensor, named: Tensor | Non
         votes = votes.masked_fill(same.any(1), torch.inf)
         more = votes.new_full(named.shape, -torch.inf).masked_fill((named > 0) & ~same.any(2), torch.inf)
         blocks, votes = torch.cat([blocks, named], 1), torch.cat([votes, more], 1)
-    seen = blocks.gather(1, _best(votes, pattern.chosen - 1)).sort(1).values
+    seen = blocks.gather(1, best(votes, pattern.chosen - 1)).sort(1).values
     return torch.cat([seen.new_zeros(len(seen), 1), seen], 1)
-
-
-def _votes(
-    voters: Tensor, means: Tensor, others: Tensor | None = None, blocks: Tensor | None = None, power: int = 1
-) -> Tensor:
-    """Return the votes (.., groups, C) of voters (.., groups, n, H, D) for blocks with means (.., K, C, m, D).
-
-    Blocks (.., groups or 1, C) are ascending; without them, the blocks are all in a row. A group does not compare the
-    `others` (.., groups, C), which get -1.
-    """
-    shares = shares_of(voters, means, others)
-    votes = shares.mean((-4, -2)) if power == 1 else (shares**power).mean((-4, -2)) ** (1 / power)
-    votes = _with_neighbours(votes, blocks)
-    return votes if others is None else votes.masked_fill(others, -1)
-
-
-def shares_of(voters: Tensor, means: Tensor, others: Tensor | None = None) -> Tensor:
-    """Return the share of each block (.., K, groups, n * H / K, C) for voters (.., groups, n, H, D).
-
-    means (.., K, C, m, D). Of the `others` of a group (.., groups, C), none has any.
-    """
-    by_head = voters.unflatten(-2, (means.shape[-4], -1)).movedim(-3, -5).flatten(-3, -2)
-    scores = by_head.flatten(-3, -2) @ means.flatten(-3, -2).mT
-    scores = scores.unflatten(-2, by_head.shape[-3:-1]).unflatten(-1, means.shape[-3:-1])
-    if others is not None:
-        scores.masked_fill_(others[..., None, :, None, :, None], -torch.inf)
-    return scores.flatten(-2).softmax(-1).unflatten(-1, means.shape[-3:-1]).sum(-1)
-
-
-def _taken(means: Tensor, blocks: Tensor) -> Tensor:
-    """Return the means (slots, K, n, m, D) of some blocks (slots, n); means (K, blocks, m, D)."""
-    of_heads = torch.arange(0, means.shape[:2].numel(), means.shape[1], device=blocks.device)
-    places = blocks[:, None] + of_heads[:, None]
-    return means.view(-1, *means.shape[2:]).index_select(0, places.flatten()).unflatten(0, places.shape)
-
-
-def _with_neighbours(scores: Tensor, blocks: Tensor | None = None) -> Tensor:
-    """Return scores (.., C) where the block after a good one is nearly as good; `blocks` None is all in a row."""
-    before = NEIGHBOUR * scores[..., :-1]
-    if blocks is not None:
-        before = before.where(blocks.diff() == 1, 0)
-    return torch.cat([scores[..., :1], torch.maximum(scores[..., 1:], before)], -1)
-
-
-def _best(scores: Tensor, number: int) -> Tensor:
-    """Return the indices (groups, number) of the highest scores (groups, C), ascending; of equals, the earlier ones."""
-    if not number:
-        return scores.new_empty(len(scores), 0, dtype=torch.int64)
-    scores = scores.nan_to_num(0)  # what is not finite chooses the first blocks
-    least = scores.topk(number, sorted=False).values.amin(1, keepdim=True)
-    more, same = scores > least, scores == least
-    best = more | (same & (same.cumsum(1) <= number - more.sum(1, keepdim=True)))
-    places = (best.cumsum(1) - 1).where(best, number)  # the others go behind the last
-    indices = torch.arange(scores.shape[1], device=scores.device).expand_as(places)
-    return places.new_empty(len(scores), number + 1).scatter_(1, places, indices)[:, :number]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .branches import Branch
 from .choosing import Blocks, LayerChoices, Unrotated, Voting, choose, votes_by_keys
-from .groups import GroupedPart, Groups, slot_of
+from .groups import FETCHED, GroupedPart, Groups, slot_of
 from .limits import limits_of
 from .merging import GradientSum, Merge, accumulator, strided_view
 from .past import Means, Past, Seen, unrotated
@@ -89,6 +89,8 @@ class Chosen:
                 parts.append(kernel.forward(*of_call, False, scale))
             part, lse = (_joined(of_calls) for of_calls in zip(*parts, strict=True))
             merge.add(run.branch, places, part.reshape(q_.shape), lse.reshape(q_.shape[:-1]))
+        if self.past:
+            self.past.finish()
 
     def gradients(
         self,
@@ -117,6 +119,10 @@ class Chosen:
                 for index, d in enumerate((call.turned_back(dk, self.turn), call.in_blocks(dv))):
                     call.add(gradients[index], d, index)
             of_q.add(place, _joined(parts).reshape(queries[1].shape), run.branch.queries, fresh=False)
+            if self.past:
+                self.past.give_back()
+        if self.past:
+            self.past.finish()
         return gradients
 
     def _tell(self, past: Past, q: Tensor, k: Tensor, scale: float) -> None:
@@ -252,17 +258,11 @@ class Chosen:
 
     def _means(self, k: Tensor, part: GroupedPart, stop: int) -> Means:
         """Return the means of a document's blocks before position `stop`, for keys k (rows, N, K, D) of the shard."""
-        past, size = self._past(part), self.pattern.chosen_block
-        if not past:
-            means = Means(self.pattern, k, stop // size)
-            means.write(slice(None), 0, k[:, :stop], self.turn)
-            return means
-        if past.means is None:
-            past.means = Means(self.pattern, past.waiting[0], stop // size, past.allocate)
-        if past.blocks.number * size < stop:  # written behind those of the past, until its own take their place
-            keys = torch.cat([past.waiting[0, part.rows], k[:, : stop - part.start]], 1)
-            past.means.write(part.rows, past.blocks.number, keys, self.turn)
-        return past.means
+        if past := self._past(part):
+            return past.means_before(stop, part, k)
+        means = Means(self.pattern, k, stop // self.pattern.chosen_block)
+        means.write(slice(None), 0, k[:, :stop], self.turn)
+        return means
 
     def _past(self, part: GroupedPart) -> Past | None:
         """Return the past of the document of a part; only the first document of a shard has any."""
@@ -283,9 +283,14 @@ class Chosen:
             else:
                 runs.append((part, [of_rows]))
         for part, of_parts in runs:
+            past, queries = self._past(part), part.groups.queries
             for row, blocks in enumerate(zip(*of_parts, strict=True), part.rows.start):
-                stored = _Stored(self.pattern.chosen_block, part, self._past(part), row)
-                yield _GroupRun.of(self.pattern, stored, _joined(blocks).long(), q.shape[2])
+                stored, seen = _Stored(self.pattern.chosen_block, part, past, row), _joined(blocks).long()
+                step = max(1, FETCHED // queries) if past and past.shared else len(seen)
+                for first, some in zip(range(0, len(seen), step), seen.split(step), strict=True):
+                    if past:
+                        past.blocks.fetch(row, some)
+                    yield _GroupRun.of(self.pattern, stored, some, q.shape[2], first * queries)
 
 
 def _follows(first: GroupedPart, so_far: list[list[Tensor]], part: GroupedPart, blocks: list[Tensor]) -> bool:
@@ -353,9 +358,9 @@ class _Stored(NamedTuple):
         if past and before < inside:
             held = past.waiting.shape[2]
             into[self.row, self.part.columns][: self.size - held] += d[before, held:]
-        if past and past.gradients is not None:  # rows of the shard that are in the block it cuts are never read there
-            into = past.gradients[index, self.row].unflatten(0, (-1, self.size))
-            into.index_add_(0, blocks[:inside].to(into.device), d[:inside].to(into.device))
+            d[before, held:] = 0
+        if past:
+            past.add_gradients(self.row, index, blocks[:inside], d[:inside])
 
 
 class _TakenBlocks(NamedTuple):
@@ -383,10 +388,11 @@ class _GroupRun(NamedTuple):
     distances: Tensor | None
 
     @classmethod
-    def of(cls, pattern: Pattern, stored: _Stored, blocks: Tensor, heads: int) -> _GroupRun:
-        """Return the run of the groups of a part, and of those that follow it, with these blocks (groups, m)."""
+    def of(cls, pattern: Pattern, stored: _Stored, blocks: Tensor, heads: int, after: int) -> _GroupRun:
+        """Return the run of groups with these blocks (groups, m), `after` so many queries of a part's first group."""
         part, size, (groups, m) = stored.part, stored.size, blocks.shape
         first, _, queries, near = part.groups
+        first += after
         rows = Rows(groups, queries, heads, 0, 1, queries, 1, first - part.start, 0)
         distances = None
         if near > m * size:

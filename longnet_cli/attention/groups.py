@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from math import inf
 from typing import NamedTuple
 
 from .pattern import FUNNEL, MEAN_OF, RUN, RUNS, VOTERS, LayerKind, Pattern
+
+FETCHED = 1024  # queries for which blocks are fetched together, if several ranks hold the past
+# Measured (docs/measurements/finding.md), of FETCHED neighbouring queries: the distinct blocks that they see; how many
+# times as many candidates, and blocks that remain after an earlier stage, their scans have as one scan. And of each of
+# these, the share that the queries before have not
+SEEN_BLOCKS, SEEN_CANDIDATES, SEEN_IN_STAGES = 480, 4.0, 2.1
+NEW_BLOCKS, NEW_CANDIDATES, NEW_IN_STAGES = 0.63, 0.42, 0.12
 
 
 class Groups(NamedTuple):
@@ -136,14 +143,87 @@ def chosen_flops(pattern: Pattern, heads: int, head_dim: int, tokens: int, kind:
     return ChosenFlops(of_document(votes) if kind == "chooses" else 0, of_document(attention))
 
 
+class Fetches(NamedTuple):
+    """The expected numbers of blocks and means that a rank fetches of a layer's past, and of ids that it asks for."""
+
+    blocks: float
+    means: float
+    ids: float
+
+    @classmethod
+    def expected(cls, pattern: Pattern, edges: Sequence[int], rank: int, kind: LayerKind = "chooses") -> Fetches:
+        """Return what a rank fetches from others in a forward pass of a document, if shards have these edges."""
+        (w,), (back,) = pattern.segment_lengths, pattern.look_backs
+        others, blocks, means, ids, once = edges[rank] // pattern.chosen_block, 0.0, 0.0, 0.0, dict[int, float]()
+        for position in range(edges[rank], edges[rank + 1], FETCHED):
+            before = max(0, position // w - back) * w // pattern.chosen_block
+            if not others or not before:
+                continue
+            share, first = min(1.0, others / before), position == edges[rank]
+            seen = share * (1 if first else NEW_BLOCKS) * _seen(pattern, before, kind)
+            blocks, ids = blocks + seen, ids + seen
+            for stage, distinct, new in _scanned(pattern, before) if kind == "chooses" else ():
+                if distinct == before:  # fetched once
+                    once[stage.means] = share * stage.compared(before)
+                else:
+                    asked = share * (1 if first else new) * distinct
+                    means, ids = means + asked * stage.means, ids + asked
+        return cls(blocks, means + sum(once.values()), ids + sum(once.values()))
+
+    def received(self, pattern: Pattern, kv_heads: int, head_dim: int, itemsize: int) -> float:
+        """Return the bytes of these blocks, means and ids, with `itemsize` bytes per number of a key."""
+        of_block = 2 * pattern.chosen_block * itemsize
+        return kv_heads * head_dim * (self.blocks * of_block + self.means * max(4, itemsize)) + 8 * self.ids
+
+    def given(self, pattern: Pattern, kv_heads: int, head_dim: int, itemsize: int) -> float:
+        """Return the bytes of the gradients of these blocks."""
+        return self.blocks * 2 * pattern.chosen_block * kv_heads * head_dim * max(4, itemsize)
+
+
+def _seen(pattern: Pattern, before: int, kind: LayerKind) -> int:
+    """Return the distinct blocks that FETCHED queries see of those before them."""
+    return before if before <= pattern.chosen else 1 if kind == "first" else min(before, SEEN_BLOCKS)
+
+
+def _scanned(pattern: Pattern, before: int) -> Iterator[tuple[ChoiceStage, float, float]]:
+    """Yield the stages of the scans of FETCHED queries, and last their votes.
+
+    Each comes with the number of distinct blocks compared, and the share of them that the queries before have not.
+    """
+    if before <= pattern.chosen:
+        return
+    planned, distinct, new = stages(pattern, before - 1), float(before), 0.0
+    for stage in planned:
+        yield stage, distinct, new
+        last = stage == planned[-1]
+        distinct = min(before, (SEEN_CANDIDATES if last else SEEN_IN_STAGES) * stage.blocks)
+        new = NEW_CANDIDATES if last else NEW_IN_STAGES
+    yield ChoiceStage(pattern.chosen_block // MEAN_OF, 0), distinct, new
+
+
 def past_bytes(
-    pattern: Pattern, kv_heads: int, head_dim: int, tokens: int, itemsize: int, kind: LayerKind = "chooses"
+    pattern: Pattern,
+    kv_heads: int,
+    head_dim: int,
+    tokens: int,
+    itemsize: int,
+    kind: LayerKind = "chooses",
+    sp: int = 1,
 ) -> tuple[int, int]:
-    """Return the bytes of one layer's past: of keys and values, `itemsize` per number, and of the mean keys."""
+    """Return the bytes of one layer's past: of keys and values, `itemsize` per number, and of the mean keys.
+
+    Of `sp` ranks, each has its own, and what it fetched last.
+    """
     if not pattern.chosen:
         return 0, 0
-    blocks = tokens // pattern.chosen_block
+    own = -(-tokens // sp)
+    blocks = own // pattern.chosen_block
     finest = ChoiceStage(pattern.chosen_block // MEAN_OF, 0)
     means = sum(stage.compared(blocks) for stage in (*stages(pattern), finest)) if kind == "chooses" else 0
-    kept = min(tokens, pattern.chosen_keys) if kind == "first" else tokens
+    kept = min(own, pattern.chosen_keys) if kind == "first" else own
+    if sp > 1:
+        before = tokens // pattern.chosen_block
+        kept += pattern.chosen_block * _seen(pattern, before, kind)
+        fetched = _scanned(pattern, before) if kind == "chooses" else ()
+        means += sum(stage.compared(round(distinct)) for stage, distinct, _ in fetched)
     return kv_heads * head_dim * 2 * itemsize * kept, kv_heads * head_dim * max(4, itemsize) * means

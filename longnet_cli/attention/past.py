@@ -13,6 +13,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import accumulate, pairwise
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from .merging import accumulator
 from .pattern import MEAN_OF, RUN, RUNS, Pattern
 from .sinks import Turn
 
+PIECE_BYTES = 1 << 26  # of blocks that are taken at a time from where they are not in memory
 FIRST_BLOCKS = 1 << 6  # blocks in the first piece of memory; each next piece is half of all before, if that is more
 
 Shape = tuple[int, ...]
@@ -41,6 +43,36 @@ class Seen(NamedTuple):
     votes: Callable[[slice], list[Tensor]]
 
 
+class RowMeans:
+    """The means of a document's blocks, or runs of blocks, in one row of a batch: (K, blocks, m, D).
+
+    Another class with these methods may get them from elsewhere (`running.ranks.blocks`).
+    """
+
+    def __init__(self, means: Tensor) -> None:
+        self.means = means
+
+    @property
+    def numbers(self) -> int:
+        """The numbers in the means of one block: K m D."""
+        return len(self.means) * prod(self.means.shape[2:])
+
+    def first(self, number: int) -> Tensor:
+        """Return the means (K, number, m, D) of the first blocks."""
+        return self.means[:, :number]
+
+    def some(self, blocks: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return a function that returns the means (slots, K, n, m, D) of blocks (slots, n), which are among these."""
+        return partial(taken, self.means)
+
+
+def taken(means: Tensor, blocks: Tensor) -> Tensor:
+    """Return the means (slots, K, n, m, D) of some blocks (slots, n); means (K, blocks, m, D)."""
+    of_heads = torch.arange(0, means.shape[:2].numel(), means.shape[1], device=blocks.device)
+    places = blocks[:, None] + of_heads[:, None]
+    return means.view(-1, *means.shape[2:]).index_select(0, places.flatten()).unflatten(0, places.shape)
+
+
 class Means:
     """The mean keys of a document's first blocks, for a batch, un-rotated, in fp32 or fp64.
 
@@ -49,15 +81,21 @@ class Means:
     """
 
     def __init__(
-        self, pattern: Pattern, like: Tensor, blocks: int, allocate: Callable[..., Tensor] = torch.empty
+        self,
+        pattern: Pattern,
+        like: Tensor,
+        blocks: int,
+        allocate: Callable[..., Tensor] = torch.empty,
+        runs: bool = True,
     ) -> None:
-        """Allocate memory for as many blocks of keys like (B, tokens, K, D)."""
+        """Allocate memory for as many blocks of keys like (B, tokens, K, D), and for their `runs`."""
         self._block, self._finest = pattern.chosen_block, pattern.chosen_block // MEAN_OF
         self._allocate = partial(allocate, dtype=accumulator(like.dtype), device=like.device)
         batch, _, heads, head_dim = like.shape
         self.of = {
             number: self._allocate((batch, heads, *_sizes(number, blocks), head_dim))
             for number in {*(stage.means for stage in stages(pattern)), self._finest}
+            if runs or number != RUNS
         }
 
     @property
@@ -69,16 +107,24 @@ class Means:
         """The means of MEAN_OF keys each."""
         return self.of[self._finest]
 
-    def write(self, rows: slice, first: int, keys: Tensor, turn: Turn | None) -> None:
-        """Write the means of blocks from `first` on, in some rows of the batch: keys (rows, tokens, K, D) of theirs."""
+    def of_row(self, row: int, number: int | None = None) -> RowMeans:
+        """Return the means of a row of the batch, `number` per block (or RUNS), by default the finest."""
+        return RowMeans(self.of[self._finest if number is None else number][row])
+
+    def write(self, rows: slice, first: int, keys: Tensor, turn: Turn | None, number: int | None = None) -> None:
+        """Write the means of blocks from `first` on, in some rows of the batch: keys (rows, tokens, K, D) of theirs.
+
+        The first of them is block `number` of its document, by default `first`.
+        """
         have, needed, size = self.fine.shape[2], first + keys.shape[1] // self._block, self._block
+        before = 0 if number is None else (number - first) * size  # tokens of the document whose means are not here
         if have < needed:  # more room than is needed costs no memory as long as nothing is written there
             self._move(self.of, have, max(needed, have * 3 // 2))
         step = max(1, limits_of(keys).unrotated // size)
         for begin in range(first, needed, step):
             stop = min(begin + step, needed)
             some = keys[:, (begin - first) * size : (stop - first) * size]
-            some = unrotated(some, torch.arange(begin * size, stop * size, device=keys.device), turn)
+            some = unrotated(some, torch.arange(begin * size, stop * size, device=keys.device) + before, turn)
             fine = _mean(some.unflatten(1, (-1, self._finest, MEAN_OF)), 3)
             self.write_finest(rows, begin, fine.movedim(3, 1))
 
@@ -90,9 +136,11 @@ class Means:
                 means[rows, :, first:stop] = _mean(fine.unflatten(3, (number, -1)), 4)
         if RUNS in self.of:
             begin, end = first // RUN, stop // RUN
-            whole = slice(begin * RUN, end * RUN)
-            means = self.of[1][rows, :, whole, 0] if 1 in self.of else _mean(self.fine[rows, :, whole], 3)
-            self.of[RUNS][rows, :, begin:end, 0] = _mean(means.unflatten(2, (-1, RUN)), 3)
+            self.of[RUNS][rows, :, begin:end] = run_means(self.one_each(rows, slice(begin * RUN, end * RUN)))
+
+    def one_each(self, rows: slice, blocks: slice) -> Tensor:
+        """Return one mean for each of some blocks, (rows, K, blocks, D)."""
+        return one_each(self.of[1 if 1 in self.of else self._finest][rows, :, blocks])
 
     def select(self, index: Tensor) -> None:
         self.of = {number: x.index_select(0, index) for number, x in self.of.items()}
@@ -111,6 +159,16 @@ class Means:
             wider = self._allocate((*old.shape[:2], *_sizes(n, room), old.shape[-1]))
             wider[:, :, :filled] = old[:, :, :filled]
             self.of[n] = wider
+
+
+def one_each(means: Tensor) -> Tensor:
+    """Return one mean for each block, (.., blocks, D), given the same number for each, (.., blocks, m, D)."""
+    return _mean(means, -2)
+
+
+def run_means(means: Tensor) -> Tensor:
+    """Return the means (.., runs, 1, D) of whole runs, given one for each of their blocks (.., blocks, D)."""
+    return _mean(means.unflatten(-2, (-1, RUN)), -2)[..., None, :]
 
 
 def _sizes(number: int, blocks: int) -> tuple[int, int]:
@@ -170,6 +228,9 @@ class Blocks:
             piece[:, :, at : at + n] = blocks[:, :, done : done + n]
             done, self.number = done + n, self.number + n
 
+    def fetch(self, row: int, blocks: Tensor) -> None:
+        """Prepare to `take` blocks (..) of one row of the batch, some of them several times."""
+
     def take(self, row: int, blocks: Tensor, into: Tensor) -> None:
         """Copy blocks (n,), ascending, of one row of the batch to `into` (k and v, n, tokens of a block, K, D)."""
         firsts = [0, *accumulate(piece.shape[2] for piece in self._pieces)]
@@ -194,6 +255,17 @@ class Blocks:
         for piece in self._pieces:
             yield piece[:, :, : self.number - first]
             first += piece.shape[2]
+
+    def taken_pieces(self, like: Tensor) -> Iterator[Tensor]:
+        """Yield all blocks, some at a time, as `take` gives them; they are like (k and v, B, 0, tokens, K, D)."""
+        _, batch, _, *shape = like.shape
+        step = max(1, PIECE_BYTES // (2 * batch * prod(shape) * like.itemsize))
+        for first in range(0, self.number, step):
+            blocks = torch.arange(first, min(first + step, self.number), device=like.device)
+            piece = like.new_empty(2, batch, len(blocks), *shape)
+            for row in range(batch):
+                self.take(row, blocks, piece[:, row])
+            yield piece
 
     def adopt(self, blocks: Tensor) -> None:
         """Add blocks as `append` does, but without a copy: their memory is only read. Call it before `append`."""
@@ -223,6 +295,8 @@ class Past:
     has what the shards saw, by position, and a shard that is computed again sees the same. The backward pass of a shard
     adds the gradients of the past to `gradients` (k and v, B, tokens, K, D), whole blocks in fp32 or fp64, if not None.
     """
+
+    shared = False  # whether several ranks hold it, who all take part whenever one of them reads it
 
     def __init__(
         self,
@@ -293,6 +367,35 @@ class Past:
             self.means.write(slice(None), self.blocks.number, whole[0], turn)
         self.blocks.append(whole.unflatten(2, (blocks, size)))
         self._waiting = [rows[:, :, blocks * size :].clone()]
+
+    def means_before(self, stop: int, part: GroupedPart, k: Tensor) -> Means:
+        """Return the means of the blocks before position `stop`: the shard, of which k (rows, N, K, D), has some."""
+        size = self.pattern.chosen_block
+        if self.means is None:
+            self.means = Means(self.pattern, self.waiting[0], stop // size, self.allocate)
+        if self.blocks.number * size < stop:  # written behind those of the past, until its own take their place
+            keys = torch.cat([self.waiting[0, part.rows], k[:, : stop - part.start]], 1)
+            self.means.write(part.rows, self.blocks.number, keys, self._turn[0] if self._turn else None)
+        return self.means
+
+    def add_gradients(self, row: int, index: int, blocks: Tensor, d: Tensor) -> None:
+        """Add gradients d (n, tokens of a block, K, D) of blocks (n,) of k or v (`index` 0 or 1) to those of the past.
+
+        The last block may be the one that the shard's start cuts: then the shard's rows in it have none.
+        """
+        if self.gradients is not None:
+            into = self.gradients[index, row].unflatten(0, (-1, self.pattern.chosen_block))
+            into.index_add_(0, blocks.to(into.device), d.to(into.device))
+
+    def give_back(self) -> None:
+        """Send away what `add_gradients` has added for blocks that were fetched."""
+
+    def finish(self) -> None:
+        """End a forward or backward pass of the layer: this past is not read again in it."""
+
+    def forget_means(self) -> None:
+        """Free the means: everything has been chosen."""
+        self.means = None
 
     def count(self, rows: slice, near: int, chosen: Sequence[Tensor], batch: int) -> None:
         """Count the blocks (groups, m) before position `near` that groups have chosen in each of the `rows`.

@@ -17,11 +17,11 @@ from longnet_cli.basics.errors import ConfigError, LongNetError
 from longnet_cli.basics.sizes import format_bytes, format_duration
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.dry_run import room, show_reading
-from longnet_cli.cli.options import INPUT, OUTPUT, Computing, HelpPanel, ModelChoice, argument, read_pattern
+from longnet_cli.cli.options import COMPUTE, INPUT, OUTPUT, Computing, HelpPanel, ModelChoice, argument, read_pattern
 from longnet_cli.cli.output import emit_jsonl, note, printable, tell
 from longnet_cli.cli.pairs import Excludes, Needs, check_pairs
 from longnet_cli.cli.progress import progress
-from longnet_cli.cli.starting import ask_hub, freeze_imports
+from longnet_cli.cli.starting import ask_hub, freeze_imports, launch
 from longnet_cli.cli.state import check_spill, say_state
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from longnet_cli.jobs.generating import Step
     from longnet_cli.models.folder import Loaded
     from longnet_cli.running.causal_stream import CausalStream
+    from longnet_cli.running.ranks.ranks import Ranks
 
 Format = Literal["text", "jsonl"]
 SAMPLING = HelpPanel("How to choose tokens")
@@ -49,6 +50,9 @@ PAIRS = (
     Excludes("--dry-run", "--format", "prints a table"),
     Excludes("--dry-run", "--state", "estimates what reading a whole prompt takes"),
     Excludes("--dry-run", "--save-state", "saves nothing"),
+    Excludes("--dry-run", "--sp", "estimates one process"),
+    Excludes("--state", "--sp", "is continued by one process"),
+    Excludes("--sources", "--sp", "are told by one process"),
 )
 
 
@@ -104,6 +108,7 @@ class GenerateCommand:
         "--dry-run",
         "Read the prompts, print tokens, FLOPs, memory and time, and stop. The exit code is 5 if it does not fit.",
     )
+    sp: int | None = COMPUTE.size("--sp N", "Start N processes (ranks), which share the reading of each text.")
     computing: Computing
 
 
@@ -119,36 +124,48 @@ def generate(options: GenerateCommand) -> None:
         raise ConfigError(f"--seed {options.seed} is not a number from 0 to 2^63 - 1")
     check_spill(options.computing.spill)
     text, save_state = _text(options.prompt, options.inputs, options.state), options.save_state
-    loaded, free = _open(options, text)
+    loaded, free, ranks = _open(options, text)
     if free:
         _estimate(options, loaded, free, text)
         return
-    stream = _stream(options, loaded)
-    job = _TextGenerator(options, loaded)
+    quiet = options.computing.quiet or not ranks.first
+    options = replace(options, computing=replace(options.computing, quiet=quiet))
+    stream = _stream(options, loaded, ranks)
+    job = _TextGenerator(options, loaded, ranks)
     more = job.max_tokens + (stream.position if stream else 0)
     documents, several = _documents(options, loaded, text)
     computing = options.computing
-    documents = say_state(documents, net=loaded.net, computing=computing, more=more, quiet=computing.quiet)
+    documents = say_state(documents, net=loaded.net, computing=computing, more=more, sp=ranks.sp, quiet=quiet)
     for index, document in enumerate(documents):
         forked = stream.fork() if stream and text is None and not save_state else stream
         job.run(document, forked, index if several else None)
     if stream and save_state:
         size = stream.save(save_state, name=loaded.origin, tokenizer_sha256=loaded.tokenizer_sha256)
         tell(f"{save_state}: the state after {stream.position:,} tokens, {format_bytes(size)}", computing.quiet)
+    from longnet_cli.running.ranks.ranks import leave
+
+    leave()
 
 
-def _open(options: GenerateCommand, text: str | None) -> tuple[Loaded, Room | None]:
-    """Return the model, if it can do what the options ask for; and of a dry run, the memory before it was loaded."""
+def _open(options: GenerateCommand, text: str | None) -> tuple[Loaded, Room | None, Ranks]:
+    """Return the model, if it can do what the options ask for, of a dry run the memory before, and the ranks.
+
+    Raises as `launch` does.
+    """
     from longnet_cli.models.folder import ModelFolder
-    from longnet_cli.running.device import select_device
 
     choice, computing = options.choice, options.computing
     pattern = read_pattern(choice.pattern)
     if choice.update:
         ask_hub(choice.model, options.tokenizer)
-    freeze_imports()
-    where = select_device(computing.device)
     folder = ModelFolder.find(choice.model, gguf=True)
+    if options.sp and folder.of_transformers:
+        raise ConfigError(f"{folder.name}: a Hugging Face model reads a text in one process: leave out --sp")
+    launch(None, (options.inputs or ["-"]) if text is None else (), sp=options.sp)
+    from longnet_cli.running.ranks.ranks import join
+
+    freeze_imports()
+    ranks, where = join(computing.device, sp=options.sp)
     free = room(folder, computing.dtype, where) if options.dry_run else None
     loaded = folder.load(
         device=where,
@@ -158,7 +175,7 @@ def _open(options: GenerateCommand, text: str | None) -> tuple[Loaded, Room | No
         pattern=pattern,
         bos=options.bos,
         chat=options.chat,
-        on_note=partial(tell, quiet=computing.quiet),
+        on_note=partial(tell, quiet=computing.quiet or not ranks.first),
     )
     check_spill(computing.spill, loaded.net)
     from longnet_cli.running.reader import check_choices
@@ -169,16 +186,17 @@ def _open(options: GenerateCommand, text: str | None) -> tuple[Loaded, Room | No
         raise ConfigError(
             f"{choice.model}: there is no tokenizer: give --tokenizer, or token ids with --input and --format jsonl"
         )
-    return loaded, free
+    return loaded, free, ranks
 
 
 def _estimate(options: GenerateCommand, loaded: Loaded, free: Room, text: str | None) -> None:
     """Print what reading the prompts and generating the most tokens would take. Raises as `show_reading`."""
     from longnet_cli.jobs.estimating.reading_job import estimate_documents
     from longnet_cli.jobs.generating import PromptJob, measure_token
+    from longnet_cli.running.ranks.ranks import Ranks
     from longnet_cli.running.reader import share_reader
 
-    computing, generator = options.computing, _TextGenerator(options, loaded)
+    computing, generator = options.computing, _TextGenerator(options, loaded, Ranks())
     documents, _ = _documents(options, loaded, text)
     reader = share_reader(loaded.net, chunk=computing.chunk, dtype=computing.dtype, spill=computing.spill)
     job = PromptJob(reader, generator.bos_ids, generator.max_tokens)
@@ -191,17 +209,17 @@ def _estimate(options: GenerateCommand, loaded: Loaded, free: Room, text: str | 
 
 
 class _TextGenerator:
-    """The generation of texts by one model."""
+    """The generation of texts by one model, on one rank of several; the first one prints."""
 
-    def __init__(self, options: GenerateCommand, loaded: Loaded) -> None:
+    def __init__(self, options: GenerateCommand, loaded: Loaded, ranks: Ranks) -> None:
         from longnet_cli.nets.weights import model_origin
 
-        self.options, self.loaded = options, loaded
+        self.options, self.loaded, self.ranks = options, loaded, ranks
         default = 0 if options.save_state else MAX_TOKENS
         self.max_tokens = default if options.max_tokens is None else options.max_tokens
         begun = (options.chat or options.state) and options.bos is None  # a template has its own start ids
         self.bos_ids = None if begun else loaded.bos
-        self.seed = _new_seed() if options.seed is None else options.seed
+        self.seed = ranks.from_first(_new_seed()) if options.seed is None else options.seed
         as_json = options.format == "jsonl"
         self.origin = model_origin(loaded.net, loaded.origin, loaded.tokenizer_sha256) if as_json else {}
 
@@ -212,8 +230,8 @@ class _TextGenerator:
         from longnet_cli.running.causal_stream import CausalStream
 
         options, loaded, computing = self.options, self.loaded, self.options.computing
-        if options.sources:
-            stream = stream or CausalStream(loaded.net, spill=computing.spill)
+        if options.sources or self.ranks.sp > 1:
+            stream = stream or CausalStream(loaded.net, ranks=self.ranks, spill=computing.spill)
         watch = Sources(stream) if options.sources and stream else None
         with progress("reading the prompt", total=len(document), quiet=computing.quiet) as advance:
             steps = run(
@@ -237,13 +255,16 @@ class _TextGenerator:
         if watch:
             watch.begin()
         printer = _Printer(document, self.seed if options.temperature else None, options.format, self.origin)
-        if step and number is not None:
+        first = self.ranks.first
+        if step and number is not None and first:
             print(("\n" if number else "") + f"==> {printable(document.doc_id)} <==", flush=True)
         while step:
-            printer.print(step)
+            if first:
+                printer.print(step)
             done = step.finish_reason and not options.save_state  # otherwise, the last token is read
             step = None if done else next(steps, None)
-        printer.end(computing.quiet, watch.found(loaded.tokenizer) if watch and loaded.tokenizer else None)
+        if first:
+            printer.end(computing.quiet, watch.found(loaded.tokenizer) if watch and loaded.tokenizer else None)
 
 
 def _text(prompt: str | None, inputs: list[str] | None, state: str | None) -> str | None:
@@ -295,7 +316,7 @@ def _each_document(inputs: Inputs, prompt: str | None, template: ChatTemplate | 
         yield from inputs.documents()
 
 
-def _stream(options: GenerateCommand, loaded: Loaded) -> CausalStream | None:
+def _stream(options: GenerateCommand, loaded: Loaded, ranks: Ranks) -> CausalStream | None:
     """Return a stream that has read --state, or a new one for --save-state; otherwise None. Raises as `load` does."""
     from longnet_cli.running.causal_stream import CausalStream
     from longnet_cli.running.device import DTYPES, resolve_dtype
@@ -315,7 +336,7 @@ def _stream(options: GenerateCommand, loaded: Loaded) -> CausalStream | None:
                 f"{state}: it was saved after a batch of {stream.batch} documents: name one of a document"
             )
         return stream
-    return CausalStream(net, spill=spill) if save_state else None
+    return CausalStream(net, ranks=ranks, spill=spill) if save_state else None
 
 
 def _only(documents: Iterator[Document]) -> Iterator[Document]:

@@ -65,7 +65,8 @@ class Opened(NamedTuple):
         known = self.inputs.stored() if not self.inputs.skip_bad else ()
         net, quiet = self.loaded.net, self.quiet
         said = partial(say_state, stored=known, net=net, computing=computing, contexts=contexts, quiet=quiet)
-        return lambda documents: said(self.counted(documents))
+        shared = partial(said, sp=self.ranks.sp)
+        return lambda documents: shared(self.counted(documents))
 
 
 class ModelAndInputs:

@@ -33,12 +33,14 @@ def say_state(
     computing: Computing,
     contexts: Sequence[int] | None = None,
     more: int = 0,
+    sp: int = 1,
     quiet: bool,
 ) -> Iterator[Document]:
     """Yield the documents, and say on stderr what the longest one keeps, if it is read in chunks with chosen blocks.
 
     Lengths of `stored` documents are known before the first one; otherwise, one that is twice as long as those before
-    has a line of its own. `more` tokens follow each document. Each is read whole, or at the longest of `contexts`.
+    has a line of its own. `more` tokens follow each document. Each is read whole, or at the longest of `contexts`,
+    by `sp` processes.
     Raises MemoryLimitError for one whose part in the folder of --spill is larger than what was free there at first.
     """
     from longnet_cli.running.chunk_size import chunk_of, default_chunk
@@ -53,7 +55,7 @@ def say_state(
     def say(tokens: int) -> None:
         nonlocal said
         tokens = min(tokens, max(contexts or (tokens,))) + more
-        size, blocks = config.cache_bytes(tokens, itemsize), config.spilled_bytes(tokens, itemsize)
+        size, blocks = config.cache_bytes(tokens, itemsize, sp), config.spilled_bytes(tokens, itemsize, sp)
         if spill and blocks > free and tokens > chunk:
             raise MemoryLimitError(
                 f"--spill {spill}: {tokens:,} tokens keep {format_bytes(blocks)} there, and {format_bytes(free)} "
@@ -63,7 +65,9 @@ def say_state(
             return
         said = tokens
         where = f"{format_bytes(size - blocks)} of memory and {format_bytes(blocks)} in {spill}"
-        tell(f"{tokens:,} tokens keep {where if spill else f'{format_bytes(size)} of memory'} for chosen blocks", quiet)
+        where = where if spill else f"{format_bytes(size)} of memory"
+        each = f" in each of {sp} processes" if sp > 1 else ""
+        tell(f"{tokens:,} tokens keep {where} for chosen blocks{each}", quiet)
 
     if config.pattern.chosen:
         say(max(map(len, stored), default=0))

@@ -249,9 +249,10 @@ class _Generator:
     @torch.inference_mode()
     def _read(self, ids: Tensor) -> Tensor:
         """Read the next ids (n,), and return the logits (vocab_size,) after the last one."""
+        tokens = ids.long()[None].to(self.device)
         with precision(self.dtype, self.device):
-            hidden = self.stream(ids.long()[None].to(self.device))
-        return self._logits(hidden[0, -1])
+            last = self.stream.read(tokens) if isinstance(self.stream, CausalStream) else self.stream(tokens)[:, -1]
+        return self._logits(last[0])
 
     @torch.inference_mode()
     def _logits(self, hidden: Tensor) -> Tensor:

@@ -123,23 +123,28 @@ class NetConfig:
         """Return the bytes of one layer's activations at their peak, without gradients, in float32."""
         return 4 * tokens * (10 * self.dim + 2 * self.ffn_dim)
 
-    def cache_bytes(self, tokens: int, itemsize: int) -> int:
+    def cache_bytes(self, tokens: int, itemsize: int, sp: int = 1) -> int:
         """Return the bytes of keys and values that a causal stream holds after `tokens`, `itemsize` bytes per number.
 
-        `spilled_bytes` of them may be in a file instead. Training in chunks keeps more (`far_bytes`): the rows
-        of all segments, until the backward pass, and the sums of their gradients.
+        `sp` ranks share the sequence. `spilled_bytes` of them may be in a file instead. Training in chunks keeps more
+        (`far_bytes`): the rows of all segments, until the backward pass, and the sums of their gradients.
         """
         rows = cached_rows(self.pattern, self.num_heads, self.kv_heads, tokens)
-        return self.num_layers * 2 * self.head_dim * rows * itemsize + sum(self.past_bytes(tokens, itemsize))
+        return self.num_layers * 2 * self.head_dim * rows * itemsize + sum(self.past_bytes(tokens, itemsize, sp))
 
-    def spilled_bytes(self, tokens: int, itemsize: int) -> int:
-        """Return the bytes that a causal stream writes to the file of `--spill`: all blocks, for chosen ones."""
-        return self.past_bytes(tokens, itemsize)[0]
+    def spilled_bytes(self, tokens: int, itemsize: int, sp: int = 1) -> int:
+        """Return the bytes that a causal stream writes to the file of `--spill`: a rank's blocks, for chosen ones."""
+        return self.past_bytes(-(-tokens // sp), itemsize)[0]
 
-    def past_bytes(self, tokens: int, itemsize: int) -> tuple[int, int]:
-        """Return the bytes that chosen blocks need of `tokens`, in all layers: of keys and values, and of mean keys."""
+    def past_bytes(self, tokens: int, itemsize: int, sp: int = 1) -> tuple[int, int]:
+        """Return the bytes that chosen blocks need of `tokens`, in all layers: of keys and values, and of mean keys.
+
+        `sp` ranks share the tokens.
+        """
         sizes = self.pattern, self.kv_heads, self.head_dim, tokens, itemsize
-        of_kinds = [(*past_bytes(*sizes, kind), layers) for kind, layers in self.pattern.kinds(self.num_layers).items()]
+        of_kinds = [
+            (*past_bytes(*sizes, kind, sp), layers) for kind, layers in self.pattern.kinds(self.num_layers).items()
+        ]
         return sum(layers * rows for rows, _, layers in of_kinds), sum(layers * means for _, means, layers in of_kinds)
 
     def _sum_over_layers(self, flops: Callable[..., float], tokens: int) -> float:

@@ -9,6 +9,7 @@ B batch, n tokens of a chunk.
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,15 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from longnet_cli.attention import FarKeys, KVCache, Outside
 from longnet_cli.attention.notation import parse_pattern
-from longnet_cli.attention.past import Seen
+from longnet_cli.attention.past import Blocks, Seen
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.nets.named_blocks import ReadText, named_blocks
 from longnet_cli.nets.net import Net
 from longnet_cli.running.mapped import BlockFile, SpillFile, mapped_empty
+from longnet_cli.running.ranks.blocks import RankPast
 from longnet_cli.running.ranks.exchange import Exchange
 from longnet_cli.running.ranks.ranks import ALONE, Ranks
 from longnet_cli.running.saved_state import (
@@ -61,7 +64,8 @@ class CausalStream:
 
     It computes no gradients. Its state is one KVCache per layer, `cache_bytes` in all, bounded whatever the `position`,
     except with chosen blocks, which need all keys. The `ranks` of a group share every chunk: each passes its own
-    shard and the chunk's `edges`, and holds the whole state. `keep` and `allocate` go to KVCache; for chosen blocks,
+    shard and the chunk's `edges`, and holds the whole state, but for blocks of the past, which stay with the rank that
+    has read them: make `room` for as many at once. `keep` and `allocate` go to KVCache; for chosen blocks,
     memory is in maps by default. Cached rows on another device than the net's are copied for each chunk. With chosen
     blocks and `spill`, all keys and values go to one file in that folder, and only what chooses them is in memory.
     `last_hidden` (B, dim) is the last token's hidden state, from which the next token can be drawn. With chosen blocks,
@@ -79,13 +83,14 @@ class CausalStream:
         *,
         ranks: Ranks = ALONE,
         keep: int = 0,
+        room: int = 0,
         allocate: Callable[..., Tensor] | None = None,
         spill: str | Path | None = None,
     ) -> None:
         if not model.config.causal:
             raise ConfigError("a bidirectional model sees the whole sequence at once: it cannot be streamed")
         self.file = SpillFile(spill) if spill and model.config.pattern.chosen else None
-        self.model, self.ranks, self.keep = model, ranks, keep
+        self.model, self.ranks, self.keep, self.room = model, ranks, keep, room
         self.allocate = allocate or (mapped_empty if model.config.pattern.chosen else torch.empty)
         self.position = 0
         self.last_hidden: Tensor | None = None
@@ -106,7 +111,10 @@ class CausalStream:
         """Read the next tokens (B, n), or vectors (B, n, dim) in their place; return hidden (B, n, dim).
 
         `edges` are the edges of the ranks' shards, as in `exchange.Exchange`; the first one is `position`.
+        Raises ValueError without them for chosen blocks over ranks.
         """
+        if self.ranks.sp > 1 and self.model.config.pattern.chosen and not edges:
+            raise ValueError("each rank has only its own chosen blocks: give the edges of all ranks' shards")
         exchange = Exchange(self.model.config, edges, group=self.ranks.group, cached=True) if edges else None
         start = edges[exchange.rank] if edges and exchange else self.position
 
@@ -122,33 +130,41 @@ class CausalStream:
             past = cache.past
             near, others = exchange.run(k, v) if exchange else ([], [])
             stop = edges[-1] if edges else None
-            earlier, later = exchange.other_shards(q, k, v) if exchange and past else ([], [])
-            for shard in earlier:
-                assert past
-                past.append(*shard)
-
-            def store() -> None:
-                cache.append(k, v, q=q, start=start, stop=stop, others=others)
-                for shard in later:
-                    assert past
-                    past.append(*shard)
-
-            store_last = store
+            if exchange and isinstance(past, RankPast):
+                past.enter(exchange, q, k, v)
+            store_last = partial(cache.append, k, v, q=q, start=start, stop=stop, others=others)
             kept = cache.far() if exchange else cache.far(k, v)
             return Outside([*(_on(k.device, keys) for keys in kept.keys), *near], past)
 
+        of_all = None
         if self.model.config.pattern.chosen:
-            self._read(tokens if exchange is None or tokens is None else exchange.all_tokens(tokens))
+            of_all = exchange.all_tokens(tokens) if exchange and tokens is not None else tokens
+            self._read(of_all)
         named = named_blocks(self.model.config.pattern, tokens, self.texts) if self.texts else None
         hidden = self.model(tokens, embeddings=embeddings, start=start, far=far, named=named)
         store_last()
         self.position = edges[-1] if edges else self.position + hidden.shape[1]
-        if hidden.shape[1]:  # a rank's shard may be empty
-            self.last_hidden = hidden[:, -1].clone()
-            self.last_tokens = None if tokens is None else tokens[:, -1].clone()
-        if self.model.config.pattern.chosen and tokens is not None and not self.keep:
-            self.ids.append(tokens.int())
+        if edges[0] < edges[-1] if edges else hidden.shape[1]:
+            last = self._last_of_ranks if exchange else _last
+            self.last_hidden, self.last_tokens = last(hidden), None if tokens is None else last(tokens)
+        if of_all is not None and not self.keep:
+            self.ids.append(of_all.int())
         return hidden
+
+    def read(self, tokens: Tensor) -> Tensor:
+        """Read the next tokens (B, n), which all ranks give; return the last one's hidden state (B, dim) to all."""
+        if self.ranks.sp == 1:
+            return _last(self(tokens))
+        edges = self.ranks.edges(self.position, tokens.shape[1])
+        self(tokens[:, self.ranks.shard([edge - self.position for edge in edges])], edges=edges)
+        assert self.last_hidden is not None
+        return self.last_hidden
+
+    def _last_of_ranks(self, x: Tensor) -> Tensor:
+        """Return the last of x (B, n, ..) to all ranks: the last rank's, whose shard has the end of every chunk."""
+        last = x[:, -1:].sum(1)  # zeros, if this rank's shard is empty
+        dist.broadcast(last, group=self.ranks.group, group_src=self.ranks.sp - 1)
+        return last
 
     def watch(self, on_choice: OnChoice) -> None:
         """Call `on_choice` from now on with what each layer sees of chosen blocks."""
@@ -184,11 +200,14 @@ class CausalStream:
     def save(self, folder: str | Path, *, name: str | None = None, tokenizer_sha256: str | None = None) -> int:
         """Save what was read in a folder, for `load`, in place of the state that it holds; return the bytes.
 
-        `name` is the model's, for messages. Raises ConfigError if there is nothing to save, for the stream of several
-        ranks, and as `write_state` does, as it raises LongNetError.
+        `name` is the model's, for messages. All ranks of a group call this; the first one writes, and returns the
+        bytes. Raises ConfigError if there is nothing to save, and as `write_state` does, as it raises LongNetError.
         """
-        if self.last_hidden is None or self.ranks.sp > 1:
-            raise ConfigError(f"{folder}: one process saves a state, after it has read something")
+        if self.last_hidden is None:
+            raise ConfigError(f"{folder}: a stream is saved after it has read something")
+        if self.ranks.sp_rank:
+            deque(self._state(), maxlen=0)  # the first rank asks for what it writes
+            return 0
         facts: dict[str, Any] = dict(reader_facts(self.model, name, tokenizer_sha256))
         facts |= {"dtype": dtype_name(self.caches[0].dtype), "tokens": self.position}
         facts["last_tokens"] = None if self.last_tokens is None else self.last_tokens.tolist()
@@ -262,7 +281,8 @@ class CausalStream:
         yield from layer_tensors(self.caches)
 
     def _new_cache(self, k: Tensor) -> KVCache:
-        config, (batch, _, kv_heads, head_dim) = self.model.config, k.shape
+        config, (batch, _, kv_heads, head_dim), layer = self.model.config, k.shape, len(self.caches)
+        blocks = BlockFile(self.file) if self.file else None
         cache = KVCache(
             config.pattern,
             batch,
@@ -273,12 +293,24 @@ class CausalStream:
             device=k.device,
             keep=self.keep,
             allocate=self.allocate,
-            blocks=BlockFile(self.file) if self.file else None,
-            layer=len(self.caches),
+            blocks=blocks,
+            layer=layer,
         )
+        if cache.past and self.ranks.sp > 1:
+            room = min(self.room, config.pattern.chosen) if cache.past.kind == "first" else self.room
+            own = blocks or Blocks(self.allocate, room)
+            allocate = torch.empty if self.keep else self.allocate  # as in a KVCache, for means
+            cache.past = RankPast(
+                config.pattern, self.ranks.group, own, allocate, self.keep, layer, allocate_sums=self.allocate
+            )
         if cache.past and self.on_choice:
-            cache.past.on_choice = partial(self.on_choice, len(self.caches))
+            cache.past.on_choice = partial(self.on_choice, layer)
         return cache
+
+
+def _last(x: Tensor) -> Tensor:
+    """Return a copy of the last of x (B, n, ..)."""
+    return x[:, -1].clone()
 
 
 def _on(device: torch.device, keys: FarKeys) -> FarKeys:

@@ -28,7 +28,8 @@ from longnet_cli.nets.named_blocks import ReadText, named_blocks
 from longnet_cli.nets.net import Net
 from longnet_cli.running.causal_stream import CausalStream
 from longnet_cli.running.device import precision, random_state, set_random_state
-from longnet_cli.running.ranks.exchange import Exchange
+from longnet_cli.running.ranks.blocks import RankPast
+from longnet_cli.running.ranks.exchange import Exchange, most_owned
 from longnet_cli.running.ranks.fsdp import final_backward
 from longnet_cli.running.ranks.ranks import ALONE, Ranks
 
@@ -79,7 +80,9 @@ def backward_in_chunks(
     device = tokens.device
     on_chunk = on_chunk or (lambda: None)
     loss = targets if callable(targets) else _next_tokens(model, targets)
-    stream = CausalStream(model, ranks=ranks, keep=tokens.shape[1], allocate=allocate)
+    pattern = model.config.pattern
+    room = most_owned(pattern.chosen_block, tokens.shape[1], chunk, ranks.sp) if pattern.chosen else 0
+    stream = CausalStream(model, ranks=ranks, keep=tokens.shape[1], room=room, allocate=allocate)
     edges = [*range(0, tokens.shape[1], chunk), tokens.shape[1]]
     chunks = [_Chunk(model, start, stop, ranks) for start, stop in pairwise(edges)]
     tape = []  # per chunk: the random state that its dropout draws from, its far keys
@@ -109,7 +112,7 @@ def backward_in_chunks(
         total += part.backward(tokens[:, part.mine], loss, far, pasts, gradients, scale, dtype, named)
         named = None
         for past in pasts:
-            past.means = None  # all has been chosen
+            past.forget_means()  # all has been chosen
         if not after:
             after = random_state(device)  # after the last chunk, as one forward pass leaves it
         on_chunk()
@@ -158,15 +161,15 @@ class _Chunk:
                 made.append((k, v))
                 keys, past = [gradients.leaves(layer, x, k.device) for x in far[layer]], None
                 if pasts:
-                    if self.exchange and pasts[layer].position == self.start:  # the last chunk: nothing is there yet
-                        for shard in self.exchange.other_shards(q, k, v)[0]:
-                            pasts[layer].append(*shard)
-                    past = gradients.past(layer, pasts[layer], self.mine.start, k)
+                    past = pasts[layer]
+                    if self.exchange and isinstance(past, RankPast) and past.position == self.start:
+                        past.enter(self.exchange, q, k, v)  # the last chunk, which the stream has not read
+                    past = gradients.past(layer, past, self.mine.start, k)
                 leaves.append(Outside(keys, past))
             outside = leaves[layer]
             if not self.exchange:
                 return outside
-            if outside.past:
+            if isinstance(outside.past, RankPast):
                 return Outside([*outside.keys, *self.exchange.run(k, v, outside.past)[0]], outside.past)
             of_chunk = self.exchange(layer, q, k, v)
             return Outside([*outside.keys, *of_chunk.keys], of_chunk.past)
@@ -176,7 +179,7 @@ class _Chunk:
             total = loss(hidden, self.mine)
         roots, grads = [total], [torch.full_like(total, scale)]
         for layer, (k, v) in enumerate(made):
-            from_later_chunks = gradients.hand_over(layer, self.start, self.stop, self.mine.start, k)
+            from_later_chunks = gradients.hand_over(layer, self.start, self.stop, self.mine.start, k, self.exchange)
             if from_later_chunks is not None:
                 for made_here, gradient in zip((k, v), from_later_chunks, strict=True):
                     if made_here.requires_grad:  # otherwise no trained weight made it
@@ -195,7 +198,8 @@ class FarGradients:
     There is one sum per layer, level and segment, (k and v, B, rows, lanes, D), packed as in KVCache, in fp32 (fp64 for
     fp64). With chosen blocks, there is one more per layer, for all tokens before the last chunk. `allocate` makes its
     memory, as torch.empty does. In a group, each rank sums the gradients of its own shards. These sums are reduced over
-    the ranks when the chunk that made the rows asks for them.
+    the ranks when the chunk that made the rows asks for them. Chosen blocks are apart: a `RankPast` sums the gradients
+    of the blocks that it has.
     """
 
     def __init__(self, config: NetConfig, tokens: int, ranks: Ranks, allocate: Callable[..., Tensor]) -> None:
@@ -203,6 +207,7 @@ class FarGradients:
         self.ranks, self.allocate = ranks, allocate
         self.sums: dict[Key, Tensor] = {}
         self.of_pasts: dict[int, Tensor] = {}  # by layer: (k and v, B, tokens, K, D)
+        self.shared: dict[int, RankPast] = {}  # by layer: those that have the sums themselves
 
     def leaves(self, layer: int, keys: FarKeys, device: torch.device) -> FarKeys:
         """Return far keys of a chunk on `device`, as leaves of its graph.
@@ -219,9 +224,11 @@ class FarGradients:
 
         `past` is that of a later shard or of this one; k (B, n, K, D) is the shard's.
         """
-        if start and layer not in self.of_pasts:
-            size, last = self.pattern.chosen_block, start if self.ranks.sp == 1 else self.tokens
-            if past.kind == "first" and self.ranks.sp == 1:  # ranks exchange the sums of all rows
+        if isinstance(past, RankPast):
+            self.shared[layer] = past
+        elif start and layer not in self.of_pasts:
+            size, last = self.pattern.chosen_block, start
+            if past.kind == "first":
                 last = min(last, self.pattern.chosen_keys)
             shape = (2, k.shape[0], -(-last // size) * size, *k.shape[2:])
             self.of_pasts[layer] = self.allocate(shape, dtype=accumulator(k.dtype), device=k.device).zero_()
@@ -239,15 +246,21 @@ class FarGradients:
         rows = self.sums[key][index, :, : leaf.shape[1]]
         rows.add_(gradient.to(rows.device))
 
-    def hand_over(self, layer: int, start: int, stop: int, begin: int, k: Tensor) -> Tensor | None:
+    def hand_over(
+        self, layer: int, start: int, stop: int, begin: int, k: Tensor, exchange: Exchange | None
+    ) -> Tensor | None:
         """Return what later chunks have added to the gradients of a shard: (k and v, B, n, K, D), or None for nothing.
 
         The shard starts at `begin`, in the chunk [start, stop), and has the shape and the device of `k` (B, n, K, D).
-        Sums that no earlier chunk needs are freed. All ranks of a group must ask, once for each chunk.
+        Sums that no earlier chunk needs are freed. All ranks of a group must ask, once for each chunk, each with its
+        `exchange`.
         """
         total = None
+        if layer in self.shared and exchange and stop < self.tokens:
+            total = self.shared[layer].hand_back(exchange, k)
         if layer in self.of_pasts:
-            rows = self._of_past(layer, start, stop, k.device)[:, :, begin - start : begin - start + k.shape[1]]
+            rows = self.of_pasts[layer][:, :, start:stop][:, :, begin - start : begin - start + k.shape[1]]
+            rows = rows.to(k.device)
             total = torch.zeros(2, *k.shape, dtype=rows.dtype, device=k.device)
             total[:, :, : rows.shape[2]] = rows
         for span in open_spans(self.pattern, stop):
@@ -266,16 +279,6 @@ class FarGradients:
                 # some of these rows may belong to the chunk before: its all-reduce must add this sum once, from rank 0
                 rows[:, :, of_chunk] = 0
         return total
-
-    def _of_past(self, layer: int, start: int, stop: int, device: torch.device) -> Tensor:
-        """Return the sums of a chunk's chosen rows [start, stop), of all ranks: (k and v, B, tokens, K, D)."""
-        rows = self.of_pasts[layer][:, :, start:stop]
-        if self.ranks.sp == 1:
-            return rows
-        of_chunk = rows.to(device).contiguous()
-        dist.all_reduce(of_chunk, group=self.ranks.group)
-        rows.zero_()  # what this chunk's own shards add comes apart (`Exchange.run`)
-        return of_chunk
 
     def _sum_over_ranks(self, rows: Tensor, span: FarSpan, start: int, k: Tensor) -> slice:
         """Sum the rows that a chunk from `start` on has of a span over the ranks, in place. Return their places."""

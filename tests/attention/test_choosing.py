@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import get_args
 from unittest.mock import patch
 
 import pytest
@@ -27,11 +28,13 @@ from longnet_cli.attention import (
     groups,
     limits,
     past,
+    scanning,
 )
 from longnet_cli.attention import pattern as pattern_module
 from longnet_cli.attention.branches import BACKWARD_FLOPS, attention_flops, backward_flops
 from longnet_cli.attention.chosen import Chosen
 from longnet_cli.attention.groups import GroupedPart, chosen_flops, groups_of
+from longnet_cli.attention.pattern import LayerKind
 from longnet_cli.attention.reference import chosen_blocks, dilated_attention_reference, followed
 from longnet_cli.running.mapped import BlockFile, SpillFile
 
@@ -379,9 +382,9 @@ def test_gradients_of_a_shard_that_starts_anywhere(before: int, lengths: list[in
 def test_an_open_group_chooses_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A decoder's tokens see what the first of their group has chosen, and a scan serves all groups of its slot."""
     chosen_by, scanned = [], []
-    own, narrowed = choosing._picked, choosing._best_blocks
+    own, narrowed = choosing._picked, scanning._best_blocks
     monkeypatch.setattr(choosing, "_picked", lambda *args: chosen_by.append(1) or own(*args))
-    monkeypatch.setattr(choosing, "_best_blocks", lambda *args: scanned.append(1) or narrowed(*args))
+    monkeypatch.setattr(scanning, "_best_blocks", lambda *args: scanned.append(1) or narrowed(*args))
     monkeypatch.setattr(pattern_module, "SCAN", 8)
     q, k, v, _ = Choice(WINDOW, 1, 200, 4, 8, 0, True, None, 1, kv_heads=2).qkv()
     cache = KVCache(WINDOW, 1, 4, 8, kv_heads=2, dtype=q.dtype)
@@ -465,3 +468,25 @@ def test_flops_of_chosen_blocks(tokens: int) -> None:
     both = attention_flops(pattern, 2, 16, tokens, True)
     assert both - attention_flops(Pattern((8,), (1,), look_back=1), 2, 16, tokens, True) == sum(found)
     assert backward_flops(pattern, 2, 16, tokens, True) == BACKWARD_FLOPS * (both - found.votes)
+
+
+def test_what_a_rank_is_expected_to_fetch() -> None:
+    """Blocks of others alone, fewer for queries that follow others; means only in a layer that chooses."""
+    pattern = Pattern((1024,), (1,), look_back=1, chosen=32, chosen_block=32, chosen_every=16, chosen_layers=(1,))
+    edges = [0, 1 << 20, 2 << 20]
+    assert groups.Fetches.expected(pattern, edges, 0) == (0, 0, 0)
+    chooses, follows, first = (groups.Fetches.expected(pattern, edges, 1, kind) for kind in get_args(LayerKind))
+    pieces = [(1024 * piece, 32 * (1023 + piece)) for piece in range(1024)]  # first token of the shard, blocks before
+    others = [min(1, 32768 / before) for _, before in pieces]
+    assert first.blocks == pytest.approx(others[0] + groups.NEW_BLOCKS * sum(others[1:]))
+    assert follows.blocks == pytest.approx(480 * first.blocks) == chooses.blocks
+    assert (first.means, follows.means) == (0, 0) != chooses.means
+    assert chooses.ids > chooses.blocks == follows.ids
+    assert follows.received(pattern, 2, 64, 2) == pytest.approx(follows.blocks * (2 * 64 * 2 * 32 * 2 + 8))
+    assert follows.given(pattern, 2, 64, 2) == pytest.approx(follows.blocks * 2 * 64 * 4 * 32 * 2)
+    sizes = pattern, 2, 64, 2 << 20, 2
+    for kind in get_args(LayerKind):
+        rows, means = groups.past_bytes(*sizes, kind)
+        own_rows, own_means = groups.past_bytes(*sizes, kind, sp=2)
+        assert kind == "first" or rows / 2 < own_rows < rows / 1.9
+        assert means / 2 <= own_means <= means / 1.5

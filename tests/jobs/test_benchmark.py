@@ -330,8 +330,10 @@ def exchange_of_chosen_blocks() -> None:
     }
     rows = [*bench(Settings.of(seq=[129], ranks=mesh(1), **options))]
     number, window = 4 * 2 * 8, 2 * 8  # bytes of a token's keys; keys and values of a window
-    gathered, summed = 2 * 65 + min(pattern.last_queries, 65), 2 * 129
-    assert [row.bytes for row in rows] == [number * (window + gathered), number * (window + summed)]
+    blocks = 2 * 4 * 14  # of the 16 before the last rank, those before the window of its first query
+    tail = 2 * 3 + min(pattern.last_queries, 65)
+    received = [number * (window + blocks + tail), number * (window + blocks + 3 * 2 * 4)]
+    assert [row.bytes for row in rows] == received
 
 
 @pytest.mark.ci

@@ -28,12 +28,13 @@ from longnet_cli.attention.notation import parse_pattern
 from longnet_cli.attention.reference import key_counts
 from longnet_cli.attention.spans import lanes, span_positions
 from longnet_cli.basics.errors import LongNetError
-from longnet_cli.jobs.training.gradients import StoredTokens, backward
+from longnet_cli.jobs.training.gradients import StoredTokens, backward, far_bytes
 from longnet_cli.jobs.training.windows import TokenStream, TokenWindows
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.running.causal_stream import CausalStream
 from longnet_cli.running.layerwise import hidden_in_chunks
+from longnet_cli.running.mapped import MappedMemory
 from longnet_cli.running.ranks import exchange as exchange_module
 from longnet_cli.running.ranks.exchange import Exchange, even_edges
 from longnet_cli.running.ranks.ranks import Ranks
@@ -201,25 +202,21 @@ def counted_traffic() -> None:
     assert calls == []  # no level is wider than a shard
     dist.all_to_all_single = original
 
-    gathered, summed = [], []
-    gather, reduce = dist.all_gather, dist.all_reduce
+    gathered = []
+    gather = dist.all_gather
 
     def counting_gather(found: list[Tensor], mine: Tensor, **options: Any) -> Any:
         gathered.append(mine.numel())
         return gather(found, mine, **options)
 
-    def counting_reduce(mine: Tensor, **options: Any) -> Any:
-        summed.append(mine.numel())
-        return reduce(mine, **options)
-
     model, edges = net(CHOSEN, layers=layers), even_edges(0, 64 * world + 1, world)
     exchange = Exchange(model.config, edges)
-    dist.all_gather, dist.all_reduce = counting_gather, counting_reduce
+    dist.all_gather = counting_gather
     model(draw(1, edges[rank + 1] - edges[rank]), start=exchange.start, far=exchange).sum().backward()
-    dist.all_gather, dist.all_reduce = gather, reduce
+    dist.all_gather = gather
     shape = 1, 0, model.config.kv_heads, model.config.head_dim
-    assert (sum(gathered), len(gathered)) == (layers * exchange.gathered(shape), 2 * layers)
-    assert summed == layers * [exchange.summed(shape)]
+    chooses, not_ = (exchange.tail_numbers(shape, queries=queries) for queries in (True, False))
+    assert (sum(gathered), len(gathered)) == (chooses + (layers - 1) * not_, layers + 1)
 
 
 @pytest.mark.parametrize("world", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 8))])
@@ -302,7 +299,9 @@ def training_in_shards(dtype: torch.dtype) -> None:
         expected = [p.grad for p in model.parameters()]
         model.zero_grad()
         starts = document_starts(ids, EOS) if cut else None
-        part = backward(model, ids, targets, chunk=chunk, starts=starts, ranks=together())
+        stored = far_bytes(model.config, tokens, chunk * world, dtype.itemsize, world).stored
+        room = MappedMemory(batch * stored)  # as a job has
+        part = backward(model, ids, targets, chunk=chunk, starts=starts, ranks=together(), allocate=room.empty)
         dist.all_reduce(part)
         floor = 0.1 * max(g.double().norm().item() for g in expected)
         assert off(part, loss, 0) <= TOLERANCE[dtype][0] * 10
@@ -374,8 +373,11 @@ def streaming_in_shards() -> None:
             mine = slice(edges[dist.get_rank()], edges[dist.get_rank() + 1])
             torch.testing.assert_close(stream(ids[:, mine], edges=edges), whole[:, mine], rtol=1e-11, atol=1e-11)
             start = edges[-1]
-        # every rank can go on alone
-        torch.testing.assert_close(stream(ids[:, tokens:]), whole[:, tokens:], rtol=1e-11, atol=1e-11)
+        if not pattern.chosen:  # every rank can go on alone
+            torch.testing.assert_close(stream(ids[:, tokens:]), whole[:, tokens:], rtol=1e-11, atol=1e-11)
+        else:
+            with pytest.raises(ValueError, match="edges"):
+                stream(ids[:, tokens:])
 
 
 def layer_by_layer_in_shards() -> None:

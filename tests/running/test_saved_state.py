@@ -20,12 +20,11 @@ from pattern_nets import CAUSAL, draw, foreign, generated, native, net, prompt
 from safetensors.torch import load_file, save_file
 from strategies import chosen_patterns, cuts, split
 
-from longnet_cli.attention import Pattern
+from longnet_cli.attention import Pattern, past
 from longnet_cli.basics.atomic import read_manifest, write_manifest
 from longnet_cli.basics.errors import ConfigError, DataError, LongNetError
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.generating import generate
-from longnet_cli.running import mapped
 from longnet_cli.running.causal_stream import CausalStream
 
 CHOSEN = Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4, chosen_layers=(0,))
@@ -63,7 +62,7 @@ def test_a_loaded_stream_goes_on_bit_for_bit(
     stream.save(place / "state")
     spilled = CausalStream.load(model, place / "state", spill=place)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mapped, "PIECE_BYTES", 1)
+        patch.setattr(past, "PIECE_BYTES", 1)
         spilled.save(place / "state")
     others = [CausalStream.load(model, place / "state"), spilled, spilled.fork(), stream.fork()]
     assert all(held(other) == held(stream) for other in others)

@@ -9,7 +9,7 @@ and values of all ranks. `model` and `train` go from tokens to the loss of each,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import chain
@@ -35,6 +35,7 @@ from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import LOGITS_LIMIT, Net
 from longnet_cli.running.causal_stream import open_stream
 from longnet_cli.running.device import DTYPES, precision
+from longnet_cli.running.ranks.blocks import RankPast, evenly_seen
 from longnet_cli.running.ranks.exchange import Exchange, even_edges
 
 from .measurement import Case, Measurement
@@ -162,11 +163,9 @@ def exchange(s: Settings, impl: str, direction: str, seq: int) -> Case:
         parcels = (chain(*(each.sent if backward else each.received)) for each in plans)
         received = token * max(sum(parcel.rows for parcel in some) for some in parcels)
         memory = (token * tokens + 2 * received) * (3 if backward else 1)
-        gathered, summed = (ranks.world - 1) * dtype.itemsize * plan.gathered(shape), plan.summed(shape)
-        memory += 3 * gathered + backward * 2 * accumulator(dtype).itemsize * summed
-        # a ring adds up in two rounds; in each of them, a rank receives all parts but one
-        sums = 2 * (ranks.world - 1) * accumulator(dtype).itemsize * summed // ranks.world
-        received += sums if backward else gathered
+        if pattern.chosen:
+            chosen = max(_chosen_bytes(plan, shape, dtype, backward, rank) for rank in range(ranks.world))
+            received, memory = received + chosen, memory + 2 * token * tokens + 3 * chosen
     else:
         received = token * tokens * (ranks.world - 1)
         memory = token * tokens * (ranks.world + 1)
@@ -182,9 +181,46 @@ def exchange(s: Settings, impl: str, direction: str, seq: int) -> Case:
     return Case(row, lambda tokens: 0, memory, start)
 
 
+def _chosen_bytes(plan: Exchange, shape: Sequence[int], dtype: torch.dtype, backward: bool, rank: int) -> int:
+    """Return the bytes that a rank receives for chosen blocks in a direction, if all see `evenly_seen` ones."""
+    batch, _, heads, head_dim = shape
+    size, edges = plan.pattern.chosen_block, plan.edges
+    numbers = 2 * batch * size * heads * head_dim  # of a block
+
+    def asked(reader: int) -> Tensor:
+        return torch.cat([torch.empty(0, dtype=torch.int64), *evenly_seen(plan.pattern, edges, reader)])
+
+    blocks = len(asked(rank)) * numbers * dtype.itemsize
+    if not backward:
+        return blocks + (len(edges) - 2) * plan.tail_numbers(shape) * dtype.itemsize
+    given = [asked(reader) for reader in range(rank + 1, len(edges) - 1)]
+    own = sum(int(((x >= edges[rank] // size) & (x < edges[rank + 1] // size)).sum()) for x in given)
+    ring = 2 * (len(edges) - 2) * len(edges) / (len(edges) - 1)  # which adds up the blocks that edges cut
+    return blocks + int((own + ring) * numbers * accumulator(dtype).itemsize)
+
+
+def _see_evenly(plan: Exchange, past: RankPast, batch: int, *, backward: bool) -> None:
+    """Fetch the blocks that `_chosen_bytes` counts, and give gradients back."""
+    for row in range(batch):
+        for blocks in evenly_seen(plan.pattern, plan.edges, plan.rank):
+            past.blocks.fetch(row, blocks)
+            if backward and len(blocks):
+                shape = len(blocks), *past.rounds.owned.shape
+                past.add_gradients(row, 0, blocks, past.rounds.owned.like.new_zeros(shape))
+                past.give_back()
+    past.finish()
+
+
 def _far_rows(plan: Exchange, q: Tensor, k: Tensor, v: Tensor, backward: bool) -> Callable[[], object]:
+    past: RankPast | None = None
+
     def run() -> list[Tensor]:
-        far = plan.run(k, v, plan.past(0, q, k, v) if plan.pattern.chosen else None)[0]
+        nonlocal past
+        if plan.pattern.chosen:
+            past = RankPast(plan.pattern, plan.group)
+            past.enter(plan, q, k, v)
+            _see_evenly(plan, past, len(k), backward=False)
+        far = plan.run(k, v, past)[0]
         for keys in far:
             if keys.ready:
                 keys.ready()
@@ -194,7 +230,13 @@ def _far_rows(plan: Exchange, q: Tensor, k: Tensor, v: Tensor, backward: bool) -
         return torch.no_grad()(run)
     got = run()
     grads = [torch.ones_like(x) for x in got]
-    return lambda: torch.autograd.grad(got, (k, v), grads, retain_graph=True) if got else None
+
+    def back() -> object:
+        if past:
+            _see_evenly(plan, past, len(k), backward=True)
+        return torch.autograd.grad(got, (k, v), grads, retain_graph=True) if got else None
+
+    return back
 
 
 def _all_gather(mine: Tensor, backward: bool, world: int) -> Callable[[], object]:

@@ -189,7 +189,8 @@ class PlanSums:
         waiting = 2 * chunk if in_chunks else min(self.together, 2 * chunk)
         kinds = {"hidden": 2 * 4 * config.dim * waiting}
         if in_chunks and config.causal:
-            kinds["cache"] = config.cache_bytes(self.longest, _itemsize(dtype, device)) - (spillable if spill else 0)
+            kept = config.cache_bytes(self.longest, _itemsize(dtype, device), ranks.sp)
+            kinds["cache"] = kept - (spillable if spill else 0)
         elif not spill and (device.type == "cpu" or fits_beside(config.forward_bytes(chunk), spillable, device)):
             kinds["hidden"] += spillable
         return kinds
@@ -202,7 +203,8 @@ class PlanSums:
         if not self.in_chunks(chunk):
             return 0
         if self.config.causal:
-            return self.config.spilled_bytes(self.longest, _itemsize(dtype, next(self.net.parameters()).device))
+            itemsize = _itemsize(dtype, next(self.net.parameters()).device)
+            return self.config.spilled_bytes(self.longest, itemsize, ranks.sp)
         return kept_bytes(cast(LongNet, self.net), self.longest, chunk, ranks) if self.net.layer_by_layer else 0
 
     def _sees_outside(self, tokens: int) -> bool:

@@ -25,7 +25,7 @@ from longnet_cli.nets.net import IGNORED, FarProvider, Net
 from longnet_cli.running.chunked_backward import Tokens, backward_in_chunks, new_pasts
 from longnet_cli.running.device import precision, resolve_dtype, to_device
 from longnet_cli.running.mapped import aligned
-from longnet_cli.running.ranks.exchange import Exchange
+from longnet_cli.running.ranks.exchange import Exchange, most_owned
 from longnet_cli.running.ranks.fsdp import final_backward
 from longnet_cli.running.ranks.ranks import ALONE, Ranks
 from longnet_cli.running.reader import batches_by_length
@@ -103,7 +103,7 @@ def far_bytes(config: NetConfig, seq_len: int, chunk: int, itemsize: int, sp: in
     if seq_len <= chunk:
         if sp == 1 or not pattern.chosen:
             return FarBytes(0, 0)
-        tokens = seq_len // size * size  # at most, what the last rank gets
+        tokens = most_owned(size, seq_len, seq_len, sp) * size
         sums, _ = past_bytes(pattern, config.kv_heads, config.head_dim, tokens, max(4, itemsize), "follows")
         return FarBytes(0, sum(config.past_bytes(tokens, itemsize)) + config.num_layers * sums)
     backs = dict(enumerate(pattern.look_backs))
@@ -121,12 +121,14 @@ def far_bytes(config: NetConfig, seq_len: int, chunk: int, itemsize: int, sp: in
         passing += (itemsize + 4) * numbers * at_once
     gradients = 0
     if pattern.chosen:
-        last = seq_len - 1 - (seq_len - 1) % chunk if sp == 1 else seq_len
+        last = seq_len - 1 - (seq_len - 1) % chunk
         whole, earlier = (n // size * size for n in (seq_len, last + size - 1))
+        if sp > 1:
+            whole = earlier = most_owned(size, seq_len, chunk, sp) * size
         kinds, of_layer = pattern.kinds(config.num_layers), (pattern, config.kv_heads, config.head_dim)
         for kind, layers in kinds.items():
             kept, means = past_bytes(*of_layer, whole, itemsize, kind)
-            sums, _ = past_bytes(*of_layer, earlier, max(4, itemsize), kind if sp == 1 else "follows")
+            sums, _ = past_bytes(*of_layer, earlier, max(4, itemsize), kind)
             gradients += layers * aligned(sums)
             stored += layers * (aligned(kept) + aligned(sums))
             passing += layers * means

@@ -41,9 +41,9 @@ class TransformersConfig(NetConfig, BaseModel):
         """Return the number of parameters, with tied embeddings counted once."""
         return self.parameters
 
-    def cache_bytes(self, tokens: int, itemsize: int) -> int:
+    def cache_bytes(self, tokens: int, itemsize: int, sp: int = 1) -> int:
         if self.memory == "segments":
-            return super().cache_bytes(tokens, itemsize)
+            return super().cache_bytes(tokens, itemsize, sp)
         keys = (self.num_layers + 1) * self.kv_heads * self.head_dim * tokens  # all are kept; one layer is being copied
         return 2 * keys * itemsize
 

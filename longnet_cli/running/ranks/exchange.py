@@ -11,8 +11,7 @@ sinks, twice that where attention looks both ways, whatever the length of the se
 The backward pass reverses the exchange: gradients of far rows go back to the rank that made the rows, which adds them
 up in fp32. The net is the same as on one device: it is handed far keys.
 
-With chosen blocks, any earlier key may be chosen. So all ranks get all keys and values, and in the backward pass an
-all-reduce sums the gradients of those that were chosen.
+With chosen blocks, any earlier key may be chosen: `blocks` fetches those that are.
 
 The caller provides the data and handles the parameters' gradients. The same code runs with NCCL on GPUs and with gloo
 on CPUs.
@@ -36,14 +35,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longnet_cli.attention import FarKeys, FarSpan, Outside, Past
+from longnet_cli.attention import FarKeys, FarSpan, Outside
 from longnet_cli.attention.merging import accumulator
 from longnet_cli.attention.pattern import Pattern
 from longnet_cli.attention.spans import far_spans, lanes, level_of, open_spans, rows_before, span_positions, span_rows
 from longnet_cli.basics.errors import LongNetError
 from longnet_cli.nets.config import NetConfig
+from longnet_cli.running.ranks.blocks import RankPast, Tail
+from longnet_cli.running.ranks.rounds import Directory
 
-ShardTensors = tuple[Tensor, ...]  # queries, keys and values
 _agreeing: weakref.WeakSet[Any] = weakref.WeakSet()  # groups whose first exchange is over
 
 
@@ -94,7 +94,7 @@ class Exchange:
         self._seen: dict[int, list[tuple[FarSpan, bool]]] = {}  # by reader
         # the same on every rank: a collective is entered by all or by none
         self.needed = bool(self.pattern.chosen) or any(self._wants_others(reader) for reader in range(len(edges) - 1))
-        self._pasts: dict[int, Past] = {}  # by layer
+        self._pasts: dict[int, RankPast] = {}  # by layer
         self._plan(dist.get_rank(group) if rank is None else rank)
 
     def _plan(self, rank: int) -> None:
@@ -113,7 +113,7 @@ class Exchange:
     @property
     def start(self) -> int:
         """Position of this rank's first token in its document."""
-        return self.edges[self.rank] - self._document(self.edges[self.rank])[0]
+        return self.edges[self.rank] - self.document(self.edges[self.rank])[0]
 
     @property
     def documents(self) -> list[int] | None:
@@ -132,11 +132,12 @@ class Exchange:
         if not self.pattern.chosen:
             return Outside(self.run(k, v)[0])
         if layer not in self._pasts:  # otherwise activation checkpointing computes it again: it sees the same blocks
-            self._pasts[layer] = self.past(layer, q, k, v)
+            self._pasts[layer] = RankPast(self.pattern, self.group, keep=1, layer=layer)
+            self._pasts[layer].enter(self, q, k, v)
         past = self._pasts[layer]
         return Outside(self.run(k, v, past)[0], past)
 
-    def run(self, k: Tensor, v: Tensor, past: Past | None = None) -> tuple[list[FarKeys], list[FarKeys]]:
+    def run(self, k: Tensor, v: Tensor, past: RankPast | None = None) -> tuple[list[FarKeys], list[FarKeys]]:
         """Exchange rows as in a call, and return (far keys that the shard attends to, all rows received).
 
         In the backward pass, gradients of `past` go back to the ranks that made its rows, if they did so in this call.
@@ -180,50 +181,22 @@ class Exchange:
             )
 
     @torch.no_grad()
-    def other_shards(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[list[ShardTensors], list[ShardTensors]]:
-        """Return what `Past.append` takes of the shards before this rank's, and of those after it.
-
-        q is (B, n, H, D), k and v are (B, n, K, D). Of queries, only the last are given. No gradients flow.
-        """
-        lengths, last = [b - a for a, b in pairwise(self.edges)], self.pattern.last_queries
-        queries = self._gathered(q[:, -last:], [min(length, last) for length in lengths])
-        rows = self._gathered(torch.cat([k, v]), lengths)
-        shards = [(of_q, *both.chunk(2)) for of_q, both in zip(queries, rows, strict=True)]
-        return shards[: self.rank], shards[self.rank + 1 :]
+    def tails(self, q: Tensor, k: Tensor, v: Tensor, *, queries: bool) -> list[Tail]:
+        """Return the ends of all shards, for this rank's q (B, n, H, D), k and v (B, n, K, D). All ranks call this."""
+        lengths, last, most = (
+            [b - a for a, b in pairwise(self.edges)],
+            self.pattern.last_queries,
+            self.pattern.chosen_block - 1,
+        )
+        rows = self._gathered(torch.cat([k, v])[:, -most:], [min(length, most) for length in lengths])
+        of_queries: Sequence[Tensor | None] = [None] * len(lengths)
+        if queries:
+            of_queries = self._gathered(q[:, -last:], [min(length, last) for length in lengths])
+        return [Tail(q_, torch.stack(kv.chunk(2))) for q_, kv in zip(of_queries, rows, strict=True)]
 
     def all_tokens(self, tokens: Tensor) -> Tensor:
         """Return the tokens (B, n) of all ranks' shards, in order. All ranks call this."""
         return torch.cat(self._gathered(tokens, [b - a for a, b in pairwise(self.edges)]), 1)
-
-    def past(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Past:
-        """Gather what blocks are chosen from, and return it: the past of the shard's first document.
-
-        It has memory for its gradients, if any are computed.
-        """
-        past, size = Past(self.pattern, keep=1, layer=layer), self.pattern.chosen_block
-        document = self._document(self.edges[self.rank])[0]
-        earlier = zip(self.edges, self.edges[1:], self.other_shards(q, k, v)[0], strict=False)  # ranks before this one
-        for first, stop, shard in earlier:
-            tokens = min(stop - first, max(0, stop - document))  # of this document
-            past.append(*(x[:, max(0, x.shape[1] - tokens) :] for x in shard))
-        if torch.is_grad_enabled() and past.position:
-            shape = 2, k.shape[0], -(-past.position // size) * size, *k.shape[2:]
-            past.gradients = torch.zeros(shape, dtype=accumulator(k.dtype), device=k.device)
-        return past
-
-    def _summed(self, past: Past, like: Tensor) -> Tensor:
-        """Return the sum, over the ranks' pasts, of the gradients (k and v, B, n, K, D) of this shard's rows.
-
-        `like` (B, n, K, D) has the shape and the device of the shard's keys. All ranks call this.
-        """
-        start, document = self.edges[0], self._document(self.edges[self.rank])[0]
-        shape = 2, like.shape[0], self.edges[-1] - start, *like.shape[2:]
-        total = like.new_zeros(shape, dtype=accumulator(like.dtype))
-        if past.gradients is not None:
-            first, last = max(start, document), self.edges[self.rank]
-            total[:, :, first - start : last - start] = past.gradients[:, :, first - document : last - document]
-        dist.all_reduce(total, group=self.group)
-        return total[:, :, self.shard]
 
     def _gathered(self, x: Tensor, lengths: Sequence[int]) -> list[Tensor]:
         """Return all ranks' x (B, n, ...), whose n are `lengths`."""
@@ -250,24 +223,14 @@ class Exchange:
         of_row = 2 * batch * head_dim
         return [of_row * sum(parcel.rows * self.lanes(parcel, kv_heads) for parcel in of_rank) for of_rank in parcels]
 
-    def gathered(self, like: Sequence[int]) -> int:
-        """Return how many numbers each other rank sends here for chosen blocks, given the shape of keys (B, n, H, D).
-
-        They are the keys, values and last queries of a shard, padded to the longest one.
-        """
-        if not self.pattern.chosen:
-            return 0
+    def tail_numbers(self, like: Sequence[int], *, queries: bool = True) -> int:
+        """Return how many numbers `tails` gets from each other rank, for keys like (B, n, H, D)."""
         batch, _, kv_heads, head_dim = like
         longest = max(b - a for a, b in pairwise(self.edges))
-        queries = min(longest, self.pattern.last_queries)
-        return batch * head_dim * (2 * kv_heads * longest + self.num_heads * queries)
+        rows = 2 * kv_heads * min(longest, self.pattern.chosen_block - 1)
+        return batch * head_dim * (rows + queries * self.num_heads * min(longest, self.pattern.last_queries))
 
-    def summed(self, like: Sequence[int]) -> int:
-        """Return how many gradients of keys and values the backward pass adds up over all ranks, for chosen blocks."""
-        batch, _, kv_heads, head_dim = like
-        return 2 * batch * (self.edges[-1] - self.edges[0]) * kv_heads * head_dim if self.pattern.chosen else 0
-
-    def _document(self, position: int) -> tuple[int, int]:
+    def document(self, position: int) -> tuple[int, int]:
         """Return the start and the end of the document that holds a position."""
         index = bisect_right(self.starts, position)
         return self.starts[index - 1], self.starts[index] if index < len(self.starts) else self.edges[-1]
@@ -276,7 +239,7 @@ class Exchange:
         """Return the spans that a rank keeps (False), then the spans that its shard's first document sees (True)."""
         if reader in self._seen:
             return self._seen[reader]
-        document, end = self._document(self.edges[reader])
+        document, end = self.document(self.edges[reader])
         start, stop = self.edges[reader] - document, min(self.edges[reader + 1], end) - document
         if self.cached and document not in self._open:
             self._open[document] = open_spans(self.pattern, self.edges[-1] - document)
@@ -297,7 +260,7 @@ class Exchange:
         """Return the rows of `maker` that `reader` wants."""
         if not self._reaches(maker, reader):
             return []
-        document, end = self._document(self.edges[reader])
+        document, end = self.document(self.edges[reader])
         # the maker's part of that document
         first, last = max(self.edges[maker], document) - document, min(self.edges[maker + 1], end) - document
         parcels: dict[tuple[int, int], Parcel] = {}  # by level and segment
@@ -351,14 +314,14 @@ class Exchange:
 
         A rank between them may be so short that it has no row of this level.
         """
-        document, _ = self._document(self.edges[self.rank])
+        document, _ = self.document(self.edges[self.rank])
         first, stop = (edge - document for edge in self.edges[self.rank : self.rank + 2])
         around_shard = first < stop and earlier.stop <= first and stop <= later.start
         return not around_shard and not self._rows(FarSpan(later.level, earlier.stop, later.start))
 
     def _wants_others(self, reader: int) -> bool:
         """Return whether `reader` gets a row from any other rank."""
-        document, _ = self._document(self.edges[reader])
+        document, _ = self.document(self.edges[reader])
         first = max(0, self.edges[0] - document)  # earlier rows are in caches
         start, stop = self.edges[reader] - document, self.edges[reader + 1] - document
         parts = (
@@ -509,7 +472,7 @@ class _AllToAll(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, exchange: Exchange, flight: _Flight, back: _WayBack, past: Past | None, k: Tensor, v: Tensor
+        ctx: Any, exchange: Exchange, flight: _Flight, back: _WayBack, past: RankPast | None, k: Tensor, v: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.back, ctx.past, ctx.shape, ctx.dtype = back, past, k.shape, k.dtype
         maps, (batch, _, kv_heads, width) = back.maps, k.shape
@@ -540,7 +503,7 @@ class _AllToAll(torch.autograd.Function):
         for place, d in enumerate((dk, dv)):
             d.view(-1, ctx.shape[3]).index_add_(0, maps.sent, got[:, place].to(wide))
         if ctx.past:
-            for d, more in zip((dk, dv), ctx.back.exchange._summed(ctx.past, dk), strict=True):
+            for d, more in zip((dk, dv), ctx.past.hand_back(ctx.back.exchange, dk), strict=True):
                 d += more
         return None, None, None, None, dk.to(ctx.dtype), dv.to(ctx.dtype)
 
@@ -548,6 +511,14 @@ class _AllToAll(torch.autograd.Function):
 @lru_cache(maxsize=256)
 def _lanes(pattern: Pattern, level: int, num_heads: int, kv_heads: int) -> int:
     return len(lanes(pattern, level, num_heads, kv_heads).offsets)
+
+
+def most_owned(size: int, tokens: int, chunk: int, ranks: int) -> int:
+    """Return the most blocks of `size` that a rank has of a sequence in chunks of `chunk` tokens, which ranks share."""
+    directory = Directory(size, ranks)
+    for start in range(0, tokens, chunk):
+        directory.add(even_edges(start, min(chunk, tokens - start), ranks))
+    return max(directory.held)
 
 
 def even_edges(start: int, tokens: int, ranks: int) -> list[int]:
