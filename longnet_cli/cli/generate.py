@@ -159,8 +159,9 @@ def _open(options: GenerateCommand, text: str | None) -> tuple[Loaded, Room | No
     if choice.update:
         ask_hub(choice.model, options.tokenizer)
     folder = ModelFolder.find(choice.model, gguf=True)
-    if options.sp and folder.of_transformers:
-        raise ConfigError(f"{folder.name}: a Hugging Face model reads a text in one process: leave out --sp")
+    processes = options.sp or int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1 and folder.of_transformers:
+        raise ConfigError(f"{folder.name}: a Hugging Face model reads a text in one process, not in {processes}")
     launch(None, (options.inputs or ["-"]) if text is None else (), sp=options.sp)
     from longnet_cli.running.ranks.ranks import join
 

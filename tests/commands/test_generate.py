@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from builders import tiny_net
+from builders import tiny_model, tiny_net
 from conftest import RunLongnet
 from processes import Start, invoke, refused
 
@@ -120,6 +120,9 @@ def test_a_name_of_a_file_is_a_text_and_said_to_be_one(model: Path, run_longnet:
         (["x", "--seed", "-1"], 2, "--seed -1 is not a number from 0"),
         (["x", "--chat"], 2, "no chat template"),
         (["-i", "missing.txt"], 3, "missing.txt"),
+        (["x", "--state", "s", "--sp", "2"], 2, "--state is continued by one process: leave out --sp"),
+        (["x", "--sources", "--sp", "2"], 2, "--sources are told by one process: leave out --sp"),
+        (["--sp", "2"], 2, "stdin can be read by one process"),
         (["\udcff"], 2, "PROMPT is not UTF-8"),
         ([], 3, "stdin: the file is empty (0 bytes)\n"),
     ],
@@ -130,6 +133,24 @@ def test_what_is_refused_is_one_line(run_longnet: RunLongnet, arguments: list[st
     assert done.stderr.startswith("longnet: error: ")
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.ci
+def test_several_processes_read_and_save_what_one_does(run_longnet: RunLongnet, tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model", vocab_size=259, position="rope")
+    (tmp_path / "long.txt").write_text(PROMPT * 40)
+    words = ["--model", model, "--pattern", "window:16,chosen=2x8,chosen_every=4", "--format", "jsonl", "-q"]
+    read = ["generate", "-i", "long.txt", "--chunk", "64", "-n", "5", *words]
+    found = []
+    for name, more in (("one", []), ("two", ["--sp", "2"])):
+        done = run_longnet(*read, "--save-state", name, *more)
+        assert done.returncode == 0, done.stderr
+        asked = run_longnet("generate", "on", "--state", name, "-n", "5", *words)
+        assert asked.returncode == 0, asked.stderr
+        found.append([json.loads(each.stdout) for each in (done, asked)])
+    for one, two in zip(*found, strict=True):
+        assert one["tokens"] == two["tokens"]
+        assert two["logprobs"] == pytest.approx(one["logprobs"], abs=1e-4)
 
 
 def test_a_closed_pipe_and_ctrl_c_end_it(model: Path, start: Start) -> None:
