@@ -162,6 +162,9 @@ def _open(options: GenerateCommand, text: str | None) -> tuple[Loaded, Room | No
     processes = options.sp or int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1 and folder.of_transformers:
         raise ConfigError(f"{folder.name}: a Hugging Face model reads a text in one process, not in {processes}")
+    alone = {"--state": options.state, "--sources": options.sources, "--dry-run": options.dry_run}
+    if processes > 1 and (given := [option for option, value in alone.items() if value]):  # under torchrun
+        raise ConfigError(f"{given[0]} is for one process, and there are {processes}: start one")
     launch(None, (options.inputs or ["-"]) if text is None else (), sp=options.sp)
     from longnet_cli.running.ranks.ranks import join
 

@@ -135,6 +135,15 @@ def test_what_is_refused_is_one_line(run_longnet: RunLongnet, arguments: list[st
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("option", [["--state", "s"], ["--sources"], ["--dry-run"]])
+def test_what_one_process_does_is_refused_under_torchrun(
+    model: Path, option: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    message = f"{option[0]} is for one process, and there are 2: start one"
+    assert message in str(refused("generate", "x", "-m", f"{model}/", *option))
+
+
 @pytest.mark.ci
 def test_several_processes_read_and_save_what_one_does(run_longnet: RunLongnet, tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "model", vocab_size=259, position="rope")
