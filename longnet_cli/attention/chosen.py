@@ -358,7 +358,7 @@ class _Stored(NamedTuple):
         if past and before < inside:
             held = past.waiting.shape[2]
             into[self.row, self.part.columns][: self.size - held] += d[before, held:]
-            d[before, held:] = 0
+            d[before, held:] = 0  # given to the shard: the past gets the others
         if past:
             past.add_gradients(self.row, index, blocks[:inside], d[:inside])
 

@@ -10,9 +10,9 @@ from typing import NamedTuple
 from .pattern import FUNNEL, MEAN_OF, RUN, RUNS, VOTERS, LayerKind, Pattern
 
 FETCHED = 1024  # queries for which blocks are fetched together, if several ranks hold the past
-# Measured (docs/measurements/finding.md), of FETCHED neighbouring queries: the distinct blocks that they see; how many
-# times as many candidates, and blocks that remain after an earlier stage, their scans have as one scan. And of each of
-# these, the share that the queries before have not
+# Measured (docs/measurements/finding.md), of FETCHED neighbouring queries. SEEN_: the distinct blocks that they see;
+# how many times as many candidates, and blocks that remain after an earlier stage, their scans have as one scan. NEW_:
+# the share of each that the FETCHED queries before them have not
 SEEN_BLOCKS, SEEN_CANDIDATES, SEEN_IN_STAGES = 480, 4.0, 2.1
 NEW_BLOCKS, NEW_CANDIDATES, NEW_IN_STAGES = 0.63, 0.42, 0.12
 

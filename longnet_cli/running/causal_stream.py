@@ -65,12 +65,12 @@ class CausalStream:
     It computes no gradients. Its state is one KVCache per layer, `cache_bytes` in all, bounded whatever the `position`,
     except with chosen blocks, which need all keys. The `ranks` of a group share every chunk: each passes its own
     shard and the chunk's `edges`, and holds the whole state, but for blocks of the past, which stay with the rank that
-    has read them: make `room` for as many at once. `keep` and `allocate` go to KVCache; for chosen blocks,
-    memory is in maps by default. Cached rows on another device than the net's are copied for each chunk. With chosen
-    blocks and `spill`, all keys and values go to one file in that folder, and only what chooses them is in memory.
-    `last_hidden` (B, dim) is the last token's hidden state, from which the next token can be drawn. With chosen blocks,
-    `ids` has the token ids that were read, (B, n) int32 each. Raises ConfigError for a bidirectional net, and what
-    `mapped.SpillFile` raises.
+    has read them. `room` is the number of these for which a rank allocates memory at once. `keep` and `allocate` go to
+    KVCache; for chosen blocks, memory is in maps by default. Cached rows on another device than the net's are copied
+    for each chunk. With chosen blocks and `spill`, all keys and values go to one file in that folder, and only what
+    chooses them is in memory. `last_hidden` (B, dim) is the last token's hidden state, from which the next token can be
+    drawn. With chosen blocks, `ids` has the token ids that were read, (B, n) int32 each. Raises ConfigError for a
+    bidirectional net, and what `mapped.SpillFile` raises.
 
         stream.save("book.state")
         stream = CausalStream.load(model, "book.state")
