@@ -255,7 +255,7 @@ class TransformersNet(Net):
             raise ConfigError(wrong)
         if not self.config.streams:
             return None
-        if self.dilated and getattr(self.model.config.get_text_config(), "num_kv_shared_layers", 0):
+        if self.dilated and getattr(self.model.config.get_text_config(), "num_kv_shared_layers", None):
             self.config = self.config.model_copy(update={"memory": "none"})
             return "some of its layers take the keys of others, which a pattern reads only whole"
         form = "in chunks, with a pattern" if self.dilated else "in chunks"
