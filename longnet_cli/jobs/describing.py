@@ -26,7 +26,7 @@ from longnet_cli.basics.errors import ConfigError
 from longnet_cli.basics.sizes import format_size
 from longnet_cli.hub.model_names import list_models, preset_dir
 from longnet_cli.jobs.plotting import new_figure, save_figure
-from longnet_cli.jobs.plotting.text import colored
+from longnet_cli.jobs.plotting.drawing import colored
 from longnet_cli.models.folder import ModelFolder
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from longnet_cli.basics.configuration import nearest, parse, read_text
 from longnet_cli.basics.errors import ConfigError, DataError, refuse_web_address
 from longnet_cli.basics.sizes import short_bytes, short_duration, short_size
 
-from .axes import Axis, Curve, Panel, Point, Row, merged, number, point
+from .drawing import Axis, Curve, Panel, Point, Row, merged, number, point
 
 TOKENS = Axis("tokens in the sequence", base=10, write=short_size, at="{} tokens")
 
