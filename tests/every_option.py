@@ -268,7 +268,6 @@ model.look_back               rows       model.look_back=1
 model.overlap                 rows       model.overlap=once @ model.look_back=1
 model.queries                 rows       model.queries=all @ {ONCE}
 model.sinks                   rows       model.sinks=2 @ {ONCE}
-model.level_bias              rows       model.level_bias=log_rate
 model.chosen                  rows       model.chosen=2 | model.chosen=3 @ {WINDOW} model.chosen_block=4 model.chosen_every=4
 model.chosen_block            rows       model.chosen_block=8 | model.chosen_block=4 @ {WINDOW} model.chosen=2 model.chosen_every=4
 model.chosen_layers           rows       model.chosen_layers=[0] | model.chosen_layers=[1] @ {WINDOW} model.num_layers=2 model.chosen=2 model.chosen_block=4 model.chosen_every=4

@@ -26,8 +26,8 @@ from longnet_cli.attention.spans import Rows, far_spans
 
 PAPER = Pattern((8, 16, 32, 64), (1, 2, 3, 6))  # r = 3 and 6 divide no w, as in the paper
 WINDOW = Pattern.window(12, sinks=3)
-NESTED = Pattern.nested(32, 8, 2, sinks=2)
-ALL = Pattern((8, 24), (1, 4), look_back=(1, 2), overlap="once", queries="all", sinks=3, level_bias="log_rate")
+NESTED = Pattern((8, 16, 32), (1, 2, 4), look_back=1, overlap="once", queries="all", sinks=2)
+ALL = Pattern((8, 24), (1, 4), look_back=(1, 2), overlap="once", queries="all", sinks=3)
 LOOK_BOTH = Pattern((4, 16), (1, 3), "grouped", look_back=(2, 1))
 SPARSE = Pattern((16, 12), (3, 5))  # no query of most heads and tokens takes part
 
@@ -165,10 +165,10 @@ def test_gathered_rows() -> None:
         torch.testing.assert_close(total.result().view(-1, 8), expected)
         if not repeated:
             merge.add(branch, [strided_view(place, every)[:, 0] for place in merge.places], view, view_lse)
-            merge.add_rows(Pack(NOTHING, NOTHING, False, 0, 0.5), PackedRows(places, NO_EDGES, 0), part, lse)
+            merge.add_rows(Pack(NOTHING, NOTHING, False, 0), PackedRows(places, NO_EDGES, 0), part, lse)
             by_row = view_lse.transpose(1, 2).reshape(-1).clone()
-            sums = by_row.index_copy(0, places, torch.logaddexp(by_row[places], lse + 0.5))
-            weight = torch.zeros(180).index_copy_(0, places, (lse + 0.5 - sums[places]).exp())
+            sums = by_row.index_copy(0, places, torch.logaddexp(by_row[places], lse))
+            weight = torch.zeros(180).index_copy_(0, places, (lse - sums[places]).exp())
             parts = torch.zeros(180, 8).index_copy_(0, places, part)
             out, found = merge.result()
             torch.testing.assert_close(found.view(-1), sums)

@@ -38,8 +38,8 @@ TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 2e-3}  # of attention and its g
 OF_NETS = {"fp32": (1e-5, 1e-5), "bf16": (2e-2, 5e-2)}  # of hidden states, of gradients
 TOKENS, HALF = 700, 333
 GROUPED = Pattern(PAPER_64TH.segment_lengths, PAPER_64TH.dilation_rates, "grouped")
-NESTED = Pattern.nested(512, 32, 4, sinks=2)
-ALL = Pattern((32, 128), (1, 4), look_back=(1, 2), overlap="once", queries="all", sinks=3, level_bias="log_rate")
+TILED = Pattern((32, 128, 512), (1, 4, 16), look_back=1, overlap="once", queries="all", sinks=2)
+ALL = Pattern((32, 128), (1, 4), look_back=(1, 2), overlap="once", queries="all", sinks=3)
 BOTH_WAYS = Pattern((48, 160), (1, 3), "grouped", look_back=(2, 1))
 
 
@@ -66,18 +66,18 @@ CASES: dict[str, tuple[Pattern, dict[str, Any]]] = {
     "a padded batch": (PAPER_64TH, {"batch": 3, "causal": False, "lengths": (TOKENS, 0, HALF)}),
     "documents": (PAPER_64TH, {"batch": 2, "documents": (5, 300, 1, 394)}),
     "many documents": (PAPER_64TH, {"documents": (17,) * 41 + (3,)}),
-    "documents with sinks": (NESTED, {"documents": (5, 300, 1, 394), "turn": turn}),
+    "documents with sinks": (TILED, {"documents": (5, 300, 1, 394), "turn": turn}),
     "far keys": (PAPER_64TH, {"attend": in_halves}),
-    "far keys and sinks, shared key heads": (NESTED, {"kv_heads": 2, "attend": in_halves, "turn": turn}),
+    "far keys and sinks, shared key heads": (TILED, {"kv_heads": 2, "attend": in_halves, "turn": turn}),
     "a window and sinks": (Pattern.window(48, sinks=4), {"turn": turn}),
-    "all queries, biases, one key head": (ALL, {"kv_heads": 1}),
+    "all queries, one key head": (ALL, {"kv_heads": 1}),
     "a look both ways": (BOTH_WAYS, {"causal": False, "kv_heads": 3}),
     "queries in no level": (Pattern((96, 80), (3, 5)), {}),
     "head_dim 128": (PAPER_64TH, {"head_dim": 128}),
     "head_dim 20": (PAPER_64TH, {"head_dim": 20}),
     "one token": (PAPER_64TH, {"tokens": 1}),
     "slices of one tensor": (PAPER_64TH, {"view": lambda x: torch.stack((x, x, x), 2)[:, :, 1]}),
-    "heads before tokens": (NESTED, {"view": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)}),
+    "heads before tokens": (TILED, {"view": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)}),
     "features apart": (PAPER_64TH, {"view": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3)}),
     "every other token": (PAPER_64TH, {"view": lambda x: x.repeat_interleave(2, 1)[:, ::2]}),
     "heads without a stride": (PAPER_64TH, {"view": lambda x: x[:, :, :1].expand_as(x)}),

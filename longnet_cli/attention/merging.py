@@ -4,8 +4,7 @@ Each branch is one plain attention call on strided views. Branches merge by thei
 
     LSE = log sum_i exp(lse_i)        out = sum_i exp(lse_i - LSE) out_i
 
-The backward calls each branch's kernel with the merged out and LSE, and adds up dq, dk, dv. A bias on a branch's scores
-is added to its lse_i, and subtracted from the LSE that the branch's backward gets.
+The backward calls each branch's kernel with the merged out and LSE, and adds up dq, dk, dv.
 
 B batch, N tokens of the shard, H query heads, K key heads, D head_dim.
 """
@@ -17,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from math import exp, log
+from math import log
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -109,7 +108,7 @@ def merged_forward(
     if blocks:  # after a single token's first call, there are often no others
         calls = kernel_calls(blocks, kernel, (q, *merge.places), (k, v), far, plan.layouts)
         for branch, (q_, *places), (k_, v_) in calls:
-            out, lse = kernel.forward(q_, k_, v_, branch.causal, scale, *_bias(branch, q_))
+            out, lse = kernel.forward(q_, k_, v_, branch.causal, scale, *_counts(branch, q_))
             merge.add(branch, places, out, lse)
     for pack in plan.packs:
         queries, keys = pack.rows(q.device)
@@ -132,7 +131,7 @@ def _single_token(
         _view(x, shown, rows, 0, True) for x, shown in ((q, branch.queries), (k, branch.keys), (v, branch.keys))
     )
     out, lse = plan.kernel.forward(q_, k_, v_, False, scale)
-    return Merge(q, True, (out, lse + branch.bias if branch.bias else lse))
+    return Merge(q, True, (out, lse))
 
 
 def merged_backward(
@@ -214,8 +213,9 @@ class _Gradients:
         query_like, key_like = (*of_queries, self.q.place), (*keys, self.k.place, self.v.place)
         calls = kernel_calls(blocks, self.kernel, query_like, key_like, self._far_tensors, self._layouts)
         for branch, (dout, q, out, lse, dq), (k, v, *places) in calls:
-            lse = lse[..., 0] - branch.bias if branch.bias else lse[..., 0]
-            part, *parts = self.kernel.backward(dout, q, k, v, out, lse, branch.causal, scale, *_bias(branch, q))
+            part, *parts = self.kernel.backward(
+                dout, q, k, v, out, lse[..., 0], branch.causal, scale, *_counts(branch, q)
+            )
             self.q.add(dq, part, branch.queries, fresh=branch.first and not self._far_first)
             fresh = branch.first and branch.queries == branch.keys and not self._shared_heads
             of_keys = (self.k, self.v) if branch.far is None else self._far_sums[2 * branch.far : 2 * branch.far + 2]
@@ -228,8 +228,7 @@ class _Gradients:
         queries, of_keys = pack.rows(of_queries[0].device)
         dout, q, out, lse = (_rows(x)[queries.places] for x in of_queries)
         k, v = (_rows(x)[of_keys.places] for x in keys)
-        lse = lse[..., 0] - pack.bias
-        parts = self.kernel.backward_packed(dout, q, k, v, out, lse, queries, of_keys, pack.causal, scale)
+        parts = self.kernel.backward_packed(dout, q, k, v, out, lse[..., 0], queries, of_keys, pack.causal, scale)
         for total, rows, part in zip((self.q, self.k, self.v), (queries, of_keys, of_keys), parts, strict=True):
             total.add_rows(rows, part, repeated=rows is not queries)
 
@@ -265,8 +264,6 @@ class Merge:
     def add(self, branch: Branch | Pack, places: Sequence[Tensor], part: Tensor, lse: Tensor) -> None:
         """Merge one call in place into `places`, its views of out (.., rows, D) and lse (.., rows, 1)."""
         (out, total), lse = places, lse[..., None]
-        if branch.bias:
-            lse = lse + branch.bias
         if branch.zero_keys:  # n keys with score 0 and value 0: a branch with out 0 and lse log n, merged first
             with_zeros = torch.logaddexp(lse, torch.full_like(lse, log(branch.zero_keys)))
             part, lse = part * (lse - with_zeros).exp(), with_zeros
@@ -448,8 +445,8 @@ class _CallLayout(NamedTuple):
         return cls(views, limit, len(size) == 4 and size[0] <= limit)
 
 
-def _bias(branch: Branch, q: Tensor) -> tuple[Tensor, ...]:
-    """Return the bias on the scores of a union, as a tuple of one tensor (heads, rows, keys); () for other branches."""
+def _counts(branch: Branch, q: Tensor) -> tuple[Tensor, ...]:
+    """Return the `log_counts` of a union, as a tuple of one tensor (heads, rows, keys); () for other branches."""
     if branch.union is None:
         return ()
     shown = branch.queries
@@ -459,12 +456,12 @@ def _bias(branch: Branch, q: Tensor) -> tuple[Tensor, ...]:
 
 @lru_cache(maxsize=4)
 def log_counts(union: Union, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return (H, tokens, tokens): the log of how often a key counts, e^bias for each level that shows it; or -inf."""
+    """Return (H, tokens, tokens): the log of how often a key counts, once for each level that shows it; or -inf."""
     pattern, heads, kv_heads, causal, tokens = union
     with torch.inference_mode(False):  # the cached table outlives the caller's inference mode
         counts = torch.zeros(heads, tokens, tokens, dtype=dtype, device=device)
         for branch in branches(pattern, heads, 0, tokens, causal, "exact", (), 0, kv_heads):
-            seen = counts.new_full((branch.queries.rows, branch.keys.rows), exp(branch.bias))
+            seen = counts.new_ones(branch.queries.rows, branch.keys.rows)
             seen = seen.tril_() if branch.causal else seen
             for segment in range(branch.queries.segments):
                 for index in range(branch.queries.heads):

@@ -56,12 +56,12 @@ class OnePassMerge:
         self.places = (_places(q),)
 
     def add(self, branch: Branch, places: list[Tensor], part: Tensor, lse: Tensor) -> None:
-        self._pieces.add(places[0], self.q.shape[2], part, lse, branch.bias, branch.zero_keys)
+        self._pieces.add(places[0], self.q.shape[2], part, lse, 0.0, branch.zero_keys)
 
     def add_rows(self, pack: Pack, queries: PackedRows, part: Tensor, lse: Tensor) -> None:
         """Take the part (rows, D) and lse (rows,) of gathered rows, all of them distinct."""
         batch, tokens, heads, _ = self.q.shape
-        self._pieces.add_rows(queries, (batch * tokens, heads), part, lse, pack.bias, pack.zero_keys)
+        self._pieces.add_rows(queries, (batch * tokens, heads), part, lse, 0.0, pack.zero_keys)
 
     def result(self) -> tuple[Tensor, Tensor]:
         out = torch.empty(self.q.shape, dtype=self.q.dtype, device=self.q.device)

@@ -24,9 +24,9 @@ class PatternCommand:
     patterns: list[str] = argument(
         "PATTERN",
         "Patterns: paper, geometric:1e9,base=2Ki,ratio=2, window:1Ki,look_back=1,sinks=4, "
-        "nested:1Mi,base=1Ki,ratio=4, pretrained, finding, dense, or levels (segment length / rate) as "
-        "1Ki/1,4Ki/4. All take look_back=, overlap=once, queries=all, sinks=, level_bias=, head_offsets=; "
-        "a window takes chosen=32x32, chosen_every=. Or a recipe (.toml) or a model, by name or path.",
+        "pretrained, finding, dense, or levels (segment length / rate) as 1Ki/1,4Ki/4. All take look_back=, "
+        "overlap=once, queries=all, sinks=, head_offsets=; a window takes chosen=32x32, chosen_every=. "
+        "Or a recipe (.toml) or a model, by name or path.",
     )
     seq: int | None = MEASURE.size(
         "--seq SIZE", "Describe a sequence of this length. (default: the longest segment, or 32Ki)"

@@ -73,7 +73,7 @@ def test_padded_rows_equal_the_reference(problem: Problem, zero_keys: bool) -> N
 
 @given(choice=choices(), sizes=cuts())
 def test_every_option_of_a_pattern(choice: Choice, sizes: list[int]) -> None:
-    """Look-back, sinks, biases, shared key heads."""
+    """Look-back, sinks, shared key heads."""
     inputs, documents = choice.qkv(), split(choice.tokens, sizes)
     options = {"causal": choice.causal} | ({"turn": turn} if choice.rotary else {})
     expected = run(each_alone(documents), inputs, choice.pattern, **options)

@@ -23,13 +23,13 @@ pytest.importorskip("transformers", reason="transformers is not installed: pip i
 import transformers as hf
 from builders import MadeInputs, make_document, tiny_llama
 from hf_models import (
-    BIASED,
     CAUSAL,
     FAR,
     FOLLOWED,
+    GROUPED,
     LEVELS,
     MODELS,
-    NESTED,
+    TILED,
     WINDOW,
     bert,
     built,
@@ -103,7 +103,7 @@ def test_a_stream_with_the_cache_of_transformers_is_the_whole(
     ("model", "pattern"),
     [
         *((x, LEVELS) for x in CAUSAL),
-        *((llama, Pattern.dense()), (llama, FAR), (qwen2, NESTED), (qwen3, BIASED), (gpt2, WINDOW)),
+        *((llama, Pattern.dense()), (llama, FAR), (qwen2, TILED), (qwen3, GROUPED), (gpt2, WINDOW)),
         *((x, FOLLOWED) for x in (llama, gpt2)),
     ],
 )
