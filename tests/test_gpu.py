@@ -1,4 +1,4 @@
-"""What only a GPU can show, against float64 on the CPU: every kernel, dtype and way to merge on odd shapes and views;
+"""What only a GPU can show, against float64 on the CPU: every kernel and dtype on odd shapes and views;
 gradients whole, in chunks and compiled; streams; commands; and two ranks over NCCL, where there are two cards.
 
 pytest -m gpu tests/test_gpu.py       without a GPU, to try the tests: LONGNET_TEST_DEVICE=cpu
@@ -23,7 +23,7 @@ from processes import TORCHRUN
 from strategies import PAPER_64TH, document_starts, turn
 from torch import Tensor
 
-from longnet_cli.attention import Pattern, dilated_attention, far_keys, kernels, merging
+from longnet_cli.attention import Pattern, dilated_attention, far_keys, kernels
 from longnet_cli.attention.spans import far_spans
 from longnet_cli.jobs.benchmark import Settings, bench
 from longnet_cli.jobs.training.gradients import backward
@@ -118,18 +118,13 @@ def exact_attention(name: str, dtype: str) -> list[Tensor]:
     return run(attend, like, dtype, torch.device("cpu"), wide=True)
 
 
-@pytest.mark.parametrize("one_pass", [True, False], ids=["one pass", "operators of torch"])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("kernel", [name for name in kernels.KERNELS if name != "cpu_flash" or not CUDA])
-def test_attention(kernel: str, dtype: str, one_pass: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention(kernel: str, dtype: str) -> None:
     try:
         kernels.select_kernel(DEVICE, DTYPES[dtype], 64, kernel)
     except ValueError as refusal:
         pytest.skip(str(refusal))
-    if not one_pass:
-        monkeypatch.setattr(merging, "_fused", lambda x: None)
-    elif merging._fused(torch.empty(1, 1, 1, 64, dtype=DTYPES[dtype], device=DEVICE)) is None:
-        pytest.skip(f"nothing merges branches in one pass in {dtype} on {DEVICE}")
     wrong = []
     for name in CASES:
         pattern, like, options = split_options(name)
@@ -146,7 +141,7 @@ def test_attention(kernel: str, dtype: str, one_pass: bool, monkeypatch: pytest.
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.filterwarnings("error:branches merge", "error:attention kernel")
+@pytest.mark.filterwarnings("error:attention kernel")
 def test_another_card_than_the_current_one() -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two cards")
@@ -162,12 +157,10 @@ def test_what_is_fast_serves() -> None:
     if CUDA and torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("the card has no compute capability 8.0")
     chosen = {dtype: kernels.select_kernel(DEVICE, DTYPES[dtype], 64).name for dtype in TOLERANCE}
-    flash = {"fa4", "fa3", "flash_attn", "cuda_flash"} if CUDA else {"cpu_flash"}
+    flash = {"fa3", "flash_attn", "cuda_flash"} if CUDA else {"cpu_flash"}
     assert chosen["bf16"] in flash
     assert chosen["fp16"] in flash
     assert chosen["fp32"] == ("cuda_efficient" if CUDA else "cpu_flash")
-    if CUDA:
-        assert all(merging._fused(torch.empty(1, 1, 1, 64, dtype=DTYPES[dtype], device=DEVICE)) for dtype in TOLERANCE)
 
 
 def test_more_numbers_than_32_bits_count() -> None:

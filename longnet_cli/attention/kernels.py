@@ -14,14 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .cuda_kernels import (
-    CudaEfficientKernel,
-    CudaFlashKernel,
-    CudnnKernel,
-    Flash3Kernel,
-    Flash4Kernel,
-    FlashAttnKernel,
-)
+from .cuda_kernels import CudaEfficientKernel, CudaFlashKernel, Flash3Kernel, FlashAttnKernel
 from .packing import PackedRows, Sequences, rows_of
 from .plain_call import Kernel, MathKernel, wide
 
@@ -133,12 +126,10 @@ def _triangle(rows: int, before: int, dtype: torch.dtype) -> Tensor:
 KERNELS: dict[str, Kernel] = {
     kernel.name: kernel
     for kernel in (
-        Flash3Kernel(),  # before FlashAttention-4, which is no faster on Hopper, and compiles for seconds
-        Flash4Kernel(),
+        Flash3Kernel(),
         FlashAttnKernel(),
         CudaFlashKernel(),
         CudaEfficientKernel(),
-        CudnnKernel(),
         CpuFlashKernel(),
         MathKernel(),
     )

@@ -64,23 +64,12 @@ class Pack:
         return self._there[device]
 
 
-@dataclass(eq=False)
-class PackedRows:
+class PackedRows(NamedTuple):
     """Rows as `places` (rows,) int64 among all B N H, `edges` (S + 1,) int32 of sequences, and the longest length."""
 
     places: Tensor
     edges: Tensor
     longest: int
-    _inverse: Tensor | None = None
-
-    def inverse(self, size: int) -> Tensor:
-        """Return the index of the row at each of the B N H = `size` places, (size,) int32, -1 for none; cached."""
-        if self._inverse is None:
-            with torch.inference_mode(False):  # the cached tensor outlives the caller's inference mode
-                rows = torch.arange(len(self.places), dtype=torch.int32, device=self.places.device)
-                self._inverse = torch.full((size,), -1, dtype=torch.int32, device=self.places.device)
-                self._inverse.index_copy_(0, self.places, rows)
-        return self._inverse
 
 
 def rows_of(sequences: Sequences, device: torch.device) -> PackedRows:
