@@ -57,7 +57,6 @@ OPTIONS = {
 8/1,32/2 --format json
 --seq                 rows       --seq 128
 --heads               rows       --heads 3
---layers              rows       --layers 9
 --causal              rows       --bidirectional
 --format              stdout     --format text | --format json @ 8/1,32/2
 --output              files      -o p.svg
