@@ -43,9 +43,8 @@ class Branch(NamedTuple):
 
     The heads of `queries` are query heads; the heads of `keys` are key heads, or lanes of far keys. Of a single token,
     all query heads of a key head are rows, if they see the same keys. `far` is the index of the far keys, None for near
-    ones. `zero_keys` keys with logit 0 and value 0 join the softmax
-    (`padding="zero_key"`). `first` marks the branches that reach every row of the shard before any other branch does.
-    A call with a `union` computes all levels at once.
+    ones. `zero_keys` keys with logit 0 and value 0 join the softmax (`padding="zero_key"`). `first` marks the branches
+    that reach every row of the shard before any other branch does. A call with a `union` computes all levels at once.
     """
 
     queries: Rows

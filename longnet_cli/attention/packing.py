@@ -53,7 +53,7 @@ class Pack:
     keys: Sequences
     causal: bool
     zero_keys: int
-    first: bool = False
+    first = False
     _there: dict[torch.device, tuple[PackedRows, PackedRows]] = field(default_factory=dict)
 
     def rows(self, device: torch.device) -> tuple[PackedRows, PackedRows]:
