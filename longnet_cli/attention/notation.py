@@ -96,7 +96,7 @@ def is_pattern(text: str) -> bool:
 def read_pattern(written: str | Mapping[str, Any] | None, name: str) -> Pattern | None:
     """Return the pattern of a text or of fields, None for None. Raises ConfigError that begins with `name`."""
     try:
-        return parse_pattern(written) if isinstance(written, str) else Pattern(**written) if written else None
+        return parse_pattern(written) if isinstance(written, str) else from_fields(written) if written else None
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{name}: {error}") from None
 
@@ -243,3 +243,10 @@ def pattern_fields(pattern: Pattern) -> dict[str, Any]:
     """Return the arguments that make a pattern: its levels, and the options that differ from the defaults."""
     levels = {name: getattr(pattern, name) for name in ("segment_lengths", "dilation_rates")}
     return levels | {name: getattr(pattern, name) for name in _changed(Pattern(**levels), pattern)}
+
+
+def from_fields(given: Mapping[str, Any]) -> Pattern:
+    """Return the pattern of such arguments. Raises ValueError or, if one is missing, TypeError."""
+    if unknown := [name for name in given if name not in PATTERN_FIELDS]:
+        raise ValueError(f"unknown key '{unknown[0]}'{_nearest(unknown[0], PATTERN_FIELDS)}")
+    return Pattern(**given)

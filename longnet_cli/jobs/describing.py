@@ -19,7 +19,7 @@ import numpy as np
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.branches import level_flops
 from longnet_cli.attention.groups import comparisons
-from longnet_cli.attention.notation import format_levels, format_pattern, is_pattern, parse_pattern
+from longnet_cli.attention.notation import format_levels, format_pattern, from_fields, is_pattern, parse_pattern
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.basics.sizes import format_size
 from longnet_cli.hub.model_names import list_models, preset_dir
@@ -123,7 +123,10 @@ def find_subject(text: str) -> Subject:
     data = folder.config
     try:
         heads = int(data["num_attention_heads"])
-        pattern, size = Pattern(**data["dilated_attention"]), int(data.get("head_dim") or data["hidden_size"] // heads)
+        pattern, size = (
+            from_fields(data["dilated_attention"]),
+            int(data.get("head_dim") or data["hidden_size"] // heads),
+        )
         return Subject(text, pattern, heads, size)
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(

@@ -317,6 +317,8 @@ def spoilt(folder: Path, tmp_path: Path) -> Callable[..., Path]:
         ({"dilated_attention": {"segment_lengths": [8], "dilation_rates": []}}, "one entry per level"),
         ({"dilated_attention": {"segment_lengths": "8", "dilation_rates": [1]}}, "segment_lengths needs whole numbers"),
         ({"dilated_attention": [8, 1]}, "dilated_attention in the model's config: a table of "),
+        ({"dilated_attention": {"level_bias": None}}, "dilated_attention in the model's config: unknown key 'level_b"),
+        ({"dilated_attention": {"lookback": 1}}, "unknown key 'lookback': did you mean 'look_back'?"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "rope_type dynamic"),
     ],
 )
