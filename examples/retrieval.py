@@ -50,12 +50,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from longnet_cli.jobs.plotting.axes import Axis, Curve, Panel, Point
+from longnet_cli.jobs.plotting.picture import draw_picture
 from nearest import read_table, scaled, vectors_of, z_scores
 
 from longnet_cli import LongNetError, ModelFolder
 from longnet_cli.basics.sizes import parse_size
-from longnet_cli.jobs.plotting.axes import Axis, Curve, Panel, Point
-from longnet_cli.jobs.plotting.picture import draw_picture
 from longnet_cli.jobs.training.windows import draw_spans
 
 SIZES = {"S": (8_000, 16_000), "M": (32_000, 64_000), "L": (130_000, 10_000_000)}  # bytes

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.ipc
 import pytest
 import torch
-from builders import tiny_llama, tiny_net
+from builders import scores, tiny_llama, tiny_net
 from conftest import RunLongnet
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -34,7 +34,7 @@ from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.encoding import EncodeOptions, Encoder, encode
 from longnet_cli.jobs.estimating.probe import Sample
 from longnet_cli.jobs.estimating.reading_job import Job, ReadingEstimate, Room, estimate_documents
-from longnet_cli.jobs.scoring.scoring import Cut, Scorer, score
+from longnet_cli.jobs.scoring.scoring import ScoreOptions, Scorer
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import InputSequence, Net
@@ -96,13 +96,13 @@ def estimated(
 def test_windows_of_scoring_are_those_that_are_read(how: dict[str, Any]) -> None:
     net, how = net_of(), {"bos": BOS, "stride": None, "last": None} | how
     with counting(net) as made:
-        scores = list(score(net, documents(), chunk=64, **how))
-    job = partial(Scorer, cut=Cut.of(net, **how))
+        scored = list(scores(net, documents(), chunk=64, **how))
+    job = partial(Scorer, options=ScoreOptions(**how))
     found = estimated(net, job, chunk=64)
     assert (found.documents, found.tokens, found.longest) == (len(LENGTHS), sum(LENGTHS), max(LENGTHS))
     assert found.tokens_read == sum(made)
     assert sum(wanted for n in LENGTHS for _, wanted in job(Reader(net)).window_sizes(n)) == sum(
-        x.score.n_tokens for x in scores
+        x.score.n_tokens for x in scored
     )
 
 
@@ -117,8 +117,8 @@ def test_flops_are_those_that_torch_counts(causal: bool, options: dict | None) -
     make_job: Callable[[Reader], Job]
     with FlopCounterMode(display=False) as counter:
         if options is None:
-            make_job = partial(Scorer, cut=Cut.of(net, BOS, None, None, None))
-            list(score(net, documents(), bos=BOS, chunk=64))
+            make_job = partial(Scorer, options=ScoreOptions(bos=BOS))
+            list(scores(net, documents(), bos=BOS, chunk=64))
         else:
             make_job = partial(Encoder, options=EncodeOptions(bos=BOS, **options))
             encode(net, documents(), EncodeOptions(bos=BOS, **options), chunk=64).read_all()
@@ -157,7 +157,7 @@ def test_the_cache_is_that_of_a_stream(pattern: Pattern, tokens: int) -> None:
 
 def test_chosen_blocks_are_kept_in_memory_or_on_a_disk() -> None:
     net = net_of(**vars(Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=16)))
-    job, found = partial(Scorer, cut=Cut.of(net, BOS, None, None, None)), documents((60_000,))
+    job, found = partial(Scorer, options=ScoreOptions(bos=BOS)), documents((60_000,))
     kept = estimated(net, job, found, chunk=256, room=Room(1 << 40, 1))
     spilled = estimated(net, job, found, chunk=256, spill="disk")
     assert spilled.spilled == kept.memory["cache"] - spilled.memory["cache"] == net.config.spilled_bytes(60_000, 4)
@@ -260,7 +260,7 @@ def test_a_sample_takes_the_memory_of_its_texts(words: Tokenizer) -> None:
 
 def test_a_sample_of_all_is_exact(words: Tokenizer) -> None:
     net, found = net_of(vocab_size=words.vocab_size), some_texts(words, 20, 0)
-    job = partial(Scorer, cut=Cut.of(net, 0, None, None, None))
+    job = partial(Scorer, options=ScoreOptions(bos=0))
     all_of_them = estimated(net, job, found, sample=20, tokenizer=words)  # type: ignore[arg-type]
     assert (all_of_them.sampled, all_of_them.tokens_error) == (20, 0.0)
     assert all_of_them.tokens == pytest.approx(sum(len(words.encode(text.text)) for text in found), abs=10)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'longnet-cli[hf]'")
 
 import transformers as hf
-from builders import MadeInputs, make_document, tiny_llama
+from builders import MadeInputs, make_document, scores, tiny_llama
 from hf_models import (
     CAUSAL,
     FAR,
@@ -52,7 +52,6 @@ from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.integrations.transformers import use_dilated_attention
 from longnet_cli.jobs.encoding import EncodeOptions, Encoder, encode
 from longnet_cli.jobs.row_jobs import write_rows
-from longnet_cli.jobs.scoring.scoring import score
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.models.hf.longnet_cache import LongNetCache
 from longnet_cli.models.hf.pretrained_net import TransformersNet
@@ -152,7 +151,7 @@ def test_scores_are_those_of_the_models_own_loss(model: Callable[[], hf.PreTrain
     net = net_of(model, attention)
     documents = [make_document(length) for length in (130, 3, 260, 1, 50)]
     for chunk in (10_000, 64, 7):
-        rows = list(score(net, documents, bos=0, chunk=chunk))
+        rows = list(scores(net, documents, bos=0, chunk=chunk))
         for document, row in zip(documents, rows, strict=True):
             tokens = torch.tensor([[0, *document.tokens.tolist()]])
             with torch.no_grad():
@@ -395,11 +394,11 @@ def test_without_transformers(folder: Path, command_env: dict[str, str]) -> None
 def test_models_that_cannot_score() -> None:
     headless = hf.LlamaModel(hf.LlamaConfig(**SMALL, num_key_value_heads=2))
     with pytest.raises(ConfigError, match="LlamaModel has no output layer"):
-        list(score(TransformersNet(headless), [make_document(9)], bos=0))
+        list(scores(TransformersNet(headless), [make_document(9)], bos=0))
     capped = built(lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8)))
     capped.config.final_logit_softcapping = 0.1
     with pytest.raises(ConfigError, match="more to its logits than multiply"):
-        list(score(TransformersNet(capped), [make_document(9)], bos=0))
+        list(scores(TransformersNet(capped), [make_document(9)], bos=0))
 
 
 def test_positions_that_end() -> None:

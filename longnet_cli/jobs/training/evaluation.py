@@ -17,7 +17,8 @@ from torch import Tensor
 
 from longnet_cli.basics.errors import DataError
 from longnet_cli.data.documents import Document
-from longnet_cli.jobs.scoring.scoring import Score, score
+from longnet_cli.jobs.scoring.measures import Score
+from longnet_cli.jobs.scoring.scoring import ScoreOptions, score
 from longnet_cli.jobs.training.windows import PairBatch
 from longnet_cli.nets.net import IGNORED, Net
 from longnet_cli.running.device import precision, to_device
@@ -90,7 +91,8 @@ def evaluate(
         if recipe.train.objective == "masked":
             total = _score_masked(Reader(model, **reading), _masked_windows(documents, recipe, eos_id, seq_len))
         else:
-            total = reduce(add, (each.score for each in score(model, documents, bos=eos_id, **reading)))
+            rows = score(model, documents, ScoreOptions(bos=eos_id), **reading).read_all().to_pylist()
+            total = reduce(add, (Score(row["nll_sum"], row["n_tokens"], row["n_bytes"]) for row in rows))
     finally:
         model.train()
     loss = total.nll_sum / total.n_tokens
