@@ -5,10 +5,8 @@ SHARDED = "model.safetensors.index.json"  # what transformers writes beside the 
 GENERATION = "generation_config.json"
 # files that may stand beside a tokenizer.json: they tell a library how to build the tokenizer and write a chat
 BESIDE_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
-# sentence-transformers' file for prompts; the key of config.json for the pooling of a net that was trained by contrast
-PROMPTS, POOL_KEY = "config_sentence_transformers.json", "embedding_pool"
-# Its list of modules, and the names that the configuration of the first one has had
-MODULES = "modules.json"
+# of sentence-transformers: the prompts, the list of modules, and names that the configuration of the first one has had
+PROMPTS, MODULES = "config_sentence_transformers.json", "modules.json"
 TRANSFORMER_CONFIGS = tuple(
     f"sentence_{kind}_config.json"
     for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")

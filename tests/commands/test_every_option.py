@@ -345,7 +345,7 @@ def make_inputs(folder: Path) -> None:
     (folder / "long.txt").write_text("".join(f"{n} green bottles, " for n in range(5000))[: 1 << 14 | 1])
     lines = [f"{word} {texts[n % 2][n : 40 + n]}" for n, word in enumerate(["one", "two", "three", "four", "five"])]
     rows = [
-        {"id": f"{n}", "name": f"n{n}", "group": n // 2, "text": line, "body": f"{n} {line[::-1]}", "third": line[n:]}
+        {"id": f"{n}", "name": f"n{n}", "group": n // 2, "text": line, "body": f"{n} {line[::-1]}"}
         for n, line in enumerate(lines)
     ]
     write_rows(folder / "rows.jsonl", rows)

@@ -334,7 +334,7 @@ def test_a_recipe_mixes_sources(tmp_path: Path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text(name * 100)
     mix = [{"inputs": [str(tmp_path / f"{name}.txt")], "weight": weight} for name, weight in (("a", 0.75), ("b", 0.25))]
-    (windows,) = loop.make_windows(recipe(mix=mix), Tokenizer.bytes(), 256, Ranks(), print)
+    (windows,) = loop.make_windows(recipe(mix=mix), Tokenizer.bytes(), 256, Ranks())
     batch, _ = next(iter(windows))
     assert [bool((row == ord("b")).any()) for row in batch.read_all()] == [False, False, False, True]
     assert loop.train(recipe(mix=mix), tmp_path / "out").tokens == 2 * 64

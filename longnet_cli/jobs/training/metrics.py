@@ -93,13 +93,11 @@ def _missing(name: str) -> ConfigError:
 
 @dataclass(frozen=True)
 class Metrics:
-    """A line of metrics. `loss` and `grad_norm` (before clipping) are means since the last line.
-
-    A loss is in nats per token or, for contrast, nats per text.
+    """A line of metrics. `loss`, in nats per token, and `grad_norm`, before clipping, are means since the last line.
 
     `mfu` is the net's FLOP rate, forward and backward, with the true lengths of documents, divided by all ranks' rate
     of matrix products. It is None if that rate is unknown, or lower than the net's because other work slowed its
-    measurement. `temperature` is None unless it is learned, and `held_out_*` are None except at evaluations.
+    measurement. `held_out_*` are None except at evaluations.
     """
 
     step: int
@@ -111,13 +109,9 @@ class Metrics:
     seq_len: int
     peak_memory_bytes: int
     mfu: float | None = None
-    temperature: float | None = None
     held_out_loss: float | None = None
     held_out_ppl: float | None = None
     held_out_bpb: float | None = None
-    held_out_recall_1: float | None = None
-    held_out_recall_10: float | None = None
-    held_out_mrr: float | None = None
 
 
 class MetricsLog:
@@ -159,7 +153,6 @@ class MetricsLog:
         *,
         memory: int,
         peak: float | None = None,
-        temperature: float | None = None,
         held_out: Mapping[str, float | None] | None = None,
     ) -> Metrics:
         """Write and return a line for the steps since the last; `peak` is all ranks' matrix product rate in FLOP/s.
@@ -179,7 +172,6 @@ class MetricsLog:
             seq_len=seq_len,
             peak_memory_bytes=memory,
             mfu=share if share is not None and share <= 1 else None,
-            temperature=temperature,
             **measured,
         )
         if self.path:

@@ -61,9 +61,7 @@ def check_ranks(recipe: Recipe, ranks: Ranks) -> None:
             f"a bidirectional net sees a window as a whole: train.chunk = {train.chunk} on {ranks.sp} ranks is less "
             f"than the longest seq_len, {longest}"
         )
-    if ranks.sp > 1 and (not train.across_documents or train.objective == "contrast"):
-        if train.objective == "contrast":
-            raise ConfigError("a bidirectional net reads each text on one rank: give each rank its own pairs (--dp)")
+    if ranks.sp > 1 and not train.across_documents:
         raise ConfigError(
             "a bidirectional net over several ranks cannot keep the documents of a window apart: set "
             "train.across_documents = true, or give each rank its own windows (--dp)"
