@@ -238,10 +238,10 @@ def write_manifest(path: Path, version: int, facts: Mapping[str, Any]) -> None:
     write_file(path, json.dumps(data, indent=1).encode())  # also flushes the folder
 
 
-def read_manifest(path: Path, version: int | None) -> dict[str, Any]:
+def read_manifest(path: Path, version: int) -> dict[str, Any]:
     """Return version, facts and files. Raises CheckpointError if they are not what was written, OSError if missing.
 
-    The files are beside the manifest: no name of one leads elsewhere. A `version` of None stands for any.
+    The files are beside the manifest: no name of one leads elsewhere.
     """
     try:
         data = parse(read_text(path))
@@ -252,7 +252,7 @@ def read_manifest(path: Path, version: int | None) -> dict[str, Any]:
         whole = False
     if not whole:
         raise CheckpointError(f"{path.name} was changed or damaged after it was written")
-    if version not in (None, state.get("version")):
+    if state.get("version") != version:
         raise CheckpointError(f"{path.name} has version {state.get('version')}, not {version}")
     return state
 

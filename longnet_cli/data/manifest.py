@@ -24,7 +24,7 @@ from longnet_cli.data.outputs import ShardWriter
 from longnet_cli.data.tables import one_line
 
 UNFINISHED = "_unfinished.json"
-FINISHED = ("_manifest.arrow", "_manifest.parquet", "_manifest.json")  # the last one is in folders written until 2026
+FINISHED = ("_manifest.arrow", "_manifest.parquet")
 MANIFEST_VERSION = 1
 _KEY = b"longnet.manifest"
 
@@ -37,8 +37,7 @@ class Manifest:
     shard, in order: `name`, `rows`, and the counts that were given to `ShardFolder.write`, such as `documents`.
     `skipped` counts the documents that could not be read, `skipped_files` those of them that are files, `empty` the
     documents with nothing in them; no shard has any of them. `tokenizer` is the value of `Tokenizer.description`.
-    `contents` has the digest of each input that was opened, in order (`content_digest`); it is empty in folders begun
-    by older versions.
+    `contents` has the digest of each input that was opened, in order (`content_digest`).
     """
 
     settings: dict[str, Any]
@@ -86,19 +85,17 @@ def read_manifest(folder: str | Path) -> Manifest | None:
             content = parse(text)
             if content["version"] != MANIFEST_VERSION:
                 raise DataError(f"{path}: version {content['version']} of the manifest is not known to this longnet")
-            written = content.pop("digest", None)  # older versions wrote none
-            if written is not None and written != digest(content):
+            if content.pop("digest", None) != digest(content):
                 raise ValueError("it was changed: its digest is that of other content")
-            shards = [{**shard, "name": str(shard["name"]), "rows": shard["rows"]} for shard in content["shards"]]
-            skipped, empty, files = (content["totals"].get(name, 0) for name in ("skipped", "empty", "skipped_files"))
-            counts = [count for shard in shards for key, count in shard.items() if key != "name"]
-            for count in (skipped, empty, files, *counts):
-                if type(count) is not int or count < 0:
-                    raise ValueError(f"{count!r} is not a count")
-            tokenizer, contents = content.get("tokenizer"), content.get("contents", [])
-            settings = dict(content["settings"])
-            tokenizer = tokenizer and dict(tokenizer)
-            return Manifest(settings, name != UNFINISHED, shards, skipped, empty, tokenizer, list(contents), files)
+            left_out = {kind: content["totals"].get(kind, 0) for kind in ("skipped", "skipped_files", "empty")}
+            return Manifest(
+                content["settings"],
+                finished=name != UNFINISHED,
+                shards=content["shards"],
+                tokenizer=content.get("tokenizer"),
+                contents=content.get("contents", []),
+                **left_out,
+            )
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:

@@ -17,7 +17,6 @@ NEEDED_BY_MODULE = {"Pooling": (CONFIG,), "Dense": (CONFIG, WEIGHTS), "LayerNorm
 END_OF_TEXT = "<|endoftext|>"  # of the tokenizers that `longnet` makes
 # `model_type` in config.json of a LongNet: the error of a library that does not know it shows nothing else of a folder
 MODEL_TYPE = "longnet: import longnet_cli.integrations.transformers"
-OLDER_TYPE = "longnet"  # of older folders; the oldest have none
 
 # Metadata keys of model.safetensors: digests of what was saved together. Other tools drop them when they save.
 TENSORS_SHA256, CONFIG_SHA256 = "longnet.tensors_sha256", "longnet.config_sha256"

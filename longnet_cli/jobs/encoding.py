@@ -71,7 +71,7 @@ class EncodeOptions:
     normalize: bool = True
     span: int | None = None
     embedding_dtype: EmbeddingDtype = "float32"
-    all_layers: bool | None = None  # not False: folders started without it keep their settings
+    all_layers: bool = False
     tile_size: int | None = None
     prefix: list[int] | None = None
     dims: int | None = None
@@ -370,7 +370,7 @@ class Encoder(RowJob):
     def __init__(self, reader: Reader, options: EncodeOptions, kept_fields: Sequence[pa.Field] = ()) -> None:
         options.check(reader.model)
         super().__init__(reader, options, kept_fields)
-        self.alone = bool(options.all_layers)
+        self.alone = options.all_layers
         self.carried = [field for field in kept_fields if field not in PLACE_FIELDS]
         self.places: TextPlaces | None = None  # in the document of the last row
 

@@ -24,7 +24,6 @@ from longnet_cli.hub.folder_files import (
     GENERATION,
     MODEL_TYPE,
     MODULES,
-    OLDER_TYPE,
     SHARDED,
     TOKENIZER,
     TOKENIZER_SHA256,
@@ -118,7 +117,7 @@ class ModelFolder:
     @cached_property
     def of_transformers(self) -> bool:
         kind = self.config.get("model_type", self.config.get("architectures"))
-        return self.is_gguf or kind not in (None, MODEL_TYPE, OLDER_TYPE)
+        return self.is_gguf or kind not in (None, MODEL_TYPE)
 
     @cached_property
     def metadata(self) -> dict[str, str]:

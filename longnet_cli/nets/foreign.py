@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.hub.folder_files import END_OF_TEXT, MODEL_TYPE, MODULES, OLDER_TYPE, TRANSFORMER_CONFIGS
+from longnet_cli.hub.folder_files import END_OF_TEXT, MODEL_TYPE, MODULES, TRANSFORMER_CONFIGS
 from longnet_cli.nets.config import LongNetConfig, NetConfig
 
 TOKENIZER_CONFIG, SENTENCES = "tokenizer_config.json", TRANSFORMER_CONFIGS[0]
@@ -53,8 +53,7 @@ def own_keys(data: Any) -> Any:
     """
     if not isinstance(data, Mapping):
         return data
-    kind = data.get("model_type", MODEL_TYPE)
-    if kind not in (MODEL_TYPE, OLDER_TYPE):
+    if (kind := data.get("model_type", MODEL_TYPE)) != MODEL_TYPE:
         raise ConfigError(f"model_type {kind!r} is not that of a LongNet, {MODEL_TYPE!r}")
     return {key: value for key, value in data.items() if key not in TRANSFORMERS_KEYS}
 

@@ -278,6 +278,7 @@ def test_a_state_far_into_a_run_is_reached_at_once():
         ({"weights": [1, 2]}, ConfigError, "weights"),
         ({"tokens": [102]}, DataError, "restore the data"),
         ({"digests": ["0"]}, DataError, "restore the data"),
+        ({"digests": None}, DataError, "restore the data"),
     ],
 )
 def test_a_state_of_another_run_is_refused(change, error, message):
@@ -296,8 +297,6 @@ def test_other_data_of_the_same_size_is_refused(other: TokenStream) -> None:
     windows = TokenWindows([other], 8, 1, seed=0)
     with pytest.raises(DataError, match="restore the data"):
         windows.resume(state)
-    del state["digests"]  # as older runs saved it
-    windows.resume(state)
 
 
 def test_too_little_data_and_wrong_arguments():

@@ -6,7 +6,7 @@ documents --Scorer--> scores, context by context --> rows --> Arrow batches, whi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -118,10 +118,6 @@ class RowScorer(RowJob):
 
     def tell_progress(self, portion: Portion[InputSequence[Document]]) -> None:
         self.scorer.tell_progress(portion)
-
-    def option_settings(self) -> dict[str, Any]:
-        """Return the options, without tables that were not chosen: folders of older runs do not have these settings."""
-        return {name: value for name, value in asdict(self.options).items() if value is not False}
 
 
 def _column(name: str, context: int | None) -> str:

@@ -177,12 +177,12 @@ class _TrainingRun:
                     f"{checkpoint} was made with another {', '.join(changed)}: go on with the recipe of its run, or "
                     "start another run from its model with --init"
                 )
-            if state.get("tokenizer", self.tokenizer.sha256) != self.tokenizer.sha256:
+            if state["tokenizer"] != self.tokenizer.sha256:
                 raise ConfigError(
                     f"{checkpoint} was made with another tokenizer than {self.recipe.data.tokenizer}: name the one of "
                     "its run with --tokenizer"
                 )
-            if state.get("frozen") != self.frozen:
+            if state["frozen"] != self.frozen:
                 raise ConfigError(f"{checkpoint} was trained with other weights than those now in {self.recipe.init}")
             restore(checkpoint, self.model, self.optimizers, self.device, self.ranks)
             self.progress, log = Progress(**state["progress"]), state["log"]

@@ -291,7 +291,7 @@ class TokenWindows:
         if state.get("version") != STATE_VERSION or not isinstance(step, int) or step < 0:
             raise ConfigError(f"not a data position of version {STATE_VERSION}: {dict(state)}")
         for key, mine in self.identity.items():
-            if state.get(key, mine) == mine:  # older states have no digests
+            if state.get(key) == mine:
                 continue
             saved = f"the data position was saved with {key} {state.get(key)}, not {mine}"
             if key == "digests":
