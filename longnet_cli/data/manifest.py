@@ -7,7 +7,6 @@
 So a finished folder holds only tables of one schema, and a tool that reads all its files reads the data set.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -17,7 +16,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.ipc as ipc
 
-from longnet_cli.basics.configuration import digest, parse, read_text
+from longnet_cli.basics.atomic import seal, unseal
+from longnet_cli.basics.configuration import read_text
 from longnet_cli.basics.errors import DataError
 from longnet_cli.data.files import read_error
 from longnet_cli.data.outputs import ShardWriter
@@ -59,15 +59,9 @@ class Manifest:
         return totals
 
     def to_json(self) -> str:
-        content = {
-            "version": MANIFEST_VERSION,
-            "settings": self.settings,
-            "totals": dict(self.totals),
-            "shards": self.shards,
-            **({"tokenizer": self.tokenizer} if self.tokenizer else {}),
-            **({"contents": self.contents} if self.contents else {}),
-        }
-        return json.dumps({**content, "digest": digest(content)}, indent=1) + "\n"
+        known = {"tokenizer": self.tokenizer, "contents": self.contents}
+        content = {"settings": self.settings, "totals": dict(self.totals), "shards": self.shards}
+        return seal(MANIFEST_VERSION, content | {name: value for name, value in known.items() if value})
 
     def write_finished(self, folder: Path, schema: pa.Schema, suffix: str) -> None:
         """Write the table without rows, whole or not at all, with the `schema` and `suffix` of the shards."""
@@ -81,21 +75,11 @@ def read_manifest(folder: str | Path) -> Manifest | None:
     for name in (UNFINISHED, *FINISHED):
         path = Path(folder, name)
         try:
-            text = read_text(path) if name.endswith(".json") else manifest_text(name, path.read_bytes())
-            content = parse(text)
-            if content["version"] != MANIFEST_VERSION:
-                raise DataError(f"{path}: version {content['version']} of the manifest is not known to this longnet")
-            if content.pop("digest", None) != digest(content):
-                raise ValueError("it was changed: its digest is that of other content")
-            left_out = {kind: content["totals"].get(kind, 0) for kind in ("skipped", "skipped_files", "empty")}
-            return Manifest(
-                content["settings"],
-                finished=name != UNFINISHED,
-                shards=content["shards"],
-                tokenizer=content.get("tokenizer"),
-                contents=content.get("contents", []),
-                **left_out,
-            )
+            text = read_text(path) if name == UNFINISHED else manifest_text(name, path.read_bytes())
+            content = unseal(text, MANIFEST_VERSION)
+            totals = content.pop("totals")
+            left_out = {kind: totals.get(kind, 0) for kind in ("skipped", "skipped_files", "empty")}
+            return Manifest(finished=name != UNFINISHED, **content, **left_out)
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:

@@ -66,8 +66,8 @@ def evaluate(
     seq_len: int,
     ranks: Ranks,
     on_part: Callable[[], None],
-) -> dict[str, float | None]:
-    """Return the metrics of held-out documents. A causal net scores each document whole, as `longnet score` does.
+) -> Score:
+    """Return the score of held-out documents. A causal net scores each document whole, as `longnet score` does.
 
     With the masked objective, documents are cut into windows of `seq_len` tokens, and the same tokens are hidden every
     time. `on_part` is called on all ranks after each forward pass. The net ends in training mode, and the random state
@@ -82,13 +82,10 @@ def evaluate(
     model.eval()
     try:
         if recipe.train.objective == "masked":
-            total = _score_masked(Reader(model, **reading), _masked_windows(documents, recipe, eos_id, seq_len))
-        else:
-            total = reduce(add, (each.score for each in score(model, documents, bos=eos_id, **reading)))
+            return _score_masked(Reader(model, **reading), _masked_windows(documents, recipe, eos_id, seq_len))
+        return reduce(add, (each.score for each in score(model, documents, bos=eos_id, **reading)))
     finally:
         model.train()
-    loss = total.nll_sum / total.n_tokens
-    return {"held_out_loss": loss, "held_out_ppl": total.ppl, "held_out_bpb": total.bpb}
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from longnet_cli.basics.errors import ConfigError, DataError, LongNetError, NotF
 from longnet_cli.data.documents import Document
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import NO_END, Tokenizer
+from longnet_cli.jobs.scoring.scoring import Score
 from longnet_cli.jobs.training.gradients import stored_bytes
 from longnet_cli.jobs.training.windows import Batch, TokenStream, TokenWindows
 from longnet_cli.models.folder import ModelFolder
@@ -371,11 +372,11 @@ class _TrainingRun:
         progress.reported = progress.step
         return line
 
-    def _evaluate(self, stage: Stage) -> dict[str, float | None]:
-        """Return the held-out metrics. Write best/ if the loss is lower than ever."""
+    def _evaluate(self, stage: Stage) -> Score:
+        """Return the score of the held-out documents. Write best/ if the loss is lower than ever."""
         with whole_weights(self.model):
             try:
-                held_out_metrics = evaluate(
+                score = evaluate(
                     self.model,
                     self.held_out,
                     self.recipe,
@@ -384,7 +385,7 @@ class _TrainingRun:
                     ranks=self.ranks,
                     on_part=self._look if not self.sharded else lambda: None,
                 )
-                loss = held_out_metrics["held_out_loss"] or 0.0
+                loss = score.nll_sum / score.n_tokens
             except NotFiniteError:
                 loss = math.nan
         if not math.isfinite(loss):
@@ -395,7 +396,7 @@ class _TrainingRun:
         if self.progress.best is None or loss < self.progress.best:
             self.progress.best = loss
             self._write_model(self.output / BEST)
-        return held_out_metrics
+        return score
 
     def _look(self) -> None:
         """Stop or save, between two chunks, if a signal asks for it."""

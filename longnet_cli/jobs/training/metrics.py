@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from longnet_cli.basics.atomic import write_file, writing
 from longnet_cli.basics.configuration import parse
 from longnet_cli.basics.errors import ConfigError
+from longnet_cli.jobs.scoring.scoring import Score
 
 
 class Tracker(Protocol):
@@ -153,15 +154,14 @@ class MetricsLog:
         *,
         memory: int,
         peak: float | None = None,
-        held_out: Mapping[str, float | None] | None = None,
+        held_out: Score | None = None,
     ) -> Metrics:
         """Write and return a line for the steps since the last; `peak` is all ranks' matrix product rate in FLOP/s.
 
-        `held_out` has the fields of an evaluation.
+        `held_out` is the score of an evaluation.
         """
         seconds = time.perf_counter() - self.began
         share = self.flops / seconds / peak if peak else None
-        measured: dict[str, Any] = dict(held_out or {})
         line = Metrics(
             step=step,
             tokens=self.tokens,
@@ -172,7 +172,9 @@ class MetricsLog:
             seq_len=seq_len,
             peak_memory_bytes=memory,
             mfu=share if share is not None and share <= 1 else None,
-            **measured,
+            held_out_loss=held_out.nll_sum / held_out.n_tokens if held_out else None,
+            held_out_ppl=held_out.ppl if held_out else None,
+            held_out_bpb=held_out.bpb if held_out else None,
         )
         if self.path:
             with writing(self.path), self.path.open("a", encoding="utf-8") as file:

@@ -178,7 +178,7 @@ def _refuse_others(folder: Path) -> None:
     A run writes its recipe first, and its recipe is in each checkpoint.
     """
     runs = [partial(_stored, str(folder / RECIPE))]
-    runs += [partial(_stored, str(path / STATE), "state", "recipe") for path in checkpoints_in(folder / CHECKPOINTS)]
+    runs += [partial(_stored, str(path / STATE), "recipe") for path in checkpoints_in(folder / CHECKPOINTS)]
     if (folder / WEIGHTS).exists() and not (folder / CHECKPOINTS).exists():
         raise ConfigError(f"{folder} already holds a model: name another folder with -o, or remove it")
     if any(all(isinstance(run(table), dict) for table in ("model", "data", "train")) for run in runs):
