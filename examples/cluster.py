@@ -246,12 +246,10 @@ def seconds_by_part(
     sequences: float,
     work: StepFlops,
     predicted: float = 0.0,
-    choices: int = 1,
 ) -> dict[str, float]:
     """Return the seconds by part of passes over `sequences` of so many tokens, on a group of `sp` devices.
 
-    `work` has their FLOPs per token. The share `predicted` of the tokens has logits in a backward pass. Blocks are
-    chosen in as many passes as `choices` says.
+    `work` has their FLOPs per token. The share `predicted` of the tokens has logits in a backward pass.
     """
     rates, back = machine.rates, BACKWARD_MOVES if work.attention_backward else 0
     costs, of_device = shared(config, machine, tokens, chunk, sp), sequences * tokens / sp
@@ -264,8 +262,8 @@ def seconds_by_part(
     layers, logits = moved_bytes(config, machine.itemsize)
     moved = (work.forwards + back) * layers + (work.logits + back * predicted) * logits
     summing = 2 * (1 - 1 / sp) * costs.summed / machine.link(sp) if back else 0.0
-    again = work.forwards - choices + bool(back)  # passes in which the same blocks are fetched again
-    chosen = choices * costs.choosing + again * costs.fetching + bool(back) * costs.giving
+    again = work.forwards - 1 + bool(back)  # passes in which the same blocks are fetched again
+    chosen = costs.choosing + again * costs.fetching + bool(back) * costs.giving
     open_exchange = sum(times * max(0.0, costs.seconds - cover) for times, cover in covers)
     return {
         "matrix products": of_device * work.products / (rates["products"] * rates["share"]),
@@ -339,10 +337,10 @@ def training_plan(recipe: Recipe, machine: Machine, ranks: Ranks) -> Plan:
 def step_seconds(recipe: Recipe, stage: Stage, machine: Machine, ranks: Ranks) -> dict[str, float]:
     """Return the seconds of a step by part. Gradients are summed over all devices, in a ring."""
     config, train, world, rates = recipe.model, recipe.train, ranks.world, machine.rates
-    sequences, full = recipe.step_tokens(stage) / stage.seq_len / ranks.dp, recipe.parallel.shard == "full"
+    sequences, full = train.windows(stage) / ranks.dp, recipe.parallel.shard == "full"
     passes = seconds_by_part(
         config, machine, ranks.sp, stage.seq_len, train.chunk, sequences, step_flops(recipe, stage, ranks),
-        train.predicted, 1 + (train.objective == "contrast"),
+        train.predicted,
     )  # fmt: skip
     messages = (2 if full else TENSORS) * config.num_layers * (world > 1)
     ring = 2 * (world - 1) / world / machine.link(world)

@@ -246,8 +246,6 @@ WINDOW = f"model.segment_lengths=[8] model.dilation_rates=[1] model.look_back=1 
 ONCE = "model.look_back=1 model.overlap=once"
 MASKED = "model.causal=false train.objective=masked"
 ROWS = "data.train=[../in/rows.jsonl]"
-CONTRAST = f"train.objective=contrast {ROWS} data.column=text"
-PAIRS = f"{CONTRAST} data.pair=body"
 LORA = "model=null init=../in/llama lora.rank=2"
 
 RECIPE = f"""
@@ -285,8 +283,6 @@ data.mix.weight               rows       'data.mix=[{{"inputs":["../in/u.txt"],"
 data.tokenizer                rows       data.tokenizer=../in/other.json
 data.eos                      rows       data.eos=65
 data.column                   rows       data.column=body @ {ROWS}
-data.pair                     rows       data.pair=body @ {CONTRAST}
-data.negative                 rows       data.negative=third @ {PAIRS}
 data.held_out                 rows       data.held_out=[../in/u.txt]
 optimizer.name                rows       optimizer.name=muon
 optimizer.lr                  rows       optimizer.lr=0.1
@@ -300,7 +296,7 @@ schedule.power                rows       schedule.power=4.0 @ schedule.decay=pol
 schedule.final                rows       schedule.final=0.9
 train.stages.seq_len          rows       {STAGE % (8, 3)}
 train.stages.steps            rows       {STAGE % (16, 2)}
-train.objective               rows       train.objective=contrast @ {ROWS} data.column=text
+train.objective               rows       {MASKED}
 train.mask_rate               rows       train.mask_rate=0.5 @ {MASKED}
 train.batch_tokens            rows       train.batch_tokens=64
 train.chunk                   memory     train.chunk=16384 | train.chunk=512 @ data.train=[../in/long.txt] {STAGE % (16384, 1)}
@@ -317,11 +313,6 @@ train.save_every              files      train.save_every=1 @ train.keep=9
 train.save_minutes            files      train.save_minutes=1e-9 @ train.keep=9
 train.keep                    files      train.keep=3 @ train.save_every=1
 train.track                   files      train.track=[tensorboard]
-contrast.pool                 rows       contrast.pool=last @ {CONTRAST}
-contrast.temperature          rows       contrast.temperature=1.0 @ {CONTRAST}
-contrast.dims                 rows       contrast.dims=[2] @ {CONTRAST}
-contrast.query_prompt         rows       contrast.query_prompt=find: @ {CONTRAST}
-contrast.document_prompt      rows       contrast.document_prompt=text: @ {CONTRAST}
 parallel.sp                   stderr     parallel.sp=2 | parallel.dp=2 @ --nproc 2
 parallel.dp                   stderr     parallel.dp=2 | parallel.sp=2 @ --nproc 2
 parallel.shard                pieces     parallel.shard=full @ --nproc 2

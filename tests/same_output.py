@@ -43,7 +43,7 @@ MASKS = tuple(
     (re.compile(pattern, re.MULTILINE), instead)
     for pattern, instead in (
         (rf'"({MEASURED}|free_bytes|program)": ?(null|[\d.e+-]+)', r'"\1": 0'),  # speed and memory, in JSON
-        (r'"sha256": "\w{64}"', '"sha256": ""'),  # in a checkpoint's state.json, of files that `content` sorts
+        (r'"(sha256|digest)": "\w{64}"', r'"\1": ""'),  # in a checkpoint's state.json, of files that `content` sorts
         (r", [\d.]+ (us|ms|s) each \(", ", TIME each ("),  # the end of `generate`
         (r"^(program|peak memory|free) +[\d.]+ .iB", r"\1 SIZE"),  # `--dry-run`, whose program is measured
         (r"  #+$", "  BAR"),  # its shares of the peak

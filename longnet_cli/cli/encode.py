@@ -120,7 +120,7 @@ def _open(options: EncodeCommand, named: ModelAndInputs) -> tuple[Opened, Encode
         stride=options.stride,
         span=options.span,
         embedding_dtype=options.embedding_dtype,
-        all_layers=options.all_layers or None,
+        all_layers=options.all_layers,
         tile_size=options.tile_size,
         dims=options.dims,
     )

@@ -23,7 +23,6 @@ from longnet_cli.hub.folder_files import (
     MODULES,
     NEEDED_BY_MODULE,
     OF_SENTENCES,
-    OLDER_TYPE,
     PROMPTS,
     SHARDED,
     TOKENIZER,
@@ -252,7 +251,7 @@ def unknown_files(snapshot: Path) -> str | None:
     A LongNet needs none of them.
     """
     with suppress(OSError, ValueError, AttributeError):
-        if parse(read_text(snapshot / CONFIG)).get("model_type", OLDER_TYPE) in (MODEL_TYPE, OLDER_TYPE):
+        if parse(read_text(snapshot / CONFIG)).get("model_type", MODEL_TYPE) == MODEL_TYPE:
             return None
     absent = snapshot.parents[1] / ".no_exist" / snapshot.name
     if not (snapshot / MODULES).is_file():

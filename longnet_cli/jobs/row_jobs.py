@@ -143,8 +143,8 @@ class RowJob(DocumentJob[pa.RecordBatch]):
         return int(result["n_tokens"].to_numpy().sum())
 
     def option_settings(self) -> dict[str, Any]:
-        """Return the options as settings of a folder."""
-        return asdict(self.options)
+        """Return the options that were chosen, as settings of a folder."""
+        return {name: x for name, x in asdict(self.options).items() if x is not None and x is not False}
 
     @cached_property
     def digest(self) -> str:

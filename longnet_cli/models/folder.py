@@ -24,9 +24,6 @@ from longnet_cli.hub.folder_files import (
     GENERATION,
     MODEL_TYPE,
     MODULES,
-    OLDER_TYPE,
-    POOL_KEY,
-    PROMPTS,
     SHARDED,
     TOKENIZER,
     TOKENIZER_SHA256,
@@ -45,7 +42,7 @@ if TYPE_CHECKING:
     from longnet_cli.models.hf.pretrained_net import TransformersNet
     from longnet_cli.models.hf.sentence_folder import SentenceModel
     from longnet_cli.nets.config import LongNetConfig
-    from longnet_cli.nets.net import Embedder, Net
+    from longnet_cli.nets.net import Net
 
 PICKLED = "pytorch_model*.bin*"
 NO_BOS = "none"  # the value of --bos
@@ -117,24 +114,10 @@ class ModelFolder:
     def _tokenizer_settings(self) -> dict[str, Any]:
         return _table(self.path / SETTINGS)
 
-    @property
-    def embedder(self) -> Embedder | None:
-        """The way in which the net was trained to make vectors; None if it was not. Raises ConfigError."""
-        from longnet_cli.nets.net import Embedder
-
-        pool = self.config.get(POOL_KEY)
-        if pool is None:
-            return None
-        if pool not in ("mean", "last"):
-            raise ConfigError(f"{self.path / CONFIG}: {POOL_KEY} must be mean or last, not {pool!r}")
-        stored = _table(self.path / PROMPTS).get("prompts")
-        prompts = stored if isinstance(stored, dict) else {}
-        return Embedder(pool, str(prompts.get("query", "")), str(prompts.get("document", "")))
-
     @cached_property
     def of_transformers(self) -> bool:
         kind = self.config.get("model_type", self.config.get("architectures"))
-        return self.is_gguf or kind not in (None, MODEL_TYPE, OLDER_TYPE)
+        return self.is_gguf or kind not in (None, MODEL_TYPE)
 
     @cached_property
     def metadata(self) -> dict[str, str]:

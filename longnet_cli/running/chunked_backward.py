@@ -44,15 +44,10 @@ class Tokens(Protocol):
     def __getitem__(self, index: tuple[int | slice, slice], /) -> Tensor: ...  # (n,), or (b, n) for a slice of rows
 
 
-# A loss that is a sum over tokens: takes the hidden states (B, n, dim) of a slice of them and the slice, returns the
-# sum, float64
-HiddenLoss = Callable[[Tensor, slice], Tensor]
-
-
 def backward_in_chunks(
     model: Net,
     tokens: Tokens,
-    targets: Tokens | HiddenLoss,
+    targets: Tokens,
     chunk: int,
     *,
     scale: float = 1.0,
@@ -71,15 +66,12 @@ def backward_in_chunks(
     may be on the host while the net is on a GPU (`running.mapped`). With chosen blocks, keys and values of all tokens
     are kept, and the sums of their gradients; what a chunk has chosen is kept, and seen again.
 
-    Another loss, a `HiddenLoss`, can stand in for `targets`: then it takes the place of nll.
-
     The `ranks` of a group share every chunk; each rank adds and returns its part. `final` says that no other backward
     pass of the step follows, which sharded weights need to know (`running.ranks.fsdp`). `on_chunk` is called after each
     chunk, forward and backward.
     """
     device = tokens.device
     on_chunk = on_chunk or (lambda: None)
-    loss = targets if callable(targets) else _next_tokens(model, targets)
     pattern = model.config.pattern
     room = most_owned(pattern.chosen_block, tokens.shape[1], chunk, ranks.sp) if pattern.chosen else 0
     stream = CausalStream(model, ranks=ranks, keep=tokens.shape[1], room=room, allocate=allocate)
@@ -109,7 +101,7 @@ def backward_in_chunks(
         part, (state, far) = chunks.pop(), tape.pop()
         set_random_state(state, device)
         final_backward(model, final and not chunks)
-        total += part.backward(tokens[:, part.mine], loss, far, pasts, gradients, scale, dtype, named)
+        total += part.backward(tokens[:, part.mine], targets[:, part.mine], far, pasts, gradients, scale, dtype, named)
         named = None
         for past in pasts:
             past.forget_means()  # all has been chosen
@@ -126,10 +118,6 @@ def new_pasts(config: NetConfig) -> list[Past]:
     return [Past(config.pattern, keep=1, layer=layer) for layer in layers]
 
 
-def _next_tokens(model: Net, targets: Tokens) -> HiddenLoss:
-    return lambda hidden, mine: model.nll(hidden, targets[:, mine]).sum(dtype=torch.float64)
-
-
 class _Chunk:
     """The positions [start, stop) of a sequence, or with a group this rank's shard of them."""
 
@@ -144,7 +132,7 @@ class _Chunk:
     def backward(
         self,
         tokens: Tensor,
-        loss: HiddenLoss,
+        targets: Tensor,
         far: Sequence[Sequence[FarKeys]],
         pasts: list[Past],
         gradients: FarGradients,
@@ -176,7 +164,7 @@ class _Chunk:
 
         with precision(dtype, tokens.device):
             hidden = self.model(tokens, start=self.mine.start, far=provide, named=named)
-            total = loss(hidden, self.mine)
+            total = self.model.nll(hidden, targets).sum(dtype=torch.float64)
         roots, grads = [total], [torch.full_like(total, scale)]
         for layer, (k, v) in enumerate(made):
             from_later_chunks = gradients.hand_over(layer, self.start, self.stop, self.mine.start, k, self.exchange)

@@ -147,6 +147,7 @@ def test_a_resumed_folder_has_the_same_bytes(model: LongNet, tmp_path: Path) -> 
     assert whole == cut
     manifest = read_manifest(tmp_path / "whole")
     assert (manifest.skipped, manifest.totals["documents"], manifest.totals["rows"]) == (1, 8, 8)
+    assert not manifest.settings.keys() & {"by_position", "last"}  # what was not chosen
 
 
 def test_nothing_to_score_is_said_at_the_end(model: LongNet, tmp_path: Path) -> None:

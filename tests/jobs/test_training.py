@@ -324,6 +324,9 @@ def test_compiled_layers_learn_the_same(corpus: Path, tmp_path: Path) -> None:
     [
         ({"optimizer.ler": 1}, "unknown key 'optimizer.ler': did you mean 'optimizer.lr'?"),
         ({"train.seq_len": 1}, "unknown key 'train.seq_len'"),
+        ({"train.objective": "contrast"}, "train.objective: Input should be 'causal' or 'masked' (got 'contrast')"),
+        ({"contrast.pool": "last"}, "unknown key 'contrast'"),
+        ({"optimizer.level_bias_lr": 0.1}, "unknown key 'optimizer.level_bias_lr'"),
         ({"model.dim": 15}, "not divisible"),
         ({"model.causal": False, "model.position": "rope"}, 'set train.objective = "masked"'),
         ({"train.objective": "masked"}, 'set train.objective = "causal"'),
@@ -377,8 +380,8 @@ def test_overrides_are_toml_or_text() -> None:
     assert parse_overrides(["a.b=1e-3", "c=[1, 2]", "d=bytes", "e = true"]) == {
         "a.b": 1e-3, "c": [1, 2], "d": "bytes", "e": True,
     }  # fmt: skip
-    prompts = ["contrast.query_prompt=question: ", "a= b", "c = d ", "e='f '"]
-    assert [*parse_overrides(prompts).values()] == ["question: ", " b", "d", "f "]
+    texts = ["data.eos=end: ", "a= b", "c = d ", "e='f '"]
+    assert [*parse_overrides(texts).values()] == ["end: ", " b", "d", "f "]
     with pytest.raises(ConfigError, match="write key=value"):
         parse_overrides(["optimizer.lr"])
 

@@ -203,16 +203,14 @@ def test_ranks_hold_their_share_beside_what_a_step_gathers() -> None:
     assert share["optimizer"] == pytest.approx(whole["optimizer"] / 4)
 
 
-def test_contrast_chooses_blocks_in_both_of_its_forward_passes() -> None:
+def test_what_is_computed_again_chooses_no_blocks_again() -> None:
     pattern = {"segment_lengths": (64,), "dilation_rates": (1,), "look_back": 1, "chosen": 4, "chosen_block": 16}
     causal = recipe(MODEL | pattern | {"position": "rope"}, stages=[{"seq_len": 1024, "steps": 1}], chunk=1024)
-    contrast = causal.model_copy(update={"train": causal.train.model_copy(update={"objective": "contrast"})})
-    once, twice = (step_flops(each, each.train.stages[0], Ranks()) for each in (causal, contrast))
-    assert twice.attention == 2 * once.attention == 2 * causal.model.attention_flops(1024) / 1024
-    in_chunks = step_flops(causal.with_chunk(512), causal.train.stages[0], Ranks())
+    once, in_chunks = (step_flops(each, each.train.stages[0], Ranks()) for each in (causal, causal.with_chunk(512)))
+    assert once.attention == causal.model.attention_flops(1024) / 1024
     votes = causal.model.vote_flops(1024) / 1024
     assert votes > 0
-    assert in_chunks.attention == pytest.approx(1.5 * once.attention - 0.5 * votes)  # what is computed again sees them
+    assert in_chunks.attention == pytest.approx(1.5 * once.attention - 0.5 * votes)
 
 
 def test_documents_of_several_windows_fill_a_chunk() -> None:

@@ -196,7 +196,7 @@ def logits_bytes(config: NetConfig, tokens: int) -> int:
 
 def _tokens_at_once(recipe: Recipe, stage: Stage, ranks: Ranks) -> int:
     """Return the most tokens of a forward pass on one rank, as `gradients.backward` groups or cuts sequences."""
-    chunk, rows = recipe.train.chunk * ranks.sp, max(1, recipe.sequences(stage) // ranks.dp)
+    chunk, rows = recipe.train.chunk * ranks.sp, max(1, recipe.train.windows(stage) // ranks.dp)
     if recipe.train.across_documents:
         rows = min(rows, max(1, chunk // stage.seq_len))
     return -(-min(chunk, rows * stage.seq_len) // ranks.sp)  # documents of several windows may fill a chunk
@@ -223,14 +223,13 @@ def step_flops(recipe: Recipe, stage: Stage, ranks: Ranks) -> StepFlops:
     """Return the FLOPs per token of a step in this stage, on all ranks.
 
     A step is a forward and a backward pass. Of the chunks of a window, all but the last are computed again for the
-    backward pass, and with `train.activation_checkpointing`, each chunk is once more. For contrast, a pass without
-    gradients comes first. What is computed again chooses no blocks again. Logits are computed again where they are
-    more than `LOGITS_LIMIT`.
+    backward pass, and with `train.activation_checkpointing`, each chunk is once more. What is computed again chooses no
+    blocks again. Logits are computed again where they are more than `LOGITS_LIMIT`.
     """
     config, train, tokens = recipe.model, recipe.train, stage.seq_len
-    chunk, vectors_first = train.chunk * ranks.sp, train.objective == "contrast"
+    chunk = train.chunk * ranks.sp
     chunks = -(-tokens // chunk)
-    forwards = 1 + (chunks - 1) * chunk / tokens + train.activation_checkpointing + vectors_first
+    forwards = 1 + (chunks - 1) * chunk / tokens + train.activation_checkpointing
     logits_again = _tokens_at_once(recipe, stage, ranks) * train.predicted * config.vocab_size > LOGITS_LIMIT
     logits = train.predicted * (1 + logits_again)
     one_pass, backward = config.attention_flops(tokens) / tokens, config.attention_backward_flops(tokens) / tokens
@@ -240,7 +239,7 @@ def step_flops(recipe: Recipe, stage: Stage, ranks: Ranks) -> StepFlops:
         products=matrices
         + (forwards - 1) * config.layer_flops()
         + (logits - train.predicted) * config.vocabulary_flops(),
-        attention=forwards * one_pass - (forwards - 1 - vectors_first) * votes,
+        attention=forwards * one_pass - (forwards - 1) * votes,
         attention_backward=backward,
         forwards=forwards,
         logits=logits,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -324,10 +324,6 @@ class Scorer(RowJob):
 
     def size(self, sequence: InputSequence[Document]) -> int:
         return len(sequence.document) + 1
-
-    def option_settings(self) -> dict[str, Any]:
-        """Return the options, without tables that were not chosen."""
-        return {name: value for name, value in asdict(self.options).items() if value is not False}
 
     def results(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[pa.RecordBatch]:
         """Yield the rows of the documents in order, each as soon as its document is scored at all contexts."""

@@ -19,14 +19,12 @@ from longnet_cli.basics.errors import DataError
 from longnet_cli.data.documents import Document
 from longnet_cli.jobs.scoring.measures import Score
 from longnet_cli.jobs.scoring.scoring import ScoreOptions, score
-from longnet_cli.jobs.training.windows import PairBatch
 from longnet_cli.nets.net import IGNORED, Net
 from longnet_cli.running.device import precision, to_device
 from longnet_cli.running.ranks.ranks import Ranks
 from longnet_cli.running.reader import Reader, Window
 
-from .contrast import TextReader, contrast_loss, ranking, read_pairs
-from .recipe import ContrastRecipe, Recipe
+from .recipe import Recipe
 
 # shares of the chosen tokens that become the mask, or a random token; the rest stay, and are predicted too
 MASKED, RANDOM = 0.8, 0.1
@@ -62,20 +60,18 @@ def _draw(seed: Sequence[int], tokens: int, mask_id: int) -> tuple[Tensor, Tenso
 @torch.no_grad()
 def evaluate(
     model: Net,
-    documents: Sequence[Document] | PairBatch,
+    documents: Sequence[Document],
     recipe: Recipe,
     *,
     eos_id: int,
     seq_len: int,
-    contrast: ContrastRecipe,
     ranks: Ranks,
     on_part: Callable[[], None],
-) -> dict[str, float | None]:
-    """Return the metrics of held-out documents. A causal net scores each document whole, as `longnet score` does.
+) -> Score:
+    """Return the score of held-out documents. A causal net scores each document whole, as `longnet score` does.
 
     With the masked objective, documents are cut into windows of `seq_len` tokens, and the same tokens are hidden every
-    time. With contrast, `documents` are pairs, and each first text is to find its partner among all. `on_part` is
-    called on all ranks after each forward pass that all ranks have. The net ends in training mode, and the random state
+    time. `on_part` is called on all ranks after each forward pass. The net ends in training mode, and the random state
     stays as it was. Raises DataError where no token is hidden.
     """
     reading: dict[str, Any] = {
@@ -86,35 +82,12 @@ def evaluate(
     }
     model.eval()
     try:
-        if isinstance(documents, PairBatch):
-            return _rank_pairs(model, documents, recipe, contrast, ranks, on_part)
         if recipe.train.objective == "masked":
-            total = _score_masked(Reader(model, **reading), _masked_windows(documents, recipe, eos_id, seq_len))
-        else:
-            rows = score(model, documents, ScoreOptions(bos=eos_id), **reading).read_all().to_pylist()
-            total = reduce(add, (Score(row["nll_sum"], row["n_tokens"], row["n_bytes"]) for row in rows))
+            return _score_masked(Reader(model, **reading), _masked_windows(documents, recipe, eos_id, seq_len))
+        rows = score(model, documents, ScoreOptions(bos=eos_id), **reading).read_all().to_pylist()
+        return reduce(add, (Score(row["nll_sum"], row["n_tokens"], row["n_bytes"]) for row in rows))
     finally:
         model.train()
-    loss = total.nll_sum / total.n_tokens
-    return {"held_out_loss": loss, "held_out_ppl": total.ppl, "held_out_bpb": total.bpb}
-
-
-def _rank_pairs(
-    model: Net,
-    batch: PairBatch,
-    recipe: Recipe,
-    settings: ContrastRecipe,
-    ranks: Ranks,
-    on_part: Callable[[], None],
-) -> dict[str, float | None]:
-    pairs = len(batch.keys)
-    place = slice(ranks.dp_rank, pairs, ranks.dp)
-    telling = on_part if ranks.dp == 1 else None  # otherwise groups have different numbers of chunks
-    reader = TextReader(model, settings.pool, recipe.train.chunk, recipe.train.dtype, ranks, telling)
-    own = batch.part(place)
-    vectors, facts = read_pairs(reader, own, place, pairs, ranks)
-    loss = contrast_loss(vectors, facts[:, :-1], settings.divisor, settings.dims).item()
-    return {"held_out_loss": loss, **ranking(vectors, facts[:, :-1])}
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import math
 import platform
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -24,8 +24,9 @@ from longnet_cli.basics.errors import ConfigError, DataError, LongNetError, NotF
 from longnet_cli.data.documents import Document
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import NO_END, Tokenizer
+from longnet_cli.jobs.scoring.scoring import Score
 from longnet_cli.jobs.training.gradients import stored_bytes
-from longnet_cli.jobs.training.windows import Batch, PairBatch, PairStream, PairWindows, TokenStream, TokenWindows
+from longnet_cli.jobs.training.windows import Batch, TokenStream, TokenWindows
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import Net
@@ -37,15 +38,13 @@ from longnet_cli.running.ranks.launch import Signals, noted_signals
 from longnet_cli.running.ranks.ranks import Ranks
 
 from .checkpoint import Checkpoints, checkpoints_in, frozen_digest, read_state, restore, run_tensors
-from .contrast import backward_pairs
 from .evaluation import evaluate, mask_tokens
 from .gradients import StoredTokens, backward
 from .metrics import Metrics, MetricsLog, Tracker, open_trackers
-from .optimizer import adam, build_optimizers, learning_rate
-from .recipe import ContrastRecipe, Recipe, Stage
+from .optimizer import build_optimizers, learning_rate
+from .recipe import Recipe, Stage
 from .start import BEST, CHECKPOINTS, RECIPE, Resume, check_memory, check_ranks, check_vocabulary, find_checkpoint
 
-LOWEST_TEMPERATURE = 0.01  # of a learned one: below it, a step's few hardest pairs would be all that counts
 OnStep = Callable[[int, Metrics | None], None]  # (tokens of the step, a line of metrics every log_every steps)
 OnNote = Callable[[str], None]
 
@@ -68,7 +67,6 @@ class Progress:
     reported: int = 0  # the last step whose line of metrics is written, with its evaluation
     data: dict[str, Any] | None = None  # the position in the windows of the current stage
     best: float | None = None  # the lowest held-out loss so far
-    temperature: list[float] | None = None  # the state of a learned one: `optimizer.adam`, of its logarithm
 
 
 def train(
@@ -97,7 +95,7 @@ def train(
     The tokenizer of the model `recipe.init` must be the recipe's, unless `tokenizer_differs`. The `ranks` of a group
     share each sequence, `train.chunk` tokens each, and the groups share the sequences of a step; rank 0 writes. `peak`,
     the `matmul_peak` of a rank, is for the MFU. Prints nothing: `on_begin` gets the steps and tokens that are done
-    already, `on_note` a line about each damaged checkpoint, and about documents that give no pair.
+    already, `on_note` a line about each damaged checkpoint.
 
     Raises ConfigError for a model, tokenizer or checkpoint that does not fit the recipe, DataError for too little data,
     CheckpointError when all checkpoints are damaged, LongNetError when the loss is no longer finite or jumps, or when
@@ -145,19 +143,13 @@ class _TrainingRun:
             initial = None  # a LongNet's weights are all in the checkpoint
         if initial:
             ModelFolder.find(initial).tokenizer(recipe.data.tokenizer, differs=tokenizer_differs)
-        self.windows = make_windows(recipe, self.tokenizer, self.eos_id, ranks, on_note)
+        self.windows = make_windows(recipe, self.tokenizer, self.eos_id, ranks)
         held_out = recipe.data.held_out_files
-        documents = _documents(recipe, self.tokenizer, held_out) if held_out else []
-        if held_out and not any(map(len, documents)):
+        self.held_out = _documents(recipe, self.tokenizer, held_out) if held_out else []
+        if held_out and not any(map(len, self.held_out)):
             raise DataError(f"data.held_out, {', '.join(map(str, held_out.names))}: every document is empty")
-        # for contrast, the same pairs at every evaluation of a stage
-        self.held_out: Sequence[list[Document] | PairBatch] = [documents for _ in recipe.train.stages]
-        if held_out and recipe.train.objective == "contrast":
-            self.held_out = _held_out_pairs(recipe, held_out, self.tokenizer, self.eos_id, on_note)
         torch.manual_seed(recipe.train.seed)
         self.model = _model(recipe, initial, on_note).to(device).train()
-        if recipe.train.objective == "contrast":
-            self.model.embedder = _contrast(recipe).embedder
         self.frozen = frozen_digest(self.model)
         self.sharded = recipe.parallel.shard == "full"
         if self.sharded:
@@ -173,7 +165,6 @@ class _TrainingRun:
         self.checkpoints = Checkpoints(output / CHECKPOINTS, ranks, recipe.train.keep)
         self.trackers: list[Tracker] = []
         self.progress = Progress()
-        self.slope = torch.zeros((), dtype=torch.float64, device=device)  # of the loss, by the temperature's logarithm
         self.random = random_state(device)  # as of the last whole step
         self.saved_at = time.monotonic()
 
@@ -187,12 +178,12 @@ class _TrainingRun:
                     f"{checkpoint} was made with another {', '.join(changed)}: go on with the recipe of its run, or "
                     "start another run from its model with --init"
                 )
-            if state.get("tokenizer", self.tokenizer.sha256) != self.tokenizer.sha256:
+            if state["tokenizer"] != self.tokenizer.sha256:
                 raise ConfigError(
                     f"{checkpoint} was made with another tokenizer than {self.recipe.data.tokenizer}: name the one of "
                     "its run with --tokenizer"
                 )
-            if state.get("frozen") != self.frozen:
+            if state["frozen"] != self.frozen:
                 raise ConfigError(f"{checkpoint} was trained with other weights than those now in {self.recipe.init}")
             restore(checkpoint, self.model, self.optimizers, self.device, self.ranks)
             self.progress, log = Progress(**state["progress"]), state["log"]
@@ -260,7 +251,7 @@ class _TrainingRun:
         self.checkpoints.save(self.progress.step, tensors, facts)
         self.saved_at = time.monotonic()
 
-    def _batches(self) -> Iterator[tuple[TokenWindows, Batch | PairBatch, dict[str, Any]]]:
+    def _batches(self) -> Iterator[tuple[TokenWindows, Batch, dict[str, Any]]]:
         """Yield (windows of the stage, a batch of them, the position after it) for each step that is left."""
         end = 0
         for stage, windows in zip(self.recipe.train.stages, self.windows, strict=True):
@@ -273,19 +264,12 @@ class _TrainingRun:
         """Return the index of the stage that a step (1, 2, ...) belongs to."""
         return bisect_left(list(accumulate(stage.steps for stage in self.recipe.train.stages)), step)
 
-    def _step(self, windows: TokenWindows, batch: Batch | PairBatch, position: dict[str, Any]) -> int:
+    def _step(self, windows: TokenWindows, batch: Batch, position: dict[str, Any]) -> int:
         """Run one optimizer step; return the tokens that all ranks read. Nothing changes before the optimizer runs."""
         recipe, ranks = self.recipe, self.ranks
-        running: dict[str, Any] = {
-            "chunk": recipe.train.chunk,
-            "dtype": recipe.train.dtype,
-            "allocate": self.allocate,
-            # not if groups may have different numbers of chunks, or weights are gathered between chunks
-            "on_chunk": self._look if ranks.dp == 1 and not self.sharded else None,
-        }
-        objective, documents, seen = self._gradient(batch, windows.seed, running)
+        objective, documents = self._gradient(batch, windows.seed)
         norm = clip_gradients(self.model, recipe.optimizer.clip)
-        loss, norm, slope = torch.stack((objective, norm.double(), self.slope)).tolist()  # the only wait for the device
+        loss, norm = torch.stack((objective, norm.double())).tolist()  # the only wait for the device
         self._refuse_divergence(loss, norm, windows, position)
         rate = self._learning_rate(self.progress.step)
         for optimizer in self.optimizers:
@@ -294,37 +278,34 @@ class _TrainingRun:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.progress.step += 1
-        if recipe.contrast and recipe.contrast.temperature == "learned":
-            state = self.progress.temperature or [math.log(recipe.contrast.divisor), 0.0, 0.0]
-            logarithm, *means = adam(state, slope, self.progress.step, rate, recipe.optimizer)
-            self.progress.temperature = [max(logarithm, math.log(LOWEST_TEMPERATURE)), *means]
         self.progress.data = position
         self.random = random_state(self.device)
         flops = recipe.model.training_flops(documents, recipe.train.predicted)
+        seen = sum(documents) * ranks.dp
         self.log.add(seen, flops * ranks.dp, loss, norm)  # other groups' documents are assumed to be alike
         return seen
 
-    def _contrast(self) -> ContrastRecipe:
-        """Return the settings of contrast with the temperature of this step."""
-        settings, state = _contrast(self.recipe), self.progress.temperature
-        now = math.exp(state[0]) if state else settings.divisor
-        return settings.model_copy(update={"temperature": now})
-
-    def _gradient(self, batch: Batch | PairBatch, seed: int, running: dict[str, Any]) -> tuple[Tensor, list[int], int]:
-        """Add the gradient of a step's loss; return the loss, the lengths of documents here, and all ranks' tokens."""
-        recipe, ranks = self.recipe, self.ranks
-        if isinstance(batch, PairBatch):
-            loss, self.slope, tokens = backward_pairs(self.model, batch, self._contrast(), ranks, **running)
-            sum_gradients(self.model, ranks)
-            return loss, [len(text.ids) for text in batch.texts], int(tokens)
+    def _gradient(self, batch: Batch, seed: int) -> tuple[Tensor, list[int]]:
+        """Add the gradient of a step's loss; return the loss, and the lengths of the documents here."""
+        train, ranks = self.recipe.train, self.ranks
         ids, targets, count = self._objective(batch, seed)
         rows, length = ids.shape
-        apart = not recipe.train.across_documents
-        starts = [batch.document_starts(row, length) if apart else [0] for row in range(rows)]
-        nll = backward(self.model, ids, targets, scale=1 / count, starts=starts, ranks=ranks, **running)
+        starts = [[0] if train.across_documents else batch.document_starts(row, length) for row in range(rows)]
+        nll = backward(
+            self.model,
+            ids,
+            targets,
+            chunk=train.chunk,
+            scale=1 / count,
+            dtype=train.dtype,
+            starts=starts,
+            ranks=ranks,
+            allocate=self.allocate,
+            # not if groups may have different numbers of chunks, or weights are gathered between chunks
+            on_chunk=self._look if ranks.dp == 1 and not self.sharded else None,
+        )
         sum_gradients(self.model, ranks, nll)
-        documents = [stop - start for row in starts for start, stop in pairwise([*row, length])]
-        return nll / count, documents, rows * length * ranks.dp
+        return nll / count, [stop - start for row in starts for start, stop in pairwise([*row, length])]
 
     def _objective(self, batch: Batch, seed: int) -> tuple[Tokens, Tokens, int]:
         """Return ids and targets (rows, seq_len) of windows of seq_len + 1 tokens, and how many targets all ranks have.
@@ -344,11 +325,8 @@ class _TrainingRun:
         )
         count = (targets >= 0).sum()
         ranks.sum(count)
-        return (
-            to_device(ids, self.device),
-            targets,
-            max(1, int(count) // ranks.sp),
-        )  # the ranks of a group have the same tokens
+        # the ranks of a group have the same tokens
+        return to_device(ids, self.device), targets, max(1, int(count) // ranks.sp)
 
     def _learning_rate(self, step: int) -> float:
         return learning_rate(step, self.recipe.train.steps, self.recipe.optimizer.lr, self.recipe.schedule)
@@ -378,47 +356,36 @@ class _TrainingRun:
         train, progress = self.recipe.train, self.progress
         if progress.reported == progress.step:
             return None
-        index = self._stage_of(progress.step)
-        stage: Stage = train.stages[index]
+        stage = train.stages[self._stage_of(progress.step)]
         last = progress.step == train.steps
         held_out = None
-        if self.held_out[index] and (last or progress.step % train.evaluate_every == 0):
+        if self.held_out and (last or progress.step % train.evaluate_every == 0):
             with self.log.paused():
-                held_out = self._evaluate(self.held_out[index], stage)
+                held_out = self._evaluate(stage)
         line = None
         if held_out or last or progress.step % train.log_every == 0:
             rate, memory = self._learning_rate(progress.step - 1), peak_memory(self.device)
             peak = self.peak * self.ranks.world if self.peak else None
-            learned = self._contrast().divisor if progress.temperature else None
-            line = self.log.write(
-                progress.step,
-                rate,
-                stage.seq_len,
-                memory=memory,
-                peak=peak,
-                temperature=learned,
-                held_out=held_out,
-            )
+            line = self.log.write(progress.step, rate, stage.seq_len, memory=memory, peak=peak, held_out=held_out)
             for tracker in self.trackers:
                 tracker.log(line.step, asdict(line))
         progress.reported = progress.step
         return line
 
-    def _evaluate(self, held_out: list[Document] | PairBatch, stage: Stage) -> dict[str, float | None]:
-        """Return the held-out metrics. Write best/ if the loss is lower than ever."""
+    def _evaluate(self, stage: Stage) -> Score:
+        """Return the score of the held-out documents. Write best/ if the loss is lower than ever."""
         with whole_weights(self.model):
             try:
-                held_out_metrics = evaluate(
+                score = evaluate(
                     self.model,
-                    held_out,
+                    self.held_out,
                     self.recipe,
                     eos_id=self.eos_id,
                     seq_len=stage.seq_len,
-                    contrast=self._contrast(),
                     ranks=self.ranks,
                     on_part=self._look if not self.sharded else lambda: None,
                 )
-                loss = held_out_metrics["held_out_loss"] or 0.0
+                loss = score.nll_sum / score.n_tokens
             except NotFiniteError:
                 loss = math.nan
         if not math.isfinite(loss):
@@ -429,7 +396,7 @@ class _TrainingRun:
         if self.progress.best is None or loss < self.progress.best:
             self.progress.best = loss
             self._write_model(self.output / BEST)
-        return held_out_metrics
+        return score
 
     def _look(self) -> None:
         """Stop or save, between two chunks, if a signal asks for it."""
@@ -450,72 +417,30 @@ class _TrainingRun:
         self.ranks.barrier()  # otherwise another rank could end, and end this one while it writes
 
 
-def _contrast(recipe: Recipe) -> ContrastRecipe:
-    return recipe.contrast or ContrastRecipe()
-
-
-def _documents(recipe: Recipe, tokenizer: Tokenizer, inputs: Inputs, column: str | None = None) -> list[Document]:
-    column, vocab_size = column or recipe.data.column, recipe.model.vocab_size
+def _documents(recipe: Recipe, tokenizer: Tokenizer, inputs: Inputs) -> list[Document]:
+    column, vocab_size = recipe.data.column, recipe.model.vocab_size
     return list(replace(inputs, tokenizer=tokenizer, column=column, vocab_size=vocab_size).documents())
 
 
-def make_windows(
-    recipe: Recipe, tokenizer: Tokenizer, eos_id: int, ranks: Ranks, on_note: OnNote
-) -> list[TokenWindows]:
+def make_windows(recipe: Recipe, tokenizer: Tokenizer, eos_id: int, ranks: Ranks) -> list[TokenWindows]:
     """Return the training data, cut into the windows of each stage."""
     mix, train = recipe.data.sources, recipe.train
     if not mix:
         raise ConfigError("no training data: give --data INPUT, or set data.train or [[data.mix]] in the recipe")
-    contrast = train.objective == "contrast"
-    make_stream = partial(_pair_stream, on_note=on_note) if contrast else _token_stream
-    sources = [make_stream(recipe, tokenizer, source.files, eos_id) for source in mix]
-    places: dict[str, Any] = {"weights": [source.weight for source in mix], "rank": ranks.dp_rank, "world": ranks.dp}
-    if contrast:
-        places["before"] = _before_texts(recipe, tokenizer, eos_id)
-    make = PairWindows if contrast else TokenWindows
+    sources = [TokenStream(_documents(recipe, tokenizer, source.files), eos_id) for source in mix]
+    weights = [source.weight for source in mix]
     return [
-        make(sources, stage.seq_len, train.windows(stage) // ranks.dp, train.seed + index, **places)
+        TokenWindows(
+            sources,
+            stage.seq_len,
+            train.windows(stage) // ranks.dp,
+            train.seed + index,
+            weights=weights,
+            rank=ranks.dp_rank,
+            world=ranks.dp,
+        )
         for index, stage in enumerate(train.stages)
     ]
-
-
-def _token_stream(recipe: Recipe, tokenizer: Tokenizer, inputs: Inputs, eos_id: int) -> TokenStream:
-    return TokenStream(_documents(recipe, tokenizer, inputs), eos_id)
-
-
-def _pair_stream(recipe: Recipe, tokenizer: Tokenizer, inputs: Inputs, eos_id: int, on_note: OnNote) -> PairStream:
-    others = [
-        _documents(recipe, tokenizer, inputs, column) for column in (recipe.data.pair, recipe.data.negative) if column
-    ]
-    stream = PairStream(_documents(recipe, tokenizer, inputs), eos_id, others)
-    if left := len(stream.documents) - len(stream.usable):
-        why = "one of the texts is empty" if others else "it takes two tokens"
-        names = ", ".join(map(str, inputs.names))
-        on_note(f"{names}: {left:,} of {len(stream.documents):,} documents give no pair ({why}) and are left out")
-    return stream
-
-
-def _held_out_pairs(
-    recipe: Recipe, inputs: Inputs, tokenizer: Tokenizer, eos_id: int, on_note: OnNote
-) -> list[PairBatch]:
-    """Return, for each stage, a pair of every held-out document. Raises DataError where none differs from another."""
-    stream, before = _pair_stream(recipe, tokenizer, inputs, eos_id, on_note), _before_texts(recipe, tokenizer, eos_id)
-    pairs = range(len(stream.usable))
-    try:
-        return [PairWindows([stream], stage.seq_len, 1, 0, before=before).batch(pairs) for stage in recipe.train.stages]
-    except DataError as error:
-        raise DataError(f"data.held_out: {error}") from None
-
-
-def _before_texts(recipe: Recipe, tokenizer: Tokenizer, eos_id: int) -> tuple[list[int], list[int]]:
-    """Return the ids that the net reads before the first and the second text of a pair."""
-    if not recipe.model.causal:
-        return [], []
-    settings = _contrast(recipe)
-    first, second = (
-        [eos_id, *tokenizer.encode(prompt).tolist()] for prompt in (settings.query_prompt, settings.document_prompt)
-    )
-    return first, second
 
 
 def _before_documents(recipe: Recipe, tokenizer: Tokenizer) -> int:

@@ -64,18 +64,6 @@ class _Fp32ForBf16(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def adam(state: Sequence[float], gradient: float, step: int, rate: float, recipe: OptimizerRecipe) -> list[float]:
-    """Return a number after the step `step` (1, 2, ...) of Adam, and the means of its gradients and their squares.
-
-    `state` are these three before the step.
-    """
-    x, mean, square = state
-    mean += (1 - recipe.betas[0]) * (gradient - mean)
-    square += (1 - recipe.betas[1]) * (gradient**2 - square)
-    size = math.sqrt(square / (1 - recipe.betas[1] ** step)) + recipe.eps
-    return [x - rate * mean / (1 - recipe.betas[0] ** step) / size, mean, square]
-
-
 def learning_rate(step: int, total: int, peak: float, schedule: ScheduleRecipe) -> float:
     """Return the learning rate of a step, 0 .. total - 1."""
     if step < schedule.warmup_steps:

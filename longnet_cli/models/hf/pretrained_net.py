@@ -234,8 +234,7 @@ class TransformersNet(Net):
         if self._save_adapter:
             self._save_adapter(folder / ADAPTER, inner)
         weights = merged(self.model, inner)
-        dense = self.config.as_trained
-        write_folder(self.model, folder, weights, tokenizer_json, self.folder, dense=dense, embedder=self.embedder)
+        write_folder(self.model, folder, weights, tokenizer_json, self.folder, dense=self.config.as_trained)
 
     @cached_property
     def _plain_logits(self) -> bool:
