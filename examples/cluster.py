@@ -39,9 +39,10 @@ from longnet_cli.attention.notation import format_pattern, parse_pattern
 from longnet_cli.attention.spans import common_span, far_spans, open_spans, span_rows
 from longnet_cli.basics.errors import ConfigError, InputWarning, LongNetError
 from longnet_cli.basics.sizes import format_bytes, format_count, format_duration, format_size, parse_size
-from longnet_cli.jobs.estimating.estimate import Extent, PlanSums
-from longnet_cli.jobs.estimating.training_job import StepFlops, memory_by_kind, step_flops
-from longnet_cli.jobs.training.gradients import stored_bytes
+from longnet_cli.jobs.estimating.memory import reading_memory, spilled_bytes, stored_bytes, training_memory
+from longnet_cli.jobs.estimating.plan import Extent
+from longnet_cli.jobs.estimating.plan import Plan as ReadingPlan
+from longnet_cli.jobs.training.estimate import StepFlops, step_flops
 from longnet_cli.jobs.training.recipe import Recipe, Stage, load_recipe, parse_overrides
 from longnet_cli.jobs.training.start import check_ranks
 from longnet_cli.models.folder import ModelFolder
@@ -318,7 +319,7 @@ def training_plan(recipe: Recipe, machine: Machine, ranks: Ranks) -> Plan:
     if not recipe.names_chunk:
 
         def needed(chunk: int) -> int:
-            return program + sum(memory_by_kind(recipe.with_chunk(chunk), device, ranks).values())
+            return program + sum(training_memory(recipe.with_chunk(chunk), device, ranks).values())
 
         share = ceil(longest.seq_len / ranks.sp)
         most = min(share, GPU_BENCH_CHUNK) if config.causal else share
@@ -329,7 +330,7 @@ def training_plan(recipe: Recipe, machine: Machine, ranks: Ranks) -> Plan:
     check_ranks(recipe, ranks)
     steps = {stage: step_seconds(recipe, stage, machine, ranks) for stage in recipe.train.stages}
     far = config.num_layers * shared(config, machine, longest.seq_len, recipe.train.chunk, ranks.sp).far
-    memory = {"program": program, **memory_by_kind(recipe, device, ranks), "far rows": far}
+    memory = {"program": program, **training_memory(recipe, device, ranks), "far rows": far}
     again = " --set train.activation_checkpointing=true" if recipe.train.activation_checkpointing else ""
     mesh = f"--sp {ranks.sp} --dp {ranks.dp} --chunk {format_size(recipe.train.chunk)}"
     total = sum(stage.steps * (sum(parts.values()) - parts[HIDDEN]) for stage, parts in steps.items())
@@ -361,24 +362,17 @@ def reading_plans(
     """Return plans for reading `documents` of so many tokens, each by one group of devices, in order."""
     config, rates = net.config, machine.rates
     chunk = chunk or chunk_beside(config, int(rates["memory"]) if machine.device == "cuda" else 0)
-    weights = sum(x.numel() * x.element_size() for x in (*net.parameters(), *net.buffers()))
-    copies = 0 if machine.itemsize == 4 else machine.itemsize * config.layer_weights  # of autocast
     shareable = net.layer_by_layer and tokens > chunk  # one forward pass is one device's
-    sums, plans = PlanSums(net, chunk), []
-    sums.add([Extent(tokens, tokens * scores)])
-    flops, attention = sums.product_flops(scores) / tokens, sums.attention_flops() / tokens
+    read, plans = ReadingPlan(net, chunk), []
+    read.add([Extent(tokens, tokens * scores)])
+    flops, attention = read.product_flops(scores) / tokens, read.attention_flops() / tokens
     for sp, dp in meshes(machine, None if shareable else 1):
         ranks = Ranks(0, sp, sp)
         exchanging = config.causal or tokens <= chunk * sp  # a longer bidirectional one is read layer by layer
-        memory = {
-            "program": int(rates["reserved"]),
-            "weights": weights + copies,
-            "activations": config.forward_bytes(sums.tokens_at_once(chunk)),
-            "logits": (8 if machine.itemsize == 4 else 10) * sums.logits_at_once(chunk) * scores,
-            **sums.kept_bytes(chunk, machine.dtype, spill or not config.causal, ranks),
-        }
+        how = {"scores": scores, "spill": spill or not config.causal}
+        memory = {"program": int(rates["reserved"]), **reading_memory(net, read, chunk, machine.dtype, ranks, **how)}
         # what a bidirectional net keeps between its layers: on the device, in the host's memory, or on a disk
-        kept = 0 if config.causal else sums.spilled_bytes(chunk, machine.dtype, ranks)
+        kept = 0 if config.causal else spilled_bytes(net, read, chunk, machine.dtype, ranks)
         beside = not spill and (machine.device == "cpu" or sum(memory.values()) + kept <= 0.5 * rates["memory"])
         traffic = 0 if beside or not kept else 3 * 4 * config.dim * config.num_layers * tokens / sp
         memory["hidden"] += kept * beside

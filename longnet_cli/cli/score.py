@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.basics.sizes import format_count
-from longnet_cli.cli.dry_run import check_sample, estimate_reading
+from longnet_cli.cli.dry_run import check_sample, dry_run
 from longnet_cli.cli.model_and_inputs import ModelAndInputs, Opened
 from longnet_cli.cli.options import OUTPUT, Computing, Documents, HelpPanel, Mesh, ModelChoice, Running
 from longnet_cli.cli.output import count_left_out, emit_json, emit_jsonl, end, printable, say_what_is_kept, tell
@@ -169,7 +169,7 @@ def _estimate(options: ScoreCommand, opened: Opened) -> None:
 
     job = partial(Scorer, cut=_cut(options, opened.loaded), by_recall=options.by_recall)
     format: Literal["text", "json"] = "json" if options.format == "json" else "text"
-    estimate_reading(opened, job, "scoring", options.output, format, options.running, options.computing)
+    dry_run(opened, job, "scoring", options.output, format, options.running, options.computing)
 
 
 def _cut(options: ScoreCommand, loaded: Loaded) -> Cut:

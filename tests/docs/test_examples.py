@@ -34,9 +34,10 @@ from longnet_cli.basics.errors import ConfigError
 from longnet_cli.data.documents import Document
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.jobs.estimating.training_job import memory_by_kind, step_flops
+from longnet_cli.jobs.estimating.memory import training_memory
 from longnet_cli.jobs.scoring.scoring import score
 from longnet_cli.jobs.scoring.token_logprobs import write_token_logprobs
+from longnet_cli.jobs.training.estimate import step_flops
 from longnet_cli.jobs.training.recipe import Recipe, load_recipe
 from longnet_cli.jobs.training.windows import TokenStream, TokenWindows
 from longnet_cli.models.folder import ModelFolder
@@ -654,7 +655,7 @@ def test_a_plan_for_a_cluster_adds_up(cluster: ModuleType, tmp_path: Path) -> No
     assert alone.seconds["attention"] == pytest.approx((work.attention + work.attention_backward / 2) * 1024 / 1e10)
     crossed = 2 * 3 / 4 * 4 * small_recipe().model.num_parameters() / 1e8  # over the network, in a ring
     assert alone.seconds["weights"] == pytest.approx(crossed + 40 * 1e-4)
-    kinds = memory_by_kind(small_recipe(**{"train.chunk": 1024}), torch.device("cpu"), ranks)
+    kinds = training_memory(small_recipe(**{"train.chunk": 1024}), torch.device("cpu"), ranks)
     assert {kind: n for kind, n in alone.memory.items() if n} == {kind: n for kind, n in kinds.items() if n}
     named = {"parallel.sp": 4, "parallel.shard": "none", "train.chunk": 256, "train.activation_checkpointing": False}
     (shared,) = cluster.training_plans(small_recipe(**named), machine)

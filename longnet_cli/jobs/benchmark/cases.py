@@ -23,12 +23,12 @@ from longnet_cli.attention.groups import past_bytes
 from longnet_cli.attention.kernels import select_kernel
 from longnet_cli.attention.merging import kernel_calls
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.jobs.estimating.training_job import logits_bytes
-from longnet_cli.jobs.training.gradients import backward, far_bytes
+from longnet_cli.jobs.estimating.memory import activation_bytes, cache_bytes, far_bytes, forward_memory, logits_bytes
+from longnet_cli.jobs.training.gradients import backward
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.nets.config import NetConfig, parse_config
 from longnet_cli.nets.longnet import LongNet
-from longnet_cli.nets.net import LOGITS_LIMIT, Net
+from longnet_cli.nets.net import Net
 from longnet_cli.running.causal_stream import open_stream
 from longnet_cli.running.device import DTYPES, precision
 
@@ -50,10 +50,10 @@ def attention(s: Settings, impl: str, direction: str, seq: int) -> Case:
     dense, backward = impl == "dense", direction == "backward"
     streamed = impl == "dilated" and not backward and s.streams(seq)
     chunk = s.chunk_for(seq) if streamed else seq
-    cache_bytes = None
+    cache = None
     if streamed:
         rows = 2 * s.heads * s.head_dim * dtype.itemsize * pattern.cache_rows
-        cache_bytes = s.batch * (rows + sum(past_bytes(pattern, s.heads, s.head_dim, seq, dtype.itemsize)))
+        cache = s.batch * (rows + sum(past_bytes(pattern, s.heads, s.head_dim, seq, dtype.itemsize)))
     # each implementation gets the layout that it is made for
     shape = (s.batch, s.heads, chunk, s.head_dim) if dense else (s.batch, chunk, s.heads, s.head_dim)
 
@@ -98,11 +98,11 @@ def attention(s: Settings, impl: str, direction: str, seq: int) -> Case:
     if backward:
         number += 4 * dtype.itemsize + 3 * wide  # and of dout, dq, dk and dv
     scratch = 0 if dense else _scratch_bytes(s, pattern, chunk, backward)
-    memory = math.prod(shape) * number + 4 * s.batch * chunk * s.heads + scratch + (cache_bytes or 0)
+    memory = math.prod(shape) * number + 4 * s.batch * chunk * s.heads + scratch + (cache or 0)
     kernel = "sdpa" if dense else select_kernel(s.device, dtype, s.head_dim).name
     row = Measurement.of(
         s, impl, direction, seq, None if dense else pattern,
-        kernel=kernel, chunk=chunk if streamed else None, cache_bytes=cache_bytes,
+        kernel=kernel, chunk=chunk if streamed else None, cache_bytes=cache,
     )  # fmt: skip
     return Case(row, flops, memory, start, streamed)
 
@@ -159,13 +159,15 @@ def model(s: Settings, impl: str, direction: str, seq: int) -> Case:
     cache = None
     if streamed and not net.stream():  # of a net with a cache of its own, nothing is known
         longest = max(seq, *net.config.pattern.segment_lengths)
-        cache = s.batch * net.config.cache_bytes(longest, DTYPES[s.dtype].itemsize)
+        cache = s.batch * sum(cache_bytes(net.config, longest, DTYPES[s.dtype].itemsize))
     row = _row(s, net, impl, direction, seq, chunk=chunk if streamed else None, cache_bytes=cache)
 
     def flops(tokens: int) -> float:
         return s.batch * _forward_flops(net.config, tokens)
 
-    return Case(row, flops, _memory(s, net, chunk) + (cache or 0), start, streamed)
+    tokens = s.batch * chunk
+    memory = sum(forward_memory(net, tokens, DTYPES[s.dtype].itemsize, tokens).values()) + (cache or 0)
+    return Case(row, flops, memory, start, streamed)
 
 
 def train(s: Settings, impl: str, direction: str, seq: int) -> Case:
@@ -262,19 +264,12 @@ def _forward_flops(config: NetConfig, tokens: int) -> int:
     return tokens * (config.layer_flops() + config.vocabulary_flops()) + config.attention_flops(tokens)
 
 
-def _memory(s: Settings, net: Net, chunk: int) -> int:
-    """Return the bytes of the weights, one layer's activations and the logits."""
-    tokens = s.batch * chunk
-    logits = 8 * min(tokens * net.config.vocab_size, LOGITS_LIMIT)
-    return net.config.forward_bytes(tokens) + logits + sum(p.numel() * p.element_size() for p in net.parameters())
-
-
 def _training_memory(s: Settings, c: NetConfig, seq: int, chunk: int) -> int:
     """Return the bytes of weights and gradients, logits, a chunk's activations, and rows that chunks keep."""
     tokens, itemsize = s.batch * chunk, DTYPES[s.dtype].itemsize
     numbers = c.num_parameters() * (8 if itemsize == 4 else 8 + itemsize)  # autocast copies the weights
     kept = s.batch * sum(far_bytes(c, seq, chunk, itemsize))
-    return numbers + tokens * c.activation_bytes(itemsize, s.device.type) + kept + logits_bytes(c, tokens)
+    return numbers + tokens * activation_bytes(c, itemsize, s.device.type) + kept + logits_bytes(c, tokens)
 
 
 def _row(s: Settings, net: Net, impl: str, direction: str, seq: int, **values: int | None) -> Measurement:
