@@ -108,16 +108,12 @@ def bench(options: BenchCommand) -> None:
 def _settings(options: BenchCommand) -> Settings:
     from longnet_cli.jobs.benchmark import Settings
 
-    # a bare geometric adapts to each length
-    pattern = options.pattern if options.pattern in ("paper", "geometric") else read_pattern(options.pattern)
-    max_time = 60 if options.max_time is None and options.seq is None else options.max_time
-    return Settings.of(
-        seq=options.seq or (4096, 8192, 16384, 32768), op=options.op, impl=options.impl, direction=options.direction,
-        heads=options.heads, head_dim=options.head_dim, batch=options.batch, causal=options.causal, chunk=options.chunk,
-        pattern=pattern, base=options.base, ratio=options.ratio, model=options.model, layers=options.layers,
-        vocab=options.vocab, repeats=options.repeats, max_time=max_time, max_dense_time=options.max_dense_time,
-        device=options.device, dtype=options.dtype,
-    )  # fmt: skip
+    given = vars(options) | {"seq": options.seq or (4096, 8192, 16384, 32768)}
+    if options.max_time is None and options.seq is None:
+        given["max_time"] = 60
+    if options.pattern not in ("paper", "geometric"):  # a bare geometric adapts to each length
+        given["pattern"] = read_pattern(options.pattern)
+    return Settings.of(**{name: value for name, value in given.items() if name not in ("format", "quiet")})
 
 
 def _measure(settings: Settings, format: RowFormat, quiet: bool) -> list[Measurement]:

@@ -97,7 +97,7 @@ def dry_run(
 ) -> None:
     """Print the estimate of a job that would write to `output`, or print."""
     from longnet_cli.jobs.estimating.estimate import estimate_reading
-    from longnet_cli.jobs.estimating.plan import count_documents
+    from longnet_cli.jobs.estimating.reading import count_documents
     from longnet_cli.running.ranks.ranks import leave
 
     assert opened.room  # of every dry run

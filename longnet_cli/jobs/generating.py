@@ -26,7 +26,7 @@ from longnet_cli.basics.errors import ConfigError, DataError, NotFiniteError
 from longnet_cli.data.documents import Document
 from longnet_cli.data.text_stream import TextStream
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.jobs.estimating.plan import Extent, Plan
+from longnet_cli.jobs.estimating.reading import Extent, ReadingPlan
 from longnet_cli.nets.net import Bos, InputSequence, Net, bos_ids
 from longnet_cli.running.causal_stream import CausalStream, open_stream
 from longnet_cli.running.chunk_size import chunk_of, default_chunk
@@ -132,10 +132,10 @@ def generate(
     ).run(sequence, max_tokens, reads_all=stream is not None)
 
 
-def plan_generation(model: Net, prompts: Iterable[Document], bos: Bos, max_tokens: int, chunk: int) -> Plan:
+def plan_generation(model: Net, prompts: Iterable[Document], bos: Bos, max_tokens: int, chunk: int) -> ReadingPlan:
     """Count the reading of prompts, and of the most tokens that continue each. Raises as `generate`."""
     _check(model, None, max_tokens, 0.0, 1.0, (), least=1)
-    plan, begin = Plan(model, chunk), time.perf_counter()
+    plan, begin = ReadingPlan(model, chunk), time.perf_counter()
     for prompt in prompts:
         model.sequence(prompt, bos).check("give a shorter prompt", skips=False)
         plan.add_document(len(prompt))

@@ -12,7 +12,7 @@ from longnet_cli.attention.branches import attention_flops
 from longnet_cli.attention.notation import format_levels
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.hub.model_names import model_path
-from longnet_cli.jobs.benchmark import Case, Measurement, Settings, bench, job, measurement
+from longnet_cli.jobs.benchmark import Case, Measurement, Settings, bench, job
 from longnet_cli.nets.weights import load_config
 
 TINY = {"heads": 3, "head_dim": 8, "repeats": 2}
@@ -99,10 +99,8 @@ def fake_op(monkeypatch: pytest.MonkeyPatch) -> FakeOp:
 
             return Case(Measurement("fake", impl, direction, seq), lambda tokens: flops * (tokens > 0), 0, lambda: run)
 
-        for module in (job, measurement):
-            monkeypatch.setattr(
-                module, "time", SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: now[0])
-            )
+        clock = SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: now[0])
+        monkeypatch.setattr(job, "time", clock)
         monkeypatch.setitem(job.CASES, "attention", make)
 
     return install
@@ -171,7 +169,7 @@ LONG = {"impl": ["dilated"], "pattern": Pattern((16, 64), (1, 4)), **TINY}
 
 @pytest.mark.parametrize("chunk", [7, 64, 100])
 def test_a_long_run_is_streamed_and_reports_every_decade(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(measurement, "FIRST_DECADE", 10)
+    monkeypatch.setattr(job, "FIRST_DECADE", 10)
     seen: list[int] = []
     rows = list(bench(Settings.of(seq=[300], chunk=chunk, **LONG), on_tokens=seen.append))
     assert [(row.start, row.stop) for row in rows] == [(0, 10), (10, 100), (100, 300), (None, None)]
@@ -227,7 +225,7 @@ def _warm_up(tokens: int) -> int:
 
 
 def test_a_streamed_run_stops_when_the_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measurement, "FIRST_DECADE", 10)
+    monkeypatch.setattr(job, "FIRST_DECADE", 10)
     rows = rows_of([10**9], chunk=64, max_time=0.2, **LONG)
     last = rows[-1]
     assert (last.status, last.start) == ("stopped", 0)

@@ -34,7 +34,7 @@ from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.encoding import EncodeOptions, Encoder, encode
 from longnet_cli.jobs.estimating.estimate import Estimate, Room, estimate_reading
 from longnet_cli.jobs.estimating.memory import cache_bytes
-from longnet_cli.jobs.estimating.plan import Sample, count_documents
+from longnet_cli.jobs.estimating.reading import Sample, count_documents
 from longnet_cli.jobs.row_jobs import DocumentJob
 from longnet_cli.jobs.scoring.scoring import Cut, Scorer, score
 from longnet_cli.models.folder import ModelFolder

@@ -6,12 +6,11 @@ from tokens to the loss of each, or to gradients, dilated or dense.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +22,7 @@ from longnet_cli.attention.groups import past_bytes
 from longnet_cli.attention.kernels import select_kernel
 from longnet_cli.attention.merging import kernel_calls
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.jobs.estimating.memory import activation_bytes, cache_bytes, far_bytes, forward_memory, logits_bytes
+from longnet_cli.jobs.estimating.memory import attention_memory, cache_bytes, forward_memory, gradient_memory
 from longnet_cli.jobs.training.gradients import backward
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.nets.config import NetConfig, parse_config
@@ -32,8 +31,7 @@ from longnet_cli.nets.net import Net
 from longnet_cli.running.causal_stream import open_stream
 from longnet_cli.running.device import DTYPES, precision
 
-from .measurement import Case, Measurement
-from .settings import Settings
+from .settings import Case, Measurement, Settings
 
 if TYPE_CHECKING:
     from longnet_cli.models.hf.pretrained_net import TransformersNet
@@ -54,8 +52,6 @@ def attention(s: Settings, impl: str, direction: str, seq: int) -> Case:
     if streamed:
         rows = 2 * s.heads * s.head_dim * dtype.itemsize * pattern.cache_rows
         cache = s.batch * (rows + sum(past_bytes(pattern, s.heads, s.head_dim, seq, dtype.itemsize)))
-    # each implementation gets the layout that it is made for
-    shape = (s.batch, s.heads, chunk, s.head_dim) if dense else (s.batch, chunk, s.heads, s.head_dim)
 
     def flops(tokens: int) -> float:
         if dense:
@@ -64,52 +60,49 @@ def attention(s: Settings, impl: str, direction: str, seq: int) -> Case:
         count = backward_flops if backward else attention_flops
         return count(pattern, s.heads, s.head_dim, tokens, s.causal, s.batch)
 
-    def start() -> Callable[..., object]:
-        draw = torch.Generator(s.device).manual_seed(0)
-
-        def tensor() -> Tensor:
-            return torch.randn(shape, generator=draw, dtype=dtype, device=s.device, requires_grad=backward)
-
-        q, k, v = tensor(), tensor(), tensor()
-        if impl == "kernels":
-            return _kernels_alone(s, pattern, q, k, v, tensor() if backward else None)
-        if streamed:
-            past = KVCache(pattern, s.batch, s.heads, s.head_dim, dtype=dtype, device=s.device)
-
-            def run(tokens: int) -> None:
-                q_, k_, v_ = (x[:, :tokens] for x in (q, k, v))
-                dilated_attention(q_, k_, v_, pattern, start=past.position, far=past.far())
-                past.append(k_, v_, q=q_)
-
-            return run
-
-        def attend() -> Tensor:
-            if dense:
-                return F.scaled_dot_product_attention(q, k, v, is_causal=s.causal)
-            return dilated_attention(q, k, v, pattern, causal=s.causal)
-
-        if not backward:
-            return attend
-        out, dout = attend(), tensor().detach()
-        return lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
-
-    wide = 0 if dtype == torch.float32 else 4  # bytes per number of an fp32 copy beside the tensor itself
-    number = 4 * dtype.itemsize + wide  # bytes per number, of q, k, v and out together
-    if backward:
-        number += 4 * dtype.itemsize + 3 * wide  # and of dout, dq, dk and dv
-    scratch = 0 if dense else _scratch_bytes(s, pattern, chunk, backward)
-    memory = math.prod(shape) * number + 4 * s.batch * chunk * s.heads + scratch + (cache or 0)
-    kernel = "sdpa" if dense else select_kernel(s.device, dtype, s.head_dim).name
     row = Measurement.of(
-        s, impl, direction, seq, None if dense else pattern,
-        kernel=kernel, chunk=chunk if streamed else None, cache_bytes=cache,
+        s, impl, direction, seq, None if dense else pattern, chunk=chunk if streamed else None, cache_bytes=cache,
+        kernel="sdpa" if dense else select_kernel(s.device, dtype, s.head_dim).name,
     )  # fmt: skip
-    return Case(row, flops, memory, start, streamed)
+    # each implementation gets the layout that it is made for
+    shape = (s.batch, s.heads, chunk, s.head_dim) if dense else (s.batch, chunk, s.heads, s.head_dim)
+    memory = attention_memory(shape, None if dense else pattern, s.causal, dtype, s.device, backward) + (cache or 0)
+    return Case(row, flops, memory, partial(_attention, s, impl, pattern, shape, backward, streamed), streamed)
+
+
+def _attention(
+    s: Settings, impl: str, pattern: Pattern, shape: Sequence[int], backward: bool, streamed: bool
+) -> Callable[..., object]:
+    """Draw the inputs of attention, and return the run."""
+    draw = torch.Generator(s.device).manual_seed(0)
+    made: dict[str, Any] = {"generator": draw, "dtype": DTYPES[s.dtype], "device": s.device}
+    q, k, v, *dout = (torch.randn(shape, requires_grad=backward, **made) for _ in range(3 + backward))
+    if impl == "kernels":
+        return _kernels_alone(s, pattern, q, k, v, *dout)
+    if streamed:
+        return _streamed(s, pattern, q, k, v)
+    attend: Callable[[], Tensor] = partial(F.scaled_dot_product_attention, q, k, v, is_causal=s.causal)
+    if impl == "dilated":
+        attend = partial(dilated_attention, q, k, v, pattern, causal=s.causal)
+    if not backward:
+        return attend
+    return partial(torch.autograd.grad, attend(), (q, k, v), dout[0].detach(), retain_graph=True)
+
+
+def _streamed(s: Settings, pattern: Pattern, q: Tensor, k: Tensor, v: Tensor) -> Callable[[int], None]:
+    past = KVCache(pattern, s.batch, s.heads, s.head_dim, dtype=q.dtype, device=q.device)
+
+    def run(tokens: int) -> None:
+        q_, k_, v_ = (x[:, :tokens] for x in (q, k, v))
+        dilated_attention(q_, k_, v_, pattern, start=past.position, far=past.far())
+        past.append(k_, v_, q=q_)
+
+    return run
 
 
 @torch.no_grad()
 def _kernels_alone(
-    s: Settings, pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, dout: Tensor | None
+    s: Settings, pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, dout: Tensor | None = None
 ) -> Callable[[], object]:
     """Return a run of the kernel calls alone, forward or, given dout, backward, on the views of dilated attention."""
     kernel, scale = select_kernel(s.device, q.dtype, s.head_dim), s.head_dim**-0.5
@@ -128,26 +121,15 @@ def _kernels_alone(
     return run
 
 
-def _scratch_bytes(s: Settings, pattern: Pattern, tokens: int, backward: bool) -> int:
-    """Return the bytes that the largest kernel call of dilated attention needs beside its arguments (views)."""
-    kernel = select_kernel(s.device, DTYPES[s.dtype], s.head_dim)
-    scores = kernel.name == "math"  # two matrices of scores; flash kernels need only (rows, head_dim) tensors
-    largest = 0
-    for queries, keys, *_ in branches(pattern, s.heads, 0, tokens, s.causal, "exact", ()):
-        limit = kernel.max_batch(queries.heads, queries.rows, s.head_dim)
-        rows = min(limit, s.batch * queries.segments) * queries.heads * queries.rows
-        largest = max(largest, rows * (max(keys.rows, s.head_dim) if scores else s.head_dim))
-    return 4 * largest * (8 if backward and not scores else 2)
-
-
 def model(s: Settings, impl: str, direction: str, seq: int) -> Case:
     """Return a case of the forward pass, on random tokens, of a shipped or saved model (`s.model`) or a random one."""
     net, load = _net(s, impl, seq)
-    streamed = impl == "dilated" and net.config.streams and s.streams(seq)
+    config, itemsize = net.config, DTYPES[s.dtype].itemsize
+    streamed = impl == "dilated" and config.streams and s.streams(seq)
     chunk = s.chunk_for(seq) if streamed else seq
 
     def start() -> Callable[..., object]:
-        model, ids = load(), _tokens(s, net, chunk)
+        model, ids = load(), _tokens(s, config, chunk)
         read = open_stream(model) if streamed else model
 
         def run(tokens: int = chunk) -> Tensor:
@@ -158,25 +140,20 @@ def model(s: Settings, impl: str, direction: str, seq: int) -> Case:
 
     cache = None
     if streamed and not net.stream():  # of a net with a cache of its own, nothing is known
-        longest = max(seq, *net.config.pattern.segment_lengths)
-        cache = s.batch * sum(cache_bytes(net.config, longest, DTYPES[s.dtype].itemsize))
+        cache = s.batch * sum(cache_bytes(config, max(seq, *config.pattern.segment_lengths), itemsize))
     row = _row(s, net, impl, direction, seq, chunk=chunk if streamed else None, cache_bytes=cache)
-
-    def flops(tokens: int) -> float:
-        return s.batch * _forward_flops(net.config, tokens)
-
-    tokens = s.batch * chunk
-    memory = sum(forward_memory(net, tokens, DTYPES[s.dtype].itemsize, tokens).values()) + (cache or 0)
-    return Case(row, flops, memory, start, streamed)
+    memory = sum(forward_memory(net, s.batch * chunk, itemsize, s.batch * chunk).values()) + (cache or 0)
+    return Case(row, lambda tokens: s.batch * _forward_flops(config, tokens), memory, start, streamed)
 
 
 def train(s: Settings, impl: str, direction: str, seq: int) -> Case:
     """Return a case of one sequence's loss and gradients, by `s.chunk` tokens if given: a step without its update."""
     net, load = _net(s, impl, seq)
-    chunk = min(s.chunk or seq, seq)
+    config, chunk = net.config, min(s.chunk or seq, seq)
+    again = chunk < seq  # then the backward pass computes each chunk's forward pass again
 
     def start() -> Callable[[], object]:
-        model, ids = load().train(), _tokens(s, net, seq)
+        model, ids = load().train(), _tokens(s, config, seq)
 
         def run() -> Tensor:
             model.zero_grad()
@@ -184,15 +161,13 @@ def train(s: Settings, impl: str, direction: str, seq: int) -> Case:
 
         return run
 
-    again = chunk < seq  # then the backward pass computes each chunk's forward pass again
-    row = _row(s, net, impl, direction, seq, chunk=chunk if again else None)
-    config = net.config
-
     def flops(tokens: int) -> float:
         forward = _forward_flops(config, tokens) - config.vote_flops(tokens)  # blocks are chosen once
         return s.batch * (config.training_flops([tokens]) + again * forward)
 
-    return Case(row, flops, _training_memory(s, config, seq, chunk), start)
+    row = _row(s, net, impl, direction, seq, chunk=chunk if again else None)
+    memory = gradient_memory(config, s.batch, seq, chunk, DTYPES[s.dtype].itemsize, s.device.type)
+    return Case(row, flops, memory, start)
 
 
 def _net(s: Settings, impl: str, seq: int) -> tuple[Net, Callable[[], Net]]:
@@ -256,20 +231,12 @@ def _with_weights(s: Settings, net: LongNet) -> LongNet:
     return net.eval()
 
 
-def _tokens(s: Settings, net: Net, count: int) -> Tensor:
-    return torch.randint(net.config.vocab_size, (s.batch, count), device=s.device)
+def _tokens(s: Settings, config: NetConfig, count: int) -> Tensor:
+    return torch.randint(config.vocab_size, (s.batch, count), device=s.device)
 
 
 def _forward_flops(config: NetConfig, tokens: int) -> int:
     return tokens * (config.layer_flops() + config.vocabulary_flops()) + config.attention_flops(tokens)
-
-
-def _training_memory(s: Settings, c: NetConfig, seq: int, chunk: int) -> int:
-    """Return the bytes of weights and gradients, logits, a chunk's activations, and rows that chunks keep."""
-    tokens, itemsize = s.batch * chunk, DTYPES[s.dtype].itemsize
-    numbers = c.num_parameters() * (8 if itemsize == 4 else 8 + itemsize)  # autocast copies the weights
-    kept = s.batch * sum(far_bytes(c, seq, chunk, itemsize))
-    return numbers + tokens * activation_bytes(c, itemsize, s.device.type) + kept + logits_bytes(c, tokens)
 
 
 def _row(s: Settings, net: Net, impl: str, direction: str, seq: int, **values: int | None) -> Measurement:

@@ -1,18 +1,20 @@
-"""Settings of a benchmark: every option once, with its bounds and its default."""
+"""What a benchmark measures: its settings, every option once with bounds and default; its cases, and their rows."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from longnet_cli.attention import Pattern
-from longnet_cli.attention.notation import format_pattern
+from longnet_cli.attention.notation import format_levels, format_pattern
 from longnet_cli.basics.configuration import validate
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.running.chunk_size import BENCH_CHUNK, GPU_BENCH_CHUNK, chunk_of
-from longnet_cli.running.device import check_kernel, resolve_dtype, select_device
+from longnet_cli.running.device import PeakMemory, check_kernel, resolve_dtype, select_device
 
 OPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # implementations and directions; defaults come first
     "attention": (("dilated", "dense", "kernels"), ("forward", "backward")),
@@ -154,3 +156,76 @@ class Settings(BaseModel):
         growth = f", base {self.base}, ratio {self.ratio}" if self._named == "geometric" else ""
         pattern = format_pattern(self.pattern) if isinstance(self.pattern, Pattern) else self._named
         return f"{shape}, pattern {pattern}{growth}{layers}"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One row. Times are in seconds, sizes in bytes. A value that was not measured, or does not apply, is None.
+
+    `status`: ok; oom (memory ran out); skipped (would not fit in memory, or in the time for dense); stopped (out of
+    time). A streamed run, `chunk` tokens at a time, also gives a row for each decade of its positions, [start, stop).
+    `cpu_seconds` is the CPU time of all threads: on a shared machine, it shows whether other processes slowed the run.
+    `peak_rss_bytes` is the process's peak from making the inputs to the last run; on a GPU, the peak of torch's
+    allocator. `model` is the name of a saved model, with its commit if it is on a hub.
+    """
+
+    op: str
+    impl: str
+    direction: str
+    seq: int
+    status: str = "stopped"
+    seconds: float | None = None
+    tokens_per_second: float | None = None
+    flops_per_second: float | None = None
+    peak_rss_bytes: int | None = None
+    cache_bytes: int | None = None
+    heads: int = 0
+    head_dim: int = 0
+    batch: int = 1
+    causal: bool = True
+    dtype: str = "fp32"
+    device: str = "cpu"
+    kernel: str | None = None
+    pattern: str | None = None
+    reason: str | None = None
+    chunk: int | None = None
+    start: int | None = None
+    stop: int | None = None
+    cpu_seconds: float | None = None
+    model: str | None = None
+
+    @classmethod
+    def of(
+        cls, s: Settings, impl: str, direction: str, seq: int, pattern: Pattern | None = None, **values: Any
+    ) -> Measurement:
+        """Return the row of a case before it is measured: the settings that all rows share, and its own `values`."""
+        shared = {name: getattr(s, name) for name in ("heads", "head_dim", "batch", "causal", "dtype")}
+        levels = format_levels(pattern) if pattern else None  # 2048/1,4096/2
+        return cls(s.op, impl, direction, seq, **{**shared, "device": str(s.device), "pattern": levels, **values})
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row to be measured. `start` makes the inputs and returns the function whose calls are timed.
+
+    A `streamed` case is one sequence that is run once, `row.chunk` tokens at a time. Its function takes the number of
+    tokens to run next.
+    """
+
+    row: Measurement
+    flops: Callable[[int], float]  # of the first n tokens
+    memory_bytes: int  # estimated peak, beyond what the process has already
+    start: Callable[[], Callable[..., object]]
+    streamed: bool = False
+
+    def measured(self, first: int, last: int, seconds: float, peak: PeakMemory, **values: Any) -> Measurement:
+        """Return the row of positions [first, last), which took `seconds`."""
+        flops = self.flops(last) - self.flops(first)
+        numbers = {
+            "status": "ok",
+            "seconds": seconds,
+            "tokens_per_second": self.row.batch * (last - first) / seconds,
+            "flops_per_second": flops / seconds if flops else None,
+            "peak_rss_bytes": peak.bytes,
+        }
+        return replace(self.row, **{**numbers, **values})

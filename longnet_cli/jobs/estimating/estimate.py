@@ -1,6 +1,6 @@
 """The estimate of a job for `--dry-run`: its memory by kind, FLOPs and time. A long one is known before it starts.
 
-    documents --count_documents--> Plan --reading_memory--> bytes by kind
+    documents --count_documents--> ReadingPlan --reading_memory--> bytes by kind
     a short read of random tokens --reading_rate--> FLOP/s, and so the time of all
 
 Of a reading job, only these tokens are read, and nothing is written. `jobs/training/estimate.py` has that of a recipe.
@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from longnet_cli.jobs.estimating.memory import reading_memory, spilled_bytes
-from longnet_cli.jobs.estimating.plan import Plan, Shape
+from longnet_cli.jobs.estimating.reading import ReadingPlan, Shape
 from longnet_cli.jobs.estimating.timing import read_noise, reading_rate
 from longnet_cli.running.chunk_size import fitting_chunk
 from longnet_cli.running.device import free_memory, peak_memory, resident_memory, resolve_dtype
@@ -91,7 +91,7 @@ class Room(NamedTuple):
 
 def estimate_reading(
     reader: Reader,
-    plan: Plan,
+    plan: ReadingPlan,
     *,
     room: Room,
     scores: bool,
@@ -145,7 +145,7 @@ def estimate_reading(
     )
 
 
-def _counts(plan: Plan) -> dict[str, Any]:
+def _counts(plan: ReadingPlan) -> dict[str, Any]:
     """Return what is read. If only some texts were tokenized, half of their 95 % interval lies on either side."""
     sample = plan.sample if plan.sample and plan.sample.bytes else None
     error = sample.error if sample else math.inf

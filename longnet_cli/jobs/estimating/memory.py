@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 
+from longnet_cli.attention import Pattern
+from longnet_cli.attention.branches import branches
 from longnet_cli.attention.cache import cached_rows
 from longnet_cli.attention.groups import past_bytes
+from longnet_cli.attention.kernels import select_kernel
 from longnet_cli.attention.spans import SINKS, lanes, segment_rows
 from longnet_cli.models.hf.pretrained_config import TransformersConfig
 from longnet_cli.nets.config import LongNetConfig, NetConfig
@@ -26,7 +30,7 @@ from longnet_cli.running.ranks.exchange import most_owned
 from longnet_cli.running.ranks.ranks import Ranks
 
 if TYPE_CHECKING:
-    from longnet_cli.jobs.estimating.plan import Plan
+    from longnet_cli.jobs.estimating.reading import ReadingPlan
     from longnet_cli.jobs.training.recipe import Recipe, Stage
 
 
@@ -81,8 +85,39 @@ def forward_memory(net: Net, tokens: int, itemsize: int, predicted: int = 0) -> 
     }
 
 
+def attention_memory(
+    shape: Sequence[int], pattern: Pattern | None, causal: bool, dtype: torch.dtype, device: torch.device, back: bool
+) -> int:
+    """Return the bytes of attention alone, forward or `back`, for q of a shape: (B, N, H, D) or, if dense, (B, H, N, D).
+
+    They are q, k, v, out and lse, in the backward pass the four gradients, float32 copies of narrower ones, and what
+    the largest kernel call of a pattern needs beside its arguments (views).
+    """
+    wide = 0 if dtype == torch.float32 else 4
+    number = 4 * dtype.itemsize + wide + (4 * dtype.itemsize + 3 * wide) * back
+    size = math.prod(shape) * number + 4 * math.prod(shape[:-1])
+    if pattern is None:
+        return size
+    (batch, tokens, heads, head_dim), largest = shape, 0
+    kernel = select_kernel(device, dtype, head_dim)
+    scores = kernel.name == "math"  # two matrices of scores; flash kernels need only (rows, head_dim) tensors
+    for queries, keys, *_ in branches(pattern, heads, 0, tokens, causal, "exact", ()):
+        calls = min(kernel.max_batch(queries.heads, queries.rows, head_dim), batch * queries.segments)
+        width = max(keys.rows, head_dim) if scores else head_dim
+        largest = max(largest, calls * queries.heads * queries.rows * width)
+    return size + 4 * largest * (8 if back and not scores else 2)
+
+
+def gradient_memory(config: NetConfig, batch: int, seq_len: int, chunk: int, itemsize: int, device: str) -> int:
+    """Return the bytes of weights and gradients, of a chunk's activations and logits, and of what chunks keep."""
+    numbers = config.num_parameters() * (8 if itemsize == 4 else 8 + itemsize)  # autocast copies the weights
+    saved = batch * chunk * activation_bytes(config, itemsize, device)
+    kept = batch * sum(far_bytes(config, seq_len, chunk, itemsize))
+    return numbers + saved + kept + logits_bytes(config, batch * chunk)
+
+
 def reading_memory(
-    net: Net, plan: Plan, chunk: int, dtype: str, ranks: Ranks, *, scores: bool, spill: bool
+    net: Net, plan: ReadingPlan, chunk: int, dtype: str, ranks: Ranks, *, scores: bool, spill: bool
 ) -> dict[str, int]:
     """Return the bytes of one rank that reads windows as planned, in chunks of so many tokens.
 
@@ -104,7 +139,7 @@ def reading_memory(
     return kinds
 
 
-def spilled_bytes(net: Net, plan: Plan, chunk: int, dtype: str, ranks: Ranks) -> int:
+def spilled_bytes(net: Net, plan: ReadingPlan, chunk: int, dtype: str, ranks: Ranks) -> int:
     """Return the bytes of one rank's file of `--spill`; 0 if no window is read in chunks.
 
     A bidirectional net keeps hidden states there between its layers, a causal one the blocks that are chosen from.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from longnet_cli.jobs.estimating.plan import Extent, Plan, Shape
+from longnet_cli.jobs.estimating.reading import Extent, ReadingPlan, Shape
 from longnet_cli.nets.net import Net
 from longnet_cli.running.causal_stream import open_stream
 from longnet_cli.running.device import precision
@@ -43,7 +43,7 @@ def read_noise(net: Net, lengths: Sequence[int], chunk: int, dtype: str, *, scor
         torch.cuda.synchronize(device)
 
 
-def reading_rate(net: Net, plan: Plan, dtype: str, room: float, *, scores: bool) -> tuple[float, Shape]:
+def reading_rate(net: Net, plan: ReadingPlan, dtype: str, room: float, *, scores: bool) -> tuple[float, Shape]:
     """Return the FLOP/s of reading, and the shape of the forward passes that were timed.
 
     They are as most tokens' of the plan or, where these are slow or would need more than a quarter of the `room` in
@@ -69,7 +69,7 @@ def reading_rate(net: Net, plan: Plan, dtype: str, room: float, *, scores: bool)
     steps = STEPS if one < 4 * SECONDS else 1
     in_chunks = plan.in_chunks(plan.chunk) and usual == Shape(1, plan.chunk)
     lengths = [min(plan.longest, steps * tokens)] if in_chunks else [shape.tokens] * steps * shape.rows
-    timed = Plan(net, tokens)
+    timed = ReadingPlan(net, tokens)
     timed.add(Extent(length, length) for length in lengths)
     return timed.flops(scores) / seconds(lengths, SECONDS, scores), shape
 

@@ -1,6 +1,6 @@
 """What a job would read, counted before any of it is read: documents, tokens, forward passes and their FLOPs.
 
-    documents --lengths--> windows --the Reader's steps--> Plan
+    documents --lengths--> windows --the Reader's steps--> ReadingPlan
     texts --Sample.add--> bytes of each, and tokens of some --tokens_per_byte--> tokens of all
 
 With a sample, every text is read, which is fast, and its UTF-8 bytes are counted. Only a uniform sample of the texts is
@@ -57,7 +57,7 @@ class Extent:
         return self.tokens
 
 
-class Plan:
+class ReadingPlan:
     """Sums over what a `Reader` of `net` reads in chunks, which keep no window.
 
     `documents` counts documents of `tokens` in all and `longest_document` at most; `left_out` those that --skip-bad
@@ -148,7 +148,7 @@ def count_documents(
     done: int = 0,
     skip_bad: bool = False,
     on_progress: Callable[[int], None] = lambda tokens: None,
-) -> Plan:
+) -> ReadingPlan:
     """Count what a `job` reads, from the lengths of documents.
 
     Texts among the `documents` (`Inputs.untokenized`) need the `tokenizer`; a `sample` of this many is tokenized. A
@@ -157,7 +157,7 @@ def count_documents(
     Without `skip_bad`, raises what the job raises for documents that it cannot read. Raises DataError if there is
     nothing to read.
     """
-    plan = Plan(job.reader.model, job.reader.chunk)
+    plan = ReadingPlan(job.reader.model, job.reader.chunk)
     plan.sample = drawn = Sample(sample, tokenizer) if sample and tokenizer else None
     begin = time.perf_counter()
 
