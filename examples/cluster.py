@@ -3,11 +3,12 @@
     python examples/cluster.py plan longnet-2.7b --on h100x8 --set train.batch_tokens=4Mi    # training by a recipe
     python examples/cluster.py plan --model longnet-tiny --tokens 1Gi --on h100x8            # reading a document
     python examples/cluster.py exchange geometric:1Gi --tokens 1Gi --ranks 1024              # what ranks send
+    torchrun --standalone --nproc-per-node 2 examples/cluster.py exchange geometric:64Ki --tokens 64Ki    # and its time
     torchrun --standalone --nproc-per-node 2 examples/cluster.py calibrate here.toml         # this machine's rates
 
 All counts of FLOPs and bytes come from the code that runs. Only the division by rates, and what overlaps with what, is
-said here: an exchange is hidden behind a layer's attention to near keys, and nothing else overlaps. It is arithmetic:
-no GPU and no cluster has run this program.
+said here: an exchange is hidden behind a layer's attention to near keys, and nothing else overlaps. A plan is
+arithmetic: no GPU and no cluster has run this program.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ from longnet_cli.attention.notation import format_pattern, parse_pattern
 from longnet_cli.attention.spans import common_span, far_spans, open_spans, span_rows
 from longnet_cli.basics.errors import ConfigError, InputWarning, LongNetError
 from longnet_cli.basics.sizes import format_bytes, format_count, format_duration, format_size, parse_size
-from longnet_cli.jobs.estimating.estimate import Extent, PlanSums
-from longnet_cli.jobs.estimating.training_job import StepFlops, memory_by_kind, step_flops
-from longnet_cli.jobs.training.gradients import stored_bytes
+from longnet_cli.jobs.estimating.memory import reading_memory, spilled_bytes, stored_bytes, training_memory
+from longnet_cli.jobs.estimating.reading import Extent, ReadingPlan
+from longnet_cli.jobs.training.estimate import StepFlops, step_flops
 from longnet_cli.jobs.training.recipe import Recipe, Stage, load_recipe, parse_overrides
 from longnet_cli.jobs.training.start import check_ranks
 from longnet_cli.models.folder import ModelFolder
@@ -315,7 +316,7 @@ def training_plan(recipe: Recipe, machine: Machine, ranks: Ranks) -> Plan:
     if not recipe.names_chunk:
 
         def needed(chunk: int) -> int:
-            return program + sum(memory_by_kind(recipe.with_chunk(chunk), device, ranks).values())
+            return program + sum(training_memory(recipe.with_chunk(chunk), device, ranks).values())
 
         share = ceil(longest.seq_len / ranks.sp)
         most = min(share, GPU_BENCH_CHUNK) if config.causal else share
@@ -326,7 +327,7 @@ def training_plan(recipe: Recipe, machine: Machine, ranks: Ranks) -> Plan:
     check_ranks(recipe, ranks)
     steps = {stage: step_seconds(recipe, stage, machine, ranks) for stage in recipe.train.stages}
     far = config.num_layers * shared(config, machine, longest.seq_len, recipe.train.chunk, ranks.sp).far
-    memory = {"program": program, **memory_by_kind(recipe, device, ranks), "far rows": far}
+    memory = {"program": program, **training_memory(recipe, device, ranks), "far rows": far}
     again = " --set train.activation_checkpointing=true" if recipe.train.activation_checkpointing else ""
     mesh = f"--sp {ranks.sp} --dp {ranks.dp} --chunk {format_size(recipe.train.chunk)}"
     total = sum(stage.steps * (sum(parts.values()) - parts[HIDDEN]) for stage, parts in steps.items())
@@ -358,24 +359,17 @@ def reading_plans(
     """Return plans for reading `documents` of so many tokens, each by one group of devices, in order."""
     config, rates = net.config, machine.rates
     chunk = chunk or chunk_beside(config, int(rates["memory"]) if machine.device == "cuda" else 0)
-    weights = sum(x.numel() * x.element_size() for x in (*net.parameters(), *net.buffers()))
-    copies = 0 if machine.itemsize == 4 else machine.itemsize * config.layer_weights  # of autocast
     shareable = net.layer_by_layer and tokens > chunk  # one forward pass is one device's
-    sums, plans = PlanSums(net, chunk), []
-    sums.add([Extent(tokens, tokens * scores)])
-    flops, attention = sums.product_flops(scores) / tokens, sums.attention_flops() / tokens
+    read, plans = ReadingPlan(net, chunk), []
+    read.add([Extent(tokens, tokens * scores)])
+    flops, attention = read.product_flops(scores) / tokens, read.attention_flops() / tokens
     for sp, dp in meshes(machine, None if shareable else 1):
         ranks = Ranks(0, sp, sp)
         exchanging = config.causal or tokens <= chunk * sp  # a longer bidirectional one is read layer by layer
-        memory = {
-            "program": int(rates["reserved"]),
-            "weights": weights + copies,
-            "activations": config.forward_bytes(sums.tokens_at_once(chunk)),
-            "logits": (8 if machine.itemsize == 4 else 10) * sums.logits_at_once(chunk) * scores,
-            **sums.kept_bytes(chunk, machine.dtype, spill or not config.causal, ranks),
-        }
+        how = {"scores": scores, "spill": spill or not config.causal}
+        memory = {"program": int(rates["reserved"]), **reading_memory(net, read, chunk, machine.dtype, ranks, **how)}
         # what a bidirectional net keeps between its layers: on the device, in the host's memory, or on a disk
-        kept = 0 if config.causal else sums.spilled_bytes(chunk, machine.dtype, ranks)
+        kept = 0 if config.causal else spilled_bytes(net, read, chunk, machine.dtype, ranks)
         beside = not spill and (machine.device == "cpu" or sum(memory.values()) + kept <= 0.5 * rates["memory"])
         traffic = 0 if beside or not kept else 3 * 4 * config.dim * config.num_layers * tokens / sp
         memory["hidden"] += kept * beside
@@ -494,14 +488,19 @@ def exchange_command(
     layers: Size = 1,
     bidirectional: Annotated[bool, typer.Option("--bidirectional")] = False,
 ) -> None:
-    """Print what ranks send for one layer's forward pass in bf16, as a line of JSON. No process is started.
+    """Print what ranks send for one layer's forward pass in bf16, as a line of JSON.
 
     The plan of every rank is made. received, sent: bytes of the rank that has the most. peers: the most ranks from
     which a rank receives. far: the most bytes of far rows that a rank holds. chosen: of `received`, the bytes expected
     for chosen blocks, in the mean of `--layers` layers, some of which may follow others' choices. formula: bytes by the
     formula of docs/ranks.md, which counts levels wider than a shard. balance: attention FLOPs of the busiest rank,
     relative to the mean. Ends with an error if a rank would send other rows than its reader expects.
+
+    Under torchrun, its processes are the ranks, and exchange random numbers. seconds: of far rows, without chosen
+    blocks, forward and backward. seconds_of_all: of all keys and values, which dense attention needs, forward.
     """
+    here, where = join()
+    ranks = here.world if here.world > 1 else ranks
     causal, edges, shape, number = not bidirectional, even_edges(0, tokens, ranks), (1, 0, heads, head_dim), 2
     sizes = {"vocab_size": 0, "dim": heads * head_dim, "num_layers": layers, "num_heads": heads, "ffn_dim": 1}
     config = parse_config({**sizes, "position": "none", "causal": causal}, "exchange", pattern)
@@ -530,7 +529,36 @@ def exchange_command(
     facts |= {"sent": int(number * sends.sum(1).max()), "peers": int((sends > 0).sum(0).max())}
     facts |= {"far": int(number * held.max()), "chosen": int(chosen.max()), "chosen_mean": float(chosen.mean())}
     facts |= {"formula": 2 * number * heads * head_dim * rows, "balance": float(flops.max() / flops.mean())}
-    print(json.dumps(facts))
+    facts |= exchange_seconds(exchange.of_rank(here.rank), heads, head_dim, here, where) if here.world > 1 else {}
+    leave()
+    if here.first:
+        print(json.dumps(facts))
+
+
+def exchange_seconds(
+    exchange: Exchange, heads: int, head_dim: int, ranks: Ranks, where: torch.device
+) -> dict[str, Any]:
+    """Return the seconds in which all `ranks`, which call it together, exchange keys and values of one layer."""
+    tokens = [b - a for a, b in itertools.pairwise(exchange.edges)]
+    made: dict[str, Any] = {"dtype": torch.bfloat16, "device": where}
+    k, v = (torch.ones(1, tokens[ranks.rank], heads, head_dim, requires_grad=True, **made) for _ in range(2))
+    *shards, own = torch.ones(ranks.world + 1, 2, max(tokens), heads, head_dim, **made)
+
+    def forward() -> list[torch.Tensor]:
+        far, _ = exchange.run(k, v)
+        for keys in far:
+            if keys.ready:
+                keys.ready()
+        return [x for keys in far for x in (keys.k, keys.v)]
+
+    def backward() -> object:
+        return torch.autograd.grad(got, (k, v), grads, retain_graph=True) if got else None
+
+    got = forward()
+    grads = [torch.ones_like(x) for x in got]
+    runs = forward, backward, lambda: dist.all_gather(shards, own)
+    seconds = [ranks.largest(fastest(run, where, ranks)) for run in runs]
+    return {"seconds": seconds[:2], "seconds_of_all": seconds[2]}
 
 
 SECONDS = 0.5  # per rate; the fastest run counts, because other work on the machine only slows a run

@@ -13,7 +13,7 @@ from longnet_cli.basics.atomic import atomic_write
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.basics.finite_json import to_json
 from longnet_cli.basics.sizes import format_count
-from longnet_cli.cli.dry_run import check_sample, estimate_reading
+from longnet_cli.cli.dry_run import check_sample, dry_run
 from longnet_cli.cli.model_and_inputs import ModelAndInputs, Opened
 from longnet_cli.cli.options import OUTPUT, Computing, Documents, HelpPanel, Mesh, ModelChoice, Running
 from longnet_cli.cli.output import count_left_out, emit_json, emit_jsonl, end, printable, say_what_is_kept, tell
@@ -164,7 +164,7 @@ def _estimate(options: ScoreCommand, opened: Opened) -> None:
 
     job = partial(Scorer, options=_decisive(options, opened.loaded))
     format: Literal["text", "json"] = "json" if options.format == "json" else "text"
-    estimate_reading(opened, job, "scoring", options.output, format, options.running, options.computing)
+    dry_run(opened, job, "scoring", options.output, format, options.running, options.computing)
 
 
 def _decisive(options: ScoreCommand, loaded: Loaded) -> ScoreOptions:

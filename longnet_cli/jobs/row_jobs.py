@@ -52,7 +52,6 @@ class DocumentJob(ABC, Generic[R]):
     codec: Codec[R]  # for results that another group of ranks sends
     skips_empty: ClassVar[bool] = False  # an empty document has no result
     scores: ClassVar[bool] = False  # it computes logits
-    alone: bool = False  # no window is read together with another one
     nothing: str  # the error for results without any token
 
     def __init__(self, reader: Reader) -> None:

@@ -1,6 +1,6 @@
 """The configuration of a LongNet, a model's `config.json`: sizes, the attention pattern, positions and norms.
 
-From it follow the FLOPs and bytes of a net. A multiply and an add count as two FLOPs.
+From it follow the FLOPs of a net. A multiply and an add count as two FLOPs.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from pydantic import (
 )
 
 from longnet_cli.attention import Pattern, branches
-from longnet_cli.attention.cache import cached_rows
-from longnet_cli.attention.groups import chosen_flops, past_bytes
+from longnet_cli.attention.groups import chosen_flops
 from longnet_cli.attention.notation import PATTERN_FIELDS, parse_pattern, pattern_fields
 from longnet_cli.basics.configuration import StrictModel, validate
 
@@ -73,13 +72,6 @@ class NetConfig:
             """The tokens of the longest sequence that the net reads; None for no limit."""
 
         def num_parameters(self) -> int: ...
-        def saved_bytes(self, itemsize: int, device: str, lora: dict | None = None) -> tuple[int, int]:
-            """Return the bytes that a token saves for the backward pass: in each layer, and outside the layers.
-
-            `itemsize` is the bytes per number of matrix products, `device` is "cpu" or "cuda". `lora` holds the
-            arguments of `models.hf.lora.add_lora`, or is None.
-            """
-
         def model_dump_json(self, **options: Any) -> str: ...
 
     @property
@@ -122,43 +114,9 @@ class NetConfig:
         """Return the bytes of one layer's activations at their peak, without gradients, in float32."""
         return 4 * tokens * (10 * self.dim + 2 * self.ffn_dim)
 
-    def cache_bytes(self, tokens: int, itemsize: int, sp: int = 1) -> int:
-        """Return the bytes of keys and values that a causal stream holds after `tokens`, `itemsize` bytes per number.
-
-        `sp` ranks share the sequence. `spilled_bytes` of them may be in a file instead. Training in chunks keeps more
-        (`far_bytes`): the rows of all segments, until the backward pass, and the sums of their gradients.
-        """
-        rows = cached_rows(self.pattern, self.num_heads, self.kv_heads, tokens)
-        return self.num_layers * 2 * self.head_dim * rows * itemsize + sum(self.past_bytes(tokens, itemsize, sp))
-
-    def spilled_bytes(self, tokens: int, itemsize: int, sp: int = 1) -> int:
-        """Return the bytes that a causal stream writes to the file of `--spill`: a rank's blocks, for chosen ones."""
-        return self.past_bytes(-(-tokens // sp), itemsize)[0]
-
-    def past_bytes(self, tokens: int, itemsize: int, sp: int = 1) -> tuple[int, int]:
-        """Return the bytes that chosen blocks need of `tokens`, in all layers: of keys and values, and of mean keys.
-
-        `sp` ranks share the tokens.
-        """
-        sizes = self.pattern, self.kv_heads, self.head_dim, tokens, itemsize
-        of_kinds = [
-            (*past_bytes(*sizes, kind, sp), layers) for kind, layers in self.pattern.kinds(self.num_layers).items()
-        ]
-        return sum(layers * rows for rows, _, layers in of_kinds), sum(layers * means for _, means, layers in of_kinds)
-
     def _sum_over_layers(self, flops: Callable[..., float], tokens: int) -> float:
         sizes = self.pattern, self.num_heads, self.head_dim, tokens, self.causal
         return sum(layers * flops(*sizes, kind=kind) for kind, layers in self.pattern.kinds(self.num_layers).items())
-
-    def activation_bytes(self, itemsize: int, device: str, again: bool = False, lora: dict | None = None) -> int:
-        """Return the bytes per token that all layers save for the backward pass, and that one layer's backward adds.
-
-        With `again` (`train.activation_checkpointing`), all layers but one save only their input. The other arguments
-        go to `saved_bytes`.
-        """
-        layer, others = self.saved_bytes(itemsize, device, lora)
-        layers = layer + (self.num_layers - 1) * (4 * self.dim if again else layer)
-        return layers + others + itemsize * (self.ffn_dim + 2 * self.dim)
 
 
 # zeta^(pos / 512) with the paper's smallest zeta, 0.4 / 1.4, spans e^+-80 here; float32 ends at e^88
@@ -332,23 +290,6 @@ class LongNetConfig(NetConfig, StrictModel):
         ffn = d * f + f + f * d + d + (2 * f if self.norm == "subln" else 0)
         embeddings = self.vocab_size * d * (1 if self.tie_embeddings else 2)
         return embeddings + self.num_layers * (attention + ffn + 4 * d) + (2 * d if self.final_norm else 0)
-
-    def saved_bytes(self, itemsize: int, device: str, lora: dict | None = None) -> tuple[int, int]:
-        """Count the tensors that `nets/longnet.py` saves. The residual stream, norms and lse are float32."""
-        d, f, s = self.dim, self.ffn_dim, itemsize
-        inner = 2 * s if device == "cpu" else 8  # mean and deviation of an inner norm: of its input's type on a CPU
-        attention = 4 * d + 8 + s * d  # its input, mean and deviation of that; the normed input
-        attention += 4 * s * d + 4 * self.num_heads  # q, k, v, out; lse
-        ffn = 4 * d + 8 + s * d + s * f  # the same, and the input of gelu
-        if self.norm == "subln":
-            attention += s * d + inner  # the normed output
-            ffn += 2 * s * f + inner  # the norm's input and output
-        else:
-            ffn += s * f  # the output of gelu
-        dropout = 2 * d * (s if device == "cpu" else 1) if self.dropout else 0
-        embedded = 8 + 4 * d + 8 + s * d  # the ids; the input of the last norm, its mean and deviation, its output
-        tables = {"none": 0, "rope": 1, "xpos": 2}[self.position] * 4 * self.head_dim
-        return attention + ffn + dropout, embedded + tables
 
 
 class SlideConfig(LongNetConfig):

@@ -132,8 +132,8 @@ def test_the_command_evaluates_a_task(tmp_path: Path, command_env: dict[str, str
     assert json.loads(path.read_text())["config"]["pretrained"] == f"org/native@{commit}"
     found = json.loads(path.read_text())["results"]["documents"]["bits_per_byte,none"]
     documents = [Document(str(i), BYTES.encode(text), len(text), "test") for i, text in enumerate(texts)]
-    scores = [each.score for each in scores(ModelFolder(folder).net(), documents, bos=256)]
-    assert found == pytest.approx((scores[0] + scores[1]).bpb, rel=1e-6)
+    expected = [each.score for each in scores(ModelFolder(folder).net(), documents, bos=256)]
+    assert found == pytest.approx((expected[0] + expected[1]).bpb, rel=1e-6)
     missing = [word.replace("org/native", "./none") for word in command]
     done = subprocess.run(missing, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 4

@@ -25,12 +25,13 @@ import pytest
 import torch
 from builders import tiny_llama, tiny_model
 from places import ROOT, imported
-from processes import invoke
+from processes import TORCHRUN, invoke
 
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.jobs.estimating.training_job import memory_by_kind, step_flops
+from longnet_cli.jobs.estimating.memory import training_memory
+from longnet_cli.jobs.training.estimate import step_flops
 from longnet_cli.jobs.training.recipe import Recipe, load_recipe
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.running.ranks.exchange import Exchange, even_edges
@@ -331,7 +332,7 @@ def test_a_plan_for_a_cluster_adds_up(cluster: ModuleType, tmp_path: Path) -> No
     assert alone.seconds["attention"] == pytest.approx((work.attention + work.attention_backward / 2) * 1024 / 1e10)
     crossed = 2 * 3 / 4 * 4 * small_recipe().model.num_parameters() / 1e8  # over the network, in a ring
     assert alone.seconds["weights"] == pytest.approx(crossed + 40 * 1e-4)
-    kinds = memory_by_kind(small_recipe(**{"train.chunk": 1024}), torch.device("cpu"), ranks)
+    kinds = training_memory(small_recipe(**{"train.chunk": 1024}), torch.device("cpu"), ranks)
     assert {kind: n for kind, n in alone.memory.items() if n} == {kind: n for kind, n in kinds.items() if n}
     named = {"parallel.sp": 4, "parallel.shard": "none", "train.chunk": 256, "train.activation_checkpointing": False}
     (shared,) = cluster.training_plans(small_recipe(**named), machine)
@@ -385,6 +386,17 @@ def test_the_commands_of_a_cluster(
         row = json.loads(run("exchange", f"geometric:{tokens},base=64", "--tokens", str(tokens), *words))
         assert row["received"] == row["sent"] == row["far"] == row["formula"] == 2 * 2 * 16 * 64 * (5 - 1 + 1 / 32)
         assert (row["peers"], row["received_mean"]) == (31, row["received"])
+
+
+@pytest.mark.ci
+def test_processes_time_what_they_exchange(command_env: dict[str, str]) -> None:
+    words = ["exchange", "geometric:256,base=16", "--tokens", "256", "--heads", "2", "--head-dim", "8"]
+    command = [sys.executable, *TORCHRUN, str(ROOT / "examples/cluster.py"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=command_env, check=True)
+    row = json.loads(done.stdout)
+    # one level is wider than a shard, of 16 rows a segment: half of them are the other rank's, keys and values of bf16
+    assert (row["ranks"], row["received"]) == (2, 2 * 16 * 2 * (16 // 2))
+    assert min(*row["seconds"], row["seconds_of_all"]) > 0
 
 
 def test_a_plan_that_does_not_fit_names_an_option_that_would(

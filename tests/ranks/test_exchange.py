@@ -28,7 +28,8 @@ from longnet_cli.attention.notation import parse_pattern
 from longnet_cli.attention.reference import key_counts
 from longnet_cli.attention.spans import lanes, span_positions
 from longnet_cli.basics.errors import LongNetError
-from longnet_cli.jobs.training.gradients import StoredTokens, backward, far_bytes
+from longnet_cli.jobs.estimating.memory import far_bytes
+from longnet_cli.jobs.training.gradients import StoredTokens, backward
 from longnet_cli.jobs.training.windows import TokenStream, TokenWindows
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet

@@ -24,8 +24,8 @@ from longnet_cli.basics.errors import ConfigError, DataError, LongNetError, NotF
 from longnet_cli.data.documents import Document
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import NO_END, Tokenizer
+from longnet_cli.jobs.estimating.memory import stored_bytes
 from longnet_cli.jobs.scoring.scoring import Score
-from longnet_cli.jobs.training.gradients import stored_bytes
 from longnet_cli.jobs.training.windows import Batch, TokenStream, TokenWindows
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.nets.longnet import LongNet

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longnet_cli.attention.groups import FETCHED, SEEN_BLOCKS, GroupedPart, stages
+from longnet_cli.attention.groups import GroupedPart, stages
 from longnet_cli.attention.past import Blocks, Means, Past, RowMeans, one_each, run_means, taken
 from longnet_cli.attention.pattern import RUN, RUNS, Pattern
 from longnet_cli.attention.sinks import Turn
@@ -391,19 +391,6 @@ class RankPast(Past):
                     sums[:, :, place, max(0, exchange.edges[0] - document - block * size) : rest] = 0
         dist.all_reduce(cuts, group=self._group)
         return cuts
-
-
-def evenly_seen(pattern: Pattern, edges: Sequence[int], rank: int) -> Iterator[Tensor]:
-    """Yield, for each FETCHED queries of a rank, the blocks (n,) of others that they fetch if they see blocks evenly.
-
-    They see as many as were measured, SEEN_BLOCKS. The edges of shards are those of a document that starts at 0.
-    """
-    (w,), (back,), size = pattern.segment_lengths, pattern.look_backs, pattern.chosen_block
-    for position in range(edges[rank], edges[rank + 1], FETCHED):
-        before = max(0, position // w - back) * w // size
-        seen = min(before, SEEN_BLOCKS)
-        blocks = torch.arange(seen) * before // max(1, seen)
-        yield blocks[blocks < edges[rank] // size]
 
 
 class Tail(NamedTuple):
