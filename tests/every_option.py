@@ -125,8 +125,6 @@ OPTIONS = {
 --stride              rows       --stride 4 @ {READING} --format jsonl --context 16
 --last                rows       --last 9
 --by-position         rows       --by-position
---by-recall           rows       --by-recall
---key-tokens          rows       --key-tokens ../start/short.arrow,../start/long.arrow
 --format              stdout     --format json | --format jsonl @ {READING}
 --token-logprobs      files      --token-logprobs x.arrow
 --top                 rows       --top 1 @ {READING} --format jsonl --token-logprobs x.arrow

@@ -119,9 +119,9 @@ score-jsonl: longnet score $in/rows.jsonl --format jsonl --keep title,year,body.
 score-stdin: longnet score - --format jsonl < $in/texts/readme.md
 score-contexts: longnet score $in/texts --context 32,128 --model $in/native
 score-contexts-jsonl: longnet score $in/rows.jsonl --context 16,64 --stride 8 --format jsonl --model $in/native
-    --by-position --by-recall
-score-by: longnet score $in/texts --by-position --by-recall --model $in/native
-score-by-json: longnet score $in/texts --context 64,256 --by-position --by-recall --format json > scores.json &&
+    --by-position
+score-by: longnet score $in/texts --by-position --model $in/native
+score-by-json: longnet score $in/texts --context 64,256 --by-position --format json > scores.json &&
     longnet plot scores.json
 score-last: longnet score $in/texts --context 64,256 --last 100 --format json --model $in/native
 score-logprobs: longnet score $in/rows.jsonl --token-logprobs tokens.arrow --chunk 64 --bos 5
@@ -140,7 +140,7 @@ score-stream: longnet score $in/rows.parquet -o - --keep year --context 16,32 --
 score-lines: longnet score $in/bad.jsonl -o gains.jsonl --skip-bad --context 16,32
 score-llama: longnet score $in/rows.jsonl --model $in/llama --format jsonl
 score-llama-long: longnet score $in/texts --model $in/llama
-score-llama-contexts: longnet score $in/texts --model $in/llama --context 64,128 --by-recall
+score-llama-contexts: longnet score $in/texts --model $in/llama --context 64,128 --by-position
 score-llama-skip: longnet score $in/texts $in/rows.jsonl --model $in/llama --skip-bad
 score-llama-pretrained: longnet score $in/texts --model $in/llama --pattern pretrained --format json
 score-llama-window: longnet score $in/texts --model $in/llama --pattern window:32,sinks=4 --chunk 64
@@ -314,10 +314,10 @@ def make_texts(place: Path) -> list[dict[str, Any]]:
     texts = place / "texts"
     texts.mkdir()
     (texts / "readme.md").write_text((ROOT / "README.md").read_text()[:1600])
-    for name in ("nearest.py", "unigram.py", "tiles.py"):
+    for name in ("nearest.py", "spark_encode.py", "tiles.py"):
         (texts / name).write_text((ROOT / "examples" / name).read_text()[:1200])
     (texts / "empty.txt").write_text("")
-    (place / "list.txt").write_text("texts/nearest.py\ntexts/unigram.py\n")
+    (place / "list.txt").write_text("texts/nearest.py\ntexts/spark_encode.py\n")
     for name, (model, data, train) in RECIPES.items():
         (place / f"{name}.toml").write_text(RECIPE.format(model=model, data=data, train=train))
     words = (ROOT / "README.md").read_text().split("\n\n")[:12]

@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from longnet_cli.models.folder import Loaded
 
 MEASURE = HelpPanel("What to measure")
-ROW_KEYS = {"kind", "doc_id", "context", "nll_sum", "n_tokens", "n_bytes", "ppl", "bpb", "by_position", "by_recall"}
-ROW_KEYS |= {"key_nll_sum", "key_n_tokens"}
+ROW_KEYS = {"kind", "doc_id", "context", "nll_sum", "n_tokens", "n_bytes", "ppl", "bpb", "by_position"}
 GAIN_KEYS = {"gain", "gain_se", "gain_share"}  # of documents that are scored at several contexts
 
 PRINTED = "is for scores that are printed, and -o writes rows"
@@ -37,13 +36,11 @@ PAIRS = (
     Excludes("--token-logprobs", "--dp", "is written by one group of ranks"),
     Needs("--top", "--token-logprobs", "adds to a file of log-probabilities", "--token-logprobs FILE"),
     Excludes("--chosen", "--dp", "is written by one group of ranks"),
-    Excludes("--key-tokens", "--dp", "is for one group of ranks"),
     Excludes("--chosen", "--context", "is for whole documents"),
     Needs("--resume", "-o", "is for a folder of rows", "-o FOLDER"),
     Needs("--shard-tokens", "-o", "is for a folder of rows", "-o FOLDER"),
     Excludes("--token-logprobs", "-o", PRINTED),
     Excludes("--chosen", "-o", PRINTED),
-    Excludes("--key-tokens", "-o", PRINTED),
 )
 
 
@@ -69,16 +66,6 @@ class ScoreCommand:
     )
     by_position: bool = MEASURE.flag(
         "--by-position", "Group the loss by the number of earlier tokens, and by place in the shortest segment."
-    )
-    by_recall: bool = MEASURE.flag(
-        "--by-recall",
-        "Group the loss by how many tokens ago the document last had the same two tokens in a row. Tokens "
-        "without such a place are one more group.",
-    )
-    key_tokens: Sequence[str] | None = MEASURE.option(
-        "--key-tokens NAME,...",
-        "Also measure the tokens for which long context matters. Two files that a judge wrote with --token-logprobs "
-        "show which: SHORT.arrow,LONG.arrow.",
     )
     format: Literal["text", "json", "jsonl"] = OUTPUT.option(
         "--format text|json|jsonl", "Print a table, one JSON value, or one line of JSON per document.", default="text"
@@ -122,7 +109,7 @@ def score(options: ScoreCommand) -> None:
     if output is not None and documents.id_column and documents.id_column not in {*keys, *(documents.keep or ())}:
         # so that rows join their input by the column's own name and type
         documents = replace(documents, keep=[documents.id_column, *(documents.keep or ())])
-    named = ModelAndInputs(documents, options.choice, output if running.resume else None, options.key_tokens or ())
+    named = ModelAndInputs(documents, options.choice, output if running.resume else None)
     outputs = {"--token-logprobs": options.token_logprobs, "--chosen": options.chosen, "-o": output}
     where_to = "the rows are binary, stdout is a terminal: name a file (-o gains.parquet) or pipe them"
     for_folder = {"--resume": running.resume, "--shard-tokens": options.shard_tokens}
@@ -147,8 +134,6 @@ def _check(options: ScoreCommand, keys: set[str]) -> None:
     for name, file in (("--token-logprobs", options.token_logprobs), ("--chosen", options.chosen)):
         if file == "-":
             raise ConfigError(f"{name} needs a file: stdout carries the scores")
-    if options.key_tokens and len(options.key_tokens) != 2:
-        raise ConfigError("--key-tokens needs two files, of a short and of a long context: SHORT.arrow,LONG.arrow")
 
 
 def _check_model(options: ScoreCommand, opened: Opened) -> None:
@@ -167,7 +152,7 @@ def _check_model(options: ScoreCommand, opened: Opened) -> None:
 def _estimate(options: ScoreCommand, opened: Opened) -> None:
     from longnet_cli.jobs.scoring.scoring import Scorer
 
-    job = partial(Scorer, cut=_cut(options, opened.loaded), by_recall=options.by_recall)
+    job = partial(Scorer, cut=_cut(options, opened.loaded))
     format: Literal["text", "json"] = "json" if options.format == "json" else "text"
     estimate_reading(opened, job, "scoring", options.output, format, options.running, options.computing)
 
@@ -223,7 +208,6 @@ def _write_rows(options: ScoreCommand, opened: Opened, output: str, left_out: Le
         tokenizer_sha256=loaded.tokenizer_sha256,
         pattern=format_pattern(loaded.net.config.pattern),
         by_position=options.by_position,
-        by_recall=options.by_recall,
     )
     written = write_rows(
         partial(RowScorer, options=decisive, count_bytes=loaded.tokenizer.n_bytes if loaded.tokenizer else None),
@@ -249,7 +233,6 @@ def _write_rows(options: ScoreCommand, opened: Opened, output: str, left_out: Le
 def _print_scores(options: ScoreCommand, opened: Opened, left_out: LeftOut, advance: Advance) -> None:
     """Print the scores, and write what --token-logprobs and --chosen ask for."""
     from longnet_cli.jobs.chosen_sources import write_chosen
-    from longnet_cli.jobs.scoring.key_tokens import Judge
     from longnet_cli.jobs.scoring.measures import Total
     from longnet_cli.jobs.scoring.scoring import Scorer
     from longnet_cli.jobs.scoring.token_logprobs import write_token_logprobs
@@ -257,14 +240,13 @@ def _print_scores(options: ScoreCommand, opened: Opened, left_out: LeftOut, adva
 
     loaded, data, computing, first = opened.loaded, opened.inputs, options.computing, opened.ranks.first
     net, logprobs, top, chosen = loaded.net, options.token_logprobs, bool(options.top), options.chosen
-    judge = Judge(options.key_tokens, loaded.tokenizer_sha256) if options.key_tokens else None
     origin = model_origin(net, loaded.origin, loaded.tokenizer_sha256) if first else {}
     tokens = write_token_logprobs(logprobs, origin, top) if logprobs and first else nullcontext()
     choices = write_chosen(chosen, net.config.pattern, origin) if chosen and first else nullcontext()
     count_bytes = loaded.tokenizer.n_bytes if loaded.tokenizer else None
     with tokens as on_tokens, choices as on_choice:
         cut, reader = _cut(options, loaded), opened.reader(computing, None, advance, on_choice)
-        scorer = Scorer(reader, cut, options.by_position, options.by_recall, count_bytes, on_tokens, judge, top)
+        scorer = Scorer(reader, cut, options.by_position, count_bytes, on_tokens, top)
         documents = opened.telling(computing, options.context)(data.documents())
         stored = data.stored() if net.config.max_tokens is not None else ()
         scores = scorer.all_results(scorer.checked(documents, stored, left_out.skip), opened.ranks)
@@ -286,12 +268,8 @@ def _print(
         values: dict[str, Any] = {"doc_id": document.doc_id, **document.score.as_dict()}
         if several:
             values["context"] = document.context
-        if document.by_recall:
-            values |= document.by_recall.as_dict()
         if document.gain:
             values |= document.gain._asdict()
-        if document.key:
-            values |= {"key_nll_sum": document.key.nll_sum, "key_n_tokens": document.key.n_tokens}
         values |= {name: value.as_py() for name, value in document.kept.items()}
         if format == "text":
             _print_row(document.doc_id, document.score, document.context if several else None, header=index == 0)
@@ -307,10 +285,8 @@ def _print(
         if several:
             _print_comparison(totals)
         for values in totals:
-            _print_losses(values, totals[0]["context"])
-        if "key_tokens" in totals[0]:
-            _print_key_tokens(totals)
-        if several or totals[0].keys() & {"by_position", "by_recall", "key_tokens"}:
+            _print_losses(values)
+        if several or "by_position" in totals[0]:
             print(f"+- is a standard error, clustered by document ({totals[0]['n_docs']} documents)")
     elif format == "jsonl":
         for values in totals:
@@ -338,33 +314,16 @@ def _print_comparison(totals: list[dict[str, Any]]) -> None:
         print(f"{row['context']:>9} {' '.join(numbers)}")
 
 
-def _print_key_tokens(totals: list[dict[str, Any]]) -> None:
-    """Print one line per context: the key tokens, their share, their perplexity, and that of all tokens beside it."""
-    context = totals[0]["context"]
-    print(f"\n{'key tokens':>12} {'share':>8} {'ppl':>12} {'+-':>8} {'ppl of all':>12}" + "  context" * bool(context))
-    for row in totals:
-        keys = row["key_tokens"]
-        numbers = f"{_number(keys['share']):>8} {_number(keys['ppl']):>12} {_number(keys['ppl_se']):>8}"
-        end = f" {row['context']:>8}" if context else ""
-        print(f"{keys['n_tokens']:>12} {numbers} {_number(row['ppl']):>12}{end}")
-
-
-def _print_losses(total: dict[str, Any], first: int | None) -> None:
-    """Print the tables of `--by-position` and `--by-recall`: nats per token, and ppl relative to context `first`."""
+def _print_losses(total: dict[str, Any]) -> None:
+    """Print the tables of `--by-position`: nats per token, by tokens seen and by place in a segment."""
     context = f", context {total['context']}" if total["context"] else ""
-    tables = (("by_position", "tokens seen"), ("by_segment_position", "in segment"), ("by_recall", "said tokens ago"))
-    columns = (("nll", "nats", 8), ("nll_se", "+-", 8), ("ppl_ratio", f"ppl / {first}", 12), ("ppl_ratio_se", "+-", 8))
-    for key, title in tables:
+    for key, title in (("by_position", "tokens seen"), ("by_segment_position", "in segment")):
         rows = total.get(key) or ()
-        shown = [column for column in columns if any(column[0] in row for row in rows)]
         if rows:
-            print(f"\n{title:>20} {'tokens':>12} {' '.join(name.rjust(width) for _, name, width in shown)}{context}")
+            print(f"\n{title:>20} {'tokens':>12} {'nats':>8} {'+-':>8}{context}")
         for row in rows:
-            span = "new" if row["from"] is None else str(row["from"])
-            if row["from"] != row["to"]:
-                span += f" .. {row['to']}"
-            numbers = " ".join(_number(row[name]).rjust(width) for name, _, width in shown)
-            print(f"{span:>20} {row['n_tokens']:>12} {numbers}")
+            places = str(row["from"]) if row["from"] == row["to"] else f"{row['from']} .. {row['to']}"
+            print(f"{places:>20} {row['n_tokens']:>12} {_number(row['nll']):>8} {_number(row['nll_se']):>8}")
 
 
 def _number(value: float | None) -> str:

@@ -39,8 +39,9 @@ def cut_text(parts: Iterable[str], cut: re.Pattern[str] = AT_SIGN) -> Iterator[s
         # the end of the next piece is known once there are LONGEST_PIECE characters, or the rest of the text
         while len(text) - start > (PIECE if part is None else LONGEST_PIECE):
             limit = start + LONGEST_PIECE
-            match = cut.search(text, start + PIECE, limit)
-            end = match.start() if match else min(limit, len(text))
+            # no cut after a sign such as a half or a Roman number, to which a tokenizer may join a digit
+            places = (x.start() for x in cut.finditer(text, start + PIECE, limit))
+            end = next((x for x in places if not text[x - 1].isnumeric()), min(limit, len(text)))
             yield text[start:end]
             start = end
     if start < len(text):

@@ -76,9 +76,6 @@ class DocumentJob(ABC, Generic[R]):
         """Return the bytes that the job itself keeps of a document of so many tokens, by kind."""
         return {}
 
-    def end(self) -> None:
-        """Check what can be checked only after the last document."""
-
     def checked(
         self,
         documents: Iterable[Document],
@@ -105,7 +102,6 @@ class DocumentJob(ABC, Generic[R]):
                 tokens += self.tokens(result)
                 yield portion, result
             yield portion, None
-        self.end()
         if not tokens and (ranks.first or ranks.dp == 1):
             raise NoTokensError(self.nothing)
 

@@ -67,6 +67,8 @@ def test_cutting_a_long_text_changes_no_token(trained, monkeypatch):
     monkeypatch.setattr(text_pieces, "PIECE", 7)
     monkeypatch.setattr(module, "GROUP", 50)
     assert len(list(text_pieces.cut_text([text]))) > 100
+    signs = "½2²3Ⅷ4①5" * 5  # one word of many tokenizers
+    assert list(text_pieces.cut_text([signs])) == [signs]
     assert trained.encode(text).tolist() == whole
     parts = list(trained.encode_parts([text, "", text]))
     for owner, expected in enumerate((whole, [], whole)):

@@ -148,7 +148,6 @@ def test_a_resumed_folder_has_the_same_bytes(model: LongNet, tmp_path: Path) -> 
     assert whole == cut
     manifest = read_manifest(tmp_path / "whole")
     assert (manifest.skipped, manifest.totals["documents"], manifest.totals["rows"]) == (1, 8, 8)
-    assert not manifest.settings.keys() & {"by_position", "by_recall"}  # folders of older runs do not have these
 
 
 def test_nothing_to_score_is_said_at_the_end(model: LongNet, tmp_path: Path) -> None:
@@ -174,10 +173,10 @@ def test_the_command_writes_what_it_prints(run_longnet: RunLongnet, tmp_path: Pa
         assert not short.keys() & {*Gain._fields}
 
 
-def test_tables_by_position_and_by_recall_are_columns(run_longnet: RunLongnet, tmp_path: Path) -> None:
+def test_tables_by_position_are_columns(run_longnet: RunLongnet, tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": "one two three, " * n}) + "\n" for n in (30, 0, 120)))
     for context, ends in (("16,64", ("_16", "_64")), (None, ("",))):
-        words = ("x.jsonl", "-q", "--by-recall", "--by-position", *(["--context", context] if context else []))
+        words = ("x.jsonl", "-q", "--by-position", *(["--context", context] if context else []))
         for output in ("gains.parquet", "gains"):
             assert run_longnet("score", *words, "-o", output).returncode == 0
         found = pq.read_table(tmp_path / "gains.parquet")
@@ -185,8 +184,6 @@ def test_tables_by_position_and_by_recall_are_columns(run_longnet: RunLongnet, t
         assert shard.to_pylist() == found.to_pylist()
         printed = [json.loads(line) for line in run_longnet("score", *words, "--format", "jsonl").stdout.splitlines()]
         for index, end in enumerate(ends):
-            of_context = [row for row in printed[index :: len(ends)] if row["kind"] == "document"]
-            assert found[f"by_recall{end}"].to_pylist() == [row["by_recall"] for row in of_context]
             total = printed[len(printed) - len(ends) + index]
             for name in ("by_position", "by_segment_position"):
                 tables = found[f"{name}{end}"].to_pylist()

@@ -54,6 +54,7 @@ from longnet_cli.jobs.encoding import EncodeOptions, Encoder, encode
 from longnet_cli.jobs.row_jobs import write_rows
 from longnet_cli.jobs.scoring.scoring import score
 from longnet_cli.models.folder import ModelFolder
+from longnet_cli.models.hf.longnet_cache import LongNetCache
 from longnet_cli.models.hf.pretrained_net import TransformersNet
 from longnet_cli.running.causal_stream import CausalStream, open_stream
 
@@ -407,3 +408,17 @@ def test_positions_that_end() -> None:
     encode(net, [make_document(32)], EncodeOptions(bos=None)).read_all()
     with pytest.raises(ConfigError, match="33 tokens, and the model has 32 positions"):
         encode(net, [make_document(33)], EncodeOptions(bos=None)).read_all()
+
+
+@pytest.mark.parametrize("shared", [0, 2])
+def test_layers_that_share_keys_are_read_whole(shared: int, tmp_path: Path) -> None:
+    kinds, sizes = ["sliding_attention", "full_attention"] * 2, {"sliding_window": 16, "global_head_dim": 8}
+    few = {"num_hidden_layers": 4, "num_key_value_heads": 2, "head_dim": 8, "hidden_size_per_layer_input": 8}
+    few |= {"vocab_size_per_layer_input": 257, "layer_types": kinds, "num_kv_shared_layers": shared}
+    model = built(lambda: hf.Gemma4ForCausalLM(hf.Gemma4TextConfig(**{**SMALL, **sizes, **few})))
+    net = TransformersNet(use_dilated_attention(model, LEVELS))
+    assert net.config.memory == ("none" if shared else "cache")
+    assert (net.note or "").startswith("some of its layers take the keys of others") == bool(shared)
+    if shared:
+        with pytest.raises(ConfigError, match="take the keys of others: no LongNetCache keeps them"):
+            LongNetCache(model.config)

@@ -16,23 +16,17 @@ Row = Mapping[str, Any]
 class Axis:
     """An axis: its title, its scale, the format of its numbers (`write`), and of its places in a sentence (`at`).
 
-    `base` is the base of a logarithmic scale, or 0 for a linear one. An infinite place comes after all others, and is
-    called `beyond`.
+    `base` is the base of a logarithmic scale, or 0 for a linear one.
     """
 
     title: str
     base: int = 0
     write: Callable[[float], str] = short_number
     at: str = "{}"
-    beyond: str = "never"
-
-    def show(self, value: float) -> str:
-        """Return the label of a place, for a tick."""
-        return self.beyond if math.isinf(value) else self.write(value)
 
     def name(self, value: float) -> str:
         """Return the name of a place in a sentence."""
-        return self.beyond if math.isinf(value) else self.at.format(self.write(value))
+        return self.at.format(self.write(value))
 
     def scale(self, value: float) -> float:
         """Return the place of a value. On a logarithmic scale, it is the logarithm of a positive value."""
@@ -74,19 +68,6 @@ class Panel(NamedTuple):
     def names(self) -> list[str]:
         """The names of the curves, each once."""
         return list(dict.fromkeys(curve.name for curve in self.curves))
-
-    @property
-    def beyond(self) -> float | None:
-        """The x at which infinite places are drawn; None if there are none."""
-        places = [point.x for curve in self.curves for point in curve.points]
-        if math.inf not in places:
-            return None
-        last = max((x for x in places if x < math.inf), default=1)
-        return last * self.x.base**2 if self.x.base else last + 1
-
-    def place(self, x: float) -> float:
-        """Return the place of x on the scale of its axis."""
-        return self.x.scale((self.beyond or x) if math.isinf(x) else x)
 
 
 def number(value: Any) -> float | None:

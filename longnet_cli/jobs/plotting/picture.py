@@ -72,7 +72,7 @@ def _draw(axes: Axes, panel: Panel) -> None:
     axes.grid(alpha=0.3)
     if panel.x.base:
         axes.set_xscale("log", base=panel.x.base)
-        _set_ticks(axes.xaxis, panel.x, panel.beyond)
+        _set_ticks(axes.xaxis, panel.x)
     if panel.y.base:
         axes.set_yscale("log", base=panel.y.base)
         _set_ticks(axes.yaxis, panel.y)
@@ -81,7 +81,7 @@ def _draw(axes: Axes, panel: Panel) -> None:
 
 
 def _draw_curve(axes: Axes, panel: Panel, curve: Curve, color: str) -> None:
-    x = [(panel.beyond or 0.0) if math.isinf(point.x) else point.x for point in curve.points]
+    x = [point.x for point in curve.points]
     y = [point.y for point in curve.points]
     errors = [math.nan if point.error is None else point.error for point in curve.points]
     style: dict[str, Any] = {"linewidth": 1.2, "color": color, "linestyle": "--" if curve.extrapolated else "-"}
@@ -99,8 +99,8 @@ def _draw_curve(axes: Axes, panel: Panel, curve: Curve, color: str) -> None:
             axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
 
 
-def _set_ticks(axis: MatplotlibAxis, kind: Axis, beyond: float | None = None) -> None:
-    """Give a logarithmic axis ticks at powers of its base, at least two, and a tick with a name at `beyond`."""
+def _set_ticks(axis: MatplotlibAxis, kind: Axis) -> None:
+    """Give a logarithmic axis ticks at powers of its base, at least two."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     low, high = (kind.scale(value) for value in sorted(axis.get_view_interval()))
@@ -109,8 +109,6 @@ def _set_ticks(axis: MatplotlibAxis, kind: Axis, beyond: float | None = None) ->
         powers = range(math.floor(low), math.ceil(high) + 1)
         axis.set_view_interval(kind.unscale(powers[0]), kind.unscale(powers[-1]), ignore=True)
     ticks = [kind.unscale(power) for power in powers[:: -(-len(powers) // 9)]]
-    if beyond:
-        ticks = [tick for tick in ticks if tick < beyond / kind.base] + [beyond]
     axis.set_major_locator(FixedLocator(ticks))
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: kind.beyond if value == beyond else kind.show(value)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: kind.write(value)))

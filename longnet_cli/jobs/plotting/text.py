@@ -33,7 +33,7 @@ class _Drawing:
         self.dots = braille and (color or len(self.names) == 1)
         self.across, self.down = (2, 4) if self.dots else (1, 1)  # dots per character
         points = [point for curve in panel.curves for point in curve.points]
-        self.x = sorted((panel.place(point.x), point.x) for point in points)
+        self.x = sorted((panel.x.scale(point.x), point.x) for point in points)
         edges = [edge for point in points for edge in self._band(point)]
         self.y = min(edges), max(edges)
         self.cells: dict[tuple[int, int], tuple[int, str | int]] = {}  # (row, column) -> owner, mark or dots
@@ -63,7 +63,7 @@ class _Drawing:
                 self._mark(x, y, owner, "." if curve.extrapolated else _letter(owner))
 
     def _column(self, point: Point) -> int:
-        return _place(self.panel.place(point.x), self.x[0][0], self.x[-1][0], self.across * self.columns)
+        return _place(self.panel.x.scale(point.x), self.x[0][0], self.x[-1][0], self.across * self.columns)
 
     def _row(self, y: float) -> int:
         rows = self.down * _HEIGHT
@@ -91,10 +91,10 @@ class _Drawing:
         labels = {0: high, _HEIGHT - 1: low} if high > low else {(_HEIGHT - 1) // 2: high}
         yield panel.y.title
         for row in range(_HEIGHT):
-            label = panel.y.show(panel.y.unscale(labels[row])) if row in labels else ""
+            label = panel.y.write(panel.y.unscale(labels[row])) if row in labels else ""
             yield f"{label:>{_MARGIN}} |{''.join(self._cell(row, column) for column in range(self.columns)).rstrip()}"
         yield f"{'':>{_MARGIN}} +{'-' * self.columns}"
-        begin, end = panel.x.show(self.x[0][1]), panel.x.show(self.x[-1][1])
+        begin, end = panel.x.write(self.x[0][1]), panel.x.write(self.x[-1][1])
         room = self.columns - len(begin) - len(end)
         yield f"{'':>{_MARGIN + 2}}{begin}{panel.x.title if len(panel.x.title) < room else '':^{room}}{end}"
         for curve in panel.curves:
@@ -105,8 +105,8 @@ class _Drawing:
         """Yield the lines that name a curve and its last point: `a dense: 3.65 s at 64Ki tokens`."""
         owner, point = self.names.index(curve.name), curve.points[-1]
         more = ", extrapolated" if curve.extrapolated else ""
-        error = "" if point.error is None else f" +- {self.panel.y.show(point.error)}"
-        summary = f"{curve.name}{more}: {self.panel.y.show(point.y)}{error} at {self.panel.x.name(point.x)}"
+        error = "" if point.error is None else f" +- {self.panel.y.write(point.error)}"
+        summary = f"{curve.name}{more}: {self.panel.y.write(point.y)}{error} at {self.panel.x.name(point.x)}"
         if len(self.names) == 1:
             yield from textwrap.wrap(summary, self.columns)
             return

@@ -29,7 +29,7 @@ TABLE = pa.list_(pa.struct([("from", pa.int64()), ("to", pa.int64()), ("n_tokens
 class ScoreOptions:
     """The options that determine the rows of `score -o`, together with the net and the documents.
 
-    `bos`, `context`, `stride`, `last`, `by_position` and `by_recall` are as in `scoring.score`; contexts are sorted in
+    `bos`, `context`, `stride`, `last` and `by_position` are as in `scoring.score`; contexts are sorted in
     ascending order. With two or more contexts, the rows have columns for the gain of the longest over the shortest.
     `model_name`, `tokenizer_sha256` and `pattern` (a text of `attention.notation`) go into the schema's metadata.
     """
@@ -42,7 +42,6 @@ class ScoreOptions:
     tokenizer_sha256: str | None = None
     pattern: str | None = None
     by_position: bool = False
-    by_recall: bool = False
 
     def __post_init__(self) -> None:
         if self.context is not None:
@@ -52,19 +51,16 @@ class ScoreOptions:
         """Return the schema of the rows, with the columns `kept_fields`.
 
         `n_tokens` is the number of scored tokens, the same at each context. Nats are means over these tokens, null if
-        there are none. The columns of the gain are those of `measures.Gain`. `by_position`, `by_segment_position` and
-        `by_recall` are lists of rows as in the machine formats. The name of a column that is there once for each
-        context ends with the context. The metadata keys are `longnet.*`; unknown values are left out.
+        there are none. The columns of the gain are those of `measures.Gain`. `by_position` and `by_segment_position`
+        are lists of rows as in the machine formats. The name of a column that is there once for each context ends with
+        the context. The metadata keys are `longnet.*`; unknown values are left out.
         """
         known = {
             "longnet.model": self.model_name,
             "longnet.tokenizer_sha256": self.tokenizer_sha256,
             "longnet.pattern": self.pattern,
         }
-        tables = [
-            *(["by_position", "by_segment_position"] if self.by_position else []),
-            *(["by_recall"] if self.by_recall else []),
-        ]
+        tables = ["by_position", "by_segment_position"] if self.by_position else []
         contexts = self.context or (None,)
         fields = [
             pa.field("doc_id", pa.string()),
@@ -95,7 +91,7 @@ class RowScorer(RowJob):
         self.schema = options.schema(kept_fields)
         self.cut = Cut.of(reader.model, options.bos, options.context, options.stride, options.last)
         self.nothing = self.cut.nothing
-        self.scorer = Scorer(reader, self.cut, options.by_position, options.by_recall, count_bytes)
+        self.scorer = Scorer(reader, self.cut, options.by_position, count_bytes)
 
     def sequence(self, document: Document) -> InputSequence[Document]:
         return self.scorer.sequence(document)
@@ -135,9 +131,7 @@ def _row(scores: Sequence[DocumentScore]) -> dict[str, Any]:
     for of_context in scores:
         if total.n_tokens:
             row[_column("nats", of_context.context)] = of_context.score.nll_sum / total.n_tokens
-        for table in (of_context.by_position, of_context.by_recall):
-            row |= {
-                _column(name, of_context.context): rows for name, rows in (table.as_dict() if table else {}).items()
-            }
+        tables = of_context.by_position.as_dict() if of_context.by_position else {}
+        row |= {_column(name, of_context.context): rows for name, rows in tables.items()}
         row |= of_context.gain._asdict() if of_context.gain else {}
     return row

@@ -26,8 +26,7 @@ from longnet_cli.data.documents import SPOOL_BYTES, Document
 from longnet_cli.data.kept import Sent
 from longnet_cli.data.left_out import OnSkip
 from longnet_cli.jobs.row_jobs import DocumentJob
-from longnet_cli.jobs.scoring.key_tokens import Judge
-from longnet_cli.jobs.scoring.measures import Bigrams, ByPosition, ByRecall, DocumentScore, Gain, GainTally, Score
+from longnet_cli.jobs.scoring.measures import ByPosition, DocumentScore, Gain, GainTally, Score
 from longnet_cli.nets.net import LOGITS_LIMIT, Bos, InputSequence, Net, bos_ids
 from longnet_cli.running.device import precision, to_device, to_host
 from longnet_cli.running.ranks.dealing import Codec
@@ -138,8 +137,6 @@ def score(
     stride: int | None = None,
     last: int | None = None,
     by_position: bool = False,
-    by_recall: bool = False,
-    judge: Judge | None = None,
     count_bytes: Callable[[np.ndarray], int | None] | None = None,
     chunk: int | None = None,
     dtype: str = "auto",
@@ -167,9 +164,7 @@ def score(
     tokens at the end of each document are scored, also from windows as long as the context. Documents too short for
     that are left out, and `count_bytes` gives the bytes of the scored ids (None: unknown).
 
-    `by_position` also sums the nats by position in the window. `by_recall` sums them by how many tokens ago the
-    document had the same bigram, even if that was before the window; `measures.Bigrams` says how much memory it takes.
-    `judge` also sums the nats of key tokens, which takes 17 bytes per token of a document.
+    `by_position` also sums the nats by position in the window.
 
     `chunk`, `dtype`, `spill` and `ranks` are as in `running.reader.Reader`: memory does not depend on the document's
     length, without chosen blocks, and none of them changes a number beyond rounding. All ranks need the same documents.
@@ -191,14 +186,12 @@ def score(
     ranks = ranks or Ranks()
     if on_tokens and ranks.dp > 1:
         raise ConfigError("log-probabilities of tokens are written by one group of ranks: leave out --dp")
-    if judge and ranks.dp > 1:
-        raise ConfigError("key tokens are read by one group of ranks: leave out --dp")
     if device is not None:
         model.to(device)
     reader = share_reader(
         model, chunk=chunk, dtype=dtype, spill=spill, ranks=ranks, on_progress=on_progress, on_choice=on_choice
     )
-    scorer = Scorer(reader, cut, by_position, by_recall, count_bytes, on_tokens, judge, top)
+    scorer = Scorer(reader, cut, by_position, count_bytes, on_tokens, top)
     return scorer.all_results(scorer.checked(documents, stored, on_skip), ranks)
 
 
@@ -222,13 +215,9 @@ class _Tally:
     expected: int
     n_bytes: int | None  # of the scored tokens
     by_position: ByPosition | None
-    by_recall: ByRecall | None
-    bigrams: Bigrams  # read for by_recall only
     gain: GainTally | None  # shared by the tallies of the document at all contexts
-    keys: np.ndarray | None  # of the scored tokens, whether they are key tokens: (expected,) bool
     nll_sum: float = 0.0
     n_tokens: int = 0
-    key_nll_sum: float = 0.0
 
     @property
     def ends(self) -> bool:
@@ -239,10 +228,9 @@ class _Tally:
     def result(self) -> DocumentScore:
         score = Score(self.nll_sum, self.n_tokens, self.n_bytes if self.n_tokens else 0)
         gain = self.gain.result() if self.gain and self.context == self.gain.longest else None
-        tables = self.by_position, self.by_recall
-        key = None if self.keys is None else Score(self.key_nll_sum, int(self.keys.sum()), None)
+        document = self.document
         return DocumentScore(
-            self.document.doc_id, self.document.where, score, self.context, *tables, gain, self.document.kept, key
+            document.doc_id, document.where, score, self.context, self.by_position, gain, document.kept
         )
 
 
@@ -259,20 +247,17 @@ def _pack(scores: Iterable[DocumentScore]) -> bytes:
     def as_lists(fields: list[tuple[str, Any]]) -> dict[str, Any]:
         return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in fields}
 
-    printed = (
-        replace(score, kept={name: value.as_py() for name, value in score.kept.items()}, key=None) for score in scores
-    )
+    printed = (replace(score, kept={name: value.as_py() for name, value in score.kept.items()}) for score in scores)
     return to_json([asdict(score, dict_factory=as_lists) for score in printed]).encode()
 
 
 def _unpack(data: bytes) -> Iterator[DocumentScore]:
     for row in json.loads(data):
-        positions, recall, gain = row["by_position"], row["by_recall"], row["gain"]
+        positions, gain = row["by_position"], row["gain"]
         row["score"] = Score(**row["score"])
         row["by_position"] = positions and ByPosition(
             positions["segment"], np.array(positions["seen"]), np.array(positions["inside"])
         )
-        row["by_recall"] = recall and ByRecall(np.array(recall["table"]))
         row["gain"] = gain and Gain(*gain)
         row["kept"] = {name: Sent(value) for name, value in row["kept"].items()}
         yield DocumentScore(**row)
@@ -287,10 +272,8 @@ class Scorer(DocumentJob[DocumentScore]):
     reader: Reader
     cut: Cut
     by_position: bool = False
-    by_recall: bool = False
     count_bytes: Callable[[np.ndarray], int | None] | None = None
     on_tokens: OnTokens | None = None
-    judge: Judge | None = None
     top: bool = False  # whether `on_tokens` also gets the most likely tokens
     open: deque[_Tally] = field(default_factory=deque, init=False)  # documents whose windows are being read
 
@@ -309,17 +292,11 @@ class Scorer(DocumentJob[DocumentScore]):
                     yield stop - start, stop - wanted
 
     def kept_bytes(self, tokens: int) -> dict[str, int]:
-        """Return the bytes of the nats that are kept for the gain, and of the bigrams that `by_recall` keeps."""
-        nats = min(4 * tokens, SPOOL_BYTES) if len(self.cut.contexts) > 1 else 0
-        bigrams = 32 * min(tokens, self.reader.model.config.vocab_size**2) if self.by_recall else 0
-        return {"nats": nats, "bigrams": bigrams}
+        """Return the bytes of the nats that are kept for the gain."""
+        return {"nats": min(4 * tokens, SPOOL_BYTES) if len(self.cut.contexts) > 1 else 0}
 
     def tokens(self, result: DocumentScore) -> int:
         return result.score.n_tokens
-
-    def end(self) -> None:
-        if self.judge:
-            self.judge.end()
 
     def results(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[DocumentScore]:
         """Yield the score of each checked document at each context, in order."""
@@ -345,24 +322,15 @@ class Scorer(DocumentJob[DocumentScore]):
             if self.cut.last and len(document) < self.cut.least:
                 continue
             gain = GainTally(contexts) if len(contexts) > 1 else None
-            first = len(document) - self.cut.last if self.cut.last else self.cut.first
-            keys = self.judge.keys(document, first, max(0, len(document) - first)) if self.judge else None
             for context in self.cut.contexts:
-                tally = self._tally(document, context, Bigrams(sequence), gain, keys)
+                tally = self._tally(document, context, gain)
                 self.open.append(tally)
                 if not tally.expected:
                     yield _ScoredWindow(sequence, 0, 0, 0, tally)
                 for start, stop, wanted in self.cut.inputs(len(document), context):
                     yield _ScoredWindow(sequence, start, stop, wanted, tally)
 
-    def _tally(
-        self,
-        document: Document,
-        context: int | None,
-        bigrams: Bigrams,
-        gain: GainTally | None,
-        keys: np.ndarray | None,
-    ) -> _Tally:
+    def _tally(self, document: Document, context: int | None, gain: GainTally | None) -> _Tally:
         expected = max(0, len(document) - self.cut.first)
         n_bytes = document.n_bytes if self.cut.bos else None  # without bos, the first token is not scored
         if self.cut.last:
@@ -370,8 +338,7 @@ class Scorer(DocumentJob[DocumentScore]):
             ids = document.read(len(document) - expected, len(document))
             n_bytes = self.count_bytes(ids) if self.count_bytes else None
         positions = ByPosition(min(self.reader.model.config.pattern.segment_lengths)) if self.by_position else None
-        recall = ByRecall() if self.by_recall else None
-        return _Tally(document, context, expected, n_bytes, positions, recall, bigrams, gain, keys)
+        return _Tally(document, context, expected, n_bytes, positions, gain)
 
     @torch.inference_mode()
     def _measure(self, pieces: Sequence[Piece[_ScoredWindow]]) -> Sequence[Callable[[], Tensor]]:
@@ -417,14 +384,9 @@ class Scorer(DocumentJob[DocumentScore]):
                 f"not finite: {advice}"
             )
         tally.nll_sum += float(nll.sum(dtype=np.float64))
-        if tally.keys is not None:
-            keys = tally.keys[tally.n_tokens : tally.n_tokens + len(nll)]
-            tally.key_nll_sum += float(nll[keys].sum(dtype=np.float64))
         tally.n_tokens += len(nll)
         if tally.by_position:
             tally.by_position.add(piece.start - piece.window.start, nll)
-        if tally.by_recall:
-            tally.by_recall.add(tally.bigrams.distances(piece.start + 1, piece.stop + 1), nll)
         if tally.gain and tally.context is not None:
             tally.gain.add(tally.context, nll)
         if self.on_tokens and len(nll):

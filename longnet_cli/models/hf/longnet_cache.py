@@ -135,6 +135,8 @@ class LongNetCache(hf.DynamicCache):
     """
 
     def __init__(self, config: hf.PretrainedConfig) -> None:
+        if getattr(config.get_text_config(), "num_kv_shared_layers", 0):
+            raise ConfigError("some layers of this model take the keys of others: no LongNetCache keeps them")
         super().__init__(config=config)
         self.layers: list[Any] = [
             Memory(number) if type(layer) is DynamicLayer else layer for number, layer in enumerate(self.layers)

@@ -255,6 +255,9 @@ class TransformersNet(Net):
             raise ConfigError(wrong)
         if not self.config.streams:
             return None
+        if self.dilated and getattr(self.model.config.get_text_config(), "num_kv_shared_layers", None):
+            self.config = self.config.model_copy(update={"memory": "none"})
+            return "some of its layers take the keys of others, which a pattern reads only whole"
         form = "in chunks, with a pattern" if self.dilated else "in chunks"
         if wrong := why_not(self.model, form, self._in_chunks, self):
             self.config = self.config.model_copy(update={"memory": "none"})
