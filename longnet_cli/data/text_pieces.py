@@ -18,8 +18,9 @@ PIECE = 1 << 16
 LONGEST_PIECE = 1 << 20
 
 # Between a letter and one of these signs every byte-level pre-tokenizer starts a new word (GPT-2, cl100k, o200k,
-# Llama 3). No apostrophe: o200k keeps the 't of don't with its word. Python's \w also has signs such as \u00bd and \u2167,
-# which pre-tokenizers count as numbers (\p{N} is Nd, Nl and No), and a special token may have any characters: see REACH.
+# Llama 3). No apostrophe: o200k keeps the 't of don't with its word. Python's \w also has signs such as
+# \u00bd and \u2167, which pre-tokenizers count as numbers (\p{N} is Nd, Nl and No), and a special token may have any
+# characters: see REACH.
 CUT_BEFORE = ' \t\n\r,.;:!?()[]{}<>="0123456789\u3001\u3002\uff0c'
 AT_SIGN = re.compile(f"(?<=[^\\W\\d_])(?=[{re.escape(CUT_BEFORE)}])")
 # Tokenizers of words, and SentencePiece, start a word at a single space between letters, if their normalizer works
