@@ -14,7 +14,6 @@ SHARD_SUFFIXES = (".arrow", ".feather", ".parquet")
 JSON_SUFFIXES = (".jsonl", ".ndjson")
 HDF5_SUFFIXES = (".h5", ".hdf5")
 FASTA_SUFFIXES = (".fa", ".fasta", ".fna", ".ffn", ".faa")
-FASTQ_SUFFIXES = (".fq", ".fastq")
 
 # The words by which Hugging Face knows a split in the name of a file
 _SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
@@ -57,7 +56,7 @@ def choose_files(folder: str, names: Sequence[str], read: Callable[[str, int | N
     files = sorted((name for name in names if not any(map(is_hidden, name.split("/")))), key=natural_order)
     written = _written_folders(names)
     files = [file for file in files if not file.startswith(written)] or files
-    for suffixes in (SHARD_SUFFIXES, JSON_SUFFIXES, (*FASTA_SUFFIXES, *FASTQ_SUFFIXES)):
+    for suffixes in (SHARD_SUFFIXES, JSON_SUFFIXES, FASTA_SUFFIXES):
         shards = [file for file in files if bare_name(file).endswith(suffixes)]
         if shards:
             shards = [shard for shard in shards if "/" not in shard] or shards
@@ -74,7 +73,7 @@ def choose_files(folder: str, names: Sequence[str], read: Callable[[str, int | N
 
 def _tell_unread(folder: str, files: Sequence[str], chosen: Sequence[str]) -> None:
     """Warn of files that are not among the `chosen` ones, although their names say that they are documents."""
-    ending = (".txt", *JSON_SUFFIXES, *SHARD_SUFFIXES, *FASTA_SUFFIXES, *FASTQ_SUFFIXES)
+    ending = (".txt", *JSON_SUFFIXES, *SHARD_SUFFIXES, *FASTA_SUFFIXES)
     unread = [file for file in {*files} - {*chosen} if bare_name(file).endswith(ending)]
     if unread:
         first = min(unread, key=natural_order)

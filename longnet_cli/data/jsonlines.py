@@ -70,8 +70,11 @@ def open_json_lines(source: Source, pipe: Pipe, wanted: Wanted) -> Table | None:
     fields |= _kept_types(pipe, source.where, [name for name in wanted.keep if name not in (*fields, column)])
     schema = pa.schema(list(fields.items()))
     bad: dict[int, str] = {}
+    begins: set[int] = set()
 
     def batches(columns: list[str]) -> Iterator[pa.RecordBatch]:
+        id_column = next((name for name in (wanted.id_column, *ID_COLUMNS) if name in columns), "")
+        before: Any = None
         chosen = pa.schema([schema.field(name) for name in columns])
         rows: list[list[Any]] = []
         size, begun = 0, time.monotonic()
@@ -84,6 +87,9 @@ def open_json_lines(source: Source, pipe: Pipe, wanted: Wanted) -> Table | None:
                         missing = tuple(name for name in missing if _value(value, name, _ABSENT) is _ABSENT)
                         keys |= dict.fromkeys(value)
                     rows.append([_cell(value, field.name, field.type, field.name in wanted.keep) for field in chosen])
+                    doc_id, before = before, _value(value, id_column)
+                    if type(doc_id) is not type(before):  # 1 and "1" are two documents
+                        begins.add(number)
                 except ValueError as error:
                     whole = row.endswith(b"\n") or not row
                     cut = "" if whole else " (the last line is not whole: is the input truncated?)"
@@ -102,7 +108,9 @@ def open_json_lines(source: Source, pipe: Pipe, wanted: Wanted) -> Table | None:
         if rows:
             yield _batch(rows, chosen)
 
-    return Table(source.name, source.where, schema, batches, "JSON Lines", numbered="line", typed=False, bad=bad)
+    return Table(
+        source.name, source.where, schema, batches, "JSON Lines", numbered="line", typed=False, bad=bad, begins=begins
+    )
 
 
 def _head(pipe: Pipe, named: bool) -> Iterator[bytes]:

@@ -25,6 +25,20 @@ if TYPE_CHECKING:
 STDIN = Path("/dev/stdin")  # where stdin can seek
 
 
+class Apart:
+    """Names of documents, one after the other: a name that repeats the one before would be read back with it as one."""
+
+    last = written = ""
+    repeats = 0
+
+    def name(self, doc_id: str) -> str:
+        """Return the name of the next document: `doc_id`, or `doc_id#1`, `doc_id#2` where it repeats."""
+        self.repeats = self.repeats + 1 if doc_id == self.last else 0
+        name = f"{doc_id}#{self.repeats}" if self.repeats else doc_id
+        self.last, self.written = doc_id, f"{name}#1" if name == self.written else name
+        return self.written
+
+
 @dataclass(frozen=True)
 class Source:
     """One file to read, or stdin where `path` is None. `name` becomes the doc_id, `where` goes into messages.

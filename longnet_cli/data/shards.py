@@ -256,7 +256,7 @@ def _check_shard(path: Path, schema: pa.Schema, rows: int | None) -> None:
                     pa.BufferReader(again.getvalue())
                 )  # Parquet names the items of lists its own way
             else:
-                table = arrow.open_file(path.name, str(path), file, file)
+                table = arrow.open_file(path.name, str(path), file)
                 stored, written = sum(batch.num_rows for batch in table.read([])), table.schema
         rows = stored if rows is None else rows
         if stored != rows or not written.equals(schema, check_metadata=True):

@@ -364,7 +364,7 @@ class Encoder(RowJob):
 
     options: EncodeOptions
     shard_name, shard_unit, shard_size = "vectors", "rows", 1 << 14
-    skips_empty = True
+    skips_empty = names_apart = True
     nothing = "there is nothing to encode: every document is empty or left out"
 
     def __init__(self, reader: Reader, options: EncodeOptions, kept_fields: Sequence[pa.Field] = ()) -> None:

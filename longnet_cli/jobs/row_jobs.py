@@ -25,6 +25,7 @@ from longnet_cli.data.documents import Document, checked
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.kept import first_kept, kept_settings
 from longnet_cli.data.left_out import LeftOut, OnSkip
+from longnet_cli.data.names import Apart
 from longnet_cli.data.outputs import ShardWriter, is_folder
 from longnet_cli.data.shards import ShardFolder, ShardFormat, run_to_resume
 from longnet_cli.nets.net import InputSequence, Net
@@ -128,6 +129,7 @@ class RowJob(DocumentJob[pa.RecordBatch]):
     shard_unit: ClassVar[str]  # what is counted to fill a shard
     shard_size: ClassVar[int]
     batch_rows: ClassVar[int] = 1  # a file or a stream has batches of this many rows or more
+    names_apart: ClassVar[bool] = False  # neighbouring documents of one name get names of their own in an output
     says_no_id_column: ClassVar[bool] = False  # its folders have the setting `id_column` even if it is None
 
     def __init__(self, reader: Reader, options: Any, kept_fields: Sequence[pa.Field] = ()) -> None:
@@ -225,6 +227,8 @@ def write_rows(
     )
     job = make_job(reader, kept_fields=kept)
     read = partial(job.checked, telling(documents), stored, left_out.skip, left_out.pass_over)
+    if job.names_apart and inputs.id_column is None:
+        read = partial(_named_apart, read)
     if not in_folder:
         batches = job.all_results(read(), ranks)
         opened_sink = partial(sink or partial(ShardWriter, output), job.schema) if ranks.first else nullcontext
@@ -240,6 +244,13 @@ def write_rows(
     with folder or nullcontext():
         _write_folder(job, read, folder, shard_size, ranks)
     return folder.totals if folder else None
+
+
+def _named_apart(read: Callable[[], Sequences]) -> Iterator[InputSequence[Document]]:
+    apart = Apart()
+    for sequence in read():
+        sequence.document.doc_id = apart.name(sequence.document.doc_id)
+        yield sequence
 
 
 def _write_stream(

@@ -82,7 +82,7 @@ def test_ids_of_polars(tmp_path):
                 assert read_ids(path) == FLAT_IDS, (number, path.name)
 
 
-def test_a_truncated_file_of_polars_is_an_error(tmp_path):
+def test_a_truncated_or_joined_file_of_polars_is_an_error(tmp_path):
     pl = pytest.importorskip("polars")
     from longnet_cli.basics.errors import DataError
 
@@ -92,6 +92,9 @@ def test_a_truncated_file_of_polars_is_an_error(tmp_path):
         (tmp_path / "x.arrow").write_bytes(data[:keep])
         with pytest.raises(DataError, match=r"x\.arrow"):
             read_ids(tmp_path / "x.arrow")
+    (tmp_path / "x.arrow").write_bytes(data * 2)  # pyarrow reads one of the two
+    with pytest.raises(DataError, match="its index has lost a batch"):
+        read_ids(tmp_path / "x.arrow")
 
 
 TEXT_TYPES = [
