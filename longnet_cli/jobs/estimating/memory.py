@@ -88,7 +88,7 @@ def forward_memory(net: Net, tokens: int, itemsize: int, predicted: int = 0) -> 
 def attention_memory(
     shape: Sequence[int], pattern: Pattern | None, causal: bool, dtype: torch.dtype, device: torch.device, back: bool
 ) -> int:
-    """Return the bytes of attention alone, forward or `back`, for q of shape (B, N, H, D) or, if dense, (B, H, N, D).
+    """Return the bytes of attention alone, forward or `back`; of q (B, N, H, D) or, if it is dense, (B, H, N, D).
 
     They are q, k, v, out and lse, in the backward pass the four gradients, float32 copies of narrower ones, and what
     the largest kernel call of a pattern needs beside its arguments (views).
