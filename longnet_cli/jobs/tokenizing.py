@@ -8,7 +8,7 @@ Memory holds the largest row of text and one record batch, however large a file 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
@@ -247,28 +247,24 @@ class _Work:
 
     def _pieces(self, texts: Iterator[Text]) -> Iterator[_TextPart]:
         for text in texts:
-            for piece in [text.text] if text.ids else self.tokenizer.pieces(text.parts):
-                yield _TextPart(text.doc_id, piece, text.ids)
+            cutter = self.tokenizer.cutter(() if text.ids else text.parts)
+            if text.ids:
+                yield _TextPart(text.doc_id, text.text, text.ids)
+            while taken := cutter.take():
+                yield _TextPart(text.doc_id, *taken)
             yield _TextPart(text.doc_id, None)
 
     def _encode(self, group: Iterable[_TextPart]) -> Iterator[_Encoded]:
-        given = list(group)
-        current = 0
-        texts = ["" if piece.ids else piece.text or "" for piece in given]
-        for index, ids, size in self.tokenizer.encode_parts(texts):
-            yield from self._passed(given[current:index])
-            yield _Encoded(given[index].doc_id, ids, size, False)
-            current = index
-        yield from self._passed(given[current:])
-
-    def _passed(self, pieces: Sequence[_TextPart]) -> Iterator[_Encoded]:
-        """Yield the ids of pieces without text to encode: chats and the ends of documents."""
+        """Yield the ids of the pieces, in order, and at the end of each document its last ids."""
+        pieces = list(group)
+        encoded = iter(self.tokenizer.encode_pieces([piece.text for piece in pieces if piece.text and not piece.ids]))
         ending = np.array([] if self.eos_id is None else [self.eos_id], np.int32)
         for piece in pieces:
-            if piece.ids:
-                yield _Encoded(piece.doc_id, piece.ids(), len((piece.text or "").encode()), False)
+            size = len((piece.text or "").encode())
             if piece.text is None:
                 yield _Encoded(piece.doc_id, ending, 0, True)
+            else:
+                yield _Encoded(piece.doc_id, piece.ids() if piece.ids else next(encoded), size, False)
 
     def _take(self, pieces: Iterable[_Encoded], rows: TokenBatches, check: Callable[[], None] = lambda: None) -> None:
         reported = rows.totals["bytes"]
