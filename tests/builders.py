@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from longnet_cli.data.documents import Document
-from longnet_cli.data.inputs import Inputs
+from longnet_cli.data.inputs import Documents, Inputs
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.scoring.measures import TABLES, Gain, Score, column
 from longnet_cli.jobs.scoring.scoring import ScoreOptions, score
@@ -102,11 +102,18 @@ class MadeInputs(Inputs):
 
     made: Iterable[Document] = ()
 
-    def documents(self) -> Iterator[Document]:
-        return iter(self.made)
+    def documents(self, *, digests: bool = False) -> MadeDocuments:
+        return MadeDocuments(self, self.documents_of)
 
     def fingerprint(self) -> str:
         return str(self.names)
+
+
+class MadeDocuments(Documents):
+    """The documents of `MadeInputs`, whose share nobody knows."""
+
+    def __iter__(self) -> Iterator[Document]:
+        return iter(self._inputs.made)
 
 
 @dataclass

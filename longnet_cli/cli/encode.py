@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from longnet_cli.basics.sizes import format_count
 from longnet_cli.cli import options as shared
+from longnet_cli.cli.command import SAMPLE, check_pairs
 from longnet_cli.cli.dry_run import Format, check_sample, dry_run
 from longnet_cli.cli.model_and_inputs import ModelAndInputs, Opened
 from longnet_cli.cli.options import OUTPUT, Computing, Documents, HelpPanel, Mesh, ModelChoice, Running
 from longnet_cli.cli.output import count_left_out, end, say_what_is_kept, tell
-from longnet_cli.cli.pairs import SAMPLE, check_pairs
 from longnet_cli.cli.progress import ExpectedTokens, progress
+from longnet_cli.cli.starting import StateTeller
 
 if TYPE_CHECKING:
+    from longnet_cli.data.documents import Document
+    from longnet_cli.data.inputs import Inputs
     from longnet_cli.data.manifest import Manifest
     from longnet_cli.jobs.encoding import EncodeOptions
+    from longnet_cli.models.folder import Loaded, ModelFolder
 
 VECTORS = HelpPanel("Vectors")
 
@@ -95,24 +99,25 @@ def encode(options: EncodeCommand) -> None:
     where_to = "embeddings are binary, stdout is a terminal: name a file (-o embeddings.arrow) or pipe them"
     for_folder = {"--shard-rows": options.shard_rows, "--shard-format": options.shard_format != "arrow"}
     earlier = named.check_outputs({"-o": output}, where_to, for_folder, running)
-    opened, own = _open(options, named)
+    opened = named.open(options.mesh, options.computing, dry_run=running.dry_run)
+    own = _decisive(options, named.folder, opened.loaded)
+    inputs = named.inputs(opened.loaded, own.tokenizer_for(opened.loaded))
     if opened.room:
         from longnet_cli.jobs.encoding import Encoder
 
         job = partial(Encoder, options=own)
-        dry_run(opened, job, "encoding", output, options.format, running, options.computing)
+        dry_run(opened, inputs, job, "encoding", output, options.format, running, options.computing)
     else:
-        _write(options, opened, own, earlier)
+        _write(options, opened, inputs, own, earlier)
 
 
-def _open(options: EncodeCommand, named: ModelAndInputs) -> tuple[Opened, EncodeOptions]:
-    """Return the model with what it reads, and the options of its vectors: its own, where none is given."""
-    opened = named.open(options.mesh, options.computing, dry_run=options.running.dry_run)
+def _decisive(options: EncodeCommand, folder: ModelFolder, loaded: Loaded) -> EncodeOptions:
+    """Return the options of the vectors: the model's own, where none is given."""
     from longnet_cli.jobs.encoding import EncodeOptions
 
-    own = EncodeOptions.of_model(
-        named.folder,
-        opened.loaded,
+    return EncodeOptions.of_model(
+        folder,
+        loaded,
         pool=options.pool,
         prefix=options.prefix,
         normalize=options.normalize,
@@ -124,35 +129,41 @@ def _open(options: EncodeCommand, named: ModelAndInputs) -> tuple[Opened, Encode
         tile_size=options.tile_size,
         dims=options.dims,
     )
-    return opened._replace(inputs=replace(opened.inputs, tokenizer=own.tokenizer_for(opened.loaded))), own
 
 
-def _write(options: EncodeCommand, opened: Opened, own: EncodeOptions, earlier: Manifest | None) -> None:
+def _write(
+    options: EncodeCommand, opened: Opened, inputs: Inputs, own: EncodeOptions, earlier: Manifest | None
+) -> None:
     """Write the vectors, and say how many."""
     from longnet_cli.jobs.encoding import PLACE_FIELDS, Encoder
     from longnet_cli.jobs.row_jobs import write_rows
     from longnet_cli.running.ranks.ranks import leave
 
-    net, data, quiet, computing = opened.loaded.net, opened.inputs, opened.quiet, options.computing
+    net, quiet, computing = opened.loaded.net, opened.quiet, options.computing
     done = earlier.totals["tokens"] if earlier else 0
-    left_out = count_left_out(data.skip_bad, quiet)
-    expected = ExpectedTokens(data)
-    opened = opened._replace(inputs=expected.inputs, counted=expected.counted)
+    left_out = count_left_out(inputs.skip_bad, quiet)
+    expected, tell_state = ExpectedTokens(), StateTeller(net, computing, sp=opened.ranks.sp, quiet=quiet)
+
+    def on_document(document: Document, share: float | None) -> None:
+        expected.count(len(document), share)
+        tell_state(len(document))
+
     with (
         say_what_is_kept(options.output, quiet),
-        progress("encoding", total=data.num_tokens() or expected.total, start=done, quiet=quiet) as advance,
+        progress("encoding", total=inputs.num_tokens() or expected.total, start=done, quiet=quiet) as advance,
     ):
         written = write_rows(
             partial(Encoder, options=own),
             net,
-            expected.inputs,
+            inputs,
             options.output,
             shard_size=options.shard_rows,
             shard_format=options.shard_format,
             resume=options.running.resume,
             left_out=left_out,
             of_text=PLACE_FIELDS,
-            telling=opened.telling(computing),
+            on_stored=tell_state,
+            on_document=on_document,
             ranks=opened.ranks,
             chunk=computing.chunk,
             dtype=computing.dtype,

@@ -13,18 +13,20 @@ from longnet_cli.basics.atomic import atomic_write
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.basics.finite_json import to_json
 from longnet_cli.basics.sizes import format_count
+from longnet_cli.cli.command import SAMPLE, Excludes, Needs, check_pairs
 from longnet_cli.cli.dry_run import check_sample, dry_run
 from longnet_cli.cli.model_and_inputs import ModelAndInputs, Opened
 from longnet_cli.cli.options import OUTPUT, Computing, Documents, HelpPanel, Mesh, ModelChoice, Running
 from longnet_cli.cli.output import count_left_out, emit_json, emit_jsonl, end, printable, say_what_is_kept, tell
-from longnet_cli.cli.pairs import SAMPLE, Excludes, Needs, check_pairs
 from longnet_cli.cli.progress import Advance, ExpectedTokens, progress
+from longnet_cli.cli.starting import StateTeller
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from longnet_cli.data.documents import Document
-    from longnet_cli.data.left_out import LeftOut
+    from longnet_cli.data.inputs import Inputs
+    from longnet_cli.data.kept import LeftOut
     from longnet_cli.data.manifest import Manifest
     from longnet_cli.jobs.scoring.measures import Score
     from longnet_cli.jobs.scoring.scoring import ScoreOptions
@@ -125,11 +127,12 @@ def score(options: ScoreCommand) -> None:
     for_folder = {"--resume": running.resume, "--shard-tokens": options.shard_tokens}
     earlier = named.check_outputs(outputs, where_to, for_folder, running)
     opened = named.open(options.mesh, options.computing, dry_run=running.dry_run)
+    inputs = named.inputs(opened.loaded, opened.loaded.tokenizer)
     _check_model(options, opened)
     if opened.room:
-        _estimate(options, opened)
+        _estimate(options, opened, inputs)
     else:
-        _run(options, opened, earlier)
+        _run(options, opened, inputs, earlier)
 
 
 def _check(options: ScoreCommand, keys: set[str]) -> None:
@@ -159,12 +162,12 @@ def _check_model(options: ScoreCommand, opened: Opened) -> None:
         raise ConfigError("--chosen is written by one process: leave out --nproc, --sp and --dp")
 
 
-def _estimate(options: ScoreCommand, opened: Opened) -> None:
+def _estimate(options: ScoreCommand, opened: Opened, inputs: Inputs) -> None:
     from longnet_cli.jobs.scoring.scoring import Scorer
 
     job = partial(Scorer, options=_decisive(options, opened.loaded))
     format: Literal["text", "json"] = "json" if options.format == "json" else "text"
-    dry_run(opened, job, "scoring", options.output, format, options.running, options.computing)
+    dry_run(opened, inputs, job, "scoring", options.output, format, options.running, options.computing)
 
 
 def _decisive(options: ScoreCommand, loaded: Loaded) -> ScoreOptions:
@@ -184,22 +187,21 @@ def _decisive(options: ScoreCommand, loaded: Loaded) -> ScoreOptions:
     )
 
 
-def _run(options: ScoreCommand, opened: Opened, earlier: Manifest | None) -> None:
+def _run(options: ScoreCommand, opened: Opened, inputs: Inputs, earlier: Manifest | None) -> None:
     """Score the documents, with the progress on stderr, and print or write the rows."""
     from longnet_cli.running.ranks.ranks import leave
 
-    data, quiet, output = opened.inputs, opened.quiet, options.output
-    left_out = count_left_out(data.skip_bad, quiet)
+    quiet, output = opened.quiet, options.output
+    left_out = count_left_out(inputs.skip_bad, quiet)
     times = len(options.context or [None])  # how often each token is scored
     done = times * earlier.totals["tokens"] if earlier else 0
-    known = times * (data.num_tokens() or 0) if options.last is None else 0
-    expected = ExpectedTokens(data, partial(_scored, times=times, last=options.last))
-    opened = opened._replace(inputs=expected.inputs, counted=expected.counted)
+    known = times * (inputs.num_tokens() or 0) if options.last is None else 0
+    expected = ExpectedTokens()
     with (
         say_what_is_kept(output or "-", quiet),
         progress("scoring", total=known or expected.total, start=done, quiet=quiet) as advance,
     ):
-        written = _write(options, opened, left_out, advance)
+        written = _write(options, opened, inputs, left_out, expected, advance)
     if written is not None and output is not None:
         rows = written["rows"]
         counts = f"{rows:,} row{'s' * (rows != 1)} of {format_count(written['tokens'])} tokens"
@@ -208,12 +210,14 @@ def _run(options: ScoreCommand, opened: Opened, earlier: Manifest | None) -> Non
     end(left_out, first=opened.ranks.first, quiet=quiet)
 
 
-def _scored(document: Document, times: int, last: int | None) -> int:
-    """Return how many of a document's tokens are scored, each at `times` contexts."""
-    return times * min(len(document), last or len(document))
-
-
-def _write(options: ScoreCommand, opened: Opened, left_out: LeftOut, advance: Advance) -> Counter[str] | None:
+def _write(
+    options: ScoreCommand,
+    opened: Opened,
+    inputs: Inputs,
+    left_out: LeftOut,
+    expected: ExpectedTokens,
+    advance: Advance,
+) -> Counter[str] | None:
     """Write a row per document to the output, or print it, and write what --token-logprobs and --chosen ask for."""
     from longnet_cli.jobs.chosen_sources import write_chosen
     from longnet_cli.jobs.row_jobs import write_rows
@@ -232,17 +236,24 @@ def _write(options: ScoreCommand, opened: Opened, left_out: LeftOut, advance: Ad
     tokens = write_token_logprobs(logprobs, origin, top) if logprobs and first else nullcontext()
     choices = write_chosen(chosen, net.config.pattern, origin) if chosen and first else nullcontext()
     count_bytes = loaded.tokenizer.n_bytes if loaded.tokenizer else None
+    tell_state = StateTeller(net, computing, contexts=options.context, sp=opened.ranks.sp, quiet=opened.quiet)
+
+    def on_document(document: Document, share: float | None) -> None:
+        expected.count(len(options.context or [None]) * min(len(document), options.last or len(document)), share)
+        tell_state(len(document))
+
     with tokens as on_tokens, choices as on_choice:
         more: dict[str, Any] = {"count_bytes": count_bytes, "on_tokens": on_tokens, "top": top}
         return write_rows(
             partial(Scorer, options=_decisive(options, loaded), **more),
             net,
-            opened.inputs,
+            inputs,
             options.output or "-",
             shard_size=options.shard_tokens,
             resume=options.running.resume,
             left_out=left_out,
-            telling=opened.telling(computing, options.context),
+            on_stored=tell_state,
+            on_document=on_document,
             ranks=opened.ranks,
             chunk=computing.chunk,
             dtype=computing.dtype,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -22,8 +23,7 @@ from torch import Tensor
 from longnet_cli.attention.notation import format_pattern
 from longnet_cli.basics.errors import ConfigError, DataError, NotFiniteError
 from longnet_cli.data.documents import Document
-from longnet_cli.data.kept import kept_columns, row_schema
-from longnet_cli.data.left_out import OnSkip
+from longnet_cli.data.kept import OnSkip, kept_columns, row_schema
 from longnet_cli.data.places import TextPlaces
 from longnet_cli.data.tables import numpy_dtype
 from longnet_cli.data.tokenizer import Tokenizer
@@ -241,11 +241,10 @@ class EncodeOptions:
         return sequence.check(f"encode it in shorter documents{windows}")
 
     def windows(self, tokens: int) -> Iterator[DocumentWindow]:
-        """Yield the windows in which a document of so many tokens is read."""
+        """Return the windows in which a document of so many tokens is read."""
         if self.room is None:
-            yield DocumentWindow(0, tokens, 0, tokens)
-            return
-        yield from windows_of(tokens, self.window_size, self.stride or self.window_size)
+            return iter((DocumentWindow(0, tokens, 0, tokens),))
+        return windows_of(tokens, self.window_size, self.stride or self.window_size)
 
     def schema(self, net: Net, model_sha256: str, kept_fields: Sequence[pa.Field] = ()) -> pa.Schema:
         """Return the schema of embeddings from `net`, which has this digest, and of the columns `kept_fields`.
@@ -392,15 +391,12 @@ class Encoder(RowJob):
         return -(-len(sequence.document) // self.options.span) if self.options.span else 1
 
     def results(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[pa.RecordBatch]:
-        head = torch.inference_mode()(self.reader.model.head)
-        for rows in filter(None, self._rows(sequences)):
-            yield self._record_batch(rows, head)
-
-    def _rows(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[list[Row]]:
-        windows = (window for sequence in sequences for window in self._windows(sequence))
+        head, windows = torch.inference_mode()(self.reader.model.head), self._windows(sequences)
         for pieces in self._layer_by_layer(windows) if self.options.all_layers else self.reader.read(windows):
             with torch.inference_mode():
-                yield self._of_all_ranks([row for piece in pieces for row in self._pooled(piece)])
+                rows = self._of_all_ranks(list(chain.from_iterable(map(self._pooled, pieces))))
+            if rows:
+                yield self._record_batch(rows, head)
 
     def _layer_by_layer(self, windows: Iterable[_PooledWindow]) -> Iterator[list[Piece[_PooledWindow]]]:
         """Read one document after the other, and give each pooling the states of all layers."""
@@ -416,34 +412,38 @@ class Encoder(RowJob):
                 window.pooling.layers = states.mean
                 yield from self.reader.read([window])
 
-    def _windows(self, sequence: InputSequence[Document]) -> Iterator[_PooledWindow]:
-        """Yield the windows of a document, in order, with one pooling or one mean for all of them."""
-        options, document, first = self.options, sequence.document, sequence.first
-        after = len(sequence.end_rows)
-        if options.closing is not None:
-            skipped = options.unpooled or 0
-            if options.span is not None and options.span <= skipped - first:
-                skipped = first  # otherwise the first span would have nothing
-        else:
-            skipped = 0 if options.pool == "cls" else first - len(options.prefix or ())
-        mean = WindowMean() if options.one_state and options.span is None else None
-        pooling = Pooling(document, options.pool, options.span, first - skipped, after, skipped=skipped)
-        for number, window in enumerate(options.windows(len(document))):
-            rows = sequence.window(window.start, window.stop)
-            wanted, taken = first + window.first - window.start, first + window.last - window.start
-            if options.one_state:
-                begin, end = window.start, window.stop
-                lead = {"skipped": skipped, "begin": begin, "end": end, "number": number}
-                pooling = Pooling(document, options.pool, None, first - skipped, after, **lead)
-            wanted = skipped if window.start == 0 or options.one_state else wanted
-            taken = len(rows) if window.stop == len(document) or options.one_state else taken
-            yield _PooledWindow(rows, 0, len(rows), wanted, pooling, taken, mean, window.last - window.first)
+    def _windows(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[_PooledWindow]:
+        """Yield the windows of each document, in order, with one pooling or one mean for all of them."""
+        options = self.options
+        for sequence in sequences:
+            document, first, after = sequence.document, sequence.first, len(sequence.end_rows)
+            skipped = self._skipped(first)
+            mean = WindowMean() if options.one_state and options.span is None else None
+            pooling = Pooling(document, options.pool, options.span, first - skipped, after, skipped=skipped)
+            for number, window in enumerate(options.windows(len(document))):
+                rows = sequence.window(window.start, window.stop)
+                wanted, taken = first + window.first - window.start, first + window.last - window.start
+                if options.one_state:
+                    begin, end = window.start, window.stop
+                    lead = {"skipped": skipped, "begin": begin, "end": end, "number": number}
+                    pooling = Pooling(document, options.pool, None, first - skipped, after, **lead)
+                wanted = skipped if window.start == 0 or options.one_state else wanted
+                taken = len(rows) if window.stop == len(document) or options.one_state else taken
+                yield _PooledWindow(rows, 0, len(rows), wanted, pooling, taken, mean, window.last - window.first)
 
-    def _pooled(self, piece: Piece[_PooledWindow]) -> Iterator[Row]:
-        """Yield the rows that a piece finishes."""
+    def _skipped(self, first: int) -> int:
+        """Return how many rows of a document are not pooled, of `first` rows before its own."""
+        options = self.options
+        if options.closing is None:
+            return 0 if options.pool == "cls" else first - len(options.prefix or ())
+        skipped = options.unpooled or 0  # a first span of these alone would have nothing
+        return first if options.span is not None and options.span <= skipped - first else skipped
+
+    def _pooled(self, piece: Piece[_PooledWindow]) -> Iterable[Row]:
+        """Return the rows that a piece finishes."""
         window = piece.window
-        for row in window.pooling.add(self._hidden(piece)[: max(0, window.taken - piece.start)]):
-            yield from window.mean.add(row) if window.mean else (row,)
+        rows = window.pooling.add(self._hidden(piece)[: max(0, window.taken - piece.start)])
+        return chain.from_iterable(map(window.mean.add, rows)) if window.mean else rows
 
     def _hidden(self, piece: Piece[_PooledWindow]) -> Tensor:
         """Return the hidden states of a piece, or zeros that take no memory for a piece of another rank."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -330,14 +330,12 @@ class _DocumentTable:
         own = [index for index, name in enumerate(self.names) if name not in (self.id_column, "doc_id", "part")]
         table = self.table.select(own)
         documents = Table(self.where, self.where, table.schema, lambda names: iter(table.select(names).to_batches()))
-        inputs = Inputs((), column=self.how.column)
+        vocab_size, skip_bad = self.how.load().net.config.vocab_size, self.how.skip_bad
+        inputs = Inputs((), self.words(), self.how.column, vocab_size=vocab_size, skip_bad=skip_bad)
         columns = inputs.columns_of(documents)
         if columns.type in INTEGERS:
             raise ConfigError(
                 f"{self.where}: column {columns.documents!r} has one id per row: in batches a row is a document, a "
                 "list of ids or a text"
             )
-        words = self.words()
-        vocab_size, skip_bad = self.how.load().net.config.vocab_size, self.how.skip_bad
-        inputs = replace(inputs, tokenizer=words, vocab_size=vocab_size, skip_bad=skip_bad)
         return documents, inputs, is_text(columns.type)

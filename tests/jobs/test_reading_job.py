@@ -35,7 +35,7 @@ from longnet_cli.jobs.encoding import EncodeOptions, Encoder, encode
 from longnet_cli.jobs.estimating.estimate import Estimate, Room, estimate_reading
 from longnet_cli.jobs.estimating.memory import cache_bytes
 from longnet_cli.jobs.estimating.reading import Sample, count_documents
-from longnet_cli.jobs.row_jobs import DocumentJob
+from longnet_cli.jobs.row_jobs import RowJob
 from longnet_cli.jobs.scoring.scoring import ScoreOptions, Scorer
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.nets.longnet import LongNet
@@ -73,7 +73,7 @@ def counting(net: nn.Module) -> Iterator[list[int]]:
 
 def estimated(
     net: Net,
-    make_job: Callable[[Reader], DocumentJob[Any]],
+    make_job: Callable[[Reader], RowJob],
     texts: list[Document] | None = None,
     chunk: int | None = None,
     spill: str | None = None,
@@ -120,7 +120,7 @@ def test_flops_are_those_that_torch_counts(causal: bool, options: dict | None) -
     """Of matrices: at one key per query there is next to no attention, of which none is counted here."""
     net = net_of(segment_lengths=(1,), dilation_rates=(1,), causal=causal)
     net(torch.zeros(1, 4, dtype=torch.int64))  # the first forward probes the kernel, by matrix products
-    make_job: Callable[[Reader], DocumentJob[Any]]
+    make_job: Callable[[Reader], RowJob]
     with FlopCounterMode(display=False) as counter:
         if options is None:
             make_job = partial(Scorer, options=ScoreOptions(bos=BOS))

@@ -21,7 +21,7 @@ from processes import refused
 
 from longnet_cli.basics.errors import ConfigError, DataError, NoTokensError
 from longnet_cli.data.documents import Document
-from longnet_cli.data.left_out import LeftOut
+from longnet_cli.data.kept import LeftOut
 from longnet_cli.data.manifest import read_manifest
 from longnet_cli.jobs.row_jobs import write_rows
 from longnet_cli.jobs.scoring.measures import GAIN_BLOCK, Clusters

@@ -22,8 +22,7 @@ from torch import Tensor
 from longnet_cli.basics.errors import ConfigError, NotFiniteError
 from longnet_cli.basics.sizes import format_size
 from longnet_cli.data.documents import SPOOL_BYTES, Document
-from longnet_cli.data.kept import kept_columns, row_schema
-from longnet_cli.data.left_out import OnSkip
+from longnet_cli.data.kept import OnSkip, kept_columns, row_schema
 from longnet_cli.jobs.row_jobs import RowJob
 from longnet_cli.jobs.scoring.measures import TABLES, ByPosition, Gain, GainTally, Score, column
 from longnet_cli.nets.net import LOGITS_LIMIT, Bos, InputSequence, Net, bos_ids
@@ -147,22 +146,29 @@ class Cut:
         return "no token could be scored: no document has two tokens, and no end-of-text id can precede the first"
 
     def inputs(self, tokens: int, context: int | None) -> Iterator[tuple[int, int, int]]:
-        """Yield (start, stop, wanted) for each window: it reads [start, stop), and targets count from `wanted` on."""
+        """Return (start, stop, wanted) of each window: it reads [start, stop), and targets count from `wanted` on."""
         before = len(self.bos) - 1  # from a target to its input
-        for start, stop, counted in self.windows(tokens, context):
-            yield start + before if start > self.first else 0, stop + before, counted + before
+
+        def of_window(window: tuple[int, int, int]) -> tuple[int, int, int]:
+            start, stop, counted = window
+            return start + before if start > self.first else 0, stop + before, counted + before
+
+        return map(of_window, self.windows(tokens, context))
 
     def windows(self, tokens: int, context: int | None) -> Iterator[tuple[int, int, int]]:
-        """Yield (start, stop, counted) for each window: at most `context` targets, which count from `counted` on.
+        """Return (start, stop, counted) of each window: at most `context` targets, which count from `counted` on.
 
         The counted targets of all windows make up the document, or its `last` tokens.
         """
         size = context or max(1, tokens - self.first)
         step = self.stride or size
         look_back = self.stride is not None or self.last is not None
-        for counted in range(tokens - self.last if self.last else self.first, tokens, step):
+
+        def window(counted: int) -> tuple[int, int, int]:
             stop = min(counted + step, tokens)
-            yield max(self.first, stop - size) if look_back else counted, stop, counted
+            return max(self.first, stop - size) if look_back else counted, stop, counted
+
+        return map(window, range(tokens - self.last if self.last else self.first, tokens, step))
 
     def longest(self, tokens: int) -> int:
         """Return the number of targets in the longest window of a document of `tokens` tokens, 0 if it is left out."""

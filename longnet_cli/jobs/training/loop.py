@@ -8,7 +8,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from itertools import accumulate, islice, pairwise
@@ -23,6 +23,7 @@ from longnet_cli.basics.atomic import locked_folder, write_file
 from longnet_cli.basics.errors import ConfigError, DataError, LongNetError, NotFiniteError
 from longnet_cli.data.documents import Document
 from longnet_cli.data.inputs import Inputs
+from longnet_cli.data.names import Sources
 from longnet_cli.data.tokenizer import NO_END, Tokenizer
 from longnet_cli.jobs.estimating.memory import stored_bytes
 from longnet_cli.jobs.scoring.scoring import Score
@@ -417,9 +418,8 @@ class _TrainingRun:
         self.ranks.barrier()  # otherwise another rank could end, and end this one while it writes
 
 
-def _documents(recipe: Recipe, tokenizer: Tokenizer, inputs: Inputs) -> list[Document]:
-    column, vocab_size = recipe.data.column, recipe.model.vocab_size
-    return list(replace(inputs, tokenizer=tokenizer, column=column, vocab_size=vocab_size).documents())
+def _documents(recipe: Recipe, tokenizer: Tokenizer, sources: Sources) -> list[Document]:
+    return list(Inputs(sources, tokenizer, recipe.data.column, vocab_size=recipe.model.vocab_size).documents())
 
 
 def make_windows(recipe: Recipe, tokenizer: Tokenizer, eos_id: int, ranks: Ranks) -> list[TokenWindows]:
