@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
@@ -20,15 +21,14 @@ if TYPE_CHECKING:
     from longnet_cli.data.documents import Document
     from longnet_cli.data.inputs import Inputs
     from longnet_cli.data.manifest import Manifest
-    from longnet_cli.jobs.encoding import EncodeOptions
-    from longnet_cli.models.folder import Loaded, ModelFolder
+    from longnet_cli.jobs.encoding import Encoder
 
 VECTORS = HelpPanel("Vectors")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeCommand:
-    """The options of `encode`. Those of vectors are as in `EncodeOptions.of_model`."""
+    """The options of `encode`. Those of vectors are `EncodeOptions`."""
 
     documents: Documents
     choice: ModelChoice
@@ -100,42 +100,25 @@ def encode(options: EncodeCommand) -> None:
     for_folder = {"--shard-rows": options.shard_rows, "--shard-format": options.shard_format != "arrow"}
     earlier = named.check_outputs({"-o": output}, where_to, for_folder, running)
     opened = named.open(options.mesh, options.computing, dry_run=running.dry_run)
-    own = _decisive(options, named.folder, opened.loaded)
-    inputs = named.inputs(opened.loaded, own.tokenizer_for(opened.loaded))
-    if opened.room:
-        from longnet_cli.jobs.encoding import Encoder
+    from longnet_cli.jobs.encoding import EncodeOptions, Encoder, for_model
 
-        job = partial(Encoder, options=own)
+    asked = EncodeOptions(**{each.name: getattr(options, each.name) for each in fields(EncodeOptions)})
+    own, facts = for_model(asked, named.folder, opened.loaded)
+    job, inputs = (
+        partial(Encoder, options=own, facts=facts),
+        named.inputs(opened.loaded, facts.tokenizer_for(opened.loaded)),
+    )
+    if opened.room:
         dry_run(opened, inputs, job, "encoding", output, options.format, running, options.computing)
     else:
-        _write(options, opened, inputs, own, earlier)
-
-
-def _decisive(options: EncodeCommand, folder: ModelFolder, loaded: Loaded) -> EncodeOptions:
-    """Return the options of the vectors: the model's own, where none is given."""
-    from longnet_cli.jobs.encoding import EncodeOptions
-
-    return EncodeOptions.of_model(
-        folder,
-        loaded,
-        pool=options.pool,
-        prefix=options.prefix,
-        normalize=options.normalize,
-        context=options.context,
-        stride=options.stride,
-        span=options.span,
-        embedding_dtype=options.embedding_dtype,
-        all_layers=options.all_layers,
-        tile_size=options.tile_size,
-        dims=options.dims,
-    )
+        _write(options, opened, inputs, job, earlier)
 
 
 def _write(
-    options: EncodeCommand, opened: Opened, inputs: Inputs, own: EncodeOptions, earlier: Manifest | None
+    options: EncodeCommand, opened: Opened, inputs: Inputs, job: Callable[..., Encoder], earlier: Manifest | None
 ) -> None:
     """Write the vectors, and say how many."""
-    from longnet_cli.jobs.encoding import PLACE_FIELDS, Encoder
+    from longnet_cli.jobs.encoding import PLACE_FIELDS
     from longnet_cli.jobs.row_jobs import write_rows
     from longnet_cli.running.ranks.ranks import leave
 
@@ -153,7 +136,7 @@ def _write(
         progress("encoding", total=inputs.num_tokens() or expected.total, start=done, quiet=quiet) as advance,
     ):
         written = write_rows(
-            partial(Encoder, options=own),
+            job,
             net,
             inputs,
             options.output,

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from longnet_cli.data.manifest import Manifest
     from longnet_cli.jobs.scoring.measures import Score
     from longnet_cli.jobs.scoring.scoring import ScoreOptions
-    from longnet_cli.models.folder import Loaded
 
 MEASURE = HelpPanel("What to measure")
 ROW_KEYS = {"kind", "doc_id", "n_tokens", "n_bytes"}
@@ -163,28 +162,19 @@ def _check_model(options: ScoreCommand, opened: Opened) -> None:
 
 
 def _estimate(options: ScoreCommand, opened: Opened, inputs: Inputs) -> None:
+    from longnet_cli.jobs.row_jobs import ModelFacts
     from longnet_cli.jobs.scoring.scoring import Scorer
 
-    job = partial(Scorer, options=_decisive(options, opened.loaded))
+    job = partial(Scorer, options=_asked(options), facts=ModelFacts.of(opened.loaded))
     format: Literal["text", "json"] = "json" if options.format == "json" else "text"
     dry_run(opened, inputs, job, "scoring", options.output, format, options.running, options.computing)
 
 
-def _decisive(options: ScoreCommand, loaded: Loaded) -> ScoreOptions:
-    """Return what determines the rows."""
-    from longnet_cli.attention.notation import format_pattern
+def _asked(options: ScoreCommand) -> ScoreOptions:
     from longnet_cli.jobs.scoring.scoring import ScoreOptions
 
-    return ScoreOptions(
-        bos=loaded.bos,
-        context=tuple(options.context) if options.context else None,
-        stride=options.stride,
-        last=options.last,
-        model_name=loaded.origin,
-        tokenizer_sha256=loaded.tokenizer_sha256,
-        pattern=format_pattern(loaded.net.config.pattern),
-        by_position=options.by_position,
-    )
+    context = tuple(options.context) if options.context else None
+    return ScoreOptions(context, options.stride, options.last, options.by_position)
 
 
 def _run(options: ScoreCommand, opened: Opened, inputs: Inputs, earlier: Manifest | None) -> None:
@@ -220,7 +210,7 @@ def _write(
 ) -> Counter[str] | None:
     """Write a row per document to the output, or print it, and write what --token-logprobs and --chosen ask for."""
     from longnet_cli.jobs.chosen_sources import write_chosen
-    from longnet_cli.jobs.row_jobs import write_rows
+    from longnet_cli.jobs.row_jobs import ModelFacts, write_rows
     from longnet_cli.jobs.scoring.scoring import Scorer
     from longnet_cli.jobs.scoring.token_logprobs import write_token_logprobs
     from longnet_cli.nets.weights import model_origin
@@ -245,7 +235,7 @@ def _write(
     with tokens as on_tokens, choices as on_choice:
         more: dict[str, Any] = {"count_bytes": count_bytes, "on_tokens": on_tokens, "top": top}
         return write_rows(
-            partial(Scorer, options=_decisive(options, loaded), **more),
+            partial(Scorer, options=_asked(options), facts=ModelFacts.of(loaded), **more),
             net,
             inputs,
             options.output or "-",

@@ -12,14 +12,15 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import pyarrow as pa
 
+from longnet_cli.attention.notation import format_pattern
 from longnet_cli.basics.errors import ConfigError, DataError, NoTokensError
 from longnet_cli.data.documents import Document, Unread
 from longnet_cli.data.files import FileChangedError
@@ -28,14 +29,17 @@ from longnet_cli.data.kept import LeftOut, OnSkip, first_kept, kept_settings
 from longnet_cli.data.names import Apart
 from longnet_cli.data.outputs import ShardWriter, is_folder
 from longnet_cli.data.shards import ShardFolder, ShardFormat, run_to_resume
-from longnet_cli.nets.net import InputSequence, Net
+from longnet_cli.nets.net import Bos, InputSequence, Net
 from longnet_cli.nets.weights import model_digest
 from longnet_cli.running.chunk_size import chunk_of, default_chunk
 from longnet_cli.running.device import check_kernel, resolve_dtype
 from longnet_cli.running.ranks.dealing import Batches, deal
 from longnet_cli.running.ranks.portions import Portion
 from longnet_cli.running.ranks.ranks import Ranks
-from longnet_cli.running.reader import OnWindows, Reader, share_reader
+from longnet_cli.running.reader import Reader, share_reader
+
+if TYPE_CHECKING:
+    from longnet_cli.models.folder import Loaded
 
 
 class Sink(Protocol):
@@ -44,11 +48,30 @@ class Sink(Protocol):
     def write(self, batch: pa.RecordBatch, /) -> None: ...
 
 
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a job knows of a model, besides its net.
+
+    `bos` (the id of the tokenizer's end of text, or several ids) is put before each document. `model_name`,
+    `tokenizer_sha256` and `pattern` (a text of `attention.notation`) go into the schema's metadata.
+    """
+
+    bos: Bos = None
+    model_name: str | None = None
+    tokenizer_sha256: str | None = None
+    pattern: str | None = None
+
+    @classmethod
+    def of(cls, loaded: Loaded) -> ModelFacts:
+        """Return those of a model."""
+        return cls(loaded.bos, loaded.origin, loaded.tokenizer_sha256, format_pattern(loaded.net.config.pattern))
+
+
 class RowJob(ABC):
     """A job that turns documents into rows with a column `n_tokens`, in order, on the ranks of one group.
 
-    `options` is a dataclass that determines the rows, together with the net and the documents. `kept_fields` are
-    columns that documents carry to the output (`data.kept`).
+    `options` and `facts` determine the rows, together with the net and the documents: a dataclass of what was asked
+    for, and what is known of the model. `kept_fields` are columns that documents carry to the output (`data.kept`).
     """
 
     schema: pa.Schema
@@ -62,8 +85,8 @@ class RowJob(ABC):
     names_apart: ClassVar[bool] = False  # neighbouring documents of one name get names of their own in an output
     says_no_id_column: ClassVar[bool] = False  # its folders have the setting `id_column` even if it is None
 
-    def __init__(self, reader: Reader, options: Any, kept_fields: Sequence[pa.Field] = ()) -> None:
-        self.reader, self.options, self.kept_fields = reader, options, kept_fields
+    def __init__(self, reader: Reader, options: Any, facts: ModelFacts, kept_fields: Sequence[pa.Field] = ()) -> None:
+        self.reader, self.options, self.facts, self.kept_fields = reader, options, facts, kept_fields
 
     @abstractmethod
     def sequence(self, document: Document) -> InputSequence[Document]:
@@ -90,8 +113,9 @@ class RowJob(ABC):
         return {}
 
     def option_settings(self) -> dict[str, Any]:
-        """Return the options that were chosen, as settings of a folder."""
-        return {name: x for name, x in asdict(self.options).items() if x is not None and x is not False}
+        """Return the options that were chosen, and what is known of the model, as settings of a folder."""
+        settings = asdict(self.options) | asdict(self.facts)
+        return {name: x for name, x in settings.items() if x is not None and x is not False}
 
     @cached_property
     def digest(self) -> str:
@@ -204,10 +228,8 @@ def write_rows(
     ranks: Ranks | None = None,
     chunk: int | None = None,
     dtype: str = "auto",
-    spill: str | Path | None = None,
-    on_progress: Callable[[int], None] | None = None,
-    on_choice: OnWindows | None = None,
     sink: Callable[[pa.Schema], AbstractContextManager[Sink]] | None = None,
+    **reading: Any,
 ) -> Counter[str] | None:
     """Write the rows of the documents in `inputs` to `output`: a folder of shards, a file, or `-`, a stream on stdout.
 
@@ -241,10 +263,7 @@ def write_rows(
     documents: Iterator[Document] = iter(given)
     if inputs.keep or of_text:  # first_kept waits for the first document
         kept, documents = first_kept(documents, of_text)
-    reader = share_reader(
-        model, chunk=chunk, dtype=dtype, spill=spill, ranks=ranks, on_progress=on_progress, on_choice=on_choice
-    )
-    job = make_job(reader, kept_fields=kept)
+    job = make_job(share_reader(model, chunk=chunk, dtype=dtype, ranks=ranks, **reading), kept_fields=kept)
     apart = Apart() if job.names_apart and inputs.id_column is None else None
 
     def sequences() -> Iterator[InputSequence[Document]]:
@@ -311,7 +330,7 @@ def _settings(job: RowJob, inputs: Inputs, shard_size: int, ranks: Ranks) -> dic
         **({"id_column": inputs.id_column} if inputs.id_column or job.says_no_id_column else {}),
         "eos": inputs.eos_id,
         **chat_settings(inputs.tokenizer),
-        "pattern": job.options.pattern,  # before the model, whose digest then differs too: errors name the first
+        "pattern": job.facts.pattern,  # before the model, whose digest then differs too: errors name the first
         "model": job.digest[:16],
         "kernel": check_kernel(reader.device, reader.dtype, reader.model.config.head_dim),
         **job.option_settings(),

@@ -15,7 +15,7 @@ from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.names import Sources
 from longnet_cli.data.overwriting import refuse_one_place, refuse_overwriting
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.jobs.encoding import EncodeOptions, encode
+from longnet_cli.jobs.encoding import EncodeFacts, EncodeOptions, encode
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.nets.longnet import LongNet
 
@@ -132,6 +132,6 @@ def test_numbers_that_are_not_finite_name_document_and_token(tmp_path: Path, chu
         list(scores(net, documents(), bos=bos, chunk=chunk))
     # the segment of 16 tokens with the z in it: what attention masks is multiplied by 0, and 0 times NaN is NaN
     with pytest.raises(NotFiniteError, match=r"document 'z.txt': the vector of tokens 15 to 19 is not finite"):
-        encode(net, documents(), EncodeOptions(bos=bos, span=5), chunk=chunk).read_all()
-    reader = encode(small(), documents(), EncodeOptions(bos=bos, span=5), chunk=chunk)
+        encode(net, documents(), EncodeOptions(span=5), EncodeFacts(bos), chunk=chunk).read_all()
+    reader = encode(small(), documents(), EncodeOptions(span=5), EncodeFacts(bos), chunk=chunk)
     assert np.isfinite(reader.read_all()["embedding"].combine_chunks().flatten()).all()
