@@ -77,9 +77,9 @@ def use_dilated_attention(model: PreTrainedModel, pattern: Pattern | None = None
     `pattern` goes into `model.config.dilated_attention`, where `save_pretrained` keeps it. None takes the pattern that
     is already there. With sinks or chosen blocks, the model runs on a few tokens, to find out how it rotates its keys,
     and a hook notes the token ids that it reads, which name blocks. Rotary phases become exact at any position, where
-    possible (`rotary.make_phases_exact`). Returns the model. An architecture that was not tried is tried first, on a
-    few tokens (`trying`). Raises ConfigError for a model that has no pattern, no layer with global attention, attention
-    of another kind, or positions by which sinks and chosen blocks cannot be moved.
+    possible (`rotary.make_phases_exact`). Returns the model. It is tried first, once, on a few tokens (`trying`).
+    Raises ConfigError for a model that has no pattern, no layer with global attention, attention of another kind, or
+    positions by which sinks and chosen blocks cannot be moved.
     """
     config = model.config
     if isinstance(model, LongNetPreTrainedModel):
@@ -433,8 +433,8 @@ def dilated_mask(
         return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **options)
     if mask_function not in (causal_mask_function, bidirectional_mask_function):
         raise ValueError(
-            "dilated attention has no masks but causal and padding: pass attention_mask instead of position_ids that "
-            "restart (packed sequences); under torch.compile always pass it"
+            "dilated attention has no masks but causal, bidirectional and padding: if position_ids restart (packed "
+            "sequences), pass attention_mask, and under torch.compile always"
         )
     if kv_offset or q_offset + q_length != kv_length:
         raise ValueError(

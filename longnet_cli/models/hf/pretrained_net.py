@@ -70,8 +70,8 @@ _NOTES = {
 class TransformersNet(Net):
     """A model of transformers behind LongNet's interface, in eval mode and with the attention that it has.
 
-    `as_trained` limits it to sequences of the length that it was trained on. A model of an architecture that was not
-    tried is tried here (`trying`): if its numbers in chunks are not those of one forward pass, it reads no chunks.
+    `as_trained` limits it to sequences of the length that it was trained on. The model is tried here, once
+    (`trying`): if its numbers in chunks are not those of one forward pass, it reads no chunks.
     Raises ConfigError for a model that is not a text Transformer, or that gives other numbers than transformers.
     """
 
@@ -158,9 +158,9 @@ class TransformersNet(Net):
 
         The arguments are as in `LongNet.forward`. `far` and `documents` work only if far keys reach all layers.
         """
-        options: dict[str, Any] = {}
         given = tokens if embeddings is None else embeddings
         assert given is not None
+        options: dict[str, Any] = {"input_ids" if embeddings is None else "inputs_embeds": given}
         if lengths is not None and not self.config.causal:  # a causal net does not see padding on the right
             places = torch.arange(given.shape[1], device=given.device)
             options["attention_mask"] = (places < torch.tensor(lengths, device=given.device)[:, None]).long()
@@ -177,7 +177,7 @@ class TransformersNet(Net):
             options["position_ids"] = positions[None] + first_position(self.model)
         if "use_cache" in self._accepted:
             options["use_cache"] = False
-        return body(self.model)(input_ids=tokens, inputs_embeds=embeddings, **options).last_hidden_state
+        return body(self.model)(**options).last_hidden_state
 
     def add_steps(self, steps: Sequence[nn.Module]) -> None:
         """Let `head` end with these modules, in float32, which map pooled states (..., size) to vectors."""
@@ -241,9 +241,12 @@ class TransformersNet(Net):
     def _plain_logits(self) -> bool:
         """True if the output layer alone makes the model's logits, tried on a few tokens."""
         ids = torch.arange(4, device=next(self.parameters()).device)[None] % self.config.vocab_size
+        output, options = self.model.get_output_embeddings(), {"use_cache": False} if self._cache_name else {}
         with torch.no_grad():
-            logits = self.model.get_output_embeddings()(self(ids))
-            return torch.allclose(logits, self.model(input_ids=ids).logits, rtol=1e-5, atol=1e-6)
+            hidden = self(ids)
+            if hidden.shape[-1] != getattr(output, "in_features", hidden.shape[-1]):  # as Electra's can be
+                return False
+            return torch.allclose(output(hidden), self.model(input_ids=ids, **options).logits, rtol=1e-5, atol=1e-6)
 
     def _try(self) -> str | None:
         """Return why this net reads no chunks, and let it read none; None if chunks are right, or there are none.
