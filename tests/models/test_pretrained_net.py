@@ -307,7 +307,7 @@ def spoilt(folder: Path, tmp_path: Path) -> Callable[..., Path]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"auto_map": {"AutoModelForCausalLM": "mine.Mine"}}, r"code of the folder's own \(auto_map\)"),
+        ({"auto_map": {"AutoModel": "mine.Mine"}, "model_type": "hyena"}, "code of the folder's own .* is never run"),
         ({"model_type": "hyena"}, r"does not know the architecture LlamaForCausalLM \(model_type hyena\)"),
         ({"architectures": ["HyenaForCausalLM"]}, "does not know the architecture HyenaForCausalLM"),
         ({"hidden_size": "many"}, "config.json: "),
@@ -327,6 +327,21 @@ def test_configurations_that_are_refused(spoilt: Callable[..., Path], changes: d
         ModelFolder(place).net()
     assert str(place) in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+def test_code_beside_a_known_class_is_not_run(spoilt: Callable[..., Path]) -> None:
+    place = spoilt(auto_map={"AutoModelForCausalLM": "mine.Mine"})
+    (place / "mine.py").write_text("raise SystemExit('this must never run')")
+    assert type(ModelFolder(place).net().model) is hf.LlamaForCausalLM
+
+
+def test_an_index_that_leads_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    built(llama).save_pretrained(tmp_path, max_shard_size="40KB")
+    path = tmp_path / "model.safetensors.index.json"
+    for name in ("../model.safetensors", "/model.safetensors"):
+        path.write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+        with pytest.raises(ConfigError, match=rf"index.json: the file {name} is outside of the folder"):
+            ModelFolder.find(str(tmp_path))
 
 
 @pytest.mark.parametrize("named", ["dilated", "somebody/kernel", "eager"])

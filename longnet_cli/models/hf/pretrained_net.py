@@ -58,6 +58,7 @@ from longnet_cli.running.causal_stream import open_stream
 MOST_LAYERS = 10_000  # each is made before a weight is read
 _CACHE_NAMES = ("cache", "past_key_values")  # the argument of forward, and its older name
 _ENCODERS = {"mpnet"}  # which look in both directions, though their modules do not say so
+_POOLER = "pooler."  # of the names of weights that make another output of a model than its hidden states
 _CACHED_LAYERS = {"full_attention", "sliding_attention"}
 _GROWS = "it keeps all keys of a document, so that memory grows with it"
 _NOTES = {
@@ -289,10 +290,12 @@ def load_transformers(
     pattern: Pattern | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    embeds: bool = False,
 ) -> TransformersNet:
     """Load the net of a folder that `save_pretrained` of transformers wrote: weights of type `dtype`, in eval mode.
 
-    `settings` are the keys of its config.json.
+    `settings` are the keys of its config.json. A model that `embeds` has the class of AutoModel, as in
+    sentence-transformers: weights of heads are left out, and those of a pooler, which nothing reads, may be missing.
 
     Weights that are stored in that type are mapped from their files, not copied, and go from there to a GPU, tensor by
     tensor. Others are converted, tensor by tensor.
@@ -305,7 +308,7 @@ def load_transformers(
     """
     hf.utils.logging.set_verbosity_error()  # stderr belongs to the command, whose errors are one line
     hf.utils.logging.disable_progress_bar()
-    config, architecture = read_architecture(folder, settings)
+    config, architecture = read_architecture(folder, settings, embeds)
     as_trained = pattern is None and not getattr(config, "dilated_attention", None)
     if as_trained:
         pattern = Pattern.dense()
@@ -321,7 +324,11 @@ def load_transformers(
         )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot be loaded: {' '.join(str(error).split())}") from None
-    for what, names in (("missing", report["missing_keys"]), ("unexpected", report["unexpected_keys"])):
+    poolers = [name for name in report["missing_keys"] if embeds and name.startswith(_POOLER)]
+    for name in poolers:  # instead of random numbers, which would be in the model's digest
+        model.get_parameter(name).data.zero_()
+    missing, surplus = report["missing_keys"].difference(poolers), report["unexpected_keys"]
+    for what, names in (("missing", missing), ("unexpected", set() if embeds else surplus)):
         if names:
             raise CheckpointError(f"{folder}: weights are {what}, {min(names)} among {len(names)}")
     if wrong := sorted(report["mismatched_keys"]):
@@ -339,7 +346,12 @@ def load_transformers(
 
 
 def read_facts(
-    folder: Path, settings: Mapping[str, Any], pattern: Pattern | None = None, lora: Mapping[str, Any] | None = None
+    folder: Path,
+    settings: Mapping[str, Any],
+    pattern: Pattern | None = None,
+    lora: Mapping[str, Any] | None = None,
+    *,
+    embeds: bool = False,
 ) -> TransformersConfig:
     """Read the facts of the model in a folder, as `load_transformers` finds them, but not its weights.
 
@@ -348,7 +360,7 @@ def read_facts(
     Only loading shows whether the layers take far keys. Here, `memory` says that they do if the model is causal.
     Raises ConfigError and CheckpointError as `load_transformers` does.
     """
-    config, architecture = read_architecture(folder, settings)
+    config, architecture = read_architecture(folder, settings, embeds)
     as_trained = pattern is None and not getattr(config, "dilated_attention", None)
     try:
         if not as_trained and pattern is not None:
@@ -376,25 +388,25 @@ def _dense(model: hf.PreTrainedModel, as_trained: bool) -> TransformersNet:
     return TransformersNet(use_own_attention(model), as_trained=as_trained)
 
 
-def read_architecture(folder: Path, settings: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Return (configuration, class) of a folder's model, whose config.json has these keys. Raises ConfigError."""
+def read_architecture(folder: Path, settings: Mapping[str, Any], embeds: bool = False) -> tuple[Any, Any]:
+    """Return (configuration, class) of a folder's model, whose config.json has these keys.
+
+    If it `embeds`, the class is that of AutoModel. Code of the folder's own (auto_map) is never run. Raises ConfigError
+    where transformers has no class.
+    """
     data = from_file(_without_attention(settings))
-    if "auto_map" in data:
-        raise ConfigError(f"{folder}: config.json asks for code of the folder's own (auto_map), which is never run")
     if isinstance(layers := data.get("num_hidden_layers"), int) and layers > MOST_LAYERS:
         raise ConfigError(f"{folder}/config.json: num_hidden_layers is {layers}: {MOST_LAYERS:,} are the most")
-    kind, names = data.get("model_type"), data.get("architectures") or [None]
-    architecture: Any = getattr(hf, str(names[0]), None)
-    known = (
-        isinstance(architecture, type) and issubclass(architecture, hf.PreTrainedModel) and kind in hf.CONFIG_MAPPING
-    )
-    own = hf.CONFIG_MAPPING[kind] if known else None
-    if not known or (
-        architecture.config_class is not own and hf.MODEL_FOR_CAUSAL_LM_MAPPING.get(own, None) is not architecture
+    kind, name, code = data.get("model_type"), (data.get("architectures") or [None])[0], data.pop("auto_map", None)
+    own = hf.CONFIG_MAPPING[kind] if kind in hf.CONFIG_MAPPING else None
+    architecture: Any = hf.MODEL_MAPPING.get(own, None) if embeds else getattr(hf, str(name), None)
+    known = own and isinstance(architecture, type) and issubclass(architecture, hf.PreTrainedModel)
+    if not known or not (
+        architecture.config_class is own or embeds or hf.MODEL_FOR_CAUSAL_LM_MAPPING.get(own, None) is architecture
     ):
-        raise ConfigError(
-            f"{folder}: transformers {hf.__version__} does not know the architecture {names[0]} (model_type {kind})"
-        )
+        what = f"does not know the architecture {name} (model_type {kind})"
+        instead = ", and code of the folder's own (auto_map) is never run" if code else ""
+        raise ConfigError(f"{folder}: transformers {hf.__version__} {what}{instead}")
     try:
         return hf.CONFIG_MAPPING[kind].from_dict(with_infinities(data)), architecture
     except Exception as error:  # a class checks its values as it likes
