@@ -37,9 +37,14 @@ def _instead(asked: str | None) -> str:
     return f" instead of {asked}" if asked else ", which is not 40 hexadecimal digits"
 
 
+def is_within(name: str) -> bool:
+    """Return whether a file's name, which a hub or a folder's file says, stays below the folder."""
+    return not (name.startswith("/") or ".." in name.split("/") or "\\" in name or "\0" in name)
+
+
 def check_name(name: str, repo: str) -> str:
     """Return the name of a file in a repository. Raises CheckpointError for one that may lead out of its folder."""
-    if name.startswith("/") or ".." in name.split("/") or "\\" in name or "\0" in name:
+    if not is_within(name):
         raise CheckpointError(f"{repo}: the hub names a file {name!r}, which is outside of a snapshot: it is not taken")
     return name
 

@@ -185,7 +185,7 @@ def _load(
 ) -> Loaded:
     parsed = read_pattern(pattern, "pattern")
     folder = ModelFolder.find(model, gguf=True, embeds=embeds)
-    how: dict[str, Any] = {"dtype": dtype, "tokenizer": tokenizer, "pattern": parsed, "bos": bos, "embeds": embeds}
+    how: dict[str, Any] = {"dtype": dtype, "tokenizer": tokenizer, "pattern": parsed, "bos": bos}
     notes: list[str] = []
     loaded = folder.load(device=select_device(device), on_note=notes.append, **how)
     for line in notes if loaded.embedding else ():
