@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -50,9 +50,9 @@ class Ranks:
     def sp_rank(self) -> int:
         return self.rank % self.sp
 
-    def edges(self, start: int, tokens: int) -> list[int]:
-        """Return the sp + 1 edges of the shards of `tokens` positions from `start` on, which its group shares."""
-        return even_edges(start, tokens, self.sp)
+    def edges(self, start: int, tokens: int, size: int = 1, cuts: Sequence[int] = ()) -> list[int]:
+        """Return the sp + 1 edges of the shards of `tokens` positions from `start` on, as `even_edges` does."""
+        return even_edges(start, tokens, self.sp, size, cuts)
 
     def shard(self, edges: list[int]) -> slice:
         """Return this rank's positions of the shards with these edges."""
