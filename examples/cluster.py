@@ -3,11 +3,12 @@
     python examples/cluster.py plan longnet-2.7b --on h100x8 --set train.batch_tokens=4Mi    # training by a recipe
     python examples/cluster.py plan --model longnet-tiny --tokens 1Gi --on h100x8            # reading a document
     python examples/cluster.py exchange geometric:1Gi --tokens 1Gi --ranks 1024              # what ranks send
+    torchrun --standalone --nproc-per-node 2 examples/cluster.py exchange geometric:64Ki --tokens 64Ki    # and its time
     torchrun --standalone --nproc-per-node 2 examples/cluster.py calibrate here.toml         # this machine's rates
 
 All counts of FLOPs and bytes come from the code that runs. Only the division by rates, and what overlaps with what, is
-said here: an exchange is hidden behind a layer's attention to near keys, and nothing else overlaps. It is arithmetic:
-no GPU and no cluster has run this program.
+said here: an exchange is hidden behind a layer's attention to near keys, and nothing else overlaps. A plan is
+arithmetic: no GPU and no cluster has run this program.
 """
 
 from __future__ import annotations
@@ -496,14 +497,19 @@ def exchange_command(
     layers: Size = 1,
     bidirectional: Annotated[bool, typer.Option("--bidirectional")] = False,
 ) -> None:
-    """Print what ranks send for one layer's forward pass in bf16, as a line of JSON. No process is started.
+    """Print what ranks send for one layer's forward pass in bf16, as a line of JSON.
 
     The plan of every rank is made. received, sent: bytes of the rank that has the most. peers: the most ranks from
     which a rank receives. far: the most bytes of far rows that a rank holds. chosen: of `received`, the bytes expected
     for chosen blocks, in the mean of `--layers` layers, some of which may follow others' choices. formula: bytes by the
     formula of docs/ranks.md, which counts levels wider than a shard. balance: attention FLOPs of the busiest rank,
     relative to the mean. Ends with an error if a rank would send other rows than its reader expects.
+
+    Under torchrun, its processes are the ranks, and exchange random numbers. seconds: of far rows, without chosen
+    blocks, forward and backward. seconds_of_all: of all keys and values, which dense attention needs, forward.
     """
+    here, where = join()
+    ranks = here.world if here.world > 1 else ranks
     causal, edges, shape, number = not bidirectional, even_edges(0, tokens, ranks), (1, 0, heads, head_dim), 2
     sizes = {"vocab_size": 0, "dim": heads * head_dim, "num_layers": layers, "num_heads": heads, "ffn_dim": 1}
     config = parse_config({**sizes, "position": "none", "causal": causal}, "exchange", pattern)
@@ -532,7 +538,36 @@ def exchange_command(
     facts |= {"sent": int(number * sends.sum(1).max()), "peers": int((sends > 0).sum(0).max())}
     facts |= {"far": int(number * held.max()), "chosen": int(chosen.max()), "chosen_mean": float(chosen.mean())}
     facts |= {"formula": 2 * number * heads * head_dim * rows, "balance": float(flops.max() / flops.mean())}
-    print(json.dumps(facts))
+    facts |= exchange_seconds(exchange.of_rank(here.rank), heads, head_dim, here, where) if here.world > 1 else {}
+    leave()
+    if here.first:
+        print(json.dumps(facts))
+
+
+def exchange_seconds(
+    exchange: Exchange, heads: int, head_dim: int, ranks: Ranks, where: torch.device
+) -> dict[str, Any]:
+    """Return the seconds in which all `ranks`, which call it together, exchange keys and values of one layer."""
+    tokens = [b - a for a, b in itertools.pairwise(exchange.edges)]
+    made: dict[str, Any] = {"dtype": torch.bfloat16, "device": where}
+    k, v = (torch.ones(1, tokens[ranks.rank], heads, head_dim, requires_grad=True, **made) for _ in range(2))
+    *shards, own = torch.ones(ranks.world + 1, 2, max(tokens), heads, head_dim, **made)
+
+    def forward() -> list[torch.Tensor]:
+        far, _ = exchange.run(k, v)
+        for keys in far:
+            if keys.ready:
+                keys.ready()
+        return [x for keys in far for x in (keys.k, keys.v)]
+
+    def backward() -> object:
+        return torch.autograd.grad(got, (k, v), grads, retain_graph=True) if got else None
+
+    got = forward()
+    grads = [torch.ones_like(x) for x in got]
+    runs = forward, backward, lambda: dist.all_gather(shards, own)
+    seconds = [ranks.largest(fastest(run, where, ranks)) for run in runs]
+    return {"seconds": seconds[:2], "seconds_of_all": seconds[2]}
 
 
 SECONDS = 0.5  # per rate; the fastest run counts, because other work on the machine only slows a run

@@ -227,7 +227,6 @@ hello -m ../in/native -n 6 --format jsonl
 --layers              rows       --layers 1 @ --seq 64 --op model --heads 1 --head-dim 8 --repeats 1 --format json
 --vocab               rows       --vocab 9999 @ --seq 64 --op model --heads 1 --head-dim 8 --repeats 1 --format json
 --format              stdout     --format csv
---nproc               processes  --nproc 2 | --nproc 3 @ --op exchange --seq 64 --heads 1 --head-dim 8 --repeats 1
 {DEVICE}
 --dtype               rows       --dtype bf16
 --chunk               rows       --chunk 16

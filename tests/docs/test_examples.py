@@ -27,7 +27,7 @@ import pytest
 import torch
 from builders import tiny_llama, tiny_model
 from places import ROOT, imported
-from processes import invoke
+from processes import TORCHRUN, invoke
 
 from longnet_cli.attention.notation import parse_pattern
 from longnet_cli.basics.errors import ConfigError
@@ -715,6 +715,17 @@ def test_the_commands_of_a_cluster(
         row = json.loads(run("exchange", f"geometric:{tokens},base=64", "--tokens", str(tokens), *words))
         assert row["received"] == row["sent"] == row["far"] == row["formula"] == 2 * 2 * 16 * 64 * (5 - 1 + 1 / 32)
         assert (row["peers"], row["received_mean"]) == (31, row["received"])
+
+
+@pytest.mark.ci
+def test_processes_time_what_they_exchange(command_env: dict[str, str]) -> None:
+    words = ["exchange", "geometric:256,base=16", "--tokens", "256", "--heads", "2", "--head-dim", "8"]
+    command = [sys.executable, *TORCHRUN, str(ROOT / "examples/cluster.py"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=command_env, check=True)
+    row = json.loads(done.stdout)
+    # one level is wider than a shard, of 16 rows a segment: half of them are the other rank's, keys and values of bf16
+    assert (row["ranks"], row["received"]) == (2, 2 * 16 * 2 * (16 // 2))
+    assert min(*row["seconds"], row["seconds_of_all"]) > 0
 
 
 def test_a_plan_that_does_not_fit_names_an_option_that_would(

@@ -6,7 +6,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from many_ranks import mesh, run_ranks
 
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.branches import attention_flops
@@ -315,30 +314,6 @@ def test_long_sequences_have_a_shape_of_their_own() -> None:
     assert str(Settings.of(seq=[100], base=64)) == "1 x 12 heads x 64, causal, pattern geometric, base 64, ratio 2"
     assert Settings.of(seq=[10**9], heads=12, base=2048, device="cpu").heads == 12
     assert job.CASES["attention"](long, "dilated", "forward", 10**9).streamed
-
-
-def exchange_of_chosen_blocks() -> None:
-    pattern = Pattern((8,), (1,), look_back=1, chosen=2, chosen_block=4, chosen_every=4)
-    directions, shape = ("forward", "backward"), {"heads": 2, "head_dim": 8, "dtype": "fp32", "device": "cpu"}
-    options = {
-        "op": "exchange",
-        "pattern": pattern,
-        "impl": ["dilated"],
-        "direction": directions,
-        "repeats": 1,
-        **shape,
-    }
-    rows = [*bench(Settings.of(seq=[129], ranks=mesh(1), **options))]
-    number, window = 4 * 2 * 8, 2 * 8  # bytes of a token's keys; keys and values of a window
-    blocks = 2 * 4 * 14  # of the 16 before the last rank, those before the window of its first query
-    tail = 2 * 3 + min(pattern.last_queries, 65)
-    received = [number * (window + blocks + tail), number * (window + blocks + 3 * 2 * 4)]
-    assert [row.bytes for row in rows] == received
-
-
-@pytest.mark.ci
-def test_what_chosen_blocks_exchange(tmp_path: Path) -> None:
-    run_ranks(2, tmp_path, exchange_of_chosen_blocks)
 
 
 @pytest.mark.parametrize(

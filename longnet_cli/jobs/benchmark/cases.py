@@ -1,23 +1,19 @@
-"""The cases of a benchmark: the ops `attention`, `exchange`, `model` and `train`.
+"""The cases of a benchmark: the ops `attention`, `model` and `train`.
 
-`attention` is dilated attention of random q, k, v against dense attention, forward or backward. `exchange` is the
-communication of one layer, for a sequence over several ranks, and nothing else: `dilated` is the exchange of far rows
-(`running/ranks/exchange.py`), `dense` the exchange that dense attention needs instead, where every rank gets the keys
-and values of all ranks. `model` and `train` go from tokens to the loss of each, or to gradients, dilated or dense.
+`attention` is dilated attention of random q, k, v against dense attention, forward or backward. `model` and `train` go
+from tokens to the loss of each, or to gradients, dilated or dense.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache, partial
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -25,18 +21,16 @@ from longnet_cli.attention import KVCache, Pattern, dilated_attention
 from longnet_cli.attention.branches import BACKWARD_FLOPS, attention_flops, backward_flops, branches
 from longnet_cli.attention.groups import past_bytes
 from longnet_cli.attention.kernels import select_kernel
-from longnet_cli.attention.merging import accumulator, kernel_calls
+from longnet_cli.attention.merging import kernel_calls
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.jobs.estimating.training_job import logits_bytes
 from longnet_cli.jobs.training.gradients import backward, far_bytes
 from longnet_cli.models.folder import ModelFolder
-from longnet_cli.nets.config import LongNetConfig, NetConfig, parse_config
+from longnet_cli.nets.config import NetConfig, parse_config
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import LOGITS_LIMIT, Net
 from longnet_cli.running.causal_stream import open_stream
 from longnet_cli.running.device import DTYPES, precision
-from longnet_cli.running.ranks.blocks import RankPast, evenly_seen
-from longnet_cli.running.ranks.exchange import Exchange, even_edges
 
 from .measurement import Case, Measurement
 from .settings import Settings
@@ -144,111 +138,6 @@ def _scratch_bytes(s: Settings, pattern: Pattern, tokens: int, backward: bool) -
         rows = min(limit, s.batch * queries.segments) * queries.heads * queries.rows
         largest = max(largest, rows * (max(keys.rows, s.head_dim) if scores else s.head_dim))
     return 4 * largest * (8 if backward and not scores else 2)
-
-
-def exchange(s: Settings, impl: str, direction: str, seq: int) -> Case:
-    """Return a case of sending keys and values of a sequence of `seq` tokens over all ranks, or their gradients back.
-
-    A row's `bytes` count for one rank: the rank that receives the most.
-    """
-    ranks, edges, dtype = s.ranks, even_edges(0, seq, s.ranks.world), DTYPES[s.dtype]
-    tokens = -(-seq // ranks.world)  # of the longest shard
-    token = 2 * dtype.itemsize * s.batch * s.heads * s.head_dim  # bytes of a token's keys and values
-    backward, pattern = direction == "backward", s.pattern_for(seq) if impl == "dilated" else None
-    shape = (s.batch, tokens, s.heads, s.head_dim)
-    if pattern is not None:
-        plan = Exchange(one_layer(s, pattern), edges, rank=ranks.rank)
-        plans = map(plan.of_rank, range(ranks.world))
-        # in the backward pass, a rank receives the gradients of the rows that it has sent
-        parcels = (chain(*(each.sent if backward else each.received)) for each in plans)
-        received = token * max(sum(parcel.rows for parcel in some) for some in parcels)
-        memory = (token * tokens + 2 * received) * (3 if backward else 1)
-        if pattern.chosen:
-            chosen = max(_chosen_bytes(plan, shape, dtype, backward, rank) for rank in range(ranks.world))
-            received, memory = received + chosen, memory + 2 * token * tokens + 3 * chosen
-    else:
-        received = token * tokens * (ranks.world - 1)
-        memory = token * tokens * (ranks.world + 1)
-
-    def start() -> Callable[[], object]:
-        q, k, v = (torch.randn(shape, dtype=dtype, device=s.device) for _ in range(3))
-        if pattern is None:
-            return _all_gather(torch.stack((k, v)), backward, ranks.world)
-        mine = edges[ranks.rank + 1] - edges[ranks.rank]
-        return _far_rows(plan, q[:, :mine], k[:, :mine].requires_grad_(), v[:, :mine].requires_grad_(), backward)
-
-    row = Measurement.of(s, impl, direction, seq, pattern, bytes=received, ranks=ranks.world)
-    return Case(row, lambda tokens: 0, memory, start)
-
-
-def _chosen_bytes(plan: Exchange, shape: Sequence[int], dtype: torch.dtype, backward: bool, rank: int) -> int:
-    """Return the bytes that a rank receives for chosen blocks in a direction, if all see `evenly_seen` ones."""
-    batch, _, heads, head_dim = shape
-    size, edges = plan.pattern.chosen_block, plan.edges
-    numbers = 2 * batch * size * heads * head_dim  # of a block
-
-    def asked(reader: int) -> Tensor:
-        return torch.cat([torch.empty(0, dtype=torch.int64), *evenly_seen(plan.pattern, edges, reader)])
-
-    blocks = len(asked(rank)) * numbers * dtype.itemsize
-    if not backward:
-        return blocks + (len(edges) - 2) * plan.tail_numbers(shape) * dtype.itemsize
-    given = [asked(reader) for reader in range(rank + 1, len(edges) - 1)]
-    own = sum(int(((x >= edges[rank] // size) & (x < edges[rank + 1] // size)).sum()) for x in given)
-    ring = 2 * (len(edges) - 2) * len(edges) / (len(edges) - 1)  # which adds up the blocks that edges cut
-    return blocks + int((own + ring) * numbers * accumulator(dtype).itemsize)
-
-
-def _see_evenly(plan: Exchange, past: RankPast, batch: int, *, backward: bool) -> None:
-    """Fetch the blocks that `_chosen_bytes` counts, and give gradients back."""
-    for row in range(batch):
-        for blocks in evenly_seen(plan.pattern, plan.edges, plan.rank):
-            past.blocks.fetch(row, blocks)
-            if backward and len(blocks):
-                shape = len(blocks), *past.rounds.owned.shape
-                past.add_gradients(row, 0, blocks, past.rounds.owned.like.new_zeros(shape))
-                past.give_back()
-    past.finish()
-
-
-def _far_rows(plan: Exchange, q: Tensor, k: Tensor, v: Tensor, backward: bool) -> Callable[[], object]:
-    past: RankPast | None = None
-
-    def run() -> list[Tensor]:
-        nonlocal past
-        if plan.pattern.chosen:
-            past = RankPast(plan.pattern, plan.group)
-            past.enter(plan, q, k, v)
-            _see_evenly(plan, past, len(k), backward=False)
-        far = plan.run(k, v, past)[0]
-        for keys in far:
-            if keys.ready:
-                keys.ready()
-        return [x for keys in far for x in (keys.k, keys.v)]
-
-    if not backward:
-        return torch.no_grad()(run)
-    got = run()
-    grads = [torch.ones_like(x) for x in got]
-
-    def back() -> object:
-        if past:
-            _see_evenly(plan, past, len(k), backward=True)
-        return torch.autograd.grad(got, (k, v), grads, retain_graph=True) if got else None
-
-    return back
-
-
-def _all_gather(mine: Tensor, backward: bool, world: int) -> Callable[[], object]:
-    of_all = torch.ones(world, *mine.shape, dtype=mine.dtype, device=mine.device)
-    if backward:
-        return lambda: dist.reduce_scatter(mine, list(of_all))
-    return lambda: dist.all_gather(list(of_all), mine)
-
-
-def one_layer(s: Settings, pattern: Pattern) -> LongNetConfig:
-    shape = {"vocab_size": 0, "dim": s.heads * s.head_dim, "num_layers": 1, "num_heads": s.heads, "ffn_dim": 1}
-    return parse_config({**shape, "position": "none", "causal": s.causal}, "--pattern", pattern)
 
 
 def model(s: Settings, impl: str, direction: str, seq: int) -> Case:

@@ -24,7 +24,7 @@ import torch
 from longnet_cli.attention.kernels import select_kernel
 from longnet_cli.running.device import DTYPES, free_memory
 
-from .cases import attention, exchange, model, train
+from .cases import attention, model, train
 from .measurement import Case, Measurement, measure, measure_stream
 from .settings import Settings
 
@@ -32,7 +32,6 @@ CASES: dict[str, Callable[[Settings, str, str, int], Case]] = {  # (settings, im
     "attention": attention,
     "model": model,
     "train": train,
-    "exchange": exchange,
 }
 _PROBE_SEQ = 2048  # tokens of the run that estimates a long one
 _LONG_FLOPS = 10**11  # a second or so on a slow CPU: a longer run is worth a probe
@@ -69,8 +68,7 @@ class _RunningBench:
     def rows(self) -> Iterator[Measurement]:
         for seq, direction, impl in product(self.s.seq, self.s.direction, self.s.impl):
             case = self._case(impl, direction, seq)
-            # all ranks must do the same
-            if self.s.ranks.any(time.perf_counter() >= self.deadline):
+            if time.perf_counter() >= self.deadline:
                 yield replace(case.row, reason="the time is over")
                 continue
             if case.flops(seq) > _LONG_FLOPS and seq > _PROBE_SEQ and not self._like(case):
@@ -109,7 +107,7 @@ class _RunningBench:
         over_memory = case.memory_bytes / max(1, free) if free is not None else 0.0
         over_time = seconds / max(1e-9, allowed) if seconds is not None and not case.streamed else 0.0
         share = max(1.0, over_memory, math.sqrt(over_time))
-        if free is not None and self.s.ranks.any(over_memory > 1):
+        if free is not None and over_memory > 1:
             reason = f"needs {_gib(case.memory_bytes)} of memory, {_gib(free)} are free"
             return share, replace(case.row, status="skipped", reason=reason)
         if over_time > 1:

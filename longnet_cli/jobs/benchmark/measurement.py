@@ -27,9 +27,8 @@ class Measurement:
     `status`: ok; oom (memory ran out); skipped (would not fit in memory, or in the time for dense); stopped (out of
     time). A streamed run, `chunk` tokens at a time, also gives a row for each decade of its positions, [start, stop).
     `cpu_seconds` is the CPU time of all threads: on a shared machine, it shows whether other processes slowed the run.
-    `bytes` counts the bytes received by one of several `ranks`: the rank that receives the most. `peak_rss_bytes` is
-    the process's peak from making the inputs to the last run; on a GPU, the peak of torch's allocator. `model` is the
-    name of a saved model, with its commit if it is on a hub.
+    `peak_rss_bytes` is the process's peak from making the inputs to the last run; on a GPU, the peak of torch's
+    allocator. `model` is the name of a saved model, with its commit if it is on a hub.
     """
 
     op: str
@@ -55,8 +54,6 @@ class Measurement:
     start: int | None = None
     stop: int | None = None
     cpu_seconds: float | None = None
-    bytes: int | None = None
-    ranks: int | None = None
     model: str | None = None
 
     @classmethod
@@ -97,19 +94,15 @@ class Case:
 
 
 def measure(case: Case, s: Settings, deadline: float) -> Measurement:
-    """Run the case: a warm-up, then `s.repeats` runs, or as many as end before the deadline. The median counts.
-
-    If several ranks measure together, the seconds of the slowest rank count, on all of them.
-    """
-    largest = s.ranks.largest
+    """Run the case: a warm-up, then `s.repeats` runs, or as many as end before the deadline. The median counts."""
     seconds: list[float] = []
     try:
         trim_memory(s.device)  # what earlier rows freed would count here
         with PeakMemory(s.device) as peak:
             run = case.start()
-            warm_up = largest(_seconds(run, s.device))
-            while len(seconds) < s.repeats and not largest(time.perf_counter() + warm_up > deadline):
-                seconds.append(largest(_seconds(run, s.device)))
+            warm_up = _seconds(run, s.device)
+            while len(seconds) < s.repeats and time.perf_counter() + warm_up <= deadline:
+                seconds.append(_seconds(run, s.device))
             return case.measured(0, case.row.seq, statistics.median(seconds or [warm_up]), peak)
     except (RuntimeError, MemoryError) as error:
         if not _too_large(error):

@@ -13,13 +13,11 @@ from longnet_cli.basics.configuration import validate
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.running.chunk_size import BENCH_CHUNK, GPU_BENCH_CHUNK, chunk_of
 from longnet_cli.running.device import check_kernel, resolve_dtype, select_device
-from longnet_cli.running.ranks.ranks import Ranks
 
 OPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # implementations and directions; defaults come first
     "attention": (("dilated", "dense", "kernels"), ("forward", "backward")),
     "model": (("dilated", "dense"), ("forward",)),
     "train": (("dilated", "dense"), ("backward",)),
-    "exchange": (("dilated", "dense"), ("forward", "backward")),
 }
 LONG = 10**6  # tokens: from here on, a causal forward pass is streamed, and the defaults are for long sequences
 LONGEST = 1 << 40  # tokens; with the most heads of the largest size, int64 still counts the numbers of a sequence
@@ -39,8 +37,8 @@ class Settings(BaseModel):
 
     Every combination of `seq` (tokens), `direction` and `impl` is a case, in that order of nesting.
 
-    op: attention (of random queries, keys and values), model (from tokens to their loss), train (from tokens to
-        gradients) or exchange (keys and values between several `ranks`, which all measure and get the same rows).
+    op: attention (of random queries, keys and values), model (from tokens to their loss) or train (from tokens to
+        gradients).
     impl: dilated (ours), dense (torch's), kernels (the kernel calls of dilated, without the work between them).
     pattern: "paper", "geometric" (`base` times `ratio`), or levels; None is a saved model's own, or suits the length.
     chunk: tokens per chunk of longer causal sequences. A forward pass that is cut this way is streamed, see `streams`.
@@ -52,7 +50,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, alias_generator=_option)
 
     seq: tuple[Tokens, ...]
-    op: Literal["attention", "model", "train", "exchange"] = "attention"
+    op: Literal["attention", "model", "train"] = "attention"
     impl: tuple[str, ...]
     direction: tuple[str, ...]
     batch: Size = 1
@@ -71,7 +69,6 @@ class Settings(BaseModel):
     max_dense_time: Seconds | None = None
     dtype: Literal["fp32", "bf16", "fp16"]
     device: torch.device
-    ranks: Ranks = Ranks()
 
     @classmethod
     def of(cls, **options: Any) -> Settings:
@@ -109,11 +106,7 @@ class Settings(BaseModel):
         if self.model is not None and not net:
             raise ValueError(f"--op {self.op} has no model: --model is for --op model and train")
         if net and not self.causal:
-            raise ValueError(f"--op {self.op} runs causal language models: --bidirectional is for the other ops")
-        if self.op == "exchange" and self.ranks.world == 1:
-            raise ValueError("--op exchange takes several processes: give --nproc 2 or more, or use torchrun")
-        if self.op != "exchange" and self.ranks.world > 1:
-            raise ValueError(f"--op {self.op} measures one process, not {self.ranks.world}")
+            raise ValueError(f"--op {self.op} runs causal language models: --bidirectional is for --op attention")
         for level in (level for seq in self.seq for level in self.pattern_for(seq).levels):
             if max(level) >= 2 * LONGEST:
                 raise ValueError(
