@@ -2,7 +2,7 @@
 
     python examples/package_corpus.py runs/packages wheels/*.whl
     python examples/search.py runs/packages/wheels.jsonl -o runs/search --rows window:1Ki window:1Ki,chosen=32x32 \\
-      "1Ki/1,16Ki/4,look_back=1,overlap=once,queries=all,level_bias=0/-2 optimizer.lr=0.0003"
+      "1Ki/1,16Ki/4,look_back=1,overlap=once,queries=all optimizer.lr=0.0003"
 
 A row is a pattern, and any values for `longnet train --set` behind it. `repeated=0.2` there makes a fifth of the
 windows such that a passage is said again: an eightieth to a 27th of the window (200 to 600 of 16,384 tokens), an eighth

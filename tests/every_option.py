@@ -57,7 +57,6 @@ OPTIONS = {
 8/1,32/2 --format json
 --seq                 rows       --seq 128
 --heads               rows       --heads 3
---layers              rows       --layers 9
 --causal              rows       --bidirectional
 --format              stdout     --format text | --format json @ 8/1,32/2
 --output              files      -o p.svg
@@ -267,7 +266,6 @@ model.look_back               rows       model.look_back=1
 model.overlap                 rows       model.overlap=once @ model.look_back=1
 model.queries                 rows       model.queries=all @ {ONCE}
 model.sinks                   rows       model.sinks=2 @ {ONCE}
-model.level_bias              rows       model.level_bias=log_rate
 model.chosen                  rows       model.chosen=2 | model.chosen=3 @ {WINDOW} model.chosen_block=4 model.chosen_every=4
 model.chosen_block            rows       model.chosen_block=8 | model.chosen_block=4 @ {WINDOW} model.chosen=2 model.chosen_every=4
 model.chosen_layers           rows       model.chosen_layers=[0] | model.chosen_layers=[1] @ {WINDOW} model.num_layers=2 model.chosen=2 model.chosen_block=4 model.chosen_every=4

@@ -43,9 +43,8 @@ class Branch(NamedTuple):
 
     The heads of `queries` are query heads; the heads of `keys` are key heads, or lanes of far keys. Of a single token,
     all query heads of a key head are rows, if they see the same keys. `far` is the index of the far keys, None for near
-    ones. `zero_keys` keys with logit 0 and value 0 join the softmax
-    (`padding="zero_key"`). `first` marks the branches that reach every row of the shard before any other branch does.
-    `bias` is added to all scores. A call with a `union` computes all levels at once.
+    ones. `zero_keys` keys with logit 0 and value 0 join the softmax (`padding="zero_key"`). `first` marks the branches
+    that reach every row of the shard before any other branch does. A call with a `union` computes all levels at once.
     """
 
     queries: Rows
@@ -54,7 +53,6 @@ class Branch(NamedTuple):
     far: int | None = None
     zero_keys: int = 0
     first: bool = False
-    bias: float = 0.0
     union: Union | None = None
 
 
@@ -286,7 +284,6 @@ class _ShardGeometry(NamedTuple):
         offsets = self.pattern.offsets(level, self.num_heads)
         kv_of = [h * self.kv_heads // self.num_heads for h in range(self.num_heads)]
         low = max(self.start, self.pattern.sinks) if level else self.start
-        bias = self.pattern.biases[level]
         for part in self._rectangles(_zones(self.pattern, level, w, self.causal), w, r, low, self.stop):
             queries, counts = self._queries(level, w, part.queries)
             firsts, rows = queries, counts
@@ -312,7 +309,6 @@ class _ShardGeometry(NamedTuple):
                     causal=part.square and group == 1,
                     zero_keys=missing[heads.first],
                     first=covering and part.own,
-                    bias=bias,
                 )
 
     def far(self, span: FarSpan, index: int, covering: bool) -> Iterator[Branch]:
@@ -321,7 +317,6 @@ class _ShardGeometry(NamedTuple):
         _, offsets, lane_of = lanes(self.pattern, span.level, self.num_heads, self.kv_heads)
         inside, segment = span.start % w, span.start // w * w
         low = max(span.start, self.pattern.sinks) if span.level else span.start
-        bias = self.pattern.biases[span.level]
         zones = [
             zone._replace(square=False, own=zone.own and self.holds(span))
             for zone in _zones(self.pattern, span.level, w, self.causal)
@@ -352,7 +347,6 @@ class _ShardGeometry(NamedTuple):
                     causal=False,
                     far=index,
                     first=covering and part.own,
-                    bias=bias,
                 )
 
     def sinks(self, spans: Sequence[FarSpan], turned: Turned | None) -> Iterator[Branch]:

@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain, islice
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,9 +32,6 @@ from .plain_call import Kernel
 from .scanning import slots_of
 from .sinks import Turn
 from .spans import Rows
-
-if TYPE_CHECKING:
-    from .one_pass import OnePassGradientSum, OnePassMerge
 
 
 class Chosen:
@@ -80,7 +77,7 @@ class Chosen:
         if past and self.kind != "first":
             self._tell(past, q, k, scale)
 
-    def merge(self, kernel: Kernel, scale: float, q: Tensor, k: Tensor, v: Tensor, merge: Merge | OnePassMerge) -> None:
+    def merge(self, kernel: Kernel, scale: float, q: Tensor, k: Tensor, v: Tensor, merge: Merge) -> None:
         """Attend from q to the chosen rows of k and v, and merge the results."""
         for run in self._runs(q):
             q_, *places = (run.queries(x) for x in (q, *merge.places))
@@ -98,7 +95,7 @@ class Chosen:
         scale: float,
         tensors: Sequence[Tensor],
         keys: Sequence[Tensor],
-        of_q: GradientSum | OnePassGradientSum,
+        of_q: GradientSum,
     ) -> list[Tensor]:
         """Return the gradients of the chosen rows of k and v, in fp32 or fp64, and add those of q to `of_q`.
 

@@ -30,7 +30,6 @@ _TYPES = {
     "segment_lengths": "int[]",
     "dilation_rates": "int[]",
     "look_back": "int[]",
-    "level_bias": "float[]",
     "head_offsets": "str",
     "overlap": "str",
     "queries": "str",
@@ -69,7 +68,7 @@ def attend_in_graph(
 ) -> Tensor:
     """Call the operator; `far` and `spans` are as in its options. Return (B, N, H, D) like q."""
     lengths = None if shard.lengths is None else torch.as_tensor(shard.lengths)
-    of_pattern = [pattern.biases if name == "level_bias" else getattr(pattern, name) for name in _OF_PATTERN]
+    of_pattern = [getattr(pattern, name) for name in _OF_PATTERN]
     lists = [list(value) if isinstance(value, tuple) else value for value in of_pattern]
     of_shard = [getattr(shard, name) for name in _OF_SHARD]
     return torch.ops.longnet.dilated_attention(q, k, v, far, lengths, spans, scale, kernel, *lists, *of_shard)[0]
@@ -78,8 +77,7 @@ def attend_in_graph(
 @lru_cache(maxsize=64)
 def _pattern(*values: Any) -> Pattern:
     """Return the pattern of the operator's values, in the order of its fields."""
-    given = dict(zip(_OF_PATTERN, values, strict=True))
-    return Pattern(**given | {"level_bias": given["level_bias"] if any(given["level_bias"]) else None})
+    return Pattern(**dict(zip(_OF_PATTERN, values, strict=True)))
 
 
 def _plan(

@@ -25,7 +25,6 @@ from longnet_cli.attention import Pattern, branches
 from longnet_cli.attention.cache import cached_rows
 from longnet_cli.attention.groups import chosen_flops, past_bytes
 from longnet_cli.attention.notation import PATTERN_FIELDS, parse_pattern, pattern_fields
-from longnet_cli.attention.pattern import no_longer_learned
 from longnet_cli.basics.configuration import StrictModel, validate
 
 # many documents have the same length
@@ -190,7 +189,6 @@ class LongNetConfig(NetConfig, StrictModel):
     overlap: Literal["repeat", "once"] = "repeat"
     queries: Literal["dilated", "all"] = "dilated"
     sinks: int = 0
-    level_bias: Literal["log_rate"] | tuple[float, ...] | None = None
     chosen: int = 0
     chosen_block: int = Pattern.chosen_block
     chosen_every: int = Pattern.chosen_every
@@ -242,18 +240,17 @@ class LongNetConfig(NetConfig, StrictModel):
             raise ValueError(f'pattern needs a text, as "window:1Ki", got {pattern!r}')
         return {name: value for name, value in data.items() if name != "pattern"} | pattern_fields(pattern)
 
-    @field_validator("look_back", "level_bias", mode="wrap")
+    @field_validator("look_back", mode="wrap")
     @classmethod
     def _one_or_several(cls, value: Any, check: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
-        """Refuse other values in one sentence. Make `look_back` one number if it is the same at all levels."""
+        """Refuse other values in one sentence. Return one number if it is the same at all levels."""
         try:
             checked = check(value)
         except ValidationError:
-            one = "one number" if info.field_name == "look_back" else '"log_rate"'
-            raise ValueError(f"must be {one}, or one number per level{no_longer_learned(value)}") from None
+            raise ValueError("must be one number, or one number per level") from None
         levels = len(info.data.get("segment_lengths", ()))
-        same = info.field_name == "look_back" and isinstance(checked, tuple) and len(checked) == levels
-        return checked[0] if same and len({*checked}) == 1 else checked
+        same = isinstance(checked, tuple) and len(checked) == levels and len({*checked}) == 1
+        return checked[0] if same else checked
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:

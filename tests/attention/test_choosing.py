@@ -300,7 +300,6 @@ def test_bf16(kernel: str) -> None:
         ({"dilation_rates": (2,)}, "chosen=4 needs a window: one level at rate 1 that looks back"),
         ({"look_back": 0}, "chosen=4 needs a window: one level at rate 1 that looks back"),
         ({"sinks": 4}, "chosen=4 excludes sinks: the first block, which is always seen, holds them"),
-        ({"level_bias": (1.0,)}, "chosen=4 has no level_bias"),
         ({"chosen_block": 0}, "chosen_block must be a multiple of 4 that divides the segment length 16, got 0"),
         ({"chosen_block": 2}, "chosen_block must be a multiple of 4 that divides the segment length 16, got 2"),
         ({"chosen_block": 12}, "chosen_block must be a multiple of 4 that divides the segment length 16, got 12"),

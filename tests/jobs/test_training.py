@@ -324,7 +324,6 @@ def test_compiled_layers_learn_the_same(corpus: Path, tmp_path: Path) -> None:
     [
         ({"optimizer.ler": 1}, "unknown key 'optimizer.ler': did you mean 'optimizer.lr'?"),
         ({"train.seq_len": 1}, "unknown key 'train.seq_len'"),
-        ({"optimizer.level_bias_lr": 0.1}, "biases of levels are no longer learned: leave out level_bias_lr"),
         ({"model.dim": 15}, "not divisible"),
         ({"model.causal": False, "model.position": "rope"}, 'set train.objective = "masked"'),
         ({"train.objective": "masked"}, 'set train.objective = "causal"'),
@@ -349,10 +348,6 @@ def test_wrong_recipes(corpus: Path, tmp_path: Path, overrides: dict, message: s
         train(recipe(corpus, **overrides), tmp_path / "out")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
-
-
-def test_a_recipe_of_an_older_run_may_have_null_for_the_rate_of_learned_biases(corpus: Path) -> None:
-    assert recipe(corpus, **{"optimizer.level_bias_lr": None}) == recipe(corpus)
 
 
 def test_sizes_are_written_as_everywhere(corpus: Path) -> None:

@@ -23,13 +23,13 @@ pytest.importorskip("transformers", reason="transformers is not installed: pip i
 import transformers as hf
 from builders import MadeInputs, make_document, tiny_llama
 from hf_models import (
-    BIASED,
     CAUSAL,
     FAR,
     FOLLOWED,
+    GROUPED,
     LEVELS,
     MODELS,
-    NESTED,
+    TILED,
     WINDOW,
     bert,
     built,
@@ -103,7 +103,7 @@ def test_a_stream_with_the_cache_of_transformers_is_the_whole(
     ("model", "pattern"),
     [
         *((x, LEVELS) for x in CAUSAL),
-        *((llama, Pattern.dense()), (llama, FAR), (qwen2, NESTED), (qwen3, BIASED), (gpt2, WINDOW)),
+        *((llama, Pattern.dense()), (llama, FAR), (qwen2, TILED), (qwen3, GROUPED), (gpt2, WINDOW)),
         *((x, FOLLOWED) for x in (llama, gpt2)),
     ],
 )
@@ -317,6 +317,8 @@ def spoilt(folder: Path, tmp_path: Path) -> Callable[..., Path]:
         ({"dilated_attention": {"segment_lengths": [8], "dilation_rates": []}}, "one entry per level"),
         ({"dilated_attention": {"segment_lengths": "8", "dilation_rates": [1]}}, "segment_lengths needs whole numbers"),
         ({"dilated_attention": [8, 1]}, "dilated_attention in the model's config: a table of "),
+        ({"dilated_attention": {"level_bias": None}}, "dilated_attention in the model's config: unknown key 'level_b"),
+        ({"dilated_attention": {"lookback": 1}}, "unknown key 'lookback': did you mean 'look_back'?"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "rope_type dynamic"),
     ],
 )

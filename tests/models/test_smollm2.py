@@ -29,7 +29,6 @@ from longnet_cli.jobs.scoring.scoring import score
 from longnet_cli.models.folder import ModelFolder
 
 PROSE = GOLDEN / "prose.safetensors"
-FAR = Pattern((1024, 1024), (1, 4), look_back=(1, 5), overlap="once", queries="all", sinks=4, level_bias="log_rate")
 
 pytestmark = pytest.mark.slow
 
@@ -62,7 +61,6 @@ def ids() -> torch.Tensor:
         (None, 2.9807),  # dense
         (Pattern.window(1024), 3.4931),
         (Pattern.window(1024, sinks=4), 3.0332),
-        (FAR, 3.0113),
     ],
 )
 def test_nats_of_a_model_that_was_trained_densely(

@@ -96,16 +96,6 @@ class OptimizerRecipe(StrictModel):
     weight_decay: float = Field(default=0.01, ge=0)
     clip: float = Field(default=2.0, gt=0)  # of the gradient's norm
 
-    @model_validator(mode="before")
-    @classmethod
-    def _without_learned_biases(cls, data: Any) -> Any:
-        """Refuse the rate of learned biases, which are gone. Runs of older versions have null where none was given."""
-        if not isinstance(data, Mapping) or "level_bias_lr" not in data:
-            return data
-        if data["level_bias_lr"] is not None:
-            raise ValueError("biases of levels are no longer learned: leave out level_bias_lr")
-        return {name: value for name, value in data.items() if name != "level_bias_lr"}
-
 
 class ScheduleRecipe(StrictModel):
     """The learning rate: it rises linearly for `warmup_steps`, then falls to `final` times its peak at the last step.
