@@ -20,16 +20,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import pad
 
 from longnet_cli.attention.groups import stages
 from longnet_cli.attention.merging import accumulator
-from longnet_cli.attention.past import Blocks, Means, OfBlocks, Past, Wanted, one_each, run_means, taken
+from longnet_cli.attention.past import Blocks, Means, OfBlocks, Past, Wanted, run_means, taken
 from longnet_cli.attention.pattern import RUN, RUNS, Pattern
 from longnet_cli.attention.sinks import Turn
 from longnet_cli.running.ranks.fetching import ROWS, Asked, Share
@@ -38,13 +38,7 @@ if TYPE_CHECKING:
     from longnet_cli.running.ranks.exchange import Exchange
 
 
-def first_means(pattern: Pattern) -> int:
-    """Return how many first blocks of a document all ranks have the means of: whole runs of them.
-
-    A scan of fewer blocks has no stage of runs, and compares all of these.
-    """
-    first, *_ = stages(pattern)
-    return (first.blocks // RUN + 1) * RUN if first.means == RUNS else 1 << 62
+STATE_BLOCKS = 1 << 12  # of a piece of a saved state
 
 
 class NewBlocks(NamedTuple):
@@ -65,7 +59,9 @@ class RankMeans(Means):
 
     def __init__(self, pattern: Pattern, share: Share, allocate: Callable[..., Tensor]) -> None:
         super().__init__(pattern, share.like, 0, allocate)
-        self._share, self._first, self._long = share, first_means(pattern), False
+        stage, *_ = stages(pattern)  # scans of fewer blocks than this have no runs, and compare all of the first blocks
+        self._first = (stage.blocks // RUN + 1) * RUN if stage.means == RUNS else 1 << 62
+        self._share, self._long = share, False
 
     def of_wanted(self, number: int, wanted: Wanted) -> Iterator[tuple[int, slice, OfBlocks]]:
         if not self._long:  # on any rank
@@ -80,60 +76,55 @@ class RankMeans(Means):
 
     def extend(self, exchange: Exchange, new: Sequence[NewBlocks]) -> None:
         """Give all ranks the means of this rank's new blocks, and take those of its document. All ranks call this."""
-        size, like, both = self._share.directory.size, self._share.like, dict[int, tuple[range, range]]()
+        share, last, spans, totals = self._share, self._first, dict[int, tuple[_Span, _Span]](), [0, 0]
         for start, stop in exchange.crossed:
-            begin, end = ((min(max(edge, start), stop) - start) // size for edge in exchange.edges[:: exchange.ranks])
-            first = range(min(begin, self._first), min(end, self._first))
-            both[start] = first, range(max(begin, self._first) // RUN, max(end, self._first) // RUN)
-            self._long |= end > self._first
-        batch, _, heads, head_dim = like.shape
-        numbers = (self.finest, 1)
-        shapes = [
-            (batch, heads, len(some), m, head_dim) for x in both.values() for some, m in zip(x, numbers, strict=True)
-        ]
-        of_all = torch.zeros(sum(map(prod, shapes)), dtype=accumulator(like.dtype), device=like.device)
-        views = [x.view(shape) for x, shape in zip(of_all.split([*map(prod, shapes)]), shapes, strict=True)]
-        into = {start: (*x, *views[2 * i : 2 * i + 2]) for i, (start, x) in enumerate(both.items())}
-        begun = self._begun(new, both) if self._long else None
+            of_chunk = (min(max(edge, start), stop) - start for edge in (exchange.edges[0], exchange.edges[-1]))
+            begin, end = (position // share.directory.size for position in of_chunk)
+            ranges = range(min(begin, last), min(end, last)), range(max(begin, last) // RUN, -(-max(end, last) // RUN))
+            fine, runs = (_Span(x.start, x.stop, total - x.start) for x, total in zip(ranges, totals, strict=True))
+            spans[start], self._long = (fine, runs), self._long or end > last
+            totals = [fine.stop + fine.offset, runs.stop + runs.offset]
+        batch, heads, head_dim, own = len(share.like), *share.like.shape[2:], share.means
+        sizes = [(totals[0], self.finest), (totals[1], 1)]
+        of_fine, of_runs = (own.fine.new_zeros((batch, heads, *x, head_dim), device=share.like.device) for x in sizes)
         for blocks in new:
-            if blocks.document in into:
-                self._put(blocks, begun, *into[blocks.document])
-        if len(of_all):
-            dist.all_reduce(of_all, group=self._share.group)  # each number is that of one rank, and 0 of the others
-        if mine := into.get(exchange.document(exchange.edges[exchange.rank])[0]):
-            first, runs, fine, of_runs = mine
-            if first and (room := self.fine.shape[2]) < first.stop:
-                self._move(self.of, first.start, max(first.stop, min(room * 3 // 2, self._first)))
-            self.write_finest(slice(None), first.start, fine)
-            if runs:
-                self.of[RUNS] = torch.cat([self.of[RUNS][:, :, : runs.start], of_runs], 2)
+            if blocks.document not in spans:
+                continue
+            (fine, runs), place, stop = (
+                spans[blocks.document],
+                blocks.place - blocks.first,
+                blocks.first + blocks.number,
+            )
+            begin, end = max(blocks.first, fine.start), min(stop, fine.stop)
+            if begin < end:
+                of_fine[:, :, begin + fine.offset : end + fine.offset] = own.fine[:, :, begin + place : end + place]
+            if (begin := max(blocks.first, last)) < stop:  # of runs that others have parts of, a sum of these
+                ones = pad(
+                    own.one_each(slice(None), slice(begin + place, stop + place)), (0, 0, begin % RUN, -stop % RUN)
+                )
+                of_runs[:, :, begin // RUN + runs.offset :][:, :, : ones.shape[2] // RUN] = run_means(ones)
+        for x in (of_fine, of_runs):
+            if x.numel():
+                dist.all_reduce(x, group=share.group)
+        if mine := spans.get(exchange.document(exchange.mine[0])[0]):
+            fine, runs = mine
+            if (room := self.fine.shape[2]) < fine.stop:
+                self._move(self.of, fine.start, max(fine.stop, min(room * 3 // 2, last)))
+            self.write_finest(
+                slice(None), fine.start, of_fine[:, :, fine.start + fine.offset : fine.stop + fine.offset]
+            )
+            if runs.start < runs.stop:
+                more = of_runs[:, :, runs.start + runs.offset : runs.stop + runs.offset]
+                self.of[RUNS] = pad(self.of[RUNS], (0, 0, 0, 0, 0, runs.stop - self.of[RUNS].shape[2]))
+                self.of[RUNS][:, :, runs.start :] += more.to(self.fine.device)
 
-    def _begun(self, new: Sequence[NewBlocks], both: dict[int, tuple[range, range]]) -> Tensor | None:
-        """Return one mean (B, K, n, D) of each block of other ranks in the run that ends in this rank's first blocks."""
-        kind, wanted = 1 if 1 in self._share.means.of else self.finest, list[tuple[int, Tensor]]()
-        for blocks in new:
-            begin = max(blocks.first // RUN, both[blocks.document][1].start) * RUN if blocks.document in both else 0
-            if begin < blocks.first and (blocks.first + blocks.number) // RUN * RUN > begin:
-                missing = torch.arange(begin, blocks.first, device=self._share.like.device)
-                wanted += [(row, missing[None]) for row in range(len(self._share.like))]
-        found = [of_blocks(wanted[index][1])[0] for index, _, of_blocks in self.of_wanted(kind, wanted)]
-        return one_each(torch.stack(found)) if found else None
 
-    def _put(
-        self, blocks: NewBlocks, begun: Tensor | None, first: range, runs: range, fine: Tensor, of_runs: Tensor
-    ) -> None:
-        """Copy the means of new blocks to what is given to all: those of some first blocks, and of some runs."""
-        own, stop, behind = self._share.means, blocks.first + blocks.number, blocks.place - blocks.first
-        if some := range(max(blocks.first, first.start), min(stop, first.stop)):
-            mine = own.fine[:, :, some.start + behind : some.stop + behind]
-            fine[:, :, some.start - first.start : some.stop - first.start] = mine
-        if some := range(max(blocks.first // RUN, runs.start), min(stop // RUN, runs.stop)):
-            begin = max(some.start * RUN, blocks.first)
-            ones = own.one_each(slice(None), slice(begin + behind, some.stop * RUN + behind))
-            if begin > some.start * RUN:
-                assert begun is not None
-                ones = torch.cat([begun, ones], 2)
-            of_runs[:, :, some.start - runs.start : some.stop - runs.start] = run_means(ones)
+class _Span(NamedTuple):
+    """Blocks or runs of a document that a chunk has, whose means are `offset` further on in those of all documents."""
+
+    start: int
+    stop: int
+    offset: int
 
 
 def _among(means: Tensor, keys: Tensor, of_row: int, blocks: Tensor) -> Tensor:
@@ -337,26 +328,35 @@ class RankPast(Past):
 
         It holds some blocks, or one layer's means, at a time. An open group chooses again.
         """
-        batch, total = len(self.share.like), self.share.directory.blocks
+        batch, total, like = len(self.share.like), self.share.directory.blocks, self.share.like
         first = dist.get_rank(self._group) == 0
-        counts = torch.zeros(batch, total, dtype=torch.int32, device=self.share.like.device)
+        counts = torch.zeros(batch, total, dtype=torch.int32, device=like.device)
         if self.counts is not None:
             counts[:, : self.counts.shape[1]] = self.counts[:, :total]
         dist.all_reduce(counts, group=self._group)
-        if first:
-            yield "waiting", self.waiting if self.kept == self.position else self.waiting[:, :, :0]
-            yield "counts", counts
-        limit = self.pattern.chosen if self.kind == "first" else total
-        for index, piece in enumerate(self.share.gathered(ROWS, limit)):
-            yield f"blocks.{index}", piece.movedim(2, 0)
-        if self.kind != "chooses":
-            return
-        assert self.means
-        fine = [piece.transpose(1, 2) for piece in self.share.gathered(self.means.finest, limit)]
-        if first:
-            assert self.queries is not None
-            yield "queries", self.queries
-            yield "fine", torch.cat([self.means.fine[:, :, :0], *fine], 2)
+        self.blocks.number = min(total, self.pattern.chosen) if self.kind == "first" else total
+        pieces = torch.arange(self.blocks.number, device=like.device)[:, None].split(STATE_BLOCKS) if first else ()
+        wanted = [(row, piece) for piece in pieces for row in range(batch)]
+        yield from (
+            ("waiting", self.waiting if self.kept == self.position else self.waiting[:, :, :0]),
+            ("counts", counts),
+        )
+        for index, some in self.runs(wanted):
+            row, piece = index % batch, wanted[index][1]
+            if not row and not some.start:
+                into = like.new_empty(2, batch, len(piece), *self.share.empty(ROWS, 0).shape[2:])
+            self.blocks.take(row, piece[some, 0], into[:, row, some])
+            if row == batch - 1 and some.stop == len(piece):
+                yield f"blocks.{index // batch}", into
+        if self.kind == "chooses":
+            assert self.means
+            number = self.blocks.number if first else 0
+            fine = self.means.fine.new_empty(*self.means.fine.shape[:2], number, *self.means.fine.shape[3:])
+            for index, some, of_blocks in self.means.of_wanted(self.means.finest, wanted):
+                blocks = wanted[index][1][some]
+                fine[index % batch, :, blocks[:, 0]] = of_blocks(blocks.T)[0]
+            yield "queries", like.new_empty(batch, 0, 1, 1) if self.queries is None else self.queries
+            yield "fine", fine
             nothing = torch.empty(0, dtype=torch.int64)
             yield from (("held_at", nothing), ("scanned_at", nothing))
             yield "held", torch.zeros(batch, 1, 0, dtype=torch.int32)

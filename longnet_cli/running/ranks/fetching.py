@@ -17,7 +17,8 @@ B batch, K key heads, D head_dim, P ranks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
+from itertools import groupby, pairwise
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from longnet_cli.attention.limits import limits_of
 from longnet_cli.attention.merging import accumulator
-from longnet_cli.attention.past import PIECE_BYTES, Blocks, Means, Wanted
+from longnet_cli.attention.past import Blocks, Means, Wanted
 
 RUN_BYTES = 1 << 28  # of the rows of a run; those of two runs are there at a time
 PIECES = 8  # what is wanted is divided into runs by pieces, of which a run has so many or more
@@ -191,28 +192,6 @@ class Share:
             means = self.means.of[kind][row].transpose(0, 1)
             into.copy_(means.index_select(0, places.to(means.device)))
 
-    def gathered(self, kind: int, limit: int) -> Iterator[Tensor]:
-        """Yield the rows (B, n, ..) of the first blocks, some at a time, to the first rank. All ranks iterate over it."""
-        batch, rank, spans = len(self.like), dist.get_rank(self.group), self.directory.spans
-        step = max(1, PIECE_BYTES // (batch * self.empty(kind, 1).nbytes))
-        ends = [*(first for first, _, _ in spans[1:]), self.directory.blocks]
-        for (first, owner, place), end in zip(spans, ends, strict=True):
-            for begin in range(first, min(end, limit), step):
-                number = min(begin + step, end, limit) - begin
-                if rank not in (0, owner):
-                    continue
-                rows = self.empty(kind, batch * number).unflatten(0, (batch, number))
-                if rank == owner:
-                    places = torch.arange(number, device=rows.device) + place + begin - first
-                    for row, into in enumerate(rows):
-                        self._take(kind, row, places, into)
-                    if rank:
-                        dist.send(rows, group=self.group, group_dst=0)
-                        continue
-                else:
-                    dist.recv(rows, group=self.group, group_src=owner)
-                yield rows
-
 
 def _in_runs(keys: Tensor, pieces: Tensor, number: int, most: int) -> tuple[Tensor, Tensor, list[int]]:
     """Return the distinct keys (n,) of each run, ascending, the run of each, and the pieces with which runs begin.
@@ -237,9 +216,5 @@ def _in_runs(keys: Tensor, pieces: Tensor, number: int, most: int) -> tuple[Tens
 
 def _joined(pieces: Sequence[tuple[int, slice]]) -> list[tuple[int, slice]]:
     """Return neighbouring pieces of the same index as one."""
-    joined = list[tuple[int, slice]]()
-    for index, some in pieces:
-        if joined and joined[-1][0] == index:
-            some = slice(joined.pop()[1].start, some.stop)
-        joined.append((index, some))
-    return joined
+    same = [[*some] for _, some in groupby(pieces, key=itemgetter(0))]
+    return [(some[0][0], slice(some[0][1].start, some[-1][1].stop)) for some in same]
