@@ -30,8 +30,7 @@ from longnet_cli.hub.folder_files import (
     WEIGHTS,
 )
 from longnet_cli.hub.model_names import find_model
-from longnet_cli.hub.repository import Located, weight_files
-from longnet_cli.hub.sent_files import download_again, is_within
+from longnet_cli.hub.repository import Located, download_again, is_within, weight_files
 
 if TYPE_CHECKING:
     import torch
