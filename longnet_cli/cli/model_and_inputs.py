@@ -124,7 +124,6 @@ class ModelAndInputs:
             pattern=read_pattern(self.choice.pattern),
             bos=given.bos,
             vectors=self.embeds,
-            embeds=self.embeds,
             on_note=partial(tell, quiet=quiet),
         )
         check_spill(computing.spill, loaded.net)
