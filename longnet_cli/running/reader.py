@@ -218,7 +218,7 @@ class Reader:
     def _whole(self, window: W) -> Iterator[list[Piece[W]]]:
         """Read a bidirectional window: in one forward pass if it fits all ranks together, otherwise layer by layer."""
         ranks, total = self.ranks, len(window)
-        chunks = list(self._chunks(window))
+        chunks = self._chunks(window)
         if len(chunks) == 1 and ranks.group:
             exchange = Exchange(self.model.config, [edge - window.start for edge in chunks[0]], group=ranks.group)
             ids = to_device(self._ids(window, *chunks[0][ranks.rank : ranks.rank + 2])[None], self.device)
@@ -242,13 +242,12 @@ class Reader:
             own = edges[ranks.rank] < edges[ranks.rank + 1]
             yield self._pieces(window, edges, next(mine)[0] if own else None)
 
-    def _chunks(self, window: Window) -> Iterator[list[int]]:
-        """Yield the edges of the ranks' shards, chunk by chunk."""
-        size, start = self.model.config.pattern.edge_size, window.start
+    def _chunks(self, window: Window) -> list[list[int]]:
+        """Return the edges of the ranks' shards, chunk by chunk."""
+        size, start, total = self.model.config.pattern.edge_size, window.start, len(window)
         chunk = whole_blocks(self.chunk * self.ranks.world, size if self.ranks.world > 1 else 1)
-        for begin in range(0, len(window), chunk):
-            edges = self.ranks.edges(begin, min(chunk, len(window) - begin), size)
-            yield [start + edge for edge in edges]
+        chunks = (self.ranks.edges(begin, min(chunk, total - begin), size) for begin in range(0, total, chunk))
+        return [[start + edge for edge in edges] for edges in chunks]
 
     def _shared(self, window: W, edges: Sequence[int], hidden: Tensor) -> list[Piece[W]]:
         self.on_progress(max(0, edges[-1] - max(edges[0], window.wanted)))
