@@ -89,10 +89,12 @@ def dry_run(
     from longnet_cli.jobs.estimating.estimate import estimate_reading
     from longnet_cli.jobs.estimating.reading import count_documents
     from longnet_cli.running.ranks.ranks import leave
+    from longnet_cli.running.reader import share_reader
 
     assert opened.room  # of every dry run
     fate, done, earlier = _fate(output, running.resume)
-    sample, job = running.sample, make_job(opened.reader(computing, earlier))
+    chunk, how = computing.chunk or earlier, {"dtype": computing.dtype, "spill": computing.spill}
+    sample, job = running.sample, make_job(share_reader(opened.loaded.net, chunk=chunk, ranks=opened.ranks, **how))
     with progress("counting", total=None, quiet=opened.quiet) as advance:
         plan = count_documents(
             job,

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from longnet_cli.basics.sizes import format_count
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.command import SAMPLE, check_pairs
 from longnet_cli.cli.dry_run import Format, check_sample, dry_run
-from longnet_cli.cli.model_and_inputs import ModelAndInputs, Opened
+from longnet_cli.cli.model_and_inputs import ModelAndInputs
 from longnet_cli.cli.options import OUTPUT, Computing, Documents, HelpPanel, Mesh, ModelChoice, Running
-from longnet_cli.cli.output import count_left_out, end, say_what_is_kept, tell
-from longnet_cli.cli.progress import ExpectedTokens, progress
-from longnet_cli.cli.starting import StateTeller
-
-if TYPE_CHECKING:
-    from longnet_cli.data.documents import Document
-    from longnet_cli.data.inputs import Inputs
-    from longnet_cli.data.manifest import Manifest
-    from longnet_cli.jobs.encoding import Encoder
+from longnet_cli.cli.output import count_left_out, end
 
 VECTORS = HelpPanel("Vectors")
 
@@ -100,62 +90,30 @@ def encode(options: EncodeCommand) -> None:
     for_folder = {"--shard-rows": options.shard_rows, "--shard-format": options.shard_format != "arrow"}
     earlier = named.check_outputs({"-o": output}, where_to, for_folder, running)
     opened = named.open(options.mesh, options.computing, dry_run=running.dry_run)
-    from longnet_cli.jobs.encoding import EncodeOptions, Encoder, for_model
+    from longnet_cli.jobs.encoding import PLACE_FIELDS, EncodeOptions, Encoder, for_model
+    from longnet_cli.running.ranks.ranks import leave
 
     asked = EncodeOptions(**{each.name: getattr(options, each.name) for each in fields(EncodeOptions)})
     own, facts = for_model(asked, named.folder, opened.loaded)
-    job, inputs = (
-        partial(Encoder, options=own, facts=facts),
-        named.inputs(opened.loaded, facts.tokenizer_for(opened.loaded)),
-    )
+    job = partial(Encoder, options=own, facts=facts)
+    inputs = named.inputs(opened.loaded, facts.tokenizer_for(opened.loaded))
     if opened.room:
         dry_run(opened, inputs, job, "encoding", output, options.format, running, options.computing)
-    else:
-        _write(options, opened, inputs, job, earlier)
-
-
-def _write(
-    options: EncodeCommand, opened: Opened, inputs: Inputs, job: Callable[..., Encoder], earlier: Manifest | None
-) -> None:
-    """Write the vectors, and say how many."""
-    from longnet_cli.jobs.encoding import PLACE_FIELDS
-    from longnet_cli.jobs.row_jobs import write_rows
-    from longnet_cli.running.ranks.ranks import leave
-
-    net, quiet, computing = opened.loaded.net, opened.quiet, options.computing
-    done = earlier.totals["tokens"] if earlier else 0
-    left_out = count_left_out(inputs.skip_bad, quiet)
-    expected, tell_state = ExpectedTokens(), StateTeller(net, computing, sp=opened.ranks.sp, quiet=quiet)
-
-    def on_document(document: Document, share: float | None) -> None:
-        expected.count(len(document), share)
-        tell_state(len(document))
-
-    with (
-        say_what_is_kept(options.output, quiet),
-        progress("encoding", total=inputs.num_tokens() or expected.total, start=done, quiet=quiet) as advance,
-    ):
-        written = write_rows(
-            job,
-            net,
-            inputs,
-            options.output,
-            shard_size=options.shard_rows,
-            shard_format=options.shard_format,
-            resume=options.running.resume,
-            left_out=left_out,
-            of_text=PLACE_FIELDS,
-            on_stored=tell_state,
-            on_document=on_document,
-            ranks=opened.ranks,
-            chunk=computing.chunk,
-            dtype=computing.dtype,
-            spill=computing.spill,
-            on_progress=advance,
-        )
+        return
+    left_out = count_left_out(inputs.skip_bad, opened.quiet)
+    opened.write(
+        inputs,
+        job,
+        output,
+        options.computing,
+        earlier,
+        doing="encoding",
+        unit="{} vector",
+        left_out=left_out,
+        shard_size=options.shard_rows,
+        shard_format=options.shard_format,
+        resume=running.resume,
+        of_text=PLACE_FIELDS,
+    )
     leave()
-    if written is not None:
-        rows = written["rows"]
-        counts = f"{rows} vector{'s' * (rows != 1)} of {format_count(written['tokens'])} tokens"
-        tell(f"{counts} -> {'stdout' if options.output == '-' else options.output}", quiet)
-    end(left_out, first=opened.ranks.first, quiet=quiet)
+    end(left_out, first=opened.ranks.first, quiet=opened.quiet)

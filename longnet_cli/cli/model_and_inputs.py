@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from longnet_cli.basics.errors import ConfigError
+from longnet_cli.basics.sizes import format_count
 from longnet_cli.cli.options import Computing, Documents, Mesh, ModelChoice, Running, read_pattern
-from longnet_cli.cli.output import check_output, tell
-from longnet_cli.cli.starting import ask_hub, check_spill, freeze_imports, launch, room
+from longnet_cli.cli.output import check_output, say_what_is_kept, tell
+from longnet_cli.cli.progress import ExpectedTokens, progress
+from longnet_cli.cli.starting import StateTeller, ask_hub, check_spill, freeze_imports, launch, room
 
 if TYPE_CHECKING:
+    from longnet_cli.data.documents import Document
     from longnet_cli.data.inputs import Inputs
+    from longnet_cli.data.kept import LeftOut
     from longnet_cli.data.manifest import Manifest
     from longnet_cli.data.tokenizer import Tokenizer
     from longnet_cli.jobs.estimating.estimate import Room
+    from longnet_cli.jobs.row_jobs import RowJob
     from longnet_cli.models.folder import Loaded
     from longnet_cli.running.ranks.ranks import Ranks
-    from longnet_cli.running.reader import OnWindows, Reader
 
 
 class Opened(NamedTuple):
@@ -32,25 +36,61 @@ class Opened(NamedTuple):
     room: Room | None
     quiet: bool
 
-    def reader(
+    def write(
         self,
+        inputs: Inputs,
+        make_job: Callable[..., RowJob],
+        output: str | None,
         computing: Computing,
-        chunk: int | None = None,
-        on_progress: Callable[[int], None] | None = None,
-        on_choice: OnWindows | None = None,
-    ) -> Reader:
-        """Return a reader of the model, by default with this `chunk`. The callbacks are as in `running.reader`."""
-        from longnet_cli.running.reader import share_reader
+        earlier: Manifest | None,
+        *,
+        doing: str,
+        unit: str,
+        left_out: LeftOut,
+        contexts: Sequence[int] | None = None,
+        last: int | None = None,
+        **how: Any,
+    ) -> None:
+        """Write the rows of a job as `write_rows` does, with progress on stderr, and say how many rows there are.
 
-        return share_reader(
-            self.loaded.net,
-            chunk=computing.chunk or chunk,
-            dtype=computing.dtype,
-            spill=computing.spill,
-            ranks=self.ranks,
-            on_progress=on_progress,
-            on_choice=on_choice,
-        )
+        `doing` names the job, `unit` is a format for a number of rows. Each token is read at each of `contexts`, or the
+        `last` ones of each document. Without an `output`, the sink in `how` prints.
+        """
+        from longnet_cli.jobs.row_jobs import write_rows
+
+        net, quiet, times = self.loaded.net, self.quiet, len(contexts or (None,))
+        expected = ExpectedTokens()
+        tell_state = StateTeller(net, computing, contexts=contexts, sp=self.ranks.sp, quiet=quiet)
+
+        def on_document(document: Document, share: float | None) -> None:
+            expected.count(times * min(len(document), last or len(document)), share)
+            tell_state(len(document))
+
+        known = times * (inputs.num_tokens() or 0) if last is None else 0
+        done = times * earlier.totals["tokens"] if earlier else 0
+        with (
+            say_what_is_kept(output or "-", quiet),
+            progress(doing, total=known or expected.total, start=done, quiet=quiet) as advance,
+        ):
+            written = write_rows(
+                make_job,
+                net,
+                inputs,
+                output or "-",
+                left_out=left_out,
+                on_stored=tell_state,
+                on_document=on_document,
+                ranks=self.ranks,
+                chunk=computing.chunk,
+                dtype=computing.dtype,
+                spill=computing.spill,
+                on_progress=advance,
+                **how,
+            )
+        if written is not None and output is not None:
+            counts = f"{unit.format(written['rows'])}{'s' * (written['rows'] != 1)}"
+            place = "stdout" if output == "-" else output
+            tell(f"{counts} of {format_count(written['tokens'])} tokens -> {place}", quiet)
 
 
 class ModelAndInputs:

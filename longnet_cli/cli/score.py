@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
@@ -12,19 +11,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from longnet_cli.basics.atomic import atomic_write
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.basics.finite_json import to_json
-from longnet_cli.basics.sizes import format_count
 from longnet_cli.cli.command import SAMPLE, Excludes, Needs, check_pairs
 from longnet_cli.cli.dry_run import check_sample, dry_run
 from longnet_cli.cli.model_and_inputs import ModelAndInputs, Opened
 from longnet_cli.cli.options import OUTPUT, Computing, Documents, HelpPanel, Mesh, ModelChoice, Running
-from longnet_cli.cli.output import count_left_out, emit_json, emit_jsonl, end, printable, say_what_is_kept, tell
-from longnet_cli.cli.progress import Advance, ExpectedTokens, progress
-from longnet_cli.cli.starting import StateTeller
+from longnet_cli.cli.output import count_left_out, emit_json, emit_jsonl, end, printable, tell
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from longnet_cli.data.documents import Document
     from longnet_cli.data.inputs import Inputs
     from longnet_cli.data.kept import LeftOut
     from longnet_cli.data.manifest import Manifest
@@ -131,7 +126,7 @@ def score(options: ScoreCommand) -> None:
     if opened.room:
         _estimate(options, opened, inputs)
     else:
-        _run(options, opened, inputs, earlier)
+        _write(options, opened, inputs, earlier)
 
 
 def _check(options: ScoreCommand, keys: set[str]) -> None:
@@ -177,81 +172,45 @@ def _asked(options: ScoreCommand) -> ScoreOptions:
     return ScoreOptions(context, options.stride, options.last, options.by_position)
 
 
-def _run(options: ScoreCommand, opened: Opened, inputs: Inputs, earlier: Manifest | None) -> None:
-    """Score the documents, with the progress on stderr, and print or write the rows."""
-    from longnet_cli.running.ranks.ranks import leave
-
-    quiet, output = opened.quiet, options.output
-    left_out = count_left_out(inputs.skip_bad, quiet)
-    times = len(options.context or [None])  # how often each token is scored
-    done = times * earlier.totals["tokens"] if earlier else 0
-    known = times * (inputs.num_tokens() or 0) if options.last is None else 0
-    expected = ExpectedTokens()
-    with (
-        say_what_is_kept(output or "-", quiet),
-        progress("scoring", total=known or expected.total, start=done, quiet=quiet) as advance,
-    ):
-        written = _write(options, opened, inputs, left_out, expected, advance)
-    if written is not None and output is not None:
-        rows = written["rows"]
-        counts = f"{rows:,} row{'s' * (rows != 1)} of {format_count(written['tokens'])} tokens"
-        tell(f"{counts} -> {'stdout' if output == '-' else output}", quiet)
-    leave()
-    end(left_out, first=opened.ranks.first, quiet=quiet)
-
-
-def _write(
-    options: ScoreCommand,
-    opened: Opened,
-    inputs: Inputs,
-    left_out: LeftOut,
-    expected: ExpectedTokens,
-    advance: Advance,
-) -> Counter[str] | None:
+def _write(options: ScoreCommand, opened: Opened, inputs: Inputs, earlier: Manifest | None) -> None:
     """Write a row per document to the output, or print it, and write what --token-logprobs and --chosen ask for."""
     from longnet_cli.jobs.chosen_sources import write_chosen
-    from longnet_cli.jobs.row_jobs import ModelFacts, write_rows
+    from longnet_cli.jobs.row_jobs import ModelFacts
     from longnet_cli.jobs.scoring.scoring import Scorer
     from longnet_cli.jobs.scoring.token_logprobs import write_token_logprobs
     from longnet_cli.nets.weights import model_origin
+    from longnet_cli.running.ranks.ranks import leave
 
-    loaded, computing, first = opened.loaded, options.computing, opened.ranks.first
-    net, logprobs, top, chosen = loaded.net, options.token_logprobs, bool(options.top), options.chosen
-    lines = options.output is None or options.output.endswith(".jsonl")  # of text or JSON, with the totals
-    origin = (
-        model_origin(net, loaded.origin, loaded.tokenizer_sha256) if first and (lines or logprobs or chosen) else {}
-    )
-    format = options.format if options.output is None else "jsonl"
-    printed = partial(_Printed, format, options.output, options.context or (None,), origin, left_out)
+    loaded, first, output, words = opened.loaded, opened.ranks.first, options.output, opened.loaded.tokenizer
+    logprobs, top, chosen = options.token_logprobs, bool(options.top), options.chosen
+    left_out = count_left_out(inputs.skip_bad, opened.quiet)
+    lines = output is None or output.endswith(".jsonl")  # of text or JSON, with the totals
+    named = first and (lines or logprobs or chosen)
+    origin = model_origin(loaded.net, loaded.origin, loaded.tokenizer_sha256) if named else {}
+    format = options.format if output is None else "jsonl"
+    printed = partial(_Printed, format, output, options.context or (None,), origin, left_out)
     tokens = write_token_logprobs(logprobs, origin, top) if logprobs and first else nullcontext()
-    choices = write_chosen(chosen, net.config.pattern, origin) if chosen and first else nullcontext()
-    count_bytes = loaded.tokenizer.n_bytes if loaded.tokenizer else None
-    tell_state = StateTeller(net, computing, contexts=options.context, sp=opened.ranks.sp, quiet=opened.quiet)
-
-    def on_document(document: Document, share: float | None) -> None:
-        expected.count(len(options.context or [None]) * min(len(document), options.last or len(document)), share)
-        tell_state(len(document))
-
+    choices = write_chosen(chosen, loaded.net.config.pattern, origin) if chosen and first else nullcontext()
     with tokens as on_tokens, choices as on_choice:
-        more: dict[str, Any] = {"count_bytes": count_bytes, "on_tokens": on_tokens, "top": top}
-        return write_rows(
-            partial(Scorer, options=_asked(options), facts=ModelFacts.of(loaded), **more),
-            net,
+        more: dict[str, Any] = {"on_tokens": on_tokens, "top": top, "count_bytes": words.n_bytes if words else None}
+        opened.write(
             inputs,
-            options.output or "-",
+            partial(Scorer, options=_asked(options), facts=ModelFacts.of(loaded), **more),
+            output,
+            options.computing,
+            earlier,
+            doing="scoring",
+            unit="{:,} row",
+            left_out=left_out,
+            contexts=options.context,
+            last=options.last,
             shard_size=options.shard_tokens,
             resume=options.running.resume,
-            left_out=left_out,
-            on_stored=tell_state,
-            on_document=on_document,
-            ranks=opened.ranks,
-            chunk=computing.chunk,
-            dtype=computing.dtype,
-            spill=computing.spill,
-            on_progress=advance,
             on_choice=on_choice,
             sink=printed if lines else None,
         )
+    leave()
+    end(left_out, first=first, quiet=opened.quiet)
 
 
 class _Printed:

@@ -9,7 +9,7 @@ Memory holds the largest row of text and one record batch, however large a file 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from operator import attrgetter
@@ -105,28 +105,19 @@ def tokenize(
 
     given = inputs.texts(loaded, digests=in_folder and first)
     texts = _readable(given, left_out.skip, Apart() if inputs.id_column is None else None)
-    with ExitStack() as stack:
-        folder: ShardFolder | None = None
-        rows: TokenBatches | None = None
-        if in_folder and first:
-            said = appended is not None if appended in (None, own) else str(appended)  # 1 would equal True
-            settings = _settings(inputs, loaded, train_vocab, said, shard_tokens)
-            about: dict[str, Any] = {"settings": settings, "format": shard_format, "tokenizer": loaded.description}
-            folder = ShardFolder(output, schema, **about, resume=resume, left_out=left_out, opened=given.opened)
-            stack.enter_context(folder)
-            rows = TokenBatches(schema, BATCH_BYTES, folder.write, folder.totals, folder.end_shard, shard_tokens)
-        elif first:
-            writer = stack.enter_context(ShardWriter(output, schema))
-            small = str(output) == "-" or str(output).endswith(".jsonl")
-            size = SMALL_BATCH_BYTES if small else BATCH_BYTES
-            rows = TokenBatches(schema, size, lambda batch, **counts: writer.write(batch))
+    folder: ShardFolder | None = None
+    if in_folder and first:
+        said = appended is not None if appended in (None, own) else str(appended)  # 1 would equal True
+        settings = _settings(inputs, loaded, train_vocab, said, shard_tokens)
+        about: dict[str, Any] = {"settings": settings, "format": shard_format, "tokenizer": loaded.description}
+        folder = ShardFolder(output, schema, **about, resume=resume, left_out=left_out, opened=given.opened)
+    with _rows(folder or ShardWriter(output, schema), shard_tokens) if first else nullcontext() as rows:
         finished, done = bool(folder and folder.finished), folder.documents if folder else 0
         if ranks:
             finished, done = ranks.any(finished), ranks.from_first(done)
         if not finished:
             remaining = folder.unread(texts) if folder else islice(texts, done, None)
-            work = _Work(loaded, appended, str(output) == "-", on_progress)
-            work.run(remaining, rows, ranks)
+            _Work(loaded, appended, str(output) == "-", on_progress).run(remaining, rows, ranks)
     if rows is None:
         return None
     shards = folder.paths if folder else []
@@ -134,6 +125,18 @@ def tokenize(
         loaded.save(beside)
         shards = [Path(output)]
     return TokenizeResult(rows.totals["documents"], rows.totals["tokens"], rows.totals["bytes"], shards, loaded)
+
+
+@contextmanager
+def _rows(output: ShardFolder | ShardWriter, shard_tokens: int) -> Iterator[TokenBatches]:
+    """Open an output, and yield what collects its rows."""
+    with output:
+        if isinstance(output, ShardFolder):
+            yield TokenBatches(output.schema, BATCH_BYTES, output.write, output.totals, output.end_shard, shard_tokens)
+        else:
+            small = str(output.output) == "-" or str(output.output).endswith(".jsonl")
+            size = SMALL_BATCH_BYTES if small else BATCH_BYTES
+            yield TokenBatches(output.schema, size, lambda batch, **counts: output.write(batch))
 
 
 def _settings(
