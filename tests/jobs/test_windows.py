@@ -19,9 +19,9 @@ from strategies import document_starts
 
 from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.data.inputs import Inputs
-from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.jobs.training import loop
 from longnet_cli.jobs.training import windows as module
+from longnet_cli.jobs.training.building import build_data
+from longnet_cli.jobs.training.loop import train
 from longnet_cli.jobs.training.recipe import Recipe, load_recipe
 from longnet_cli.jobs.training.windows import LONGEST_PERIOD, Batch, Mix, TokenStream, TokenWindows
 from longnet_cli.running.ranks.ranks import Ranks
@@ -333,10 +333,10 @@ def test_a_recipe_mixes_sources(tmp_path: Path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text(name * 100)
     mix = [{"inputs": [str(tmp_path / f"{name}.txt")], "weight": weight} for name, weight in (("a", 0.75), ("b", 0.25))]
-    (windows,) = loop.make_windows(recipe(mix=mix), Tokenizer.bytes(), 256, Ranks())
+    (windows,) = build_data(recipe(mix=mix), Ranks()).windows
     batch, _ = next(iter(windows))
     assert [bool((row == ord("b")).any()) for row in batch.read_all()] == [False, False, False, True]
-    assert loop.train(recipe(mix=mix), tmp_path / "out").tokens == 2 * 64
+    assert train(recipe(mix=mix), tmp_path / "out").tokens == 2 * 64
     saved = Recipe.model_validate_json((tmp_path / "out/recipe.json").read_text())
     assert saved == recipe(mix=mix)
 
