@@ -18,7 +18,7 @@ import torch
 from cluster import HIDDEN, Machine, fastest, find_machine, seconds_by_part, training_plans
 
 from longnet_cli import LongNet
-from longnet_cli.jobs.training.estimate import StepFlops
+from longnet_cli.jobs.training.costs import StepFlops
 from longnet_cli.jobs.training.gradients import backward
 from longnet_cli.jobs.training.optimizer import build_optimizers
 from longnet_cli.jobs.training.recipe import Recipe, load_recipe

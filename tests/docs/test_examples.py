@@ -41,7 +41,7 @@ from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.estimating.memory import training_memory
 from longnet_cli.jobs.scoring.scoring import score
 from longnet_cli.jobs.scoring.token_logprobs import write_token_logprobs
-from longnet_cli.jobs.training.estimate import step_flops
+from longnet_cli.jobs.training.costs import step_flops
 from longnet_cli.jobs.training.recipe import Recipe, load_recipe
 from longnet_cli.jobs.training.windows import TokenStream, TokenWindows
 from longnet_cli.models.folder import ModelFolder
