@@ -1,4 +1,4 @@
-"""What a benchmark measures: its settings, every option once with bounds and default; its cases, and their rows."""
+"""The settings of a benchmark, every option once with bounds and default; its cases, and their rows."""
 
 from __future__ import annotations
 
