@@ -43,7 +43,7 @@ MASKS = tuple(
     (re.compile(pattern, re.MULTILINE), instead)
     for pattern, instead in (
         (rf'"({MEASURED}|free_bytes|program)": ?(null|[\d.e+-]+)', r'"\1": 0'),  # speed and memory, in JSON
-        (r'"sha256": "\w{64}"', '"sha256": ""'),  # in a checkpoint's state.json, of files that `content` sorts
+        (r'"(sha256|digest)": "\w{64}"', r'"\1": ""'),  # in a checkpoint's state.json, of files that `content` sorts
         (r", [\d.]+ (us|ms|s) each \(", ", TIME each ("),  # the end of `generate`
         (r"^(program|peak memory|free) +[\d.]+ .iB", r"\1 SIZE"),  # `--dry-run`, whose program is measured
         (r"  #+$", "  BAR"),  # its shares of the peak
@@ -198,11 +198,11 @@ dry-encode: longnet encode $in/texts --dry-run -o vectors; longnet encode $in/to
 dry-encode-slides: longnet encode $in/made/slides.parquet --model $in/made/encoder --dry-run -o slides
 dry-encode-llama: longnet encode $in/texts --model $in/llama --pattern window:32,sinks=4 --dry-run --chunk 128
 
-pattern: longnet pattern paper window:1Ki,sinks=4 geometric:64Ki nested:1Mi dense
+pattern: longnet pattern paper window:1Ki,sinks=4 geometric:64Ki dense
 pattern-models: longnet pattern longnet-tiny $in/native $in/recipe.toml $in/made/encoder longnet-125m;
     longnet pattern $in/llama
-pattern-json: longnet pattern 64/1,256/4,look_back=1,overlap=once,queries=all,sinks=2,level_bias=log_rate pretrained
-    --format json --seq 4Ki --heads 4 --layers 3
+pattern-json: longnet pattern 64/1,256/4,look_back=1,overlap=once,queries=all,sinks=2 pretrained
+    --format json --seq 4Ki --heads 4
 pattern-both-ways: longnet pattern 64/1,256/4,head_offsets=grouped --bidirectional
 pattern-picture: longnet pattern paper window:1Ki -o patterns.png
 convert: longnet convert $in/native -o half --dtype bf16 && longnet score $in/texts/nearest.py --model ./half

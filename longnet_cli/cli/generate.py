@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from longnet_cli.data.documents import Document
     from longnet_cli.data.inputs import Inputs
     from longnet_cli.jobs.chosen_sources import Passage
-    from longnet_cli.jobs.estimating.reading_job import Room
+    from longnet_cli.jobs.estimating.estimate import Room
     from longnet_cli.jobs.generating import Step
     from longnet_cli.models.folder import Loaded
     from longnet_cli.running.causal_stream import CausalStream
@@ -197,21 +197,21 @@ def _open(options: GenerateCommand, text: str | None) -> tuple[Loaded, Room | No
 
 def _estimate(options: GenerateCommand, loaded: Loaded, free: Room, text: str | None) -> None:
     """Print what reading the prompts and generating the most tokens would take. Raises as `show_reading`."""
-    from longnet_cli.jobs.estimating.reading_job import estimate_documents
-    from longnet_cli.jobs.generating import PromptJob, measure_token
+    from longnet_cli.jobs.estimating.estimate import estimate_reading
+    from longnet_cli.jobs.estimating.timing import seconds_of_new_token
+    from longnet_cli.jobs.generating import plan_generation
     from longnet_cli.running.ranks.ranks import Ranks
     from longnet_cli.running.reader import share_reader
 
     computing, generator = options.computing, _TextGenerator(options, loaded, Ranks())
     documents, *_ = _documents(options, loaded, text)
     reader = share_reader(loaded.net, chunk=computing.chunk, dtype=computing.dtype, spill=computing.spill)
-    job = PromptJob(reader, generator.bos_ids, generator.max_tokens)
-    estimate = estimate_documents(job, documents, room=free, tokenizer=loaded.tokenizer)
-    each = measure_token(loaded.net, computing.dtype)
-    seconds = estimate.seconds + estimate.documents * generator.max_tokens * each
+    plan = plan_generation(loaded.net, documents, generator.bos_ids, generator.max_tokens, reader.chunk)
+    each = seconds_of_new_token(loaded.net, computing.dtype)
+    plan.seconds += plan.documents * generator.max_tokens * each
     most = f"at most {generator.max_tokens} tokens of each"
     said = f"{most}, {format_duration(each)} a token (measured after a short prompt)"
-    show_reading(replace(estimate, seconds=seconds, output=said), "text", "generating")
+    show_reading(estimate_reading(reader, plan, room=free, scores=False, output=said), "text", "generating")
 
 
 class _TextGenerator:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from longnet_cli.data.documents import Document
     from longnet_cli.data.inputs import Inputs
     from longnet_cli.data.manifest import Manifest
-    from longnet_cli.jobs.estimating.reading_job import Room
+    from longnet_cli.jobs.estimating.estimate import Room
     from longnet_cli.models.folder import Loaded
     from longnet_cli.running.ranks.ranks import Ranks
     from longnet_cli.running.reader import OnWindows, Reader
@@ -147,7 +147,6 @@ class ModelAndInputs:
             pattern=read_pattern(self.choice.pattern),
             bos=given.bos,
             vectors=self.embeds,
-            embeds=self.embeds,
             on_note=partial(tell, quiet=quiet),
         )
         net, reads_vectors = loaded.net, loaded.net.row_size is not None

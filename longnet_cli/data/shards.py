@@ -97,8 +97,7 @@ class ShardFolder:
     @property
     def documents(self) -> int:
         """The number of documents in finished shards."""
-        totals = self._manifest.totals  # folders from before 2026-11-26 count what was left out among their documents
-        return totals["documents"] - totals["left_out"]
+        return self._manifest.totals["documents"]
 
     @property
     def totals(self) -> Counter[str]:

@@ -29,7 +29,7 @@ from longnet_cli.data.tables import Table
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.encoding import PLACE_FIELDS, EmbeddingDtype, EncodeOptions, Encoder
 from longnet_cli.jobs.row_jobs import RowJob
-from longnet_cli.jobs.scoring.score_rows import RowScorer, ScoreOptions
+from longnet_cli.jobs.scoring.scoring import ScoreOptions, Scorer
 from longnet_cli.models.folder import Loaded, ModelFolder
 from longnet_cli.nets.weights import model_digest
 from longnet_cli.running.device import select_device
@@ -165,8 +165,8 @@ def score_batches(
     }
 
     @cache
-    def make_job(of_text: bool) -> RowScorer:
-        return RowScorer(how.reader(), ScoreOptions(**chosen, **how.origin()))
+    def make_job(of_text: bool) -> Scorer:
+        return Scorer(how.reader(), ScoreOptions(**chosen, **how.origin()))
 
     return _mapped(batches, how, make_job, lambda: how.load().tokenizer)
 
@@ -185,7 +185,7 @@ def _load(
 ) -> Loaded:
     parsed = read_pattern(pattern, "pattern")
     folder = ModelFolder.find(model, gguf=True, embeds=embeds)
-    how: dict[str, Any] = {"dtype": dtype, "tokenizer": tokenizer, "pattern": parsed, "bos": bos, "embeds": embeds}
+    how: dict[str, Any] = {"dtype": dtype, "tokenizer": tokenizer, "pattern": parsed, "bos": bos}
     notes: list[str] = []
     loaded = folder.load(device=select_device(device), on_note=notes.append, **how)
     for line in notes if loaded.embedding else ():

@@ -134,7 +134,6 @@ def test_shards_in_a_folder_are_read_alone_and_in_their_order(tmp_path):
 def test_what_longnet_wrote_below_a_folder_is_passed_over_beside_anything_else(tmp_path):
     for folder, files in {
         "tokens": ("_manifest.arrow", "tokens-00000.arrow"),
-        "older": ("_manifest.json", "tokens-00000.arrow"),
         "vectors": ("_unfinished.json", "tokenizer.json"),
         "run": ("recipe.json", "metrics.jsonl"),
     }.items():
@@ -142,7 +141,6 @@ def test_what_longnet_wrote_below_a_folder_is_passed_over_beside_anything_else(t
         for file in files:
             (tmp_path / folder / file).write_text("{}")
     write_stream(tmp_path / "tokens/tokens-00000.arrow", pa.table({"text": ["x"], "doc_id": ["t"]}))
-    (tmp_path / "older/tokens-00000.arrow").unlink()
     (tmp_path / "tokens/_manifest.arrow").unlink()  # not a manifest, but a mark
     assert names(tmp_path) == ["t"]  # there is nothing else
     (tmp_path / "tokens/_manifest.arrow").touch()
@@ -162,7 +160,7 @@ def test_an_output_below_an_input_is_no_input(tmp_path, run_longnet):
 
 
 @pytest.mark.parametrize("text", ["[]", "{bad", '{"shards": 3}', "[" * 200_000])
-@pytest.mark.parametrize("name", ["_manifest.json", "_manifest.arrow", "_manifest.parquet"])
+@pytest.mark.parametrize("name", ["_manifest.arrow", "_manifest.parquet"])
 def test_a_damaged_manifest_is_named(tmp_path, text, name):
     (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=rf"{name}: changed or damaged after it was written"):

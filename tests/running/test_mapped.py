@@ -17,7 +17,8 @@ from strategies import chosen_patterns, cuts, patterns, patterns_with_options, s
 
 from longnet_cli.attention import Pattern
 from longnet_cli.basics.errors import ConfigError, MemoryLimitError
-from longnet_cli.jobs.training.gradients import backward, far_bytes
+from longnet_cli.jobs.estimating.memory import cache_bytes, far_bytes
+from longnet_cli.jobs.training.gradients import backward
 from longnet_cli.running.causal_stream import CausalStream
 from longnet_cli.running.chunked_backward import backward_in_chunks
 from longnet_cli.running.mapped import MappedMemory
@@ -127,7 +128,7 @@ def test_a_file_of_blocks_changes_no_bit_and_has_the_stated_size(
     assert spilled.file
     blocks = [cache.past.blocks.number for cache in spilled.caches if cache.past]
     whole = max(blocks) * pattern.chosen_block  # others may keep the first blocks alone
-    assert spilled.file.size == batch * model.config.spilled_bytes(whole, 4)
+    assert spilled.file.size == batch * cache_bytes(model.config, whole, 4).blocks
 
 
 def test_the_commands_with_chosen_blocks(run_longnet: RunLongnet, tmp_path: Path, small_disk: Path) -> None:

@@ -17,7 +17,7 @@ from longnet_cli.basics.configuration import nearest, parse, read_text
 from longnet_cli.basics.errors import ConfigError, DataError, refuse_web_address
 from longnet_cli.basics.sizes import short_bytes, short_duration, short_size
 
-from .axes import Axis, Curve, Panel, Point, Row, merged, number, point
+from .drawing import Axis, Curve, Panel, Point, Row, merged, number, point
 
 TOKENS = Axis("tokens in the sequence", base=10, write=short_size, at="{} tokens")
 
@@ -327,4 +327,6 @@ def _kind(where: str, row: Row) -> type[Run] | type[Bench] | type[Scores]:
         return Bench
     if "total" in row or row.get("kind") in ("document", "total"):
         return Scores
+    if older := sorted(key for key in row if key.partition("_")[0] == "nats"):
+        raise DataError(f"{where}: {older[0]} is of an older score, which wrote no totals: score again (nll_sum)")
     raise DataError(f"{where}: not a line of metrics, nor of bench or score; expected {KINDS}")

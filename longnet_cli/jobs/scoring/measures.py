@@ -1,4 +1,4 @@
-"""The results of scoring: sums of nats, their standard errors over documents, the loss by position.
+"""What scoring measures: sums of nats, their standard errors over documents, the loss by position.
 
 The gain of a document is how many nats per token its longest context saves over its shortest one.
 """
@@ -13,7 +13,6 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 
 from longnet_cli.data.documents import SPOOL_BYTES
 from longnet_cli.data.files import no_place
@@ -55,6 +54,7 @@ class Score:
 
 Range = tuple[int, int]  # the first and the last number of a range
 Row = dict[str, float | int | None]
+TABLES = ("by_position", "by_segment_position")
 POWERS: Sequence[Range] = [(2**b, 2 ** (b + 1) - 1) for b in range(64)]
 
 
@@ -79,15 +79,11 @@ class ByPosition:
             table[:, 0] += np.bincount(place, nll, len(table))
             table[:, 1] += np.bincount(place, minlength=len(table))
 
-    def tables(self) -> dict[str, tuple[np.ndarray, Sequence[Range]]]:
-        """Return both tables, each with the ranges of its rows, by their keys in the machine formats."""
+    def as_dict(self) -> dict[str, list[Row]]:
+        """Return TABLES for the machine formats: the first, last, count and mean nats of each range with tokens."""
         starts = [-(-part * self.segment // 8) for part in range(9)]
         inside = [(a, b - 1) for a, b in pairwise(starts)]
-        return {"by_position": (self.seen, POWERS), "by_segment_position": (self.inside, inside)}
-
-    def as_dict(self) -> dict[str, list[Row]]:
-        """Return a dict for the machine formats: the first, last, count and mean nats of each range with tokens."""
-        return {key: _rows(table, ranges) for key, (table, ranges) in self.tables().items()}
+        return dict(zip(TABLES, (_rows(self.seen, POWERS), _rows(self.inside, inside)), strict=True))
 
 
 def _rows(table: np.ndarray, ranges: Sequence[Range]) -> list[Row]:
@@ -109,22 +105,6 @@ class Gain(NamedTuple):
     gain: float | None
     gain_se: float | None
     gain_share: float | None
-
-
-@dataclass(frozen=True)
-class DocumentScore:
-    """The score of one document. `where` is its file and row, `context` the context of the scoring (None: all).
-
-    Of a document that is scored at several contexts, the score at the longest one has the `gain`.
-    """
-
-    doc_id: str
-    where: str
-    score: Score
-    context: int | None = None
-    by_position: ByPosition | None = None
-    gain: Gain | None = None
-    kept: Mapping[str, pa.Scalar] = field(default_factory=dict)  # columns that are carried to the output
 
 
 class Clusters:
@@ -171,7 +151,7 @@ BYTES, TOKENS = -2, -1  # indices among a document's quantities, after the nats 
 
 
 class Total:
-    """The sum over documents that were scored once for each of `contexts`, with standard errors (see `Clusters`).
+    """The sum over documents that were scored once at each of `contexts`, with standard errors (see `Clusters`).
 
     The standard error of ppl = exp R is ppl times the standard error of R. Contexts are compared document by document:
     the ratio of a context's ppl to the first context's has a much smaller standard error than either ppl. Rows by
@@ -181,24 +161,22 @@ class Total:
     def __init__(self, contexts: Sequence[int | None]) -> None:
         self.contexts = list(contexts)
         self.scores = [Score(0.0, 0, 0) for _ in contexts]
-        self.places: list[dict[str, tuple[Sequence[Range], list[Clusters]]]] = [{} for _ in contexts]  # by position
         self.clusters = Clusters(len(self.contexts) + 2)  # of documents that have tokens
-        self._waiting: list[DocumentScore] = []
+        self.places: list[dict[str, dict[Range, Clusters]]] = [{} for _ in contexts]  # of each table, by range
 
-    def add(self, document: DocumentScore) -> None:
-        """Add the next result of `score`. Each document has one result for each context, in turn."""
-        index, score = len(self._waiting), document.score
-        self.scores[index] += score
-        for key, (table, ranges) in (document.by_position.tables() if document.by_position else {}).items():
-            _, clusters = self.places[index].setdefault(key, (ranges, [Clusters(2) for _ in ranges]))
-            for row in np.flatnonzero(table[:, 1]):
-                clusters[row].add(table[row])
-        self._waiting.append(document)
-        if len(self._waiting) < len(self.contexts):
-            return
-        at_all_contexts, self._waiting = self._waiting, []
-        if score.n_tokens:
-            self.clusters.add([*(each.score.nll_sum for each in at_all_contexts), score.n_bytes or 0, score.n_tokens])
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Add the row of the next document, with the columns of `ScoreOptions.schema`."""
+        tokens, n_bytes = row["n_tokens"], row["n_bytes"]
+        nats = [row[column("nll_sum", context, self.contexts)] for context in self.contexts]
+        if tokens:
+            self.clusters.add([*nats, n_bytes or 0, tokens])
+        for index, context in enumerate(self.contexts):
+            self.scores[index] += Score(nats[index], tokens, n_bytes)
+            for key in TABLES:
+                for part in row.get(column(key, context, self.contexts)) or ():
+                    of_table = self.places[index].setdefault(key, {})
+                    clusters = of_table.setdefault((part["from"], part["to"]), Clusters(2))
+                    clusters.add([part["nll"] * part["n_tokens"], part["n_tokens"]])
 
     def as_dicts(self) -> list[dict[str, Any]]:
         """Return a dict for each context, with the keys of the machine formats."""
@@ -213,7 +191,7 @@ class Total:
             "ppl_se": _times(score.ppl, self.clusters.error(nats, TOKENS)),
             "bpb_se": None if score.bpb is None else _times(1 / math.log(2), self.clusters.error(nats, BYTES)),
             **self._compare(index),
-            **{key: _cluster_rows(*of_key) for key, of_key in self.places[index].items()},
+            **{key: _cluster_rows(parts) for key, parts in self.places[index].items()},
         }
 
     def _compare(self, index: int) -> dict[str, float | None]:
@@ -225,19 +203,23 @@ class Total:
         return {"ppl_ratio": ratio, "ppl_ratio_se": _times(ratio, self.clusters.error(nats, TOKENS))}
 
 
-def _cluster_rows(ranges: Sequence[Range], rows: Sequence[Clusters]) -> list[Row]:
-    """Return the rows that have tokens, with documents and standard errors. A row adds up nats and tokens."""
+def column(name: str, context: int | None, contexts: Sequence[int | None]) -> str:
+    """Return the name of a column that a row has once for each of `contexts`."""
+    return name if len(contexts) == 1 else f"{name}_{context}"
+
+
+def _cluster_rows(parts: Mapping[Range, Clusters]) -> list[Row]:
+    """Return the rows of a table, with documents and standard errors. A part adds up nats and tokens."""
     return [
         {
             "from": first,
             "to": last,
-            "n_tokens": int(row.sums[TOKENS]),
-            "n_docs": row.documents,
-            "nll": float(row.sums[0] / row.sums[TOKENS]),
-            "nll_se": row.error(np.array([1.0, 0.0]), TOKENS),
+            "n_tokens": int(clusters.sums[TOKENS]),
+            "n_docs": clusters.documents,
+            "nll": float(clusters.sums[0] / clusters.sums[TOKENS]),
+            "nll_se": clusters.error(np.array([1.0, 0.0]), TOKENS),
         }
-        for (first, last), row in zip(ranges, rows, strict=True)
-        if row.documents
+        for (first, last), clusters in sorted(parts.items())
     ]
 
 
