@@ -22,6 +22,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -51,6 +52,7 @@ from longnet_cli.nets.net import Net
 from longnet_cli.running.chunk_size import GPU_BENCH_CHUNK, SHORTEST_CHUNK, chunk_beside, fitting_chunk
 from longnet_cli.running.device import DTYPES, free_memory, resident_memory, resolve_dtype
 from longnet_cli.running.ranks.exchange import Exchange, even_edges
+from longnet_cli.running.ranks.fetching import collectives
 from longnet_cli.running.ranks.ranks import Ranks, join, leave
 
 if sys.version_info >= (3, 11):
@@ -65,7 +67,7 @@ KNOWN_BY = {  # the tables of a machine in a TOML file: who knows its rates
     "assumed": "assumed",
 }
 RATES = (  # machines.toml says what each is
-    "products", "share", "attention", "attention_backward", "bandwidth", "node_link", "network", "message", "host_link",
+    "products", "share", "attention", "attention_backward", "bandwidth", "node_link", "network", "message", "collective", "host_link",
     "disk", "memory", "reserved",
 )  # fmt: skip
 
@@ -113,7 +115,7 @@ def find_machine(name: str) -> Machine:
         raise ConfigError(f"--on {name}: {wrong[0]}: each of {', '.join(RATES)} belongs into one table")
     rates = {rate: float(value) for by in known for rate, value in facts[by].items()}
     sizes = facts.get("devices", 1), facts.get("node", 1)
-    if min(*sizes, *(value for rate, value in rates.items() if rate not in ("message", "reserved"))) <= 0:
+    if min(*sizes, *(value for rate, value in rates.items() if rate not in ("message", "collective", "reserved"))) <= 0:
         raise ConfigError(f"--on {name}: devices, node and rates must be positive")
     return Machine(name, facts["device"], facts["dtype"], *sizes, rates, known)
 
@@ -180,7 +182,11 @@ def shared(config: NetConfig, machine: Machine, tokens: int, chunk: int, sp: int
         return Shared()
     whole, pattern, rates = min(tokens, chunk * sp), config.pattern, machine.rates
     start = (tokens // whole - 1) * whole
-    edges, rank, cut = even_edges(start, whole, sp), sp - 1 if config.causal else sp // 2, whole < tokens
+    edges, rank, cut = (
+        even_edges(start, whole, sp, pattern.edge_size),
+        sp - 1 if config.causal else sp // 2,
+        whole < tokens,
+    )
     exchange = Exchange(config, edges, rank=rank, cached=cut and config.causal)
     shape = 1, 0, config.kv_heads, config.head_dim
     seconds = 0.0
@@ -188,7 +194,13 @@ def shared(config: NetConfig, machine: Machine, tokens: int, chunk: int, sp: int
         inside = sum(n for peer, n in enumerate(numbers) if peer // machine.node == rank // machine.node)
         slower = max(inside / rates["node_link"], (sum(numbers) - inside) / rates["network"])
         seconds = max(seconds, machine.itemsize * slower + rates["message"] * sum(n > 0 for n in numbers))
-    choosing, fetching, giving = (x / machine.link(sp) for x in chosen_bytes(exchange, config, machine.itemsize))
+    # early blocks are in everyone's past: their ranks send more than one receives, unless chunks deal them out
+    busiest = 1 + sum(1 / reader for reader in range(1, sp)) / max(1, tokens // whole)
+    moved = chosen_bytes(exchange, config, machine.itemsize)
+    calls = chosen_collectives(exchange, config, machine.itemsize)
+    choosing, fetching, giving = (
+        busiest * x / machine.link(sp) + n * rates["collective"] for x, n in zip(moved, calls, strict=True)
+    )
     attended = [parcel for parcel in exchange.joined if parcel.attended]
     far = machine.itemsize * sum(exchange.sizes([attended], shape))
     summed = 0
@@ -209,19 +221,29 @@ def chosen_bytes(exchange: Exchange, config: NetConfig, itemsize: int) -> tuple[
 
     They are those of a forward pass that chooses, of one that sees the same blocks again, and of gradients.
     """
-    pattern, shape = config.pattern, (1, 0, config.kv_heads, config.head_dim)
+    pattern = config.pattern
     if not pattern.chosen:
         return 0.0, 0.0, 0.0
     sizes = pattern, config.kv_heads, config.head_dim, itemsize
     choosing = fetching = giving = 0.0
     for kind, layers in pattern.kinds(config.num_layers).items():
         fetches = Fetches.expected(pattern, exchange.edges, exchange.rank, kind)
-        tails = (len(exchange.edges) - 2) * itemsize * exchange.tail_numbers(shape, queries=kind == "chooses")
+        tails = itemsize * pattern.last_queries * config.dim if kind == "chooses" else 0
         choosing += layers / config.num_layers * (tails + fetches.received(*sizes))
         again = fetches._replace(means=0.0, ids=fetches.blocks)
         fetching += layers / config.num_layers * again.received(*sizes)
         giving += layers / config.num_layers * fetches.given(*sizes)
     return choosing, fetching, giving
+
+
+def chosen_collectives(exchange: Exchange, config: NetConfig, itemsize: int) -> tuple[float, float, float]:
+    """Return the collectives for chosen blocks, in the mean of layers, of the same passes as `chosen_bytes`."""
+    found = [0.0, 0.0, 0.0]
+    for kind, layers in config.pattern.kinds(config.num_layers).items() if config.pattern.chosen else ():
+        of_layer = collectives(config.pattern, exchange.edges, config.kv_heads, config.head_dim, itemsize, kind)
+        for index, number in enumerate(of_layer):
+            found[index] += layers / config.num_layers * number
+    return found[0], found[1], found[2]
 
 
 def moved_bytes(config: NetConfig, itemsize: int) -> tuple[float, int]:
@@ -510,7 +532,8 @@ def exchange_command(
     """
     here, where = join()
     ranks = here.world if here.world > 1 else ranks
-    causal, edges, shape, number = not bidirectional, even_edges(0, tokens, ranks), (1, 0, heads, head_dim), 2
+    causal, edges = not bidirectional, even_edges(0, tokens, ranks, pattern.edge_size)
+    shape, number = (1, 0, heads, head_dim), 2
     sizes = {"vocab_size": 0, "dim": heads * head_dim, "num_layers": layers, "num_heads": heads, "ffn_dim": 1}
     config = parse_config({**sizes, "position": "none", "causal": causal}, "exchange", pattern)
     sends, sent, expected = (np.zeros((ranks, ranks), np.int64) for _ in range(3))  # [maker, reader]
@@ -537,6 +560,11 @@ def exchange_command(
     facts |= {"received": int(number * sends.sum(0).max()), "received_mean": float(number * sends.sum(0).mean())}
     facts |= {"sent": int(number * sends.sum(1).max()), "peers": int((sends > 0).sum(0).max())}
     facts |= {"far": int(number * held.max()), "chosen": int(chosen.max()), "chosen_mean": float(chosen.mean())}
+    forward, again, back = (config.num_layers * x for x in chosen_collectives(exchange, config, number))
+    facts |= {
+        "collectives": round(forward + config.num_layers),
+        "collectives_of_step": round(forward + again + back + 2 * config.num_layers),
+    }
     facts |= {"formula": 2 * number * heads * head_dim * rows, "balance": float(flops.max() / flops.mean())}
     facts |= exchange_seconds(exchange.of_rank(here.rank), heads, head_dim, here, where) if here.world > 1 else {}
     leave()
@@ -565,9 +593,11 @@ def exchange_seconds(
 
     got = forward()
     grads = [torch.ones_like(x) for x in got]
-    runs = forward, backward, lambda: dist.all_gather(shards, own)
+    numbers = torch.zeros(ranks.world, dtype=torch.int64, device=where)
+    small = partial(dist.all_to_all_single, torch.empty_like(numbers), numbers)
+    runs = forward, backward, lambda: dist.all_gather(shards, own), small
     seconds = [ranks.largest(fastest(run, where, ranks)) for run in runs]
-    return {"seconds": seconds[:2], "seconds_of_all": seconds[2]}
+    return {"seconds": seconds[:2], "seconds_of_all": seconds[2], "collective": seconds[3]}
 
 
 SECONDS = 0.5  # per rate; the fastest run counts, because other work on the machine only slows a run
@@ -588,7 +618,7 @@ def calibrate_command(
     link = rates.get("node_link", rates["bandwidth"])
     assumed = {"network": link, "host_link": rates["bandwidth"]}
     if ranks.world == 1:
-        assumed |= {"message": 0.0, "node_link": link}
+        assumed |= {"message": 0.0, "collective": 0.0, "node_link": link}
     lines = [f'device = "{where.type}"', f'dtype = "{resolve_dtype(dtype, where)}"']
     lines += [f"devices = {ranks.world}", f"node = {ranks.world}"]
     for table, values in (("measured", rates), ("assumed", assumed)):
@@ -625,6 +655,7 @@ def measured_rates(where: torch.device, dtype: str, ranks: Ranks, folder: Path) 
     if ranks.world > 1:
         sent, empty = (torch.ones(n * ranks.world, device=where) for n in (BYTES // 4 // ranks.world, 1))
         got, share = torch.empty_like(sent), BYTES * (ranks.world - 1) / ranks.world
+        rates["collective"] = best(lambda: dist.all_to_all_single(empty.clone(), empty))
         rates["message"] = best(lambda: dist.all_to_all_single(empty.clone(), empty)) / (ranks.world - 1)
         rates["node_link"] = share / best(lambda: dist.all_to_all_single(got, sent))
 

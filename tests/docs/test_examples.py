@@ -619,7 +619,7 @@ devices = 4
 node = 2
 measured = { products = 1e10, attention = 1e10, attention_backward = 2e10, bandwidth = 1e9, memory = 1e9 }
 others = { node_link = 1e9, network = 1e8 }
-assumed = { share = 0.5, message = 1e-4, host_link = 1e9, disk = 1e9, reserved = 0 }
+assumed = { share = 0.5, message = 1e-4, collective = 1e-4, host_link = 1e9, disk = 1e9, reserved = 0 }
 """
 
 

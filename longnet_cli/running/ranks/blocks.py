@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
-from longnet_cli.attention.groups import stages
+from longnet_cli.attention.groups import first_means
 from longnet_cli.attention.merging import accumulator
 from longnet_cli.attention.past import Blocks, Means, OfBlocks, Past, Wanted, run_means, taken
 from longnet_cli.attention.pattern import RUN, RUNS, Pattern
@@ -59,9 +59,7 @@ class RankMeans(Means):
 
     def __init__(self, pattern: Pattern, share: Share, allocate: Callable[..., Tensor]) -> None:
         super().__init__(pattern, share.like, 0, allocate)
-        stage, *_ = stages(pattern)  # scans of fewer blocks than this have no runs, and compare all of the first blocks
-        self._first = (stage.blocks // RUN + 1) * RUN if stage.means == RUNS else 1 << 62
-        self._share, self._long = share, False
+        self._share, self._first, self._long = share, first_means(pattern), False
 
     def of_wanted(self, number: int, wanted: Wanted) -> Iterator[tuple[int, slice, OfBlocks]]:
         if not self._long:  # on any rank
