@@ -67,8 +67,8 @@ KNOWN_BY = {  # the tables of a machine in a TOML file: who knows its rates
     "assumed": "assumed",
 }
 RATES = (  # machines.toml says what each is
-    "products", "share", "attention", "attention_backward", "bandwidth", "node_link", "network", "message", "collective", "host_link",
-    "disk", "memory", "reserved",
+    "products", "share", "attention", "attention_backward", "bandwidth", "node_link", "network", "message", "collective",
+    "host_link", "disk", "memory", "reserved",
 )  # fmt: skip
 
 
@@ -182,11 +182,8 @@ def shared(config: NetConfig, machine: Machine, tokens: int, chunk: int, sp: int
         return Shared()
     whole, pattern, rates = min(tokens, chunk * sp), config.pattern, machine.rates
     start = (tokens // whole - 1) * whole
-    edges, rank, cut = (
-        even_edges(start, whole, sp, pattern.edge_size),
-        sp - 1 if config.causal else sp // 2,
-        whole < tokens,
-    )
+    rank, cut = sp - 1 if config.causal else sp // 2, whole < tokens
+    edges = even_edges(start, whole, sp, pattern.edge_size)
     exchange = Exchange(config, edges, rank=rank, cached=cut and config.causal)
     shape = 1, 0, config.kv_heads, config.head_dim
     seconds = 0.0
@@ -523,12 +520,14 @@ def exchange_command(
 
     The plan of every rank is made. received, sent: bytes of the rank that has the most. peers: the most ranks from
     which a rank receives. far: the most bytes of far rows that a rank holds. chosen: of `received`, the bytes expected
-    for chosen blocks, in the mean of `--layers` layers, some of which may follow others' choices. formula: bytes by the
+    for chosen blocks, in the mean of `--layers` layers, some of which may follow others' choices. collectives: of a
+    forward pass of all layers, and of_step: of a training step, with none computed again. formula: bytes by the
     formula of docs/ranks.md, which counts levels wider than a shard. balance: attention FLOPs of the busiest rank,
     relative to the mean. Ends with an error if a rank would send other rows than its reader expects.
 
     Under torchrun, its processes are the ranks, and exchange random numbers. seconds: of far rows, without chosen
     blocks, forward and backward. seconds_of_all: of all keys and values, which dense attention needs, forward.
+    collective: of one in which each tells each other a number, `collective` in machines.toml.
     """
     here, where = join()
     ranks = here.world if here.world > 1 else ranks
@@ -561,10 +560,8 @@ def exchange_command(
     facts |= {"sent": int(number * sends.sum(1).max()), "peers": int((sends > 0).sum(0).max())}
     facts |= {"far": int(number * held.max()), "chosen": int(chosen.max()), "chosen_mean": float(chosen.mean())}
     forward, again, back = (config.num_layers * x for x in chosen_collectives(exchange, config, number))
-    facts |= {
-        "collectives": round(forward + config.num_layers),
-        "collectives_of_step": round(forward + again + back + 2 * config.num_layers),
-    }
+    facts |= {"collectives": round(forward + layers)}  # with those of far rows
+    facts |= {"collectives_of_step": round(forward + again + back + 2 * layers)}
     facts |= {"formula": 2 * number * heads * head_dim * rows, "balance": float(flops.max() / flops.mean())}
     facts |= exchange_seconds(exchange.of_rank(here.rank), heads, head_dim, here, where) if here.world > 1 else {}
     leave()

@@ -8,8 +8,8 @@
     ...
     in a backward pass, after each run    -- give -->  add its gradients to their sums, in the order of ranks
 
-A run has the distinct rows that neighbouring groups want, as many as its memory allows. Both sides keep what was asked: a
-backward pass asks nothing, nor do layers that see the same blocks.
+A run has the distinct rows that neighbouring groups want, as many as its memory allows. Both sides keep what was
+asked: a backward pass asks nothing, nor do layers that see the same blocks.
 
 B batch, K key heads, D head_dim, P ranks.
 """
