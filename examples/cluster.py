@@ -67,8 +67,8 @@ KNOWN_BY = {  # the tables of a machine in a TOML file: who knows its rates
     "assumed": "assumed",
 }
 RATES = (  # machines.toml says what each is
-    "products", "share", "attention", "attention_backward", "bandwidth", "node_link", "network", "message", "collective",
-    "host_link", "disk", "memory", "reserved",
+    "products", "share", "attention", "attention_backward", "bandwidth", "node_link", "network", "message",
+    "collective", "host_link", "disk", "memory", "reserved",
 )  # fmt: skip
 
 

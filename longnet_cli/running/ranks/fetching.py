@@ -190,7 +190,7 @@ class Share:
     def _take(self, kind: int, row: int, places: Tensor, into: Tensor) -> None:
         """Copy this rank's rows at some places (n,), ascending, to `into` (n, ..)."""
         if kind == ROWS and len(into):
-            self.blocks.take(row, places, into.transpose(0, 1))
+            self.blocks.take(row, places.contiguous(), into.transpose(0, 1))
         elif len(into):
             means = self.means.of[kind][row].transpose(0, 1)
             into.copy_(means.index_select(0, places.to(means.device)))
