@@ -3,11 +3,12 @@
     python examples/cluster.py plan longnet-2.7b --on h100x8 --set train.batch_tokens=4Mi    # training by a recipe
     python examples/cluster.py plan --model longnet-tiny --tokens 1Gi --on h100x8            # reading a document
     python examples/cluster.py exchange geometric:1Gi --tokens 1Gi --ranks 1024              # what ranks send
+    torchrun --standalone --nproc-per-node 2 examples/cluster.py exchange geometric:64Ki --tokens 64Ki    # and its time
     torchrun --standalone --nproc-per-node 2 examples/cluster.py calibrate here.toml         # this machine's rates
 
 All counts of FLOPs and bytes come from the code that runs. Only the division by rates, and what overlaps with what, is
-said here: an exchange is hidden behind a layer's attention to near keys, and nothing else overlaps. It is arithmetic:
-no GPU and no cluster has run this program.
+said here: an exchange is hidden behind a layer's attention to near keys, and nothing else overlaps. A plan is
+arithmetic: no GPU and no cluster has run this program.
 """
 
 from __future__ import annotations
@@ -32,15 +33,16 @@ import torch.nn.functional as F
 import typer
 
 from longnet_cli.attention import Pattern, dilated_attention
-from longnet_cli.attention.branches import BACKWARD_FLOPS, attention_flops, shard_flops
-from longnet_cli.attention.groups import Fetches
+from longnet_cli.attention.branches import BACKWARD_FLOPS, attention_flops, branches, pairs
+from longnet_cli.attention.groups import FETCHED, NEW_BLOCKS, chosen_flops, scanned_stages, seen_blocks
 from longnet_cli.attention.notation import format_pattern, parse_pattern
+from longnet_cli.attention.pattern import LayerKind
 from longnet_cli.attention.spans import common_span, far_spans, open_spans, span_rows
 from longnet_cli.basics.errors import ConfigError, InputWarning, LongNetError
 from longnet_cli.basics.sizes import format_bytes, format_count, format_duration, format_size, parse_size
-from longnet_cli.jobs.estimating.estimate import Extent, PlanSums
-from longnet_cli.jobs.estimating.training_job import StepFlops, memory_by_kind, step_flops
-from longnet_cli.jobs.training.gradients import stored_bytes
+from longnet_cli.jobs.estimating.memory import reading_memory, spilled_bytes, stored_bytes, training_memory
+from longnet_cli.jobs.estimating.reading import Extent, ReadingPlan
+from longnet_cli.jobs.training.estimate import StepFlops, step_flops
 from longnet_cli.jobs.training.recipe import Recipe, Stage, load_recipe, parse_overrides
 from longnet_cli.jobs.training.start import check_ranks
 from longnet_cli.models.folder import ModelFolder
@@ -195,12 +197,55 @@ def shared(config: NetConfig, machine: Machine, tokens: int, chunk: int, sp: int
         for level, begin, end in open_spans(pattern, start + whole):
             mine = common_span(pattern, level, begin, start, end)
             summed += 2 * 4 * config.head_dim * sum(span_rows(pattern, mine, config.num_heads, config.kv_heads))
-    first, last = edges[rank], edges[rank + 1]
-    spans = tuple(far_spans(pattern, first, last, config.causal, tokens))
-    heads = config.num_heads, config.head_dim
-    flops = shard_flops(pattern, *heads, first, last - first, config.causal, spans, tokens, config.kv_heads)
+    flops = shard_flops(config, edges[rank], edges[rank + 1], tokens)
     mean = (config.attention_flops(start + whole) - config.attention_flops(start)) / config.num_layers / sp
     return Shared(seconds, choosing, fetching, giving, far, summed, max(1.0, flops / mean))
+
+
+def shard_flops(config: NetConfig, first: int, last: int, total: int) -> int:
+    """Return the FLOPs of a layer's forward pass over tokens [first, last) of a document: near, far, chosen keys."""
+    pattern, heads, causal = config.pattern, (config.num_heads, config.head_dim), config.causal
+    spans = tuple(far_spans(pattern, first, last, causal, total)) if first < last else ()
+    calls = branches(pattern, config.num_heads, first, last - first, causal, "exact", spans, total, config.kv_heads)
+    before, after = (sum(chosen_flops(pattern, *heads, stop)) for stop in (first, last))
+    return 2 * config.head_dim * sum(map(pairs, calls)) + after - before
+
+
+class Fetches(NamedTuple):
+    """The expected numbers of blocks and means that a rank fetches of a layer's past, and of ids that it asks for."""
+
+    blocks: float
+    means: float
+    ids: float
+
+    @classmethod
+    def expected(cls, pattern: Pattern, edges: Sequence[int], rank: int, kind: LayerKind = "chooses") -> Fetches:
+        """Return what a rank fetches from others in a forward pass of a document, if shards have these edges."""
+        (w,), (back,) = pattern.segment_lengths, pattern.look_backs
+        others, blocks, means, ids, once = edges[rank] // pattern.chosen_block, 0.0, 0.0, 0.0, dict[int, float]()
+        for position in range(edges[rank], edges[rank + 1], FETCHED):
+            before = max(0, position // w - back) * w // pattern.chosen_block
+            if not others or not before:
+                continue
+            share, first = min(1.0, others / before), position == edges[rank]
+            seen = share * (1 if first else NEW_BLOCKS) * seen_blocks(pattern, before, kind)
+            blocks, ids = blocks + seen, ids + seen
+            for stage, distinct, new in scanned_stages(pattern, before) if kind == "chooses" else ():
+                if distinct == before:  # fetched once
+                    once[stage.means] = share * stage.compared(before)
+                else:
+                    asked = share * (1 if first else new) * distinct
+                    means, ids = means + asked * stage.means, ids + asked
+        return cls(blocks, means + sum(once.values()), ids + sum(once.values()))
+
+    def received(self, pattern: Pattern, kv_heads: int, head_dim: int, itemsize: int) -> float:
+        """Return the bytes of these blocks, means and ids, with `itemsize` bytes per number of a key."""
+        of_block = 2 * pattern.chosen_block * itemsize
+        return kv_heads * head_dim * (self.blocks * of_block + self.means * max(4, itemsize)) + 8 * self.ids
+
+    def given(self, pattern: Pattern, kv_heads: int, head_dim: int, itemsize: int) -> float:
+        """Return the bytes of the gradients of these blocks."""
+        return self.blocks * 2 * pattern.chosen_block * kv_heads * head_dim * max(4, itemsize)
 
 
 def chosen_bytes(exchange: Exchange, config: NetConfig, itemsize: int) -> tuple[float, float, float]:
@@ -246,12 +291,10 @@ def seconds_by_part(
     sequences: float,
     work: StepFlops,
     predicted: float = 0.0,
-    choices: int = 1,
 ) -> dict[str, float]:
     """Return the seconds by part of passes over `sequences` of so many tokens, on a group of `sp` devices.
 
-    `work` has their FLOPs per token. The share `predicted` of the tokens has logits in a backward pass. Blocks are
-    chosen in as many passes as `choices` says.
+    `work` has their FLOPs per token. The share `predicted` of the tokens has logits in a backward pass.
     """
     rates, back = machine.rates, BACKWARD_MOVES if work.attention_backward else 0
     costs, of_device = shared(config, machine, tokens, chunk, sp), sequences * tokens / sp
@@ -264,8 +307,8 @@ def seconds_by_part(
     layers, logits = moved_bytes(config, machine.itemsize)
     moved = (work.forwards + back) * layers + (work.logits + back * predicted) * logits
     summing = 2 * (1 - 1 / sp) * costs.summed / machine.link(sp) if back else 0.0
-    again = work.forwards - choices + bool(back)  # passes in which the same blocks are fetched again
-    chosen = choices * costs.choosing + again * costs.fetching + bool(back) * costs.giving
+    again = work.forwards - 1 + bool(back)  # passes in which the same blocks are fetched again
+    chosen = costs.choosing + again * costs.fetching + bool(back) * costs.giving
     open_exchange = sum(times * max(0.0, costs.seconds - cover) for times, cover in covers)
     return {
         "matrix products": of_device * work.products / (rates["products"] * rates["share"]),
@@ -317,7 +360,7 @@ def training_plan(recipe: Recipe, machine: Machine, ranks: Ranks) -> Plan:
     if not recipe.names_chunk:
 
         def needed(chunk: int) -> int:
-            return program + sum(memory_by_kind(recipe.with_chunk(chunk), device, ranks).values())
+            return program + sum(training_memory(recipe.with_chunk(chunk), device, ranks).values())
 
         share = ceil(longest.seq_len / ranks.sp)
         most = min(share, GPU_BENCH_CHUNK) if config.causal else share
@@ -328,7 +371,7 @@ def training_plan(recipe: Recipe, machine: Machine, ranks: Ranks) -> Plan:
     check_ranks(recipe, ranks)
     steps = {stage: step_seconds(recipe, stage, machine, ranks) for stage in recipe.train.stages}
     far = config.num_layers * shared(config, machine, longest.seq_len, recipe.train.chunk, ranks.sp).far
-    memory = {"program": program, **memory_by_kind(recipe, device, ranks), "far rows": far}
+    memory = {"program": program, **training_memory(recipe, device, ranks), "far rows": far}
     again = " --set train.activation_checkpointing=true" if recipe.train.activation_checkpointing else ""
     mesh = f"--sp {ranks.sp} --dp {ranks.dp} --chunk {format_size(recipe.train.chunk)}"
     total = sum(stage.steps * (sum(parts.values()) - parts[HIDDEN]) for stage, parts in steps.items())
@@ -339,10 +382,10 @@ def training_plan(recipe: Recipe, machine: Machine, ranks: Ranks) -> Plan:
 def step_seconds(recipe: Recipe, stage: Stage, machine: Machine, ranks: Ranks) -> dict[str, float]:
     """Return the seconds of a step by part. Gradients are summed over all devices, in a ring."""
     config, train, world, rates = recipe.model, recipe.train, ranks.world, machine.rates
-    sequences, full = recipe.step_tokens(stage) / stage.seq_len / ranks.dp, recipe.parallel.shard == "full"
+    sequences, full = train.windows(stage) / ranks.dp, recipe.parallel.shard == "full"
     passes = seconds_by_part(
         config, machine, ranks.sp, stage.seq_len, train.chunk, sequences, step_flops(recipe, stage, ranks),
-        train.predicted, 1 + (train.objective == "contrast"),
+        train.predicted,
     )  # fmt: skip
     messages = (2 if full else TENSORS) * config.num_layers * (world > 1)
     ring = 2 * (world - 1) / world / machine.link(world)
@@ -360,24 +403,17 @@ def reading_plans(
     """Return plans for reading `documents` of so many tokens, each by one group of devices, in order."""
     config, rates = net.config, machine.rates
     chunk = chunk or chunk_beside(config, int(rates["memory"]) if machine.device == "cuda" else 0)
-    weights = sum(x.numel() * x.element_size() for x in (*net.parameters(), *net.buffers()))
-    copies = 0 if machine.itemsize == 4 else machine.itemsize * config.layer_weights  # of autocast
     shareable = net.layer_by_layer and tokens > chunk  # one forward pass is one device's
-    sums, plans = PlanSums(net, chunk), []
-    sums.add([Extent(tokens, tokens * scores)])
-    flops, attention = sums.product_flops(scores) / tokens, sums.attention_flops() / tokens
+    read, plans = ReadingPlan(net, chunk), []
+    read.add([Extent(tokens, tokens * scores)])
+    flops, attention = read.product_flops(scores) / tokens, read.attention_flops() / tokens
     for sp, dp in meshes(machine, None if shareable else 1):
         ranks = Ranks(0, sp, sp)
         exchanging = config.causal or tokens <= chunk * sp  # a longer bidirectional one is read layer by layer
-        memory = {
-            "program": int(rates["reserved"]),
-            "weights": weights + copies,
-            "activations": config.forward_bytes(sums.tokens_at_once(chunk)),
-            "logits": (8 if machine.itemsize == 4 else 10) * sums.logits_at_once(chunk) * scores,
-            **sums.kept_bytes(chunk, machine.dtype, spill or not config.causal, ranks),
-        }
+        how = {"scores": scores, "spill": spill or not config.causal}
+        memory = {"program": int(rates["reserved"]), **reading_memory(net, read, chunk, machine.dtype, ranks, **how)}
         # what a bidirectional net keeps between its layers: on the device, in the host's memory, or on a disk
-        kept = 0 if config.causal else sums.spilled_bytes(chunk, machine.dtype, ranks)
+        kept = 0 if config.causal else spilled_bytes(net, read, chunk, machine.dtype, ranks)
         beside = not spill and (machine.device == "cpu" or sum(memory.values()) + kept <= 0.5 * rates["memory"])
         traffic = 0 if beside or not kept else 3 * 4 * config.dim * config.num_layers * tokens / sp
         memory["hidden"] += kept * beside
@@ -496,14 +532,19 @@ def exchange_command(
     layers: Size = 1,
     bidirectional: Annotated[bool, typer.Option("--bidirectional")] = False,
 ) -> None:
-    """Print what ranks send for one layer's forward pass in bf16, as a line of JSON. No process is started.
+    """Print what ranks send for one layer's forward pass in bf16, as a line of JSON.
 
     The plan of every rank is made. received, sent: bytes of the rank that has the most. peers: the most ranks from
     which a rank receives. far: the most bytes of far rows that a rank holds. chosen: of `received`, the bytes expected
     for chosen blocks, in the mean of `--layers` layers, some of which may follow others' choices. formula: bytes by the
     formula of docs/ranks.md, which counts levels wider than a shard. balance: attention FLOPs of the busiest rank,
     relative to the mean. Ends with an error if a rank would send other rows than its reader expects.
+
+    Under torchrun, its processes are the ranks, and exchange random numbers. seconds: of far rows, without chosen
+    blocks, forward and backward. seconds_of_all: of all keys and values, which dense attention needs, forward.
     """
+    here, where = join()
+    ranks = here.world if here.world > 1 else ranks
     causal, edges, shape, number = not bidirectional, even_edges(0, tokens, ranks), (1, 0, heads, head_dim), 2
     sizes = {"vocab_size": 0, "dim": heads * head_dim, "num_layers": layers, "num_heads": heads, "ffn_dim": 1}
     config = parse_config({**sizes, "position": "none", "causal": causal}, "exchange", pattern)
@@ -516,9 +557,7 @@ def exchange_command(
         sent[rank] = [hash(tuple(parcels)) for parcels in exchange.sent]
         expected[:, rank] = [hash(tuple(parcels)) for parcels in exchange.received]
         held[rank] = sum(exchange.sizes([exchange.joined], shape))
-        first, last = edges[rank], edges[rank + 1]
-        spans = tuple(far_spans(pattern, first, last, causal, tokens)) if first < last else ()
-        flops[rank] = shard_flops(pattern, heads, head_dim, first, last - first, causal, spans, tokens)
+        flops[rank] = shard_flops(config, edges[rank], edges[rank + 1], tokens)
     for maker, reader in np.argwhere(sent != expected)[:1]:
         raise LongNetError(f"{tokens:,} tokens: rank {maker} sends other rows than rank {reader} expects")
     chosen = np.zeros(ranks)  # bytes
@@ -532,7 +571,36 @@ def exchange_command(
     facts |= {"sent": int(number * sends.sum(1).max()), "peers": int((sends > 0).sum(0).max())}
     facts |= {"far": int(number * held.max()), "chosen": int(chosen.max()), "chosen_mean": float(chosen.mean())}
     facts |= {"formula": 2 * number * heads * head_dim * rows, "balance": float(flops.max() / flops.mean())}
-    print(json.dumps(facts))
+    facts |= exchange_seconds(exchange.of_rank(here.rank), heads, head_dim, here, where) if here.world > 1 else {}
+    leave()
+    if here.first:
+        print(json.dumps(facts))
+
+
+def exchange_seconds(
+    exchange: Exchange, heads: int, head_dim: int, ranks: Ranks, where: torch.device
+) -> dict[str, Any]:
+    """Return the seconds in which all `ranks`, which call it together, exchange keys and values of one layer."""
+    tokens = [b - a for a, b in itertools.pairwise(exchange.edges)]
+    made: dict[str, Any] = {"dtype": torch.bfloat16, "device": where}
+    k, v = (torch.ones(1, tokens[ranks.rank], heads, head_dim, requires_grad=True, **made) for _ in range(2))
+    *shards, own = torch.ones(ranks.world + 1, 2, max(tokens), heads, head_dim, **made)
+
+    def forward() -> list[torch.Tensor]:
+        far, _ = exchange.run(k, v)
+        for keys in far:
+            if keys.ready:
+                keys.ready()
+        return [x for keys in far for x in (keys.k, keys.v)]
+
+    def backward() -> object:
+        return torch.autograd.grad(got, (k, v), grads, retain_graph=True) if got else None
+
+    got = forward()
+    grads = [torch.ones_like(x) for x in got]
+    runs = forward, backward, lambda: dist.all_gather(shards, own)
+    seconds = [ranks.largest(fastest(run, where, ranks)) for run in runs]
+    return {"seconds": seconds[:2], "seconds_of_all": seconds[2]}
 
 
 SECONDS = 0.5  # per rate; the fastest run counts, because other work on the machine only slows a run

@@ -211,7 +211,7 @@ def describe(device_name: str) -> Row:
     """Return the card, versions, kernels and the rate of matrix products, which `--machine` prints."""
     import torch
 
-    from longnet_cli.attention import kernels, merging
+    from longnet_cli.attention import kernels
     from longnet_cli.running import device as runtime
 
     device = torch.device(device_name)
@@ -229,7 +229,7 @@ def describe(device_name: str) -> Row:
         }
     facts["cores"] = os.cpu_count()
     facts["commit"] = _said_by(["git", "-C", str(ROOT), "describe", "--always", "--dirty"]).strip() or "unknown"
-    for name in ("longnet-cli", "torch", "triton", "flash-attn", "flash-attn-3", "flash-attn-4"):
+    for name in ("longnet-cli", "torch", "flash-attn", "flash-attn-3"):
         try:
             facts[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -242,13 +242,6 @@ def describe(device_name: str) -> Row:
         for name in kernels.KERNELS:
             works[name] = {dtype: _kernel(name, dtype, device) for dtype in DTYPES}
         works["**chosen**"] = {dtype: kernels.select_kernel(device, runtime.DTYPES[dtype], 64).name for dtype in DTYPES}
-    works["branches merge in one pass (Triton)"] = {}
-    for dtype in DTYPES:
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            fused = merging._fused(torch.empty(1, 1, 1, 64, dtype=runtime.DTYPES[dtype], device=device))
-        reason = str(said[-1].message).rpartition("one pass: ")[2] if said else "no Triton for this device"
-        works["branches merge in one pass (Triton)"][dtype] = "works" if fused else reason
     return {
         "facts": facts,
         "kernels": works,

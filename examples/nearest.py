@@ -133,8 +133,7 @@ def main() -> None:
     args = parser.parse_args()
     table = read_table(args.vectors)
     vectors, facts, names = vectors_of(table), table.schema.metadata or {}, table["doc_id"].to_pylist()
-    trained = {b"longnet.query_prompt", b"longnet.modules"} & facts.keys()  # to make vectors
-    mean = 0.0 if trained else vectors.mean(0)
+    mean = 0.0 if b"longnet.modules" in facts else vectors.mean(0)  # an embedding model's are made to be compared
     if args.query is not None:
         query = scaled(encode_query(args.query, facts, vectors.shape[1]), mean)[0]
         found = scaled(vectors, mean) @ query

@@ -54,12 +54,10 @@ from nearest import read_table, scaled, vectors_of, z_scores
 
 from longnet_cli import LongNetError, ModelFolder
 from longnet_cli.basics.sizes import parse_size
-from longnet_cli.jobs.plotting.axes import Axis, Curve, Panel, Point
-from longnet_cli.jobs.plotting.picture import draw_picture
-from longnet_cli.jobs.training.windows import draw_spans
+from longnet_cli.jobs.plotting import Axis, Curve, Panel, Point, draw_picture
 
 SIZES = {"S": (8_000, 16_000), "M": (32_000, 64_000), "L": (130_000, 10_000_000)}  # bytes
-HALVES, LINES, SHARE, HELD_OUT = 100, 80, 0.45, 32
+HALVES, LINES, SHARE = 100, 80, 0.45
 ENGLISH = (".txt", ".html", ".pod", ".rst")
 Tasks = dict[str, list[tuple[str, str]]]  # name -> pairs of texts
 
@@ -171,37 +169,6 @@ def make_tasks(archives: list[Path]) -> Tasks:
     return taken
 
 
-def write_training(folder: Path, archives: list[Path], bench: Tasks, longest: int) -> None:
-    """Write pairs of text as `make_tasks` has them, and of two spans of a document, but none with a text of `bench`."""
-    seen = {text[:500] for pairs in bench.values() for pair in pairs for text in pair}
-    found: dict[str, dict[str, tuple[str, str]]] = defaultdict(dict)
-    for kind, name, text in documents_in(archives):
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        pair = described(name, text) if len(text) >= 1_000 else None
-        starts = {text[:500], *(part[:500] for part in (pair or ())[1:])}
-        if len(text) < 1_000 or starts & seen:
-            continue
-        seen |= starts
-        if pair:
-            found[pair[0]][digest] = pair[1], pair[2][:longest]
-        if kind != "man":
-            for number in range(1 + min(7, len(text) // longest)):
-                spans = draw_spans(len(text) // 16, [longest // 16] * 2, (int(digest[:8], 16), number))
-                first, second = (text[16 * start : 16 * stop] for start, stop in spans)
-                found[f"{kind}-spans"][f"{digest}{number}"] = first, second
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = {
-        task: [(key[:64], json.dumps({"first": a, "second": b}) + "\n") for key, (a, b) in sorted(pairs.items())]
-        for task, pairs in sorted(found.items())
-    }
-    apart = {digest for some in rows.values() for digest, _ in some[:HELD_OUT]}  # no task trains on these documents
-    for task, some in rows.items():
-        parts = {f"{task}.held_out": some[:HELD_OUT], task: [row for row in some[HELD_OUT:] if row[0] not in apart]}
-        for name, part in parts.items():
-            (folder / f"{name}.jsonl").write_text("".join(row for _, row in part), encoding="utf-8")
-        print(f"{task}: {len(some)} pairs", file=sys.stderr)
-
-
 def read_tasks(folder: Path, wanted: str | None = None) -> Tasks:
     """Return the pairs of each task, or of the `wanted` ones, separated by commas."""
     tasks: Tasks = defaultdict(list)
@@ -311,11 +278,10 @@ def vector_scores(
     tasks: Tasks, model: str, reads: list[int | None], options: list[str], span: int | None, words_too: bool
 ) -> None:
     folder = ModelFolder.find(model)
-    words, embedder = folder.tokenizer(), folder.embedder
+    words, prompts = folder.tokenizer(), ("", "")
     if words is None:
         sys.exit(f"{model}: has no tokenizer")
     options = ["--model", model, *options]
-    prompts = (embedder.query, embedder.document) if embedder else ("", "")
     if model_of_library := folder.sentence_model():
         prompts = (model_of_library.query_prompt or "", model_of_library.document_prompt)
     ids = [[words.encode(pair[side]) for pairs in tasks.values() for pair in pairs] for side in (0, 1)]
@@ -419,13 +385,6 @@ def sizes(text: str) -> list[int | None]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure what vectors find.")
     commands = parser.add_subparsers(dest="command", required=True)
-    training = commands.add_parser(
-        "training", help="write pairs to train with, from archives that are not in a benchmark"
-    )
-    training.add_argument("folder", type=Path)
-    training.add_argument("bench", type=Path, help="its texts are left out")
-    training.add_argument("archives", type=Path, nargs="+", help="wheels and Debian packages")
-    training.add_argument("--longest", type=int, default=32_000, help="characters of a text")
     make = commands.add_parser("make", help="write the pairs")
     make.add_argument("folder", type=Path)
     make.add_argument("archives", type=Path, nargs="+", help="wheels and Debian packages")
@@ -458,9 +417,6 @@ def main() -> None:
                 file.writelines(rows)
                 digest = hashlib.sha256("".join(rows).encode()).hexdigest()
                 print(f"{task}: {len(rows)} pairs, SHA-256 {digest[:16]}", file=sys.stderr)
-        return
-    if args.command == "training":
-        write_training(args.folder, sorted(args.archives), read_tasks(args.bench), args.longest)
         return
     if args.command == "vectors" and args.words and not args.span:
         sys.exit("--words adds words to the scores of spans: give --span")

@@ -25,14 +25,13 @@ if TYPE_CHECKING:
     from longnet_cli.data.tokenizer import Tokenizer
     from longnet_cli.jobs import plotting
     from longnet_cli.jobs.benchmark.job import bench
-    from longnet_cli.jobs.benchmark.measurement import Measurement
-    from longnet_cli.jobs.benchmark.settings import Settings
+    from longnet_cli.jobs.benchmark.settings import Measurement, Settings
     from longnet_cli.jobs.encoding import encode
     from longnet_cli.jobs.engines import encode_batches, score_batches
     from longnet_cli.jobs.generating import generate
     from longnet_cli.jobs.inspecting import inspect
-    from longnet_cli.jobs.scoring.measures import DocumentScore, Score, Total
-    from longnet_cli.jobs.scoring.scoring import score
+    from longnet_cli.jobs.scoring.measures import Score, Total
+    from longnet_cli.jobs.scoring.scoring import ScoreOptions, score
     from longnet_cli.jobs.tokenizing import tokenize
     from longnet_cli.jobs.training.loop import train
     from longnet_cli.models.folder import ModelFolder
@@ -56,14 +55,13 @@ _MODULES = {
     "data.tokenizer": "Tokenizer",
     "jobs": "plotting",
     "jobs.benchmark.job": "bench",
-    "jobs.benchmark.measurement": "Measurement",
-    "jobs.benchmark.settings": "Settings",
+    "jobs.benchmark.settings": "Measurement Settings",
     "jobs.encoding": "encode",
     "jobs.engines": "encode_batches score_batches",
     "jobs.generating": "generate",
     "jobs.inspecting": "inspect",
-    "jobs.scoring.measures": "DocumentScore Score Total",
-    "jobs.scoring.scoring": "score",
+    "jobs.scoring.measures": "Score Total",
+    "jobs.scoring.scoring": "ScoreOptions score",
     "jobs.tokenizing": "tokenize",
     "jobs.training.loop": "train",
     "models.folder": "ModelFolder",

@@ -19,6 +19,8 @@ from torch import Tensor
 from longnet_cli.data.documents import Document
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.jobs.scoring.measures import TABLES, Gain, Score, column
+from longnet_cli.jobs.scoring.scoring import ScoreOptions, score
 from longnet_cli.jobs.training.recipe import Recipe, load_recipe
 from longnet_cli.models.official import to_torchscale
 from longnet_cli.nets.config import LongNetConfig, SlideConfig
@@ -45,6 +47,42 @@ def make_document(length: int, name: str = "a") -> Document:
     tokens = np.random.default_rng(length).integers(1, 97, length, dtype=np.int32)
     tokens.flags.writeable = False  # as a memory map is
     return Document(name, tokens, length, f"{name}.txt")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What the row of a document says of one context."""
+
+    doc_id: str
+    context: int | None
+    score: Score
+    gain: Gain | None
+    tables: dict[str, list[dict[str, Any]]]
+
+
+def scores(model: Any, documents: Iterable[Document], *, bos: Any, **options: Any) -> Iterator[Scored]:
+    """The scores of each document at each context, lazily. Options that are no ScoreOptions are for `score`."""
+    given = {"bos": bos} | {
+        key: options.pop(key) for key in ("context", "stride", "last", "by_position") if key in options
+    }
+    if isinstance(given.get("context"), int):
+        given["context"] = (given["context"],)
+    chosen = ScoreOptions(**given)
+
+    def read(reader: pa.RecordBatchReader) -> Iterator[Scored]:
+        for batch in reader:
+            for row in batch.to_pylist():
+                for context in chosen.contexts:
+
+                    def of(name: str, row: dict = row, context: int | None = context) -> Any:
+                        return row.get(column(name, context, chosen.contexts))
+
+                    longest = len(chosen.contexts) > 1 and context == max(chosen.context or ())
+                    gain = Gain(*(row[name] for name in Gain._fields)) if longest else None
+                    found = Score(of("nll_sum"), row["n_tokens"], row["n_bytes"])
+                    yield Scored(row["doc_id"], context, found, gain, {name: of(name) for name in TABLES})
+
+    return read(score(model, documents, chosen, **options))
 
 
 def tiny_llama(folder: Path, **changes: Any) -> Path:

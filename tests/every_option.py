@@ -57,7 +57,6 @@ OPTIONS = {
 8/1,32/2 --format json
 --seq                 rows       --seq 128
 --heads               rows       --heads 3
---layers              rows       --layers 9
 --causal              rows       --bidirectional
 --format              stdout     --format text | --format json @ 8/1,32/2
 --output              files      -o p.svg
@@ -125,8 +124,6 @@ OPTIONS = {
 --stride              rows       --stride 4 @ {READING} --format jsonl --context 16
 --last                rows       --last 9
 --by-position         rows       --by-position
---by-recall           rows       --by-recall
---key-tokens          rows       --key-tokens ../start/short.arrow,../start/long.arrow
 --format              stdout     --format json | --format jsonl @ {READING}
 --token-logprobs      files      --token-logprobs x.arrow
 --top                 rows       --top 1 @ {READING} --format jsonl --token-logprobs x.arrow
@@ -227,7 +224,6 @@ hello -m ../in/native -n 6 --format jsonl
 --layers              rows       --layers 1 @ --seq 64 --op model --heads 1 --head-dim 8 --repeats 1 --format json
 --vocab               rows       --vocab 9999 @ --seq 64 --op model --heads 1 --head-dim 8 --repeats 1 --format json
 --format              stdout     --format csv
---nproc               processes  --nproc 2 | --nproc 3 @ --op exchange --seq 64 --heads 1 --head-dim 8 --repeats 1
 {DEVICE}
 --dtype               rows       --dtype bf16
 --chunk               rows       --chunk 16
@@ -249,8 +245,6 @@ WINDOW = f"model.segment_lengths=[8] model.dilation_rates=[1] model.look_back=1 
 ONCE = "model.look_back=1 model.overlap=once"
 MASKED = "model.causal=false train.objective=masked"
 ROWS = "data.train=[../in/rows.jsonl]"
-CONTRAST = f"train.objective=contrast {ROWS} data.column=text"
-PAIRS = f"{CONTRAST} data.pair=body"
 LORA = "model=null init=../in/llama lora.rank=2"
 
 RECIPE = f"""
@@ -268,7 +262,6 @@ model.look_back               rows       model.look_back=1
 model.overlap                 rows       model.overlap=once @ model.look_back=1
 model.queries                 rows       model.queries=all @ {ONCE}
 model.sinks                   rows       model.sinks=2 @ {ONCE}
-model.level_bias              rows       model.level_bias=log_rate
 model.chosen                  rows       model.chosen=2 | model.chosen=3 @ {WINDOW} model.chosen_block=4 model.chosen_every=4
 model.chosen_block            rows       model.chosen_block=8 | model.chosen_block=4 @ {WINDOW} model.chosen=2 model.chosen_every=4
 model.chosen_layers           rows       model.chosen_layers=[0] | model.chosen_layers=[1] @ {WINDOW} model.num_layers=2 model.chosen=2 model.chosen_block=4 model.chosen_every=4
@@ -289,8 +282,6 @@ data.mix.weight               rows       'data.mix=[{{"inputs":["../in/u.txt"],"
 data.tokenizer                rows       data.tokenizer=../in/other.json
 data.eos                      rows       data.eos=65
 data.column                   rows       data.column=body @ {ROWS}
-data.pair                     rows       data.pair=body @ {CONTRAST}
-data.negative                 rows       data.negative=third @ {PAIRS}
 data.held_out                 rows       data.held_out=[../in/u.txt]
 optimizer.name                rows       optimizer.name=muon
 optimizer.lr                  rows       optimizer.lr=0.1
@@ -304,7 +295,7 @@ schedule.power                rows       schedule.power=4.0 @ schedule.decay=pol
 schedule.final                rows       schedule.final=0.9
 train.stages.seq_len          rows       {STAGE % (8, 3)}
 train.stages.steps            rows       {STAGE % (16, 2)}
-train.objective               rows       train.objective=contrast @ {ROWS} data.column=text
+train.objective               rows       {MASKED}
 train.mask_rate               rows       train.mask_rate=0.5 @ {MASKED}
 train.batch_tokens            rows       train.batch_tokens=64
 train.chunk                   memory     train.chunk=16384 | train.chunk=512 @ data.train=[../in/long.txt] {STAGE % (16384, 1)}
@@ -321,11 +312,6 @@ train.save_every              files      train.save_every=1 @ train.keep=9
 train.save_minutes            files      train.save_minutes=1e-9 @ train.keep=9
 train.keep                    files      train.keep=3 @ train.save_every=1
 train.track                   files      train.track=[tensorboard]
-contrast.pool                 rows       contrast.pool=last @ {CONTRAST}
-contrast.temperature          rows       contrast.temperature=1.0 @ {CONTRAST}
-contrast.dims                 rows       contrast.dims=[2] @ {CONTRAST}
-contrast.query_prompt         rows       contrast.query_prompt=find: @ {CONTRAST}
-contrast.document_prompt      rows       contrast.document_prompt=text: @ {CONTRAST}
 parallel.sp                   stderr     parallel.sp=2 | parallel.dp=2 @ --nproc 2
 parallel.dp                   stderr     parallel.dp=2 | parallel.sp=2 @ --nproc 2
 parallel.shard                pieces     parallel.shard=full @ --nproc 2

@@ -29,8 +29,8 @@ from pathlib import Path
 
 from asking import end
 
-JOBS = ("benchmark", "encoding", "estimating.training_job", "inspecting", "plotting", "scoring.scoring", "tokenizing")
-IMPORTED = [f"longnet_cli.jobs.{job}" for job in (*JOBS, "training.loop", "scoring.score_rows")]
+JOBS = ("benchmark", "encoding", "training.estimate", "inspecting", "plotting", "scoring.scoring", "tokenizing")
+IMPORTED = [f"longnet_cli.jobs.{job}" for job in (*JOBS, "training.loop")]
 IMPORTED += ["longnet_cli.cli.app", "torch._dynamo", "torch.distributed.run"]
 OF_EXTRAS = ("matplotlib.figure", "transformers.models.llama.modeling_llama")
 HIGH = 512  # handles from here on are free

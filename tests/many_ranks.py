@@ -72,12 +72,13 @@ def random_pattern(
     pick: random.Random, kind: str | None = None, offsets: str | None = None, causal: bool = True
 ) -> Pattern:
     offsets = offsets or pick.choice(["modulo", "grouped"])
-    kind = kind or pick.choice(["paper", "geometric", "nested", "any", "options", "options"])
+    kind = kind or pick.choice(["paper", "geometric", "tiled", "any", "options", "options"])
     if kind == "options":
         return pattern_with_options(pick, causal)
-    if kind == "nested":
-        found = Pattern.nested(pick.randint(1, 600), pick.randint(3, 32), pick.randint(2, 4), pick.choice([0, 3]))
-        return replace(found, head_offsets=offsets)
+    if kind == "tiled":
+        found = Pattern.geometric(pick.randint(1, 600), pick.randint(3, 32), pick.randint(2, 4))
+        sinks = pick.choice([0, 3])
+        return replace(found, head_offsets=offsets, look_back=1, overlap="once", queries="all", sinks=sinks)
     if kind == "paper":
         return Pattern(PAPER_64TH.segment_lengths, PAPER_64TH.dilation_rates, offsets)
     if kind == "geometric":

@@ -43,7 +43,7 @@ MASKS = tuple(
     (re.compile(pattern, re.MULTILINE), instead)
     for pattern, instead in (
         (rf'"({MEASURED}|free_bytes|program)": ?(null|[\d.e+-]+)', r'"\1": 0'),  # speed and memory, in JSON
-        (r'"sha256": "\w{64}"', '"sha256": ""'),  # in a checkpoint's state.json, of files that `content` sorts
+        (r'"(sha256|digest)": "\w{64}"', r'"\1": ""'),  # in a checkpoint's state.json, of files that `content` sorts
         (r", [\d.]+ (us|ms|s) each \(", ", TIME each ("),  # the end of `generate`
         (r"^(program|peak memory|free) +[\d.]+ .iB", r"\1 SIZE"),  # `--dry-run`, whose program is measured
         (r"  #+$", "  BAR"),  # its shares of the peak
@@ -119,9 +119,9 @@ score-jsonl: longnet score $in/rows.jsonl --format jsonl --keep title,year,body.
 score-stdin: longnet score - --format jsonl < $in/texts/readme.md
 score-contexts: longnet score $in/texts --context 32,128 --model $in/native
 score-contexts-jsonl: longnet score $in/rows.jsonl --context 16,64 --stride 8 --format jsonl --model $in/native
-    --by-position --by-recall
-score-by: longnet score $in/texts --by-position --by-recall --model $in/native
-score-by-json: longnet score $in/texts --context 64,256 --by-position --by-recall --format json > scores.json &&
+    --by-position
+score-by: longnet score $in/texts --by-position --model $in/native
+score-by-json: longnet score $in/texts --context 64,256 --by-position --format json > scores.json &&
     longnet plot scores.json
 score-last: longnet score $in/texts --context 64,256 --last 100 --format json --model $in/native
 score-logprobs: longnet score $in/rows.jsonl --token-logprobs tokens.arrow --chunk 64 --bos 5
@@ -140,7 +140,7 @@ score-stream: longnet score $in/rows.parquet -o - --keep year --context 16,32 --
 score-lines: longnet score $in/bad.jsonl -o gains.jsonl --skip-bad --context 16,32
 score-llama: longnet score $in/rows.jsonl --model $in/llama --format jsonl
 score-llama-long: longnet score $in/texts --model $in/llama
-score-llama-contexts: longnet score $in/texts --model $in/llama --context 64,128 --by-recall
+score-llama-contexts: longnet score $in/texts --model $in/llama --context 64,128 --by-position
 score-llama-skip: longnet score $in/texts $in/rows.jsonl --model $in/llama --skip-bad
 score-llama-pretrained: longnet score $in/texts --model $in/llama --pattern pretrained --format json
 score-llama-window: longnet score $in/texts --model $in/llama --pattern window:32,sinks=4 --chunk 64
@@ -198,11 +198,11 @@ dry-encode: longnet encode $in/texts --dry-run -o vectors; longnet encode $in/to
 dry-encode-slides: longnet encode $in/made/slides.parquet --model $in/made/encoder --dry-run -o slides
 dry-encode-llama: longnet encode $in/texts --model $in/llama --pattern window:32,sinks=4 --dry-run --chunk 128
 
-pattern: longnet pattern paper window:1Ki,sinks=4 geometric:64Ki nested:1Mi dense
+pattern: longnet pattern paper window:1Ki,sinks=4 geometric:64Ki dense
 pattern-models: longnet pattern longnet-tiny $in/native $in/recipe.toml $in/made/encoder longnet-125m;
     longnet pattern $in/llama
-pattern-json: longnet pattern 64/1,256/4,look_back=1,overlap=once,queries=all,sinks=2,level_bias=log_rate pretrained
-    --format json --seq 4Ki --heads 4 --layers 3
+pattern-json: longnet pattern 64/1,256/4,look_back=1,overlap=once,queries=all,sinks=2 pretrained
+    --format json --seq 4Ki --heads 4
 pattern-both-ways: longnet pattern 64/1,256/4,head_offsets=grouped --bidirectional
 pattern-picture: longnet pattern paper window:1Ki -o patterns.png
 convert: longnet convert $in/native -o half --dtype bf16 && longnet score $in/texts/nearest.py --model ./half
@@ -314,10 +314,10 @@ def make_texts(place: Path) -> list[dict[str, Any]]:
     texts = place / "texts"
     texts.mkdir()
     (texts / "readme.md").write_text((ROOT / "README.md").read_text()[:1600])
-    for name in ("nearest.py", "unigram.py", "tiles.py"):
+    for name in ("nearest.py", "spark_encode.py", "tiles.py"):
         (texts / name).write_text((ROOT / "examples" / name).read_text()[:1200])
     (texts / "empty.txt").write_text("")
-    (place / "list.txt").write_text("texts/nearest.py\ntexts/unigram.py\n")
+    (place / "list.txt").write_text("texts/nearest.py\ntexts/spark_encode.py\n")
     for name, (model, data, train) in RECIPES.items():
         (place / f"{name}.toml").write_text(RECIPE.format(model=model, data=data, train=train))
     words = (ROOT / "README.md").read_text().split("\n\n")[:12]

@@ -122,9 +122,8 @@ def pattern_with_options(pick: random.Random, causal: bool) -> Pattern:
     free = (overlap == "once" or not causal) and not plain
     queries = pick.choice(["dilated", "all"]) if free else "dilated"
     sinks = 0 if plain else pick.randint(0, min(widths[0], 6))
-    bias = pick.choice([None, "log_rate", [pick.uniform(-2, 2) for _ in widths]])
     offsets = pick.choice(["modulo", "grouped"])
-    return Pattern(tuple(widths), tuple(rates), offsets, tuple(backs), overlap, queries, sinks, bias)
+    return Pattern(tuple(widths), tuple(rates), offsets, tuple(backs), overlap, queries, sinks)
 
 
 def patterns_with_options(causal: bool) -> st.SearchStrategy[Pattern]:
@@ -228,7 +227,7 @@ def assert_close(found: list[Tensor], expected: list[Tensor], tolerance: float) 
 class PackedMath(MathKernel):
     """Plain math that takes packed sequences, one after the other, as a flash kernel takes them at once."""
 
-    biased, packs = False, True
+    takes_counts, packs = False, True
 
     def forward_packed(
         self, q: Tensor, k: Tensor, v: Tensor, queries: PackedRows, keys: PackedRows, causal: bool, scale: float

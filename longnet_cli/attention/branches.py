@@ -43,9 +43,8 @@ class Branch(NamedTuple):
 
     The heads of `queries` are query heads; the heads of `keys` are key heads, or lanes of far keys. Of a single token,
     all query heads of a key head are rows, if they see the same keys. `far` is the index of the far keys, None for near
-    ones. `zero_keys` keys with logit 0 and value 0 join the softmax
-    (`padding="zero_key"`). `first` marks the branches that reach every row of the shard before any other branch does.
-    `bias` is added to all scores. A call with a `union` computes all levels at once.
+    ones. `zero_keys` keys with logit 0 and value 0 join the softmax (`padding="zero_key"`). `first` marks the branches
+    that reach every row of the shard before any other branch does. A call with a `union` computes all levels at once.
     """
 
     queries: Rows
@@ -54,7 +53,6 @@ class Branch(NamedTuple):
     far: int | None = None
     zero_keys: int = 0
     first: bool = False
-    bias: float = 0.0
     union: Union | None = None
 
 
@@ -127,7 +125,7 @@ def united(pattern: Pattern, num_heads: int, tokens: int, causal: bool, kv_heads
     if not whole or num_heads * _table_size(tokens) ** 2 > UNION_LIMIT:
         return None
     apart = branches(pattern, num_heads, 0, tokens, causal, "exact", (), 0, kv_heads)
-    if num_heads * tokens**2 * (2 - causal) >= sum(map(_pairs, apart)):
+    if num_heads * tokens**2 * (2 - causal) >= sum(map(pairs, apart)):
         return None
     shard = _ShardGeometry(pattern, num_heads, kv_heads, 0, tokens, causal)
     union = Union(pattern, num_heads, kv_heads, causal, _table_size(tokens))
@@ -140,7 +138,7 @@ def _table_size(tokens: int) -> int:
     return max(256, 1 << (tokens - 1).bit_length())
 
 
-def _pairs(branch: Branch) -> int:
+def pairs(branch: Branch) -> int:
     """Return twice the number of scores of a branch; a causal branch has half of its square, and so has one token."""
     half = branch.causal or (branch.far is None and branch.queries.row_heads)
     return branch.queries.segments * branch.queries.heads * branch.queries.rows * branch.keys.rows * (1 if half else 2)
@@ -177,7 +175,7 @@ def level_flops(
     """Return the share of each level in `attention_flops`, and last that of calls on sinks alone or chosen blocks."""
     shard = _ShardGeometry(pattern, heads, kv_heads or heads, 0, tokens, causal)
     parts = [*(shard.near(level, False, 0) for level in range(len(pattern.levels))), shard.sinks((), None)]
-    flops = [2 * head_dim * batch * sum(map(_pairs, part)) for part in parts]
+    flops = [2 * head_dim * batch * sum(map(pairs, part)) for part in parts]
     flops[-1] += batch * sum(chosen_flops(pattern, heads, head_dim, tokens, kind))
     return flops
 
@@ -195,23 +193,6 @@ def backward_flops(
     """Return the executed FLOPs of a backward pass."""
     votes = batch * chosen_flops(pattern, heads, head_dim, tokens, kind).votes
     return BACKWARD_FLOPS * (attention_flops(pattern, heads, head_dim, tokens, causal, batch, kv_heads, kind) - votes)
-
-
-def shard_flops(
-    pattern: Pattern,
-    heads: int,
-    head_dim: int,
-    start: int,
-    tokens: int,
-    causal: bool,
-    spans: tuple[FarSpan, ...],
-    total: int,
-    kv_heads: int = 0,
-) -> int:
-    """Return the executed FLOPs of a shard's forward pass, on its own keys, far keys of `spans` and chosen blocks."""
-    calls = branches(pattern, heads, start, tokens, causal, "exact", spans, total, kv_heads)
-    before, after = (sum(chosen_flops(pattern, heads, head_dim, stop)) for stop in (start, start + tokens))
-    return 2 * head_dim * sum(map(_pairs, calls)) + after - before
 
 
 _Positions = tuple[int, int]  # [first, stop)
@@ -286,7 +267,6 @@ class _ShardGeometry(NamedTuple):
         offsets = self.pattern.offsets(level, self.num_heads)
         kv_of = [h * self.kv_heads // self.num_heads for h in range(self.num_heads)]
         low = max(self.start, self.pattern.sinks) if level else self.start
-        bias = self.pattern.biases[level]
         for part in self._rectangles(_zones(self.pattern, level, w, self.causal), w, r, low, self.stop):
             queries, counts = self._queries(level, w, part.queries)
             firsts, rows = queries, counts
@@ -312,7 +292,6 @@ class _ShardGeometry(NamedTuple):
                     causal=part.square and group == 1,
                     zero_keys=missing[heads.first],
                     first=covering and part.own,
-                    bias=bias,
                 )
 
     def far(self, span: FarSpan, index: int, covering: bool) -> Iterator[Branch]:
@@ -321,7 +300,6 @@ class _ShardGeometry(NamedTuple):
         _, offsets, lane_of = lanes(self.pattern, span.level, self.num_heads, self.kv_heads)
         inside, segment = span.start % w, span.start // w * w
         low = max(span.start, self.pattern.sinks) if span.level else span.start
-        bias = self.pattern.biases[span.level]
         zones = [
             zone._replace(square=False, own=zone.own and self.holds(span))
             for zone in _zones(self.pattern, span.level, w, self.causal)
@@ -352,7 +330,6 @@ class _ShardGeometry(NamedTuple):
                     causal=False,
                     far=index,
                     first=covering and part.own,
-                    bias=bias,
                 )
 
     def sinks(self, spans: Sequence[FarSpan], turned: Turned | None) -> Iterator[Branch]:

@@ -8,7 +8,6 @@ without this operator: it keeps its plan from the forward to the backward, and p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from functools import lru_cache
 from typing import Any
 
@@ -26,32 +25,14 @@ from .sinks import sink_rows
 # The type of each field of `Pattern` and `Shard`. All go to the operator, by these names: a new field without a type
 # fails here, rather than be a default there. (One text for a pattern is not to be had: a graph may hold its numbers as
 # symbols, which have no text.)
-_TYPES = {
-    "segment_lengths": "int[]",
-    "dilation_rates": "int[]",
-    "look_back": "int[]",
-    "level_bias": "float[]",
-    "head_offsets": "str",
-    "overlap": "str",
-    "queries": "str",
-    "sinks": "int",
-    "chosen": "int",
-    "chosen_block": "int",
-    "chosen_every": "int",
-    "chosen_layers": "int[]",
-    "chosen_exact": "int",
-    "start": "SymInt",
-    "documents": "SymInt[]?",
-    "total": "SymInt?",
-    "padding": "str",
-    "causal": "bool",
-}
-_OF_PATTERN = [field.name for field in fields(Pattern)]
-_OF_SHARD = [name for name in Shard._fields if name != "lengths"]
+_OF_VALUE = {tuple: "int[]", str: "str", int: "int"}
+_OF_PATTERN = {name: _OF_VALUE[type(value)] for name, value in vars(Pattern((1,), (1,))).items()}
+_SHARD = {"start": "SymInt", "documents": "SymInt[]?", "total": "SymInt?", "padding": "str", "causal": "bool"}
+_OF_SHARD = {name: _SHARD[name] for name in Shard._fields if name != "lengths"}
 # `far` has k and v of each of the far keys in turn, then k and v of turned sinks. `spans` has level, start and stop of
 # each of the far keys.
 _OPTIONS = "Tensor[] far, Tensor? lengths, SymInt[] spans, float scale, str? kernel, " + ", ".join(
-    f"{_TYPES[name]} {name}" for name in (*_OF_PATTERN, *_OF_SHARD)
+    f"{kind} {name}" for name, kind in (_OF_PATTERN | _OF_SHARD).items()
 )
 _TAGS = (torch.Tag.cudagraph_unsafe,)  # torch.compile leaves the operators out of the CUDA graphs that it captures
 
@@ -69,7 +50,7 @@ def attend_in_graph(
 ) -> Tensor:
     """Call the operator; `far` and `spans` are as in its options. Return (B, N, H, D) like q."""
     lengths = None if shard.lengths is None else torch.as_tensor(shard.lengths)
-    of_pattern = [pattern.biases if name == "level_bias" else getattr(pattern, name) for name in _OF_PATTERN]
+    of_pattern = [getattr(pattern, name) for name in _OF_PATTERN]
     lists = [list(value) if isinstance(value, tuple) else value for value in of_pattern]
     of_shard = [getattr(shard, name) for name in _OF_SHARD]
     return torch.ops.longnet.dilated_attention(q, k, v, far, lengths, spans, scale, kernel, *lists, *of_shard)[0]
@@ -78,8 +59,7 @@ def attend_in_graph(
 @lru_cache(maxsize=64)
 def _pattern(*values: Any) -> Pattern:
     """Return the pattern of the operator's values, in the order of its fields."""
-    given = dict(zip(_OF_PATTERN, values, strict=True))
-    return Pattern(**given | {"level_bias": given["level_bias"] if any(given["level_bias"]) else None})
+    return Pattern(**dict(zip(_OF_PATTERN, values, strict=True)))
 
 
 def _plan(

@@ -15,9 +15,14 @@ from .plain_call import Kernel
 
 
 class CudaKernel(Kernel):
-    """A CUDA kernel. Packed sequences go through aten's flash operators, unless it has its own calls for them."""
+    """A CUDA kernel: torch's own, or one of a `package`, which is imported on the first GPU that it may serve.
+
+    Packed sequences go through aten's flash operators, unless it has its own calls for them.
+    """
 
     packs = True
+    package = ""
+    major: int | None = None  # of the compute capability, if only one has the kernel
     _MAX_ELEMENTS = 1 << 31  # beyond it, the backward addresses memory out of bounds
     _MAX_SEGMENTS = 65_535  # the batch is a grid dimension
 
@@ -28,8 +33,20 @@ class CudaKernel(Kernel):
             return f"it has no {dtype}"
         if head_dim % 8 or head_dim > 256:
             return f"it needs a head_dim that 8 divides, up to 256, not {head_dim}"
-        if torch.cuda.get_device_capability(device) < (8, 0):
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
             return "it needs compute capability 8.0"
+        if self.major and capability[0] != self.major:
+            return f"it needs compute capability {self.major}.x"
+        try:
+            self.functions()
+        except Exception as error:  # parts that do not fit this torch or this CUDA fail in any way
+            reason = next(iter(str(error).splitlines()), "no reason given")
+            return f"{self.package} cannot be imported: {type(error).__name__}: {reason}"
+        return None
+
+    def functions(self) -> tuple[Any, Any] | None:
+        """Import the package, and return its forward and its backward function; None without a package."""
         return None
 
     def max_batch(self, heads: int, rows: int, head_dim: int) -> int:
@@ -91,45 +108,6 @@ class CudaFlashKernel(CudaKernel):
             dout, q, k, v, out, lse.contiguous(), None, None, rows, keys, 0.0, causal, no_rng, no_rng[:0], scale=scale
         )
         dq, dk, dv = (x.transpose(1, 2) for x in grads)
-        return dq, dk, dv
-
-
-class CudnnKernel(CudaFlashKernel):
-    """The attention of cuDNN inside torch (aten), for Hopper and newer, where it is faster than FlashAttention-2.
-
-    cuDNN plans each shape anew, which takes longer than a short call. So it is for calls of one shape, as in training,
-    and serves if it is named. It has no single rows; these and packed sequences are FlashAttention-2's.
-    """
-
-    name = "cudnn"
-
-    def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-        refusal = super().refusal(device, dtype, head_dim)
-        if not refusal and head_dim > 128:
-            return f"it needs a head_dim up to 128, not {head_dim}"
-        if not refusal and torch.cuda.get_device_capability(device)[0] not in (9, 10):
-            return "it needs compute capability 9.x or 10.x"
-        return refusal
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        if 1 in (q.shape[2], k.shape[2]):
-            return super().forward(q, k, v, causal, scale)
-        out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention.default(
-            q, k, v, None, True, 0.0, causal, False, scale=scale
-        )[:2]
-        return out, lse.reshape(q.shape[:3])  # (batch, heads, rows, 1)
-
-    def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        rows, keys = q.shape[2], k.shape[2]
-        if 1 in (rows, keys):
-            return super().backward(dout, q, k, v, out, lse, causal, scale)
-        dout, out, lse = dout.contiguous(), out.contiguous(), lse.contiguous()[..., None]  # in one layout
-        no_rng = torch.empty((), dtype=torch.int64, device=q.device)  # read only with dropout
-        dq, dk, dv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default(
-            dout, q, k, v, out, lse, no_rng, no_rng, None, None, None, rows, keys, 0.0, causal, scale=scale
-        )
         return dq, dk, dv
 
 
@@ -222,62 +200,35 @@ def _whole_lines(x: Tensor) -> Tensor:
     return torch.nn.functional.pad(x, (0, missing)) if missing else x
 
 
-class PackageKernel(CudaKernel):
-    """A kernel of a package that is imported on the first GPU that it may serve."""
+class Flash3Kernel(CudaKernel):
+    """FlashAttention-3, for Hopper: two operators that its package registers with torch.
 
-    package = ""
-    majors: tuple[int, ...] = ()  # of the compute capability; (): all that CUDA kernels need
-
-    def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-        refusal = super().refusal(device, dtype, head_dim)
-        if not refusal and self.majors and torch.cuda.get_device_capability(device)[0] not in self.majors:
-            refusal = f"it needs compute capability {' or '.join(f'{major}.x' for major in self.majors)}"
-        if refusal:
-            return refusal
-        try:
-            self.functions()
-        except Exception as error:  # parts that do not fit this torch or this CUDA fail in any way
-            reason = next(iter(str(error).splitlines()), "no reason given")
-            return f"{self.package} cannot be imported: {type(error).__name__}: {reason}"
-        return None
-
-    def functions(self) -> tuple[Any, Any]:
-        """Import the package, and return its forward and its backward function."""
-        raise NotImplementedError
-
-
-class NewerFlashKernel(PackageKernel):
-    """FlashAttention-3 or -4, called directly: torch could put it in place of its own, but for the whole process.
-
-    Views are (batch, rows, heads, head_dim) here. Packed sequences are (rows, 1, head_dim), with `edges`: the packed
-    rows of queries and of keys, by the arguments that tell of them.
+    They are called directly: torch could put them in place of its own, but for the whole process. Views are (batch,
+    rows, heads, head_dim) there. Packed sequences are (rows, 1, head_dim), with `edges`: the packed rows of queries and
+    of keys, by the arguments that tell of them.
     """
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, edges: dict[str, Any]
-    ) -> tuple[Tensor, Tensor]:
-        """Return out like q, and the lse (batch, heads, rows) or, of packed sequences, (heads, rows)."""
-        raise NotImplementedError
+    name, package, major = "fa3", "flash_attn_interface", 9
 
-    def gradients(self, tensors: Sequence[Tensor], causal: bool, scale: float, edges: dict[str, Any]) -> list[Tensor]:
-        """Return dq, dk and dv, given dout, q, k, v, out and a contiguous lse."""
-        raise NotImplementedError
+    def functions(self) -> tuple[Any, Any]:
+        importlib.import_module(self.package)
+        return torch.ops.flash_attn_3.fwd.default, torch.ops.flash_attn_3.bwd.default
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        out, lse = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal, scale, {})
+        out, lse = self._attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal, scale, {})
         return out.transpose(1, 2), lse
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         tensors = [x.transpose(1, 2) for x in (dout, q, k, v, out)]
-        dq, dk, dv = (x.transpose(1, 2) for x in self.gradients([*tensors, lse.contiguous()], causal, scale, {}))
+        dq, dk, dv = (x.transpose(1, 2) for x in self._gradients([*tensors, lse.contiguous()], causal, scale, {}))
         return dq, dk, dv
 
     def forward_packed(
         self, q: Tensor, k: Tensor, v: Tensor, queries: PackedRows, keys: PackedRows, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor]:
-        out, lse = self.attend(q[:, None], k[:, None], v[:, None], causal, scale, _edges(queries, keys))
+        out, lse = self._attend(q[:, None], k[:, None], v[:, None], causal, scale, _edges(queries, keys))
         return out[:, 0], lse[0]
 
     def backward_packed(
@@ -294,33 +245,20 @@ class NewerFlashKernel(PackageKernel):
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         tensors = [*(x[:, None] for x in (dout, q, k, v, out)), lse[None].contiguous()]
-        dq, dk, dv = (x[:, 0] for x in self.gradients(tensors, causal, scale, _edges(queries, keys)))
+        dq, dk, dv = (x[:, 0] for x in self._gradients(tensors, causal, scale, _edges(queries, keys)))
         return dq, dk, dv
 
-
-def _edges(queries: PackedRows, keys: PackedRows) -> dict[str, Any]:
-    edges = {"cu_seqlens_q": queries.edges, "cu_seqlens_k": keys.edges}
-    return edges | {"max_seqlen_q": queries.longest, "max_seqlen_k": keys.longest}
-
-
-class Flash3Kernel(NewerFlashKernel):
-    """FlashAttention-3: two operators that its package registers with torch."""
-
-    name, package, majors = "fa3", "flash_attn_interface", (9,)
-
-    def functions(self) -> tuple[Any, Any]:
-        importlib.import_module(self.package)
-        return torch.ops.flash_attn_3.fwd.default, torch.ops.flash_attn_3.bwd.default
-
-    def attend(
+    def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, edges: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
+        """Return out like q, and the lse (batch, heads, rows) or, of packed sequences, (heads, rows)."""
         function, _ = self.functions()
         splits = 1 if torch.are_deterministic_algorithms_enabled() else 0  # of the keys; 0: as it likes
         out, lse, *_ = function(q, k, v, softmax_scale=scale, is_causal=causal, num_splits=splits, **edges)
         return out, lse
 
-    def gradients(self, tensors: Sequence[Tensor], causal: bool, scale: float, edges: dict[str, Any]) -> list[Tensor]:
+    def _gradients(self, tensors: Sequence[Tensor], causal: bool, scale: float, edges: dict[str, Any]) -> list[Tensor]:
+        """Return dq, dk and dv, given dout, q, k, v, out and a contiguous lse."""
         _, function = self.functions()
         grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors[1:4]]
         always_equal = torch.are_deterministic_algorithms_enabled()
@@ -328,34 +266,12 @@ class Flash3Kernel(NewerFlashKernel):
         return grads
 
 
-class Flash4Kernel(NewerFlashKernel):
-    """FlashAttention-4, which compiles itself at the first call of each kind, and launches on the current device."""
-
-    name, package, majors = "fa4", "flash_attn.cute.interface", (9, 10)
-
-    def functions(self) -> tuple[Any, Any]:
-        module = importlib.import_module(self.package)
-        return module._flash_attn_fwd, module._flash_attn_bwd
-
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, edges: dict[str, Any]
-    ) -> tuple[Tensor, Tensor]:
-        function, _ = self.functions()
-        with torch.cuda.device_of(q):
-            out, lse, *_ = function(q, k, v, softmax_scale=scale, causal=causal, return_lse=True, **edges)
-        return out, lse
-
-    def gradients(self, tensors: Sequence[Tensor], causal: bool, scale: float, edges: dict[str, Any]) -> list[Tensor]:
-        _, function = self.functions()
-        dout, q, k, v, out, lse = tensors
-        options = {"deterministic": torch.are_deterministic_algorithms_enabled()}
-        options |= {name: value for name, value in edges.items() if name.startswith("cu_")}
-        with torch.cuda.device_of(q):
-            dq, dk, dv, *_ = function(q, k, v, out, dout, lse, softmax_scale=scale, causal=causal, **options)
-        return [dq, dk, dv]
+def _edges(queries: PackedRows, keys: PackedRows) -> dict[str, Any]:
+    edges = {"cu_seqlens_q": queries.edges, "cu_seqlens_k": keys.edges}
+    return edges | {"max_seqlen_q": queries.longest, "max_seqlen_k": keys.longest}
 
 
-class FlashAttnKernel(PackageKernel):
+class FlashAttnKernel(CudaKernel):
     """The flash-attn package, 2.6 or newer. Arguments go by name, because they change between releases."""
 
     name, package = "flash_attn", "flash_attn.flash_attn_interface"

@@ -14,14 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .cuda_kernels import (
-    CudaEfficientKernel,
-    CudaFlashKernel,
-    CudnnKernel,
-    Flash3Kernel,
-    Flash4Kernel,
-    FlashAttnKernel,
-)
+from .cuda_kernels import CudaEfficientKernel, CudaFlashKernel, Flash3Kernel, FlashAttnKernel
 from .packing import PackedRows, Sequences, rows_of
 from .plain_call import Kernel, MathKernel, wide
 
@@ -36,7 +29,7 @@ class CpuFlashKernel(Kernel):
     """
 
     name = "cpu_flash"
-    biased = True
+    takes_counts = True
     _MAX_ELEMENTS = 1 << 21  # bounds the scratch memory of one call: 8 MiB per tensor in fp32
     _STEP = 128  # rows
     _MAX_STEPS = 4, 8  # in a forward, in a backward; with more steps, one call is as fast
@@ -53,15 +46,15 @@ class CpuFlashKernel(Kernel):
         return max(1, self._MAX_ELEMENTS // (heads * rows * head_dim))
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, bias: Tensor | None = None
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, counts: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         op = torch._scaled_dot_product_flash_attention_for_cpu  # a call by `torch.ops` costs more than the attention
         q, k, v = self._side_by_side(q.shape[2], q, k, v)
-        rows, mask = q.shape[2], None if bias is None else bias[None]
-        if not causal or (steps := self._steps(rows, bias is not None, self._MAX_STEPS[0])) == [rows]:
-            return op(q, k, v, 0.0, causal and bias is None, attn_mask=mask, scale=scale)
+        rows, mask = q.shape[2], None if counts is None else counts[None]
+        if not causal or (steps := self._steps(rows, counts is not None, self._MAX_STEPS[0])) == [rows]:
+            return op(q, k, v, 0.0, causal and counts is None, attn_mask=mask, scale=scale)
         parts = [
-            op(x, k[:, :, :end], v[:, :, :end], 0.0, False, attn_mask=self._seen(x, end, bias), scale=scale)
+            op(x, k[:, :, :end], v[:, :, :end], 0.0, False, attn_mask=self._seen(x, end, counts), scale=scale)
             for x, end in zip(q.split(self._STEP, 2), steps, strict=True)
         ]
         out, lse = (torch.cat(of_steps, 2) for of_steps in zip(*parts, strict=True))
@@ -77,21 +70,21 @@ class CpuFlashKernel(Kernel):
         lse: Tensor,
         causal: bool,
         scale: float,
-        bias: Tensor | None = None,
+        counts: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
         dout, q, k, v, out = (wide(x) for x in (dout, q, k, v, out))
         k, v = self._side_by_side(q.shape[2], k, v)
-        rows, mask = q.shape[2], None if bias is None else bias[None]
-        if not causal or (steps := self._steps(rows, bias is not None, self._MAX_STEPS[1])) == [rows]:
-            return op(dout, q, k, v, out, lse, 0.0, causal and bias is None, attn_mask=mask, scale=scale)
+        rows, mask = q.shape[2], None if counts is None else counts[None]
+        if not causal or (steps := self._steps(rows, counts is not None, self._MAX_STEPS[1])) == [rows]:
+            return op(dout, q, k, v, out, lse, 0.0, causal and counts is None, attn_mask=mask, scale=scale)
         parts, dk, dv = [], None, None
         # the last rows come first: they see all keys, so the other gradients are added to theirs
         for end, *of_rows in reversed(
             [*zip(steps, *(x.split(self._STEP, 2) for x in (dout, q, out, lse)), strict=True)]
         ):
             dout_, q_, out_, lse_ = of_rows
-            k_, v_, seen = k[:, :, :end], v[:, :, :end], self._seen(q_, end, bias)
+            k_, v_, seen = k[:, :, :end], v[:, :, :end], self._seen(q_, end, counts)
             part, *of_keys = op(dout_, q_, k_, v_, out_, lse_, 0.0, False, attn_mask=seen, scale=scale)
             parts.append(part)
             if dk is None or dv is None:
@@ -108,16 +101,16 @@ class CpuFlashKernel(Kernel):
             return of_rows
         return [x.contiguous() if x.stride(2) * x.element_size() > self._PAGE else x for x in of_rows]
 
-    def _steps(self, rows: int, biased: bool, most: int) -> list[int]:
+    def _steps(self, rows: int, counted: bool, most: int) -> list[int]:
         """Return the end of each step of a causal square; a single step is one call for all rows."""
         ends = [*range(self._STEP, rows, self._STEP), rows]
-        return ends if biased or len(ends) <= most else [rows]
+        return ends if counted or len(ends) <= most else [rows]
 
-    def _seen(self, q: Tensor, end: int, bias: Tensor | None) -> Tensor:
+    def _seen(self, q: Tensor, end: int, counts: Tensor | None) -> Tensor:
         """Return the mask (1, 1 or heads, rows, end) to add to scores of a step whose last row sees `end` keys."""
         rows = q.shape[2]
-        if bias is not None:
-            return bias[None, :, end - rows : end, :end]
+        if counts is not None:
+            return counts[None, :, end - rows : end, :end]
         before = self._STEP * (max(self._MAX_STEPS) - 1)  # keys that all rows of the last step see
         first = before + rows - end
         return _triangle(self._STEP, before, q.dtype)[:, :, :rows, first : first + end]
@@ -133,12 +126,10 @@ def _triangle(rows: int, before: int, dtype: torch.dtype) -> Tensor:
 KERNELS: dict[str, Kernel] = {
     kernel.name: kernel
     for kernel in (
-        Flash3Kernel(),  # before FlashAttention-4, which is no faster on Hopper, and compiles for seconds
-        Flash4Kernel(),
+        Flash3Kernel(),
         FlashAttnKernel(),
         CudaFlashKernel(),
         CudaEfficientKernel(),
-        CudnnKernel(),
         CpuFlashKernel(),
         MathKernel(),
     )

@@ -4,21 +4,17 @@ Each branch is one plain attention call on strided views. Branches merge by thei
 
     LSE = log sum_i exp(lse_i)        out = sum_i exp(lse_i - LSE) out_i
 
-The backward calls each branch's kernel with the merged out and LSE, and adds up dq, dk, dv. A bias on a branch's scores
-is added to its lse_i, and subtracted from the LSE that the branch's backward gets.
+The backward calls each branch's kernel with the merged out and LSE, and adds up dq, dk, dv.
 
 B batch, N tokens of the shard, H query heads, K key heads, D head_dim.
 """
 
 from __future__ import annotations
 
-import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from math import exp, log
-from types import ModuleType
+from math import log
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -28,10 +24,9 @@ from .branches import Branch, Union, branches
 from .groups import GroupedPart
 from .packing import Block, Pack, PackedRows, packed
 from .plain_call import Kernel
-from .spans import Heads, Rows
+from .spans import Rows
 
 if TYPE_CHECKING:
-    from . import one_pass
     from .chosen import Chosen
 
 KernelCall = tuple[Branch, list[Tensor], list[Tensor]]  # query-like and key-like views
@@ -98,10 +93,7 @@ def merged_forward(
             return merged_forward(plan, scale, q, k, v, far, chosen)
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     kernel, blocks = plan.kernel, plan.blocks
-    merge: Merge | one_pass.OnePassMerge
-    if fused := _fused(q):
-        merge = fused.OnePassMerge(q, plan.covered)
-    elif plan.start:
+    if plan.start:
         merge = _single_token(plan, plan.start, scale, q, k, v, far)
         blocks = [(rows, columns, calls[1:]) for rows, columns, calls in blocks if len(calls) > 1]
     else:
@@ -109,7 +101,7 @@ def merged_forward(
     if blocks:  # after a single token's first call, there are often no others
         calls = kernel_calls(blocks, kernel, (q, *merge.places), (k, v), far, plan.layouts)
         for branch, (q_, *places), (k_, v_) in calls:
-            out, lse = kernel.forward(q_, k_, v_, branch.causal, scale, *_bias(branch, q_))
+            out, lse = kernel.forward(q_, k_, v_, branch.causal, scale, *_counts(branch, q_))
             merge.add(branch, places, out, lse)
     for pack in plan.packs:
         queries, keys = pack.rows(q.device)
@@ -132,7 +124,7 @@ def _single_token(
         _view(x, shown, rows, 0, True) for x, shown in ((q, branch.queries), (k, branch.keys), (v, branch.keys))
     )
     out, lse = plan.kernel.forward(q_, k_, v_, False, scale)
-    return Merge(q, True, (out, lse + branch.bias if branch.bias else lse))
+    return Merge(q, True, (out, lse))
 
 
 def merged_backward(
@@ -150,9 +142,8 @@ def merged_backward(
 ) -> list[Tensor]:
     """Return dq, dk, dv and the gradients of the far tensors (k, v, k, v, ...), from the merged out and LSE.
 
-    Gradients of far tensors are in fp32 or fp64. So are dq, dk and dv, unless `one_pass` adds them: then they have the
-    dtype of q. With `on_far`, far keys come first, and `on_far` is called once with their gradients, before the
-    gradients of near keys are computed.
+    All are in fp32 or fp64. With `on_far`, far keys come first, and `on_far` is called once with their gradients,
+    before the gradients of near keys are computed.
     """
     dout, q, k, v = (unit_stride(x) for x in (dout, q, k, v))
     sums = _Gradients(plan, q, k, v, far, far_first=on_far is not None)
@@ -167,7 +158,7 @@ def merged_backward(
         for pack in plan.packs:
             sums.add_pack(pack, scale, of_queries, (k, v))
         of_chosen = chosen.gradients(plan.kernel, scale, of_queries, (k, v), sums.q) if chosen else ()
-    dq, *of_keys = (total.result() for total in (sums.q, sums.k, sums.v))
+    dq, *of_keys = (total.place for total in (sums.q, sums.k, sums.v))
     for index, more in enumerate(of_chosen):
         of_keys[index] = of_keys[index] + more
     return [dq, *of_keys, *sums.of_far]
@@ -196,12 +187,9 @@ class _Gradients:
         self, plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor, far: Sequence[Tensor], far_first: bool
     ) -> None:
         """Allocate the sums. `far_first`: far keys come before near ones."""
-        # at rates that double, the parts of all levels but the first have as much: one pass adds them
-        whole = q.numel() * q.element_size()
-        total = fused.OnePassGradientSum if (fused := _fused(q)) else GradientSum
         # what the first calls write anyway needs no zeros, if nothing else is added before
-        self.q = total(q, whole, plan.covered and not far_first)
-        self.k, self.v = (total(x, whole, plan.squares and not far_first) for x in (k, v))
+        self.q = GradientSum(q, plan.covered and not far_first)
+        self.k, self.v = (GradientSum(x, plan.squares and not far_first) for x in (k, v))
         self.kernel, self.far, self._far_sums = plan.kernel, far, [GradientSum(x) for x in far]
         self._layouts = plan.layouts
         self.of_far = [total.place for total in self._far_sums]
@@ -214,24 +202,24 @@ class _Gradients:
         query_like, key_like = (*of_queries, self.q.place), (*keys, self.k.place, self.v.place)
         calls = kernel_calls(blocks, self.kernel, query_like, key_like, self._far_tensors, self._layouts)
         for branch, (dout, q, out, lse, dq), (k, v, *places) in calls:
-            lse = lse[..., 0] - branch.bias if branch.bias else lse[..., 0]
-            part, *parts = self.kernel.backward(dout, q, k, v, out, lse, branch.causal, scale, *_bias(branch, q))
+            part, *parts = self.kernel.backward(
+                dout, q, k, v, out, lse[..., 0], branch.causal, scale, *_counts(branch, q)
+            )
             self.q.add(dq, part, branch.queries, fresh=branch.first and not self._far_first)
             fresh = branch.first and branch.queries == branch.keys and not self._shared_heads
             of_keys = (self.k, self.v) if branch.far is None else self._far_sums[2 * branch.far : 2 * branch.far + 2]
             for total, place, part in zip(of_keys, places, parts, strict=True):
                 total.add(place, part, branch.keys, fresh)
-            del part, parts  # `one_pass` may have added them: free their memory
+            del part, parts  # the next call needs the memory
 
     def add_pack(self, pack: Pack, scale: float, of_queries: Sequence[Tensor], keys: Sequence[Tensor]) -> None:
         """Add the gradients of a call on gathered rows; the other arguments are as in `add_calls`."""
         queries, of_keys = pack.rows(of_queries[0].device)
         dout, q, out, lse = (_rows(x)[queries.places] for x in of_queries)
         k, v = (_rows(x)[of_keys.places] for x in keys)
-        lse = lse[..., 0] - pack.bias
-        parts = self.kernel.backward_packed(dout, q, k, v, out, lse, queries, of_keys, pack.causal, scale)
+        parts = self.kernel.backward_packed(dout, q, k, v, out, lse[..., 0], queries, of_keys, pack.causal, scale)
         for total, rows, part in zip((self.q, self.k, self.v), (queries, of_keys, of_keys), parts, strict=True):
-            total.add_rows(rows, part, repeated=rows is not queries)
+            total.add_rows(rows, part)
 
     def _far_tensors(self, index: int) -> Sequence[Tensor]:
         """Return k and v of far keys, and the sums of their gradients."""
@@ -240,7 +228,7 @@ class _Gradients:
 
 
 class Merge:
-    """The running out and LSE of all branches, in fp32 or fp64, by torch operators."""
+    """The running out and LSE of all branches, in fp32 or fp64."""
 
     def __init__(self, q: Tensor, covered: bool, start: tuple[Tensor, Tensor] | None = None) -> None:
         """Allocate out and LSE. `covered`: the `first` branches write every row, so out needs no zeros.
@@ -265,8 +253,6 @@ class Merge:
     def add(self, branch: Branch | Pack, places: Sequence[Tensor], part: Tensor, lse: Tensor) -> None:
         """Merge one call in place into `places`, its views of out (.., rows, D) and lse (.., rows, 1)."""
         (out, total), lse = places, lse[..., None]
-        if branch.bias:
-            lse = lse + branch.bias
         if branch.zero_keys:  # n keys with score 0 and value 0: a branch with out 0 and lse log n, merged first
             with_zeros = torch.logaddexp(lse, torch.full_like(lse, log(branch.zero_keys)))
             part, lse = part * (lse - with_zeros).exp(), with_zeros
@@ -290,10 +276,10 @@ class Merge:
 
 
 class GradientSum:
-    """The sum of all parts of a gradient, in fp32 or fp64, by torch operators."""
+    """The sum of all parts of a gradient, in fp32 or fp64."""
 
-    def __init__(self, x: Tensor, pending: int = 0, written: bool = False) -> None:
-        """Allocate the sum. `written`: fresh parts write every row. `pending` has no effect: no part waits here."""
+    def __init__(self, x: Tensor, written: bool = False) -> None:
+        """Allocate the sum. `written`: fresh parts write every row."""
         self.place = (torch.empty if written else torch.zeros)(x.shape, dtype=accumulator(x.dtype), device=x.device)
 
     def add(self, place: Tensor, part: Tensor, rows: Rows, fresh: bool) -> None:
@@ -304,68 +290,9 @@ class GradientSum:
         for into, share in apart(place, part, rows):
             into.add_(share)
 
-    def add_rows(self, rows: PackedRows, part: Tensor, repeated: bool) -> None:
-        """Add the part (rows, D) of gathered rows, which may be `repeated`."""
+    def add_rows(self, rows: PackedRows, part: Tensor) -> None:
+        """Add the part (rows, D) of gathered rows, which may be the same more than once."""
         _rows(self.place).index_add_(0, rows.places, part.to(self.place.dtype))
-
-    def result(self) -> Tensor:
-        return self.place
-
-
-def _fused(x: Tensor) -> ModuleType | None:
-    """Return `one_pass` if Triton can serve such tensors; otherwise None, for torch operators."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own switch: its kernels run anywhere, slowly
-    return _select(x.device, x.dtype, x.shape[-1], interpreted) if x.is_cuda or interpreted else None
-
-
-@lru_cache(maxsize=256)
-def _select(device: torch.device, dtype: torch.dtype, head_dim: int, interpreted: bool) -> ModuleType | None:
-    if dtype == torch.float64:
-        return None
-    try:
-        from . import one_pass
-    except ImportError:  # no Triton here
-        return None
-    failure = _probe(one_pass, device, dtype, head_dim)
-    if failure:
-        warnings.warn(f"branches merge by operators of torch, more slowly than in one pass: {failure}", stacklevel=2)
-    return None if failure else one_pass
-
-
-def _probe(module: ModuleType, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Merge and add up two small branches both ways. Return the reason if `one_pass` fails, or None."""
-    every = Rows.of(Heads(3, 0, 1), segments=2, segment_step=20, rows=20, row_step=1, first_token=0, skew=0)
-    fourth = every._replace(rows=5, row_step=4, first_token=1, skew=1)
-    both = [Branch(every, every, True, first=True), Branch(fourth, fourth, True)]
-    draw = torch.Generator().manual_seed(0)
-    q = torch.zeros(1, 40, 3, head_dim, dtype=dtype, device=device)
-    parts = [
-        (
-            branch,
-            torch.randn(2, rows.rows, 3, head_dim, generator=draw).to(device, dtype).transpose(1, 2),
-            torch.randn(2, 3, rows.rows, generator=draw).to(device),
-        )
-        for branch in both
-        for rows in (branch.queries,)
-    ]
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    try:
-        results = []
-        for merge, total in (
-            (module.OnePassMerge(q, True), module.OnePassGradientSum(q, 0, False)),
-            (Merge(q, True), GradientSum(q)),
-        ):
-            for branch, part, lse in parts:
-                merge.add(branch, [strided_view(place, branch.queries)[0] for place in merge.places], part, lse)
-                total.add(strided_view(total.place, branch.keys)[0], part.clone(), branch.keys, branch.first)
-            results.append((*merge.result(), total.result()))
-        for what, fused, expected in zip(("out", "lse", "sum"), *results, strict=True):
-            error = ((fused.float() - expected.float()).norm() / expected.float().norm()).item()
-            if not error <= tolerance:
-                return f"its {what} is off by {error:.1e} on {device} in {dtype}"
-    except Exception as error:  # whatever fails in the compiler or in the kernel
-        return f"{type(error).__name__}: {next(iter(str(error).splitlines()), 'no reason given')}"
-    return None
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -448,8 +375,8 @@ class _CallLayout(NamedTuple):
         return cls(views, limit, len(size) == 4 and size[0] <= limit)
 
 
-def _bias(branch: Branch, q: Tensor) -> tuple[Tensor, ...]:
-    """Return the bias on the scores of a union, as a tuple of one tensor (heads, rows, keys); () for other branches."""
+def _counts(branch: Branch, q: Tensor) -> tuple[Tensor, ...]:
+    """Return the `log_counts` of a union, as a tuple of one tensor (heads, rows, keys); () for other branches."""
     if branch.union is None:
         return ()
     shown = branch.queries
@@ -459,12 +386,12 @@ def _bias(branch: Branch, q: Tensor) -> tuple[Tensor, ...]:
 
 @lru_cache(maxsize=4)
 def log_counts(union: Union, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return (H, tokens, tokens): the log of how often a key counts, e^bias for each level that shows it; or -inf."""
+    """Return (H, tokens, tokens): the log of how often a key counts, once for each level that shows it; or -inf."""
     pattern, heads, kv_heads, causal, tokens = union
     with torch.inference_mode(False):  # the cached table outlives the caller's inference mode
         counts = torch.zeros(heads, tokens, tokens, dtype=dtype, device=device)
         for branch in branches(pattern, heads, 0, tokens, causal, "exact", (), 0, kv_heads):
-            seen = counts.new_full((branch.queries.rows, branch.keys.rows), exp(branch.bias))
+            seen = counts.new_ones(branch.queries.rows, branch.keys.rows)
             seen = seen.tril_() if branch.causal else seen
             for segment in range(branch.queries.segments):
                 for index in range(branch.queries.heads):

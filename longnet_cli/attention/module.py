@@ -81,15 +81,16 @@ class DilatedAttention(nn.Module):
             causal mask. A compiled graph does not check that.
         average_attn_weights: without effect, as there are no weights.
 
-        Raises ValueError for cross-attention, need_weights=True, any other attn_mask, and padding that is not on the
-        right.
+        Raises ValueError for cross-attention, nested tensors, need_weights=True, any other attn_mask, and padding that
+        is not on the right.
         """
         if need_weights:
             raise ValueError("dilated attention never holds its weights: pass need_weights=False")
         if query.is_nested:
-            if not (query is key and key is value) or key_padding_mask is not None or attn_mask is not None:
-                raise ValueError("a nested query has its lengths and attends to itself: no other key, value or mask")
-            return self._nested(query, is_causal), None
+            raise ValueError(
+                "dilated attention takes padded batches, no nested tensors: nn.TransformerEncoder makes none with "
+                "enable_nested_tensor=False"
+            )
         if query.dim() != 3 or query.shape != key.shape or query.shape != value.shape:
             raise ValueError(
                 "dilated attention is self-attention, cross-attention is not supported: query, key and value need one "
@@ -104,14 +105,6 @@ class DilatedAttention(nn.Module):
         q, k, v = (x.unflatten(-1, heads) for x in self._project(query, key, value))  # (B, N, H, D) views
         mixed = dilated_attention(q, k, v, self.pattern, causal=is_causal, lengths=lengths, padding=self.padding)
         return self.out_proj(mixed.flatten(-2)), None
-
-    def _nested(self, x: Tensor, is_causal: bool) -> Tensor:
-        """Attend within the nested tensor that nn.TransformerEncoder makes of a padded batch in eval mode."""
-        rows = [len(row) for row in x.unbind()]
-        padded = x.to_padded_tensor(0.0)
-        padding = torch.arange(padded.shape[1], device=x.device) >= torch.tensor(rows, device=x.device)[:, None]
-        out, _ = self(padded, padded, padded, padding, is_causal=is_causal)
-        return torch.nested.as_nested_tensor([row[:n] for row, n in zip(out, rows, strict=True)])
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         if query is key and key is value:

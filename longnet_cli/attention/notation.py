@@ -5,7 +5,6 @@
     window:1Ki,look_back=1,sinks=4           with options of `Pattern`, which go with every constructor
     window:1Ki,chosen=32x32,chosen_every=4   32 blocks of 32 tokens, chosen every 4 tokens
     finding:layers=5/7/14,exact=128          chosen by these layers, at last by all keys of 128 blocks
-    nested:1Mi,base=1Ki,ratio=4,sinks=4
     pretrained                               a window and sinks, for models that were trained with dense attention
     finding                                  a window and chosen blocks
     dense                                    every key, at any length
@@ -25,7 +24,7 @@ from typing import Any, NamedTuple
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.basics.sizes import format_size, parse_size
 
-from .pattern import Pattern, no_longer_learned
+from .pattern import Pattern
 
 _LEVEL = re.compile(r"\.?\d[\w.+]*/\.?\d", re.ASCII)
 
@@ -40,18 +39,19 @@ class _Constructor(NamedTuple):
     fields: tuple[str, ...] = ()  # options of `Pattern` that it takes itself: its defaults may not fit its size
 
 
-_CHOSEN = ("chosen", "chosen_block", "chosen_every", "chosen_layers", "chosen_exact")
+PATTERN_FIELDS = tuple(field.name for field in fields(Pattern))
+_CHOSEN = tuple(name for name in PATTERN_FIELDS if name.startswith("chosen"))
+# the fields beyond levels, in the order in which they are written
+_FIELDS = sorted(PATTERN_FIELDS[2:], key=lambda name: (name in _CHOSEN, name == "head_offsets"))
 _CONSTRUCTORS = {
     "paper": _Constructor(Pattern.paper),
     "geometric": _Constructor(Pattern.geometric, "length", words=("base", "ratio")),
     "window": _Constructor(Pattern.window, "width"),
-    "nested": _Constructor(Pattern.nested, "length", words=("base", "ratio")),
     "pretrained": _Constructor(Pattern.pretrained, "width", needed=False),
     "finding": _Constructor(Pattern.finding, "width", needed=False, fields=_CHOSEN),
     "dense": _Constructor(Pattern.dense),
 }
-PATTERN_FIELDS = tuple(field.name for field in fields(Pattern))
-FORMS = "paper, geometric:LENGTH, window:WIDTH, nested:LENGTH, pretrained, finding, dense, or levels as 1Ki/1,4Ki/4"
+FORMS = "paper, geometric:LENGTH, window:WIDTH, pretrained, finding, dense, or levels as 1Ki/1,4Ki/4"
 
 
 def _count(text: str) -> int:
@@ -61,16 +61,6 @@ def _count(text: str) -> int:
 def _counts(text: str) -> int | tuple[int, ...]:
     found = tuple(map(_count, text.split("/")))
     return found if len(found) > 1 else found[0]
-
-
-def _bias(text: str) -> str | tuple[float, ...]:
-    if text == "log_rate":
-        return text
-    try:
-        return tuple(map(float, text.split("/")))
-    except ValueError:
-        wrong = f"log_rate or one number per level is needed, as 0/1.5, not '{text}'"
-        raise ValueError(wrong + no_longer_learned(text)) from None
 
 
 def _layers(text: str) -> tuple[int, ...]:
@@ -86,19 +76,14 @@ def _chosen(text: str) -> tuple[int, int]:
     return _count(number), parse_size(block) if times else Pattern.chosen_block
 
 
-_OPTIONS: dict[str, Callable[[str], Any]] = {
-    "look_back": _counts,
-    "overlap": str,
-    "queries": str,
-    "sinks": _count,
-    "level_bias": _bias,
-    "head_offsets": str,
-    "chosen": _chosen,
-    "chosen_every": _count,
-    "layers": _layers,
-    "exact": _count,
-}
 _WRITTEN = {"chosen_layers": "layers", "chosen_exact": "exact"}  # fields with another name in a text
+_READERS: dict[str, Callable[[str], Any]] = {"look_back": _counts, "chosen": _chosen}
+_BY_TYPE: dict[type, Callable[[str], Any]] = {int: _count, str: str, tuple: _layers}  # of the default
+_OPTIONS = {
+    _WRITTEN.get(name, name): _READERS.get(name) or _BY_TYPE[type(getattr(Pattern, name))]
+    for name in _FIELDS
+    if name != "chosen_block"  # a part of chosen
+}
 
 
 def is_pattern(text: str) -> bool:
@@ -109,7 +94,7 @@ def is_pattern(text: str) -> bool:
 def read_pattern(written: str | Mapping[str, Any] | None, name: str) -> Pattern | None:
     """Return the pattern of a text or of fields, None for None. Raises ConfigError that begins with `name`."""
     try:
-        return parse_pattern(written) if isinstance(written, str) else Pattern(**written) if written else None
+        return parse_pattern(written) if isinstance(written, str) else from_fields(written) if written else None
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{name}: {error}") from None
 
@@ -209,11 +194,10 @@ def _made(pattern: Pattern) -> Iterator[tuple[str, Pattern]]:
     candidates = ["dense", "paper", plain, f"window:{format_size(w)}"]
     if others:
         ratio = others[0].segment_length // w
-        for name, base_of, ratio_of in (("geometric", 2048, 2), ("nested", 1024, 4)):
-            base_word = f",base={format_size(w)}" if w != base_of else ""
-            ratio_word = f",ratio={format_size(ratio)}" if ratio != ratio_of else ""
-            length = min(pattern.segment_lengths[-1], 2**63 - 1)
-            candidates.append(f"{name}:{format_size(length)}{base_word}{ratio_word}")
+        base_word = f",base={format_size(w)}" if w != 2048 else ""
+        ratio_word = f",ratio={format_size(ratio)}" if ratio != 2 else ""
+        length = min(pattern.segment_lengths[-1], 2**63 - 1)
+        candidates.append(f"geometric:{format_size(length)}{base_word}{ratio_word}")
     for text in candidates:
         try:
             made = parse_pattern(text)
@@ -236,16 +220,13 @@ def _options(made: Pattern, pattern: Pattern, separator: str) -> str:
 
 def _changed(made: Pattern, pattern: Pattern) -> list[str]:
     """Return the names of the options, beyond levels, in which `pattern` differs from `made`."""
-    names = [*(name for name in _OPTIONS if name not in _WRITTEN.values()), "chosen_block", *_WRITTEN]
-    return [name for name in names if getattr(pattern, name) != getattr(made, name)]
+    return [name for name in _FIELDS if getattr(pattern, name) != getattr(made, name)]
 
 
 def _value(value: Any) -> str:
     if not isinstance(value, tuple):
         return format_size(value) if isinstance(value, int) else str(value)
-    if all(isinstance(item, int) for item in value) and len({*value}) == 1:
-        value = value[:1]
-    return "/".join(format_size(x) if isinstance(x, int) else repr(x).removesuffix(".0") for x in value)
+    return "/".join(map(format_size, value[:1] if len({*value}) == 1 else value))
 
 
 def _reads_as(text: str, pattern: Pattern) -> bool:
@@ -259,3 +240,10 @@ def pattern_fields(pattern: Pattern) -> dict[str, Any]:
     """Return the arguments that make a pattern: its levels, and the options that differ from the defaults."""
     levels = {name: getattr(pattern, name) for name in ("segment_lengths", "dilation_rates")}
     return levels | {name: getattr(pattern, name) for name in _changed(Pattern(**levels), pattern)}
+
+
+def from_fields(given: Mapping[str, Any]) -> Pattern:
+    """Return the pattern of such arguments. Raises ValueError or, if one is missing, TypeError."""
+    if unknown := [name for name in given if name not in PATTERN_FIELDS]:
+        raise ValueError(f"unknown key '{unknown[0]}'{_nearest(unknown[0], PATTERN_FIELDS)}")
+    return Pattern(**given)

@@ -28,7 +28,7 @@ MAX_SEQUENCES = 1 << 14  # per call: they are a dimension of the kernel's grid
 MAX_ROWS = 6 << 20
 
 Block = tuple[slice, slice, tuple[Branch, ...]]  # rows and tokens of a batch, and the calls of each row
-_Key = tuple[bool, int, float, int]  # what branches of a pack have in common, as in `Pack`, and a number
+_Key = tuple[bool, int, int]  # what branches of a pack have in common, as in `Pack`, and a number
 
 
 class Sequences(NamedTuple):
@@ -46,15 +46,14 @@ class Sequences(NamedTuple):
 class Pack:
     """One call of query rows on key rows, sequence by sequence. It has no query row twice.
 
-    `causal`, `zero_keys` and `bias` are as in `Branch`. A pack is never `first`: it comes after all views.
+    `causal` and `zero_keys` are as in `Branch`. A pack is never `first`: it comes after all views.
     """
 
     queries: Sequences
     keys: Sequences
     causal: bool
     zero_keys: int
-    bias: float
-    first: bool = False
+    first = False
     _there: dict[torch.device, tuple[PackedRows, PackedRows]] = field(default_factory=dict)
 
     def rows(self, device: torch.device) -> tuple[PackedRows, PackedRows]:
@@ -65,23 +64,12 @@ class Pack:
         return self._there[device]
 
 
-@dataclass(eq=False)
-class PackedRows:
+class PackedRows(NamedTuple):
     """Rows as `places` (rows,) int64 among all B N H, `edges` (S + 1,) int32 of sequences, and the longest length."""
 
     places: Tensor
     edges: Tensor
     longest: int
-    _inverse: Tensor | None = None
-
-    def inverse(self, size: int) -> Tensor:
-        """Return the index of the row at each of the B N H = `size` places, (size,) int32, -1 for none; cached."""
-        if self._inverse is None:
-            with torch.inference_mode(False):  # the cached tensor outlives the caller's inference mode
-                rows = torch.arange(len(self.places), dtype=torch.int32, device=self.places.device)
-                self._inverse = torch.full((size,), -1, dtype=torch.int32, device=self.places.device)
-                self._inverse.index_copy_(0, self.places, rows)
-        return self._inverse
 
 
 def rows_of(sequences: Sequences, device: torch.device) -> PackedRows:
@@ -117,10 +105,10 @@ def packed(blocks: Sequence[Block], tokens: int, heads: int, kv_heads: int) -> t
                 left.append(branch)
                 continue
             mine, place = _Taken.of(branch.queries), 0
-            key = (branch.causal, branch.zero_keys, branch.bias, place)
+            key = (branch.causal, branch.zero_keys, place)
             while any(map(mine.meets, taken[key])):
                 place += 1
-                key = (*key[:3], place)
+                key = (*key[:2], place)
             taken[key].append(mine)
             for into, part, width in zip(groups[key], (branch.queries, branch.keys), (heads, kv_heads), strict=True):
                 for row in range(rows.start, rows.stop):
@@ -169,6 +157,6 @@ def _calls(key: _Key, queries: Sequences, keys: Sequences) -> Iterator[Pack]:
     for index, counts in enumerate(zip(queries.counts, keys.counts, strict=True)):
         longest, count = max(longest, *counts), index - begin
         if count and (count >= MAX_SEQUENCES or (count + 1) * longest > MAX_ROWS):
-            yield Pack(queries.cut(begin, index), keys.cut(begin, index), *key[:3])
+            yield Pack(queries.cut(begin, index), keys.cut(begin, index), *key[:2])
             begin, longest = index, max(counts)
-    yield Pack(queries.cut(begin, None), keys.cut(begin, None), *key[:3])
+    yield Pack(queries.cut(begin, None), keys.cut(begin, None), *key[:2])

@@ -22,11 +22,9 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import isfinite, log
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 HeadOffsets = Literal["modulo", "grouped"]
 Overlap = Literal["repeat", "once"]
@@ -34,7 +32,6 @@ Queries = Literal["dilated", "all"]
 Padding = Literal["exact", "zero_key"]
 LayerKind = Literal["chooses", "follows", "first"]  # of a layer with chosen blocks: see `Pattern.kind`
 
-FAR_BIAS = -2.0  # of `Pattern.nested`: with equal scores, a far key has a seventh (e^-2) of a near key's weight
 # of chosen blocks. Measured on SmolLM2-135M, with passages that are read again: fewer or averaged voters, coarser means
 # and no neighbours find less; twice as many find little more. Rarer scans lose nothing (docs/measurements/finding.md)
 VOTERS = 8  # positions whose queries choose, those that end with the group's first
@@ -72,8 +69,6 @@ class Pattern:
     queries: with "dilated", only the rows that a level keeps query its keys; with "all", every row does.
     sinks: number of first tokens of a document that every query sees, once. A query sees them at the first level if
         that covers them, otherwise in a call of their own. Other levels leave them out.
-    level_bias: added to the scores of a level: one number per level, or "log_rate" (log r: a kept key stands for r
-        keys). For models that were trained with dense attention.
     chosen: number of blocks of `chosen_block` tokens before a window that every query sees: the first block of the
         document, and those that the last queries vote for or that the text names (`choosing`). All query heads of a
         layer see the same blocks, and so do the queries of a group of `chosen_every` tokens. Causal attention with one
@@ -89,11 +84,10 @@ class Pattern:
     segment_lengths: tuple[int, ...]
     dilation_rates: tuple[int, ...]
     head_offsets: HeadOffsets = "modulo"
-    look_back: int | Sequence[int] = 0  # stored as one number per level
+    look_back: int | tuple[int, ...] = 0  # stored as one number per level
     overlap: Overlap = "repeat"
     queries: Queries = "dilated"
     sinks: int = 0
-    level_bias: str | Sequence[float] | None = None
     chosen: int = 0
     chosen_block: int = 32
     chosen_every: int = 16
@@ -125,7 +119,6 @@ class Pattern:
         if len(self.look_backs) != levels or min(self.look_backs) < 0:
             raise ValueError(f"look_back needs one number from 0, or {levels}, one per level, got {self.look_backs}")
         self._set("sinks", *_whole_numbers("sinks", [self.sinks]))
-        self._check_bias()
         self._check_order()
         self._check_chosen()
 
@@ -155,19 +148,6 @@ class Pattern:
         return cls((width,), (1,), look_back=look_back, sinks=sinks)
 
     @classmethod
-    def nested(cls, length: int, base: int = 1024, ratio: int = 4, sinks: int = 0) -> Pattern:
-        """Return a pattern for training: a window of `base` tokens, and levels that tile the past to `length` or more.
-
-        Segment lengths and rates grow by `ratio`. Each level looks back one segment, every key counts once, and every
-        row queries every level. At a rate of at most the number of heads, each position is seen by some head.
-        `FAR_BIAS` gives far keys less weight than near ones: docs/measurements/results.md has its gain and its cost.
-        """
-        grown = cls.geometric(length, base, ratio)
-        levels = grown.segment_lengths, grown.dilation_rates
-        bias = (0.0, *(FAR_BIAS,) * (len(levels[0]) - 1))
-        return cls(*levels, look_back=1, overlap="once", queries="all", sinks=sinks, level_bias=bias)
-
-    @classmethod
     def pretrained(cls, width: int = 1704, sinks: int = 4) -> Pattern:
         """Return a pattern for models trained with dense attention: a window, and the sinks without which they fail.
 
@@ -178,32 +158,14 @@ class Pattern:
         return cls.window(width, sinks=sinks)
 
     @classmethod
-    def finding(
-        cls,
-        width: int = 1024,
-        chosen: int = 32,
-        chosen_block: int = 32,
-        chosen_every: int = 16,
-        chosen_layers: tuple[int, ...] = (),
-        chosen_exact: int = 0,
-    ) -> Pattern:
+    def finding(cls, width: int = 1024, chosen: int = 32, **options: Any) -> Pattern:
         """Return a window and chosen blocks: what a pretrained model can find again in all of the past.
 
         A query sees 1.5 * width + chosen_block * chosen keys on average (2,560 by default), and half a width more at
-        most.
-        This must not exceed the length that the model was trained on. The keys of the whole document are kept.
-        docs/finding.md says what is found, and what it costs.
+        most. This must not exceed the length that the model was trained on. The keys of the whole document are kept.
+        docs/finding.md says what is found, and what it costs. `options` are those of the blocks, by their names.
         """
-        return cls(
-            (width,),
-            (1,),
-            look_back=1,
-            chosen=chosen,
-            chosen_block=chosen_block,
-            chosen_every=chosen_every,
-            chosen_layers=chosen_layers,
-            chosen_exact=chosen_exact,
-        )
+        return cls((width,), (1,), look_back=1, chosen=chosen, **options)
 
     @classmethod
     def dense(cls) -> Pattern:
@@ -220,13 +182,6 @@ class Pattern:
         return self.look_back  # type: ignore[return-value]
 
     @property
-    def biases(self) -> tuple[float, ...]:
-        """The number that is added to the scores of each level."""
-        if self.level_bias == "log_rate":
-            return tuple(log(r) for r in self.dilation_rates)
-        return self.level_bias or (0.0,) * len(self.dilation_rates)  # type: ignore[return-value]
-
-    @property
     def keys_per_query(self) -> float:
         """The mean number of keys of a bidirectional query, far from the ends: sum of w / r^2 (4267) for the paper.
 
@@ -238,6 +193,11 @@ class Pattern:
     def chosen_keys(self) -> int:
         """The number of keys in the chosen blocks of a query."""
         return self.chosen * self.chosen_block
+
+    @property
+    def edge_size(self) -> int:
+        """The tokens of a document to whose multiples ranks cut it: those of a chosen block, if there are any."""
+        return self.chosen_block if self.chosen else 1
 
     @property
     def scan_every(self) -> int:
@@ -305,11 +265,9 @@ class Pattern:
             return 'padding="zero_key" goes with no chosen blocks'
         if self.chosen and not causal:
             return f"chosen={self.chosen} is for causal attention: later keys choose nothing"
-        plain = (0,) * len(self.segment_lengths), "repeat", "dilated", 0, None
-        if padding == "zero_key" and plain != (
-            self.look_backs, self.overlap, self.queries, self.sinks, self.level_bias
-        ):  # fmt: skip
-            return 'padding="zero_key" goes with no look_back, overlap, queries, sinks or level_bias but the paper\'s'
+        plain = (0,) * len(self.segment_lengths), "repeat", "dilated", 0
+        if padding == "zero_key" and plain != (self.look_backs, self.overlap, self.queries, self.sinks):
+            return 'padding="zero_key" goes with no look_back, overlap, queries or sinks but the paper\'s'
         return None
 
     def refusal_of_layers(self, layers: int) -> str | None:
@@ -324,19 +282,6 @@ class Pattern:
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
-
-    def _check_bias(self) -> None:
-        if self.level_bias is None or self.level_bias == "log_rate":
-            return
-        levels = len(self.segment_lengths)
-        try:
-            bias = tuple(map(float, self.level_bias))
-        except (TypeError, ValueError):
-            bias = ()
-        if len(bias) != levels or not all(map(isfinite, bias)):
-            numbers = f'level_bias needs "log_rate" or {levels} numbers, one per level, got {self.level_bias!r}'
-            raise ValueError(numbers + no_longer_learned(self.level_bias))
-        self._set("level_bias", bias)
 
     def _check_order(self) -> None:
         """Raise ValueError if, with levels in this order, some part of attention is no rectangle of rows and keys."""
@@ -381,8 +326,6 @@ class Pattern:
             )
         if self.sinks:
             raise ValueError(f"chosen={n} excludes sinks: the first block, which is always seen, holds them")
-        if any(self.biases):
-            raise ValueError(f"chosen={n} has no level_bias")
         if block < 1 or block % MEAN_OF or w % block:
             raise ValueError(
                 f"chosen_block must be a multiple of {MEAN_OF} that divides the segment length {w}, got {block}"
@@ -394,11 +337,6 @@ class Pattern:
             raise ValueError(f"chosen_layers needs the numbers of layers from 0 on, ascending, got {layers}")
         if self.chosen_exact and self.chosen_exact < n:
             raise ValueError(f"chosen_exact must be 0, or at least chosen, {n}, got {self.chosen_exact}")
-
-
-def no_longer_learned(level_bias: object) -> str:
-    """Return what a refusal of `level_bias` ends with, for what older versions took: "learned", "learned:-4"."""
-    return ": biases are no longer learned" if str(level_bias).partition(":")[0] == "learned" else ""
 
 
 def _whole_numbers(name: str, numbers: object) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ class Kernel:
     """The interface of every kernel. `max_batch` bounds the first dimension of a call; callers split larger ones."""
 
     name = ""
-    biased = False  # whether it can add a bias (heads, rows, keys) to scores, -inf where a key is not seen
+    takes_counts = False  # whether it takes `counts` (heads, rows, keys): the log of how often a key counts, or -inf
     packs = False  # whether it has `forward_packed` and `backward_packed`
 
     def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -66,7 +66,7 @@ class MathKernel(Kernel):
     """Plain torch on any device, in any dtype, computed in fp32 or wider. Other kernels are probed against it."""
 
     name = "math"
-    biased = True
+    takes_counts = True
     _MAX_SCORES = 1 << 26
 
     def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -76,9 +76,9 @@ class MathKernel(Kernel):
         return max(1, self._MAX_SCORES // (heads * rows * rows))
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, bias: Tensor | None = None
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, counts: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        scores = self._scores(q, k, causal, scale, bias)
+        scores = self._scores(q, k, causal, scale, counts)
         lse = scores.logsumexp(-1)
         return (scores - lse[..., None]).exp_() @ wide(v), lse
 
@@ -92,18 +92,18 @@ class MathKernel(Kernel):
         lse: Tensor,
         causal: bool,
         scale: float,
-        bias: Tensor | None = None,
+        counts: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dout, out = wide(dout), wide(out)
-        p = (self._scores(q, k, causal, scale, bias) - lse[..., None]).exp_()
+        p = (self._scores(q, k, causal, scale, counts) - lse[..., None]).exp_()
         dv = p.mT @ dout
         ds = (dout @ wide(v).mT).sub_((dout * out).sum(-1, keepdim=True)).mul_(p).mul_(scale)
         return ds @ wide(k), ds.mT @ wide(q), dv
 
-    def _scores(self, q: Tensor, k: Tensor, causal: bool, scale: float, bias: Tensor | None) -> Tensor:
+    def _scores(self, q: Tensor, k: Tensor, causal: bool, scale: float, counts: Tensor | None) -> Tensor:
         scores = (wide(q) @ wide(k).mT).mul_(scale)
-        if bias is not None:
-            scores += bias
+        if counts is not None:
+            scores += counts
         elif causal:
             n = scores.shape[-1]
             scores.masked_fill_(torch.ones(n, n, dtype=torch.bool, device=q.device).triu_(1), float("-inf"))

@@ -79,7 +79,7 @@ def _plan(
         start, outside = (shard.start, spans) if columns.start == 0 else (0, ())
         length, row = columns.stop - columns.start, sinks.get(columns.start)
         calls = None
-        if kernel.biased and shard.padding == "exact" and start == 0 and not outside and row is None:
+        if kernel.takes_counts and shard.padding == "exact" and start == 0 and not outside and row is None:
             calls = united(pattern, heads, length, shard.causal, kv_heads)
         if calls is None:
             seen = None if row is None else Turned(far=len(spans), row=row)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from math import exp, inf
+from math import inf
 
 import torch
 from torch import Tensor
@@ -30,10 +30,9 @@ def dilated_attention_reference(
 ) -> Tensor:
     """Return dilated attention of (batch, tokens, heads, head_dim) tensors, in O(tokens^2) memory; differentiable.
 
-    A key counts once for every level at which the query sees it (a multiset, paper Eq. 9-10), or e^bias times if the
-    level has a bias. k and v may have fewer heads. Sinks are the first rows given, and blocks are chosen among the rows
-    given, so `start` must be 0 with sinks or chosen blocks. A choice has no gradient. `choice` gives another one than
-    `chosen_blocks` makes.
+    A key counts once for every level at which the query sees it (a multiset, paper Eq. 9-10). k and v may have fewer
+    heads. Sinks are the first rows given, and blocks are chosen among the rows given, so `start` must be 0 with sinks
+    or chosen blocks. A choice has no gradient. `choice` gives another one than `chosen_blocks` makes.
     """
     if lengths is not None:
         out = q * 0  # zeros, and in the graph even where every length is 0
@@ -182,13 +181,10 @@ def key_counts(
     start: int,
     padding: Padding,
 ) -> tuple[Tensor, Tensor]:
-    """Return how often each query sees each key, (heads, tokens, tokens), and zero keys, (heads, tokens, 1).
-
-    A key of a level with a bias counts e^bias times.
-    """
+    """Return how often each query sees each key, (heads, tokens, tokens), and zero keys, (heads, tokens, 1)."""
     position = torch.arange(start, start + tokens)
     query, key = position[:, None], position[None, :]
-    parts: list[list[Tensor]] = [[] for _ in range(heads)]  # of each head, by level
+    counts = torch.zeros(heads, tokens, tokens, dtype=torch.int64)
     zeros = torch.zeros(heads, tokens, 1, dtype=torch.int64)
     covered = torch.zeros(tokens, tokens, dtype=torch.bool)  # by the level before
     for level, (w, r) in enumerate(pattern.levels):
@@ -204,9 +200,8 @@ def key_counts(
             sampled = inside % r == offset
             asks = torch.ones_like(sampled) if pattern.queries == "all" else sampled
             seen = asks[:, None] & sampled[None, :] & may
-            parts[head].append(seen.double() * exp(pattern.biases[level]))
+            counts[head] += seen
             if padding == "zero_key" and not causal:  # each segment is padded to ceil(w / r) rows per head
                 zeros[head, :, 0] += asks * (-(-w // r) - seen.sum(-1))
     w, b = pattern.segment_lengths[0], pattern.look_backs[0]
-    counts = torch.stack([torch.stack(of_head).sum(0) for of_head in parts])
     return counts + ((query // w > b) & (key < pattern.sinks)), zeros

@@ -1,7 +1,7 @@
 """Atomic writes of files, and folders with a single writer: temporary names, locks, fsync, rename.
 
-A checkpoint of a run and a state of a stream have a JSON file that says what the folder is: its version and facts, and
-size and SHA-256 of every other file in it. Its own SHA-256 is in it.
+A folder has a manifest that says what it is: JSON of its version and facts, with a digest of its own. That of a
+checkpoint of a run or a state of a stream also has the size and SHA-256 of every other file in the folder.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from longnet_cli.basics.configuration import parse, read_text
+from longnet_cli.basics.configuration import digest, parse, read_text
 from longnet_cli.basics.errors import CheckpointError, ConfigError, LongNetError
 
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp")  # a file that is being written; the group is its final name
@@ -219,11 +219,26 @@ def _opening(path: str | Path) -> Iterator[None]:
 
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file, in hex. Raises OSError."""
-    digest = hashlib.sha256()
+    sha256 = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+            sha256.update(block)
+    return sha256.hexdigest()
+
+
+def seal(version: int, content: Mapping[str, Any]) -> str:
+    """Return a manifest: JSON of its version and content, which ends with a digest of both."""
+    sealed = json.loads(json.dumps({"version": version, **content}))  # as it will be read back
+    return json.dumps({**sealed, "digest": digest(sealed)}, indent=1) + "\n"
+
+
+def unseal(text: str, version: int) -> dict[str, Any]:
+    """Return the content of what `seal` has made. Raises ValueError if it was changed, or is of another version."""
+    with suppress(ValueError, KeyError, TypeError, AttributeError):
+        content = parse(text)
+        if content.pop("digest") == digest(content) and content.pop("version") == version:
+            return content
+    raise ValueError(f"it was changed or damaged after it was written, or is not of version {version}")
 
 
 def write_manifest(path: Path, version: int, facts: Mapping[str, Any]) -> None:
@@ -233,27 +248,20 @@ def write_manifest(path: Path, version: int, facts: Mapping[str, Any]) -> None:
         for file in sorted(path.parent.iterdir())
         if file != path
     }
-    state = json.loads(json.dumps({"version": version, **facts, "files": files}))
-    data = {"state": state, "sha256": hashlib.sha256(_canonical(state)).hexdigest()}
-    write_file(path, json.dumps(data, indent=1).encode())  # also flushes the folder
+    write_file(path, seal(version, {**facts, "files": files}).encode())  # also flushes the folder
 
 
-def read_manifest(path: Path, version: int | None) -> dict[str, Any]:
-    """Return version, facts and files. Raises CheckpointError if they are not what was written, OSError if missing.
+def read_manifest(path: Path, version: int) -> dict[str, Any]:
+    """Return facts and files. Raises CheckpointError if they are not what was written, OSError if missing.
 
-    The files are beside the manifest: no name of one leads elsewhere. A `version` of None stands for any.
+    The files are beside the manifest: no name of one leads elsewhere.
     """
     try:
-        data = parse(read_text(path))
-        state, digest = data["state"], data["sha256"]
-        files = state["files"]
-        whole = hashlib.sha256(_canonical(state)).hexdigest() == digest and all(map(_is_file_of, files.items()))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        whole = False
-    if not whole:
-        raise CheckpointError(f"{path.name} was changed or damaged after it was written")
-    if version not in (None, state.get("version")):
-        raise CheckpointError(f"{path.name} has version {state.get('version')}, not {version}")
+        state = unseal(read_text(path), version)
+        if not all(map(_is_file_of, state["files"].items())):
+            raise ValueError("it lists what is no file beside it")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path.name}: {error}") from None
     return state
 
 
@@ -278,7 +286,3 @@ def find_damage(path: Path, version: int) -> str | None:
     except CheckpointError as error:
         return str(error)
     return None
-
-
-def _canonical(state: Any) -> bytes:
-    return json.dumps(state, sort_keys=True).encode()

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from longnet_cli.basics.errors import ConfigError
 from longnet_cli.basics.sizes import format_bytes, format_count, format_duration
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.options import COMPUTE, OUTPUT, PATTERN, Dtype, HelpPanel, read_pattern
 from longnet_cli.cli.output import RowFormat, RowWriter, tell
 from longnet_cli.cli.progress import progress
-from longnet_cli.cli.starting import launch
 
 if TYPE_CHECKING:
     from longnet_cli.jobs.benchmark import Case, Measurement, Settings
-    from longnet_cli.running.ranks.ranks import Ranks
 
 # Markdown is for people: only as many columns as fit 80 characters. Values that all rows share go to stderr, and in
 # the place of the seconds of a row that has none stands its status.
@@ -30,7 +30,6 @@ _HUMAN = {
     "tokens_per_second": format_count,
     "flops_per_second": format_count,
     "peak_rss_bytes": format_bytes,
-    "bytes": format_bytes,
 }
 _LONG_SECONDS, _LONG_BYTES = 10.0, 2**30  # rows beyond these are announced
 
@@ -45,7 +44,7 @@ class BenchCommand:
     seq: Sequence[int] | None = MEASURE.option(
         "--seq SIZE,...", "Measure sequences of these lengths. (default: 4Ki,8Ki,16Ki,32Ki)"
     )
-    op: str = MEASURE.option("--op OP", "Measure attention, model, train or exchange.", default="attention")
+    op: str = MEASURE.option("--op OP", "Measure attention, model or train.", default="attention")
     impl: Sequence[str] | None = MEASURE.option(
         "--impl NAME,...", "Run dilated, dense or kernels (dilated without its merge). (default: dilated,dense)"
     )
@@ -76,7 +75,6 @@ class BenchCommand:
     layers: int | None = MODEL.option("--layers N", "Use N layers, with random weights. (default: 2)")
     vocab: int | None = MODEL.size("--vocab SIZE", "Use a vocabulary of this size, with random weights. (default: 256)")
     format: RowFormat = OUTPUT.option("--format md|json|jsonl|csv", "Print rows in this format.", default="md")
-    nproc: int | None = COMPUTE.size("--nproc N", "Start N processes (ranks) on this machine. (default: this process)")
     device: str = shared.device_option()
     dtype: Dtype = shared.dtype_option()
     chunk: int | None = COMPUTE.size(
@@ -89,43 +87,36 @@ def bench(options: BenchCommand) -> None:
     """Measure dilated attention against dense attention, row by row, up to a billion tokens: --seq 1e9.
 
     --op attention runs the operator alone; model, a model's forward pass; train,
-    its loss and gradients; exchange, the traffic between --nproc ranks.
+    its loss and gradients.
 
     Rows that would need too much memory or time are skipped and say so.
     Ctrl-C keeps the rows so far.
 
     * on a CPU, if a sequence has 1e6 tokens or more.
     """
-    launch(options.nproc)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("bench measures one process: start it without torchrun")
     from longnet_cli.jobs.benchmark import machine
-    from longnet_cli.running.ranks.ranks import join, leave
 
-    ranks, where = join(options.device)
-    quiet = options.quiet or not ranks.first
-    settings = _settings(options, str(where), ranks)
-    tell(f"{machine(settings)}, {settings.op}, {' and '.join(settings.direction)}, {settings}", quiet)
-    rows = _measure(settings, options.format, ranks, quiet)
-    leave()
+    settings = _settings(options)
+    tell(f"{machine(settings)}, {settings.op}, {' and '.join(settings.direction)}, {settings}", options.quiet)
+    rows = _measure(settings, options.format, options.quiet)
     if options.format == "md":
-        _print_ratios(rows, partial(tell, quiet=quiet))
+        _print_ratios(rows, partial(tell, quiet=options.quiet))
 
 
-def _settings(options: BenchCommand, device: str, ranks: Ranks) -> Settings:
+def _settings(options: BenchCommand) -> Settings:
     from longnet_cli.jobs.benchmark import Settings
 
-    # a bare geometric adapts to each length
-    pattern = options.pattern if options.pattern in ("paper", "geometric") else read_pattern(options.pattern)
-    max_time = 60 if options.max_time is None and options.seq is None else options.max_time
-    return Settings.of(
-        seq=options.seq or (4096, 8192, 16384, 32768), op=options.op, impl=options.impl, direction=options.direction,
-        heads=options.heads, head_dim=options.head_dim, batch=options.batch, causal=options.causal, chunk=options.chunk,
-        pattern=pattern, base=options.base, ratio=options.ratio, model=options.model, layers=options.layers,
-        vocab=options.vocab, repeats=options.repeats, max_time=max_time, max_dense_time=options.max_dense_time,
-        device=device, dtype=options.dtype, ranks=ranks,
-    )  # fmt: skip
+    given = vars(options) | {"seq": options.seq or (4096, 8192, 16384, 32768)}
+    if options.max_time is None and options.seq is None:
+        given["max_time"] = 60
+    if options.pattern not in ("paper", "geometric"):  # a bare geometric adapts to each length
+        given["pattern"] = read_pattern(options.pattern)
+    return Settings.of(**{name: value for name, value in given.items() if name not in ("format", "quiet")})
 
 
-def _measure(settings: Settings, format: RowFormat, ranks: Ranks, quiet: bool) -> list[Measurement]:
+def _measure(settings: Settings, format: RowFormat, quiet: bool) -> list[Measurement]:
     """Print each row as soon as it is measured, and return all."""
     from longnet_cli.jobs.benchmark import Measurement
     from longnet_cli.jobs.benchmark import bench as measure
@@ -140,20 +131,18 @@ def _measure(settings: Settings, format: RowFormat, ranks: Ranks, quiet: bool) -
     cases = len(settings.seq) * len(settings.direction) * len(settings.impl)
     columns = [field.name for field in dataclasses.fields(Measurement)]
     if format == "md":
-        columns = _MARKDOWN.format("stop" if streamed else "bytes" if settings.op == "exchange" else "").split()
+        columns = _MARKDOWN.format("stop" if streamed else "").split()
     rows: list[Measurement] = []
     with ExitStack() as stack:
         total, unit = (streamed, "tok") if streamed else (cases, "rows")
         advance = stack.enter_context(progress("bench", total=total, unit=unit, quiet=quiet))
-        writer = RowWriter(format, columns, human=_HUMAN, titles=_TITLES)
-        out = stack.enter_context(writer) if ranks.first else None
+        out = stack.enter_context(RowWriter(format, columns, human=_HUMAN, titles=_TITLES))
         for row in measure(settings, on_start=announce, on_tokens=advance):
             rows.append(row)
-            if out:
-                values = {column: getattr(row, column) for column in columns}
-                if format == "md" and row.seconds is None:
-                    values["seconds"] = row.status
-                out.write(values)
+            values = {column: getattr(row, column) for column in columns}
+            if format == "md" and row.seconds is None:
+                values["seconds"] = row.status
+            out.write(values)
             if row.reason:
                 tell(f"{_title(row)}: {row.status}, {row.reason}", quiet)
             advance(0 if streamed else 1, last=_title(row))

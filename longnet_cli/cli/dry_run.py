@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from longnet_cli.basics.errors import ConfigError, MemoryLimitError
 from longnet_cli.basics.sizes import format_bytes, format_count, format_duration
@@ -16,9 +17,8 @@ if TYPE_CHECKING:
     import torch
 
     from longnet_cli.cli.model_and_inputs import Opened
-    from longnet_cli.jobs.estimating.estimate import Estimate
-    from longnet_cli.jobs.estimating.reading_job import Job, ReadingEstimate, Room
-    from longnet_cli.jobs.estimating.training_job import TrainingEstimate
+    from longnet_cli.jobs.estimating.estimate import Estimate, Room
+    from longnet_cli.jobs.row_jobs import DocumentJob
     from longnet_cli.models.folder import ModelFolder
     from longnet_cli.running.reader import Reader
 
@@ -28,42 +28,41 @@ BAR = 30  # characters of a full bar
 YEAR = 365.25 * 86400  # seconds
 
 
-def show_training(estimate: TrainingEstimate, format: Format) -> None:
+def show_training(estimate: Estimate, format: Format) -> None:
     """Print the estimate to stdout. Raises MemoryLimitError if training does not fit."""
-    from longnet_cli.jobs.estimating.training_job import EFFICIENCY
-
-    peak = f"{EFFICIENCY:.0%} (assumed) of {format_count(estimate.matmul_peak)} FLOP/s (measured, {estimate.dtype})"
+    facts = estimate.facts
+    peak = f"{facts['efficiency']:.0%} (assumed) of {format_count(facts['matmul_peak'])} FLOP/s"
     after = [
-        ("FLOPs per token", format_count(estimate.flops_per_token), "forward and backward"),
-        ("tokens", format_count(estimate.tokens), f"{format_count(estimate.flops)} FLOPs in all"),
-        ("time", _duration(estimate.seconds), f"at {peak}"),
+        ("FLOPs per token", format_count(facts["flops_per_token"]), "forward and backward"),
+        ("tokens", format_count(facts["tokens"]), f"{format_count(facts['flops'])} FLOPs in all"),
+        ("time", _duration(facts["seconds"]), f"at {peak} (measured, {facts['dtype']})"),
     ]
     _show(estimate, format, "training", [], after)
 
 
-def show_reading(estimate: ReadingEstimate, format: Format, job: str) -> None:
+def show_reading(estimate: Estimate, format: Format, job: str) -> None:
     """Print the estimate of a `job` to stdout. Raises MemoryLimitError if the job does not fit."""
-    longest = f"the longest has {estimate.longest:,} tokens"
+    facts, (rows, length) = estimate.facts, estimate.measured or (0, 0)
+    longest = f"the longest has {facts['longest']:,} tokens"
     if estimate.too_long:
         longest += f", and the model reads {estimate.too_long:,}"
-    if estimate.left_out:
-        longest += f"; left out: {estimate.left_out:,}"
-    counted = "counted"
-    if estimate.sampled is not None:
-        share = estimate.tokens_error / (estimate.tokens or 1)
-        counted = f"+- {share:.1%} (95 %), estimated from {estimate.sampled:,} texts"
+    if facts["left_out"]:
+        longest += f"; left out: {facts['left_out']:,}"
+    counted, tokens = "counted", facts["tokens"]
+    if facts["sampled"] is not None:
+        most = (facts["tokens_interval"] or [0, math.inf])[1]
+        counted = f"+- {most / (tokens or 1) - 1:.1%} (95 %), estimated from {facts['sampled']:,} texts"
     before = [
-        ("documents", f"{estimate.documents:,}", longest),
-        ("tokens", format_count(estimate.tokens), counted),
-        ("read", format_count(estimate.tokens_read), "tokens in all forwards, with contexts and padding"),
+        ("documents", f"{facts['documents']:,}", longest),
+        ("tokens", format_count(tokens), counted),
+        ("read", format_count(facts["tokens_read"]), "tokens in all forwards, with contexts and padding"),
     ]
-    measured = f"{estimate.measured.rows:,} x {estimate.measured.tokens:,}"
-    rate = f"at {format_count(estimate.rate)} FLOP/s (measured, a forward of {measured} tokens)"
+    rate = f"at {format_count(facts['flops_per_second'])} FLOP/s (measured, a forward of {rows:,} x {length:,} tokens)"
     after = [
-        ("FLOPs per token", format_count(estimate.flops_per_token), "forward"),
-        ("FLOPs", format_count(estimate.flops), ""),
-        ("time", _duration(estimate.seconds), rate),
-        ("output", "", estimate.output),
+        ("FLOPs per token", format_count(facts["flops_per_token"]), "forward"),
+        ("FLOPs", format_count(facts["flops"]), ""),
+        ("time", _duration(facts["seconds"]), rate),
+        ("output", "", facts["output"]),
     ]
     _show(estimate, format, job, before, after)
 
@@ -80,16 +79,16 @@ def check_sample(sample: int | None) -> None:
 
 def room(folder: ModelFolder, dtype: str, device: torch.device) -> Room:
     """Return the memory before the model is loaded. Raises MemoryLimitError if its weights do not fit."""
-    from longnet_cli.jobs.estimating.reading_job import Room
+    from longnet_cli.jobs.estimating.estimate import Room
 
     before = Room.now(device)
     folder.check_weights_fit(dtype, device, before.free)
     return before
 
 
-def estimate_reading(
+def dry_run(
     opened: Opened,
-    make_job: Callable[[Reader], Job],
+    make_job: Callable[[Reader], DocumentJob[Any]],
     doing: str,
     output: str | None,
     format: Format,
@@ -97,27 +96,34 @@ def estimate_reading(
     computing: Computing,
 ) -> None:
     """Print the estimate of a job that would write to `output`, or print."""
-    from longnet_cli.jobs.estimating.reading_job import estimate_documents
+    from longnet_cli.jobs.estimating.estimate import estimate_reading
+    from longnet_cli.jobs.estimating.reading import count_documents
     from longnet_cli.running.ranks.ranks import leave
 
     assert opened.room  # of every dry run
     fate, done, earlier = _fate(output, running.resume)
-    inputs, ranks, sample = opened.inputs, opened.ranks, running.sample
+    inputs, sample, job = opened.inputs, running.sample, make_job(opened.reader(computing, earlier))
     with progress("counting", total=None, quiet=opened.quiet) as advance:
-        estimate = estimate_documents(
-            make_job(opened.reader(computing, earlier)),
+        plan = count_documents(
+            job,
             inputs.untokenized() if sample else inputs.documents(),
-            room=opened.room,
             tokenizer=inputs.tokenizer,
             sample=sample,
             done=done,
-            output=fate,
-            ranks=ranks,
             skip_bad=inputs.skip_bad,
             on_progress=advance,
         )
+        estimate = estimate_reading(
+            job.reader,
+            plan,
+            room=opened.room,
+            scores=job.scores,
+            kept=job.kept_bytes(plan.longest_document),
+            output=fate,
+            ranks=opened.ranks,
+        )
     leave()
-    if ranks.first:
+    if opened.ranks.first:
         show_reading(estimate, format, doing)
 
 
@@ -144,9 +150,10 @@ def _fate(output: str | None, resume: bool) -> tuple[str, int, int | None]:
 
 def _show(estimate: Estimate, format: Format, job: str, before: Sequence[Row], after: Sequence[Row]) -> None:
     if format == "json":
-        emit_json(estimate.as_dict())
+        emit_json(estimate.facts)
     else:
-        rows = [("parameters", format_count(estimate.parameters), f"{estimate.parameters:,}"), *before]
+        parameters = estimate.facts["parameters"]
+        rows = [("parameters", format_count(parameters), f"{parameters:,}"), *before]
         _print([rows, _memory(estimate), after])
     check_fits(estimate, job)
 
@@ -154,27 +161,24 @@ def _show(estimate: Estimate, format: Format, job: str, before: Sequence[Row], a
 def check_fits(estimate: Estimate, job: str) -> None:
     """Raise MemoryLimitError if a job does not fit into the free memory."""
     if estimate.free is not None and not estimate.fits:
+        from longnet_cli.jobs.estimating.estimate import largest
+
         raise MemoryLimitError(
-            f"{job} needs {format_bytes(estimate.beyond)}, the largest part for {estimate.largest}, and "
+            f"{job} needs {format_bytes(estimate.beyond)}, the largest part for {largest(estimate.memory)}, and "
             f"{format_bytes(estimate.free)} are free; {estimate.advice}"
         )
 
 
 def _memory(estimate: Estimate) -> list[Row]:
+    facts = estimate.facts
     rows = [(kind, format_bytes(size), _bar(size, estimate.peak)) for kind, size in estimate.memory.items()]
-    rows.append(
-        (
-            "peak memory",
-            format_bytes(estimate.peak),
-            f"a process, {estimate.dtype}, chunks of {estimate.chunk:,} tokens",
-        )
-    )
-    if estimate.spilled:
-        rows.append(("spill file", format_bytes(estimate.spilled), "on a disk"))
+    about = f"a process, {facts['dtype']}, chunks of {facts['chunk']:,} tokens"
+    rows.append(("peak memory", format_bytes(estimate.peak), about))
+    if facts["spill_bytes"]:
+        rows.append(("spill file", format_bytes(facts["spill_bytes"]), "on a disk"))
     if estimate.free is not None:
-        rows.append(
-            ("free", format_bytes(estimate.free), "besides the program" if estimate.fits else "it does not fit")
-        )
+        fits = "besides the program" if estimate.fits else "it does not fit"
+        rows.append(("free", format_bytes(estimate.free), fits))
     return rows
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from longnet_cli.basics.sizes import format_count
 from longnet_cli.cli import options as shared
-from longnet_cli.cli.dry_run import Format, check_sample, estimate_reading
+from longnet_cli.cli.dry_run import Format, check_sample, dry_run
 from longnet_cli.cli.model_and_inputs import ModelAndInputs, Opened
 from longnet_cli.cli.options import OUTPUT, Computing, Documents, HelpPanel, Mesh, ModelChoice, Running
 from longnet_cli.cli.output import count_left_out, end, say_what_is_kept, tell
@@ -100,7 +100,7 @@ def encode(options: EncodeCommand) -> None:
         from longnet_cli.jobs.encoding import Encoder
 
         job = partial(Encoder, options=own)
-        estimate_reading(opened, job, "encoding", output, options.format, running, options.computing)
+        dry_run(opened, job, "encoding", output, options.format, running, options.computing)
     else:
         _write(options, opened, own, earlier)
 
@@ -120,7 +120,7 @@ def _open(options: EncodeCommand, named: ModelAndInputs) -> tuple[Opened, Encode
         stride=options.stride,
         span=options.span,
         embedding_dtype=options.embedding_dtype,
-        all_layers=options.all_layers or None,
+        all_layers=options.all_layers,
         tile_size=options.tile_size,
         dims=options.dims,
     )

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from longnet_cli.data.documents import Document
     from longnet_cli.data.inputs import Inputs
     from longnet_cli.data.manifest import Manifest
-    from longnet_cli.jobs.estimating.reading_job import Room
+    from longnet_cli.jobs.estimating.estimate import Room
     from longnet_cli.models.folder import Loaded
     from longnet_cli.running.ranks.ranks import Ranks
     from longnet_cli.running.reader import OnWindows, Reader
@@ -72,10 +72,9 @@ class Opened(NamedTuple):
 class ModelAndInputs:
     """The model and the documents that a command names.
 
-    A run that continues the one in the folder `earlier` takes the same commit of a model on a hub. No output may
-    replace one of `others`, which the command reads as well. The model is to make vectors if it `embeds`; otherwise a
-    model that reads vectors is refused. Raises ConfigError and CheckpointError for a model or a tokenizer that is
-    missing.
+    A run that continues the one in the folder `earlier` takes the same commit of a model on a hub. The model is to make
+    vectors if it `embeds`; otherwise a model that reads vectors is refused. Raises ConfigError and CheckpointError for
+    a model or a tokenizer that is missing.
     """
 
     def __init__(
@@ -83,7 +82,6 @@ class ModelAndInputs:
         documents: Documents,
         choice: ModelChoice,
         earlier: str | None,
-        others: Sequence[str] = (),
         *,
         embeds: bool = False,
     ) -> None:
@@ -100,7 +98,7 @@ class ModelAndInputs:
             model = as_stored(model, [manifest.settings.get("model_name")])
         self.documents, self.choice, self.embeds = documents, choice, embeds
         self.folder = ModelFolder.find(model, gguf=True, embeds=embeds)
-        self._files = [self.folder.path, Tokenizer.find(tokenizer) if tokenizer else None, *others]
+        self._files = [self.folder.path, Tokenizer.find(tokenizer) if tokenizer else None]
         self.inputs = Inputs(
             documents.inputs,
             column=documents.column,

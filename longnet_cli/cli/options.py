@@ -164,7 +164,7 @@ update_flag = partial(
 pattern_option = partial(
     PATTERN.option,
     "--pattern PATTERN",
-    "Attend by this pattern: paper, geometric:1e9, window:1Ki,sinks=4, nested:1Mi, pretrained, finding, dense, or "
+    "Attend by this pattern: paper, geometric:1e9, window:1Ki,sinks=4, pretrained, finding, dense, or "
     "levels such as 1Ki/1,4Ki/4. `longnet pattern PATTERN` describes one. (default: the model's own)",
 )
 shard_format_option = partial(

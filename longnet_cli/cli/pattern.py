@@ -24,17 +24,14 @@ class PatternCommand:
     patterns: list[str] = argument(
         "PATTERN",
         "Patterns: paper, geometric:1e9,base=2Ki,ratio=2, window:1Ki,look_back=1,sinks=4, "
-        "nested:1Mi,base=1Ki,ratio=4, pretrained, finding, dense, or levels (segment length / rate) as "
-        "1Ki/1,4Ki/4. All take look_back=, overlap=once, queries=all, sinks=, level_bias=, head_offsets=; "
-        "a window takes chosen=32x32, chosen_every=. Or a recipe (.toml) or a model, by name or path.",
+        "pretrained, finding, dense, or levels (segment length / rate) as 1Ki/1,4Ki/4. All take look_back=, "
+        "overlap=once, queries=all, sinks=, head_offsets=; a window takes chosen=32x32, chosen_every=. "
+        "Or a recipe (.toml) or a model, by name or path.",
     )
     seq: int | None = MEASURE.size(
         "--seq SIZE", "Describe a sequence of this length. (default: the longest segment, or 32Ki)"
     )
     heads: int | None = MEASURE.option("--heads N", "Count N heads. (default: the model's, or 12)", min=1, max=1024)
-    layers: int | None = MEASURE.option(
-        "--layers N", "Follow links through N layers. (default: the model's, or 4)", min=1, max=256
-    )
     causal: bool | None = MEASURE.option(
         "--causal/--bidirectional", "Look back only, or both ways. (default: the model's, or causal)"
     )
@@ -45,7 +42,7 @@ class PatternCommand:
 
 
 def pattern(options: PatternCommand) -> None:
-    """Describe patterns: their levels and costs, what a query sees, and how far links reach."""
+    """Describe patterns: their levels and costs, and what a query sees."""
     from longnet_cli.jobs.describing import default_length, describe, draw_picture, draw_text, find_subject, legend
 
     if options.output:
@@ -67,7 +64,6 @@ def pattern(options: PatternCommand) -> None:
             seq=length,
             heads=subject.heads,
             head_dim=subject.head_dim,
-            layers=sorted({1, 2, 4, options.layers or subject.layers or 4}),
             causal=looks_back,
         )
         rows.append(description.as_dict())
@@ -97,24 +93,15 @@ def _print(shown: Description) -> None:
         print(f"{'chosen':<37}" + _costs(shown.chosen, f"{shown.chosen.flops / (shown.total.flops or 1):.0%}"))
     print(f"{'total':<37}" + _costs(shown.total, format_count(shown.total.flops)))
     print(f"{'dense':<37}" + _costs(shown.dense, format_count(shown.dense.flops)))
-    print()
-    print(f"of the nearest 64 tokens, a query sees {shown.nearest_mean:.1f} on average, {shown.nearest_least} at least")
     if shown.chosen.keys_per_query:
+        print()
         print(f"blocks are chosen from the whole past: at the end, a voter is compared with {shown.compared:,} means")
         print(
             f"for it, and for the blocks, a query reads {format_bytes(shown.read_bytes)} per layer and key head (fp32)"
         )
-    if shown.reach is not None:
-        what = "the past" if shown.causal else "the sequence"
-        reached = ", ".join(f"{_percent(share)} in {number}" for number, share in shown.reach.items())
-        print(f"of {what}, it is linked to {reached} layers")
 
 
 def _costs(costs: PatternCosts | LevelCosts, flops: str) -> str:
     rows = "-" if costs.cache_rows is None else f"{costs.cache_rows:,}"
     keys = f"{costs.keys_per_query:,.0f}" if costs.keys_per_query >= 10 else f"{costs.keys_per_query:.3g}"
     return f"{keys:>16}{flops:>7}{rows:>15}"
-
-
-def _percent(share: float) -> str:
-    return f"{share:.0%}" if share >= 0.095 else f"{share:.1%}"

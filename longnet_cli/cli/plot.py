@@ -27,8 +27,8 @@ class PlotCommand:
     show: Sequence[str] | None = OUTPUT.option(
         "--show NAME,...",
         "Draw these alone, in this order, by their names in the files: loss, lr or tokens_per_second of runs; "
-        "seconds, seconds_per_token or peak_rss_bytes of bench; ppl, ppl_ratio, by_position, by_segment_position or "
-        "by_recall of score. (default: all that the files have)",
+        "seconds, seconds_per_token or peak_rss_bytes of bench; ppl, ppl_ratio, by_position or "
+        "by_segment_position of score. (default: all that the files have)",
     )
     output: str | None = OUTPUT.option(
         "--output -o FILE",
@@ -42,7 +42,7 @@ def plot(options: PlotCommand) -> None:
 
     Runs: loss, learning rate and speed by step. Benchmarks: time and memory
     by length, a curve for each implementation. Scores: perplexity by context,
-    loss by position and by recall, with standard errors.
+    loss by position, with standard errors.
     Log-probabilities: the text, coloured by the nats of each token; of two
     files, by the nats that the second one saves.
     """

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
+from longnet_cli.basics.atomic import atomic_write
 from longnet_cli.basics.errors import ConfigError
+from longnet_cli.basics.finite_json import to_json
 from longnet_cli.basics.sizes import format_count
-from longnet_cli.cli.dry_run import check_sample, estimate_reading
+from longnet_cli.cli.dry_run import check_sample, dry_run
 from longnet_cli.cli.model_and_inputs import ModelAndInputs, Opened
 from longnet_cli.cli.options import OUTPUT, Computing, Documents, HelpPanel, Mesh, ModelChoice, Running
 from longnet_cli.cli.output import count_left_out, emit_json, emit_jsonl, end, printable, say_what_is_kept, tell
@@ -18,17 +21,19 @@ from longnet_cli.cli.pairs import SAMPLE, Excludes, Needs, check_pairs
 from longnet_cli.cli.progress import Advance, ExpectedTokens, progress
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from longnet_cli.data.documents import Document
     from longnet_cli.data.left_out import LeftOut
     from longnet_cli.data.manifest import Manifest
-    from longnet_cli.jobs.scoring.measures import DocumentScore, Score, Total
-    from longnet_cli.jobs.scoring.scoring import Cut
+    from longnet_cli.jobs.scoring.measures import Score
+    from longnet_cli.jobs.scoring.scoring import ScoreOptions
     from longnet_cli.models.folder import Loaded
 
 MEASURE = HelpPanel("What to measure")
-ROW_KEYS = {"kind", "doc_id", "context", "nll_sum", "n_tokens", "n_bytes", "ppl", "bpb", "by_position", "by_recall"}
-ROW_KEYS |= {"key_nll_sum", "key_n_tokens"}
-GAIN_KEYS = {"gain", "gain_se", "gain_share"}  # of documents that are scored at several contexts
+ROW_KEYS = {"kind", "doc_id", "n_tokens", "n_bytes"}
+OF_CONTEXTS = ("nll_sum", "ppl", "bpb", "by_position", "by_segment_position")  # a key for each of several contexts
+GAIN_KEYS = {"gain", "gain_se", "gain_share"}  # with several contexts
 
 PRINTED = "is for scores that are printed, and -o writes rows"
 PAIRS = (
@@ -37,13 +42,11 @@ PAIRS = (
     Excludes("--token-logprobs", "--dp", "is written by one group of ranks"),
     Needs("--top", "--token-logprobs", "adds to a file of log-probabilities", "--token-logprobs FILE"),
     Excludes("--chosen", "--dp", "is written by one group of ranks"),
-    Excludes("--key-tokens", "--dp", "is for one group of ranks"),
     Excludes("--chosen", "--context", "is for whole documents"),
     Needs("--resume", "-o", "is for a folder of rows", "-o FOLDER"),
     Needs("--shard-tokens", "-o", "is for a folder of rows", "-o FOLDER"),
     Excludes("--token-logprobs", "-o", PRINTED),
     Excludes("--chosen", "-o", PRINTED),
-    Excludes("--key-tokens", "-o", PRINTED),
 )
 
 
@@ -69,16 +72,6 @@ class ScoreCommand:
     )
     by_position: bool = MEASURE.flag(
         "--by-position", "Group the loss by the number of earlier tokens, and by place in the shortest segment."
-    )
-    by_recall: bool = MEASURE.flag(
-        "--by-recall",
-        "Group the loss by how many tokens ago the document last had the same two tokens in a row. Tokens "
-        "without such a place are one more group.",
-    )
-    key_tokens: Sequence[str] | None = MEASURE.option(
-        "--key-tokens NAME,...",
-        "Also measure the tokens for which long context matters. Two files that a judge wrote with --token-logprobs "
-        "show which: SHORT.arrow,LONG.arrow.",
     )
     format: Literal["text", "json", "jsonl"] = OUTPUT.option(
         "--format text|json|jsonl", "Print a table, one JSON value, or one line of JSON per document.", default="text"
@@ -116,13 +109,17 @@ def score(options: ScoreCommand) -> None:
     A LongNet needs no more memory for a long document than for a short one.
     Without --pattern, a Hugging Face model is dense and reads no more tokens than it was trained on.
     """
-    keys = ROW_KEYS | (GAIN_KEYS if len(options.context or ()) > 1 else set())
+    contexts = options.context or ()
+    keys = ROW_KEYS | {*OF_CONTEXTS}
+    if len(contexts) > 1:
+        keys = ROW_KEYS | GAIN_KEYS | {f"{name}_{context}" for name in OF_CONTEXTS for context in contexts}
     _check(options, keys)
     documents, output, running = options.documents, options.output, options.running
-    if output is not None and documents.id_column and documents.id_column not in {*keys, *(documents.keep or ())}:
+    rows = output is not None or options.format != "text"
+    if rows and documents.id_column and documents.id_column not in {*keys, *(documents.keep or ())}:
         # so that rows join their input by the column's own name and type
         documents = replace(documents, keep=[documents.id_column, *(documents.keep or ())])
-    named = ModelAndInputs(documents, options.choice, output if running.resume else None, options.key_tokens or ())
+    named = ModelAndInputs(documents, options.choice, output if running.resume else None)
     outputs = {"--token-logprobs": options.token_logprobs, "--chosen": options.chosen, "-o": output}
     where_to = "the rows are binary, stdout is a terminal: name a file (-o gains.parquet) or pipe them"
     for_folder = {"--resume": running.resume, "--shard-tokens": options.shard_tokens}
@@ -136,19 +133,17 @@ def score(options: ScoreCommand) -> None:
 
 
 def _check(options: ScoreCommand, keys: set[str]) -> None:
-    """Raise ConfigError for options that do not go together. `keys` are those of a printed document."""
+    """Raise ConfigError for options that do not go together. `keys` are those of a row."""
     dry_run = options.running.dry_run
     if dry_run and options.format == "jsonl":
         raise ConfigError("--dry-run prints one value: give --format text or json")
     check_pairs(PAIRS if dry_run else (*PAIRS, Excludes("--format", "-o", PRINTED)), options)
     check_sample(options.running.sample)
-    if options.output is None and (taken := sorted({*(options.documents.keep or ())} & keys)):
-        raise ConfigError(f"--keep {taken[0]}: the output has a key of this name")
+    if taken := sorted({*(options.documents.keep or ())} & keys):
+        raise ConfigError(f"--keep {taken[0]}: the output has a column of this name")
     for name, file in (("--token-logprobs", options.token_logprobs), ("--chosen", options.chosen)):
         if file == "-":
             raise ConfigError(f"{name} needs a file: stdout carries the scores")
-    if options.key_tokens and len(options.key_tokens) != 2:
-        raise ConfigError("--key-tokens needs two files, of a short and of a long context: SHORT.arrow,LONG.arrow")
 
 
 def _check_model(options: ScoreCommand, opened: Opened) -> None:
@@ -167,37 +162,48 @@ def _check_model(options: ScoreCommand, opened: Opened) -> None:
 def _estimate(options: ScoreCommand, opened: Opened) -> None:
     from longnet_cli.jobs.scoring.scoring import Scorer
 
-    job = partial(Scorer, cut=_cut(options, opened.loaded), by_recall=options.by_recall)
+    job = partial(Scorer, options=_decisive(options, opened.loaded))
     format: Literal["text", "json"] = "json" if options.format == "json" else "text"
-    estimate_reading(opened, job, "scoring", options.output, format, options.running, options.computing)
+    dry_run(opened, job, "scoring", options.output, format, options.running, options.computing)
 
 
-def _cut(options: ScoreCommand, loaded: Loaded) -> Cut:
-    from longnet_cli.jobs.scoring.scoring import Cut
+def _decisive(options: ScoreCommand, loaded: Loaded) -> ScoreOptions:
+    """Return what determines the rows."""
+    from longnet_cli.attention.notation import format_pattern
+    from longnet_cli.jobs.scoring.scoring import ScoreOptions
 
-    return Cut.of(loaded.net, loaded.bos, options.context, options.stride, options.last)
+    return ScoreOptions(
+        bos=loaded.bos,
+        context=tuple(options.context) if options.context else None,
+        stride=options.stride,
+        last=options.last,
+        model_name=loaded.origin,
+        tokenizer_sha256=loaded.tokenizer_sha256,
+        pattern=format_pattern(loaded.net.config.pattern),
+        by_position=options.by_position,
+    )
 
 
 def _run(options: ScoreCommand, opened: Opened, earlier: Manifest | None) -> None:
-    """Score the documents, with the progress on stderr, and print the scores or write the rows."""
+    """Score the documents, with the progress on stderr, and print or write the rows."""
     from longnet_cli.running.ranks.ranks import leave
 
-    data, quiet = opened.inputs, opened.quiet
+    data, quiet, output = opened.inputs, opened.quiet, options.output
     left_out = count_left_out(data.skip_bad, quiet)
     times = len(options.context or [None])  # how often each token is scored
     done = times * earlier.totals["tokens"] if earlier else 0
     known = times * (data.num_tokens() or 0) if options.last is None else 0
     expected = ExpectedTokens(data, partial(_scored, times=times, last=options.last))
     opened = opened._replace(inputs=expected.inputs, counted=expected.counted)
-    kept = options.output or "-"
     with (
-        say_what_is_kept(kept, quiet),
+        say_what_is_kept(output or "-", quiet),
         progress("scoring", total=known or expected.total, start=done, quiet=quiet) as advance,
     ):
-        if options.output is None:
-            _print_scores(options, opened, left_out, advance)
-        else:
-            _write_rows(options, opened, options.output, left_out, advance)
+        written = _write(options, opened, left_out, advance)
+    if written is not None and output is not None:
+        rows = written["rows"]
+        counts = f"{rows:,} row{'s' * (rows != 1)} of {format_count(written['tokens'])} tokens"
+        tell(f"{counts} -> {'stdout' if output == '-' else output}", quiet)
     leave()
     end(left_out, first=opened.ranks.first, quiet=quiet)
 
@@ -207,117 +213,117 @@ def _scored(document: Document, times: int, last: int | None) -> int:
     return times * min(len(document), last or len(document))
 
 
-def _write_rows(options: ScoreCommand, opened: Opened, output: str, left_out: LeftOut, advance: Advance) -> None:
-    """Write a row per document."""
-    from longnet_cli.attention.notation import format_pattern
-    from longnet_cli.jobs.row_jobs import write_rows
-    from longnet_cli.jobs.scoring.score_rows import RowScorer, ScoreOptions
-
-    loaded, computing = opened.loaded, options.computing
-    decisive = ScoreOptions(
-        bos=loaded.bos,
-        context=tuple(options.context) if options.context else None,
-        stride=options.stride,
-        last=options.last,
-        model_name=loaded.origin,
-        tokenizer_sha256=loaded.tokenizer_sha256,
-        pattern=format_pattern(loaded.net.config.pattern),
-        by_position=options.by_position,
-        by_recall=options.by_recall,
-    )
-    written = write_rows(
-        partial(RowScorer, options=decisive, count_bytes=loaded.tokenizer.n_bytes if loaded.tokenizer else None),
-        loaded.net,
-        opened.inputs,
-        output,
-        shard_size=options.shard_tokens,
-        resume=options.running.resume,
-        left_out=left_out,
-        telling=opened.telling(computing, options.context),
-        ranks=opened.ranks,
-        chunk=computing.chunk,
-        dtype=computing.dtype,
-        spill=computing.spill,
-        on_progress=advance,
-    )
-    if written is not None:
-        rows = written["rows"]
-        counts = f"{rows:,} row{'s' * (rows != 1)} of {format_count(written['tokens'])} tokens"
-        tell(f"{counts} -> {'stdout' if output == '-' else output}", opened.quiet)
-
-
-def _print_scores(options: ScoreCommand, opened: Opened, left_out: LeftOut, advance: Advance) -> None:
-    """Print the scores, and write what --token-logprobs and --chosen ask for."""
+def _write(options: ScoreCommand, opened: Opened, left_out: LeftOut, advance: Advance) -> Counter[str] | None:
+    """Write a row per document to the output, or print it, and write what --token-logprobs and --chosen ask for."""
     from longnet_cli.jobs.chosen_sources import write_chosen
-    from longnet_cli.jobs.scoring.key_tokens import Judge
-    from longnet_cli.jobs.scoring.measures import Total
+    from longnet_cli.jobs.row_jobs import write_rows
     from longnet_cli.jobs.scoring.scoring import Scorer
     from longnet_cli.jobs.scoring.token_logprobs import write_token_logprobs
     from longnet_cli.nets.weights import model_origin
 
-    loaded, data, computing, first = opened.loaded, opened.inputs, options.computing, opened.ranks.first
+    loaded, computing, first = opened.loaded, options.computing, opened.ranks.first
     net, logprobs, top, chosen = loaded.net, options.token_logprobs, bool(options.top), options.chosen
-    judge = Judge(options.key_tokens, loaded.tokenizer_sha256) if options.key_tokens else None
-    origin = model_origin(net, loaded.origin, loaded.tokenizer_sha256) if first else {}
+    lines = options.output is None or options.output.endswith(".jsonl")  # of text or JSON, with the totals
+    origin = (
+        model_origin(net, loaded.origin, loaded.tokenizer_sha256) if first and (lines or logprobs or chosen) else {}
+    )
+    format = options.format if options.output is None else "jsonl"
+    printed = partial(_Printed, format, options.output, options.context or (None,), origin, left_out)
     tokens = write_token_logprobs(logprobs, origin, top) if logprobs and first else nullcontext()
     choices = write_chosen(chosen, net.config.pattern, origin) if chosen and first else nullcontext()
     count_bytes = loaded.tokenizer.n_bytes if loaded.tokenizer else None
     with tokens as on_tokens, choices as on_choice:
-        cut, reader = _cut(options, loaded), opened.reader(computing, None, advance, on_choice)
-        scorer = Scorer(reader, cut, options.by_position, options.by_recall, count_bytes, on_tokens, judge, top)
-        documents = opened.telling(computing, options.context)(data.documents())
-        stored = data.stored() if net.config.max_tokens is not None else ()
-        scores = scorer.all_results(scorer.checked(documents, stored, left_out.skip), opened.ranks)
-        if first:
-            _print(scores, options.format, Total(options.context or [None]), origin, left_out)
-        else:
-            for _ in scores:
-                pass
+        more: dict[str, Any] = {"count_bytes": count_bytes, "on_tokens": on_tokens, "top": top}
+        return write_rows(
+            partial(Scorer, options=_decisive(options, loaded), **more),
+            net,
+            opened.inputs,
+            options.output or "-",
+            shard_size=options.shard_tokens,
+            resume=options.running.resume,
+            left_out=left_out,
+            telling=opened.telling(computing, options.context),
+            ranks=opened.ranks,
+            chunk=computing.chunk,
+            dtype=computing.dtype,
+            spill=computing.spill,
+            on_progress=advance,
+            on_choice=on_choice,
+            sink=printed if lines else None,
+        )
 
 
-def _print(
-    scores: Iterator[DocumentScore], format: str, total: Total, origin: dict[str, str], left_out: LeftOut
-) -> None:
-    """Print each document as soon as it is scored, then the total. The format json prints one value at the end."""
-    several = len(total.contexts) > 1
-    rows = []
-    for index, document in enumerate(scores):
-        total.add(document)
-        values: dict[str, Any] = {"doc_id": document.doc_id, **document.score.as_dict()}
-        if several:
-            values["context"] = document.context
-        if document.by_recall:
-            values |= document.by_recall.as_dict()
-        if document.gain:
-            values |= document.gain._asdict()
-        if document.key:
-            values |= {"key_nll_sum": document.key.nll_sum, "key_n_tokens": document.key.n_tokens}
-        values |= {name: value.as_py() for name, value in document.kept.items()}
-        if format == "text":
-            _print_row(document.doc_id, document.score, document.context if several else None, header=index == 0)
-        elif format == "jsonl":
-            emit_jsonl({"kind": "document", **values})
+class _Printed:
+    """A sink that prints each document as soon as it is scored, then the totals; `json` is one value at the end.
+
+    JSON Lines go to the file `output`, if one is given, whole or not at all.
+    """
+
+    def __init__(
+        self,
+        format: str,
+        output: str | None,
+        contexts: Sequence[int | None],
+        origin: dict[str, str],
+        left_out: LeftOut,
+        schema: pa.Schema,
+    ) -> None:
+        from longnet_cli.jobs.scoring.measures import Total
+
+        self.format, self.contexts, self.left_out = format, contexts, left_out
+        self.origin = {key.removeprefix("longnet."): value for key, value in origin.items()}
+        self.total, self.rows = Total(contexts), list[dict[str, Any]]()
+        self.file = atomic_write(output) if output else nullcontext()
+        self.print: Callable[[dict[str, Any]], object] = emit_jsonl
+        self.header = True
+
+    def __enter__(self) -> _Printed:
+        if file := self.file.__enter__():
+            self.print = lambda row: file.write(f"{to_json(row)}\n".encode())
+        return self
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        for row in batch.to_pylist():
+            self.total.add(row)
+            if self.format == "jsonl":
+                self.print({"kind": "document", **row})
+            elif self.format == "json":
+                self.rows.append(row)
+            else:
+                self._print_row(row)
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        with ExitStack() as stack:
+            stack.push(self.file)
+            if error is None:
+                self._end()
+
+    def _print_row(self, row: dict[str, Any]) -> None:
+        from longnet_cli.jobs.scoring.measures import Score, column
+
+        for context in self.contexts:
+            score = Score(row[column("nll_sum", context, self.contexts)], row["n_tokens"], row["n_bytes"])
+            _print_row(row["doc_id"], score, context if len(self.contexts) > 1 else None, header=self.header)
+            self.header = False
+
+    def _end(self) -> None:
+        several = len(self.contexts) > 1
+        totals = [{**values, **self.origin, "n_skipped": self.left_out.skipped} for values in self.total.as_dicts()]
+        if self.format == "jsonl":
+            for values in totals:
+                self.print({"kind": "total", **values})
+        elif self.format == "json":
+            longest = max(totals, key=lambda values: values["context"] or 0)
+            emit_json({"total": longest, **({"totals": totals} if several else {}), "documents": self.rows})
         else:
-            rows.append(values)
-    known = {key.removeprefix("longnet."): value for key, value in origin.items()}
-    totals = [{**values, **known, "n_skipped": left_out.skipped} for values in total.as_dicts()]
-    if format == "text":
-        for score, context in zip(total.scores, total.contexts, strict=True):
-            _print_row("total", score, context if several else None)
-        if several:
-            _print_comparison(totals)
-        for values in totals:
-            _print_losses(values, totals[0]["context"])
-        if "key_tokens" in totals[0]:
-            _print_key_tokens(totals)
-        if several or totals[0].keys() & {"by_position", "by_recall", "key_tokens"}:
-            print(f"+- is a standard error, clustered by document ({totals[0]['n_docs']} documents)")
-    elif format == "jsonl":
-        for values in totals:
-            emit_jsonl({"kind": "total", **values})
-    else:
-        longest = max(totals, key=lambda values: values["context"] or 0)
-        emit_json({"total": longest, **({"totals": totals} if several else {}), "documents": rows})
+            for score, context in zip(self.total.scores, self.contexts, strict=True):
+                _print_row("total", score, context if several else None)
+            if several:
+                _print_comparison(totals)
+            for values in totals:
+                _print_losses(values)
+            if several or "by_position" in totals[0]:
+                print(f"+- is a standard error, clustered by document ({totals[0]['n_docs']} documents)")
 
 
 def _print_row(name: str, score: Score, context: int | None, *, header: bool = False) -> None:
@@ -338,33 +344,16 @@ def _print_comparison(totals: list[dict[str, Any]]) -> None:
         print(f"{row['context']:>9} {' '.join(numbers)}")
 
 
-def _print_key_tokens(totals: list[dict[str, Any]]) -> None:
-    """Print one line per context: the key tokens, their share, their perplexity, and that of all tokens beside it."""
-    context = totals[0]["context"]
-    print(f"\n{'key tokens':>12} {'share':>8} {'ppl':>12} {'+-':>8} {'ppl of all':>12}" + "  context" * bool(context))
-    for row in totals:
-        keys = row["key_tokens"]
-        numbers = f"{_number(keys['share']):>8} {_number(keys['ppl']):>12} {_number(keys['ppl_se']):>8}"
-        end = f" {row['context']:>8}" if context else ""
-        print(f"{keys['n_tokens']:>12} {numbers} {_number(row['ppl']):>12}{end}")
-
-
-def _print_losses(total: dict[str, Any], first: int | None) -> None:
-    """Print the tables of `--by-position` and `--by-recall`: nats per token, and ppl relative to context `first`."""
+def _print_losses(total: dict[str, Any]) -> None:
+    """Print the tables of `--by-position`: nats per token, by tokens seen and by place in a segment."""
     context = f", context {total['context']}" if total["context"] else ""
-    tables = (("by_position", "tokens seen"), ("by_segment_position", "in segment"), ("by_recall", "said tokens ago"))
-    columns = (("nll", "nats", 8), ("nll_se", "+-", 8), ("ppl_ratio", f"ppl / {first}", 12), ("ppl_ratio_se", "+-", 8))
-    for key, title in tables:
+    for key, title in (("by_position", "tokens seen"), ("by_segment_position", "in segment")):
         rows = total.get(key) or ()
-        shown = [column for column in columns if any(column[0] in row for row in rows)]
         if rows:
-            print(f"\n{title:>20} {'tokens':>12} {' '.join(name.rjust(width) for _, name, width in shown)}{context}")
+            print(f"\n{title:>20} {'tokens':>12} {'nats':>8} {'+-':>8}{context}")
         for row in rows:
-            span = "new" if row["from"] is None else str(row["from"])
-            if row["from"] != row["to"]:
-                span += f" .. {row['to']}"
-            numbers = " ".join(_number(row[name]).rjust(width) for name, _, width in shown)
-            print(f"{span:>20} {row['n_tokens']:>12} {numbers}")
+            places = str(row["from"]) if row["from"] == row["to"] else f"{row['from']} .. {row['to']}"
+            print(f"{places:>20} {row['n_tokens']:>12} {_number(row['nll']):>8} {_number(row['nll_se']):>8}")
 
 
 def _number(value: float | None) -> str:

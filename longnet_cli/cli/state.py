@@ -43,19 +43,19 @@ def say_state(
     by `sp` processes.
     Raises MemoryLimitError for one whose part in the folder of --spill is larger than what was free there at first.
     """
+    from longnet_cli.jobs.estimating.memory import cache_bytes, itemsize_of
     from longnet_cli.running.chunk_size import chunk_of, default_chunk
-    from longnet_cli.running.device import DTYPES, resolve_dtype
 
     config, device, spill = net.config, next(net.parameters()).device, computing.spill
     free = shutil.disk_usage(spill).free if spill else 0
     chunk = chunk_of(computing.chunk, default_chunk(config, device))
     said = chunk / 2
-    itemsize = DTYPES[resolve_dtype(computing.dtype, device)].itemsize
 
     def say(tokens: int) -> None:
         nonlocal said
         tokens = min(tokens, max(contexts or (tokens,))) + more
-        size, blocks = config.cache_bytes(tokens, itemsize, sp), config.spilled_bytes(tokens, itemsize, sp)
+        kept = cache_bytes(config, tokens, itemsize_of(computing.dtype, device), sp)
+        size, blocks = sum(kept), kept.blocks
         if spill and blocks > free and tokens > chunk:
             raise MemoryLimitError(
                 f"--spill {spill}: {tokens:,} tokens keep {format_bytes(blocks)} there, and {format_bytes(free)} "

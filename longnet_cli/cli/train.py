@@ -121,7 +121,7 @@ def train(options: TrainCommand) -> None:
     launch(
         options.mesh.nproc, sp=options.mesh.sp, dp=options.mesh.dp
     )  # now: one process downloads, and refuses what every rank would refuse
-    from longnet_cli.jobs.estimating.training_job import estimate_training, is_too_large, settle_chunk
+    from longnet_cli.jobs.training.estimate import estimate_training, is_too_large, settle_chunk
     from longnet_cli.running.device import keep_freed_memory
     from longnet_cli.running.ranks.ranks import join, leave
 
@@ -142,11 +142,9 @@ def train(options: TrainCommand) -> None:
         keep_freed_memory()
     result = _run(recipe, options, where, ranks, quiet)
     leave()
-    contrast = recipe.train.objective == "contrast"
-    unit = "text" if contrast else "token"
-    loss = f", loss {result.loss:.4f} nats per {unit}" if result.loss == result.loss else ""
+    loss = f", loss {result.loss:.4f} nats per token" if result.loss == result.loss else ""
     tell(f"saved {result.output} after {result.steps:,} steps{loss}", quiet)
-    use = "score it: longnet score --ppl" if recipe.model.causal and not contrast else "use it: longnet encode"
+    use = "score it: longnet score --ppl" if recipe.model.causal else "use it: longnet encode"
     tell(f"{use} --model {_path(options.output)} FILE", quiet)
 
 
@@ -205,9 +203,9 @@ def _run(recipe: Recipe, options: TrainCommand, where: torch.device, ranks: Rank
     from longnet_cli.running.device import matmul_peak
 
     print_note = partial(tell, quiet=quiet)
-    total, most = recipe.tokens, "at most " if recipe.data.pair else ""
+    total = recipe.tokens
     on_ranks = f" on {ranks.dp} x {ranks.sp} ranks" if ranks.world > 1 else ""
-    all_steps = f"{recipe.train.steps:,} steps, {most}{total:,} tokens"
+    all_steps = f"{recipe.train.steps:,} steps, {total:,} tokens"
     print_note(f"training {recipe.model.trained:,} parameters for {all_steps}{on_ranks}")
     with ExitStack() as stack:
         shown: dict[str, str | None] = {}
@@ -259,7 +257,6 @@ def describe(line: Metrics) -> dict[str, str | None]:
         "loss": f"{line.loss:.4f}",
         "step": f"{line.step:,}",
         "held-out": None if line.held_out_loss is None else f"{line.held_out_loss:.4f}",
-        "mrr": None if line.held_out_mrr is None else f"{line.held_out_mrr:.3f}",
         "lr": f"{line.lr:.2e}",
         "grad": f"{line.grad_norm:.2f}",
         "memory": format_bytes(line.peak_memory_bytes),

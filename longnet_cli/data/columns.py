@@ -86,8 +86,8 @@ class Wanted:
 class Columns(NamedTuple):
     """The columns of a table to read; None for one that it lacks. `type` is the type of the documents' column.
 
-    Neighbouring rows with the same `doc_id` are one document, whose rows `part` counts. `coords` are the columns of the
-    coordinates of vectors.
+    Neighbouring rows with the same `doc_id` are one document, whose rows `part` counts, or `span` those of vectors.
+    `coords` are the columns of the coordinates of vectors.
     """
 
     documents: str
@@ -155,11 +155,12 @@ def choose_columns(
         raise ConfigError(
             f"{table.where}: column {documents!r} is one stream of ids, in which a document has no row for {asked[0]!r}"
         )
-    counts = doc_id is not None and "part" in table.schema.names and pa.types.is_integer(_type(table, "part"))
+    counting = ("part", "span") if form == "vectors" else ("part",)
+    counts = [name for name in counting if name in table.schema.names and pa.types.is_integer(_type(table, name))]
+    part = counts[0] if counts and doc_id is not None and not flat else None
     for name in wanted.keep:
         _type(table, name)
     places = [names for names in COORDS if form == "vectors" and coords and {*names} <= {*table.schema.names}]
-    part = "part" if counts and not flat else None
     chosen = Columns(documents, kind, None if flat else doc_id, part, wanted.keep, *places[:1])
     for used in (*chosen.names, "doc_id", "part"):
         if table.schema.names.count(used) > 1:

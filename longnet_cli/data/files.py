@@ -1,11 +1,12 @@
 """Local files that another program may shrink or rewrite: a read returns the file as it was opened, or raises.
 
-Such a file is not memory-mapped: touching a mapped page that the file no longer has kills the process with SIGBUS,
+Token ids are not read through a map: touching a mapped page that the file no longer has kills the process with SIGBUS,
 even after a check. A read past the end is short, which can be noticed.
 """
 
 import errno
 import io
+import mmap
 import os
 import tempfile
 from pathlib import Path
@@ -66,6 +67,10 @@ class StoredFile(io.RawIOBase):
             raise FileChangedError(
                 self.where, f"the file changed while it was read ({how}): let its writer end, and start again"
             )
+
+    def map(self) -> mmap.mmap:
+        """Return a map of the whole file. Touching it kills the process where the file has become shorter."""
+        return mmap.mmap(self._handle, self.size, mmap.MAP_PRIVATE, mmap.PROT_READ)
 
     def readinto(self, buffer: Any, /) -> int:
         """Fill `buffer` from the current position on, only in part at the end of the file. Return the bytes filled."""

@@ -48,25 +48,25 @@ def open_source(source: Source, wanted: Wanted) -> Text | Table:
 
         with reading(source.where):
             file = open_remote(source.filesystem, str(source.path), source.where)
-            return _open_file(source, io.BufferedReader(file, REMOTE_BUFFER), None, wanted)
+            return _open_file(source, io.BufferedReader(file, REMOTE_BUFFER), wanted)
     with reading(source.where):
         # A named pipe, the shell's <(command), or a kernel file (/proc), whose size is 0.
         if not source.path.is_file() or source.path.stat().st_size == 0:
             return _open_pipe(source, open(source.path, "rb"), wanted)
         stored = StoredFile(source.path, source.where)
-        opened = _open_file(source, stored, stored, wanted)
+        opened = _open_file(source, stored, wanted)
         if isinstance(opened, Table) and opened.format not in ("Parquet", "HDF5"):  # which are not read in order
             return replace(opened, share=lambda rows: stored.tell() / stored.size)
         return opened
 
 
-def _open_file(source: Source, stream: Any, file: StoredFile | None, wanted: Wanted) -> Text | Table:
-    """Open `stream`, a binary file that can seek. `file` is the same file if it is on this machine, otherwise None."""
+def _open_file(source: Source, stream: Any, wanted: Wanted) -> Text | Table:
+    """Open `stream`, a binary file that can seek: a StoredFile, or a buffered one."""
     head = stream.read(8)
     kind = sniff(head)
     stream.seek(0)
     if kind == "text":
-        pipe = Pipe(io.BufferedReader(file, TEXT_BUFFER) if file else stream)
+        pipe = Pipe(io.BufferedReader(stream, TEXT_BUFFER) if isinstance(stream, StoredFile) else stream)
         if packed := compression(head):
             return _open_pipe(source, unpack(packed, pipe, source.where), wanted, unpacked=True)
         return _open_text(source, pipe, wanted)
@@ -75,8 +75,8 @@ def _open_file(source: Source, stream: Any, file: StoredFile | None, wanted: Wan
     if kind == "hdf5":
         return open_hdf5(source.name, source.where, stream)
     if kind == "file":
-        return arrow.open_file(source.name, source.where, stream, file)
-    return arrow.open_ipc_stream(source.name, source.where, stream, file)
+        return arrow.open_file(source.name, source.where, stream)
+    return arrow.open_ipc_stream(source.name, source.where, stream)
 
 
 def _open_pipe(source: Source, raw: Any, wanted: Wanted, *, unpacked: bool = False) -> Text | Table:
@@ -97,7 +97,7 @@ def _open_pipe(source: Source, raw: Any, wanted: Wanted, *, unpacked: bool = Fal
         file = StoredFile(_copy(pipe), source.where)
         if kind == "hdf5":
             return open_hdf5(source.name, source.where, file)
-        return arrow.open_file(source.name, source.where, file, file)
+        return arrow.open_file(source.name, source.where, file)
 
 
 def _copy(pipe: Pipe) -> int:

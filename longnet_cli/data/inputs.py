@@ -40,7 +40,7 @@ from longnet_cli.data.input_share import InputShare
 from longnet_cli.data.manifest import read_manifest
 from longnet_cli.data.names import Source, find_sources
 from longnet_cli.data.tables import Table, Text, reading
-from longnet_cli.data.token_columns import flat_documents, list_documents, table_texts
+from longnet_cli.data.token_columns import BadRowError, flat_documents, list_documents, table_texts
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.data.vectors import vector_documents
 
@@ -279,10 +279,13 @@ class Inputs:
         else:
             groups = list_documents(table, columns, self.skip_bad)
         for group in groups:
-            if group.error is not None:
-                yield Unread(group.error)
+            try:
+                parts, where = collect(group.values), table.place(group.row)
+            except BadRowError as error:
+                if not self.skip_bad:
+                    raise
+                yield Unread(error)
                 continue
-            parts, where = collect(group.values), table.place(group.row)
             yield Document(group.doc_id, parts, tokenizer, where, limit=vocab_size, place=table.place, kept=group.kept)
 
 

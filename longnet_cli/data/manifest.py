@@ -7,7 +7,6 @@
 So a finished folder holds only tables of one schema, and a tool that reads all its files reads the data set.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -17,14 +16,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.ipc as ipc
 
-from longnet_cli.basics.configuration import digest, parse, read_text
+from longnet_cli.basics.atomic import seal, unseal
+from longnet_cli.basics.configuration import read_text
 from longnet_cli.basics.errors import DataError
 from longnet_cli.data.files import read_error
 from longnet_cli.data.outputs import ShardWriter
 from longnet_cli.data.tables import one_line
 
 UNFINISHED = "_unfinished.json"
-FINISHED = ("_manifest.arrow", "_manifest.parquet", "_manifest.json")  # the last one is in folders written until 2026
+FINISHED = ("_manifest.arrow", "_manifest.parquet")
 MANIFEST_VERSION = 1
 _KEY = b"longnet.manifest"
 
@@ -37,8 +37,7 @@ class Manifest:
     shard, in order: `name`, `rows`, and the counts that were given to `ShardFolder.write`, such as `documents`.
     `skipped` counts the documents that could not be read, `skipped_files` those of them that are files, `empty` the
     documents with nothing in them; no shard has any of them. `tokenizer` is the value of `Tokenizer.description`.
-    `contents` has the digest of each input that was opened, in order (`content_digest`); it is empty in folders begun
-    by older versions.
+    `contents` has the digest of each input that was opened, in order (`content_digest`).
     """
 
     settings: dict[str, Any]
@@ -60,15 +59,9 @@ class Manifest:
         return totals
 
     def to_json(self) -> str:
-        content = {
-            "version": MANIFEST_VERSION,
-            "settings": self.settings,
-            "totals": dict(self.totals),
-            "shards": self.shards,
-            **({"tokenizer": self.tokenizer} if self.tokenizer else {}),
-            **({"contents": self.contents} if self.contents else {}),
-        }
-        return json.dumps({**content, "digest": digest(content)}, indent=1) + "\n"
+        known = {"tokenizer": self.tokenizer, "contents": self.contents}
+        content = {"settings": self.settings, "totals": dict(self.totals), "shards": self.shards}
+        return seal(MANIFEST_VERSION, content | {name: value for name, value in known.items() if value})
 
     def write_finished(self, folder: Path, schema: pa.Schema, suffix: str) -> None:
         """Write the table without rows, whole or not at all, with the `schema` and `suffix` of the shards."""
@@ -82,23 +75,11 @@ def read_manifest(folder: str | Path) -> Manifest | None:
     for name in (UNFINISHED, *FINISHED):
         path = Path(folder, name)
         try:
-            text = read_text(path) if name.endswith(".json") else manifest_text(name, path.read_bytes())
-            content = parse(text)
-            if content["version"] != MANIFEST_VERSION:
-                raise DataError(f"{path}: version {content['version']} of the manifest is not known to this longnet")
-            written = content.pop("digest", None)  # older versions wrote none
-            if written is not None and written != digest(content):
-                raise ValueError("it was changed: its digest is that of other content")
-            shards = [{**shard, "name": str(shard["name"]), "rows": shard["rows"]} for shard in content["shards"]]
-            skipped, empty, files = (content["totals"].get(name, 0) for name in ("skipped", "empty", "skipped_files"))
-            counts = [count for shard in shards for key, count in shard.items() if key != "name"]
-            for count in (skipped, empty, files, *counts):
-                if type(count) is not int or count < 0:
-                    raise ValueError(f"{count!r} is not a count")
-            tokenizer, contents = content.get("tokenizer"), content.get("contents", [])
-            settings = dict(content["settings"])
-            tokenizer = tokenizer and dict(tokenizer)
-            return Manifest(settings, name != UNFINISHED, shards, skipped, empty, tokenizer, list(contents), files)
+            text = read_text(path) if name == UNFINISHED else manifest_text(name, path.read_bytes())
+            content = unseal(text, MANIFEST_VERSION)
+            totals = content.pop("totals")
+            left_out = {kind: totals.get(kind, 0) for kind in ("skipped", "skipped_files", "empty")}
+            return Manifest(finished=name != UNFINISHED, **content, **left_out)
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:

@@ -20,8 +20,6 @@ from typing import IO, Any, NoReturn
 import jinja2
 from jinja2 import ext, nodes, parser, sandbox
 
-from longnet_cli.basics.finite_json import to_json
-
 SECONDS = 20
 MEMORY = 1 << 29  # bytes of address space, and GROWTH for each character that is rendered
 GROWTH = 64
@@ -147,9 +145,16 @@ def _environment() -> sandbox.SandboxedEnvironment:
     environment = sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
-    environment.filters["tojson"] = lambda value, indent=None: to_json(value, indent=indent, ensure_ascii=False)
+    environment.filters["tojson"] = _to_json
     environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
     return environment
+
+
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """Return JSON as the filter of transformers does, with its parameters in its order."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 class _Generation(ext.Extension):

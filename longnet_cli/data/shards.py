@@ -97,8 +97,7 @@ class ShardFolder:
     @property
     def documents(self) -> int:
         """The number of documents in finished shards."""
-        totals = self._manifest.totals  # folders from before 2026-11-26 count what was left out among their documents
-        return totals["documents"] - totals["left_out"]
+        return self._manifest.totals["documents"]
 
     @property
     def totals(self) -> Counter[str]:
@@ -257,7 +256,7 @@ def _check_shard(path: Path, schema: pa.Schema, rows: int | None) -> None:
                     pa.BufferReader(again.getvalue())
                 )  # Parquet names the items of lists its own way
             else:
-                table = arrow.open_file(path.name, str(path), file, file)
+                table = arrow.open_file(path.name, str(path), file)
                 stored, written = sum(batch.num_rows for batch in table.read([])), table.schema
         rows = stored if rows is None else rows
         if stored != rows or not written.equals(schema, check_metadata=True):

@@ -48,7 +48,8 @@ class Table:
     `pick`). If ids lie unchanged in a file, `read` leaves them there: `stored` gives the place of an array of the
     last batch, or None for an array in memory. `numbered` is the word for a row in messages: rows count from 0, lines
     from 1. `typed` says whether the writer of the file chose the integer types of the schema, which JSON does not
-    have. `bad` gives the reason for rows whose values are null because they could not be read. `share` returns which
+    have. `bad` gives the reason for rows whose values are null because they could not be read. At a row in `begins`, a
+    document begins, though it has the name of the one before. `share` returns which
     share of the file the batches so far take, from 0 to 1, when they have so many rows; 0 if it is not known.
     """
 
@@ -61,6 +62,7 @@ class Table:
     numbered: str = "row"
     typed: bool = True
     bad: dict[int, str] = field(default_factory=dict)
+    begins: set[int] = field(default_factory=set)
     share: Callable[[int], float] = lambda rows: 0.0
 
     def place(self, row: int) -> str:
@@ -179,6 +181,8 @@ def reading(what: str, row: int | None = None) -> Iterator[None]:
     except MemoryError as error:  # also pyarrow's own; a damaged size may ask for any amount
         reason = "it needs more memory than there is, or its data is damaged"
         raise MemoryLimitError(f"{what}: {reason} ({one_line(error)})") from error
+    except pa.ArrowNotImplementedError as error:
+        raise DataError(f"{what}: pyarrow does not read this ({one_line(error)})") from error
     # pyarrow also raises ValueError for a name that is not UTF-8, and OverflowError for a size past 2^63
     except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError) as error:
         if isinstance(error, OSError) and error.errno is not None and error.strerror:

@@ -1,13 +1,14 @@
 """Cut a long text into pieces whose tokens, put together, are the tokens of the whole text.
 
 One call of `tokenizers` takes more than linear time: 4 MB cost 8 times as much as 1 MB. So a text is encoded in pieces
-of PIECE characters. A text may be cut where its tokenizer starts a new word whatever stands there.
+of PIECE characters. A text is cut where its tokenizer starts a new word, which is tried at each cut.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -17,68 +18,75 @@ PIECE = 1 << 16
 LONGEST_PIECE = 1 << 20
 
 # Between a letter and one of these signs every byte-level pre-tokenizer starts a new word (GPT-2, cl100k, o200k,
-# Llama 3), so a text cut there gives the same tokens. No apostrophe: o200k keeps the 't of don't with its word.
+# Llama 3). No apostrophe: o200k keeps the 't of don't with its word. Python's \w also has signs such as
+# \u00bd and \u2167, which pre-tokenizers count as numbers (\p{N} is Nd, Nl and No), and a special token may have any
+# characters: see REACH.
 CUT_BEFORE = ' \t\n\r,.;:!?()[]{}<>="0123456789\u3001\u3002\uff0c'
 AT_SIGN = re.compile(f"(?<=[^\\W\\d_])(?=[{re.escape(CUT_BEFORE)}])")
 # Tokenizers of words, and SentencePiece, start a word at a single space between letters, if their normalizer works
 # character by character.
 AT_SPACE = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])")
 LOCAL = {"BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Precompiled", "Replace", "StripAccents"}
+# Characters on each side of a cut whose tokens must be the same with and without it. So many are enough: what could
+# join the two sides is a rule about a few characters beside the cut, or a special token, which is no longer than this.
+REACH = 512
 
 
-def cut_text(parts: Iterable[str], cut: re.Pattern[str] = AT_SIGN) -> Iterator[str]:
+def cut_text(parts: Iterable[str], split: Callable[[str], list[Any]], cut: re.Pattern[str] = AT_SIGN) -> Iterator[str]:
     """Cut a text, which comes in parts, where words start anyway, about every PIECE characters.
 
-    A run of letters longer than LONGEST_PIECE is cut too, because it would take quadratic time. The pieces do not
-    depend on the parts.
+    `split` returns the tokens of a text. A run of letters longer than LONGEST_PIECE is cut too, because it would take
+    quadratic time. The pieces do not depend on the parts.
     """
     text, start = "", 0
     for part in chain(parts, (None,)):
         if part is not None:
             text, start = text[start:] + part, 0
-        # the end of the next piece is known once there are LONGEST_PIECE characters, or the rest of the text
-        while len(text) - start > (PIECE if part is None else LONGEST_PIECE):
-            limit = start + LONGEST_PIECE
-            match = cut.search(text, start + PIECE, limit)
-            end = match.start() if match else min(limit, len(text))
+        # the end of the next piece is known once there are so many characters, or the rest of the text
+        while len(text) - start > (PIECE if part is None else LONGEST_PIECE + REACH):
+            end = _end(text, start, split, cut)
             yield text[start:end]
             start = end
     if start < len(text):
         yield text[start:]
 
 
-def find_cut(
-    inner: tokenizers.Tokenizer, description: Mapping[str, Any], splits_special: bool
-) -> re.Pattern[str] | None:
+def _end(text: str, start: int, split: Callable[[str], list[Any]], cut: re.Pattern[str]) -> int:
+    """Return where the piece that begins at `start` ends."""
+    place, limit, tries = start + PIECE, min(start + LONGEST_PIECE, len(text)), 0
+    while match := cut.search(text, place, limit):
+        end = match.start()
+        before, after = text[max(start, end - REACH) : end], text[end : end + REACH]
+        if split(before + after) == split(before) + split(after):
+            return end
+        tries += 1
+        place = end + tries  # further and further: a text may have a million such places
+    return limit
+
+
+def find_cut(inner: tokenizers.Tokenizer, description: Mapping[str, Any]) -> re.Pattern[str] | None:
     """Return the places where a text may be cut, because a new word starts there; None if `inner` needs all of it.
 
-    They are tried on a few words. `description` is the data of its tokenizer.json. Without `splits_special`, a special
-    token that is written in a text is that token.
+    They are tried on a few words. `description` is the data of its tokenizer.json.
     """
-    if inner.pre_tokenizer is None or any(not added["special"] for added in description["added_tokens"]):
+    if inner.pre_tokenizer is None:
+        return None
+    if any(not added["special"] or len(added["content"]) > REACH for added in description["added_tokens"]):
         return None  # an added word may straddle a cut
     if description["normalizer"] is None and decodes_bytes(description):
-        return _cut_of_bytes(inner, description, splits_special)
+        words = partial(words_of, inner)
+        return AT_SIGN if all(words(f"a{sign}b") == words("a") + words(f"{sign}b") for sign in CUT_BEFORE) else None
     return _cut_of_words(inner, description)
+
+
+def words_of(inner: tokenizers.Tokenizer, text: str) -> list[str]:
+    """Return the words that the pre-tokenizer makes of a text."""
+    return [word for word, _ in inner.pre_tokenizer.pre_tokenize_str(text)]
 
 
 def decodes_bytes(description: Mapping[str, Any]) -> bool:
     """Return whether the tokenizer with this tokenizer.json is byte-level: its tokens are UTF-8 bytes."""
     return bool((description.get("decoder") or {}).get("type") == "ByteLevel")
-
-
-def _cut_of_bytes(
-    inner: tokenizers.Tokenizer, description: Mapping[str, Any], splits_special: bool
-) -> re.Pattern[str] | None:
-    """Return where a byte-level tokenizer without a normalizer starts a new word."""
-
-    def split(text: str) -> list[str]:
-        return [word for word, _ in inner.pre_tokenizer.pre_tokenize_str(text)]
-
-    if not all(split(f"a{sign}b") == split("a") + split(f"{sign}b") for sign in CUT_BEFORE):
-        return None
-    within = not splits_special and any(AT_SIGN.search(added["content"]) for added in description["added_tokens"])
-    return AT_SPACE if within else AT_SIGN  # no token that a text may have is cut
 
 
 def _cut_of_words(inner: tokenizers.Tokenizer, description: Mapping[str, Any]) -> re.Pattern[str] | None:

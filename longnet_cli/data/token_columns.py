@@ -6,6 +6,7 @@ with one name are one document.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain, groupby
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,17 +54,20 @@ class Label(NamedTuple):
     error: DataError | None
 
 
+class BadRowError(DataError):
+    """An error of one row, which leaves out its whole document, and no other."""
+
+
 class DocumentRows(NamedTuple):
     """The rows of one document: the number of the first, the values that the first carries along, and all values.
 
-    `error` says why the document cannot be read.
+    Taking the values raises BadRowError for a row that cannot be read, or is not the next one.
     """
 
     doc_id: str
     row: int
     values: Iterable[Any]
     kept: Mapping[str, pa.Scalar]
-    error: DataError | None
 
 
 def read_batches(table: Table, columns: Columns, skip_bad: bool) -> Iterator[ColumnBatch]:
@@ -85,9 +89,8 @@ def read_batches(table: Table, columns: Columns, skip_bad: bool) -> Iterator[Col
             for row in rows:
                 place, what = table.place(first + row), f", {name}" if name else ""
                 problem = table.bad.pop(first + row, None)
-                errors.setdefault(
-                    row, DataError(f"{place}{what}: the value is null" if problem is None else f"{place}: {problem}")
-                )
+                said = f"{place}{what}: the value is null" if problem is None else f"{place}: {problem}"
+                errors.setdefault(row, BadRowError(said))
         if errors and not skip_bad:
             raise errors[min(errors)]
         ids, parts = (values.get(name) if name else None for name in (columns.doc_id, columns.part))
@@ -121,28 +124,40 @@ def _none(values: list[Any]) -> list[int]:
 def group_rows(table: Table, rows: Iterator[tuple[Label, Any]]) -> Iterator[DocumentRows]:
     """Group (label, value) by document.
 
-    Neighbours that share a doc_id are one document. Its parts, where known, must be 0, 1, 2, ...
+    Neighbours that share a doc_id are one document. Its parts, where known, must be 0, 1, 2, ... A row that cannot be
+    read, not even its name, belongs to the document that stands on both sides of it.
     """
 
-    def key(row: tuple[Label, Any]) -> Any:
-        label = row[0]
-        return label.row if label.doc_id is None or label.error else label.doc_id
+    def numbered() -> Iterator[tuple[int, tuple[Label, Any]]]:
+        number, name = 0, None
+        nameless: list[tuple[Label, Any]] = []
+        for label, value in rows:
+            if label.error and label.doc_id is None and name is not None:
+                nameless.append((label, value))
+                continue
+            same = name is not None and label.doc_id == name and label.row not in table.begins
+            for row in (*nameless, (label, value)):
+                number += not same
+                yield number, row
+            name, nameless = label.doc_id, []
+        yield from ((number + index, row) for index, row in enumerate(nameless, 1))
 
     def values(doc_id: str, members: Iterator[tuple[Label, Any]]) -> Iterator[Any]:
         for expected, (label, value) in enumerate(members):
+            if label.error:
+                raise label.error
             if label.part is not None and label.part != expected:
-                raise DataError(
+                raise BadRowError(
                     f"{table.place(label.row)}: part {label.part} of document {doc_id!r} stands where part {expected} "
                     "should: rows are missing, repeated or out of order"
                 )
             yield value
 
-    for name, members in groupby(rows, key=key):
-        head = next(members)
-        label = head[0]
-        doc_id = name if isinstance(name, str) else f"{table.name}:{label.row}"
-        checked = values(doc_id, chain((head,), members))  # noqa: B031 (used once, before the next group)
-        yield DocumentRows(doc_id, label.row, checked, label.kept, label.error)
+    for _, members in groupby(numbered(), key=itemgetter(0)):
+        label, value = next(members)[1]
+        doc_id = f"{table.name}:{label.row}" if label.doc_id is None else label.doc_id
+        following = (row for _, row in members)  # noqa: B031 (used once, before the next group)
+        yield DocumentRows(doc_id, label.row, values(doc_id, chain(((label, value),), following)), label.kept)
 
 
 FLAT_BLOCK = 1 << 22  # ids of a flat column searched for document ends in one go
@@ -193,7 +208,7 @@ def flat_documents(table: Table, columns: Columns, eos_id: int | None) -> Iterat
         parts = collect(part for _, part in members)
         row = parts[0].row
         assert row is not None
-        yield DocumentRows(f"{table.name}:{index}", row, parts, {}, None)
+        yield DocumentRows(f"{table.name}:{index}", row, parts, {})
     if index < 0 and not is_manifest(table.schema):
         raise DataError(f"{table.where}: column {name!r} holds nothing but end-of-text ids")
 
@@ -212,15 +227,16 @@ def table_texts(table: Table, columns: Columns, tokenizer: Tokenizer | None, ski
                 yield batch.label(index), value.as_py()
 
     for group in group_rows(table, rows()):
-        place, error, text, ids = table.place(group.row), group.error, "", None
-        if error is None:
-            try:
-                text, ids = join(group.values) if join else ("".join(group.values), None)
-            except RefusedError as refused:
-                error = DataError(f"{place}: {refused}")
-                if not skip_bad:
-                    raise error from None
-        yield Unread(error) if error else Text(group.doc_id, text, place, group.kept, ids=ids)
+        place = table.place(group.row)
+        try:
+            text, ids = join(group.values) if join else ("".join(group.values), None)
+        except (RefusedError, BadRowError) as problem:
+            error = problem if isinstance(problem, BadRowError) else DataError(f"{place}: {problem}")
+            if not skip_bad:
+                raise error from None
+            yield Unread(error)
+        else:
+            yield Text(group.doc_id, text, place, group.kept, ids=ids)
 
 
 def _chat_reader(

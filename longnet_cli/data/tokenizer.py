@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,10 +31,10 @@ from longnet_cli.basics.configuration import digest, parse, read_text
 from longnet_cli.basics.errors import ConfigError, RefusedError, refuse_web_address
 from longnet_cli.data.manifest import FINISHED, manifest_in, read_manifest
 from longnet_cli.data.places import token_places
-from longnet_cli.data.text_pieces import AT_SIGN, cut_text, decodes_bytes, find_cut
+from longnet_cli.data.text_pieces import AT_SIGN, cut_text, decodes_bytes, find_cut, words_of
 from longnet_cli.hub.folder_files import END_OF_TEXT, TOKENIZER
 from longnet_cli.hub.model_names import find_tokenizer, list_models, preset_dir
-from longnet_cli.hub.sent_files import download_again
+from longnet_cli.hub.repository import download_again
 
 SETTINGS = "tokenizer_config.json"  # what transformers writes beside a tokenizer.json
 
@@ -317,13 +317,14 @@ class Tokenizer:
         inner = tokenizers.Tokenizer(models.BPE())
         inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         inner.decoder = decoders.ByteLevel()
+        words = partial(words_of, inner)
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             special_tokens=[END_OF_TEXT],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        inner.train_from_iterator((piece for text in texts for piece in cut_text([text])), trainer)
+        inner.train_from_iterator((piece for text in texts for piece in cut_text([text], words)), trainer)
         return cls(inner)
 
     def encode(self, text: str) -> np.ndarray:
@@ -358,7 +359,11 @@ class Tokenizer:
         """
         if self.is_bytes:
             return (part for part in parts if part)
-        return cut_text(parts, self._cut) if self._cut else filter(None, ("".join(parts),))
+        return cut_text(parts, self._ids, self._cut) if self._cut else filter(None, ("".join(parts),))
+
+    @library_call()
+    def _ids(self, text: str) -> list[int]:
+        return list(self._inner.encode(text, add_special_tokens=False).ids)
 
     def encode_long(self, parts: Iterable[str]) -> Iterator[EncodedStretch]:
         """Yield stretches of a text that comes in parts: together, its `encode`, without the ids of the prompt.
@@ -494,7 +499,7 @@ class Tokenizer:
     @library_call()
     def _cut(self) -> re.Pattern[str] | None:
         """The places where a text may be cut; None if the tokenizer needs all of it at once."""
-        return find_cut(self._inner, self._description, self.splits_special)
+        return find_cut(self._inner, self._description)
 
     def _groups(self, texts: Sequence[str]) -> Iterator[tuple[list[int], list[str]]]:
         """Yield the texts' pieces in order, GROUP characters at a time, with the index of each piece's text."""

@@ -108,10 +108,6 @@ def vector_documents(table: Table, columns: Columns, skip_bad: bool) -> Iterator
                 label = batch.label(index)
                 if not nested and columns.doc_id is None:
                     label = label._replace(doc_id=table.name)
-                if (
-                    label.error and label.doc_id is not None
-                ):  # a bad row must not cut its document in two: `_part` raises its error
-                    label = label._replace(error=None)
                 yield label, _VectorRow(batch, values, valid, index)
 
     for group in group_rows(table, rows()):
@@ -125,8 +121,6 @@ def vector_documents(table: Table, columns: Columns, skip_bad: bool) -> Iterator
 
 
 def _document(table: Table, columns: Columns, group: DocumentRows, tile_size: float | None) -> Vectors:
-    if group.error:
-        raise group.error
     nested, width, points = is_vectors(columns.type), None, list[np.ndarray]()
 
     def parts() -> Iterator[Part]:
@@ -152,8 +146,6 @@ def _part(
     """
     nested = is_vectors(columns.type)
     batch, values, valid, first = run[0]
-    if bad := [batch.errors[row.row] for row in run if row.row in batch.errors]:
-        raise bad[0]
 
     def place(vector: int) -> str:
         return table.place(batch.first + first + (0 if nested else vector))

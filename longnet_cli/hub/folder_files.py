@@ -5,10 +5,8 @@ SHARDED = "model.safetensors.index.json"  # what transformers writes beside the 
 GENERATION = "generation_config.json"
 # files that may stand beside a tokenizer.json: they tell a library how to build the tokenizer and write a chat
 BESIDE_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
-# sentence-transformers' file for prompts; the key of config.json for the pooling of a net that was trained by contrast
-PROMPTS, POOL_KEY = "config_sentence_transformers.json", "embedding_pool"
-# Its list of modules, and the names that the configuration of the first one has had
-MODULES = "modules.json"
+# of sentence-transformers: the prompts, the list of modules, and names that the configuration of the first one has had
+PROMPTS, MODULES = "config_sentence_transformers.json", "modules.json"
 TRANSFORMER_CONFIGS = tuple(
     f"sentence_{kind}_config.json"
     for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
@@ -19,7 +17,6 @@ NEEDED_BY_MODULE = {"Pooling": (CONFIG,), "Dense": (CONFIG, WEIGHTS), "LayerNorm
 END_OF_TEXT = "<|endoftext|>"  # of the tokenizers that `longnet` makes
 # `model_type` in config.json of a LongNet: the error of a library that does not know it shows nothing else of a folder
 MODEL_TYPE = "longnet: import longnet_cli.integrations.transformers"
-OLDER_TYPE = "longnet"  # of older folders; the oldest have none
 
 # Metadata keys of model.safetensors: digests of what was saved together. Other tools drop them when they save.
 TENSORS_SHA256, CONFIG_SHA256 = "longnet.tensors_sha256", "longnet.config_sha256"

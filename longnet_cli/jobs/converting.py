@@ -62,7 +62,6 @@ def _with_weights_of(model: ModelFolder, output: Path, dtype: str) -> str:
     with whole_folder(output) as place:
         check_finite(net.state_dict(), f"{folder} as {dtype}")
         texts = (tokenizer.read_text(encoding="utf-8"), model.eos) if tokenizer.is_file() else ()
-        net.embedder = model.embedder
         net.save_pretrained(place, *texts)
         name_origin(place, model.origin)
         for name in BESIDE_TOKENIZER:

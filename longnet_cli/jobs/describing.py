@@ -1,11 +1,9 @@
 """The `pattern` job: a description and a drawing of a pattern, to read before you train with it. Loads no torch.
 
 PatternCosts come from the operator's own plan. The keys that a query sees are computed from the definition, position by
-position:
+position, for a drawing in characters or as a picture, with one colour per level:
 
     level i covers the keys [lo_i, hi_i) of a query; a head sees the covered keys that the level keeps for it
-
-A drawing, in characters or as a picture, has the keys that each query sees, one colour per level.
 """
 
 from __future__ import annotations
@@ -21,21 +19,17 @@ import numpy as np
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.branches import level_flops
 from longnet_cli.attention.groups import comparisons
-from longnet_cli.attention.notation import format_levels, format_pattern, is_pattern, parse_pattern
+from longnet_cli.attention.notation import format_levels, format_pattern, from_fields, is_pattern, parse_pattern
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.basics.sizes import format_size
 from longnet_cli.hub.model_names import list_models, preset_dir
 from longnet_cli.jobs.plotting import new_figure, save_figure
-from longnet_cli.jobs.plotting.text import colored
+from longnet_cli.jobs.plotting.drawing import colored
 from longnet_cli.models.folder import ModelFolder
 
 if TYPE_CHECKING:
     from longnet_cli.nets.config import NetConfig
 
-NEAREST = 64  # tokens up to and including a query
-LONGEST_REACH = 1 << 16  # tokens of the longest sequence whose links are followed
-_CELLS = 1 << 21  # queries x keys, when links are followed
-_QUERIES = 1 << 11  # queries whose nearest tokens are counted
 LONGEST = 1 << 60  # tokens
 MOST_PARTS = 1 << 16
 NOTHING = -1  # a cell of a picture that no level shows
@@ -67,14 +61,9 @@ class PatternCosts:
 class Description:
     """A description of a pattern for sequences of `seq` tokens.
 
-    `cache_rows` is None for bidirectional attention, which keeps no cache. `nearest_least` and `nearest_mean` count
-    the tokens that a head sees among the 64 up to and including a query: at least, and on average. `reach` maps a
-    number of layers to the share of tokens that are linked to a query through any heads within that many layers. The
-    share is of the tokens up to and including the query (bidirectional: of all tokens), and leaves out queries in the
-    first quarter. `reach` is None for sequences of more than 64Ki tokens, and for chosen blocks, which any content may
-    link. With them, `compared` counts the mean keys that each voter is compared with at the end of the sequence, and
-    `read_bytes` the bytes, in float32, that a query there reads of them and of blocks, per layer and key head. A group
-    of queries reads them once.
+    `cache_rows` is None for bidirectional attention, which keeps no cache. With chosen blocks, `compared` counts the
+    mean keys that each voter is compared with at the end of the sequence, and `read_bytes` the bytes, in float32, that
+    a query there reads of them and of blocks, per layer and key head. A group of queries reads them once.
     """
 
     name: str
@@ -90,9 +79,6 @@ class Description:
     heads: int
     head_dim: int
     causal: bool
-    nearest_least: int
-    nearest_mean: float
-    reach: dict[int, float] | None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -106,7 +92,6 @@ class Subject:
     pattern: Pattern
     heads: int = 12
     head_dim: int = 64
-    layers: int | None = None
     causal: bool | None = None
 
 
@@ -138,8 +123,11 @@ def find_subject(text: str) -> Subject:
     data = folder.config
     try:
         heads = int(data["num_attention_heads"])
-        pattern, size = Pattern(**data["dilated_attention"]), int(data.get("head_dim") or data["hidden_size"] // heads)
-        return Subject(text, pattern, heads, size, int(data["num_hidden_layers"]))
+        pattern, size = (
+            from_fields(data["dilated_attention"]),
+            int(data.get("head_dim") or data["hidden_size"] // heads),
+        )
+        return Subject(text, pattern, heads, size)
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{folder.path}/config.json: no pattern (dilated_attention) that can be read: {error}"
@@ -147,7 +135,7 @@ def find_subject(text: str) -> Subject:
 
 
 def _of_config(name: str, config: NetConfig) -> Subject:
-    return Subject(name, config.pattern, config.num_heads, config.head_dim, config.num_layers, config.causal)
+    return Subject(name, config.pattern, config.num_heads, config.head_dim, config.causal)
 
 
 def describe(
@@ -157,7 +145,6 @@ def describe(
     seq: int | None = None,
     heads: int = 12,
     head_dim: int = 64,
-    layers: Sequence[int] = (1, 2, 4),
     causal: bool = True,
 ) -> Description:
     """Describe a pattern; `seq` None is `default_length`. Raises ConfigError for one that cannot be used this way."""
@@ -187,7 +174,6 @@ def describe(
     kept = seq if pattern.chosen else 0
     dense = sum(level_flops(Pattern((seq,), (1,)), heads, head_dim, seq, causal))
     compared = _compared(pattern, seq) if pattern.chosen else 0
-    least, mean = _nearest(pattern, seq, heads, causal)
     return Description(
         name=name,
         pattern=written,
@@ -202,9 +188,6 @@ def describe(
         heads=heads,
         head_dim=head_dim,
         causal=causal,
-        nearest_least=least,
-        nearest_mean=mean,
-        reach=reach(pattern, seq, heads, causal, layers) if seq <= LONGEST_REACH and not pattern.chosen else None,
     )
 
 
@@ -253,60 +236,6 @@ def _sees_sinks(pattern: Pattern, queries: np.ndarray) -> np.ndarray:
     return (queries // pattern.segment_lengths[0] > pattern.look_backs[0]) & (pattern.sinks > 0)
 
 
-def keys_of_heads(
-    pattern: Pattern, queries: np.ndarray, keys: np.ndarray, seq: int, causal: bool, heads: int, chosen: Sequence[int]
-) -> np.ndarray:
-    """Return a mask (chosen, queries, keys) of the keys that each of the `chosen` heads sees.
-
-    `queries` (queries,) and `keys` (queries, keys) are positions.
-    """
-    q = queries[:, None]
-    seen = np.zeros((len(chosen), *keys.shape), bool)
-    for level, (w, r) in enumerate(pattern.levels):
-        row, place = q % w % r, keys % w % r
-        covered = np.zeros(keys.shape, bool)
-        for low, high in keys_seen(pattern, level, q, seq, causal):
-            covered |= (keys >= low) & (keys < high)
-        offsets = pattern.offsets(level, heads)
-        for mine, head in zip(seen, chosen, strict=True):
-            asks = (pattern.queries == "all") | (row == offsets[head])
-            mine |= asks & covered & (place == offsets[head])
-    return seen | (_sees_sinks(pattern, q) & (keys >= 0) & (keys < pattern.sinks))
-
-
-def _nearest(pattern: Pattern, seq: int, heads: int, causal: bool) -> tuple[int, float]:
-    """Return the least and the mean number of the NEAREST tokens that a head's query sees.
-
-    In a long sequence, the queries are a sample. The least number also covers the queries at the start of the last
-    segments of each level.
-    """
-    start = min(NEAREST - 1, seq - 1)
-    drawn = _sample(start, seq, _QUERIES)
-    begins = [(seq - 1) // w * w - np.arange(4) * w for w in {*pattern.segment_lengths}]
-    others = np.unique(np.concatenate(begins)[:, None] + np.arange(NEAREST))
-    queries = np.concatenate([drawn, others[(others >= start) & (others < seq)]])
-    keys = queries[:, None] - np.arange(min(NEAREST, seq))
-    alike: dict[tuple[int, ...], list[int]] = {}  # heads that keep the same rows see the same keys
-    for head, offsets in enumerate(zip(*(pattern.offsets(i, heads) for i in range(len(pattern.levels))), strict=True)):
-        alike.setdefault(offsets, []).append(head)
-    first, times = [group[0] for group in alike.values()], [len(group) for group in alike.values()]
-    counts = np.concatenate(
-        [
-            keys_of_heads(pattern, queries, keys, seq, causal, heads, first[i : i + 16]).sum(2)
-            for i in range(0, len(first), 16)
-        ]
-    )
-    return int(counts.min()), float(np.average(counts[:, : len(drawn)].mean(1), weights=times))
-
-
-def _sample(start: int, stop: int, number: int) -> np.ndarray:
-    """Return at most `number` positions in [start, stop), one from each of `number` equal parts, with a fixed seed."""
-    if stop - start <= number:
-        return np.arange(start, stop)
-    edges = start + (np.arange(number + 1, dtype=np.float64) * ((stop - start) / number)).astype(np.int64)
-    return np.random.default_rng(0).integers(edges[:-1], edges[1:])
-
-
 def farthest(pattern: Pattern, num_layers: int) -> int | None:
     """Return a distance in tokens that no link through so many layers exceeds; None where content or sinks choose."""
     if pattern.chosen or pattern.sinks:
@@ -315,75 +244,6 @@ def farthest(pattern: Pattern, num_layers: int) -> int | None:
         return max(pattern.segment_lengths)  # shorter segments lie within longer ones
     levels = zip(pattern.segment_lengths, pattern.look_backs, strict=True)
     return num_layers * max(w * (1 + back) for w, back in levels)
-
-
-def reach(pattern: Pattern, seq: int, heads: int, causal: bool, layers: Sequence[int]) -> dict[int, float]:
-    """Return, for each number of layers, the share of tokens that are linked to a query.
-
-    The share is of the tokens up to and including the query; for bidirectional attention, of all tokens. In a long
-    sequence, the queries are a sample.
-    """
-    queries = _sample(seq // 4, seq, max(16, _CELLS // seq))
-    reached = np.zeros((seq, len(queries)), bool)
-    reached[queries, np.arange(len(queries))] = True
-    past = float((queries + 1).sum()) if causal else float(seq * len(queries))
-    steps = list(_links(pattern, seq, heads, causal))
-    shares: dict[int, float] = {}
-    share = 0.0
-    for layer in range(1, max(layers) + 1):
-        if share < 1.0:
-            reached = _one_layer(pattern, reached, steps)
-            before, share = share, float(reached.sum()) / past
-            if share == before:  # no new links, so none in later layers
-                shares |= {number: share for number in layers if number >= layer}
-                break
-        if layer in layers:
-            shares[layer] = share
-    return shares
-
-
-@dataclass(frozen=True)
-class _Link:
-    """Links to keys: of the queries `asking`, number first[i] to number last[i] - 1 see the key at keys[i]."""
-
-    asking: np.ndarray | slice
-    keys: np.ndarray
-    first: np.ndarray
-    last: np.ndarray
-
-
-def _links(pattern: Pattern, seq: int, heads: int, causal: bool) -> Iterator[_Link]:
-    """Yield the links of each level, for each offset that a head has.
-
-    A query sees an interval of keys. Both its ends grow with the query, so the queries that see a key are neighbours in
-    `asking`.
-    """
-    positions = np.arange(seq)
-    for level, (w, r) in enumerate(pattern.levels):
-        for offset in {*pattern.offsets(level, heads)}:
-            kept = np.flatnonzero(positions % w % r == offset)
-            asking = positions if pattern.queries == "all" else kept
-            for low, high in keys_seen(pattern, level, asking, seq, causal):
-                low = np.minimum(low, seq)
-                first = np.searchsorted(np.maximum(high, low), kept, "right")
-                last = np.searchsorted(low, kept, "right")
-                yield _Link(slice(None) if pattern.queries == "all" else asking, kept, first, last)
-
-
-def _one_layer(pattern: Pattern, reached: np.ndarray, steps: Sequence[_Link]) -> np.ndarray:
-    linked = reached.copy()
-    counted: dict[int, np.ndarray] = {}
-    for link in steps:
-        key = -1 if isinstance(link.asking, slice) else id(link.asking)
-        if key not in counted:
-            sums = np.zeros((len(reached[link.asking]) + 1, reached.shape[1]), np.uint16)
-            np.cumsum(reached[link.asking], 0, out=sums[1:])  # 64Ki wraps to 0, but then all tokens are reached
-            counted = {key: sums}
-        sums = counted[key]
-        linked[link.keys] |= sums[link.last] != sums[link.first]
-    if pattern.sinks:
-        linked[: pattern.sinks] |= reached[_sees_sinks(pattern, np.arange(len(reached)))].any(0)
-    return linked
 
 
 def picture(pattern: Pattern, seq: int, size: int, heads: int, causal: bool = True) -> np.ndarray:

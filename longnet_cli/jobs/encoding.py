@@ -71,7 +71,7 @@ class EncodeOptions:
     normalize: bool = True
     span: int | None = None
     embedding_dtype: EmbeddingDtype = "float32"
-    all_layers: bool | None = None  # not False: folders started without it keep their settings
+    all_layers: bool = False
     tile_size: int | None = None
     prefix: list[int] | None = None
     dims: int | None = None
@@ -154,7 +154,7 @@ class EncodeOptions:
         `prefix` is a text, NO_PREFIX is an empty one. Raises ConfigError for a prefix if the model has no tokenizer,
         and for `context` and `stride` if the model reads no windows.
         """
-        stored, net, tokenizer = folder.embedder, loaded.net, loaded.tokenizer
+        net, tokenizer = loaded.net, loaded.tokenizer
         known: dict[str, Any] = {
             "model_name": loaded.origin,
             "tokenizer_sha256": loaded.tokenizer_sha256,
@@ -180,15 +180,12 @@ class EncodeOptions:
             normalize = model.normalized if normalize is None else normalize
             return cls(pool=pool or model.pool, normalize=normalize, stride=stride, **known)
         if pool is None:
-            whole = net.has_cls and more.get("span") is None
-            pool = stored.pool if stored else "cls" if whole else "mean"
-        text = stored.document if stored and prefix is None else given
+            pool = "cls" if net.has_cls and more.get("span") is None else "mean"
         return cls(
             bos=loaded.bos,
             pool=pool,
             normalize=normalize is not False,
-            prefix=tokenizer.encode(text).tolist() if text and tokenizer else None,
-            query_prompt=stored.query if stored else None,
+            prefix=tokenizer.encode(given).tolist() if given and tokenizer else None,
             **known,
         )
 
@@ -367,13 +364,13 @@ class Encoder(RowJob):
 
     options: EncodeOptions
     shard_name, shard_unit, shard_size = "vectors", "rows", 1 << 14
-    skips_empty = True
+    skips_empty = names_apart = True
     nothing = "there is nothing to encode: every document is empty or left out"
 
     def __init__(self, reader: Reader, options: EncodeOptions, kept_fields: Sequence[pa.Field] = ()) -> None:
         options.check(reader.model)
         super().__init__(reader, options, kept_fields)
-        self.alone = bool(options.all_layers)
+        self.alone = options.all_layers
         self.carried = [field for field in kept_fields if field not in PLACE_FIELDS]
         self.places: TextPlaces | None = None  # in the document of the last row
 

@@ -29,7 +29,7 @@ from longnet_cli.data.tables import Table
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.encoding import PLACE_FIELDS, EmbeddingDtype, EncodeOptions, Encoder
 from longnet_cli.jobs.row_jobs import RowJob
-from longnet_cli.jobs.scoring.score_rows import RowScorer, ScoreOptions
+from longnet_cli.jobs.scoring.scoring import ScoreOptions, Scorer
 from longnet_cli.models.folder import Loaded, ModelFolder
 from longnet_cli.nets.weights import model_digest
 from longnet_cli.running.device import select_device
@@ -165,8 +165,8 @@ def score_batches(
     }
 
     @cache
-    def make_job(of_text: bool) -> RowScorer:
-        return RowScorer(how.reader(), ScoreOptions(**chosen, **how.origin()))
+    def make_job(of_text: bool) -> Scorer:
+        return Scorer(how.reader(), ScoreOptions(**chosen, **how.origin()))
 
     return _mapped(batches, how, make_job, lambda: how.load().tokenizer)
 
@@ -231,7 +231,10 @@ def _tables(given: Any) -> pa.Table | Iterable[Any]:
     if hasattr(given, "with_format") and hasattr(given, "__getitem__"):  # a Dataset of Hugging Face
         given = given.with_format("arrow")[:]
     if isinstance(given, pa.RecordBatch) or hasattr(given, "__arrow_c_stream__"):
-        return pa.table(given)
+        try:
+            return pa.table(given)
+        except (pa.ArrowException, TypeError, ValueError) as error:  # pandas' columns may have values of any types
+            raise DataError(f"the table cannot be Arrow data: {'; '.join(map(str, error.args))}") from error
     if isinstance(given, Sequence) and not isinstance(given, str):
         return [*map(_checked_batch, given)]  # at once, rather than in the middle of the work
     if not isinstance(given, Iterator):

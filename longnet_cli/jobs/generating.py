@@ -26,12 +26,12 @@ from longnet_cli.basics.errors import ConfigError, DataError, NotFiniteError
 from longnet_cli.data.documents import Document
 from longnet_cli.data.text_stream import TextStream
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.jobs.row_jobs import DocumentJob
+from longnet_cli.jobs.estimating.reading import Extent, ReadingPlan
 from longnet_cli.nets.net import Bos, InputSequence, Net, bos_ids
 from longnet_cli.running.causal_stream import CausalStream, open_stream
 from longnet_cli.running.chunk_size import chunk_of, default_chunk
 from longnet_cli.running.device import precision
-from longnet_cli.running.reader import Reader
+from longnet_cli.running.ranks.ranks import ALONE
 
 
 class StopTexts:
@@ -133,46 +133,16 @@ def generate(
     ).run(sequence, max_tokens, reads_all=stream is not None)
 
 
-class PromptJob(DocumentJob[None]):
-    """The reading of a prompt and its continuation, for `reading_job.estimate_documents`. It has no results."""
-
-    alone = True
-    nothing = "no prompt has a token"
-
-    def __init__(self, reader: Reader, bos: Bos, max_tokens: int) -> None:
-        super().__init__(reader)
-        _check(reader.model, None, max_tokens, 0.0, 1.0, (), least=1)
-        self.bos, self.max_tokens = bos, max_tokens
-
-    def sequence(self, document: Document) -> InputSequence[Document]:
-        return self.reader.model.sequence(document, self.bos).check("give a shorter prompt", skips=False)
-
-    def window_sizes(self, tokens: int) -> Iterator[tuple[int, int]]:
-        yield tokens + len(bos_ids(self.bos)) + self.max_tokens, 1 + self.max_tokens
-
-    def results(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[None]:
-        raise NotImplementedError
-
-    def tokens(self, result: None) -> int:
-        raise NotImplementedError
-
-
-MEASURED = 4  # tokens
-
-
-@torch.inference_mode()
-def measure_token(model: Net, dtype: str) -> float:
-    """Return the seconds that a new token takes, at best of MEASURED, after a prompt of as many random tokens."""
-    device, stream = next(model.parameters()).device, open_stream(model)
-    seconds = []
-    with precision(dtype, device):
-        stream(torch.randint(model.config.vocab_size, (1, MEASURED), device=device))
-        for _ in range(MEASURED):
-            began = time.perf_counter()
-            hidden = stream(torch.randint(model.config.vocab_size, (1, 1), device=device))
-            int(model.logits(hidden[0, -1]).argmax(-1))
-            seconds.append(time.perf_counter() - began)
-    return min(seconds)
+def plan_generation(model: Net, prompts: Iterable[Document], bos: Bos, max_tokens: int, chunk: int) -> ReadingPlan:
+    """Count the reading of prompts, and of the most tokens that continue each. Raises as `generate`."""
+    _check(model, None, max_tokens, 0.0, 1.0, (), least=1)
+    plan, begin = ReadingPlan(model, chunk), time.perf_counter()
+    for prompt in prompts:
+        model.sequence(prompt, bos).check("give a shorter prompt", skips=False)
+        plan.add_document(len(prompt))
+        plan.add([Extent(len(prompt) + len(bos_ids(bos)) + max_tokens, 1 + max_tokens)])
+    plan.seconds = time.perf_counter() - begin
+    return plan
 
 
 class Sampler:
@@ -238,7 +208,7 @@ class _Generator:
             self.on_progress(stop - start)
         assert logits is not None
         for number in range(1, max_tokens + 1):
-            token, logprob = self.sampler(logits)
+            token, logprob = self._drawn(logits)
             step = self._step(token, logprob, number == max_tokens)
             yield step
             if not step.finish_reason or reads_all:
@@ -258,6 +228,12 @@ class _Generator:
     def _logits(self, hidden: Tensor) -> Tensor:
         with precision(self.dtype, self.device):
             return self.model.logits(hidden)
+
+    def _drawn(self, logits: Tensor) -> tuple[int, float]:
+        """Draw the next token: the first rank's, as another one's logits may be off by a bit."""
+        token, logprob = self.sampler(logits)
+        ranks = self.stream.ranks if isinstance(self.stream, CausalStream) else ALONE
+        return ranks.of_group().from_first(token), logprob
 
     def _step(self, token: int, logprob: float, last: bool) -> Step:
         ends = token in self.end_ids

@@ -11,12 +11,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import pyarrow as pa
 
@@ -25,6 +25,7 @@ from longnet_cli.data.documents import Document, checked
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.kept import first_kept, kept_settings
 from longnet_cli.data.left_out import LeftOut, OnSkip
+from longnet_cli.data.names import Apart
 from longnet_cli.data.outputs import ShardWriter, is_folder
 from longnet_cli.data.shards import ShardFolder, ShardFormat, run_to_resume
 from longnet_cli.nets.net import InputSequence, Net
@@ -34,10 +35,16 @@ from longnet_cli.running.device import check_kernel, resolve_dtype
 from longnet_cli.running.ranks.dealing import BATCHES, Codec, deal
 from longnet_cli.running.ranks.portions import Portion
 from longnet_cli.running.ranks.ranks import Ranks
-from longnet_cli.running.reader import Reader, share_reader
+from longnet_cli.running.reader import OnWindows, Reader, share_reader
 
 R = TypeVar("R")
 Sequences = Iterable[InputSequence[Document]]
+
+
+class Sink(Protocol):
+    """What takes the rows of a job: a file, a stream, or what prints them."""
+
+    def write(self, batch: pa.RecordBatch, /) -> None: ...
 
 
 class DocumentJob(ABC, Generic[R]):
@@ -46,7 +53,6 @@ class DocumentJob(ABC, Generic[R]):
     codec: Codec[R]  # for results that another group of ranks sends
     skips_empty: ClassVar[bool] = False  # an empty document has no result
     scores: ClassVar[bool] = False  # it computes logits
-    alone: bool = False  # no window is read together with another one
     nothing: str  # the error for results without any token
 
     def __init__(self, reader: Reader) -> None:
@@ -76,9 +82,6 @@ class DocumentJob(ABC, Generic[R]):
         """Return the bytes that the job itself keeps of a document of so many tokens, by kind."""
         return {}
 
-    def end(self) -> None:
-        """Check what can be checked only after the last document."""
-
     def checked(
         self,
         documents: Iterable[Document],
@@ -105,7 +108,6 @@ class DocumentJob(ABC, Generic[R]):
                 tokens += self.tokens(result)
                 yield portion, result
             yield portion, None
-        self.end()
         if not tokens and (ranks.first or ranks.dp == 1):
             raise NoTokensError(self.nothing)
 
@@ -127,6 +129,7 @@ class RowJob(DocumentJob[pa.RecordBatch]):
     shard_unit: ClassVar[str]  # what is counted to fill a shard
     shard_size: ClassVar[int]
     batch_rows: ClassVar[int] = 1  # a file or a stream has batches of this many rows or more
+    names_apart: ClassVar[bool] = False  # neighbouring documents of one name get names of their own in an output
     says_no_id_column: ClassVar[bool] = False  # its folders have the setting `id_column` even if it is None
 
     def __init__(self, reader: Reader, options: Any, kept_fields: Sequence[pa.Field] = ()) -> None:
@@ -141,8 +144,8 @@ class RowJob(DocumentJob[pa.RecordBatch]):
         return int(result["n_tokens"].to_numpy().sum())
 
     def option_settings(self) -> dict[str, Any]:
-        """Return the options as settings of a folder."""
-        return asdict(self.options)
+        """Return the options that were chosen, as settings of a folder."""
+        return {name: x for name, x in asdict(self.options).items() if x is not None and x is not False}
 
     @cached_property
     def digest(self) -> str:
@@ -183,12 +186,14 @@ def write_rows(
     dtype: str = "auto",
     spill: str | Path | None = None,
     on_progress: Callable[[int], None] | None = None,
+    on_choice: OnWindows | None = None,
+    sink: Callable[[pa.Schema], AbstractContextManager[Sink]] | None = None,
 ) -> Counter[str] | None:
     """Write the rows of the documents in `inputs` to `output`: a folder of shards, a file, or `-`, a stream on stdout.
 
     Return how many `rows` and `tokens` the output has. Of several `ranks`, only the first one writes. The others get
-    None. `make_job(reader, kept_fields=...)` returns the job. `chunk`, `dtype`, `spill` and `on_progress` are
-    as in `running.reader.Reader`.
+    None. `make_job(reader, kept_fields=...)` returns the job. `chunk`, `dtype`, `spill`, `on_progress` and `on_choice`
+    are as in `running.reader.Reader`. A `sink(schema)` gets the rows instead of a file or stream, each batch at once.
 
     A shard ends with the document that brings it to `shard_size`, in the job's `shard_unit`. `resume` continues a
     folder that an earlier run left unfinished, without reading the documents of finished shards again. On the same
@@ -217,11 +222,17 @@ def write_rows(
     if inputs.keep or of_text:  # first_kept waits for the first document
         kept, documents = first_kept(documents, of_text)
     stored = inputs.stored() if model.config.max_tokens is not None else ()
-    reader = share_reader(model, chunk=chunk, dtype=dtype, spill=spill, ranks=ranks, on_progress=on_progress)
+    reader = share_reader(
+        model, chunk=chunk, dtype=dtype, spill=spill, ranks=ranks, on_progress=on_progress, on_choice=on_choice
+    )
     job = make_job(reader, kept_fields=kept)
     read = partial(job.checked, telling(documents), stored, left_out.skip, left_out.pass_over)
+    if job.names_apart and inputs.id_column is None:
+        read = partial(_named_apart, read)
     if not in_folder:
-        return _write_stream(job, read(), output, ranks)
+        batches = job.all_results(read(), ranks)
+        opened_sink = partial(sink or partial(ShardWriter, output), job.schema) if ranks.first else nullcontext
+        return _write_stream(job, batches if sink else _joined(batches, job.batch_rows), opened_sink)
     shard_size = job.shard_size if shard_size is None else shard_size
     if shard_size < 1:
         raise ConfigError(f"shard_{job.shard_unit} must be 1 or more, not {shard_size}")
@@ -235,15 +246,24 @@ def write_rows(
     return folder.totals if folder else None
 
 
-def _write_stream(job: RowJob, sequences: Sequences, output: str | Path, ranks: Ranks) -> Counter[str] | None:
-    """Write the rows to a file or to stdout, and return their counts on the first rank."""
+def _named_apart(read: Callable[[], Sequences]) -> Iterator[InputSequence[Document]]:
+    apart = Apart()
+    for sequence in read():
+        sequence.document.doc_id = apart.name(sequence.document.doc_id)
+        yield sequence
+
+
+def _write_stream(
+    job: RowJob, batches: Iterable[pa.RecordBatch], open_sink: Callable[[], AbstractContextManager[Sink | None]]
+) -> Counter[str] | None:
+    """Write the batches to a sink, and return their counts where there is one: on the first rank."""
     written = Counter[str]()
-    with ShardWriter(output, job.schema) if ranks.first else nullcontext() as writer:
-        for batch in _joined(job.all_results(sequences, ranks), job.batch_rows):
+    with open_sink() as sink:
+        for batch in batches:
             written.update(rows=len(batch), tokens=job.tokens(batch))
-            if writer:
-                writer.write(batch)
-    return written if ranks.first else None
+            if sink:
+                sink.write(batch)
+    return written if sink else None
 
 
 def _settings(job: RowJob, inputs: Inputs, shard_size: int, ranks: Ranks) -> dict[str, Any]:

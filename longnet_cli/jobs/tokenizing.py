@@ -24,6 +24,7 @@ from longnet_cli.data.documents import Unread
 from longnet_cli.data.formats import Text
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.left_out import LeftOut, OnSkip
+from longnet_cli.data.names import Apart
 from longnet_cli.data.outputs import OUTPUT_SUFFIXES, ShardWriter, is_folder, token_schema
 from longnet_cli.data.shards import ShardFolder, ShardFormat, run_to_resume
 from longnet_cli.data.tokenizer import Tokenizer, end_of_text
@@ -104,7 +105,10 @@ def tokenize(
     schema = token_schema(vocab_size=loaded.vocab_size, eos_id=eos_id, tokenizer_sha256=loaded.sha256)
 
     opened: list[tuple[str, str | None]] | None = [] if in_folder and first else None
-    texts = _apart(_readable(replace(inputs, tokenizer=loaded, opened=opened).texts(), left_out.skip))
+    texts = _readable(replace(inputs, tokenizer=loaded, opened=opened).texts(), left_out.skip)
+    if inputs.id_column is None:
+        apart = Apart()
+        texts = (replace(text, doc_id=apart.name(text.doc_id)) for text in texts)
     with ExitStack() as stack:
         folder: ShardFolder | None = None
         rows: TokenBatches | None = None
@@ -156,7 +160,7 @@ def _settings(
 
 def tokenizer_beside(output: str | Path) -> Path | None:
     """Return the path of the tokenizer beside an output file; None for a folder, a stream, a device or a named pipe."""
-    return Path(output).with_suffix(".tokenizer.json") if str(output).endswith(OUTPUT_SUFFIXES) else None
+    return Path(f"{output}.tokenizer.json") if str(output).endswith(OUTPUT_SUFFIXES) else None
 
 
 def _tokenizer(
@@ -188,15 +192,6 @@ def _readable(texts: Iterator[Text | Unread], on_skip: OnSkip | None) -> Iterato
             yield text
     if skipped and not readable:
         raise DataError("there is nothing to tokenize: every document is left out")
-
-
-def _apart(texts: Iterator[Text]) -> Iterator[Text]:
-    """Number consecutive texts with the same doc_id, which would otherwise be read back as one document."""
-    last, repeats = None, 0
-    for text in texts:
-        repeats = repeats + 1 if text.doc_id == last else 0
-        last = text.doc_id
-        yield replace(text, doc_id=f"{text.doc_id}#{repeats}") if repeats else text
 
 
 class _TextPart(NamedTuple):

@@ -24,17 +24,13 @@ from longnet_cli.hub.folder_files import (
     GENERATION,
     MODEL_TYPE,
     MODULES,
-    OLDER_TYPE,
-    POOL_KEY,
-    PROMPTS,
     SHARDED,
     TOKENIZER,
     TOKENIZER_SHA256,
     WEIGHTS,
 )
 from longnet_cli.hub.model_names import find_model
-from longnet_cli.hub.repository import Located, weight_files
-from longnet_cli.hub.sent_files import download_again, is_within
+from longnet_cli.hub.repository import Located, download_again, is_within, weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +41,7 @@ if TYPE_CHECKING:
     from longnet_cli.models.hf.pretrained_net import TransformersNet
     from longnet_cli.models.hf.sentence_folder import SentenceModel
     from longnet_cli.nets.config import LongNetConfig
-    from longnet_cli.nets.net import Embedder, Net
+    from longnet_cli.nets.net import Net
 
 PICKLED = "pytorch_model*.bin*"
 NO_BOS = "none"  # the value of --bos
@@ -88,9 +84,7 @@ class ModelFolder:
     modules.json) names; then that is the path.
     """
 
-    def __init__(
-        self, path: Path, name: str | None = None, origin: str | None = None, *, embeds: bool = False
-    ) -> None:
+    def __init__(self, path: Path, name: str | None = None, origin: str | None = None, *, embeds: bool = False) -> None:
         self.path, self.name = path, name or str(path)
         self.origin = origin or self.name
         self.is_gguf = is_gguf(path)
@@ -122,24 +116,10 @@ class ModelFolder:
     def _tokenizer_settings(self) -> dict[str, Any]:
         return _table(self.path / SETTINGS)
 
-    @property
-    def embedder(self) -> Embedder | None:
-        """The way in which the net was trained to make vectors; None if it was not. Raises ConfigError."""
-        from longnet_cli.nets.net import Embedder
-
-        pool = self.config.get(POOL_KEY)
-        if pool is None:
-            return None
-        if pool not in ("mean", "last"):
-            raise ConfigError(f"{self.path / CONFIG}: {POOL_KEY} must be mean or last, not {pool!r}")
-        stored = _table(self.path / PROMPTS).get("prompts")
-        prompts = stored if isinstance(stored, dict) else {}
-        return Embedder(pool, str(prompts.get("query", "")), str(prompts.get("document", "")))
-
     @cached_property
     def of_transformers(self) -> bool:
         kind = self.config.get("model_type", self.config.get("architectures"))
-        return self.is_gguf or kind not in (None, MODEL_TYPE, OLDER_TYPE)
+        return self.is_gguf or kind not in (None, MODEL_TYPE)
 
     @cached_property
     def metadata(self) -> dict[str, str]:

@@ -1,14 +1,13 @@
 """The configuration of a LongNet, a model's `config.json`: sizes, the attention pattern, positions and norms.
 
-From it follow the FLOPs and bytes of a net. A multiply and an add count as two FLOPs.
+From it follow the FLOPs of a net. A multiply and an add count as two FLOPs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from pydantic import (
     Field,
@@ -16,16 +15,16 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     ValidatorFunctionWrapHandler,
+    create_model,
     field_validator,
     model_serializer,
     model_validator,
 )
 
 from longnet_cli.attention import Pattern, branches
-from longnet_cli.attention.cache import cached_rows
-from longnet_cli.attention.groups import chosen_flops, past_bytes
+from longnet_cli.attention.groups import chosen_flops
 from longnet_cli.attention.notation import PATTERN_FIELDS, parse_pattern, pattern_fields
-from longnet_cli.attention.pattern import no_longer_learned
+from longnet_cli.attention.pattern import HeadOffsets, Padding
 from longnet_cli.basics.configuration import StrictModel, validate
 
 # many documents have the same length
@@ -74,13 +73,6 @@ class NetConfig:
             """The tokens of the longest sequence that the net reads; None for no limit."""
 
         def num_parameters(self) -> int: ...
-        def saved_bytes(self, itemsize: int, device: str, lora: dict | None = None) -> tuple[int, int]:
-            """Return the bytes that a token saves for the backward pass: in each layer, and outside the layers.
-
-            `itemsize` is the bytes per number of matrix products, `device` is "cpu" or "cuda". `lora` holds the
-            arguments of `models.hf.lora.add_lora`, or is None.
-            """
-
         def model_dump_json(self, **options: Any) -> str: ...
 
     @property
@@ -123,43 +115,9 @@ class NetConfig:
         """Return the bytes of one layer's activations at their peak, without gradients, in float32."""
         return 4 * tokens * (10 * self.dim + 2 * self.ffn_dim)
 
-    def cache_bytes(self, tokens: int, itemsize: int, sp: int = 1) -> int:
-        """Return the bytes of keys and values that a causal stream holds after `tokens`, `itemsize` bytes per number.
-
-        `sp` ranks share the sequence. `spilled_bytes` of them may be in a file instead. Training in chunks keeps more
-        (`far_bytes`): the rows of all segments, until the backward pass, and the sums of their gradients.
-        """
-        rows = cached_rows(self.pattern, self.num_heads, self.kv_heads, tokens)
-        return self.num_layers * 2 * self.head_dim * rows * itemsize + sum(self.past_bytes(tokens, itemsize, sp))
-
-    def spilled_bytes(self, tokens: int, itemsize: int, sp: int = 1) -> int:
-        """Return the bytes that a causal stream writes to the file of `--spill`: a rank's blocks, for chosen ones."""
-        return self.past_bytes(-(-tokens // sp), itemsize)[0]
-
-    def past_bytes(self, tokens: int, itemsize: int, sp: int = 1) -> tuple[int, int]:
-        """Return the bytes that chosen blocks need of `tokens`, in all layers: of keys and values, and of mean keys.
-
-        `sp` ranks share the tokens.
-        """
-        sizes = self.pattern, self.kv_heads, self.head_dim, tokens, itemsize
-        of_kinds = [
-            (*past_bytes(*sizes, kind, sp), layers) for kind, layers in self.pattern.kinds(self.num_layers).items()
-        ]
-        return sum(layers * rows for rows, _, layers in of_kinds), sum(layers * means for _, means, layers in of_kinds)
-
     def _sum_over_layers(self, flops: Callable[..., float], tokens: int) -> float:
         sizes = self.pattern, self.num_heads, self.head_dim, tokens, self.causal
         return sum(layers * flops(*sizes, kind=kind) for kind, layers in self.pattern.kinds(self.num_layers).items())
-
-    def activation_bytes(self, itemsize: int, device: str, again: bool = False, lora: dict | None = None) -> int:
-        """Return the bytes per token that all layers save for the backward pass, and that one layer's backward adds.
-
-        With `again` (`train.activation_checkpointing`), all layers but one save only their input. The other arguments
-        go to `saved_bytes`.
-        """
-        layer, others = self.saved_bytes(itemsize, device, lora)
-        layers = layer + (self.num_layers - 1) * (4 * self.dim if again else layer)
-        return layers + others + itemsize * (self.ffn_dim + 2 * self.dim)
 
 
 # zeta^(pos / 512) with the paper's smallest zeta, 0.4 / 1.4, spans e^+-80 here; float32 ends at e^88
@@ -168,7 +126,21 @@ XPOS_MAX_SEGMENT = 65536
 _OPTIONS = {*PATTERN_FIELDS, "drop_path"} - {"segment_lengths", "dilation_rates", "head_offsets"}
 
 
-class LongNetConfig(NetConfig, StrictModel):
+class _Sizes(StrictModel):
+    """The first fields of a LongNetConfig, in the order of config.json."""
+
+    vocab_size: int = Field(ge=0)
+    dim: int = Field(gt=0)
+    num_layers: int = Field(gt=0)
+    num_heads: int = Field(gt=0)
+    ffn_dim: int = Field(gt=0)
+
+
+_PATTERN: dict[str, Any] = {name: (kind, getattr(Pattern, name, ...)) for name, kind in get_type_hints(Pattern).items()}
+_SizesAndPattern = create_model("_SizesAndPattern", __base__=_Sizes, **_PATTERN)
+
+
+class LongNetConfig(NetConfig, _SizesAndPattern):  # type: ignore[misc, valid-type]
     """The immutable configuration of a LongNet. `vocab_size=0` is a net without embedding (GigaPath, LongViT).
 
     The fields of `attention.Pattern` are fields here, with the same names, meanings and defaults. In their place you
@@ -178,25 +150,7 @@ class LongNetConfig(NetConfig, StrictModel):
     Building it directly raises pydantic's ValidationError (a ValueError); `parse_config` raises ConfigError.
     """
 
-    vocab_size: int = Field(ge=0)
-    dim: int = Field(gt=0)
-    num_layers: int = Field(gt=0)
-    num_heads: int = Field(gt=0)
-    ffn_dim: int = Field(gt=0)
-    segment_lengths: tuple[int, ...]
-    dilation_rates: tuple[int, ...]
-    head_offsets: Literal["modulo", "grouped"] = "modulo"
-    look_back: int | tuple[int, ...] = 0  # one number where all levels have the same
-    overlap: Literal["repeat", "once"] = "repeat"
-    queries: Literal["dilated", "all"] = "dilated"
-    sinks: int = 0
-    level_bias: Literal["log_rate"] | tuple[float, ...] | None = None
-    chosen: int = 0
-    chosen_block: int = Pattern.chosen_block
-    chosen_every: int = Pattern.chosen_every
-    chosen_layers: tuple[int, ...] = ()
-    chosen_exact: int = 0
-    padding: Literal["exact", "zero_key"] = "exact"
+    padding: Padding = "exact"
     causal: bool = True
     position: Literal["xpos", "rope", "none"] = "xpos"
     rope_theta: float = Field(default=10000.0, gt=1.0)
@@ -242,18 +196,17 @@ class LongNetConfig(NetConfig, StrictModel):
             raise ValueError(f'pattern needs a text, as "window:1Ki", got {pattern!r}')
         return {name: value for name, value in data.items() if name != "pattern"} | pattern_fields(pattern)
 
-    @field_validator("look_back", "level_bias", mode="wrap")
+    @field_validator("look_back", mode="wrap")
     @classmethod
     def _one_or_several(cls, value: Any, check: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
-        """Refuse other values in one sentence. Make `look_back` one number if it is the same at all levels."""
+        """Refuse other values in one sentence. Return one number if it is the same at all levels."""
         try:
             checked = check(value)
         except ValidationError:
-            one = "one number" if info.field_name == "look_back" else '"log_rate"'
-            raise ValueError(f"must be {one}, or one number per level{no_longer_learned(value)}") from None
+            raise ValueError("must be one number, or one number per level") from None
         levels = len(info.data.get("segment_lengths", ()))
-        same = info.field_name == "look_back" and isinstance(checked, tuple) and len(checked) == levels
-        return checked[0] if same and len({*checked}) == 1 else checked
+        same = isinstance(checked, tuple) and len(checked) == levels and len({*checked}) == 1
+        return checked[0] if same else checked
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -300,7 +253,7 @@ class LongNetConfig(NetConfig, StrictModel):
     @property
     def pattern(self) -> Pattern:
         """The attention pattern of every layer."""
-        return Pattern(**{field.name: getattr(self, field.name) for field in fields(Pattern)})
+        return Pattern(**{name: getattr(self, name) for name in PATTERN_FIELDS})
 
     @property
     def head_dim(self) -> int:
@@ -336,23 +289,6 @@ class LongNetConfig(NetConfig, StrictModel):
         embeddings = self.vocab_size * d * (1 if self.tie_embeddings else 2)
         return embeddings + self.num_layers * (attention + ffn + 4 * d) + (2 * d if self.final_norm else 0)
 
-    def saved_bytes(self, itemsize: int, device: str, lora: dict | None = None) -> tuple[int, int]:
-        """Count the tensors that `nets/longnet.py` saves. The residual stream, norms and lse are float32."""
-        d, f, s = self.dim, self.ffn_dim, itemsize
-        inner = 2 * s if device == "cpu" else 8  # mean and deviation of an inner norm: of its input's type on a CPU
-        attention = 4 * d + 8 + s * d  # its input, mean and deviation of that; the normed input
-        attention += 4 * s * d + 4 * self.num_heads  # q, k, v, out; lse
-        ffn = 4 * d + 8 + s * d + s * f  # the same, and the input of gelu
-        if self.norm == "subln":
-            attention += s * d + inner  # the normed output
-            ffn += 2 * s * f + inner  # the norm's input and output
-        else:
-            ffn += s * f  # the output of gelu
-        dropout = 2 * d * (s if device == "cpu" else 1) if self.dropout else 0
-        embedded = 8 + 4 * d + 8 + s * d  # the ids; the input of the last norm, its mean and deviation, its output
-        tables = {"none": 0, "rope": 1, "xpos": 2}[self.position] * 4 * self.head_dim
-        return attention + ffn + dropout, embedded + tables
-
 
 class SlideConfig(LongNetConfig):
     """The configuration of a SlideEncoder: a LongNet, the vectors that it reads, and the grid in which they lie.
@@ -365,8 +301,8 @@ class SlideConfig(LongNetConfig):
     """
 
     vocab_size: Literal[0] = 0
-    head_offsets: Literal["modulo", "grouped"] = "grouped"
-    padding: Literal["exact", "zero_key"] = "zero_key"
+    head_offsets: HeadOffsets = "grouped"
+    padding: Padding = "zero_key"
     causal: bool = False
     position: Literal["rope", "none"] = "none"
     in_features: int = Field(default=1536, gt=0)

@@ -11,9 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.hub.folder_files import END_OF_TEXT, MODEL_TYPE, MODULES, OLDER_TYPE, POOL_KEY, TRANSFORMER_CONFIGS
+from longnet_cli.hub.folder_files import END_OF_TEXT, MODEL_TYPE, MODULES, TRANSFORMER_CONFIGS
 from longnet_cli.nets.config import LongNetConfig, NetConfig
-from longnet_cli.nets.net import Embedder
 
 TOKENIZER_CONFIG, SENTENCES = "tokenizer_config.json", TRANSFORMER_CONFIGS[0]
 
@@ -27,7 +26,6 @@ TRANSFORMERS_KEYS = frozenset(
         "bos_token_id",
         "chunk_size_feed_forward",
         "dtype",
-        POOL_KEY,
         "eos_token_id",
         "experts_implementation",
         "id2label",
@@ -55,8 +53,7 @@ def own_keys(data: Any) -> Any:
     """
     if not isinstance(data, Mapping):
         return data
-    kind = data.get("model_type", MODEL_TYPE)
-    if kind not in (MODEL_TYPE, OLDER_TYPE):
+    if (kind := data.get("model_type", MODEL_TYPE)) != MODEL_TYPE:
         raise ConfigError(f"model_type {kind!r} is not that of a LongNet, {MODEL_TYPE!r}")
     return {key: value for key, value in data.items() if key not in TRANSFORMERS_KEYS}
 
@@ -108,12 +105,6 @@ def foreign_files(tokenizer_json: str | None, eos: str | None) -> dict[str, Any]
         },
         MODULES: [{"idx": 0, "name": "0", "path": "", "type": module}],
     }
-
-
-def prompts_file(embedder: Embedder) -> dict[str, Any]:
-    """Return the file in which sentence-transformers keeps a model's prompts, as JSON data."""
-    prompts = {"query": embedder.query, "document": embedder.document}
-    return {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"}
 
 
 def _ids(tokenizer_json: str | None) -> dict[str, int]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Generic, Literal, NamedTuple, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -120,14 +120,6 @@ LOGITS_LIMIT = 1 << 26  # elements of logits that `nll` holds at a time: 256 MiB
 IGNORED = -100  # a target without loss
 
 
-class Embedder(NamedTuple):
-    """The way in which a net was trained to make vectors of texts: the pooling, and the prompts before them."""
-
-    pool: Literal["mean", "last"]
-    query: str
-    document: str
-
-
 class Net(nn.Module):
     """A net: `net(tokens, start=..., lengths=..., far=...)` returns hidden states like LongNet. `nll` uses `logits`."""
 
@@ -137,7 +129,6 @@ class Net(nn.Module):
     dilated: bool = True  # whether its attention is ours
     has_cls: bool = False  # whether an extra row, CLS, comes before each sequence
     has_grid: bool = False  # whether the vectors that it reads lie in a grid
-    embedder: Embedder | None = None  # is saved with the net
     digest: str | None = None  # of configuration and weights, where both stay as they are
     layer_by_layer: bool = False  # whether jobs can run its layers one by one, and see the states between them
 

@@ -27,8 +27,6 @@ from longnet_cli.basics.errors import CheckpointError, ConfigError, LongNetError
 from longnet_cli.hub.folder_files import (
     CONFIG,
     CONFIG_SHA256,
-    POOL_KEY,
-    PROMPTS,
     TENSORS_SHA256,
     TOKENIZER,
     TOKENIZER_SHA256,
@@ -36,7 +34,7 @@ from longnet_cli.hub.folder_files import (
 )
 from longnet_cli.hub.model_names import find_model
 from longnet_cli.nets.config import LongNetConfig, parse_config
-from longnet_cli.nets.foreign import foreign_files, foreign_keys, own_keys, prompts_file
+from longnet_cli.nets.foreign import foreign_files, foreign_keys, own_keys
 from longnet_cli.nets.net import Net
 
 if TYPE_CHECKING:
@@ -125,9 +123,6 @@ def save_pretrained(
         digests[TOKENIZER_SHA256] = digest(json.loads(tokenizer_json))
     keys = settings | foreign_keys(model.config, tokenizer_json, eos) | dict(foreign or {})
     data = {CONFIG: keys, **foreign_files(tokenizer_json, eos)}
-    if model.embedder:
-        keys[POOL_KEY] = model.embedder.pool
-        data[PROMPTS] = prompts_file(model.embedder)
     texts: dict[str, str | None] = {
         name: json.dumps(table, indent=2, ensure_ascii=False) + "\n" for name, table in data.items()
     }

@@ -29,7 +29,7 @@ from longnet_cli.nets.net import Net
 from longnet_cli.running.causal_stream import CausalStream
 from longnet_cli.running.device import precision, random_state, set_random_state
 from longnet_cli.running.ranks.blocks import RankPast
-from longnet_cli.running.ranks.exchange import Exchange, most_owned
+from longnet_cli.running.ranks.exchange import Exchange, most_owned, whole_blocks
 from longnet_cli.running.ranks.fsdp import final_backward
 from longnet_cli.running.ranks.ranks import ALONE, Ranks
 
@@ -44,15 +44,10 @@ class Tokens(Protocol):
     def __getitem__(self, index: tuple[int | slice, slice], /) -> Tensor: ...  # (n,), or (b, n) for a slice of rows
 
 
-# A loss that is a sum over tokens: takes the hidden states (B, n, dim) of a slice of them and the slice, returns the
-# sum, float64
-HiddenLoss = Callable[[Tensor, slice], Tensor]
-
-
 def backward_in_chunks(
     model: Net,
     tokens: Tokens,
-    targets: Tokens | HiddenLoss,
+    targets: Tokens,
     chunk: int,
     *,
     scale: float = 1.0,
@@ -71,16 +66,15 @@ def backward_in_chunks(
     may be on the host while the net is on a GPU (`running.mapped`). With chosen blocks, keys and values of all tokens
     are kept, and the sums of their gradients; what a chunk has chosen is kept, and seen again.
 
-    Another loss, a `HiddenLoss`, can stand in for `targets`: then it takes the place of nll.
-
     The `ranks` of a group share every chunk; each rank adds and returns its part. `final` says that no other backward
     pass of the step follows, which sharded weights need to know (`running.ranks.fsdp`). `on_chunk` is called after each
     chunk, forward and backward.
     """
     device = tokens.device
     on_chunk = on_chunk or (lambda: None)
-    loss = targets if callable(targets) else _next_tokens(model, targets)
     pattern = model.config.pattern
+    if ranks.sp > 1:
+        chunk = whole_blocks(chunk, pattern.edge_size)
     room = most_owned(pattern.chosen_block, tokens.shape[1], chunk, ranks.sp) if pattern.chosen else 0
     stream = CausalStream(model, ranks=ranks, keep=tokens.shape[1], room=room, allocate=allocate)
     edges = [*range(0, tokens.shape[1], chunk), tokens.shape[1]]
@@ -109,7 +103,7 @@ def backward_in_chunks(
         part, (state, far) = chunks.pop(), tape.pop()
         set_random_state(state, device)
         final_backward(model, final and not chunks)
-        total += part.backward(tokens[:, part.mine], loss, far, pasts, gradients, scale, dtype, named)
+        total += part.backward(tokens[:, part.mine], targets[:, part.mine], far, pasts, gradients, scale, dtype, named)
         named = None
         for past in pasts:
             past.forget_means()  # all has been chosen
@@ -126,10 +120,6 @@ def new_pasts(config: NetConfig) -> list[Past]:
     return [Past(config.pattern, keep=1, layer=layer) for layer in layers]
 
 
-def _next_tokens(model: Net, targets: Tokens) -> HiddenLoss:
-    return lambda hidden, mine: model.nll(hidden, targets[:, mine]).sum(dtype=torch.float64)
-
-
 class _Chunk:
     """The positions [start, stop) of a sequence, or with a group this rank's shard of them."""
 
@@ -137,14 +127,14 @@ class _Chunk:
         self.model, self.start, self.stop = model, start, stop
         self.edges, self.exchange, self.mine = None, None, slice(start, stop)
         if ranks.sp > 1:
-            self.edges = ranks.edges(start, stop - start)
+            self.edges = ranks.edges(start, stop - start, model.config.pattern.edge_size)
             self.exchange = Exchange(model.config, self.edges, group=ranks.group, cached=True)
             self.mine = ranks.shard(self.edges)
 
     def backward(
         self,
         tokens: Tensor,
-        loss: HiddenLoss,
+        targets: Tensor,
         far: Sequence[Sequence[FarKeys]],
         pasts: list[Past],
         gradients: FarGradients,
@@ -176,7 +166,7 @@ class _Chunk:
 
         with precision(dtype, tokens.device):
             hidden = self.model(tokens, start=self.mine.start, far=provide, named=named)
-            total = loss(hidden, self.mine)
+            total = self.model.nll(hidden, targets).sum(dtype=torch.float64)
         roots, grads = [total], [torch.full_like(total, scale)]
         for layer, (k, v) in enumerate(made):
             from_later_chunks = gradients.hand_over(layer, self.start, self.stop, self.mine.start, k, self.exchange)
@@ -207,7 +197,6 @@ class FarGradients:
         self.ranks, self.allocate = ranks, allocate
         self.sums: dict[Key, Tensor] = {}
         self.of_pasts: dict[int, Tensor] = {}  # by layer: (k and v, B, tokens, K, D)
-        self.shared: dict[int, RankPast] = {}  # by layer: those that have the sums themselves
 
     def leaves(self, layer: int, keys: FarKeys, device: torch.device) -> FarKeys:
         """Return far keys of a chunk on `device`, as leaves of its graph.
@@ -224,9 +213,7 @@ class FarGradients:
 
         `past` is that of a later shard or of this one; k (B, n, K, D) is the shard's.
         """
-        if isinstance(past, RankPast):
-            self.shared[layer] = past
-        elif start and layer not in self.of_pasts:
+        if start and layer not in self.of_pasts and not past.shared:
             size, last = self.pattern.chosen_block, start
             if past.kind == "first":
                 last = min(last, self.pattern.chosen_keys)
@@ -256,8 +243,6 @@ class FarGradients:
         `exchange`.
         """
         total = None
-        if layer in self.shared and exchange and stop < self.tokens:
-            total = self.shared[layer].hand_back(exchange, k)
         if layer in self.of_pasts:
             rows = self.of_pasts[layer][:, :, start:stop][:, :, begin - start : begin - start + k.shape[1]]
             rows = rows.to(k.device)

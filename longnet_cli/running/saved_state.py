@@ -40,7 +40,7 @@ from longnet_cli.nets.net import Net
 from longnet_cli.nets.weights import TYPE_NAMES, model_digest, write_tensors
 
 MANIFEST, PIECE = "manifest.json", re.compile(r"piece-[0-9a-f]{8}-\d{5,}\.safetensors")
-STATE_VERSION = 3  # 1 and 2: until 2026-11-28, with blocks that were chosen by another rule
+STATE_VERSION = 3
 KIND = "longnet state"
 READER = "reader_sha256"
 MOST_TOKENS = 1 << 53
@@ -86,7 +86,7 @@ def check_place(folder: Path) -> None:
 def _listed(folder: Path) -> set[str] | None:
     """Return the pieces that the manifest of a state lists, with those it replaced; None without such a manifest."""
     with suppress(CheckpointError, OSError, TypeError):
-        saved = read_manifest(folder / MANIFEST, None)
+        saved = read_manifest(folder / MANIFEST, STATE_VERSION)
         if saved.get("kind") == KIND:
             return {name for name in [*saved["files"], *saved.get("replaced", {})] if PIECE.fullmatch(name)}
     return None
@@ -134,13 +134,9 @@ def read_state(folder: Path, facts: Mapping[str, Any]) -> tuple[dict[str, Any], 
     if not path.is_file():
         raise ConfigError(f"{folder}: no state, {MANIFEST} is missing")
     try:
-        saved = read_manifest(path, None)
+        saved = read_manifest(path, STATE_VERSION)
         if saved.get("kind") != KIND:
             raise ConfigError(f"{folder}: no state, {MANIFEST} is of another kind")
-        if saved.get("version") != STATE_VERSION:
-            raise ConfigError(
-                f"{folder}: a state of version {saved.get('version')}, not {STATE_VERSION}: save it again"
-            )
         _check_facts(saved)
         for key, why in _SAME.items():
             known, given = saved.get(key), facts.get(key)

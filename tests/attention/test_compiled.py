@@ -110,7 +110,7 @@ def test_far_keys_compiled() -> None:
 )
 def test_other_patterns_compiled(options: dict, rotary: bool) -> None:
     """Every option of a pattern, shared key heads and, from outside too, sinks that are turned."""
-    pattern = Pattern((8, 32), (1, 4), look_back=1, overlap="once", queries="all", sinks=3, level_bias="log_rate")
+    pattern = Pattern((8, 32), (1, 4), look_back=1, overlap="once", queries="all", sinks=3)
     turning = {"turn": turn} if rotary else {}
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ def test_the_operator_keeps_torchs_contract() -> None:
     """Schema, fake kernel, autograd and the strides that a compiler may change, by torch's own checks."""
     q, k, v = tensors(3, 20)
     outside = [x[:, :4].detach().requires_grad_() for x in (k, v)]
-    pattern = ([8, 32], [1, 4], "modulo", [0, 0], "repeat", "dilated", 0, [0.0, 0.0], 0, 32, 16, [], 0)
+    pattern = ([8, 32], [1, 4], "modulo", [0, 0], "repeat", "dilated", 0, 0, 32, 16, [], 0)
     options, shard = (0.3, None, *pattern), (None, None, "exact", True)
     samples = [
         (q, k, v, [], None, [], *options, 0, *shard),
@@ -198,7 +198,6 @@ FIELDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "overlap": ("once", {"look_back": 1}),
     "queries": ("all", TILED),
     "sinks": (3, TILED),
-    "level_bias": ((0.1, -2.5), {}),
     "chosen": (2, CHOSEN),
     "chosen_block": (16, CHOSEN),
     "chosen_every": (8, CHOSEN | {"chosen": 2, "chosen_every": 2}),

@@ -78,9 +78,7 @@ def test_the_cpu_gets_flash_and_the_environment_decides(monkeypatch: pytest.Monk
     assert kernels.select_kernel(CPU, torch.float32, 64).name == "math"
     assert kernels.select_kernel(CPU, torch.float32, 64, "cpu_flash").name == "cpu_flash"
     monkeypatch.setenv("LONGNET_KERNEL", "quick")
-    with pytest.raises(
-        ValueError, match="choose from fa3, fa4, flash_attn, cuda_flash, cuda_efficient, cudnn, cpu_flash, math"
-    ):
+    with pytest.raises(ValueError, match="choose from fa3, flash_attn, cuda_flash, cuda_efficient, cpu_flash, math"):
         kernels.select_kernel(CPU, torch.float32, 64)
 
 
@@ -258,7 +256,7 @@ def test_flash_attn_is_called_as_it_wants(monkeypatch: pytest.MonkeyPatch, versi
     package.flash_attn_interface = interface
     monkeypatch.setitem(sys.modules, "flash_attn", package)
     monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", interface)
-    monkeypatch.setattr(cuda_kernels.PackageKernel, "refusal", lambda *_: None)  # only the device is missing
+    monkeypatch.setattr(cuda_kernels.FlashAttnKernel, "refusal", lambda *_: None)  # only the device is missing
     library = torch.library.Library("aten", "IMPL")  # which packs
     library.impl("_flash_attention_forward", flash_forward, "CPU")
     library.impl("_flash_attention_backward", flash_backward, "CPU")
@@ -383,56 +381,6 @@ def test_efficient_attention_is_called_as_it_wants(monkeypatch: pytest.MonkeyPat
     assert_packs(*problem, kernel="cuda_efficient")
 
 
-def cudnn_forward(
-    query, key, value, attn_bias, compute_log_sumexp, dropout_p=0.0, is_causal=False, return_debug_mask=False, *,
-    scale=None,
-):  # fmt: skip
-    """aten's `_scaled_dot_product_cudnn_attention`: its lse is (batch, heads, rows, 1)."""
-    assert attn_bias is None
-    assert compute_log_sumexp
-    out, lse = MATH.forward(query, key, value, is_causal, scale)
-    rng = torch.zeros((), dtype=torch.int64)
-    return out, lse[..., None], torch.empty(0), torch.empty(0), query.shape[2], key.shape[2], rng, rng, torch.empty(0)
-
-
-def cudnn_backward(
-    grad_out, query, key, value, out, logsumexp, philox_seed, philox_offset, attn_bias, cum_seq_q, cum_seq_k, max_q,
-    max_k, dropout_p=0.0, is_causal=False, *, scale=None,
-):  # fmt: skip
-    assert grad_out.stride() == out.stride()
-    assert logsumexp.shape == (*query.shape[:3], 1)
-    assert logsumexp.is_contiguous()
-    assert (max_q, max_k) == (query.shape[2], key.shape[2])
-    return MATH.backward(grad_out, query, key, value, out, logsumexp[..., 0], is_causal, scale)
-
-
-def test_cudnn_is_called_as_it_wants(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Single rows, which it has not, are FlashAttention-2's: the last segment's of 49 tokens."""
-    monkeypatch.setattr(cuda_kernels.CudnnKernel, "refusal", lambda *_: None)  # only the device is missing
-    library, calls = torch.library.Library("aten", "IMPL"), []
-    library.impl(
-        "_scaled_dot_product_cudnn_attention", lambda *a, **k: calls.append(a) or cudnn_forward(*a, **k), "CPU"
-    )
-    library.impl("_scaled_dot_product_cudnn_attention_backward", cudnn_backward, "CPU")
-    library.impl("_flash_attention_forward", flash_forward, "CPU")
-    library.impl("_flash_attention_backward", flash_backward, "CPU")
-    assert_equals_the_reference(torch.randn(4, 2, 49, 4, 8), Pattern((8, 32), (1, 4)), kernel="cudnn")
-    assert calls
-    assert all(call[0].shape[2] > 1 for call in calls)
-
-
-def test_cudnn_serves_if_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a card that has it, too: it plans each shape anew, and documents have many."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    names, cuda = list(kernels.KERNELS), torch.device("cuda")
-    assert kernels.KERNELS["cudnn"].refusal(cuda, torch.bfloat16, 128) is None
-    assert names.index("cudnn") > max(map(names.index, ("cuda_flash", "cuda_efficient")))
-    assert kernels.KERNELS["cudnn"].refusal(cuda, torch.bfloat16, 192) == "it needs a head_dim up to 128, not 192"
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    refusal = kernels.KERNELS["cudnn"].refusal(cuda, torch.bfloat16, 64)
-    assert refusal == "it needs compute capability 9.x or 10.x"
-
-
 def test_efficient_attention_serves_what_flash_does_not() -> None:
     cuda, efficient, flash = torch.device("cuda"), kernels.KERNELS["cuda_efficient"], kernels.KERNELS["cuda_flash"]
     for dtype, head_dim in ((torch.float32, 64), (torch.float32, 5)):
@@ -473,7 +421,7 @@ EDGES = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
 
 
 def by_aten(q, k, v, causal, scale, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None):
-    """The out and lse of FlashAttention-3 and -4, whose layouts are those of aten's operator."""
+    """The out and lse of FlashAttention-3, whose layouts are those of aten's operator."""
     lengths = (max_seqlen_q or q.shape[1], max_seqlen_k or k.shape[1])
     return flash_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, *lengths, 0.0, causal, scale=scale)[:2]
 
@@ -512,37 +460,16 @@ def flash_3(monkeypatch: pytest.MonkeyPatch) -> torch.library.Library:
     return library
 
 
-def flash_4(monkeypatch: pytest.MonkeyPatch) -> None:
-    """flash_attn.cute.interface: functions of Python."""
-
-    def _flash_attn_fwd(q, k, v, *, softmax_scale=None, causal=False, return_lse=False, **edges):
-        assert return_lse
-        return by_aten(q, k, v, causal, softmax_scale, **edges)
-
-    def _flash_attn_bwd(
-        q, k, v, out, dout, lse, softmax_scale=None, causal=False, *, cu_seqlens_q=None, cu_seqlens_k=None,
-        deterministic=False,
-    ):  # fmt: skip
-        return by_aten_backward(dout, q, k, v, out, lse, causal, softmax_scale, cu_seqlens_q, cu_seqlens_k)
-
-    module = types.ModuleType("flash_attn.cute.interface")
-    for name in ("flash_attn", "flash_attn.cute", "flash_attn.cute.interface"):
-        monkeypatch.setitem(sys.modules, name, module)
-    module._flash_attn_fwd, module._flash_attn_bwd = _flash_attn_fwd, _flash_attn_bwd
-
-
-@pytest.mark.parametrize(("name", "package"), [("fa3", flash_3), ("fa4", flash_4)])
-def test_newer_flash_attention_is_called_as_it_wants(monkeypatch: pytest.MonkeyPatch, name: str, package) -> None:
+def test_flash_attention_3_is_called_as_it_wants(monkeypatch: pytest.MonkeyPatch) -> None:
     """Directly: torch's own attention, which it could replace, stays what it is in this process."""
-    kept = package(monkeypatch)
+    library = flash_3(monkeypatch)
     for names in ("activate", "restore", "register"):  # which torch has, or has not, by its version
         monkeypatch.delattr(torch.nn.attention, f"{names}_flash_attention_impl", raising=False)
-    monkeypatch.setattr(cuda_kernels.PackageKernel, "refusal", lambda *_: None)  # only the device is missing
+    monkeypatch.setattr(cuda_kernels.Flash3Kernel, "refusal", lambda *_: None)  # only the device is missing
     problem = torch.randn(4, 2, 50, 4, 8), Pattern((8, 32), (1, 4))
-    assert_equals_the_reference(*problem, kernel=name)
-    assert_packs(*problem, kernel=name)
-    if kept:
-        kept._destroy()
+    assert_equals_the_reference(*problem, kernel="fa3")
+    assert_packs(*problem, kernel="fa3")
+    library._destroy()
 
 
 @pytest.fixture
@@ -568,18 +495,18 @@ def test_a_broken_package_stops_no_other_kernel(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.delenv("LONGNET_KERNEL", raising=False)
     assert kernels.select_kernel(CPU, torch.float32, 64).name == "cpu_flash"
     assert not imported
-    for name in ("fa3", "fa4", "flash_attn"):
+    for name in ("fa3", "flash_attn"):
         why = kernels.KERNELS[name].refusal(card(9), torch.bfloat16, 64)
         assert why == f"{imported[-1]} cannot be imported: AttributeError: module 'cutlass' has no attribute 'Int32'"
-    assert imported == ["flash_attn_interface", "flash_attn.cute.interface", "flash_attn.flash_attn_interface"]
+    assert imported == ["flash_attn_interface", "flash_attn.flash_attn_interface"]
 
 
-@pytest.mark.parametrize(("major", "first"), [(8, "flash_attn"), (9, "fa3"), (10, "fa4"), (12, "flash_attn")])
+@pytest.mark.parametrize(("major", "first"), [(8, "flash_attn"), (9, "fa3"), (10, "flash_attn")])
 def test_each_card_gets_the_kernel_that_is_made_for_it(
     monkeypatch: pytest.MonkeyPatch, card, major: int, first: str
 ) -> None:
     monkeypatch.delenv("LONGNET_KERNEL", raising=False)
     monkeypatch.setattr(kernels, "_failure", lambda *_: None)
-    for kernel in (cuda_kernels.Flash3Kernel, cuda_kernels.Flash4Kernel, cuda_kernels.FlashAttnKernel):
+    for kernel in (cuda_kernels.Flash3Kernel, cuda_kernels.FlashAttnKernel):
         monkeypatch.setattr(kernel, "functions", lambda _: (print, print))
     assert kernels.select_kernel(card(major), torch.bfloat16, 64).name == first

@@ -14,14 +14,16 @@ from longnet_cli.attention import Pattern
 from longnet_cli.attention.notation import format_levels, format_pattern, is_pattern, parse_pattern, pattern_fields
 from longnet_cli.basics.sizes import MAX_SIZE, format_size, parse_size
 
-FAR = Pattern((1024, 1024), (1, 4), look_back=(1, 5), overlap="once", queries="all", sinks=4, level_bias="log_rate")
+FAR = Pattern((1024, 1024), (1, 4), look_back=(1, 5), overlap="once", queries="all", sinks=4)
 READ = {
     "paper": Pattern.paper(),
     "paper:sinks=4": Pattern(Pattern.paper().segment_lengths, (1, 2, 4, 6, 12), sinks=4),
     "geometric:1e9,base=1Ki,ratio=4": Pattern.geometric(10**9, 1024, 4),
     "window:1Ki": Pattern.window(1024),
     "window:1Ki,look_back=0,sinks=4": Pattern.window(1024, 0, 4),
-    "nested:1Mi,base=1Ki,ratio=4,sinks=4": Pattern.nested(1 << 20, 1024, 4, 4),
+    "geometric:4Ki,base=1Ki,ratio=4,look_back=1,overlap=once,queries=all": Pattern(
+        (1024, 4096), (1, 4), look_back=1, overlap="once", queries="all"
+    ),
     "pretrained": Pattern.pretrained(),
     "pretrained:512,sinks=8": Pattern.pretrained(512, 8),
     "finding": Pattern((1024,), (1,), look_back=1, chosen=32),
@@ -34,25 +36,22 @@ READ = {
         (1024,), (1,), look_back=1, chosen=16, chosen_block=64, chosen_every=4
     ),
     "1Ki/1,4Ki/4": Pattern((1024, 4096), (1, 4)),
-    " 16/1 , 64/4 , head_offsets = grouped , level_bias = 0/-1.5": Pattern(
-        (16, 64), (1, 4), "grouped", level_bias=(0, -1.5)
-    ),
-    "1Ki/1,1Ki/4,look_back=1/5,overlap=once,queries=all,sinks=4,level_bias=log_rate": FAR,
+    " 16/1 , 64/4 , head_offsets = grouped , look_back = 0/1": Pattern((16, 64), (1, 4), "grouped", (0, 1)),
+    "1Ki/1,1Ki/4,look_back=1/5,overlap=once,queries=all,sinks=4": FAR,
 }
 WRITTEN = {
     "paper": Pattern.paper(),
     "geometric:1Gi": Pattern.geometric(10**9),
     "window:1704,sinks=4": Pattern.pretrained(),
-    "nested:1Mi,queries=dilated": Pattern(
-        Pattern.nested(1 << 20).segment_lengths, (1, 4, 16, 64, 256, 1024), look_back=1, overlap="once",
-        level_bias=(0, -2, -2, -2, -2, -2),
+    "geometric:1Mi,base=1Ki,ratio=4,look_back=1": Pattern(
+        (1024, 4096, 16384, 65536, 262144, 1048576), (1, 4, 16, 64, 256, 1024), look_back=1
     ),
     "window:1Ki,chosen=32x32": Pattern((1024,), (1,), look_back=1, chosen=32),
     "window:1Ki,chosen=1Kix64,chosen_every=4": Pattern(
         (1024,), (1,), look_back=1, chosen=1024, chosen_block=64, chosen_every=4
     ),
     "4Ki/1,1Ki/4": Pattern((4096, 1024), (1, 4)),
-    "1Ki/1,1Ki/4,look_back=1/5,overlap=once,queries=all,sinks=4,level_bias=log_rate": FAR,
+    "1Ki/1,1Ki/4,look_back=1/5,overlap=once,queries=all,sinks=4": FAR,
     "paper:head_offsets=grouped": Pattern(*(getattr(Pattern.paper(), n) for n in ("segment_lengths", "dilation_rates")),
                                           "grouped"),
 }  # fmt: skip
@@ -71,11 +70,7 @@ WRONG = {
     "window:1Ki,sinks=2Ki": "sinks must be from 0 to the first segment length, 1024, got 2048",
     "window:1Ki,sinks=-1": "sinks: '-1' is not a size",
     "window:1Ki,overlap=onse": 'overlap must be "repeat" or "once", got \'onse\'',
-    "window:1Ki,level_bias=big": "level_bias: log_rate or one number per level is needed, as 0/1.5, not 'big'",
-    "64/1,1Ki/4,level_bias=learned:-4": (
-        "level_bias: log_rate or one number per level is needed, as 0/1.5, not 'learned:-4': biases are no longer "
-    ),
-    "window:1Ki,level_bias=nan": 'level_bias needs "log_rate" or 1 numbers',
+    "64/1,1Ki/4,level_bias=0/-2": "a list of levels has no option 'level_bias'",
     "window:1Ki,chosen=": "chosen: '' is not a size",
     "window:1Ki,chosen=32x": "chosen: '' is not a size",
     "window:1Ki,chosen=32,chosen_block=64": "window has no option 'chosen_block'",

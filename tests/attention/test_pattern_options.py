@@ -1,4 +1,4 @@
-"""The options of a pattern: look-back, each key once, all queries, sinks, biases, shared key heads.
+"""The options of a pattern: look-back, each key once, all queries, sinks, shared key heads.
 
 Fast = dense reference, outputs and gradients; shards with their far keys, and chunks with their cache, = the whole.
 """
@@ -19,6 +19,7 @@ from longnet_cli.attention import SINKS, FarKeys, FarSpan, KVCache, Pattern, dil
 from longnet_cli.attention.branches import attention_flops, branches
 from longnet_cli.attention.cache import cached_rows
 from longnet_cli.attention.merging import apart, strided_view
+from longnet_cli.attention.notation import parse_pattern
 from longnet_cli.attention.reference import dilated_attention_reference, key_counts
 from longnet_cli.attention.spans import far_spans, lanes
 
@@ -121,7 +122,7 @@ def test_any_shards_with_their_cache_equal_the_whole(choice: Choice, sizes: list
 @given(choice=choices())
 def test_flops_are_those_of_the_pairs_that_meet(choice: Choice) -> None:
     """Those of a causal square count half: the pairs that meet, less half of those of a row and itself."""
-    pattern = replace(choice.pattern, level_bias=None)
+    pattern = choice.pattern
     counts = key_counts(pattern, choice.heads, choice.tokens, choice.causal, 0, "exact")[0]
     pairs = counts.sum() - (counts.diagonal(0, 1, 2).sum() / 2 if choice.causal else 0)
     found = attention_flops(pattern, choice.heads, 8, choice.tokens, choice.causal, 2, choice.kv_heads)
@@ -184,8 +185,8 @@ def test_a_shard_without_tokens_sees_no_sinks() -> None:
 
 def test_a_query_sees_what_the_table_says() -> None:
     """The far row of the evidence: a window of 1,024 and 4,096 further tokens at rate 4, scaled to a 64th."""
-    pattern = Pattern((16, 16), (1, 4), look_back=(1, 5), overlap="once", queries="all", sinks=2, level_bias="log_rate")
-    counts = key_counts(replace(pattern, level_bias=None), 4, 256, True, 0, "exact")[0]
+    pattern = Pattern((16, 16), (1, 4), look_back=(1, 5), overlap="once", queries="all", sinks=2)
+    counts = key_counts(pattern, 4, 256, True, 0, "exact")[0]
     for head in range(4):
         near, far, sinks = range(112, 135), range(48 + head, 112, 4), range(2)
         assert counts[head, 134].nonzero().flatten().tolist() == sorted([*sinks, *far, *near])
@@ -197,8 +198,8 @@ def test_a_query_sees_what_the_table_says() -> None:
     ("pattern", "causal"),
     [
         (Pattern.window(16, look_back=2, sinks=3), True),
-        (Pattern.nested(64, 4, sinks=3), True),
-        (Pattern.nested(64, 4), False),
+        (parse_pattern("geometric:64,base=4,ratio=4,look_back=1,overlap=once,queries=all,sinks=3"), True),
+        (parse_pattern("geometric:64,base=4,ratio=4,look_back=1,overlap=once,queries=all"), False),
         (Pattern((8, 32), (1, 4), look_back=(1, 2), overlap="once", queries="all", sinks=3), True),
         (Pattern((8, 32), (1, 4), look_back=(1, 2), queries="all", sinks=3), False),
         (Pattern((8, 32), (1, 2), look_back=(2, 1)), True),
@@ -208,8 +209,7 @@ def test_keys_per_query_are_those_in_the_middle(pattern: Pattern, causal: bool) 
     """Counted over a segment of the widest level, far from both ends; causal, half of them and all sinks."""
     w = max(pattern.segment_lengths)
     middle = slice(3 * w, 4 * w)
-    unbiased = replace(pattern, level_bias=None)  # so that a key counts 1
-    counts = key_counts(unbiased, max(pattern.dilation_rates), 6 * w, causal, 0, "exact")[0]
+    counts = key_counts(pattern, max(pattern.dilation_rates), 6 * w, causal, 0, "exact")[0].double()
     mean = counts[:, middle].sum(-1).mean().item()
     own = counts.diagonal(0, 1, 2)[:, middle].mean().item() / 2 if causal else 0  # half a row: itself
     expected = (pattern.keys_per_query - pattern.sinks) / (2 if causal else 1) + pattern.sinks
@@ -227,11 +227,6 @@ def test_keys_per_query_are_those_in_the_middle(pattern: Pattern, causal: bool) 
         ({"sinks": -1}, "sinks must be from 0 to the first segment length, 8, got -1"),
         ({"sinks": 9}, "sinks must be from 0 to the first segment length, 8, got 9"),
         ({"sinks": "4"}, "sinks needs whole numbers"),
-        ({"level_bias": "rate"}, 'level_bias needs "log_rate" or 2 numbers, one per level'),
-        ({"level_bias": (1.0,)}, 'level_bias needs "log_rate" or 2 numbers, one per level'),
-        ({"level_bias": (0.0, float("nan"))}, 'level_bias needs "log_rate" or 2 numbers, one per level'),
-        ({"level_bias": 3}, 'level_bias needs "log_rate" or 2 numbers, one per level'),
-        ({"level_bias": "learned"}, "one per level, got 'learned': biases are no longer learned"),
         ({"segment_lengths": (16, 8), "overlap": "once"}, "overlap='once' needs levels in ascending segment length"),
         (
             {"dilation_rates": (2, 4), "sinks": 1},
@@ -254,13 +249,7 @@ def test_wrong_options_say_what_is_wrong(options: dict, message: str) -> None:
         (Pattern((8, 16), (1, 2), queries="all"), {}, 'queries="all" needs overlap="once" in causal attention'),
         *(
             (Pattern((8,), (1,), **{name: value}), {"causal": False, "padding": "zero_key"}, 'padding="zero_key" goes')
-            for name, value in {
-                "look_back": 1,
-                "overlap": "once",
-                "queries": "all",
-                "sinks": 1,
-                "level_bias": (1,),
-            }.items()
+            for name, value in {"look_back": 1, "overlap": "once", "queries": "all", "sinks": 1}.items()
         ),
         (Pattern.window(4, sinks=2), {"start": 9}, r"the sinks \[0, 2\) lie before the shard that starts at 9"),
         (Pattern.window(4, sinks=2), {"start": 9, "turn": turn}, r"the sinks \[0, 2\) lie before the shard"),
@@ -284,12 +273,6 @@ def test_constructors() -> None:
     assert Pattern.window(1024).keys_per_query / 2 == 1536
     assert Pattern.pretrained() == Pattern.window(1704, sinks=4)
     assert Pattern.window(1704).keys_per_query / 2 + 4 == 2560
-    nested = Pattern.nested(2**20)
-    assert nested.segment_lengths == (1024, 4096, 16384, 65536, 262144, 1048576)
-    assert nested.dilation_rates == (1, 4, 16, 64, 256, 1024)
-    assert (nested.look_back, nested.overlap, nested.queries) == ((1,) * 6, "once", "all")
-    assert nested.biases == (0, -2, -2, -2, -2, -2)
-    assert nested.cache_rows == 6 * 2 * 1024
 
 
 def test_gradients_of_expanded_key_heads_are_summed_once() -> None:
@@ -306,7 +289,7 @@ def test_gradients_of_expanded_key_heads_are_summed_once() -> None:
 
 @pytest.mark.parametrize("kernel", ["math", "cpu_flash"])
 def test_bf16(kernel: str) -> None:
-    pattern = Pattern((16, 64), (1, 4), look_back=1, overlap="once", queries="all", sinks=3, level_bias="log_rate")
+    pattern = Pattern((16, 64), (1, 4), look_back=1, overlap="once", queries="all", sinks=3)
     draw = torch.Generator().manual_seed(3)
     inputs = [torch.randn(2, 150, h, 16, generator=draw).bfloat16() for h in (6, 2, 2, 6)]
     found = run(dilated_attention, inputs, pattern, kernel=kernel, turn=turn)

@@ -1,8 +1,10 @@
-"""The models of `longnet` in the real lm-eval (extra `lm-eval`): log-likelihoods against its own class and `score`."""
+"""The models of `longnet` in the real lm-eval (extra `lm-eval`): answers of its own class, and losses of `score`."""
 
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,17 +15,17 @@ import torch
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'longnet-cli[lm-eval]'")
 
 import transformers as hf
-from builders import tiny_model
+from builders import scores, tiny_model
+from lm_eval.models.huggingface import HFLM
 from loopback_hub import fill_cache, read_folder
 
 import longnet_cli.integrations.transformers
 from longnet_cli.attention import Pattern
+from longnet_cli.attention.notation import parse_pattern
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.data.documents import Document
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.integrations.transformers import use_dilated_attention
-from longnet_cli.jobs.generating import generate
-from longnet_cli.jobs.scoring.scoring import score
 from longnet_cli.lm_eval import LongNetLM
 from longnet_cli.models.folder import ModelFolder
 
@@ -35,7 +37,7 @@ PAIRS = [("What is", " this?"), ("", "begin"), ("One, two, ", "three"), (TEXT, "
 
 
 def native(folder: Path) -> Path:
-    return tiny_model(folder / "native", **SHAPE, **LEVELS)
+    return tiny_model(folder / "native", **SHAPE, **LEVELS, position="rope")
 
 
 def dilated(folder: Path) -> Path:
@@ -55,55 +57,57 @@ def requests(*args: tuple[Any, ...]) -> list[Any]:
     return [SimpleNamespace(args=each) for each in args]
 
 
-@pytest.mark.parametrize("make", [native, dilated])
-def test_continuations_are_as_likely_as_for_lm_evals_own_class(make: Any, tmp_path: Path) -> None:
-    from lm_eval.models.huggingface import HFLM
+def answers(model: HFLM) -> tuple[list[Any], list[float]]:
+    """What a model says to the three kinds of request: text and which continuations are greedy, and log-likelihoods."""
+    text = model.generate_until(requests(("Once", {"until": [], "max_gen_toks": 9})), disable_tqdm=True)
+    continuations = model.loglikelihood(requests(*PAIRS), disable_tqdm=True)
+    whole = model.loglikelihood_rolling(requests((TEXT,), ("short",)), disable_tqdm=True)
+    return [*text, *(greedy for _, greedy in continuations)], [*(nats for nats, _ in continuations), *whole]
 
+
+def assert_same_answers(found: HFLM, expected: HFLM) -> None:
+    texts, numbers = answers(expected)
+    assert answers(found) == (texts, pytest.approx(numbers, rel=1e-6))
+
+
+@pytest.mark.parametrize("make", [native, dilated])
+def test_a_folder_is_read_as_by_lm_evals_own_class(make: Any, tmp_path: Path) -> None:
+    options = {"pretrained": str(make(tmp_path)), "device": "cpu", "batch_size": 2, "max_length": 500}
+    assert_same_answers(LongNetLM(**options), HFLM(**options))
+
+
+@pytest.mark.parametrize("make", [native, dilated])
+def test_a_pattern_is_as_if_it_stood_in_the_folder(make: Any, tmp_path: Path) -> None:
+    folder, text = make(tmp_path), "8/1,32/4,look_back=1"
+    model, pattern = hf.AutoModelForCausalLM.from_pretrained(folder), parse_pattern(text)
+    if make is dilated:
+        use_dilated_attention(model, pattern)
+    else:
+        model = hf.AutoModelForCausalLM.from_pretrained(folder, **asdict(pattern))
+    model.save_pretrained(tmp_path / "other")
+    for path in folder.glob("tokenizer*"):
+        shutil.copy(path, tmp_path / "other")
+    assert_same_answers(LongNetLM(str(folder), pattern=text), HFLM(str(tmp_path / "other"), device="cpu"))
+
+
+@pytest.mark.parametrize("make", [native, dilated])
+def test_a_whole_document_costs_what_score_says(make: Any, tmp_path: Path) -> None:
+    """Also where the layers that choose blocks are found first."""
     folder = make(tmp_path)
-    others = HFLM(pretrained=str(folder), device="cpu", dtype="float32", max_length=4096, batch_size=2)
-    expected = others.loglikelihood(requests(*PAIRS), disable_tqdm=True)
-    for options in ({}, {"chunk": 37}):  # the long context is read in chunks
-        found = LongNetLM(pretrained=str(folder), device="cpu", **options).loglikelihood(requests(*PAIRS))
-        assert [each[0] for each in found] == pytest.approx([each[0] for each in expected], rel=1e-6)
-        assert [each[1] for each in found] == [each[1] for each in expected]
-
-
-@pytest.mark.parametrize("make", [native, dilated])
-def test_the_likeliest_continuation_is_greedy(make: Any, tmp_path: Path) -> None:
-    model = LongNetLM(pretrained=str(make(tmp_path)), device="cpu")
-    text = model.generate_until(requests(("Once", {"until": [], "max_gen_toks": 3})))[0]
-    prompt = Document("0", BYTES.encode("Once"), None, "prompt")
-    steps = list(generate(model.net, prompt, bos=None, tokenizer=BYTES, max_tokens=3, end_ids={256}))
-    assert text == "".join(step.text for step in steps)
-    ids = [step.id for step in steps]
-    (likely, greedy), (_, other) = model._loglikelihood_tokens(
-        [("", model.tok_encode("Once"), ids), ("", model.tok_encode("Once"), [ids[0] ^ 1, *ids[1:]])]
-    )
-    assert (greedy, other) == (True, False)
-    assert likely == pytest.approx(sum(step.logprob for step in steps), rel=1e-5)
-
-
-@pytest.mark.parametrize("make", [native, dilated])
-def test_whole_documents_cost_what_score_says_in_any_chunks(make: Any, tmp_path: Path) -> None:
-    folder, texts = make(tmp_path), [TEXT, "short", ""]
-    documents = [Document(str(i), BYTES.encode(text), None, "test") for i, text in enumerate(texts)]
-    net = ModelFolder(folder).net()
-    expected = [-each.score.nll_sum for each in score(net, documents, bos=256)]
-    for chunk in (None, 37, 4096):
-        model = LongNetLM(pretrained=str(folder), device="cpu", chunk=chunk)
-        found = model.loglikelihood_rolling(requests(*((text,) for text in texts)))
-        assert found == pytest.approx(expected, rel=1e-6)
-    cut = LongNetLM(pretrained=str(folder), device="cpu", max_length=64)
-    windows = [-each.score.nll_sum for each in score(net, documents, bos=256, context=64)]
-    assert cut.loglikelihood_rolling(requests(*((text,) for text in texts))) == pytest.approx(windows, rel=1e-6)
+    for text in (None, "window:128,chosen=2x8,chosen_every=8"):
+        net = ModelFolder(folder).net(pattern=text and parse_pattern(text))
+        (expected,) = scores(net, [Document("0", BYTES.encode(TEXT), None, "test")], bos=256)
+        model = LongNetLM(str(folder), pattern=text, device="cpu", max_length=1000)
+        (found,) = model.loglikelihood_rolling(requests((TEXT,)), disable_tqdm=True)
+        assert found == pytest.approx(-expected.score.nll_sum, rel=1e-6)
 
 
 def test_what_cannot_be_done_is_said(tmp_path: Path) -> None:
-    folder = native(tmp_path)
     with pytest.raises(ConfigError, match="pattern: "):
-        LongNetLM(pretrained=str(folder), pattern="window:")
-    with pytest.raises(ConfigError, match="generation has no num_beams"):
-        LongNetLM(pretrained=str(folder), device="cpu").generate_until(requests(("a", {"num_beams": 4})))
+        LongNetLM(str(native(tmp_path)), pattern="window:")
+    encoder = tiny_model(tmp_path / "encoder", **SHAPE, **LEVELS, causal=False, position="rope")
+    with pytest.raises(ConfigError, match="lm-eval needs a model that predicts the next token"):
+        LongNetLM(str(encoder))
 
 
 @pytest.mark.slow
@@ -119,7 +123,7 @@ def test_the_command_evaluates_a_task(tmp_path: Path, command_env: dict[str, str
     )
     command = [sys.executable, "-m", "longnet_cli.lm_eval", "--model", "longnet", "--tasks", "documents"]
     commit = fill_cache(tmp_path / "hf/hub", "org/native", read_folder(folder))
-    command += ["--model_args", "pretrained=org/native,chunk=64", "--include_path", str(tmp_path)]
+    command += ["--model_args", "pretrained=org/native", "--include_path", str(tmp_path)]
     command += ["--output_path", str(tmp_path / "out")]
     env = command_env | {"HF_HOME": str(tmp_path / "hf"), "HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=600)
@@ -128,8 +132,8 @@ def test_the_command_evaluates_a_task(tmp_path: Path, command_env: dict[str, str
     assert json.loads(path.read_text())["config"]["pretrained"] == f"org/native@{commit}"
     found = json.loads(path.read_text())["results"]["documents"]["bits_per_byte,none"]
     documents = [Document(str(i), BYTES.encode(text), len(text), "test") for i, text in enumerate(texts)]
-    scores = [each.score for each in score(ModelFolder(folder).net(), documents, bos=256)]
-    assert found == pytest.approx((scores[0] + scores[1]).bpb, rel=1e-6)
+    expected = [each.score for each in scores(ModelFolder(folder).net(), documents, bos=256)]
+    assert found == pytest.approx((expected[0] + expected[1]).bpb, rel=1e-6)
     missing = [word.replace("org/native", "./none") for word in command]
     done = subprocess.run(missing, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 4

@@ -10,34 +10,26 @@ import pytest
 pytest.importorskip("sentence_transformers", reason="not installed: pip install 'longnet-cli[sentence-transformers]'")
 
 import torch
-from builders import tiny_llama, tiny_model, tiny_net
+from builders import tiny_model
 from conftest import ROOT
 from sentence_transformers import SentenceTransformer
 
 import longnet_cli.integrations.transformers
 from longnet_cli.data.documents import Document
-from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.hub.model_names import model_path
 from longnet_cli.jobs.encoding import EncodeOptions, encode
-from longnet_cli.jobs.training.loop import train
-from longnet_cli.jobs.training.recipe import load_recipe
 from longnet_cli.models.folder import ModelFolder
-from longnet_cli.nets.net import Embedder
 
 assert longnet_cli.integrations.transformers  # which registers what SentenceTransformer opens
 TEXTS = ["def f(x):\n    return x\n", "A text with <|endoftext|> written in it.", "long " * 400, "\u00e9\U0001f600"]
 
 
-def vectors(folder: Path, texts: list[str], prefix: str = "") -> np.ndarray:
+def vectors(folder: Path, texts: list[str]) -> np.ndarray:
     """What `longnet encode` writes."""
     words = ModelFolder(folder).tokenizer()
     assert words is not None
     documents = [Document(str(i), words.encode(text), None, "test") for i, text in enumerate(texts)]
-    stored = ModelFolder(folder).embedder
-    options = EncodeOptions(
-        bos=words.eos_id, pool=stored.pool if stored else "mean", prefix=words.encode(prefix).tolist() or None
-    )
-    rows = encode(ModelFolder(folder).net(), documents, options).read_all()
+    rows = encode(ModelFolder(folder).net(), documents, EncodeOptions(bos=words.eos_id)).read_all()
     return np.array(rows["embedding"].to_pylist(), np.float32)
 
 
@@ -72,43 +64,6 @@ def test_it_is_trained_and_saved_as_a_model_of_both(causal: bool, tmp_path: Path
     again = SentenceTransformer(str(tmp_path / "second"), device="cpu")
     assert np.array_equal(again.encode(texts), model.encode(texts))
     assert np.abs(vectors(tmp_path / "second", texts) - model.encode(texts)).max() < 1e-6
-
-
-@pytest.mark.parametrize("pool", ["mean", "last"])
-def test_pooling_and_prompts_of_contrast_are_taken_unasked(pool: str, tmp_path: Path) -> None:
-    net = tiny_net(position="rope")
-    net.embedder = Embedder(pool, "query: ", "text: ")
-    net.save(tmp_path / "first", Tokenizer.bytes().to_json(), net.state_dict())
-    SentenceTransformer(str(tmp_path / "first"), device="cpu").save_pretrained(str(tmp_path / "second"))
-    model, texts = SentenceTransformer(str(tmp_path / "second"), device="cpu"), TEXTS[:2]
-    for found, prefix in ((model.encode_query(texts), "query: "), (model.encode_document(texts), "text: ")):
-        assert np.abs(found - vectors(tmp_path / "second", texts, prefix)).max() < 1e-6
-
-
-@pytest.mark.parametrize(("pool", "lora"), [("mean", {}), ("last", {"lora.rank": 2})])
-def test_a_hugging_face_model_trained_by_contrast_gives_the_vectors_of_encode(
-    pool: str, lora: dict, tmp_path: Path
-) -> None:
-    init, data = str(tiny_llama(tmp_path / "llama", initializer_range=0.2)), tmp_path / "texts.jsonl"
-    data.write_text("".join(f'{{"text": "{word * 20}"}}\n' for word in ("red ", "blue ", "green ")))
-    settings = {"init": init, "data.train": [str(data)], "train.objective": "contrast", "train.batch_tokens": 256}
-    settings |= {
-        "train.stages": [{"seq_len": 32, "steps": 2}],
-        "optimizer.lr": 0.1,
-        "model.pattern": "window:16,sinks=1",
-    }
-    settings |= {"contrast.pool": pool, "contrast.query_prompt": "query: ", "contrast.document_prompt": "text: "}
-    train(load_recipe(None, settings | lora), tmp_path / "first")
-    SentenceTransformer(str(tmp_path / "first"), device="cpu", trust_remote_code=True).save_pretrained(
-        str(tmp_path / "second")
-    )
-    model = SentenceTransformer(str(tmp_path / "second"), device="cpu", trust_remote_code=True)
-    assert model.get_embedding_dimension() == 32
-    for found, prefix in ((model.encode_query(TEXTS), "query: "), (model.encode_document(TEXTS), "text: ")):
-        assert np.abs(found - vectors(tmp_path / "first", TEXTS, prefix)).max() < 1e-6
-    assert not model.encode("").any()
-    model.max_seq_length = 4
-    assert np.array_equal(model.encode(["long " * 9]), model.encode(["long"]))
 
 
 def test_the_benchmark_takes_the_mean_of_a_models_windows(

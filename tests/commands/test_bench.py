@@ -67,22 +67,6 @@ def test_skipped_and_stopped_rows_give_their_reason(bench: Bench) -> None:
 
 
 @pytest.mark.ci
-def test_ranks_exchange_as_much_for_a_longer_sequence(run_longnet: Callable[..., subprocess.CompletedProcess]) -> None:
-    options = ["--heads", "2", "--head-dim", "8", "--pattern", "geometric", "--base", "16", "--repeats", "1"]
-    options += ["--direction", "forward,backward", "--format", "jsonl", "--nproc", "2"]
-    result = run_longnet("bench", "--op", "exchange", "--seq", "256,1024", *options)
-    assert result.returncode == 0, result.stderr
-    rows = rows_of(result.stdout)
-    assert [(row["seq"], row["direction"], row["impl"], row["ranks"]) for row in rows] == [
-        (seq, way, impl, 2) for seq in (256, 1024) for way in ("forward", "backward") for impl in ("dilated", "dense")
-    ]
-    # one level is wider than a shard, of 16 rows a segment: half of them are the other rank's, keys and values of fp32
-    far = 2 * 16 * 4 * (16 // 2)
-    assert [row["bytes"] for row in rows] == [far, 2 * 16 * 4 * 128] * 2 + [far, 2 * 16 * 4 * 512] * 2
-    assert all(row["status"] == "ok" and row["seconds"] > 0 for row in rows)
-
-
-@pytest.mark.ci
 def test_ctrl_c_leaves_the_rows_so_far(tmp_path: Path, command_env: dict[str, str]) -> None:
     endless = ",".join(["64"] * 20_000)
     command = [sys.executable, "-m", "longnet_cli", "bench", *TINY, "--seq", endless, "--format", "json"]

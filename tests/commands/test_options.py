@@ -18,7 +18,7 @@ from longnet_cli.cli.command import Command, takes_options
 from longnet_cli.cli.options import INPUT, Mesh, bare_or, inputs_argument, parse_device, quiet_flag
 from longnet_cli.cli.pairs import Excludes, Needs, check_pairs
 from longnet_cli.data.outputs import OUTPUT_SUFFIXES
-from longnet_cli.jobs.plotting.picture import PICTURES
+from longnet_cli.jobs.plotting.drawing import PICTURES
 
 COMMANDS = ["tokenize", "convert", "train", "plot", "score", "encode", "generate", "bench", "data inspect"]
 

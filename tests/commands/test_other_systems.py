@@ -17,7 +17,7 @@ from processes import invoke
 from longnet_cli.basics.system_calls import read_into
 
 WITHOUT_LINUX = """
-import builtins, ctypes, io, mmap, os, sys, sysconfig
+import builtins, ctypes, io, os, sys, sysconfig
 import torch, torch.distributed, pyarrow.parquet
 sysconfig.get_config_vars()
 
@@ -33,8 +33,6 @@ for module, name in ((builtins, "open"), (io, "open"), (os, "open"), (os, "listd
     setattr(module, name, only_others(getattr(module, name)))
 for module, name in ((os, "posix_fallocate"), (os, "preadv"), (os, "sched_getaffinity"), (os, "memfd_create")):
     delattr(module, name)
-if hasattr(mmap, "MAP_NORESERVE"):
-    del mmap.MAP_NORESERVE
 def no_libc(name, *args, real=ctypes.CDLL, **options):
     return gone("libc") if name in (None, "libc.so.6") else real(name, *args, **options)
 

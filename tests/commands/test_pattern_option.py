@@ -20,7 +20,6 @@ from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.weights import load_config
 
 SHAPE = {"vocab_size": 257, "dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 32, "position": "rope"}
-NESTED = "nested:32,base=8,sinks=4,level_bias=log_rate"
 STAGES = {"train.stages": [{"seq_len": 64, "steps": 1}]}
 
 

@@ -127,11 +127,10 @@ def test_bad_documents_are_left_out_and_counted(llama: Path, tmp_path: Path) -> 
     shards = ["encode", bad, "-m", llama, "-o", tmp_path / "out", "--shard-rows", 1, "--skip-bad"]
     assert invoke(*shards).exit_code == 6
     finished = tmp_path / "out" / "_manifest.arrow"
-    manifest = json.loads(read_manifest(tmp_path / "out").to_json())
-    assert manifest["totals"] == {"rows": 2, "documents": 2, "tokens": 65, "skipped": 2, "empty": 1}
-    manifest["shards"].pop()
-    del manifest["digest"]  # as older versions wrote it
-    (tmp_path / "out" / "_unfinished.json").write_text(json.dumps(manifest))
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest.totals == {"rows": 2, "documents": 2, "tokens": 65, "skipped": 2, "empty": 1}
+    manifest.shards.pop()
+    (tmp_path / "out" / "_unfinished.json").write_text(manifest.to_json())
     finished.unlink()
     assert invoke(*shards, "--resume").exit_code == 6
     assert read_manifest(tmp_path / "out").totals["skipped"] == 2

@@ -85,6 +85,25 @@ def test_a_table_that_changes_before_it_is_read(tmp_path, kind, change):
         list(Inputs((), eos_id=249).documents_of(opened))
 
 
+@pytest.mark.parametrize("write_texts", [write_file, write_stream])
+def test_texts_of_a_table_that_is_rewritten_while_they_are_read(tmp_path, write_texts):
+    """Its only batch is a slice of a map."""
+    path = tmp_path / "x.arrow"
+    write_texts(path, pa.table({"text": ["some words " * 20_000] * 3}))
+    texts = Inputs([path]).texts()
+    assert next(texts).text.startswith("some words")
+    rewrite(path)
+    with pytest.raises(DataError, match=r"x\.arrow, row \d+: the file changed while it was read \(it was written to"):
+        list(texts)
+
+
+def test_a_table_that_has_been_read_keeps_one_file_open(tmp_path):
+    path, before = write(tmp_path / "x.arrow", "list"), len(os.listdir("/proc/self/fd"))
+    documents = list(Inputs([path]).documents())
+    assert len(os.listdir("/proc/self/fd")) == before + 1
+    assert documents[-1].read(0, 1).size == 1
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_text_that_changes_while_it_is_read(tmp_path, change):
     path = write(tmp_path / "x.txt", "text")

@@ -42,6 +42,27 @@ def write(path: Path, chats: list[list[dict]]) -> Path:
     return write_rows(path, [{"id": index, "messages": chat, "n": index} for index, chat in enumerate(chats)])
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        "",
+        "separators=(',', ':')",
+        "ensure_ascii=True",
+        "sort_keys=True",
+        "true, 2",
+        "indent=4, separators=(', ', ' = ')",
+    ],
+)
+def test_tojson_has_the_options_of_transformers(words: Tokenizer, tmp_path: Path, options: str) -> None:
+    hf = pytest.importorskip("transformers")
+    fast = hf.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "words/tokenizer.json"))
+    template = "{{ messages | tojson(" + options + ") }} {{ messages[0].content | tojson }}"
+    (tmp_path / "words/chat_template.jinja").write_text(template)
+    chat = [{"role": "user", "content": "<ä> \u6f22"}]
+    (text,) = Inputs([write(tmp_path / "x.jsonl", [chat])], words).texts()
+    assert text.text == fast.apply_chat_template(chat, chat_template=template, tokenize=False)
+
+
 @pytest.mark.parametrize("name", ["x.jsonl", "x.parquet", "x.stream"])
 def test_a_chat_is_what_transformers_makes_of_it(words: Tokenizer, tmp_path: Path, name: str) -> None:
     hf = pytest.importorskip("transformers")

@@ -1,4 +1,4 @@
-"""Proves that a record of FASTA or FASTQ is a document: its name, its letters, in any layout; and what is no record."""
+"""Proves that a record of FASTA is a document: its name, its letters, in any layout; and what is no record."""
 
 from __future__ import annotations
 
@@ -56,31 +56,18 @@ def test_lines_of_any_length_are_joined(sequences: list[str], width: int) -> Non
         assert read(path) == [(f"r{number}", letters) for number, letters in enumerate(sequences)]
 
 
-def test_fastq_of_one_and_of_several_lines_and_of_pairs(tmp_path: Path) -> None:
-    path = tmp_path / "reads.fastq"
-    path.write_text("@a 1:N:0:AT\nACGT\n+\n@+@+\n@a 2:N:0:AT\nAC\nGT\n+a\nII\nII\n@b\n\n+\n\n@c\nA\n+\n+\n")
-    assert read(path) == [("a/1", "ACGT"), ("a/2", "ACGT"), ("b", ""), ("c", "A")]
-
-
 @pytest.mark.parametrize(
-    ("name", "text", "said"),
+    ("text", "said"),
     [
-        ("a.fa", "ACGT\n>x\n", "a.fa, line 1: FASTA begins with a name"),
-        ("a.fa", ">x\nA\n>x\nC\n", "a.fa, line 3: the name 'x' again"),
-        ("a.fa", ">\nA\n", "a.fa, line 1: no name"),
-        (
-            "a.fq",
-            "@x\nACGT\n+\nII",
-            "a.fq, line 1: the record 'x' has 4 letters and 2 qualities: is the file",
-        ),
-        ("a.fq", "@x\nACGT\n", "is the file truncated"),
-        ("a.fq", "@x\nA\n+\nI\nACGT\n", "a.fq, line 5: a FASTQ record begins with a name"),
+        ("ACGT\n>x\n", "a.fa, line 1: FASTA begins with a name"),
+        (">x\nA\n>x\nC\n", "a.fa, line 3: the name 'x' again"),
+        (">\nA\n", "a.fa, line 1: no name"),
     ],
 )
-def test_what_is_no_record_is_one_line(name: str, text: str, said: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_text(text)
+def test_what_is_no_record_is_one_line(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "a.fa").write_text(text)
     with pytest.raises(DataError, match=said) as error:
-        read(tmp_path / name)
+        read(tmp_path / "a.fa")
     assert "\n" not in str(error.value)
 
 

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from files import tokens
 
+from longnet_cli.basics.errors import DataError
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
 
@@ -82,16 +83,24 @@ def test_ids_of_polars(tmp_path):
                 assert read_ids(path) == FLAT_IDS, (number, path.name)
 
 
-def test_a_truncated_file_of_polars_is_an_error(tmp_path):
+def test_integers_of_128_bits_are_not_called_damage(tmp_path):
     pl = pytest.importorskip("polars")
-    from longnet_cli.basics.errors import DataError
+    pl.DataFrame({"text": ["a"], "n": pl.Series([1], dtype=pl.Int128)}).write_ipc(tmp_path / "x.arrow")
+    with pytest.raises(DataError, match=r"x\.arrow: pyarrow does not read this \(Integers with more than 64 bits"):
+        read_text(tmp_path / "x.arrow")
 
+
+def test_a_truncated_or_joined_file_of_polars_is_an_error(tmp_path):
+    pl = pytest.importorskip("polars")
     pl.DataFrame({"input_ids": IDS}).write_ipc(tmp_path / "x.arrow")
     data = (tmp_path / "x.arrow").read_bytes()
     for keep in range(8, len(data), 7):
         (tmp_path / "x.arrow").write_bytes(data[:keep])
         with pytest.raises(DataError, match=r"x\.arrow"):
             read_ids(tmp_path / "x.arrow")
+    (tmp_path / "x.arrow").write_bytes(data * 2)  # pyarrow reads one of the two
+    with pytest.raises(DataError, match="its index has lost a batch"):
+        read_ids(tmp_path / "x.arrow")
 
 
 TEXT_TYPES = [

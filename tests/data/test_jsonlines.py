@@ -1,10 +1,13 @@
 """Proves that JSON Lines are read line by line, that a bad line is named, and that other text stays text."""
 
 import gzip
+import json
 import os
 import re
 import threading
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from files import BYTES, pipe, read, tokens
 
@@ -123,6 +126,45 @@ def test_only_the_bad_first_lines_are_bad(tmp_path, name, beginning, problem):
     bad = beginning.count("\n")
     assert [type(item).__name__ for item in found] == ["Unread"] * bad + ["Text"] * 2
     assert [text.text for text in found[bad:]] == ["hi you", "c"]
+
+
+PARTS = [("a", "aa"), ("a", None), ("a", "bb"), ("b", "cc"), ("b", "dd"), ("a", "ee")]
+
+
+@pytest.mark.parametrize("numbered", [True, False])
+@pytest.mark.parametrize("kind", ["null", "line", "ids"])
+def test_a_bad_part_leaves_out_its_whole_document_and_no_other(tmp_path, numbered, kind):
+    numbers = {"part": [0, 1, 2, 0, 1, 0]} if numbered else {}
+    texts = [text and [*text.encode()] if kind == "ids" else text for _, text in PARTS]
+    table = pa.table({"id": [name for name, _ in PARTS], "input_ids" if kind == "ids" else "text": texts, **numbers})
+    path = tmp_path / ("x.jsonl" if kind == "line" else "x.parquet")
+    if kind == "line":  # of which not even the name can be read
+        path.write_text("".join(f"{json.dumps(row) if row['text'] else '{bad'}\n" for row in table.to_pylist()))
+    else:
+        pq.write_table(table, path)
+    first, *rest = Inputs([path], BYTES, skip_bad=True).documents()
+    assert re.search(r"x\.\w+, (row 1: the value is null|line 2: not JSON)", str(first.error))
+    assert [(document.doc_id, bytes(document.read().tolist())) for document in rest] == [("b", b"ccdd"), ("a", b"ee")]
+    with pytest.raises(DataError):
+        list(Inputs([path], BYTES).documents())
+
+
+def test_a_document_that_lacks_a_part_is_left_out_alone(tmp_path):
+    rows = [("a", 0), ("a", 2), ("a", 3), ("b", 0)]
+    lines = [json.dumps({"id": name, "part": part, "text": "x"}) for name, part in rows]
+    (tmp_path / "x.jsonl").write_text("\n".join(lines))
+    first, second = Inputs([tmp_path / "x.jsonl"], BYTES, skip_bad=True).documents()
+    assert ("line 2: part 2 of document 'a' stands where" in str(first.error), second.doc_id) == (True, "b")
+
+
+def test_a_number_and_a_text_are_two_names(tmp_path):
+    lines = ['{"id": 1, "text": "a"}', '{"id": "1", "text": "b"}', '{"id": "1", "text": "c"}', '{"id": 1, "text": "d"}']
+    (tmp_path / "x.jsonl").write_text("\n".join(lines))
+    assert [(text.doc_id, text.text) for text in Inputs([tmp_path / "x.jsonl"]).texts()] == [
+        ("1", "a"),
+        ("1", "bc"),
+        ("1", "d"),
+    ]
 
 
 @pytest.mark.parametrize(("lines", "problem"), [*BEGINNINGS, *ALONE])

@@ -8,14 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import tiny_net
+from builders import scores, tiny_net
 
 from longnet_cli.basics.errors import CheckpointError, ConfigError, NotFiniteError
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.overwriting import refuse_one_place, refuse_overwriting
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.encoding import EncodeOptions, encode
-from longnet_cli.jobs.scoring.scoring import score
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.nets.longnet import LongNet
 
@@ -129,7 +128,7 @@ def test_numbers_that_are_not_finite_name_document_and_token(tmp_path: Path, chu
     with pytest.raises(
         NotFiniteError, match=r"z\.txt: document 'z.txt': the log-probability of token \d+ is not finite"
     ):
-        list(score(net, documents(), bos=bos, chunk=chunk))
+        list(scores(net, documents(), bos=bos, chunk=chunk))
     # the segment of 16 tokens with the z in it: what attention masks is multiplied by 0, and 0 times NaN is NaN
     with pytest.raises(NotFiniteError, match=r"document 'z.txt': the vector of tokens 15 to 19 is not finite"):
         encode(net, documents(), EncodeOptions(bos=bos, span=5), chunk=chunk).read_all()

@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -79,40 +78,17 @@ def test_only_other_contents_are_refused(
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def first_shard(**changes: Any) -> Callable[[dict[str, Any]], object]:
-    return lambda manifest: manifest["shards"][0].update(changes)
-
-
-DAMAGE: dict[str, Callable[[dict[str, Any]], object]] = {
-    "one more": lambda manifest: manifest["shards"][0].update(documents=manifest["shards"][0]["documents"] + 1),
-    "many": first_shard(documents=10**9),
-    "float": first_shard(documents=1e9),
-    "negative": first_shard(documents=-5),
-    "fraction": first_shard(documents=1.5),
-    "text": first_shard(documents="3"),
-    "rows": first_shard(rows=1.5),
-    "elsewhere": first_shard(name="../out/shard-00000.arrow"),
-    "no first": lambda manifest: manifest["shards"].pop(0),
-}
-
-
-@pytest.mark.parametrize("older", [False, True])
 def test_a_damaged_manifest_is_one_line(
-    begin: Callable[[str, str], list[str]], run_longnet: RunLongnet, tmp_path: Path, older: bool
+    begin: Callable[[str, str], list[str]], run_longnet: RunLongnet, tmp_path: Path
 ) -> None:
-    """In older folders, which have no digests, one document more is not noticed."""
+    """Whatever was changed, or if it lacks its digest."""
     words, place = begin("tokenize", "in.jsonl"), tmp_path / "out" / UNFINISHED
     good = json.loads(place.read_text())
-    if older:
-        del good["digest"], good["contents"]
-    for name, damage in DAMAGE.items():
-        if older and name == "one more":
-            continue
-        manifest = json.loads(json.dumps(good))
-        damage(manifest)
-        place.write_text(json.dumps(manifest))
+    more = [good["shards"][0] | {"documents": good["shards"][0]["documents"] + 1}, *good["shards"][1:]]
+    for damage in ({"shards": more}, {"shards": good["shards"][1:]}, {"settings": 3}, {"digest": None}, {"version": 0}):
+        place.write_text(json.dumps(good | damage))
         done = run_longnet(*words)
-        assert (done.returncode, len(done.stderr.splitlines())) == (3, 1), (name, done.stderr)
+        assert (done.returncode, len(done.stderr.splitlines())) == (3, 1), (damage, done.stderr)
     place.write_text(json.dumps(good))
     assert run_longnet(*words).returncode == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")

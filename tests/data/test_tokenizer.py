@@ -1,6 +1,7 @@
 """Proves that the tokenizer is lossless, counts bytes exactly, and that cutting long texts does not change tokens."""
 
 import json
+import random
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import models, normalizers, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.data import text_pieces
@@ -66,11 +67,37 @@ def test_cutting_a_long_text_changes_no_token(trained, monkeypatch):
     whole = library(trained).encode(text, add_special_tokens=False).ids
     monkeypatch.setattr(text_pieces, "PIECE", 7)
     monkeypatch.setattr(module, "GROUP", 50)
-    assert len(list(text_pieces.cut_text([text]))) > 100
+    assert len(list(trained.pieces([text]))) > 100
     assert trained.encode(text).tolist() == whole
     parts = list(trained.encode_parts([text, "", text]))
     for owner, expected in enumerate((whole, [], whole)):
         assert [token for index, ids, _ in parts if index == owner for token in ids.tolist()] == expected
+
+
+@pytest.mark.parametrize("pattern", [None, r"\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"])
+@pytest.mark.parametrize("splits_special", [True, False])
+def test_no_cut_is_in_a_number_or_in_a_special_token(monkeypatch, pattern, splits_special):
+    """To a tokenizer, but not to Python's regular expressions, a half or a Roman number is a number as 1 is."""
+    monkeypatch.setattr(text_pieces, "PIECE", 20)
+    signs, special = ["½1", "²3", "Ⅷ4", "①5", "x²", "word", " ", "漢字", "a1", "٣4", ".\n", "é"], "<|im a(b start|>"
+    chosen = random.Random(0)
+    texts = ["".join(chosen.choices([*signs, special], k=200)) for _ in range(20)]
+    inner = tokenizers.Tokenizer(models.BPE())
+    bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
+    words = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated") if pattern else None
+    inner.pre_tokenizer = pre_tokenizers.Sequence([words, bytes_of]) if words else bytes_of
+    inner.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    inner.train_from_iterator([text.replace(special, "") for text in texts] * 9, trainer)
+    inner.add_special_tokens([special])
+    tokenizer = Tokenizer(inner)
+    tokenizer.splits_special = inner.encode_special_tokens = splits_special
+    for text in texts:
+        assert len(list(tokenizer.pieces([text]))) > 10
+        assert tokenizer.encode(text).tolist() == inner.encode(text).ids
+    inner.add_special_tokens([f"<{'a b ' * 200}>"])
+    assert list(Tokenizer(inner).pieces(texts)) == ["".join(texts)]  # nobody looks as far as this token is long
 
 
 def test_a_tokenizer_whose_words_cross_the_cuts_is_not_cut(monkeypatch):
@@ -92,7 +119,7 @@ def test_a_tokenizer_whose_words_cross_the_cuts_is_not_cut(monkeypatch):
 @pytest.mark.parametrize("text", ["the cat sat " * 100_000, "漢" * 3_000_000, "ACGT" * 700_000 + " end", "a1" * 99_999])
 def test_pieces_are_bounded_whatever_the_text(text):
     # Encoding one piece takes more than linear time, so bounded pieces are what keeps a long text linear.
-    pieces = list(text_pieces.cut_text([text]))
+    pieces = list(text_pieces.cut_text([text], list))
     assert "".join(pieces) == text
     assert max(map(len, pieces)) <= (text_pieces.LONGEST_PIECE if " " not in text[:9] and "1" not in text else 70_000)
 
@@ -198,13 +225,14 @@ def test_a_text_that_comes_in_parts_is_cut_as_the_whole(text: str, sizes: list[i
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text_pieces, "PIECE", 7)
         patch.setattr(text_pieces, "LONGEST_PIECE", 30)
+        patch.setattr(text_pieces, "REACH", 3)
         patch.setattr(module, "GROUP", 50)
         parts, start = [], 0
         while start < len(text):
             size = sizes[len(parts) % len(sizes)]
             parts.append(text[start : start + size])
             start += size
-        assert list(text_pieces.cut_text(parts)) == list(text_pieces.cut_text([text]))
+        assert list(text_pieces.cut_text(parts, str.split)) == list(text_pieces.cut_text([text], str.split))
         for words in (Tokenizer.bytes(), Tokenizer.load("longnet-tiny")):
             found = list(words.encode_long(parts))
             assert [x for ids, _, _ in found for x in ids.tolist()] == words.encode(text).tolist()

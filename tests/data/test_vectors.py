@@ -227,3 +227,15 @@ def test_coordinates_that_are_not_wanted_are_not_looked_at(tmp_path: Path) -> No
     table = change(x=["a", "b", "c"], features=pa.array([[], [[1.0]], [[2.0, 3.0]]]))
     found = read(write(table, tmp_path / "s.arrow"), coords=False)
     assert [(len(x), x.width, x.coords) for x in found] == [(1, 1, None), (1, 2, None)]
+
+
+def test_spans_that_start_again_are_refused(tmp_path: Path) -> None:
+    names = pa.array(["a"] * 4)
+    for spans, wrong in (([0, 1, 2, 3], False), ([0, 1, 0, 1], True)):
+        table = pa.table({"doc_id": names, "span": pa.array(spans, pa.int32()), "embedding": vectors(np.ones((4, 3)))})
+        pq.write_table(table, tmp_path / "t.parquet")
+        if wrong:
+            with pytest.raises(DataError, match="row 2: part 0 of document 'a' stands where part 2 should"):
+                read(tmp_path / "t.parquet")
+        else:
+            assert [len(document) for document in read(tmp_path / "t.parquet")] == [4]

@@ -21,7 +21,6 @@ from places import ROOT
 from longnet_cli.cli.app import app
 from longnet_cli.hub.model_names import list_models, preset_dir
 from longnet_cli.jobs.training.recipe import (
-    ContrastRecipe,
     DataRecipe,
     LoraRecipe,
     OptimizerRecipe,
@@ -45,13 +44,7 @@ def blocks(page: Path, language: str) -> list[str]:
 def checkout(tmp_path: Path) -> Path:
     """The files that the pages' commands name, and nothing else of the checkout; a small Llama is somebody's own."""
     (tmp_path / "examples").mkdir()
-    for name in (
-        "dna.toml",
-        "near_duplicates.py",
-        "nearest.py",
-        "small.toml",
-        "tiles.py",
-    ):  # all would be as many minutes
+    for name in ("dna.toml", "nearest.py", "small.toml", "tiles.py"):  # all would be as many minutes
         shutil.copy(ROOT / "examples" / name, tmp_path / "examples")
     shutil.copy(ROOT / "README.md", tmp_path)
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
@@ -150,7 +143,6 @@ def test_every_key_of_a_recipe_is_explained() -> None:
         TrainRecipe,
         ParallelRecipe,
         LoraRecipe,
-        ContrastRecipe,
         LongNetConfig,
     )
     for table in tables:

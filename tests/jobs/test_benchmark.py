@@ -6,14 +6,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from many_ranks import mesh, run_ranks
 
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.branches import attention_flops
 from longnet_cli.attention.notation import format_levels
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.hub.model_names import model_path
-from longnet_cli.jobs.benchmark import Case, Measurement, Settings, bench, job, measurement
+from longnet_cli.jobs.benchmark import Case, Measurement, Settings, bench, job
 from longnet_cli.nets.weights import load_config
 
 TINY = {"heads": 3, "head_dim": 8, "repeats": 2}
@@ -100,10 +99,8 @@ def fake_op(monkeypatch: pytest.MonkeyPatch) -> FakeOp:
 
             return Case(Measurement("fake", impl, direction, seq), lambda tokens: flops * (tokens > 0), 0, lambda: run)
 
-        for module in (job, measurement):
-            monkeypatch.setattr(
-                module, "time", SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: now[0])
-            )
+        clock = SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: now[0])
+        monkeypatch.setattr(job, "time", clock)
         monkeypatch.setitem(job.CASES, "attention", make)
 
     return install
@@ -172,7 +169,7 @@ LONG = {"impl": ["dilated"], "pattern": Pattern((16, 64), (1, 4)), **TINY}
 
 @pytest.mark.parametrize("chunk", [7, 64, 100])
 def test_a_long_run_is_streamed_and_reports_every_decade(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(measurement, "FIRST_DECADE", 10)
+    monkeypatch.setattr(job, "FIRST_DECADE", 10)
     seen: list[int] = []
     rows = list(bench(Settings.of(seq=[300], chunk=chunk, **LONG), on_tokens=seen.append))
     assert [(row.start, row.stop) for row in rows] == [(0, 10), (10, 100), (100, 300), (None, None)]
@@ -228,7 +225,7 @@ def _warm_up(tokens: int) -> int:
 
 
 def test_a_streamed_run_stops_when_the_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measurement, "FIRST_DECADE", 10)
+    monkeypatch.setattr(job, "FIRST_DECADE", 10)
     rows = rows_of([10**9], chunk=64, max_time=0.2, **LONG)
     last = rows[-1]
     assert (last.status, last.start) == ("stopped", 0)
@@ -315,30 +312,6 @@ def test_long_sequences_have_a_shape_of_their_own() -> None:
     assert str(Settings.of(seq=[100], base=64)) == "1 x 12 heads x 64, causal, pattern geometric, base 64, ratio 2"
     assert Settings.of(seq=[10**9], heads=12, base=2048, device="cpu").heads == 12
     assert job.CASES["attention"](long, "dilated", "forward", 10**9).streamed
-
-
-def exchange_of_chosen_blocks() -> None:
-    pattern = Pattern((8,), (1,), look_back=1, chosen=2, chosen_block=4, chosen_every=4)
-    directions, shape = ("forward", "backward"), {"heads": 2, "head_dim": 8, "dtype": "fp32", "device": "cpu"}
-    options = {
-        "op": "exchange",
-        "pattern": pattern,
-        "impl": ["dilated"],
-        "direction": directions,
-        "repeats": 1,
-        **shape,
-    }
-    rows = [*bench(Settings.of(seq=[129], ranks=mesh(1), **options))]
-    number, window = 4 * 2 * 8, 2 * 8  # bytes of a token's keys; keys and values of a window
-    blocks = 2 * 4 * 14  # of the 16 before the last rank, those before the window of its first query
-    tail = 2 * 3 + min(pattern.last_queries, 65)
-    received = [number * (window + blocks + tail), number * (window + blocks + 3 * 2 * 4)]
-    assert [row.bytes for row in rows] == received
-
-
-@pytest.mark.ci
-def test_what_chosen_blocks_exchange(tmp_path: Path) -> None:
-    run_ranks(2, tmp_path, exchange_of_chosen_blocks)
 
 
 @pytest.mark.parametrize(

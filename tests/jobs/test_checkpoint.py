@@ -19,6 +19,7 @@ from builders import recipe_with_checkpoints as recipe
 from processes import Start, invoke, kill_training, wait_for
 from safetensors.torch import load_file
 
+from longnet_cli.basics.atomic import write_manifest
 from longnet_cli.basics.errors import CheckpointError, ConfigError, LongNetError
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.training.checkpoint import Checkpoints, checkpoints_in, find_damage, read_state, save_tensors
@@ -207,8 +208,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
 
 def test_all_damaged(stopped: tuple[Recipe, Path, bytes]) -> None:
     found, run, _ = stopped
-    for path in checkpoints_in(run / "checkpoints"):
-        (path / "state.json").write_text("{}")
+    newest, older = checkpoints_in(run / "checkpoints")
+    write_manifest(newest / "state.json", 1, {})
+    (older / "state.json").write_text("{}")
+    assert find_damage(newest) == "state.json: it was changed or damaged after it was written, or is not of version 2"
     with pytest.raises(CheckpointError, match="all 2 checkpoints are damaged"):
         train(found, run)
     with pytest.raises(ConfigError, match="already holds a run"):

@@ -3,7 +3,7 @@ out is the Arrow table that DESIGN.md promises."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from itertools import chain, product
 from pathlib import Path
@@ -19,6 +19,7 @@ from processes import contents
 
 from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.data.documents import Document
+from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.manifest import read_manifest
 from longnet_cli.jobs.encoding import EncodeOptions, Encoder, encode
 from longnet_cli.jobs.row_jobs import write_rows
@@ -213,6 +214,34 @@ def test_a_folder_resumed_anywhere_has_the_same_bytes(model: LongNet, tmp_path: 
         assert contents(place) == contents(tmp_path / "whole")
         assert sum(seen) == sum(LENGTHS[half.totals["documents"] :])  # nothing is encoded twice
         assert half.totals["documents"] >= stop - 3
+
+
+@pytest.mark.parametrize("span", [None, 20])
+def test_neighbours_of_one_name_get_names_of_their_own(model: LongNet, tmp_path: Path, span: int | None) -> None:
+    """Also on both sides of an empty document, of the edge of a shard and of a stop; but not the names of a column."""
+    names = ["a", "a", "a", "a#2", "", "b", "", "b", "a"]
+
+    def made() -> list[Document]:
+        return [make_document(33 if name else 0, name) for name in names]
+
+    def stopped() -> Iterator[Document]:
+        yield from made()[:4]
+        raise KeyboardInterrupt
+
+    write(model, tmp_path / "whole", made(), span=span)
+    with pytest.raises(KeyboardInterrupt):
+        write(model, tmp_path / "out", stopped(), span=span)
+    write(model, tmp_path / "out", made(), span=span, resume=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    read = list(Inputs([tmp_path / "out"], vectors=True).documents())
+    assert [vectors.doc_id for vectors in read] == ["a", "a#1", "a#2", "a#2#1", "b", "b#1", "a"]
+    assert {len(vectors) for vectors in read} == {1 if span is None else 2}
+    inputs = replace(MadeInputs("x", made=made()), id_column="id")
+    write(model, tmp_path / "named", span=span, inputs=inputs)
+    tables = [ipc.open_file(path).read_all() for path in sorted((tmp_path / "named").glob("vectors-*"))]
+    assert {*pa.concat_tables(tables)["doc_id"].to_pylist()} == {*names} - {""}
+    with pytest.raises(DataError, match=r"part 0 of document 'a' stands where part [12] should"):
+        list(Inputs(sorted((tmp_path / "named").glob("vectors-*")), vectors=True).documents())
 
 
 def test_a_finished_folder_is_not_encoded_again(model: LongNet, tmp_path: Path) -> None:

@@ -18,11 +18,12 @@ def text_of(steps: list[Step]) -> str:
     return "".join(step.text for step in steps)
 
 
+TILED = Pattern((8, 32, 128), (1, 4, 16), look_back=1, overlap="once", queries="all")
 NETS = {
     "window": lambda: native(),
     "paper": lambda: native(Pattern((8, 24, 96), (1, 3, 8))),
-    "nested": lambda: native(Pattern.nested(128, base=8, ratio=4)),
-    "llama": lambda: foreign(Pattern.nested(128, base=8, ratio=4)),
+    "far levels": lambda: native(TILED),
+    "llama": lambda: foreign(TILED),
     "sliding layers": lambda: foreign(WINDOW, "mixed"),
 }
 

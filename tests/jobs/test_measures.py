@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import make_document, tiny_net
+from builders import make_document, scores, tiny_net
 
 from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.data.documents import Document
-from longnet_cli.jobs.scoring.measures import ByPosition, DocumentScore, Score, Total
-from longnet_cli.jobs.scoring.scoring import score
+from longnet_cli.jobs.scoring.measures import ByPosition, Total
 from longnet_cli.nets.longnet import LongNet
 
 BOS = 256
@@ -66,7 +65,7 @@ def test_windows_are_plain_forwards(
 ) -> None:
     documents = [make_document(length) for length in (95, 131, 4)]
     found = list(
-        score(
+        scores(
             model, documents, bos=bos, context=contexts, stride=stride, last=last, by_position=True, chunk=chunk,
             count_bytes=len, dtype="fp32",
         )
@@ -80,14 +79,13 @@ def test_windows_are_plain_forwards(
         assert each.score.n_bytes == (last or (len(document) if bos is not None else None))
         if stride:
             assert min(seen[min(context, len(seen)) :], default=context) > context - stride
-        table = each.by_position
-        assert table is not None
-        for place, row in enumerate(table.seen):
-            chosen = np.floor(np.log2(seen)) == place
-            assert row == pytest.approx([nats[chosen].sum(), chosen.sum()], rel=1e-6)
-        for place, row in enumerate(table.inside):
-            chosen = (seen - 1) % 20 * 8 // 20 == place
-            assert row == pytest.approx([nats[chosen].sum(), chosen.sum()], rel=1e-6)
+        for row in each.tables["by_position"]:
+            chosen = (seen >= row["from"]) & (seen <= row["to"])
+            assert [row["n_tokens"], row["nll"]] == pytest.approx([chosen.sum(), nats[chosen].mean()], rel=1e-6)
+        for row in each.tables["by_segment_position"]:
+            chosen = ((seen - 1) % 20 >= row["from"]) & ((seen - 1) % 20 <= row["to"])
+            assert [row["n_tokens"], row["nll"]] == pytest.approx([chosen.sum(), nats[chosen].mean()], rel=1e-6)
+        assert all(sum(row["n_tokens"] for row in table) == len(nats) for table in each.tables.values())
 
 
 def test_ranges_of_positions() -> None:
@@ -122,8 +120,8 @@ def sums() -> np.ndarray:
 def total_of(sums: np.ndarray) -> list[dict]:
     total = Total([512, 8192])
     for index, (*nats, tokens, n_bytes) in enumerate(sums):
-        for context, nll in zip((512, 8192), nats, strict=True):
-            total.add(DocumentScore(str(index), "", Score(float(nll), int(tokens), int(n_bytes)), context))
+        of_contexts = {f"nll_sum_{context}": float(nll) for context, nll in zip((512, 8192), nats, strict=True)}
+        total.add({"doc_id": str(index), "n_tokens": int(tokens), "n_bytes": int(n_bytes), **of_contexts})
     return total.as_dicts()
 
 
@@ -162,7 +160,7 @@ def test_rows_by_position_have_standard_errors() -> None:
         table = ByPosition(20)
         table.add(0, nats)
         rows.append([(nats[7:15].sum(), len(nats[7:15])), (nats[:3].sum(), 3)])
-        total.add(DocumentScore("", "", Score(float(nats.sum()), len(nats), None), 8, by_position=table))
+        total.add({"n_tokens": len(nats), "n_bytes": None, "nll_sum": float(nats.sum()), **table.as_dict()})
     (found,) = total.as_dicts()
     for row, (x, y) in (
         (found["by_position"][3], np.array([first for first, _ in rows]).T),
@@ -185,7 +183,7 @@ def test_few_and_empty_documents(sums: np.ndarray) -> None:
     assert (nothing["ppl"], nothing["ppl_se"], nothing["n_docs"]) == (None, None, 0)
     total = Total([None])
     for _ in range(2):
-        total.add(DocumentScore("a", "", Score(5.0, 2, None)))
+        total.add({"n_tokens": 2, "n_bytes": None, "nll_sum": 5.0})
     (unknown,) = total.as_dicts()
     assert (unknown["bpb"], unknown["bpb_se"]) == (None, None)
     assert unknown["ppl_se"] == 0
@@ -195,7 +193,6 @@ def test_few_and_empty_documents(sums: np.ndarray) -> None:
     ("options", "message"),
     [
         ({"context": [8, 8]}, "each context may be given once"),
-        ({"context": []}, "each context may be given once"),
         ({"context": [8, 4], "stride": 6}, "a stride of 6 tokens needs a context of 6 or more, not 4"),
         ({"stride": 6}, "a stride of 6 tokens needs a context"),
         ({"last": 0}, "last must be 1 or more"),
@@ -205,12 +202,12 @@ def test_few_and_empty_documents(sums: np.ndarray) -> None:
 )
 def test_options_that_contradict_each_other(model: LongNet, options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        score(model, [], bos=BOS, **options)
+        scores(model, [], bos=BOS, **options)
 
 
 def test_no_document_is_long_enough(model: LongNet) -> None:
     """Each of its last 20 tokens is to have seen more than 64 - 10: 74 tokens are needed."""
     cut = {"bos": BOS, "context": [16, 64], "stride": 10, "last": 20, "dtype": "fp32"}
     with pytest.raises(DataError, match="no document has 74 tokens"):
-        list(score(model, [make_document(73)], **cut))
-    assert len(list(score(model, [make_document(74)], **cut))) == 2
+        list(scores(model, [make_document(73)], **cut))
+    assert len(list(scores(model, [make_document(74)], **cut))) == 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from pathlib import Path
@@ -88,17 +87,6 @@ def test_contexts_are_a_curve_with_errors() -> None:
     assert [(y, error) for _, y, error in found["ppl_ratio"].curves[0].points][:2] == [(1, 0), (0.82, 0.0133)]
 
 
-def test_what_is_new_stands_behind_all_distances() -> None:
-    panel = by_key(TINY)["by_recall"]
-    assert panel.names == ["context 2Ki", "context 16Ki"]
-    near, new = panel.curves[:2]
-    assert (near.points[0], new.points) == (Point(2, 0.63), [Point(math.inf, 3.68)])
-    assert panel.place(math.inf) == pytest.approx(14 + 2)  # distances up to 2^14 are known
-    lines = draw_text([panel], 80).splitlines()
-    assert lines[10].split()[-1] == "new"
-    assert lines[12].strip() == "a context 2Ki: 3.68 at new"
-
-
 @pytest.mark.parametrize("format", ["json", "jsonl", "one line"])
 def test_scores_in_every_form(tmp_path: Path, format: str) -> None:
     rows = [{"from": 1, "to": 1, "n_tokens": 5, "nll": 3.0, "nll_se": 0.5}, {"from": 2, "to": 3, "nll": 2.0}]
@@ -134,10 +122,10 @@ def test_rows_of_bench_in_every_form(tmp_path: Path) -> None:
         (None, "No such file"),
         ('{\n "total": {\n', "row 3: not JSON"),
         ('{"total": 3}\n', "row 1: not a score"),
-        ('{"totals": [{"by_recall": [3]}], "total": {}}\n', "row 1: not a score"),
+        ('{"totals": [{"by_position": [3]}], "total": {}}\n', "row 1: not a score"),
         ('{"total": {"by_position": {"a": 1}}}\n', "row 1: not a score"),
         ('{"kind": "document"}\n', "nothing to draw"),
-        ('{"total": {"ppl": 3.0, "context": null}}\n', "several contexts, --by-position or --by-recall"),
+        ('{"total": {"ppl": 3.0, "context": null}}\n', "several contexts, or --by-position"),
         ('{"impl": "dense"}\n', "row 1: not a row of bench"),
         ('{"impl": "dense", "seq": 1}\n{"step": 1}\n', "row 2: not a row of bench"),
         ('{"other": 1}\n', "row 1: not a line of metrics, nor of bench or score"),
@@ -181,8 +169,6 @@ def test_a_picture_has_a_column_for_each_axis(tmp_path: Path) -> None:
     draw_picture(found, tmp_path / "both.png")
     picture = (tmp_path / "both.png").read_bytes()
     assert int.from_bytes(picture[16:20], "big") == 2 * 5 * 150  # wide
-    draw_picture(panels(read_all([BILLION, TINY, BLOCKS])), tmp_path / "all.svg")
-    assert (tmp_path / "all.svg").read_text().count("<!-- new -->") == 1  # the place behind all distances
 
 
 def test_bench_and_score_go_into_plot(run_longnet, tmp_path: Path) -> None:
@@ -195,13 +181,13 @@ def test_bench_and_score_go_into_plot(run_longnet, tmp_path: Path) -> None:
     assert re.search(r"b dense: \S+ \S+ at 128 tokens", done.stdout)
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text(f"a text, {name}, and a text, and a text " * 3)
-    command = ["score", "a.txt", "b.txt", "-q", "--context", "8,32", "--by-position", "--by-recall", "--format", "json"]
+    command = ["score", "a.txt", "b.txt", "-q", "--context", "8,32", "--by-position", "--format", "json"]
     scores = run_longnet(*command)
     (tmp_path / "scores.json").write_text(scores.stdout)
     done = run_longnet("plot", "scores.json")
     assert (done.returncode, done.stderr) == (0, "")
     (total, *_) = json.loads(scores.stdout)["totals"]
-    assert len(re.findall(r"context 8: .* \+- ", done.stdout)) >= 3
+    assert len(re.findall(r"context 8: .* \+- ", done.stdout)) >= 2
     assert f"a context 8: {total['by_position'][-1]['nll']:.4g} +- " in done.stdout
 
 

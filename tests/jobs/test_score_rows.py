@@ -15,7 +15,7 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 import pytest
 import torch
-from builders import MadeInputs, make_document, tiny_net
+from builders import MadeInputs, make_document, scores, tiny_net
 from conftest import RunLongnet
 from processes import refused
 
@@ -24,9 +24,8 @@ from longnet_cli.data.documents import Document
 from longnet_cli.data.left_out import LeftOut
 from longnet_cli.data.manifest import read_manifest
 from longnet_cli.jobs.row_jobs import write_rows
-from longnet_cli.jobs.scoring.measures import GAIN_BLOCK, Clusters, Gain
-from longnet_cli.jobs.scoring.score_rows import RowScorer, ScoreOptions
-from longnet_cli.jobs.scoring.scoring import score
+from longnet_cli.jobs.scoring.measures import GAIN_BLOCK, Clusters
+from longnet_cli.jobs.scoring.scoring import ScoreOptions, Scorer
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.running.reader import Reader
 
@@ -50,7 +49,7 @@ def rows(
     kept: Sequence[pa.Field] = (),
     chunk: int | None = None,
 ) -> pa.Table:
-    return RowScorer(Reader(model, chunk=chunk), options, kept).rows(documents).read_all()
+    return Scorer(Reader(model, chunk=chunk), options, kept).rows(documents).read_all()
 
 
 def write(
@@ -58,7 +57,7 @@ def write(
 ) -> LeftOut:
     """A shard ends with the document that brings it to 150 tokens; bad documents are left out."""
     left_out, inputs = LeftOut(lambda document, error: None), MadeInputs((), keep=keep, made=documents)
-    write_rows(partial(RowScorer, options=OPTIONS), model, inputs, place, shard_size=150, left_out=left_out, **more)
+    write_rows(partial(Scorer, options=OPTIONS), model, inputs, place, shard_size=150, left_out=left_out, **more)
     return left_out
 
 
@@ -66,7 +65,7 @@ def nats(model: LongNet, document: Document, context: int) -> np.ndarray:
     """Of each token, float64 of the float32 that scoring tells token by token."""
     found: list[np.ndarray] = []
     list(
-        score(model, [document], bos=BOS, context=context, on_tokens=lambda d, s, i, logprobs: found.append(-logprobs))
+        scores(model, [document], bos=BOS, context=context, on_tokens=lambda d, s, i, logprobs: found.append(-logprobs))
     )
     return np.concatenate(found).astype(float)
 
@@ -82,12 +81,12 @@ def test_a_row_is_what_the_tokens_say(model: LongNet, chunk: int | None) -> None
         n = len(document)
         assert (row["n_tokens"], row["n_bytes"]) == (n, n)
         if not n:
-            assert {row[name] for name in ("nats_16", "nats_400", "gain", "gain_se", "gain_share")} == {None}
+            assert {row[name] for name in ("ppl_16", "bpb_400", "gain", "gain_se", "gain_share")} == {None}
             continue
         short, long = nats(model, document, 16), nats(model, document, 400)
         gained = short - long
-        expected = [short.mean(), long.mean(), gained.mean(), (gained > 2).mean()]
-        got = [row[name] for name in ("nats_16", "nats_400", "gain", "gain_share")]
+        expected = [short.sum(), long.sum(), np.exp(long.mean()), gained.mean(), (gained > 2).mean()]
+        got = [row[name] for name in ("nll_sum_16", "nll_sum_400", "ppl_400", "gain", "gain_share")]
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
         shares.append(row["gain_share"])
         blocks = [gained[start : start + GAIN_BLOCK] for start in range(0, n, GAIN_BLOCK)]
@@ -103,7 +102,7 @@ def test_a_row_is_what_the_tokens_say(model: LongNet, chunk: int | None) -> None
 def test_contexts_in_any_order_give_the_same_gain(model: LongNet) -> None:
     documents = [make_document(length, str(length)) for length in (1, 300, 0, 1000)]
     orders = ((16, 400), (400, 16), (100, 400, 16))
-    sorted_, turned, more = (list(score(model, documents, bos=BOS, context=order, chunk=70)) for order in orders)
+    sorted_, turned, more = (list(scores(model, documents, bos=BOS, context=order, chunk=70)) for order in orders)
     assert [(each.doc_id, each.context) for each in turned[:4]] == [("1", 400), ("1", 16), ("300", 400), ("300", 16)]
     gains = [[each.gain for each in found if each.context == 400] for found in (sorted_, turned, more)]
     assert all(each.gain is None for found in (sorted_, turned, more) for each in found if each.context != 400)
@@ -114,7 +113,7 @@ def test_contexts_in_any_order_give_the_same_gain(model: LongNet) -> None:
 
 def test_one_context_has_no_gain(model: LongNet) -> None:
     table = rows(model, [make_document(50)], ScoreOptions(bos=BOS))
-    assert table.column_names == ["doc_id", "n_tokens", "n_bytes", "nats"]
+    assert table.column_names == ["doc_id", "n_tokens", "n_bytes", "nll_sum", "ppl", "bpb"]
 
 
 def test_clusters_of_many_are_those_of_each() -> None:
@@ -148,7 +147,7 @@ def test_a_resumed_folder_has_the_same_bytes(model: LongNet, tmp_path: Path) -> 
     assert whole == cut
     manifest = read_manifest(tmp_path / "whole")
     assert (manifest.skipped, manifest.totals["documents"], manifest.totals["rows"]) == (1, 8, 8)
-    assert not manifest.settings.keys() & {"by_position", "by_recall"}  # folders of older runs do not have these
+    assert not manifest.settings.keys() & {"by_position", "last"}  # what was not chosen
 
 
 def test_nothing_to_score_is_said_at_the_end(model: LongNet, tmp_path: Path) -> None:
@@ -157,27 +156,29 @@ def test_nothing_to_score_is_said_at_the_end(model: LongNet, tmp_path: Path) -> 
 
 
 def test_the_command_writes_what_it_prints(run_longnet: RunLongnet, tmp_path: Path) -> None:
+    """The same keys and values on stdout, in a file of JSON Lines and as columns; totals in JSON Lines alone."""
     for name, size in (("a.txt", 30), ("b.txt", 400)):
         (tmp_path / name).write_text("one two three, " * size)
-    words = ("a.txt", "b.txt", "--context", "64,1Ki", "-q")
-    done = run_longnet("score", *words, "-o", "gains.parquet")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    rows = pq.read_table(tmp_path / "gains.parquet").to_pylist()
-    printed = [json.loads(line) for line in run_longnet("score", *words, "--format", "jsonl").stdout.splitlines()]
-    documents = [row for row in printed if row["kind"] == "document"]
-    for row, (short, long) in zip(rows, zip(documents[::2], documents[1::2], strict=True), strict=True):
-        assert row["doc_id"] == short["doc_id"]
-        assert row["nats_64"] == pytest.approx(short["nll_sum"] / short["n_tokens"])
-        assert row["nats_1024"] == pytest.approx(long["nll_sum"] / long["n_tokens"])
-        assert row["gain"] == pytest.approx(row["nats_64"] - row["nats_1024"])
-        assert {name: row[name] for name in Gain._fields} == {name: long[name] for name in Gain._fields}
-        assert not short.keys() & {*Gain._fields}
+    words = ("a.txt", "b.txt", "--context", "64,1Ki", "--by-position", "-q")
+    for output in ("gains.parquet", "gains.jsonl"):
+        done = run_longnet("score", *words, "-o", output)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    printed = run_longnet("score", *words, "--format", "jsonl").stdout
+    assert (tmp_path / "gains.jsonl").read_text() == printed
+    rows = [json.loads(line) for line in printed.splitlines()]
+    assert [row.pop("kind") for row in rows] == ["document"] * 2 + ["total"] * 2
+    assert pq.read_table(tmp_path / "gains.parquet").to_pylist() == rows[:2]
+    for row in rows[:2]:
+        assert row["gain"] == pytest.approx((row["nll_sum_64"] - row["nll_sum_1024"]) / row["n_tokens"])
+        assert row["ppl_64"] == pytest.approx(np.exp(row["nll_sum_64"] / row["n_tokens"]))
+    for total in rows[2:]:
+        assert total["nll_sum"] == pytest.approx(sum(row[f"nll_sum_{total['context']}"] for row in rows[:2]))
 
 
-def test_tables_by_position_and_by_recall_are_columns(run_longnet: RunLongnet, tmp_path: Path) -> None:
+def test_tables_by_position_are_columns(run_longnet: RunLongnet, tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": "one two three, " * n}) + "\n" for n in (30, 0, 120)))
-    for context, ends in (("16,64", ("_16", "_64")), (None, ("",))):
-        words = ("x.jsonl", "-q", "--by-recall", "--by-position", *(["--context", context] if context else []))
+    for context, ends in (("16,64", ("_16", "_64")), ("64", ("",)), (None, ("",))):
+        words = ("x.jsonl", "-q", "--by-position", *(["--context", context] if context else []))
         for output in ("gains.parquet", "gains"):
             assert run_longnet("score", *words, "-o", output).returncode == 0
         found = pq.read_table(tmp_path / "gains.parquet")
@@ -185,8 +186,6 @@ def test_tables_by_position_and_by_recall_are_columns(run_longnet: RunLongnet, t
         assert shard.to_pylist() == found.to_pylist()
         printed = [json.loads(line) for line in run_longnet("score", *words, "--format", "jsonl").stdout.splitlines()]
         for index, end in enumerate(ends):
-            of_context = [row for row in printed[index :: len(ends)] if row["kind"] == "document"]
-            assert found[f"by_recall{end}"].to_pylist() == [row["by_recall"] for row in of_context]
             total = printed[len(printed) - len(ends) + index]
             for name in ("by_position", "by_segment_position"):
                 tables = found[f"{name}{end}"].to_pylist()

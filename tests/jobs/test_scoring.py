@@ -10,11 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import make_document, tiny_net
+from builders import Scored, make_document, scores, tiny_net
 
 from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.data.documents import Document
-from longnet_cli.jobs.scoring.scoring import DocumentScore, Score, score
+from longnet_cli.jobs.scoring.measures import Score
 from longnet_cli.jobs.scoring.token_logprobs import logprob_schema, write_token_logprobs
 from longnet_cli.nets.longnet import LongNet
 
@@ -35,7 +35,7 @@ def plain_nll(model: LongNet, ids: list[int]) -> float:
     return float(F.cross_entropy(logits[0], tokens[0, 1:], reduction="sum"))
 
 
-def only(scores: list[DocumentScore]) -> Score:
+def only(scores: list[Scored]) -> Score:
     assert len(scores) == 1
     return scores[0].score
 
@@ -43,7 +43,7 @@ def only(scores: list[DocumentScore]) -> Score:
 @pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 200])
 def test_equals_plain_cross_entropy(model: LongNet, length: int) -> None:
     document = make_document(length)
-    got = only(list(score(model, [document], bos=BOS)))
+    got = only(list(scores(model, [document], bos=BOS)))
     assert got.n_tokens == got.n_bytes == length
     assert got.nll_sum == pytest.approx(plain_nll(model, [BOS, *document.tokens.tolist()]), rel=1e-6)
     assert got.ppl == pytest.approx(math.exp(got.nll_sum / length))
@@ -56,13 +56,13 @@ def test_company_and_order_do_not_matter(model: LongNet, context: int | None) ->
     lengths = [5, 300, 0, CHUNK + 100, 1, 77, 64, 3000, 3000, 2]
     documents = [make_document(length, str(index)) for index, length in enumerate(lengths)]
     seen: list[int] = []
-    together = list(score(model, documents, bos=BOS, context=context, chunk=CHUNK, on_progress=seen.append))
+    together = list(scores(model, documents, bos=BOS, context=context, chunk=CHUNK, on_progress=seen.append))
     assert [row.doc_id for row in together] == [document.doc_id for document in documents]
     assert [row.score.n_tokens for row in together] == lengths
     assert sum(seen) == sum(lengths)
     for document, row in zip(documents, together, strict=True):
         if len(document.tokens) and len(document.tokens) < 1000:
-            alone = only(list(score(model, [document], bos=BOS, context=context)))
+            alone = only(list(scores(model, [document], bos=BOS, context=context)))
             assert row.score.nll_sum == pytest.approx(alone.nll_sum, rel=1e-6)
     total = sum((row.score for row in together), Score(0.0, 0, 0))
     assert total.n_tokens == total.n_bytes == sum(lengths)
@@ -78,7 +78,7 @@ def test_the_chunk_changes_no_number(model: LongNet, bos: int | None, chunk: int
     documents = [make_document(length, str(length)) for length in (130, 3, 260, 1, 50, 2)]
     model = copy.deepcopy(model).double()
 
-    def run(**options) -> tuple[list[DocumentScore], dict[str, np.ndarray]]:
+    def run(**options) -> tuple[list[Scored], dict[str, np.ndarray]]:
         found: dict[str, list[np.ndarray]] = {}
 
         def keep(document: Document, start: int, ids: np.ndarray, logprobs: np.ndarray) -> None:
@@ -87,7 +87,7 @@ def test_the_chunk_changes_no_number(model: LongNet, bos: int | None, chunk: int
             assert ids.tolist() == document.tokens[start : start + len(ids)].tolist()
             found.setdefault(document.doc_id, []).append(logprobs)
 
-        rows = list(score(model, documents, bos=bos, context=context, on_tokens=keep, **options))
+        rows = list(scores(model, documents, bos=bos, context=context, on_tokens=keep, **options))
         return rows, {name: np.concatenate(parts) for name, parts in found.items()}
 
     (rows, logprobs), (expected_rows, expected) = run(chunk=chunk), run(chunk=10_000)
@@ -103,7 +103,7 @@ def test_the_chunk_changes_no_number(model: LongNet, bos: int | None, chunk: int
 def test_token_logprobs_are_written_in_order_and_add_up(model: LongNet, tmp_path: Path) -> None:
     documents = [make_document(length, str(length)) for length in (300, 0, 5)]
     with write_token_logprobs(tmp_path / "tokens.parquet") as on_tokens:
-        rows = list(score(model, documents, bos=BOS, chunk=128, on_tokens=on_tokens))
+        rows = list(scores(model, documents, bos=BOS, chunk=128, on_tokens=on_tokens))
     table = pq.read_table(tmp_path / "tokens.parquet")
     assert table.schema.equals(logprob_schema())
     keys = ["doc_id", "part", "start"]
@@ -122,7 +122,7 @@ def test_the_most_likely_tokens_are_those_of_the_logits(model: LongNet, tmp_path
     documents = [make_document(length, str(length)) for length in (40, 3)]
     for name, top in (("plain", False), ("top", True)):
         with write_token_logprobs(tmp_path / f"{name}.parquet", top=top) as on_tokens:
-            list(score(model, documents, bos=BOS, chunk=chunk, on_tokens=on_tokens, top=top))
+            list(scores(model, documents, bos=BOS, chunk=chunk, on_tokens=on_tokens, top=top))
     plain, table = (pq.read_table(tmp_path / f"{name}.parquet") for name in ("plain", "top"))
     assert table.select(plain.schema.names).equals(plain)
     assert table.schema.equals(logprob_schema(top=True))
@@ -144,29 +144,29 @@ def test_a_long_document_is_handed_out_at_once(model: LongNet) -> None:
             read.append(name)
             yield make_document(CHUNK, name)
 
-    assert next(score(model, documents(), bos=BOS, context=64, chunk=CHUNK)).doc_id == "a"
+    assert next(scores(model, documents(), bos=BOS, context=64, chunk=CHUNK)).doc_id == "a"
     assert read == ["a"]
 
 
 def test_an_empty_document_is_no_error_but_nothing_at_all_is(model: LongNet) -> None:
     empty, full = make_document(0), make_document(3)
-    first, _ = score(model, [empty, full], bos=BOS)
+    first, _ = scores(model, [empty, full], bos=BOS)
     assert first.score.as_dict() == {"nll_sum": 0.0, "n_tokens": 0, "n_bytes": 0, "ppl": None, "bpb": None}
     with pytest.raises(DataError, match="no token could be scored"):
-        list(score(model, [empty], bos=BOS))
+        list(scores(model, [empty], bos=BOS))
     with pytest.raises(DataError, match="no token could be scored"):
-        list(score(model, [make_document(1)], bos=None))
+        list(scores(model, [make_document(1)], bos=None))
 
 
 def test_bf16_is_near(model: LongNet) -> None:
     document = make_document(200)
-    exact, rough = (only(list(score(model, [document], bos=BOS, dtype=d))).nll_sum for d in ("fp32", "bf16"))
+    exact, rough = (only(list(scores(model, [document], bos=BOS, dtype=d))).nll_sum for d in ("fp32", "bf16"))
     assert rough != exact
     assert rough == pytest.approx(exact, rel=1e-2)
 
 
 def test_leaves_no_inference_mode_behind(model: LongNet) -> None:
-    for _ in score(model, [make_document(3)], bos=BOS):
+    for _ in scores(model, [make_document(3)], bos=BOS):
         assert not torch.is_inference_mode_enabled()
 
 
@@ -175,7 +175,7 @@ def test_leaves_no_inference_mode_behind(model: LongNet) -> None:
 )
 def test_a_model_that_cannot_score(change: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):  # at the call, not at the first document
-        score(tiny_net(**change), [], bos=BOS)
+        scores(tiny_net(**change), [], bos=BOS)
 
 
 def test_score_arithmetic() -> None:

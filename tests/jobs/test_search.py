@@ -1,35 +1,28 @@
-"""What `encode` adds for search: the place of a span in its text, prefixes, short vectors, what the model stores."""
+"""What `encode` adds for search: the place of a span in its text, prefixes, short vectors."""
 
 from __future__ import annotations
 
 import gzip
 import io
 import json
-import re
 import subprocess
 import tarfile
 import zipfile
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
-import torch.nn.functional as F
-from builders import tiny_llama, tiny_model
+from builders import tiny_model
 from conftest import RunLongnet
 from files import write_rows
 from hypothesis import given
 from hypothesis import strategies as st
-from places import ROOT, imported
+from places import ROOT
 
 from longnet_cli.data.documents import Document
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.encoding import TextPlaces
-from longnet_cli.jobs.engines import encode_batches
-from longnet_cli.models.folder import ModelFolder
-from longnet_cli.nets.net import Embedder
 
 TEXT = "naïve “quotes” — \U0001f600\U0001f468\u200d\U0001f469 and e\u0301 \u4e2d\u6587. " * 9
 
@@ -72,38 +65,6 @@ def test_rows_of_text_say_where_they_are(tmp_path: Path, run_longnet: RunLongnet
     run_longnet("tokenize", "a.txt", "--tokenizer", "bytes", "-o", "ids.arrow")
     run_longnet("encode", "ids.arrow", "--model", "./model", "-o", "w.parquet")
     assert "char_start" not in pq.read_schema(tmp_path / "w.parquet").names
-
-
-@pytest.mark.parametrize("pool", ["mean", "last"])
-def test_a_stored_embedder_is_taken_unasked(pool: str, tmp_path: Path, run_longnet: RunLongnet) -> None:
-    """Its pooling and its prompt for documents, which is a part of the vector, as in sentence-transformers."""
-    folders = [tiny_model(tmp_path / "first"), tiny_llama(tmp_path / "second")]
-    (tmp_path / "a.txt").write_text("some text of a document, long enough")
-    for folder in folders:
-        net = ModelFolder(folder).net()
-        net.embedder = Embedder(pool, "query: ", "text: ")
-        stored = tmp_path / f"stored-{folder.name}"
-        net.save(stored, Tokenizer.bytes().to_json(), net.state_dict())
-        command = ["encode", "a.txt", "--model", stored, "--dims", "8", "--chunk", "16", "-o", "v.parquet"]
-        run_longnet(*command)
-        table = pq.read_table(tmp_path / "v.parquet")
-        ids = torch.tensor([256, *b"text: ", *(tmp_path / "a.txt").read_bytes()])
-        with torch.no_grad():
-            hidden = net(ids[None])[0, 1:]
-        expected = F.normalize((hidden.mean(0) if pool == "mean" else hidden[-1])[:8], dim=0)
-        found = torch.tensor(table["embedding"].to_pylist()[0])
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-        assert (table["start"][0].as_py(), table["end"][0].as_py(), table["char_end"][0].as_py()) == (0, 36, 36)
-        assert table.schema.metadata[b"longnet.query_prompt"] == b"query: "
-        rows = pa.table({"doc_id": ["a.txt"], "text": [(tmp_path / "a.txt").read_text()]})
-        mapped = encode_batches(rows, model=str(stored), dims=8, chunk=16)
-        assert mapped.schema.metadata == table.schema.metadata | mapped.schema.metadata
-        torch.testing.assert_close(torch.tensor(mapped["embedding"].to_pylist()[0]), found, rtol=1e-5, atol=1e-6)
-        if folder.name == "first":
-            run_longnet("convert", stored, "-o", "half", "--dtype", "bf16")
-            assert ModelFolder(tmp_path / "half").embedder == net.embedder
-        run_longnet(*command, "--prefix", "none", "--pool", "mean")
-        assert pq.read_table(tmp_path / "v.parquet")["embedding"].to_pylist()[0] != found.tolist()
 
 
 def test_what_does_not_fit_is_said(tmp_path: Path, run_longnet: RunLongnet) -> None:
@@ -219,23 +180,3 @@ def test_retrieval_is_measured(tmp_path: Path, command_env: dict[str, str], pyth
         error = run(*args, code=1)[1]
         assert error.count("\n") == 1
         assert said in error
-    run("make", "pages", archives[0])
-    assert run("training", "pairs", "pages", *archives)[1].splitlines() == ["py-spans: 6 pairs", "pydoc: 6 pairs"]
-    held_out = (tmp_path / "pairs/pydoc.held_out.jsonl").read_text().splitlines()
-    assert {json.loads(line)["first"] for line in held_out} == {pair["first"] for pair in modules}
-
-
-@pytest.mark.ci
-def test_no_task_trains_on_a_held_out_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    module = imported(ROOT / "examples/retrieval.py")
-    monkeypatch.setattr(module, "HELD_OUT", 2)
-    module.write_training(tmp_path, write_archives(tmp_path / "archives"), {}, 400)
-
-    def modules(end: str) -> set[str]:
-        texts = "".join((tmp_path / f"{name}{end}.jsonl").read_text() for name in ("pydoc", "py-spans"))
-        return {*re.findall(r"module(\d)", texts)}
-
-    apart = modules(".held_out")
-    assert len(apart) in (2, 3, 4)
-    assert modules("") == {*"012345"} - apart

@@ -1,6 +1,5 @@
 """Proves that what `tokenize` writes, `Inputs` reads back: the same documents, tokens and byte counts."""
 
-import json
 import os
 from pathlib import Path
 
@@ -49,7 +48,7 @@ def test_written_is_read(corpus, tmp_path, output, train_vocab):
     size = sum(len(text.encode()) for text in TEXTS.values())
     assert (result.documents, result.bytes) == (3, size)
     assert progress[-1] == (3, result.tokens, size)
-    saved = tmp_path / (output if output == "shards" else "one.tokenizer.json")
+    saved = tmp_path / (output if output == "shards" else f"{output}.tokenizer.json")
     assert Tokenizer.load(saved).sha256 == result.tokenizer.sha256
     assert all(shard.exists() for shard in result.shards)
 
@@ -105,14 +104,14 @@ def test_what_is_in_finished_shards_is_not_tokenized_again(corpus, tmp_path, mon
     monkeypatch.setattr(
         Tokenizer, "encode_parts", lambda self, texts: (seen.extend(texts), encode_parts(self, texts))[1]
     )
-    manifest = json.loads(read_manifest(tmp_path / "whole").to_json())
-    del manifest["digest"]  # as older versions wrote it
+    manifest = read_manifest(tmp_path / "whole")
+    shards = manifest.shards
     expected = contents(tmp_path / "whole")
     for finished in range(4):  # as if killed after so many shards, one more having just got its name
         (tmp_path / "whole/_manifest.arrow").unlink()
-        state = manifest | {"shards": manifest["shards"][:finished]}
-        (tmp_path / "whole/_unfinished.json").write_text(json.dumps(state))
-        for shard in manifest["shards"][finished + 1 :]:
+        manifest.shards = shards[:finished]
+        (tmp_path / "whole/_unfinished.json").write_text(manifest.to_json())
+        for shard in shards[finished + 1 :]:
             (tmp_path / "whole" / shard["name"]).unlink()
         seen.clear()
         again = tokenize(Inputs([corpus]), tmp_path / "whole", shard_tokens=1, train_vocab=300, eos=True, resume=True)

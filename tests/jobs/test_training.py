@@ -20,10 +20,10 @@ from longnet_cli.basics.atomic import locked_folder
 from longnet_cli.basics.errors import ConfigError, DataError, LongNetError, MemoryLimitError
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.training import metrics
+from longnet_cli.jobs.training.building import build_optimizers, learning_rate
 from longnet_cli.jobs.training.checkpoint import checkpoints_in, read_state
 from longnet_cli.jobs.training.loop import train
 from longnet_cli.jobs.training.metrics import MetricsLog
-from longnet_cli.jobs.training.optimizer import build_optimizers, learning_rate
 from longnet_cli.jobs.training.recipe import Recipe, ScheduleRecipe, load_recipe, parse_overrides
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.nets.longnet import LongNet
@@ -324,7 +324,9 @@ def test_compiled_layers_learn_the_same(corpus: Path, tmp_path: Path) -> None:
     [
         ({"optimizer.ler": 1}, "unknown key 'optimizer.ler': did you mean 'optimizer.lr'?"),
         ({"train.seq_len": 1}, "unknown key 'train.seq_len'"),
-        ({"optimizer.level_bias_lr": 0.1}, "biases of levels are no longer learned: leave out level_bias_lr"),
+        ({"train.objective": "contrast"}, "train.objective: Input should be 'causal' or 'masked' (got 'contrast')"),
+        ({"contrast.pool": "last"}, "unknown key 'contrast'"),
+        ({"optimizer.level_bias_lr": 0.1}, "unknown key 'optimizer.level_bias_lr'"),
         ({"model.dim": 15}, "not divisible"),
         ({"model.causal": False, "model.position": "rope"}, 'set train.objective = "masked"'),
         ({"train.objective": "masked"}, 'set train.objective = "causal"'),
@@ -349,10 +351,6 @@ def test_wrong_recipes(corpus: Path, tmp_path: Path, overrides: dict, message: s
         train(recipe(corpus, **overrides), tmp_path / "out")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
-
-
-def test_a_recipe_of_an_older_run_may_have_null_for_the_rate_of_learned_biases(corpus: Path) -> None:
-    assert recipe(corpus, **{"optimizer.level_bias_lr": None}) == recipe(corpus)
 
 
 def test_sizes_are_written_as_everywhere(corpus: Path) -> None:
@@ -382,8 +380,8 @@ def test_overrides_are_toml_or_text() -> None:
     assert parse_overrides(["a.b=1e-3", "c=[1, 2]", "d=bytes", "e = true"]) == {
         "a.b": 1e-3, "c": [1, 2], "d": "bytes", "e": True,
     }  # fmt: skip
-    prompts = ["contrast.query_prompt=question: ", "a= b", "c = d ", "e='f '"]
-    assert [*parse_overrides(prompts).values()] == ["question: ", " b", "d", "f "]
+    texts = ["data.eos=end: ", "a= b", "c = d ", "e='f '"]
+    assert [*parse_overrides(texts).values()] == ["end: ", " b", "d", "f "]
     with pytest.raises(ConfigError, match="write key=value"):
         parse_overrides(["optimizer.lr"])
 

@@ -18,8 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.spans import open_spans
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.jobs.estimating.training_job import estimate_training, memory_by_kind, settle_chunk, step_flops
-from longnet_cli.jobs.training.gradients import plan_forwards, seen_segments
+from longnet_cli.jobs.estimating.memory import saved_bytes, seen_segments, training_memory
+from longnet_cli.jobs.training.estimate import estimate_training, settle_chunk, step_flops
+from longnet_cli.jobs.training.gradients import plan_forwards
 from longnet_cli.jobs.training.recipe import Recipe, load_recipe
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet
@@ -74,7 +75,7 @@ def saved_by_autograd(config: LongNetConfig, dtype: str, tokens: int = 256) -> i
 def test_saved_bytes_are_those_that_autograd_saves(change: dict, dtype: str) -> None:
     one, two = (LongNetConfig(**(MODEL | change | {"num_layers": layers})) for layers in (1, 2))
     layer = saved_by_autograd(two, dtype) - saved_by_autograd(one, dtype)
-    assert one.saved_bytes(4 if dtype == "fp32" else 2, "cpu")[0] * 256 == layer
+    assert saved_bytes(one, 4 if dtype == "fp32" else 2, "cpu")[0] * 256 == layer
 
 
 def test_flops_are_those_that_torch_counts() -> None:
@@ -97,7 +98,7 @@ RUN = """
 import json, sys
 import torch
 from longnet_cli.running.device import peak_memory
-from longnet_cli.jobs.estimating.training_job import estimate_training
+from longnet_cli.jobs.training.estimate import estimate_training
 from longnet_cli.jobs.training.loop import train
 from longnet_cli.jobs.training.recipe import load_recipe
 
@@ -139,7 +140,7 @@ def test_gradients_of_old_keys_are_stated(tmp_path: Path) -> None:
     assert kept.memory["key_gradients"] == 2 * 4 * MODEL["dim"] * 240
     assert spilled.memory["key_gradients"] == 0
     moved = kept.memory["cache"] - spilled.memory["cache"] + kept.memory["key_gradients"]
-    assert spilled.spilled == moved > 2 * 4 * MODEL["dim"] * (256 + 240)
+    assert spilled.facts["spill_bytes"] == moved > 2 * 4 * MODEL["dim"] * (256 + 240)
     assert "key_gradients" not in estimate_training(recipe(MODEL, **train), CPU).memory
 
 
@@ -170,7 +171,7 @@ def assert_it_is_the_peak(settings: dict, folder: Path, env: dict[str, str], nam
 
 
 def test_what_a_chunk_and_a_cache_take() -> None:
-    small, large = (memory_by_kind(recipe(MODEL, stages=[{"seq_len": 1024, "steps": 1}], chunk=n), CPU, Ranks())
+    small, large = (training_memory(recipe(MODEL, stages=[{"seq_len": 1024, "steps": 1}], chunk=n), CPU, Ranks())
                     for n in (128, 256))  # fmt: skip
     assert large["activations"] == 2 * small["activations"]
     assert large["logits"] == 2 * small["logits"]
@@ -181,45 +182,43 @@ def test_what_a_chunk_and_a_cache_take() -> None:
     # three chunks look back at a segment of 64, one with gradients on their way; and four sinks
     looking = MODEL | {"segment_lengths": (64,), "dilation_rates": (1,), "look_back": 1, "sinks": 4, "position": "rope"}
     found = [
-        memory_by_kind(recipe(looking, stages=[{"seq_len": 1024, "steps": 1}], chunk=256, spill=spill), CPU, Ranks())
+        training_memory(recipe(looking, stages=[{"seq_len": 1024, "steps": 1}], chunk=256, spill=spill), CPU, Ranks())
         for spill in (None, "disk")
     ]
     passing = 2 * 64 * 8 * (64 + 4)
     assert found[0]["cache"] == 2 * 64 * (4 * (3 * 64 + 4) + 4 * (64 + 4)) + passing
     assert found[1] == found[0] | {"cache": passing}
-    whole = memory_by_kind(recipe(MODEL, stages=[{"seq_len": 1024, "steps": 1}], chunk=1024), CPU, Ranks())
+    whole = training_memory(recipe(MODEL, stages=[{"seq_len": 1024, "steps": 1}], chunk=1024), CPU, Ranks())
     assert whole["cache"] == 0
     two = Ranks(0, 2, 2)
-    shared = memory_by_kind(recipe(MODEL, stages=[{"seq_len": 1024, "steps": 1}], chunk=512), CPU, two)
+    shared = training_memory(recipe(MODEL, stages=[{"seq_len": 1024, "steps": 1}], chunk=512), CPU, two)
     assert shared == whole | {kind: whole[kind] // 2 for kind in ("activations", "logits")} | {"checkpoint": 0}
 
 
 def test_ranks_hold_their_share_beside_what_a_step_gathers() -> None:
     one = recipe(MODEL, stages=[{"seq_len": 1024, "steps": 1}], chunk=1024)
     shared = one.model_copy(update={"parallel": one.parallel.model_copy(update={"shard": "full"})})
-    whole, share = (memory_by_kind(each, CPU, Ranks(0, 4, 4)) for each in (one, shared))
+    whole, share = (training_memory(each, CPU, Ranks(0, 4, 4)) for each in (one, shared))
     for kind in ("weights", "gradients"):
         assert share[kind] == pytest.approx(1.25 * whole[kind])
     assert share["optimizer"] == pytest.approx(whole["optimizer"] / 4)
 
 
-def test_contrast_chooses_blocks_in_both_of_its_forward_passes() -> None:
+def test_what_is_computed_again_chooses_no_blocks_again() -> None:
     pattern = {"segment_lengths": (64,), "dilation_rates": (1,), "look_back": 1, "chosen": 4, "chosen_block": 16}
     causal = recipe(MODEL | pattern | {"position": "rope"}, stages=[{"seq_len": 1024, "steps": 1}], chunk=1024)
-    contrast = causal.model_copy(update={"train": causal.train.model_copy(update={"objective": "contrast"})})
-    once, twice = (step_flops(each, each.train.stages[0], Ranks()) for each in (causal, contrast))
-    assert twice.attention == 2 * once.attention == 2 * causal.model.attention_flops(1024) / 1024
-    in_chunks = step_flops(causal.with_chunk(512), causal.train.stages[0], Ranks())
+    once, in_chunks = (step_flops(each, each.train.stages[0], Ranks()) for each in (causal, causal.with_chunk(512)))
+    assert once.attention == causal.model.attention_flops(1024) / 1024
     votes = causal.model.vote_flops(1024) / 1024
     assert votes > 0
-    assert in_chunks.attention == pytest.approx(1.5 * once.attention - 0.5 * votes)  # what is computed again sees them
+    assert in_chunks.attention == pytest.approx(1.5 * once.attention - 0.5 * votes)
 
 
 def test_documents_of_several_windows_fill_a_chunk() -> None:
     """The largest forward that packing makes of short documents is what the activations are counted for."""
     stage = {"seq_len": 1000, "steps": 1}
     packed, apart = (
-        memory_by_kind(
+        training_memory(
             recipe(MODEL, stages=[stage], chunk=1600, batch_tokens=4000, across_documents=across), CPU, Ranks()
         )["activations"]
         for across in (False, True)
@@ -245,7 +244,7 @@ def test_seen_segments(w: int, back: int, chunk: int, seq_len: int) -> None:
 def test_the_last_chunk_alone_is_not_computed_again() -> None:
     stages = [{"seq_len": 1024, "steps": 1}]
     whole, halves, uneven = (
-        estimate_training(recipe(MODEL, stages=stages, chunk=chunk, batch_tokens=1024), CPU).flops
+        estimate_training(recipe(MODEL, stages=stages, chunk=chunk, batch_tokens=1024), CPU).facts["flops"]
         for chunk in (1024, 512, 1023)
     )
     assert (uneven - whole) / (halves - whole) == pytest.approx(2 * 1023 / 1024)
@@ -310,8 +309,8 @@ def test_a_chunk_that_fits_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def with_chunk(chunk: int) -> Recipe:
         return recipe(MODEL, stages=[{"seq_len": 256, "steps": 1}], chunk=chunk, batch_tokens=10_000)
 
-    free = sum(memory_by_kind(with_chunk(4096), CPU, Ranks()).values())
-    monkeypatch.setattr("longnet_cli.jobs.estimating.training_job.free_memory", lambda device: free)
+    free = sum(training_memory(with_chunk(4096), CPU, Ranks()).values())
+    monkeypatch.setattr("longnet_cli.jobs.training.estimate.free_memory", lambda device: free)
     found = estimate_training(with_chunk(10_000), CPU)
     assert not found.fits
     assert found.chunk_that_fits == 4096
@@ -322,7 +321,7 @@ def test_a_chunk_that_fits_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("gib", "chunk"), [(0, 16384), (5, 16384), (24, 32768), (80, 131072), (1000, 131072)])
 def test_a_gpu_gets_the_longest_chunk_that_it_holds(monkeypatch: pytest.MonkeyPatch, gib: int, chunk: int) -> None:
-    monkeypatch.setattr("longnet_cli.jobs.estimating.training_job.free_memory", lambda device: gib << 30)
+    monkeypatch.setattr("longnet_cli.jobs.training.estimate.free_memory", lambda device: gib << 30)
     model = MODEL | {"dim": 768, "num_layers": 12, "num_heads": 12, "ffn_dim": 3072}
     settings = {"dtype": "bf16", "stages": [{"seq_len": 1 << 20, "steps": 1}]}
     gpu, found = torch.device("cuda"), recipe(model, **settings)
@@ -338,8 +337,8 @@ def test_no_chunk_cuts_a_bidirectional_window(monkeypatch: pytest.MonkeyPatch) -
         stages = [{"seq_len": seq_len, "steps": 1}]
         return recipe(model, objective="masked", stages=stages, chunk=chunk, batch_tokens=8192)
 
-    free = sum(memory_by_kind(with_window(1024, 1024), CPU, Ranks()).values())
-    monkeypatch.setattr("longnet_cli.jobs.estimating.training_job.free_memory", lambda device: free)
+    free = sum(training_memory(with_window(1024, 1024), CPU, Ranks()).values())
+    monkeypatch.setattr("longnet_cli.jobs.training.estimate.free_memory", lambda device: free)
     assert estimate_training(with_window(1024, 8192), CPU).chunk_that_fits == 1024
     found = estimate_training(with_window(2048, 8192), CPU)
     assert found.chunk_that_fits is None

@@ -19,9 +19,9 @@ from strategies import document_starts
 
 from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.data.inputs import Inputs
-from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.jobs.training import loop
 from longnet_cli.jobs.training import windows as module
+from longnet_cli.jobs.training.building import build_data
+from longnet_cli.jobs.training.loop import train
 from longnet_cli.jobs.training.recipe import Recipe, load_recipe
 from longnet_cli.jobs.training.windows import LONGEST_PERIOD, Batch, Mix, TokenStream, TokenWindows
 from longnet_cli.running.ranks.ranks import Ranks
@@ -278,6 +278,7 @@ def test_a_state_far_into_a_run_is_reached_at_once():
         ({"weights": [1, 2]}, ConfigError, "weights"),
         ({"tokens": [102]}, DataError, "restore the data"),
         ({"digests": ["0"]}, DataError, "restore the data"),
+        ({"digests": None}, DataError, "restore the data"),
     ],
 )
 def test_a_state_of_another_run_is_refused(change, error, message):
@@ -296,8 +297,6 @@ def test_other_data_of_the_same_size_is_refused(other: TokenStream) -> None:
     windows = TokenWindows([other], 8, 1, seed=0)
     with pytest.raises(DataError, match="restore the data"):
         windows.resume(state)
-    del state["digests"]  # as older runs saved it
-    windows.resume(state)
 
 
 def test_too_little_data_and_wrong_arguments():
@@ -334,10 +333,10 @@ def test_a_recipe_mixes_sources(tmp_path: Path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text(name * 100)
     mix = [{"inputs": [str(tmp_path / f"{name}.txt")], "weight": weight} for name, weight in (("a", 0.75), ("b", 0.25))]
-    (windows,) = loop.make_windows(recipe(mix=mix), Tokenizer.bytes(), 256, Ranks(), print)
+    (windows,) = build_data(recipe(mix=mix), Ranks()).windows
     batch, _ = next(iter(windows))
     assert [bool((row == ord("b")).any()) for row in batch.read_all()] == [False, False, False, True]
-    assert loop.train(recipe(mix=mix), tmp_path / "out").tokens == 2 * 64
+    assert train(recipe(mix=mix), tmp_path / "out").tokens == 2 * 64
     saved = Recipe.model_validate_json((tmp_path / "out/recipe.json").read_text())
     assert saved == recipe(mix=mix)
 

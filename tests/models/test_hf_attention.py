@@ -22,15 +22,15 @@ pytest.importorskip("transformers", reason="transformers is not installed: pip i
 
 import transformers as hf
 from hf_models import (
-    BIASED,
     CHOSEN,
     FAR,
     FOLLOWED,
+    GROUPED,
     LEVELS,
     MODELS,
-    NESTED,
     ROPES,
     SIZES,
+    TILED,
     WIDE,
     WINDOW,
     bert,
@@ -91,7 +91,7 @@ def test_one_full_segment_is_the_models_own_attention(model: Callable[[], hf.Pre
     ("model", "pattern"),
     [
         *((x, PAPER_64TH) for x in MODELS),
-        *((llama, x) for x in (WINDOW, FAR, NESTED, BIASED)),
+        *((llama, x) for x in (WINDOW, FAR, TILED, GROUPED)),
         *((x, FAR) for x in (qwen2, gpt2, bert, modernbert)),
         *((x, CHOSEN) for x in (llama, qwen3, gpt2)),
     ],
@@ -197,7 +197,7 @@ def test_masks_are_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [None if m is None else m.tolist() for m in seen[::2]] == [[[0, 90], [0, 30]], [[0, 90], [60, 90]], None]
 
 
-@pytest.mark.parametrize(("model", "pattern"), [(llama, LEVELS), (qwen2, FAR), (qwen3, NESTED), (gpt2, WINDOW)])
+@pytest.mark.parametrize(("model", "pattern"), [(llama, LEVELS), (qwen2, FAR), (qwen3, TILED), (gpt2, WINDOW)])
 def test_a_cache_changes_nothing(model: Callable[[], hf.PreTrainedModel], pattern: Pattern) -> None:
     """Prompt, single tokens and runs of them through a DynamicCache, across segments of every level: one pass."""
     net = use_dilated_attention(built(model), pattern)
@@ -225,7 +225,7 @@ def left_padded(tokens: int) -> Tensor:
     ("model", "pattern"),
     [
         *((llama, WINDOW), (mixed, FAR), (gpt2, FOLLOWED), (sharing, WINDOW), (sharing, CHOSEN)),
-        *(pytest.param(*case, marks=pytest.mark.ci) for case in ((qwen3, NESTED), (gpt2, LEVELS), (llama, FOLLOWED))),
+        *(pytest.param(*case, marks=pytest.mark.ci) for case in ((qwen3, TILED), (gpt2, LEVELS), (llama, FOLLOWED))),
     ],
 )
 def test_generate_is_exact_with_any_cache(model: Callable[[], hf.PreTrainedModel], pattern: Pattern) -> None:
@@ -301,7 +301,7 @@ def test_a_model_compiles_to_one_graph(model: Callable[[], hf.PreTrainedModel], 
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("pattern", [Pattern((8, 32), (1, 4), "grouped"), NESTED, BIASED, FAR, FOLLOWED])
+@pytest.mark.parametrize("pattern", [Pattern((8, 32), (1, 4), "grouped"), TILED, GROUPED, FAR, FOLLOWED])
 def test_the_pattern_is_saved_and_loaded(tmp_path: Path, pattern: Pattern) -> None:
     net = use_dilated_attention(built(llama), pattern)
     net.save_pretrained(tmp_path)

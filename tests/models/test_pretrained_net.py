@@ -21,15 +21,15 @@ import torch.nn.functional as F
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'longnet-cli[hf]'")
 
 import transformers as hf
-from builders import MadeInputs, make_document, tiny_llama
+from builders import MadeInputs, make_document, scores, tiny_llama
 from hf_models import (
-    BIASED,
     CAUSAL,
     FAR,
     FOLLOWED,
+    GROUPED,
     LEVELS,
     MODELS,
-    NESTED,
+    TILED,
     WINDOW,
     bert,
     built,
@@ -52,7 +52,6 @@ from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.integrations.transformers import use_dilated_attention
 from longnet_cli.jobs.encoding import EncodeOptions, Encoder, encode
 from longnet_cli.jobs.row_jobs import write_rows
-from longnet_cli.jobs.scoring.scoring import score
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.models.hf.pretrained_net import TransformersNet
 from longnet_cli.running.causal_stream import CausalStream, open_stream
@@ -103,7 +102,7 @@ def test_a_stream_with_the_cache_of_transformers_is_the_whole(
     ("model", "pattern"),
     [
         *((x, LEVELS) for x in CAUSAL),
-        *((llama, Pattern.dense()), (llama, FAR), (qwen2, NESTED), (qwen3, BIASED), (gpt2, WINDOW)),
+        *((llama, Pattern.dense()), (llama, FAR), (qwen2, TILED), (qwen3, GROUPED), (gpt2, WINDOW)),
         *((x, FOLLOWED) for x in (llama, gpt2)),
     ],
 )
@@ -151,7 +150,7 @@ def test_scores_are_those_of_the_models_own_loss(model: Callable[[], hf.PreTrain
     net = net_of(model, attention)
     documents = [make_document(length) for length in (130, 3, 260, 1, 50)]
     for chunk in (10_000, 64, 7):
-        rows = list(score(net, documents, bos=0, chunk=chunk))
+        rows = list(scores(net, documents, bos=0, chunk=chunk))
         for document, row in zip(documents, rows, strict=True):
             tokens = torch.tensor([[0, *document.tokens.tolist()]])
             with torch.no_grad():
@@ -317,6 +316,8 @@ def spoilt(folder: Path, tmp_path: Path) -> Callable[..., Path]:
         ({"dilated_attention": {"segment_lengths": [8], "dilation_rates": []}}, "one entry per level"),
         ({"dilated_attention": {"segment_lengths": "8", "dilation_rates": [1]}}, "segment_lengths needs whole numbers"),
         ({"dilated_attention": [8, 1]}, "dilated_attention in the model's config: a table of "),
+        ({"dilated_attention": {"level_bias": None}}, "dilated_attention in the model's config: unknown key 'level_b"),
+        ({"dilated_attention": {"lookback": 1}}, "unknown key 'lookback': did you mean 'look_back'?"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "rope_type dynamic"),
     ],
 )
@@ -407,11 +408,11 @@ def test_without_transformers(folder: Path, command_env: dict[str, str]) -> None
 def test_models_that_cannot_score() -> None:
     headless = hf.LlamaModel(hf.LlamaConfig(**SMALL, num_key_value_heads=2))
     with pytest.raises(ConfigError, match="LlamaModel has no output layer"):
-        list(score(TransformersNet(headless), [make_document(9)], bos=0))
+        list(scores(TransformersNet(headless), [make_document(9)], bos=0))
     capped = built(lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8)))
     capped.config.final_logit_softcapping = 0.1
     with pytest.raises(ConfigError, match="more to its logits than multiply"):
-        list(score(TransformersNet(capped), [make_document(9)], bos=0))
+        list(scores(TransformersNet(capped), [make_document(9)], bos=0))
 
 
 def test_positions_that_end() -> None:

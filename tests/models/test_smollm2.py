@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from builders import scores
 from safetensors.torch import load_file
 
 pytest.importorskip("gguf", reason="gguf is not installed: pip install 'longnet-cli[gguf]'")
@@ -25,11 +26,9 @@ from longnet_cli.attention import Pattern
 from longnet_cli.attention.notation import parse_pattern
 from longnet_cli.data.documents import Document
 from longnet_cli.jobs.converting import convert
-from longnet_cli.jobs.scoring.scoring import score
 from longnet_cli.models.folder import ModelFolder
 
 PROSE = GOLDEN / "prose.safetensors"
-FAR = Pattern((1024, 1024), (1, 4), look_back=(1, 5), overlap="once", queries="all", sinks=4, level_bias="log_rate")
 
 pytestmark = pytest.mark.slow
 
@@ -62,7 +61,6 @@ def ids() -> torch.Tensor:
         (None, 2.9807),  # dense
         (Pattern.window(1024), 3.4931),
         (Pattern.window(1024, sinks=4), 3.0332),
-        (FAR, 3.0113),
     ],
 )
 def test_nats_of_a_model_that_was_trained_densely(
@@ -73,7 +71,7 @@ def test_nats_of_a_model_that_was_trained_densely(
     assert bos == ids[0]
     logprobs: list[np.ndarray] = []
     document = Document("prose", ids[1:4097].numpy(), 4096, "prose")
-    list(score(net, [document], bos=bos, dtype="fp32", on_tokens=lambda *token: logprobs.append(token[3])))
+    list(scores(net, [document], bos=bos, dtype="fp32", on_tokens=lambda *token: logprobs.append(token[3])))
     assert -np.concatenate(logprobs)[2048:].mean() == pytest.approx(nats, abs=2e-3)
 
 

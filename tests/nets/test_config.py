@@ -87,12 +87,7 @@ def test_unknown_key_names_the_nearest() -> None:
         ({"sinks": 4}, 'position="xpos" has no sinks: its keys are only seen from their own segment; use position="r'),
         ({"look_back": [1]}, "look_back needs one number from 0, or 5, one per level, got (1,)"),
         ({"look_back": [1, "x"]}, "look_back: must be one number, or one number per level"),
-        ({"level_bias": "rate"}, 'level_bias: must be "log_rate", or one number per level'),
-        (
-            {"level_bias": "learned"},
-            'level_bias: must be "log_rate", or one number per level: biases are no longer learned',
-        ),
-        ({"level_bias": [0.5]}, 'level_bias needs "log_rate" or 5 numbers, one per level, got (0.5,)'),
+        ({"level_bias": [0, -2, -2, -2, -2]}, "unknown key 'level_bias'"),
         ({"queries": "all"}, 'queries="all" needs overlap="once" in causal attention'),
         ({"sinks": 4, "causal": False, "position": "rope", "padding": "zero_key"}, 'padding="zero_key" goes with no'),
         ({"sink": 4}, "unknown key 'sink': did you mean 'sinks'?"),
@@ -111,13 +106,11 @@ def test_rope_takes_what_xpos_refuses() -> None:
 def test_options_of_a_pattern_are_written_where_they_differ_from_the_papers() -> None:
     """A model without them has the config.json, and the digest of it, that it always had."""
     plain = parse_config(PAPER, "config.json")
-    assert not {"look_back", "overlap", "queries", "sinks", "level_bias"} & plain.model_dump().keys()
+    assert not {"look_back", "overlap", "queries", "sinks"} & plain.model_dump().keys()
     assert LongNetConfig(**PAPER | vars(plain.pattern)) == plain
-    options = {"look_back": 1, "overlap": "once", "queries": "all", "sinks": 4, "level_bias": "log_rate"}
+    options = {"look_back": 1, "overlap": "once", "queries": "all", "sinks": 4}
     found = parse_config(PAPER | options | {"position": "rope", "dilation_rates": [1, 2, 4, 8, 16]}, "config.json")
-    assert found.pattern == Pattern(
-        found.segment_lengths, found.dilation_rates, "modulo", 1, "once", "all", 4, "log_rate"
-    )
+    assert found.pattern == Pattern(found.segment_lengths, found.dilation_rates, "modulo", 1, "once", "all", 4)
     assert found.model_dump(mode="json").items() >= options.items()
     assert parse_config(json.loads(found.model_dump_json()), "again") == found
     assert LongNetConfig(**found.model_dump() | vars(found.pattern)) == found

@@ -186,7 +186,7 @@ def test_printed_scores_are_those_of_one_process(folder: Path, run_longnet: RunL
     with ipc.new_file(folder / "kept.arrow", table.schema) as writer:
         writer.write_table(table)
     command = ["score", "kept.arrow", "-m", "./net", "--chunk", "128", "--context", "16,64", "--format", "jsonl"]
-    command += ["--by-position", "--by-recall", "--keep", "m,u,t,b"]
+    command += ["--by-position", "--keep", "m,u,t,b"]
     env = {"OMP_NUM_THREADS": "1"}
     alone, many = (run_longnet(*command, *more, cwd=folder, env=env) for more in ([], ["--dp", "2"]))
     assert many.stdout == alone.stdout, many.stderr

@@ -28,7 +28,8 @@ from longnet_cli.attention.notation import parse_pattern
 from longnet_cli.attention.reference import key_counts
 from longnet_cli.attention.spans import lanes, span_positions
 from longnet_cli.basics.errors import LongNetError
-from longnet_cli.jobs.training.gradients import StoredTokens, backward, far_bytes
+from longnet_cli.jobs.estimating.memory import far_bytes
+from longnet_cli.jobs.training.gradients import StoredTokens, backward
 from longnet_cli.jobs.training.windows import TokenStream, TokenWindows
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet
@@ -41,7 +42,7 @@ from longnet_cli.running.ranks.ranks import Ranks
 
 CHOSEN = Pattern((8,), (1,), look_back=1, chosen=4, chosen_block=4, chosen_every=4, chosen_layers=(1,))
 # those that every number of ranks goes through; beyond them, anything
-GRID = list(product([True, False], ["paper", "geometric", "nested"], ["modulo", "grouped"]))
+GRID = list(product([True, False], ["paper", "geometric", "tiled"], ["modulo", "grouped"]))
 
 
 def attention_in_shards(dtype: torch.dtype, problems: int) -> None:
@@ -104,7 +105,7 @@ def test_ranks_that_plan_differently_do_not_wait_for_each_other(tmp_path: Path) 
 
 def net_in_shards(dtype: torch.dtype) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
-    tiled = Pattern((16, 64, 128), (1, 4, 4), look_back=1, overlap="once", queries="all", level_bias=(0, -1, -1.5))
+    tiled = Pattern((16, 64, 128), (1, 4, 4), look_back=1, overlap="once", queries="all")
     cut = [0, 100, 131, 300]
     for seed, (pattern, causal, cuts) in enumerate(
         [(PAPER_64TH, True, [0]), (PAPER_64TH, False, [0]), (PAPER_64TH, True, cut), (tiled, True, cut)]
@@ -182,7 +183,7 @@ def counted_traffic() -> None:
 
     for looking_back, rows in (
         (Pattern.window(16, look_back=2, sinks=4), 2 * 16 + 4),
-        (Pattern.nested(64, 16), 16 + 64 // 4),
+        (Pattern((16, 64), (1, 4), look_back=1, overlap="once", queries="all"), 16 + 64 // 4),
     ):
         model = net(looking_back, layers=layers)
         for shard in (64, 256):  # of any length, in a sequence of any length
@@ -201,22 +202,6 @@ def counted_traffic() -> None:
     narrow(draw(1, 64), start=exchange.start, far=exchange).sum().backward()
     assert calls == []  # no level is wider than a shard
     dist.all_to_all_single = original
-
-    gathered = []
-    gather = dist.all_gather
-
-    def counting_gather(found: list[Tensor], mine: Tensor, **options: Any) -> Any:
-        gathered.append(mine.numel())
-        return gather(found, mine, **options)
-
-    model, edges = net(CHOSEN, layers=layers), even_edges(0, 64 * world + 1, world)
-    exchange = Exchange(model.config, edges)
-    dist.all_gather = counting_gather
-    model(draw(1, edges[rank + 1] - edges[rank]), start=exchange.start, far=exchange).sum().backward()
-    dist.all_gather = gather
-    shape = 1, 0, model.config.kv_heads, model.config.head_dim
-    chooses, not_ = (exchange.tail_numbers(shape, queries=queries) for queries in (True, False))
-    assert (sum(gathered), len(gathered)) == (chooses + (layers - 1) * not_, layers + 1)
 
 
 @pytest.mark.parametrize("world", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 8))])
@@ -369,7 +354,8 @@ def streaming_in_shards() -> None:
             whole = model(ids)
         stream, start = CausalStream(model, ranks=together()), 0
         while start < tokens:
-            edges = even_edges(start, min(25 if few else pick.randint(1, 200), tokens - start), world)
+            number = min(25 if few else pick.randint(1, 200), tokens - start)
+            edges = even_edges(start, number, world, pattern.edge_size)
             mine = slice(edges[dist.get_rank()], edges[dist.get_rank() + 1])
             torch.testing.assert_close(stream(ids[:, mine], edges=edges), whole[:, mine], rtol=1e-11, atol=1e-11)
             start = edges[-1]
@@ -414,13 +400,15 @@ def test_streaming_over_ranks(world: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(
-    "pattern", ["8/1,16/2,48/3", "geometric:200,base=4", "window:16", "window:16,sinks=3", "nested:200,base=8"]
+    "pattern",
+    [
+        *("8/1,16/2,48/3", "geometric:200,base=4", "window:16", "window:16,sinks=3"),
+        "geometric:200,base=8,ratio=4,look_back=1,overlap=once,queries=all",
+    ],
 )
 def test_ranks_receive_what_their_queries_see(pattern: str, causal: bool) -> None:
     """The reference, a dense mask, says which keys outside a shard its queries see."""
-    levels = Pattern.geometric(200, 4) if pattern.startswith("geo") else None
-    levels = levels or (Pattern.nested(200, 8) if pattern.startswith("nested") else parse_pattern(pattern))
-    heads, tokens, edges = 4, 200, even_edges(0, 200, 11)
+    levels, heads, tokens, edges = parse_pattern(pattern), 4, 200, even_edges(0, 200, 11)
     config = LongNetConfig(
         vocab_size=1, dim=8, num_layers=1, num_heads=heads, ffn_dim=1, position="none", causal=causal, pattern=levels
     )

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from longnet_cli.attention import dilated, merging, planning
+from longnet_cli.attention import dilated, planning
 from longnet_cli.attention.cuda_kernels import CudaFlashKernel
+from longnet_cli.jobs.training.building import build_optimizers
 from longnet_cli.jobs.training.gradients import backward
-from longnet_cli.jobs.training.optimizer import build_optimizers
 from longnet_cli.jobs.training.recipe import OptimizerRecipe
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet
@@ -38,7 +38,6 @@ HOST = torch.device("cpu") if FAKE else GPU
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A machine with a GPU, whatever it really has: tensors are fake, and its flash kernel is there."""
     monkeypatch.setattr(dilated, "select_kernel", lambda *_: CudaFlashKernel())
-    monkeypatch.setattr(merging, "_fused", lambda x: None)  # Triton, where there is one, wants addresses
     monkeypatch.setattr(chunked_backward, "random_state", lambda device: [])
     monkeypatch.setattr(chunked_backward, "set_random_state", lambda state, device: None)
     if not FAKE:  # there is no autocast on the meta device

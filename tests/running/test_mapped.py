@@ -17,7 +17,8 @@ from strategies import chosen_patterns, cuts, patterns, patterns_with_options, s
 
 from longnet_cli.attention import Pattern
 from longnet_cli.basics.errors import ConfigError, MemoryLimitError
-from longnet_cli.jobs.training.gradients import backward, far_bytes
+from longnet_cli.jobs.estimating.memory import cache_bytes, far_bytes
+from longnet_cli.jobs.training.gradients import backward
 from longnet_cli.running.causal_stream import CausalStream
 from longnet_cli.running.chunked_backward import backward_in_chunks
 from longnet_cli.running.mapped import MappedMemory
@@ -127,7 +128,7 @@ def test_a_file_of_blocks_changes_no_bit_and_has_the_stated_size(
     assert spilled.file
     blocks = [cache.past.blocks.number for cache in spilled.caches if cache.past]
     whole = max(blocks) * pattern.chosen_block  # others may keep the first blocks alone
-    assert spilled.file.size == batch * model.config.spilled_bytes(whole, 4)
+    assert spilled.file.size == batch * cache_bytes(model.config, whole, 4).blocks
 
 
 def test_the_commands_with_chosen_blocks(run_longnet: RunLongnet, tmp_path: Path, small_disk: Path) -> None:
@@ -152,6 +153,9 @@ def test_the_commands_with_chosen_blocks(run_longnet: RunLongnet, tmp_path: Path
         assert refusal.startswith(full)
         assert re.search(r" tokens keep 1\.\d+ MiB there, and 25\d KiB are free$", refusal), refusal
         assert list(small_disk.iterdir()) == []
+    assert run_longnet("tokenize", "short.txt", "long.txt", "--tokenizer", model, "-o", "both.arrow").returncode == 0
+    done = run_longnet("generate", "-i", "both.arrow", "-m", model, "--chunk", "60", "--format", "jsonl", *spill)
+    assert (done.returncode, done.stdout) == (5, "")  # not after the short one
     done = run_longnet("score", "short.txt", "-m", model, "--pattern", "window:16", *spill)
     assert done.returncode == 2
     assert "--spill is for keys and values of chosen blocks, and the pattern has none" in done.stderr

@@ -26,6 +26,7 @@ from longnet_cli.basics.errors import ConfigError, DataError, LongNetError
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.generating import generate
 from longnet_cli.running.causal_stream import CausalStream
+from longnet_cli.running.saved_state import STATE_VERSION
 
 CHOSEN = Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4, chosen_layers=(0,))
 PATTERNS = {
@@ -150,17 +151,15 @@ def test_a_cache_of_transformers_goes_on_as_if_nothing_had_happened(build: str, 
     assert torch.equal(*answers)
     with pytest.raises(ConfigError, match="saved by another model: its weights"):
         LongNetCache.load(tmp_path / "state", make(2.0))
-    facts = read_manifest(tmp_path / "state/manifest.json", None)
+    facts = read_manifest(tmp_path / "state/manifest.json", STATE_VERSION)
     for sizes in (5, {}, {**facts["sizes"], "batch": 10**9}, {**facts["sizes"], "head_dim": "8"}):
-        write_manifest(tmp_path / "state/manifest.json", facts["version"], {**facts, "sizes": sizes})
+        write_manifest(tmp_path / "state/manifest.json", STATE_VERSION, {**facts, "sizes": sizes})
         with pytest.raises(DataError, match=r"not a state that LongNetCache\.save has written"):
             LongNetCache.load(tmp_path / "state", model)
-    write_manifest(
-        tmp_path / "state/manifest.json", facts["version"], facts | {"sizes": {**facts["sizes"], "batch": 3}}
-    )
+    write_manifest(tmp_path / "state/manifest.json", STATE_VERSION, facts | {"sizes": {**facts["sizes"], "batch": 3}})
     with pytest.raises(DataError, match="a damaged state: "):
         LongNetCache.load(tmp_path / "state", model)
-    write_manifest(tmp_path / "state/manifest.json", facts["version"], facts)
+    write_manifest(tmp_path / "state/manifest.json", STATE_VERSION, facts)
     if build == "llama":
         other = use_dilated_attention(make(), Pattern.window(32))
         with pytest.raises(ConfigError, match=r"it was saved with the pattern .*, and this is window:32: name both"):
@@ -215,13 +214,15 @@ def test_a_killed_save_leaves_the_old_state(tmp_path: Path, monkeypatch: pytest.
     assert CausalStream.load(model, folder).position == 200
     stream.save(folder)
     assert CausalStream.load(model, folder).position == 100
-    manifest = json.loads((folder / "manifest.json").read_text())["state"]
+    manifest = json.loads((folder / "manifest.json").read_text())
     mine = set() if first else {*others}
     assert {path.name for path in folder.iterdir()} == {"manifest.json", *manifest["files"]} | mine
     assert {(folder / name).read_text() for name in mine} <= {"mine"}
 
 
-@pytest.mark.parametrize("manifest", ['{"name": "My app", "icons": []}', "{", '{"state": {"files": {}}, "sha256": ""}'])
+@pytest.mark.parametrize(
+    "manifest", ['{"name": "My app", "icons": []}', "{", '{"version": 3, "files": {}, "digest": ""}']
+)
 def test_a_folder_of_something_else_stays_as_it_is(tmp_path: Path, manifest: str) -> None:
     """Its manifest.json is not that of a state, and its files have a name that a piece might have."""
     stream = CausalStream(net(CHOSEN))
@@ -233,7 +234,7 @@ def test_a_folder_of_something_else_stays_as_it_is(tmp_path: Path, manifest: str
         stream.save(tmp_path)
     assert states(tmp_path) == old
     os.remove(tmp_path / "piece-0.safetensors")
-    write_manifest(tmp_path / "manifest.json", 1, {"kind": "another kind"})
+    write_manifest(tmp_path / "manifest.json", STATE_VERSION, {"kind": "another kind"})
     with pytest.raises(ConfigError, match="neither an empty folder nor a state: name a new one"):
         stream.save(tmp_path)
 
@@ -255,7 +256,7 @@ def test_a_forged_state_is_refused(tmp_path: Path) -> None:
     for part in draw(1, 105).split(35, 1):  # the last group is open: its choice is held
         stream(part)
     stream.save(folder)
-    facts = read_manifest(folder / "manifest.json", None)
+    facts = read_manifest(folder / "manifest.json", STATE_VERSION)
     tensors = {name: x for file in folder.glob("*.safetensors") for name, x in load_file(file).items()}
     assert {name.partition(".")[2] for name in tensors if tensors[name].numel()} >= {"held", "counts", "fine"}
 
@@ -263,7 +264,7 @@ def test_a_forged_state_is_refused(tmp_path: Path) -> None:
         shutil.rmtree(forged, ignore_errors=True)
         forged.mkdir()
         save_file({name: x.contiguous() for name, x in tensors.items()}, forged / "piece.safetensors")
-        write_manifest(forged / "manifest.json", facts["version"], {**facts, **changed})
+        write_manifest(forged / "manifest.json", STATE_VERSION, {**facts, **changed})
         CausalStream.load(model, forged)
 
     forge({}, tensors)
@@ -305,7 +306,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=message):
             CausalStream.load(other, folder, **more)
     for name in old:
-        for damage in (old[name][:-1], old[name][:99] + b"?" + old[name][100:], None):
+        for damage in (old[name][:-2], old[name][:99] + b"?" + old[name][100:], None):
             (folder / name).unlink() if damage is None else (folder / name).write_bytes(damage)
             gone = damage is None and name == "manifest.json"
             with pytest.raises(ConfigError if gone else DataError, match="no state" if gone else "a damaged state"):
@@ -319,6 +320,9 @@ def test_what_is_refused(tmp_path: Path) -> None:
             stream.save(place)
     with pytest.raises(ConfigError, match="no state, manifest"):
         CausalStream.load(model, tmp_path / "full")
+    write_manifest(folder / "manifest.json", 2, {"kind": "longnet state"})
+    with pytest.raises(DataError, match=rf"manifest\.json: it was changed .*, or is not of version {STATE_VERSION}$"):
+        CausalStream.load(model, folder)
 
 
 def test_a_question_chooses_more_often(tmp_path: Path) -> None:

@@ -14,12 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from builders import scores
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from longnet_cli.data.documents import Document
 from longnet_cli.jobs.scoring import scoring
-from longnet_cli.jobs.scoring.scoring import score
 from longnet_cli.jobs.training.loop import train
 from longnet_cli.jobs.training.recipe import load_recipe
 from longnet_cli.nets.config import LongNetConfig
@@ -84,8 +84,8 @@ def test_scoring_asks_for_a_chunk_when_the_next_is_on_its_way(monkeypatch: pytes
     monkeypatch.setattr(reader.Reader, "_ids", staticmethod(lambda *place: events.append("read") or read(*place)))
     documents = [Document("a", TOKENS[:255], None, "a"), Document("b", TOKENS[:60], None, "b")]
     with Asked() as asked:
-        scores = list(score(net, documents, bos=256, chunk=64))
-    assert [each.score.n_tokens for each in scores] == [255, 60]
+        found = list(scores(net, documents, bos=256, chunk=64))
+    assert [each.score.n_tokens for each in found] == [255, 60]
     assert events == [
         "read", "computed", "read", "computed", "waited", "read", "computed", "waited", "read", "computed", "waited",
         "waited",  # at the end of a document

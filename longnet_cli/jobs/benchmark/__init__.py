@@ -1,7 +1,6 @@
-"""The job `bench`. settings.py has the options, job.py the order, measurement.py the clock, other files the cases."""
+"""The job `bench`. settings.py has the options and the rows, cases.py what runs, job.py the order and the clock."""
 
 from .job import bench, machine
-from .measurement import Case, Measurement
-from .settings import OPS, Settings
+from .settings import OPS, Case, Measurement, Settings
 
 __all__ = ["OPS", "Case", "Measurement", "Settings", "bench", "machine"]

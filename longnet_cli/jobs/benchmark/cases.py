@@ -1,23 +1,18 @@
-"""The cases of a benchmark: the ops `attention`, `exchange`, `model` and `train`.
+"""The cases of a benchmark: the ops `attention`, `model` and `train`.
 
-`attention` is dilated attention of random q, k, v against dense attention, forward or backward. `exchange` is the
-communication of one layer, for a sequence over several ranks, and nothing else: `dilated` is the exchange of far rows
-(`running/ranks/exchange.py`), `dense` the exchange that dense attention needs instead, where every rank gets the keys
-and values of all ranks. `model` and `train` go from tokens to the loss of each, or to gradients, dilated or dense.
+`attention` is dilated attention of random q, k, v against dense attention, forward or backward. `model` and `train` go
+from tokens to the loss of each, or to gradients, dilated or dense.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
-from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -25,21 +20,18 @@ from longnet_cli.attention import KVCache, Pattern, dilated_attention
 from longnet_cli.attention.branches import BACKWARD_FLOPS, attention_flops, backward_flops, branches
 from longnet_cli.attention.groups import past_bytes
 from longnet_cli.attention.kernels import select_kernel
-from longnet_cli.attention.merging import accumulator, kernel_calls
+from longnet_cli.attention.merging import kernel_calls
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.jobs.estimating.training_job import logits_bytes
-from longnet_cli.jobs.training.gradients import backward, far_bytes
+from longnet_cli.jobs.estimating.memory import attention_memory, cache_bytes, forward_memory, gradient_memory
+from longnet_cli.jobs.training.gradients import backward
 from longnet_cli.models.folder import ModelFolder
-from longnet_cli.nets.config import LongNetConfig, NetConfig, parse_config
+from longnet_cli.nets.config import NetConfig, parse_config
 from longnet_cli.nets.longnet import LongNet
-from longnet_cli.nets.net import LOGITS_LIMIT, Net
+from longnet_cli.nets.net import Net
 from longnet_cli.running.causal_stream import open_stream
 from longnet_cli.running.device import DTYPES, precision
-from longnet_cli.running.ranks.blocks import RankPast, evenly_seen
-from longnet_cli.running.ranks.exchange import Exchange, even_edges
 
-from .measurement import Case, Measurement
-from .settings import Settings
+from .settings import Case, Measurement, Settings
 
 if TYPE_CHECKING:
     from longnet_cli.models.hf.pretrained_net import TransformersNet
@@ -56,12 +48,10 @@ def attention(s: Settings, impl: str, direction: str, seq: int) -> Case:
     dense, backward = impl == "dense", direction == "backward"
     streamed = impl == "dilated" and not backward and s.streams(seq)
     chunk = s.chunk_for(seq) if streamed else seq
-    cache_bytes = None
+    cache = None
     if streamed:
         rows = 2 * s.heads * s.head_dim * dtype.itemsize * pattern.cache_rows
-        cache_bytes = s.batch * (rows + sum(past_bytes(pattern, s.heads, s.head_dim, seq, dtype.itemsize)))
-    # each implementation gets the layout that it is made for
-    shape = (s.batch, s.heads, chunk, s.head_dim) if dense else (s.batch, chunk, s.heads, s.head_dim)
+        cache = s.batch * (rows + sum(past_bytes(pattern, s.heads, s.head_dim, seq, dtype.itemsize)))
 
     def flops(tokens: int) -> float:
         if dense:
@@ -70,52 +60,49 @@ def attention(s: Settings, impl: str, direction: str, seq: int) -> Case:
         count = backward_flops if backward else attention_flops
         return count(pattern, s.heads, s.head_dim, tokens, s.causal, s.batch)
 
-    def start() -> Callable[..., object]:
-        draw = torch.Generator(s.device).manual_seed(0)
-
-        def tensor() -> Tensor:
-            return torch.randn(shape, generator=draw, dtype=dtype, device=s.device, requires_grad=backward)
-
-        q, k, v = tensor(), tensor(), tensor()
-        if impl == "kernels":
-            return _kernels_alone(s, pattern, q, k, v, tensor() if backward else None)
-        if streamed:
-            past = KVCache(pattern, s.batch, s.heads, s.head_dim, dtype=dtype, device=s.device)
-
-            def run(tokens: int) -> None:
-                q_, k_, v_ = (x[:, :tokens] for x in (q, k, v))
-                dilated_attention(q_, k_, v_, pattern, start=past.position, far=past.far())
-                past.append(k_, v_, q=q_)
-
-            return run
-
-        def attend() -> Tensor:
-            if dense:
-                return F.scaled_dot_product_attention(q, k, v, is_causal=s.causal)
-            return dilated_attention(q, k, v, pattern, causal=s.causal)
-
-        if not backward:
-            return attend
-        out, dout = attend(), tensor().detach()
-        return lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
-
-    wide = 0 if dtype == torch.float32 else 4  # bytes per number of an fp32 copy beside the tensor itself
-    number = 4 * dtype.itemsize + wide  # bytes per number, of q, k, v and out together
-    if backward:
-        number += 4 * dtype.itemsize + 3 * wide  # and of dout, dq, dk and dv
-    scratch = 0 if dense else _scratch_bytes(s, pattern, chunk, backward)
-    memory = math.prod(shape) * number + 4 * s.batch * chunk * s.heads + scratch + (cache_bytes or 0)
-    kernel = "sdpa" if dense else select_kernel(s.device, dtype, s.head_dim).name
     row = Measurement.of(
-        s, impl, direction, seq, None if dense else pattern,
-        kernel=kernel, chunk=chunk if streamed else None, cache_bytes=cache_bytes,
+        s, impl, direction, seq, None if dense else pattern, chunk=chunk if streamed else None, cache_bytes=cache,
+        kernel="sdpa" if dense else select_kernel(s.device, dtype, s.head_dim).name,
     )  # fmt: skip
-    return Case(row, flops, memory, start, streamed)
+    # each implementation gets the layout that it is made for
+    shape = (s.batch, s.heads, chunk, s.head_dim) if dense else (s.batch, chunk, s.heads, s.head_dim)
+    memory = attention_memory(shape, None if dense else pattern, s.causal, dtype, s.device, backward) + (cache or 0)
+    return Case(row, flops, memory, partial(_attention, s, impl, pattern, shape, backward, streamed), streamed)
+
+
+def _attention(
+    s: Settings, impl: str, pattern: Pattern, shape: Sequence[int], backward: bool, streamed: bool
+) -> Callable[..., object]:
+    """Draw the inputs of attention, and return the run."""
+    draw = torch.Generator(s.device).manual_seed(0)
+    made: dict[str, Any] = {"generator": draw, "dtype": DTYPES[s.dtype], "device": s.device}
+    q, k, v, *dout = (torch.randn(shape, requires_grad=backward, **made) for _ in range(3 + backward))
+    if impl == "kernels":
+        return _kernels_alone(s, pattern, q, k, v, *dout)
+    if streamed:
+        return _streamed(s, pattern, q, k, v)
+    attend: Callable[[], Tensor] = partial(F.scaled_dot_product_attention, q, k, v, is_causal=s.causal)
+    if impl == "dilated":
+        attend = partial(dilated_attention, q, k, v, pattern, causal=s.causal)
+    if not backward:
+        return attend
+    return partial(torch.autograd.grad, attend(), (q, k, v), dout[0].detach(), retain_graph=True)
+
+
+def _streamed(s: Settings, pattern: Pattern, q: Tensor, k: Tensor, v: Tensor) -> Callable[[int], None]:
+    past = KVCache(pattern, s.batch, s.heads, s.head_dim, dtype=q.dtype, device=q.device)
+
+    def run(tokens: int) -> None:
+        q_, k_, v_ = (x[:, :tokens] for x in (q, k, v))
+        dilated_attention(q_, k_, v_, pattern, start=past.position, far=past.far())
+        past.append(k_, v_, q=q_)
+
+    return run
 
 
 @torch.no_grad()
 def _kernels_alone(
-    s: Settings, pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, dout: Tensor | None
+    s: Settings, pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, dout: Tensor | None = None
 ) -> Callable[[], object]:
     """Return a run of the kernel calls alone, forward or, given dout, backward, on the views of dilated attention."""
     kernel, scale = select_kernel(s.device, q.dtype, s.head_dim), s.head_dim**-0.5
@@ -134,131 +121,15 @@ def _kernels_alone(
     return run
 
 
-def _scratch_bytes(s: Settings, pattern: Pattern, tokens: int, backward: bool) -> int:
-    """Return the bytes that the largest kernel call of dilated attention needs beside its arguments (views)."""
-    kernel = select_kernel(s.device, DTYPES[s.dtype], s.head_dim)
-    scores = kernel.name == "math"  # two matrices of scores; flash kernels need only (rows, head_dim) tensors
-    largest = 0
-    for queries, keys, *_ in branches(pattern, s.heads, 0, tokens, s.causal, "exact", ()):
-        limit = kernel.max_batch(queries.heads, queries.rows, s.head_dim)
-        rows = min(limit, s.batch * queries.segments) * queries.heads * queries.rows
-        largest = max(largest, rows * (max(keys.rows, s.head_dim) if scores else s.head_dim))
-    return 4 * largest * (8 if backward and not scores else 2)
-
-
-def exchange(s: Settings, impl: str, direction: str, seq: int) -> Case:
-    """Return a case of sending keys and values of a sequence of `seq` tokens over all ranks, or their gradients back.
-
-    A row's `bytes` count for one rank: the rank that receives the most.
-    """
-    ranks, edges, dtype = s.ranks, even_edges(0, seq, s.ranks.world), DTYPES[s.dtype]
-    tokens = -(-seq // ranks.world)  # of the longest shard
-    token = 2 * dtype.itemsize * s.batch * s.heads * s.head_dim  # bytes of a token's keys and values
-    backward, pattern = direction == "backward", s.pattern_for(seq) if impl == "dilated" else None
-    shape = (s.batch, tokens, s.heads, s.head_dim)
-    if pattern is not None:
-        plan = Exchange(one_layer(s, pattern), edges, rank=ranks.rank)
-        plans = map(plan.of_rank, range(ranks.world))
-        # in the backward pass, a rank receives the gradients of the rows that it has sent
-        parcels = (chain(*(each.sent if backward else each.received)) for each in plans)
-        received = token * max(sum(parcel.rows for parcel in some) for some in parcels)
-        memory = (token * tokens + 2 * received) * (3 if backward else 1)
-        if pattern.chosen:
-            chosen = max(_chosen_bytes(plan, shape, dtype, backward, rank) for rank in range(ranks.world))
-            received, memory = received + chosen, memory + 2 * token * tokens + 3 * chosen
-    else:
-        received = token * tokens * (ranks.world - 1)
-        memory = token * tokens * (ranks.world + 1)
-
-    def start() -> Callable[[], object]:
-        q, k, v = (torch.randn(shape, dtype=dtype, device=s.device) for _ in range(3))
-        if pattern is None:
-            return _all_gather(torch.stack((k, v)), backward, ranks.world)
-        mine = edges[ranks.rank + 1] - edges[ranks.rank]
-        return _far_rows(plan, q[:, :mine], k[:, :mine].requires_grad_(), v[:, :mine].requires_grad_(), backward)
-
-    row = Measurement.of(s, impl, direction, seq, pattern, bytes=received, ranks=ranks.world)
-    return Case(row, lambda tokens: 0, memory, start)
-
-
-def _chosen_bytes(plan: Exchange, shape: Sequence[int], dtype: torch.dtype, backward: bool, rank: int) -> int:
-    """Return the bytes that a rank receives for chosen blocks in a direction, if all see `evenly_seen` ones."""
-    batch, _, heads, head_dim = shape
-    size, edges = plan.pattern.chosen_block, plan.edges
-    numbers = 2 * batch * size * heads * head_dim  # of a block
-
-    def asked(reader: int) -> Tensor:
-        return torch.cat([torch.empty(0, dtype=torch.int64), *evenly_seen(plan.pattern, edges, reader)])
-
-    blocks = len(asked(rank)) * numbers * dtype.itemsize
-    if not backward:
-        return blocks + (len(edges) - 2) * plan.tail_numbers(shape) * dtype.itemsize
-    given = [asked(reader) for reader in range(rank + 1, len(edges) - 1)]
-    own = sum(int(((x >= edges[rank] // size) & (x < edges[rank + 1] // size)).sum()) for x in given)
-    ring = 2 * (len(edges) - 2) * len(edges) / (len(edges) - 1)  # which adds up the blocks that edges cut
-    return blocks + int((own + ring) * numbers * accumulator(dtype).itemsize)
-
-
-def _see_evenly(plan: Exchange, past: RankPast, batch: int, *, backward: bool) -> None:
-    """Fetch the blocks that `_chosen_bytes` counts, and give gradients back."""
-    for row in range(batch):
-        for blocks in evenly_seen(plan.pattern, plan.edges, plan.rank):
-            past.blocks.fetch(row, blocks)
-            if backward and len(blocks):
-                shape = len(blocks), *past.rounds.owned.shape
-                past.add_gradients(row, 0, blocks, past.rounds.owned.like.new_zeros(shape))
-                past.give_back()
-    past.finish()
-
-
-def _far_rows(plan: Exchange, q: Tensor, k: Tensor, v: Tensor, backward: bool) -> Callable[[], object]:
-    past: RankPast | None = None
-
-    def run() -> list[Tensor]:
-        nonlocal past
-        if plan.pattern.chosen:
-            past = RankPast(plan.pattern, plan.group)
-            past.enter(plan, q, k, v)
-            _see_evenly(plan, past, len(k), backward=False)
-        far = plan.run(k, v, past)[0]
-        for keys in far:
-            if keys.ready:
-                keys.ready()
-        return [x for keys in far for x in (keys.k, keys.v)]
-
-    if not backward:
-        return torch.no_grad()(run)
-    got = run()
-    grads = [torch.ones_like(x) for x in got]
-
-    def back() -> object:
-        if past:
-            _see_evenly(plan, past, len(k), backward=True)
-        return torch.autograd.grad(got, (k, v), grads, retain_graph=True) if got else None
-
-    return back
-
-
-def _all_gather(mine: Tensor, backward: bool, world: int) -> Callable[[], object]:
-    of_all = torch.ones(world, *mine.shape, dtype=mine.dtype, device=mine.device)
-    if backward:
-        return lambda: dist.reduce_scatter(mine, list(of_all))
-    return lambda: dist.all_gather(list(of_all), mine)
-
-
-def one_layer(s: Settings, pattern: Pattern) -> LongNetConfig:
-    shape = {"vocab_size": 0, "dim": s.heads * s.head_dim, "num_layers": 1, "num_heads": s.heads, "ffn_dim": 1}
-    return parse_config({**shape, "position": "none", "causal": s.causal}, "--pattern", pattern)
-
-
 def model(s: Settings, impl: str, direction: str, seq: int) -> Case:
     """Return a case of the forward pass, on random tokens, of a shipped or saved model (`s.model`) or a random one."""
     net, load = _net(s, impl, seq)
-    streamed = impl == "dilated" and net.config.streams and s.streams(seq)
+    config, itemsize = net.config, DTYPES[s.dtype].itemsize
+    streamed = impl == "dilated" and config.streams and s.streams(seq)
     chunk = s.chunk_for(seq) if streamed else seq
 
     def start() -> Callable[..., object]:
-        model, ids = load(), _tokens(s, net, chunk)
+        model, ids = load(), _tokens(s, config, chunk)
         read = open_stream(model) if streamed else model
 
         def run(tokens: int = chunk) -> Tensor:
@@ -269,23 +140,20 @@ def model(s: Settings, impl: str, direction: str, seq: int) -> Case:
 
     cache = None
     if streamed and not net.stream():  # of a net with a cache of its own, nothing is known
-        longest = max(seq, *net.config.pattern.segment_lengths)
-        cache = s.batch * net.config.cache_bytes(longest, DTYPES[s.dtype].itemsize)
+        cache = s.batch * sum(cache_bytes(config, max(seq, *config.pattern.segment_lengths), itemsize))
     row = _row(s, net, impl, direction, seq, chunk=chunk if streamed else None, cache_bytes=cache)
-
-    def flops(tokens: int) -> float:
-        return s.batch * _forward_flops(net.config, tokens)
-
-    return Case(row, flops, _memory(s, net, chunk) + (cache or 0), start, streamed)
+    memory = sum(forward_memory(net, s.batch * chunk, itemsize, s.batch * chunk).values()) + (cache or 0)
+    return Case(row, lambda tokens: s.batch * _forward_flops(config, tokens), memory, start, streamed)
 
 
 def train(s: Settings, impl: str, direction: str, seq: int) -> Case:
     """Return a case of one sequence's loss and gradients, by `s.chunk` tokens if given: a step without its update."""
     net, load = _net(s, impl, seq)
-    chunk = min(s.chunk or seq, seq)
+    config, chunk = net.config, min(s.chunk or seq, seq)
+    again = chunk < seq  # then the backward pass computes each chunk's forward pass again
 
     def start() -> Callable[[], object]:
-        model, ids = load().train(), _tokens(s, net, seq)
+        model, ids = load().train(), _tokens(s, config, seq)
 
         def run() -> Tensor:
             model.zero_grad()
@@ -293,15 +161,13 @@ def train(s: Settings, impl: str, direction: str, seq: int) -> Case:
 
         return run
 
-    again = chunk < seq  # then the backward pass computes each chunk's forward pass again
-    row = _row(s, net, impl, direction, seq, chunk=chunk if again else None)
-    config = net.config
-
     def flops(tokens: int) -> float:
         forward = _forward_flops(config, tokens) - config.vote_flops(tokens)  # blocks are chosen once
         return s.batch * (config.training_flops([tokens]) + again * forward)
 
-    return Case(row, flops, _training_memory(s, config, seq, chunk), start)
+    row = _row(s, net, impl, direction, seq, chunk=chunk if again else None)
+    memory = gradient_memory(config, s.batch, seq, chunk, DTYPES[s.dtype].itemsize, s.device.type)
+    return Case(row, flops, memory, start)
 
 
 def _net(s: Settings, impl: str, seq: int) -> tuple[Net, Callable[[], Net]]:
@@ -365,27 +231,12 @@ def _with_weights(s: Settings, net: LongNet) -> LongNet:
     return net.eval()
 
 
-def _tokens(s: Settings, net: Net, count: int) -> Tensor:
-    return torch.randint(net.config.vocab_size, (s.batch, count), device=s.device)
+def _tokens(s: Settings, config: NetConfig, count: int) -> Tensor:
+    return torch.randint(config.vocab_size, (s.batch, count), device=s.device)
 
 
 def _forward_flops(config: NetConfig, tokens: int) -> int:
     return tokens * (config.layer_flops() + config.vocabulary_flops()) + config.attention_flops(tokens)
-
-
-def _memory(s: Settings, net: Net, chunk: int) -> int:
-    """Return the bytes of the weights, one layer's activations and the logits."""
-    tokens = s.batch * chunk
-    logits = 8 * min(tokens * net.config.vocab_size, LOGITS_LIMIT)
-    return net.config.forward_bytes(tokens) + logits + sum(p.numel() * p.element_size() for p in net.parameters())
-
-
-def _training_memory(s: Settings, c: NetConfig, seq: int, chunk: int) -> int:
-    """Return the bytes of weights and gradients, logits, a chunk's activations, and rows that chunks keep."""
-    tokens, itemsize = s.batch * chunk, DTYPES[s.dtype].itemsize
-    numbers = c.num_parameters() * (8 if itemsize == 4 else 8 + itemsize)  # autocast copies the weights
-    kept = s.batch * sum(far_bytes(c, seq, chunk, itemsize))
-    return numbers + tokens * c.activation_bytes(itemsize, s.device.type) + kept + logits_bytes(c, tokens)
 
 
 def _row(s: Settings, net: Net, impl: str, direction: str, seq: int, **values: int | None) -> Measurement:

@@ -1,25 +1,25 @@
-"""Settings of a benchmark: every option once, with its bounds and its default."""
+"""What a benchmark measures: its settings, every option once with bounds and default; its cases, and their rows."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from longnet_cli.attention import Pattern
-from longnet_cli.attention.notation import format_pattern
+from longnet_cli.attention.notation import format_levels, format_pattern
 from longnet_cli.basics.configuration import validate
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.running.chunk_size import BENCH_CHUNK, GPU_BENCH_CHUNK, chunk_of
-from longnet_cli.running.device import check_kernel, resolve_dtype, select_device
-from longnet_cli.running.ranks.ranks import Ranks
+from longnet_cli.running.device import PeakMemory, check_kernel, resolve_dtype, select_device
 
 OPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # implementations and directions; defaults come first
     "attention": (("dilated", "dense", "kernels"), ("forward", "backward")),
     "model": (("dilated", "dense"), ("forward",)),
     "train": (("dilated", "dense"), ("backward",)),
-    "exchange": (("dilated", "dense"), ("forward", "backward")),
 }
 LONG = 10**6  # tokens: from here on, a causal forward pass is streamed, and the defaults are for long sequences
 LONGEST = 1 << 40  # tokens; with the most heads of the largest size, int64 still counts the numbers of a sequence
@@ -39,8 +39,8 @@ class Settings(BaseModel):
 
     Every combination of `seq` (tokens), `direction` and `impl` is a case, in that order of nesting.
 
-    op: attention (of random queries, keys and values), model (from tokens to their loss), train (from tokens to
-        gradients) or exchange (keys and values between several `ranks`, which all measure and get the same rows).
+    op: attention (of random queries, keys and values), model (from tokens to their loss) or train (from tokens to
+        gradients).
     impl: dilated (ours), dense (torch's), kernels (the kernel calls of dilated, without the work between them).
     pattern: "paper", "geometric" (`base` times `ratio`), or levels; None is a saved model's own, or suits the length.
     chunk: tokens per chunk of longer causal sequences. A forward pass that is cut this way is streamed, see `streams`.
@@ -52,7 +52,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, alias_generator=_option)
 
     seq: tuple[Tokens, ...]
-    op: Literal["attention", "model", "train", "exchange"] = "attention"
+    op: Literal["attention", "model", "train"] = "attention"
     impl: tuple[str, ...]
     direction: tuple[str, ...]
     batch: Size = 1
@@ -71,7 +71,6 @@ class Settings(BaseModel):
     max_dense_time: Seconds | None = None
     dtype: Literal["fp32", "bf16", "fp16"]
     device: torch.device
-    ranks: Ranks = Ranks()
 
     @classmethod
     def of(cls, **options: Any) -> Settings:
@@ -109,11 +108,7 @@ class Settings(BaseModel):
         if self.model is not None and not net:
             raise ValueError(f"--op {self.op} has no model: --model is for --op model and train")
         if net and not self.causal:
-            raise ValueError(f"--op {self.op} runs causal language models: --bidirectional is for the other ops")
-        if self.op == "exchange" and self.ranks.world == 1:
-            raise ValueError("--op exchange takes several processes: give --nproc 2 or more, or use torchrun")
-        if self.op != "exchange" and self.ranks.world > 1:
-            raise ValueError(f"--op {self.op} measures one process, not {self.ranks.world}")
+            raise ValueError(f"--op {self.op} runs causal language models: --bidirectional is for --op attention")
         for level in (level for seq in self.seq for level in self.pattern_for(seq).levels):
             if max(level) >= 2 * LONGEST:
                 raise ValueError(
@@ -161,3 +156,76 @@ class Settings(BaseModel):
         growth = f", base {self.base}, ratio {self.ratio}" if self._named == "geometric" else ""
         pattern = format_pattern(self.pattern) if isinstance(self.pattern, Pattern) else self._named
         return f"{shape}, pattern {pattern}{growth}{layers}"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One row. Times are in seconds, sizes in bytes. A value that was not measured, or does not apply, is None.
+
+    `status`: ok; oom (memory ran out); skipped (would not fit in memory, or in the time for dense); stopped (out of
+    time). A streamed run, `chunk` tokens at a time, also gives a row for each decade of its positions, [start, stop).
+    `cpu_seconds` is the CPU time of all threads: on a shared machine, it shows whether other processes slowed the run.
+    `peak_rss_bytes` is the process's peak from making the inputs to the last run; on a GPU, the peak of torch's
+    allocator. `model` is the name of a saved model, with its commit if it is on a hub.
+    """
+
+    op: str
+    impl: str
+    direction: str
+    seq: int
+    status: str = "stopped"
+    seconds: float | None = None
+    tokens_per_second: float | None = None
+    flops_per_second: float | None = None
+    peak_rss_bytes: int | None = None
+    cache_bytes: int | None = None
+    heads: int = 0
+    head_dim: int = 0
+    batch: int = 1
+    causal: bool = True
+    dtype: str = "fp32"
+    device: str = "cpu"
+    kernel: str | None = None
+    pattern: str | None = None
+    reason: str | None = None
+    chunk: int | None = None
+    start: int | None = None
+    stop: int | None = None
+    cpu_seconds: float | None = None
+    model: str | None = None
+
+    @classmethod
+    def of(
+        cls, s: Settings, impl: str, direction: str, seq: int, pattern: Pattern | None = None, **values: Any
+    ) -> Measurement:
+        """Return the row of a case before it is measured: the settings that all rows share, and its own `values`."""
+        shared = {name: getattr(s, name) for name in ("heads", "head_dim", "batch", "causal", "dtype")}
+        levels = format_levels(pattern) if pattern else None  # 2048/1,4096/2
+        return cls(s.op, impl, direction, seq, **{**shared, "device": str(s.device), "pattern": levels, **values})
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row to be measured. `start` makes the inputs and returns the function whose calls are timed.
+
+    A `streamed` case is one sequence that is run once, `row.chunk` tokens at a time. Its function takes the number of
+    tokens to run next.
+    """
+
+    row: Measurement
+    flops: Callable[[int], float]  # of the first n tokens
+    memory_bytes: int  # estimated peak, beyond what the process has already
+    start: Callable[[], Callable[..., object]]
+    streamed: bool = False
+
+    def measured(self, first: int, last: int, seconds: float, peak: PeakMemory, **values: Any) -> Measurement:
+        """Return the row of positions [first, last), which took `seconds`."""
+        flops = self.flops(last) - self.flops(first)
+        numbers = {
+            "status": "ok",
+            "seconds": seconds,
+            "tokens_per_second": self.row.batch * (last - first) / seconds,
+            "flops_per_second": flops / seconds if flops else None,
+            "peak_rss_bytes": peak.bytes,
+        }
+        return replace(self.row, **{**numbers, **values})

@@ -3,13 +3,11 @@
 Loads no torch, and matplotlib only for a picture.
 """
 
-from .axes import Axis, Curve, Panel, Point
-from .picture import PICTURES, draw_picture, new_figure, save_figure
+from .drawing import PICTURES, Axis, Curve, Panel, Point, draw_picture, draw_text, new_figure, save_figure
 from .recognizing import metrics_file, panels, read, read_all
 from .surprise import has_columns, read_surprise
 from .surprise_page import write_surprise
 from .surprise_text import draw_surprise
-from .text import draw_text
 
 __all__ = [
     "PICTURES",

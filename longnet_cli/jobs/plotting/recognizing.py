@@ -6,7 +6,6 @@ Each kind is a class with `of`, which reads rows, and `panels`, which draws them
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,7 @@ from longnet_cli.basics.configuration import nearest, parse, read_text
 from longnet_cli.basics.errors import ConfigError, DataError, refuse_web_address
 from longnet_cli.basics.sizes import short_bytes, short_duration, short_size
 
-from .axes import Axis, Curve, Panel, Point, Row, merged, number, point
+from .drawing import Axis, Curve, Panel, Point, Row, merged, number, point
 
 TOKENS = Axis("tokens in the sequence", base=10, write=short_size, at="{} tokens")
 
@@ -160,7 +159,6 @@ TOTALS = (("ppl", Axis("perplexity"), "ppl_se"), ("ppl_ratio", Axis("perplexity 
 LISTS = (
     ("by_position", Axis("tokens seen, from", base=2, write=short_size, at="{} tokens seen")),
     ("by_segment_position", Axis("place in the shortest segment, from", at="place {}")),
-    ("by_recall", Axis("said tokens ago, from", base=2, write=short_size, at="{} tokens ago", beyond="new")),
 )
 
 
@@ -205,20 +203,12 @@ class Scores:
                 context = number(total.get("context"))
                 words = [self.name] if several or context is None else []
                 name = ", ".join(words if context is None else [*words, f"context {short_size(context)}"])
-                rows = [(_start(row, key), row) for row in total.get(key) or []]
-                for beyond in (False, True):  # no line joins new tokens with the others
-                    points = [
-                        p
-                        for x, row in rows
-                        if x is None or math.isinf(x) == beyond
-                        for p in point(row, x, "nll", (place, NATS), "nll_se")
-                    ]
-                    curves.append(Curve(name, sorted(points)))
+                rows = total.get(key) or []
+                points = [
+                    p for row in rows for p in point(row, number(row.get("from")), "nll", (place, NATS), "nll_se")
+                ]
+                curves.append(Curve(name, sorted(points)))
             yield Panel(key, place, NATS, curves)
-
-
-def _start(row: dict[str, Any], key: str) -> float | None:
-    return math.inf if key == "by_recall" and "from" in row and row["from"] is None else number(row.get("from"))
 
 
 Measured = Run | Bench | Scores
@@ -272,7 +262,7 @@ def panels(measured: Sequence[Measured], show: Sequence[str] = ()) -> list[Panel
     every = merged([panel for each in measured for panel in each.panels(times[type(each)] > 1)])
     if not every:
         names = ", ".join(each.name for each in measured)
-        raise DataError(f"{names}: nothing to draw; of scores, give several contexts, --by-position or --by-recall")
+        raise DataError(f"{names}: nothing to draw; of scores, give several contexts, or --by-position")
     known = {panel.key: panel for panel in every}
     for key in show:
         if key not in known:
@@ -337,4 +327,6 @@ def _kind(where: str, row: Row) -> type[Run] | type[Bench] | type[Scores]:
         return Bench
     if "total" in row or row.get("kind") in ("document", "total"):
         return Scores
+    if older := sorted(key for key in row if key.partition("_")[0] == "nats"):
+        raise DataError(f"{where}: {older[0]} is of an older score, which wrote no totals: score again (nll_sum)")
     raise DataError(f"{where}: not a line of metrics, nor of bench or score; expected {KINDS}")

@@ -1,1 +1,1 @@
-"""The job `score`: scoring.py reads documents, measures.py holds the results, score_rows.py writes them as rows."""
+"""The job `score`: scoring.py makes a row of each document, measures.py holds what is measured."""

@@ -1,6 +1,6 @@
 """The `score` job: how well a causal model predicts each token of each document, as perplexity and bits per byte.
 
-    document --Cut.windows--> windows --Reader--> hidden states --nll--> sums of nats, one float64 per document
+    document --Cut.windows--> windows --Reader--> hidden states --nll--> sums of nats, one float64 per document --> row
 
 A window is a range of the document's tokens to predict, for one of several contexts. Its inputs are the same range,
 shifted back by one token.
@@ -8,32 +8,111 @@ shifted back by one token.
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from longnet_cli.basics.errors import ConfigError, NotFiniteError
-from longnet_cli.basics.finite_json import to_json
 from longnet_cli.basics.sizes import format_size
 from longnet_cli.data.documents import SPOOL_BYTES, Document
-from longnet_cli.data.kept import Sent
+from longnet_cli.data.kept import kept_columns, row_schema
 from longnet_cli.data.left_out import OnSkip
-from longnet_cli.jobs.row_jobs import DocumentJob
-from longnet_cli.jobs.scoring.key_tokens import Judge
-from longnet_cli.jobs.scoring.measures import Bigrams, ByPosition, ByRecall, DocumentScore, Gain, GainTally, Score
+from longnet_cli.jobs.row_jobs import RowJob
+from longnet_cli.jobs.scoring.measures import TABLES, ByPosition, Gain, GainTally, Score, column
 from longnet_cli.nets.net import LOGITS_LIMIT, Bos, InputSequence, Net, bos_ids
 from longnet_cli.running.device import precision, to_device, to_host
-from longnet_cli.running.ranks.dealing import Codec
 from longnet_cli.running.ranks.portions import Portion
 from longnet_cli.running.ranks.ranks import Ranks
 from longnet_cli.running.reader import OnWindows, Piece, Reader, Window, share_reader
+
+TABLE = pa.list_(pa.struct([("from", pa.int64()), ("to", pa.int64()), ("n_tokens", pa.int64()), ("nll", pa.float64())]))
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """The options that determine the rows of `score`, together with the net and the documents.
+
+    `bos` (the id of the tokenizer's end of text, or several ids) is put before each document, so that its first token
+    is scored too. With None, the first token is not scored, and the number of scored bytes is unknown. Without
+    `context`, a document is one causal pass. With it, a token sees at most `context` tokens before it: the document is
+    cut into disjoint windows of that many targets. Each window starts again at position 0, and its first input is the
+    token before its first target. At several contexts, the same tokens are scored, and the rows have columns for the
+    gain of the longest context over the shortest. For it, 4 bytes per token of a document are kept, in a file in
+    $TMPDIR if they are many.
+
+    With a `stride`, windows overlap. Each has `context` targets, of which only the last `stride` count, so a counted
+    token has seen more than `context - stride` tokens before it, if its document has them. With `last`, only this many
+    tokens at the end of each document are scored, also from windows as long as the context. Documents too short for
+    that are left out. `by_position` also sums the nats by position in the window.
+
+    `model_name`, `tokenizer_sha256` and `pattern` (a text of `attention.notation`) go into the schema's metadata.
+    """
+
+    bos: Bos = None
+    context: tuple[int, ...] | None = None
+    stride: int | None = None
+    last: int | None = None
+    model_name: str | None = None
+    tokenizer_sha256: str | None = None
+    pattern: str | None = None
+    by_position: bool = False
+
+    @property
+    def contexts(self) -> Sequence[int | None]:
+        """The contexts; None is the whole document."""
+        return self.context or (None,)
+
+    def check(self, model: Net) -> None:
+        """Raise ConfigError for a model that cannot score, and for options that contradict each other."""
+        if not model.config.causal:
+            raise ConfigError("a bidirectional model sees the tokens it would have to predict: it cannot score")
+        if not model.config.vocab_size:
+            raise ConfigError("this model has no vocabulary (vocab_size 0): it cannot score tokens")
+        given = [*(("context", each) for each in self.contexts), ("stride", self.stride), ("last", self.last)]
+        for name, value in given:
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be 1 or more, not {value}")
+        if len(set(self.contexts)) < len(self.contexts):
+            raise ConfigError(f"each context may be given once: {', '.join(map(str, self.contexts))}")
+        if self.stride and (small := [each for each in self.contexts if each is None or each < self.stride]):
+            raise ConfigError(
+                f"a stride of {self.stride} tokens needs a context"
+                + (f" of {self.stride} or more, not {small[0]}" if small[0] else "")
+            )
+
+    def schema(self, kept_fields: Sequence[pa.Field] = ()) -> pa.Schema:
+        """Return the schema of the rows, with the columns `kept_fields`.
+
+        `n_tokens` is the number of scored tokens, the same at each context. The columns of the gain are those of
+        `measures.Gain`. Columns that are there once for each of several contexts end with the context. The metadata
+        keys are `longnet.*`; unknown values are left out.
+        """
+        known = {
+            "longnet.model": self.model_name,
+            "longnet.tokenizer_sha256": self.tokenizer_sha256,
+            "longnet.pattern": self.pattern,
+        }
+        of_contexts = {"nll_sum": pa.float64(), "ppl": pa.float64(), "bpb": pa.float64()}
+        of_contexts |= dict.fromkeys(TABLES if self.by_position else (), TABLE)
+        fields = [
+            pa.field("doc_id", pa.string()),
+            pa.field("n_tokens", pa.int64()),
+            pa.field("n_bytes", pa.int64()),
+            *(
+                pa.field(column(name, context, self.contexts), kind)
+                for name, kind in of_contexts.items()
+                for context in self.contexts
+            ),
+            *(pa.field(name, pa.float64()) for name in Gain._fields if len(self.contexts) > 1),
+        ]
+        return row_schema(fields, kept_fields, known)
 
 
 @dataclass(frozen=True)
@@ -44,27 +123,6 @@ class Cut:
     contexts: Sequence[int | None]
     stride: int | None
     last: int | None
-
-    @classmethod
-    def of(cls, model: Net, bos: Bos, context: int | Sequence[int] | None, stride: int | None, last: int | None) -> Cut:
-        """Return the cut that `score` makes. Raises ConfigError as `score` does for the model and these options."""
-        if not model.config.causal:
-            raise ConfigError("a bidirectional model sees the tokens it would have to predict: it cannot score")
-        if not model.config.vocab_size:
-            raise ConfigError("this model has no vocabulary (vocab_size 0): it cannot score tokens")
-        contexts: Sequence[int | None] = [context] if context is None or isinstance(context, int) else list(context)
-        given = [*(("context", each) for each in contexts), ("stride", stride), ("last", last)]
-        for name, value in given:
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be 1 or more, not {value}")
-        if not contexts or len(set(contexts)) < len(contexts):
-            raise ConfigError(f"each context may be given once: {', '.join(map(str, contexts))}")
-        if stride and (small := [each for each in contexts if each is None or each < stride]):
-            raise ConfigError(
-                f"a stride of {stride} tokens needs a context"
-                + (f" of {stride} or more, not {small[0]}" if small[0] else "")
-            )
-        return cls(bos_ids(bos), contexts, stride, last)
 
     @property
     def first(self) -> int:
@@ -131,75 +189,48 @@ ADVICE = "the model's weights are too large for its numbers, or damaged"
 def score(
     model: Net,
     documents: Iterable[Document],
+    options: ScoreOptions,
     *,
-    bos: Bos,
     stored: Iterable[Document] = (),
-    context: int | Sequence[int] | None = None,
-    stride: int | None = None,
-    last: int | None = None,
-    by_position: bool = False,
-    by_recall: bool = False,
-    judge: Judge | None = None,
+    kept_fields: Sequence[pa.Field] = (),
     count_bytes: Callable[[np.ndarray], int | None] | None = None,
     chunk: int | None = None,
     dtype: str = "auto",
     spill: str | Path | None = None,
-    device: torch.device | str | None = None,
     ranks: Ranks | None = None,
     on_skip: OnSkip | None = None,
     on_tokens: OnTokens | None = None,
     top: bool = False,
     on_progress: Callable[[int], None] | None = None,
     on_choice: OnWindows | None = None,
-) -> Iterator[DocumentScore]:
-    """Yield the score of each document, in order. Every token is scored exactly once.
+) -> pa.RecordBatchReader:
+    """Score `documents` lazily, in order; return a reader of record batches of their rows (`ScoreOptions.schema`).
 
-    `bos` (the id of the tokenizer's end of text, or several ids) is put before each document, so that its first token
-    is scored too. With None, the first token is not scored, and the number of scored bytes is unknown. Without
-    `context`, a document is one causal pass. With it, a token sees at most `context` tokens before it: the document is
-    cut into disjoint windows of that many targets. Each window starts again at position 0, and its first input is the
-    token before its first target. With several contexts, a document has a score for each, in turn, of the same tokens,
-    and the score at the longest has the gain over the shortest. For the gain, 4 bytes per token of a document are kept,
-    in a file in $TMPDIR if they are many.
-
-    With a `stride`, windows overlap. Each has `context` targets, of which only the last `stride` count, so a counted
-    token has seen more than `context - stride` tokens before it, if its document has them. With `last`, only this many
-    tokens at the end of each document are scored, also from windows as long as the context. Documents too short for
-    that are left out, and `count_bytes` gives the bytes of the scored ids (None: unknown).
-
-    `by_position` also sums the nats by position in the window. `by_recall` sums them by how many tokens ago the
-    document had the same bigram, even if that was before the window; `measures.Bigrams` says how much memory it takes.
-    `judge` also sums the nats of key tokens, which takes 17 bytes per token of a document.
-
+    Every token is scored exactly once. `count_bytes` gives the bytes of scored ids, for `last` (None: unknown).
     `chunk`, `dtype`, `spill` and `ranks` are as in `running.reader.Reader`: memory does not depend on the document's
     length, without chosen blocks, and none of them changes a number beyond rounding. All ranks need the same documents.
-    In one group of ranks, which share each document, all get all results. Several groups divide the documents between
-    them; then rank 0 gets all results and the others none.
+    In one group of ranks, which share each document, all get all rows. Several groups divide the documents between
+    them; then rank 0 gets all rows and the others none.
 
     A document that is too long for the model, or has invalid ids, ends the run. With `on_skip`, it is passed to
     `on_skip` and left out instead. The `stored` documents are the part of `documents` whose lengths are cheap to read;
-    without `on_skip`, these lengths are checked before anything else.
+    without `on_skip`, these lengths are checked before anything else. `kept_fields` are columns that documents carry to
+    the output (`data.kept`).
 
-    An empty document scores 0 tokens. The model is moved to `device`; None leaves it where it is. `on_tokens` gets the
-    log-probabilities of all tokens in order, and with `top` the most likely tokens in their places. `on_progress` gets
-    the number of tokens that each forward pass has scored. `on_choice` is as in `Reader`.
-    Raises ConfigError for a model that cannot score, options that contradict each other and a document with more tokens
-    than the model reads, NoTokensError at the end if no document had a token to score, NotFiniteError for a
-    log-probability that is NaN or infinite.
+    An empty document scores 0 tokens. `on_tokens` gets the log-probabilities of all tokens in order, and with `top` the
+    most likely tokens in their places. `on_progress` gets the number of tokens that each forward pass has scored.
+    `on_choice` is as in `Reader`.
+    Raises ConfigError for a model that cannot score and options that contradict each other. The reader raises
+    ConfigError for a document with more tokens than the model reads, NoTokensError at the end if no document had a
+    token to score, NotFiniteError for a log-probability that is NaN or infinite.
     """
-    cut = Cut.of(model, bos, context, stride, last)
-    ranks = ranks or Ranks()
-    if on_tokens and ranks.dp > 1:
+    if on_tokens and ranks and ranks.dp > 1:
         raise ConfigError("log-probabilities of tokens are written by one group of ranks: leave out --dp")
-    if judge and ranks.dp > 1:
-        raise ConfigError("key tokens are read by one group of ranks: leave out --dp")
-    if device is not None:
-        model.to(device)
     reader = share_reader(
         model, chunk=chunk, dtype=dtype, spill=spill, ranks=ranks, on_progress=on_progress, on_choice=on_choice
     )
-    scorer = Scorer(reader, cut, by_position, by_recall, count_bytes, on_tokens, judge, top)
-    return scorer.all_results(scorer.checked(documents, stored, on_skip), ranks)
+    scorer = Scorer(reader, options, kept_fields, count_bytes, on_tokens, top)
+    return scorer.rows(documents, stored=stored, ranks=ranks, on_skip=on_skip)
 
 
 def most_likely(model: Net, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -222,13 +253,9 @@ class _Tally:
     expected: int
     n_bytes: int | None  # of the scored tokens
     by_position: ByPosition | None
-    by_recall: ByRecall | None
-    bigrams: Bigrams  # read for by_recall only
     gain: GainTally | None  # shared by the tallies of the document at all contexts
-    keys: np.ndarray | None  # of the scored tokens, whether they are key tokens: (expected,) bool
     nll_sum: float = 0.0
     n_tokens: int = 0
-    key_nll_sum: float = 0.0
 
     @property
     def ends(self) -> bool:
@@ -236,14 +263,18 @@ class _Tally:
         compared = self.gain.tokens if self.gain and self.context == self.gain.longest else self.expected
         return self.n_tokens == compared == self.expected
 
-    def result(self) -> DocumentScore:
-        score = Score(self.nll_sum, self.n_tokens, self.n_bytes if self.n_tokens else 0)
-        gain = self.gain.result() if self.gain and self.context == self.gain.longest else None
-        tables = self.by_position, self.by_recall
-        key = None if self.keys is None else Score(self.key_nll_sum, int(self.keys.sum()), None)
-        return DocumentScore(
-            self.document.doc_id, self.document.where, score, self.context, *tables, gain, self.document.kept, key
-        )
+
+def _row(tallies: Sequence[_Tally]) -> dict[str, Any]:
+    """Return the row of a document, from its tallies at all contexts. Columns that it lacks are null."""
+    first, contexts = tallies[0], [tally.context for tally in tallies]
+    row: dict[str, Any] = {"doc_id": first.document.doc_id}
+    for tally in tallies:
+        score = Score(tally.nll_sum, tally.n_tokens, tally.n_bytes if tally.n_tokens else 0)
+        row |= {"n_tokens": score.n_tokens, "n_bytes": score.n_bytes}
+        of_context: dict[str, Any] = {"nll_sum": score.nll_sum, "ppl": score.ppl, "bpb": score.bpb}
+        of_context |= tally.by_position.as_dict() if tally.by_position else {}
+        row |= {column(name, tally.context, contexts): value for name, value in of_context.items()}
+    return row | (first.gain.result()._asdict() if first.gain else {})
 
 
 @dataclass(frozen=True)
@@ -253,51 +284,30 @@ class _ScoredWindow(Window):
     tally: _Tally
 
 
-def _pack(scores: Iterable[DocumentScore]) -> bytes:
-    """Return scores as JSON, which keeps floats exact. Values of kept columns become the values that are printed."""
+class Scorer(RowJob):
+    """The job of `score`: a row for each document. The arguments are as those of `score`."""
 
-    def as_lists(fields: list[tuple[str, Any]]) -> dict[str, Any]:
-        return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in fields}
+    options: ScoreOptions
+    shard_name, shard_unit, shard_size = "gains", "tokens", 1 << 22
+    batch_rows, says_no_id_column, scores = 1 << 12, True, True
 
-    printed = (
-        replace(score, kept={name: value.as_py() for name, value in score.kept.items()}, key=None) for score in scores
-    )
-    return to_json([asdict(score, dict_factory=as_lists) for score in printed]).encode()
-
-
-def _unpack(data: bytes) -> Iterator[DocumentScore]:
-    for row in json.loads(data):
-        positions, recall, gain = row["by_position"], row["by_recall"], row["gain"]
-        row["score"] = Score(**row["score"])
-        row["by_position"] = positions and ByPosition(
-            positions["segment"], np.array(positions["seen"]), np.array(positions["inside"])
-        )
-        row["by_recall"] = recall and ByRecall(np.array(recall["table"]))
-        row["gain"] = gain and Gain(*gain)
-        row["kept"] = {name: Sent(value) for name, value in row["kept"].items()}
-        yield DocumentScore(**row)
-
-
-@dataclass
-class Scorer(DocumentJob[DocumentScore]):
-    """The job of `score`: a score of each document at each context. The fields are as the arguments of `score`."""
-
-    codec, scores = Codec(_pack, _unpack), True
-
-    reader: Reader
-    cut: Cut
-    by_position: bool = False
-    by_recall: bool = False
-    count_bytes: Callable[[np.ndarray], int | None] | None = None
-    on_tokens: OnTokens | None = None
-    judge: Judge | None = None
-    top: bool = False  # whether `on_tokens` also gets the most likely tokens
-    open: deque[_Tally] = field(default_factory=deque, init=False)  # documents whose windows are being read
-
-    def __post_init__(self) -> None:
-        if self.on_tokens and len(self.cut.contexts) > 1:
+    def __init__(
+        self,
+        reader: Reader,
+        options: ScoreOptions,
+        kept_fields: Sequence[pa.Field] = (),
+        count_bytes: Callable[[np.ndarray], int | None] | None = None,
+        on_tokens: OnTokens | None = None,
+        top: bool = False,
+    ) -> None:
+        super().__init__(reader, options, kept_fields)
+        options.check(reader.model)
+        if on_tokens and len(options.contexts) > 1:
             raise ConfigError("log-probabilities of tokens need one context: give only one")
-        self.nothing = self.cut.nothing
+        self.cut = Cut(bos_ids(options.bos), options.contexts, options.stride, options.last)
+        self.schema, self.nothing = options.schema(kept_fields), self.cut.nothing
+        self.count_bytes, self.on_tokens, self.top = count_bytes, on_tokens, top
+        self.open: deque[_Tally] = deque()  # documents whose windows are being read
 
     def sequence(self, document: Document) -> InputSequence[Document]:
         return self.cut.sequence(self.reader.model, document)
@@ -309,20 +319,14 @@ class Scorer(DocumentJob[DocumentScore]):
                     yield stop - start, stop - wanted
 
     def kept_bytes(self, tokens: int) -> dict[str, int]:
-        """Return the bytes of the nats that are kept for the gain, and of the bigrams that `by_recall` keeps."""
-        nats = min(4 * tokens, SPOOL_BYTES) if len(self.cut.contexts) > 1 else 0
-        bigrams = 32 * min(tokens, self.reader.model.config.vocab_size**2) if self.by_recall else 0
-        return {"nats": nats, "bigrams": bigrams}
+        """Return the bytes of the nats that are kept for the gain."""
+        return {"nats": min(4 * tokens, SPOOL_BYTES) if len(self.cut.contexts) > 1 else 0}
 
-    def tokens(self, result: DocumentScore) -> int:
-        return result.score.n_tokens
+    def size(self, sequence: InputSequence[Document]) -> int:
+        return len(sequence.document) + 1
 
-    def end(self) -> None:
-        if self.judge:
-            self.judge.end()
-
-    def results(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[DocumentScore]:
-        """Yield the score of each checked document at each context, in order."""
+    def results(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[pa.RecordBatch]:
+        """Yield the rows of the documents in order, each as soon as its document is scored at all contexts."""
         measured: deque[tuple[Sequence[Piece[_ScoredWindow]], Sequence[Callable[[], Tensor]]]] = deque()
         for pieces in self.reader.read(self._windows(sequences)):
             measured.append((pieces, self._measure(pieces)))
@@ -330,8 +334,20 @@ class Scorer(DocumentJob[DocumentScore]):
             ends = bool(pieces) and pieces[-1].stop == pieces[-1].window.stop
             while len(measured) > (0 if ends else 1):
                 self._add_up(*measured.popleft())
-            while self.open and self.open[0].ends:
-                yield self.open.popleft().result()
+            if ended := [*self._ended()]:
+                yield self._record_batch(ended)
+
+    def _ended(self) -> Iterator[list[_Tally]]:
+        """Take out the documents, in order, that are scored at all contexts."""
+        contexts = len(self.cut.contexts)
+        while len(self.open) >= contexts and all(self.open[index].ends for index in range(contexts)):
+            yield [self.open.popleft() for _ in range(contexts)]
+
+    def _record_batch(self, documents: Sequence[Sequence[_Tally]]) -> pa.RecordBatch:
+        rows, own = [_row(tallies) for tallies in documents], list(self.schema)[: -len(self.kept_fields) or None]
+        columns = [pa.array([row.get(field.name) for row in rows], field.type) for field in own]
+        kept = kept_columns([tallies[0].document for tallies in documents], self.kept_fields)
+        return pa.record_batch([*columns, *kept], schema=self.schema)
 
     def tell_progress(self, portion: Portion[InputSequence[Document]]) -> None:
         """Report the tokens that another group of ranks has scored."""
@@ -345,33 +361,25 @@ class Scorer(DocumentJob[DocumentScore]):
             if self.cut.last and len(document) < self.cut.least:
                 continue
             gain = GainTally(contexts) if len(contexts) > 1 else None
-            first = len(document) - self.cut.last if self.cut.last else self.cut.first
-            keys = self.judge.keys(document, first, max(0, len(document) - first)) if self.judge else None
             for context in self.cut.contexts:
-                tally = self._tally(document, context, Bigrams(sequence), gain, keys)
+                tally = self._tally(document, context, gain)
                 self.open.append(tally)
                 if not tally.expected:
                     yield _ScoredWindow(sequence, 0, 0, 0, tally)
                 for start, stop, wanted in self.cut.inputs(len(document), context):
                     yield _ScoredWindow(sequence, start, stop, wanted, tally)
 
-    def _tally(
-        self,
-        document: Document,
-        context: int | None,
-        bigrams: Bigrams,
-        gain: GainTally | None,
-        keys: np.ndarray | None,
-    ) -> _Tally:
+    def _tally(self, document: Document, context: int | None, gain: GainTally | None) -> _Tally:
         expected = max(0, len(document) - self.cut.first)
         n_bytes = document.n_bytes if self.cut.bos else None  # without bos, the first token is not scored
         if self.cut.last:
             expected = self.cut.last
             ids = document.read(len(document) - expected, len(document))
             n_bytes = self.count_bytes(ids) if self.count_bytes else None
-        positions = ByPosition(min(self.reader.model.config.pattern.segment_lengths)) if self.by_position else None
-        recall = ByRecall() if self.by_recall else None
-        return _Tally(document, context, expected, n_bytes, positions, recall, bigrams, gain, keys)
+        positions = None
+        if self.options.by_position:
+            positions = ByPosition(min(self.reader.model.config.pattern.segment_lengths))
+        return _Tally(document, context, expected, n_bytes, positions, gain)
 
     @torch.inference_mode()
     def _measure(self, pieces: Sequence[Piece[_ScoredWindow]]) -> Sequence[Callable[[], Tensor]]:
@@ -417,14 +425,9 @@ class Scorer(DocumentJob[DocumentScore]):
                 f"not finite: {advice}"
             )
         tally.nll_sum += float(nll.sum(dtype=np.float64))
-        if tally.keys is not None:
-            keys = tally.keys[tally.n_tokens : tally.n_tokens + len(nll)]
-            tally.key_nll_sum += float(nll[keys].sum(dtype=np.float64))
         tally.n_tokens += len(nll)
         if tally.by_position:
             tally.by_position.add(piece.start - piece.window.start, nll)
-        if tally.by_recall:
-            tally.by_recall.add(tally.bigrams.distances(piece.start + 1, piece.stop + 1), nll)
         if tally.gain and tally.context is not None:
             tally.gain.add(tally.context, nll)
         if self.on_tokens and len(nll):

@@ -32,7 +32,7 @@ from longnet_cli.running.device import random_state, set_random_state
 from longnet_cli.running.ranks.ranks import Ranks
 
 STATE = "state.json"
-STATE_VERSION = 1
+STATE_VERSION = 2
 CHECKPOINT_NAME = re.compile(r"step-(\d{8,})")
 
 

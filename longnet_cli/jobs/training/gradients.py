@@ -1,37 +1,28 @@
 """The gradient of a batch of windows, of any length and cut into documents, in bounded memory.
 
-Token ids of a batch are read, and sent to the device, only when they are needed. Chunks of a sequence keep bytes for
-each other: rows that later chunks see, and their gradients.
+Token ids of a batch are read, and sent to the device, only when they are needed.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from longnet_cli.attention import Outside
 from longnet_cli.attention.choosing import Names
-from longnet_cli.attention.groups import past_bytes
-from longnet_cli.attention.spans import SINKS, lanes, segment_rows
 from longnet_cli.jobs.training.windows import Batch
-from longnet_cli.nets.config import NetConfig
 from longnet_cli.nets.named_blocks import NamedBlocks
 from longnet_cli.nets.net import IGNORED, FarProvider, Net
 from longnet_cli.running.chunked_backward import Tokens, backward_in_chunks, new_pasts
-from longnet_cli.running.device import precision, resolve_dtype, to_device
-from longnet_cli.running.mapped import aligned
-from longnet_cli.running.ranks.exchange import Exchange, most_owned
+from longnet_cli.running.device import precision, to_device
+from longnet_cli.running.ranks.exchange import Exchange
 from longnet_cli.running.ranks.fsdp import final_backward
 from longnet_cli.running.ranks.ranks import ALONE, Ranks
 from longnet_cli.running.reader import batches_by_length
-
-if TYPE_CHECKING:
-    from longnet_cli.jobs.training.recipe import Recipe
 
 
 class _ReadTokens:
@@ -79,82 +70,6 @@ class RegroupedTokens(_ReadTokens):
                 parts.append(self.tokens[source, begin:end])
             offset += last - first
         return torch.cat(parts) if parts else self.tokens[0, 0:0]
-
-
-class FarBytes(NamedTuple):
-    """Bytes that chunks of one sequence keep for each other. `stored` can be spilled to a disk, `passing` cannot.
-
-    `stored`: keys and values that later chunks see, until the backward pass is past them, and the sums of their
-    gradients. `passing`: temporaries of one chunk and layer for its far rows and, on a GPU, copies of these rows; what
-    chooses blocks, and the choices. `gradients`: of `stored`, the sums for blocks that later chunks may choose.
-    """
-
-    stored: int
-    passing: int
-    gradients: int = 0
-
-
-def far_bytes(config: NetConfig, seq_len: int, chunk: int, itemsize: int, sp: int = 1) -> FarBytes:
-    """Return the bytes for one sequence of `seq_len` tokens, with `itemsize` bytes per number of a key.
-
-    `sp` ranks share every chunk.
-    """
-    pattern, size = config.pattern, config.pattern.chosen_block
-    if seq_len <= chunk:
-        if sp == 1 or not pattern.chosen:
-            return FarBytes(0, 0)
-        tokens = most_owned(size, seq_len, seq_len, sp) * size
-        sums, _ = past_bytes(pattern, config.kv_heads, config.head_dim, tokens, max(4, itemsize), "follows")
-        return FarBytes(0, sum(config.past_bytes(tokens, itemsize)) + config.num_layers * sums)
-    backs = dict(enumerate(pattern.look_backs))
-    stored = passing = 0
-    for level in (SINKS, *backs) if pattern.sinks else backs:
-        held = len(lanes(pattern, level, config.num_heads, config.kv_heads).offsets)
-        numbers = 2 * segment_rows(pattern, level, seq_len) * held * config.head_dim
-        seen = at_once = 1
-        if level != SINKS:
-            w = pattern.segment_lengths[level]
-            seen = seen_segments(w, backs[level], chunk, seq_len)
-            at_once = min(seen, backs[level] + bool(chunk % w))
-        sums = aligned(max(4, itemsize) * numbers)
-        stored += config.num_layers * (aligned(itemsize * numbers) * seen + sums * at_once)
-        passing += (itemsize + 4) * numbers * at_once
-    gradients = 0
-    if pattern.chosen:
-        last = seq_len - 1 - (seq_len - 1) % chunk
-        whole, earlier = (n // size * size for n in (seq_len, last + size - 1))
-        if sp > 1:
-            whole = earlier = most_owned(size, seq_len, chunk, sp) * size
-        kinds, of_layer = pattern.kinds(config.num_layers), (pattern, config.kv_heads, config.head_dim)
-        for kind, layers in kinds.items():
-            kept, means = past_bytes(*of_layer, whole, itemsize, kind)
-            sums, _ = past_bytes(*of_layer, earlier, max(4, itemsize), kind)
-            gradients += layers * aligned(sums)
-            stored += layers * (aligned(kept) + aligned(sums))
-            passing += layers * means
-        passing += kinds["chooses"] * 4 * pattern.chosen * -(-seq_len // pattern.chosen_every)
-    return FarBytes(stored, passing, gradients)
-
-
-def seen_segments(w: int, back: int, chunk: int, seq_len: int) -> int:
-    """Return how many segments of w tokens later chunks see, in a sequence of `seq_len` tokens in chunks of `chunk`.
-
-    A chunk sees the segment inside which it starts, if any, and the `back` segments before its own.
-    """
-    ends = -(-seq_len // chunk) - 1
-    if chunk >= (1 + back) * w:  # no segment is seen from two ends; an end on a segment's edge sees one fewer
-        return ends * (1 + back) - ends // (w // math.gcd(w, chunk))
-    # all segments, from the first one that the first end sees up to the last end
-    return -(-ends * chunk // w) - max(0, chunk // w - back) if ends else 0
-
-
-def stored_bytes(recipe: Recipe, device: torch.device, ranks: Ranks) -> int:
-    """Return the bytes of far rows and their gradients that one rank stores, in memory or in `train.spill`'s file."""
-    itemsize = 4 if resolve_dtype(recipe.train.dtype, device) == "fp32" else 2
-    chunk = recipe.train.chunk * ranks.sp
-    return max(
-        far_bytes(recipe.model, stage.seq_len, chunk, itemsize, ranks.sp).stored for stage in recipe.train.stages
-    )
 
 
 def backward(
@@ -205,7 +120,8 @@ def backward(
         shard, start, documents, far, named = slice(None), 0, forward.documents, None, None
         if ranks.sp > 1:
             cuts = list(accumulate(documents or ()))
-            far = Exchange(model.config, ranks.edges(0, ids.shape[1]), group=ranks.group, cuts=cuts)
+            edges = ranks.edges(0, ids.shape[1], model.config.pattern.edge_size, cuts)
+            far = Exchange(model.config, edges, group=ranks.group, cuts=cuts)
             shard, start, documents = far.shard, far.start, far.documents
             if model.config.pattern.chosen:
                 earlier = ids[:, shard.start - start : shard.start]

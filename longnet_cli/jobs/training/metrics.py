@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from longnet_cli.basics.atomic import write_file, writing
 from longnet_cli.basics.configuration import parse
 from longnet_cli.basics.errors import ConfigError
+from longnet_cli.jobs.scoring.scoring import Score
 
 
 class Tracker(Protocol):
@@ -93,13 +94,11 @@ def _missing(name: str) -> ConfigError:
 
 @dataclass(frozen=True)
 class Metrics:
-    """A line of metrics. `loss` and `grad_norm` (before clipping) are means since the last line.
-
-    A loss is in nats per token or, for contrast, nats per text.
+    """A line of metrics. `loss`, in nats per token, and `grad_norm`, before clipping, are means since the last line.
 
     `mfu` is the net's FLOP rate, forward and backward, with the true lengths of documents, divided by all ranks' rate
     of matrix products. It is None if that rate is unknown, or lower than the net's because other work slowed its
-    measurement. `temperature` is None unless it is learned, and `held_out_*` are None except at evaluations.
+    measurement. `held_out_*` are None except at evaluations.
     """
 
     step: int
@@ -111,13 +110,9 @@ class Metrics:
     seq_len: int
     peak_memory_bytes: int
     mfu: float | None = None
-    temperature: float | None = None
     held_out_loss: float | None = None
     held_out_ppl: float | None = None
     held_out_bpb: float | None = None
-    held_out_recall_1: float | None = None
-    held_out_recall_10: float | None = None
-    held_out_mrr: float | None = None
 
 
 class MetricsLog:
@@ -159,16 +154,14 @@ class MetricsLog:
         *,
         memory: int,
         peak: float | None = None,
-        temperature: float | None = None,
-        held_out: Mapping[str, float | None] | None = None,
+        held_out: Score | None = None,
     ) -> Metrics:
         """Write and return a line for the steps since the last; `peak` is all ranks' matrix product rate in FLOP/s.
 
-        `held_out` has the fields of an evaluation.
+        `held_out` is the score of an evaluation.
         """
         seconds = time.perf_counter() - self.began
         share = self.flops / seconds / peak if peak else None
-        measured: dict[str, Any] = dict(held_out or {})
         line = Metrics(
             step=step,
             tokens=self.tokens,
@@ -179,8 +172,9 @@ class MetricsLog:
             seq_len=seq_len,
             peak_memory_bytes=memory,
             mfu=share if share is not None and share <= 1 else None,
-            temperature=temperature,
-            **measured,
+            held_out_loss=held_out.nll_sum / held_out.n_tokens if held_out else None,
+            held_out_ppl=held_out.ppl if held_out else None,
+            held_out_bpb=held_out.bpb if held_out else None,
         )
         if self.path:
             with writing(self.path), self.path.open("a", encoding="utf-8") as file:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -20,11 +19,9 @@ from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.hub.folder_files import TOKENIZER
 from longnet_cli.hub.model_names import as_stored, find_tokenizer, preset_dir
-from longnet_cli.jobs.training.windows import SHORTEST
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.models.hf.pretrained_config import TransformersConfig
 from longnet_cli.nets.config import LongNetConfig
-from longnet_cli.nets.net import Embedder
 from longnet_cli.running.chunk_size import TRAINING_CHUNK
 
 if sys.version_info >= (3, 11):
@@ -62,8 +59,6 @@ class DataRecipe(StrictModel):
     # put between documents; a flat column is cut into documents at it; None takes the tokenizer's own
     eos: str | int | None = None
     column: str | None = None
-    pair: str | None = None  # for contrast: a column with the partners of those in `column`
-    negative: str | None = None  # beside `pair`: a column with a hard negative for each
     held_out: list[str] | None = Field(default=None, min_length=1)  # inputs to evaluate with, never trained on
 
     @model_validator(mode="after")
@@ -95,16 +90,6 @@ class OptimizerRecipe(StrictModel):
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
     clip: float = Field(default=2.0, gt=0)  # of the gradient's norm
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_learned_biases(cls, data: Any) -> Any:
-        """Refuse the rate of learned biases, which are gone. Runs of older versions have null where none was given."""
-        if not isinstance(data, Mapping) or "level_bias_lr" not in data:
-            return data
-        if data["level_bias_lr"] is not None:
-            raise ValueError("biases of levels are no longer learned: leave out level_bias_lr")
-        return {name: value for name, value in data.items() if name != "level_bias_lr"}
 
 
 class ScheduleRecipe(StrictModel):
@@ -141,12 +126,11 @@ class TrainRecipe(StrictModel):
     same loss and gradients. A token attends to earlier tokens of its own document or, with `across_documents`, to all
     earlier tokens of its window.
 
-    The objective is the next token ("causal"), for a bidirectional net `mask_rate` of the tokens ("masked"), or vectors
-    of documents ("contrast", see `ContrastRecipe`).
+    The objective is the next token ("causal") or, for a bidirectional net, `mask_rate` of the tokens ("masked").
     """
 
     stages: list[Stage] = Field(min_length=1)
-    objective: Literal["causal", "masked", "contrast"] = "causal"
+    objective: Literal["causal", "masked"] = "causal"
     mask_rate: float = Field(default=0.15, gt=0, lt=1)
     batch_tokens: Size = 16384
     chunk: Size = TRAINING_CHUNK
@@ -171,41 +155,11 @@ class TrainRecipe(StrictModel):
     @property
     def predicted(self) -> float:
         """The share of the tokens that have a loss, and so logits."""
-        return {"causal": 1.0, "masked": self.mask_rate, "contrast": 0.0}[self.objective]
+        return self.mask_rate if self.objective == "masked" else 1.0
 
     def windows(self, stage: Stage) -> int:
-        """Return the number of sequences in an optimizer step; for contrast, of pairs: two or more."""
-        if self.objective == "contrast":
-            return max(2, self.batch_tokens // (2 * stage.seq_len))
+        """Return the number of windows in an optimizer step."""
         return max(1, self.batch_tokens // stage.seq_len)
-
-
-TEMPERATURE = 0.05
-
-
-class ContrastRecipe(StrictModel):
-    """Training by contrast: of all texts of a step, a vector is to be nearest to that of its partner (InfoNCE).
-
-    Pairs are two spans of one document, each at most a stage's `seq_len` tokens, with lengths even in their logarithm;
-    or, with `data.pair`, a row of two columns, and perhaps of a third with hard negatives. A step has `batch_tokens` /
-    (2 `seq_len`) pairs. `dims` are prefixes of the vector that are trained as well. A prompt is read before each first
-    text (`query_prompt`) or second one (`document_prompt`), as a part of it.
-    """
-
-    pool: Literal["mean", "last"] = "mean"
-    temperature: Annotated[float, Field(gt=0)] | Literal["learned"] = TEMPERATURE
-    dims: list[Annotated[int, Field(gt=0)]] = Field(default_factory=list)
-    query_prompt: str = ""
-    document_prompt: str = ""
-
-    @property
-    def divisor(self) -> float:
-        """The number that cosines are divided by; of a learned temperature, its value at the start."""
-        return TEMPERATURE if self.temperature == "learned" else self.temperature
-
-    @property
-    def embedder(self) -> Embedder:
-        return Embedder(self.pool, self.query_prompt, self.document_prompt)
 
 
 class ParallelRecipe(StrictModel):
@@ -238,31 +192,17 @@ class Recipe(StrictModel):
     optimizer: OptimizerRecipe = OptimizerRecipe()
     schedule: ScheduleRecipe = ScheduleRecipe()
     train: TrainRecipe
-    contrast: ContrastRecipe | None = None  # defaults, if the objective is "contrast" and the table is not there
     parallel: ParallelRecipe = ParallelRecipe()
 
     @model_validator(mode="after")
     def _objective_fits_the_model(self) -> Recipe:
         if not self.model.vocab_size:
             raise ValueError("model.vocab_size = 0 is a net that reads vectors: leave it out, training reads tokens")
-        contrast = self.train.objective == "contrast"
-        if not contrast and self.model.causal != (self.train.objective != "masked"):
+        if self.model.causal == (self.train.objective == "masked"):
             fitting = "causal" if self.model.causal else "masked"
             raise ValueError(
                 f'train.objective = "{self.train.objective}" does not fit model.causal = '
                 f'{str(self.model.causal).lower()}: set train.objective = "{fitting}", or the other model'
-            )
-        if self.data.negative and not self.data.pair:
-            raise ValueError("data.negative is a third column, beside data.pair: set both")
-        prompts = self.contrast and (self.contrast.query_prompt or self.contrast.document_prompt)
-        if prompts and not self.model.causal:
-            raise ValueError("contrast: a bidirectional model reads nothing before a text: leave out its prompts")
-        if not contrast and (self.contrast or self.data.pair):
-            what = "[contrast]" if self.contrast else "data.pair"
-            raise ValueError(f'{what} is of train.objective = "contrast", not of "{self.train.objective}"')
-        if self.contrast and any(width >= self.model.dim for width in self.contrast.dims):
-            raise ValueError(
-                f"contrast.dims = {self.contrast.dims}: prefixes are shorter than model.dim, {self.model.dim}"
             )
         return self
 
@@ -273,19 +213,12 @@ class Recipe(StrictModel):
 
     @property
     def tokens(self) -> int:
-        """The tokens of all steps together, as `step_tokens` counts them."""
+        """The tokens of all steps together."""
         return sum(stage.steps * self.step_tokens(stage) for stage in self.train.stages)
 
-    def sequences(self, stage: Stage) -> int:
-        """Return the number of sequences that a step reads: windows or, for contrast, texts."""
-        contrast = self.train.objective == "contrast"
-        return self.train.windows(stage) * (1 + contrast + bool(self.data.negative))
-
     def step_tokens(self, stage: Stage) -> int:
-        """Return the tokens of a step; for contrast, the most of a table's texts, and the mean of drawn spans."""
-        length, drawn = stage.seq_len, self.train.objective == "contrast" and not self.data.pair
-        mean = (length - SHORTEST) / math.log(length / SHORTEST) if drawn and length > SHORTEST else length
-        return round(self.sequences(stage) * mean)
+        """Return the tokens of a step."""
+        return self.train.windows(stage) * stage.seq_len
 
     @property
     def names_chunk(self) -> bool:

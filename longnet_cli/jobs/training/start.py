@@ -61,9 +61,7 @@ def check_ranks(recipe: Recipe, ranks: Ranks) -> None:
             f"a bidirectional net sees a window as a whole: train.chunk = {train.chunk} on {ranks.sp} ranks is less "
             f"than the longest seq_len, {longest}"
         )
-    if ranks.sp > 1 and (not train.across_documents or train.objective == "contrast"):
-        if train.objective == "contrast":
-            raise ConfigError("a bidirectional net reads each text on one rank: give each rank its own pairs (--dp)")
+    if ranks.sp > 1 and not train.across_documents:
         raise ConfigError(
             "a bidirectional net over several ranks cannot keep the documents of a window apart: set "
             "train.across_documents = true, or give each rank its own windows (--dp)"
@@ -180,7 +178,7 @@ def _refuse_others(folder: Path) -> None:
     A run writes its recipe first, and its recipe is in each checkpoint.
     """
     runs = [partial(_stored, str(folder / RECIPE))]
-    runs += [partial(_stored, str(path / STATE), "state", "recipe") for path in checkpoints_in(folder / CHECKPOINTS)]
+    runs += [partial(_stored, str(path / STATE), "recipe") for path in checkpoints_in(folder / CHECKPOINTS)]
     if (folder / WEIGHTS).exists() and not (folder / CHECKPOINTS).exists():
         raise ConfigError(f"{folder} already holds a model: name another folder with -o, or remove it")
     if any(all(isinstance(run(table), dict) for table in ("model", "data", "train")) for run in runs):

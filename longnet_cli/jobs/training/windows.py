@@ -1,4 +1,4 @@
-"""Training windows over streams of tokens, and pairs of spans: shuffled, mixed, endless, resumable from one count.
+"""Training windows over streams of tokens: shuffled, mixed, endless, resumable from one count.
 
     documents --TokenStream--> eos doc eos doc ... --TokenWindows--> (Batch, state)
 
@@ -10,8 +10,6 @@ the number of windows that all ranks together have taken.
 
 Windows span documents. `Batch.document_starts` says where a document starts inside a window: an eos id within a
 document is a token like any other.
-
-A pair is two spans of one document, or one row of two or three columns. Pair n is a function of (seed, n), too.
 """
 
 import hashlib
@@ -20,7 +18,7 @@ from fractions import Fraction
 from functools import cached_property
 from itertools import pairwise
 from math import gcd, lcm
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -152,7 +150,7 @@ class _Epoch:
         self.block = max(1, BLOCK_TOKENS // seq_len)
         bits = self._bits()
         self.phase = int(bits.random_raw()) % (rest + 1)
-        self.blocks = shuffled(bits, -(-self.windows // self.block))
+        self.blocks = _shuffled(bits, -(-self.windows // self.block))
         last = np.flatnonzero(self.blocks == len(self.blocks) - 1)[0]
         sizes = np.full(len(self.blocks), self.block)
         sizes[last] = self.windows - self.block * (len(self.blocks) - 1)
@@ -164,7 +162,7 @@ class _Epoch:
         pool, place = divmod(position, self.block * POOL_BLOCKS)
         if pool != self._pool:
             first = position - place
-            members = shuffled(self._bits(pool), min(self.block * POOL_BLOCKS, self.windows - first))
+            members = _shuffled(self._bits(pool), min(self.block * POOL_BLOCKS, self.windows - first))
             self._pool, self._members = pool, first + members
         visited = int(self._members[place])
         index = int(self.ends.searchsorted(visited, side="right"))
@@ -176,7 +174,7 @@ class _Epoch:
         return np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(*spawn_key, *more)))
 
 
-def shuffled(bits: np.random.PCG64, count: int) -> np.ndarray:
+def _shuffled(bits: np.random.PCG64, count: int) -> np.ndarray:
     """Return 0 .. count - 1 in a random order, (count,) int64."""
     # Bit generators are stable over numpy versions, Generator.permutation is not: a resumed run must not differ.
     return np.argsort(bits.random_raw(count), kind="stable").astype(np.int64)
@@ -225,7 +223,11 @@ class TokenWindows:
             raise ConfigError(f"a mix needs a weight for each source: {len(weights)} weights, {len(sources)} sources")
         self.sources, self.seq_len, self.rows, self.rank, self.world = sources, seq_len, rows, rank, world
         for index, stream in enumerate(sources):
-            self._check(stream, "the data" if len(sources) == 1 else f"source {index} of the mix")
+            if len(stream) < seq_len + 1:
+                name = "the data" if len(sources) == 1 else f"source {index} of the mix"
+                raise DataError(
+                    f"{name} has {len(stream)} tokens, fewer than one window of {seq_len + 1} (seq_len + 1)"
+                )
         self.mix = Mix(weights)
         self.identity = {
             "version": STATE_VERSION,
@@ -277,12 +279,6 @@ class TokenWindows:
             places[stream.documents[stream.locate(start)].where] = None
         return list(places)
 
-    def _check(self, stream: TokenStream, name: str) -> None:
-        if len(stream) < self.seq_len + 1:
-            raise DataError(
-                f"{name} has {len(stream)} tokens, fewer than one window of {self.seq_len + 1} (seq_len + 1)"
-            )
-
     def _epoch(self, source: int, epoch: int) -> _Epoch:
         return _Epoch((self.seed, source, epoch), len(self.sources[source]), self.seq_len)
 
@@ -295,7 +291,7 @@ class TokenWindows:
         if state.get("version") != STATE_VERSION or not isinstance(step, int) or step < 0:
             raise ConfigError(f"not a data position of version {STATE_VERSION}: {dict(state)}")
         for key, mine in self.identity.items():
-            if state.get(key, mine) == mine:  # older states have no digests
+            if state.get(key) == mine:
                 continue
             saved = f"the data position was saved with {key} {state.get(key)}, not {mine}"
             if key == "digests":
@@ -304,165 +300,3 @@ class TokenWindows:
                 raise DataError(f"{saved}: restore the data, or start another run with -o and --init")
             raise ConfigError(saved)
         self.step = step
-
-
-SHORTEST = 16  # tokens of a span, if half of the document has as many
-
-
-class PairText(NamedTuple):
-    """A text as the net reads it: ids (n,) int64, of which those from index `first` on are pooled."""
-
-    ids: np.ndarray
-    first: int
-
-
-class PairBatch(NamedTuple):
-    """Pairs of texts. `keys` (pairs, 3) int64 are digests of the document and of both texts.
-
-    Pairs with a key in common are not each other's negatives. Each pair may have a hard negative, a text that none of
-    the first texts is to find, and its digest as a fourth key.
-    """
-
-    firsts: list[PairText]
-    seconds: list[PairText]
-    negatives: list[PairText]
-    keys: np.ndarray
-
-    @property
-    def texts(self) -> list[PairText]:
-        return [*self.firsts, *self.seconds, *self.negatives]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """The number of texts per pair (2 or 3) and the number of pairs, which may be 0."""
-        return self.keys.shape[1] - 1, len(self.keys)
-
-    def part(self, place: slice) -> "PairBatch":
-        return PairBatch(self.firsts[place], self.seconds[place], self.negatives[place], self.keys[place])
-
-
-class PairStream(TokenStream):
-    """The documents of one source, which give a pair each.
-
-    The pair is two spans of the document. With `others`, it is the document and the one at its place in the first of
-    them; the second of them, if it is there, has the hard negatives.
-    """
-
-    def __init__(self, documents: Sequence[Document], eos_id: int, others: Sequence[Sequence[Document]] = ()) -> None:
-        super().__init__(documents, eos_id)
-        self.others = others
-        for key, texts in zip(("pair", "negative")[: len(others)], others, strict=True):
-            if len(texts) != len(documents):
-                raise DataError(f"data.{key} has {len(texts)} documents and data.column {len(documents)}")
-
-    @cached_property
-    def usable(self) -> np.ndarray:
-        """The indices of documents that give a pair: two tokens, or a token in each column."""
-        lengths = np.diff(self.starts) - 1
-        if not self.others:
-            return np.flatnonzero(lengths > 1)
-        shortest = np.min([lengths, *(np.fromiter(map(len, texts), np.int64) for texts in self.others)], axis=0)
-        return np.flatnonzero(shortest > 0)
-
-    def pair(self, index: int, longest: Sequence[int], seed: Sequence[int]) -> tuple[list[np.ndarray], list[int]]:
-        """Return the ids of the texts of a document, at most `longest` of each, and the keys of a `PairBatch`."""
-        document = self.documents[index]
-        if not self.others:
-            texts = [document.read(*span) for span in draw_spans(len(document), longest[:2], seed)]
-        else:
-            columns = (document, *(texts[index] for texts in self.others))
-            texts = [each.read(0, n) for each, n in zip(columns, longest[: len(columns)], strict=True)]
-        start = document.read(0, DIGEST_TOKENS)  # equal documents under two names are one
-        return texts, [_key(start, len(document)), *map(_key, texts)]
-
-
-class PairWindows(TokenWindows):
-    """Endless batches of pairs of texts. A text has at most `seq_len` ids, with those of `before` that it starts with.
-
-    An epoch of a source takes each of its documents once.
-    """
-
-    def __init__(self, *args: object, before: tuple[Sequence[int], Sequence[int]], **options: object) -> None:
-        """`before` are the ids before first and second texts, of which only the first id is not pooled.
-
-        Raises ConfigError if they leave no room for a text, DataError for pairs that teach nothing: only one, or all
-        with the same text.
-        """
-        super().__init__(*args, **options)  # type: ignore[arg-type]
-        self.before = [np.asarray(ids, np.int64) for ids in (*before, before[1])]  # a negative is a second text
-        self.longest = [self.seq_len - len(ids) for ids in self.before]
-        if min(self.longest) < 1:
-            raise ConfigError(f"a text of {self.seq_len} tokens has no room after the tokens that it starts with")
-        self._check_negatives()
-
-    def batch(self, numbers: Sequence[int]) -> PairBatch:  # type: ignore[override]
-        """Return these pairs of the run."""
-        texts, keys = [], []
-        for n in numbers:
-            source, _, start = self.locate(n)
-            stream = self.sources[source]
-            assert isinstance(stream, PairStream)
-            texts_of_pair, key = stream.pair(stream.locate(start), self.longest, (self.seed, n))
-            parts = zip(self.before[: len(texts_of_pair)], texts_of_pair, strict=True)
-            texts.append([PairText(np.concatenate(part), min(1, len(part[0]))) for part in parts])
-            keys.append(key)
-        sides = [[*side] for side in zip(*texts, strict=True)]
-        return PairBatch(sides[0], sides[1], sides[2] if len(sides) > 2 else [], np.array(keys, np.int64))
-
-    def _check(self, stream: TokenStream, name: str) -> None:
-        assert isinstance(stream, PairStream)
-        if not len(stream.usable):
-            raise DataError(f"{name} has no document that gives a pair: two tokens, or a token in each column")
-
-    def _check_negatives(self) -> None:
-        """Raise DataError where no pair has another to be told from. It stops at the first two that differ."""
-        pairs, common = 0, set[int]()
-        for stream in self.sources:
-            assert isinstance(stream, PairStream)
-            for index in stream.usable.tolist():
-                keys = {*stream.pair(index, self.longest, (self.seed, index))[1][:3]}
-                pairs, common = pairs + 1, common & keys if pairs else keys
-                if not common:
-                    return
-        what = f"all {pairs} pairs have the same text" if pairs > 1 else "there is only one pair"
-        raise DataError(f"{what}: contrast learns to tell a pair from others, and needs two with different texts")
-
-    def _epoch(self, source: int, epoch: int) -> "_PairEpoch":  # type: ignore[override]
-        stream = self.sources[source]
-        assert isinstance(stream, PairStream)
-        return _PairEpoch((self.seed, source, epoch), stream)
-
-
-class _PairEpoch:
-    """The documents of one source in one epoch: where they start, in the order they are visited."""
-
-    def __init__(self, key: tuple[int, int, int], stream: PairStream) -> None:
-        self.key, self.windows = key, len(stream.usable)
-        bits = np.random.PCG64(np.random.SeedSequence(key[0], spawn_key=key[1:]))
-        self.starts = stream.starts[stream.usable[shuffled(bits, self.windows)]]
-
-    def start(self, position: int) -> int:
-        return int(self.starts[position])
-
-
-def draw_spans(tokens: int, longest: Sequence[int], seed: Sequence[int]) -> list[tuple[int, int]]:
-    """Return two separate spans (start, stop) of a document of `tokens` (two or more), each at most as `longest` says.
-
-    Lengths are even in their logarithm, from SHORTEST to half of the document. Either span may come first.
-    """
-    chances = (np.random.PCG64(np.random.SeedSequence(seed)).random_raw(5) >> np.uint64(11)) * 2.0**-53
-    sizes = []
-    for chance, most in zip(chances[:2], longest, strict=True):
-        most = min(most, tokens // 2)
-        least = min(SHORTEST, most)
-        sizes.append(min(most, int(least * ((most + 1) / least) ** chance)))
-    low, high = sorted(int(chance * (tokens - sum(sizes) + 1)) for chance in chances[2:4])
-    swap = bool(chances[4] < 0.5)
-    one, other = reversed(sizes) if swap else sizes
-    spans = [(low, low + one), (high + one, high + one + other)]
-    return spans[::-1] if swap else spans
-
-
-def _key(ids: np.ndarray, more: int = 0) -> int:
-    digest = hashlib.blake2b(np.ascontiguousarray(ids, np.int64).tobytes(), digest_size=8, salt=more.to_bytes(8, "big"))
-    return int.from_bytes(digest.digest(), "big", signed=True)

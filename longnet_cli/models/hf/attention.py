@@ -45,6 +45,7 @@ from transformers.masking_utils import (
 
 from longnet_cli.attention import FarKeys, FarSpan, LayerChoices, Outside, Pattern, dilated_attention
 from longnet_cli.attention.choosing import Choices
+from longnet_cli.attention.notation import from_fields
 from longnet_cli.attention.sinks import Turn
 from longnet_cli.attention.spans import SINKS, far_spans, lanes, span_positions, span_rows
 from longnet_cli.basics.errors import ConfigError
@@ -228,7 +229,7 @@ def pattern_of(config: Any) -> Pattern:
     if not isinstance(arguments, Mapping):
         raise ConfigError(f"dilated_attention in the model's config: a table of levels is needed, got {arguments!r}")
     try:
-        return Pattern(**arguments)
+        return from_fields(arguments)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"dilated_attention in the model's config: {error}") from None
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, MaskedLMOutput
 
 from longnet_cli.basics.errors import CheckpointError
-from longnet_cli.hub.folder_files import MODEL_TYPE, OLDER_TYPE, POOL_KEY
+from longnet_cli.hub.folder_files import MODEL_TYPE
 from longnet_cli.models.hf.longnet_cache import AlignedRows, LongNetCache, Memories, by_rows, columns_of
 from longnet_cli.nets.config import LongNetConfig, parse_config
 from longnet_cli.nets.foreign import TRANSFORMERS_KEYS, architecture, own_keys
@@ -208,9 +208,9 @@ class LongNetModel(LongNetPreTrainedModel):
     def embed(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return vectors (B, dim) of length 1 for texts, given as token ids (B, N), as `longnet encode` makes them.
 
-        A vector is the normalized mean of the hidden states at a text's tokens, or the last of them. A causal net first
-        reads the id that starts documents (`config.bos_token_id`), whose hidden state is the vector of an empty text.
-        Without that id, its vector is zero. Without gradients, a causal net reads chunk by chunk.
+        A vector is the normalized mean of the hidden states at a text's tokens. A causal net first reads the id that
+        starts documents (`config.bos_token_id`), whose hidden state is the vector of an empty text. Without that id,
+        its vector is zero. Without gradients, a causal net reads chunk by chunk.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
         # a tokenizer returns numbers of float32 for texts without tokens
@@ -220,8 +220,6 @@ class LongNetModel(LongNetPreTrainedModel):
             ids = F.pad(ids, (1, 0), value=bos)
         stops = mask.sum(1) + (bos is not None)
         starts = (stops > 1).long() * (bos is not None)
-        if getattr(self.config, POOL_KEY, None) == "last":
-            starts = (stops - 1).clamp(min=0)
         if not stops.any():
             return self.net.embedding.weight.new_zeros(len(ids), self.config.hidden_size)
         places = torch.arange(ids.shape[1], device=ids.device)
@@ -334,7 +332,6 @@ def _output(output: Any, return_dict: bool | None) -> Any:
 
 
 hf.AutoConfig.register(MODEL_TYPE, LongNetHFConfig)
-hf.CONFIG_MAPPING.register(OLDER_TYPE, LongNetHFConfig)
 hf.AutoModel.register(LongNetHFConfig, LongNetModel)
 hf.AutoModelForCausalLM.register(LongNetHFConfig, LongNetForCausalLM)
 hf.AutoModelForMaskedLM.register(LongNetHFConfig, LongNetForMaskedLM)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -40,15 +39,3 @@ class TransformersConfig(NetConfig, BaseModel):
     def num_parameters(self) -> int:
         """Return the number of parameters, with tied embeddings counted once."""
         return self.parameters
-
-    def cache_bytes(self, tokens: int, itemsize: int, sp: int = 1) -> int:
-        if self.memory == "segments":
-            return super().cache_bytes(tokens, itemsize, sp)
-        keys = (self.num_layers + 1) * self.kv_heads * self.head_dim * tokens  # all are kept; one layer is being copied
-        return 2 * keys * itemsize
-
-    def saved_bytes(self, itemsize: int, device: str, lora: dict | None = None) -> tuple[int, int]:
-        """Return what two small models of this kind save on the CPU. Raises ConfigError as `add_lora` does."""
-        from longnet_cli.models.hf.saved_tensors import measured_bytes  # imports transformers
-
-        return measured_bytes(self.source, json.dumps(lora), "fp32" if itemsize == 4 else "bf16")

@@ -32,9 +32,7 @@ from longnet_cli.attention import Pattern
 from longnet_cli.basics.atomic import whole_folder
 from longnet_cli.basics.configuration import digest, parse, read_text
 from longnet_cli.basics.errors import CheckpointError, ConfigError, LongNetError
-from longnet_cli.hub.folder_files import BESIDE_TOKENIZER, MODULES, POOL_KEY, PROMPTS
-from longnet_cli.nets.foreign import prompts_file
-from longnet_cli.nets.net import Embedder
+from longnet_cli.hub.folder_files import BESIDE_TOKENIZER
 
 DILATED_TYPE = "import longnet_cli.integrations.transformers"
 ATTENTION_NAME = "dilated"  # the name of the attention
@@ -164,7 +162,6 @@ def _prepared(own: type, prepare: Prepare) -> type:
 
 
 ADAPTER = "adapter"  # a subfolder: beside the model's files, transformers would take the model for an adapter
-_VECTORS = "longnet_cli.sentence_module.TextVectors"
 _CONFIG, _TOKENIZER = "config.json", "tokenizer.json"
 
 
@@ -176,13 +173,11 @@ def write_folder(
     source: Path | None,
     *,
     dense: bool = False,
-    embedder: Embedder | None = None,
 ) -> None:
     """Write config.json, model.safetensors with the weights `state`, and the tokenizer, to `folder`.
 
     `source` is the folder that the model came from. If its tokenizer is the same, the files beside it are copied too.
-    `dense` leaves the pattern out of config.json. `embedder` says how to make vectors. Raises CheckpointError if the
-    folder cannot be written.
+    `dense` leaves the pattern out of config.json. Raises CheckpointError if the folder cannot be written.
     """
     try:
         with whole_folder(folder, last=_CONFIG) as made:
@@ -191,11 +186,6 @@ def write_folder(
             if dense:
                 settings = from_file(settings)
                 settings.pop("dilated_attention", None)
-            if embedder:
-                settings[POOL_KEY] = embedder.pool
-                module = {"idx": 0, "name": "0", "path": "", "type": _VECTORS}
-                for name, data in ((PROMPTS, prompts_file(embedder)), (MODULES, [module])):
-                    (made / name).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
             (made / _CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
             (made / _TOKENIZER).write_text(tokenizer_json, encoding="utf-8")
             if source and _same_tokenizer(source / _TOKENIZER, tokenizer_json):

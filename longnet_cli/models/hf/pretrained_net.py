@@ -235,8 +235,7 @@ class TransformersNet(Net):
         if self._save_adapter:
             self._save_adapter(folder / ADAPTER, inner)
         weights = merged(self.model, inner)
-        dense = self.config.as_trained
-        write_folder(self.model, folder, weights, tokenizer_json, self.folder, dense=dense, embedder=self.embedder)
+        write_folder(self.model, folder, weights, tokenizer_json, self.folder, dense=self.config.as_trained)
 
     @cached_property
     def _plain_logits(self) -> bool:
@@ -398,7 +397,7 @@ def read_architecture(folder: Path, settings: Mapping[str, Any], embeds: bool = 
     if isinstance(layers := data.get("num_hidden_layers"), int) and layers > MOST_LAYERS:
         raise ConfigError(f"{folder}/config.json: num_hidden_layers is {layers}: {MOST_LAYERS:,} are the most")
     kind, name, code = data.get("model_type"), (data.get("architectures") or [None])[0], data.pop("auto_map", None)
-    own = hf.CONFIG_MAPPING[kind] if kind in hf.CONFIG_MAPPING else None
+    own = hf.CONFIG_MAPPING[kind] if kind in hf.CONFIG_MAPPING else None  # noqa: SIM401 (`get` loads no class)
     architecture: Any = hf.MODEL_MAPPING.get(own, None) if embeds else getattr(hf, str(name), None)
     known = own and isinstance(architecture, type) and issubclass(architecture, hf.PreTrainedModel)
     if not known or not (

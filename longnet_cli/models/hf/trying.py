@@ -160,4 +160,3 @@ def _tokens(model: PreTrainedModel) -> int:
     longest = config.get("max_position_embeddings")
     longest = longest - first_position(model) if isinstance(longest, int) else MOST
     return min(max(8, min(sizes) + 1) if sizes else FEW, MOST, longest)
-

@@ -1,8 +1,7 @@
 """Hide pass keys in prose and ask for them, to see how far back a model finds what it has read.
 
     python examples/real_model.py runs/real
-    python examples/passkey.py ask runs/real/smollm2 runs/real/prose/secA*.txt dense window:1Ki,sinks=4 > passkeys.jsonl
-    python examples/passkey.py make runs/real/smollm2 runs/real/prose/secI*.txt -o keys.arrow
+    python docs/measurements/passkey.py ask runs/real/smollm2 runs/real/prose/secA*.txt dense window:1Ki,sinks=4
 
 Sentences like "The pass key of the red fox is 48213." are hidden in prose. The document ends with the questions, "The
 pass key of the red fox is", each `distance` tokens after its sentence. An answer is right if the model ranks every
@@ -10,10 +9,9 @@ token of the number first, given the tokens before it. Greedy decoding then give
 
 `ask` writes one line of JSON per pattern and distance: `pattern, distance, questions, right, nats` (per token of the
 numbers). If the model does not read that far back, `questions` is 0 and `nats` is null. `dense` reads only the last
-tokens of a document, as many as the model was trained on. `make` writes documents to train on, as Arrow with
-`input_ids`. Their distances start at an eighth of their length. Each document fills a training window of `--tokens`.
+tokens of a document, as many as the model was trained on.
 
-    python examples/passkey.py alone runs/real/smollm2 runs/real/prose/secA*.txt dense window:1Ki,chosen=32x32
+    python docs/measurements/passkey.py alone runs/real/smollm2 runs/real/prose/secA*.txt dense window:1Ki,chosen=32x32
 
 `alone` hides all `--keys` in one document, evenly, none in its last 1,800 tokens, and asks each question as if it came
 alone after the document. Patterns with chosen blocks read the questions with every number of `--every` in turn.
@@ -76,20 +74,6 @@ class Writer:
         if free > first:
             raise ConfigError("so many pass keys do not fit: give more --tokens or fewer --keys")
         return ids, answers
-
-
-def make(args: argparse.Namespace) -> None:
-    """Write documents that fill a window each, with pass keys at distances of all sizes."""
-    import pyarrow as pa
-
-    writer = Writer(ModelFolder(Path(args.model)).tokenizer(), args.texts, args.seed)
-    distances = np.geomspace(args.tokens / 8, args.tokens * 0.9, args.keys).astype(int).tolist()
-    # An end-of-text id comes before each document. The last target lies beyond its window: hence one token more.
-    sizes = [args.tokens - 1] * (args.documents - 1) + [args.tokens]
-    rows = [writer.document(size, distances)[0].astype(np.int32) for size in sizes]
-    table = pa.table({"input_ids": pa.array(rows, pa.list_(pa.int32()))})
-    with pa.ipc.new_file(args.output, table.schema) as file:
-        file.write_table(table)
 
 
 def ask(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -177,11 +161,10 @@ def main() -> None:
     for name, text in (
         ("ask", "print what patterns find again"),
         ("alone", "print what patterns find again, one question at a time"),
-        ("make", "write documents to train on"),
     ):
         use = uses.add_parser(name, help=text, description=text)
         use.add_argument("model", help="a Hugging Face model folder, whose tokenizer and weights are taken")
-        use.add_argument("words", nargs="+", metavar="FILE|PATTERN", help="texts of prose and, to ask, patterns")
+        use.add_argument("words", nargs="+", metavar="FILE|PATTERN", help="texts of prose, and patterns")
         use.add_argument("--seed", type=int, default=0)
         if name == "alone":
             use.add_argument("--tokens", type=parse_size, default=6761, help="of the document")
@@ -190,31 +173,23 @@ def main() -> None:
             use.add_argument("--chunk", type=parse_size, default=4096, help="tokens that are in memory at once")
             continue
         use.add_argument("--documents", type=int, default=4)
-        if name == "ask":
-            use.add_argument("--tokens", type=parse_size, default=33_000, help="of each document")
-            use.add_argument("--keys", type=int, default=4, help="pass keys of each distance in a document")
-            use.add_argument("--distances", type=parse_size, nargs="+", default=DISTANCES)
-            use.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
-            use.add_argument("--chunk", type=parse_size, default=4096, help="tokens that are in memory at once")
-        else:
-            use.add_argument("--tokens", type=parse_size, default=8192, help="of each document: the training window")
-            use.add_argument("--keys", type=int, default=16, help="pass keys in a document")
-            use.add_argument("-o", "--output", required=True, help="an Arrow file")
+        use.add_argument("--tokens", type=parse_size, default=33_000, help="of each document")
+        use.add_argument("--keys", type=int, default=4, help="pass keys of each distance in a document")
+        use.add_argument("--distances", type=parse_size, nargs="+", default=DISTANCES)
+        use.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
+        use.add_argument("--chunk", type=parse_size, default=4096, help="tokens that are in memory at once")
     args = parser.parse_args()
     args.texts = [word for word in args.words if Path(word).is_file()]
     args.patterns = [word for word in args.words if word not in args.texts]
-    if not args.texts or bool(args.patterns) != (args.use != "make"):
-        parser.error("give files of prose" + (" and patterns" if args.use != "make" else ", each of which exists"))
+    if not args.texts or not args.patterns:
+        parser.error("give files of prose and patterns")
     if not (Path(args.model) / "config.json").is_file():
         parser.error(f"{args.model}: not the folder of a model")
     try:
         for pattern in args.patterns:
             parse_pattern(pattern)
-        if args.use == "make":
-            make(args)
-        else:
-            for row in (ask if args.use == "ask" else alone)(args):
-                print(json.dumps(row), flush=True)
+        for row in (ask if args.use == "ask" else alone)(args):
+            print(json.dumps(row), flush=True)
     except ValueError as error:
         parser.error(str(error))
     except LongNetError as error:

@@ -1,6 +1,7 @@
-"""The loss of a net in training on held-out documents, by the objective it is trained with.
+"""What a net is trained to predict: the inputs and targets of a batch, and its loss on held-out documents.
 
-The masked objective (BERT, arXiv 1810.04805, section 3.1): predict hidden tokens from both sides.
+The causal objective: predict the next token. The masked objective (BERT, arXiv 1810.04805, section 3.1): predict hidden
+tokens from both sides.
 """
 
 from __future__ import annotations
@@ -17,18 +18,44 @@ from torch import Tensor
 
 from longnet_cli.basics.errors import DataError
 from longnet_cli.data.documents import Document
-from longnet_cli.jobs.scoring.scoring import Score, score
-from longnet_cli.jobs.training.windows import PairBatch
+from longnet_cli.jobs.scoring.measures import Score
+from longnet_cli.jobs.scoring.scoring import ScoreOptions, score
 from longnet_cli.nets.net import IGNORED, Net
+from longnet_cli.running.chunked_backward import Tokens
 from longnet_cli.running.device import precision, to_device
 from longnet_cli.running.ranks.ranks import Ranks
 from longnet_cli.running.reader import Reader, Window
 
-from .contrast import TextReader, contrast_loss, ranking, read_pairs
-from .recipe import ContrastRecipe, Recipe
+from .gradients import StoredTokens
+from .recipe import Recipe
+from .windows import Batch
 
 # shares of the chosen tokens that become the mask, or a random token; the rest stay, and are predicted too
 MASKED, RANDOM = 0.8, 0.1
+
+
+def inputs_and_targets(
+    batch: Batch, recipe: Recipe, device: torch.device, ranks: Ranks, *, eos_id: int, seed: int
+) -> tuple[Tokens, Tokens, int]:
+    """Return ids and targets (rows, seq_len) of windows of seq_len + 1 tokens, and how many targets all ranks have.
+
+    With the masked objective, tokens are hidden on the host, and their targets stay there: finding these then waits
+    for no device.
+    """
+    rows, length = batch.shape
+    if recipe.train.objective == "causal":
+        ids, nexts = (StoredTokens(batch, first, length - 1, device) for first in (0, 1))
+        return ids, nexts, rows * (length - 1) * ranks.dp
+    seen, targets = mask_tokens(
+        StoredTokens(batch, 0, length - 1, torch.device("cpu"))[:, :],
+        recipe.train.mask_rate,
+        mask_id=recipe.model.vocab_size - 1,
+        eos_id=eos_id,
+        seeds=[(seed, number) for number in batch.numbers],
+    )
+    count = (targets >= 0).sum()
+    ranks.sum(count)
+    return to_device(seen, device), targets, max(1, int(count) // ranks.sp)  # a group's ranks have the same tokens
 
 
 def mask_tokens(
@@ -61,20 +88,18 @@ def _draw(seed: Sequence[int], tokens: int, mask_id: int) -> tuple[Tensor, Tenso
 @torch.no_grad()
 def evaluate(
     model: Net,
-    documents: Sequence[Document] | PairBatch,
+    documents: Sequence[Document],
     recipe: Recipe,
     *,
     eos_id: int,
     seq_len: int,
-    contrast: ContrastRecipe,
     ranks: Ranks,
     on_part: Callable[[], None],
-) -> dict[str, float | None]:
-    """Return the metrics of held-out documents. A causal net scores each document whole, as `longnet score` does.
+) -> Score:
+    """Return the score of held-out documents. A causal net scores each document whole, as `longnet score` does.
 
     With the masked objective, documents are cut into windows of `seq_len` tokens, and the same tokens are hidden every
-    time. With contrast, `documents` are pairs, and each first text is to find its partner among all. `on_part` is
-    called on all ranks after each forward pass that all ranks have. The net ends in training mode, and the random state
+    time. `on_part` is called on all ranks after each forward pass. The net ends in training mode, and the random state
     stays as it was. Raises DataError where no token is hidden.
     """
     reading: dict[str, Any] = {
@@ -85,34 +110,12 @@ def evaluate(
     }
     model.eval()
     try:
-        if isinstance(documents, PairBatch):
-            return _rank_pairs(model, documents, recipe, contrast, ranks, on_part)
         if recipe.train.objective == "masked":
-            total = _score_masked(Reader(model, **reading), _masked_windows(documents, recipe, eos_id, seq_len))
-        else:
-            total = reduce(add, (each.score for each in score(model, documents, bos=eos_id, **reading)))
+            return _score_masked(Reader(model, **reading), _masked_windows(documents, recipe, eos_id, seq_len))
+        rows = score(model, documents, ScoreOptions(bos=eos_id), **reading).read_all().to_pylist()
+        return reduce(add, (Score(row["nll_sum"], row["n_tokens"], row["n_bytes"]) for row in rows))
     finally:
         model.train()
-    loss = total.nll_sum / total.n_tokens
-    return {"held_out_loss": loss, "held_out_ppl": total.ppl, "held_out_bpb": total.bpb}
-
-
-def _rank_pairs(
-    model: Net,
-    batch: PairBatch,
-    recipe: Recipe,
-    settings: ContrastRecipe,
-    ranks: Ranks,
-    on_part: Callable[[], None],
-) -> dict[str, float | None]:
-    pairs = len(batch.keys)
-    place = slice(ranks.dp_rank, pairs, ranks.dp)
-    telling = on_part if ranks.dp == 1 else None  # otherwise groups have different numbers of chunks
-    reader = TextReader(model, settings.pool, recipe.train.chunk, recipe.train.dtype, ranks, telling)
-    own = batch.part(place)
-    vectors, facts = read_pairs(reader, own, place, pairs, ranks)
-    loss = contrast_loss(vectors, facts[:, :-1], settings.divisor, settings.dims).item()
-    return {"held_out_loss": loss, **ranking(vectors, facts[:, :-1])}
 
 
 @dataclass(frozen=True)

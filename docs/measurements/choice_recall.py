@@ -1,9 +1,9 @@
 """Compare the blocks that each layer sees with those that its queries weigh most, of all keys. Nothing is trained.
 
     python examples/real_model.py runs/real
-    python examples/choice_recall.py runs/real/smollm2 finding --text runs/real/prose/*.txt --tokens 10K 100K
-    python examples/choice_recall.py longnet-tiny finding --text SOURCES... --tokens 10K 100K 1M
-    python examples/choice_recall.py longnet-tiny finding --random --tokens 10K 100K 1M
+    python docs/measurements/choice_recall.py runs/real/smollm2 finding --text runs/real/prose/*.txt --tokens 10K 100K
+    python docs/measurements/choice_recall.py longnet-tiny finding --text SOURCES... --tokens 10K 100K 1M
+    python docs/measurements/choice_recall.py longnet-tiny finding --random --tokens 10K 100K 1M
 
 A document is read once per pattern. At the end of each number of `--tokens`, it takes `--groups` groups of queries,
 evenly among those of the last 4,096 tokens. A block's weight for a group is its share of the softmax over all keys that

@@ -1,7 +1,7 @@
 """Ask RULER's questions about long documents, to see how far back a model finds what it has read. Nothing is trained.
 
     python examples/real_model.py runs/real
-    python examples/ruler.py runs/real/smollm2 dense window:1Ki,sinks=4 finding --text runs/real/prose/sec[A-E]*.txt
+    python docs/measurements/ruler.py runs/real/smollm2 dense window:1Ki,sinks=4 finding --text prose.txt
 
 The tasks are seven of RULER (arXiv 2404.06654), in its words: needles ("One of the special magic numbers for calm-river
 is: 4821937.") lie in repeated sentences, in prose, or among other needles, and chains of variables in repeated

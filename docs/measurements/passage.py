@@ -1,15 +1,16 @@
 """Say a passage again, long after a model has read it, to see what the model finds again. Nothing is trained.
 
     python examples/real_model.py runs/real
-    python examples/passage.py runs/real/smollm2 window:1Ki,sinks=4 finding \\
-      --filler runs/real/prose/sec[A-E]*.txt --passages runs/real/prose/secJ5.txt examples/recall.py
+    python docs/measurements/passage.py runs/real/smollm2 window:1Ki,sinks=4 finding \\
+      --filler runs/real/prose/sec[A-E]*.txt --passages runs/real/prose/secJ5.txt docs/measurements/recall.py
 
 Pages of a book whose other pages are the filler:
 
     apt-get download debian-handbook && dpkg-deb -x debian-handbook_*.deb runs
     python examples/real_model.py runs/handbook --no-model --prose runs/usr/share/doc/debian-handbook/html/en-US
     cd runs/handbook/prose
-    python ../../../examples/passage.py ../../real/smollm2 finding --filler *.txt --passages sect.apt-get.txt \\
+    python ../../../docs/measurements/passage.py ../../real/smollm2 finding --filler *.txt --passages \\
+      sect.apt-get.txt \\
       sect.kernel-compilation.txt sect.ldap-directory.txt sect.monitoring.txt sect.release-lifecycle.txt
 
 A document starts with 200 tokens of filler, and one passage from the middle of each file. Then comes filler again: the

@@ -1,9 +1,9 @@
 """Ask for needles in their own words and in others, at several places of a span of 128 tokens. Nothing is trained.
 
     python examples/real_model.py runs/real
-    python examples/questions.py runs/real/smollm2 window:1Ki,sinks=4 finding --ask finding:chosen_every=4 \\
+    python docs/measurements/questions.py runs/real/smollm2 window:1Ki,sinks=4 finding --ask finding:chosen_every=4 \\
       --text runs/real/prose/sec[A-E]*.txt
-    python examples/questions.py runs/real/smollm2 dense --text runs/real/prose/sec[A-E]*.txt --tokens 7500
+    python docs/measurements/questions.py runs/real/smollm2 dense --text runs/real/prose/sec[A-E]*.txt --tokens 7500
 
 A document of prose hides `--needles` like "The pass key of the red fox is 48213.", evenly, in any order, none in its
 last 2,048 tokens. Ten of them are asked for. In the same words, a question is "The pass key of the red fox is"; in

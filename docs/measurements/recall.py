@@ -1,6 +1,6 @@
 """Train small nets to recall, and print how often they are right by distance: how far back a pattern can find.
 
-    python examples/recall.py window:16 nested:4Ki,base=16 --seeds 3 -o recall.png > recall.jsonl
+    python docs/measurements/recall.py window:16 window:16,chosen=16x4,chosen_every=1 --seeds 3 -o recall.png
 
 The task is multi-query associative recall (Arora et al., arXiv 2312.04927). A key and its value are somewhere in a
 sequence of noise, and the key comes again `distance` tokens later. Only looking back can tell which value follows it.

@@ -1,0 +1,336 @@
+"""What a job needs in memory: bytes by kind, counted from the configuration of its net. Nothing is allocated.
+
+A job's peak is the sum of its kinds, as if everything were held at one time. The chunk that fits, `--dry-run`,
+refusals, `bench` and `examples/cluster.py` count with these functions; tests compare them with real runs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+import torch
+
+from longnet_cli.attention import Pattern
+from longnet_cli.attention.branches import branches
+from longnet_cli.attention.cache import cached_rows
+from longnet_cli.attention.groups import past_bytes
+from longnet_cli.attention.kernels import select_kernel
+from longnet_cli.attention.spans import SINKS, lanes, segment_rows
+from longnet_cli.models.hf.pretrained_config import TransformersConfig
+from longnet_cli.nets.config import LongNetConfig, NetConfig
+from longnet_cli.nets.longnet import LongNet
+from longnet_cli.nets.net import LOGITS_LIMIT, Net
+from longnet_cli.running.device import DTYPES, resolve_dtype
+from longnet_cli.running.layerwise import fits_beside, kept_bytes
+from longnet_cli.running.mapped import aligned
+from longnet_cli.running.ranks.exchange import most_owned
+from longnet_cli.running.ranks.ranks import Ranks
+
+if TYPE_CHECKING:
+    from longnet_cli.jobs.estimating.reading import ReadingPlan
+    from longnet_cli.jobs.training.recipe import Recipe, Stage
+
+
+def itemsize_of(dtype: str, device: torch.device) -> int:
+    """Return the bytes per number of matrix products."""
+    return DTYPES[resolve_dtype(dtype, device)].itemsize
+
+
+class CacheBytes(NamedTuple):
+    """Bytes that a causal sequence keeps between its chunks; only a rank's own `blocks` can be in a file (`--spill`).
+
+    rows: keys and values of the segments that later tokens see, or of all tokens. blocks, choosing: of blocks that may
+    be chosen, and of what chooses them: mean keys, and what was fetched last from other ranks.
+    """
+
+    rows: int
+    blocks: int = 0
+    choosing: int = 0
+
+
+def cache_bytes(config: NetConfig, tokens: int, itemsize: int, sp: int = 1) -> CacheBytes:
+    """Return what a stream has allocated after `tokens`, which `sp` ranks share. Training keeps more (`far_bytes`)."""
+    number = 2 * config.head_dim * itemsize
+    if isinstance(config, TransformersConfig) and config.memory != "segments":
+        return CacheBytes((config.num_layers + 1) * config.kv_heads * tokens * number)  # one layer is being copied
+    rows = config.num_layers * number * cached_rows(config.pattern, config.num_heads, config.kv_heads, tokens)
+    blocks, _ = _past_bytes(config, -(-tokens // sp), itemsize)
+    return CacheBytes(rows, blocks, sum(_past_bytes(config, tokens, itemsize, sp)) - blocks)
+
+
+def _past_bytes(config: NetConfig, tokens: int, itemsize: int, sp: int = 1) -> tuple[int, int]:
+    """Return the bytes of chosen blocks in all layers: keys and values, and mean keys."""
+    sizes, kinds = (config.kv_heads, config.head_dim, tokens, itemsize), config.pattern.kinds(config.num_layers)
+    blocks, means = zip(*(past_bytes(config.pattern, *sizes, kind, sp) for kind in kinds), strict=True)
+    of_all = [sum(n * layers for n, layers in zip(each, kinds.values(), strict=True)) for each in (blocks, means)]
+    return of_all[0], of_all[1]
+
+
+def forward_memory(net: Net, tokens: int, itemsize: int, predicted: int = 0) -> dict[str, int]:
+    """Return the bytes of weights, and of a forward pass without gradients of which some tokens have logits.
+
+    Autocast copies the matrices. Logits take the place of the activations, which are gone by then.
+    """
+    config = net.config
+    weights = sum(x.numel() * x.element_size() for x in (*net.parameters(), *net.buffers()))
+    cast_to = itemsize if itemsize < next(net.parameters()).itemsize else 0
+    activations = config.forward_bytes(tokens)
+    return {
+        "weights": weights + cast_to * config.layer_weights,
+        "activations": activations,
+        "logits": max(0, logits_bytes(config, predicted) - activations),
+    }
+
+
+def attention_memory(
+    shape: Sequence[int], pattern: Pattern | None, causal: bool, dtype: torch.dtype, device: torch.device, back: bool
+) -> int:
+    """Return the bytes of attention alone, forward or `back`; of q (B, N, H, D) or, if it is dense, (B, H, N, D).
+
+    They are q, k, v, out and lse, in the backward pass the four gradients, float32 copies of narrower ones, and what
+    the largest kernel call of a pattern needs beside its arguments (views).
+    """
+    wide = 0 if dtype == torch.float32 else 4
+    number = 4 * dtype.itemsize + wide + (4 * dtype.itemsize + 3 * wide) * back
+    size = math.prod(shape) * number + 4 * math.prod(shape[:-1])
+    if pattern is None:
+        return size
+    (batch, tokens, heads, head_dim), largest = shape, 0
+    kernel = select_kernel(device, dtype, head_dim)
+    scores = kernel.name == "math"  # two matrices of scores; flash kernels need only (rows, head_dim) tensors
+    for queries, keys, *_ in branches(pattern, heads, 0, tokens, causal, "exact", ()):
+        calls = min(kernel.max_batch(queries.heads, queries.rows, head_dim), batch * queries.segments)
+        width = max(keys.rows, head_dim) if scores else head_dim
+        largest = max(largest, calls * queries.heads * queries.rows * width)
+    return size + 4 * largest * (8 if back and not scores else 2)
+
+
+def gradient_memory(config: NetConfig, batch: int, seq_len: int, chunk: int, itemsize: int, device: str) -> int:
+    """Return the bytes of weights and gradients, of a chunk's activations and logits, and of what chunks keep."""
+    numbers = config.num_parameters() * (8 if itemsize == 4 else 8 + itemsize)  # autocast copies the weights
+    saved = batch * chunk * activation_bytes(config, itemsize, device)
+    kept = batch * sum(far_bytes(config, seq_len, chunk, itemsize))
+    return numbers + saved + kept + logits_bytes(config, batch * chunk)
+
+
+def reading_memory(
+    net: Net, plan: ReadingPlan, chunk: int, dtype: str, ranks: Ranks, *, scores: bool, spill: bool
+) -> dict[str, int]:
+    """Return the bytes of one rank that reads windows as planned, in chunks of so many tokens.
+
+    hidden: float32 hidden states that wait, in pieces and joined: of windows that are read together, or of two chunks
+    of a longer one. In a bidirectional net also all that `spilled_bytes` counts, unless they are on a disk or, because
+    a GPU has no room, in the host's memory. cache: of the longest window in a causal net, without what is on a disk.
+    """
+    config, device = net.config, next(net.parameters()).device
+    in_chunks, spillable = plan.in_chunks(chunk), spilled_bytes(net, plan, chunk, dtype, ranks)
+    tokens = min(plan.largest, chunk) if config.streams else plan.largest
+    together = min(plan.together, 2 * chunk)
+    kinds = forward_memory(net, tokens, itemsize_of(dtype, device), max(tokens, together) * scores)
+    kinds["hidden"] = 2 * 4 * config.dim * (2 * chunk if in_chunks else together)
+    if in_chunks and config.causal:
+        cache = cache_bytes(config, plan.longest, itemsize_of(dtype, device), ranks.sp)
+        kinds["cache"] = sum(cache) - (spillable if spill else 0)
+    elif not spill and (device.type == "cpu" or fits_beside(config.forward_bytes(chunk), spillable, device)):
+        kinds["hidden"] += spillable
+    return kinds
+
+
+def spilled_bytes(net: Net, plan: ReadingPlan, chunk: int, dtype: str, ranks: Ranks) -> int:
+    """Return the bytes of one rank's file of `--spill`; 0 if no window is read in chunks.
+
+    A bidirectional net keeps hidden states there between its layers, a causal one the blocks that are chosen from.
+    """
+    if not plan.in_chunks(chunk):
+        return 0
+    if net.config.causal:
+        itemsize = itemsize_of(dtype, next(net.parameters()).device)
+        return cache_bytes(net.config, plan.longest, itemsize, ranks.sp).blocks
+    return kept_bytes(cast(LongNet, net), plan.longest, chunk, ranks) if net.layer_by_layer else 0
+
+
+def training_memory(recipe: Recipe, device: torch.device, ranks: Ranks) -> dict[str, int]:
+    """Return the bytes of one rank at its peak, by kind.
+
+    weights: 4 bytes per number, and the copy of the matrices that autocast makes. gradients: 4 bytes per trained
+    number. optimizer: 8 bytes per trained number, the two moments of AdamW; Muon has one moment of the layers'
+    matrices, or of LoRA's. With `parallel.shard` "full", a rank holds its share of all these, and in a step all weights
+    and gradients besides. activations, logits, cache, key_gradients: of the stage that takes the most. checkpoint: a
+    single process copies its weights and moments, and makes a second copy, the bytes of the file, while it continues to
+    train. With a GPU these two copies are in the host's memory, and not counted.
+    """
+    config, itemsize = recipe.model, itemsize_of(recipe.train.dtype, device)
+    trained, layer_matrices = config.trained, config.layer_weights
+    numbers = config.num_parameters() + (trained if config.frozen else 0)
+    copies = 0 if itemsize == 4 else itemsize * (layer_matrices + config.vocab_size * config.dim)
+    of_muon = (trained if config.frozen else layer_matrices) if recipe.optimizer.name == "muon" else 0
+    moments = 8 * trained - 4 * of_muon
+    share = ranks.world if recipe.parallel.shard == "full" else 1
+    own_weights, own_gradients = (4 * n // share if share > 1 else 0 for n in (numbers, trained))
+    stages = [_stage_memory(recipe, stage, device, ranks) for stage in recipe.train.stages]
+    alone = device.type == "cpu" and ranks.world == 1
+    return {
+        "weights": 4 * numbers + own_weights + copies,
+        "gradients": 4 * trained + own_gradients,
+        "optimizer": moments // share,
+        **max(stages, key=lambda kinds: sum(kinds.values())),
+        "checkpoint": 2 * (4 * trained + moments) if alone else 0,
+    }
+
+
+def _stage_memory(recipe: Recipe, stage: Stage, device: torch.device, ranks: Ranks) -> dict[str, int]:
+    """Return the bytes of one rank that depend on the length of a stage's windows, by kind.
+
+    activations: what all layers save for the tokens of a forward pass. logits: of those that are predicted. cache: rows
+    that pass from chunk to chunk, of each window of the forward pass, and rows that are stored for the backward pass.
+    key_gradients: of blocks that are chosen. With `train.spill`, what is stored is on a disk.
+    """
+    config, train, itemsize = recipe.model, recipe.train, itemsize_of(recipe.train.dtype, device)
+    tokens = tokens_at_once(recipe, stage, ranks)
+    windows = max(1, tokens * ranks.sp // stage.seq_len)
+    far = far_bytes(config, stage.seq_len, train.chunk * ranks.sp, itemsize, ranks.sp)
+    lora = recipe.pretrained.adapter if recipe.pretrained else None
+    saved = activation_bytes(config, itemsize, device.type, train.activation_checkpointing, lora)  # per token
+    kinds = {
+        "activations": tokens * saved,
+        "logits": logits_bytes(config, round(tokens * train.predicted)),
+        "cache": windows * far.passing + (0 if train.spill else far.stored - far.gradients),
+    }
+    if config.pattern.chosen:
+        kinds["key_gradients"] = 0 if train.spill else far.gradients
+    return kinds
+
+
+def tokens_at_once(recipe: Recipe, stage: Stage, ranks: Ranks) -> int:
+    """Return the most tokens of a forward pass on one rank, as `gradients.backward` groups or cuts sequences."""
+    chunk, rows = recipe.train.chunk * ranks.sp, max(1, recipe.train.windows(stage) // ranks.dp)
+    if recipe.train.across_documents:
+        rows = min(rows, max(1, chunk // stage.seq_len))
+    return -(-min(chunk, rows * stage.seq_len) // ranks.sp)  # documents of several windows may fill a chunk
+
+
+def logits_bytes(config: NetConfig, tokens: int) -> int:
+    """Return the bytes of three float32 numbers for each logit.
+
+    In training, they are the log-softmax, its gradient and the logits' gradient. Without gradients, they are the logits
+    and the log-softmax, and real runs take up to one more.
+    """
+    return 12 * min(tokens * config.vocab_size, LOGITS_LIMIT)
+
+
+def activation_bytes(
+    config: NetConfig, itemsize: int, device: str, again: bool = False, lora: dict | None = None
+) -> int:
+    """Return the bytes per token that all layers save for the backward pass, and that one layer's backward adds.
+
+    With `again` (`train.activation_checkpointing`), all layers but one save only their input. The other arguments are
+    those of `saved_bytes`.
+    """
+    layer, others = saved_bytes(config, itemsize, device, lora)
+    layers = layer + (config.num_layers - 1) * (4 * config.dim if again else layer)
+    return layers + others + itemsize * (config.ffn_dim + 2 * config.dim)
+
+
+def saved_bytes(config: NetConfig, itemsize: int, device: str, lora: dict | None = None) -> tuple[int, int]:
+    """Return the bytes that a token saves for the backward pass: in each layer, and outside the layers.
+
+    `itemsize` is the bytes per number of matrix products, `device` is "cpu" or "cuda". `lora` holds the arguments of
+    `models.hf.lora.add_lora`, which raises ConfigError for wrong ones. Of a LongNet, these are the tensors that
+    `nets/longnet.py` saves: the residual stream, norms and lse are float32. Of another net, they are measured.
+    """
+    if not isinstance(config, LongNetConfig):
+        from longnet_cli.models.hf.saved_tensors import measured_bytes  # imports transformers
+
+        source = cast(TransformersConfig, config).source
+        return measured_bytes(source, json.dumps(lora), "fp32" if itemsize == 4 else "bf16")
+    d, f, s = config.dim, config.ffn_dim, itemsize
+    inner = 2 * s if device == "cpu" else 8  # mean and deviation of an inner norm: of its input's type on a CPU
+    attention = 4 * d + 8 + s * d  # its input, mean and deviation of that; the normed input
+    attention += 4 * s * d + 4 * config.num_heads  # q, k, v, out; lse
+    ffn = 4 * d + 8 + s * d + s * f  # the same, and the input of gelu
+    if config.norm == "subln":
+        attention += s * d + inner  # the normed output
+        ffn += 2 * s * f + inner  # the norm's input and output
+    else:
+        ffn += s * f  # the output of gelu
+    dropout = 2 * d * (s if device == "cpu" else 1) if config.dropout else 0
+    embedded = 8 + 4 * d + 8 + s * d  # the ids; the input of the last norm, its mean and deviation, its output
+    tables = {"none": 0, "rope": 1, "xpos": 2}[config.position] * 4 * config.head_dim
+    return attention + ffn + dropout, embedded + tables
+
+
+class FarBytes(NamedTuple):
+    """Bytes that chunks of one sequence keep for each other. `stored` can be spilled to a disk, `passing` cannot.
+
+    `stored`: keys and values that later chunks see, until the backward pass is past them, and the sums of their
+    gradients. `passing`: temporaries of one chunk and layer for its far rows and, on a GPU, copies of these rows; what
+    chooses blocks, and the choices. `gradients`: of `stored`, the sums for blocks that later chunks may choose.
+    """
+
+    stored: int
+    passing: int
+    gradients: int = 0
+
+
+def stored_bytes(recipe: Recipe, device: torch.device, ranks: Ranks) -> int:
+    """Return the bytes of far rows and their gradients that one rank stores, in memory or in `train.spill`'s file."""
+    itemsize, chunk = itemsize_of(recipe.train.dtype, device), recipe.train.chunk * ranks.sp
+    lengths = [stage.seq_len for stage in recipe.train.stages]
+    return max(far_bytes(recipe.model, length, chunk, itemsize, ranks.sp).stored for length in lengths)
+
+
+def far_bytes(config: NetConfig, seq_len: int, chunk: int, itemsize: int, sp: int = 1) -> FarBytes:
+    """Return the bytes for one sequence of `seq_len` tokens, with `itemsize` bytes per number of a key.
+
+    `sp` ranks share every chunk.
+    """
+    pattern, size = config.pattern, config.pattern.chosen_block
+    if seq_len <= chunk:
+        if sp == 1 or not pattern.chosen:
+            return FarBytes(0, 0)
+        tokens = most_owned(size, seq_len, seq_len, sp) * size
+        sums, _ = past_bytes(pattern, config.kv_heads, config.head_dim, tokens, max(4, itemsize), "follows")
+        return FarBytes(0, sum(_past_bytes(config, tokens, itemsize)) + config.num_layers * sums)
+    backs = dict(enumerate(pattern.look_backs))
+    stored = passing = 0
+    for level in (SINKS, *backs) if pattern.sinks else backs:
+        held = len(lanes(pattern, level, config.num_heads, config.kv_heads).offsets)
+        numbers = 2 * segment_rows(pattern, level, seq_len) * held * config.head_dim
+        seen = at_once = 1
+        if level != SINKS:
+            w = pattern.segment_lengths[level]
+            seen = seen_segments(w, backs[level], chunk, seq_len)
+            at_once = min(seen, backs[level] + bool(chunk % w))
+        sums = aligned(max(4, itemsize) * numbers)
+        stored += config.num_layers * (aligned(itemsize * numbers) * seen + sums * at_once)
+        passing += (itemsize + 4) * numbers * at_once
+    gradients = 0
+    if pattern.chosen:
+        last = seq_len - 1 - (seq_len - 1) % chunk
+        whole, earlier = (n // size * size for n in (seq_len, last + size - 1))
+        if sp > 1:
+            whole = earlier = most_owned(size, seq_len, chunk, sp) * size
+        kinds, of_layer = pattern.kinds(config.num_layers), (pattern, config.kv_heads, config.head_dim)
+        for kind, layers in kinds.items():
+            kept, means = past_bytes(*of_layer, whole, itemsize, kind)
+            sums, _ = past_bytes(*of_layer, earlier, max(4, itemsize), kind)
+            gradients += layers * aligned(sums)
+            stored += layers * (aligned(kept) + aligned(sums))
+            passing += layers * means
+        passing += kinds["chooses"] * 4 * pattern.chosen * -(-seq_len // pattern.chosen_every)
+    return FarBytes(stored, passing, gradients)
+
+
+def seen_segments(w: int, back: int, chunk: int, seq_len: int) -> int:
+    """Return how many segments of w tokens later chunks see, in a sequence of `seq_len` tokens in chunks of `chunk`.
+
+    A chunk sees the segment inside which it starts, if any, and the `back` segments before its own.
+    """
+    ends = -(-seq_len // chunk) - 1
+    if chunk >= (1 + back) * w:  # no segment is seen from two ends; an end on a segment's edge sees one fewer
+        return ends * (1 + back) - ends // (w // math.gcd(w, chunk))
+    # all segments, from the first one that the first end sees up to the last end
+    return -(-ends * chunk // w) - max(0, chunk // w - back) if ends else 0

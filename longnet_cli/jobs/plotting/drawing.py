@@ -1,0 +1,336 @@
+"""Curves and panels to draw, whatever was measured: as a picture by matplotlib, or in characters for a terminal."""
+
+from __future__ import annotations
+
+import io
+import math
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from longnet_cli.basics.atomic import write_file
+from longnet_cli.basics.errors import ConfigError, LongNetError
+from longnet_cli.basics.sizes import short_number
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis as MatplotlibAxis
+    from matplotlib.figure import Figure
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """An axis: its title, its scale, the format of its numbers (`write`), and of its places in a sentence (`at`).
+
+    `base` is the base of a logarithmic scale, or 0 for a linear one.
+    """
+
+    title: str
+    base: int = 0
+    write: Callable[[float], str] = short_number
+    at: str = "{}"
+
+    def name(self, value: float) -> str:
+        """Return the name of a place in a sentence."""
+        return self.at.format(self.write(value))
+
+    def scale(self, value: float) -> float:
+        """Return the place of a value. On a logarithmic scale, it is the logarithm of a positive value."""
+        return math.log(value, self.base) if self.base else value
+
+    def unscale(self, place: float) -> float:
+        """Return the value whose `scale` is `place`."""
+        return float(self.base) ** place if self.base else place
+
+
+class Point(NamedTuple):
+    """A measured value and its standard error, None where that is unknown."""
+
+    x: float
+    y: float
+    error: float | None = None
+
+
+class Curve(NamedTuple):
+    """Points in rising order of x. Curves of the same name are parts of one curve.
+
+    `extrapolated`: the first point was measured, and the others were computed from it.
+    """
+
+    name: str
+    points: list[Point]
+    extrapolated: bool = False
+
+
+class Panel(NamedTuple):
+    """Curves of one quantity, whose name in the files is `key`."""
+
+    key: str
+    x: Axis
+    y: Axis
+    curves: list[Curve]
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the curves, each once."""
+        return list(dict.fromkeys(curve.name for curve in self.curves))
+
+
+def number(value: Any) -> float | None:
+    """Return a number from a file as a float; None for anything else, and for numbers that are not finite floats."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
+def point(row: Row, x: float | None, key: str, axes: tuple[Axis, Axis], error: str = "") -> list[Point]:
+    """Return the point of a row in a list, which is empty if the axes can show none."""
+    y = number(row.get(key))
+    if x is None or y is None or any(axis.base and value <= 0 for axis, value in zip(axes, (x, y), strict=True)):
+        return []
+    return [Point(x, y, number(row.get(error)))]
+
+
+def merged(panels: Sequence[Panel]) -> list[Panel]:
+    """Merge the panels of each key, in the order of their first ones. Leave out empty curves and empty panels."""
+    keys: dict[str, Panel] = {}
+    for panel in panels:
+        first = keys.setdefault(panel.key, panel._replace(curves=[]))
+        first.curves.extend(curve for curve in panel.curves if curve.points)
+    return [panel for panel in keys.values() if panel.curves]
+
+
+PICTURES = (".png", ".svg", ".pdf")
+
+
+def new_figure(output: str | Path, width: float, height: float) -> Figure:
+    """Return an empty figure of `width` by `height` inches.
+
+    Raises ConfigError for a name that ends in none of PICTURES, LongNetError if matplotlib is not installed.
+    """
+    if Path(output).suffix.lower() not in PICTURES:
+        raise ConfigError(f"{output}: a picture's name ends in {', '.join(PICTURES)}")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise LongNetError(
+            "pictures need matplotlib: pip install 'longnet-cli[plot]'; leave out -o to draw in the terminal"
+        ) from None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure: Figure, output: str | Path, dpi: int) -> None:
+    """Write a figure, whole or not at all."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format=Path(output).suffix.lower()[1:], dpi=dpi)
+    write_file(output, picture.getvalue())
+
+
+def draw_picture(panels: Sequence[Panel], output: str | Path) -> None:
+    """Write a picture, whole or not at all: a column of panels for each horizontal axis.
+
+    Standard errors are bands, extrapolated curves are dashed. Raises the errors of `new_figure`.
+    """
+    columns: dict[Axis, list[Panel]] = {}
+    for panel in panels:
+        columns.setdefault(panel.x, []).append(panel)
+    rows = max(map(len, columns.values()))
+    width = 7.0 if len(columns) == 1 else 5.0 * len(columns)
+    figure = new_figure(output, width, 2.4 * rows + 0.3 if rows > 1 else 3.4)
+    for column, each in zip(figure.subfigures(1, len(columns), squeeze=False)[0], columns.values(), strict=True):
+        grid = column.subplots(len(each), sharex=True, squeeze=False)[:, 0]
+        for axes, panel in zip(grid, each, strict=True):
+            _draw(axes, panel)
+        grid[-1].set_xlabel(each[0].x.title)
+        column.align_ylabels(grid)
+    save_figure(figure, output, dpi=150)
+
+
+def _draw(axes: Axes, panel: Panel) -> None:
+    colors = {name: f"C{index % 10}" for index, name in enumerate(panel.names)}
+    for curve in panel.curves:
+        _draw_curve(axes, panel, curve, colors[curve.name])
+    axes.set_ylabel(panel.y.title)
+    axes.grid(alpha=0.3)
+    if panel.x.base:
+        axes.set_xscale("log", base=panel.x.base)
+        _set_ticks(axes.xaxis, panel.x)
+    if panel.y.base:
+        axes.set_yscale("log", base=panel.y.base)
+        _set_ticks(axes.yaxis, panel.y)
+    if len(panel.curves) > 1:
+        axes.legend(frameon=False, fontsize="small")
+
+
+def _draw_curve(axes: Axes, panel: Panel, curve: Curve, color: str) -> None:
+    x = [point.x for point in curve.points]
+    y = [point.y for point in curve.points]
+    errors = [math.nan if point.error is None else point.error for point in curve.points]
+    style: dict[str, Any] = {"linewidth": 1.2, "color": color, "linestyle": "--" if curve.extrapolated else "-"}
+    if len(x) == 1 or (panel.x.base and not curve.extrapolated):  # a line cannot show one point; of few, show each
+        style |= {"marker": "o", "markersize": 4 if panel.x.base else 6}
+    label = f"{curve.name}, extrapolated" if curve.extrapolated else curve.name
+    if any(line.get_label() == label for line in axes.get_lines()):
+        label = f"_{label}"  # matplotlib leaves it out of the legend
+    axes.plot(x, y, label=label, **style)
+    if not all(map(math.isnan, errors)):
+        low, high = ([b + sign * e for b, e in zip(y, errors, strict=True)] for sign in (-1, 1))
+        if len(x) == 1:
+            axes.errorbar(x, y, errors, color=color, linewidth=1.2, capsize=2)
+        else:
+            axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+
+
+def _set_ticks(axis: MatplotlibAxis, kind: Axis) -> None:
+    """Give a logarithmic axis ticks at powers of its base, at least two."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    low, high = (kind.scale(value) for value in sorted(axis.get_view_interval()))
+    powers = range(math.ceil(low), math.floor(high) + 1)
+    if len(powers) < 2:
+        powers = range(math.floor(low), math.ceil(high) + 1)
+        axis.set_view_interval(kind.unscale(powers[0]), kind.unscale(powers[-1]), ignore=True)
+    ticks = [kind.unscale(power) for power in powers[:: -(-len(powers) // 9)]]
+    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: kind.write(value)))
+
+
+_BRAILLE = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # the bit of each dot, by row and column
+_COLORS = (36, 33, 35, 32, 34, 31)
+_MARGIN = 10  # characters for the numbers on the left
+_HEIGHT = 8  # lines of a panel
+
+
+def draw_text(panels: Sequence[Panel], width: int, *, color: bool = False, braille: bool = True) -> str:
+    """Return the panels in characters, in lines of at most `width` (40 at least).
+
+    Curves differ by colour or, without `color`, by letter, a for the first. `braille`: draw with dots, eight to a
+    character, if no letters are needed. A standard error is a vertical line of dots or colons. An extrapolated curve
+    has only every third dot.
+    """
+    return "\n".join(line for panel in panels for line in _Drawing(panel, max(width, 40), color, braille).lines())
+
+
+class _Drawing:
+    """One panel: its scales, and the content of each character cell."""
+
+    def __init__(self, panel: Panel, width: int, color: bool, braille: bool) -> None:
+        self.panel, self.names = panel, panel.names
+        self.columns, self.color = width - _MARGIN - 2, color and len(self.names) > 1
+        self.dots = braille and (color or len(self.names) == 1)
+        self.across, self.down = (2, 4) if self.dots else (1, 1)  # dots per character
+        points = [point for curve in panel.curves for point in curve.points]
+        self.x = sorted((panel.x.scale(point.x), point.x) for point in points)
+        edges = [edge for point in points for edge in self._band(point)]
+        self.y = min(edges), max(edges)
+        self.cells: dict[tuple[int, int], tuple[int, str | int]] = {}  # (row, column) -> owner, mark or dots
+        for bands in (True, False):
+            for curve in panel.curves:
+                self._draw(curve, bands)
+
+    def _band(self, point: Point) -> tuple[float, float]:
+        """Return the ends of a value's standard error, on the scale of the axis."""
+        scale, error = self.panel.y.scale, point.error or 0.0
+        return scale(point.y - error), scale(point.y + error)
+
+    def _draw(self, curve: Curve, bands: bool) -> None:
+        """Draw the standard errors of a curve if `bands`, otherwise the curve itself."""
+        owner = self.names.index(curve.name)
+        if bands:
+            for point in curve.points:
+                if point.error is not None:
+                    x, (low, high) = self._column(point), map(self._row, self._band(point))
+                    for y in range(high, low + 1, 2 if self.dots else 1):
+                        self._mark(x, y, owner, ":")
+            return
+        scale = self.panel.y.scale
+        places = [(self._column(point), self._row(scale(point.y))) for point in curve.points]
+        for index, (x, y) in enumerate(_connected(places)):
+            if not curve.extrapolated or index % 3 == 0:
+                self._mark(x, y, owner, "." if curve.extrapolated else _letter(owner))
+
+    def _column(self, point: Point) -> int:
+        return _place(self.panel.x.scale(point.x), self.x[0][0], self.x[-1][0], self.across * self.columns)
+
+    def _row(self, y: float) -> int:
+        rows = self.down * _HEIGHT
+        return rows - 1 - _place(y, *self.y, rows)
+
+    def _mark(self, x: int, y: int, owner: int, mark: str) -> None:
+        cell = y // self.down, x // self.across
+        bit = _BRAILLE[y % 4][x % 2]
+        before, there = self.cells.get(cell, (owner, 0))
+        dots = (there if before == owner and isinstance(there, int) else 0) | bit
+        self.cells[cell] = (owner, dots if self.dots else mark)
+
+    def _cell(self, row: int, column: int) -> str:
+        if (row, column) not in self.cells:
+            return " "
+        owner, there = self.cells[row, column]
+        return self._colored(owner, chr(0x2800 + there) if isinstance(there, int) else there)
+
+    def _colored(self, owner: int, text: str) -> str:
+        return colored(owner, text) if self.color else text
+
+    def lines(self) -> Iterator[str]:
+        panel = self.panel
+        low, high = self.y
+        labels = {0: high, _HEIGHT - 1: low} if high > low else {(_HEIGHT - 1) // 2: high}
+        yield panel.y.title
+        for row in range(_HEIGHT):
+            label = panel.y.write(panel.y.unscale(labels[row])) if row in labels else ""
+            yield f"{label:>{_MARGIN}} |{''.join(self._cell(row, column) for column in range(self.columns)).rstrip()}"
+        yield f"{'':>{_MARGIN}} +{'-' * self.columns}"
+        begin, end = panel.x.write(self.x[0][1]), panel.x.write(self.x[-1][1])
+        room = self.columns - len(begin) - len(end)
+        yield f"{'':>{_MARGIN + 2}}{begin}{panel.x.title if len(panel.x.title) < room else '':^{room}}{end}"
+        for curve in panel.curves:
+            yield from (f"{'':>{_MARGIN + 2}}{line}" for line in self._last(curve))
+        yield ""
+
+    def _last(self, curve: Curve) -> Iterator[str]:
+        """Yield the lines that name a curve and its last point: `a dense: 3.65 s at 64Ki tokens`."""
+        owner, point = self.names.index(curve.name), curve.points[-1]
+        more = ", extrapolated" if curve.extrapolated else ""
+        error = "" if point.error is None else f" +- {self.panel.y.write(point.error)}"
+        summary = f"{curve.name}{more}: {self.panel.y.write(point.y)}{error} at {self.panel.x.name(point.x)}"
+        if len(self.names) == 1:
+            yield from textwrap.wrap(summary, self.columns)
+            return
+        mark = self._colored(owner, "--") + " " if self.color else f"{_letter(owner)} "
+        for line in textwrap.wrap(summary, self.columns - 3):
+            yield mark + line
+            mark = " " * (3 if self.color else 2)
+
+
+def colored(owner: int, text: str, behind: int | None = None) -> str:
+    """Return text for a terminal in the colour of curve or level `owner`, on the colour of `behind`."""
+    ground = "" if behind is None else f";{_COLORS[behind % len(_COLORS)] + 10}"
+    return f"\x1b[{_COLORS[owner % len(_COLORS)]}{ground}m{text}\x1b[0m"
+
+
+def _letter(owner: int) -> str:
+    return chr(ord("a") + owner % 26)
+
+
+def _place(value: float, low: float, high: float, count: int) -> int:
+    """Return the place of a value among `count` places from low to high; the middle if low equals high."""
+    return round((value - low) / (high - low) * (count - 1)) if high > low else count // 2
+
+
+def _connected(places: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Yield the places, and the places on straight lines between neighbours."""
+    yield places[0]
+    for (x0, y0), (x1, y1) in pairwise(places):
+        steps = max(abs(x1 - x0), abs(y1 - y0))
+        for i in range(1, steps + 1):
+            yield round(x0 + (x1 - x0) * i / steps), round(y0 + (y1 - y0) * i / steps)

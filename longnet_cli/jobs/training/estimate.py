@@ -1,0 +1,162 @@
+"""The estimate of `longnet train --dry-run`: parameters, memory by kind, FLOPs and time of a recipe.
+
+All but the time is arithmetic; nothing of the recipe's size is allocated. The memory is one rank's, as if everything
+were held at one time. This is true whenever a step has more than one chunk.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from longnet_cli.jobs.estimating.estimate import Estimate
+from longnet_cli.jobs.estimating.memory import stored_bytes, tokens_at_once, training_memory
+from longnet_cli.nets.config import LongNetConfig
+from longnet_cli.nets.longnet import LongNet
+from longnet_cli.nets.net import LOGITS_LIMIT
+from longnet_cli.running.chunk_size import (
+    GPU_TRAINING_CHUNK,
+    SHORTEST_CHUNK,
+    TRAINING_CHUNK,
+    chunk_of,
+    fitting_chunk,
+)
+from longnet_cli.running.device import free_memory, matmul_peak, resident_memory, resolve_dtype
+from longnet_cli.running.ranks.ranks import Ranks
+
+from .building import build_optimizers
+from .recipe import OptimizerRecipe, Recipe, Stage
+from .start import check_ranks
+
+EFFICIENCY = 0.4  # share of the measured matmul peak that a training step is assumed to reach
+
+
+def settle_chunk(recipe: Recipe, device: torch.device, ranks: Ranks) -> Recipe:
+    """Return the recipe with a `train.chunk` that keeps a GPU busy, unless it names one. All ranks call it together.
+
+    The chunk is the longest power of two up to `GPU_TRAINING_CHUNK` that leaves a fifth of the free memory, and at
+    least the default, which a CPU uses.
+    """
+    if device.type == "cpu" or recipe.names_chunk:
+        return recipe
+    needed = partial(_needed_bytes, recipe, device, ranks)
+    longest = fitting_chunk(needed, GPU_TRAINING_CHUNK, 0.8 * (free_memory(device) or 0), TRAINING_CHUNK)
+    return recipe.with_chunk(chunk_of(None, longest or TRAINING_CHUNK, ranks=ranks))
+
+
+def is_too_large(recipe: Recipe, device: torch.device, ranks: Ranks) -> bool:
+    """Return whether training by `recipe` needs more memory than is free, as `estimate_training` counts it."""
+    free = free_memory(device)
+    return free is not None and _needed_bytes(recipe, device, ranks, recipe.train.chunk) > free
+
+
+def estimate_training(recipe: Recipe, device: torch.device, ranks: Ranks | None = None) -> Estimate:
+    """Return what training by `recipe` will take on this machine. Times matrix products for a third of a second.
+
+    `flops_per_token` counts a forward and a backward pass; `flops` also counts what is computed again. `seconds` is the
+    time for `flops` when each rank reaches `EFFICIENCY` times `matmul_peak` (FLOP/s of one rank). Raises ConfigError as
+    `check_ranks` does.
+    """
+    ranks, config, train = ranks or Ranks(), recipe.model, recipe.train
+    check_ranks(recipe, ranks)
+    dtype = resolve_dtype(train.dtype, device)
+    _load_all(device)
+    program, free = resident_memory(device), free_memory(device)
+    memory = training_memory(recipe, device, ranks)
+    # a chunk of a bidirectional net cannot be shorter than a window
+    longest = max(stage.seq_len for stage in train.stages)
+    shortest = SHORTEST_CHUNK if config.causal else -(-longest // ranks.sp)
+    # of each stage: its tokens, the FLOPs per token of one forward and one backward pass, and those that are executed
+    tokens = [stage.steps * recipe.step_tokens(stage) for stage in train.stages]
+    of_passes = [config.training_flops([stage.seq_len], train.predicted) / stage.seq_len for stage in train.stages]
+    executed = [step_flops(recipe, stage, ranks).all for stage in train.stages]
+    flops = sum(n * per_token for n, per_token in zip(tokens, executed, strict=True))
+    peak = matmul_peak(device, dtype)
+    return Estimate(
+        memory={"program": program, **memory},
+        free=free,
+        counts={"parameters": config.num_parameters()},
+        costs={
+            "flops_per_token": sum(n * each for n, each in zip(tokens, of_passes, strict=True)) / sum(tokens),
+            "tokens": sum(tokens),
+            "flops": flops,
+            "seconds": flops / (peak * EFFICIENCY * ranks.world),
+            "dtype": dtype,
+            "chunk": train.chunk,
+            "spill_bytes": stored_bytes(recipe, device, ranks) if train.spill else 0,
+            "matmul_peak": peak,
+            "efficiency": EFFICIENCY,
+        },
+        chunk_that_fits=fitting_chunk(partial(_needed_bytes, recipe, device, ranks), train.chunk, free, shortest),
+        otherwise=_advice(memory, config.causal),
+    )
+
+
+def _advice(memory: dict[str, int], causal: bool) -> str:
+    if not causal:
+        return "a bidirectional net reads a window at once: choose shorter ones (train.stages) or a smaller model"
+    kept = {kind: size for kind, size in memory.items() if kind not in ("activations", "logits", "checkpoint")}
+    if max(kept, key=kept.__getitem__) in ("cache", "key_gradients"):
+        return "no chunk fits: keep what chunks remember on a disk (--spill DIR) or choose shorter sequences"
+    return "no chunk fits: choose a smaller model (model.dim, model.num_layers) or a larger device"
+
+
+def _load_all(device: torch.device) -> None:
+    """Train a tiny net for one step. On first use, torch loads a hundred MiB: its optimizers and much more."""
+    config = LongNetConfig(
+        vocab_size=1, dim=8, num_layers=1, num_heads=1, ffn_dim=8, segment_lengths=(8,), dilation_rates=(1,)
+    )
+    net, ids = LongNet(config).to(device), torch.zeros(1, 8, dtype=torch.int64, device=device)
+    net.nll(net(ids), ids).sum().backward()
+    for optimizer in build_optimizers(net, OptimizerRecipe()):
+        optimizer.step()
+
+
+def _needed_bytes(recipe: Recipe, device: torch.device, ranks: Ranks, chunk: int) -> int:
+    return sum(training_memory(recipe.with_chunk(chunk), device, ranks).values())
+
+
+class StepFlops(NamedTuple):
+    """FLOPs per token that a step executes, by kind; `forwards` and `logits` count the forward passes, of both kinds.
+
+    `logits` counts a pass over the share of tokens that are predicted as that share.
+    """
+
+    products: float
+    attention: float
+    attention_backward: float
+    forwards: float
+    logits: float
+
+    @property
+    def all(self) -> float:
+        return self.products + self.attention + self.attention_backward
+
+
+def step_flops(recipe: Recipe, stage: Stage, ranks: Ranks) -> StepFlops:
+    """Return the FLOPs per token of a step in this stage, on all ranks.
+
+    A step is a forward and a backward pass. Of the chunks of a window, all but the last are computed again for the
+    backward pass, and with `train.activation_checkpointing`, each chunk is once more. What is computed again chooses no
+    blocks again. Logits are computed again where they are more than `LOGITS_LIMIT`.
+    """
+    config, train, tokens = recipe.model, recipe.train, stage.seq_len
+    chunk = train.chunk * ranks.sp
+    chunks = -(-tokens // chunk)
+    forwards = 1 + (chunks - 1) * chunk / tokens + train.activation_checkpointing
+    logits_again = tokens_at_once(recipe, stage, ranks) * train.predicted * config.vocab_size > LOGITS_LIMIT
+    logits = train.predicted * (1 + logits_again)
+    one_pass, backward = config.attention_flops(tokens) / tokens, config.attention_backward_flops(tokens) / tokens
+    votes = config.vote_flops(tokens) / tokens
+    matrices = config.training_flops([tokens], train.predicted) / tokens - one_pass - backward
+    return StepFlops(
+        products=matrices
+        + (forwards - 1) * config.layer_flops()
+        + (logits - train.predicted) * config.vocabulary_flops(),
+        attention=forwards * one_pass - (forwards - 1) * votes,
+        attention_backward=backward,
+        forwards=forwards,
+        logits=logits,
+    )

@@ -1,0 +1,67 @@
+"""The scripts beside docs/measurements/ run, at a tiny size, and print a row for each thing that they measure."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from builders import tiny_llama
+from places import ROOT, imported
+from processes import invoke
+
+pytestmark = pytest.mark.ci
+FOLDER = ROOT / "docs/measurements"
+WINDOW, CHOSEN = "window:64,sinks=4", "window:64,chosen=2x32"
+# of each script: its arguments in a folder with a Llama and texts, and how many rows it prints
+SCRIPTS = {
+    "choice_recall.py": (f"./llama {CHOSEN} --text a.txt b.txt --tokens 5K --groups 2", 2),  # layers
+    "passage.py": (
+        f"./llama {CHOSEN} --passages a.txt --filler b.txt --tokens 50 --distances 300 --near 9 --every 4",
+        2,
+    ),
+    "passkey.py": (f"ask ./llama a.txt {WINDOW} dense --tokens 400 --keys 1 --distances 150 --documents 1", 2),
+    "passkey.py alone": (f"alone ./llama a.txt b.txt {CHOSEN} --tokens 2K --keys 1 --every 16 4", 2),
+    "questions.py": (f"./llama {CHOSEN} --text a.txt b.txt --tokens 4K --needles 12 --offsets 0 40", 6),
+    "recall.py": ("window:16 --times .5 1 --steps 2 --dim 8 --heads 2 --layers 1", 2),
+    "ruler.py": (f"./llama {CHOSEN} --text a.txt --tokens 1500 --haystacks 1 --questions 2", 7),  # tasks
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_measurement_prints_its_rows(name: str, tmp_path: Path, command_env: dict[str, str], python: Path) -> None:
+    words, rows = SCRIPTS[name]
+    tiny_llama(tmp_path / "llama", max_position_embeddings=400, bos_token_id=7, initializer_range=0.5)
+    for text in ("a.txt", "b.txt"):
+        (tmp_path / text).write_text(f"All is well that ends well. What ends in {text} is another matter. " * 150)
+    command = [python, FOLDER / name.split()[0], *words.split()]
+    done = subprocess.run(command, env=command_env, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == rows
+    assert all(np.isfinite([x for x in row.values() if isinstance(x, float)]).all() for row in found)
+
+
+def test_losses_by_recall_are_sums_over_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text of bytes: two new pairs, the first token, and repeats; the other file has other losses of its tokens."""
+    by_recall = imported(FOLDER / "by_recall.py")
+    ids = np.random.default_rng(0).integers(0, 3, 60)
+    pairs = list(zip(ids[:-1].tolist(), ids[1:].tolist(), strict=True))
+    last = [next((d for d in range(1, i + 1) if pairs[i - d] == pairs[i]), 0) for i in range(len(pairs))]
+    assert by_recall.distances(ids).tolist() == [0, *last]
+
+    (tmp_path / "a.txt").write_text("xyxyxyxyxyxy")
+    (tmp_path / "b.txt").write_text("xyxyxyxyxyxy")
+    monkeypatch.chdir(tmp_path)
+    for context in ("4", "8"):
+        invoke("score", "a.txt", "b.txt", "--context", context, "--token-logprobs", f"{context}.arrow")
+    total = json.loads(invoke("score", "a.txt", "b.txt", "--context", "4,8", "--format", "json").stdout)["totals"]
+    lines = [line.strip("| ").split(" | ") for line in by_recall.table(["4.arrow", "8.arrow"])][2:]
+    tokens = np.array([int(line[1]) for line in lines])
+    assert lines[0][0] == "new"
+    for at, each in enumerate(total):
+        nats = np.array([float(line[2 + at]) for line in lines])
+        assert nats @ tokens == pytest.approx(each["nll_sum"], abs=tokens.sum() * 1e-3)
+    assert {line[4].partition(" +- ")[2] for line in lines} == {"0.000"}  # two equal documents
