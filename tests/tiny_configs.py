@@ -56,7 +56,11 @@ def tiny_config(kind: str, **settings: Any) -> Any:
     if "qk_rope_head_dim" in fields:  # latent attention has no groups of heads
         sizes.pop("head_dim", None)
         sizes |= {"num_key_value_heads": 4} if "num_key_value_heads" in fields else {}
-    if "layer_types" in fields and "layer_types" not in settings and (kinds := [*dict.fromkeys(cls().layer_types or [])]):
+    if (
+        "layer_types" in fields
+        and "layer_types" not in settings
+        and (kinds := [*dict.fromkeys(cls().layer_types or [])])
+    ):
         kinds = kinds if kinds[1:] else kinds * 2
         sizes |= {"layer_types": kinds, "num_hidden_layers": len(kinds)}
     return cls(**sizes | settings)

@@ -42,8 +42,8 @@ from hf_models import (
     modernbert,
     qwen2,
     qwen3,
-    sharing,
     rotary,
+    sharing,
 )
 
 from longnet_cli.attention import Pattern
