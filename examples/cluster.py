@@ -33,9 +33,10 @@ import torch.nn.functional as F
 import typer
 
 from longnet_cli.attention import Pattern, dilated_attention
-from longnet_cli.attention.branches import BACKWARD_FLOPS, attention_flops, shard_flops
-from longnet_cli.attention.groups import Fetches
+from longnet_cli.attention.branches import BACKWARD_FLOPS, attention_flops, branches, pairs
+from longnet_cli.attention.groups import FETCHED, NEW_BLOCKS, chosen_flops, scanned_stages, seen_blocks
 from longnet_cli.attention.notation import format_pattern, parse_pattern
+from longnet_cli.attention.pattern import LayerKind
 from longnet_cli.attention.spans import common_span, far_spans, open_spans, span_rows
 from longnet_cli.basics.errors import ConfigError, InputWarning, LongNetError
 from longnet_cli.basics.sizes import format_bytes, format_count, format_duration, format_size, parse_size
@@ -196,12 +197,55 @@ def shared(config: NetConfig, machine: Machine, tokens: int, chunk: int, sp: int
         for level, begin, end in open_spans(pattern, start + whole):
             mine = common_span(pattern, level, begin, start, end)
             summed += 2 * 4 * config.head_dim * sum(span_rows(pattern, mine, config.num_heads, config.kv_heads))
-    first, last = edges[rank], edges[rank + 1]
-    spans = tuple(far_spans(pattern, first, last, config.causal, tokens))
-    heads = config.num_heads, config.head_dim
-    flops = shard_flops(pattern, *heads, first, last - first, config.causal, spans, tokens, config.kv_heads)
+    flops = shard_flops(config, edges[rank], edges[rank + 1], tokens)
     mean = (config.attention_flops(start + whole) - config.attention_flops(start)) / config.num_layers / sp
     return Shared(seconds, choosing, fetching, giving, far, summed, max(1.0, flops / mean))
+
+
+def shard_flops(config: NetConfig, first: int, last: int, total: int) -> int:
+    """Return the FLOPs of a layer's forward pass over tokens [first, last) of a document: near, far, chosen keys."""
+    pattern, heads, causal = config.pattern, (config.num_heads, config.head_dim), config.causal
+    spans = tuple(far_spans(pattern, first, last, causal, total)) if first < last else ()
+    calls = branches(pattern, config.num_heads, first, last - first, causal, "exact", spans, total, config.kv_heads)
+    before, after = (sum(chosen_flops(pattern, *heads, stop)) for stop in (first, last))
+    return 2 * config.head_dim * sum(map(pairs, calls)) + after - before
+
+
+class Fetches(NamedTuple):
+    """The expected numbers of blocks and means that a rank fetches of a layer's past, and of ids that it asks for."""
+
+    blocks: float
+    means: float
+    ids: float
+
+    @classmethod
+    def expected(cls, pattern: Pattern, edges: Sequence[int], rank: int, kind: LayerKind = "chooses") -> Fetches:
+        """Return what a rank fetches from others in a forward pass of a document, if shards have these edges."""
+        (w,), (back,) = pattern.segment_lengths, pattern.look_backs
+        others, blocks, means, ids, once = edges[rank] // pattern.chosen_block, 0.0, 0.0, 0.0, dict[int, float]()
+        for position in range(edges[rank], edges[rank + 1], FETCHED):
+            before = max(0, position // w - back) * w // pattern.chosen_block
+            if not others or not before:
+                continue
+            share, first = min(1.0, others / before), position == edges[rank]
+            seen = share * (1 if first else NEW_BLOCKS) * seen_blocks(pattern, before, kind)
+            blocks, ids = blocks + seen, ids + seen
+            for stage, distinct, new in scanned_stages(pattern, before) if kind == "chooses" else ():
+                if distinct == before:  # fetched once
+                    once[stage.means] = share * stage.compared(before)
+                else:
+                    asked = share * (1 if first else new) * distinct
+                    means, ids = means + asked * stage.means, ids + asked
+        return cls(blocks, means + sum(once.values()), ids + sum(once.values()))
+
+    def received(self, pattern: Pattern, kv_heads: int, head_dim: int, itemsize: int) -> float:
+        """Return the bytes of these blocks, means and ids, with `itemsize` bytes per number of a key."""
+        of_block = 2 * pattern.chosen_block * itemsize
+        return kv_heads * head_dim * (self.blocks * of_block + self.means * max(4, itemsize)) + 8 * self.ids
+
+    def given(self, pattern: Pattern, kv_heads: int, head_dim: int, itemsize: int) -> float:
+        """Return the bytes of the gradients of these blocks."""
+        return self.blocks * 2 * pattern.chosen_block * kv_heads * head_dim * max(4, itemsize)
 
 
 def chosen_bytes(exchange: Exchange, config: NetConfig, itemsize: int) -> tuple[float, float, float]:
@@ -513,9 +557,7 @@ def exchange_command(
         sent[rank] = [hash(tuple(parcels)) for parcels in exchange.sent]
         expected[:, rank] = [hash(tuple(parcels)) for parcels in exchange.received]
         held[rank] = sum(exchange.sizes([exchange.joined], shape))
-        first, last = edges[rank], edges[rank + 1]
-        spans = tuple(far_spans(pattern, first, last, causal, tokens)) if first < last else ()
-        flops[rank] = shard_flops(pattern, heads, head_dim, first, last - first, causal, spans, tokens)
+        flops[rank] = shard_flops(config, edges[rank], edges[rank + 1], tokens)
     for maker, reader in np.argwhere(sent != expected)[:1]:
         raise LongNetError(f"{tokens:,} tokens: rank {maker} sends other rows than rank {reader} expects")
     chosen = np.zeros(ranks)  # bytes

@@ -125,7 +125,7 @@ def united(pattern: Pattern, num_heads: int, tokens: int, causal: bool, kv_heads
     if not whole or num_heads * _table_size(tokens) ** 2 > UNION_LIMIT:
         return None
     apart = branches(pattern, num_heads, 0, tokens, causal, "exact", (), 0, kv_heads)
-    if num_heads * tokens**2 * (2 - causal) >= sum(map(_pairs, apart)):
+    if num_heads * tokens**2 * (2 - causal) >= sum(map(pairs, apart)):
         return None
     shard = _ShardGeometry(pattern, num_heads, kv_heads, 0, tokens, causal)
     union = Union(pattern, num_heads, kv_heads, causal, _table_size(tokens))
@@ -138,7 +138,7 @@ def _table_size(tokens: int) -> int:
     return max(256, 1 << (tokens - 1).bit_length())
 
 
-def _pairs(branch: Branch) -> int:
+def pairs(branch: Branch) -> int:
     """Return twice the number of scores of a branch; a causal branch has half of its square, and so has one token."""
     half = branch.causal or (branch.far is None and branch.queries.row_heads)
     return branch.queries.segments * branch.queries.heads * branch.queries.rows * branch.keys.rows * (1 if half else 2)
@@ -175,7 +175,7 @@ def level_flops(
     """Return the share of each level in `attention_flops`, and last that of calls on sinks alone or chosen blocks."""
     shard = _ShardGeometry(pattern, heads, kv_heads or heads, 0, tokens, causal)
     parts = [*(shard.near(level, False, 0) for level in range(len(pattern.levels))), shard.sinks((), None)]
-    flops = [2 * head_dim * batch * sum(map(_pairs, part)) for part in parts]
+    flops = [2 * head_dim * batch * sum(map(pairs, part)) for part in parts]
     flops[-1] += batch * sum(chosen_flops(pattern, heads, head_dim, tokens, kind))
     return flops
 
@@ -193,23 +193,6 @@ def backward_flops(
     """Return the executed FLOPs of a backward pass."""
     votes = batch * chosen_flops(pattern, heads, head_dim, tokens, kind).votes
     return BACKWARD_FLOPS * (attention_flops(pattern, heads, head_dim, tokens, causal, batch, kv_heads, kind) - votes)
-
-
-def shard_flops(
-    pattern: Pattern,
-    heads: int,
-    head_dim: int,
-    start: int,
-    tokens: int,
-    causal: bool,
-    spans: tuple[FarSpan, ...],
-    total: int,
-    kv_heads: int = 0,
-) -> int:
-    """Return the executed FLOPs of a shard's forward pass, on its own keys, far keys of `spans` and chosen blocks."""
-    calls = branches(pattern, heads, start, tokens, causal, "exact", spans, total, kv_heads)
-    before, after = (sum(chosen_flops(pattern, heads, head_dim, stop)) for stop in (start, start + tokens))
-    return 2 * head_dim * sum(map(_pairs, calls)) + after - before
 
 
 _Positions = tuple[int, int]  # [first, stop)

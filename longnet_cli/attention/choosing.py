@@ -28,7 +28,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,14 +37,22 @@ from torch.nn.functional import pad
 
 from .groups import GroupedPart, stages
 from .limits import limits_of
-from .past import Means
+from .past import Means, OfBlocks, Runs
 from .pattern import MEAN_OF, SURE, VOTERS, Pattern
-from .scanning import Slot, batches, blocks_before, firsts_of, not_before, scan, slots_of
+from .scanning import Slot, batches, blocks_before, firsts_of, not_before, scan
 from .voting import best, votes_for
 
 # (row of the batch, part) -> blocks (groups, n) that the text of each group names, the best first, and -1 for none
 Names = Callable[[int, GroupedPart], Tensor]
-Blocks = list[list[Tensor]]  # of each part, and of each of its rows: (groups, m) int32, ascending
+
+
+class Blocks(list[list[Tensor]]):
+    """The blocks that groups see: of each part, and of each of its rows, (groups, m) int32, ascending.
+
+    asked: what ranks have told each other about these blocks (`Past.ask`). Layers that follow a choice share it.
+    """
+
+    asked: Any = None
 
 
 class Choices:
@@ -97,16 +106,15 @@ class Unrotated(NamedTuple):
 
 
 class Voting(NamedTuple):
-    """All that the choice of neighbouring parts depends on, in one row of a batch: see `choose`.
+    """All that the choice of neighbouring parts depends on, in one row of a batch, besides means: see `choose`.
 
-    row: the row of `means`. heads: H. scanned: the candidates (C,) of the first group's slot, if they are known. named:
-    what `Names` gives for all groups, if there is any. earlier: the blocks (groups, m) that the groups see in the layer
-    that chose before.
+    slots: those of the parts. row: the row of the means. heads: H. scanned: the candidates (C,) of the first slot, if
+    they are known. named: what `Names` gives for all groups, if there is any. earlier: the blocks (groups, m) that the
+    groups see in the layer that chose before.
     """
 
     pattern: Pattern
-    parts: Sequence[GroupedPart]
-    means: Means
+    slots: Sequence[Slot]
     row: int
     heads: int
     document: Unrotated
@@ -122,24 +130,33 @@ class Choice(NamedTuple):
     candidates: Tensor
 
 
-def choose(voting: Voting) -> Choice:
-    """Return the choice of neighbouring parts, whose groups have more blocks before them than they may see."""
-    pattern, slots = voting.pattern, slots_of(voting.pattern, voting.parts)
-    every, candidates, votes, done, begin = pattern.chosen_every, scan(voting, slots), list[_Votes](), 0, 0
-    voters = voting.document.voters(range(slots[0].firsts[0], slots[-1].firsts[-1] + 1, every), 1)
-    for some in batches(slots, partial(_vote_alike, pattern), pattern.scan_every, lambda _: len(slots)):
-        stop = begin + sum(len(slot.firsts) for slot in some)
-        if (of_slots := candidates[done]) is None:
-            votes += _votes_of_all(voting, some, voters[begin:stop])
-        else:
-            of_slots = torch.stack([x for x in candidates[done : done + len(some)] if x is not None])
-            earlier = None if voting.earlier is None else voting.earlier[begin:stop, 1:].long()
-            votes += _votes_of_candidates(voting, voters[begin:stop], of_slots, earlier)
-        done, begin = done + len(some), stop
-    blocks, of_blocks = _side_by_side(votes)
-    last = candidates[-1]
-    last = torch.arange(1, slots[-1].blocks, device=blocks.device) if last is None else last
-    return Choice(_picked(pattern, blocks, of_blocks, voting.named).int(), last)
+def choose(pattern: Pattern, means: Means, votings: Sequence[Voting], runs: Runs) -> list[Choice]:
+    """Return the choices of some votings, whose groups have more blocks before them than they may see.
+
+    With `chosen_exact`, `runs` gives the blocks that are compared by all of their keys, as `Past.runs` does.
+    """
+    candidates = scan(pattern, means, votings)
+    of_votings = [[*_ballots(*both)] for both in zip(votings, candidates, strict=True)]
+    ballots = [*chain(*of_votings)]
+    for ballot in ballots:
+        if ballot.compared is None:
+            ballot.compare_all(means)
+    fewer = [(ballot, ballot.compared) for ballot in ballots if ballot.compared]
+    wanted = [(ballot.voting.row, compared.blocks) for ballot, compared in fewer]
+    for index, some, of_blocks in means.of_wanted(means.finest, wanted):
+        ballot, compared = fewer[index]
+        ballot.compare(compared, some, of_blocks, means.numbers(means.finest))
+    if pattern.chosen_exact:
+        _vote_exactly(pattern, ballots, runs)
+    return [_choice(voting, some, x[-1]) for voting, some, x in zip(votings, of_votings, candidates, strict=True)]
+
+
+def _choice(voting: Voting, ballots: Sequence[_Ballot], candidates: Tensor | None) -> Choice:
+    """Return the choice of the groups of some ballots, the last of which compare these candidates (C,)."""
+    blocks, votes = _side_by_side([votes for ballot in ballots for votes in ballot.votes])
+    if candidates is None:
+        candidates = torch.arange(1, voting.slots[-1].blocks, device=blocks.device)
+    return Choice(_picked(voting.pattern, blocks, votes, voting.named).int(), candidates)
 
 
 def votes_by_keys(pattern: Pattern, part: GroupedPart, document: Unrotated, some: slice, blocks: Tensor) -> Tensor:
@@ -154,41 +171,56 @@ def _vote_alike(pattern: Pattern, slot: Slot) -> object:
     return bool(stages(pattern, slot.blocks - 1)), cut, pattern.chosen_exact and slot.blocks
 
 
-def _votes_of_all(voting: Voting, slots: Sequence[Slot], voters: Tensor) -> Iterator[_Votes]:
-    """Yield the votes of the groups of some slots, which compare all blocks but 0 before them."""
-    number = slots[-1].blocks
-    means = voting.means.of_row(voting.row).first(number)[:, 1:]
-    before = blocks_before([slot for slot in slots for _ in slot.firsts], means.device)
-    others = not_before(1, number, before, means.device)
-    step = max(1, limits_of(means).scores // (VOTERS * voting.heads * means[0, :, :, 0].numel()))
-    for first in range(0, len(voters), step):
-        some = slice(first, first + step)
-        votes = votes_for(voters[some], means, None if others is None else others[some], power=SURE)
-        blocks = torch.arange(1, number, device=means.device).expand_as(votes)
-        yield _Votes(blocks, _exactly(voting, voters[some], blocks, votes, number - 1))
+def _ballots(voting: Voting, candidates: Sequence[Tensor | None]) -> Iterator[_Ballot]:
+    """Yield ballots for all groups of a voting, whose slots have these candidates (C,), or None for all blocks."""
+    pattern, slots, done, begin = voting.pattern, voting.slots, 0, 0
+    firsts = range(slots[0].firsts[0], slots[-1].firsts[-1] + 1, pattern.chosen_every)
+    voters = voting.document.voters(firsts, 1)
+    for some in batches(slots, partial(_vote_alike, pattern), pattern.scan_every, lambda _: len(slots)):
+        stop, compared = begin + sum(len(slot.firsts) for slot in some), None
+        if candidates[done] is not None:
+            of_slots = torch.stack([x for x in candidates[done : done + len(some)] if x is not None])
+            earlier = None if voting.earlier is None else voting.earlier[begin:stop, 1:].long()
+            compared = _Compared.of(of_slots, earlier)
+        yield _Ballot(voting, some, voters[begin:stop], compared)
+        done, begin = done + len(some), stop
 
 
-def _votes_of_candidates(
-    voting: Voting, voters: Tensor, candidates: Tensor, earlier: Tensor | None
-) -> Iterator[_Votes]:
-    """Yield the votes of the groups of slots that compare their candidates (slots, n), and `earlier` ones (groups, e).
+class _Ballot:
+    """The votes of the groups of neighbouring slots, with their voters (groups, VOTERS, H, D).
 
-    Each group has its own earlier ones: what a later group sees must not matter.
+    compared: the blocks that they compare, or None for all but 0 before them.
     """
-    means, by_slot = voting.means.of_row(voting.row), voters.unflatten(0, (len(candidates), -1))
-    compared = _Compared(candidates, None, [candidates.shape[1]] * len(candidates))
-    if earlier is not None:
-        compared = _Compared.of(candidates, earlier.unflatten(0, by_slot.shape[:2]))
-    of_blocks, fine = means.some(compared.blocks), voting.pattern.chosen_block // MEAN_OF
-    per_block = max(fine * by_slot[0, ..., 0].numel(), means.numbers)
-    step = max(1, limits_of(voters).scores // (compared.blocks.shape[1] * per_block))
-    for first in range(0, len(candidates), step):
-        some, width = slice(first, first + step), max(compared.numbers[first : first + step])
-        blocks = compared.blocks[some, :width]
-        others = None if compared.others is None else compared.others[some, :, :width]
-        votes = votes_for(by_slot[some], of_blocks(blocks), others, blocks[:, None], SURE).flatten(0, 1)
-        blocks = blocks[:, None].expand(-1, by_slot.shape[1], -1).flatten(0, 1)
-        yield _Votes(blocks, _exactly(voting, by_slot[some].flatten(0, 1), blocks, votes, candidates.shape[1]))
+
+    def __init__(self, voting: Voting, slots: Sequence[Slot], voters: Tensor, compared: _Compared | None) -> None:
+        self.voting, self.slots, self.voters, self.compared = voting, slots, voters, compared
+        self.votes: list[_Votes] = []  # of some groups each
+
+    def compare_all(self, means: Means) -> None:
+        """Vote for all blocks but 0 before the slots."""
+        number = self.slots[-1].blocks
+        of_blocks = means.first(self.voting.row, number)[:, 1:]
+        before = blocks_before([slot for slot in self.slots for _ in slot.firsts], of_blocks.device)
+        others = not_before(1, number, before)
+        step = max(1, limits_of(of_blocks).scores // (VOTERS * self.voting.heads * of_blocks[0, :, :, 0].numel()))
+        for first in range(0, len(self.voters), step):
+            some = slice(first, first + step)
+            votes = votes_for(self.voters[some], of_blocks, None if others is None else others[some], power=SURE)
+            blocks = torch.arange(1, number, device=votes.device).expand_as(votes)
+            self.votes.append(_Votes(blocks, votes))
+
+    def compare(self, compared: _Compared, slots: slice, of_blocks: OfBlocks, numbers: int) -> None:
+        """Vote for the blocks that some slots compare, each with so many `numbers` of means."""
+        by_slot = self.voters.unflatten(0, (len(compared.blocks), -1))
+        per_block = max(self.voting.pattern.chosen_block // MEAN_OF * by_slot[0, ..., 0].numel(), numbers)
+        step = max(1, limits_of(by_slot).scores // (compared.blocks.shape[1] * per_block))
+        for first in range(slots.start, slots.stop, step):
+            some = slice(first, min(first + step, slots.stop))
+            width = max(compared.numbers[some])
+            blocks = compared.blocks[some, :width]
+            others = None if compared.others is None else compared.others[some, :, :width]
+            votes = votes_for(by_slot[some], of_blocks(blocks), others, blocks[:, None], SURE).flatten(0, 1)
+            self.votes.append(_Votes(blocks[:, None].expand(-1, by_slot.shape[1], -1).flatten(0, 1), votes))
 
 
 class _Votes(NamedTuple):
@@ -224,8 +256,14 @@ class _Compared(NamedTuple):
     numbers: list[int]
 
     @classmethod
-    def of(cls, candidates: Tensor, earlier: Tensor) -> _Compared:
-        """Return the candidates (slots, n), which all groups compare, and the `earlier` ones (slots, groups, e)."""
+    def of(cls, candidates: Tensor, earlier: Tensor | None) -> _Compared:
+        """Return the candidates (slots, n), which all groups compare, and `earlier` ones (slots * groups, e).
+
+        Each group has its own earlier ones: what a later group sees must not matter.
+        """
+        if earlier is None:
+            return cls(candidates, None, [candidates.shape[1]] * len(candidates))
+        earlier = earlier.unflatten(0, (len(candidates), -1))
         both = torch.cat([candidates, earlier.flatten(1)], 1)
         ascending = both.sort(1).values
         places = pad(ascending.diff() != 0, (1, 0)).cumsum(1)  # of equals, one
@@ -237,12 +275,18 @@ class _Compared(NamedTuple):
         return cls(blocks, others.scatter_(2, of_earlier.unflatten(1, earlier.shape[1:]), False), numbers)
 
 
-def _exactly(voting: Voting, voters: Tensor, blocks: Tensor, votes: Tensor, candidates: int) -> Tensor:
-    """Return the votes of groups (groups, C): with `chosen_exact`, new ones for the best, by all of their keys."""
-    if not voting.pattern.chosen_exact:
-        return votes
-    places = best(votes, min(voting.pattern.chosen_exact, candidates))
-    return torch.zeros_like(votes).scatter(1, places, _exact_votes(voting.document, voters, blocks.gather(1, places)))
+def _vote_exactly(pattern: Pattern, ballots: Sequence[_Ballot], runs: Runs) -> None:
+    """Replace the votes of ballots by new ones for the best blocks, by all of their keys."""
+    voters = [x for each in ballots for x in each.voters.split([len(some.votes) for some in each.votes])]
+    votings = [each.voting for each in ballots for _ in each.votes]
+    votes = [some for each in ballots for some in each.votes]
+    places = [best(some.votes, min(pattern.chosen_exact, some.votes.shape[1])) for some in votes]
+    blocks = [some.blocks.gather(1, at) for some, at in zip(votes, places, strict=True)]
+    for each in votes:
+        each.votes.zero_()
+    for index, groups in runs([(voting.row, x) for voting, x in zip(votings, blocks, strict=True)]):
+        exact = _exact_votes(votings[index].document, voters[index][groups], blocks[index][groups])
+        votes[index].votes[groups].scatter_(1, places[index][groups], exact)
 
 
 def _exact_votes(document: Unrotated, voters: Tensor, blocks: Tensor) -> Tensor:

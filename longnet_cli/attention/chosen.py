@@ -15,19 +15,21 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import chain, islice
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .branches import Branch
-from .choosing import Blocks, LayerChoices, Unrotated, Voting, choose, votes_by_keys
-from .groups import FETCHED, GroupedPart, Groups, slot_of
+from .choosing import Blocks, Choice, LayerChoices, Unrotated, Voting, choose, votes_by_keys
+from .groups import GroupedPart, Groups, slot_of
 from .limits import limits_of
 from .merging import GradientSum, Merge, accumulator, strided_view
-from .past import Means, Past, Seen, unrotated
+from .past import Means, Past, Seen, all_at_once, unrotated
 from .pattern import VOTERS, Pattern
 from .plain_call import Kernel
+from .scanning import slots_of
 from .sinks import Turn
 from .spans import Rows
 
@@ -51,7 +53,7 @@ class Chosen:
         self.pattern, self.turn, self.past, self.choices = pattern, turn, past, choices
         self.kind = pattern.kind(choices.layer if choices else None)
         self.parts = [self._together(part) for part in parts] if self.kind == "first" else parts
-        self.blocks: Blocks = []
+        self.blocks = Blocks()
 
     @torch.no_grad()
     def choose(self, q: Tensor, k: Tensor, scale: float) -> None:
@@ -77,17 +79,12 @@ class Chosen:
 
     def merge(self, kernel: Kernel, scale: float, q: Tensor, k: Tensor, v: Tensor, merge: Merge) -> None:
         """Attend from q to the chosen rows of k and v, and merge the results."""
-        for run in self._runs(q, k):
+        for run in self._runs(q):
             q_, *places = (run.queries(x) for x in (q, *merge.places))
-            parts = []
-            for call in run.calls(kernel, k):
-                k_, v_ = call.keys(k, v)
-                of_call = _folded(q_[call.groups], k), call.turned(k_, self.turn), call.in_groups(v_)
-                parts.append(kernel.forward(*of_call, False, scale))
+            parts = [call.attend(kernel, scale, q_, (k, v), self.turn) for call in run.calls(kernel, k)]
             part, lse = (_joined(of_calls) for of_calls in zip(*parts, strict=True))
+            del parts
             merge.add(run.branch, places, part.reshape(q_.shape), lse.reshape(q_.shape[:-1]))
-        if self.past:
-            self.past.finish()
 
     def gradients(
         self,
@@ -104,22 +101,11 @@ class Chosen:
         """
         _, q, _, _ = tensors
         gradients = [torch.zeros(x.shape, dtype=accumulator(x.dtype), device=x.device) for x in keys]
-        for run in self._runs(q, keys[0]):
+        for run in self._runs(q, backward=True):
             place, *queries = (run.queries(x) for x in (of_q.place, *tensors))
-            parts = []
-            for call in run.calls(kernel, keys[0]):
-                dout_, q_, out_, lse_ = (_folded(x[call.groups], keys[0]) for x in queries)
-                k_, v_ = call.keys(*keys)
-                k_ = call.turned(k_, self.turn)
-                dq, dk, dv = kernel.backward(dout_, q_, k_, call.in_groups(v_), out_, lse_[..., 0], False, scale)
-                parts.append(dq)
-                for index, d in enumerate((call.turned_back(dk, self.turn), call.in_blocks(dv))):
-                    call.add(gradients[index], d, index)
+            calls = run.calls(kernel, keys[0])
+            parts = [call.gradients(kernel, scale, queries, keys, self.turn, gradients) for call in calls]
             of_q.add(place, _joined(parts).reshape(queries[1].shape), run.branch.queries, fresh=False)
-            if self.past:
-                self.past.give_back()
-        if self.past:
-            self.past.finish()
         return gradients
 
     def _tell(self, past: Past, q: Tensor, k: Tensor, scale: float) -> None:
@@ -162,12 +148,37 @@ class Chosen:
             else:
                 voting.append([number])
         means: dict[tuple[int, int], Means] = {}  # by first row and first token of a document
+        shared: list[list[int]] = []
         for numbers in voting:
-            of_rows = self._voted(numbers, q, k, scale, means)
-            sizes = [self.parts[number].groups.number for number in numbers]
-            for number, some in zip(numbers, zip(*(x.split(sizes) for x in of_rows), strict=True), strict=True):
-                blocks[number] = [*some]
-        return [some for some in blocks if some is not None]
+            if (past := self._past(self.parts[numbers[0]])) and past.shared:
+                shared.append(numbers)
+                continue
+            of_document = self._means_of(numbers, k, means)
+            choices = choose(self.pattern, of_document, self._votings(numbers, q, k, scale), all_at_once)
+            self._keep(numbers, choices, q, blocks)
+        if self.kind == "chooses" and self.past and self.past.shared:  # all ranks choose together
+            votings = [self._votings(numbers, q, k, scale) for numbers in shared]
+            assert self.past.means
+            found = iter(choose(self.pattern, self.past.means, [*chain(*votings)], self.past.runs))
+            for numbers, of_rows in zip(shared, votings, strict=True):
+                self._keep(numbers, [*islice(found, len(of_rows))], q, blocks)
+        return Blocks(some for some in blocks if some is not None)
+
+    def _keep(
+        self, numbers: Sequence[int], choices: Sequence[Choice], q: Tensor, blocks: list[list[Tensor] | None]
+    ) -> None:
+        """Take the choices of each row of neighbouring parts apart to `blocks`, by part."""
+        parts = [self.parts[number] for number in numbers]
+        if past := self._keeper(parts[0], q):
+            _, number, _, near = parts[-1].groups
+            last = parts[-1].groups.first // self.pattern.chosen_every + number - 1
+            last *= self.pattern.chosen_every
+            past.held = last, [choice.blocks[-1:] for choice in choices]
+            past.scanned = slot_of(self.pattern, near, last), [choice.candidates for choice in choices]
+        sizes = [part.groups.number for part in parts]
+        of_rows = [choice.blocks.split(sizes) for choice in choices]
+        for number, *of_part in zip(numbers, *of_rows, strict=True):
+            blocks[number] = of_part
 
     def _known(self, part: GroupedPart, q: Tensor) -> list[Tensor] | None:
         """Return the blocks (groups, m) that a part's rows see, if nobody needs to vote."""
@@ -184,51 +195,46 @@ class Chosen:
         """Return the past that keeps what is chosen for a part, if it has all rows of the batch and of the document."""
         return self.past if not part.columns.start and part.rows.stop - part.rows.start == len(q) else None
 
-    def _voted(
-        self, numbers: Sequence[int], q: Tensor, k: Tensor, scale: float, means: dict[tuple[int, int], Means]
-    ) -> list[Tensor]:
-        """Return the blocks (groups, m) that the rows of neighbouring parts see. `means` has those of documents."""
-        pattern, parts = self.pattern, [self.parts[number] for number in numbers]
-        part, rows, past = parts[0], range(parts[0].rows.start, parts[0].rows.stop), self._keeper(parts[0], q)
-        place = rows.start, part.columns.start
+    def _means_of(self, numbers: Sequence[int], k: Tensor, means: dict[tuple[int, int], Means]) -> Means:
+        """Return the means of the document of neighbouring parts; `means` has those of other parts."""
+        part = self.parts[numbers[0]]
+        place = part.rows.start, part.columns.start
         if place not in means:
             last = max(x.groups.near for x in self.parts if (x.rows.start, x.columns.start) == place)
             means[place] = self._means(k[part.rows, part.columns], part, last)
-        group = part.groups.first // pattern.chosen_every * pattern.chosen_every
-        first_slot = slot_of(pattern, part.groups.near, group)
-        known = past.scanned[1] if past and past.scanned and past.scanned[0] == first_slot else [None] * len(rows)
-        choices = [
-            choose(self._voting(numbers, row, q, k, scale, means[place], scanned))
-            for row, scanned in zip(rows, known, strict=True)
-        ]
-        if past:
-            _, number, _, near = parts[-1].groups
-            last_group = parts[-1].groups.first // pattern.chosen_every * pattern.chosen_every
-            last_group += (number - 1) * pattern.chosen_every
-            past.held = last_group, [choice.blocks[-1:] for choice in choices]
-            past.scanned = slot_of(pattern, near, last_group), [choice.candidates for choice in choices]
-        return [choice.blocks for choice in choices]
+        return means[place]
 
-    def _voting(
-        self, numbers: Sequence[int], row: int, q: Tensor, k: Tensor, scale: float, means: Means, scanned: Tensor | None
-    ) -> Voting:
-        part, choices = self.parts[numbers[0]], self.choices
+    def _votings(self, numbers: Sequence[int], q: Tensor, k: Tensor, scale: float) -> list[Voting]:
+        """Return the votings of each row of neighbouring parts."""
+        parts = [self.parts[number] for number in numbers]
+        slots, rows, past = slots_of(self.pattern, parts), parts[0].rows, self._keeper(parts[0], q)
+        known: Sequence[Tensor | None] = [None] * (rows.stop - rows.start)
+        if past and past.scanned and past.scanned[0] == slots[0].first:
+            known = past.scanned[1]
 
         def of_parts(of_part: Callable[[int], Tensor | None]) -> Tensor | None:
             some = [x for x in map(of_part, numbers) if x is not None]
             return _joined(some) if some else None
 
-        return Voting(
-            pattern=self.pattern,
-            parts=[self.parts[number] for number in numbers],
-            means=means,
-            row=row if self._past(part) else row - part.rows.start,
-            heads=q.shape[2],
-            document=self._document(part, row, q, k, scale),
-            scanned=scanned,
-            named=of_parts(lambda number: choices.named(row, self.parts[number])) if choices else None,
-            earlier=of_parts(lambda number: choices.earlier(number, row - part.rows.start)) if choices else None,
-        )
+        return [
+            Voting(
+                pattern=self.pattern,
+                slots=slots,
+                row=row if self._past(parts[0]) else row - rows.start,
+                heads=q.shape[2],
+                document=self._document(parts[0], row, q, k, scale),
+                scanned=scanned,
+                named=of_parts(partial(self._named, row)),
+                earlier=of_parts(partial(self._earlier, row - rows.start)),
+            )
+            for row, scanned in enumerate(known, rows.start)
+        ]
+
+    def _named(self, row: int, number: int) -> Tensor | None:
+        return self.choices.named(row, self.parts[number]) if self.choices else None
+
+    def _earlier(self, row: int, number: int) -> Tensor | None:
+        return self.choices.earlier(number, row) if self.choices else None
 
     def _document(self, part: GroupedPart, row: int, q: Tensor, k: Tensor, scale: float) -> Unrotated:
         past, size = self._past(part), self.pattern.chosen_block
@@ -272,22 +278,32 @@ class Chosen:
             return part
         return part._replace(groups=Groups(first, 1, number * queries, near))
 
-    def _runs(self, q: Tensor, k: Tensor) -> Iterator[_GroupRun]:
-        whole, runs = limits_of(q).whole, list[tuple[GroupedPart, list[list[Tensor]]]]()
+    def _runs(self, q: Tensor, *, backward: bool = False) -> Iterator[_GroupRun]:
+        """Yield the groups of all parts, as many at a time as have the blocks of the past that they see."""
+        whole, together = limits_of(q).whole, list[tuple[GroupedPart, list[list[Tensor]]]]()
         for part, of_rows in zip(self.parts, self.blocks, strict=True):
-            if whole and runs and _follows(*runs[-1], part, of_rows):
-                runs[-1][1].append(of_rows)
+            moved = together and together[-1][0].groups.near > self.pattern.chosen_keys  # not where all is seen
+            if whole and moved and _follows(*together[-1], part, of_rows):
+                together[-1][1].append(of_rows)
             else:
-                runs.append((part, [of_rows]))
-        for part, of_parts in runs:
-            past, queries = self._past(part), part.groups.queries
-            for row, blocks in enumerate(zip(*of_parts, strict=True), part.rows.start):
-                stored, seen = _Stored(self.pattern.chosen_block, part, past, row), _joined(blocks).long()
-                step = max(1, FETCHED // queries) if past and past.shared else len(seen)
-                for first, some in zip(range(0, len(seen), step), seen.split(step), strict=True):
-                    if past:
-                        past.blocks.fetch(row, some)
-                    yield _GroupRun.of(self.pattern, stored, some, q.shape[2], first * queries)
+                together.append((part, [of_rows]))
+        seen = [
+            (_Stored(self.pattern.chosen_block, part, self._past(part), row), _joined(blocks).long())
+            for part, of_parts in together
+            for row, blocks in enumerate(zip(*of_parts, strict=True), part.rows.start)
+        ]
+        alone = [(stored, blocks) for stored, blocks in seen if not stored.past]
+        others = [(stored, blocks) for stored, blocks in seen if stored.past]
+        for stored, blocks in alone:
+            yield _GroupRun.of(self.pattern, stored, blocks, q.shape[2], 0)
+        if self.past:
+            wanted = [(stored.row, blocks) for stored, blocks in others]
+            if self.blocks.asked is None:
+                self.blocks.asked = self.past.ask(wanted)
+            for index, some in self.past.runs(wanted, self.blocks.asked, backward=backward):
+                stored, blocks = others[index]
+                after = some.start * stored.part.groups.queries
+                yield _GroupRun.of(self.pattern, stored, blocks[some], q.shape[2], after)
 
 
 def _follows(first: GroupedPart, so_far: list[list[Tensor]], part: GroupedPart, blocks: list[Tensor]) -> bool:
@@ -426,13 +442,39 @@ class _GroupCall(NamedTuple):
     taken: _TakenBlocks
     distances: Tensor | None
 
-    def keys(self, k: Tensor, v: Tensor) -> Tensor:
-        """Gather the call's blocks of k and v (B, N, K, D), and of the past: (k and v, blocks, tokens, K, D)."""
-        return self.stored.gathered(self.taken, k, v)
+    def attend(
+        self, kernel: Kernel, scale: float, q: Tensor, keys: Sequence[Tensor], turn: Turn | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return out and LSE of the groups of q (groups, H, rows, D), folded; keys are k and v (B, N, K, D).
 
-    def add(self, into: Tensor, d: Tensor, index: int) -> None:
-        """Add gradients (blocks, tokens, K, D) of gathered rows, as `_Stored.add` does."""
-        self.stored.add(into, d, self.taken, index)
+        Calls are functions: what one has gathered is free before the next gathers.
+        """
+        k_, v_ = self.stored.gathered(self.taken, *keys)
+        k_ = self.turned(k_, turn)
+        return kernel.forward(_folded(q[self.groups], keys[0]), k_, self.in_groups(v_), False, scale)
+
+    def gradients(
+        self,
+        kernel: Kernel,
+        scale: float,
+        tensors: Sequence[Tensor],
+        keys: Sequence[Tensor],
+        turn: Turn | None,
+        into: Sequence[Tensor],
+    ) -> Tensor:
+        """Return the gradient of queries, folded, and add those of gathered rows to `into` (B, N, K, D).
+
+        tensors: dout, q, out and lse (groups, H, rows, D or 1).
+        """
+        dout, q, out, lse = (_folded(x[self.groups], keys[0]) for x in tensors)
+        k_, v_ = self.stored.gathered(self.taken, *keys)
+        k_ = self.turned(k_, turn)
+        dq, dk, dv = kernel.backward(dout, q, k_, self.in_groups(v_), out, lse[..., 0], False, scale)
+        del k_, v_
+        self.stored.add(into[1], self.in_blocks(dv), self.taken, 1)
+        del dv
+        self.stored.add(into[0], self.turned_back(dk, turn), self.taken, 0)
+        return dq
 
     def in_groups(self, x: Tensor) -> Tensor:
         """Return gathered rows (blocks, tokens, K, D) as (groups, K, keys, D)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from math import inf
 from typing import NamedTuple
@@ -143,49 +143,12 @@ def chosen_flops(pattern: Pattern, heads: int, head_dim: int, tokens: int, kind:
     return ChosenFlops(of_document(votes) if kind == "chooses" else 0, of_document(attention))
 
 
-class Fetches(NamedTuple):
-    """The expected numbers of blocks and means that a rank fetches of a layer's past, and of ids that it asks for."""
-
-    blocks: float
-    means: float
-    ids: float
-
-    @classmethod
-    def expected(cls, pattern: Pattern, edges: Sequence[int], rank: int, kind: LayerKind = "chooses") -> Fetches:
-        """Return what a rank fetches from others in a forward pass of a document, if shards have these edges."""
-        (w,), (back,) = pattern.segment_lengths, pattern.look_backs
-        others, blocks, means, ids, once = edges[rank] // pattern.chosen_block, 0.0, 0.0, 0.0, dict[int, float]()
-        for position in range(edges[rank], edges[rank + 1], FETCHED):
-            before = max(0, position // w - back) * w // pattern.chosen_block
-            if not others or not before:
-                continue
-            share, first = min(1.0, others / before), position == edges[rank]
-            seen = share * (1 if first else NEW_BLOCKS) * _seen(pattern, before, kind)
-            blocks, ids = blocks + seen, ids + seen
-            for stage, distinct, new in _scanned(pattern, before) if kind == "chooses" else ():
-                if distinct == before:  # fetched once
-                    once[stage.means] = share * stage.compared(before)
-                else:
-                    asked = share * (1 if first else new) * distinct
-                    means, ids = means + asked * stage.means, ids + asked
-        return cls(blocks, means + sum(once.values()), ids + sum(once.values()))
-
-    def received(self, pattern: Pattern, kv_heads: int, head_dim: int, itemsize: int) -> float:
-        """Return the bytes of these blocks, means and ids, with `itemsize` bytes per number of a key."""
-        of_block = 2 * pattern.chosen_block * itemsize
-        return kv_heads * head_dim * (self.blocks * of_block + self.means * max(4, itemsize)) + 8 * self.ids
-
-    def given(self, pattern: Pattern, kv_heads: int, head_dim: int, itemsize: int) -> float:
-        """Return the bytes of the gradients of these blocks."""
-        return self.blocks * 2 * pattern.chosen_block * kv_heads * head_dim * max(4, itemsize)
-
-
-def _seen(pattern: Pattern, before: int, kind: LayerKind) -> int:
+def seen_blocks(pattern: Pattern, before: int, kind: LayerKind) -> int:
     """Return the distinct blocks that FETCHED queries see of those before them."""
     return before if before <= pattern.chosen else 1 if kind == "first" else min(before, SEEN_BLOCKS)
 
 
-def _scanned(pattern: Pattern, before: int) -> Iterator[tuple[ChoiceStage, float, float]]:
+def scanned_stages(pattern: Pattern, before: int) -> Iterator[tuple[ChoiceStage, float, float]]:
     """Yield the stages of the scans of FETCHED queries, and last their votes.
 
     Each comes with the number of distinct blocks compared, and the share of them that the queries before have not.
@@ -223,7 +186,7 @@ def past_bytes(
     kept = min(own, pattern.chosen_keys) if kind == "first" else own
     if sp > 1:
         before = tokens // pattern.chosen_block
-        kept += pattern.chosen_block * _seen(pattern, before, kind)
-        fetched = _scanned(pattern, before) if kind == "chooses" else ()
+        kept += pattern.chosen_block * seen_blocks(pattern, before, kind)
+        fetched = scanned_stages(pattern, before) if kind == "chooses" else ()
         means += sum(stage.compared(round(distinct)) for stage, distinct, _ in fetched)
     return kv_heads * head_dim * 2 * itemsize * kept, kv_heads * head_dim * max(4, itemsize) * means

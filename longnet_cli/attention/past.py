@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import accumulate, pairwise
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ PIECE_BYTES = 1 << 26  # of blocks that are taken at a time from where they are 
 FIRST_BLOCKS = 1 << 6  # blocks in the first piece of memory; each next piece is half of all before, if that is more
 
 Shape = tuple[int, ...]
+OfBlocks = Callable[[Tensor], Tensor]
+Wanted = Sequence[tuple[int, Tensor]]  # rows of a batch, and blocks (n, m) that n groups or slots of each want
+Runs = Callable[[Wanted], Iterator[tuple[int, slice]]]  # `Past.runs`
 
 
 class Seen(NamedTuple):
@@ -41,29 +44,6 @@ class Seen(NamedTuple):
     part: GroupedPart
     blocks: list[Tensor]
     votes: Callable[[slice], list[Tensor]]
-
-
-class RowMeans:
-    """The means of a document's blocks, or runs of blocks, in one row of a batch: (K, blocks, m, D).
-
-    Another class with these methods may get them from elsewhere (`running.ranks.blocks`).
-    """
-
-    def __init__(self, means: Tensor) -> None:
-        self.means = means
-
-    @property
-    def numbers(self) -> int:
-        """The numbers in the means of one block: K m D."""
-        return len(self.means) * prod(self.means.shape[2:])
-
-    def first(self, number: int) -> Tensor:
-        """Return the means (K, number, m, D) of the first blocks."""
-        return self.means[:, :number]
-
-    def some(self, blocks: Tensor) -> Callable[[Tensor], Tensor]:
-        """Return a function that returns the means (slots, K, n, m, D) of blocks (slots, n), which are among these."""
-        return partial(taken, self.means)
 
 
 def taken(means: Tensor, blocks: Tensor) -> Tensor:
@@ -89,12 +69,12 @@ class Means:
         runs: bool = True,
     ) -> None:
         """Allocate memory for as many blocks of keys like (B, tokens, K, D), and for their `runs`."""
-        self._block, self._finest = pattern.chosen_block, pattern.chosen_block // MEAN_OF
+        self._block, self.finest = pattern.chosen_block, pattern.chosen_block // MEAN_OF
         self._allocate = partial(allocate, dtype=accumulator(like.dtype), device=like.device)
         batch, _, heads, head_dim = like.shape
         self.of = {
             number: self._allocate((batch, heads, *_sizes(number, blocks), head_dim))
-            for number in {*(stage.means for stage in stages(pattern)), self._finest}
+            for number in {*(stage.means for stage in stages(pattern)), self.finest}
             if runs or number != RUNS
         }
 
@@ -105,11 +85,26 @@ class Means:
     @property
     def fine(self) -> Tensor:
         """The means of MEAN_OF keys each."""
-        return self.of[self._finest]
+        return self.of[self.finest]
 
-    def of_row(self, row: int, number: int | None = None) -> RowMeans:
-        """Return the means of a row of the batch, `number` per block (or RUNS), by default the finest."""
-        return RowMeans(self.of[self._finest if number is None else number][row])
+    def first(self, row: int, blocks: int, number: int | None = None) -> Tensor:
+        """Return the means (K, blocks, m, D) of the first blocks, or runs, of a row of the batch.
+
+        There are `number` of each block (or RUNS), by default the finest.
+        """
+        return self.of[self.finest if number is None else number][row, :, :blocks]
+
+    def numbers(self, number: int) -> int:
+        """Return the numbers in the means of one block, if there are `number` of each: K m D."""
+        return self.of[number][0, :, :1].numel()
+
+    def of_wanted(self, number: int, wanted: Wanted) -> Iterator[tuple[int, slice, OfBlocks]]:
+        """Yield, for all that are `wanted`, some at a time, an index, some of its n, and their means.
+
+        The means are a function that returns the means (slots, K, c, m, D) of blocks (slots, c) that these want.
+        """
+        for index, (row, blocks) in enumerate(wanted):
+            yield index, slice(0, len(blocks)), partial(taken, self.of[number][row])
 
     def write(self, rows: slice, first: int, keys: Tensor, turn: Turn | None, number: int | None = None) -> None:
         """Write the means of blocks from `first` on, in some rows of the batch: keys (rows, tokens, K, D) of theirs.
@@ -125,7 +120,7 @@ class Means:
             stop = min(begin + step, needed)
             some = keys[:, (begin - first) * size : (stop - first) * size]
             some = unrotated(some, torch.arange(begin * size, stop * size, device=keys.device) + before, turn)
-            fine = _mean(some.unflatten(1, (-1, self._finest, MEAN_OF)), 3)
+            fine = _mean(some.unflatten(1, (-1, self.finest, MEAN_OF)), 3)
             self.write_finest(rows, begin, fine.movedim(3, 1))
 
     def write_finest(self, rows: slice, first: int, fine: Tensor) -> None:
@@ -140,7 +135,7 @@ class Means:
 
     def one_each(self, rows: slice, blocks: slice) -> Tensor:
         """Return one mean for each of some blocks, (rows, K, blocks, D)."""
-        return one_each(self.of[1 if 1 in self.of else self._finest][rows, :, blocks])
+        return one_each(self.of[1 if 1 in self.of else self.finest][rows, :, blocks])
 
     def select(self, index: Tensor) -> None:
         self.of = {number: x.index_select(0, index) for number, x in self.of.items()}
@@ -228,9 +223,6 @@ class Blocks:
             piece[:, :, at : at + n] = blocks[:, :, done : done + n]
             done, self.number = done + n, self.number + n
 
-    def fetch(self, row: int, blocks: Tensor) -> None:
-        """Prepare to `take` blocks (..) of one row of the batch, some of them several times."""
-
     def take(self, row: int, blocks: Tensor, into: Tensor) -> None:
         """Copy blocks (n,), ascending, of one row of the batch to `into` (k and v, n, tokens of a block, K, D)."""
         firsts = [0, *accumulate(piece.shape[2] for piece in self._pieces)]
@@ -308,7 +300,7 @@ class Past:
     ) -> None:
         self.pattern, self.position, self.allocate = pattern, 0, allocate
         self.kind = pattern.kind(layer)
-        self.choices: dict[int, list[list[Tensor]]] | None = {} if keep else None  # `chosen.Chosen.blocks`
+        self.choices: dict[int, Any] | None = {} if keep else None  # by position, `choosing.Blocks`
         self.gradients: Tensor | None = None
         self.counts: Tensor | None = None
         self.on_choice: Callable[[Seen], None] | None = None
@@ -387,11 +379,15 @@ class Past:
             into = self.gradients[index, row].unflatten(0, (-1, self.pattern.chosen_block))
             into.index_add_(0, blocks.to(into.device), d.to(into.device))
 
-    def give_back(self) -> None:
-        """Send away what `add_gradients` has added for blocks that were fetched."""
+    def ask(self, wanted: Wanted) -> Any:
+        """Return what `runs` takes as `asked`: what is known of blocks that are `wanted` once or several times."""
 
-    def finish(self) -> None:
-        """End a forward or backward pass of the layer: this past is not read again in it."""
+    def runs(self, wanted: Wanted, asked: Any = None, *, backward: bool = False) -> Iterator[tuple[int, slice]]:
+        """Yield all that are `wanted`, some at a time: an index, and some of its n, whose blocks can be taken now.
+
+        In a `backward` pass, gradients may be added for these blocks.
+        """
+        yield from all_at_once(wanted)
 
     def forget_means(self) -> None:
         """Free the means: everything has been chosen."""
@@ -522,6 +518,11 @@ class Past:
                     raise ValueError(f"{name} is no choice of blocks")
                 kept = blocks if name == "held" else blocks.long()
                 setattr(self, name, (int(saved[f"{name}_at"]), [*kept]))
+
+
+def all_at_once(wanted: Wanted) -> Iterator[tuple[int, slice]]:
+    """Yield all that are wanted, as `Past.runs` does where nothing has to be fetched."""
+    yield from ((index, slice(0, len(blocks))) for index, (_, blocks) in enumerate(wanted))
 
 
 def len_at(saved: Mapping[str, Tensor], name: str, axis: int) -> int:

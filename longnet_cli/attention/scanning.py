@@ -9,16 +9,16 @@ H query heads, K key heads, D head_dim, C candidates.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
+from itertools import chain, groupby
 from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .groups import GroupedPart, slot_of, stages
+from .groups import ChoiceStage, GroupedPart, slot_of, stages
 from .limits import limits_of
-from .past import RowMeans
+from .past import Means, OfBlocks
 from .pattern import RUN, RUNS, VOTERS, Pattern
 from .voting import best, votes_for
 
@@ -70,10 +70,77 @@ def batches(
         yield batch
 
 
-def scan(voting: Voting, slots: Sequence[Slot]) -> list[Tensor | None]:
-    """Return the candidates (C,) of each slot, by the votes of its first group; None if all blocks but 0 are."""
-    pattern, heads = voting.pattern, voting.heads
-    limit = limits_of(voting.means.fine).scores
+class Scan:
+    """The scan of neighbouring slots that are alike: the blocks (slots, n) that are `kept` so far, or None for all."""
+
+    def __init__(self, voting: Voting, slots: Sequence[Slot]) -> None:
+        self.row, self.slots = voting.row, slots
+        self.kept: Tensor | None = None
+        self.planned = stages(voting.pattern, slots[0].blocks - 1)
+        firsts = range(slots[0].first, slots[-1].first + 1, voting.pattern.scan_every)
+        self._voters = voting.document.voters(firsts, 2) if self.planned else torch.empty(0)
+
+    def compare_all(self, stage: ChoiceStage, means: Means) -> None:
+        """Keep the best blocks of all by the first stage: of blocks before the slots but 0, or of their runs."""
+        number, before = self.slots[-1].blocks, blocks_before(self.slots, means.fine.device)
+        if stage.means != RUNS:
+            of_blocks, others = means.first(self.row, number, stage.means)[:, 1:], not_before(1, number, before)
+            self.kept = 1 + best(votes_for(self._voters, of_blocks, others), stage.blocks)
+            return
+        # the first run, whose keys are like no others, and the blocks after the last whole one always stay
+        whole, own = number // RUN, torch.arange(RUN, device=self._voters.device)
+        of_runs, others = means.first(self.row, whole, RUNS)[:, 1:], not_before(1, whole, before // RUN)
+        runs = 1 + best(votes_for(self._voters, of_runs, others), stage.blocks // RUN - 1)
+        rest = before // RUN * RUN + own[: number % RUN]
+        kept = own[1:], (runs[..., None] * RUN + own).flatten(1), rest
+        self.kept = torch.cat([x.expand(len(self._voters), -1) for x in kept], 1)
+
+    def candidates(self) -> Sequence[Tensor | None]:
+        """Return what is kept for each slot."""
+        return [None] * len(self.slots) if self.kept is None else self.kept.unbind()
+
+    def best_of(self, some: slice, of_blocks: OfBlocks, numbers: int, most: int) -> Tensor:
+        """Return the `most` best (n, most) of the blocks that some slots keep, each with so many `numbers` of means."""
+        assert self.kept is not None
+        voters, kept = self._voters[some], self.kept[some]
+        step = max(1, limits_of(voters).scores // (kept.shape[1] * numbers))
+        votes = [
+            votes_for(of_slots[:, None], of_blocks(own), blocks=own[:, None])[:, 0]
+            for of_slots, own in zip(voters.split(step), kept.split(step), strict=True)
+        ]
+        return kept.gather(1, best(torch.cat(votes), most))
+
+
+def scan(pattern: Pattern, means: Means, votings: Sequence[Voting]) -> list[list[Tensor | None]]:
+    """Return the candidates (C,) of each slot of some votings, by the votes of its first group.
+
+    None is all blocks but 0. Stages come one after the other, each for all slots: ranks fetch means together.
+    """
+    of_votings = [[*_scans(means, voting)] for voting in votings]
+    scans = [*chain(*of_votings)]
+    for stage in stages(pattern):
+        planned = [each for each in scans if stage in each.planned]
+        for each in planned:
+            if stage == each.planned[0]:
+                each.compare_all(stage, means)
+        if stage.means == RUNS:
+            continue
+        later = [each for each in planned if stage != each.planned[0]]
+        found: list[list[Tensor]] = [[] for _ in later]
+        wanted = [(each.row, each.kept) for each in later if each.kept is not None]
+        for index, some, of_blocks in means.of_wanted(stage.means, wanted):
+            found[index].append(later[index].best_of(some, of_blocks, means.numbers(stage.means), stage.blocks))
+        for each, parts in zip(later, found, strict=True):
+            each.kept = torch.cat(parts)
+    return [
+        [*_known(voting), *chain(*(each.candidates() for each in some))]
+        for voting, some in zip(votings, of_votings, strict=True)
+    ]
+
+
+def _scans(means: Means, voting: Voting) -> Iterator[Scan]:
+    """Yield scans of a voting's slots, those left out whose candidates are known."""
+    pattern, limit = voting.pattern, limits_of(means.fine).scores
 
     def alike(slot: Slot) -> tuple[object, int]:
         planned = stages(pattern, slot.blocks - 1)
@@ -81,22 +148,18 @@ def scan(voting: Voting, slots: Sequence[Slot]) -> list[Tensor | None]:
 
     def most(slot: Slot) -> int:
         planned = stages(pattern, slot.blocks - 1)
-        return limit // (VOTERS // 2 * heads * planned[0].compared(slot.blocks)) if planned else len(slots)
+        compared = planned[0].compared(slot.blocks) if planned else 0
+        return limit // (VOTERS // 2 * voting.heads * compared) if compared else len(voting.slots)
 
-    known = voting.scanned is not None
-    candidates = [voting.scanned if stages(pattern, slots[0].blocks - 1) else None] if known else []
-    for some in batches(slots[known:], alike, pattern.scan_every, most):
-        kept, before = None, blocks_before(some, voting.means.fine.device)
-        planned = stages(pattern, some[0].blocks - 1)
-        firsts = range(some[0].first, some[-1].first + 1, pattern.scan_every)
-        voters = voting.document.voters(firsts, 2) if planned else None
-        for stage in planned:
-            assert voters is not None
-            means = voting.means.of_row(voting.row, stage.means)
-            narrow = _best_runs if stage.means == RUNS else _best_blocks
-            kept = narrow(voters, means, kept, before, some[-1].blocks, stage.blocks)
-        candidates += [None] * len(some) if kept is None else kept.unbind()
-    return candidates
+    slots = voting.slots[len(_known(voting)) :]
+    yield from (Scan(voting, some) for some in batches(slots, alike, pattern.scan_every, most))
+
+
+def _known(voting: Voting) -> list[Tensor | None]:
+    """Return the candidates of the first slot, if they are known."""
+    if voting.scanned is None:
+        return []
+    return [voting.scanned if stages(voting.pattern, voting.slots[0].blocks - 1) else None]
 
 
 def blocks_before(slots: Sequence[Slot], device: torch.device) -> Tensor | int:
@@ -106,37 +169,6 @@ def blocks_before(slots: Sequence[Slot], device: torch.device) -> Tensor | int:
     return torch.tensor([[slot.blocks] for slot in slots], device=device)
 
 
-def not_before(first: int, stop: int, before: Tensor | int, device: torch.device) -> Tensor | None:
+def not_before(first: int, stop: int, before: Tensor | int) -> Tensor | None:
     """Return which of [first, stop) are not below each of the numbers `before` (n, 1): (n, C); None if all are."""
-    return None if isinstance(before, int) else torch.arange(first, stop, device=device) >= before
-
-
-def _best_runs(
-    voters: Tensor, runs: RowMeans, _: Tensor | None, before: Tensor | int, number: int, most: int
-) -> Tensor:
-    """Return the blocks (slots, n) of the best runs. The first run and blocks after the last whole one always stay.
-
-    The first run holds block 0, whose keys are like no others. Of the blocks `before` the slots, there are at most
-    `number`.
-    """
-    whole, own = number // RUN, torch.arange(RUN, device=voters.device)
-    votes = votes_for(voters, runs.first(whole)[:, 1:], not_before(1, whole, before // RUN, voters.device))
-    blocks = ((1 + best(votes, most // RUN - 1))[..., None] * RUN + own).flatten(1)
-    rest = before // RUN * RUN + own[: number % RUN]
-    return torch.cat([own[1:].expand(len(voters), -1), blocks, rest.expand(len(voters), -1)], 1)
-
-
-def _best_blocks(
-    voters: Tensor, means: RowMeans, kept: Tensor | None, before: Tensor | int, number: int, most: int
-) -> Tensor:
-    """Return the `most` best (slots, most) of the blocks that are `kept` (slots, n), or of all but 0 `before` them."""
-    if kept is None:
-        return 1 + best(
-            votes_for(voters, means.first(number)[:, 1:], not_before(1, number, before, voters.device)), most
-        )
-    of_blocks, step = means.some(kept), max(1, limits_of(voters).scores // (kept.shape[1] * means.numbers))
-    votes = [
-        votes_for(some[:, None], of_blocks(own), blocks=own[:, None])[:, 0]
-        for some, own in zip(voters.split(step), kept.split(step), strict=True)
-    ]
-    return kept.gather(1, best(torch.cat(votes), most))
+    return None if isinstance(before, int) else torch.arange(first, stop, device=before.device) >= before

@@ -1,5 +1,6 @@
-"""JSON of values that JSON does not have: NaN and infinite numbers become null, dates and similar values text."""
+"""JSON of values that JSON does not have: infinite numbers and NaN are null, bytes base64, dates and the like text."""
 
+import base64
 import json
 import math
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ def to_json(value: Any, *, indent: int | None = None, ensure_ascii: bool = True)
 
 def _text(value: Any) -> str:
     if isinstance(value, bytes):
-        return value.decode("utf-8", "backslashreplace")
+        return base64.b64encode(value).decode()
     return value.isoformat() if hasattr(value, "isoformat") else str(value)
 
 

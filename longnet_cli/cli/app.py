@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import io
 import os
+import signal
 import sys
 import time
 import traceback
@@ -88,9 +89,9 @@ def run(app: typer.Typer) -> NoReturn:
     _hold_standard_handles()
     try:
         if started_by_torchrun():
-            from longnet_cli.running.ranks.watch import die_with_parent
+            from longnet_cli.running.ranks.watch import end_with_parent
 
-            die_with_parent()
+            end_with_parent()
         else:
             unwind_on_signals()
         _invoke(app)
@@ -142,9 +143,7 @@ def _explain(error: BaseException) -> int:
     if isinstance(error, BrokenPipeError):  # the reader, say `head`, has read enough
         return 141
     if _is_lost_rank(error) and LAUNCHED in os.environ:
-        from longnet_cli.running.ranks.watch import tell_of_lost_parent
-
-        tell_of_lost_parent()
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of torchrun, which ends the others: nothing may come in between
         return LOST
     _let_the_first_speak(error)
     if isinstance(error, LongNetError):

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
@@ -133,9 +133,11 @@ def generate(options: GenerateCommand) -> None:
     stream = _stream(options, loaded, ranks)
     job = _TextGenerator(options, loaded, ranks)
     more = job.max_tokens + (stream.position if stream else 0)
-    documents, several = _documents(options, loaded, text)
+    documents, several, stored = _documents(options, loaded, text)
     computing = options.computing
-    documents = say_state(documents, net=loaded.net, computing=computing, more=more, sp=ranks.sp, quiet=quiet)
+    documents = say_state(
+        documents, stored=stored, net=loaded.net, computing=computing, more=more, sp=ranks.sp, quiet=quiet
+    )
     for index, document in enumerate(documents):
         forked = stream.fork() if stream and text is None and not save_state else stream
         job.run(document, forked, index if several else None)
@@ -202,7 +204,7 @@ def _estimate(options: GenerateCommand, loaded: Loaded, free: Room, text: str | 
     from longnet_cli.running.reader import share_reader
 
     computing, generator = options.computing, _TextGenerator(options, loaded, Ranks())
-    documents, _ = _documents(options, loaded, text)
+    documents, *_ = _documents(options, loaded, text)
     reader = share_reader(loaded.net, chunk=computing.chunk, dtype=computing.dtype, spill=computing.spill)
     plan = plan_generation(loaded.net, documents, generator.bos_ids, generator.max_tokens, reader.chunk)
     each = seconds_of_new_token(loaded.net, computing.dtype)
@@ -289,20 +291,23 @@ def _text(prompt: str | None, inputs: list[str] | None, state: str | None) -> st
     return None if prompt == "-" else prompt
 
 
-def _documents(options: GenerateCommand, loaded: Loaded, text: str | None) -> tuple[Iterator[Document], bool]:
-    """Return the documents to continue, and whether they are several texts to print, which get their names."""
+def _documents(
+    options: GenerateCommand, loaded: Loaded, text: str | None
+) -> tuple[Iterator[Document], bool, Iterable[Document]]:
+    """Return the documents to continue, whether they are several texts to print, which get their names, and those of
+    known lengths (`Inputs.stored`)."""
     from longnet_cli.data.inputs import Inputs
     from longnet_cli.data.tokenizer import end_of_text
 
     words, vocab_size = loaded.tokenizer, loaded.net.config.vocab_size
     eos_id = end_of_text(options.eos, words)
     data = Inputs(options.inputs or ["-"], words, options.column, vocab_size=vocab_size, eos_id=eos_id)
-    documents = _each_document(data, text, loaded.chat)
+    documents, stored = _each_document(data, text, loaded.chat), data.stored() if text is None else ()
     if options.save_state:
-        return _only(documents), False
+        return _only(documents), False, stored
     if options.format == "text" and text is None and data.names != ["-"]:  # the first line of a pipe waits for none
-        return _look_ahead(documents)
-    return documents, False
+        return *_look_ahead(documents), stored
+    return documents, False, stored
 
 
 def _each_document(inputs: Inputs, prompt: str | None, template: ChatTemplate | None) -> Iterator[Document]:

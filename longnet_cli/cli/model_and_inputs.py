@@ -147,7 +147,6 @@ class ModelAndInputs:
             pattern=read_pattern(self.choice.pattern),
             bos=given.bos,
             vectors=self.embeds,
-            embeds=self.embeds,
             on_note=partial(tell, quiet=quiet),
         )
         net, reads_vectors = loaded.net, loaded.net.row_size is not None

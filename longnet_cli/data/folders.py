@@ -4,13 +4,15 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from mimetypes import MimeTypes
 from os.path import commonprefix
+from pathlib import PurePosixPath
 
 from longnet_cli.basics.errors import ConfigError, DataError, InputWarning
 from longnet_cli.data.compressed import SUFFIXES, bare_name, compression
 from longnet_cli.data.manifest import FINISHED, UNFINISHED, manifest_in, manifest_text
 
-SHARD_SUFFIXES = (".arrow", ".feather", ".parquet")
+SHARD_SUFFIXES = (".parquet", ".pq", ".arrow", ".arrows", ".ipc", ".feather")
 JSON_SUFFIXES = (".jsonl", ".ndjson")
 HDF5_SUFFIXES = (".h5", ".hdf5")
 FASTA_SUFFIXES = (".fa", ".fasta", ".fna", ".ffn", ".faa")
@@ -19,13 +21,18 @@ FASTA_SUFFIXES = (".fa", ".fasta", ".fna", ".ffn", ".faa")
 _SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 _SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev", "eval", "evaluation"), "validation")
 
+MOST_NAMED = 20  # kinds of files that are not read
+_TEXTS = (*JSON_SUFFIXES, ".json", *FASTA_SUFFIXES)
+_KINDS = MimeTypes()  # without those of the system, which differ
 
-def choose_files(folder: str, names: Sequence[str], read: Callable[[str, int | None], bytes]) -> list[str]:
+
+def choose_files(folder: str, names: Sequence[str], read: Callable[[str, int | None], bytes]) -> tuple[list[str], str]:
     """Choose the files to read below a folder: the shards of a data set in its order, otherwise every text.
 
+    Return them, and a sentence that names the other files, with which it warns of them; empty if there are none.
+
     Files without an order of their own are sorted naturally. A data set or a run that `longnet` wrote below the folder
-    is skipped if there are other files, because it may be the output that is being written. Other files whose names say
-    that they are documents are not left out without a warning. `names` are relative paths.
+    is skipped if there are other files, because it may be the output that is being written. `names` are relative paths.
     `read(name, size)` returns the first `size` bytes of a file, or all bytes if `size` is None. Raises DataError for a
     folder without readable files, a missing shard and an unfinished or damaged data set, ConfigError for a data set of
     several splits, also by the names of its files.
@@ -43,13 +50,13 @@ def choose_files(folder: str, names: Sequence[str], read: Callable[[str, int | N
 
     # `datasets.save_to_disk` writes this index, and may leave caches beside the shards
     if "state.json" in names and (shards := listed("state.json", "_data_files", "filename")):
-        return shards
+        return shards, ""
     if UNFINISHED in names:  # our writer keeps it until the last shard is there
         raise DataError(f"{folder}: the run that wrote this data did not end: finish it with its command and --resume")
     if manifest := manifest_in(names):
         if (shards := listed(manifest, "shards", "name")) is None:
             raise DataError(f"{folder}/{manifest}: changed or damaged after it was written")
-        return shards
+        return shards, ""
     if "dataset_dict.json" in names:
         splits = sorted({name.split("/")[0] for name in names if "/" in name})
         raise _several(folder, splits)
@@ -61,27 +68,40 @@ def choose_files(folder: str, names: Sequence[str], read: Callable[[str, int | N
         if shards:
             shards = [shard for shard in shards if "/" not in shard] or shards
             _refuse_splits(folder, shards)
-            _tell_unread(folder, files, shards)
-            return shards
-    chosen = [file for file in files if _looks_like_text(file, read(file, 8192))]
-    chosen = chosen or [file for file in files if file.endswith(HDF5_SUFFIXES)]  # last: beside text, they are its data
+            return shards, _tell_unread(folder, files, shards)
+    chosen, empty = [], True
+    for file in files:
+        head = read(file, 8192)
+        if _looks_like_text(file, head):
+            chosen.append(file)
+            empty = empty and not head
+    if empty:  # beside text, HDF5 files are its data
+        chosen = [file for file in files if bare_name(file).endswith(HDF5_SUFFIXES)] or chosen
     if not chosen:
         raise DataError(f"{folder}: the folder holds nothing readable (Arrow, Parquet, JSON Lines, text or HDF5 files)")
-    _tell_unread(folder, files, chosen)
-    return chosen
+    return chosen, _tell_unread(folder, files, chosen)
 
 
-def _tell_unread(folder: str, files: Sequence[str], chosen: Sequence[str]) -> None:
-    """Warn of files that are not among the `chosen` ones, although their names say that they are documents."""
-    ending = (".txt", *JSON_SUFFIXES, *SHARD_SUFFIXES, *FASTA_SUFFIXES)
-    unread = [file for file in {*files} - {*chosen} if bare_name(file).endswith(ending)]
+def _tell_unread(folder: str, files: Sequence[str], chosen: Sequence[str]) -> str:
+    """Return a sentence that names the files beside the `chosen` ones, and warn with it; empty if there are none."""
+    kinds: dict[str, list[str]] = {}
+    for file in sorted({*files} - {*chosen}, key=natural_order):
+        kinds.setdefault(PurePosixPath(bare_name(file)).suffix, []).append(file)
+    if not kinds:
+        return ""
+    firsts = [f"{of[0]} and {len(of) - 1} like it" if of[1:] else of[0] for of in kinds.values()]
+    named = ", ".join([*firsts[:MOST_NAMED], *["..."] * (len(firsts) > MOST_NAMED)])
+    readable = [of for kind, of in kinds.items() if kind in (*SHARD_SUFFIXES, *_TEXTS) or _is_named_text(of[0])]
+    unread, how = max(readable, key=len, default=[]), ""
     if unread:
-        first = min(unread, key=natural_order)
-        what = f"{len(unread)} files, such as {first}, are" if unread[1:] else f"{first} is"
-        beside = f"the {len(chosen)} files like {chosen[0]}" if chosen[1:] else chosen[0]
-        pattern = f"'{folder}/{'**/' if '/' in first else ''}*.{first.rpartition('.')[2]}'"
-        said = f"{folder}: {what} not read beside {beside}: {pattern} reads files of that kind"
-        warnings.warn(said, InputWarning, stacklevel=2)
+        pattern = f"{folder}/{'**/' * any('/' in file for file in unread)}*{PurePosixPath(unread[0]).suffix}"
+        how = f"; '{pattern}' reads files of that kind"
+    beside = f"the {len(chosen)} files like {chosen[0]}" if chosen[1:] else chosen[0]
+    count = sum(map(len, kinds.values()))
+    what = f"{count} files are" if count > 1 else "1 file is"
+    said = f"{what} not read beside {beside}: {named}{how}"
+    warnings.warn(f"{folder}: {said}", InputWarning, stacklevel=2)
+    return said
 
 
 def _refuse_splits(folder: str, shards: Sequence[str]) -> None:
@@ -125,13 +145,20 @@ def is_hidden(name: str) -> bool:
 
 
 def _looks_like_text(name: str, head: bytes) -> bool:
-    """Return whether a file found in a folder is worth opening: images and empty `__init__.py` files are not.
+    """Return whether a file found in a folder is worth opening: an image is not, and an empty file is an empty text.
 
-    A compressed file is worth opening if its suffix names the compression, and it is not an archive of many files.
+    A compressed file is worth opening if its suffix names the compression, and it is not an archive of many files. A
+    file whose suffix names a kind of text is opened, whatever it holds.
     """
     if compression(head):
-        return name.endswith(SUFFIXES) and not bare_name(name).endswith(".tar")
-    return bool(head) and (b"\0" not in head or sniff(head) not in ("text", "hdf5"))
+        return name.lower().endswith(SUFFIXES) and not bare_name(name).endswith(".tar")
+    return _is_named_text(name) or b"\0" not in head or sniff(head) not in ("text", "hdf5")
+
+
+def _is_named_text(name: str) -> bool:
+    return (_KINDS.guess_type(bare_name(name))[0] or "").startswith("text/") or bare_name(name).endswith(
+        (".md", ".rst")
+    )
 
 
 def natural_order(name: str) -> list[str | int]:

@@ -47,7 +47,8 @@ def open_json_lines(source: Source, pipe: Pipe, wanted: Wanted) -> Table | None:
         return None
     fields, problem = beginning
     if not fields:
-        raise DataError(f"{source.where}, line 1: not JSON Lines of documents: {problem}")
+        beside = f" ({source.beside})" if source.beside else ""
+        raise DataError(f"{source.where}, line 1: not JSON Lines of documents: {problem}{beside}")
     fields |= _kept_types(pipe, source.where, [name for name in wanted.keep if name not in (*fields, wanted.column)])
     rows = _Rows(source.where, pipe, wanted, pa.schema(list(fields.items())))
     return Table(
@@ -197,10 +198,11 @@ def _kept_types(pipe: Pipe, where: str, names: Sequence[str]) -> dict[str, pa.Da
         return {}
     lines: list[bytes] = []
     begun = time.monotonic()
-    while sum(map(len, lines)) < LOOK_AHEAD and (line := pipe.readline()):
-        lines.append(line)
-        if time.monotonic() - begun > PATIENCE:
-            break
+    with suppress(DataError):  # of damaged packed data, which raises it again
+        while sum(map(len, lines)) < LOOK_AHEAD and (line := pipe.readline()):
+            lines.append(line)
+            if time.monotonic() - begun > PATIENCE:
+                break
     pipe.unread(b"".join(lines))
     columns: dict[str, list[Any]] = {name: [] for name in names}
     for line in lines:

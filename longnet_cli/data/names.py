@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 from urllib.parse import unquote
@@ -43,13 +44,15 @@ class Apart:
 class Source:
     """One file to read, or stdin where `path` is None. `name` becomes the doc_id, `where` goes into messages.
 
-    Both are the path's UTF-8 text, in any locale. `filesystem` holds the path, None on this machine.
+    Both are the path's UTF-8 text, in any locale. `filesystem` holds the path, None on this machine. `beside` names
+    files of its folder that are not read.
     """
 
     path: Path | None
     name: str
     where: str
     filesystem: "FileSystem | None" = None
+    beside: str = ""
 
 
 def find_sources(names: Sequence[str | Path]) -> tuple[list[Source], list[DataError]]:
@@ -131,9 +134,9 @@ def _expand(item: str, missing: list[DataError], *, in_list: bool) -> Iterable[S
     if item == "-":
         return [_stdin_source()]
     if path.is_dir():
-        return [
-            Source(path / _as_path(name), name, _as_text(str(path / _as_path(name)))) for name in _folder_files(path)
-        ]
+        names, beside = _folder_files(path)
+        paths = [path / _as_path(name) for name in names]
+        return [Source(file, name, _as_text(str(file)), beside=beside) for file, name in zip(paths, names, strict=True)]
     if path.exists():
         return [Source(path, _as_text(path.name), item)]
     if item.startswith("@") and not in_list:
@@ -166,10 +169,9 @@ def _read_once(stream: TextIO) -> bytes:
 
 
 def _listed(name: str) -> list[str]:
-    """Return the inputs in a list, or in stdin for `-`, written as on the command line, one per line.
+    """Return the inputs in a list, or in stdin for `-`, written as on the command line, one per line that is not blank.
 
-    Blank lines and # comments are skipped. In a list with NULs, as `find -print0` writes it, all up to a NUL is a
-    name.
+    In a list with NULs, as `find -print0` writes it, all up to a NUL is a name.
     """
     where = f"@{name}"
     try:
@@ -185,16 +187,23 @@ def _listed(name: str) -> list[str]:
             lines = data.decode("utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
             raise DataError(f"{where}: cannot read the list: {error}") from error
-        items = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
+        items = [line.strip() for line in lines if line.strip()]
     if not items:
         raise DataError(f"{where}: the list names no input")
     return items
 
 
-def _folder_files(folder: Path) -> list[str]:
-    paths = []
-    for root, folders, names in os.walk(folder):
+def _folder_files(folder: Path) -> tuple[list[str], str]:
+    """Return what `choose_files` does. Folders that are links are followed, after all others, and each folder once."""
+    paths, tops, seen = list[Path](), [str(folder)], set[tuple[int, int]]()
+    for root, folders, names in chain.from_iterable(map(os.walk, tops)):  # tops grows
+        status = os.stat(root)
+        if (place := (status.st_dev, status.st_ino)) in seen:
+            folders.clear()
+            continue
+        seen.add(place)
         folders[:] = [name for name in folders if not is_hidden(name)]
+        tops += sorted(filter(os.path.islink, (os.path.join(root, name) for name in folders)))
         paths += [Path(root, name) for name in names]
 
     def read(name: str, size: int | None) -> bytes:

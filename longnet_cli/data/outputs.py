@@ -109,7 +109,11 @@ class ShardWriter:
         if str(self.output).endswith(".parquet"):
             import pyarrow.parquet as pq  # imported late: 30 ms that IPC output does not need
 
-            return pq.ParquetWriter(self._sink, self.schema, write_page_checksum=True)  # verified on reading
+            try:
+                return pq.ParquetWriter(self._sink, self.schema, write_page_checksum=True)  # verified on reading
+            except pa.ArrowNotImplementedError as error:
+                problem = f"Parquet does not hold a column ({error}): write Arrow, or leave it out of --keep"
+                raise ConfigError(f"{self.output}: {problem}") from error
         if str(self.output).endswith(".jsonl"):
             return _JsonLines(self._sink)
         return ipc.new_file(self._sink, self.schema)

@@ -62,7 +62,7 @@ def find_remote(uri: str) -> tuple[fs.FileSystem, list[tuple[str, str, str]]]:
             if not names:
                 raise DataError(f"{uri}: no file matches")
         elif files:
-            names = choose_files(base.rstrip("/"), files, read)
+            names, _ = choose_files(base.rstrip("/"), files, read)
         else:
             raise DataError(f"{uri}: no such file or folder")
     return filesystem, [(f"{path}/{name}", name, f"{base.rstrip('/')}/{name}") for name in names]

@@ -181,6 +181,8 @@ def reading(what: str, row: int | None = None) -> Iterator[None]:
     except MemoryError as error:  # also pyarrow's own; a damaged size may ask for any amount
         reason = "it needs more memory than there is, or its data is damaged"
         raise MemoryLimitError(f"{what}: {reason} ({one_line(error)})") from error
+    except pa.ArrowNotImplementedError as error:
+        raise DataError(f"{what}: pyarrow does not read this ({one_line(error)})") from error
     # pyarrow also raises ValueError for a name that is not UTF-8, and OverflowError for a size past 2^63
     except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError) as error:
         if isinstance(error, OSError) and error.errno is not None and error.strerror:

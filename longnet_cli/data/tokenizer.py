@@ -34,7 +34,7 @@ from longnet_cli.data.places import token_places
 from longnet_cli.data.text_pieces import AT_SIGN, cut_text, decodes_bytes, find_cut, words_of
 from longnet_cli.hub.folder_files import END_OF_TEXT, TOKENIZER
 from longnet_cli.hub.model_names import find_tokenizer, list_models, preset_dir
-from longnet_cli.hub.sent_files import download_again
+from longnet_cli.hub.repository import download_again
 
 SETTINGS = "tokenizer_config.json"  # what transformers writes beside a tokenizer.json
 

@@ -24,8 +24,16 @@ from typing import Any
 from longnet_cli.basics.configuration import nearest, parse, read_text
 from longnet_cli.basics.errors import CheckpointError, ConfigError, refuse_web_address
 from longnet_cli.hub.folder_files import CONFIG
-from longnet_cli.hub.repository import Located, Repository, module_files, snapshot_in, unknown_files, weight_files
-from longnet_cli.hub.sent_files import COMMIT, check_blobs
+from longnet_cli.hub.repository import (
+    COMMIT,
+    Located,
+    Repository,
+    check_blobs,
+    module_files,
+    snapshot_in,
+    unknown_files,
+    weight_files,
+)
 
 
 def preset_dir() -> Path:

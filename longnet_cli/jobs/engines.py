@@ -185,7 +185,7 @@ def _load(
 ) -> Loaded:
     parsed = read_pattern(pattern, "pattern")
     folder = ModelFolder.find(model, gguf=True, embeds=embeds)
-    how: dict[str, Any] = {"dtype": dtype, "tokenizer": tokenizer, "pattern": parsed, "bos": bos, "embeds": embeds}
+    how: dict[str, Any] = {"dtype": dtype, "tokenizer": tokenizer, "pattern": parsed, "bos": bos}
     notes: list[str] = []
     loaded = folder.load(device=select_device(device), on_note=notes.append, **how)
     for line in notes if loaded.embedding else ():
@@ -231,7 +231,10 @@ def _tables(given: Any) -> pa.Table | Iterable[Any]:
     if hasattr(given, "with_format") and hasattr(given, "__getitem__"):  # a Dataset of Hugging Face
         given = given.with_format("arrow")[:]
     if isinstance(given, pa.RecordBatch) or hasattr(given, "__arrow_c_stream__"):
-        return pa.table(given)
+        try:
+            return pa.table(given)
+        except (pa.ArrowException, TypeError, ValueError) as error:  # pandas' columns may have values of any types
+            raise DataError(f"the table cannot be Arrow data: {'; '.join(map(str, error.args))}") from error
     if isinstance(given, Sequence) and not isinstance(given, str):
         return [*map(_checked_batch, given)]  # at once, rather than in the middle of the work
     if not isinstance(given, Iterator):

@@ -160,7 +160,7 @@ def _settings(
 
 def tokenizer_beside(output: str | Path) -> Path | None:
     """Return the path of the tokenizer beside an output file; None for a folder, a stream, a device or a named pipe."""
-    return Path(output).with_suffix(".tokenizer.json") if str(output).endswith(OUTPUT_SUFFIXES) else None
+    return Path(f"{output}.tokenizer.json") if str(output).endswith(OUTPUT_SUFFIXES) else None
 
 
 def _tokenizer(

@@ -29,7 +29,7 @@ from longnet_cli.basics.verdicts import remembered
 from longnet_cli.nets.net import Net
 from longnet_cli.nets.weights import model_digest
 
-READ, BETWEEN = 512, 256  # tokens of a text that are read twice, and tokens between; fewer in short windows
+READ, BETWEEN = 512, 256  # tokens of a text that are read twice, and tokens between; fewer if positions end before
 IN_ALL = 1024  # tokens of all texts that are read twice: with 200, chance alone made 0.25 of evidence
 EVERY = 16  # tokens per group
 LEAST = 0.15  # SmolLM2: 0.19 to 1.2 at its peaks, and 0.12 at the next one
@@ -74,10 +74,8 @@ def peaks(evidence: list[float]) -> tuple[int, ...]:
 def layer_evidence(net: Net) -> list[float]:
     """Return the evidence of each layer that it finds what it has read before, in nats; [] if it cannot be told."""
     device, size = next(net.parameters()).device, net.config.pattern.chosen_block
-    (w,), (back,) = net.config.pattern.segment_lengths, net.config.pattern.look_backs
-    dense = (1 + back) * w  # tokens that a query of the first segments sees at least
-    read = min(READ, dense * 2 // 5 // size * size)
-    between = min(BETWEEN, dense // 5)
+    longest = net.config.max_tokens or 2 * READ + BETWEEN
+    read, between = min(READ, longest * 2 // 5 // size * size), min(BETWEEN, longest // 5)
     if read < 2 * size:
         return []
     ids = torch.from_numpy(

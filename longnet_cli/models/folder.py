@@ -30,8 +30,7 @@ from longnet_cli.hub.folder_files import (
     WEIGHTS,
 )
 from longnet_cli.hub.model_names import find_model
-from longnet_cli.hub.repository import Located
-from longnet_cli.hub.sent_files import download_again
+from longnet_cli.hub.repository import Located, download_again, is_within, weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +59,7 @@ class Loaded(NamedTuple):
 
     `ends` are the ids at which the net's own texts end, `chat` is its chat template if you asked for it. `origin` is
     the `ModelFolder.origin` of the net. `embedding` is for a Hugging Face model that makes vectors as
-    sentence-transformers does; only `load(embeds=True)` asks for it.
+    sentence-transformers does; only a folder that `embeds` has it.
     """
 
     net: Net
@@ -81,24 +80,27 @@ class ModelFolder:
 
     A LongNet is not a Hugging Face model, though transformers can open it. A GGUF file is one, since it is converted.
     `name` is what the user calls it, for messages. `origin` names it in outputs: with the commit, if it is on a hub.
+    A model that `embeds` is to make vectors. Its Transformer may be in a subfolder, which `modules` (the path of
+    modules.json) names; then that is the path.
     """
 
-    def __init__(self, path: Path, name: str | None = None, origin: str | None = None) -> None:
+    def __init__(self, path: Path, name: str | None = None, origin: str | None = None, *, embeds: bool = False) -> None:
         self.path, self.name = path, name or str(path)
         self.origin = origin or self.name
         self.is_gguf = is_gguf(path)
+        self.embeds, self.modules = embeds, path / MODULES
+        if embeds:
+            self.path = _transformer_of(path)
 
     @classmethod
     def find(cls, name: str, *, gguf: bool = False, embeds: bool = False) -> ModelFolder:
         """Return the model that `name` stands for: a shipped model, a path with a slash, or a model on a hub.
 
-        It is to make vectors if it `embeds`.
-
         Raises ConfigError for a name that is not shipped; CheckpointError for a path that holds no complete model, for
         a model that cannot be downloaded and, unless `gguf`, for a GGUF file.
         """
         place, origin = Located(Path(name), name) if is_gguf(Path(name)) else find_model(name, embeds)
-        folder = cls(place, name, origin)
+        folder = cls(place, name, origin, embeds=embeds)
         if not folder.is_gguf:
             folder._check_complete()
         elif not gguf:
@@ -220,7 +222,7 @@ class ModelFolder:
         as `net` does.
         """
         if self.of_transformers:
-            return self._transformers().read_facts(self.path, self.config, pattern, lora)
+            return self._transformers().read_facts(self.path, self.config, pattern, lora, embeds=self.embeds)
         from longnet_cli.nets.weights import load_config
 
         return load_config(self.path, pattern)
@@ -242,7 +244,8 @@ class ModelFolder:
 
         if self.of_transformers:
             load = self._transformers().load_transformers
-            net = load(self.path, self.config, pattern=pattern, device=device, dtype=dtype or torch.float32)
+            how: dict[str, Any] = {"pattern": pattern, "device": device, "dtype": dtype or torch.float32}
+            net = load(self.path, self.config, **how, embeds=self.embeds)
         else:
             net = self.native().from_pretrained(self.path, device, torch.float32, pattern=pattern)
         if pattern and pattern.chosen and not pattern.chosen_layers:
@@ -290,12 +293,11 @@ class ModelFolder:
         bos: str | None = None,
         chat: bool = False,
         vectors: bool = False,
-        embeds: bool = False,
         on_note: Callable[[str], None] = lambda line: None,
     ) -> Loaded:
         """Load the model on `device` for `dtype` (--dtype), with `tokenizer` (--tokenizer) or its own.
 
-        `bos` is --bos. To make vectors (`embeds`), the modules of sentence-transformers are loaded too. `on_note` gets
+        `bos` is --bos. If the model `embeds`, the modules of sentence-transformers are loaded too. `on_note` gets
         a line for each thing that the user should know about the way the model reads documents. Raises ConfigError for
         a tokenizer that is not the model's, unless `tokenizer_differs`; for a tokenizer with more ids than the model;
         for a model that reads vectors, unless `vectors`; for `bos` where nothing is read before a document; for modules
@@ -312,10 +314,10 @@ class ModelFolder:
             words = folder.tokenizer(tokenizer, differs=tokenizer_differs)
             start, ends = folder.bos(words, bos), folder.ends(words)
             template = folder.chat(words) if chat else None
-            model = folder.sentence_model() if embeds else None
+            model = folder.sentence_model() if self.embeds else None
             net = folder.net(pattern=pattern, device=device, dtype=DTYPES[kind])
             embedding = None
-            if embeds and self.of_transformers and (model or (words and not net.config.causal)):
+            if self.embeds and self.of_transformers and (model or (words and not net.config.causal)):
                 embedding = folder.embedding(model, words, net, on_note)
                 words = words or embedding.words
         of_tokens = bool(net.config.vocab_size)  # otherwise there is no --bos at all
@@ -347,17 +349,16 @@ class ModelFolder:
 
         Raises ConfigError for what is not computed here, also for a LongNet that has modules beside its own.
         """
-        if self.is_gguf or not (self.path / MODULES).exists():
+        if self.is_gguf or not self.modules.exists():
             return None
         if not self.of_transformers:
-            modules = _list(self.path / MODULES)
-            if len(modules) > 1:
-                raise ConfigError(f"{self.path / MODULES}: a LongNet makes vectors alone: leave out the other modules")
+            if len(_list(self.modules)) > 1:
+                raise ConfigError(f"{self.modules}: a LongNet makes vectors alone: leave out the other modules")
             return None
         self._transformers()
         from longnet_cli.models.hf.sentence_folder import read_sentence_model
 
-        return read_sentence_model(self.path)
+        return read_sentence_model(self.modules.parent)
 
     def embedding(
         self, model: SentenceModel | None, tokenizer: Tokenizer | None, net: Net, on_note: Callable[[str], None]
@@ -425,7 +426,7 @@ class ModelFolder:
         with TemporaryDirectory(prefix="longnet-") as place:
             folder = Path(place) / self.path.stem
             convert_gguf(self.path, folder, DTYPES.get(dtype))
-            yield ModelFolder(folder)
+            yield ModelFolder(folder, embeds=self.embeds)
 
     def _transformers(self) -> ModuleType:
         try:
@@ -445,6 +446,8 @@ class ModelFolder:
         for path in (folder / CONFIG, folder / WEIGHTS):
             if path.exists() and not path.is_file():
                 raise CheckpointError(f"{path}: not a file: a folder, a pipe or a device")
+        if outside := [name for name in weight_files(folder) if not is_within(name)]:
+            raise ConfigError(f"{folder / SHARDED}: the file {outside[0]} is outside of the folder")
         missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
         if missing and (folder / SHARDED).is_file() and self.of_transformers:
             return
@@ -459,6 +462,13 @@ class ModelFolder:
                 else ""
             )
             raise CheckpointError(f"{folder}: not a complete model, {' and '.join(missing)} missing{adapter}")
+
+
+def _transformer_of(folder: Path) -> Path:
+    """Return the folder of a model's Transformer: a subfolder if modules.json names one first that is there."""
+    modules = _list(folder / MODULES)
+    inner = modules[0].get("path") if modules and isinstance(modules[0], dict) else None
+    return folder / inner if isinstance(inner, str) and is_within(inner) and (folder / inner).is_dir() else folder
 
 
 def is_gguf(path: Path) -> bool:

@@ -9,6 +9,7 @@ B batch, n tokens of a chunk.
 from __future__ import annotations
 
 import copy
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -145,7 +146,7 @@ class CausalStream:
         store_last()
         self.position = edges[-1] if edges else self.position + hidden.shape[1]
         if edges[0] < edges[-1] if edges else hidden.shape[1]:
-            last = self._last_of_ranks if exchange else _last
+            last = partial(self._last_of_ranks, edges=edges) if edges else _last
             self.last_hidden, self.last_tokens = last(hidden), None if tokens is None else last(tokens)
         if of_all is not None and not self.keep:
             self.ids.append(of_all.int())
@@ -155,15 +156,15 @@ class CausalStream:
         """Read the next tokens (B, n), which all ranks give; return the last one's hidden state (B, dim) to all."""
         if self.ranks.sp == 1:
             return _last(self(tokens))
-        edges = self.ranks.edges(self.position, tokens.shape[1])
+        edges = self.ranks.edges(self.position, tokens.shape[1], self.model.config.pattern.edge_size)
         self(tokens[:, self.ranks.shard([edge - self.position for edge in edges])], edges=edges)
         assert self.last_hidden is not None
         return self.last_hidden
 
-    def _last_of_ranks(self, x: Tensor) -> Tensor:
-        """Return the last of x (B, n, ..) to all ranks: the last rank's, whose shard has the end of every chunk."""
+    def _last_of_ranks(self, x: Tensor, edges: Sequence[int]) -> Tensor:
+        """Return the last of x (B, n, ..) to all ranks: that of the last shard, of those with these edges, with any."""
         last = x[:, -1:].sum(1)  # zeros, if this rank's shard is empty
-        dist.broadcast(last, group=self.ranks.group, group_src=self.ranks.sp - 1)
+        dist.broadcast(last, group=self.ranks.group, group_src=bisect_left(edges, edges[-1]) - 1)
         return last
 
     def watch(self, on_choice: OnChoice) -> None:

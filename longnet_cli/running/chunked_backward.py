@@ -29,7 +29,7 @@ from longnet_cli.nets.net import Net
 from longnet_cli.running.causal_stream import CausalStream
 from longnet_cli.running.device import precision, random_state, set_random_state
 from longnet_cli.running.ranks.blocks import RankPast
-from longnet_cli.running.ranks.exchange import Exchange, most_owned
+from longnet_cli.running.ranks.exchange import Exchange, most_owned, whole_blocks
 from longnet_cli.running.ranks.fsdp import final_backward
 from longnet_cli.running.ranks.ranks import ALONE, Ranks
 
@@ -73,6 +73,8 @@ def backward_in_chunks(
     device = tokens.device
     on_chunk = on_chunk or (lambda: None)
     pattern = model.config.pattern
+    if ranks.sp > 1:
+        chunk = whole_blocks(chunk, pattern.edge_size)
     room = most_owned(pattern.chosen_block, tokens.shape[1], chunk, ranks.sp) if pattern.chosen else 0
     stream = CausalStream(model, ranks=ranks, keep=tokens.shape[1], room=room, allocate=allocate)
     edges = [*range(0, tokens.shape[1], chunk), tokens.shape[1]]
@@ -125,7 +127,7 @@ class _Chunk:
         self.model, self.start, self.stop = model, start, stop
         self.edges, self.exchange, self.mine = None, None, slice(start, stop)
         if ranks.sp > 1:
-            self.edges = ranks.edges(start, stop - start)
+            self.edges = ranks.edges(start, stop - start, model.config.pattern.edge_size)
             self.exchange = Exchange(model.config, self.edges, group=ranks.group, cached=True)
             self.mine = ranks.shard(self.edges)
 
@@ -195,7 +197,6 @@ class FarGradients:
         self.ranks, self.allocate = ranks, allocate
         self.sums: dict[Key, Tensor] = {}
         self.of_pasts: dict[int, Tensor] = {}  # by layer: (k and v, B, tokens, K, D)
-        self.shared: dict[int, RankPast] = {}  # by layer: those that have the sums themselves
 
     def leaves(self, layer: int, keys: FarKeys, device: torch.device) -> FarKeys:
         """Return far keys of a chunk on `device`, as leaves of its graph.
@@ -212,9 +213,7 @@ class FarGradients:
 
         `past` is that of a later shard or of this one; k (B, n, K, D) is the shard's.
         """
-        if isinstance(past, RankPast):
-            self.shared[layer] = past
-        elif start and layer not in self.of_pasts:
+        if start and layer not in self.of_pasts and not past.shared:
             size, last = self.pattern.chosen_block, start
             if past.kind == "first":
                 last = min(last, self.pattern.chosen_keys)
@@ -244,8 +243,6 @@ class FarGradients:
         `exchange`.
         """
         total = None
-        if layer in self.shared and exchange and stop < self.tokens:
-            total = self.shared[layer].hand_back(exchange, k)
         if layer in self.of_pasts:
             rows = self.of_pasts[layer][:, :, start:stop][:, :, begin - start : begin - start + k.shape[1]]
             rows = rows.to(k.device)

@@ -28,7 +28,7 @@ from longnet_cli.running.causal_stream import CausalStream, open_stream
 from longnet_cli.running.chunk_size import chunk_of, default_chunk
 from longnet_cli.running.device import precision, to_device
 from longnet_cli.running.layerwise import hidden_in_chunks
-from longnet_cli.running.ranks.exchange import Exchange
+from longnet_cli.running.ranks.exchange import Exchange, whole_blocks
 from longnet_cli.running.ranks.portions import Portion, portions
 from longnet_cli.running.ranks.ranks import Ranks
 
@@ -243,9 +243,11 @@ class Reader:
 
     def _chunks(self, window: Window) -> Iterator[list[int]]:
         """Yield the edges of the ranks' shards, chunk by chunk."""
-        chunk = self.chunk * self.ranks.world
-        for start in range(window.start, window.stop, chunk):
-            yield self.ranks.edges(start, min(chunk, window.stop - start))
+        size, start = self.model.config.pattern.edge_size, window.start
+        chunk = whole_blocks(self.chunk * self.ranks.world, size if self.ranks.world > 1 else 1)
+        for begin in range(0, len(window), chunk):
+            edges = self.ranks.edges(begin, min(chunk, len(window) - begin), size)
+            yield [start + edge for edge in edges]
 
     def _shared(self, window: W, edges: Sequence[int], hidden: Tensor) -> list[Piece[W]]:
         self.on_progress(max(0, edges[-1] - max(edges[0], window.wanted)))

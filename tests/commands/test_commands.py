@@ -51,7 +51,7 @@ def test_tokenize_writes_what_the_other_commands_read(run_longnet: RunLongnet, t
 def test_tokenize_trains_a_tokenizer_quietly(run_longnet: RunLongnet, texts: Path, tmp_path: Path) -> None:
     done = run_longnet("tokenize", texts, "-o", "out.arrow", "--train-vocab", "260", "-q")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert Tokenizer.load(tmp_path / "out.tokenizer.json").vocab_size == 260
+    assert Tokenizer.load(tmp_path / "out.arrow.tokenizer.json").vocab_size == 260
 
 
 def test_shards_are_those_of_a_folder(run_longnet: RunLongnet, texts: Path, tmp_path: Path) -> None:

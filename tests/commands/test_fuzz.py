@@ -180,7 +180,7 @@ def run(longnet: Path, template: Path) -> Run:
 
     assert run(["tokenize", "t.txt", "-o", "a.arrow"], template).code == 0
     os.link(template / "a.arrow", template / "link.arrow")
-    (template / "a.tokenizer.json").unlink()
+    (template / "a.arrow.tokenizer.json").unlink()
     return run
 
 

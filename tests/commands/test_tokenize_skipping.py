@@ -81,7 +81,7 @@ def test_a_trained_tokenizer_has_not_seen_what_is_left_out(tmp_path, run_longnet
     command = ["tokenize", "--train-vocab", "280", "-o", "out.arrow"]
     assert run_longnet(*command, *inputs, "--skip-bad").returncode == 6
     assert run_longnet(*command, *inputs[2:], cwd=tmp_path / "good").returncode == 0
-    for name in ("out.arrow", "out.tokenizer.json"):
+    for name in ("out.arrow", "out.arrow.tokenizer.json"):
         assert (tmp_path / name).read_bytes() == (tmp_path / "good" / name).read_bytes()
 
 

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from files import tokens
 
+from longnet_cli.basics.errors import DataError
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
 
@@ -82,10 +83,15 @@ def test_ids_of_polars(tmp_path):
                 assert read_ids(path) == FLAT_IDS, (number, path.name)
 
 
+def test_integers_of_128_bits_are_not_called_damage(tmp_path):
+    pl = pytest.importorskip("polars")
+    pl.DataFrame({"text": ["a"], "n": pl.Series([1], dtype=pl.Int128)}).write_ipc(tmp_path / "x.arrow")
+    with pytest.raises(DataError, match=r"x\.arrow: pyarrow does not read this \(Integers with more than 64 bits"):
+        read_text(tmp_path / "x.arrow")
+
+
 def test_a_truncated_or_joined_file_of_polars_is_an_error(tmp_path):
     pl = pytest.importorskip("polars")
-    from longnet_cli.basics.errors import DataError
-
     pl.DataFrame({"input_ids": IDS}).write_ipc(tmp_path / "x.arrow")
     data = (tmp_path / "x.arrow").read_bytes()
     for keep in range(8, len(data), 7):

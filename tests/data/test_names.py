@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from files import write_stream
+from files import write_file, write_stream
 from processes import invoke
 
 from longnet_cli.basics.errors import ConfigError, DataError, InputWarning, MemoryLimitError
@@ -37,28 +38,91 @@ def test_folders_are_read_in_natural_order_without_what_is_not_text(tmp_path):
         (tmp_path / name).write_text("x")
     (tmp_path / "image.png").write_bytes(b"\x89PNG\0\0")
     (tmp_path / "__init__.py").touch()
-    assert names(tmp_path) == ["part-2.py", "part-10.txt", "sub/part-3.md"]
+    with pytest.warns(InputWarning, match=r": 1 file is not read beside the 4 files like __init__.py: image.png$"):
+        assert names(tmp_path) == ["__init__.py", "part-2.py", "part-10.txt", "sub/part-3.md"]  # an empty text, too
 
 
 def test_documents_of_a_folder_that_are_not_read_are_told(tmp_path):
-    """Files of another kind than the one that is read, and files that are no text whatever their names say."""
-    (tmp_path / "a.txt").write_text("x")
+    """Files of another kind than the one that is read, in one note."""
+    for name in ("a.txt", "sub/b.TXT", "c.json", "LICENSE"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
     (tmp_path / "image.png").write_bytes(b"\x89PNG\0\0")
-    (tmp_path / "utf-16.txt").write_text("x", encoding="utf-16")
-    with pytest.warns(
-        InputWarning, match=r"utf-16.txt is not read beside a.txt: '.*/\*.txt' reads files of that kind$"
-    ):
-        assert names(tmp_path) == ["a.txt"]
     (tmp_path / "notes.jsonl").write_text('{"text": "x", "id": "n"}\n')
-    with pytest.warns(InputWarning, match=r": 2 files, such as a.txt, are not read beside notes.jsonl: "):
+    said = (
+        r": 5 files are not read beside notes.jsonl: LICENSE, a.txt and 1 like it, c.json, image.png; "
+        r"'.*/\*\*/\*.txt' reads files of that kind"
+    )
+    with pytest.warns(InputWarning, match=f"{said}$"):
         assert names(tmp_path) == ["n"]
+    (tmp_path / "notes.jsonl").write_text('{"step": 1}\n')
+    with (
+        pytest.warns(InputWarning),
+        pytest.raises(DataError, match=rf"notes.jsonl, line 1: .*no key text.*\(.*{said[2:]}\)"),
+    ):
+        names(tmp_path)
+
+
+@pytest.mark.parametrize("data", [b"x\0", "x".encode("utf-16"), b"\xff\xfe\xfd"])
+def test_a_text_of_a_folder_that_cannot_be_read_is_an_error_as_if_it_were_named(tmp_path, data):
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "b.MD").write_bytes(data)
+    with pytest.raises(DataError, match=r"b\.MD: neither Arrow, Parquet nor UTF-8 text"):
+        names(tmp_path)
+    first, second = Inputs([tmp_path], skip_bad=True).texts()
+    assert (first.doc_id, second.file) == ("a.txt", True)
+
+
+KINDS = {
+    "tables": (".parquet", ".pq", ".arrow", ".arrows", ".ipc", ".feather"),
+    "lines": (".jsonl", ".ndjson"),
+    "fasta": (".fa", ".fasta", ".fna", ".ffn", ".faa"),
+    "texts": (".txt", ".md", ".json", ".py", ".html", ""),
+    "hdf5": (".h5", ".hdf5"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_ending_of_a_kind_is_read_in_any_case(tmp_path, kind):
+    expected = set()
+    for suffix in KINDS[kind]:
+        for name in (f"a{suffix}", f"B{suffix.upper()}"):
+            path = tmp_path / name
+            expected.add(name)
+            if kind == "tables":
+                writer = {".arrow": write_file, ".ipc": write_file, ".feather": write_file, ".arrows": write_stream}
+                writer.get(suffix, lambda path, table: pq.write_table(table, path))(path, pa.table({"text": [name]}))
+            elif kind == "hdf5":
+                path.write_bytes(b"\x89HDF\r\n\x1a\n\0")
+            else:
+                path.write_text({"lines": '{"text": "x"}\n', "fasta": ">x\nA\n", "texts": "x"}[kind])
+    (tmp_path / "_SUCCESS").touch()
+    if kind == "texts":
+        expected.add("_SUCCESS")
+        assert {source.name for source in Inputs([tmp_path]).sources} == expected
+        return
+    with pytest.warns(InputWarning, match="_SUCCESS"):
+        assert {source.name for source in Inputs([tmp_path]).sources} == expected
+    if kind != "hdf5":
+        with pytest.warns(InputWarning):
+            assert len(names(tmp_path)) == len(expected)
+
+
+def test_linked_folders_are_followed_each_once_after_all_others(tmp_path):
+    for name in ("data/deep/x.txt", "data/y.txt", "away/z.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    for link, to in (("a", "data/deep"), ("deep/up", "data"), ("link", "away"), ("other", "away")):
+        (tmp_path / "data" / link).symlink_to(tmp_path / to)
+    assert names(tmp_path / "data") == ["deep/x.txt", "link/z.txt", "y.txt"]
 
 
 def test_shards_in_a_folder_are_read_alone_and_in_their_order(tmp_path):
     (tmp_path / "README.md").write_text("x")
     for name in ("part-10.arrow", "part-2.arrow", "cache-1.arrow"):
         write_stream(tmp_path / name, pa.table({"text": [name], "doc_id": [name]}))
-    assert names(tmp_path) == ["cache-1.arrow", "part-2.arrow", "part-10.arrow"]
+    with pytest.warns(InputWarning, match=r": 1 file is not read beside the 3 files like cache-1.arrow: README.md; "):
+        assert names(tmp_path) == ["cache-1.arrow", "part-2.arrow", "part-10.arrow"]
     state = {"_data_files": [{"filename": "part-10.arrow"}, {"filename": "part-2.arrow"}]}
     (tmp_path / "state.json").write_text(json.dumps(state))
     assert names(tmp_path) == ["part-10.arrow", "part-2.arrow"]
@@ -157,8 +221,9 @@ def test_globs_and_lists(tmp_path, monkeypatch):
         Path(name).write_text("x")
     assert names("a*.txt") == ["a1.txt", "a2.txt", "a10.txt"]
     assert names("[c].txt") == ["[c].txt"]
-    Path("list.txt").write_text("# order matters\nb.txt\n\na1*.txt\n")
-    assert names("@list.txt") == ["b.txt", "a1.txt", "a10.txt"]
+    Path("#1.txt").write_text("x")
+    Path("list.txt").write_text("b.txt\n\n#1.txt\na1*.txt\n")
+    assert names("@list.txt") == ["b.txt", "#1.txt", "a1.txt", "a10.txt"]
 
 
 def test_a_file_that_several_paths_reach_is_read_once(tmp_path, monkeypatch, run_longnet):

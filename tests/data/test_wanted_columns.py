@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import datetime
 import json
 import os
@@ -13,7 +14,7 @@ import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 import pytest
 from conftest import RunLongnet
-from files import write_rows
+from files import write_file, write_rows
 
 from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.data.documents import Unread
@@ -133,6 +134,22 @@ def test_a_column_to_keep_that_no_row_has_is_an_error(tmp_path: Path, run_longne
         assert all(f"{key}" in done.stderr for key in ROWS[0])
     (tmp_path / "some.jsonl").write_text('{"text": "a"}\n{"text": "b", "n": {"m": 1}}\n')
     assert [kept["n.m"] for _, _, kept in read(tmp_path / "some.jsonl", keep=("n.m",))] == [None, 1]
+
+
+def test_columns_that_an_output_does_not_hold_are_refused_and_bytes_are_base64(tmp_path: Path, run_longnet) -> None:
+    ends = pa.RunEndEncodedArray.from_arrays(pa.array([2], pa.int32()), pa.array(["x"]))
+    interval = pa.array([pa.MonthDayNano([1, 2, 3]), None], pa.month_day_nano_interval())
+    table = pa.table({"text": ["one", "two"], "ends": ends, "interval": interval, "bytes": [b"\xff\0", b"\\xff"]})
+    write_file(tmp_path / "x.arrow", table)
+    for name in ("ends", "interval"):
+        done = run_longnet("encode", "x.arrow", "--keep", name, "-o", "out.parquet")
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+        assert "out.parquet: Parquet does not hold a column (Unhandled type" in done.stderr
+        assert not (tmp_path / "out.parquet").exists()
+    done = run_longnet("encode", "x.arrow", "--keep", "ends,bytes", "-o", "out.jsonl")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [(row["ends"], base64.b64decode(row["bytes"])) for row in rows] == [("x", b"\xff\0"), ("x", b"\\xff")]
 
 
 def test_score_and_encode_carry_columns_to_their_rows(tmp_path: Path, run_longnet: RunLongnet) -> None:
@@ -255,7 +272,7 @@ def test_a_list_may_come_through_a_pipe_and_be_separated_by_nuls(tmp_path: Path,
     assert sorted(names) == sorted(os.listdir(tmp_path / "in"))
     (tmp_path / "list").write_bytes(listed)
     assert {text.doc_id for text in _texts(tmp_path, "@list")} == {*names}
-    lines = run_longnet("data", "inspect", "@-", "--format", "json", input="# two of them\nin/a.txt\n\nin/c d.txt\n")
+    lines = run_longnet("data", "inspect", "@-", "--format", "json", input="in/a.txt\n\nin/c d.txt\n")
     assert json.loads(lines.stdout)["documents"] == 2
     written = run_longnet("encode", "@-", "-o", "vectors", input=listed, text=False)  # inputs are looked at three times
     assert written.returncode == 0, written.stderr

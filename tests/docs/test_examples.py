@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -27,6 +28,9 @@ from builders import tiny_llama, tiny_model
 from places import ROOT, imported
 from processes import TORCHRUN, invoke
 
+from longnet_cli.attention import Pattern
+from longnet_cli.attention.groups import NEW_BLOCKS
+from longnet_cli.attention.pattern import LayerKind
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
@@ -397,6 +401,22 @@ def test_processes_time_what_they_exchange(command_env: dict[str, str]) -> None:
     # one level is wider than a shard, of 16 rows a segment: half of them are the other rank's, keys and values of bf16
     assert (row["ranks"], row["received"]) == (2, 2 * 16 * 2 * (16 // 2))
     assert min(*row["seconds"], row["seconds_of_all"]) > 0
+
+
+def test_what_a_rank_is_expected_to_fetch(cluster: ModuleType) -> None:
+    """Blocks of others alone, fewer for queries that follow others; means only in a layer that chooses."""
+    pattern = Pattern((1024,), (1,), look_back=1, chosen=32, chosen_block=32, chosen_every=16, chosen_layers=(1,))
+    edges = [0, 1 << 20, 2 << 20]
+    assert cluster.Fetches.expected(pattern, edges, 0) == (0, 0, 0)
+    chooses, follows, first = (cluster.Fetches.expected(pattern, edges, 1, kind) for kind in get_args(LayerKind))
+    pieces = [(1024 * piece, 32 * (1023 + piece)) for piece in range(1024)]  # first token of the shard, blocks before
+    others = [min(1, 32768 / before) for _, before in pieces]
+    assert first.blocks == pytest.approx(others[0] + NEW_BLOCKS * sum(others[1:]))
+    assert follows.blocks == pytest.approx(480 * first.blocks) == chooses.blocks
+    assert (first.means, follows.means) == (0, 0) != chooses.means
+    assert chooses.ids > chooses.blocks == follows.ids
+    assert follows.received(pattern, 2, 64, 2) == pytest.approx(follows.blocks * (2 * 64 * 2 * 32 * 2 + 8))
+    assert follows.given(pattern, 2, 64, 2) == pytest.approx(follows.blocks * 2 * 64 * 4 * 32 * 2)
 
 
 def test_a_plan_that_does_not_fit_names_an_option_that_would(

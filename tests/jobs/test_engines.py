@@ -127,6 +127,12 @@ def test_frames_of_real_libraries_are_tables(package: str) -> None:
     assert found["embedding"].equals(expected["embedding"])
 
 
+def test_a_frame_of_mixed_types_is_one_line() -> None:
+    pandas = pytest.importorskip("pandas")
+    with pytest.raises(DataError, match=r"^the table cannot be Arrow data: [^\n]*Conversion failed for column id"):
+        encode_batches(pandas.DataFrame({"id": [1, "1"], "text": ["a", "b"]}))
+
+
 @pytest.mark.parametrize("given", ["corpus.arrow", {"text": ["a"]}, 7, ["a text"], [{"text": "a"}]], ids=str)
 def test_what_is_no_table_is_refused_at_the_call(given: object) -> None:
     for function in (encode_batches, score_batches):

@@ -96,6 +96,13 @@ def test_a_page_holds_the_text_and_the_nats_of_each_token(tmp_path: Path) -> Non
     assert not re.search(r"https?:|src=|href=|@import|url\(", html)
 
 
+def test_a_document_may_have_the_name_of_a_place_in_the_page(tmp_path: Path) -> None:
+    names = ["@DATA@", "@FACTS@"]
+    write_surprise(read_surprise([write(tmp_path / "lp.arrow", dict.fromkeys(names, "abc"))]), tmp_path / "p.html")
+    facts, _, text = unpack(tmp_path / "p.html")
+    assert ([of["id"] for of in facts["documents"]], text) == (names, "abcabc")
+
+
 def test_two_files_are_compared(tmp_path: Path) -> None:
     """Although one has another cut of rows and no likeliest tokens."""
     files = [write(tmp_path / "short.arrow", scale=2, top=False), write(tmp_path / "long.parquet")]

@@ -48,7 +48,7 @@ def test_written_is_read(corpus, tmp_path, output, train_vocab):
     size = sum(len(text.encode()) for text in TEXTS.values())
     assert (result.documents, result.bytes) == (3, size)
     assert progress[-1] == (3, result.tokens, size)
-    saved = tmp_path / (output if output == "shards" else "one.tokenizer.json")
+    saved = tmp_path / (output if output == "shards" else f"{output}.tokenizer.json")
     assert Tokenizer.load(saved).sha256 == result.tokenizer.sha256
     assert all(shard.exists() for shard in result.shards)
 

@@ -97,12 +97,15 @@ def test_without_evidence_the_layer_in_the_middle_chooses() -> None:
     assert net.config.pattern.chosen_layers == (1,)
 
 
-@pytest.mark.parametrize("pattern", [Pattern.window(128), replace(PATTERN, segment_lengths=(16,))])
-def test_other_nets_stay_as_they_are(pattern: Pattern) -> None:
-    """Without chosen blocks, and where windows are too short to see a text twice."""
-    net = native(pattern, ffn_dim=52)
+def test_a_narrow_window_is_asked_on_as_long_a_text() -> None:
+    narrow, wide = (layer_evidence(native(replace(PATTERN, segment_lengths=(w,)), ffn_dim=44)) for w in (16, 2048))
+    assert len(narrow) == len(wide) == 2
+
+
+def test_a_net_without_chosen_blocks_stays_as_it_is() -> None:
+    net = native(Pattern.window(128), ffn_dim=52)
     let_layers_choose(net)
-    assert net.config.pattern == pattern
+    assert net.config.pattern == Pattern.window(128)
 
 
 def of_llama() -> Any:

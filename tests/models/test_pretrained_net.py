@@ -53,7 +53,6 @@ from longnet_cli.integrations.transformers import use_dilated_attention
 from longnet_cli.jobs.encoding import EncodeOptions, Encoder, encode
 from longnet_cli.jobs.row_jobs import write_rows
 from longnet_cli.models.folder import ModelFolder
-from longnet_cli.models.hf.longnet_cache import LongNetCache
 from longnet_cli.models.hf.pretrained_net import TransformersNet
 from longnet_cli.running.causal_stream import CausalStream, open_stream
 
@@ -307,7 +306,7 @@ def spoilt(folder: Path, tmp_path: Path) -> Callable[..., Path]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"auto_map": {"AutoModelForCausalLM": "mine.Mine"}}, r"code of the folder's own \(auto_map\)"),
+        ({"auto_map": {"AutoModel": "mine.Mine"}, "model_type": "hyena"}, "code of the folder's own .* is never run"),
         ({"model_type": "hyena"}, r"does not know the architecture LlamaForCausalLM \(model_type hyena\)"),
         ({"architectures": ["HyenaForCausalLM"]}, "does not know the architecture HyenaForCausalLM"),
         ({"hidden_size": "many"}, "config.json: "),
@@ -329,6 +328,21 @@ def test_configurations_that_are_refused(spoilt: Callable[..., Path], changes: d
         ModelFolder(place).net()
     assert str(place) in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+def test_code_beside_a_known_class_is_not_run(spoilt: Callable[..., Path]) -> None:
+    place = spoilt(auto_map={"AutoModelForCausalLM": "mine.Mine"})
+    (place / "mine.py").write_text("raise SystemExit('this must never run')")
+    assert type(ModelFolder(place).net().model) is hf.LlamaForCausalLM
+
+
+def test_an_index_that_leads_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    built(llama).save_pretrained(tmp_path, max_shard_size="40KB")
+    path = tmp_path / "model.safetensors.index.json"
+    for name in ("../model.safetensors", "/model.safetensors"):
+        path.write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+        with pytest.raises(ConfigError, match=rf"index.json: the file {name} is outside of the folder"):
+            ModelFolder.find(str(tmp_path))
 
 
 @pytest.mark.parametrize("named", ["dilated", "somebody/kernel", "eager"])
@@ -409,17 +423,3 @@ def test_positions_that_end() -> None:
     encode(net, [make_document(32)], EncodeOptions(bos=None)).read_all()
     with pytest.raises(ConfigError, match="33 tokens, and the model has 32 positions"):
         encode(net, [make_document(33)], EncodeOptions(bos=None)).read_all()
-
-
-@pytest.mark.parametrize("shared", [0, 2])
-def test_layers_that_share_keys_are_read_whole(shared: int, tmp_path: Path) -> None:
-    kinds, sizes = ["sliding_attention", "full_attention"] * 2, {"sliding_window": 16, "global_head_dim": 8}
-    few = {"num_hidden_layers": 4, "num_key_value_heads": 2, "head_dim": 8, "hidden_size_per_layer_input": 8}
-    few |= {"vocab_size_per_layer_input": 257, "layer_types": kinds, "num_kv_shared_layers": shared}
-    model = built(lambda: hf.Gemma4ForCausalLM(hf.Gemma4TextConfig(**{**SMALL, **sizes, **few})))
-    net = TransformersNet(use_dilated_attention(model, LEVELS))
-    assert net.config.memory == ("none" if shared else "cache")
-    assert (net.note or "").startswith("some of its layers take the keys of others") == bool(shared)
-    if shared:
-        with pytest.raises(ConfigError, match="take the keys of others: no LongNetCache keeps them"):
-            LongNetCache(model.config)

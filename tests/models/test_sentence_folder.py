@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,22 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'longnet-cli[hf]'")
 
 from sentence_models import WORDS, byte_level, save_model, sentence_pieces, word_pieces
 
 from longnet_cli import encode_batches
-from longnet_cli.basics.errors import LongNetError
+from longnet_cli.basics.errors import CheckpointError, LongNetError
 from longnet_cli.data.text_pieces import PIECE
 from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.hub.folder_files import PROMPTS
+from longnet_cli.models.folder import ModelFolder
 from longnet_cli.models.hf.sentence_folder import plain_model, read_sentence_model
+from longnet_cli.nets.net import Net
+from longnet_cli.nets.weights import model_digest
 
 # not importorskip: importing it takes five seconds, which only the worker that runs these tests needs to spend
 pytestmark = pytest.mark.skipif(
@@ -176,6 +183,64 @@ def test_token_ids_are_read_as_the_text_and_specials_around_them_refused(tmp_pat
     framed = pa.table({"doc_id": ["x"], "input_ids": [[2, *ids[0], 3]]})
     with pytest.raises(LongNetError, match="stand around the document"):
         encode_batches(framed, model=str(folder))
+
+
+def rewrite(folder: Path, change: Callable[[str], str | None], **added: torch.Tensor) -> None:
+    """Rename weights; None leaves one out."""
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: weights[old].clone() for old in weights if (name := change(old))}
+    save_file(kept | added, folder / "model.safetensors", {"format": "pt"})
+
+
+def move_inside(folder: Path) -> None:
+    inner = folder / "0_Transformer"
+    inner.mkdir()
+    for path in [x for x in folder.iterdir() if x.is_file() and x.name not in ("modules.json", PROMPTS)]:
+        path.rename(inner / path.name)
+    modules = json.loads((folder / "modules.json").read_text())
+    modules[0]["path"] = inner.name
+    (folder / "modules.json").write_text(json.dumps(modules))
+
+
+QWEN = {"kind": "qwen3", "words": byte_level(), "pool": "lasttoken", "window": None}
+AS_PUBLISHED: dict[str, tuple[dict[str, Any], Callable[[Path], Any]]] = {
+    "no pooler": ({}, lambda folder: rewrite(folder, lambda name: None if "pooler" in name else name)),
+    "no architectures": ({}, lambda folder: edit(folder, "config.json", architectures=None)),
+    "an architecture of its own": ({}, lambda folder: edit(folder, "config.json", architectures=["Contriever"])),
+    "a head that is named": ({}, lambda folder: edit(folder, "config.json", architectures=["BertForMaskedLM"])),
+    "a head that is there": ({}, lambda folder: rewrite(folder, "bert.{}".format, **{"cls.x": torch.zeros(3)})),
+    "no lm_head": (
+        QWEN,
+        lambda folder: edit(folder, "config.json", architectures=["Qwen3ForCausalLM"], tie_word_embeddings=False),
+    ),
+    "code beside a known type": ({}, lambda folder: edit(folder, "config.json", auto_map={"AutoModel": "mine.Mine"})),
+    "a Transformer in a folder": ({}, move_inside),
+    "a surplus weight": ({}, lambda folder: rewrite(folder, str, extra=torch.ones(2))),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*no pattern is given")
+@pytest.mark.parametrize("what", AS_PUBLISHED)
+def test_folders_as_others_publish_them(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The class is that of AutoModel; heads and poolers are nothing that the vectors are made of."""
+    options, change = AS_PUBLISHED[what]
+    folder = save_model(tmp_path / "model", **options)
+    change(folder)
+    assert difference(folder, texts(4, 12)) < 1e-5
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert model_digest(*nets("../model")) == model_digest(*nets(str(folder)))  # nothing in it is random
+
+
+def nets(name: str) -> list[Net]:
+    return [ModelFolder.find(name, embeds=True).load(device=torch.device("cpu")).net]
+
+
+def test_a_body_that_is_not_whole_is_refused(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model")
+    rewrite(folder, lambda name: None if name == "encoder.layer.1.output.dense.bias" else name)
+    with pytest.raises(CheckpointError, match=r"missing, encoder\.layer\.1\.output\.dense\.bias among 1"):
+        vectors(folder, ["the net"])
 
 
 def edit(folder: Path, file: str, **values: Any) -> None:

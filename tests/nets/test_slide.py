@@ -12,9 +12,8 @@ from torch import Tensor
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.models.official import from_torchscale
 from longnet_cli.nets.config import LongNetConfig, SlideConfig
-from longnet_cli.nets.grid import grid_cells, grid_positions
 from longnet_cli.nets.longnet import LongNet
-from longnet_cli.nets.slide import SlideEncoder
+from longnet_cli.nets.slide import SlideEncoder, grid_cells, grid_positions
 from longnet_cli.running.layerwise import hidden_in_chunks
 
 

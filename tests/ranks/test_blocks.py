@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,13 @@ from pattern_nets import draw, net
 from strategies import turn
 from torch import Tensor
 
-from longnet_cli.attention import Pattern, dilated_attention, groups
+from longnet_cli.attention import Pattern, choosing, dilated_attention, groups, limits
 from longnet_cli.attention.outside import Outside
 from longnet_cli.attention.past import Past, Seen
 from longnet_cli.running.causal_stream import CausalStream
+from longnet_cli.running.ranks import fetching
 from longnet_cli.running.ranks.exchange import Exchange, even_edges
-from longnet_cli.running.ranks.rounds import Directory
+from longnet_cli.running.ranks.fetching import Directory
 
 PATTERN = Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4)
 FUNNEL = ((groups.RUNS, 96), (1, 40), (2, 12))  # so that short documents are scanned in all stages
@@ -44,20 +44,28 @@ def watching(past: Past, into: Blocks, first: int) -> Past:
     return past
 
 
+def at_blocks(edges: list[int], cuts: list[int]) -> list[int]:
+    """The edges, but between shards at the last block of the document that ends before."""
+    starts = [max(cut for cut in cuts if cut <= edge) for edge in edges]
+    return [start + (edge - start) // 8 * 8 for edge, start in zip(edges[:-1], starts, strict=False)] + edges[-1:]
+
+
 def in_shards(problems: range) -> None:
-    """Blocks, outputs and gradients, with documents, partial blocks, empty shards, batches and exact votes."""
+    """Blocks, outputs and gradients, with documents, empty shards, batches, exact votes, many runs, limits of a GPU."""
     groups.FUNNEL = FUNNEL  # this process ends with the test
+    of_cpu = limits.CPU
     rank, world = dist.get_rank(), dist.get_world_size()
     scanned = False
     for seed in problems:
         pick = random.Random(seed)
+        limits.CPU, fetching.RUN_BYTES = pick.choice([of_cpu, limits.GPU]), pick.choice([1 << 28, 1 << 15])
         pattern = replace(PATTERN, chosen_exact=pick.choice([0, 0, 6]), chosen_every=pick.choice([2, 4, 8]))
         kv_heads, batch, tokens = pick.randint(1, 2), pick.choice([1, 1, 2]), pick.choice([90, 500, 1300])
         heads, rotary = kv_heads * pick.randint(1, 2), {"turn": turn} if pick.random() < 0.5 else {}
-        edges = even_edges(0, tokens, world)
-        if pick.random() < 0.7:  # uneven, some of them empty
-            edges = [0, *sorted(pick.randint(0, tokens) for _ in range(world - 1)), tokens]
+        uneven = pick.random() < 0.7  # some of them empty
+        edges = [0, *sorted(pick.randint(0, tokens) for _ in range(world - 1)), tokens]
         cuts = sorted({pick.randint(0, tokens - 1) for _ in range(pick.choice([0, 0, 1, 3]))} | {0})
+        edges = at_blocks(edges, cuts) if uneven else even_edges(0, tokens, world, 8, cuts)
         documents = [b - a for a, b in zip(cuts, [*cuts[1:], tokens], strict=True)]
         generator = torch.Generator().manual_seed(seed)
         q, k, v, dout = torch.randn(4, batch, tokens, heads, 8, generator=generator, dtype=torch.float64)
@@ -110,36 +118,26 @@ def forced(past: Past, start: int, stop: int, choice: Callable[[int, int], list[
         sees_all = near <= past.pattern.chosen_keys
         parts.append([[*range(near // 8)] if sees_all else choice(at // 4, near) for at in of_group])
     assert past.choices is not None
-    past.choices[start] = [[torch.tensor(part, dtype=torch.int32)] for part in parts]
+    past.choices[start] = choosing.Blocks([torch.tensor(part, dtype=torch.int32)] for part in parts)
     return parts
-
-
-def received(carried: list[tuple[torch.dtype, list[int]]]) -> list[int]:
-    """The bytes from each rank, in collectives of bytes."""
-    return [sum(sizes) for sizes in zip(*(sizes for dtype, sizes in carried if dtype == torch.uint8), strict=True)]
-
-
-def new_ones(seen: list[set[int]], last: Iterable[int] = ()) -> list[set[int]]:
-    """Of what neighbouring queries see, the blocks that those right before them have not seen."""
-    return [now - {*before} for before, now in pairwise([last, *filter(None, seen)])]
 
 
 def adversarial_choices() -> None:
     """The numbers are those of one process, and every owner sends what was chosen of its blocks, and nothing else."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    carried: list[tuple[torch.dtype, list[int]]] = []
+    carried: list[list[int]] = []  # blocks from each rank
     original = dist.all_to_all_single
 
     def counting(got: Tensor, sent: Tensor, *sizes: Any, **options: Any) -> Any:
-        if sizes:
-            carried.append((got.dtype, sizes[0]))
+        if got.dim() == 5:
+            carried.append(sizes[0])
         return original(got, sent, *sizes, **options)
 
     dist.all_to_all_single = counting  # this process ends with the test
     tokens = 600
     config = net(PATTERN, heads=2, layers=1).config
     for choice in (one_for_all, each_another, the_last):
-        for edges in (even_edges(0, tokens, world), [0, 230, 230, *even_edges(230, tokens - 230, world - 2)[1:]]):
+        for edges in (even_edges(0, tokens, world, 8), [0, 232, 232, *even_edges(232, 368, world - 2, 8)[1:]]):
             generator = torch.Generator().manual_seed(1)
             q, k, v, dout = torch.randn(4, 1, tokens, 2, 8, generator=generator, dtype=torch.float64)
             whole, alone = [x.clone().requires_grad_() for x in (q, k, v)], Past(PATTERN, keep=1)
@@ -154,26 +152,16 @@ def adversarial_choices() -> None:
             parts = forced(far.past, first, last, choice) if first < last else []
             carried.clear()
             out = dilated_attention(*mine, PATTERN, start=first, far=far)
-
-            def by_owner(blocks: set[int], edges: list[int] = edges) -> Tensor:
-                owners = [next(r for r in range(world) if (block + 1) * 8 <= edges[r + 1]) for block in blocks]
-                return torch.tensor(owners, dtype=torch.int64).bincount(minlength=world)
-
-            seen = [{block for group in part for block in group if block < first // 8} for part in parts]
-            each, last_seen = 8 * 2 * 128, [blocks for blocks in seen if blocks][-1:]  # bytes of a block
-            rows = each * sum(map(by_owner, new_ones(seen)), by_owner(set()))
-            run = first // 8 // groups.RUN * groups.RUN  # a run that ends in the shard: one mean of each block before
-            means = 8 * 16 * by_owner({*range(run, first // 8)} if last // 8 >= run + groups.RUN else set())
-            assert received(carried) == (rows + means).tolist()
-            carried.clear()
             got = [out.detach(), *torch.autograd.grad(out, mine, dout[:, first:last])]
             for a, b in zip(got, expected, strict=True):
                 torch.testing.assert_close(a, b[:, first:last], rtol=1e-12, atol=1e-12)
+            seen = {block for part in parts for group in part for block in group if block < first // 8}
+            owners = [next(r for r in range(world) if (block + 1) * 8 <= edges[r + 1]) for block in seen]
+            wanted = torch.tensor(owners, dtype=torch.int64).bincount(minlength=world)
             given = torch.zeros(world, world, dtype=torch.int64)  # by owner (row) and the rank that chose
-            given[:, rank] = each * sum(map(by_owner, seen), by_owner(set()))
+            given[:, rank] = wanted
             dist.all_reduce(given)
-            rows = each * sum(map(by_owner, new_ones(seen, *last_seen)), by_owner(set()))
-            assert received(carried) == (rows + given[rank]).tolist()
+            assert carried == [wanted.tolist(), wanted.tolist(), given[rank].tolist()]  # forward, backward, gradients
 
 
 def test_owners_send_what_was_chosen_and_nothing_else(tmp_path: Path) -> None:
@@ -212,10 +200,20 @@ def test_one_process_goes_on_after_what_several_have_read(tmp_path: Path) -> Non
 
 def test_a_directory_knows_owners_and_places() -> None:
     directory = Directory(10, 3)
-    directory.add([0, 25, 25, 61])  # the block of tokens 20 to 29 ends in the last shard
-    directory.add([61, 62, 90, 99])
+    for _ in range(2):  # as two layers do
+        directory.add([0, 20, 20, 61])
+    directory.add([61, 70, 90, 99])  # the block of tokens 60 to 69 ends in the first shard
     owners, places = directory.find(torch.arange(9))
-    assert owners.tolist() == [0, 0, 2, 2, 2, 2, 1, 1, 1]
-    assert places.tolist() == [0, 1, 0, 1, 2, 3, 0, 1, 2]
-    assert (directory.held, directory.blocks) == ([2, 3, 4], 9)
-    assert (directory.place(7, 1), directory.place(7, 2), directory.place(9, 2)) == (1, None, None)
+    assert owners.tolist() == [0, 0, 2, 2, 2, 2, 0, 1, 1]
+    assert places.tolist() == [0, 1, 0, 1, 2, 3, 2, 0, 1]
+    assert (directory.held, directory.blocks) == ([3, 2, 4], 9)
+
+
+def test_edges_are_those_of_blocks() -> None:
+    assert even_edges(0, 100, 3, 8) == [0, 32, 64, 100]
+    assert even_edges(5, 1, 4, 8) == [5, 6, 6, 6, 6]
+    assert even_edges(10, 1, 4, 8) == [10, 10, 10, 10, 11]
+    assert even_edges(0, 100, 4, 8, cuts=[3, 40]) == [0, 27, 48, 72, 100]  # the last two, of the document at 40
+    assert even_edges(0, 42, 2, 8, cuts=[22]) == [0, 22, 42]  # not behind the document's end
+    with pytest.raises(ValueError, match=r"the edge 20 cuts a block of 8 tokens"):
+        Exchange(net(PATTERN).config, [0, 20, 40], rank=0)

@@ -203,22 +203,6 @@ def counted_traffic() -> None:
     assert calls == []  # no level is wider than a shard
     dist.all_to_all_single = original
 
-    gathered = []
-    gather = dist.all_gather
-
-    def counting_gather(found: list[Tensor], mine: Tensor, **options: Any) -> Any:
-        gathered.append(mine.numel())
-        return gather(found, mine, **options)
-
-    model, edges = net(CHOSEN, layers=layers), even_edges(0, 64 * world + 1, world)
-    exchange = Exchange(model.config, edges)
-    dist.all_gather = counting_gather
-    model(draw(1, edges[rank + 1] - edges[rank]), start=exchange.start, far=exchange).sum().backward()
-    dist.all_gather = gather
-    shape = 1, 0, model.config.kv_heads, model.config.head_dim
-    chooses, not_ = (exchange.tail_numbers(shape, queries=queries) for queries in (True, False))
-    assert (sum(gathered), len(gathered)) == (chooses + (layers - 1) * not_, layers + 1)
-
 
 @pytest.mark.parametrize("world", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 8))])
 def test_one_exchange_a_layer_and_its_bytes_are_the_formulas(world: int, tmp_path: Path) -> None:
@@ -370,7 +354,8 @@ def streaming_in_shards() -> None:
             whole = model(ids)
         stream, start = CausalStream(model, ranks=together()), 0
         while start < tokens:
-            edges = even_edges(start, min(25 if few else pick.randint(1, 200), tokens - start), world)
+            number = min(25 if few else pick.randint(1, 200), tokens - start)
+            edges = even_edges(start, number, world, pattern.edge_size)
             mine = slice(edges[dist.get_rank()], edges[dist.get_rank() + 1])
             torch.testing.assert_close(stream(ids[:, mine], edges=edges), whole[:, mine], rtol=1e-11, atol=1e-11)
             start = edges[-1]

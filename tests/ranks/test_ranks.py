@@ -78,7 +78,6 @@ def test_gpus_wait_for_minutes_and_hosts_for_a_checkpoint(monkeypatch: pytest.Mo
     monkeypatch.setattr(module, "select_device", torch.device)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setattr(module, "_watch", lambda ranks: None)
     every, own, other = (MagicMock(name=name) for name in ("every", "own", "other"))
     given = MagicMock()
     monkeypatch.setattr(dist, "init_process_group", given)

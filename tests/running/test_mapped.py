@@ -153,6 +153,9 @@ def test_the_commands_with_chosen_blocks(run_longnet: RunLongnet, tmp_path: Path
         assert refusal.startswith(full)
         assert re.search(r" tokens keep 1\.\d+ MiB there, and 25\d KiB are free$", refusal), refusal
         assert list(small_disk.iterdir()) == []
+    assert run_longnet("tokenize", "short.txt", "long.txt", "--tokenizer", model, "-o", "both.arrow").returncode == 0
+    done = run_longnet("generate", "-i", "both.arrow", "-m", model, "--chunk", "60", "--format", "jsonl", *spill)
+    assert (done.returncode, done.stdout) == (5, "")  # not after the short one
     done = run_longnet("score", "short.txt", "-m", model, "--pattern", "window:16", *spill)
     assert done.returncode == 2
     assert "--spill is for keys and values of chosen blocks, and the pattern has none" in done.stderr

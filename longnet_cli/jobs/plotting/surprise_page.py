@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import zlib
 from pathlib import Path
 from typing import Any
@@ -38,12 +39,10 @@ def write_surprise(surprise: Surprise, output: str | Path) -> None:
     """Write a page, whole or not at all. Raises ConfigError for a name that does not end in PAGE."""
     if Path(output).suffix.lower() != PAGE:
         raise ConfigError(f"{output}: the page of a file of log-probabilities has a name that ends in {PAGE}")
-    page = _TEMPLATE.read_text(encoding="utf-8")
+    before, between, after = re.split("@FACTS@|@DATA@", _TEMPLATE.read_text(encoding="utf-8"))
     facts = json.dumps(_facts(surprise), ensure_ascii=False).replace("<", "\\u003c")
-    for name, value in (("FACTS", facts), ("DATA", base64.b64encode(zlib.compress(_data(surprise), 6)).decode())):
-        before, after = page.split(f"@{name}@")
-        page = before + value + after
-    write_file(output, page.encode("utf-8", "replace"))
+    data = base64.b64encode(zlib.compress(_data(surprise), 6)).decode()
+    write_file(output, (before + facts + between + data + after).encode("utf-8", "replace"))
 
 
 def _facts(surprise: Surprise) -> dict[str, Any]:

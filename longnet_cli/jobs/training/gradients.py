@@ -120,7 +120,8 @@ def backward(
         shard, start, documents, far, named = slice(None), 0, forward.documents, None, None
         if ranks.sp > 1:
             cuts = list(accumulate(documents or ()))
-            far = Exchange(model.config, ranks.edges(0, ids.shape[1]), group=ranks.group, cuts=cuts)
+            edges = ranks.edges(0, ids.shape[1], model.config.pattern.edge_size, cuts)
+            far = Exchange(model.config, edges, group=ranks.group, cuts=cuts)
             shard, start, documents = far.shard, far.start, far.documents
             if model.config.pattern.chosen:
                 earlier = ids[:, shard.start - start : shard.start]

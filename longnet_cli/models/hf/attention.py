@@ -23,6 +23,7 @@ needs `use_dilated_attention` after loading, too.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from copy import deepcopy
@@ -49,7 +50,7 @@ from longnet_cli.attention.sinks import Turn
 from longnet_cli.attention.spans import SINKS, far_spans, lanes, span_positions, span_rows
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.models.hf.auto_longnet import LongNetPreTrainedModel  # registers its classes
-from longnet_cli.models.hf.longnet_cache import MEMORY, AlignedRows, LongNetCache, Memory, by_rows, columns_of
+from longnet_cli.models.hf.longnet_cache import CACHE, AlignedRows, LongNetCache, by_rows, columns_of
 from longnet_cli.models.hf.pretrained_folder import ATTENTION_NAME, mark, register, unmark
 from longnet_cli.models.hf.rotary import make_phases_exact, turns
 from longnet_cli.models.hf.trying import body, hidden_states, why_not
@@ -77,9 +78,9 @@ def use_dilated_attention(model: PreTrainedModel, pattern: Pattern | None = None
     `pattern` goes into `model.config.dilated_attention`, where `save_pretrained` keeps it. None takes the pattern that
     is already there. With sinks or chosen blocks, the model runs on a few tokens, to find out how it rotates its keys,
     and a hook notes the token ids that it reads, which name blocks. Rotary phases become exact at any position, where
-    possible (`rotary.make_phases_exact`). Returns the model. An architecture that was not tried is tried first, on a
-    few tokens (`trying`). Raises ConfigError for a model that has no pattern, no layer with global attention, attention
-    of another kind, or positions by which sinks and chosen blocks cannot be moved.
+    possible (`rotary.make_phases_exact`). Returns the model. It is tried first, once, on a few tokens (`trying`).
+    Raises ConfigError for a model that has no pattern, no layer with global attention, attention of another kind, or
+    positions by which sinks and chosen blocks cannot be moved.
     """
     config = model.config
     if isinstance(model, LongNetPreTrainedModel):
@@ -116,7 +117,14 @@ def use_dilated_attention(model: PreTrainedModel, pattern: Pattern | None = None
     if turn_of:
         _watch(model, turn_of)
     make_phases_exact(model)
+    if "logits_to_keep" in inspect.signature(body(model).forward).parameters:
+        body(model).register_forward_pre_hook(_keep_queries, with_kwargs=True)
     return model
+
+
+def _keep_queries(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
+    """Let layers that reuse the keys of others (Gemma 4) have a query for each new key, as attention needs."""
+    return args, {**options, "logits_to_keep": None}
 
 
 def turns_of(model: PreTrainedModel) -> list[Turn | None]:
@@ -273,7 +281,8 @@ def dilated_attention_forward(
     pattern = _pattern_of(module)
     _check_call(module, pattern, query, attention_mask, dropout, options)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    memory: Memory | None = getattr(key, MEMORY, None)
+    kept: LongNetCache | None = getattr(key, CACHE, None)
+    memory = kept.memory(getattr(module, "layer_idx", 0), len(key)) if kept is not None else None
     q, k, v = (_in_autocast_type(x).transpose(1, 2) for x in (query, key, value))
     before = memory.position if memory else k.shape[1] - q.shape[1]
     if before and (before < 0 or not causal):
@@ -425,8 +434,8 @@ def dilated_mask(
         return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **options)
     if mask_function not in (causal_mask_function, bidirectional_mask_function):
         raise ValueError(
-            "dilated attention has no masks but causal and padding: pass attention_mask instead of position_ids that "
-            "restart (packed sequences); under torch.compile always pass it"
+            "dilated attention has no masks but causal, bidirectional and padding: if position_ids restart (packed "
+            "sequences), pass attention_mask, and under torch.compile always"
         )
     if kv_offset or q_offset + q_length != kv_length:
         raise ValueError(

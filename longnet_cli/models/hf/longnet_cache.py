@@ -8,9 +8,10 @@ What was read can be saved, loaded and forked: read once, ask often.
     cache = LongNetCache.load("book.state", model)
     model.generate(book_and_question, past_key_values=cache.fork())
 
-A layer's `update` returns only the new keys, with the layer itself attached as the memory of all earlier keys. Dilated
-attention takes its far keys from this memory, and then adds the new keys to it. Rows of a left-padded batch start at
-different columns, so they are at different positions. Rows that start at the same column share a KVCache.
+`update` returns only a layer's new keys, with the cache itself attached. Dilated attention takes its far keys from the
+memory of the layer, and then adds the new keys to it. A layer that reuses the keys of an earlier one remembers them,
+too. Rows of a left-padded batch start at different columns, so they are at different positions. Rows that start at the
+same column share a KVCache.
 
 B batch, N new tokens, L columns (the new tokens and all before them).
 """
@@ -122,7 +123,7 @@ def columns_of(tokens: Tensor) -> Tensor | None:
     return None if counts.numel() and bool((spans[:, 1] - spans[:, 0] == tokens.shape[-1]).all()) else spans[:, :2]
 
 
-MEMORY = "_longnet_memory"  # attribute of the keys that `update` returns: the `Memory` of all earlier keys
+CACHE = "_longnet_cache"  # attribute of the keys that `update` returns: the `LongNetCache` with all earlier keys
 
 
 class LongNetCache(hf.DynamicCache):
@@ -135,9 +136,9 @@ class LongNetCache(hf.DynamicCache):
     """
 
     def __init__(self, config: hf.PretrainedConfig) -> None:
-        if getattr(config.get_text_config(), "num_kv_shared_layers", 0):
-            raise ConfigError("some layers of this model take the keys of others: no LongNetCache keeps them")
-        super().__init__(config=config)
+        own = copy.copy(config.get_text_config(decoder=True))
+        own.num_kv_shared_layers = 0  # transformers has no cache for a layer that reuses another's keys
+        super().__init__(config=own)
         self.layers: list[Any] = [
             Memory(number) if type(layer) is DynamicLayer else layer for number, layer in enumerate(self.layers)
         ]
@@ -260,7 +261,17 @@ class LongNetCache(hf.DynamicCache):
                 "a LongNetCache is for dilated attention: call use_dilated_attention(model, pattern) before"
             )
         self._last = self.layers[layer_idx]
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if isinstance(self._last, Memory):
+            setattr(keys, CACHE, self)
+        return keys, values
+
+    def memory(self, layer: int, batch: int) -> Memory:
+        """Return the memory for an attention with keys of `update`; of `layer` itself if it reuses them."""
+        if not getattr(self._last, "waits", False):  # the layer that made them has added them
+            self._last = self.layers[layer]
+            self._last.expect(batch)
+        return self._last
 
 
 class _CachedRows(NamedTuple):
@@ -293,7 +304,6 @@ class Memory(CacheLayerMixin):
         return sum(part.cache.nbytes for part in self._parts.values())
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        setattr(key_states, MEMORY, self)
         self.expect(key_states.shape[0])
         return key_states, value_states
 

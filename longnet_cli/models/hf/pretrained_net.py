@@ -58,6 +58,7 @@ from longnet_cli.running.causal_stream import open_stream
 MOST_LAYERS = 10_000  # each is made before a weight is read
 _CACHE_NAMES = ("cache", "past_key_values")  # the argument of forward, and its older name
 _ENCODERS = {"mpnet"}  # which look in both directions, though their modules do not say so
+_POOLER = "pooler."  # of the names of weights that make another output of a model than its hidden states
 _CACHED_LAYERS = {"full_attention", "sliding_attention"}
 _GROWS = "it keeps all keys of a document, so that memory grows with it"
 _NOTES = {
@@ -70,8 +71,8 @@ _NOTES = {
 class TransformersNet(Net):
     """A model of transformers behind LongNet's interface, in eval mode and with the attention that it has.
 
-    `as_trained` limits it to sequences of the length that it was trained on. A model of an architecture that was not
-    tried is tried here (`trying`): if its numbers in chunks are not those of one forward pass, it reads no chunks.
+    `as_trained` limits it to sequences of the length that it was trained on. The model is tried here, once
+    (`trying`): if its numbers in chunks are not those of one forward pass, it reads no chunks.
     Raises ConfigError for a model that is not a text Transformer, or that gives other numbers than transformers.
     """
 
@@ -158,9 +159,9 @@ class TransformersNet(Net):
 
         The arguments are as in `LongNet.forward`. `far` and `documents` work only if far keys reach all layers.
         """
-        options: dict[str, Any] = {}
         given = tokens if embeddings is None else embeddings
         assert given is not None
+        options: dict[str, Any] = {"input_ids" if embeddings is None else "inputs_embeds": given}
         if lengths is not None and not self.config.causal:  # a causal net does not see padding on the right
             places = torch.arange(given.shape[1], device=given.device)
             options["attention_mask"] = (places < torch.tensor(lengths, device=given.device)[:, None]).long()
@@ -177,7 +178,7 @@ class TransformersNet(Net):
             options["position_ids"] = positions[None] + first_position(self.model)
         if "use_cache" in self._accepted:
             options["use_cache"] = False
-        return body(self.model)(input_ids=tokens, inputs_embeds=embeddings, **options).last_hidden_state
+        return body(self.model)(**options).last_hidden_state
 
     def add_steps(self, steps: Sequence[nn.Module]) -> None:
         """Let `head` end with these modules, in float32, which map pooled states (..., size) to vectors."""
@@ -240,9 +241,12 @@ class TransformersNet(Net):
     def _plain_logits(self) -> bool:
         """True if the output layer alone makes the model's logits, tried on a few tokens."""
         ids = torch.arange(4, device=next(self.parameters()).device)[None] % self.config.vocab_size
+        output, options = self.model.get_output_embeddings(), {"use_cache": False} if self._cache_name else {}
         with torch.no_grad():
-            logits = self.model.get_output_embeddings()(self(ids))
-            return torch.allclose(logits, self.model(input_ids=ids).logits, rtol=1e-5, atol=1e-6)
+            hidden = self(ids)
+            if hidden.shape[-1] != getattr(output, "in_features", hidden.shape[-1]):  # as Electra's can be
+                return False
+            return torch.allclose(output(hidden), self.model(input_ids=ids, **options).logits, rtol=1e-5, atol=1e-6)
 
     def _try(self) -> str | None:
         """Return why this net reads no chunks, and let it read none; None if chunks are right, or there are none.
@@ -254,9 +258,6 @@ class TransformersNet(Net):
             raise ConfigError(wrong)
         if not self.config.streams:
             return None
-        if self.dilated and getattr(self.model.config.get_text_config(), "num_kv_shared_layers", None):
-            self.config = self.config.model_copy(update={"memory": "none"})
-            return "some of its layers take the keys of others, which a pattern reads only whole"
         form = "in chunks, with a pattern" if self.dilated else "in chunks"
         if wrong := why_not(self.model, form, self._in_chunks, self):
             self.config = self.config.model_copy(update={"memory": "none"})
@@ -288,10 +289,12 @@ def load_transformers(
     pattern: Pattern | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    embeds: bool = False,
 ) -> TransformersNet:
     """Load the net of a folder that `save_pretrained` of transformers wrote: weights of type `dtype`, in eval mode.
 
-    `settings` are the keys of its config.json.
+    `settings` are the keys of its config.json. A model that `embeds` has the class of AutoModel, as in
+    sentence-transformers: weights of heads are left out, and those of a pooler, which nothing reads, may be missing.
 
     Weights that are stored in that type are mapped from their files, not copied, and go from there to a GPU, tensor by
     tensor. Others are converted, tensor by tensor.
@@ -304,7 +307,7 @@ def load_transformers(
     """
     hf.utils.logging.set_verbosity_error()  # stderr belongs to the command, whose errors are one line
     hf.utils.logging.disable_progress_bar()
-    config, architecture = read_architecture(folder, settings)
+    config, architecture = read_architecture(folder, settings, embeds)
     as_trained = pattern is None and not getattr(config, "dilated_attention", None)
     if as_trained:
         pattern = Pattern.dense()
@@ -320,7 +323,11 @@ def load_transformers(
         )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot be loaded: {' '.join(str(error).split())}") from None
-    for what, names in (("missing", report["missing_keys"]), ("unexpected", report["unexpected_keys"])):
+    poolers = [name for name in report["missing_keys"] if embeds and name.startswith(_POOLER)]
+    for name in poolers:  # instead of random numbers, which would be in the model's digest
+        model.get_parameter(name).data.zero_()
+    missing, surplus = report["missing_keys"].difference(poolers), report["unexpected_keys"]
+    for what, names in (("missing", missing), ("unexpected", set() if embeds else surplus)):
         if names:
             raise CheckpointError(f"{folder}: weights are {what}, {min(names)} among {len(names)}")
     if wrong := sorted(report["mismatched_keys"]):
@@ -338,7 +345,12 @@ def load_transformers(
 
 
 def read_facts(
-    folder: Path, settings: Mapping[str, Any], pattern: Pattern | None = None, lora: Mapping[str, Any] | None = None
+    folder: Path,
+    settings: Mapping[str, Any],
+    pattern: Pattern | None = None,
+    lora: Mapping[str, Any] | None = None,
+    *,
+    embeds: bool = False,
 ) -> TransformersConfig:
     """Read the facts of the model in a folder, as `load_transformers` finds them, but not its weights.
 
@@ -347,7 +359,7 @@ def read_facts(
     Only loading shows whether the layers take far keys. Here, `memory` says that they do if the model is causal.
     Raises ConfigError and CheckpointError as `load_transformers` does.
     """
-    config, architecture = read_architecture(folder, settings)
+    config, architecture = read_architecture(folder, settings, embeds)
     as_trained = pattern is None and not getattr(config, "dilated_attention", None)
     try:
         if not as_trained and pattern is not None:
@@ -375,25 +387,25 @@ def _dense(model: hf.PreTrainedModel, as_trained: bool) -> TransformersNet:
     return TransformersNet(use_own_attention(model), as_trained=as_trained)
 
 
-def read_architecture(folder: Path, settings: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Return (configuration, class) of a folder's model, whose config.json has these keys. Raises ConfigError."""
+def read_architecture(folder: Path, settings: Mapping[str, Any], embeds: bool = False) -> tuple[Any, Any]:
+    """Return (configuration, class) of a folder's model, whose config.json has these keys.
+
+    If it `embeds`, the class is that of AutoModel. Code of the folder's own (auto_map) is never run. Raises ConfigError
+    where transformers has no class.
+    """
     data = from_file(_without_attention(settings))
-    if "auto_map" in data:
-        raise ConfigError(f"{folder}: config.json asks for code of the folder's own (auto_map), which is never run")
     if isinstance(layers := data.get("num_hidden_layers"), int) and layers > MOST_LAYERS:
         raise ConfigError(f"{folder}/config.json: num_hidden_layers is {layers}: {MOST_LAYERS:,} are the most")
-    kind, names = data.get("model_type"), data.get("architectures") or [None]
-    architecture: Any = getattr(hf, str(names[0]), None)
-    known = (
-        isinstance(architecture, type) and issubclass(architecture, hf.PreTrainedModel) and kind in hf.CONFIG_MAPPING
-    )
-    own = hf.CONFIG_MAPPING[kind] if known else None
-    if not known or (
-        architecture.config_class is not own and hf.MODEL_FOR_CAUSAL_LM_MAPPING.get(own, None) is not architecture
+    kind, name, code = data.get("model_type"), (data.get("architectures") or [None])[0], data.pop("auto_map", None)
+    own = hf.CONFIG_MAPPING[kind] if kind in hf.CONFIG_MAPPING else None  # noqa: SIM401 (`get` loads no class)
+    architecture: Any = hf.MODEL_MAPPING.get(own, None) if embeds else getattr(hf, str(name), None)
+    known = own and isinstance(architecture, type) and issubclass(architecture, hf.PreTrainedModel)
+    if not known or not (
+        architecture.config_class is own or embeds or hf.MODEL_FOR_CAUSAL_LM_MAPPING.get(own, None) is architecture
     ):
-        raise ConfigError(
-            f"{folder}: transformers {hf.__version__} does not know the architecture {names[0]} (model_type {kind})"
-        )
+        what = f"does not know the architecture {name} (model_type {kind})"
+        instead = ", and code of the folder's own (auto_map) is never run" if code else ""
+        raise ConfigError(f"{folder}: transformers {hf.__version__} {what}{instead}")
     try:
         return hf.CONFIG_MAPPING[kind].from_dict(with_infinities(data)), architecture
     except Exception as error:  # a class checks its values as it likes

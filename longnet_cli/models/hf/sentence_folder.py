@@ -28,6 +28,7 @@ from longnet_cli.basics.configuration import parse, read_text
 from longnet_cli.basics.errors import CheckpointError, ConfigError
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.hub.folder_files import CONFIG, MODULES, PROMPTS, TOKENIZER, TRANSFORMER_CONFIGS, WEIGHTS
+from longnet_cli.hub.repository import is_within
 
 # the names of poolings: the library's, in the order in which it joins them, and its older keys
 POOLINGS = {
@@ -145,17 +146,14 @@ def _read(folder: Path, modules: Any) -> SentenceModel | None:
         return None
     if kinds[:2] != ["Transformer", "Pooling"]:
         raise ConfigError(f"{folder / MODULES}: a Transformer and a Pooling must come first, not {kinds or modules!r}")
-    places = [folder / str(module.get("path", "")) for module in modules]
-    if outside := [place for place in places if ".." in place.parts or folder not in (place, *place.parents)]:
+    names = [str(module.get("path", "")) for module in modules]
+    if outside := [name for name in names if not is_within(name)]:
         raise ConfigError(f"{folder / MODULES}: the module in {outside[0]} is outside of the folder")
-    if places[0] != folder:
-        raise ConfigError(
-            f"{folder / MODULES}: its Transformer is in {places[0]}: only one in the folder itself is read"
-        )
+    places = [folder / name for name in names]
     pool, pools_prompt = _pooling(places[1] / CONFIG)
     steps = [_MODULES[kind](place) for kind, place in zip(kinds[2:], places[2:], strict=True)]
     normalized = bool(steps) and isinstance(steps[-1], Normalize)
-    window, lowercase = _transformer(folder)
+    window, lowercase = _transformer(places[0])
     settings = _json(folder / PROMPTS, {})
     _refuse_value(folder / PROMPTS, settings, "model_type", "SentenceTransformer")
     prompts = _prompts(folder, settings)

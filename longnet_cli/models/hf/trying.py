@@ -1,10 +1,9 @@
-"""A model whose architecture nobody has tried is tried on a few tokens, before its first number.
+"""A model of transformers is tried on a few tokens, before its first number.
 
-tried.json has the architectures that were tried, tiny and with random weights, and what was wrong with each in each
-form: as it comes, in chunks, with a pattern. `tests/architectures.py` makes it, and docs/architectures.md. Any other
-model is compared with transformers' own eager attention, on one token more than the smallest window or chunk in its
+It is the model that was loaded, with all its settings: an architecture's name says little about its attention. It is
+compared with transformers' own eager attention, on one token more than the smallest window or chunk in its
 configuration. What differs is refused, in one line that names the architecture and the difference. The answer is kept
-(`basics.verdicts`), so a model is tried once.
+by the digest of all settings (`basics.verdicts`), so a model is tried once.
 
 B batch, N tokens.
 """
@@ -14,11 +13,11 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,7 +35,7 @@ FEW, MOST = 64, 512  # tokens of a trial: without a window or chunk in the confi
 # the largest difference of a token's nats, relative to their mean; in 16 bits, also 3 times that of eager and sdpa
 TOLERANCE, TOLERANCE_16 = 1e-3, 2e-2
 _WINDOWS = re.compile(r"(window|chunk|block)(_size|_length)?|local_attention")
-_LARGE = 10**8  # parameters from which a trial takes time that is worth a line
+_LONG = 2.0  # seconds of a trial that are worth a line
 NOT_OF_THE_MODEL = ("transformers_version", "_name_or_path")  # keys of its configuration
 
 
@@ -83,32 +82,26 @@ def why_not(model: PreTrainedModel, form: str, run: Run, expected: Run | None = 
     `form` is "as it comes", "with a pattern", "in chunks" or "in chunks, with a pattern"; `expected` None is the model
     with transformers' eager attention. Raises a LongNetError that `run` raises.
     """
-    name = type(model).__name__
-    if form in (known := TRIED.get(name, {})):
-        return known[form]
     settings = json.loads(model.config.to_json_string(use_diff=False))
     for key in (*NOT_OF_THE_MODEL, "dilated_attention"):
         settings.pop(key, None)
     weight = next(model.parameters())
     if weight.is_meta:  # it has no numbers yet
         return None
-    asked = {"trial": form, "architecture": name, "config": digest(settings)}
+    asked = {"trial": form, "architecture": type(model).__name__, "config": digest(settings)}
     asked |= {"dtype": str(weight.dtype), "device": weight.device.type}
     return remembered(asked, partial(_try, model, form, run, expected or partial(_own, model, "eager")))
 
 
 def _try(model: PreTrainedModel, form: str, run: Run, expected: Run) -> str | None:
-    architecture, weight = type(model).__name__, next(model.parameters())
+    architecture, weight, begun = type(model).__name__, next(model.parameters()), time.monotonic()
     count = _tokens(model)
-    if sum(p.numel() for p in model.parameters()) >= _LARGE:
-        line = f"{architecture} was not tried yet {form}: it is tried on {count} tokens first"
-        warnings.warn(line, InputWarning, stacklevel=2)
-    ids = _some_ids(model, count + 1)
 
     def nats(run: Run) -> Tensor:
         return _nats(model, run(ids[:, :-1]), ids[0, 1:])
 
     try:
+        ids = _some_ids(model, count + 1)
         with attending(model):
             right, actual = nats(expected), nats(run)
             allowed = TOLERANCE
@@ -122,6 +115,9 @@ def _try(model: PreTrainedModel, form: str, run: Run, expected: Run) -> str | No
     except Exception as error:  # a model's code fails as it likes
         said = " ".join(str(error).split())
         return f"{architecture} cannot be run {form} ({type(error).__name__}: {said[:160]})"
+    if (seconds := time.monotonic() - begun) >= _LONG:
+        line = f"{architecture} was tried {form}, on {count} tokens in {seconds:.0f} s; the answer is kept"
+        warnings.warn(line, InputWarning, stacklevel=2)
     difference = _difference(actual, right)
     if difference <= allowed:
         return None
@@ -164,8 +160,3 @@ def _tokens(model: PreTrainedModel) -> int:
     longest = config.get("max_position_embeddings")
     longest = longest - first_position(model) if isinstance(longest, int) else MOST
     return min(max(8, min(sizes) + 1) if sizes else FEW, MOST, longest)
-
-
-TRIED: dict[str, dict[str, str | None]] = json.loads(Path(__file__).with_name("tried.json").read_text())[
-    "architectures"
-]

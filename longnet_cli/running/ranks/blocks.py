@@ -1,16 +1,16 @@
 """Chosen blocks over ranks: the rank that has read a block keeps it, and the others fetch what they have chosen.
 
     rank 0   its blocks and means  --+
-    rank 1   its blocks and means  --+-- rounds: each rank asks the owners for rows, and answers what others ask
+    rank 1   its blocks and means  --+-- `fetching`: each rank asks once per layer, then all rows travel in runs
     rank 2   its blocks and means  --+
 
-A block belongs to the rank whose shard has its last token. Every rank knows the edges of all shards, so it knows the
-owner of each block, and of each run of blocks. What crosses an edge is small: after each shard, all ranks get its last
-queries, and the last keys and values, fewer than a block.
+Shards end at blocks, so each block is in one shard; where a chunk ends inside one, the next chunk's first rank gets what
+the others have of it. All ranks know the edges of all shards, so they know the owner of each block.
 
-Means of runs, and of the blocks of short documents, are fetched once. Those of other blocks are fetched for the scans
-of neighbouring slots, and blocks for FETCHED queries. The backward pass fetches blocks again, and gives their gradients
-to the owners, which add them in the order of ranks.
+    enter    the last queries before a shard come from the ranks before it         one collective in a layer that chooses
+    settle   means of the first blocks and of runs go to all ranks, and stay       one collective in a layer that chooses
+    choose   finer means of blocks that remain after a stage, in long documents    two, and one per run, for each stage
+    attend   the blocks that were chosen                                           two, and one per run
 
 B batch, n tokens of a shard, H query heads, K key heads, D head_dim, P ranks.
 """
@@ -19,138 +19,162 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import pad
 
-from longnet_cli.attention.groups import GroupedPart, stages
-from longnet_cli.attention.past import Blocks, Means, Past, RowMeans, one_each, run_means, taken
+from longnet_cli.attention.groups import stages
+from longnet_cli.attention.merging import accumulator
+from longnet_cli.attention.past import Blocks, Means, OfBlocks, Past, Wanted, run_means, taken
 from longnet_cli.attention.pattern import RUN, RUNS, Pattern
 from longnet_cli.attention.sinks import Turn
-from longnet_cli.running.ranks.rounds import ROWS, Directory, Owned, RankSource, Rounds
+from longnet_cli.running.ranks.fetching import ROWS, Asked, Share
 
 if TYPE_CHECKING:
     from longnet_cli.running.ranks.exchange import Exchange
 
 
-STEP = 1 << 12  # blocks whose means are fetched at a time to be saved
+STATE_BLOCKS = 1 << 12  # of a piece of a saved state
 
 
-class RankBlocks(Blocks):
-    """The first `number` blocks of a document, over ranks. `take` has those that were fetched last."""
+class NewBlocks(NamedTuple):
+    """Blocks that this rank has read: the start of their document, their `first` block there, number, place and keys.
 
-    def __init__(self, rounds: Rounds, directory: Directory) -> None:
-        super().__init__()
-        self._source, self._owned = RankSource(rounds, directory, ROWS), rounds.owned
-        self._gradients: Tensor | None = None  # of the blocks that were fetched last
+    place: that of the first one among the rank's blocks. keys: (B, tokens, K, D).
+    """
 
-    @property
-    def nbytes(self) -> int:
-        return self._owned.nbytes + self._source.nbytes
-
-    def fetch(self, row: int, blocks: Tensor) -> None:
-        blocks = blocks[blocks < self.number].unique()
-        if len(blocks):
-            self._source.fetch(row, blocks)
-
-    def take(self, row: int, blocks: Tensor, into: Tensor) -> None:
-        fetched = self._source.last
-        places, known = fetched.find(blocks) if fetched and fetched.row == row else (blocks, blocks < 0)
-        if not known.all():
-            fetched, places = self._source.fetch(row, blocks), torch.arange(len(blocks), device=blocks.device)
-        assert fetched
-        for x, y in zip(into, fetched.rows, strict=True):
-            torch.index_select(y, 0, places, out=x)
-
-    def add_gradients(self, row: int, index: int, blocks: Tensor, d: Tensor) -> None:
-        """Add gradients d (n, tokens of a block, K, D) of fetched blocks (n,) of k or v (`index` 0 or 1)."""
-        fetched = self._source.last
-        assert fetched
-        if self._gradients is None:
-            self._gradients = torch.zeros_like(fetched.rows, dtype=d.dtype)
-        self._gradients[index].index_add_(0, fetched.find(blocks)[0], d)
-
-    def give_back(self) -> None:
-        """Give what `add_gradients` has added to the owners."""
-        gradients, self._gradients, fetched = self._gradients, None, self._source.last
-        if gradients is not None and fetched:
-            order, counts, places = self._source.owners(fetched.blocks)
-            self._source.rounds.give(fetched.row, counts, places, gradients.index_select(1, order.to(gradients.device)))
+    document: int
+    first: int
+    number: int
+    place: int
+    keys: Tensor
 
 
 class RankMeans(Means):
-    """The means of a document's blocks over ranks, which fetch those that they compare."""
+    """The means of a document's first blocks, and of all of its runs. Those of other blocks are fetched."""
 
-    def __init__(self, rounds: Rounds, directory: Directory, of_runs: Directory) -> None:
-        self.rounds, self.of = rounds, rounds.owned.means.of
-        self._finest = rounds.owned.means.fine.shape[3]
-        self._sources = {kind: RankSource(rounds, directory, kind) for kind in self.of}
-        self._sources[RUNS] = RankSource(rounds, of_runs, RUNS)
-        # by kind and row of the batch, those that are kept: (K, room, m, D), and how many there are
-        self._firsts: dict[tuple[int, int], tuple[Tensor, int]] = {}
+    def __init__(self, pattern: Pattern, share: Share, allocate: Callable[..., Tensor]) -> None:
+        super().__init__(pattern, share.like, 0, allocate)
+        stage, *_ = stages(pattern)  # scans of fewer blocks than this have no runs, and compare all of the first blocks
+        self._first = (stage.blocks // RUN + 1) * RUN if stage.means == RUNS else 1 << 62
+        self._share, self._long = share, False
+
+    def of_wanted(self, number: int, wanted: Wanted) -> Iterator[tuple[int, slice, OfBlocks]]:
+        if not self._long:  # on any rank
+            yield from super().of_wanted(number, wanted)
+            return
+        asked = self._share.ask(number, wanted, self._share.directory.blocks)
+        for run, rows in enumerate(self._share.runs(number, asked)):
+            for index, some in asked.pieces[run] if run < len(asked.pieces) else ():
+                keys, order = asked.keys[run].sort()
+                means = rows.transpose(0, 1).index_select(1, order)
+                yield index, some, partial(_among, means, keys, wanted[index][0] * asked.blocks)
+
+    def extend(self, exchange: Exchange, new: Sequence[NewBlocks]) -> None:
+        """Give all ranks the means of this rank's new blocks, and take those of its document. All ranks call this."""
+        share, last, spans, totals = self._share, self._first, dict[int, tuple[_Span, _Span]](), [0, 0]
+        for start, stop in exchange.crossed:
+            of_chunk = (min(max(edge, start), stop) - start for edge in (exchange.edges[0], exchange.edges[-1]))
+            begin, end = (position // share.directory.size for position in of_chunk)
+            ranges = range(min(begin, last), min(end, last)), range(max(begin, last) // RUN, -(-max(end, last) // RUN))
+            fine, runs = (_Span(x.start, x.stop, total - x.start) for x, total in zip(ranges, totals, strict=True))
+            spans[start], self._long = (fine, runs), self._long or end > last
+            totals = [fine.stop + fine.offset, runs.stop + runs.offset]
+        batch, heads, head_dim, own = len(share.like), *share.like.shape[2:], share.means
+        sizes = [(totals[0], self.finest), (totals[1], 1)]
+        of_fine, of_runs = (own.fine.new_zeros((batch, heads, *x, head_dim), device=share.like.device) for x in sizes)
+        for blocks in new:
+            if blocks.document not in spans:
+                continue
+            (fine, runs), place, stop = (
+                spans[blocks.document],
+                blocks.place - blocks.first,
+                blocks.first + blocks.number,
+            )
+            begin, end = max(blocks.first, fine.start), min(stop, fine.stop)
+            if begin < end:
+                of_fine[:, :, begin + fine.offset : end + fine.offset] = own.fine[:, :, begin + place : end + place]
+            if (begin := max(blocks.first, last)) < stop:  # of runs that others have parts of, a sum of these
+                ones = pad(
+                    own.one_each(slice(None), slice(begin + place, stop + place)), (0, 0, begin % RUN, -stop % RUN)
+                )
+                of_runs[:, :, begin // RUN + runs.offset :][:, :, : ones.shape[2] // RUN] = run_means(ones)
+        for x in (of_fine, of_runs):
+            if x.numel():
+                dist.all_reduce(x, group=share.group)
+        if mine := spans.get(exchange.document(exchange.mine[0])[0]):
+            fine, runs = mine
+            if (room := self.fine.shape[2]) < fine.stop:
+                self._move(self.of, fine.start, max(fine.stop, min(room * 3 // 2, last)))
+            self.write_finest(
+                slice(None), fine.start, of_fine[:, :, fine.start + fine.offset : fine.stop + fine.offset]
+            )
+            if runs.start < runs.stop:
+                more = of_runs[:, :, runs.start + runs.offset : runs.stop + runs.offset]
+                self.of[RUNS] = pad(self.of[RUNS], (0, 0, 0, 0, 0, runs.stop - self.of[RUNS].shape[2]))
+                self.of[RUNS][:, :, runs.start :] += more.to(self.fine.device)
+
+
+class _Span(NamedTuple):
+    """Blocks or runs of a document that a chunk has, whose means are `offset` further on in those of all documents."""
+
+    start: int
+    stop: int
+    offset: int
+
+
+def _among(means: Tensor, keys: Tensor, of_row: int, blocks: Tensor) -> Tensor:
+    """Return the means (slots, K, n, m, D) of blocks (slots, n) of a row, whose keys are ascending."""
+    return taken(means, torch.searchsorted(keys, of_row + blocks))
+
+
+class RankBlocks(Blocks):
+    """The first `number` blocks of a document, over ranks. `take` has those of the present run."""
+
+    def __init__(self, share: Share) -> None:
+        super().__init__()
+        self._share = share
+        self._row = 0  # what a row of the batch adds to a key
+        self._nothing = self._rows = self._keys = self._order = self._gradients = torch.empty(0)
 
     @property
     def nbytes(self) -> int:
-        firsts = sum(means.nbytes for means, _ in self._firsts.values())
-        return firsts + sum(source.nbytes for source in self._sources.values())
+        return self._share.nbytes
 
-    def of_row(self, row: int, number: int | None = None) -> RowMeans:
-        return _RankRow(self, row, self._finest if number is None else number)
+    def hold(self, rows: Tensor, keys: Tensor, blocks: int, *, backward: bool) -> None:
+        """Hold a run: rows (n, k and v, tokens of a block, K, D) with keys (n,), row of the batch * blocks + block."""
+        self._rows, self._row = rows, blocks
+        self._keys, self._order = keys.sort()
+        if backward:
+            self._gradients = torch.zeros_like(rows, dtype=accumulator(rows.dtype))
 
-    def some(self, kind: int, row: int, blocks: Tensor) -> Tensor:
-        """Return means (K, n, m, D) of blocks (n,), ascending."""
-        return self._sources[kind].fetch(row, blocks).rows
+    def release(self) -> Tensor:
+        """Forget the run, and return the gradients that were added to it, in the order of its rows."""
+        gradients, self._rows, self._gradients = self._gradients, self._nothing, self._nothing
+        return gradients
 
-    def all_of_row(self, row: int, number: int) -> Tensor:
-        """Return the finest means (K, number, m, D) of the first blocks, by rounds that other ranks only answer."""
-        (means,) = self.rounds.owned.rooms([self._finest], [number]).views
-        for blocks in torch.arange(number).split(STEP):
-            self._sources[self._finest].ask(row, blocks, means, blocks.to(means.device))
-        return means
+    def take(self, row: int, blocks: Tensor, into: Tensor) -> None:
+        places = self._places(row, blocks)
+        for index, x in enumerate(into):
+            torch.index_select(self._rows[:, index], 0, places, out=x)
 
-    def some_of_all(self, kind: int, row: int, blocks: Tensor) -> Tensor:
-        """Return what `some` returns, by a round that all ranks take."""
-        (means,) = self.rounds.owned.rooms([kind], [len(blocks)]).views
-        self._sources[kind].ask(row, blocks, means)
-        return means
+    def add_gradients(self, row: int, index: int, blocks: Tensor, d: Tensor) -> None:
+        """Add gradients d (n, tokens of a block, K, D) of blocks (n,) of k or v (`index` 0 or 1)."""
+        self._gradients[:, index].index_add_(0, self._places(row, blocks), d)
 
-    def first(self, kind: int, row: int, number: int) -> Tensor:
-        """Return the means (K, number, m, D) of the first blocks or runs. They are fetched once, and kept."""
-        known, have = self._firsts.get((kind, row), (None, 0))
-        if known is None or have < number:
-            new = self.some_of_all(kind, row, torch.arange(have, number))
-            if known is None or known.shape[1] < number:
-                wider = new.new_empty(len(new), max(number, have * 3 // 2), *new.shape[2:])
-                if known is not None:
-                    wider[:, :have] = known[:, :have]
-                known = wider
-            known[:, have:number] = new
-            self._firsts[kind, row] = known, number
-        return known[:, :number]
-
-
-class _RankRow(RowMeans):
-    def __init__(self, means: RankMeans, row: int, kind: int) -> None:
-        super().__init__(means.rounds.owned.runs[row] if kind == RUNS else means.of[kind][row])
-        self._all, self._row, self._kind = means, row, kind
-
-    def first(self, number: int) -> Tensor:
-        return self._all.first(self._kind, self._row, number)
-
-    def some(self, blocks: Tensor) -> Callable[[Tensor], Tensor]:
-        distinct = blocks.unique()
-        means = self._all.some(self._kind, self._row, distinct)
-        return lambda own: taken(means, torch.searchsorted(distinct, own))
+    def _places(self, row: int, blocks: Tensor) -> Tensor:
+        return self._order[torch.searchsorted(self._keys, row * self._row + blocks)]
 
 
 class RankPast(Past):
     """The past of a document in one layer, over ranks. See `Past`; each rank keeps the blocks that end in its shards.
 
     For each shard, all ranks call `enter` with their tokens, and then `append`, if other shards follow. In between,
-    `position` is that of the shard. Reading takes rounds, until `finish`. `allocate_sums` makes memory for gradients.
+    `position` is that of the shard. All ranks choose and read together. `allocate_sums` makes memory for gradients.
     """
 
     shared = True
@@ -166,22 +190,19 @@ class RankPast(Past):
         allocate_sums: Callable[..., Tensor] = torch.empty,
     ) -> None:
         super().__init__(pattern, blocks, allocate, keep, layer)
-        self._allocate_sums = allocate_sums
-        self._group, ranks, self._keeps = group, dist.get_world_size(group), bool(keep)
-        self._directory = Directory(pattern.chosen_block, ranks)
-        self._of_runs = Directory(pattern.chosen_block * RUN, ranks)
+        self._group, self._allocate_sums = group, allocate_sums
         self._kept = self.blocks  # this rank's own
-        self._rounds: Rounds | None = None  # from the first shard on
-        self._cut: dict[int, Tensor] = {}  # by position, if earlier shards are read again: what was waiting there
-        self._new: list[_NewBlocks] = []  # whose means are not there yet
-        self._end: tuple[int, Tensor | None, Tensor] | None = (
-            None  # position, queries and waiting rows after all shards
-        )
+        self._share: Share | None = None  # from the first shard on
+        self._new: list[NewBlocks] = []  # whose means are not there yet
+        self._means = 0  # blocks whose means there are, or will be
+        self._entered: Exchange | None = None
+        # after all shards: the position, and on the first rank the last queries and the rows that are no whole block
+        self._end: tuple[int, Tensor | None, Tensor] | None = None
 
     @property
-    def rounds(self) -> Rounds:
-        assert self._rounds  # made by `enter`
-        return self._rounds
+    def share(self) -> Share:
+        assert self._share  # made by `enter`
+        return self._share
 
     @torch.no_grad()
     def enter(self, exchange: Exchange, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -189,92 +210,56 @@ class RankPast(Past):
 
         All ranks call this, each with its shard.
         """
-        if not self._rounds:
-            owned = Owned(self.pattern, k, self._kept, self.allocate, self._allocate_sums)
-            self._rounds = Rounds(self._group, owned)
-            self.blocks = RankBlocks(self._rounds, self._directory)
+        size, (mine, after), self._entered = self.pattern.chosen_block, exchange.mine, exchange
+        if not self._share:
+            like = k[:, :0].detach()
+            means = Means(self.pattern, like, 0, self.allocate, runs=False)
+            self._share = Share(self._group, exchange.directory, self._kept, means, like, self._allocate_sums)
+            self.blocks, self._waiting = RankBlocks(self._share), [torch.stack([like, like])]
             if self.kind == "chooses":
-                self.means = RankMeans(self._rounds, self._directory, self._of_runs)
-        size, mine, rank = self.pattern.chosen_block, exchange.edges[exchange.rank], exchange.rank
+                self.means = RankMeans(self.pattern, self._share, self.allocate)
         document, stop = exchange.document(mine)
-        edges = [min(max(edge, document), stop) - document for edge in exchange.edges]
-        last = exchange.document(exchange.edges[rank + 1] - 1)[0] if k.shape[1] else document
-        tails = exchange.tails(q, k, v, queries=self.kind == "chooses")
-        self._end = edges[-1], *self._until(edges, tails)
-        self.queries, waiting = self._until(edges[: rank + 1], tails)
-        self.position, self._waiting = edges[rank], [waiting]
-        if self._keeps:
-            self._cut[self.position] = waiting
-        rows = torch.stack([k, v])
+        last, _ = exchange.document(after - 1) if mine < after else (document, stop)
+        inside = [edge - exchange.document(edge)[0] for edge in exchange.edges]
+        rows, queries = torch.stack([k, v]), None
+        before, end = exchange.tails(rows, self.waiting, 2, [position % size for position in inside])
+        if self.kind == "chooses":
+            held, most = q[:, :0] if self.queries is None else self.queries, self.pattern.last_queries
+            self.queries, queries = exchange.tails(q, held, 1, [min(position, most) for position in inside])
+        self.position, self._waiting, self._end = mine - document, [before], (inside[-1], queries, end)
         if last != document:  # others read the last document; this rank's own, if it is another one, comes behind it
-            number = self._keep(0, rows[:, :, last - mine :])
-            self._directory.held[rank] += number
-            self._of_runs.held[rank] += number // RUN
-        if last == document or self.position:
-            self._keep(self.position // size, torch.cat([waiting, rows[:, :, : stop - mine]], 2))
-        self._directory.add(edges)
-        self._of_runs.add(edges)
+            self._keep(last, 0, rows[:, :, last - mine :])
+        of_first = rows[:, :, : stop - mine]
+        of_first = torch.cat([before, of_first], 2) if before.shape[2] else of_first
+        self._keep(document, self.position // size, of_first, read=last == document)
+        if exchange.cached:
+            self.share.directory.add(exchange.edges)
         self.blocks.number = self.position // size
 
-    def _until(self, edges: Sequence[int], tails: Sequence[Tail]) -> tuple[Tensor | None, Tensor]:
-        """Return the last queries before the last edge, and the keys and values there that are no whole block.
-
-        The edges, in the document, are those of the shards with these tails.
-        """
-        lengths = [stop - first for first, stop in pairwise(edges)]
-        queries, rows = self.queries, [*self._waiting]
-        for length, tail in zip(lengths, tails, strict=False):  # of later shards, nothing counts
-            if tail.queries is not None:
-                new = tail.queries[:, max(0, tail.queries.shape[1] - length) :]
-                queries = new if queries is None else torch.cat([queries, new], 1)
-            rows.append(tail.rows[:, :, max(0, tail.rows.shape[2] - length) :])
-        if queries is not None:
-            queries = queries[:, -self.pattern.last_queries :].clone()
-        both = torch.cat(rows or [tails[0].rows[:, :, :0]], 2)
-        return queries, both[:, :, both.shape[2] - edges[-1] % self.pattern.chosen_block :].clone()
-
-    def _keep(self, first: int, rows: Tensor) -> int:
-        """Keep whole blocks of rows (k and v, B, tokens, K, D), from block `first` on; return how many."""
+    def _keep(self, document: int, first: int, rows: Tensor, *, read: bool = True) -> None:
+        """Keep what others will read of a document: whole blocks of rows (k and v, B, tokens, K, D), and their means."""
         size = self.pattern.chosen_block
         number = rows.shape[2] // size
         if self.kind == "first":
             number = max(0, min(number, self.pattern.chosen - first))
         whole = rows[:, :, : number * size]
-        if number:
+        if self.kind == "chooses":
+            self._new.append(NewBlocks(document, first, number, self._means, whole[0]))
+            self._means += number
+        if number and read:
             self._kept.append(whole.unflatten(2, (number, size)))
-        self._new.append(_NewBlocks(first, number, whole[0]))
-        return number
 
     @torch.no_grad()
     def settle(self, turn: Turn | None) -> None:
-        """Store the means of new blocks, and of runs. All ranks call this before they choose."""
+        """Store the means of new blocks, and share those that all ranks need. All ranks call this before they choose."""
         new, self._new[:] = [*self._new], []
-        if self.kind != "chooses" or not new:
+        if not new:
             return
-        owned, place = self.rounds.owned, self._kept.number - sum(blocks.number for blocks in new)
         for blocks in new:
-            owned.means.write(slice(None), place, blocks.keys, turn, blocks.first)
-            place += blocks.number
-        if RUNS in {stage.means for stage in stages(self.pattern)}:
-            self._keep_runs(new)
-
-    def _keep_runs(self, new: Sequence[_NewBlocks]) -> None:
-        """Keep the means of the runs that end in new blocks. The first blocks of a run may be those of other ranks."""
-        owned, place = self.rounds.owned, self._kept.number - sum(blocks.number for blocks in new)
-        for blocks in new:
-            begin, stop = blocks.first // RUN * RUN, (blocks.first + blocks.number) // RUN * RUN
-            means = owned.means.one_each(slice(None), slice(place, place + max(0, stop - blocks.first)))
-            if blocks is new[-1]:  # all ranks take these rounds, before any of them asks for runs
-                missing = torch.arange(begin, blocks.first if begin < stop else begin)
-                kind = 1 if 1 in owned.means.of else owned.means.fine.shape[3]
-                of_rows = [one_each(self._all_means().some_of_all(kind, row, missing)) for row in range(len(means))]
-                means = torch.cat([torch.stack(of_rows), means], 2)
-            owned.runs = torch.cat([owned.runs, run_means(means)], 2)
-            place += blocks.number
-
-    def _all_means(self) -> RankMeans:
+            self.share.means.write(slice(None), blocks.place, blocks.keys, turn, blocks.first)
         assert isinstance(self.means, RankMeans)
-        return self.means
+        assert self._entered
+        self.means.extend(self._entered, new)
 
     def append(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Go on behind the shards of all ranks."""
@@ -282,37 +267,27 @@ class RankPast(Past):
         self.position, self.queries, waiting = self._end
         self._waiting = [waiting]
 
-    def state(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield to the group's first rank what `restore` needs in one process. All ranks iterate over it to the end.
+    def ask(self, wanted: Wanted) -> Asked:
+        return self.share.ask(ROWS, wanted, self.blocks.number)
 
-        It holds one layer's means at a time. An open group chooses again.
-        """
-        batch, total = len(self.rounds.owned.like), self._directory.blocks
-        number = min(total, self.pattern.chosen) if self.kind == "first" else total
-        counts = torch.zeros(batch, total, dtype=torch.int32)
-        if self.counts is not None:
-            counts[:, : self.counts.shape[1]] = self.counts[:, :total].cpu()
-        dist.all_reduce(counts, group=self._group)
-        if dist.get_rank(self._group) == 0:
-            yield "waiting", self.waiting if self.kept == self.position else self.waiting[:, :, :0]
-            yield "counts", counts
-            self.blocks.number = number
-            owned = self.rounds.owned
-            like = owned.like.new_empty(2, batch, 0, *owned.shape)
-            for index, piece in enumerate(self.blocks.taken_pieces(like)):
-                yield f"blocks.{index}", piece
-            if self.kind == "chooses":
-                yield from self._state_of_choice(batch, number)
-        self.finish()
+    def runs(
+        self, wanted: Wanted, asked: Asked | None = None, *, backward: bool = False
+    ) -> Iterator[tuple[int, slice]]:
+        """Yield what is wanted, run by run, as `Past.runs` does. All ranks go through it together."""
+        asked, blocks = asked or self.ask(wanted), self.blocks
+        assert isinstance(blocks, RankBlocks)
+        for run, rows in enumerate(self.share.runs(ROWS, asked)):
+            keys = asked.keys[run] if run < len(asked.keys) else rows.new_empty(0).long()
+            blocks.hold(rows, keys, asked.blocks, backward=backward)
+            del rows
+            yield from asked.pieces[run] if run < len(asked.pieces) else ()
+            gradients = blocks.release()
+            if backward:
+                self.share.give(asked, run, gradients)
 
-    def _state_of_choice(self, batch: int, number: int) -> Iterator[tuple[str, Tensor]]:
-        assert self.queries is not None
-        yield "queries", self.queries
-        yield "fine", torch.stack([self._all_means().all_of_row(row, number) for row in range(batch)])
-        nothing = torch.empty(0, dtype=torch.int64)
-        yield from (("held_at", nothing), ("scanned_at", nothing))
-        yield "held", torch.zeros(batch, 1, 0, dtype=torch.int32)
-        yield "scanned", torch.zeros(batch, 0, dtype=torch.int32)
+    def add_gradients(self, row: int, index: int, blocks: Tensor, d: Tensor) -> None:
+        assert isinstance(self.blocks, RankBlocks)
+        self.blocks.add_gradients(row, index, blocks, d)
 
     def fork(self) -> Past:
         """Raise ValueError: a fork would read where the other ranks do not."""
@@ -320,89 +295,69 @@ class RankPast(Past):
 
     def before(self, position: int, gradients: Tensor | None = None) -> Past:
         new = copy.copy(self)
+        new.blocks = copy.copy(self.blocks)
         if position != self.position:
-            new.position, new.queries, new.means, new._waiting = position, None, None, [self._cut[position]]
-            new.blocks = copy.copy(self.blocks)
+            new.position, new.queries, new.means, new._waiting = position, None, None, [self.waiting[:, :, :0]]
             new.blocks.number = position // self.pattern.chosen_block
         return new
 
-    def means_before(self, stop: int, part: GroupedPart, k: Tensor) -> Means:
-        return self._all_means()
-
     def forget_means(self) -> None:
-        if self._rounds:
-            self.means = None
-            self._rounds.owned.forget_means()
-
-    def add_gradients(self, row: int, index: int, blocks: Tensor, d: Tensor) -> None:
-        assert isinstance(self.blocks, RankBlocks)
-        whole = int((blocks < self.blocks.number).sum())
-        if whole:
-            self.blocks.add_gradients(row, index, blocks[:whole], d[:whole])
-        if whole < len(blocks):  # the block that the shard's start cuts ends in the shard
-            _, places = self._directory.find(blocks[whole:].cpu())
-            sums = self.rounds.owned.all_sums()[index, row]
-            sums.index_add_(0, places.to(sums.device), d[whole:].to(sums.device))
-
-    def give_back(self) -> None:
-        assert isinstance(self.blocks, RankBlocks)
-        self.blocks.give_back()
-
-    def finish(self) -> None:
-        self.rounds.finish()
+        if self._share:
+            self.means, self._share.means.of = None, {}
 
     def hand_back(self, exchange: Exchange, like: Tensor) -> Tensor:
         """Return the gradients (k and v, B, n, K, D) of this rank's shard that have come back since the last call.
 
-        `like` has the shape (B, n, K, D) and the device of the shard's keys. All ranks call this, with their shards.
+        `like` has the shape (B, n, K, D) and the device of the shard's keys.
         """
-        sums, size, rank = self.rounds.owned.all_sums(), self.pattern.chosen_block, exchange.rank
-        total, cuts = torch.zeros(2, *like.shape, dtype=sums.dtype, device=like.device), self._cut_blocks(exchange)
-        mine, after = exchange.edges[rank : rank + 2]
-        if mine == after:
-            return total
-        document, _ = exchange.document(after - 1)  # the one that others read
-        first, stop, before = max(0, mine - document), after - document, max(0, document - mine)
-        block = first // size
-        place = 0 if before else self._directory.place(block, rank)
-        if place is not None:
-            rows = sums[:, :, place : place + stop // size - block].flatten(2, 3)
-            own = rows[:, :, first % size :]
-            total[:, :, before : before + own.shape[2]] = own
-            rows[:, :, max(0, exchange.edges[0] - document - block * size) :] = 0
-        if number := min(stop % size, stop - first):  # in a block that ends in another shard
-            total[:, :, -number:] += cuts[rank + 1, :, :, stop % size - number : stop % size]
+        sums, (mine, after) = self.share.sums, exchange.mine
+        total = torch.zeros(2, *like.shape, dtype=sums.dtype, device=like.device)
+        document, _ = exchange.document(max(mine, after - 1))  # the one that others read
+        size, begin = self.pattern.chosen_block, max(mine, document)
+        first, stop = (begin - document) // size, (after - document) // size
+        if first < stop:
+            place = 0 if begin > mine else int(self.share.directory.find(torch.tensor([first]))[1])
+            rows = sums[:, place : place + stop - first]
+            own = rows.movedim(2, 0).flatten(2, 3)
+            total[:, :, begin - mine : begin - mine + own.shape[2]] = own
+            rows.zero_()
         return total
 
-    def _cut_blocks(self, exchange: Exchange) -> Tensor:
-        """Return the sums of the blocks that the P + 1 edges cut: (P + 1, k and v, B, tokens of a block, K, D)."""
-        sums, size = self.rounds.owned.all_sums(), self.pattern.chosen_block
-        shape = len(exchange.edges), *sums.shape[:2], *sums.shape[3:]
-        cuts = torch.zeros(shape, dtype=sums.dtype, device=self.rounds.owned.like.device)
-        document, _ = exchange.document(exchange.edges[exchange.rank])
-        for index, edge in enumerate(exchange.edges[1:], 1):
-            block, rest = divmod(edge - document, size)
-            if not rest or exchange.document(edge)[0] != document:
-                continue
-            place = self._directory.place(block, exchange.rank)
-            if place is not None and place < sums.shape[2]:
-                cuts[index] = sums[:, :, place]
-                if index == len(exchange.edges) - 1:  # other blocks end in these shards
-                    sums[:, :, place, max(0, exchange.edges[0] - document - block * size) : rest] = 0
-        dist.all_reduce(cuts, group=self._group)
-        return cuts
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield to the group's first rank what `restore` needs in one process. All ranks iterate over it to the end.
 
-
-class Tail(NamedTuple):
-    """The end of a shard: its last queries (B, n, H, D), if they matter, and keys and values (k and v, B, m, K, D)."""
-
-    queries: Tensor | None
-    rows: Tensor
-
-
-class _NewBlocks(NamedTuple):
-    """A number of blocks, the first of them in their document, and their keys (B, tokens, K, D)."""
-
-    first: int
-    number: int
-    keys: Tensor
+        It holds some blocks, or one layer's means, at a time. An open group chooses again.
+        """
+        batch, total, like = len(self.share.like), self.share.directory.blocks, self.share.like
+        first = dist.get_rank(self._group) == 0
+        counts = torch.zeros(batch, total, dtype=torch.int32, device=like.device)
+        if self.counts is not None:
+            counts[:, : self.counts.shape[1]] = self.counts[:, :total]
+        dist.all_reduce(counts, group=self._group)
+        self.blocks.number = min(total, self.pattern.chosen) if self.kind == "first" else total
+        pieces = torch.arange(self.blocks.number, device=like.device)[:, None].split(STATE_BLOCKS) if first else ()
+        wanted = [(row, piece) for piece in pieces for row in range(batch)]
+        yield from (
+            ("waiting", self.waiting if self.kept == self.position else self.waiting[:, :, :0]),
+            ("counts", counts),
+        )
+        for index, some in self.runs(wanted):
+            row, piece = index % batch, wanted[index][1]
+            if not row and not some.start:
+                into = like.new_empty(2, batch, len(piece), *self.share.empty(ROWS, 0).shape[2:])
+            self.blocks.take(row, piece[some, 0], into[:, row, some])
+            if row == batch - 1 and some.stop == len(piece):
+                yield f"blocks.{index // batch}", into
+        if self.kind == "chooses":
+            assert self.means
+            number = self.blocks.number if first else 0
+            fine = self.means.fine.new_empty(*self.means.fine.shape[:2], number, *self.means.fine.shape[3:])
+            for index, some, of_blocks in self.means.of_wanted(self.means.finest, wanted):
+                blocks = wanted[index][1][some]
+                fine[index % batch, :, blocks[:, 0]] = of_blocks(blocks.T)[0]
+            yield "queries", like.new_empty(batch, 0, 1, 1) if self.queries is None else self.queries
+            yield "fine", fine
+            nothing = torch.empty(0, dtype=torch.int64)
+            yield from (("held_at", nothing), ("scanned_at", nothing))
+            yield "held", torch.zeros(batch, 1, 0, dtype=torch.int32)
+            yield "scanned", torch.zeros(batch, 0, dtype=torch.int32)

@@ -25,7 +25,7 @@ import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from copy import copy
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from itertools import chain, pairwise
 from math import prod
 from typing import Any, NamedTuple
@@ -41,8 +41,8 @@ from longnet_cli.attention.pattern import Pattern
 from longnet_cli.attention.spans import far_spans, lanes, level_of, open_spans, rows_before, span_positions, span_rows
 from longnet_cli.basics.errors import LongNetError
 from longnet_cli.nets.config import NetConfig
-from longnet_cli.running.ranks.blocks import RankPast, Tail
-from longnet_cli.running.ranks.rounds import Directory
+from longnet_cli.running.ranks.blocks import RankPast
+from longnet_cli.running.ranks.fetching import Directory
 
 _agreeing: weakref.WeakSet[Any] = weakref.WeakSet()  # groups whose first exchange is over
 
@@ -65,7 +65,8 @@ class Exchange:
     `edges` are P + 1 positions: rank i holds [edges[i], edges[i + 1]), which may be empty. `cuts` are the positions at
     which documents start: rows never cross them, and spans count from the start of their document. With `cached`, every
     rank also gets all rows of the segments that are open at the end, for its KVCache. Raises ValueError for cuts with a
-    bidirectional net: the last document of a shard would need far keys as well as the first.
+    bidirectional net: the last document of a shard would need far keys as well as the first; and for edges between shards
+    that cut a chosen block.
     """
 
     def __init__(
@@ -85,6 +86,9 @@ class Exchange:
         self.edges = list(edges)
         begin = 0 if cached else self.edges[0]  # a cached chunk continues a document that started at 0
         self.starts = sorted({begin, *(cut for cut in cuts if self.edges[0] < cut < self.edges[-1])})
+        for edge in self.edges[1:-1]:
+            if (edge - self.document(edge)[0]) % self.pattern.edge_size and edge not in (self.edges[0], self.edges[-1]):
+                raise ValueError(f"the edge {edge} cuts a block of {self.pattern.chosen_block} tokens: see even_edges")
         self._open: dict[int, list[FarSpan]] = {}  # by start of the document
         self._counts: dict[FarSpan, int] = {}  # rows of spans
         self._levels: dict[int, tuple[int, int, set[int]]] = {}  # (w, r, offsets) of each
@@ -98,7 +102,8 @@ class Exchange:
         self._plan(dist.get_rank(group) if rank is None else rank)
 
     def _plan(self, rank: int) -> None:
-        self.rank, ranks = rank, range(len(self.edges) - 1)
+        self.rank, ranks = rank, range(self.ranks)
+        self.__dict__.pop("directory", None)
         self.sent = [self._parcels(rank, reader) for reader in ranks]
         self.received = [self._parcels(maker, rank) for maker in ranks]
         self.joined = self._joined()
@@ -121,6 +126,33 @@ class Exchange:
         first, last = self.edges[self.rank], self.edges[self.rank + 1]
         inside = [first, *(cut for cut in self.starts if first < cut < last), last]
         return [b - a for a, b in pairwise(inside)] if len(inside) > 2 else None
+
+    @property
+    def ranks(self) -> int:
+        return len(self.edges) - 1
+
+    @property
+    def mine(self) -> tuple[int, int]:
+        """The edges of this rank's shard."""
+        return self.edges[self.rank], self.edges[self.rank + 1]
+
+    @property
+    def crossed(self) -> list[tuple[int, int]]:
+        """The starts and ends of documents that several ranks read, or later chunks."""
+        inside = [self.edges[-1] - 1] if self.cached else [e for e in self.edges[1:-1] if e not in self.starts]
+        return sorted({self.document(edge) for edge in inside if self.edges[0] <= edge < self.edges[-1]})
+
+    @cached_property
+    def directory(self) -> Directory:
+        """The owners of the blocks of the document at this rank's start. If `cached`, chunks add theirs."""
+        directory, (mine, after) = Directory(self.pattern.chosen_block, self.ranks), self.mine
+        if self.cached:
+            return directory
+        start, stop = self.document(mine)
+        if mine < after and (last := self.document(after - 1)[0]) != start:
+            directory.held[self.rank] = (after - last) // directory.size  # blocks that others read come first
+        directory.add([min(max(edge, start), stop) - start for edge in self.edges])
+        return directory
 
     @property
     def shard(self) -> slice:
@@ -181,30 +213,36 @@ class Exchange:
             )
 
     @torch.no_grad()
-    def tails(self, q: Tensor, k: Tensor, v: Tensor, *, queries: bool) -> list[Tail]:
-        """Return the ends of all shards, for this rank's q (B, n, H, D), k and v (B, n, K, D). All ranks call this."""
-        lengths, last, most = (
-            [b - a for a, b in pairwise(self.edges)],
-            self.pattern.last_queries,
-            self.pattern.chosen_block - 1,
-        )
-        rows = self._gathered(torch.cat([k, v])[:, -most:], [min(length, most) for length in lengths])
-        of_queries: Sequence[Tensor | None] = [None] * len(lengths)
-        if queries:
-            of_queries = self._gathered(q[:, -last:], [min(length, last) for length in lengths])
-        return [Tail(q_, torch.stack(kv.chunk(2))) for q_, kv in zip(of_queries, rows, strict=True)]
+    def tails(self, x: Tensor, held: Tensor, axis: int, back: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return the rows right before this rank's shard and, for a next chunk, the first rank those before the end.
+
+        Before edge i, back[i] rows are wanted. x has the tokens of the shard along an axis; what the first rank has of
+        tokens before all shards is `held`. All ranks call this.
+        """
+        wants = [(edge - number, edge) for edge, number in zip(self.edges, back, strict=True)]
+        begins = [wants[0][0], *self.edges[1:-1]]
+        readers = [wants[-1] if self.cached else (0, 0), *wants[1:-1]]
+        got, most = x.narrow(axis, 0, 0), max(back)
+        if any(first < stop for first, stop in readers):
+            own = x.narrow(axis, max(0, x.shape[axis] - most), min(most, x.shape[axis]))
+            own = (torch.cat([held, own], axis) if self.rank == 0 else own).movedim(axis, 0)
+            first, stop = self.edges[self.rank + 1] - len(own), self.edges[self.rank + 1]
+            parts = [own[max(a, first) - first : max(0, min(b, stop) - first)] for a, b in readers]
+            a, b = readers[self.rank]
+            sizes = [max(0, min(b, stop) - max(a, begin)) for begin, stop in zip(begins, self.edges[1:], strict=True)]
+            rows = own.new_empty(sum(sizes), *own.shape[1:])
+            dist.all_to_all_single(rows, torch.cat(parts), sizes, [len(part) for part in parts], group=self.group)
+            got = rows.movedim(0, axis)
+        return (held, got) if self.rank == 0 else (got, held.narrow(axis, 0, 0))
 
     def all_tokens(self, tokens: Tensor) -> Tensor:
         """Return the tokens (B, n) of all ranks' shards, in order. All ranks call this."""
-        return torch.cat(self._gathered(tokens, [b - a for a, b in pairwise(self.edges)]), 1)
-
-    def _gathered(self, x: Tensor, lengths: Sequence[int]) -> list[Tensor]:
-        """Return all ranks' x (B, n, ...), whose n are `lengths`."""
-        padded = x.new_zeros(x.shape[0], max(lengths), *x.shape[2:])  # collectives take equal sizes
-        padded[:, : x.shape[1]] = x
+        lengths = [b - a for a, b in pairwise(self.edges)]
+        padded = tokens.new_zeros(tokens.shape[0], max(lengths))  # collectives take equal sizes
+        padded[:, : tokens.shape[1]] = tokens
         of_ranks = [torch.empty_like(padded) for _ in lengths]
         dist.all_gather(of_ranks, padded, group=self.group)
-        return [of_rank[:, :length] for of_rank, length in zip(of_ranks, lengths, strict=True)]
+        return torch.cat([of_rank[:, :length] for of_rank, length in zip(of_ranks, lengths, strict=True)], 1)
 
     def maps(self, like: Tensor) -> _Maps:
         """Return the indices of rows, for keys of this shape (B, n, H, D). They are the same in all layers."""
@@ -222,13 +260,6 @@ class Exchange:
         batch, _, kv_heads, head_dim = like
         of_row = 2 * batch * head_dim
         return [of_row * sum(parcel.rows * self.lanes(parcel, kv_heads) for parcel in of_rank) for of_rank in parcels]
-
-    def tail_numbers(self, like: Sequence[int], *, queries: bool = True) -> int:
-        """Return how many numbers `tails` gets from each other rank, for keys like (B, n, H, D)."""
-        batch, _, kv_heads, head_dim = like
-        longest = max(b - a for a, b in pairwise(self.edges))
-        rows = 2 * kv_heads * min(longest, self.pattern.chosen_block - 1)
-        return batch * head_dim * (rows + queries * self.num_heads * min(longest, self.pattern.last_queries))
 
     def document(self, position: int) -> tuple[int, int]:
         """Return the start and the end of the document that holds a position."""
@@ -517,10 +548,24 @@ def most_owned(size: int, tokens: int, chunk: int, ranks: int) -> int:
     """Return the most blocks of `size` that a rank has of a sequence in chunks of `chunk` tokens, which ranks share."""
     directory = Directory(size, ranks)
     for start in range(0, tokens, chunk):
-        directory.add(even_edges(start, min(chunk, tokens - start), ranks))
+        directory.add(even_edges(start, min(chunk, tokens - start), ranks, size))
     return max(directory.held)
 
 
-def even_edges(start: int, tokens: int, ranks: int) -> list[int]:
-    """Return the P + 1 edges of shards whose lengths differ by at most one token."""
-    return [start + tokens * rank // ranks for rank in range(ranks + 1)]
+def even_edges(start: int, tokens: int, ranks: int, size: int = 1, cuts: Sequence[int] = ()) -> list[int]:
+    """Return the P + 1 edges of shards whose lengths differ by at most one token, or by one block of `size`.
+
+    Edges between shards are those of blocks, in the documents that start at 0 and at the `cuts`.
+    """
+    starts, stop, edges = [0, *sorted(cuts)], start + tokens, [start]
+    for rank in range(1, ranks):
+        edge = start + tokens * rank // ranks
+        document, *after = starts[bisect_right(starts, edge) - 1 :]
+        edge = document + (edge - document + (size - 1) // 2) // size * size
+        edges.append(max(start, min(edge, stop, *after[:1])))
+    return [*edges, stop]
+
+
+def whole_blocks(chunk: int, size: int) -> int:
+    """Return the longest chunk of at most so many tokens that has whole blocks of `size`; one block if it is shorter."""
+    return max(size, chunk // size * size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -17,7 +17,7 @@ from longnet_cli.basics.errors import ConfigError
 from longnet_cli.running.device import select_device
 from longnet_cli.running.ranks.exchange import even_edges
 from longnet_cli.running.ranks.launch import started_by_torchrun, unwind_on_signals
-from longnet_cli.running.ranks.watch import check_agent, stop_watching, watch
+from longnet_cli.running.ranks.watch import check_agent
 
 TIMEOUT = timedelta(minutes=30)  # of a collective of hosts: rank 0 may write a checkpoint while the others wait
 GPU_TIMEOUT = timedelta(minutes=10)  # of one of GPUs: a rank whose GPU hangs is ended by its timeout alone
@@ -50,9 +50,9 @@ class Ranks:
     def sp_rank(self) -> int:
         return self.rank % self.sp
 
-    def edges(self, start: int, tokens: int) -> list[int]:
-        """Return the sp + 1 edges of the shards of `tokens` positions from `start` on, which its group shares."""
-        return even_edges(start, tokens, self.sp)
+    def edges(self, start: int, tokens: int, size: int = 1, cuts: Sequence[int] = ()) -> list[int]:
+        """Return the sp + 1 edges of the shards of `tokens` positions from `start` on, as `even_edges` does."""
+        return even_edges(start, tokens, self.sp, size, cuts)
 
     def shard(self, edges: list[int]) -> slice:
         """Return this rank's positions of the shards with these edges."""
@@ -133,13 +133,13 @@ def join(device: str = "auto", *, sp: int | None = None, dp: int | None = None) 
     where = select_device(device)
     if world == 1:
         if started_by_torchrun():
-            _watch(Ranks())
+            unwind_on_signals()
         return Ranks(), where
     if where.type == "cuda":
         where = _own_gpu(os.environ.get("LOCAL_RANK", "0"))
         torch.cuda.set_device(where)
     check_agent()
-    _allow_files(2 * world + _FILES)  # gloo connects every rank with all others, and `watch` the first one
+    _allow_files(2 * world + _FILES)  # gloo connects every rank with all others
     # gloo: hosts agree on what to do next without their GPUs; NCCL guesses its GPU if not told
     backend, own = ("cpu:gloo,cuda:nccl", where) if where.type == "cuda" else ("gloo", None)
     with _silent_stdout():
@@ -155,9 +155,8 @@ def join(device: str = "auto", *, sp: int | None = None, dp: int | None = None) 
     if own is not None:
         for used in filter(None, (dist.group.WORLD, group)):
             used._get_backend(own)._set_default_timeout(GPU_TIMEOUT)  # of NCCL alone
-    ranks = Ranks(rank, world, sp, group)
-    _watch(ranks)
-    return ranks, where
+    unwind_on_signals()  # from now on there is something to clean up and to save
+    return Ranks(rank, world, sp, group), where
 
 
 def _allow_files(number: int) -> None:
@@ -197,15 +196,8 @@ def _own_gpu(local_rank: str) -> torch.device:
     return torch.device("cuda", int(local_rank))
 
 
-def _watch(ranks: Ranks) -> None:
-    """Watch the other processes, and unwind on signals: from now on there is something to clean up and to save."""
-    watch(ranks)
-    unwind_on_signals()
-
-
 def leave() -> None:
     """End a job that went well. Without it, the first rank to finish may break the others' last collective."""
     if dist.is_initialized():
         Ranks(dist.get_rank(), dist.get_world_size()).barrier()
         dist.destroy_process_group()
-    stop_watching()
