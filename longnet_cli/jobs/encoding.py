@@ -27,8 +27,16 @@ from longnet_cli.data.left_out import OnSkip
 from longnet_cli.data.places import TextPlaces
 from longnet_cli.data.tables import numpy_dtype
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.jobs.layer_states import LayerStates
-from longnet_cli.jobs.pooling import ONE_STATE, POOLS, DocumentWindow, Pooling, Row, WindowMean, windows_of
+from longnet_cli.jobs.pooling import (
+    ONE_STATE,
+    POOLS,
+    DocumentWindow,
+    LayerStates,
+    Pooling,
+    Row,
+    WindowMean,
+    windows_of,
+)
 from longnet_cli.jobs.row_jobs import RowJob
 from longnet_cli.models.folder import Embedding, Loaded, ModelFolder
 from longnet_cli.nets.longnet import LongNet

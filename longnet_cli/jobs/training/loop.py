@@ -193,9 +193,11 @@ class _Run:
                 line = self._report()
             for batch, position in self._batches():
                 tokens = self._step(batch, position)
-                line = self._report() or line
-                if on_step:
-                    on_step(tokens, line if line and line.step == self.progress.step else None)
+                try:
+                    line = self._report() or line
+                finally:  # also if a signal ends its evaluation: the step is done, and is saved
+                    if on_step:
+                        on_step(tokens, line if line and line.step == self.progress.step else None)
                 self.checkpoints.check()
                 if self._save_is_due() | signals.look():
                     self.save()
