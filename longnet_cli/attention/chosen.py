@@ -81,12 +81,9 @@ class Chosen:
         """Attend from q to the chosen rows of k and v, and merge the results."""
         for run in self._runs(q):
             q_, *places = (run.queries(x) for x in (q, *merge.places))
-            parts = []
-            for call in run.calls(kernel, k):
-                k_, v_ = call.keys(k, v)
-                of_call = _folded(q_[call.groups], k), call.turned(k_, self.turn), call.in_groups(v_)
-                parts.append(kernel.forward(*of_call, False, scale))
+            parts = [call.attend(kernel, scale, q_, (k, v), self.turn) for call in run.calls(kernel, k)]
             part, lse = (_joined(of_calls) for of_calls in zip(*parts, strict=True))
+            del parts
             merge.add(run.branch, places, part.reshape(q_.shape), lse.reshape(q_.shape[:-1]))
 
     def gradients(
@@ -106,15 +103,8 @@ class Chosen:
         gradients = [torch.zeros(x.shape, dtype=accumulator(x.dtype), device=x.device) for x in keys]
         for run in self._runs(q, backward=True):
             place, *queries = (run.queries(x) for x in (of_q.place, *tensors))
-            parts = []
-            for call in run.calls(kernel, keys[0]):
-                dout_, q_, out_, lse_ = (_folded(x[call.groups], keys[0]) for x in queries)
-                k_, v_ = call.keys(*keys)
-                k_ = call.turned(k_, self.turn)
-                dq, dk, dv = kernel.backward(dout_, q_, k_, call.in_groups(v_), out_, lse_[..., 0], False, scale)
-                parts.append(dq)
-                for index, d in enumerate((call.turned_back(dk, self.turn), call.in_blocks(dv))):
-                    call.add(gradients[index], d, index)
+            calls = run.calls(kernel, keys[0])
+            parts = [call.gradients(kernel, scale, queries, keys, self.turn, gradients) for call in calls]
             of_q.add(place, _joined(parts).reshape(queries[1].shape), run.branch.queries, fresh=False)
         return gradients
 
@@ -452,13 +442,39 @@ class _GroupCall(NamedTuple):
     taken: _TakenBlocks
     distances: Tensor | None
 
-    def keys(self, k: Tensor, v: Tensor) -> Tensor:
-        """Gather the call's blocks of k and v (B, N, K, D), and of the past: (k and v, blocks, tokens, K, D)."""
-        return self.stored.gathered(self.taken, k, v)
+    def attend(
+        self, kernel: Kernel, scale: float, q: Tensor, keys: Sequence[Tensor], turn: Turn | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return out and LSE of the groups of q (groups, H, rows, D), folded; keys are k and v (B, N, K, D).
 
-    def add(self, into: Tensor, d: Tensor, index: int) -> None:
-        """Add gradients (blocks, tokens, K, D) of gathered rows, as `_Stored.add` does."""
-        self.stored.add(into, d, self.taken, index)
+        Calls are functions: what one has gathered is free before the next gathers.
+        """
+        k_, v_ = self.stored.gathered(self.taken, *keys)
+        k_ = self.turned(k_, turn)
+        return kernel.forward(_folded(q[self.groups], keys[0]), k_, self.in_groups(v_), False, scale)
+
+    def gradients(
+        self,
+        kernel: Kernel,
+        scale: float,
+        tensors: Sequence[Tensor],
+        keys: Sequence[Tensor],
+        turn: Turn | None,
+        into: Sequence[Tensor],
+    ) -> Tensor:
+        """Return the gradient of queries, folded, and add those of gathered rows to `into` (B, N, K, D).
+
+        tensors: dout, q, out and lse (groups, H, rows, D or 1).
+        """
+        dout, q, out, lse = (_folded(x[self.groups], keys[0]) for x in tensors)
+        k_, v_ = self.stored.gathered(self.taken, *keys)
+        k_ = self.turned(k_, turn)
+        dq, dk, dv = kernel.backward(dout, q, k_, self.in_groups(v_), out, lse[..., 0], False, scale)
+        del k_, v_
+        self.stored.add(into[1], self.in_blocks(dv), self.taken, 1)
+        del dv
+        self.stored.add(into[0], self.turned_back(dk, turn), self.taken, 0)
+        return dq
 
     def in_groups(self, x: Tensor) -> Tensor:
         """Return gathered rows (blocks, tokens, K, D) as (groups, K, keys, D)."""

@@ -8,7 +8,6 @@ without this operator: it keeps its plan from the forward to the backward, and p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from functools import lru_cache
 from typing import Any
 
@@ -26,31 +25,14 @@ from .sinks import sink_rows
 # The type of each field of `Pattern` and `Shard`. All go to the operator, by these names: a new field without a type
 # fails here, rather than be a default there. (One text for a pattern is not to be had: a graph may hold its numbers as
 # symbols, which have no text.)
-_TYPES = {
-    "segment_lengths": "int[]",
-    "dilation_rates": "int[]",
-    "look_back": "int[]",
-    "head_offsets": "str",
-    "overlap": "str",
-    "queries": "str",
-    "sinks": "int",
-    "chosen": "int",
-    "chosen_block": "int",
-    "chosen_every": "int",
-    "chosen_layers": "int[]",
-    "chosen_exact": "int",
-    "start": "SymInt",
-    "documents": "SymInt[]?",
-    "total": "SymInt?",
-    "padding": "str",
-    "causal": "bool",
-}
-_OF_PATTERN = [field.name for field in fields(Pattern)]
-_OF_SHARD = [name for name in Shard._fields if name != "lengths"]
+_OF_VALUE = {tuple: "int[]", str: "str", int: "int"}
+_OF_PATTERN = {name: _OF_VALUE[type(value)] for name, value in vars(Pattern((1,), (1,))).items()}
+_SHARD = {"start": "SymInt", "documents": "SymInt[]?", "total": "SymInt?", "padding": "str", "causal": "bool"}
+_OF_SHARD = {name: _SHARD[name] for name in Shard._fields if name != "lengths"}
 # `far` has k and v of each of the far keys in turn, then k and v of turned sinks. `spans` has level, start and stop of
 # each of the far keys.
 _OPTIONS = "Tensor[] far, Tensor? lengths, SymInt[] spans, float scale, str? kernel, " + ", ".join(
-    f"{_TYPES[name]} {name}" for name in (*_OF_PATTERN, *_OF_SHARD)
+    f"{kind} {name}" for name, kind in (_OF_PATTERN | _OF_SHARD).items()
 )
 _TAGS = (torch.Tag.cudagraph_unsafe,)  # torch.compile leaves the operators out of the CUDA graphs that it captures
 

@@ -25,7 +25,7 @@ class Limits(NamedTuple):
 
 
 CPU = Limits(gathered=4 << 20, scores=1 << 20, unrotated=1 << 12, whole=False)
-GPU = Limits(gathered=1 << 30, scores=1 << 28, unrotated=1 << 20, whole=True)
+GPU = Limits(gathered=1 << 26, scores=1 << 26, unrotated=1 << 20, whole=True)
 
 
 def limits_of(x: Tensor) -> Limits:

@@ -39,7 +39,10 @@ class _Constructor(NamedTuple):
     fields: tuple[str, ...] = ()  # options of `Pattern` that it takes itself: its defaults may not fit its size
 
 
-_CHOSEN = ("chosen", "chosen_block", "chosen_every", "chosen_layers", "chosen_exact")
+PATTERN_FIELDS = tuple(field.name for field in fields(Pattern))
+_CHOSEN = tuple(name for name in PATTERN_FIELDS if name.startswith("chosen"))
+# the fields beyond levels, in the order in which they are written
+_FIELDS = sorted(PATTERN_FIELDS[2:], key=lambda name: (name in _CHOSEN, name == "head_offsets"))
 _CONSTRUCTORS = {
     "paper": _Constructor(Pattern.paper),
     "geometric": _Constructor(Pattern.geometric, "length", words=("base", "ratio")),
@@ -48,7 +51,6 @@ _CONSTRUCTORS = {
     "finding": _Constructor(Pattern.finding, "width", needed=False, fields=_CHOSEN),
     "dense": _Constructor(Pattern.dense),
 }
-PATTERN_FIELDS = tuple(field.name for field in fields(Pattern))
 FORMS = "paper, geometric:LENGTH, window:WIDTH, pretrained, finding, dense, or levels as 1Ki/1,4Ki/4"
 
 
@@ -74,18 +76,14 @@ def _chosen(text: str) -> tuple[int, int]:
     return _count(number), parse_size(block) if times else Pattern.chosen_block
 
 
-_OPTIONS: dict[str, Callable[[str], Any]] = {
-    "look_back": _counts,
-    "overlap": str,
-    "queries": str,
-    "sinks": _count,
-    "head_offsets": str,
-    "chosen": _chosen,
-    "chosen_every": _count,
-    "layers": _layers,
-    "exact": _count,
-}
 _WRITTEN = {"chosen_layers": "layers", "chosen_exact": "exact"}  # fields with another name in a text
+_READERS: dict[str, Callable[[str], Any]] = {"look_back": _counts, "chosen": _chosen}
+_BY_TYPE: dict[type, Callable[[str], Any]] = {int: _count, str: str, tuple: _layers}  # of the default
+_OPTIONS = {
+    _WRITTEN.get(name, name): _READERS.get(name) or _BY_TYPE[type(getattr(Pattern, name))]
+    for name in _FIELDS
+    if name != "chosen_block"  # a part of chosen
+}
 
 
 def is_pattern(text: str) -> bool:
@@ -222,8 +220,7 @@ def _options(made: Pattern, pattern: Pattern, separator: str) -> str:
 
 def _changed(made: Pattern, pattern: Pattern) -> list[str]:
     """Return the names of the options, beyond levels, in which `pattern` differs from `made`."""
-    names = [*(name for name in _OPTIONS if name not in _WRITTEN.values()), "chosen_block", *_WRITTEN]
-    return [name for name in names if getattr(pattern, name) != getattr(made, name)]
+    return [name for name in _FIELDS if getattr(pattern, name) != getattr(made, name)]
 
 
 def _value(value: Any) -> str:

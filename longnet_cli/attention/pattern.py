@@ -22,10 +22,9 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 HeadOffsets = Literal["modulo", "grouped"]
 Overlap = Literal["repeat", "once"]
@@ -85,7 +84,7 @@ class Pattern:
     segment_lengths: tuple[int, ...]
     dilation_rates: tuple[int, ...]
     head_offsets: HeadOffsets = "modulo"
-    look_back: int | Sequence[int] = 0  # stored as one number per level
+    look_back: int | tuple[int, ...] = 0  # stored as one number per level
     overlap: Overlap = "repeat"
     queries: Queries = "dilated"
     sinks: int = 0
@@ -159,32 +158,14 @@ class Pattern:
         return cls.window(width, sinks=sinks)
 
     @classmethod
-    def finding(
-        cls,
-        width: int = 1024,
-        chosen: int = 32,
-        chosen_block: int = 32,
-        chosen_every: int = 16,
-        chosen_layers: tuple[int, ...] = (),
-        chosen_exact: int = 0,
-    ) -> Pattern:
+    def finding(cls, width: int = 1024, chosen: int = 32, **options: Any) -> Pattern:
         """Return a window and chosen blocks: what a pretrained model can find again in all of the past.
 
         A query sees 1.5 * width + chosen_block * chosen keys on average (2,560 by default), and half a width more at
-        most.
-        This must not exceed the length that the model was trained on. The keys of the whole document are kept.
-        docs/finding.md says what is found, and what it costs.
+        most. This must not exceed the length that the model was trained on. The keys of the whole document are kept.
+        docs/finding.md says what is found, and what it costs. `options` are those of the blocks, by their names.
         """
-        return cls(
-            (width,),
-            (1,),
-            look_back=1,
-            chosen=chosen,
-            chosen_block=chosen_block,
-            chosen_every=chosen_every,
-            chosen_layers=chosen_layers,
-            chosen_exact=chosen_exact,
-        )
+        return cls((width,), (1,), look_back=1, chosen=chosen, **options)
 
     @classmethod
     def dense(cls) -> Pattern:

@@ -121,7 +121,7 @@ def train(options: TrainCommand) -> None:
     launch(
         options.mesh.nproc, sp=options.mesh.sp, dp=options.mesh.dp
     )  # now: one process downloads, and refuses what every rank would refuse
-    from longnet_cli.jobs.training.estimate import estimate_training, is_too_large, settle_chunk
+    from longnet_cli.jobs.training.costs import estimate_training, is_too_large, settle_chunk
     from longnet_cli.running.device import keep_freed_memory
     from longnet_cli.running.ranks.ranks import join, leave
 

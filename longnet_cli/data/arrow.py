@@ -1,7 +1,7 @@
 """Arrow IPC files and streams, which pyarrow reads from a map, and the checks that it leaves out.
 
     file: each batch in its index  ┐
-    stream or pipe: as they come   ┴--_Source--> pyarrow --> batches, whose token ids stay in the file
+    stream or pipe: as they come   ┴--_ArrowBytes--> pyarrow --> batches, whose token ids stay in the file
 
 A batch is a slice of the map, of which nothing is read until it is needed. The address of an array in the slice tells
 where the array lies in the file. Token ids are read from there, not through the map: a file that shrinks under a map
@@ -33,7 +33,7 @@ def open_ipc_stream(name: str, where: str, stream: Any) -> Table:
         if stream.read(1):
             raise DataError(f"{where}: more data follows the end of the Arrow stream; put each into its own file")
 
-    source = _Source(where, stream)
+    source = _ArrowBytes(where, stream)
     return source.table(name, "Arrow IPC stream", *source.sequence(end))
 
 
@@ -51,13 +51,13 @@ def open_pipe(name: str, where: str, pipe: Any) -> Table:
             raise ValueError(f"{count} batches were read, and its index lists {listed}")
 
     pipe.read(8)
-    source = _Source(where, pipe)
+    source = _ArrowBytes(where, pipe)
     return source.table(name, "Arrow IPC file", *source.sequence(end))
 
 
 def open_file(name: str, where: str, stream: Any) -> Table:
     """Open an Arrow file that can seek, by the index at its end, which must account for every byte of its batches."""
-    source = _Source(where, stream)
+    source = _ArrowBytes(where, stream)
     index = ipc.open_file(source)
     stream.seek(0)
     if is_sequential(stream.read(12)):
@@ -82,7 +82,7 @@ def is_sequential(head: bytes) -> bool:
     return head[8:] == CONTINUATION
 
 
-class _Source:
+class _ArrowBytes:
     """A binary file for pyarrow, `stream`. If it is a StoredFile, it is also `file`, and large reads are mapped.
 
     `last` is what pyarrow has read last, `reads` where all that it has read starts and stops.

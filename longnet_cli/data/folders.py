@@ -21,6 +21,7 @@ FASTA_SUFFIXES = (".fa", ".fasta", ".fna", ".ffn", ".faa")
 _SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 _SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev", "eval", "evaluation"), "validation")
 
+MOST_NAMED = 20  # kinds of files that are not read
 _TEXTS = (*JSON_SUFFIXES, ".json", *FASTA_SUFFIXES)
 _KINDS = MimeTypes()  # without those of the system, which differ
 
@@ -88,7 +89,8 @@ def _tell_unread(folder: str, files: Sequence[str], chosen: Sequence[str]) -> st
         kinds.setdefault(PurePosixPath(bare_name(file)).suffix, []).append(file)
     if not kinds:
         return ""
-    named = ", ".join(f"{of[0]} and {len(of) - 1} more *{kind}" if of[1:] else of[0] for kind, of in kinds.items())
+    firsts = [f"{of[0]} and {len(of) - 1} like it" if of[1:] else of[0] for of in kinds.values()]
+    named = ", ".join([*firsts[:MOST_NAMED], *["..."] * (len(firsts) > MOST_NAMED)])
     readable = [of for kind, of in kinds.items() if kind in (*SHARD_SUFFIXES, *_TEXTS) or _is_named_text(of[0])]
     unread, how = max(readable, key=len, default=[]), ""
     if unread:

@@ -3,10 +3,10 @@
 import json
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import repeat
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -26,6 +26,7 @@ _BEGINNING = re.compile(rb"(\xef\xbb\xbf)?\{|\s")
 _ABSENT = object()  # in place of a value, null or not
 _TEXT, _IDS = pa.large_string(), pa.large_list(pa.int64())
 _CHAT = pa.list_(pa.map_(pa.string(), pa.string()))  # of messages with any keys
+_Reader = Callable[[dict[str, Any]], Any]
 
 
 # Not pyarrow.json: one bad line ends its file, without its number, and rows of a pipe wait for a whole block.
@@ -40,78 +41,106 @@ def open_json_lines(source: Source, pipe: Pipe, wanted: Wanted) -> Table | None:
     DataError for JSON Lines that begin without such a line. Reading to the end raises ConfigError, listing the keys,
     for a column to carry along that no line has.
     """
-    column = wanted.column
     named = bare_name(source.name).endswith(JSON_SUFFIXES)
-    usual = (column,) if column else ("text", *TOKEN_COLUMNS, CHAT_COLUMN)
+    beginning = _beginning(pipe, wanted, named)
+    if beginning is None:
+        return None
+    fields, problem = beginning
+    if not fields:
+        beside = f" ({source.beside})" if source.beside else ""
+        raise DataError(f"{source.where}, line 1: not JSON Lines of documents: {problem}{beside}")
+    fields |= _kept_types(pipe, source.where, [name for name in wanted.keep if name not in (*fields, wanted.column)])
+    rows = _Rows(source.where, pipe, wanted, pa.schema(list(fields.items())))
+    return Table(
+        source.name, source.where, rows.schema, rows.batches, "JSON Lines", numbered="line", typed=False, bad=rows.bad,
+        begins=rows.begins,
+    )  # fmt: skip
+
+
+def _beginning(pipe: Pipe, wanted: Wanted, named: bool) -> tuple[dict[str, pa.DataType], str] | None:
+    """Return the types of columns, as the first line with a document has them, and what is wrong with the first line.
+
+    Return None for plain text. The lines stay in the pipe.
+    """
+    usual = (wanted.column,) if wanted.column else ("text", *TOKEN_COLUMNS, CHAT_COLUMN)
     fields: dict[str, pa.DataType] = {}
-    lines, objects, problems = list[bytes](), list[dict[str, Any]](), list[str]()
+    lines, objects, problem = list[bytes](), list[dict[str, Any]](), ""
     for line in _head(pipe, named):
         lines.append(line)
         try:
             row = _parse(line.strip() and line)
         except ValueError as error:
-            problems.append(str(error))
+            problem = problem or str(error)
             continue
         if named or line.startswith((b"{", BYTE_ORDER_MARK)):  # the objects in a pretty-printed one are indented
             objects.append(row)
-            names = [*row, *(name for name in wanted.names if name not in row)]
-            kinds = {name: kind for name in names if (kind := _column_type(name, _value(row, name), wanted.id_column))}
-            fields = fields or (kinds if kinds.keys() & {*usual} else {})
-            problems.append(_problem(row, usual))
+            fields = fields or _column_types(row, wanted, usual)
+            problem = problem or _problem(row, usual)
         if fields and (named or not _is_one_value(lines)):
             break
     head = b"".join(lines)
     pipe.unread(head)
     other = not fields and b"\n" not in head.strip() and not any(row.keys() & {*usual, "text"} for row in objects)
-    if not head or (not named and (not objects or other or _is_one_value(lines))):
-        return None
-    if not fields:
-        beside = f" ({source.beside})" if source.beside else ""
-        raise DataError(f"{source.where}, line 1: not JSON Lines of documents: {problems[0]}{beside}")
-    fields |= _kept_types(pipe, source.where, [name for name in wanted.keep if name not in (*fields, column)])
-    schema = pa.schema(list(fields.items()))
-    bad: dict[int, str] = {}
-    begins: set[int] = set()
+    is_text = not named and (not objects or other or _is_one_value(lines))
+    return None if not head or is_text else (fields, problem)
 
-    def batches(columns: list[str]) -> Iterator[pa.RecordBatch]:
-        id_column = next((name for name in (wanted.id_column, *ID_COLUMNS) if name in columns), "")
-        before: Any = None
-        chosen = pa.schema([schema.field(name) for name in columns])
+
+def _column_types(row: dict[str, Any], wanted: Wanted, usual: Sequence[str]) -> dict[str, pa.DataType]:
+    """Return the types of columns by a row; none where it has no document under a `usual` key."""
+    names = [*row, *(name for name in wanted.names if name not in row)]
+    kinds = {name: kind for name in names if (kind := _column_type(name, _value(row, name), wanted.id_column))}
+    return kinds if kinds.keys() & {*usual} else {}
+
+
+class _Rows:
+    """The rows of an opened input. Those in `bad` cannot be read, and at those in `begins` another document begins."""
+
+    def __init__(self, where: str, pipe: Pipe, wanted: Wanted, schema: pa.Schema) -> None:
+        self.where, self.pipe, self.wanted, self.schema = where, pipe, wanted, schema
+        self.bad: dict[int, str] = {}
+        self.begins: set[int] = set()
+        self._missing, self._keys = wanted.keep, dict[str, None]()  # columns that no line has so far; keys of all lines
+        self._doc_id: Any = None
+
+    def batches(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
+        schema = pa.schema([self.schema.field(name) for name in columns])
+        id_column = next((name for name in (self.wanted.id_column, *ID_COLUMNS) if name in columns), "")
+        readers = [_reader(field.name, field.type, field.name in self.wanted.keep) for field in schema]
         rows: list[list[Any]] = []
         size, begun = 0, time.monotonic()
-        missing, keys = wanted.keep, dict[str, None]()
         try:
-            for number, row in enumerate(_lines(pipe)):
-                try:
-                    value = _parse(row)
-                    if missing:
-                        missing = tuple(name for name in missing if _value(value, name, _ABSENT) is _ABSENT)
-                        keys |= dict.fromkeys(value)
-                    rows.append([_cell(value, field.name, field.type, field.name in wanted.keep) for field in chosen])
-                    doc_id, before = before, _value(value, id_column)
-                    if type(doc_id) is not type(before):  # 1 and "1" are two documents
-                        begins.add(number)
-                except ValueError as error:
-                    whole = row.endswith(b"\n") or not row
-                    cut = "" if whole else " (the last line is not whole: is the input truncated?)"
-                    bad[number] = f"{error}{cut}"
-                    rows.append([None] * len(columns))
-                size += len(row)
-                if bad or size >= BATCH_BYTES or time.monotonic() - begun > PATIENCE:
-                    yield _batch(rows, chosen)
+            for number, line in enumerate(_lines(self.pipe)):
+                rows.append(self._read(number, line, readers, id_column))
+                size += len(line)
+                if self.bad or size >= BATCH_BYTES or time.monotonic() - begun > PATIENCE:
+                    yield _batch(rows, schema)
                     rows, size, begun = [], 0, time.monotonic()
         except DataError:  # the rows before it come first, however fast they came
             if rows:
-                yield _batch(rows, chosen)
+                yield _batch(rows, schema)
             raise
-        if missing:  # in a small file, before any document has been read
-            raise ConfigError(f"{source.where}: there is no column {missing[0]!r}; its columns are {', '.join(keys)}")
+        if self._missing:  # in a small file, before any document has been read
+            known = ", ".join(self._keys)
+            raise ConfigError(f"{self.where}: there is no column {self._missing[0]!r}; its columns are {known}")
         if rows:
-            yield _batch(rows, chosen)
+            yield _batch(rows, schema)
 
-    return Table(
-        source.name, source.where, schema, batches, "JSON Lines", numbered="line", typed=False, bad=bad, begins=begins
-    )
+    def _read(self, number: int, line: bytes, readers: Sequence[_Reader], id_column: str) -> list[Any]:
+        """Return the cells of a line, nulls for a bad one."""
+        try:
+            row = _parse(line)
+            if self._missing:
+                self._missing = tuple(name for name in self._missing if _value(row, name, _ABSENT) is _ABSENT)
+                self._keys |= dict.fromkeys(row)
+            cells = [read(row) for read in readers]
+            before, self._doc_id = self._doc_id, _value(row, id_column)
+            if type(before) is not type(self._doc_id):  # 1 and "1" are two documents
+                self.begins.add(number)
+            return cells
+        except ValueError as error:
+            whole = line.endswith(b"\n") or not line
+            self.bad[number] = f"{error}{'' if whole else ' (the last line is not whole: is the input truncated?)'}"
+            return [None] * len(readers)
 
 
 def _head(pipe: Pipe, named: bool) -> Iterator[bytes]:
@@ -236,39 +265,23 @@ def _is_id(value: Any) -> bool:
     return isinstance(value, (str, int)) and not isinstance(value, bool)
 
 
-def _cell(row: dict[str, Any], key: str, kind: pa.DataType, kept: bool) -> Any:
-    """Return the value of a key in the form that `_batch` takes for a column of `kind`.
+def _reader(key: str, kind: pa.DataType, kept: bool) -> _Reader:
+    """Return what takes the value of a key from a row, in the form that `_batch` takes for a column of `kind`.
 
-    A value that is only `kept` may be missing. Raises ValueError for a value of another kind.
+    A value that is only `kept` may be missing. It raises ValueError for a value of another kind.
     """
-    value = _value(row, key)
-    if value is None:
-        if kept:
+    form = _FORMS.get(kind)
+
+    def read(row: dict[str, Any]) -> Any:
+        value = _value(row, key)
+        if value is None and not kept:
+            raise ValueError(f"{key!r} is null" if key in row else f"there is no {key!r}")
+        if value is None:
             return None
-        raise ValueError(f"{key!r} is null" if key in row else f"there is no {key!r}")
-    if kind == _IDS and isinstance(value, list):
-        try:
-            ids = pa.array(value) if value else pa.array([], pa.int64())
-        except (pa.ArrowException, OverflowError, ValueError, TypeError) as error:
-            raise ValueError(f"{key!r} holds something that is not a token id: {one_line(error)}") from error
-        if pa.types.is_null(ids.type):
-            ids = ids.cast(pa.int64())
-        if ids.type != pa.int64():
-            raise ValueError(f"{key!r} holds something that is not a token id: {ids.type}")
-        return ids
-    if kind == _CHAT and isinstance(value, list):
-        return [_message(item, key) for item in value]
-    if kind == pa.int64() and _is_id(value) and not isinstance(value, str) and abs(value) < 1 << 63:
-        return value
-    if kind == pa.string() and _is_id(value):
-        value = str(value)
-    if kind in (_TEXT, pa.string()) and isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"{key!r} holds half of a surrogate pair at character {error.start}") from error
-        return value
-    if kept:
+        if form and form.takes(value):
+            return form.convert(value, key)
+        if form and not kept:
+            raise ValueError(f"{key!r} is not {form.name}")
         try:
             array = pa.array([value], kind if pa.types.is_nested(kind) else None)
             if array.type == kind or (pa.types.is_integer(array.type) and pa.types.is_floating(kind)):
@@ -276,23 +289,62 @@ def _cell(row: dict[str, Any], key: str, kind: pa.DataType, kept: bool) -> Any:
         except (pa.ArrowException, OverflowError, ValueError, TypeError):
             pass
         raise ValueError(f"{key!r} is not {kind}, as it is in the first lines")
-    wanted = {
-        _TEXT: "text",
-        _IDS: "a list of token ids",
-        _CHAT: "a list of messages",
-        pa.string(): "text or an integer",
-    }.get(kind, "an integer")
-    raise ValueError(f"{key!r} is not {wanted}")
+
+    return read
 
 
-def _message(message: Any, key: str) -> list[tuple[str, str]]:
-    """Return the keys and texts of a message of a chat, without nulls. Raises ValueError for anything else."""
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise ValueError(f"{key!r} holds what is no message, with a role and a content")
-    texts = {name: text for name, text in message.items() if text is not None}
-    if other := next((name for name, text in texts.items() if not isinstance(text, str)), None):
-        raise ValueError(f"{key!r} holds a message whose {other!r} is no text")
-    return list(texts.items())
+def _text(value: str | int, key: str) -> str:
+    try:
+        str(value).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{key!r} holds half of a surrogate pair at character {error.start}") from error
+    return str(value)
+
+
+def _ids(value: list[Any], key: str) -> pa.Array:
+    try:
+        ids = pa.array(value) if value else pa.array([], pa.int64())
+    except (pa.ArrowException, OverflowError, ValueError, TypeError) as error:
+        raise ValueError(f"{key!r} holds something that is not a token id: {one_line(error)}") from error
+    if pa.types.is_null(ids.type):
+        ids = ids.cast(pa.int64())
+    if ids.type != pa.int64():
+        raise ValueError(f"{key!r} holds something that is not a token id: {ids.type}")
+    return ids
+
+
+def _messages(value: list[Any], key: str) -> list[list[tuple[str, str]]]:
+    """Return the keys and texts of each message of a chat, without nulls. Raises ValueError for anything else."""
+    chat = []
+    for message in value:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ValueError(f"{key!r} holds what is no message, with a role and a content")
+        texts = {name: text for name, text in message.items() if text is not None}
+        if other := next((name for name, text in texts.items() if not isinstance(text, str)), None):
+            raise ValueError(f"{key!r} holds a message whose {other!r} is no text")
+        chat.append(list(texts.items()))
+    return chat
+
+
+class _Form(NamedTuple):
+    """The values that a column of documents, names or numbers takes."""
+
+    name: str
+    takes: Callable[[Any], bool]
+    convert: Callable[[Any, str], Any]  # of a value, with the key for messages
+
+
+_FORMS = {
+    _TEXT: _Form("text", lambda value: isinstance(value, str), _text),
+    _IDS: _Form("a list of token ids", lambda value: isinstance(value, list), _ids),
+    _CHAT: _Form("a list of messages", lambda value: isinstance(value, list), _messages),
+    pa.string(): _Form("text or an integer", _is_id, _text),
+    pa.int64(): _Form(
+        "an integer",
+        lambda value: _is_id(value) and not isinstance(value, str) and abs(value) < 1 << 63,
+        lambda value, key: value,
+    ),
+}
 
 
 def _batch(rows: list[list[Any]], schema: pa.Schema) -> pa.RecordBatch:

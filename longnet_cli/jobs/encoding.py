@@ -26,8 +26,16 @@ from longnet_cli.data.kept import OnSkip, kept_columns, row_schema
 from longnet_cli.data.places import TextPlaces
 from longnet_cli.data.tables import numpy_dtype
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.jobs.layer_states import LayerStates
-from longnet_cli.jobs.pooling import ONE_STATE, POOLS, DocumentWindow, Pooling, Row, WindowMean, windows_of
+from longnet_cli.jobs.pooling import (
+    ONE_STATE,
+    POOLS,
+    DocumentWindow,
+    LayerStates,
+    Pooling,
+    Row,
+    WindowMean,
+    windows_of,
+)
 from longnet_cli.jobs.row_jobs import ModelFacts, RowJob
 from longnet_cli.models.folder import Embedding, Loaded, ModelFolder
 from longnet_cli.nets.longnet import LongNet

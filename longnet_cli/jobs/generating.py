@@ -31,6 +31,7 @@ from longnet_cli.nets.net import Bos, InputSequence, Net, bos_ids
 from longnet_cli.running.causal_stream import CausalStream, open_stream
 from longnet_cli.running.chunk_size import chunk_of, default_chunk
 from longnet_cli.running.device import precision
+from longnet_cli.running.ranks.ranks import ALONE
 
 
 class StopTexts:
@@ -207,7 +208,7 @@ class _Generator:
             self.on_progress(stop - start)
         assert logits is not None
         for number in range(1, max_tokens + 1):
-            token, logprob = self.sampler(logits)
+            token, logprob = self._drawn(logits)
             step = self._step(token, logprob, number == max_tokens)
             yield step
             if not step.finish_reason or reads_all:
@@ -227,6 +228,12 @@ class _Generator:
     def _logits(self, hidden: Tensor) -> Tensor:
         with precision(self.dtype, self.device):
             return self.model.logits(hidden)
+
+    def _drawn(self, logits: Tensor) -> tuple[int, float]:
+        """Draw the next token: the first rank's, as another one's logits may be off by a bit."""
+        token, logprob = self.sampler(logits)
+        ranks = self.stream.ranks if isinstance(self.stream, CausalStream) else ALONE
+        return ranks.of_group().from_first(token), logprob
 
     def _step(self, token: int, logprob: float, last: bool) -> Step:
         ends = token in self.end_ids

@@ -6,9 +6,8 @@ From it follow the FLOPs of a net. A multiply and an add count as two FLOPs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from pydantic import (
     Field,
@@ -16,6 +15,7 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     ValidatorFunctionWrapHandler,
+    create_model,
     field_validator,
     model_serializer,
     model_validator,
@@ -24,6 +24,7 @@ from pydantic import (
 from longnet_cli.attention import Pattern, branches
 from longnet_cli.attention.groups import chosen_flops
 from longnet_cli.attention.notation import PATTERN_FIELDS, parse_pattern, pattern_fields
+from longnet_cli.attention.pattern import HeadOffsets, Padding
 from longnet_cli.basics.configuration import StrictModel, validate
 
 # many documents have the same length
@@ -125,7 +126,21 @@ XPOS_MAX_SEGMENT = 65536
 _OPTIONS = {*PATTERN_FIELDS, "drop_path"} - {"segment_lengths", "dilation_rates", "head_offsets"}
 
 
-class LongNetConfig(NetConfig, StrictModel):
+class _Sizes(StrictModel):
+    """The first fields of a LongNetConfig, in the order of config.json."""
+
+    vocab_size: int = Field(ge=0)
+    dim: int = Field(gt=0)
+    num_layers: int = Field(gt=0)
+    num_heads: int = Field(gt=0)
+    ffn_dim: int = Field(gt=0)
+
+
+_PATTERN: dict[str, Any] = {name: (kind, getattr(Pattern, name, ...)) for name, kind in get_type_hints(Pattern).items()}
+_SizesAndPattern = create_model("_SizesAndPattern", __base__=_Sizes, **_PATTERN)
+
+
+class LongNetConfig(NetConfig, _SizesAndPattern):  # type: ignore[misc, valid-type]
     """The immutable configuration of a LongNet. `vocab_size=0` is a net without embedding (GigaPath, LongViT).
 
     The fields of `attention.Pattern` are fields here, with the same names, meanings and defaults. In their place you
@@ -135,24 +150,7 @@ class LongNetConfig(NetConfig, StrictModel):
     Building it directly raises pydantic's ValidationError (a ValueError); `parse_config` raises ConfigError.
     """
 
-    vocab_size: int = Field(ge=0)
-    dim: int = Field(gt=0)
-    num_layers: int = Field(gt=0)
-    num_heads: int = Field(gt=0)
-    ffn_dim: int = Field(gt=0)
-    segment_lengths: tuple[int, ...]
-    dilation_rates: tuple[int, ...]
-    head_offsets: Literal["modulo", "grouped"] = "modulo"
-    look_back: int | tuple[int, ...] = 0  # one number where all levels have the same
-    overlap: Literal["repeat", "once"] = "repeat"
-    queries: Literal["dilated", "all"] = "dilated"
-    sinks: int = 0
-    chosen: int = 0
-    chosen_block: int = Pattern.chosen_block
-    chosen_every: int = Pattern.chosen_every
-    chosen_layers: tuple[int, ...] = ()
-    chosen_exact: int = 0
-    padding: Literal["exact", "zero_key"] = "exact"
+    padding: Padding = "exact"
     causal: bool = True
     position: Literal["xpos", "rope", "none"] = "xpos"
     rope_theta: float = Field(default=10000.0, gt=1.0)
@@ -213,8 +211,7 @@ class LongNetConfig(NetConfig, StrictModel):
     @model_serializer(mode="wrap")
     def _without_defaults(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         defaults = {name: field.default for name, field in type(self).model_fields.items() if name in _OPTIONS}
-        written = {name: tuple(x) if isinstance(x, list) else x for name, x in write(self).items()}
-        return {name: value for name, value in written.items() if value != defaults.get(name, ...)}
+        return {name: value for name, value in write(self).items() if getattr(self, name) != defaults.get(name, ...)}
 
     @model_validator(mode="after")
     def _check(self) -> LongNetConfig:
@@ -255,7 +252,7 @@ class LongNetConfig(NetConfig, StrictModel):
     @property
     def pattern(self) -> Pattern:
         """The attention pattern of every layer."""
-        return Pattern(**{field.name: getattr(self, field.name) for field in fields(Pattern)})
+        return Pattern(**{name: getattr(self, name) for name in PATTERN_FIELDS})
 
     @property
     def head_dim(self) -> int:
@@ -303,8 +300,8 @@ class SlideConfig(LongNetConfig):
     """
 
     vocab_size: Literal[0] = 0
-    head_offsets: Literal["modulo", "grouped"] = "grouped"
-    padding: Literal["exact", "zero_key"] = "zero_key"
+    head_offsets: HeadOffsets = "grouped"
+    padding: Padding = "zero_key"
     causal: bool = False
     position: Literal["rope", "none"] = "none"
     in_features: int = Field(default=1536, gt=0)

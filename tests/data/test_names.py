@@ -50,7 +50,7 @@ def test_documents_of_a_folder_that_are_not_read_are_told(tmp_path):
     (tmp_path / "image.png").write_bytes(b"\x89PNG\0\0")
     (tmp_path / "notes.jsonl").write_text('{"text": "x", "id": "n"}\n')
     said = (
-        r": 5 files are not read beside notes.jsonl: LICENSE, a.txt and 1 more \*.txt, c.json, image.png; "
+        r": 5 files are not read beside notes.jsonl: LICENSE, a.txt and 1 like it, c.json, image.png; "
         r"'.*/\*\*/\*.txt' reads files of that kind"
     )
     with pytest.warns(InputWarning, match=f"{said}$"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from longnet_cli.jobs.training.evaluation import mask_tokens
+from longnet_cli.jobs.training.objective import mask_tokens
 from longnet_cli.nets.net import IGNORED
 
 MASK, EOS = 4, 0

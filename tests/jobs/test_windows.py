@@ -19,9 +19,9 @@ from strategies import document_starts
 
 from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.data.inputs import Inputs
-from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.jobs.training import loop
 from longnet_cli.jobs.training import windows as module
+from longnet_cli.jobs.training.building import build_data
+from longnet_cli.jobs.training.loop import train
 from longnet_cli.jobs.training.recipe import Recipe, load_recipe
 from longnet_cli.jobs.training.windows import LONGEST_PERIOD, Batch, Mix, TokenStream, TokenWindows
 from longnet_cli.running.ranks.ranks import Ranks
@@ -184,9 +184,6 @@ def test_weights_are_what_was_typed():
     assert Mix([LONGEST_PERIOD - 1, 1]).period == LONGEST_PERIOD
     with pytest.raises(ConfigError, match="round them"):
         Mix([LONGEST_PERIOD, 1])
-    for wrong in ([], [1, 0], [-1], [float("nan")], [float("inf")]):
-        with pytest.raises(ConfigError, match="above 0"):
-            Mix(wrong)
 
 
 def test_a_short_source_begins_anew_without_the_others():
@@ -299,16 +296,11 @@ def test_other_data_of_the_same_size_is_refused(other: TokenStream) -> None:
         windows.resume(state)
 
 
-def test_too_little_data_and_wrong_arguments():
+def test_too_little_data():
     with pytest.raises(DataError, match=r"the data has 4 tokens, fewer than one window of 5 "):
         TokenWindows([stream(3)], 4, 1, seed=0)
     with pytest.raises(DataError, match=r"source 1 of the mix has 0 tokens"):
         TokenWindows([stream(5), TokenStream([], EOS)], 4, 1, seed=0, weights=[1, 1])
-    for wrong in (
-        {"seq_len": 0}, {"rows": 0}, {"seed": -1}, {"rank": 1}, {"rank": -1}, {"world": 0}, {"weights": [1, 1]},
-    ):  # fmt: skip
-        with pytest.raises(ConfigError):
-            TokenWindows([stream(50)], **{"seq_len": 4, "rows": 1, "seed": 0} | wrong)
 
 
 def test_windows_of_a_mapped_shard_are_copies(tmp_path: Path):
@@ -333,10 +325,10 @@ def test_a_recipe_mixes_sources(tmp_path: Path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text(name * 100)
     mix = [{"inputs": [str(tmp_path / f"{name}.txt")], "weight": weight} for name, weight in (("a", 0.75), ("b", 0.25))]
-    (windows,) = loop.make_windows(recipe(mix=mix), Tokenizer.bytes(), 256, Ranks())
+    (windows,) = build_data(recipe(mix=mix), Ranks()).windows
     batch, _ = next(iter(windows))
     assert [bool((row == ord("b")).any()) for row in batch.read_all()] == [False, False, False, True]
-    assert loop.train(recipe(mix=mix), tmp_path / "out").tokens == 2 * 64
+    assert train(recipe(mix=mix), tmp_path / "out").tokens == 2 * 64
     saved = Recipe.model_validate_json((tmp_path / "out/recipe.json").read_text())
     assert saved == recipe(mix=mix)
 

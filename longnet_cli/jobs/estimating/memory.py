@@ -1,4 +1,4 @@
-"""What a job needs in memory: bytes by kind, counted from the configuration of its net. Nothing is allocated.
+"""The memory that a job needs: bytes by kind, counted from the configuration of its net. Nothing is allocated.
 
 A job's peak is the sum of its kinds, as if everything were held at one time. The chunk that fits, `--dry-run`,
 refusals, `bench` and `examples/cluster.py` count with these functions; tests compare them with real runs.
@@ -72,16 +72,16 @@ def _past_bytes(config: NetConfig, tokens: int, itemsize: int, sp: int = 1) -> t
 def forward_memory(net: Net, tokens: int, itemsize: int, predicted: int = 0) -> dict[str, int]:
     """Return the bytes of weights, and of a forward pass without gradients of which some tokens have logits.
 
-    Autocast copies the matrices. Logits are float32, their logarithms too, and narrower logits come on top.
+    Autocast copies the matrices. Logits take the place of the activations, which are gone by then.
     """
     config = net.config
     weights = sum(x.numel() * x.element_size() for x in (*net.parameters(), *net.buffers()))
     cast_to = itemsize if itemsize < next(net.parameters()).itemsize else 0
-    elements = min(predicted * config.vocab_size, LOGITS_LIMIT)
+    activations = config.forward_bytes(tokens)
     return {
         "weights": weights + cast_to * config.layer_weights,
-        "activations": config.forward_bytes(tokens),
-        "logits": (8 if itemsize == 4 else 10) * elements,
+        "activations": activations,
+        "logits": max(0, logits_bytes(config, predicted) - activations),
     }
 
 
@@ -213,7 +213,11 @@ def tokens_at_once(recipe: Recipe, stage: Stage, ranks: Ranks) -> int:
 
 
 def logits_bytes(config: NetConfig, tokens: int) -> int:
-    """Return the bytes of their log-softmax, of its gradient and of the logits' gradient, all float32."""
+    """Return the bytes of three float32 numbers for each logit.
+
+    In training, they are the log-softmax, its gradient and the logits' gradient. Without gradients, they are the logits
+    and the log-softmax, and real runs take up to one more.
+    """
     return 12 * min(tokens * config.vocab_size, LOGITS_LIMIT)
 
 

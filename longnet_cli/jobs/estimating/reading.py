@@ -1,4 +1,4 @@
-"""What a job would read, counted before any of it is read: documents, tokens, forward passes and their FLOPs.
+"""The plan of a reading job, counted before anything is read: documents, tokens, forward passes and their FLOPs.
 
     documents --lengths--> windows --the Reader's steps--> ReadingPlan
     texts --Sample.add--> bytes of each, and tokens of some --tokens_per_byte--> tokens of all

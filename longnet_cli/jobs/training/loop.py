@@ -9,7 +9,6 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
 from importlib.metadata import version
 from itertools import accumulate, islice, pairwise
 from pathlib import Path
@@ -17,34 +16,32 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 from longnet_cli.basics.atomic import locked_folder, write_file
 from longnet_cli.basics.errors import ConfigError, DataError, LongNetError, NotFiniteError
-from longnet_cli.data.documents import Document
-from longnet_cli.data.inputs import Inputs
-from longnet_cli.data.names import Sources
-from longnet_cli.data.tokenizer import NO_END, Tokenizer
 from longnet_cli.jobs.estimating.memory import stored_bytes
 from longnet_cli.jobs.scoring.scoring import Score
-from longnet_cli.jobs.training.windows import Batch, TokenStream, TokenWindows
-from longnet_cli.models.folder import ModelFolder
-from longnet_cli.nets.longnet import LongNet
-from longnet_cli.nets.net import Net
-from longnet_cli.running.chunked_backward import Tokens
-from longnet_cli.running.device import check_kernel, peak_memory, random_state, to_device
+from longnet_cli.running.device import check_kernel, peak_memory, random_state
 from longnet_cli.running.mapped import MappedMemory
-from longnet_cli.running.ranks.fsdp import clip_gradients, shard_weights, sum_gradients, whole_state, whole_weights
+from longnet_cli.running.ranks.fsdp import (
+    clip_gradients,
+    is_sharded,
+    shard_weights,
+    sum_gradients,
+    whole_state,
+    whole_weights,
+)
 from longnet_cli.running.ranks.launch import Signals, noted_signals
 from longnet_cli.running.ranks.ranks import Ranks
 
+from .building import build_data, build_model, build_optimizers, change_layers, learning_rate
 from .checkpoint import Checkpoints, checkpoints_in, frozen_digest, read_state, restore, run_tensors
-from .evaluation import evaluate, mask_tokens
-from .gradients import StoredTokens, backward
+from .gradients import backward
 from .metrics import Metrics, MetricsLog, Tracker, open_trackers
-from .optimizer import build_optimizers, learning_rate
+from .objective import evaluate, inputs_and_targets
 from .recipe import Recipe, Stage
-from .start import BEST, CHECKPOINTS, RECIPE, Resume, check_memory, check_ranks, check_vocabulary, find_checkpoint
+from .start import BEST, CHECKPOINTS, RECIPE, Resume, check_memory, check_ranks, find_checkpoint
+from .windows import Batch
 
 OnStep = Callable[[int, Metrics | None], None]  # (tokens of the step, a line of metrics every log_every steps)
 OnNote = Callable[[str], None]
@@ -104,69 +101,53 @@ def train(
     """
     ranks = ranks or Ranks()
     on_note = on_note or (lambda line: None)
-    run = _TrainingRun(recipe, Path(output), torch.device(device), tokenizer_differs, ranks, peak, on_step, on_note)
+    run = _Run(recipe, Path(output), torch.device(device), ranks, tokenizer_differs, peak, on_note)
     with locked_folder(run.output) if ranks.first else nullcontext():
         run.resume(resume)
         if on_begin:
             on_begin(run.progress.step, run.log.tokens)
         with noted_signals(ranks) as signals:
-            return run.go(signals)
+            return run.go(signals, on_step)
 
 
-class _TrainingRun:
-    """A run: its parts and its progress."""
+class _Run:
+    """A run: its recipe, its data, its model, and its state, which is that of the last whole step."""
+
+    signals: Signals  # while it goes
 
     def __init__(
         self,
         recipe: Recipe,
         output: Path,
         device: torch.device,
-        tokenizer_differs: bool,
         ranks: Ranks,
+        tokenizer_differs: bool,
         peak: float | None,
-        on_step: OnStep | None,
         on_note: OnNote,
     ) -> None:
         self.recipe, self.output, self.device, self.ranks = recipe, output, device, ranks
-        self.peak, self.on_step, self.on_note = peak, on_step, on_note
-        self.signals = Signals(ranks)
+        self.peak, self.on_note = peak, on_note
+        # first, what refuses a recipe before data are read, and then before weights are made
         check_memory(recipe)
         check_kernel(device, recipe.train.dtype, recipe.model.head_dim)
-        self.tokenizer = Tokenizer.load(recipe.data.tokenizer).with_eos(recipe.data.eos)
-        self.eos_id = _before_documents(recipe, self.tokenizer)
-        check_vocabulary(recipe, self.tokenizer)
         check_ranks(recipe, ranks)
         self.allocate: Callable[..., Tensor] = torch.empty
         if recipe.train.spill or device.type == "cpu":
             self.allocate = MappedMemory(stored_bytes(recipe, device, ranks), recipe.train.spill).empty
-        initial = recipe.init
-        if not recipe.pretrained and checkpoints_in(output / CHECKPOINTS):
-            initial = None  # a LongNet's weights are all in the checkpoint
-        if initial:
-            ModelFolder.find(initial).tokenizer(recipe.data.tokenizer, differs=tokenizer_differs)
-        self.windows = make_windows(recipe, self.tokenizer, self.eos_id, ranks)
-        held_out = recipe.data.held_out_files
-        self.held_out = _documents(recipe, self.tokenizer, held_out) if held_out else []
-        if held_out and not any(map(len, self.held_out)):
-            raise DataError(f"data.held_out, {', '.join(map(str, held_out.names))}: every document is empty")
-        torch.manual_seed(recipe.train.seed)
-        self.model = _model(recipe, initial, on_note).to(device).train()
+        # a LongNet's weights are all in the checkpoint
+        initial = recipe.init if recipe.pretrained or not checkpoints_in(output / CHECKPOINTS) else None
+        self.data = build_data(recipe, ranks, initial, tokenizer_differs)
+        self.model = build_model(recipe, initial, on_note).to(device).train()
         self.frozen = frozen_digest(self.model)
-        self.sharded = recipe.parallel.shard == "full"
-        if self.sharded:
+        if recipe.parallel.shard == "full":
             shard_weights(self.model, ranks)
         self.optimizers = build_optimizers(self.model, recipe.optimizer)
+        change_layers(self.model, recipe.train)
         torch.manual_seed(recipe.train.seed + ranks.rank)  # the weights are the same on all ranks, dropout is not
-        for layer in self.model.blocks:
-            if recipe.train.compile:
-                layer.forward = torch.compile(layer.forward)
-            if recipe.train.activation_checkpointing:
-                layer.forward = partial(activation_checkpoint, layer.forward, use_reentrant=False)
+        self.progress, self.random = Progress(), random_state(device)
         self.log = MetricsLog(output / "metrics.jsonl" if ranks.first else None)
-        self.checkpoints = Checkpoints(output / CHECKPOINTS, ranks, recipe.train.keep)
         self.trackers: list[Tracker] = []
-        self.progress = Progress()
-        self.random = random_state(device)  # as of the last whole step
+        self.checkpoints = Checkpoints(output / CHECKPOINTS, ranks, recipe.train.keep)
         self.saved_at = time.monotonic()
 
     def resume(self, resume: Resume) -> None:
@@ -174,25 +155,14 @@ class _TrainingRun:
         checkpoint, log = find_checkpoint(self.output, resume, self.ranks, self.on_note), None
         if checkpoint:
             state = read_state(checkpoint)
-            if changed := self.recipe.changed_since(state["recipe"]):
-                raise ConfigError(
-                    f"{checkpoint} was made with another {', '.join(changed)}: go on with the recipe of its run, or "
-                    "start another run from its model with --init"
-                )
-            if state["tokenizer"] != self.tokenizer.sha256:
-                raise ConfigError(
-                    f"{checkpoint} was made with another tokenizer than {self.recipe.data.tokenizer}: name the one of "
-                    "its run with --tokenizer"
-                )
-            if state["frozen"] != self.frozen:
-                raise ConfigError(f"{checkpoint} was trained with other weights than those now in {self.recipe.init}")
+            self._refuse_other(state, checkpoint)
             restore(checkpoint, self.model, self.optimizers, self.device, self.ranks)
             self.progress, log = Progress(**state["progress"]), state["log"]
             self.random = random_state(self.device)
             if checkpoint.parent == self.checkpoints.folder:
                 self.checkpoints.saved = self.progress.step
             if self.progress.data:
-                self.windows[self._stage_of(self.progress.step)].resume(self.progress.data)
+                self.data.windows[self._stage_of(self.progress.step)].resume(self.progress.data)
         if self.ranks.first:
             write_file(self.output / RECIPE, (self.recipe.model_dump_json(indent=2) + "\n").encode())
         self.log.resume(log, self.progress.reported)
@@ -200,19 +170,36 @@ class _TrainingRun:
             settings = self.recipe.model_dump(mode="json")
             self.trackers = open_trackers(self.recipe.train.track, self.output, settings, step=self.progress.reported)
 
-    def go(self, signals: Signals) -> TrainResult:
+    def _refuse_other(self, state: dict[str, Any], checkpoint: Path) -> None:
+        """Raise ConfigError for a checkpoint of another run."""
+        if changed := self.recipe.changed_since(state["recipe"]):
+            raise ConfigError(
+                f"{checkpoint} was made with another {', '.join(changed)}: go on with the recipe of its run, or "
+                "start another run from its model with --init"
+            )
+        if state["tokenizer"] != self.data.tokenizer.sha256:
+            raise ConfigError(
+                f"{checkpoint} was made with another tokenizer than {self.recipe.data.tokenizer}: name the one of "
+                "its run with --tokenizer"
+            )
+        if state["frozen"] != self.frozen:
+            raise ConfigError(f"{checkpoint} was trained with other weights than those now in {self.recipe.init}")
+
+    def go(self, signals: Signals, on_step: OnStep | None) -> TrainResult:
         """Train to the end, or until a signal or a failure."""
         self.signals, line = signals, None
         try:
             if self.progress.step:  # the run may have stopped before this step's report
                 line = self._report()
-            for windows, batch, position in self._batches():
-                tokens = self._step(windows, batch, position)
-                line = self._report() or line
-                if self.on_step:
-                    self.on_step(tokens, line if line and line.step == self.progress.step else None)
+            for batch, position in self._batches():
+                tokens = self._step(batch, position)
+                try:
+                    line = self._report() or line
+                finally:  # also if a signal ends its evaluation: the step is done, and is saved
+                    if on_step:
+                        on_step(tokens, line if line and line.step == self.progress.step else None)
                 self.checkpoints.check()
-                if self._save_is_due() | self.signals.look():
+                if self._save_is_due() | signals.look():
                     self.save()
         except (KeyboardInterrupt, SystemExit):
             self._end()
@@ -229,69 +216,23 @@ class _TrainingRun:
         self._end()
         return TrainResult(self.progress.step, self.log.tokens, line.loss if line else math.nan, self.output)
 
-    def _end(self) -> None:
-        self.save()
-        self.checkpoints.finish()
-        self._write_model(self.output)
-
-    def save(self) -> None:
-        """Save a checkpoint of the last whole step."""
-        facts = {
-            "progress": asdict(self.progress),
-            "log": self.log.state(),
-            "recipe": self.recipe.model_dump(mode="json"),
-            "tokenizer": self.tokenizer.sha256,
-            "frozen": self.frozen,
-            "versions": {
-                "longnet": version("longnet-cli"),
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
-        }
-        tensors = run_tensors(self.model, self.optimizers, self.random, self.ranks)
-        self.checkpoints.save(self.progress.step, tensors, facts)
-        self.saved_at = time.monotonic()
-
-    def _batches(self) -> Iterator[tuple[TokenWindows, Batch, dict[str, Any]]]:
-        """Yield (windows of the stage, a batch of them, the position after it) for each step that is left."""
+    def _batches(self) -> Iterator[tuple[Batch, dict[str, Any]]]:
+        """Yield (a batch of windows, the position after it) for each step that is left."""
         end = 0
-        for stage, windows in zip(self.recipe.train.stages, self.windows, strict=True):
+        for stage, windows in zip(self.recipe.train.stages, self.data.windows, strict=True):
             end += stage.steps
-            left = min(stage.steps, max(0, end - self.progress.step))
-            for batch, position in islice(windows, left):
-                yield windows, batch, position
+            yield from islice(windows, min(stage.steps, max(0, end - self.progress.step)))
 
-    def _stage_of(self, step: int) -> int:
-        """Return the index of the stage that a step (1, 2, ...) belongs to."""
-        return bisect_left(list(accumulate(stage.steps for stage in self.recipe.train.stages)), step)
-
-    def _step(self, windows: TokenWindows, batch: Batch, position: dict[str, Any]) -> int:
+    def _step(self, batch: Batch, position: dict[str, Any]) -> int:
         """Run one optimizer step; return the tokens that all ranks read. Nothing changes before the optimizer runs."""
-        recipe, ranks = self.recipe, self.ranks
-        objective, documents = self._gradient(batch, windows.seed)
-        norm = clip_gradients(self.model, recipe.optimizer.clip)
-        loss, norm = torch.stack((objective, norm.double())).tolist()  # the only wait for the device
-        self._refuse_divergence(loss, norm, windows, position)
-        rate = self._learning_rate(self.progress.step)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        self.progress.step += 1
-        self.progress.data = position
-        self.random = random_state(self.device)
-        flops = recipe.model.training_flops(documents, recipe.train.predicted)
-        seen = sum(documents) * ranks.dp
-        self.log.add(seen, flops * ranks.dp, loss, norm)  # other groups' documents are assumed to be alike
-        return seen
-
-    def _gradient(self, batch: Batch, seed: int) -> tuple[Tensor, list[int]]:
-        """Add the gradient of a step's loss; return the loss, and the lengths of the documents here."""
-        train, ranks = self.recipe.train, self.ranks
-        ids, targets, count = self._objective(batch, seed)
+        recipe, train, ranks, eos_id = self.recipe, self.recipe.train, self.ranks, self.data.eos_id
+        # what is predicted from what, and where documents start in it
+        ids, targets, count = inputs_and_targets(
+            batch, recipe, self.device, ranks, eos_id=eos_id, seed=position["seed"]
+        )
         rows, length = ids.shape
         starts = [[0] if train.across_documents else batch.document_starts(row, length) for row in range(rows)]
+        # the loss, and its gradients: at most train.chunk tokens have activations at a time
         nll = backward(
             self.model,
             ids,
@@ -303,54 +244,54 @@ class _TrainingRun:
             ranks=ranks,
             allocate=self.allocate,
             # not if groups may have different numbers of chunks, or weights are gathered between chunks
-            on_chunk=self._look if ranks.dp == 1 and not self.sharded else None,
+            on_chunk=self._look if ranks.dp == 1 and not is_sharded(self.model) else None,
         )
         sum_gradients(self.model, ranks, nll)
-        return nll / count, [stop - start for row in starts for start, stop in pairwise([*row, length])]
+        total_norm = clip_gradients(self.model, recipe.optimizer.clip)
+        loss, norm = torch.stack((nll / count, total_norm.double())).tolist()  # the only wait for the device
+        self._refuse_divergence(loss, norm, position)
+        # the new weights
+        rate = self._learning_rate(self.progress.step)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        # the new state: a run that resumes goes on from here
+        self.progress.step += 1
+        self.progress.data = position
+        self.random = random_state(self.device)
+        documents = [stop - start for row in starts for start, stop in pairwise([*row, length])]
+        flops = recipe.model.training_flops(documents, train.predicted)
+        seen = rows * length * ranks.dp
+        self.log.add(seen, flops * ranks.dp, loss, norm)  # other groups' documents are assumed to be alike
+        return seen
 
-    def _objective(self, batch: Batch, seed: int) -> tuple[Tokens, Tokens, int]:
-        """Return ids and targets (rows, seq_len) of windows of seq_len + 1 tokens, and how many targets all ranks have.
-
-        Tokens are hidden on the host, and their targets stay there: finding these then waits for no device.
-        """
-        train, ranks, (rows, length) = self.recipe.train, self.ranks, batch.shape
-        if train.objective == "causal":
-            stored = [StoredTokens(batch, first, length - 1, self.device) for first in (0, 1)]
-            return stored[0], stored[1], rows * (length - 1) * ranks.dp
-        ids, targets = mask_tokens(
-            StoredTokens(batch, 0, length - 1, torch.device("cpu"))[:, :],
-            train.mask_rate,
-            mask_id=self.recipe.model.vocab_size - 1,
-            eos_id=self.eos_id,
-            seeds=[(seed, number) for number in batch.numbers],
+    def _refuse_divergence(self, loss: float, norm: float, position: dict[str, Any]) -> None:
+        """Save, and raise LongNetError, before a step that would spoil the weights."""
+        limit = math.inf if self.log.lowest is None else self.log.lowest + self.recipe.train.loss_jump
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if finite and loss <= limit:
+            return
+        self._end()
+        windows, last = self.data.windows[self._stage_of(self.progress.step + 1)], position["step"]
+        first = last - windows.rows * windows.world
+        places = windows.places(first, last)
+        where = self.output if self.output.is_absolute() else f"./{self.output}"
+        others = f" and {len(places) - 3} more" if len(places) > 3 else ""
+        raise LongNetError(
+            f"the loss {'jumps' if finite else 'is not finite'} at step {self.progress.step + 1} (loss {loss:.4g}, "
+            f"gradient norm {norm:.4g}), in windows {first} to {last - 1}, from {', '.join(places[:3])}{others}; the "
+            f"state before that step is saved in {self.output}: lower optimizer.lr or lengthen schedule.warmup_steps, "
+            f"and start another run with --init {where}"
         )
-        count = (targets >= 0).sum()
-        ranks.sum(count)
-        # the ranks of a group have the same tokens
-        return to_device(ids, self.device), targets, max(1, int(count) // ranks.sp)
+
+    def _stage_of(self, step: int) -> int:
+        """Return the index of the stage that a step (1, 2, ...) belongs to."""
+        return bisect_left(list(accumulate(stage.steps for stage in self.recipe.train.stages)), step)
 
     def _learning_rate(self, step: int) -> float:
         return learning_rate(step, self.recipe.train.steps, self.recipe.optimizer.lr, self.recipe.schedule)
-
-    def _refuse_divergence(self, loss: float, norm: float, windows: TokenWindows, position: dict[str, Any]) -> None:
-        """Save, and raise LongNetError, before a step that would spoil the weights."""
-        limit = math.inf if self.log.lowest is None else self.log.lowest + self.recipe.train.loss_jump
-        if math.isfinite(loss) and math.isfinite(norm) and loss <= limit:
-            return
-        self.save()
-        self.checkpoints.finish()
-        self._write_model(self.output)
-        last = position["step"]
-        places = windows.places(last - windows.rows * windows.world, last)
-        where = self.output if self.output.is_absolute() else f"./{self.output}"
-        others = f" and {len(places) - 3} more" if len(places) > 3 else ""
-        what = "jumps" if math.isfinite(loss) and math.isfinite(norm) else "is not finite"
-        raise LongNetError(
-            f"the loss {what} at step {self.progress.step + 1} (loss {loss:.4g}, gradient norm {norm:.4g}), in windows "
-            f"{last - windows.rows * windows.world} to {last - 1}, from {', '.join(places[:3])}{others}; the state "
-            f"before that step is saved in {self.output}: lower optimizer.lr or lengthen schedule.warmup_steps, and "
-            f"start another run with --init {where}"
-        )
 
     def _report(self) -> Metrics | None:
         """Evaluate and write a line of metrics for the last step, if they are due and not done yet."""
@@ -360,7 +301,7 @@ class _TrainingRun:
         stage = train.stages[self._stage_of(progress.step)]
         last = progress.step == train.steps
         held_out = None
-        if self.held_out and (last or progress.step % train.evaluate_every == 0):
+        if self.data.held_out and (last or progress.step % train.evaluate_every == 0):
             with self.log.paused():
                 held_out = self._evaluate(stage)
         line = None
@@ -379,12 +320,12 @@ class _TrainingRun:
             try:
                 score = evaluate(
                     self.model,
-                    self.held_out,
+                    self.data.held_out,
                     self.recipe,
-                    eos_id=self.eos_id,
+                    eos_id=self.data.eos_id,
                     seq_len=stage.seq_len,
                     ranks=self.ranks,
-                    on_part=self._look if not self.sharded else lambda: None,
+                    on_part=self._look if not is_sharded(self.model) else lambda: None,
                 )
                 loss = score.nll_sum / score.n_tokens
             except NotFiniteError:
@@ -411,60 +352,32 @@ class _TrainingRun:
             due |= self.ranks.any(time.monotonic() - self.saved_at > 60 * minutes)
         return due
 
+    def _end(self) -> None:
+        self.save()
+        self.checkpoints.finish()
+        self._write_model(self.output)
+
+    def save(self) -> None:
+        """Save a checkpoint of the last whole step."""
+        facts = {
+            "progress": asdict(self.progress),
+            "log": self.log.state(),
+            "recipe": self.recipe.model_dump(mode="json"),
+            "tokenizer": self.data.tokenizer.sha256,
+            "frozen": self.frozen,
+            "versions": {
+                "longnet": version("longnet-cli"),
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+        }
+        tensors = run_tensors(self.model, self.optimizers, self.random, self.ranks)
+        self.checkpoints.save(self.progress.step, tensors, facts)
+        self.saved_at = time.monotonic()
+
     def _write_model(self, folder: Path) -> None:
         state = whole_state(self.model, self.ranks)
         if self.ranks.first:
-            self.model.save(folder, self.tokenizer.to_json(), state, self.tokenizer.token_of(self.eos_id))
+            tokenizer, eos_id = self.data.tokenizer, self.data.eos_id
+            self.model.save(folder, tokenizer.to_json(), state, tokenizer.token_of(eos_id))
         self.ranks.barrier()  # otherwise another rank could end, and end this one while it writes
-
-
-def _documents(recipe: Recipe, tokenizer: Tokenizer, sources: Sources) -> list[Document]:
-    return list(Inputs(sources, tokenizer, recipe.data.column, vocab_size=recipe.model.vocab_size).documents())
-
-
-def make_windows(recipe: Recipe, tokenizer: Tokenizer, eos_id: int, ranks: Ranks) -> list[TokenWindows]:
-    """Return the training data, cut into the windows of each stage."""
-    mix, train = recipe.data.sources, recipe.train
-    if not mix:
-        raise ConfigError("no training data: give --data INPUT, or set data.train or [[data.mix]] in the recipe")
-    sources = [TokenStream(_documents(recipe, tokenizer, source.files), eos_id) for source in mix]
-    weights = [source.weight for source in mix]
-    return [
-        TokenWindows(
-            sources,
-            stage.seq_len,
-            train.windows(stage) // ranks.dp,
-            train.seed + index,
-            weights=weights,
-            rank=ranks.dp_rank,
-            world=ranks.dp,
-        )
-        for index, stage in enumerate(train.stages)
-    ]
-
-
-def _before_documents(recipe: Recipe, tokenizer: Tokenizer) -> int:
-    """Return the id with which each document starts: end-of-text, or what a Hugging Face model was trained with."""
-    if recipe.pretrained is None or recipe.data.eos is not None:
-        token_id: int | tuple[int, ...] | None = tokenizer.eos_id
-    else:
-        token_id = ModelFolder.find(recipe.pretrained.init).bos(tokenizer)
-    if token_id is None:
-        raise ConfigError(f"{NO_END}; training puts it between documents: name a token or an id (--eos, data.eos)")
-    if not isinstance(token_id, int):
-        raise ConfigError(f"{recipe.init} starts a document with {len(token_id)} tokens, and training puts one there")
-    return token_id
-
-
-def _model(recipe: Recipe, initial: str | None, on_note: OnNote) -> Net:
-    if pretrained := recipe.pretrained:
-        return ModelFolder.find(pretrained.init).trainable(pretrained.model, pretrained.adapter, on_note)
-    if initial is None:
-        return LongNet(recipe.model)
-    folder = ModelFolder.find(initial)
-    model = folder.native().from_pretrained(folder.path, pattern=recipe.model.pattern)
-    if model.config != recipe.model:
-        fields = type(recipe.model).model_fields
-        changed = [name for name in fields if getattr(model.config, name) != getattr(recipe.model, name)]
-        raise ConfigError(f"{initial} differs from the recipe in model.{', model.'.join(changed)}")
-    return model

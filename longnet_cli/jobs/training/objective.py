@@ -1,6 +1,7 @@
-"""The loss of a net in training on held-out documents, by the objective it is trained with.
+"""What a net is trained to predict: the inputs and targets of a batch, and its loss on held-out documents.
 
-The masked objective (BERT, arXiv 1810.04805, section 3.1): predict hidden tokens from both sides.
+The causal objective: predict the next token. The masked objective (BERT, arXiv 1810.04805, section 3.1): predict hidden
+tokens from both sides.
 """
 
 from __future__ import annotations
@@ -21,14 +22,41 @@ from longnet_cli.jobs.row_jobs import ModelFacts
 from longnet_cli.jobs.scoring.measures import Score
 from longnet_cli.jobs.scoring.scoring import score
 from longnet_cli.nets.net import IGNORED, Net
+from longnet_cli.running.chunked_backward import Tokens
 from longnet_cli.running.device import precision, to_device
 from longnet_cli.running.ranks.ranks import Ranks
 from longnet_cli.running.reader import Reader, Window
 
+from .gradients import StoredTokens
 from .recipe import Recipe
+from .windows import Batch
 
 # shares of the chosen tokens that become the mask, or a random token; the rest stay, and are predicted too
 MASKED, RANDOM = 0.8, 0.1
+
+
+def inputs_and_targets(
+    batch: Batch, recipe: Recipe, device: torch.device, ranks: Ranks, *, eos_id: int, seed: int
+) -> tuple[Tokens, Tokens, int]:
+    """Return ids and targets (rows, seq_len) of windows of seq_len + 1 tokens, and how many targets all ranks have.
+
+    With the masked objective, tokens are hidden on the host, and their targets stay there: finding these then waits
+    for no device.
+    """
+    rows, length = batch.shape
+    if recipe.train.objective == "causal":
+        ids, nexts = (StoredTokens(batch, first, length - 1, device) for first in (0, 1))
+        return ids, nexts, rows * (length - 1) * ranks.dp
+    seen, targets = mask_tokens(
+        StoredTokens(batch, 0, length - 1, torch.device("cpu"))[:, :],
+        recipe.train.mask_rate,
+        mask_id=recipe.model.vocab_size - 1,
+        eos_id=eos_id,
+        seeds=[(seed, number) for number in batch.numbers],
+    )
+    count = (targets >= 0).sum()
+    ranks.sum(count)
+    return to_device(seen, device), targets, max(1, int(count) // ranks.sp)  # a group's ranks have the same tokens
 
 
 def mask_tokens(

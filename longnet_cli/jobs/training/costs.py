@@ -26,7 +26,7 @@ from longnet_cli.running.chunk_size import (
 from longnet_cli.running.device import free_memory, matmul_peak, resident_memory, resolve_dtype
 from longnet_cli.running.ranks.ranks import Ranks
 
-from .optimizer import build_optimizers
+from .building import build_optimizers
 from .recipe import OptimizerRecipe, Recipe, Stage
 from .start import check_ranks
 

@@ -1,0 +1,119 @@
+"""A layer takes a handful of collectives, whatever the length: they are counted on real processes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from many_ranks import run_ranks, together
+from pattern_nets import draw, net
+from torch import Tensor
+
+from longnet_cli.attention import Pattern
+from longnet_cli.running.causal_stream import CausalStream
+from longnet_cli.running.chunked_backward import backward_in_chunks
+from longnet_cli.running.ranks import fetching
+from longnet_cli.running.ranks.exchange import Exchange, even_edges
+
+# the first layer sees block 0, the third follows the second
+PATTERN = Pattern.finding(64, chosen=8, chosen_layers=(1,))
+NAMES = [
+    "all_to_all_single",
+    "all_reduce",
+    "all_gather",
+    "all_gather_into_tensor",
+    "broadcast",
+    "send",
+    "recv",
+    "isend",
+    "irecv",
+    "batch_isend_irecv",
+    "barrier",
+]
+
+
+class Counted:
+    """Counts what this process sends to others, by name, while `tensors` tells of which devices it was."""
+
+    def __init__(self) -> None:
+        self.calls: Counter[str] = Counter()
+        for name in NAMES:
+            setattr(dist, name, self._counting(name, getattr(dist, name)))  # the process ends with the test
+
+    def _counting(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            self.calls[name] += 1
+            return original(*args, **options)
+
+        return call
+
+    def take(self) -> int:
+        number = self.calls.total()
+        self.calls.clear()
+        return number
+
+
+def collectives_of_layers(tokens: int, runs: int) -> None:
+    """Of layers that see block 0, that choose and that follow: in a forward pass, and then in a step."""
+    rank, world, counted = dist.get_rank(), dist.get_world_size(), Counted()
+    model = net(PATTERN, heads=2, layers=3)
+    edges = even_edges(0, tokens, world, PATTERN.edge_size)
+    exchange, by_layer = Exchange(model.config, edges), []
+    exchange(0, *(torch.zeros(1, edges[rank + 1] - edges[rank], 2, 8) for _ in range(3)))  # ranks compare plans
+    exchange = Exchange(model.config, edges)
+
+    def far(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Any:
+        by_layer.append(counted.take())
+        return exchange(layer, q, k, v)
+
+    counted.take()
+    hidden = model(draw(1, tokens)[:, edges[rank] : edges[rank + 1]], start=exchange.start, far=far)
+    _, *forward = [*by_layer, counted.take()]
+    assert [number - runs for number in forward] == [3, 5, 1]  # and one for each run
+    hidden.sum().backward()
+    step = sum(forward) + counted.take()
+    assert step <= 3 * sum(forward)
+    found = torch.tensor([step])
+    dist.all_reduce(found)
+    assert found.item() == world * step
+
+
+@pytest.mark.parametrize(
+    ("tokens", "run_bytes", "runs"),
+    [
+        (1 << 11, fetching.RUN_BYTES, 1),
+        (1 << 13, fetching.RUN_BYTES, 1),
+        *(pytest.param(1 << n, fetching.RUN_BYTES, 1, marks=pytest.mark.slow) for n in (16, 17)),
+    ],
+)
+def test_a_layer_takes_a_handful_of_collectives(tokens: int, run_bytes: int, runs: int, tmp_path: Path) -> None:
+    run_ranks(4, tmp_path, collectives_of_layers, tokens, runs)
+
+
+def collectives_of_chunks() -> None:
+    """A chunk of a stream: those of its layers, and of ids and the last hidden state."""
+    counted, model = Counted(), net(PATTERN, heads=2, layers=3)
+    stream, ids = CausalStream(model, ranks=together()), draw(1, 4096)
+    stream.read(ids[:, :2048])
+    counted.take()
+    stream.read(ids[:, 2048:])
+    assert counted.take() == 3 + 5 + 1 + 3 + 3  # with a run of each layer, the ids, the last hidden state and token
+    backward_in_chunks(model, ids, ids, 1024, ranks=together())
+    assert counted.calls["all_to_all_single"] < 4 * 2 * 40
+
+
+def test_a_chunk_takes_those_of_its_layers(tmp_path: Path) -> None:
+    run_ranks(2, tmp_path, collectives_of_chunks)
+
+
+def test_a_training_step_at_a_billion_tokens_takes_some_thousand() -> None:
+    """SmolLM2's 30 layers on 1,024 ranks: far rows forward and backward, and what chosen blocks take."""
+    pattern, layers = Pattern.finding(chosen_layers=(5, 7, 14, 18, 20, 23)), 30
+    edges = even_edges(0, 10**9, 1024, pattern.edge_size)
+    of_kinds = {kind: fetching.collectives(pattern, edges, 3, 64, 2, kind) for kind in pattern.kinds(layers)}
+    assert sum(number * (2 + sum(of_kinds[kind])) for kind, number in pattern.kinds(layers).items()) <= 2500
