@@ -17,7 +17,7 @@ import torch
 from builders import LEVELS, SIZES, MadeInputs, make_document, tiny_net, vectors
 from processes import contents
 
-from longnet_cli.basics.errors import ConfigError, DataError
+from longnet_cli.basics.errors import ConfigError, DataError, MemoryLimitError
 from longnet_cli.data.documents import Document
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.manifest import read_manifest
@@ -26,6 +26,7 @@ from longnet_cli.jobs.row_jobs import write_rows
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.weights import model_digest
+from longnet_cli.running.reader import Reader
 
 BOS = 256
 CONFIG = LongNetConfig(**SIZES, **LEVELS, position="rope")
@@ -315,3 +316,22 @@ def test_empty_documents_are_counted_and_change_no_shard(model: LongNet, tmp_pat
     assert found.pop("_manifest.arrow") != whole.pop("_manifest.arrow")
     assert found == whole
     assert read_manifest(tmp_path / "out").totals["empty"] == 2
+
+
+@pytest.mark.parametrize("skips", [False, True])
+def test_a_document_is_told_before_any_of_it_is_read_and_a_refusal_is_not_skipped(model: LongNet, skips: bool) -> None:
+    seen: list[str] = []
+
+    class Noted(Document):
+        def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+            seen.append("read")
+            return super().read(start, stop)
+
+    def refuse(document: Document) -> None:
+        seen.append("told")
+        raise MemoryLimitError("no room")
+
+    job, documents = Encoder(Reader(model)), [Noted("a", np.arange(5), 5, "a")]
+    with pytest.raises(MemoryLimitError):
+        list(job.sequences(documents, (lambda *_: seen.append("skipped")) if skips else None, on_document=refuse))
+    assert seen == ["told"]
