@@ -50,7 +50,7 @@ NO_PREFIX = "none"
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """What may be asked of the rows of `encode`. None takes the model's own pooling, prompt, scaling and windows.
+    """The options of the rows of `encode`. None takes the model's own pooling, prompt, scaling and windows.
 
     `pool` takes the mean of the hidden states of a document's tokens, the hidden state of the last or first token, the
     hidden state of the CLS that a slide encoder puts before them, or another of `pooling.POOLS`, or several, joined by
@@ -94,7 +94,7 @@ class EncodeOptions:
 
 @dataclass(frozen=True)
 class EncodeFacts(ModelFacts):
-    """What `encode` knows of a model, for the prompt that was asked for.
+    """The facts of a model that `encode` needs, for the prompt that was asked for.
 
     The ids `prefix` are read after `bos`. An embedding model reads windows as its tokenizer's template writes a text:
     the ids `bos` and `prefix`, tokens of the document, the ids `closing`. These are pooled too, except the first

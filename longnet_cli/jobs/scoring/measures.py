@@ -1,4 +1,4 @@
-"""What scoring measures: sums of nats, their standard errors over documents, the loss by position.
+"""The measures of scoring: sums of nats, their standard errors over documents, the loss by position.
 
 The gain of a document is how many nats per token its longest context saves over its shortest one.
 """
