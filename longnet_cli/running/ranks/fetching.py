@@ -1,4 +1,4 @@
-"""The rows that ranks fetch of a layer's past: they ask once, and then all rows travel in runs that all ranks take together.
+"""The rows that ranks fetch of a layer's past: they ask once, and then all rows travel in runs that all take together.
 
     a reader                                        the owners
     knows what its groups or slots want   -- ask -->   how many rows in how many runs, and which: two collectives
