@@ -6,31 +6,16 @@ import tempfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from longnet_cli.basics.errors import DataError
-from longnet_cli.data.files import FileChangedError, StoredIds, no_place
+from longnet_cli.data.files import FileChangedError, Part, no_place
 from longnet_cli.data.tokenizer import Tokenizer
 
 BLOCK = 1 << 18  # tokens per step of a pass over a document: 2 MB of int64, which stay in the CPU cache
 SPOOL_BYTES = 256 << 20  # bytes of one document's ids in memory; more go to a file in $TMPDIR
-
-
-class Part(NamedTuple):
-    """Consecutive ids: a row, or a stretch of a flat column.
-
-    `ids` is (tokens,) of any integer type, a view of memory or of a file. `valid` (tokens,) is false at nulls, None
-    when there are none. `row` is the row of the file that holds the ids. In a `flat` part every id is a row, and
-    `row` is the first.
-    """
-
-    ids: np.ndarray | StoredIds
-    valid: pa.BooleanArray | None = None
-    row: int | None = None
-    flat: bool = False
 
 
 class Document:

@@ -36,15 +36,15 @@ from longnet_cli.data.columns import (
     stays_in_file,
 )
 from longnet_cli.data.compressed import compression
-from longnet_cli.data.documents import Document, Part, Unread, collect
-from longnet_cli.data.files import FileChangedError, no_place
+from longnet_cli.data.documents import Document, Unread, collect
+from longnet_cli.data.files import FileChangedError, Part, no_place
 from longnet_cli.data.folders import ARROW_KINDS, sniff
 from longnet_cli.data.formats import open_source
 from longnet_cli.data.manifest import read_manifest
 from longnet_cli.data.names import Source, Sources
 from longnet_cli.data.tables import Table, Text, reading
 from longnet_cli.data.token_columns import BadRowError, flat_documents, list_documents, table_texts
-from longnet_cli.data.tokenizer import EncodedStretch, Tokenizer
+from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.data.vectors import vector_documents
 
 WHOLE_TEXT, WHOLE_TABLE = 1 << 30, 1 << 23  # a resumed run reads all of a text again, and passes over tables
@@ -400,19 +400,18 @@ def encode_text(text: Text, tokenizer: Tokenizer | None, limit: int | None) -> D
         raise ConfigError(f"{text.where}: this is text: give a tokenizer (bytes, or a tokenizer.json)")
     if text.ids:
         return Document(text.doc_id, text.ids(), tokenizer, text.where, limit=limit, kept=text.kept)
-    n_bytes, places = 0, []
-
-    def part(stretch: EncodedStretch) -> Part:
-        nonlocal n_bytes
-        n_bytes += stretch.n_bytes
-        places.extend([] if stretch.places is None else [stretch.places])
-        return Part(stretch.ids)
-
     try:
-        encoded = collect(map(part, tokenizer.encode_long(text.parts))) or [Part(np.empty(0, np.int32))]
+        encoded = collect(tokenizer.encode_long(text.parts)) or [Part(np.empty(0, np.int32))]
     except RefusedError as error:
         return Unread(DataError(f"{text.where}: {error}"))
-    where = np.concatenate(places) if places else None
+    places = [part.places for part in encoded if part.places is not None]
     return Document(
-        text.doc_id, encoded, n_bytes, text.where, limit=limit, kept=text.kept, tokenizer=tokenizer, places=where
+        text.doc_id,
+        encoded,
+        sum(part.n_bytes for part in encoded),
+        text.where,
+        limit=limit,
+        kept=text.kept,
+        tokenizer=tokenizer,
+        places=np.concatenate(places) if places else None,
     )

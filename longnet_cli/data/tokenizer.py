@@ -20,7 +20,7 @@ from copy import copy
 from functools import cached_property, partial
 from itertools import chain, takewhile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -29,8 +29,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from longnet_cli.basics.atomic import write_file
 from longnet_cli.basics.configuration import digest, parse, read_text
 from longnet_cli.basics.errors import ConfigError, RefusedError, refuse_web_address
+from longnet_cli.data.files import Part
 from longnet_cli.data.manifest import FINISHED, manifest_in, read_manifest
-from longnet_cli.data.places import token_places
 from longnet_cli.data.text_pieces import AT_SIGN, TextCutter, cut_text, decodes_bytes, find_cut, words_of
 from longnet_cli.hub.folder_files import END_OF_TEXT, TOKENIZER
 from longnet_cli.hub.model_names import find_tokenizer, list_models, preset_dir
@@ -135,17 +135,6 @@ def library_call() -> Iterator[None]:
             raise
         said = " ".join(str(error).split())
         raise ConfigError(f"the tokenizer fails ({said}): see its tokenizer.json") from None
-
-
-class EncodedStretch(NamedTuple):
-    """A stretch of an encoded text: (tokens,) int32 ids, its UTF-8 bytes, and the places of its tokens if asked for.
-
-    Places are the characters [start, end) of each token in the whole text, (tokens, 2) int32.
-    """
-
-    ids: np.ndarray
-    n_bytes: int
-    places: np.ndarray | None
 
 
 class Tokenizer:
@@ -362,8 +351,8 @@ class Tokenizer:
     def _ids(self, text: str) -> list[int]:
         return list(self._inner.encode(text, add_special_tokens=False).ids)
 
-    def encode_long(self, parts: Iterable[str]) -> Iterator[EncodedStretch]:
-        """Yield stretches of a text that comes in parts: together, its `encode`, without the ids of the prompt.
+    def encode_long(self, parts: Iterable[str]) -> Iterator[Part]:
+        """Yield the parts of a text that comes in parts: together, its `encode`, without the ids of the prompt.
 
         Memory is that of GROUP characters and of a part. Places are given if the tokenizer `tells_places`, unless they
         can be counted from the ids (`data.places`). Raises RefusedError for a text that changes the ids of the prompt.
@@ -381,7 +370,7 @@ class Tokenizer:
             if tuple(ids[:skip]) != self.prompt_ids[:skip]:
                 raise RefusedError(f"the tokenizer joins the prompt {self._prompt!r} with the text after it")
             size = sum(len(piece.encode()) for piece in pieces) - (len(self._prompt.encode()) if place < 0 else 0)
-            yield EncodedStretch(ids[skip:], size, places if places is None else np.maximum(places[skip:], 0))
+            yield Part(ids[skip:], n_bytes=size, places=places if places is None else np.maximum(places[skip:], 0))
             place, skip = place + sum(map(len, pieces)), 0
 
     def _placed(self, pieces: Sequence[str], place: int) -> tuple[np.ndarray, np.ndarray]:
@@ -390,10 +379,45 @@ class Tokenizer:
             encodings = self._inner.encode_batch(pieces, add_special_tokens=False)
         places = []
         for piece, encoding in zip(pieces, encodings, strict=True):
-            places.append(token_places(self, piece, encoding) + np.int32(place))
+            places.append(self._places(piece, encoding) + np.int32(place))
             place += len(piece)
         ids = [np.fromiter(encoding.ids, np.int32, len(encoding.ids)) for encoding in encodings]
         return np.concatenate(ids), np.concatenate(places)
+
+    def _places(self, text: str, encoding: Any) -> np.ndarray:
+        """Return the characters [start, end) of each token in its text, (tokens, 2) int32.
+
+        `encoding` is the library's for this text. A character of which a token has only some bytes counts as its own. A
+        token that stands for no character is an empty place between its neighbours.
+        """
+        ids = np.fromiter(encoding.ids, np.int64, len(encoding.ids))
+        if self.token_bytes is not None and b"".join(map(self._bytes.__getitem__, encoding.ids)) == text.encode():
+            begin, inside = self.characters
+            ends = np.cumsum(begin[ids])
+            return np.stack((ends - begin[ids] - inside[ids], ends), 1).astype(np.int32)
+        edges = (edge for pair in encoding.offsets for edge in pair)
+        places = np.fromiter(edges, np.int32, 2 * len(ids)).reshape(-1, 2)
+        nowhere = places[:, 0] == places[:, 1]
+        before = np.concatenate(([0], np.maximum.accumulate(places[:, 1])[:-1])) if len(ids) else places[:, 0]
+        places[nowhere] = before[nowhere, None]
+        return places
+
+    @cached_property
+    def characters(self) -> tuple[np.ndarray, np.ndarray]:
+        """For each id, how many characters begin in its bytes, and whether it begins inside of one."""
+        begin, inside = np.zeros(self.vocab_size, np.int64), np.zeros(self.vocab_size, bool)
+        for index, data in self.bytes_of_tokens():
+            follows = [byte & 0xC0 == 0x80 for byte in data]
+            begin[index], inside[index] = follows.count(False), follows[:1] == [True]
+        return begin, inside
+
+    @cached_property
+    def _bytes(self) -> list[Any]:
+        """The bytes of each id."""
+        bytes_of = [b""] * self.vocab_size
+        for index, data in self.bytes_of_tokens():
+            bytes_of[index] = bytes(data)
+        return bytes_of
 
     @library_call()
     def decode(self, ids: np.ndarray, *, special: bool = True) -> str:

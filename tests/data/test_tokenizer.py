@@ -232,5 +232,5 @@ def test_a_text_that_comes_in_parts_is_cut_as_the_whole(text: str, sizes: list[i
         assert text_pieces.cut_text(parts, str.split).take(999) == text_pieces.cut_text([text], str.split).take(999)
         for words in (Tokenizer.bytes(), Tokenizer.load("longnet-tiny")):
             found = list(words.encode_long(parts))
-            assert [x for ids, _, _ in found for x in ids.tolist()] == words.encode(text).tolist()
-            assert sum(size for _, size, _ in found) == len(text.encode())
+            assert [x for part in found for x in part.ids.tolist()] == words.encode(text).tolist()
+            assert sum(part.n_bytes for part in found) == len(text.encode())

@@ -229,8 +229,8 @@ class Sample:
         place = len(self.bytes) if len(self.bytes) < self.size else int(self._random.integers(len(self.bytes) + 1))
         if place < self.size:
             tokens, size, begin = 0, 0, time.perf_counter()
-            for ids, n_bytes, _ in self.tokenizer.encode_long(text.parts):
-                tokens, size = tokens + len(ids), size + n_bytes
+            for part in self.tokenizer.encode_long(text.parts):
+                tokens, size = tokens + len(part.ids), size + part.n_bytes
             self._drawn[place : place + 1] = [(tokens, size)]
             self._tokenized += size
             self.seconds += time.perf_counter() - begin
