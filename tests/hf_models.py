@@ -67,6 +67,14 @@ def mixed() -> hf.PreTrainedModel:
     return hf.Qwen2ForCausalLM(hf.Qwen2Config(**SIZES, **ROOM, **WIDE, **kinds, num_key_value_heads=6))
 
 
+def sharing() -> hf.PreTrainedModel:
+    """Layers of two kinds, of which the last ones reuse the keys of earlier ones."""
+    kinds = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2}
+    sizes = SIZES | ROOM | WIDE | {"num_hidden_layers": 4, "vocab_size_per_layer_input": 97, "sliding_window": 16}
+    heads = {"num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 16, "hidden_size_per_layer_input": 8}
+    return hf.Gemma4ForCausalLM(hf.Gemma4TextConfig(**sizes, **heads, **kinds))
+
+
 def modernbert() -> hf.PreTrainedModel:
     kinds = ["full_attention", "sliding_attention", "full_attention"]
     sizes = SIZES | {"num_hidden_layers": 3, "pad_token_id": 0}

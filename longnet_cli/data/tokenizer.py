@@ -31,7 +31,7 @@ from longnet_cli.basics.configuration import digest, parse, read_text
 from longnet_cli.basics.errors import ConfigError, RefusedError, refuse_web_address
 from longnet_cli.data.manifest import FINISHED, manifest_in, read_manifest
 from longnet_cli.data.places import token_places
-from longnet_cli.data.text_pieces import AT_SIGN, cut_text, decodes_bytes, find_cut, words_of
+from longnet_cli.data.text_pieces import AT_SIGN, TextCutter, cut_text, decodes_bytes, find_cut, words_of
 from longnet_cli.hub.folder_files import END_OF_TEXT, TOKENIZER
 from longnet_cli.hub.model_names import find_tokenizer, list_models, preset_dir
 from longnet_cli.hub.repository import download_again
@@ -324,42 +324,39 @@ class Tokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        inner.train_from_iterator((piece for text in texts for piece in cut_text([text], words)), trainer)
+        inner.train_from_iterator((cut_text([text], words).take(len(text)) for text in texts), trainer)
         return cls(inner)
 
     def encode(self, text: str) -> np.ndarray:
         """Return the ids of a text, (tokens,) int32, without added special tokens. Time is linear in its length."""
-        return np.concatenate([np.empty(0, np.int32), *(ids for _, ids, _ in self.encode_parts([text]))])
+        cutter, encoded = self.cutter([text]), [np.empty(0, np.int32)]
+        while pieces := cutter.take(GROUP):
+            encoded += self.encode_pieces(pieces)
+        return np.concatenate(encoded)
 
-    def encode_parts(self, texts: Sequence[str]) -> Iterator[tuple[int, np.ndarray, int]]:
-        """Yield (index of a text, (tokens,) int32, UTF-8 bytes): the parts of a text, in order, make up its `encode`.
-
-        Memory is that of GROUP characters, however long a text is. An empty text has no part.
-        """
-        if self.is_bytes:
-            for owner, text in enumerate(texts):
-                for start in range(0, len(text), GROUP):
-                    data = text[start : start + GROUP].encode()
-                    yield owner, np.frombuffer(data, np.uint8).astype(np.int32), len(data)
-            return
-        for owners, pieces in self._groups(texts):
-            # The encodings take 100 bytes per token. Without a name, they are freed before the next group is encoded.
-            for owner, piece, encoding in zip(owners, pieces, self._encodings(pieces), strict=True):
-                ids = encoding.ids
-                yield owner, np.fromiter(ids, np.int32, len(ids)), len(piece.encode())
-
-    @library_call()
-    def _encodings(self, pieces: Sequence[str]) -> list[Any]:
-        return self._inner.encode_batch_fast(pieces, add_special_tokens=False)
-
-    def pieces(self, parts: Iterable[str]) -> Iterator[str]:
+    def cutter(self, parts: Iterable[str]) -> TextCutter:
         """Cut a text, which comes in parts, into pieces whose tokens together are the tokens of the text.
 
         Some tokenizers need the whole text at once: it is then the only piece.
         """
         if self.is_bytes:
-            return (part for part in parts if part)
-        return cut_text(parts, self._ids, self._cut) if self._cut else filter(None, ("".join(parts),))
+            return TextCutter(parts, lambda text, start: min(start + GROUP, len(text)))
+        return (
+            cut_text(parts, self._ids, self._cut)
+            if self._cut
+            else TextCutter(["".join(parts)], lambda text, _: len(text))
+        )
+
+    def encode_pieces(self, pieces: Sequence[str]) -> list[np.ndarray]:
+        """Return the ids of each of some pieces of a text (see `cutter`), (tokens,) int32.
+
+        Memory is some 100 bytes per token: give pieces of GROUP characters together.
+        """
+        if self.is_bytes:
+            return [np.frombuffer(piece.encode(), np.uint8).astype(np.int32) for piece in pieces]
+        with library_call():
+            encodings = self._inner.encode_batch_fast(pieces, add_special_tokens=False)
+        return [np.fromiter(encoding.ids, np.int32, len(encoding.ids)) for encoding in encodings]
 
     @library_call()
     def _ids(self, text: str) -> list[int]:
@@ -377,23 +374,18 @@ class Tokenizer:
             parts = iter(()) if first is None else chain((self._prompt + first,), parts)
         counted = self.splits_special and (self.is_bytes or self._cut is AT_SIGN)  # places, when they are asked for
         placed = self.tells_places and bool(self._prompt or not counted)
-        place, skip, group = -len(self._prompt), len(self.prompt_ids), PLACED_GROUP if placed else GROUP
-        pieces: list[str] = []
-        for piece in chain(self.pieces(parts), (None,)):
-            if piece is not None:
-                pieces.append(piece)
-            if pieces and (piece is None or sum(map(len, pieces)) >= group):
-                ids, places = self._encoded(pieces, place if placed else None)
-                if tuple(ids[:skip]) != self.prompt_ids[:skip]:
-                    raise RefusedError(f"the tokenizer joins the prompt {self._prompt!r} with the text after it")
-                size = sum(len(piece.encode()) for piece in pieces) - (len(self._prompt.encode()) if place < 0 else 0)
-                yield EncodedStretch(ids[skip:], size, places if places is None else np.maximum(places[skip:], 0))
-                place, skip, pieces = place + sum(map(len, pieces)), 0, []
+        place, skip = -len(self._prompt), len(self.prompt_ids)
+        cutter = self.cutter(parts)
+        while pieces := cutter.take(PLACED_GROUP if placed else GROUP):
+            ids, places = self._placed(pieces, place) if placed else (np.concatenate(self.encode_pieces(pieces)), None)
+            if tuple(ids[:skip]) != self.prompt_ids[:skip]:
+                raise RefusedError(f"the tokenizer joins the prompt {self._prompt!r} with the text after it")
+            size = sum(len(piece.encode()) for piece in pieces) - (len(self._prompt.encode()) if place < 0 else 0)
+            yield EncodedStretch(ids[skip:], size, places if places is None else np.maximum(places[skip:], 0))
+            place, skip = place + sum(map(len, pieces)), 0
 
-    def _encoded(self, pieces: Sequence[str], place: int | None) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return the ids of pieces of a text and, if it is not None, their places from `place` on."""
-        if place is None:
-            return np.concatenate([ids for _, ids, _ in self.encode_parts(pieces)]), None
+    def _placed(self, pieces: Sequence[str], place: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids of pieces of a text, and their places from `place` on."""
         with library_call():
             encodings = self._inner.encode_batch(pieces, add_special_tokens=False)
         places = []
@@ -500,22 +492,6 @@ class Tokenizer:
     def _cut(self) -> re.Pattern[str] | None:
         """The places where a text may be cut; None if the tokenizer needs all of it at once."""
         return find_cut(self._inner, self._description)
-
-    def _groups(self, texts: Sequence[str]) -> Iterator[tuple[list[int], list[str]]]:
-        """Yield the texts' pieces in order, GROUP characters at a time, with the index of each piece's text."""
-        owners: list[int] = []
-        pieces: list[str] = []
-        size = 0
-        for owner, text in enumerate(texts):
-            for piece in self.pieces([text]):
-                owners.append(owner)
-                pieces.append(piece)
-                size += len(piece)
-                if size >= GROUP:
-                    yield owners, pieces
-                    owners, pieces, size = [], [], 0
-        if pieces:
-            yield owners, pieces
 
 
 def _growth(step: Any) -> float:

@@ -43,6 +43,7 @@ from hf_models import (
     qwen2,
     qwen3,
     rotary,
+    sharing,
 )
 
 from longnet_cli.attention import Pattern
@@ -223,7 +224,7 @@ def left_padded(tokens: int) -> Tensor:
 @pytest.mark.parametrize(
     ("model", "pattern"),
     [
-        *((llama, WINDOW), (mixed, FAR), (gpt2, FOLLOWED)),
+        *((llama, WINDOW), (mixed, FAR), (gpt2, FOLLOWED), (sharing, WINDOW), (sharing, CHOSEN)),
         *(pytest.param(*case, marks=pytest.mark.ci) for case in ((qwen3, TILED), (gpt2, LEVELS), (llama, FOLLOWED))),
     ],
 )
