@@ -82,7 +82,7 @@ class Asked(NamedTuple):
     numbers: list[list[int]]
 
 
-class Share:
+class RankShare:
     """A rank's own blocks of a layer's past and, if the layer chooses, their means: what it answers others from.
 
     sums: for a backward pass, those of gradients (B, blocks, k and v, tokens of a block, K, D) in fp32 or fp64.
