@@ -105,7 +105,7 @@ def check_spill(spill: str | None, net: Net | None = None) -> None:
 
 
 class StateTeller:
-    """A teller of how much a document keeps while it is read in chunks with chosen blocks, on stderr: call it before.
+    """A line on stderr for what a document keeps while it is read in chunks with chosen blocks: call it before.
 
     The longest one so far has a line, and later one that is twice as long. `more` tokens follow each document. Each is
     read whole, or at the longest of `contexts`, by `sp` processes.

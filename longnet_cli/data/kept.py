@@ -1,4 +1,4 @@
-"""The parts of documents that outputs have: columns that they carry along (`--keep`), and a count of those left out."""
+"""The part of documents that an output has: columns they carry along (`--keep`), and the count of those left out."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain

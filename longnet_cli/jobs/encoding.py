@@ -50,7 +50,9 @@ NO_PREFIX = "none"
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """The options of the rows of `encode`. None takes the model's own pooling, prompt, scaling and windows.
+    """The options of `encode`: of the command, of the function and of `encode_batches`.
+
+    None takes the model's own pooling, prompt, scaling and windows.
 
     `pool` takes the mean of the hidden states of a document's tokens, the hidden state of the last or first token, the
     hidden state of the CLS that a slide encoder puts before them, or another of `pooling.POOLS`, or several, joined by

@@ -43,14 +43,14 @@ if TYPE_CHECKING:
 
 
 class Sink(Protocol):
-    """A taker of the rows of a job: a file, a stream, or a printer."""
+    """The end of a job's rows: a file, a stream, or a printer of them."""
 
     def write(self, batch: pa.RecordBatch, /) -> None: ...
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """The facts of a model that a job needs, besides its net.
+    """The facts of a model that a job needs besides its net.
 
     `bos` (the id of the tokenizer's end of text, or several ids) is put before each document. `model_name`,
     `tokenizer_sha256` and `pattern` (a text of `attention.notation`) go into the schema's metadata.

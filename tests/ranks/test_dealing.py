@@ -81,7 +81,7 @@ def _deal_at_random() -> None:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if rank == 0 else None
     port = Ranks(rank, 4).from_first(store.port if store else 0)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dealing.VALUE_BYTES, dealing.PAUSE = 5, 0.001
+    dealing.VALUE_BYTES, dealing.PAUSE = 200, 0.001
     for seed in range(12):
         ranks = Ranks(rank, 4, 1) if seed % 2 else Ranks(rank, 4, 2, pairs[rank // 2])
         chance = random.Random(seed)  # the same on all ranks

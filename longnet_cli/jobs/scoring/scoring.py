@@ -36,7 +36,7 @@ TABLE = pa.list_(pa.struct([("from", pa.int64()), ("to", pa.int64()), ("n_tokens
 
 @dataclass(frozen=True)
 class ScoreOptions:
-    """The options of the rows of `score`.
+    """The options of `score`: of the command, of the function and of `score_batches`.
 
     Without `context`, a document is one causal pass. With it, a token sees at most `context` tokens before it: the
     document is cut into disjoint windows of that many targets. Each window starts again at position 0, and its first
