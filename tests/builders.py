@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from longnet_cli.data.documents import Document
-from longnet_cli.data.inputs import Documents, Inputs
+from longnet_cli.data.inputs import DocumentPass, Inputs
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.row_jobs import ModelFacts
 from longnet_cli.jobs.scoring.measures import TABLES, Gain, Score, column
@@ -108,7 +108,7 @@ class MadeInputs(Inputs):
         return str(self.names)
 
 
-class MadeDocuments(Documents):
+class MadeDocuments(DocumentPass):
     """The documents of `MadeInputs`, whose share nobody knows."""
 
     def __iter__(self) -> Iterator[Document]:

@@ -231,14 +231,14 @@ class _TextGenerator:
 
     def run(self, document: Document, stream: CausalStream | None, number: int | None) -> None:
         """Continue a document, after what the `stream` has read, and print it. One of several has a `number`."""
-        from longnet_cli.jobs.chosen_sources import Sources
+        from longnet_cli.jobs.chosen_sources import SourceWatch
         from longnet_cli.jobs.generating import generate as run
         from longnet_cli.running.causal_stream import CausalStream
 
         options, loaded, computing = self.options, self.loaded, self.options.computing
         if options.sources or self.ranks.sp > 1:
             stream = stream or CausalStream(loaded.net, ranks=self.ranks, spill=computing.spill)
-        watch = Sources(stream) if options.sources and stream else None
+        watch = SourceWatch(stream) if options.sources and stream else None
         with progress("reading the prompt", total=len(document), quiet=computing.quiet) as advance:
             steps = run(
                 loaded.net,

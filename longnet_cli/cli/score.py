@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from longnet_cli.basics.atomic import atomic_write
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.basics.finite_json import to_json
 from longnet_cli.cli.command import SAMPLE, Excludes, Needs, check_pairs
@@ -228,6 +227,7 @@ class _Printed:
         left_out: LeftOut,
         schema: pa.Schema,
     ) -> None:
+        from longnet_cli.basics.atomic import atomic_write
         from longnet_cli.jobs.scoring.measures import Total
 
         self.format, self.contexts, self.left_out = format, contexts, left_out

@@ -1,6 +1,6 @@
 """Input documents: the rows of tables and the texts of files, as text, as token ids or as vectors.
 
-    names --Sources--> Source --open_source--> Text | Table --Documents--> Text | Document | Vectors
+    names --Sources--> Source --open_source--> Text | Table --DocumentPass--> Text | Document | Vectors
 
 Token columns stay in their file and are sliced, never joined: Arrow's 32-bit list offsets overflow at 2^31 tokens. A
 resumed run knows its inputs again by digests of their contents.
@@ -164,24 +164,24 @@ class Inputs:
                 total += source.path.stat().st_size
         return total
 
-    def documents(self, *, digests: bool = False) -> Documents:
+    def documents(self, *, digests: bool = False) -> DocumentPass:
         """Return the documents of every file, in order: each a Document of token ids, or Vectors."""
-        return Documents(self, self.documents_of, digests)
+        return DocumentPass(self, self.documents_of, digests)
 
-    def untokenized(self) -> Documents:
+    def untokenized(self) -> DocumentPass:
         """Return the documents of `documents`, but leave each Text untokenized.
 
         Even with `skip_bad`, a text that cannot be read to its end raises DataError while it is read.
         """
-        return Documents(self, self.items)
+        return DocumentPass(self, self.items)
 
-    def texts(self, words: Tokenizer | None = None, *, digests: bool = False) -> Documents:
+    def texts(self, words: Tokenizer | None = None, *, digests: bool = False) -> DocumentPass:
         """Return the Text of text files and of text columns, in order. A long file is read part by part.
 
         Chats are read only with a tokenizer, `words`. With `skip_bad`, a long file is read to its end before its Text
         is yielded, and waits in a file in $TMPDIR.
         """
-        return Documents(self, partial(self._texts, words), digests)
+        return DocumentPass(self, partial(self._texts, words), digests)
 
     def stored(self) -> Iterator[Any]:
         """Yield the documents of `documents` whose lengths are known at once and which can be read a second time.
@@ -267,7 +267,7 @@ class Inputs:
             yield Document(group.doc_id, parts, tokenizer, where, limit=vocab_size, place=table.place, kept=group.kept)
 
 
-class Documents:
+class DocumentPass:
     """One pass over the documents of some inputs.
 
     `opened` has the name of each file so far and, with `digests`, its `content_digest` before its first document was

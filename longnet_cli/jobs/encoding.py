@@ -124,7 +124,7 @@ class EncodeFacts(ModelFacts):
         return words and words.for_documents((loaded.embedding and self.prompt) or "")
 
 
-class Cut:
+class TextCut:
     """The cut of documents into windows. Raises ConfigError for options that leave no room, or do not go together.
 
     `room` is the most tokens of a document in a window, None if it is read in one piece. If it has `one_state`, a
@@ -189,7 +189,7 @@ def for_model(options: EncodeOptions, folder: ModelFolder, loaded: Loaded) -> tu
         context=options.context or (min(most, default=None) if reads_windows else None),
     )
     facts = _facts(loaded, loaded.embedding, own.document_prompt if options.prefix is None else given or "")
-    Cut(options, facts)  # before a document is read
+    TextCut(options, facts)  # before a document is read
     return options, facts
 
 
@@ -283,7 +283,7 @@ class Encoder(RowJob):
     ) -> None:
         super().__init__(reader, options.of_net(reader.model), facts, kept_fields)
         self._check()
-        self.cut = Cut(self.options, facts)
+        self.cut = TextCut(self.options, facts)
         self.alone = options.all_layers
         self.carried = [field for field in kept_fields if field not in PLACE_FIELDS]
         self.places: TextPlaces | None = None  # in the document of the last row

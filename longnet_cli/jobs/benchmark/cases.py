@@ -1,4 +1,4 @@
-"""What a benchmark measures: its settings, every option once with bounds and default; its cases, and their rows.
+"""The things a benchmark measures: its settings, every option once with bounds and default; its cases, and their rows.
 
 The op `attention` is dilated attention of random q, k, v against dense attention, forward or backward. `model` and
 `train` go from tokens to the loss of each, or to gradients, dilated or dense.

@@ -1,4 +1,4 @@
-"""What a run is built of, by its recipe: the data, the model, the optimizers, and the learning rate of each step."""
+"""The parts of a run, built by its recipe: the data, the model, the optimizers, and the learning rate of each step."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .windows import TokenStream, TokenWindows
 
 
 class TrainingData(NamedTuple):
-    """What a run reads, as ids of its tokenizer."""
+    """The documents that a run reads, as ids of its tokenizer."""
 
     tokenizer: Tokenizer
     eos_id: int  # the first token of each document

@@ -101,7 +101,7 @@ def train(
     """
     ranks = ranks or Ranks()
     on_note = on_note or (lambda line: None)
-    run = _Run(recipe, Path(output), torch.device(device), ranks, tokenizer_differs, peak, on_note)
+    run = _TrainingRun(recipe, Path(output), torch.device(device), ranks, tokenizer_differs, peak, on_note)
     with locked_folder(run.output) if ranks.first else nullcontext():
         run.resume(resume)
         if on_begin:
@@ -110,7 +110,7 @@ def train(
             return run.go(signals, on_step)
 
 
-class _Run:
+class _TrainingRun:
     """A run: its recipe, its data, its model, and its state, which is that of the last whole step."""
 
     signals: Signals  # while it goes

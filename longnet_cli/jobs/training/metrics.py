@@ -20,7 +20,7 @@ from longnet_cli.jobs.scoring.scoring import Score
 
 
 class Tracker(NamedTuple):
-    """Where the metrics of a run go besides metrics.jsonl."""
+    """A place to which the metrics of a run go besides metrics.jsonl."""
 
     log: Callable[[int, Mapping[str, Any]], None]  # the metrics of a step; what is not a number is left out
     close: Callable[[], None]  # writes what is buffered

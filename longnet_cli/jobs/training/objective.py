@@ -1,4 +1,4 @@
-"""What a net is trained to predict: the inputs and targets of a batch, and its loss on held-out documents.
+"""The objectives of training: the inputs and targets of a batch, and its loss on held-out documents.
 
 The causal objective: predict the next token. The masked objective (BERT, arXiv 1810.04805, section 3.1): predict hidden
 tokens from both sides.

@@ -35,7 +35,7 @@ from longnet_cli.attention.merging import accumulator
 from longnet_cli.attention.past import Blocks, Means, OfBlocks, Past, Wanted, run_means, taken
 from longnet_cli.attention.pattern import RUN, RUNS, Pattern
 from longnet_cli.attention.sinks import Turn
-from longnet_cli.running.ranks.fetching import ROWS, Asked, Share
+from longnet_cli.running.ranks.fetching import ROWS, Asked, RankShare
 
 if TYPE_CHECKING:
     from longnet_cli.running.ranks.exchange import Exchange
@@ -60,7 +60,7 @@ class NewBlocks(NamedTuple):
 class RankMeans(Means):
     """The means of a document's first blocks, and of all of its runs. Those of other blocks are fetched."""
 
-    def __init__(self, pattern: Pattern, share: Share, allocate: Callable[..., Tensor]) -> None:
+    def __init__(self, pattern: Pattern, share: RankShare, allocate: Callable[..., Tensor]) -> None:
         super().__init__(pattern, share.like, 0, allocate)
         self._share, self._first, self._long = share, first_means(pattern), False
 
@@ -136,7 +136,7 @@ def _among(means: Tensor, keys: Tensor, of_row: int, blocks: Tensor) -> Tensor:
 class RankBlocks(Blocks):
     """The first `number` blocks of a document, over ranks. `take` has those of the present run."""
 
-    def __init__(self, share: Share) -> None:
+    def __init__(self, share: RankShare) -> None:
         super().__init__()
         self._share = share
         self._row = 0  # what a row of the batch adds to a key
@@ -193,7 +193,7 @@ class RankPast(Past):
         super().__init__(pattern, blocks, allocate, keep, layer)
         self._group, self._allocate_sums = group, allocate_sums
         self._kept = self.blocks  # this rank's own
-        self._share: Share | None = None  # from the first shard on
+        self._share: RankShare | None = None  # from the first shard on
         self._new: list[NewBlocks] = []  # whose means are not there yet
         self._means = 0  # blocks whose means there are, or will be
         self._entered: Exchange | None = None
@@ -201,7 +201,7 @@ class RankPast(Past):
         self._end: tuple[int, Tensor | None, Tensor] | None = None
 
     @property
-    def share(self) -> Share:
+    def share(self) -> RankShare:
         assert self._share  # made by `enter`
         return self._share
 
@@ -215,7 +215,7 @@ class RankPast(Past):
         if not self._share:
             like = k[:, :0].detach()
             means = Means(self.pattern, like, 0, self.allocate, runs=False)
-            self._share = Share(self._group, exchange.directory, self._kept, means, like, self._allocate_sums)
+            self._share = RankShare(self._group, exchange.directory, self._kept, means, like, self._allocate_sums)
             self.blocks, self._waiting = RankBlocks(self._share), [torch.stack([like, like])]
             if self.kind == "chooses":
                 self.means = RankMeans(self.pattern, self._share, self.allocate)

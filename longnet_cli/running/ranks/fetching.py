@@ -1,4 +1,4 @@
-"""What ranks fetch of a layer's past: they ask once, and then all rows travel in runs that all ranks take together.
+"""The rows that ranks fetch of a layer's past: they ask once, and then all rows travel in runs that all take together.
 
     a reader                                        the owners
     knows what its groups or slots want   -- ask -->   how many rows in how many runs, and which: two collectives
@@ -67,7 +67,7 @@ class Directory:
 
 
 class Asked(NamedTuple):
-    """What a rank gets in each run, and what the others get from it.
+    """The rows that a rank gets in each run, and those that the others get from it.
 
     pieces: for each of this rank's runs, indices of what it wants, and which of their n. keys: for each, what comes, in
     that order: row of the batch * `blocks` + block. counts, numbers: for each of all runs, the rows from each owner and
@@ -82,7 +82,7 @@ class Asked(NamedTuple):
     numbers: list[list[int]]
 
 
-class Share:
+class RankShare:
     """A rank's own blocks of a layer's past and, if the layer chooses, their means: what it answers others from.
 
     sums: for a backward pass, those of gradients (B, blocks, k and v, tokens of a block, K, D) in fp32 or fp64.
