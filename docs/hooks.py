@@ -43,8 +43,8 @@ REFERENCE = {
     "Documents": {"longnet_cli": ("Inputs", "Document", "Tokenizer")},
     "Jobs": {
         "longnet_cli": (
-            "tokenize", "train", "score", "Score", "DocumentScore", "Total", "encode", "generate", "encode_batches",
-            "score_batches", "bench", "Settings", "Measurement", "inspect",
+            "tokenize", "train", "score", "ScoreOptions", "ModelFacts", "Score", "Total", "encode", "EncodeOptions",
+            "EncodeFacts", "generate", "encode_batches", "score_batches", "bench", "Settings", "Measurement", "inspect",
         ),
     },
     "Plots": {"longnet_cli.jobs.plotting": ("read", "panels", "draw_text", "draw_picture")},

@@ -22,6 +22,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -34,15 +35,14 @@ import typer
 
 from longnet_cli.attention import Pattern, dilated_attention
 from longnet_cli.attention.branches import BACKWARD_FLOPS, attention_flops, branches, pairs
-from longnet_cli.attention.groups import FETCHED, NEW_BLOCKS, chosen_flops, scanned_stages, seen_blocks
+from longnet_cli.attention.groups import Fetches, chosen_flops
 from longnet_cli.attention.notation import format_pattern, parse_pattern
-from longnet_cli.attention.pattern import LayerKind
 from longnet_cli.attention.spans import common_span, far_spans, open_spans, span_rows
 from longnet_cli.basics.errors import ConfigError, InputWarning, LongNetError
 from longnet_cli.basics.sizes import format_bytes, format_count, format_duration, format_size, parse_size
 from longnet_cli.jobs.estimating.memory import reading_memory, spilled_bytes, stored_bytes, training_memory
 from longnet_cli.jobs.estimating.reading import Extent, ReadingPlan
-from longnet_cli.jobs.training.estimate import StepFlops, step_flops
+from longnet_cli.jobs.training.costs import StepFlops, step_flops
 from longnet_cli.jobs.training.recipe import Recipe, Stage, load_recipe, parse_overrides
 from longnet_cli.jobs.training.start import check_ranks
 from longnet_cli.models.folder import ModelFolder
@@ -52,6 +52,7 @@ from longnet_cli.nets.net import Net
 from longnet_cli.running.chunk_size import GPU_BENCH_CHUNK, SHORTEST_CHUNK, chunk_beside, fitting_chunk
 from longnet_cli.running.device import DTYPES, free_memory, resident_memory, resolve_dtype
 from longnet_cli.running.ranks.exchange import Exchange, even_edges
+from longnet_cli.running.ranks.fetching import collectives
 from longnet_cli.running.ranks.ranks import Ranks, join, leave
 
 if sys.version_info >= (3, 11):
@@ -66,8 +67,8 @@ KNOWN_BY = {  # the tables of a machine in a TOML file: who knows its rates
     "assumed": "assumed",
 }
 RATES = (  # machines.toml says what each is
-    "products", "share", "attention", "attention_backward", "bandwidth", "node_link", "network", "message", "host_link",
-    "disk", "memory", "reserved",
+    "products", "share", "attention", "attention_backward", "bandwidth", "node_link", "network", "message",
+    "collective", "host_link", "disk", "memory", "reserved",
 )  # fmt: skip
 
 
@@ -114,7 +115,7 @@ def find_machine(name: str) -> Machine:
         raise ConfigError(f"--on {name}: {wrong[0]}: each of {', '.join(RATES)} belongs into one table")
     rates = {rate: float(value) for by in known for rate, value in facts[by].items()}
     sizes = facts.get("devices", 1), facts.get("node", 1)
-    if min(*sizes, *(value for rate, value in rates.items() if rate not in ("message", "reserved"))) <= 0:
+    if min(*sizes, *(value for rate, value in rates.items() if rate not in ("message", "collective", "reserved"))) <= 0:
         raise ConfigError(f"--on {name}: devices, node and rates must be positive")
     return Machine(name, facts["device"], facts["dtype"], *sizes, rates, known)
 
@@ -181,7 +182,8 @@ def shared(config: NetConfig, machine: Machine, tokens: int, chunk: int, sp: int
         return Shared()
     whole, pattern, rates = min(tokens, chunk * sp), config.pattern, machine.rates
     start = (tokens // whole - 1) * whole
-    edges, rank, cut = even_edges(start, whole, sp), sp - 1 if config.causal else sp // 2, whole < tokens
+    rank, cut = sp - 1 if config.causal else sp // 2, whole < tokens
+    edges = even_edges(start, whole, sp, pattern.edge_size)
     exchange = Exchange(config, edges, rank=rank, cached=cut and config.causal)
     shape = 1, 0, config.kv_heads, config.head_dim
     seconds = 0.0
@@ -189,7 +191,13 @@ def shared(config: NetConfig, machine: Machine, tokens: int, chunk: int, sp: int
         inside = sum(n for peer, n in enumerate(numbers) if peer // machine.node == rank // machine.node)
         slower = max(inside / rates["node_link"], (sum(numbers) - inside) / rates["network"])
         seconds = max(seconds, machine.itemsize * slower + rates["message"] * sum(n > 0 for n in numbers))
-    choosing, fetching, giving = (x / machine.link(sp) for x in chosen_bytes(exchange, config, machine.itemsize))
+    # early blocks are in everyone's past: their ranks send more than one receives, unless chunks deal them out
+    busiest = 1 + sum(1 / reader for reader in range(1, sp)) / max(1, tokens // whole)
+    moved = chosen_bytes(exchange, config, machine.itemsize)
+    calls = chosen_collectives(exchange, config, machine.itemsize)
+    choosing, fetching, giving = (
+        busiest * x / machine.link(sp) + n * rates["collective"] for x, n in zip(moved, calls, strict=True)
+    )
     attended = [parcel for parcel in exchange.joined if parcel.attended]
     far = machine.itemsize * sum(exchange.sizes([attended], shape))
     summed = 0
@@ -211,61 +219,34 @@ def shard_flops(config: NetConfig, first: int, last: int, total: int) -> int:
     return 2 * config.head_dim * sum(map(pairs, calls)) + after - before
 
 
-class Fetches(NamedTuple):
-    """The expected numbers of blocks and means that a rank fetches of a layer's past, and of ids that it asks for."""
-
-    blocks: float
-    means: float
-    ids: float
-
-    @classmethod
-    def expected(cls, pattern: Pattern, edges: Sequence[int], rank: int, kind: LayerKind = "chooses") -> Fetches:
-        """Return what a rank fetches from others in a forward pass of a document, if shards have these edges."""
-        (w,), (back,) = pattern.segment_lengths, pattern.look_backs
-        others, blocks, means, ids, once = edges[rank] // pattern.chosen_block, 0.0, 0.0, 0.0, dict[int, float]()
-        for position in range(edges[rank], edges[rank + 1], FETCHED):
-            before = max(0, position // w - back) * w // pattern.chosen_block
-            if not others or not before:
-                continue
-            share, first = min(1.0, others / before), position == edges[rank]
-            seen = share * (1 if first else NEW_BLOCKS) * seen_blocks(pattern, before, kind)
-            blocks, ids = blocks + seen, ids + seen
-            for stage, distinct, new in scanned_stages(pattern, before) if kind == "chooses" else ():
-                if distinct == before:  # fetched once
-                    once[stage.means] = share * stage.compared(before)
-                else:
-                    asked = share * (1 if first else new) * distinct
-                    means, ids = means + asked * stage.means, ids + asked
-        return cls(blocks, means + sum(once.values()), ids + sum(once.values()))
-
-    def received(self, pattern: Pattern, kv_heads: int, head_dim: int, itemsize: int) -> float:
-        """Return the bytes of these blocks, means and ids, with `itemsize` bytes per number of a key."""
-        of_block = 2 * pattern.chosen_block * itemsize
-        return kv_heads * head_dim * (self.blocks * of_block + self.means * max(4, itemsize)) + 8 * self.ids
-
-    def given(self, pattern: Pattern, kv_heads: int, head_dim: int, itemsize: int) -> float:
-        """Return the bytes of the gradients of these blocks."""
-        return self.blocks * 2 * pattern.chosen_block * kv_heads * head_dim * max(4, itemsize)
-
-
 def chosen_bytes(exchange: Exchange, config: NetConfig, itemsize: int) -> tuple[float, float, float]:
     """Return the bytes that a rank is expected to receive for chosen blocks, in the mean of layers.
 
     They are those of a forward pass that chooses, of one that sees the same blocks again, and of gradients.
     """
-    pattern, shape = config.pattern, (1, 0, config.kv_heads, config.head_dim)
+    pattern = config.pattern
     if not pattern.chosen:
         return 0.0, 0.0, 0.0
     sizes = pattern, config.kv_heads, config.head_dim, itemsize
     choosing = fetching = giving = 0.0
     for kind, layers in pattern.kinds(config.num_layers).items():
         fetches = Fetches.expected(pattern, exchange.edges, exchange.rank, kind)
-        tails = (len(exchange.edges) - 2) * itemsize * exchange.tail_numbers(shape, queries=kind == "chooses")
+        tails = itemsize * pattern.last_queries * config.dim if kind == "chooses" else 0
         choosing += layers / config.num_layers * (tails + fetches.received(*sizes))
         again = fetches._replace(means=0.0, ids=fetches.blocks)
         fetching += layers / config.num_layers * again.received(*sizes)
         giving += layers / config.num_layers * fetches.given(*sizes)
     return choosing, fetching, giving
+
+
+def chosen_collectives(exchange: Exchange, config: NetConfig, itemsize: int) -> tuple[float, float, float]:
+    """Return the collectives for chosen blocks, in the mean of layers, of the same passes as `chosen_bytes`."""
+    found = [0.0, 0.0, 0.0]
+    for kind, layers in config.pattern.kinds(config.num_layers).items() if config.pattern.chosen else ():
+        of_layer = collectives(config.pattern, exchange.edges, config.kv_heads, config.head_dim, itemsize, kind)
+        for index, number in enumerate(of_layer):
+            found[index] += layers / config.num_layers * number
+    return found[0], found[1], found[2]
 
 
 def moved_bytes(config: NetConfig, itemsize: int) -> tuple[float, int]:
@@ -536,16 +517,19 @@ def exchange_command(
 
     The plan of every rank is made. received, sent: bytes of the rank that has the most. peers: the most ranks from
     which a rank receives. far: the most bytes of far rows that a rank holds. chosen: of `received`, the bytes expected
-    for chosen blocks, in the mean of `--layers` layers, some of which may follow others' choices. formula: bytes by the
+    for chosen blocks, in the mean of `--layers` layers, some of which may follow others' choices. collectives: of a
+    forward pass of all layers, and of_step: of a training step, with none computed again. formula: bytes by the
     formula of docs/ranks.md, which counts levels wider than a shard. balance: attention FLOPs of the busiest rank,
     relative to the mean. Ends with an error if a rank would send other rows than its reader expects.
 
     Under torchrun, its processes are the ranks, and exchange random numbers. seconds: of far rows, without chosen
     blocks, forward and backward. seconds_of_all: of all keys and values, which dense attention needs, forward.
+    collective: of one in which each tells each other a number, `collective` in machines.toml.
     """
     here, where = join()
     ranks = here.world if here.world > 1 else ranks
-    causal, edges, shape, number = not bidirectional, even_edges(0, tokens, ranks), (1, 0, heads, head_dim), 2
+    causal, edges = not bidirectional, even_edges(0, tokens, ranks, pattern.edge_size)
+    shape, number = (1, 0, heads, head_dim), 2
     sizes = {"vocab_size": 0, "dim": heads * head_dim, "num_layers": layers, "num_heads": heads, "ffn_dim": 1}
     config = parse_config({**sizes, "position": "none", "causal": causal}, "exchange", pattern)
     sends, sent, expected = (np.zeros((ranks, ranks), np.int64) for _ in range(3))  # [maker, reader]
@@ -570,6 +554,9 @@ def exchange_command(
     facts |= {"received": int(number * sends.sum(0).max()), "received_mean": float(number * sends.sum(0).mean())}
     facts |= {"sent": int(number * sends.sum(1).max()), "peers": int((sends > 0).sum(0).max())}
     facts |= {"far": int(number * held.max()), "chosen": int(chosen.max()), "chosen_mean": float(chosen.mean())}
+    forward, again, back = (config.num_layers * x for x in chosen_collectives(exchange, config, number))
+    facts |= {"collectives": round(forward + layers)}  # with those of far rows
+    facts |= {"collectives_of_step": round(forward + again + back + 2 * layers)}
     facts |= {"formula": 2 * number * heads * head_dim * rows, "balance": float(flops.max() / flops.mean())}
     facts |= exchange_seconds(exchange.of_rank(here.rank), heads, head_dim, here, where) if here.world > 1 else {}
     leave()
@@ -598,9 +585,11 @@ def exchange_seconds(
 
     got = forward()
     grads = [torch.ones_like(x) for x in got]
-    runs = forward, backward, lambda: dist.all_gather(shards, own)
+    numbers = torch.zeros(ranks.world, dtype=torch.int64, device=where)
+    small = partial(dist.all_to_all_single, torch.empty_like(numbers), numbers)
+    runs = forward, backward, lambda: dist.all_gather(shards, own), small
     seconds = [ranks.largest(fastest(run, where, ranks)) for run in runs]
-    return {"seconds": seconds[:2], "seconds_of_all": seconds[2]}
+    return {"seconds": seconds[:2], "seconds_of_all": seconds[2], "collective": seconds[3]}
 
 
 SECONDS = 0.5  # per rate; the fastest run counts, because other work on the machine only slows a run
@@ -621,7 +610,7 @@ def calibrate_command(
     link = rates.get("node_link", rates["bandwidth"])
     assumed = {"network": link, "host_link": rates["bandwidth"]}
     if ranks.world == 1:
-        assumed |= {"message": 0.0, "node_link": link}
+        assumed |= {"message": 0.0, "collective": 0.0, "node_link": link}
     lines = [f'device = "{where.type}"', f'dtype = "{resolve_dtype(dtype, where)}"']
     lines += [f"devices = {ranks.world}", f"node = {ranks.world}"]
     for table, values in (("measured", rates), ("assumed", assumed)):
@@ -658,6 +647,7 @@ def measured_rates(where: torch.device, dtype: str, ranks: Ranks, folder: Path) 
     if ranks.world > 1:
         sent, empty = (torch.ones(n * ranks.world, device=where) for n in (BYTES // 4 // ranks.world, 1))
         got, share = torch.empty_like(sent), BYTES * (ranks.world - 1) / ranks.world
+        rates["collective"] = best(lambda: dist.all_to_all_single(empty.clone(), empty))
         rates["message"] = best(lambda: dist.all_to_all_single(empty.clone(), empty)) / (ranks.world - 1)
         rates["node_link"] = share / best(lambda: dist.all_to_all_single(got, sent))
 

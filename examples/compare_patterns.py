@@ -39,7 +39,7 @@ def measure(folder: str, pattern: str, paths: list[str], limit: int | None, dtyp
     """Return the rows of a pattern, one per document and range of EDGES."""
     import torch
 
-    from longnet_cli import Document, Inputs, ModelFolder, score
+    from longnet_cli import Document, Inputs, ModelFacts, ModelFolder, ScoreOptions, score
     from longnet_cli.attention.branches import attention_flops
     from longnet_cli.running.device import peak_memory
 
@@ -62,8 +62,9 @@ def measure(folder: str, pattern: str, paths: list[str], limit: int | None, dtyp
             ends.append(ends[-1] + len(tokens[3]))
             times.append(time.process_time())
 
-        bos = ModelFolder(Path(folder)).bos(tokenizer)
-        list(score(net, [document], bos=bos, context=context, chunk=chunk, dtype=dtype, on_tokens=keep))
+        facts = ModelFacts(ModelFolder(Path(folder)).bos(tokenizer))
+        options = ScoreOptions((context,) if context else None)
+        score(net, [document], options, facts, chunk=chunk, dtype=dtype, on_tokens=keep).read_all()
         nats = -np.concatenate(logprobs).astype(np.float64)
         read = min(context or len(ids), len(ids))
         keys = attention_flops(parse_pattern(pattern), 1, 1, read, True) / (4 * read)

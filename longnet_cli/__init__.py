@@ -24,12 +24,13 @@ if TYPE_CHECKING:
     from longnet_cli.data.inputs import Inputs
     from longnet_cli.data.tokenizer import Tokenizer
     from longnet_cli.jobs import plotting
+    from longnet_cli.jobs.benchmark.cases import Measurement, Settings
     from longnet_cli.jobs.benchmark.job import bench
-    from longnet_cli.jobs.benchmark.settings import Measurement, Settings
-    from longnet_cli.jobs.encoding import encode
+    from longnet_cli.jobs.encoding import EncodeFacts, EncodeOptions, encode
     from longnet_cli.jobs.engines import encode_batches, score_batches
     from longnet_cli.jobs.generating import generate
     from longnet_cli.jobs.inspecting import inspect
+    from longnet_cli.jobs.row_jobs import ModelFacts
     from longnet_cli.jobs.scoring.measures import Score, Total
     from longnet_cli.jobs.scoring.scoring import ScoreOptions, score
     from longnet_cli.jobs.tokenizing import tokenize
@@ -55,11 +56,12 @@ _MODULES = {
     "data.tokenizer": "Tokenizer",
     "jobs": "plotting",
     "jobs.benchmark.job": "bench",
-    "jobs.benchmark.settings": "Measurement Settings",
-    "jobs.encoding": "encode",
+    "jobs.benchmark.cases": "Measurement Settings",
+    "jobs.encoding": "EncodeFacts EncodeOptions encode",
     "jobs.engines": "encode_batches score_batches",
     "jobs.generating": "generate",
     "jobs.inspecting": "inspect",
+    "jobs.row_jobs": "ModelFacts",
     "jobs.scoring.measures": "Score Total",
     "jobs.scoring.scoring": "ScoreOptions score",
     "jobs.tokenizing": "tokenize",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from longnet_cli.data.documents import Document
-from longnet_cli.data.inputs import Inputs
+from longnet_cli.data.inputs import DocumentPass, Inputs
 from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.jobs.row_jobs import ModelFacts
 from longnet_cli.jobs.scoring.measures import TABLES, Gain, Score, column
 from longnet_cli.jobs.scoring.scoring import ScoreOptions, score
 from longnet_cli.jobs.training.recipe import Recipe, load_recipe
@@ -62,9 +63,7 @@ class Scored:
 
 def scores(model: Any, documents: Iterable[Document], *, bos: Any, **options: Any) -> Iterator[Scored]:
     """The scores of each document at each context, lazily. Options that are no ScoreOptions are for `score`."""
-    given = {"bos": bos} | {
-        key: options.pop(key) for key in ("context", "stride", "last", "by_position") if key in options
-    }
+    given = {each.name: options.pop(each.name) for each in fields(ScoreOptions) if each.name in options}
     if isinstance(given.get("context"), int):
         given["context"] = (given["context"],)
     chosen = ScoreOptions(**given)
@@ -82,7 +81,7 @@ def scores(model: Any, documents: Iterable[Document], *, bos: Any, **options: An
                     found = Score(of("nll_sum"), row["n_tokens"], row["n_bytes"])
                     yield Scored(row["doc_id"], context, found, gain, {name: of(name) for name in TABLES})
 
-    return read(score(model, documents, chosen, **options))
+    return read(score(model, documents, chosen, ModelFacts(bos), **options))
 
 
 def tiny_llama(folder: Path, **changes: Any) -> Path:
@@ -102,11 +101,18 @@ class MadeInputs(Inputs):
 
     made: Iterable[Document] = ()
 
-    def documents(self) -> Iterator[Document]:
-        return iter(self.made)
+    def documents(self, *, digests: bool = False) -> MadeDocuments:
+        return MadeDocuments(self, self.documents_of)
 
     def fingerprint(self) -> str:
         return str(self.names)
+
+
+class MadeDocuments(DocumentPass):
+    """The documents of `MadeInputs`, whose share nobody knows."""
+
+    def __iter__(self) -> Iterator[Document]:
+        return iter(self._inputs.made)
 
 
 @dataclass

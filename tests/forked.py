@@ -29,7 +29,7 @@ from pathlib import Path
 
 from asking import end
 
-JOBS = ("benchmark", "encoding", "training.estimate", "inspecting", "plotting", "scoring.scoring", "tokenizing")
+JOBS = ("benchmark", "encoding", "training.costs", "inspecting", "plotting", "scoring.scoring", "tokenizing")
 IMPORTED = [f"longnet_cli.jobs.{job}" for job in (*JOBS, "training.loop")]
 IMPORTED += ["longnet_cli.cli.app", "torch._dynamo", "torch.distributed.run"]
 OF_EXTRAS = ("matplotlib.figure", "transformers.models.llama.modeling_llama")

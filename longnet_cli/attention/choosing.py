@@ -46,7 +46,7 @@ from .voting import best, votes_for
 Names = Callable[[int, GroupedPart], Tensor]
 
 
-class Blocks(list[list[Tensor]]):
+class GroupBlocks(list[list[Tensor]]):
     """The blocks that groups see: of each part, and of each of its rows, (groups, m) int32, ascending.
 
     asked: what ranks have told each other about these blocks (`Past.ask`). Layers that follow a choice share it.
@@ -60,7 +60,7 @@ class Choices:
 
     def __init__(self, named: Names | None = None) -> None:
         self.named = named
-        self.made: dict[int, Blocks] = {}  # by layer
+        self.made: dict[int, GroupBlocks] = {}  # by layer
 
 
 class LayerChoices(NamedTuple):
@@ -70,7 +70,7 @@ class LayerChoices(NamedTuple):
     pattern: Pattern
     layer: int
 
-    def followed(self) -> Blocks:
+    def followed(self) -> GroupBlocks:
         """Return what the layer has chosen whose blocks this layer sees. Raises ValueError if it has not run."""
         source = self.pattern.source(self.layer)
         assert source is not None
@@ -78,7 +78,7 @@ class LayerChoices(NamedTuple):
             raise ValueError(f"layer {self.layer} sees the blocks that layer {source} chooses, which has not run")
         return self.choices.made[source]
 
-    def leave(self, blocks: Blocks) -> None:
+    def leave(self, blocks: GroupBlocks) -> None:
         """Leave what this layer has chosen to the layers that follow it."""
         self.choices.made[self.layer] = blocks
 

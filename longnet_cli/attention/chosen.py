@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .branches import Branch
-from .choosing import Blocks, Choice, LayerChoices, Unrotated, Voting, choose, votes_by_keys
+from .choosing import Choice, GroupBlocks, LayerChoices, Unrotated, Voting, choose, votes_by_keys
 from .groups import GroupedPart, Groups, slot_of
 from .limits import limits_of
 from .merging import GradientSum, Merge, accumulator, strided_view
@@ -53,7 +53,7 @@ class Chosen:
         self.pattern, self.turn, self.past, self.choices = pattern, turn, past, choices
         self.kind = pattern.kind(choices.layer if choices else None)
         self.parts = [self._together(part) for part in parts] if self.kind == "first" else parts
-        self.blocks = Blocks()
+        self.blocks = GroupBlocks()
 
     @torch.no_grad()
     def choose(self, q: Tensor, k: Tensor, scale: float) -> None:
@@ -136,7 +136,7 @@ class Chosen:
         if self.choices and self.kind == "chooses":
             self.choices.leave(self.blocks)
 
-    def _chosen(self, q: Tensor, k: Tensor, scale: float) -> Blocks:
+    def _chosen(self, q: Tensor, k: Tensor, scale: float) -> GroupBlocks:
         """Return the blocks (groups, m) that each part's rows see."""
         blocks, voting = [self._known(part, q) for part in self.parts], list[list[int]]()
         for number, known in enumerate(blocks):
@@ -162,7 +162,7 @@ class Chosen:
             found = iter(choose(self.pattern, self.past.means, [*chain(*votings)], self.past.runs))
             for numbers, of_rows in zip(shared, votings, strict=True):
                 self._keep(numbers, [*islice(found, len(of_rows))], q, blocks)
-        return Blocks(some for some in blocks if some is not None)
+        return GroupBlocks(some for some in blocks if some is not None)
 
     def _keep(
         self, numbers: Sequence[int], choices: Sequence[Choice], q: Tensor, blocks: list[list[Tensor] | None]

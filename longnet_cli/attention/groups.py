@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from math import inf
 from typing import NamedTuple
 
+from .limits import Limits
 from .pattern import FUNNEL, MEAN_OF, RUN, RUNS, VOTERS, LayerKind, Pattern
 
 FETCHED = 1024  # queries for which blocks are fetched together, if several ranks hold the past
@@ -15,6 +16,7 @@ FETCHED = 1024  # queries for which blocks are fetched together, if several rank
 # the share of each that the FETCHED queries before them have not
 SEEN_BLOCKS, SEEN_CANDIDATES, SEEN_IN_STAGES = 480, 4.0, 2.1
 NEW_BLOCKS, NEW_CANDIDATES, NEW_IN_STAGES = 0.63, 0.42, 0.12
+CALL, VOTES = 8, 4.5  # of what exists at a time, the multiples of `Limits.gathered` and `Limits.scores` (a test counts)
 
 
 class Groups(NamedTuple):
@@ -86,6 +88,25 @@ def stages(pattern: Pattern, candidates: float = inf) -> list[ChoiceStage]:
     return [stage for stage in fitting if candidates > stage.blocks >= fitting[-1].blocks]
 
 
+def first_means(pattern: Pattern) -> int:
+    """Return how many first blocks of a document all ranks have the means of, in whole runs.
+
+    A scan of fewer blocks has no stage of runs, and compares all of these.
+    """
+    stage, *_ = stages(pattern)
+    return (stage.blocks // RUN + 1) * RUN if stage.means == RUNS else 1 << 62
+
+
+def transient_bytes(limits: Limits, *, run: int = 0, wider: int = 2, backward: bool = False) -> int:
+    """Return the most bytes that chosen blocks take for a time in one layer, beside its inputs and results.
+
+    run: bytes of a run of blocks that ranks fetch, or 0. Sums of gradients are `wider` than keys, so many times. A call
+    has its keys and values, the keys turned in fp32, and their product; votes have scores, shares, means and a power.
+    """
+    fetched = (3 + wider if backward else 3) * run  # two runs are there, one is sent, and one has sums
+    return max(CALL * limits.gathered + fetched, round(4 * VOTES * limits.scores) + 3 * run)
+
+
 class Comparisons(NamedTuple):
     """The mean keys that a scan compares, by half of the voters, and those that each group compares, by all of them."""
 
@@ -143,6 +164,45 @@ def chosen_flops(pattern: Pattern, heads: int, head_dim: int, tokens: int, kind:
     return ChosenFlops(of_document(votes) if kind == "chooses" else 0, of_document(attention))
 
 
+class Fetches(NamedTuple):
+    """The expected numbers of blocks and means that a rank fetches of a layer's past, and of ids that it asks for."""
+
+    blocks: float
+    means: float
+    ids: float
+
+    @classmethod
+    def expected(cls, pattern: Pattern, edges: Sequence[int], rank: int, kind: LayerKind = "chooses") -> Fetches:
+        """Return what a rank fetches from others in a forward pass of a document, if shards have these edges."""
+        (w,), (back,), size = pattern.segment_lengths, pattern.look_backs, pattern.chosen_block
+        others, total, kept = edges[rank] // size, edges[-1] // size, first_means(pattern)
+        blocks = means = ids = 0.0
+        if kind == "chooses":  # those that all ranks have, summed over the ranks: each number goes twice
+            means += 2 * (min(total, kept) * size // MEAN_OF + max(0, total - kept) // RUN)
+        for position in range(edges[rank], edges[rank + 1], FETCHED):
+            before = max(0, position // w - back) * w // size
+            if not others or not before:
+                continue
+            share, first = min(1.0, others / before), position == edges[rank]
+            new_blocks = 1.0 if first else 0.0 if kind == "first" and before > pattern.chosen else NEW_BLOCKS
+            seen = share * new_blocks * seen_blocks(pattern, before, kind)
+            blocks, ids = blocks + seen, ids + seen
+            for stage, distinct, new in scanned_stages(pattern, before) if kind == "chooses" and total > kept else ():
+                if distinct < before:
+                    asked = share * (1 if first else new) * distinct
+                    means, ids = means + asked * stage.means, ids + asked
+        return cls(blocks, means, ids)
+
+    def received(self, pattern: Pattern, kv_heads: int, head_dim: int, itemsize: int) -> float:
+        """Return the bytes of these blocks, means and ids, with `itemsize` bytes per number of a key."""
+        of_block = 2 * pattern.chosen_block * itemsize
+        return kv_heads * head_dim * (self.blocks * of_block + self.means * max(4, itemsize)) + 24 * self.ids
+
+    def given(self, pattern: Pattern, kv_heads: int, head_dim: int, itemsize: int) -> float:
+        """Return the bytes of the gradients of these blocks."""
+        return self.blocks * 2 * pattern.chosen_block * kv_heads * head_dim * max(4, itemsize)
+
+
 def seen_blocks(pattern: Pattern, before: int, kind: LayerKind) -> int:
     """Return the distinct blocks that FETCHED queries see of those before them."""
     return before if before <= pattern.chosen else 1 if kind == "first" else min(before, SEEN_BLOCKS)
@@ -175,7 +235,7 @@ def past_bytes(
 ) -> tuple[int, int]:
     """Return the bytes of one layer's past: of keys and values, `itemsize` per number, and of the mean keys.
 
-    Of `sp` ranks, each has its own, and what it fetched last.
+    Of `sp` ranks, each has its own, and the means that all have.
     """
     if not pattern.chosen:
         return 0, 0
@@ -185,8 +245,8 @@ def past_bytes(
     means = sum(stage.compared(blocks) for stage in (*stages(pattern), finest)) if kind == "chooses" else 0
     kept = min(own, pattern.chosen_keys) if kind == "first" else own
     if sp > 1:
-        before = tokens // pattern.chosen_block
-        kept += pattern.chosen_block * seen_blocks(pattern, before, kind)
-        fetched = scanned_stages(pattern, before) if kind == "chooses" else ()
-        means += sum(stage.compared(round(distinct)) for stage, distinct, _ in fetched)
+        of_all, first = tokens // pattern.chosen_block, first_means(pattern)
+        if kind == "chooses":
+            means += sum(stage.compared(min(of_all, first)) for stage in (*stages(pattern), finest))
+            means += max(0, of_all - first) // RUN
     return kv_heads * head_dim * 2 * itemsize * kept, kv_heads * head_dim * max(4, itemsize) * means

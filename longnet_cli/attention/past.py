@@ -300,7 +300,7 @@ class Past:
     ) -> None:
         self.pattern, self.position, self.allocate = pattern, 0, allocate
         self.kind = pattern.kind(layer)
-        self.choices: dict[int, Any] | None = {} if keep else None  # by position, `choosing.Blocks`
+        self.choices: dict[int, Any] | None = {} if keep else None  # by position, `choosing.GroupBlocks`
         self.gradients: Tensor | None = None
         self.counts: Tensor | None = None
         self.on_choice: Callable[[Seen], None] | None = None

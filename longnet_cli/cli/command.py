@@ -1,4 +1,7 @@
-"""Rules for every command and option: the look of the help, values that may be omitted, values that are refused."""
+"""Rules for every command and option: the look of the help, values that may be omitted, values that are refused.
+
+Pairs of options that exclude or need each other are data, and one loop checks them.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from inspect import Parameter, Signature
 from typing import Any, get_type_hints
 
@@ -149,3 +152,58 @@ def _check(name: str, value: Any) -> None:
 def _prints(params: Mapping[str, Any]) -> bool:
     """Return whether the result goes to stdout: in a dry run, without --output, and with --output -."""
     return bool(params.get("dry_run")) or params.get("output") in (None, "-")
+
+
+@dataclass(frozen=True)
+class Needs:
+    """`option` is refused without `other`. With alternatives (`--output|--dry-run`), one of them is enough.
+
+    The error is `OPTION WHY: give GIVE`. Without `give`, that is the name of the other one.
+    """
+
+    option: str
+    other: str
+    why: str
+    give: str | None = None
+
+    def error(self, given: set[str]) -> str | None:
+        """Return the error if the options `given` break the rule."""
+        broken = self.option in given and not given & {*self.other.split("|")}
+        return f"{self.option} {self.why}: give {self.give or self.other}" if broken else None
+
+
+@dataclass(frozen=True)
+class Excludes:
+    """`option` is refused beside `other`. The error is `OPTION WHY: leave out OTHER`."""
+
+    option: str
+    other: str
+    why: str
+
+    def error(self, given: set[str]) -> str | None:
+        """Return the error if the options `given` break the rule."""
+        broken = {self.option, self.other} <= given
+        return f"{self.option} {self.why}: leave out {self.other}" if broken else None
+
+
+SAMPLE = Needs("--sample", "--dry-run", "is for --dry-run, which estimates", "both, or leave it out")
+
+
+def check_pairs(pairs: Sequence[Needs | Excludes], options: Any) -> None:
+    """Raise ConfigError for the first pair that the `options`, a dataclass of a command, break.
+
+    An option counts as given unless it has its default or is `--dp 1`, which changes nothing.
+    """
+    given = {*_given(options)}
+    for pair in pairs:
+        if error := pair.error(given):
+            raise ConfigError(error)
+
+
+def _given(options: Any) -> Iterator[str]:
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if is_dataclass(value):
+            yield from _given(value)
+        elif value != field.default and (field.name, value) != ("dp", 1):
+            yield from field.metadata["typer"].param_decls or ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from longnet_cli.basics.errors import ConfigError, MemoryLimitError
 from longnet_cli.basics.sizes import format_bytes, format_count, format_duration
@@ -14,12 +14,10 @@ from longnet_cli.cli.output import emit_json
 from longnet_cli.cli.progress import progress
 
 if TYPE_CHECKING:
-    import torch
-
     from longnet_cli.cli.model_and_inputs import Opened
-    from longnet_cli.jobs.estimating.estimate import Estimate, Room
-    from longnet_cli.jobs.row_jobs import DocumentJob
-    from longnet_cli.models.folder import ModelFolder
+    from longnet_cli.data.inputs import Inputs
+    from longnet_cli.jobs.estimating.estimate import Estimate
+    from longnet_cli.jobs.row_jobs import RowJob
     from longnet_cli.running.reader import Reader
 
 Format = Literal["text", "json"]
@@ -77,32 +75,26 @@ def check_sample(sample: int | None) -> None:
         raise ConfigError("--sample needs 2 texts or more: one says nothing of how they differ")
 
 
-def room(folder: ModelFolder, dtype: str, device: torch.device) -> Room:
-    """Return the memory before the model is loaded. Raises MemoryLimitError if its weights do not fit."""
-    from longnet_cli.jobs.estimating.estimate import Room
-
-    before = Room.now(device)
-    folder.check_weights_fit(dtype, device, before.free)
-    return before
-
-
 def dry_run(
     opened: Opened,
-    make_job: Callable[[Reader], DocumentJob[Any]],
+    inputs: Inputs,
+    make_job: Callable[[Reader], RowJob],
     doing: str,
     output: str | None,
     format: Format,
     running: Running,
     computing: Computing,
 ) -> None:
-    """Print the estimate of a job that would write to `output`, or print."""
+    """Print the estimate of a job that would read `inputs`, and write to `output`, or print."""
     from longnet_cli.jobs.estimating.estimate import estimate_reading
     from longnet_cli.jobs.estimating.reading import count_documents
     from longnet_cli.running.ranks.ranks import leave
+    from longnet_cli.running.reader import share_reader
 
     assert opened.room  # of every dry run
     fate, done, earlier = _fate(output, running.resume)
-    inputs, sample, job = opened.inputs, running.sample, make_job(opened.reader(computing, earlier))
+    chunk, how = computing.chunk or earlier, {"dtype": computing.dtype, "spill": computing.spill}
+    sample, job = running.sample, make_job(share_reader(opened.loaded.net, chunk=chunk, ranks=opened.ranks, **how))
     with progress("counting", total=None, quiet=opened.quiet) as advance:
         plan = count_documents(
             job,

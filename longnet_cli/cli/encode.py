@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from longnet_cli.basics.sizes import format_count
 from longnet_cli.cli import options as shared
+from longnet_cli.cli.command import SAMPLE, check_pairs
 from longnet_cli.cli.dry_run import Format, check_sample, dry_run
-from longnet_cli.cli.model_and_inputs import ModelAndInputs, Opened
+from longnet_cli.cli.model_and_inputs import ModelAndInputs
 from longnet_cli.cli.options import OUTPUT, Computing, Documents, HelpPanel, Mesh, ModelChoice, Running
-from longnet_cli.cli.output import count_left_out, end, say_what_is_kept, tell
-from longnet_cli.cli.pairs import SAMPLE, check_pairs
-from longnet_cli.cli.progress import ExpectedTokens, progress
-
-if TYPE_CHECKING:
-    from longnet_cli.data.manifest import Manifest
-    from longnet_cli.jobs.encoding import EncodeOptions
+from longnet_cli.cli.output import count_left_out, end
 
 VECTORS = HelpPanel("Vectors")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeCommand:
-    """The options of `encode`. Those of vectors are as in `EncodeOptions.of_model`."""
+    """The options of `encode`. Those of vectors are `EncodeOptions`."""
 
     documents: Documents
     choice: ModelChoice
@@ -95,73 +89,31 @@ def encode(options: EncodeCommand) -> None:
     where_to = "embeddings are binary, stdout is a terminal: name a file (-o embeddings.arrow) or pipe them"
     for_folder = {"--shard-rows": options.shard_rows, "--shard-format": options.shard_format != "arrow"}
     earlier = named.check_outputs({"-o": output}, where_to, for_folder, running)
-    opened, own = _open(options, named)
-    if opened.room:
-        from longnet_cli.jobs.encoding import Encoder
-
-        job = partial(Encoder, options=own)
-        dry_run(opened, job, "encoding", output, options.format, running, options.computing)
-    else:
-        _write(options, opened, own, earlier)
-
-
-def _open(options: EncodeCommand, named: ModelAndInputs) -> tuple[Opened, EncodeOptions]:
-    """Return the model with what it reads, and the options of its vectors: its own, where none is given."""
-    opened = named.open(options.mesh, options.computing, dry_run=options.running.dry_run)
-    from longnet_cli.jobs.encoding import EncodeOptions
-
-    own = EncodeOptions.of_model(
-        named.folder,
-        opened.loaded,
-        pool=options.pool,
-        prefix=options.prefix,
-        normalize=options.normalize,
-        context=options.context,
-        stride=options.stride,
-        span=options.span,
-        embedding_dtype=options.embedding_dtype,
-        all_layers=options.all_layers,
-        tile_size=options.tile_size,
-        dims=options.dims,
-    )
-    return opened._replace(inputs=replace(opened.inputs, tokenizer=own.tokenizer_for(opened.loaded))), own
-
-
-def _write(options: EncodeCommand, opened: Opened, own: EncodeOptions, earlier: Manifest | None) -> None:
-    """Write the vectors, and say how many."""
-    from longnet_cli.jobs.encoding import PLACE_FIELDS, Encoder
-    from longnet_cli.jobs.row_jobs import write_rows
+    opened = named.open(options.mesh, options.computing, dry_run=running.dry_run)
+    from longnet_cli.jobs.encoding import PLACE_FIELDS, EncodeOptions, Encoder, for_model
     from longnet_cli.running.ranks.ranks import leave
 
-    net, data, quiet, computing = opened.loaded.net, opened.inputs, opened.quiet, options.computing
-    done = earlier.totals["tokens"] if earlier else 0
-    left_out = count_left_out(data.skip_bad, quiet)
-    expected = ExpectedTokens(data)
-    opened = opened._replace(inputs=expected.inputs, counted=expected.counted)
-    with (
-        say_what_is_kept(options.output, quiet),
-        progress("encoding", total=data.num_tokens() or expected.total, start=done, quiet=quiet) as advance,
-    ):
-        written = write_rows(
-            partial(Encoder, options=own),
-            net,
-            expected.inputs,
-            options.output,
-            shard_size=options.shard_rows,
-            shard_format=options.shard_format,
-            resume=options.running.resume,
-            left_out=left_out,
-            of_text=PLACE_FIELDS,
-            telling=opened.telling(computing),
-            ranks=opened.ranks,
-            chunk=computing.chunk,
-            dtype=computing.dtype,
-            spill=computing.spill,
-            on_progress=advance,
-        )
+    asked = EncodeOptions(**{each.name: getattr(options, each.name) for each in fields(EncodeOptions)})
+    own, facts = for_model(asked, named.folder, opened.loaded)
+    job = partial(Encoder, options=own, facts=facts)
+    inputs = named.inputs(opened.loaded, facts.tokenizer_for(opened.loaded))
+    if opened.room:
+        dry_run(opened, inputs, job, "encoding", output, options.format, running, options.computing)
+        return
+    left_out = count_left_out(inputs.skip_bad, opened.quiet)
+    opened.write(
+        inputs,
+        job,
+        output,
+        options.computing,
+        earlier,
+        doing="encoding",
+        unit="{} vector",
+        left_out=left_out,
+        shard_size=options.shard_rows,
+        shard_format=options.shard_format,
+        resume=running.resume,
+        of_text=PLACE_FIELDS,
+    )
     leave()
-    if written is not None:
-        rows = written["rows"]
-        counts = f"{rows} vector{'s' * (rows != 1)} of {format_count(written['tokens'])} tokens"
-        tell(f"{counts} -> {'stdout' if options.output == '-' else options.output}", quiet)
-    end(left_out, first=opened.ranks.first, quiet=quiet)
+    end(left_out, first=opened.ranks.first, quiet=opened.quiet)

@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING, Literal
 from longnet_cli.basics.errors import ConfigError, LongNetError
 from longnet_cli.basics.sizes import format_bytes, format_duration
 from longnet_cli.cli import options as shared
-from longnet_cli.cli.dry_run import room, show_reading
+from longnet_cli.cli.command import Excludes, Needs, check_pairs
+from longnet_cli.cli.dry_run import show_reading
 from longnet_cli.cli.options import COMPUTE, INPUT, OUTPUT, Computing, HelpPanel, ModelChoice, argument, read_pattern
 from longnet_cli.cli.output import emit_jsonl, note, printable, tell
-from longnet_cli.cli.pairs import Excludes, Needs, check_pairs
 from longnet_cli.cli.progress import progress
-from longnet_cli.cli.starting import ask_hub, freeze_imports, launch
-from longnet_cli.cli.state import check_spill, say_state
+from longnet_cli.cli.starting import StateTeller, ask_hub, check_spill, freeze_imports, launch, room
 
 if TYPE_CHECKING:
     from longnet_cli.data.chat import ChatTemplate
@@ -135,10 +134,11 @@ def generate(options: GenerateCommand) -> None:
     more = job.max_tokens + (stream.position if stream else 0)
     documents, several, stored = _documents(options, loaded, text)
     computing = options.computing
-    documents = say_state(
-        documents, stored=stored, net=loaded.net, computing=computing, more=more, sp=ranks.sp, quiet=quiet
-    )
+    tell_state = StateTeller(loaded.net, computing, more=more, sp=ranks.sp, quiet=quiet)
+    if loaded.net.config.pattern.chosen:
+        tell_state(max(map(len, stored), default=0))
     for index, document in enumerate(documents):
+        tell_state(len(document))
         forked = stream.fork() if stream and text is None and not save_state else stream
         job.run(document, forked, index if several else None)
     if stream and save_state:
@@ -231,14 +231,14 @@ class _TextGenerator:
 
     def run(self, document: Document, stream: CausalStream | None, number: int | None) -> None:
         """Continue a document, after what the `stream` has read, and print it. One of several has a `number`."""
-        from longnet_cli.jobs.chosen_sources import Sources
+        from longnet_cli.jobs.chosen_sources import SourceWatch
         from longnet_cli.jobs.generating import generate as run
         from longnet_cli.running.causal_stream import CausalStream
 
         options, loaded, computing = self.options, self.loaded, self.options.computing
         if options.sources or self.ranks.sp > 1:
             stream = stream or CausalStream(loaded.net, ranks=self.ranks, spill=computing.spill)
-        watch = Sources(stream) if options.sources and stream else None
+        watch = SourceWatch(stream) if options.sources and stream else None
         with progress("reading the prompt", total=len(document), quiet=computing.quiet) as advance:
             steps = run(
                 loaded.net,
@@ -305,7 +305,8 @@ def _documents(
     documents, stored = _each_document(data, text, loaded.chat), data.stored() if text is None else ()
     if options.save_state:
         return _only(documents), False, stored
-    if options.format == "text" and text is None and data.names != ["-"]:  # the first line of a pipe waits for none
+    names = data.sources.names
+    if options.format == "text" and text is None and names != ["-"]:  # the first line of a pipe waits for none
         return *_look_ahead(documents), stored
     return documents, False, stored
 
@@ -314,8 +315,8 @@ def _each_document(inputs: Inputs, prompt: str | None, template: ChatTemplate | 
     from longnet_cli.data.documents import Document
     from longnet_cli.data.tables import Text
 
-    if template and prompt != "":  # without a tokenizer, no column of chats is taken
-        texts = replace(inputs, tokenizer=None).texts() if prompt is None else [Text("prompt", prompt, "PROMPT")]
+    if template and prompt != "":
+        texts = inputs.texts() if prompt is None else [Text("prompt", prompt, "PROMPT")]
         for text in texts:
             ids = template.encode("".join(text.parts))
             yield Document(text.doc_id, ids, None, text.where, limit=template.tokenizer.vocab_size)

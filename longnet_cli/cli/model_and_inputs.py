@@ -2,71 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.cli.dry_run import room
+from longnet_cli.basics.sizes import format_count
 from longnet_cli.cli.options import Computing, Documents, Mesh, ModelChoice, Running, read_pattern
-from longnet_cli.cli.output import check_output, tell
-from longnet_cli.cli.starting import ask_hub, freeze_imports, launch
-from longnet_cli.cli.state import check_spill, say_state
+from longnet_cli.cli.output import check_output, say_what_is_kept, tell
+from longnet_cli.cli.progress import ExpectedTokens, progress
+from longnet_cli.cli.starting import StateTeller, ask_hub, check_spill, freeze_imports, launch, room
 
 if TYPE_CHECKING:
     from longnet_cli.data.documents import Document
     from longnet_cli.data.inputs import Inputs
+    from longnet_cli.data.kept import LeftOut
     from longnet_cli.data.manifest import Manifest
+    from longnet_cli.data.tokenizer import Tokenizer
     from longnet_cli.jobs.estimating.estimate import Room
+    from longnet_cli.jobs.row_jobs import RowJob
     from longnet_cli.models.folder import Loaded
     from longnet_cli.running.ranks.ranks import Ranks
-    from longnet_cli.running.reader import OnWindows, Reader
 
 
 class Opened(NamedTuple):
-    """A model, the documents that it reads, and the ranks that share them.
+    """A model, and the ranks that share what it reads.
 
     `room` is the memory before the model was loaded, of a dry run. `quiet` is true for all ranks except the first.
-    Documents are passed through `counted` before they are read.
     """
 
     loaded: Loaded
-    inputs: Inputs
     ranks: Ranks
     room: Room | None
     quiet: bool
-    counted: Callable[[Iterable[Document]], Iterable[Document]] = iter
 
-    def reader(
+    def write(
         self,
+        inputs: Inputs,
+        make_job: Callable[..., RowJob],
+        output: str | None,
         computing: Computing,
-        chunk: int | None = None,
-        on_progress: Callable[[int], None] | None = None,
-        on_choice: OnWindows | None = None,
-    ) -> Reader:
-        """Return a reader of the model, by default with this `chunk`. The callbacks are as in `running.reader`."""
-        from longnet_cli.running.reader import share_reader
+        earlier: Manifest | None,
+        *,
+        doing: str,
+        unit: str,
+        left_out: LeftOut,
+        contexts: Sequence[int] | None = None,
+        last: int | None = None,
+        **how: Any,
+    ) -> None:
+        """Write the rows of a job as `write_rows` does, with progress on stderr, and say how many rows there are.
 
-        return share_reader(
-            self.loaded.net,
-            chunk=computing.chunk or chunk,
-            dtype=computing.dtype,
-            spill=computing.spill,
-            ranks=self.ranks,
-            on_progress=on_progress,
-            on_choice=on_choice,
-        )
+        `doing` names the job, `unit` is a format for a number of rows. Each token is read at each of `contexts`, or the
+        `last` ones of each document. Without an `output`, the sink in `how` prints.
+        """
+        from longnet_cli.jobs.row_jobs import write_rows
 
-    def telling(
-        self, computing: Computing, contexts: Sequence[int] | None = None
-    ) -> Callable[[Iterable[Document]], Iterator[Document]]:
-        """Return what passes documents on, and says what the longest one keeps (`state.say_state`)."""
-        known = self.inputs.stored() if not self.inputs.skip_bad else ()
-        net, quiet = self.loaded.net, self.quiet
-        said = partial(say_state, stored=known, net=net, computing=computing, contexts=contexts, quiet=quiet)
-        shared = partial(said, sp=self.ranks.sp)
-        return lambda documents: shared(self.counted(documents))
+        net, quiet, times = self.loaded.net, self.quiet, len(contexts or (None,))
+        expected = ExpectedTokens()
+        tell_state = StateTeller(net, computing, contexts=contexts, sp=self.ranks.sp, quiet=quiet)
+
+        def on_document(document: Document, share: float | None) -> None:
+            expected.count(times * min(len(document), last or len(document)), share)
+            tell_state(len(document))
+
+        known = times * (inputs.num_tokens() or 0) if last is None else 0
+        done = times * earlier.totals["tokens"] if earlier else 0
+        with (
+            say_what_is_kept(output or "-", quiet),
+            progress(doing, total=known or expected.total, start=done, quiet=quiet) as advance,
+        ):
+            written = write_rows(
+                make_job,
+                net,
+                inputs,
+                output or "-",
+                left_out=left_out,
+                on_stored=tell_state,
+                on_document=on_document,
+                ranks=self.ranks,
+                chunk=computing.chunk,
+                dtype=computing.dtype,
+                spill=computing.spill,
+                on_progress=advance,
+                **how,
+            )
+        if written is not None and output is not None:
+            counts = f"{unit.format(written['rows'])}{'s' * (written['rows'] != 1)}"
+            place = "stdout" if output == "-" else output
+            tell(f"{counts} of {format_count(written['tokens'])} tokens -> {place}", quiet)
 
 
 class ModelAndInputs:
@@ -85,8 +109,8 @@ class ModelAndInputs:
         *,
         embeds: bool = False,
     ) -> None:
-        from longnet_cli.data.inputs import Inputs
         from longnet_cli.data.manifest import read_manifest
+        from longnet_cli.data.names import Sources
         from longnet_cli.data.tokenizer import Tokenizer
         from longnet_cli.hub.model_names import as_stored
         from longnet_cli.models.folder import ModelFolder
@@ -99,13 +123,7 @@ class ModelAndInputs:
         self.documents, self.choice, self.embeds = documents, choice, embeds
         self.folder = ModelFolder.find(model, gguf=True, embeds=embeds)
         self._files = [self.folder.path, Tokenizer.find(tokenizer) if tokenizer else None]
-        self.inputs = Inputs(
-            documents.inputs,
-            column=documents.column,
-            id_column=documents.id_column,
-            keep=tuple(documents.keep or ()),
-            skip_bad=documents.skip_bad,
-        )
+        self.sources = Sources(documents.inputs, skip_bad=documents.skip_bad)
 
     def check_outputs(
         self, outputs: Mapping[str, str | None], where_to: str, for_folder: Mapping[str, Any], running: Running
@@ -121,7 +139,7 @@ class ModelAndInputs:
         for option, path in outputs.items():
             if path is not None:
                 refuse_other_suffix(option, path)
-                refuse_overwriting(option, [path], self.inputs, self._files)
+                refuse_overwriting(option, [path], self.sources, self._files)
         refuse_one_place(outputs)
         if (output := outputs["-o"]) is None:
             return None
@@ -131,7 +149,6 @@ class ModelAndInputs:
         """Start the ranks, and load the model on each of them."""
         check_spill(computing.spill)
         launch(mesh.nproc, self.documents.inputs, self.folder, sp=mesh.sp, dp=mesh.dp)
-        from longnet_cli.data.tokenizer import end_of_text
         from longnet_cli.running.ranks.ranks import join
 
         freeze_imports()
@@ -149,22 +166,33 @@ class ModelAndInputs:
             vectors=self.embeds,
             on_note=partial(tell, quiet=quiet),
         )
-        net, reads_vectors = loaded.net, loaded.net.row_size is not None
+        check_spill(computing.spill, loaded.net)
+        return Opened(loaded, ranks, memory, quiet)
+
+    def inputs(self, loaded: Loaded, words: Tokenizer | None) -> Inputs:
+        """Return the documents as the model reads them, texts by the tokenizer `words`."""
+        from longnet_cli.data.inputs import Inputs
+        from longnet_cli.data.tokenizer import end_of_text
+
+        given, net = self.documents, loaded.net
         of_tokens = {
             "--tokenizer": given.tokenizer,
             "--tokenizer-differs": given.tokenizer_differs,
             "--eos": given.eos,
             "--bos": given.bos,
         }
+        reads_vectors = net.row_size is not None
         if reads_vectors and (unread := [name for name, value in of_tokens.items() if value]):
             raise ConfigError(f"{self.folder.name} reads vectors, which have no tokens: leave out {', '.join(unread)}")
-        inputs = replace(
-            self.inputs,
-            tokenizer=loaded.tokenizer,
+        return Inputs(
+            self.sources,
+            words,
+            given.column,
+            given.id_column,
+            tuple(given.keep or ()),
             vocab_size=net.config.vocab_size,
             eos_id=end_of_text(given.eos, loaded.tokenizer),
+            skip_bad=given.skip_bad,
             vectors=reads_vectors,
             coords=net.has_grid,
         )
-        check_spill(computing.spill, net)
-        return Opened(loaded, inputs, ranks, memory, quiet)

@@ -6,17 +6,11 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from longnet_cli.basics.sizes import format_count, format_duration
 from longnet_cli.cli.output import printable
-
-if TYPE_CHECKING:
-    from longnet_cli.data.documents import Document
-    from longnet_cli.data.inputs import Inputs
 
 RECENT = 60.0  # seconds
 BAR, SHORT_BAR = 24, 8  # columns
@@ -51,27 +45,18 @@ def progress(
 
 
 class ExpectedTokens:
-    """An estimate of the tokens of all documents, by the bytes of the inputs that those so far take.
+    """An estimate of the tokens of all documents, by the share of the inputs that those so far take."""
 
-    `inputs` are to be read in place of the ones given, and the documents to be passed through `counted`.
-    """
+    def __init__(self) -> None:
+        self._tokens, self._share = 0, 0.0
 
-    def __init__(self, inputs: Inputs, size: Callable[[Document], int] = len) -> None:
-        from longnet_cli.data.input_share import InputShare
-
-        self._watch, self._size, self._tokens = InputShare(), size, 0
-        self.inputs = replace(inputs, watch=self._watch)
-
-    def counted(self, documents: Iterable[Document]) -> Iterator[Document]:
-        """Yield the documents, and count their tokens."""
-        for document in documents:
-            self._tokens += self._size(document)
-            yield document
+    def count(self, tokens: int, share: float | None) -> None:
+        """Count the tokens of the next document, after which this `share` of the inputs was read; None if unknown."""
+        self._tokens, self._share = self._tokens + tokens, share or 0.0
 
     def total(self) -> int | None:
         """Return the expected number, None before the first document and where no size of a file is known."""
-        share = self._watch.share
-        return round(self._tokens / share) if share and self._tokens else None
+        return round(self._tokens / self._share) if self._share and self._tokens else None
 
 
 # Not tqdm, nor the time and speed columns of rich: logs get plain lines, and the time left follows the last minute.

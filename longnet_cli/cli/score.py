@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from longnet_cli.basics.atomic import atomic_write
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.basics.finite_json import to_json
-from longnet_cli.basics.sizes import format_count
+from longnet_cli.cli.command import SAMPLE, Excludes, Needs, check_pairs
 from longnet_cli.cli.dry_run import check_sample, dry_run
 from longnet_cli.cli.model_and_inputs import ModelAndInputs, Opened
 from longnet_cli.cli.options import OUTPUT, Computing, Documents, HelpPanel, Mesh, ModelChoice, Running
-from longnet_cli.cli.output import count_left_out, emit_json, emit_jsonl, end, printable, say_what_is_kept, tell
-from longnet_cli.cli.pairs import SAMPLE, Excludes, Needs, check_pairs
-from longnet_cli.cli.progress import Advance, ExpectedTokens, progress
+from longnet_cli.cli.output import count_left_out, emit_json, emit_jsonl, end, printable, tell
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from longnet_cli.data.documents import Document
-    from longnet_cli.data.left_out import LeftOut
+    from longnet_cli.data.inputs import Inputs
+    from longnet_cli.data.kept import LeftOut
     from longnet_cli.data.manifest import Manifest
     from longnet_cli.jobs.scoring.measures import Score
     from longnet_cli.jobs.scoring.scoring import ScoreOptions
-    from longnet_cli.models.folder import Loaded
 
 MEASURE = HelpPanel("What to measure")
 ROW_KEYS = {"kind", "doc_id", "n_tokens", "n_bytes"}
@@ -125,11 +120,12 @@ def score(options: ScoreCommand) -> None:
     for_folder = {"--resume": running.resume, "--shard-tokens": options.shard_tokens}
     earlier = named.check_outputs(outputs, where_to, for_folder, running)
     opened = named.open(options.mesh, options.computing, dry_run=running.dry_run)
+    inputs = named.inputs(opened.loaded, opened.loaded.tokenizer)
     _check_model(options, opened)
     if opened.room:
-        _estimate(options, opened)
+        _estimate(options, opened, inputs)
     else:
-        _run(options, opened, earlier)
+        _write(options, opened, inputs, earlier)
 
 
 def _check(options: ScoreCommand, keys: set[str]) -> None:
@@ -159,98 +155,61 @@ def _check_model(options: ScoreCommand, opened: Opened) -> None:
         raise ConfigError("--chosen is written by one process: leave out --nproc, --sp and --dp")
 
 
-def _estimate(options: ScoreCommand, opened: Opened) -> None:
+def _estimate(options: ScoreCommand, opened: Opened, inputs: Inputs) -> None:
+    from longnet_cli.jobs.row_jobs import ModelFacts
     from longnet_cli.jobs.scoring.scoring import Scorer
 
-    job = partial(Scorer, options=_decisive(options, opened.loaded))
+    job = partial(Scorer, options=_asked(options), facts=ModelFacts.of(opened.loaded))
     format: Literal["text", "json"] = "json" if options.format == "json" else "text"
-    dry_run(opened, job, "scoring", options.output, format, options.running, options.computing)
+    dry_run(opened, inputs, job, "scoring", options.output, format, options.running, options.computing)
 
 
-def _decisive(options: ScoreCommand, loaded: Loaded) -> ScoreOptions:
-    """Return what determines the rows."""
-    from longnet_cli.attention.notation import format_pattern
+def _asked(options: ScoreCommand) -> ScoreOptions:
     from longnet_cli.jobs.scoring.scoring import ScoreOptions
 
-    return ScoreOptions(
-        bos=loaded.bos,
-        context=tuple(options.context) if options.context else None,
-        stride=options.stride,
-        last=options.last,
-        model_name=loaded.origin,
-        tokenizer_sha256=loaded.tokenizer_sha256,
-        pattern=format_pattern(loaded.net.config.pattern),
-        by_position=options.by_position,
-    )
+    context = tuple(options.context) if options.context else None
+    return ScoreOptions(context, options.stride, options.last, options.by_position)
 
 
-def _run(options: ScoreCommand, opened: Opened, earlier: Manifest | None) -> None:
-    """Score the documents, with the progress on stderr, and print or write the rows."""
-    from longnet_cli.running.ranks.ranks import leave
-
-    data, quiet, output = opened.inputs, opened.quiet, options.output
-    left_out = count_left_out(data.skip_bad, quiet)
-    times = len(options.context or [None])  # how often each token is scored
-    done = times * earlier.totals["tokens"] if earlier else 0
-    known = times * (data.num_tokens() or 0) if options.last is None else 0
-    expected = ExpectedTokens(data, partial(_scored, times=times, last=options.last))
-    opened = opened._replace(inputs=expected.inputs, counted=expected.counted)
-    with (
-        say_what_is_kept(output or "-", quiet),
-        progress("scoring", total=known or expected.total, start=done, quiet=quiet) as advance,
-    ):
-        written = _write(options, opened, left_out, advance)
-    if written is not None and output is not None:
-        rows = written["rows"]
-        counts = f"{rows:,} row{'s' * (rows != 1)} of {format_count(written['tokens'])} tokens"
-        tell(f"{counts} -> {'stdout' if output == '-' else output}", quiet)
-    leave()
-    end(left_out, first=opened.ranks.first, quiet=quiet)
-
-
-def _scored(document: Document, times: int, last: int | None) -> int:
-    """Return how many of a document's tokens are scored, each at `times` contexts."""
-    return times * min(len(document), last or len(document))
-
-
-def _write(options: ScoreCommand, opened: Opened, left_out: LeftOut, advance: Advance) -> Counter[str] | None:
+def _write(options: ScoreCommand, opened: Opened, inputs: Inputs, earlier: Manifest | None) -> None:
     """Write a row per document to the output, or print it, and write what --token-logprobs and --chosen ask for."""
     from longnet_cli.jobs.chosen_sources import write_chosen
-    from longnet_cli.jobs.row_jobs import write_rows
+    from longnet_cli.jobs.row_jobs import ModelFacts
     from longnet_cli.jobs.scoring.scoring import Scorer
     from longnet_cli.jobs.scoring.token_logprobs import write_token_logprobs
     from longnet_cli.nets.weights import model_origin
+    from longnet_cli.running.ranks.ranks import leave
 
-    loaded, computing, first = opened.loaded, options.computing, opened.ranks.first
-    net, logprobs, top, chosen = loaded.net, options.token_logprobs, bool(options.top), options.chosen
-    lines = options.output is None or options.output.endswith(".jsonl")  # of text or JSON, with the totals
-    origin = (
-        model_origin(net, loaded.origin, loaded.tokenizer_sha256) if first and (lines or logprobs or chosen) else {}
-    )
-    format = options.format if options.output is None else "jsonl"
-    printed = partial(_Printed, format, options.output, options.context or (None,), origin, left_out)
+    loaded, first, output, words = opened.loaded, opened.ranks.first, options.output, opened.loaded.tokenizer
+    logprobs, top, chosen = options.token_logprobs, bool(options.top), options.chosen
+    left_out = count_left_out(inputs.skip_bad, opened.quiet)
+    lines = output is None or output.endswith(".jsonl")  # of text or JSON, with the totals
+    named = first and (lines or logprobs or chosen)
+    origin = model_origin(loaded.net, loaded.origin, loaded.tokenizer_sha256) if named else {}
+    format = options.format if output is None else "jsonl"
+    printed = partial(_Printed, format, output, options.context or (None,), origin, left_out)
     tokens = write_token_logprobs(logprobs, origin, top) if logprobs and first else nullcontext()
-    choices = write_chosen(chosen, net.config.pattern, origin) if chosen and first else nullcontext()
-    count_bytes = loaded.tokenizer.n_bytes if loaded.tokenizer else None
+    choices = write_chosen(chosen, loaded.net.config.pattern, origin) if chosen and first else nullcontext()
     with tokens as on_tokens, choices as on_choice:
-        more: dict[str, Any] = {"count_bytes": count_bytes, "on_tokens": on_tokens, "top": top}
-        return write_rows(
-            partial(Scorer, options=_decisive(options, loaded), **more),
-            net,
-            opened.inputs,
-            options.output or "-",
+        more: dict[str, Any] = {"on_tokens": on_tokens, "top": top, "count_bytes": words.n_bytes if words else None}
+        opened.write(
+            inputs,
+            partial(Scorer, options=_asked(options), facts=ModelFacts.of(loaded), **more),
+            output,
+            options.computing,
+            earlier,
+            doing="scoring",
+            unit="{:,} row",
+            left_out=left_out,
+            contexts=options.context,
+            last=options.last,
             shard_size=options.shard_tokens,
             resume=options.running.resume,
-            left_out=left_out,
-            telling=opened.telling(computing, options.context),
-            ranks=opened.ranks,
-            chunk=computing.chunk,
-            dtype=computing.dtype,
-            spill=computing.spill,
-            on_progress=advance,
             on_choice=on_choice,
             sink=printed if lines else None,
         )
+    leave()
+    end(left_out, first=first, quiet=opened.quiet)
 
 
 class _Printed:
@@ -268,6 +227,7 @@ class _Printed:
         left_out: LeftOut,
         schema: pa.Schema,
     ) -> None:
+        from longnet_cli.basics.atomic import atomic_write
         from longnet_cli.jobs.scoring.measures import Total
 
         self.format, self.contexts, self.left_out = format, contexts, left_out

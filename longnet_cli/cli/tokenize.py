@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Literal
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.basics.sizes import format_count
 from longnet_cli.cli import options as shared
+from longnet_cli.cli.command import Excludes, check_pairs
 from longnet_cli.cli.options import COMPUTE, INPUT, OUTPUT, HelpPanel, bare_or
 from longnet_cli.cli.output import check_output, count_left_out, end, tell
-from longnet_cli.cli.pairs import Excludes, check_pairs
 from longnet_cli.cli.progress import progress
 from longnet_cli.cli.starting import ask_hub, launch
 from longnet_cli.running.ranks.launch import under_torchrun
@@ -75,7 +75,7 @@ def tokenize(options: TokenizeCommand) -> None:
         ask_hub(None, options.tokenizer)
     beside = tokenizer_beside(output)
     data = Inputs(options.inputs, column=options.column, id_column=options.id_column, skip_bad=options.skip_bad)
-    refuse_overwriting("-o", [output, *([beside] if beside else [])], data, [Tokenizer.find(options.tokenizer)])
+    refuse_overwriting("-o", [output, *([beside] if beside else [])], data.sources, [Tokenizer.find(options.tokenizer)])
     for_folder = {"--shard-tokens": options.shard_tokens, "--shard-format": options.shard_format != "arrow"}
     where_to = "token ids are binary, stdout is a terminal: name a folder or a file (-o tokens), or pipe them"
     earlier = check_output(output, where_to, for_folder, resume=options.resume)

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 from longnet_cli.basics.errors import ConfigError, LongNetError
 from longnet_cli.basics.sizes import format_bytes
 from longnet_cli.cli import options as shared
+from longnet_cli.cli.command import Excludes, check_pairs
 from longnet_cli.cli.dry_run import Format, check_fits, show_training
 from longnet_cli.cli.options import COMPUTE, INPUT, OUTPUT, HelpPanel, Mesh, argument, bare_or, read_pattern
 from longnet_cli.cli.output import note, tell
-from longnet_cli.cli.pairs import Excludes, check_pairs
 from longnet_cli.cli.progress import Advance, progress
 from longnet_cli.cli.starting import ask_hub, freeze_imports, launch
 from longnet_cli.running.ranks.launch import LAUNCHED
@@ -121,7 +121,7 @@ def train(options: TrainCommand) -> None:
     launch(
         options.mesh.nproc, sp=options.mesh.sp, dp=options.mesh.dp
     )  # now: one process downloads, and refuses what every rank would refuse
-    from longnet_cli.jobs.training.estimate import estimate_training, is_too_large, settle_chunk
+    from longnet_cli.jobs.training.costs import estimate_training, is_too_large, settle_chunk
     from longnet_cli.running.device import keep_freed_memory
     from longnet_cli.running.ranks.ranks import join, leave
 

@@ -6,34 +6,16 @@ import tempfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
-from longnet_cli.basics.errors import ConfigError, DataError
-from longnet_cli.data.files import FileChangedError, StoredIds, no_place
-from longnet_cli.data.left_out import OnSkip
+from longnet_cli.basics.errors import DataError
+from longnet_cli.data.files import FileChangedError, Part, no_place
 from longnet_cli.data.tokenizer import Tokenizer
 
 BLOCK = 1 << 18  # tokens per step of a pass over a document: 2 MB of int64, which stay in the CPU cache
 SPOOL_BYTES = 256 << 20  # bytes of one document's ids in memory; more go to a file in $TMPDIR
-
-T = TypeVar("T")
-
-
-class Part(NamedTuple):
-    """Consecutive ids: a row, or a stretch of a flat column.
-
-    `ids` is (tokens,) of any integer type, a view of memory or of a file. `valid` (tokens,) is false at nulls, None
-    when there are none. `row` is the row of the file that holds the ids. In a `flat` part every id is a row, and
-    `row` is the first.
-    """
-
-    ids: np.ndarray | StoredIds
-    valid: pa.BooleanArray | None = None
-    row: int | None = None
-    flat: bool = False
 
 
 class Document:
@@ -172,38 +154,6 @@ class Unread(Document):
     def __init__(self, error: DataError, *, file: bool = False) -> None:
         super().__init__("", np.empty(0, np.int64), 0, str(error))
         self.error, self.file = error, file
-
-
-def checked(
-    documents: Iterable[Document],
-    make: Callable[[Document], T],
-    on_skip: OnSkip | None = None,
-    on_empty: Callable[[Document], None] | None = None,
-    *,
-    reads: bool = True,
-) -> Iterator[T]:
-    """Yield what `make` returns for each document, and raise the errors that it raises.
-
-    With `on_skip`, a document that causes ConfigError or DataError is passed to `on_skip`, with the error, and nothing
-    is raised. To find such errors, all ids of each document are read here, unless `reads` is false. A file that changes
-    while it is read raises its error in any case. With `on_empty`, an empty document is passed to it, not yielded.
-    """
-    for document in documents:
-        try:
-            if isinstance(document, Unread):
-                raise document.error
-            made = make(document)
-            for start in range(0, len(document) if on_skip and reads else 0, document.block):
-                document.read(start, start + document.block)
-        except (ConfigError, DataError) as error:
-            if on_skip is None or isinstance(error, FileChangedError):
-                raise
-            on_skip(document, error)
-        else:
-            if len(document) or on_empty is None:
-                yield made
-            else:
-                on_empty(document)
 
 
 def collect(parts: Iterable[Part]) -> list[Part]:

@@ -10,9 +10,10 @@ import mmap
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
 from longnet_cli.basics.errors import DataError, LongNetError, MemoryLimitError
 from longnet_cli.basics.system_calls import read_into
@@ -136,3 +137,20 @@ def no_place(error: OSError) -> LongNetError:
     return LongNetError(
         f"{tempfile.gettempdir()}: no place for a document larger than memory: {error.strerror or error}; set TMPDIR"
     )
+
+
+class Part(NamedTuple):
+    """Consecutive ids: a row, or a stretch of a flat column or of a text.
+
+    `ids` is (tokens,) of any integer type, a view of memory or of a file. `valid` (tokens,) is false at nulls, None
+    when there are none. `row` is the row of the file that holds the ids. In a `flat` part every id is a row, and
+    `row` is the first. Of a text, `n_bytes` are its UTF-8 bytes and `places`, if asked for, the characters [start, end)
+    of each token in the whole text, (tokens, 2) int32.
+    """
+
+    ids: np.ndarray | StoredIds
+    valid: pa.BooleanArray | None = None
+    row: int | None = None
+    flat: bool = False
+    n_bytes: int = 0
+    places: np.ndarray | None = None

@@ -1,22 +1,26 @@
 """Input documents: the rows of tables and the texts of files, as text, as token ids or as vectors.
 
-    names --find_sources--> Source --open_source--> Text | Table --Inputs--> Text | Document | Vectors
+    names --Sources--> Source --open_source--> Text | Table --DocumentPass--> Text | Document | Vectors
 
 Token columns stay in their file and are sliced, never joined: Arrow's 32-bit list offsets overflow at 2^31 tokens. A
 resumed run knows its inputs again by digests of their contents.
 """
+
+from __future__ import annotations
 
 import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from longnet_cli.basics.errors import ConfigError, DataError, LongNetError, RefusedError
 from longnet_cli.data.columns import (
@@ -32,13 +36,12 @@ from longnet_cli.data.columns import (
     stays_in_file,
 )
 from longnet_cli.data.compressed import compression
-from longnet_cli.data.documents import Document, Part, Unread, collect
-from longnet_cli.data.files import FileChangedError, no_place
+from longnet_cli.data.documents import Document, Unread, collect
+from longnet_cli.data.files import FileChangedError, Part, no_place
 from longnet_cli.data.folders import ARROW_KINDS, sniff
 from longnet_cli.data.formats import open_source
-from longnet_cli.data.input_share import InputShare
 from longnet_cli.data.manifest import read_manifest
-from longnet_cli.data.names import Source, find_sources
+from longnet_cli.data.names import Source, Sources
 from longnet_cli.data.tables import Table, Text, reading
 from longnet_cli.data.token_columns import BadRowError, flat_documents, list_documents, table_texts
 from longnet_cli.data.tokenizer import Tokenizer
@@ -86,8 +89,7 @@ SPOOLED_PART = 1 << 24  # characters per read of a text in a temporary file
 class Inputs:
     """The documents in the files that `names` stand for: files, folders, globs, @lists, URIs and `-` for stdin.
 
-    The names are expanded when the files are first needed, and only once: a copy (`dataclasses.replace`) has the same
-    files. A row is a document. Neighbouring rows of a file with one `doc_id` or `id` are one document: a `part` column
+    A row is a document. Neighbouring rows of a file with one `doc_id` or `id` are one document: a `part` column
     must then count 0, 1, 2, .... For `column`, `id_column` and `keep`, see `Wanted`.
 
     Text needs the `tokenizer`, and chats (`messages`) its chat template. A flat integer column is cut at `eos_id`
@@ -98,16 +100,13 @@ class Inputs:
     `doc_id` are a document, and a table without such a column is one. Or a row is a document, a list of vectors.
     Coordinates are in a column `coords` of pairs, or in `x` and `y`; without `coords` they are not read.
 
-    A list `opened` gets the name and the digest (`content_digest`) of each file, before its first document is read. A
-    `watch` counts the documents that are handed out.
-
     Reading raises ConfigError for a missing tokenizer or column, for no input, for stdin given twice, and for a
     tokenizer other than the one that made the tokens; DataError for missing, empty or damaged data and for inputs with
     different types of token. With `skip_bad`, each file and row that would raise DataError becomes an `Unread`
     document. Raises ConfigError for an `eos_id` that no token can have.
     """
 
-    names: Sequence[str | Path]
+    names: Sequence[str | Path] | Sources
     tokenizer: Tokenizer | None = None
     column: str | None = None
     id_column: str | None = None
@@ -117,26 +116,14 @@ class Inputs:
     skip_bad: bool = False
     vectors: bool = False
     coords: bool = True
-    opened: list[tuple[str, str | None]] | None = field(default=None, repr=False, compare=False)
-    watch: InputShare | None = field(default=None, repr=False, compare=False)
-    _expanded: list[tuple[list[Source], list[DataError]]] = field(default_factory=list, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         _check_eos("", self.eos_id, self.vocab_size or (self.tokenizer.vocab_size if self.tokenizer else None))
 
-    def _files(self) -> tuple[list[Source], list[DataError]]:
-        """Return the files, and the errors of the inputs that are missing."""
-        if not self._expanded:
-            self._expanded.append(find_sources(self.names))
-        return self._expanded[0]
-
-    @property
-    def sources(self) -> list[Source]:
-        """The files. Raises the DataError of the first missing input, unless `skip_bad`."""
-        sources, missing = self._files()
-        if missing and not self.skip_bad:
-            raise missing[0]
-        return sources
+    @cached_property
+    def sources(self) -> Sources:
+        """The files."""
+        return self.names if isinstance(self.names, Sources) else Sources(self.names, skip_bad=self.skip_bad)
 
     @property
     def wanted(self) -> Wanted:
@@ -145,7 +132,7 @@ class Inputs:
     def fingerprint(self) -> str:
         """Return a digest of the files' names, order and sizes (not of pipes), which a resumed run must find again."""
         digest = hashlib.sha256()
-        sources, _ = self._files()
+        sources = self.sources.found
         for source in sources:
             size = source.path.stat().st_size if source.path is not None and source.path.is_file() else None
             digest.update(f"{source.name}\0{size}\0".encode("utf-8", "surrogateescape"))
@@ -154,7 +141,7 @@ class Inputs:
     def num_tokens(self) -> int | None:
         """Return the number of token ids if all names are folders whose manifests give it, otherwise None."""
         total = 0
-        for folder in self.names:
+        for folder in self.sources.names:
             try:
                 manifest = read_manifest(folder)
             except LongNetError:  # the reader of the data reports it
@@ -167,7 +154,7 @@ class Inputs:
     def num_bytes(self) -> int | None:
         """Return the bytes of the files if all are plain text, otherwise None."""
         total = 0
-        for source in self._files()[0]:
+        for source in self.sources.found:
             if source.path is None or not source.path.is_file():
                 return None
             with suppress(OSError), open(source.path, "rb") as file:  # reading it will report its error
@@ -177,24 +164,24 @@ class Inputs:
                 total += source.path.stat().st_size
         return total
 
-    def documents(self) -> Iterator[Any]:
-        """Yield the documents of every file, in order: each a Document of token ids, or Vectors."""
-        return self._each(self.documents_of)
+    def documents(self, *, digests: bool = False) -> DocumentPass:
+        """Return the documents of every file, in order: each a Document of token ids, or Vectors."""
+        return DocumentPass(self, self.documents_of, digests)
 
-    def untokenized(self) -> Iterator[Any]:
-        """Yield the documents of `documents`, but leave each Text untokenized.
+    def untokenized(self) -> DocumentPass:
+        """Return the documents of `documents`, but leave each Text untokenized.
 
         Even with `skip_bad`, a text that cannot be read to its end raises DataError while it is read.
         """
-        return self._each(self._items)
+        return DocumentPass(self, self.items)
 
-    def texts(self) -> Iterator[Any]:
-        """Yield the Text of text files and of text columns, in order. A long file is read part by part.
+    def texts(self, words: Tokenizer | None = None, *, digests: bool = False) -> DocumentPass:
+        """Return the Text of text files and of text columns, in order. A long file is read part by part.
 
-        Chats are read only with a tokenizer. With `skip_bad`, a long file is read to its end before its Text is
-        yielded, and waits in a file in $TMPDIR.
+        Chats are read only with a tokenizer, `words`. With `skip_bad`, a long file is read to its end before its Text
+        is yielded, and waits in a file in $TMPDIR.
         """
-        return self._each(self._texts)
+        return DocumentPass(self, partial(self._texts, words), digests)
 
     def stored(self) -> Iterator[Any]:
         """Yield the documents of `documents` whose lengths are known at once and which can be read a second time.
@@ -211,60 +198,51 @@ class Inputs:
             if isinstance(opened, Table) and stays_in_file(self.columns_of(opened).type):
                 yield from self.documents_of(opened)
 
-    def columns_of(self, table: Table, *, ids: bool = True) -> Columns:
-        """Choose the columns of a table that `documents` reads or, without `ids`, `texts`."""
-        form: Form = "vectors" if self.vectors else "tokens" if ids else "text"
-        return choose_columns(table, self.wanted, form, chats=ids or self.tokenizer is not None, coords=self.coords)
+    def columns_of(self, table: Table, form: Form = "tokens", *, chats: bool = True) -> Columns:
+        """Choose the columns of a table that `documents` reads or, with the form `text`, `texts`."""
+        form = "vectors" if self.vectors else form
+        return choose_columns(table, self.wanted, form, chats=chats, coords=self.coords)
 
     def documents_of(self, opened: Text | Table, types: TokenTypes | None = None) -> Iterator[Any]:
-        """Yield the documents of one opened file, as `documents` does. `types` checks its type of token."""
-        for item in self._items(opened, types):
-            yield _encode(item, self.tokenizer, self.vocab_size) if isinstance(item, Text) else item
+        """Return the documents of one opened file, as `documents` does. `types` checks its type of token."""
+        return map(self._document, self.items(opened, types))
 
-    def _each(self, read: Callable[[Text | Table, TokenTypes], Iterator[Any]]) -> Iterator[Any]:
-        """Yield the items that `read` returns for each file. With `skip_bad`, yield errors instead of raising them."""
-        sources, types, watch = self.sources, TokenTypes(), self.watch or InputShare()
-        watch.begin(sources if self.watch else ())
-        yield from (Unread(error, file=True) for error in self._files()[1])
-        for source in sources:
-            if self.opened is not None:
-                self.opened.append((source.where, content_digest(source)))
-            try:
-                watch.open(source)
-                for item in read(watch.watched(open_source(source, self.wanted)), types):
-                    watch.count()
-                    yield item
-            except DataError as error:
-                if not self.skip_bad or isinstance(error, FileChangedError):
-                    raise
-                yield Unread(error, file=True)
-
-    def _texts(self, opened: Text | Table, types: TokenTypes) -> Iterator[Text | Unread]:
-        for text in self._items(opened, types, ids=False):
-            yield _spooled(text) if self.skip_bad and isinstance(text, Text) else text
-
-    def _items(self, opened: Text | Table, types: TokenTypes | None, *, ids: bool = True) -> Iterator[Any]:
+    def items(self, opened: Text | Table, types: TokenTypes | None = None) -> Iterable[Any]:
+        """Return the items of one opened file, as `untokenized` does."""
         if isinstance(opened, Text):
-            if self.vectors:
-                raise DataError(
-                    f"{opened.where}: this is text, and the model reads vectors: give Arrow, Parquet or HDF5 files "
-                    f"with a column {', '.join(VECTOR_COLUMNS)}"
-                )
-            if asked := self.wanted.names:
-                raise ConfigError(
-                    f"{opened.where}: column {asked[0]!r} is asked for, and this is plain text, which has no columns"
-                )
-            yield opened
-            return
-        columns = self.columns_of(opened, ids=ids)
+            self._check_text(opened)
+            return (opened,)
+        columns = self.columns_of(opened)
         if types:
             types.check(opened, columns)
         if self.vectors:
-            yield from vector_documents(opened, columns, self.skip_bad)
-        elif is_text(columns.type) or is_chat(columns.type):
-            yield from table_texts(opened, columns, self.tokenizer, self.skip_bad)
-        else:
-            yield from self._ids(opened, columns)
+            return vector_documents(opened, columns, self.skip_bad)
+        if is_text(columns.type) or is_chat(columns.type):
+            return table_texts(opened, columns, self.tokenizer, self.skip_bad)
+        return self._ids(opened, columns)
+
+    def _texts(self, words: Tokenizer | None, opened: Text | Table, types: TokenTypes) -> Iterable[Text | Unread]:
+        if isinstance(opened, Text):
+            self._check_text(opened)
+            return (_spooled(opened) if self.skip_bad else opened,)
+        columns = self.columns_of(opened, "text", chats=words is not None)
+        types.check(opened, columns)
+        return table_texts(opened, columns, words, self.skip_bad)
+
+    def _check_text(self, text: Text) -> None:
+        """Raise DataError where vectors are read, ConfigError where a column is asked for."""
+        if self.vectors:
+            raise DataError(
+                f"{text.where}: this is text, and the model reads vectors: give Arrow, Parquet or HDF5 files "
+                f"with a column {', '.join(VECTOR_COLUMNS)}"
+            )
+        if asked := self.wanted.names:
+            raise ConfigError(
+                f"{text.where}: column {asked[0]!r} is asked for, and this is plain text, which has no columns"
+            )
+
+    def _document(self, item: Text | Document) -> Document:
+        return encode_text(item, self.tokenizer, self.vocab_size) if isinstance(item, Text) else item
 
     def _ids(self, table: Table, columns: Columns) -> Iterator[Document]:
         tokenizer, vocab_size, eos_id = self.tokenizer, self.vocab_size, self.eos_id
@@ -287,6 +265,83 @@ class Inputs:
                 yield Unread(error)
                 continue
             yield Document(group.doc_id, parts, tokenizer, where, limit=vocab_size, place=table.place, kept=group.kept)
+
+
+class DocumentPass:
+    """One pass over the documents of some inputs.
+
+    `opened` has the name of each file so far and, with `digests`, its `content_digest` before its first document was
+    read. Raises as `Inputs` says.
+    """
+
+    def __init__(
+        self, inputs: Inputs, read: Callable[[Text | Table, TokenTypes], Iterable[Any]], digests: bool = False
+    ) -> None:
+        """Yield the items that `read` returns for each file. With `skip_bad`, yield errors instead of raising them."""
+        self._inputs, self._read, self._digests = inputs, read, digests
+        self.opened: list[tuple[str, str | None]] = []
+        self._total: int | None = None
+        self._before = self._size = 0  # bytes of the files before, and of the one that is read
+        self._begin = self._end = 0.0  # shares of that file before and after the batch that is read
+        self._rows = self._given = 0  # of the batch, and documents given of it
+
+    def __iter__(self) -> Iterator[Any]:
+        sources, types = [*self._inputs.sources], TokenTypes()
+        sizes = [_size(source) for source in sources]
+        self._total = None if None in sizes else sum(size or 0 for size in sizes)
+        for error in self._inputs.sources.missing:
+            yield Unread(error, file=True)
+        for source, size in zip(sources, sizes, strict=True):
+            self.opened.append((source.where, content_digest(source) if self._digests else None))
+            self._before, self._size = self._before + self._size, size or 0
+            self._batch(0.0, 0.0, 0)
+            try:
+                for item in self._read(self._watched(open_source(source, self._inputs.wanted)), types):
+                    self._given += 1
+                    yield item
+            except DataError as error:
+                if not self._inputs.skip_bad or isinstance(error, FileChangedError):
+                    raise
+                yield Unread(error, file=True)
+
+    @property
+    def share(self) -> float | None:
+        """The share of the inputs that was given so far, from 0 to 1; None if the size of a file is not known.
+
+        Within a batch of a table, each document counts alike; a batch counts by its bytes, or in Parquet by its rows.
+        """
+        if not self._total:
+            return None
+        inside = min(1.0, self._given / self._rows) if self._rows else 1.0
+        return (self._before + self._size * (self._begin + (self._end - self._begin) * inside)) / self._total
+
+    def _watched(self, opened: Text | Table) -> Text | Table:
+        """Return the opened file, whose batches are counted when they are read. A text is one document."""
+        if isinstance(opened, Text):
+            self._batch(0.0, 1.0, 1)
+            return opened
+
+        def read(columns: list[str]) -> Iterator[pa.RecordBatch]:
+            rows = 0
+            for batch in opened.read(columns):
+                rows += batch.num_rows
+                self._batch(self._end, max(self._end, min(1.0, opened.share(rows))), batch.num_rows)
+                yield batch
+            self._batch(1.0, 1.0, 0)
+
+        return replace(opened, read=read)
+
+    def _batch(self, begin: float, end: float, rows: int) -> None:
+        self._begin, self._end, self._rows, self._given = begin, end, rows, 0
+
+
+def _size(source: Source) -> int | None:
+    """Return the bytes of a file on this machine, None for a pipe and for a file in a store."""
+    if source.path is not None and source.filesystem is None:
+        with suppress(OSError):
+            if source.path.is_file():
+                return source.path.stat().st_size
+    return None
 
 
 def _check_eos(where: str, eos_id: int | None, vocab_size: int | None) -> None:
@@ -339,26 +394,24 @@ def _spooled(text: Text) -> Text:
     return replace(text, rest=waiting)
 
 
-def _encode(text: Text, tokenizer: Tokenizer | None, limit: int | None) -> Document:
+def encode_text(text: Text, tokenizer: Tokenizer | None, limit: int | None) -> Document:
     """Return a text as ids; `Unread` for one that the tokenizer refuses. Raises ConfigError without a tokenizer."""
     if tokenizer is None:
         raise ConfigError(f"{text.where}: this is text: give a tokenizer (bytes, or a tokenizer.json)")
     if text.ids:
         return Document(text.doc_id, text.ids(), tokenizer, text.where, limit=limit, kept=text.kept)
-    n_bytes, places = 0, []
-
-    def parts() -> Iterator[Part]:
-        nonlocal n_bytes
-        for stretch in tokenizer.encode_long(text.parts):
-            n_bytes += stretch.n_bytes
-            places.extend([] if stretch.places is None else [stretch.places])
-            yield Part(stretch.ids)
-
     try:
-        encoded = collect(parts()) or [Part(np.empty(0, np.int32))]
+        encoded = collect(tokenizer.encode_long(text.parts)) or [Part(np.empty(0, np.int32))]
     except RefusedError as error:
         return Unread(DataError(f"{text.where}: {error}"))
-    where = np.concatenate(places) if places else None
+    places = [part.places for part in encoded if part.places is not None]
     return Document(
-        text.doc_id, encoded, n_bytes, text.where, limit=limit, kept=text.kept, tokenizer=tokenizer, places=where
+        text.doc_id,
+        encoded,
+        sum(part.n_bytes for part in encoded),
+        text.where,
+        limit=limit,
+        kept=text.kept,
+        tokenizer=tokenizer,
+        places=np.concatenate(places) if places else None,
     )

@@ -50,7 +50,7 @@ def open_json_lines(source: Source, pipe: Pipe, wanted: Wanted) -> Table | None:
         beside = f" ({source.beside})" if source.beside else ""
         raise DataError(f"{source.where}, line 1: not JSON Lines of documents: {problem}{beside}")
     fields |= _kept_types(pipe, source.where, [name for name in wanted.keep if name not in (*fields, wanted.column)])
-    rows = _Rows(source.where, pipe, wanted, pa.schema(list(fields.items())))
+    rows = _OpenedLines(source.where, pipe, wanted, pa.schema(list(fields.items())))
     return Table(
         source.name, source.where, rows.schema, rows.batches, "JSON Lines", numbered="line", typed=False, bad=rows.bad,
         begins=rows.begins,
@@ -92,7 +92,7 @@ def _column_types(row: dict[str, Any], wanted: Wanted, usual: Sequence[str]) -> 
     return kinds if kinds.keys() & {*usual} else {}
 
 
-class _Rows:
+class _OpenedLines:
     """The rows of an opened input. Those in `bad` cannot be read, and at those in `begins` another document begins."""
 
     def __init__(self, where: str, pipe: Pipe, wanted: Wanted, schema: pa.Schema) -> None:

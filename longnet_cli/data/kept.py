@@ -1,12 +1,12 @@
-"""Columns of the input that documents carry along to the rows of an output (`--keep`)."""
+"""The part of documents that an output has: columns they carry along (`--keep`), and the count of those left out."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import pyarrow as pa
 
-from longnet_cli.basics.errors import ConfigError, DataError
+from longnet_cli.basics.errors import ConfigError, DataError, LongNetError
 from longnet_cli.data.documents import Document, Unread
 
 
@@ -17,15 +17,6 @@ class Carrier(Protocol):
     def where(self) -> str: ...
     @property
     def kept(self) -> Mapping[str, pa.Scalar]: ...
-
-
-class Sent(NamedTuple):
-    """A value that another process sent as JSON. It stands for the original scalar."""
-
-    value: Any
-
-    def as_py(self) -> Any:
-        return self.value
 
 
 def first_kept(
@@ -80,3 +71,42 @@ def _value(carrier: Carrier, field: pa.Field) -> pa.Scalar:
         raise DataError(
             f"{carrier.where}: {field.name!r} is {value.type}, and {field.type} in the first document"
         ) from error
+
+
+OnSkip = Callable[[Any, LongNetError], None]  # called with a document or a text that is left out, and the reason
+
+
+class LeftOut:
+    """The number of documents that have no row: `skipped` ones, which cannot be read, and `empty` ones.
+
+    `skipped_files` of the skipped ones are files, whose documents nobody has counted.
+
+    A job calls `skip` with each document, row or file that it cannot read, and this calls `on_skip`. Without `on_skip`,
+    `skip` is None: such a document ends the run.
+    """
+
+    def __init__(self, on_skip: OnSkip | None = None) -> None:
+        self.skipped = self.skipped_files = self.empty = 0
+        self._on_skip = on_skip
+        self.skip: OnSkip | None = self._skip if on_skip else None
+
+    def pass_over(self, document: Any) -> None:
+        """Count an empty document."""
+        self.empty += 1
+
+    def take(self, totals: Mapping[str, int]) -> None:
+        """Take the counts from the totals of a manifest instead."""
+        self.skipped, self.empty = totals.get("skipped", 0), totals.get("empty", 0)
+        self.skipped_files = totals.get("skipped_files", 0)
+
+    def __str__(self) -> str:
+        """Return what was skipped, such as `2 documents and 1 file left out`."""
+        counts = {"document": self.skipped - self.skipped_files, "file": self.skipped_files}
+        counted = [f"{count} {what}{'s' * (count > 1)}" for what, count in counts.items() if count]
+        return f"{' and '.join(counted)} left out"
+
+    def _skip(self, document: Any, error: LongNetError) -> None:
+        self.skipped += 1
+        self.skipped_files += getattr(document, "file", False)  # an Unread has it
+        if self._on_skip:
+            self._on_skip(document, error)

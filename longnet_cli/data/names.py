@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -53,6 +53,35 @@ class Source:
     where: str
     filesystem: "FileSystem | None" = None
     beside: str = ""
+
+
+class Sources:
+    """The files that `names` stand for, in order. Names are expanded when the files are first needed, and only once.
+
+    Iterating raises the DataError of the first missing input, unless `skip_bad`.
+    """
+
+    def __init__(self, names: Sequence[str | Path], *, skip_bad: bool = False) -> None:
+        self.names, self.skip_bad = names, skip_bad
+
+    def __iter__(self) -> Iterator[Source]:
+        if self.missing and not self.skip_bad:
+            raise self.missing[0]
+        return iter(self.found)
+
+    @cached_property
+    def _expanded(self) -> tuple[list[Source], list[DataError]]:
+        return find_sources(self.names)
+
+    @property
+    def found(self) -> list[Source]:
+        """The files that are there."""
+        return self._expanded[0]
+
+    @property
+    def missing(self) -> list[DataError]:
+        """The errors of the inputs that are missing."""
+        return self._expanded[1]
 
 
 def find_sources(names: Sequence[str | Path]) -> tuple[list[Source], list[DataError]]:

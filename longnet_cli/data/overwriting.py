@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.data.inputs import Inputs
+from longnet_cli.data.names import Sources
 
 Identity = tuple[int, int]  # device and inode: the same for hard links, symbolic links and other spellings of a path
 
@@ -15,14 +15,14 @@ Identity = tuple[int, int]  # device and inode: the same for hard links, symboli
 def refuse_overwriting(
     option: str,
     outputs: Sequence[str | Path],
-    inputs: Inputs | None = None,
+    inputs: Sources | None = None,
     also: Iterable[str | Path | None] = (),
 ) -> None:
     """Raise ConfigError where writing to one of `outputs` would change or replace a file that the command reads.
 
     An output file must not be one of the inputs; an output folder must not contain one, at any depth; `-` is the file
     behind stdout. `also` are other files that are read, or model folders, whose own files count; None is ignored.
-    `option` is the name of the output's option, for the message. Raises what `inputs.sources` raises.
+    `option` is the name of the output's option, for the message. Raises as `inputs` do.
     """
     places = {place: output for output in outputs if (place := _identity(output))}  # the outputs that exist
     if not places:
@@ -52,10 +52,10 @@ def refuse_one_place(outputs: Mapping[str, str | Path | None]) -> None:
                 raise ConfigError(f"{option} {output} is the output of {other} as well: name another")
 
 
-def _read_files(inputs: Inputs | None, also: Iterable[str | Path | None]) -> Iterator[Path]:
+def _read_files(inputs: Sources | None, also: Iterable[str | Path | None]) -> Iterator[Path]:
     if inputs:
         yield from (Path(str(name)[1:]) for name in inputs.names if str(name).startswith("@"))
-        yield from (source.path for source in inputs.sources if source.path and not source.filesystem)
+        yield from (source.path for source in inputs if source.path and not source.filesystem)
     for path in also:
         if path is None:
             continue

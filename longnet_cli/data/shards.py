@@ -24,7 +24,7 @@ from longnet_cli.basics.atomic import is_temporary, locked_folder, remove_leftov
 from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.data import arrow
 from longnet_cli.data.files import StoredFile, read_error
-from longnet_cli.data.left_out import LeftOut
+from longnet_cli.data.kept import LeftOut
 from longnet_cli.data.manifest import UNFINISHED, Manifest, read_manifest
 from longnet_cli.data.outputs import ShardWriter
 from longnet_cli.data.tables import one_line
@@ -61,7 +61,7 @@ class ShardFolder:
     `settings`, finished or not: `documents` then says how many documents to skip, and `finished` whether nothing is
     left to do. Shards are byte for byte the same as without the interruption, if batches depend only on the documents
     since the last `end_shard`. The manifest gets the counts of `left_out`, which a resumed run counts again; a folder
-    that is finished already gives its own counts to `left_out`. It also gets the digests in `opened` (see `Inputs`).
+    that is finished already gives its own counts to `left_out`. It also gets the digests in `opened` (see `Documents`).
 
     Raises ConfigError for a folder in use, other settings or a folder that cannot be written, DataError for a damaged
     shard of the earlier run, LongNetError when a write fails. After an error the finished shards stay.
@@ -123,7 +123,7 @@ class ShardFolder:
         return self
 
     def unread(self, documents: Iterator[T]) -> Iterator[T]:
-        """Yield the documents after those of finished shards.
+        """Read the documents of finished shards, and return the others.
 
         Raises DataError if those come from files that have changed since they were read, or if there are fewer.
         """
@@ -140,7 +140,7 @@ class ShardFolder:
             raise DataError(
                 f"{self.folder}: cannot resume: finished shards hold {self.documents} documents, and the inputs {given}"
             )
-        yield from documents
+        return documents
 
     def write(self, batch: pa.RecordBatch, **counts: int) -> None:
         """Append a batch to the open shard, and add the `counts` (`documents=3`, ...) to the counts of that shard."""

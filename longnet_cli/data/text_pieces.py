@@ -7,9 +7,8 @@ of PIECE characters. A text is cut where its tokenizer starts a new word, which 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import tokenizers
@@ -32,36 +31,51 @@ LOCAL = {"BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Pr
 REACH = 512
 
 
-def cut_text(parts: Iterable[str], split: Callable[[str], list[Any]], cut: re.Pattern[str] = AT_SIGN) -> Iterator[str]:
+class TextCutter:
+    """A text that comes in parts, cut into pieces that do not depend on the parts.
+
+    `end_of(text, start)` returns where the piece that begins at `start` ends. It may look `ahead` characters further,
+    or up to the end of the text.
+    """
+
+    def __init__(self, parts: Iterable[str], end_of: Callable[[str, int], int], ahead: int = 0) -> None:
+        self._parts, self._end_of, self._ahead = iter(parts), end_of, ahead
+        self._text, self._start = "", 0
+
+    def take(self, size: int = 1) -> list[str]:
+        """Return the next pieces, which together have `size` characters or more; fewer at the end, and then none."""
+        pieces: list[str] = []
+        while size > 0 and (piece := self._next()):
+            pieces.append(piece)
+            size -= len(piece)
+        return pieces
+
+    def _next(self) -> str:
+        while len(self._text) - self._start <= self._ahead and (part := next(self._parts, None)) is not None:
+            self._text, self._start = self._text[self._start :] + part, 0
+        start, self._start = self._start, self._end_of(self._text, self._start)
+        return self._text[start : self._start]
+
+
+def cut_text(parts: Iterable[str], split: Callable[[str], list[Any]], cut: re.Pattern[str] = AT_SIGN) -> TextCutter:
     """Cut a text, which comes in parts, where words start anyway, about every PIECE characters.
 
     `split` returns the tokens of a text. A run of letters longer than LONGEST_PIECE is cut too, because it would take
-    quadratic time. The pieces do not depend on the parts.
+    quadratic time.
     """
-    text, start = "", 0
-    for part in chain(parts, (None,)):
-        if part is not None:
-            text, start = text[start:] + part, 0
-        # the end of the next piece is known once there are so many characters, or the rest of the text
-        while len(text) - start > (PIECE if part is None else LONGEST_PIECE + REACH):
-            end = _end(text, start, split, cut)
-            yield text[start:end]
-            start = end
-    if start < len(text):
-        yield text[start:]
 
+    def end_of(text: str, start: int) -> int:
+        place, limit, tries = start + PIECE, min(start + LONGEST_PIECE, len(text)), 0
+        while match := cut.search(text, place, limit):
+            end = match.start()
+            before, after = text[max(start, end - REACH) : end], text[end : end + REACH]
+            if split(before + after) == split(before) + split(after):
+                return end
+            tries += 1
+            place = end + tries  # further and further: a text may have a million such places
+        return limit
 
-def _end(text: str, start: int, split: Callable[[str], list[Any]], cut: re.Pattern[str]) -> int:
-    """Return where the piece that begins at `start` ends."""
-    place, limit, tries = start + PIECE, min(start + LONGEST_PIECE, len(text)), 0
-    while match := cut.search(text, place, limit):
-        end = match.start()
-        before, after = text[max(start, end - REACH) : end], text[end : end + REACH]
-        if split(before + after) == split(before) + split(after):
-            return end
-        tries += 1
-        place = end + tries  # further and further: a text may have a million such places
-    return limit
+    return TextCutter(parts, end_of, LONGEST_PIECE + REACH)
 
 
 def find_cut(inner: tokenizers.Tokenizer, description: Mapping[str, Any]) -> re.Pattern[str] | None:

@@ -14,7 +14,8 @@ import pyarrow as pa
 
 from longnet_cli.basics.errors import ConfigError, DataError, RefusedError
 from longnet_cli.data.columns import Columns, is_chat, list_bounds, numbers
-from longnet_cli.data.documents import Part, Unread, collect
+from longnet_cli.data.documents import Unread, collect
+from longnet_cli.data.files import Part
 from longnet_cli.data.manifest import is_manifest
 from longnet_cli.data.tables import Table, Text, pick, reading
 from longnet_cli.data.tokenizer import Tokenizer

@@ -20,7 +20,7 @@ from copy import copy
 from functools import cached_property, partial
 from itertools import chain, takewhile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -29,9 +29,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from longnet_cli.basics.atomic import write_file
 from longnet_cli.basics.configuration import digest, parse, read_text
 from longnet_cli.basics.errors import ConfigError, RefusedError, refuse_web_address
+from longnet_cli.data.files import Part
 from longnet_cli.data.manifest import FINISHED, manifest_in, read_manifest
-from longnet_cli.data.places import token_places
-from longnet_cli.data.text_pieces import AT_SIGN, cut_text, decodes_bytes, find_cut, words_of
+from longnet_cli.data.text_pieces import AT_SIGN, TextCutter, cut_text, decodes_bytes, find_cut, words_of
 from longnet_cli.hub.folder_files import END_OF_TEXT, TOKENIZER
 from longnet_cli.hub.model_names import find_tokenizer, list_models, preset_dir
 from longnet_cli.hub.repository import download_again
@@ -135,17 +135,6 @@ def library_call() -> Iterator[None]:
             raise
         said = " ".join(str(error).split())
         raise ConfigError(f"the tokenizer fails ({said}): see its tokenizer.json") from None
-
-
-class EncodedStretch(NamedTuple):
-    """A stretch of an encoded text: (tokens,) int32 ids, its UTF-8 bytes, and the places of its tokens if asked for.
-
-    Places are the characters [start, end) of each token in the whole text, (tokens, 2) int32.
-    """
-
-    ids: np.ndarray
-    n_bytes: int
-    places: np.ndarray | None
 
 
 class Tokenizer:
@@ -324,49 +313,46 @@ class Tokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        inner.train_from_iterator((piece for text in texts for piece in cut_text([text], words)), trainer)
+        inner.train_from_iterator((cut_text([text], words).take(len(text)) for text in texts), trainer)
         return cls(inner)
 
     def encode(self, text: str) -> np.ndarray:
         """Return the ids of a text, (tokens,) int32, without added special tokens. Time is linear in its length."""
-        return np.concatenate([np.empty(0, np.int32), *(ids for _, ids, _ in self.encode_parts([text]))])
+        cutter, encoded = self.cutter([text]), [np.empty(0, np.int32)]
+        while pieces := cutter.take(GROUP):
+            encoded += self.encode_pieces(pieces)
+        return np.concatenate(encoded)
 
-    def encode_parts(self, texts: Sequence[str]) -> Iterator[tuple[int, np.ndarray, int]]:
-        """Yield (index of a text, (tokens,) int32, UTF-8 bytes): the parts of a text, in order, make up its `encode`.
-
-        Memory is that of GROUP characters, however long a text is. An empty text has no part.
-        """
-        if self.is_bytes:
-            for owner, text in enumerate(texts):
-                for start in range(0, len(text), GROUP):
-                    data = text[start : start + GROUP].encode()
-                    yield owner, np.frombuffer(data, np.uint8).astype(np.int32), len(data)
-            return
-        for owners, pieces in self._groups(texts):
-            # The encodings take 100 bytes per token. Without a name, they are freed before the next group is encoded.
-            for owner, piece, encoding in zip(owners, pieces, self._encodings(pieces), strict=True):
-                ids = encoding.ids
-                yield owner, np.fromiter(ids, np.int32, len(ids)), len(piece.encode())
-
-    @library_call()
-    def _encodings(self, pieces: Sequence[str]) -> list[Any]:
-        return self._inner.encode_batch_fast(pieces, add_special_tokens=False)
-
-    def pieces(self, parts: Iterable[str]) -> Iterator[str]:
+    def cutter(self, parts: Iterable[str]) -> TextCutter:
         """Cut a text, which comes in parts, into pieces whose tokens together are the tokens of the text.
 
         Some tokenizers need the whole text at once: it is then the only piece.
         """
         if self.is_bytes:
-            return (part for part in parts if part)
-        return cut_text(parts, self._ids, self._cut) if self._cut else filter(None, ("".join(parts),))
+            return TextCutter(parts, lambda text, start: min(start + GROUP, len(text)))
+        return (
+            cut_text(parts, self._ids, self._cut)
+            if self._cut
+            else TextCutter(["".join(parts)], lambda text, _: len(text))
+        )
+
+    def encode_pieces(self, pieces: Sequence[str]) -> list[np.ndarray]:
+        """Return the ids of each of some pieces of a text (see `cutter`), (tokens,) int32.
+
+        Memory is some 100 bytes per token: give pieces of GROUP characters together.
+        """
+        if self.is_bytes:
+            return [np.frombuffer(piece.encode(), np.uint8).astype(np.int32) for piece in pieces]
+        with library_call():
+            encodings = self._inner.encode_batch_fast(pieces, add_special_tokens=False)
+        return [np.fromiter(encoding.ids, np.int32, len(encoding.ids)) for encoding in encodings]
 
     @library_call()
     def _ids(self, text: str) -> list[int]:
         return list(self._inner.encode(text, add_special_tokens=False).ids)
 
-    def encode_long(self, parts: Iterable[str]) -> Iterator[EncodedStretch]:
-        """Yield stretches of a text that comes in parts: together, its `encode`, without the ids of the prompt.
+    def encode_long(self, parts: Iterable[str]) -> Iterator[Part]:
+        """Yield the parts of a text that comes in parts: together, its `encode`, without the ids of the prompt.
 
         Memory is that of GROUP characters and of a part. Places are given if the tokenizer `tells_places`, unless they
         can be counted from the ids (`data.places`). Raises RefusedError for a text that changes the ids of the prompt.
@@ -377,31 +363,61 @@ class Tokenizer:
             parts = iter(()) if first is None else chain((self._prompt + first,), parts)
         counted = self.splits_special and (self.is_bytes or self._cut is AT_SIGN)  # places, when they are asked for
         placed = self.tells_places and bool(self._prompt or not counted)
-        place, skip, group = -len(self._prompt), len(self.prompt_ids), PLACED_GROUP if placed else GROUP
-        pieces: list[str] = []
-        for piece in chain(self.pieces(parts), (None,)):
-            if piece is not None:
-                pieces.append(piece)
-            if pieces and (piece is None or sum(map(len, pieces)) >= group):
-                ids, places = self._encoded(pieces, place if placed else None)
-                if tuple(ids[:skip]) != self.prompt_ids[:skip]:
-                    raise RefusedError(f"the tokenizer joins the prompt {self._prompt!r} with the text after it")
-                size = sum(len(piece.encode()) for piece in pieces) - (len(self._prompt.encode()) if place < 0 else 0)
-                yield EncodedStretch(ids[skip:], size, places if places is None else np.maximum(places[skip:], 0))
-                place, skip, pieces = place + sum(map(len, pieces)), 0, []
+        place, skip = -len(self._prompt), len(self.prompt_ids)
+        cutter = self.cutter(parts)
+        while pieces := cutter.take(PLACED_GROUP if placed else GROUP):
+            ids, places = self._placed(pieces, place) if placed else (np.concatenate(self.encode_pieces(pieces)), None)
+            if tuple(ids[:skip]) != self.prompt_ids[:skip]:
+                raise RefusedError(f"the tokenizer joins the prompt {self._prompt!r} with the text after it")
+            size = sum(len(piece.encode()) for piece in pieces) - (len(self._prompt.encode()) if place < 0 else 0)
+            yield Part(ids[skip:], n_bytes=size, places=places if places is None else np.maximum(places[skip:], 0))
+            place, skip = place + sum(map(len, pieces)), 0
 
-    def _encoded(self, pieces: Sequence[str], place: int | None) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return the ids of pieces of a text and, if it is not None, their places from `place` on."""
-        if place is None:
-            return np.concatenate([ids for _, ids, _ in self.encode_parts(pieces)]), None
+    def _placed(self, pieces: Sequence[str], place: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids of pieces of a text, and their places from `place` on."""
         with library_call():
             encodings = self._inner.encode_batch(pieces, add_special_tokens=False)
         places = []
         for piece, encoding in zip(pieces, encodings, strict=True):
-            places.append(token_places(self, piece, encoding) + np.int32(place))
+            places.append(self._places(piece, encoding) + np.int32(place))
             place += len(piece)
         ids = [np.fromiter(encoding.ids, np.int32, len(encoding.ids)) for encoding in encodings]
         return np.concatenate(ids), np.concatenate(places)
+
+    def _places(self, text: str, encoding: Any) -> np.ndarray:
+        """Return the characters [start, end) of each token in its text, (tokens, 2) int32.
+
+        `encoding` is the library's for this text. A character of which a token has only some bytes counts as its own. A
+        token that stands for no character is an empty place between its neighbours.
+        """
+        ids = np.fromiter(encoding.ids, np.int64, len(encoding.ids))
+        if self.token_bytes is not None and b"".join(map(self._bytes.__getitem__, encoding.ids)) == text.encode():
+            begin, inside = self.characters
+            ends = np.cumsum(begin[ids])
+            return np.stack((ends - begin[ids] - inside[ids], ends), 1).astype(np.int32)
+        edges = (edge for pair in encoding.offsets for edge in pair)
+        places = np.fromiter(edges, np.int32, 2 * len(ids)).reshape(-1, 2)
+        nowhere = places[:, 0] == places[:, 1]
+        before = np.concatenate(([0], np.maximum.accumulate(places[:, 1])[:-1])) if len(ids) else places[:, 0]
+        places[nowhere] = before[nowhere, None]
+        return places
+
+    @cached_property
+    def characters(self) -> tuple[np.ndarray, np.ndarray]:
+        """For each id, how many characters begin in its bytes, and whether it begins inside of one."""
+        begin, inside = np.zeros(self.vocab_size, np.int64), np.zeros(self.vocab_size, bool)
+        for index, data in self.bytes_of_tokens():
+            follows = [byte & 0xC0 == 0x80 for byte in data]
+            begin[index], inside[index] = follows.count(False), follows[:1] == [True]
+        return begin, inside
+
+    @cached_property
+    def _bytes(self) -> list[Any]:
+        """The bytes of each id."""
+        bytes_of = [b""] * self.vocab_size
+        for index, data in self.bytes_of_tokens():
+            bytes_of[index] = bytes(data)
+        return bytes_of
 
     @library_call()
     def decode(self, ids: np.ndarray, *, special: bool = True) -> str:
@@ -500,22 +516,6 @@ class Tokenizer:
     def _cut(self) -> re.Pattern[str] | None:
         """The places where a text may be cut; None if the tokenizer needs all of it at once."""
         return find_cut(self._inner, self._description)
-
-    def _groups(self, texts: Sequence[str]) -> Iterator[tuple[list[int], list[str]]]:
-        """Yield the texts' pieces in order, GROUP characters at a time, with the index of each piece's text."""
-        owners: list[int] = []
-        pieces: list[str] = []
-        size = 0
-        for owner, text in enumerate(texts):
-            for piece in self.pieces([text]):
-                owners.append(owner)
-                pieces.append(piece)
-                size += len(piece)
-                if size >= GROUP:
-                    yield owners, pieces
-                    owners, pieces, size = [], [], 0
-        if pieces:
-            yield owners, pieces
 
 
 def _growth(step: Any) -> float:

@@ -15,8 +15,8 @@ import pyarrow as pa
 
 from longnet_cli.basics.errors import DataError
 from longnet_cli.data.columns import FLOATS, INTEGERS, Columns, is_list, is_vectors, list_bounds, numbers
-from longnet_cli.data.documents import BLOCK, Document, Part, Unread, collect
-from longnet_cli.data.files import FileChangedError, StoredIds
+from longnet_cli.data.documents import BLOCK, Document, Unread, collect
+from longnet_cli.data.files import FileChangedError, Part, StoredIds
 from longnet_cli.data.tables import Table
 from longnet_cli.data.token_columns import ColumnBatch, DocumentRows, Label, group_rows, read_batches
 

@@ -87,7 +87,7 @@ class Passage(NamedTuple):
     text: str
 
 
-class Sources:
+class SourceWatch:
     """A watch over the choices of one stream, row 0. Call `begin` when the prompt is read; `found` at the end."""
 
     def __init__(self, stream: CausalStream) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
+from itertools import chain
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -22,17 +22,24 @@ from torch import Tensor
 from longnet_cli.attention.notation import format_pattern
 from longnet_cli.basics.errors import ConfigError, DataError, NotFiniteError
 from longnet_cli.data.documents import Document
-from longnet_cli.data.kept import kept_columns, row_schema
-from longnet_cli.data.left_out import OnSkip
+from longnet_cli.data.kept import OnSkip, kept_columns, row_schema
 from longnet_cli.data.places import TextPlaces
 from longnet_cli.data.tables import numpy_dtype
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.jobs.layer_states import LayerStates
-from longnet_cli.jobs.pooling import ONE_STATE, POOLS, DocumentWindow, Pooling, Row, WindowMean, windows_of
-from longnet_cli.jobs.row_jobs import RowJob
+from longnet_cli.jobs.pooling import (
+    ONE_STATE,
+    POOLS,
+    DocumentWindow,
+    LayerStates,
+    Pooling,
+    Row,
+    WindowMean,
+    windows_of,
+)
+from longnet_cli.jobs.row_jobs import ModelFacts, RowJob
 from longnet_cli.models.folder import Embedding, Loaded, ModelFolder
 from longnet_cli.nets.longnet import LongNet
-from longnet_cli.nets.net import Bos, InputSequence, Net, bos_ids
+from longnet_cli.nets.net import InputSequence, Net, bos_ids
 from longnet_cli.running.ranks.ranks import Ranks
 from longnet_cli.running.reader import Piece, Reader, Window, share_reader
 
@@ -43,293 +50,193 @@ NO_PREFIX = "none"
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """The options that determine the rows of `encode`, together with the net and the documents.
+    """The options of `encode`: of the command, of the function and of `encode_batches`.
 
-    `bos` (the id of the tokenizer's end of text, or several ids) is put before each document of a causal model, as in
-    scoring. It is not pooled.
+    None takes the model's own pooling, prompt, scaling and windows.
+
     `pool` takes the mean of the hidden states of a document's tokens, the hidden state of the last or first token, the
     hidden state of the CLS that a slide encoder puts before them, or another of `pooling.POOLS`, or several, joined by
-    `+`. `normalize` then scales the vector to length 1.
-    With `span`, a document has a row for every `span` tokens.
-    `all_layers` adds the column `layers`: such a vector of the first layer's input, and of each layer's output.
-    `tile_size` is the side of a tile in the pixels of its coordinates. It overrides the document's and model's values.
-    The ids `prefix` are read after `bos`, and pooled with the document's first span. `dims` numbers of a vector are
-    kept, before it is scaled.
+    `+`. The text `prefix` is read before each document, and pooled with its first span; NO_PREFIX is an empty one.
+    `normalize` scales a vector to length 1, after the first `dims` numbers of it are kept. With `span`, a document has
+    a row for every `span` tokens. `all_layers` adds the column `layers`: such a vector of the first layer's input, and
+    of each layer's output. `tile_size` is the side of a tile in the pixels of its coordinates. It overrides the
+    document's and model's values.
 
-    An embedding model reads windows as its tokenizer's template writes a text: the ids `bos` and `prefix`, tokens of
-    the document, the ids `closing`. These are pooled too, except the first `unpooled` rows of the document. A window
-    has `context` rows or fewer, and one begins every `stride` tokens of the document (None: no overlap). Without
-    `context`, the model reads a document in one piece. Where the pooling takes one state of a window, the document's
-    vector is the mean of those of its windows, by tokens, and each of its spans is a window.
-
-    `model_name`, `tokenizer_sha256`, `pattern` (a text of `attention.notation`), `prompt` (the text of `prefix`),
-    `modules` (the pooling, and what follows it) and `query_prompt` go into the schema's metadata.
+    An embedding model reads windows of `context` rows or fewer, and one begins every `stride` tokens of the document
+    (None: no overlap). Without `context`, the model reads a document in one piece. Where the pooling takes one state of
+    a window, the document's vector is the mean of those of its windows, by tokens, and each of its spans is a window.
     """
 
-    bos: Bos = None
-    pool: str = "mean"
-    normalize: bool = True
-    span: int | None = None
-    embedding_dtype: EmbeddingDtype = "float32"
-    all_layers: bool = False
-    tile_size: int | None = None
-    prefix: list[int] | None = None
+    pool: str | None = None
+    prefix: str | None = None
     dims: int | None = None
-    query_prompt: str | None = None
-    model_name: str | None = None
-    tokenizer_sha256: str | None = None
-    pattern: str | None = None
-    closing: list[int] | None = None  # not None: an embedding model's
-    unpooled: int | None = None
+    span: int | None = None
     context: int | None = None
     stride: int | None = None
-    prompt: str | None = None
-    modules: str | None = None
-    splits_special: bool | None = None  # as the tokenizer's
+    normalize: bool | None = None
+    all_layers: bool = False
+    tile_size: int | None = None
+    embedding_dtype: EmbeddingDtype = "float32"
 
     def __post_init__(self) -> None:
         for name in ("span", "stride"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"{name} must be 1 or more, not {value}")
-        for pool in self.pool.split("+"):
+        for pool in self.pool.split("+") if self.pool is not None else ():
             if pool not in POOLS:
                 raise ConfigError(f"there is no pooling {pool!r}: choose from {', '.join(POOLS)}, joined by +")
         if self.span is not None and self.all_layers:
             raise ConfigError("all layers are given for whole documents: leave out --span, or --all-layers")
-        if self.room is not None and self.room < 1:
-            raise ConfigError(
-                f"a window of {self.context} tokens has no room for a document beside its prompt and special tokens, "
-                f"which are {self.around}: give a longer --context, or a shorter --prefix"
-            )
-        if self.stride is not None and (self.room is None or (self.one_state and self.span is not None)):
-            what = "the model reads a document in one piece" if self.room is None else "each span is a window"
-            raise ConfigError(
-                f"--stride {self.stride}: {what}: leave it out" + ", or give --context" * (self.room is None)
-            )
-        if self.room is not None and (self.stride or 1) > self.room:
-            raise ConfigError(
-                f"--stride {self.stride}: a window holds {self.room} tokens of a document: give as many, or less"
-            )
-        if self.room is not None and self.one_state and self.span is not None and self.span > self.room:
-            raise ConfigError(
-                f"--span {self.span}: with --pool {self.pool}, a span is a window, which holds {self.room} tokens of a "
-                "document: give as many, or less"
-            )
+
+    def of_net(self, net: Net) -> EncodeOptions:
+        """Return the options with a pooling, and whether to scale, for a net that has no own ones."""
+        own = "cls" if net.has_cls and self.span is None else "mean"
+        return replace(self, pool=self.pool or own, normalize=self.normalize is not False)
+
+
+@dataclass(frozen=True)
+class EncodeFacts(ModelFacts):
+    """The facts of a model that `encode` needs, for the prompt that was asked for.
+
+    The ids `prefix` are read after `bos`. An embedding model reads windows as its tokenizer's template writes a text:
+    the ids `bos` and `prefix`, tokens of the document, the ids `closing`. These are pooled too, except the first
+    `unpooled` rows of the document; another model's `bos` is not pooled. `prompt` (the text of `prefix`), `modules`
+    (the pooling, and what follows it) and `query_prompt` go into the schema's metadata. `splits_special` is the
+    tokenizer's.
+    """
+
+    prefix: list[int] | None = None
+    query_prompt: str | None = None
+    closing: list[int] | None = None  # not None: an embedding model's
+    unpooled: int | None = None
+    prompt: str | None = None
+    modules: str | None = None
+    splits_special: bool | None = None
 
     @property
     def around(self) -> int:
         """The number of tokens of a window that are not the document's."""
         return len(bos_ids(self.bos)) + len(self.prefix or ()) + len(self.closing or ())
 
-    @property
-    def room(self) -> int | None:
-        """The most tokens of a document in a window; None if it is read in one piece."""
-        return None if self.context is None else self.context - self.around
-
-    @property
-    def window_size(self) -> int:
-        """The most tokens of a document in a window, where it reads windows: a span, where each span is one."""
-        return self.span if self.one_state and self.span is not None else self.room or 0
-
-    @property
-    def one_state(self) -> bool:
-        """True if a window has one vector, because a pooling takes one of its states."""
-        return self.room is not None and not ONE_STATE.isdisjoint(self.pool.split("+"))
-
-    @classmethod
-    def of_model(
-        cls,
-        folder: ModelFolder,
-        loaded: Loaded,
-        *,
-        pool: str | None = None,
-        prefix: str | None = None,
-        normalize: bool | None = None,
-        context: int | None = None,
-        stride: int | None = None,
-        **more: Any,
-    ) -> EncodeOptions:
-        """Return options for the model of a folder, with its own pooling and document prompt unless others are given.
-
-        `prefix` is a text, NO_PREFIX is an empty one. Raises ConfigError for a prefix if the model has no tokenizer,
-        and for `context` and `stride` if the model reads no windows.
-        """
-        net, tokenizer = loaded.net, loaded.tokenizer
-        known: dict[str, Any] = {
-            "model_name": loaded.origin,
-            "tokenizer_sha256": loaded.tokenizer_sha256,
-            "pattern": format_pattern(net.config.pattern),
-            **more,
-        }
-        given = None if prefix == NO_PREFIX else prefix
-        if given and tokenizer is None:
-            if net.row_size is not None:
-                raise ConfigError(f"{folder.name} reads vectors, which have no tokens: leave out --prefix")
-            raise ConfigError(f"{folder.name} has no tokenizer, which --prefix needs: give --tokenizer")
-        if (context or stride) and (loaded.embedding is None or net.config.causal):
-            raise ConfigError(
-                f"{folder.name} reads a document in one piece, not in windows: leave out --context, --stride"
-            )
-        if loaded.embedding:
-            model = loaded.embedding.model
-            known |= _framed(loaded.embedding, net, model.document_prompt if prefix is None else given or "", context)
-            if normalize is False and "Normalize" in model.modules:
-                raise ConfigError(
-                    f"{folder.name} scales vectors amid its modules ({model.modules}): leave out --no-normalize"
-                )
-            normalize = model.normalized if normalize is None else normalize
-            return cls(pool=pool or model.pool, normalize=normalize, stride=stride, **known)
-        if pool is None:
-            pool = "cls" if net.has_cls and more.get("span") is None else "mean"
-        return cls(
-            bos=loaded.bos,
-            pool=pool,
-            normalize=normalize is not False,
-            prefix=tokenizer.encode(given).tolist() if given and tokenizer else None,
-            **known,
-        )
-
     def tokenizer_for(self, loaded: Loaded) -> Tokenizer | None:
         """Return the tokenizer that reads documents of text: after the prompt of an embedding model, with places."""
         words = loaded.embedding.words if loaded.embedding else loaded.tokenizer
         return words and words.for_documents((loaded.embedding and self.prompt) or "")
 
-    def check(self, net: Net) -> None:
-        """Raise ConfigError for options that `net` does not support."""
-        pools, framed = self.pool.split("+"), self.closing is not None
-        if "cls" in pools and not net.has_cls and not framed:
-            raise ConfigError("this model has no CLS: take the mean (--pool mean), or the first or last vector")
-        if net.has_cls and "cls" in pools and (self.span is not None or pools[1:]):
-            raise ConfigError("a span has no CLS of its own: take the mean of its tiles (--pool mean), and that alone")
-        if self.prefix and not net.config.causal and not framed:
-            raise ConfigError("a bidirectional model reads nothing before a document: leave out --prefix")
-        if self.all_layers and (pools[1:] or pools[0] not in ("cls", "mean", "first", "last")):
-            raise ConfigError(f"--all-layers has no pooling {self.pool}: take mean, first, last or cls")
-        if self.context is not None and self.context > (net.config.max_tokens or self.context):
-            raise ConfigError(f"--context {self.context}: the model reads {net.config.max_tokens} tokens at most")
-        size = net.vector_size(net.config.dim * len(pools))
-        if self.dims is not None and not 1 <= self.dims <= size:
-            raise ConfigError(f"--dims {self.dims}: a vector of this model has 1 to {size} numbers")
-        if self.tile_size and not net.has_grid:
-            raise ConfigError("this model has no grid of tiles: leave out --tile-size")
-        if self.all_layers and not net.layer_by_layer:
-            raise ConfigError("--all-layers is for a LongNet: leave it out for a Hugging Face model")
 
-    def sequence(self, net: Net, document: Document) -> InputSequence[Document]:
-        """Return a document as `net` reads it, in one piece. Raises as `Net.sequence`.
+class TextCut:
+    """The cut of documents into windows. Raises ConfigError for options that leave no room, or do not go together.
 
-        Also raises TooLongError for too many tokens, ConfigError for ids that have the template's special tokens, and
-        DataError for a document that has nothing to pool.
-        """
-        opening, closing = bos_ids(self.bos), tuple(self.closing or ())
-        if self.closing is not None and document.tokenizer is None and 0 < len(opening + closing) <= len(document):
-            ends = document.read(0, len(opening)), document.read(len(document) - len(closing), len(document))
-            if (tuple(ends[0].tolist()), tuple(ends[1].tolist())) == (opening, closing):
-                raise ConfigError(
-                    f"{document.where}: the ids {opening} and {closing} stand around the document, and encode adds "
-                    "them itself: leave them out when you tokenize (longnet tokenize does)"
-                )
-        sequence = net.sequence(document, (*opening, *(self.prefix or ())), self.tile_size, self.closing)
-        if len(document) and len(sequence) <= (self.unpooled or 0):
-            raise DataError(
-                f"{document.where}: nothing is pooled: {self.unpooled} tokens count as the prompt's, as in "
-                f"sentence-transformers, and the text has {len(sequence)} with it: leave out --prefix, or the document"
+    `room` is the most tokens of a document in a window, None if it is read in one piece. If it has `one_state`, a
+    window has one vector, because a pooling takes one of its states.
+    """
+
+    def __init__(self, options: EncodeOptions, facts: EncodeFacts) -> None:
+        context, stride, span = options.context, options.stride, options.span
+        self.room = room = None if context is None else context - facts.around
+        self.one_state = room is not None and not ONE_STATE.isdisjoint((options.pool or "").split("+"))
+        spans = self.one_state and span is not None  # each span is a window
+        if room is not None and room < 1:
+            raise ConfigError(
+                f"a window of {context} tokens has no room for a document beside its prompt and special tokens, "
+                f"which are {facts.around}: give a longer --context, or a shorter --prefix"
             )
-        if self.room is not None:
-            return sequence
-        windows = ", or in windows (--context)" if self.closing is not None and not net.config.causal else ""
-        return sequence.check(f"encode it in shorter documents{windows}")
+        if stride is not None and (room is None or spans):
+            what = "the model reads a document in one piece" if room is None else "each span is a window"
+            raise ConfigError(f"--stride {stride}: {what}: leave it out" + ", or give --context" * (room is None))
+        if room is not None and (stride or 1) > room:
+            raise ConfigError(f"--stride {stride}: a window holds {room} tokens of a document: give as many, or less")
+        if room is not None and spans and (span or 0) > room:
+            raise ConfigError(
+                f"--span {span}: with --pool {options.pool}, a span is a window, which holds {room} tokens of a "
+                "document: give as many, or less"
+            )
+        self.size = (span if spans else room) or 0
+        self.stride = stride or self.size
 
     def windows(self, tokens: int) -> Iterator[DocumentWindow]:
-        """Yield the windows in which a document of so many tokens is read."""
+        """Return the windows in which a document of so many tokens is read."""
         if self.room is None:
-            yield DocumentWindow(0, tokens, 0, tokens)
-            return
-        yield from windows_of(tokens, self.window_size, self.stride or self.window_size)
-
-    def schema(self, net: Net, model_sha256: str, kept_fields: Sequence[pa.Field] = ()) -> pa.Schema:
-        """Return the schema of embeddings from `net`, which has this digest, and of the columns `kept_fields`.
-
-        A vector stands for the tokens [start, end) of document `doc_id`. The metadata keys are `longnet.*`; unknown
-        values are left out.
-        """
-        known = {
-            "longnet.model": self.model_name,
-            "longnet.model_sha256": model_sha256,
-            "longnet.pooling": self.pool,
-            "longnet.modules": self.modules,
-            "longnet.prompt": self.prompt,
-            "longnet.query_prompt": self.query_prompt,
-            "longnet.normalized": "true" if self.normalize else "false",
-            "longnet.context": None if self.context is None else str(self.context),
-            "longnet.stride": None if self.room is None else str(self.stride or self.window_size),
-            "longnet.tokenizer_sha256": self.tokenizer_sha256,
-            "longnet.pattern": self.pattern,
-        }
-        size = self.dims or net.vector_size(net.config.dim * len(self.pool.split("+")))
-        vector = pa.list_(pa.float32() if self.embedding_dtype == "float32" else pa.float16(), size)
-        fields = [
-            pa.field("doc_id", pa.string()),
-            pa.field("span", pa.int32()),
-            pa.field("start", pa.int64()),
-            pa.field("end", pa.int64()),
-            pa.field("n_tokens", pa.int64()),
-            pa.field("embedding", vector),
-            *([pa.field("layers", pa.list_(vector, net.config.num_layers + 1))] if self.all_layers else []),
-        ]
-        return row_schema(fields, kept_fields, known)
+            return iter((DocumentWindow(0, tokens, 0, tokens),))
+        return windows_of(tokens, self.size, self.stride)
 
 
-def _framed(embedding: Embedding, net: Net, prompt: str, context: int | None) -> dict[str, Any]:
-    """Return the options of `EncodeOptions` that say how an embedding model reads texts after a `prompt`.
+def for_model(options: EncodeOptions, folder: ModelFolder, loaded: Loaded) -> tuple[EncodeOptions, EncodeFacts]:
+    """Return the options with the model's own where none is given, and what `encode` knows of the model.
 
-    `context` is the most rows of a window, None for the most that the model reads.
+    Raises ConfigError for a prefix if the model has no tokenizer, and for `context` and `stride` if the model reads no
+    windows.
     """
+    net, tokenizer, own = loaded.net, loaded.tokenizer, loaded.embedding and loaded.embedding.model
+    given = None if options.prefix == NO_PREFIX else options.prefix
+    if given and tokenizer is None:
+        if net.row_size is not None:
+            raise ConfigError(f"{folder.name} reads vectors, which have no tokens: leave out --prefix")
+        raise ConfigError(f"{folder.name} has no tokenizer, which --prefix needs: give --tokenizer")
+    if (options.context or options.stride) and (own is None or net.config.causal):
+        raise ConfigError(f"{folder.name} reads a document in one piece, not in windows: leave out --context, --stride")
+    if own is None or loaded.embedding is None:
+        prefix = tokenizer.encode(given).tolist() if given and tokenizer else None
+        return options.of_net(net), EncodeFacts(**ModelFacts.of(loaded).__dict__, prefix=prefix)
+    if options.normalize is False and "Normalize" in own.modules:
+        raise ConfigError(f"{folder.name} scales vectors amid its modules ({own.modules}): leave out --no-normalize")
+    most = [limit for limit in (options.context or own.window, net.config.max_tokens) if limit is not None]
+    reads_windows = not net.config.causal and (options.context or not net.dilated)
+    options = replace(
+        options,
+        pool=options.pool or own.pool,
+        normalize=own.normalized if options.normalize is None else options.normalize,
+        context=options.context or (min(most, default=None) if reads_windows else None),
+    )
+    facts = _facts(loaded, loaded.embedding, own.document_prompt if options.prefix is None else given or "")
+    TextCut(options, facts)  # before a document is read
+    return options, facts
+
+
+def _facts(loaded: Loaded, embedding: Embedding, prompt: str) -> EncodeFacts:
+    """Return how an embedding model reads texts after a `prompt`."""
     model, words = embedding.model, embedding.words.for_documents(prompt)
     opening, closing = words.ids_around
-    most = [limit for limit in (context or model.window, net.config.max_tokens) if limit is not None]
-    reads_windows = not net.config.causal and (context or not net.dilated)
     counted = None
     if prompt and not model.pools_prompt:  # as the library counts: it may take a token of the text for the prompt's
         alone = (*opening, *words.encode(prompt).tolist(), *closing)
         counted = len(alone) - (alone[-1:] != () and alone[-1] in words.special_ids)
-    return {
-        "bos": opening or None,
-        "prefix": list(words.prompt_ids) or None,
-        "closing": list(closing),
-        "unpooled": counted,
-        "context": context or (min(most, default=None) if reads_windows else None),
-        "prompt": prompt or None,
-        "query_prompt": model.query_prompt,
-        "modules": model.modules if model.of_folder else None,
-        "tokenizer_sha256": words.sha256,
-        "splits_special": words.splits_special,
-    }
+    return EncodeFacts(
+        bos=opening or None,
+        model_name=loaded.origin,
+        tokenizer_sha256=words.sha256,
+        pattern=format_pattern(loaded.net.config.pattern),
+        prefix=list(words.prompt_ids) or None,
+        query_prompt=model.query_prompt,
+        closing=list(closing),
+        unpooled=counted,
+        prompt=prompt or None,
+        modules=model.modules if model.of_folder else None,
+        splits_special=words.splits_special,
+    )
 
 
 def encode(
     model: Net,
     documents: Iterable[Document],
-    options: EncodeOptions,
+    options: EncodeOptions = EncodeOptions(),
+    facts: EncodeFacts = EncodeFacts(),
     *,
     stored: Iterable[Document] = (),
     kept_fields: Sequence[pa.Field] = (),
-    chunk: int | None = None,
-    spill: str | Path | None = None,
-    dtype: str = "auto",
     ranks: Ranks | None = None,
     on_skip: OnSkip | None = None,
     on_empty: Callable[[Document], None] | None = None,
-    on_progress: Callable[[int], None] | None = None,
+    **reading: Any,
 ) -> pa.RecordBatchReader:
-    """Encode `documents` lazily, in order; return a reader of record batches of their rows (`EncodeOptions.schema`).
+    """Encode `documents` lazily, in order; return a reader of record batches of their rows (`Encoder.schema`).
 
     A model that reads vectors takes documents of `data.vectors`; "tokens" here are then vectors. A document that is too
     long for the model, or has invalid ids, ends the run. With `on_skip`, it is passed to `on_skip` and left out
     instead. An empty document has no rows and is passed to `on_empty`. The `stored` documents are the part of
     `documents` whose lengths are cheap to read; without `on_skip`, they are checked before anything else. `kept_fields`
-    are columns that documents carry to the output (`data.kept`). `chunk`, `spill`, `dtype`, `ranks` and
-    `on_progress` are as in `running.reader.Reader`. All ranks need the same documents. In one group of ranks, which
+    are columns that documents carry to the output (`data.kept`). `ranks` and `reading` (`chunk`, `spill`, `dtype`,
+    `on_progress`) are as in `running.reader.Reader`. All ranks need the same documents. In one group of ranks, which
     share each document, all get all rows. Several groups divide the documents between them; then rank 0 gets all rows
     and the others none.
 
@@ -337,8 +244,7 @@ def encode(
     ConfigError for a document with more tokens than the model reads, MemoryLimitError for hidden states that do not
     fit, NotFiniteError for a vector with NaN or an infinity.
     """
-    reader = share_reader(model, chunk=chunk, dtype=dtype, spill=spill, ranks=ranks, on_progress=on_progress)
-    encoder = Encoder(reader, options, kept_fields)
+    encoder = Encoder(share_reader(model, ranks=ranks, **reading), options, facts, kept_fields)
     return encoder.rows(documents, stored=stored, ranks=ranks, on_skip=on_skip, on_empty=on_empty)
 
 
@@ -363,44 +269,127 @@ class Encoder(RowJob):
     """The job that `row_jobs.write_rows` needs for the rows of `encode`."""
 
     options: EncodeOptions
+    facts: EncodeFacts
     shard_name, shard_unit, shard_size = "vectors", "rows", 1 << 14
     skips_empty = names_apart = True
     nothing = "there is nothing to encode: every document is empty or left out"
 
-    def __init__(self, reader: Reader, options: EncodeOptions, kept_fields: Sequence[pa.Field] = ()) -> None:
-        options.check(reader.model)
-        super().__init__(reader, options, kept_fields)
+    def __init__(
+        self,
+        reader: Reader,
+        options: EncodeOptions = EncodeOptions(),
+        facts: EncodeFacts = EncodeFacts(),
+        kept_fields: Sequence[pa.Field] = (),
+    ) -> None:
+        super().__init__(reader, options.of_net(reader.model), facts, kept_fields)
+        self._check()
+        self.cut = TextCut(self.options, facts)
         self.alone = options.all_layers
         self.carried = [field for field in kept_fields if field not in PLACE_FIELDS]
         self.places: TextPlaces | None = None  # in the document of the last row
 
+    def _check(self) -> None:
+        """Raise ConfigError for options that the net does not support."""
+        options, net = self.options, self.reader.model
+        pools, framed = (options.pool or "").split("+"), self.facts.closing is not None
+        if options.prefix not in (None, "", NO_PREFIX) and not (self.facts.prefix or self.facts.prompt):
+            raise ConfigError("a prefix becomes ids with the model's tokenizer: take the options of `for_model`")
+        if "cls" in pools and not net.has_cls and not framed:
+            raise ConfigError("this model has no CLS: take the mean (--pool mean), or the first or last vector")
+        if net.has_cls and "cls" in pools and (options.span is not None or pools[1:]):
+            raise ConfigError("a span has no CLS of its own: take the mean of its tiles (--pool mean), and that alone")
+        if self.facts.prefix and not net.config.causal and not framed:
+            raise ConfigError("a bidirectional model reads nothing before a document: leave out --prefix")
+        if options.all_layers and (pools[1:] or pools[0] not in ("cls", "mean", "first", "last")):
+            raise ConfigError(f"--all-layers has no pooling {options.pool}: take mean, first, last or cls")
+        if options.context is not None and options.context > (net.config.max_tokens or options.context):
+            raise ConfigError(f"--context {options.context}: the model reads {net.config.max_tokens} tokens at most")
+        size = net.vector_size(net.config.dim * len(pools))
+        if options.dims is not None and not 1 <= options.dims <= size:
+            raise ConfigError(f"--dims {options.dims}: a vector of this model has 1 to {size} numbers")
+        if options.tile_size and not net.has_grid:
+            raise ConfigError("this model has no grid of tiles: leave out --tile-size")
+        if options.all_layers and not net.layer_by_layer:
+            raise ConfigError("--all-layers is for a LongNet: leave it out for a Hugging Face model")
+
     @cached_property
     def schema(self) -> pa.Schema:
-        return self.options.schema(self.reader.model, self.digest, self.kept_fields)
+        """The schema of the rows, with the columns `kept_fields`.
+
+        A vector stands for the tokens [start, end) of document `doc_id`. The metadata keys are `longnet.*`; unknown
+        values are left out.
+        """
+        options, facts, net = self.options, self.facts, self.reader.model
+        pool = options.pool or ""
+        known = {
+            "longnet.model": facts.model_name,
+            "longnet.model_sha256": self.digest,
+            "longnet.pooling": pool,
+            "longnet.modules": facts.modules,
+            "longnet.prompt": facts.prompt,
+            "longnet.query_prompt": facts.query_prompt,
+            "longnet.normalized": "true" if options.normalize else "false",
+            "longnet.context": None if options.context is None else str(options.context),
+            "longnet.stride": None if self.cut.room is None else str(self.cut.stride),
+            "longnet.tokenizer_sha256": facts.tokenizer_sha256,
+            "longnet.pattern": facts.pattern,
+        }
+        size = options.dims or net.vector_size(net.config.dim * len(pool.split("+")))
+        vector = pa.list_(pa.float32() if options.embedding_dtype == "float32" else pa.float16(), size)
+        fields = [
+            pa.field("doc_id", pa.string()),
+            pa.field("span", pa.int32()),
+            pa.field("start", pa.int64()),
+            pa.field("end", pa.int64()),
+            pa.field("n_tokens", pa.int64()),
+            pa.field("embedding", vector),
+            *([pa.field("layers", pa.list_(vector, net.config.num_layers + 1))] if options.all_layers else []),
+        ]
+        return row_schema(fields, self.kept_fields, known)
 
     def sequence(self, document: Document) -> InputSequence[Document]:
-        return self.options.sequence(self.reader.model, document)
+        """Return a document as the net reads it, in one piece. Raises as `Net.sequence`.
+
+        Also raises TooLongError for too many tokens, ConfigError for ids that have the template's special tokens, and
+        DataError for a document that has nothing to pool.
+        """
+        facts, net = self.facts, self.reader.model
+        opening, closing = bos_ids(facts.bos), tuple(facts.closing or ())
+        if facts.closing is not None and document.tokenizer is None and 0 < len(opening + closing) <= len(document):
+            ends = document.read(0, len(opening)), document.read(len(document) - len(closing), len(document))
+            if (tuple(ends[0].tolist()), tuple(ends[1].tolist())) == (opening, closing):
+                raise ConfigError(
+                    f"{document.where}: the ids {opening} and {closing} stand around the document, and encode adds "
+                    "them itself: leave them out when you tokenize (longnet tokenize does)"
+                )
+        sequence = net.sequence(document, (*opening, *(facts.prefix or ())), self.options.tile_size, facts.closing)
+        if len(document) and len(sequence) <= (facts.unpooled or 0):
+            raise DataError(
+                f"{document.where}: nothing is pooled: {facts.unpooled} tokens count as the prompt's, as in "
+                f"sentence-transformers, and the text has {len(sequence)} with it: leave out --prefix, or the document"
+            )
+        if self.cut.room is not None:
+            return sequence
+        windows = ", or in windows (--context)" if facts.closing is not None and not net.config.causal else ""
+        return sequence.check(f"encode it in shorter documents{windows}")
 
     def window_sizes(self, tokens: int) -> Iterator[tuple[int, int]]:
-        options = self.options
-        before = self.reader.model.start_rows((*bos_ids(options.bos), *(options.prefix or ())))
-        around = len(before) if options.closing is None else options.around
-        for window in options.windows(tokens) if tokens else ():
+        facts = self.facts
+        before = self.reader.model.start_rows((*bos_ids(facts.bos), *(facts.prefix or ())))
+        around = len(before) if facts.closing is None else facts.around
+        for window in self.cut.windows(tokens) if tokens else ():
             yield around + window.stop - window.start, window.last - window.first
 
     def size(self, sequence: InputSequence[Document]) -> int:
         return -(-len(sequence.document) // self.options.span) if self.options.span else 1
 
     def results(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[pa.RecordBatch]:
-        head = torch.inference_mode()(self.reader.model.head)
-        for rows in filter(None, self._rows(sequences)):
-            yield self._record_batch(rows, head)
-
-    def _rows(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[list[Row]]:
-        windows = (window for sequence in sequences for window in self._windows(sequence))
+        head, windows = torch.inference_mode()(self.reader.model.head), self._windows(sequences)
         for pieces in self._layer_by_layer(windows) if self.options.all_layers else self.reader.read(windows):
             with torch.inference_mode():
-                yield self._of_all_ranks([row for piece in pieces for row in self._pooled(piece)])
+                rows = self._of_all_ranks(list(chain.from_iterable(map(self._pooled, pieces))))
+            if rows:
+                yield self._record_batch(rows, head)
 
     def _layer_by_layer(self, windows: Iterable[_PooledWindow]) -> Iterator[list[Piece[_PooledWindow]]]:
         """Read one document after the other, and give each pooling the states of all layers."""
@@ -411,39 +400,43 @@ class Encoder(RowJob):
                     "mean": (window.wanted, window.stop),
                     "first": (window.wanted, window.wanted + 1),
                     "last": (window.stop - 1, window.stop),
-                }[self.options.pool]
+                }[self.options.pool or ""]
                 states.begin(first, stop)
                 window.pooling.layers = states.mean
                 yield from self.reader.read([window])
 
-    def _windows(self, sequence: InputSequence[Document]) -> Iterator[_PooledWindow]:
-        """Yield the windows of a document, in order, with one pooling or one mean for all of them."""
-        options, document, first = self.options, sequence.document, sequence.first
-        after = len(sequence.end_rows)
-        if options.closing is not None:
-            skipped = options.unpooled or 0
-            if options.span is not None and options.span <= skipped - first:
-                skipped = first  # otherwise the first span would have nothing
-        else:
-            skipped = 0 if options.pool == "cls" else first - len(options.prefix or ())
-        mean = WindowMean() if options.one_state and options.span is None else None
-        pooling = Pooling(document, options.pool, options.span, first - skipped, after, skipped=skipped)
-        for number, window in enumerate(options.windows(len(document))):
-            rows = sequence.window(window.start, window.stop)
-            wanted, taken = first + window.first - window.start, first + window.last - window.start
-            if options.one_state:
-                begin, end = window.start, window.stop
-                lead = {"skipped": skipped, "begin": begin, "end": end, "number": number}
-                pooling = Pooling(document, options.pool, None, first - skipped, after, **lead)
-            wanted = skipped if window.start == 0 or options.one_state else wanted
-            taken = len(rows) if window.stop == len(document) or options.one_state else taken
-            yield _PooledWindow(rows, 0, len(rows), wanted, pooling, taken, mean, window.last - window.first)
+    def _windows(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[_PooledWindow]:
+        """Yield the windows of each document, in order, with one pooling or one mean for all of them."""
+        cut, pool, span = self.cut, self.options.pool or "", self.options.span
+        for sequence in sequences:
+            document, first, after = sequence.document, sequence.first, len(sequence.end_rows)
+            skipped = self._skipped(first)
+            mean = WindowMean() if cut.one_state and span is None else None
+            pooling = Pooling(document, pool, span, first - skipped, after, skipped=skipped)
+            for number, window in enumerate(cut.windows(len(document))):
+                rows = sequence.window(window.start, window.stop)
+                wanted, taken = first + window.first - window.start, first + window.last - window.start
+                if cut.one_state:
+                    begin, end = window.start, window.stop
+                    lead = {"skipped": skipped, "begin": begin, "end": end, "number": number}
+                    pooling = Pooling(document, pool, None, first - skipped, after, **lead)
+                wanted = skipped if window.start == 0 or cut.one_state else wanted
+                taken = len(rows) if window.stop == len(document) or cut.one_state else taken
+                yield _PooledWindow(rows, 0, len(rows), wanted, pooling, taken, mean, window.last - window.first)
 
-    def _pooled(self, piece: Piece[_PooledWindow]) -> Iterator[Row]:
-        """Yield the rows that a piece finishes."""
+    def _skipped(self, first: int) -> int:
+        """Return how many rows of a document are not pooled, of `first` rows before its own."""
+        facts, span = self.facts, self.options.span
+        if facts.closing is None:
+            return 0 if self.options.pool == "cls" else first - len(facts.prefix or ())
+        skipped = facts.unpooled or 0  # a first span of these alone would have nothing
+        return first if span is not None and span <= skipped - first else skipped
+
+    def _pooled(self, piece: Piece[_PooledWindow]) -> Iterable[Row]:
+        """Return the rows that a piece finishes."""
         window = piece.window
-        for row in window.pooling.add(self._hidden(piece)[: max(0, window.taken - piece.start)]):
-            yield from window.mean.add(row) if window.mean else (row,)
+        rows = window.pooling.add(self._hidden(piece)[: max(0, window.taken - piece.start)])
+        return chain.from_iterable(map(window.mean.add, rows)) if window.mean else rows
 
     def _hidden(self, piece: Piece[_PooledWindow]) -> Tensor:
         """Return the hidden states of a piece, or zeros that take no memory for a piece of another rank."""
@@ -455,7 +448,7 @@ class Encoder(RowJob):
         """Return the same rows with vectors summed over all ranks, which is exact because pooling is linear."""
         if self.reader.ranks.world == 1 or not rows:
             return rows
-        if "max" in self.options.pool.split("+"):
+        if "max" in (self.options.pool or "").split("+"):
             raise ConfigError("the maximum of a document cannot be shared by ranks: give each its own documents (--dp)")
         vectors = torch.stack([row.vector for row in rows])
         self.reader.ranks.sum(vectors, *(row.layers for row in rows if row.layers is not None))
@@ -467,7 +460,7 @@ class Encoder(RowJob):
         if rows[0].layers is not None:
             pooled.append(torch.stack([cast(Tensor, row.layers) for row in rows]))  # (rows, num_layers + 1, dim)
         vectors = [head(states)[..., : options.dims] for states in pooled]
-        arrays = [_array(schema.field("embedding").type, rows, each, options.normalize) for each in vectors]
+        arrays = [_array(schema.field("embedding").type, rows, each, bool(options.normalize)) for each in vectors]
         if rows[0].layers is not None:
             arrays[1] = pa.FixedSizeListArray.from_arrays(arrays[1], schema.field("layers").type.list_size)
         columns = [

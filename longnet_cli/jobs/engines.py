@@ -10,16 +10,17 @@ others, so it does not matter which process gets which batch.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from functools import cache
-from typing import Any
+from inspect import Parameter, Signature
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
-from longnet_cli.attention.notation import format_pattern, read_pattern
+from longnet_cli.attention.notation import read_pattern
 from longnet_cli.basics.errors import ConfigError, DataError, InputWarning, LongNetError, NoTokensError
 from longnet_cli.basics.sizes import parse_size
 from longnet_cli.data.columns import ID_COLUMNS, INTEGERS, is_text
@@ -27,13 +28,16 @@ from longnet_cli.data.documents import Document, Unread
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tables import Table
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.jobs.encoding import PLACE_FIELDS, EmbeddingDtype, EncodeOptions, Encoder
-from longnet_cli.jobs.row_jobs import RowJob
+from longnet_cli.jobs.encoding import PLACE_FIELDS, EncodeFacts, EncodeOptions, Encoder, for_model
+from longnet_cli.jobs.row_jobs import ModelFacts, RowJob
 from longnet_cli.jobs.scoring.scoring import ScoreOptions, Scorer
 from longnet_cli.models.folder import Loaded, ModelFolder
 from longnet_cli.nets.weights import model_digest
 from longnet_cli.running.device import select_device
 from longnet_cli.running.reader import Reader
+
+SIZES = {"span", "stride", "dims", "tile_size", "last", "chunk", "context"}
+Options = TypeVar("Options")
 
 
 @dataclass(frozen=True)
@@ -66,47 +70,32 @@ class Reading:
         """Return a reader with the model."""
         return Reader(self.load().net, chunk=self.chunk, dtype=self.dtype)
 
-    def origin(self) -> dict[str, Any]:
-        """Return the fields of `ScoreOptions` that describe the model."""
-        loaded = self.load()
-        return {
-            "bos": loaded.bos,
-            "model_name": loaded.origin,
-            "tokenizer_sha256": loaded.tokenizer_sha256,
-            "pattern": format_pattern(loaded.net.config.pattern),
-        }
+
+def _with_options_of(*kinds: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a function the signature of one that takes the fields of these dataclasses as keyword arguments."""
+    given = [
+        Parameter(each.name, Parameter.KEYWORD_ONLY, default=each.default, annotation=each.type)
+        for kind in kinds
+        for each in fields(kind)
+        if each.name != "embeds"
+    ]
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        function.__signature__ = Signature([Parameter("batches", Parameter.POSITIONAL_OR_KEYWORD), *given])  # type: ignore[attr-defined]
+        return function
+
+    return decorate
 
 
-def encode_batches(
-    batches: Any,
-    *,
-    pool: str | None = None,
-    span: int | str | None = None,
-    normalize: bool | None = None,
-    context: int | str | None = None,
-    stride: int | str | None = None,
-    embedding_dtype: EmbeddingDtype = "float32",
-    prefix: str | None = None,
-    dims: int | str | None = None,
-    model: str = "longnet-tiny",
-    tokenizer: str | None = None,
-    pattern: str | None = None,
-    bos: str | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    chunk: int | str | None = None,
-    column: str | None = None,
-    id_column: str | None = None,
-    keep: Sequence[str] = (),
-    skip_bad: bool = False,
-) -> Any:
+@_with_options_of(EncodeOptions, Reading)
+def encode_batches(batches: Any, **options: Any) -> Any:
     """Encode the documents of a table or of record batches, and return the rows of `longnet encode`.
 
     A table gives a pyarrow table. So does all else that passes Arrow data on (`__arrow_c_stream__`), as a frame of
     polars or pandas, a relation of DuckDB, or a Dataset of Hugging Face. Record batches give a lazy iterator of record
-    batches. The output has the columns of `EncodeOptions.schema`, for text `char_start` and `char_end`, then the
-    columns of `keep`. The options are as in `EncodeOptions.of_model` and `Reading`: without `pool` and `prefix`, the
-    model's own. Sizes may be texts, as on the command line: `span="1Ki"`. An empty document has no rows.
+    batches. The output has the columns of `Encoder.schema`, for text `char_start` and `char_end`, then the columns of
+    `keep`. The options are those of `EncodeOptions` and `Reading`: without `pool` and `prefix`, the model's own. Sizes
+    may be texts, as on the command line: `span="1Ki"`. An empty document has no rows.
 
     A frame without a column of names has its row numbers as `doc_id`, from "0" on. A pyarrow table or batch needs such
     a column: an engine passes it one part of the rows after the other, and each would begin at 0.
@@ -114,61 +103,47 @@ def encode_batches(
     Raises ConfigError for invalid options, for what is no table and no batches, and for a batch without the id column
     or the document column, DataError for bad values, and what `encode` raises.
     """
-    rows = _size("chunk", chunk)
-    how = Reading(
-        model, tokenizer, pattern, bos, device, dtype, rows, column, id_column, tuple(keep), skip_bad, embeds=True
-    )
-    sizes = {"span": span, "context": context, "stride": stride, "dims": dims}
-    chosen: dict[str, Any] = {name: _size(name, size) for name, size in sizes.items()}
-    chosen |= {"pool": pool, "normalize": normalize, "embedding_dtype": embedding_dtype, "prefix": prefix}
+    asked, how = _read(options, EncodeOptions, embeds=True)
 
     @cache
     def make_job(of_text: bool) -> Encoder:
-        options, _ = _encoding(how.model, how.load(), **chosen)
-        return Encoder(how.reader(), options, PLACE_FIELDS if of_text else ())
+        own, facts, _ = _encoding(how.model, how.load(), asked)
+        return Encoder(how.reader(), own, facts, PLACE_FIELDS if of_text else ())
 
-    return _mapped(batches, how, make_job, lambda: _encoding(how.model, how.load(), **chosen)[1])
+    return _mapped(batches, how, make_job, lambda: _encoding(how.model, how.load(), asked)[2])
 
 
-def score_batches(
-    batches: Any,
-    *,
-    context: int | str | Sequence[int | str] | None = None,
-    stride: int | str | None = None,
-    model: str = "longnet-tiny",
-    tokenizer: str | None = None,
-    pattern: str | None = None,
-    bos: str | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    chunk: int | str | None = None,
-    column: str | None = None,
-    id_column: str | None = None,
-    keep: Sequence[str] = (),
-    skip_bad: bool = False,
-) -> Any:
+@_with_options_of(ScoreOptions, Reading)
+def score_batches(batches: Any, **options: Any) -> Any:
     """Score the documents of a table or of record batches, and return the rows of `longnet score -o`.
 
-    Tables and batches are taken and given as by `encode_batches`. The output has the columns of `ScoreOptions.schema`,
-    then the columns of `keep`. `context` and `stride` are as in `ScoreOptions`, the others as in `Reading`. With
-    several contexts, `(64, 1024)` or `"64,1Ki"`, the rows also show what a document gains from the longest one.
+    Tables and batches are taken and given as by `encode_batches`. The output has the columns of `Scorer.schema`, then
+    the columns of `keep`. The options are those of `ScoreOptions` and `Reading`. With several contexts, `(64, 1024)` or
+    `"64,1Ki"`, the rows also show what a document gains from the longest one.
 
     Raises ConfigError for invalid options, for what is no table and no batches, and for a batch without the id column
     or the document column, DataError for bad values, and what `score` raises.
     """
-    rows = _size("chunk", chunk)
-    how = Reading(model, tokenizer, pattern, bos, device, dtype, rows, column, id_column, tuple(keep), skip_bad)
-    contexts = context.split(",") if isinstance(context, str) else (context,) if isinstance(context, int) else context
-    chosen: dict[str, Any] = {
-        "context": contexts and tuple(_size("context", size) for size in contexts),
-        "stride": _size("stride", stride),
-    }
+    context = options.get("context")
+    context = context.split(",") if isinstance(context, str) else [context] if isinstance(context, int) else context
+    options["context"] = context and tuple(_size("context", size) for size in context)
+    asked, how = _read(options, ScoreOptions)
 
     @cache
     def make_job(of_text: bool) -> Scorer:
-        return Scorer(how.reader(), ScoreOptions(**chosen, **how.origin()))
+        words = how.load().tokenizer
+        return Scorer(how.reader(), asked, ModelFacts.of(how.load()), count_bytes=words.n_bytes if words else None)
 
     return _mapped(batches, how, make_job, lambda: how.load().tokenizer)
+
+
+def _read(given: Mapping[str, Any], kind: Callable[..., Options], **more: Any) -> tuple[Options, Reading]:
+    """Return what is asked of a job, and of the reading. Raises TypeError for a name that neither has."""
+    sizes = {name: _size(name, value) for name, value in given.items() if name in SIZES}
+    chosen = {**given, **sizes, "keep": tuple(given.get("keep", ())), **more}
+    names = {each.name for each in fields(Reading)}
+    of_reading = {name: value for name, value in chosen.items() if name in names}
+    return kind(**{name: value for name, value in chosen.items() if name not in names}), Reading(**of_reading)
 
 
 def _size(name: str, size: int | str | None) -> int | None:
@@ -195,10 +170,10 @@ def _load(
 
 
 @cache
-def _encoding(model: str, loaded: Loaded, **chosen: Any) -> tuple[EncodeOptions, Tokenizer | None]:
-    """Return the options of `encode`, and what tokenizes texts, once per process."""
-    options = EncodeOptions.of_model(ModelFolder.find(model, gguf=True, embeds=True), loaded, **chosen)
-    return options, options.tokenizer_for(loaded)
+def _encoding(model: str, loaded: Loaded, asked: EncodeOptions) -> tuple[EncodeOptions, EncodeFacts, Tokenizer | None]:
+    """Return the options of `encode`, what it knows of the model, and what tokenizes texts, once per process."""
+    own, facts = for_model(asked, ModelFolder.find(model, gguf=True, embeds=True), loaded)
+    return own, facts, facts.tokenizer_for(loaded)
 
 
 def _mapped(
@@ -333,14 +308,12 @@ class _DocumentTable:
         own = [index for index, name in enumerate(self.names) if name not in (self.id_column, "doc_id", "part")]
         table = self.table.select(own)
         documents = Table(self.where, self.where, table.schema, lambda names: iter(table.select(names).to_batches()))
-        inputs = Inputs((), column=self.how.column)
+        vocab_size, skip_bad = self.how.load().net.config.vocab_size, self.how.skip_bad
+        inputs = Inputs((), self.words(), self.how.column, vocab_size=vocab_size, skip_bad=skip_bad)
         columns = inputs.columns_of(documents)
         if columns.type in INTEGERS:
             raise ConfigError(
                 f"{self.where}: column {columns.documents!r} has one id per row: in batches a row is a document, a "
                 "list of ids or a text"
             )
-        words = self.words()
-        vocab_size, skip_bad = self.how.load().net.config.vocab_size, self.how.skip_bad
-        inputs = replace(inputs, tokenizer=words, vocab_size=vocab_size, skip_bad=skip_bad)
         return documents, inputs, is_text(columns.type)

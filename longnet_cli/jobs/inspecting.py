@@ -4,15 +4,15 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from longnet_cli.basics.errors import ConfigError, DataError, refuse_web_address
 from longnet_cli.data.columns import TokenTypes, token_type
 from longnet_cli.data.documents import BLOCK, Document
 from longnet_cli.data.formats import open_source
-from longnet_cli.data.inputs import Inputs
-from longnet_cli.data.names import Source, once
+from longnet_cli.data.inputs import Inputs, encode_text
+from longnet_cli.data.names import Source, Sources, once
 from longnet_cli.data.tables import Text
 from longnet_cli.data.tokenizer import Tokenizer
 
@@ -94,14 +94,14 @@ def inspect(inputs: Inputs, *, on_progress: Callable[[int], None] | None = None)
     Text without a tokenizer counts one token per byte. `on_progress` gets the tokens of each document. Raises
     ConfigError for no input and for a web address.
     """
-    if not inputs.names:
+    if not inputs.sources.names:
         raise ConfigError("no input: name a file, a folder, a glob, @list.txt, or - for stdin")
     inspection, types = Inspection(), TokenTypes()
     sources: list[Source] = []
-    for item in inputs.names:
+    for item in inputs.sources.names:
         refuse_web_address(str(item))
         with _noting(inspection):
-            sources += Inputs([item]).sources
+            sources += Sources([item])
     for source in once(sources):
         with _noting(inspection):
             for document, in_bytes in _open(inspection, source, types, inputs):
@@ -128,11 +128,10 @@ def _open(inspection: Inspection, source: Source, types: TokenTypes, inputs: Inp
         inspection.token_types[str(kind or "text")] += 1
         with _noting(inspection):
             types.check(opened, columns)
-    if kind is None and not inputs.tokenizer:
-        inputs = replace(inputs, tokenizer=Tokenizer.bytes())
-    in_bytes = kind is None and inputs.tokenizer is not None and inputs.tokenizer.is_bytes
-    for document in inputs.documents_of(opened):
-        yield document, in_bytes
+    words = inputs.tokenizer or Tokenizer.bytes()
+    for item in inputs.items(opened):
+        document = encode_text(item, words, inputs.vocab_size) if isinstance(item, Text) else item
+        yield document, kind is None and words.is_bytes
 
 
 def _note_metadata(inspection: Inspection, where: str, metadata: dict[bytes, bytes]) -> None:

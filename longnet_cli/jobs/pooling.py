@@ -3,18 +3,21 @@
 windows_of(tokens) --> windows of a document, and whose states are taken where they overlap
 hidden states, in order --> Pooling --> a Row for each span
 a Row for each window --> WindowMean --> a Row for the document, where a window has one vector
+outputs of layers --> LayerStates --> a mean of each, for `encode --all-layers`
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from longnet_cli.data.documents import Document
+from longnet_cli.nets.longnet import LongNet, Placement
 
 POOLS = ("cls", "max", "mean", "sqrt", "weighted", "last", "first")
 ONE_STATE = {"cls", "first", "last"}  # poolings that take one state of a sequence
@@ -147,3 +150,52 @@ class WindowMean:
         self._tokens += tokens
         if row.end == len(row.document):
             yield replace(row, span=0, start=0, vector=(self._sum / self._tokens).float())
+
+
+class LayerStates:
+    """A context manager that pools the output of each layer, while the net reads one sequence at a time.
+
+        with LayerStates(net) as states:
+            states.begin(1, 300)        # then the net reads a sequence, in any chunks
+            vectors = states.mean()     # (num_layers + 1, dim)
+
+    The first vector is pooled from the first layer's input, the others from each layer's output, before the final norm.
+    """
+
+    def __init__(self, net: LongNet) -> None:
+        self.net, self._hooks = net, ExitStack()
+        self.begin(0, 1)
+
+    def __enter__(self) -> LayerStates:
+        for index, layer in enumerate(self.net.layers):
+            if index == 0:
+                handle = layer.register_forward_pre_hook(lambda layer, inputs: self._add(0, inputs[0], inputs))
+                self._hooks.callback(handle.remove)
+
+            def after(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor, index: int = index) -> None:
+                self._add(index + 1, output, inputs)
+
+            self._hooks.callback(layer.register_forward_hook(after).remove)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._hooks.close()
+
+    def begin(self, start: int, stop: int) -> None:
+        """Reset the sums. From now on, take the mean over the positions [start, stop) of the next sequence."""
+        weight = next(self.net.parameters())
+        self.start, self.stop = start, stop
+        self._sums = torch.zeros(
+            len(self.net.layers) + 1, self.net.config.dim, dtype=torch.float64, device=weight.device
+        )
+
+    def mean(self) -> Tensor:
+        """Return the mean (num_layers + 1, dim), float64. Of several ranks, each has a part; their sum is the mean."""
+        return self._sums / (self.stop - self.start)
+
+    def _add(self, state: int, x: Tensor, inputs: tuple[Any, ...]) -> None:
+        """Add hidden states (1, n, dim) of a layer that was called with `inputs`; the third input is its placement."""
+        place: Placement = inputs[2]
+        first, last = max(0, self.start - place.start), min(x.shape[1], self.stop - place.start)
+        if first < last:
+            self._sums[state] += x[0, first:last].sum(0, dtype=torch.float64)

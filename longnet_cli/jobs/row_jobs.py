@@ -1,6 +1,6 @@
 """The jobs that read documents, and the one writer of their rows: to a folder of shards, a file or a stream.
 
-    documents --sequence--> portions --results, dealt out to groups of ranks--> scores, or record batches --> output
+    documents --RowJob.sequences--> portions, dealt out to groups of ranks --RowJob.results--> rows --> a sink
 
 Each portion of documents is read independently of the others. So a run that is resumed, or shared by many processes,
 pads and sums as an uninterrupted run of one process does, and a folder has the same bytes.
@@ -12,51 +12,81 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import pyarrow as pa
 
-from longnet_cli.basics.errors import ConfigError, NoTokensError
-from longnet_cli.data.documents import Document, checked
+from longnet_cli.attention.notation import format_pattern
+from longnet_cli.basics.errors import ConfigError, DataError, NoTokensError
+from longnet_cli.data.documents import Document, Unread
+from longnet_cli.data.files import FileChangedError
 from longnet_cli.data.inputs import Inputs
-from longnet_cli.data.kept import first_kept, kept_settings
-from longnet_cli.data.left_out import LeftOut, OnSkip
+from longnet_cli.data.kept import LeftOut, OnSkip, first_kept, kept_settings
 from longnet_cli.data.names import Apart
 from longnet_cli.data.outputs import ShardWriter, is_folder
 from longnet_cli.data.shards import ShardFolder, ShardFormat, run_to_resume
-from longnet_cli.nets.net import InputSequence, Net
+from longnet_cli.nets.net import Bos, InputSequence, Net
 from longnet_cli.nets.weights import model_digest
 from longnet_cli.running.chunk_size import chunk_of, default_chunk
 from longnet_cli.running.device import check_kernel, resolve_dtype
-from longnet_cli.running.ranks.dealing import BATCHES, Codec, deal
+from longnet_cli.running.ranks.dealing import Batches, deal
 from longnet_cli.running.ranks.portions import Portion
 from longnet_cli.running.ranks.ranks import Ranks
-from longnet_cli.running.reader import OnWindows, Reader, share_reader
+from longnet_cli.running.reader import Reader, share_reader
 
-R = TypeVar("R")
-Sequences = Iterable[InputSequence[Document]]
+if TYPE_CHECKING:
+    from longnet_cli.models.folder import Loaded
 
 
 class Sink(Protocol):
-    """What takes the rows of a job: a file, a stream, or what prints them."""
+    """The end of a job's rows: a file, a stream, or a printer of them."""
 
     def write(self, batch: pa.RecordBatch, /) -> None: ...
 
 
-class DocumentJob(ABC, Generic[R]):
-    """A job that turns documents into results, in order, on the ranks of one group."""
+@dataclass(frozen=True)
+class ModelFacts:
+    """The facts of a model that a job needs besides its net.
 
-    codec: Codec[R]  # for results that another group of ranks sends
-    skips_empty: ClassVar[bool] = False  # an empty document has no result
+    `bos` (the id of the tokenizer's end of text, or several ids) is put before each document. `model_name`,
+    `tokenizer_sha256` and `pattern` (a text of `attention.notation`) go into the schema's metadata.
+    """
+
+    bos: Bos = None
+    model_name: str | None = None
+    tokenizer_sha256: str | None = None
+    pattern: str | None = None
+
+    @classmethod
+    def of(cls, loaded: Loaded) -> ModelFacts:
+        """Return those of a model."""
+        return cls(loaded.bos, loaded.origin, loaded.tokenizer_sha256, format_pattern(loaded.net.config.pattern))
+
+
+class RowJob(ABC):
+    """A job that turns documents into rows with a column `n_tokens`, in order, on the ranks of one group.
+
+    `options` and `facts` determine the rows, together with the net and the documents: a dataclass of what was asked
+    for, and what is known of the model. `kept_fields` are columns that documents carry to the output (`data.kept`).
+    """
+
+    schema: pa.Schema
+    nothing: str  # the error for rows without any token
+    skips_empty: ClassVar[bool] = False  # an empty document has no row
     scores: ClassVar[bool] = False  # it computes logits
-    nothing: str  # the error for results without any token
+    shard_name: ClassVar[str]
+    shard_unit: ClassVar[str]  # what is counted to fill a shard
+    shard_size: ClassVar[int]
+    batch_rows: ClassVar[int] = 1  # a file or a stream has batches of this many rows or more
+    names_apart: ClassVar[bool] = False  # neighbouring documents of one name get names of their own in an output
+    says_no_id_column: ClassVar[bool] = False  # its folders have the setting `id_column` even if it is None
 
-    def __init__(self, reader: Reader) -> None:
-        self.reader = reader
+    def __init__(self, reader: Reader, options: Any, facts: ModelFacts, kept_fields: Sequence[pa.Field] = ()) -> None:
+        self.reader, self.options, self.facts, self.kept_fields = reader, options, facts, kept_fields
 
     @abstractmethod
     def sequence(self, document: Document) -> InputSequence[Document]:
@@ -67,12 +97,12 @@ class DocumentJob(ABC, Generic[R]):
         """Yield (tokens, wanted tokens) of each window in which a document of so many tokens is read."""
 
     @abstractmethod
-    def results(self, sequences: Sequences) -> Iterator[R]:
-        """Yield the results of these documents, in order."""
+    def results(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[pa.RecordBatch]:
+        """Yield the rows of these documents, in order."""
 
     @abstractmethod
-    def tokens(self, result: R) -> int:
-        """Return how many tokens a result stands for."""
+    def size(self, sequence: InputSequence[Document]) -> int:
+        """Return how many units of a shard a document fills."""
 
     def tell_progress(self, portion: Portion[InputSequence[Document]]) -> None:
         """Report the tokens that another group of ranks has read."""
@@ -82,75 +112,73 @@ class DocumentJob(ABC, Generic[R]):
         """Return the bytes that the job itself keeps of a document of so many tokens, by kind."""
         return {}
 
-    def checked(
-        self,
-        documents: Iterable[Document],
-        stored: Iterable[Document] = (),
-        on_skip: OnSkip | None = None,
-        on_empty: Callable[[Document], None] | None = None,
-    ) -> Iterator[InputSequence[Document]]:
-        """Return the `documents` that have results. Without `on_skip`, check all `stored` documents now."""
-        for document in stored if on_skip is None else ():
-            self.sequence(document)
-        empty = (on_empty or (lambda document: None)) if self.skips_empty else None
-        return checked(documents, self.sequence, on_skip, empty)
-
-    def deal(
-        self, sequences: Sequences, ranks: Ranks, tokens: int = 0, **shards: Any
-    ) -> Iterator[tuple[Portion[InputSequence[Document]], R | None]]:
-        """Yield each portion with each of its results, and then with None.
-
-        Raises NoTokensError at the end if there are no `tokens` of earlier runs and none in the results.
-        """
-        portions = self.reader.portions(sequences, **shards)
-        for portion, results in deal(portions, self.results, ranks, self.codec, self.tell_progress):
-            for result in results:
-                tokens += self.tokens(result)
-                yield portion, result
-            yield portion, None
-        if not tokens and (ranks.first or ranks.dp == 1):
-            raise NoTokensError(self.nothing)
-
-    def all_results(self, sequences: Sequences, ranks: Ranks) -> Iterator[R]:
-        """Yield the results of all portions, each as soon as it is there."""
-        return (result for _, result in self.deal(sequences, ranks) if result is not None)
-
-
-class RowJob(DocumentJob[pa.RecordBatch]):
-    """A job that turns documents into rows with a column `n_tokens`.
-
-    `options` is a dataclass that determines the rows, together with the net and the documents. `kept_fields` are
-    columns that documents carry to the output (`data.kept`).
-    """
-
-    codec = BATCHES
-    schema: pa.Schema
-    shard_name: ClassVar[str]
-    shard_unit: ClassVar[str]  # what is counted to fill a shard
-    shard_size: ClassVar[int]
-    batch_rows: ClassVar[int] = 1  # a file or a stream has batches of this many rows or more
-    names_apart: ClassVar[bool] = False  # neighbouring documents of one name get names of their own in an output
-    says_no_id_column: ClassVar[bool] = False  # its folders have the setting `id_column` even if it is None
-
-    def __init__(self, reader: Reader, options: Any, kept_fields: Sequence[pa.Field] = ()) -> None:
-        super().__init__(reader)
-        self.options, self.kept_fields = options, kept_fields
-
-    @abstractmethod
-    def size(self, sequence: InputSequence[Document]) -> int:
-        """Return how many units of a shard a document fills."""
-
-    def tokens(self, result: pa.RecordBatch) -> int:
-        return int(result["n_tokens"].to_numpy().sum())
-
     def option_settings(self) -> dict[str, Any]:
-        """Return the options that were chosen, as settings of a folder."""
-        return {name: x for name, x in asdict(self.options).items() if x is not None and x is not False}
+        """Return the options that were chosen, and what is known of the model, as settings of a folder."""
+        settings = asdict(self.options) | asdict(self.facts)
+        return {name: x for name, x in settings.items() if x is not None and x is not False}
 
     @cached_property
     def digest(self) -> str:
         """The digest of the model."""
         return model_digest(self.reader.model)
+
+    def take(self, document: Document, on_skip: OnSkip | None, *, reads: bool = True) -> InputSequence[Document] | None:
+        """Return a document as the model reads it. Raises the error of one that cannot be read.
+
+        With `on_skip`, such a document is passed to it, with its ConfigError or DataError, and nothing is returned. To
+        find such errors, all ids of the document are read here, unless `reads` is false. A file that changes while it
+        is read raises its error in any case.
+        """
+        try:
+            if isinstance(document, Unread):
+                raise document.error
+            sequence = self.sequence(document)
+            for start in range(0, len(document) if on_skip and reads else 0, document.block):
+                document.read(start, start + document.block)
+        except (ConfigError, DataError) as error:
+            if on_skip is None or isinstance(error, FileChangedError):
+                raise
+            on_skip(document, error)
+            return None
+        return sequence
+
+    def longest(self, stored: Iterable[Document]) -> int:
+        """Return the tokens of the longest of some documents. Raises the error of one that the job refuses."""
+        return max((len(self.sequence(document).document) for document in stored), default=0)
+
+    def sequences(
+        self,
+        documents: Iterable[Document],
+        on_skip: OnSkip | None = None,
+        on_empty: Callable[[Document], None] | None = None,
+        on_document: Callable[[Document], None] | None = None,
+        apart: Apart | None = None,
+    ) -> Iterator[InputSequence[Document]]:
+        """Yield the documents that have rows, as the model reads them.
+
+        `on_document` gets each document before any of it is read, and what it raises ends the run. `on_skip` gets those
+        that are left out (see `take`), `on_empty` those that are empty. `apart` names the others.
+        """
+        for document in documents:
+            if on_document:
+                on_document(document)
+            sequence = self.take(document, on_skip)
+            if sequence is not None and (len(document) or not self.skips_empty):
+                document.doc_id = apart.name(document.doc_id) if apart else document.doc_id
+                yield sequence
+            elif sequence is not None and on_empty:
+                on_empty(document)
+
+    def deal(
+        self, sequences: Iterable[InputSequence[Document]], ranks: Ranks, **shards: Any
+    ) -> Iterator[tuple[Portion[InputSequence[Document]], Batches]]:
+        """Return each portion of documents with its rows, as `dealing.deal` deals them out."""
+        return deal(self.reader.portions(sequences, **shards), self.results, ranks, self.tell_progress)
+
+    def refuse_nothing(self, tokens: int, ranks: Ranks) -> None:
+        """Raise NoTokensError for rows of no `tokens`, on the ranks that have them."""
+        if not tokens and (ranks.first or ranks.dp == 1):
+            raise NoTokensError(self.nothing)
 
     def rows(
         self,
@@ -165,8 +193,23 @@ class RowJob(DocumentJob[pa.RecordBatch]):
 
         The reader raises NoTokensError at the end if no row has tokens.
         """
-        sequences = self.checked(documents, stored, on_skip, on_empty)
-        return pa.RecordBatchReader.from_batches(self.schema, self.all_results(sequences, ranks or Ranks()))
+        ranks = ranks or Ranks()
+        self.longest(stored if on_skip is None else ())
+
+        def batches() -> Iterator[pa.RecordBatch]:
+            tokens = 0
+            for _, batches in self.deal(self.sequences(documents, on_skip, on_empty), ranks):
+                for batch in batches:
+                    tokens += tokens_of(batch)
+                    yield batch
+            self.refuse_nothing(tokens, ranks)
+
+        return pa.RecordBatchReader.from_batches(self.schema, batches())
+
+
+def tokens_of(batch: pa.RecordBatch) -> int:
+    """Return how many tokens the rows of a batch stand for."""
+    return int(batch["n_tokens"].to_numpy().sum())
 
 
 def write_rows(
@@ -179,15 +222,14 @@ def write_rows(
     shard_format: ShardFormat = "arrow",
     resume: bool = False,
     left_out: LeftOut | None = None,
-    telling: Callable[[Iterator[Document]], Iterator[Document]] = iter,
+    on_stored: Callable[[int], None] = lambda tokens: None,
+    on_document: Callable[[Document, float | None], None] = lambda document, share: None,
     of_text: Sequence[pa.Field] = (),
     ranks: Ranks | None = None,
     chunk: int | None = None,
     dtype: str = "auto",
-    spill: str | Path | None = None,
-    on_progress: Callable[[int], None] | None = None,
-    on_choice: OnWindows | None = None,
     sink: Callable[[pa.Schema], AbstractContextManager[Sink]] | None = None,
+    **reading: Any,
 ) -> Counter[str] | None:
     """Write the rows of the documents in `inputs` to `output`: a folder of shards, a file, or `-`, a stream on stdout.
 
@@ -202,8 +244,9 @@ def write_rows(
     default depends on the free memory. A resumed run leaves out again what the earlier run left out. The manifest has
     the counts of `left_out`, and the digests of the inputs: those of finished shards must be the same in a resumed run.
 
-    `telling` gets the documents, and yields them: it may say something of each one before it is read. The columns
-    `of_text` are added to the job's `kept_fields` if the input is text.
+    `on_stored` first gets the tokens of the longest document whose length is known at once, if lengths matter to the
+    model. `on_document` gets each document before it is read, and the share of the inputs up to it. What they raise
+    ends the run. The columns `of_text` are added to the job's `kept_fields` if the input is text.
 
     Raises ConfigError for invalid options and for a folder that is in use, DataError for no document or a damaged
     shard, LongNetError when a write fails. After an error there is no output file, and a folder keeps its finished
@@ -215,24 +258,26 @@ def write_rows(
     before = earlier.settings.get("chunk") if earlier else None
     chunk = chunk_of(chunk, default_chunk(model.config, device), before, ranks)
     dtype = resolve_dtype(dtype, device)
-    opened: list[tuple[str, str | None]] | None = [] if in_folder and ranks.first else None
-    inputs = replace(inputs, opened=opened)
+    given = inputs.documents(digests=in_folder and ranks.first)
     kept: Sequence[pa.Field] = ()
-    documents: Iterator[Document] = inputs.documents()
+    documents: Iterator[Document] = iter(given)
     if inputs.keep or of_text:  # first_kept waits for the first document
         kept, documents = first_kept(documents, of_text)
-    stored = inputs.stored() if model.config.max_tokens is not None else ()
-    reader = share_reader(
-        model, chunk=chunk, dtype=dtype, spill=spill, ranks=ranks, on_progress=on_progress, on_choice=on_choice
-    )
-    job = make_job(reader, kept_fields=kept)
-    read = partial(job.checked, telling(documents), stored, left_out.skip, left_out.pass_over)
-    if job.names_apart and inputs.id_column is None:
-        read = partial(_named_apart, read)
+    job = make_job(share_reader(model, chunk=chunk, dtype=dtype, ranks=ranks, **reading), kept_fields=kept)
+    apart = Apart() if job.names_apart and inputs.id_column is None else None
+
+    def sequences() -> Iterator[InputSequence[Document]]:
+        limited = model.config.max_tokens is not None or model.config.pattern.chosen
+        if limited and not left_out.skip:
+            on_stored(job.longest(inputs.stored()))
+        return job.sequences(
+            documents, left_out.skip, left_out.pass_over, lambda document: on_document(document, given.share), apart
+        )
+
     if not in_folder:
-        batches = job.all_results(read(), ranks)
-        opened_sink = partial(sink or partial(ShardWriter, output), job.schema) if ranks.first else nullcontext
-        return _write_stream(job, batches if sink else _joined(batches, job.batch_rows), opened_sink)
+        least, open_sink = (1, sink) if sink else (job.batch_rows, partial(ShardWriter, output))
+        opened = partial(open_sink, job.schema) if ranks.first else nullcontext
+        return _write_stream(job, sequences, opened, least, ranks)
     shard_size = job.shard_size if shard_size is None else shard_size
     if shard_size < 1:
         raise ConfigError(f"shard_{job.shard_unit} must be 1 or more, not {shard_size}")
@@ -240,29 +285,37 @@ def write_rows(
     folder = None
     if ranks.first:
         about: dict[str, Any] = {"settings": settings, "name": job.shard_name, "format": shard_format}
-        folder = ShardFolder(output, job.schema, **about, resume=resume, left_out=left_out, opened=opened)
+        folder = ShardFolder(output, job.schema, **about, resume=resume, left_out=left_out, opened=given.opened)
     with folder or nullcontext():
-        _write_folder(job, read, folder, shard_size, ranks)
+        _write_folder(job, sequences, folder, shard_size, ranks)
     return folder.totals if folder else None
 
 
-def _named_apart(read: Callable[[], Sequences]) -> Iterator[InputSequence[Document]]:
-    apart = Apart()
-    for sequence in read():
-        sequence.document.doc_id = apart.name(sequence.document.doc_id)
-        yield sequence
-
-
 def _write_stream(
-    job: RowJob, batches: Iterable[pa.RecordBatch], open_sink: Callable[[], AbstractContextManager[Sink | None]]
+    job: RowJob,
+    sequences: Callable[[], Iterator[InputSequence[Document]]],
+    open_sink: Callable[[], AbstractContextManager[Sink | None]],
+    least: int,
+    ranks: Ranks,
 ) -> Counter[str] | None:
-    """Write the batches to a sink, and return their counts where there is one: on the first rank."""
-    written = Counter[str]()
+    """Write the rows to the first rank's sink, `least` or more at a time, and return their counts there."""
+    written, waiting = Counter[str](), list[pa.RecordBatch]()
     with open_sink() as sink:
-        for batch in batches:
-            written.update(rows=len(batch), tokens=job.tokens(batch))
-            if sink:
-                sink.write(batch)
+
+        def flush() -> None:
+            if sink and waiting:
+                for batch in pa.Table.from_batches(waiting).combine_chunks().to_batches():
+                    sink.write(batch)
+            waiting.clear()
+
+        for _, batches in job.deal(sequences(), ranks):
+            for batch in batches:
+                written.update(rows=len(batch), tokens=tokens_of(batch))
+                waiting.append(batch)
+                if sum(map(len, waiting)) >= least:
+                    flush()
+        flush()
+        job.refuse_nothing(written["tokens"], ranks)
     return written if sink else None
 
 
@@ -277,7 +330,7 @@ def _settings(job: RowJob, inputs: Inputs, shard_size: int, ranks: Ranks) -> dic
         **({"id_column": inputs.id_column} if inputs.id_column or job.says_no_id_column else {}),
         "eos": inputs.eos_id,
         **chat_settings(inputs.tokenizer),
-        "pattern": job.options.pattern,  # before the model, whose digest then differs too: errors name the first
+        "pattern": job.facts.pattern,  # before the model, whose digest then differs too: errors name the first
         "model": job.digest[:16],
         "kernel": check_kernel(reader.device, reader.dtype, reader.model.config.head_dim),
         **job.option_settings(),
@@ -291,33 +344,24 @@ def _settings(job: RowJob, inputs: Inputs, shard_size: int, ranks: Ranks) -> dic
 
 def _write_folder(
     job: RowJob,
-    read: Callable[[], Iterator[InputSequence[Document]]],
+    sequences: Callable[[], Iterator[InputSequence[Document]]],
     folder: ShardFolder | None,
     shard_size: int,
     ranks: Ranks,
 ) -> None:
-    """Write the rows of the documents that no finished shard has to the first rank's `folder`; `read` returns all."""
+    """Write the rows of the documents that no finished shard has to the first rank's `folder`."""
     if ranks.any(folder is not None and folder.finished):
         return
     done = ranks.from_first(folder.documents if folder else 0)
     tokens = ranks.from_first(folder.totals["tokens"] if folder else 0)
-    unread = folder.unread(read()) if folder else islice(read(), done, None)
-    for portion, batch in job.deal(unread, ranks, tokens, shard=shard_size, size_of=job.size):
-        if folder and batch is not None:
-            folder.write(batch, tokens=job.tokens(batch))
-        elif folder:
+    remaining = folder.unread(sequences()) if folder else islice(sequences(), done, None)
+    for portion, batches in job.deal(remaining, ranks, shard=shard_size, size_of=job.size):
+        for batch in batches:
+            tokens += tokens_of(batch)
+            if folder:
+                folder.write(batch, tokens=tokens_of(batch))
+        if folder:
             folder.count(documents=portion.items)
             if portion.ends_shard:
                 folder.end_shard()
-
-
-def _joined(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.RecordBatch]:
-    """Yield the same rows in batches of `rows` or more, except the last one."""
-    waiting: list[pa.RecordBatch] = []
-    for batch in batches:
-        waiting.append(batch)
-        if sum(map(len, waiting)) >= rows:
-            yield from pa.Table.from_batches(waiting).combine_chunks().to_batches()
-            waiting = []
-    if waiting:
-        yield from pa.Table.from_batches(waiting).combine_chunks().to_batches()
+    job.refuse_nothing(tokens, ranks)

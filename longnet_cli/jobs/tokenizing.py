@@ -8,8 +8,8 @@ Memory holds the largest row of text and one record batch, however large a file 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from operator import attrgetter
@@ -23,7 +23,7 @@ from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.data.documents import Unread
 from longnet_cli.data.formats import Text
 from longnet_cli.data.inputs import Inputs
-from longnet_cli.data.left_out import LeftOut, OnSkip
+from longnet_cli.data.kept import LeftOut, OnSkip
 from longnet_cli.data.names import Apart
 from longnet_cli.data.outputs import OUTPUT_SUFFIXES, ShardWriter, is_folder, token_schema
 from longnet_cli.data.shards import ShardFolder, ShardFormat, run_to_resume
@@ -97,40 +97,27 @@ def tokenize(
         raise ConfigError("a tokenizer is trained by one process: train it first, without --dp")
     # a folder that cannot be resumed is refused here, before a tokenizer is trained
     earlier = run_to_resume(output, resume=resume) if in_folder and first else None
-    inputs = replace(inputs, skip_bad=left_out.skip is not None)
     loaded = _tokenizer(inputs, tokenizer, train_vocab, earlier.tokenizer if earlier else None)
     appended = end_of_text(eos, loaded)
     own, eos_id = loaded.eos_id, loaded.eos_id if appended is None else appended
     loaded = loaded.with_eos(eos_id)
     schema = token_schema(vocab_size=loaded.vocab_size, eos_id=eos_id, tokenizer_sha256=loaded.sha256)
 
-    opened: list[tuple[str, str | None]] | None = [] if in_folder and first else None
-    texts = _readable(replace(inputs, tokenizer=loaded, opened=opened).texts(), left_out.skip)
-    if inputs.id_column is None:
-        apart = Apart()
-        texts = (replace(text, doc_id=apart.name(text.doc_id)) for text in texts)
-    with ExitStack() as stack:
-        folder: ShardFolder | None = None
-        rows: TokenBatches | None = None
-        if in_folder and first:
-            said = appended is not None if appended in (None, own) else str(appended)  # 1 would equal True
-            settings = _settings(inputs, loaded, train_vocab, said, shard_tokens)
-            about: dict[str, Any] = {"settings": settings, "format": shard_format, "tokenizer": loaded.description}
-            folder = ShardFolder(output, schema, **about, resume=resume, left_out=left_out, opened=opened)
-            stack.enter_context(folder)
-            rows = TokenBatches(schema, BATCH_BYTES, folder.write, folder.totals, folder.end_shard, shard_tokens)
-        elif first:
-            writer = stack.enter_context(ShardWriter(output, schema))
-            small = str(output) == "-" or str(output).endswith(".jsonl")
-            size = SMALL_BATCH_BYTES if small else BATCH_BYTES
-            rows = TokenBatches(schema, size, lambda batch, **counts: writer.write(batch))
+    given = inputs.texts(loaded, digests=in_folder and first)
+    texts = _readable(given, left_out.skip, Apart() if inputs.id_column is None else None)
+    folder: ShardFolder | None = None
+    if in_folder and first:
+        said = appended is not None if appended in (None, own) else str(appended)  # 1 would equal True
+        settings = _settings(inputs, loaded, train_vocab, said, shard_tokens)
+        about: dict[str, Any] = {"settings": settings, "format": shard_format, "tokenizer": loaded.description}
+        folder = ShardFolder(output, schema, **about, resume=resume, left_out=left_out, opened=given.opened)
+    with _rows(folder or ShardWriter(output, schema), shard_tokens) if first else nullcontext() as rows:
         finished, done = bool(folder and folder.finished), folder.documents if folder else 0
         if ranks:
             finished, done = ranks.any(finished), ranks.from_first(done)
         if not finished:
             remaining = folder.unread(texts) if folder else islice(texts, done, None)
-            work = _Work(loaded, appended, str(output) == "-", on_progress)
-            work.run(remaining, rows, ranks)
+            _Work(loaded, appended, str(output) == "-", on_progress).run(remaining, rows, ranks)
     if rows is None:
         return None
     shards = folder.paths if folder else []
@@ -138,6 +125,18 @@ def tokenize(
         loaded.save(beside)
         shards = [Path(output)]
     return TokenizeResult(rows.totals["documents"], rows.totals["tokens"], rows.totals["bytes"], shards, loaded)
+
+
+@contextmanager
+def _rows(output: ShardFolder | ShardWriter, shard_tokens: int) -> Iterator[TokenBatches]:
+    """Open an output, and yield what collects its rows."""
+    with output:
+        if isinstance(output, ShardFolder):
+            yield TokenBatches(output.schema, BATCH_BYTES, output.write, output.totals, output.end_shard, shard_tokens)
+        else:
+            small = str(output.output) == "-" or str(output.output).endswith(".jsonl")
+            size = SMALL_BATCH_BYTES if small else BATCH_BYTES
+            yield TokenBatches(output.schema, size, lambda batch, **counts: output.write(batch))
 
 
 def _settings(
@@ -173,23 +172,27 @@ def _tokenizer(
         raise ConfigError("give a tokenizer or train one, not both")
     if earlier is not None:
         return Tokenizer.from_description(earlier)
-    if any(str(item) == "-" for item in inputs.names):
+    if any(str(item) == "-" for item in inputs.sources.names):
         raise ConfigError("training a tokenizer reads the inputs twice, and stdin can be read once: save it to a file")
     texts = (text for text in inputs.texts() if isinstance(text, Text))
     return Tokenizer.train((part for text in texts for part in text.parts), train_vocab)
 
 
-def _readable(texts: Iterator[Text | Unread], on_skip: OnSkip | None) -> Iterator[Text]:
-    """Yield the texts that could be read, and pass the others to `on_skip`. Raises DataError if all are left out."""
+def _readable(texts: Iterable[Text | Unread], on_skip: OnSkip | None, apart: Apart | None) -> Iterator[Text]:
+    """Yield the texts that could be read, named by `apart`, and pass the others to `on_skip`.
+
+    Raises DataError if all are left out.
+    """
     readable = skipped = False
     for text in texts:
-        if isinstance(text, Unread):
+        if isinstance(text, Text):
+            readable = True
+            yield replace(text, doc_id=apart.name(text.doc_id)) if apart else text
+        elif on_skip:
             skipped = True
-            assert on_skip  # without it, the inputs raise the error
             on_skip(text, text.error)
         else:
-            readable = True
-            yield text
+            raise text.error
     if skipped and not readable:
         raise DataError("there is nothing to tokenize: every document is left out")
 
@@ -226,49 +229,46 @@ class _Work:
 
     def run(self, texts: Iterator[Text], rows: TokenBatches | None, ranks: Ranks | None) -> None:
         """Tokenize all texts into the `rows` of rank 0."""
-        length = attrgetter("length")
+        length, pieces = attrgetter("length"), self._pieces(texts)
         if rows and (ranks is None or ranks.world == 1):
             own = rows
             in_two_threads(
-                self._pieces(texts),
+                pieces,
                 length,
                 TEXT_CHARS,
                 lambda group, check: self._take(self._encode(group), own, check),
                 abandon=self.prompt,
             )
         elif ranks:
-            from longnet_cli.running.ranks.dealing import Codec, deal  # loads torch, which one process does not need
+            from longnet_cli.running.ranks.dealing import deal  # loads torch, which one process does not need
 
-            parts = portions(self._pieces(texts), TEXT_CHARS, length_of=length)
-            for _, encoded in deal(parts, self._encode, ranks, Codec(_pack, _unpack), ahead=2 * ranks.world):
-                self._take(encoded, cast(TokenBatches, rows))  # on rank 0: the others get nothing
+            parts = portions(pieces, TEXT_CHARS, length_of=length)
+            for _, batches in deal(parts, lambda part: _as_batches(self._encode(part)), ranks, ahead=2 * ranks.world):
+                for batch in batches:  # on rank 0: the others get nothing
+                    self._take(_of_batch(batch), cast(TokenBatches, rows))
         if rows:
             rows.flush()
 
     def _pieces(self, texts: Iterator[Text]) -> Iterator[_TextPart]:
         for text in texts:
-            for piece in [text.text] if text.ids else self.tokenizer.pieces(text.parts):
-                yield _TextPart(text.doc_id, piece, text.ids)
+            cutter = self.tokenizer.cutter(() if text.ids else text.parts)
+            if text.ids:
+                yield _TextPart(text.doc_id, text.text, text.ids)
+            while taken := cutter.take():
+                yield _TextPart(text.doc_id, taken[0])
             yield _TextPart(text.doc_id, None)
 
     def _encode(self, group: Iterable[_TextPart]) -> Iterator[_Encoded]:
-        given = list(group)
-        current = 0
-        texts = ["" if piece.ids else piece.text or "" for piece in given]
-        for index, ids, size in self.tokenizer.encode_parts(texts):
-            yield from self._passed(given[current:index])
-            yield _Encoded(given[index].doc_id, ids, size, False)
-            current = index
-        yield from self._passed(given[current:])
-
-    def _passed(self, pieces: Sequence[_TextPart]) -> Iterator[_Encoded]:
-        """Yield the ids of pieces without text to encode: chats and the ends of documents."""
+        """Yield the ids of the pieces, in order, and at the end of each document its last ids."""
+        pieces = list(group)
+        encoded = iter(self.tokenizer.encode_pieces([piece.text for piece in pieces if piece.text and not piece.ids]))
         ending = np.array([] if self.eos_id is None else [self.eos_id], np.int32)
         for piece in pieces:
-            if piece.ids:
-                yield _Encoded(piece.doc_id, piece.ids(), len((piece.text or "").encode()), False)
+            size = len((piece.text or "").encode())
             if piece.text is None:
                 yield _Encoded(piece.doc_id, ending, 0, True)
+            else:
+                yield _Encoded(piece.doc_id, piece.ids() if piece.ids else next(encoded), size, False)
 
     def _take(self, pieces: Iterable[_Encoded], rows: TokenBatches, check: Callable[[], None] = lambda: None) -> None:
         reported = rows.totals["bytes"]
@@ -289,29 +289,18 @@ class _Work:
             self.on_progress(rows.totals["documents"], rows.totals["tokens"], rows.totals["bytes"])
 
 
-def _pack(encoded: Iterable[_Encoded]) -> bytes:
-    """Return encoded pieces as an Arrow stream of one record batch."""
+def _as_batches(encoded: Iterable[_Encoded]) -> list[pa.RecordBatch]:
+    """Return encoded pieces as one record batch, none without pieces."""
     rows = list(encoded)
     if not rows:
-        return b""
+        return []
     doc_ids, ids, sizes, ends = zip(*rows, strict=True)
-    offsets = np.cumsum([0, *map(len, ids)])
-    columns = {
-        "doc_id": pa.array(doc_ids, pa.string()),
-        "ids": pa.LargeListArray.from_arrays(offsets, np.concatenate(ids)),
-        "size": sizes,
-        "ends": ends,
-    }
-    from longnet_cli.running.ranks.dealing import BATCHES
-
-    return BATCHES.pack([pa.record_batch(columns)])
+    lists = pa.LargeListArray.from_arrays(np.cumsum([0, *map(len, ids)]), np.concatenate(ids))
+    return [pa.record_batch({"doc_id": pa.array(doc_ids, pa.string()), "ids": lists, "size": sizes, "ends": ends})]
 
 
-def _unpack(data: bytes) -> Iterator[_Encoded]:
-    from longnet_cli.running.ranks.dealing import BATCHES
-
-    for batch in BATCHES.unpack(data):
-        doc_ids, ids, sizes, ends = batch.columns
-        offsets, values = ids.offsets.to_numpy(), ids.values.to_numpy()
-        for row, (start, stop) in enumerate(pairwise(offsets)):
-            yield _Encoded(doc_ids[row].as_py(), values[start:stop], sizes[row].as_py(), ends[row].as_py())
+def _of_batch(batch: pa.RecordBatch) -> Iterator[_Encoded]:
+    doc_ids, ids, sizes, ends = batch.columns
+    offsets, values = ids.offsets.to_numpy(), ids.values.to_numpy()
+    for row, (start, stop) in enumerate(pairwise(offsets)):
+        yield _Encoded(doc_ids[row].as_py(), values[start:stop], sizes[row].as_py(), ends[row].as_py())

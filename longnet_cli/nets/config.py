@@ -211,8 +211,7 @@ class LongNetConfig(NetConfig, _SizesAndPattern):  # type: ignore[misc, valid-ty
     @model_serializer(mode="wrap")
     def _without_defaults(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         defaults = {name: field.default for name, field in type(self).model_fields.items() if name in _OPTIONS}
-        written = {name: tuple(x) if isinstance(x, list) else x for name, x in write(self).items()}
-        return {name: value for name, value in written.items() if value != defaults.get(name, ...)}
+        return {name: value for name, value in write(self).items() if getattr(self, name) != defaults.get(name, ...)}
 
     @model_validator(mode="after")
     def _check(self) -> LongNetConfig:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
@@ -95,13 +96,13 @@ def reading_steps(windows: Iterable[Z], chunk: int, streams: bool) -> Iterator[R
     waiting: list[Z] = []
     tokens = 0  # that wait
 
-    def together() -> Iterator[ReadingStep[Z]]:
+    def together() -> list[ReadingStep[Z]]:
         nonlocal waiting, tokens
-        if waiting:
-            # on a CPU, the matrices of a whole chunk leave the cache: a quarter is faster
-            lengths = [len(window) for window in waiting]
-            yield ReadingStep(waiting, [*batches_by_length(lengths, max(1, chunk // 4), chunk // 32)])
+        # on a CPU, the matrices of a whole chunk leave the cache: a quarter is faster
+        batches = batches_by_length([len(window) for window in waiting], max(1, chunk // 4), chunk // 32)
+        steps = [ReadingStep(waiting, [*batches])] if waiting else []
         waiting, tokens = [], 0
+        return steps
 
     for window in windows:
         if len(window) > chunk and streams:
@@ -156,18 +157,18 @@ class Reader:
         return portions(sequences, length, length_of=lambda sequence: len(sequence.document), **shards)
 
     def read(self, windows: Iterable[W]) -> Iterator[list[Piece[W]]]:
-        """Yield the wanted hidden states of all windows, in order, as lists of pieces.
+        """Return the wanted hidden states of all windows, in order, as lists of pieces.
 
         A list has the pieces of one or more forward passes. Every rank gets the same pieces. A window without ids gives
         a piece without hidden states. Raises what reading ids raises, and MemoryLimitError as `hidden_in_chunks` does.
         """
-        for step in reading_steps(windows, self.chunk, self.model.config.streams):
-            if step.batches is not None:
-                yield self._together(step.windows, step.batches)
-            elif self.model.config.causal:
-                yield from self._stream(*step.windows)
-            else:
-                yield from self._whole(*step.windows)
+        steps = reading_steps(windows, self.chunk, self.model.config.streams)
+        return chain.from_iterable(map(self._read, steps))
+
+    def _read(self, step: ReadingStep[W]) -> Iterable[list[Piece[W]]]:
+        if step.batches is not None:
+            return (self._together(step.windows, step.batches),)
+        return self._stream(*step.windows) if self.model.config.causal else self._whole(*step.windows)
 
     @torch.inference_mode()
     def _together(self, windows: Sequence[W], batches: Sequence[Sequence[int]]) -> list[Piece[W]]:
@@ -217,7 +218,7 @@ class Reader:
     def _whole(self, window: W) -> Iterator[list[Piece[W]]]:
         """Read a bidirectional window: in one forward pass if it fits all ranks together, otherwise layer by layer."""
         ranks, total = self.ranks, len(window)
-        chunks = list(self._chunks(window))
+        chunks = self._chunks(window)
         if len(chunks) == 1 and ranks.group:
             exchange = Exchange(self.model.config, [edge - window.start for edge in chunks[0]], group=ranks.group)
             ids = to_device(self._ids(window, *chunks[0][ranks.rank : ranks.rank + 2])[None], self.device)
@@ -241,13 +242,12 @@ class Reader:
             own = edges[ranks.rank] < edges[ranks.rank + 1]
             yield self._pieces(window, edges, next(mine)[0] if own else None)
 
-    def _chunks(self, window: Window) -> Iterator[list[int]]:
-        """Yield the edges of the ranks' shards, chunk by chunk."""
-        size, start = self.model.config.pattern.edge_size, window.start
+    def _chunks(self, window: Window) -> list[list[int]]:
+        """Return the edges of the ranks' shards, chunk by chunk."""
+        size, start, total = self.model.config.pattern.edge_size, window.start, len(window)
         chunk = whole_blocks(self.chunk * self.ranks.world, size if self.ranks.world > 1 else 1)
-        for begin in range(0, len(window), chunk):
-            edges = self.ranks.edges(begin, min(chunk, len(window) - begin), size)
-            yield [start + edge for edge in edges]
+        chunks = (self.ranks.edges(begin, min(chunk, total - begin), size) for begin in range(0, total, chunk))
+        return [[start + edge for edge in edges] for edges in chunks]
 
     def _shared(self, window: W, edges: Sequence[int], hidden: Tensor) -> list[Piece[W]]:
         self.on_progress(max(0, edges[-1] - max(edges[0], window.wanted)))

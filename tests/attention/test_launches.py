@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -12,14 +13,16 @@ from strategies import turn
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from longnet_cli.attention import KVCache, LayerChoices, Past, Pattern, choosing, dilated_attention, limits
 from longnet_cli.attention.chosen import Chosen
-from longnet_cli.attention.groups import GroupedPart, groups_of
-from longnet_cli.attention.merging import Merge
+from longnet_cli.attention.groups import GroupedPart, groups_of, transient_bytes
+from longnet_cli.attention.merging import GradientSum, Merge
 from longnet_cli.attention.plain_call import Kernel
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.positions import sink_turn
+from longnet_cli.running.ranks import fetching
 
 # what starts nothing on a GPU
 VIEWS = {"view", "_unsafe_view", "slice", "select", "unsqueeze", "squeeze", "expand", "as_strided", "transpose", "t"}
@@ -55,6 +58,9 @@ class FlashOfAGpu(Kernel):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         return q.new_empty(q.shape), q.new_empty(q.shape[:3])
+
+    def backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.empty_like(q), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def test_a_layer_starts_few_operators(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,3 +128,67 @@ def test_a_past_on_a_gpu_is_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
         past.blocks.take(0, blocks, into)
     assert launches.number == 2  # of keys, of values
     assert torch.equal(into[0], x[0].unflatten(0, (-1, 8))[blocks])
+
+
+class Live(TorchDispatchMode):
+    """The most bytes at a time of tensors that did not exist before."""
+
+    def __init__(self, *known: Tensor) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen = {x.untyped_storage()._cdata for x in known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            storage = x.untyped_storage() if isinstance(x, Tensor) else None
+            if storage is not None and storage._cdata not in self._seen:
+                self._seen.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+        return result
+
+    def _gone(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.now -= size
+
+
+@pytest.mark.parametrize("before", [0, 32_768])
+def test_what_chosen_blocks_take_for_a_time(before: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With limits that are a 64th of a GPU's; on one, it is at most 2 GiB, with what ranks fetch."""
+    less = limits.GPU._replace(gathered=limits.GPU.gathered // 64, scores=limits.GPU.scores // 64)
+    monkeypatch.setattr(limits, "CPU", less)
+    pattern, tokens, past, heads = Pattern.finding(), 4096, None, (2, 64)
+    fields = {"dim": 128, "num_heads": 2, "num_layers": 1, "ffn_dim": 8, "vocab_size": 8, "position": "rope"}
+    rope = sink_turn(LongNetConfig(**fields, segment_lengths=(8,), dilation_rates=(1,)))
+    if before:
+        past = Past(pattern, keep=before + tokens)
+        past.settle(rope)
+        x = torch.randn(1, before, *heads).bfloat16()
+        past.append(x, x, x)
+    parts = [
+        GroupedPart(slice(0, 1), slice(0, tokens), before, each) for each in groups_of(pattern, before, before + tokens)
+    ]
+    q, k, dout = torch.randn(3, 1, tokens, *heads).bfloat16().unbind()
+    call, merge, total = Chosen(pattern, parts, rope, past), Merge(q, False), GradientSum(q)
+    known = [
+        q,
+        k,
+        dout,
+        *merge.places,
+        total.place,
+        *([*past.blocks.pieces(), *past.means.of.values()] if past else []),
+    ]
+    most = transient_bytes(less)
+    with torch.no_grad(), Live(*known) as choosing_:
+        call.choose(q, k, 0.125)
+    with torch.no_grad(), Live(*known) as attending:
+        call.merge(FlashOfAGpu(), 0.125, q, k, k, merge)
+    out, lse = merge.result()
+    with torch.no_grad(), Live(*known, out, lse) as backward:
+        gradients = call.gradients(FlashOfAGpu(), 0.125, (dout, q, out, lse[..., None]), (k, k), total)
+    backward.peak -= sum(x.nbytes for x in gradients)  # results
+    assert most / 3 < max(choosing_.peak, attending.peak, backward.peak) <= most
+    gpu, run = limits.GPU, fetching.RUN_BYTES
+    assert max(transient_bytes(gpu, run=run, backward=way) for way in (False, True)) <= 2 << 30

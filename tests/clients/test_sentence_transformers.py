@@ -17,7 +17,7 @@ from sentence_transformers import SentenceTransformer
 import longnet_cli.integrations.transformers
 from longnet_cli.data.documents import Document
 from longnet_cli.hub.model_names import model_path
-from longnet_cli.jobs.encoding import EncodeOptions, encode
+from longnet_cli.jobs.encoding import EncodeFacts, EncodeOptions, encode
 from longnet_cli.models.folder import ModelFolder
 
 assert longnet_cli.integrations.transformers  # which registers what SentenceTransformer opens
@@ -29,7 +29,7 @@ def vectors(folder: Path, texts: list[str]) -> np.ndarray:
     words = ModelFolder(folder).tokenizer()
     assert words is not None
     documents = [Document(str(i), words.encode(text), None, "test") for i, text in enumerate(texts)]
-    rows = encode(ModelFolder(folder).net(), documents, EncodeOptions(bos=words.eos_id)).read_all()
+    rows = encode(ModelFolder(folder).net(), documents, EncodeOptions(), EncodeFacts(words.eos_id)).read_all()
     return np.array(rows["embedding"].to_pylist(), np.float32)
 
 

@@ -9,13 +9,13 @@ from builders import make_document, tiny_net
 from pyarrow import feather
 
 from longnet_cli.data.outputs import ShardWriter
-from longnet_cli.jobs.encoding import EncodeOptions, encode
+from longnet_cli.jobs.encoding import EncodeFacts, EncodeOptions, encode
 
 
 @pytest.fixture
 def vectors(tmp_path: Path) -> np.ndarray:
     """(40, 32) float32, a view of the column `embedding` of a file that is mapped."""
-    batches = encode(tiny_net(dim=32), [make_document(30 + i) for i in range(40)], EncodeOptions(bos=256))
+    batches = encode(tiny_net(dim=32), [make_document(30 + i) for i in range(40)], EncodeOptions(), EncodeFacts(256))
     with ShardWriter(tmp_path / "vectors.arrow", batches.schema) as writer:
         for batch in batches:
             writer.write(batch)

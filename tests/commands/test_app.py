@@ -21,7 +21,7 @@ UNUSED = (
     "pyarrow.compute",
     "pyarrow.parquet",
     "rich",
-    "longnet_cli.jobs.estimating",
+    "longnet_cli.jobs.estimating.estimate",
 )
 
 SCRIPT = """

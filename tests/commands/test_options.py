@@ -14,9 +14,8 @@ from typer.testing import CliRunner
 
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.cli.app import app
-from longnet_cli.cli.command import Command, takes_options
+from longnet_cli.cli.command import Command, Excludes, Needs, check_pairs, takes_options
 from longnet_cli.cli.options import INPUT, Mesh, bare_or, inputs_argument, parse_device, quiet_flag
-from longnet_cli.cli.pairs import Excludes, Needs, check_pairs
 from longnet_cli.data.outputs import OUTPUT_SUFFIXES
 from longnet_cli.jobs.plotting.drawing import PICTURES
 

@@ -151,10 +151,11 @@ def documents_of(kind: str, folder: Path) -> list[Path]:
 @pytest.mark.parametrize("kind", ["text", "jsonl", "gzip", "arrow", "parquet"])
 def test_the_bytes_of_files_tell_how_many_tokens_will_come(kind, tmp_path):
     names = documents_of(kind, tmp_path)
-    expected = ExpectedTokens(Inputs(names, Tokenizer.bytes()))
+    expected, documents = ExpectedTokens(), Inputs(names, Tokenizer.bytes()).documents()
     assert expected.total() is None
     guesses, tokens = [], 0
-    for document in expected.counted(expected.inputs.documents()):
+    for document in documents:
+        expected.count(len(document), documents.share)
         tokens += len(document)
         guesses.append(expected.total())
     assert guesses[-1] == tokens
@@ -166,9 +167,9 @@ def test_a_pipe_has_no_total(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_text("some text"))
     writer.start()
-    expected = ExpectedTokens(Inputs([tmp_path / "pipe"], Tokenizer.bytes()))
-    assert len([*expected.counted(expected.inputs.documents())]) == 1
-    assert expected.total() is None
+    documents = Inputs([tmp_path / "pipe"], Tokenizer.bytes()).documents()
+    assert len([*documents]) == 1
+    assert documents.share is None
     writer.join()
 
 

@@ -15,7 +15,7 @@ from longnet_cli.basics.errors import DataError, LongNetError
 from longnet_cli.data import formats
 from longnet_cli.data import inputs as inputs_module
 from longnet_cli.data.inputs import Inputs
-from longnet_cli.data.left_out import LeftOut
+from longnet_cli.data.kept import LeftOut
 from longnet_cli.data.manifest import read_manifest
 from longnet_cli.data.tables import Text
 from longnet_cli.jobs.tokenizing import tokenize
@@ -126,7 +126,7 @@ def test_of_a_long_text_that_ends_badly_nothing_is_written(tmp_path, monkeypatch
         skipped.append(str(error))
 
     texts = [tmp_path / "long.txt", tmp_path / "short.txt"]
-    found = tokenize(Inputs([bad, *texts]), tmp_path / "out", left_out=LeftOut(skip))
+    found = tokenize(Inputs([bad, *texts], skip_bad=True), tmp_path / "out", left_out=LeftOut(skip))
     good = tokenize(Inputs(texts), tmp_path / "good")
     assert found.documents == good.documents == 2
     assert (tmp_path / "out/shard-00000.arrow").read_bytes() == (tmp_path / "good/shard-00000.arrow").read_bytes()

@@ -89,8 +89,8 @@ def test_a_table_that_changes_before_it_is_read(tmp_path, kind, change):
 def test_texts_of_a_table_that_is_rewritten_while_they_are_read(tmp_path, write_texts):
     """Its only batch is a slice of a map."""
     path = tmp_path / "x.arrow"
-    write_texts(path, pa.table({"text": ["some words " * 20_000] * 3}))
-    texts = Inputs([path]).texts()
+    write_texts(path, pa.table({"text": ["some words " * 20_000] * 3}), 3)
+    texts = iter(Inputs([path]).texts())
     assert next(texts).text.startswith("some words")
     rewrite(path)
     with pytest.raises(DataError, match=r"x\.arrow, row \d+: the file changed while it was read \(it was written to"):

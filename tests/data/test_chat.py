@@ -59,7 +59,7 @@ def test_tojson_has_the_options_of_transformers(words: Tokenizer, tmp_path: Path
     template = "{{ messages | tojson(" + options + ") }} {{ messages[0].content | tojson }}"
     (tmp_path / "words/chat_template.jinja").write_text(template)
     chat = [{"role": "user", "content": "<ä> \u6f22"}]
-    (text,) = Inputs([write(tmp_path / "x.jsonl", [chat])], words).texts()
+    (text,) = Inputs([write(tmp_path / "x.jsonl", [chat])]).texts(words)
     assert text.text == fast.apply_chat_template(chat, chat_template=template, tokenize=False)
 
 

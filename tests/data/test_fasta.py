@@ -12,7 +12,7 @@ from files import BYTES
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longnet_cli.basics.errors import ConfigError, DataError
+from longnet_cli.basics.errors import ConfigError, DataError, InputWarning
 from longnet_cli.data.inputs import Inputs
 
 FASTA = ">chr1 assembled\r\nACGT\r\nNNac\r\n\r\n;a comment\r\nGT\r\n>chr2\n>chr3 x\nTTTT"
@@ -80,7 +80,8 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
 def test_a_folder_gives_its_records_and_no_index_beside_them(tmp_path: Path) -> None:
     (tmp_path / "b.fa").write_text(">x\nA\n")
     (tmp_path / "b.fa.fai").write_text("x\t1\t3\t1\t2\n")
-    assert read(tmp_path) == [("x", "A")]
+    with pytest.warns(InputWarning, match=r": 1 file is not read beside b.fa: b.fa.fai$"):
+        assert read(tmp_path) == [("x", "A")]
 
 
 def test_a_column_that_records_lack(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_text_files_are_read_byte_for_byte(tmp_path):
     assert tokens(documents) == IDS
     assert [document.doc_id for document in documents] == ["0.txt", "1.txt", "2.txt"]
     (tmp_path / "crlf.txt").write_bytes("\ufeffa\r\nb".encode())
-    assert next(Inputs([tmp_path / "crlf.txt"]).texts()).text == "a\r\nb"  # a mark is no text
+    assert next(iter(Inputs([tmp_path / "crlf.txt"]).texts())).text == "a\r\nb"  # a mark is no text
     (tmp_path / "empty.txt").write_bytes(b"\xef\xbb\xbf")
     assert [document.read().tolist() for document in read(tmp_path / "empty.txt")] == [[]]
 

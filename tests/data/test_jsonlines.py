@@ -91,7 +91,7 @@ def test_json_lines_by_another_key_and_with_a_byte_order_mark(tmp_path):
 def test_json_lines_are_read_as_they_come(tmp_path, monkeypatch):
     monkeypatch.setattr("longnet_cli.data.jsonlines.BATCH_BYTES", 1)
     (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n{"text": \n')
-    documents = Inputs([tmp_path / "x.jsonl"], BYTES).documents()
+    documents = iter(Inputs([tmp_path / "x.jsonl"], BYTES).documents())
     assert next(documents).read().tolist() == [97]
     with pytest.raises(DataError, match="line 3: not JSON: Expecting value at character 8"):
         next(documents)
@@ -178,7 +178,7 @@ def test_a_bad_first_line_of_a_pipe_waits_only_for_a_good_one():
     os.write(writer, b'{bad\n{"text": "a"}\n')
     end = threading.Timer(20, os.close, [writer])
     end.start()
-    assert type(next(Inputs([f"/dev/fd/{reader}"], skip_bad=True).texts())).__name__ == "Unread"
+    assert type(next(iter(Inputs([f"/dev/fd/{reader}"], skip_bad=True).texts()))).__name__ == "Unread"
     assert end.is_alive()
     end.cancel()
     os.close(writer)

@@ -12,9 +12,10 @@ from builders import scores, tiny_net
 
 from longnet_cli.basics.errors import CheckpointError, ConfigError, NotFiniteError
 from longnet_cli.data.inputs import Inputs
+from longnet_cli.data.names import Sources
 from longnet_cli.data.overwriting import refuse_one_place, refuse_overwriting
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.jobs.encoding import EncodeOptions, encode
+from longnet_cli.jobs.encoding import EncodeFacts, EncodeOptions, encode
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.nets.longnet import LongNet
 
@@ -39,8 +40,8 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_file_is_known_by_every_name(files: Path, output: str, inputs: list[str]) -> None:
     inputs = [item.format(files) for item in inputs]
     with pytest.raises(ConfigError, match=r"^-o .*arrow is .*arrow, which this command reads: name another output$"):
-        refuse_overwriting("-o", [output], Inputs(inputs))
-    refuse_overwriting("-o", ["b.arrow.new", "new"], Inputs(inputs))
+        refuse_overwriting("-o", [output], Sources(inputs))
+    refuse_overwriting("-o", ["b.arrow.new", "new"], Sources(inputs))
 
 
 @pytest.mark.parametrize("new", [True, False])
@@ -78,12 +79,12 @@ def test_score_refuses_one_path_for_two_outputs(run_longnet, tmp_path: Path) -> 
 )
 def test_lists_folders_and_models_count(files: Path, output: str, inputs: list[str], also: list[Path | None]) -> None:
     with pytest.raises(ConfigError, match=r"^-o .* (is|holds) .*, which this command reads: name another output$"):
-        refuse_overwriting("-o", [output], Inputs(inputs), also)
+        refuse_overwriting("-o", [output], Sources(inputs), also)
 
 
 def test_what_is_not_read_may_be_replaced(files: Path) -> None:
-    refuse_overwriting("-o", ["b.arrow", "model", "new", "/dev/null", "-"], Inputs(["a.arrow"]))
-    refuse_overwriting("-o", ["folder"], Inputs(["a.arrow", "model/config.json"]))
+    refuse_overwriting("-o", ["b.arrow", "model", "new", "/dev/null", "-"], Sources(["a.arrow"]))
+    refuse_overwriting("-o", ["folder"], Sources(["a.arrow", "model/config.json"]))
 
 
 def small() -> LongNet:
@@ -131,6 +132,6 @@ def test_numbers_that_are_not_finite_name_document_and_token(tmp_path: Path, chu
         list(scores(net, documents(), bos=bos, chunk=chunk))
     # the segment of 16 tokens with the z in it: what attention masks is multiplied by 0, and 0 times NaN is NaN
     with pytest.raises(NotFiniteError, match=r"document 'z.txt': the vector of tokens 15 to 19 is not finite"):
-        encode(net, documents(), EncodeOptions(bos=bos, span=5), chunk=chunk).read_all()
-    reader = encode(small(), documents(), EncodeOptions(bos=bos, span=5), chunk=chunk)
+        encode(net, documents(), EncodeOptions(span=5), EncodeFacts(bos), chunk=chunk).read_all()
+    reader = encode(small(), documents(), EncodeOptions(span=5), EncodeFacts(bos), chunk=chunk)
     assert np.isfinite(reader.read_all()["embedding"].combine_chunks().flatten()).all()

@@ -173,7 +173,7 @@ def test_score_and_encode_carry_columns_to_their_rows(tmp_path: Path, run_longne
         ]
     for args, message in (
         (("score", "--keep", "tag"), "--keep carries columns to rows: give -o, or --format"),
-        (("score", "--keep", "ppl", "--format", "json"), "--keep ppl: the output has a key of this name"),
+        (("score", "--keep", "ppl", "--format", "json"), "--keep ppl: the output has a column of this name"),
         (("encode", "--keep", "tag,tag", "-o", "y.arrow"), "is no list of names"),
     ):
         refused = run_longnet(args[0], "x.parquet", *args[1:])

@@ -19,7 +19,6 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -29,13 +28,11 @@ from places import ROOT, imported
 from processes import TORCHRUN, invoke
 
 from longnet_cli.attention import Pattern
-from longnet_cli.attention.groups import NEW_BLOCKS
-from longnet_cli.attention.pattern import LayerKind
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.estimating.memory import training_memory
-from longnet_cli.jobs.training.estimate import step_flops
+from longnet_cli.jobs.training.costs import step_flops
 from longnet_cli.jobs.training.recipe import Recipe, load_recipe
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.running.ranks.exchange import Exchange, even_edges
@@ -169,7 +166,6 @@ def test_a_llama_learns_densely_and_dilated(tmp_path: Path, command_env: dict[st
         assert sum(curve[-3:]) < sum(curve[:3]) - 0.4
     assert len(done.stdout.splitlines()) == 1 + steps + 1
     assert "dense / dilated = " in done.stdout.splitlines()[-1]
-    from longnet_cli.attention import Pattern
 
     assert ModelFolder(output / "dilated").net().config.pattern.segment_lengths == (8, 16, 32, 64, 128)
     assert ModelFolder(output / "dense").net().config.pattern == Pattern.dense()
@@ -301,7 +297,7 @@ devices = 4
 node = 2
 measured = { products = 1e10, attention = 1e10, attention_backward = 2e10, bandwidth = 1e9, memory = 1e9 }
 others = { node_link = 1e9, network = 1e8 }
-assumed = { share = 0.5, message = 1e-4, host_link = 1e9, disk = 1e9, reserved = 0 }
+assumed = { share = 0.5, message = 1e-4, collective = 1e-4, host_link = 1e9, disk = 1e9, reserved = 0 }
 """
 
 
@@ -401,22 +397,6 @@ def test_processes_time_what_they_exchange(command_env: dict[str, str]) -> None:
     # one level is wider than a shard, of 16 rows a segment: half of them are the other rank's, keys and values of bf16
     assert (row["ranks"], row["received"]) == (2, 2 * 16 * 2 * (16 // 2))
     assert min(*row["seconds"], row["seconds_of_all"]) > 0
-
-
-def test_what_a_rank_is_expected_to_fetch(cluster: ModuleType) -> None:
-    """Blocks of others alone, fewer for queries that follow others; means only in a layer that chooses."""
-    pattern = Pattern((1024,), (1,), look_back=1, chosen=32, chosen_block=32, chosen_every=16, chosen_layers=(1,))
-    edges = [0, 1 << 20, 2 << 20]
-    assert cluster.Fetches.expected(pattern, edges, 0) == (0, 0, 0)
-    chooses, follows, first = (cluster.Fetches.expected(pattern, edges, 1, kind) for kind in get_args(LayerKind))
-    pieces = [(1024 * piece, 32 * (1023 + piece)) for piece in range(1024)]  # first token of the shard, blocks before
-    others = [min(1, 32768 / before) for _, before in pieces]
-    assert first.blocks == pytest.approx(others[0] + NEW_BLOCKS * sum(others[1:]))
-    assert follows.blocks == pytest.approx(480 * first.blocks) == chooses.blocks
-    assert (first.means, follows.means) == (0, 0) != chooses.means
-    assert chooses.ids > chooses.blocks == follows.ids
-    assert follows.received(pattern, 2, 64, 2) == pytest.approx(follows.blocks * (2 * 64 * 2 * 32 * 2 + 8))
-    assert follows.given(pattern, 2, 64, 2) == pytest.approx(follows.blocks * 2 * 64 * 4 * 32 * 2)
 
 
 def test_a_plan_that_does_not_fit_names_an_option_that_would(

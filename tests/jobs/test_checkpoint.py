@@ -129,6 +129,24 @@ def test_a_save_during_an_evaluation_gives_no_line_twice(
     assert lines[0] == lines[1]
 
 
+def test_a_step_whose_evaluation_is_stopped_is_told(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from longnet_cli.jobs.training import loop
+
+    evaluate = loop.evaluate
+
+    def stopped(*args, **settings):
+        signal.raise_signal(signal.SIGINT)
+        return evaluate(*args, **settings)
+
+    monkeypatch.setattr(loop, "evaluate", stopped)
+    steps: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe(corpus), tmp_path / "run", on_step=lambda tokens, line: steps.append(tokens))
+    assert read_state(checkpoints_in(tmp_path / "run/checkpoints")[0])["progress"]["step"] == len(steps) == 4
+
+
 def test_old_checkpoints_go(corpus: Path, tmp_path: Path) -> None:
     train(recipe(corpus, **{"train.keep": 3, "train.save_every": 2}), tmp_path / "run")
     assert [path.name for path in checkpoints_in(tmp_path / "run/checkpoints")] == [

@@ -18,7 +18,7 @@ from longnet_cli.attention import Pattern, chosen
 from longnet_cli.attention.choosing import Choice, Voting
 from longnet_cli.data.documents import Document
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.jobs.chosen_sources import Sources
+from longnet_cli.jobs.chosen_sources import SourceWatch
 from longnet_cli.jobs.generating import generate
 from longnet_cli.running.causal_stream import CausalStream
 
@@ -54,7 +54,7 @@ def test_the_passages_that_the_answer_chose(
         stream.save(tmp_path / "state")
         stream = CausalStream.load(net, tmp_path / "state")
         stream.fork()(torch.from_numpy(ids[180:]).long()[None])  # which counts for itself alone
-    watch = Sources(stream)
+    watch = SourceWatch(stream)
     steps = generate(net, Document("d", ids[180:], None, "d"), bos=None, tokenizer=WORDS, stream=stream, max_tokens=17)
     first = next(steps)
     watch.begin()
@@ -90,7 +90,7 @@ def test_three_questions_have_three_answers(monkeypatch: pytest.MonkeyPatch) -> 
     read(torch.from_numpy(WORDS.encode(text)).long()[None])
     for own in (9, 13, 17):
         stream = read.fork()
-        watch, question = Sources(stream), Document("d", WORDS.encode("what"), None, "d")
+        watch, question = SourceWatch(stream), Document("d", WORDS.encode("what"), None, "d")
         steps = generate(net, question, bos=None, tokenizer=WORDS, stream=stream, max_tokens=60)
         next(steps)
         watch.begin()
@@ -106,7 +106,7 @@ def test_a_question_that_chooses_more_often_counts_in_its_own_groups(tmp_path: P
     stream(ids[:, :512])
     stream.save(tmp_path)
     stream = CausalStream.load(finer, tmp_path)
-    watch = Sources(stream)
+    watch = SourceWatch(stream)
     stream(ids[:, 512:])
     watch.begin()
     assert watch._before is not None

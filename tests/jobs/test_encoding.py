@@ -21,7 +21,7 @@ from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.data.documents import Document
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.manifest import read_manifest
-from longnet_cli.jobs.encoding import EncodeOptions, Encoder, encode
+from longnet_cli.jobs.encoding import EncodeFacts, EncodeOptions, Encoder, encode
 from longnet_cli.jobs.row_jobs import write_rows
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet
@@ -48,7 +48,9 @@ def plain_vector(model: LongNet, document: Document, pool: str) -> np.ndarray:
 def test_ragged_documents_equal_each_alone(model: LongNet, pool: str) -> None:
     documents = [make_document(length, str(length)) for length in (5, 33, 1, 200, 32, 31, 64)]
     seen: list[int] = []
-    reader = encode(model, documents, EncodeOptions(bos=BOS, pool=pool, normalize=False), on_progress=seen.append)
+    reader = encode(
+        model, documents, EncodeOptions(pool=pool, normalize=False), EncodeFacts(BOS), on_progress=seen.append
+    )
     table = reader.read_all()
     assert table["doc_id"].to_pylist() == [document.doc_id for document in documents]
     assert sum(seen) == sum(len(document.tokens) for document in documents)
@@ -59,7 +61,7 @@ def test_ragged_documents_equal_each_alone(model: LongNet, pool: str) -> None:
 def test_many_batches_keep_the_order(model: LongNet) -> None:
     lengths = [900, 3, 900, 2001, 7]
     documents = [make_document(length, str(index)) for index, length in enumerate(lengths)]
-    batches = list(encode(model, documents, EncodeOptions(bos=BOS), chunk=2000))
+    batches = list(encode(model, documents, EncodeOptions(), EncodeFacts(BOS), chunk=2000))
     assert len(batches) > 1
     table = pa.Table.from_batches(batches)
     assert table["doc_id"].to_pylist() == list("01234")
@@ -81,11 +83,11 @@ def test_neither_chunk_nor_spill_changes_a_number(
     model: LongNet, tmp_path: Path, pool: str, chunk: int, span: int | None
 ) -> None:
     documents = [make_document(length, str(length)) for length in (100, 3, 165, 1)]
-    options = EncodeOptions(bos=BOS, pool=pool, span=span, normalize=False)
+    options = EncodeOptions(pool=pool, span=span, normalize=False)
     seen: list[int] = []
     spill = None if model.config.causal else tmp_path
-    reader = encode(model, documents, options, chunk=chunk, spill=spill, on_progress=seen.append)
-    table, expected = reader.read_all(), encode(model, documents, options, chunk=10_000).read_all()
+    reader = encode(model, documents, options, EncodeFacts(BOS), chunk=chunk, spill=spill, on_progress=seen.append)
+    table, expected = reader.read_all(), encode(model, documents, options, EncodeFacts(BOS), chunk=10_000).read_all()
     assert table.drop_columns(["embedding"]) == expected.drop_columns(["embedding"])
     np.testing.assert_allclose(vectors(table), vectors(expected), atol=1e-5)
     assert sum(seen) == 269
@@ -93,7 +95,7 @@ def test_neither_chunk_nor_spill_changes_a_number(
 
 def test_a_span_is_the_pool_of_its_own_tokens(model: LongNet) -> None:
     document = make_document(25)
-    table = encode(model, [document], EncodeOptions(bos=BOS, span=10, normalize=False)).read_all()
+    table = encode(model, [document], EncodeOptions(span=10, normalize=False), EncodeFacts(BOS)).read_all()
     assert table.drop_columns(["embedding"]).to_pylist() == [
         {"doc_id": "a", "span": i, "start": 10 * i, "end": end, "n_tokens": end - 10 * i}
         for i, end in enumerate((10, 20, 25))
@@ -117,14 +119,14 @@ def test_spans_go_out_while_the_rest_comes_in() -> None:
 
     document = make_document(1000)
     slow = Slow(document.doc_id, document.tokens, None, "")
-    assert len(next(encode(model, [slow], EncodeOptions(bos=None, span=50), chunk=100))) == 2
+    assert len(next(encode(model, [slow], EncodeOptions(span=50), EncodeFacts(None), chunk=100))) == 2
     assert read == [0]
 
 
 @pytest.mark.parametrize("embedding_dtype", ["float32", "float16"])
 def test_schema_and_metadata_are_the_contract(model: LongNet, embedding_dtype: str) -> None:
-    settings = {"embedding_dtype": embedding_dtype, "model_name": "tiny", "tokenizer_sha256": "ab12"}
-    reader = encode(model, [make_document(5)], EncodeOptions(bos=BOS, pool="last", normalize=False, **settings))
+    options = EncodeOptions(pool="last", normalize=False, embedding_dtype=embedding_dtype)
+    reader = encode(model, [make_document(5)], options, EncodeFacts(BOS, "tiny", "ab12"))
     number = pa.float32() if embedding_dtype == "float32" else pa.float16()
     fields = {"doc_id": pa.string(), "span": pa.int32(), "start": pa.int64(), "end": pa.int64(), "n_tokens": pa.int64()}
     assert reader.schema.equals(pa.schema(fields | {"embedding": pa.list_(number, 16)}))
@@ -143,7 +145,7 @@ def test_schema_and_metadata_are_the_contract(model: LongNet, embedding_dtype: s
 
 
 def test_a_document_may_come_without_bos(model: LongNet) -> None:
-    table = encode(model, [make_document(5)], EncodeOptions(bos=None, normalize=False)).read_all()
+    table = encode(model, [make_document(5)], EncodeOptions(normalize=False), EncodeFacts(None)).read_all()
     with torch.no_grad():
         expected = model(torch.tensor([make_document(5).tokens.tolist()]))[0].mean(0)
     np.testing.assert_allclose(vectors(table)[0], expected, atol=1e-5)
@@ -152,17 +154,17 @@ def test_a_document_may_come_without_bos(model: LongNet) -> None:
 def test_an_empty_document_has_no_vector(model: LongNet) -> None:
     """A zero vector would look like an answer."""
     documents, empty = [make_document(5), make_document(0, "hollow"), make_document(7, "b")], []
-    table = encode(model, documents, EncodeOptions(bos=BOS), on_empty=empty.append).read_all()
+    table = encode(model, documents, EncodeOptions(), EncodeFacts(BOS), on_empty=empty.append).read_all()
     assert table["doc_id"].to_pylist() == ["a", "b"]
     assert [document.doc_id for document in empty] == ["hollow"]
     with pytest.raises(DataError, match="nothing to encode: every document is empty"):
-        encode(model, [make_document(0, "hollow")], EncodeOptions(bos=BOS)).read_all()
+        encode(model, [make_document(0, "hollow")], EncodeOptions(), EncodeFacts(BOS)).read_all()
 
 
 def test_a_model_without_vocabulary_reads_no_tokens() -> None:
     net = LongNet(CONFIG.model_copy(update={"vocab_size": 0}))
     with pytest.raises(ConfigError, match="the model reads vectors, and this document holds token ids"):
-        encode(net, [make_document(5, "a")], EncodeOptions(bos=None)).read_all()
+        encode(net, [make_document(5, "a")], EncodeOptions(), EncodeFacts(None)).read_all()
 
 
 # --- folders ---------------------------------------------------------------------------------------------------------
@@ -173,11 +175,14 @@ DOCUMENTS = [make_document(length, str(index)) for index, length in enumerate(LE
 
 def write(model: LongNet, place: Path, documents: Iterable[Document] = DOCUMENTS, **options: Any) -> Counter[str]:
     """Forwards of 70 tokens: some documents share one, and some are longer."""
-    names = {field.name for field in fields(EncodeOptions)}
-    rows = EncodeOptions(**{"bos": BOS} | {name: value for name, value in options.items() if name in names})
-    reading = {name: value for name, value in options.items() if name not in names}
+
+    def take(kind: Any, given: dict[str, Any]) -> Any:
+        return kind(**{each.name: given.pop(each.name) for each in fields(kind) if each.name in given})
+
+    reading = {"bos": BOS} | options
+    job = partial(Encoder, options=take(EncodeOptions, reading), facts=take(EncodeFacts, reading))
     more = {"inputs": MadeInputs("x", made=documents), "chunk": 70, "shard_size": 3} | reading
-    return write_rows(partial(Encoder, options=rows), model, output=place, **more)
+    return write_rows(job, model, output=place, **more)
 
 
 def stopped_at(index: int) -> Iterator[Document]:
@@ -190,7 +195,10 @@ def test_a_folder_holds_what_the_reader_gives(model: LongNet, tmp_path: Path, sp
     """A shard ends with the document that brings it to 3 rows."""
     totals = write(model, tmp_path / "out", span=span)
     tables = [ipc.open_file(path).read_all() for path in sorted((tmp_path / "out").glob("vectors-*"))]
-    table, expected = pa.concat_tables(tables), encode(model, DOCUMENTS, EncodeOptions(bos=BOS, span=span)).read_all()
+    table, expected = (
+        pa.concat_tables(tables),
+        encode(model, DOCUMENTS, EncodeOptions(span=span), EncodeFacts(BOS)).read_all(),
+    )
     assert table.schema.equals(expected.schema, check_metadata=True)
     assert table.drop_columns(["embedding"]) == expected.drop_columns(["embedding"])
     np.testing.assert_allclose(vectors(table), vectors(expected), atol=1e-5)

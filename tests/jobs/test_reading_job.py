@@ -31,11 +31,11 @@ from longnet_cli.cli.dry_run import show_reading
 from longnet_cli.data.documents import Document
 from longnet_cli.data.tables import Text
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.jobs.encoding import EncodeOptions, Encoder, encode
+from longnet_cli.jobs.encoding import EncodeFacts, EncodeOptions, Encoder, encode
 from longnet_cli.jobs.estimating.estimate import Estimate, Room, estimate_reading
 from longnet_cli.jobs.estimating.memory import cache_bytes
 from longnet_cli.jobs.estimating.reading import Sample, count_documents
-from longnet_cli.jobs.row_jobs import DocumentJob
+from longnet_cli.jobs.row_jobs import ModelFacts, RowJob
 from longnet_cli.jobs.scoring.scoring import ScoreOptions, Scorer
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.nets.longnet import LongNet
@@ -73,7 +73,7 @@ def counting(net: nn.Module) -> Iterator[list[int]]:
 
 def estimated(
     net: Net,
-    make_job: Callable[[Reader], DocumentJob[Any]],
+    make_job: Callable[[Reader], RowJob],
     texts: list[Document] | None = None,
     chunk: int | None = None,
     spill: str | None = None,
@@ -99,7 +99,7 @@ def test_windows_of_scoring_are_those_that_are_read(how: dict[str, Any]) -> None
     net, how = net_of(), {"bos": BOS, "stride": None, "last": None} | how
     with counting(net) as made:
         scored = list(scores(net, documents(), chunk=64, **how))
-    job = partial(Scorer, options=ScoreOptions(**how))
+    job = partial(Scorer, facts=ModelFacts(how.pop("bos")), options=ScoreOptions(**how))
     found = estimated(net, job, chunk=64)
     assert (found.facts["documents"], found.facts["tokens"], found.facts["longest"]) == (
         len(LENGTHS),
@@ -120,14 +120,14 @@ def test_flops_are_those_that_torch_counts(causal: bool, options: dict | None) -
     """Of matrices: at one key per query there is next to no attention, of which none is counted here."""
     net = net_of(segment_lengths=(1,), dilation_rates=(1,), causal=causal)
     net(torch.zeros(1, 4, dtype=torch.int64))  # the first forward probes the kernel, by matrix products
-    make_job: Callable[[Reader], DocumentJob[Any]]
+    make_job: Callable[[Reader], RowJob]
     with FlopCounterMode(display=False) as counter:
         if options is None:
-            make_job = partial(Scorer, options=ScoreOptions(bos=BOS))
+            make_job = partial(Scorer, options=ScoreOptions(), facts=ModelFacts(BOS))
             list(scores(net, documents(), bos=BOS, chunk=64))
         else:
-            make_job = partial(Encoder, options=EncodeOptions(bos=BOS, **options))
-            encode(net, documents(), EncodeOptions(bos=BOS, **options), chunk=64).read_all()
+            make_job = partial(Encoder, options=EncodeOptions(**options), facts=EncodeFacts(BOS))
+            encode(net, documents(), EncodeOptions(**options), EncodeFacts(BOS), chunk=64).read_all()
     counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
     found = estimated(net, make_job, chunk=64)
     assert found.facts["documents"] == len(LENGTHS) - (options is not None)  # an empty one has no row
@@ -163,7 +163,7 @@ def test_the_cache_is_that_of_a_stream(pattern: Pattern, tokens: int) -> None:
 
 def test_chosen_blocks_are_kept_in_memory_or_on_a_disk() -> None:
     net = net_of(**vars(Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=16)))
-    job, found = partial(Scorer, options=ScoreOptions(bos=BOS)), documents((60_000,))
+    job, found = partial(Scorer, options=ScoreOptions(), facts=ModelFacts(BOS)), documents((60_000,))
     kept = estimated(net, job, found, chunk=256, room=Room(1 << 40, 1))
     spilled = estimated(net, job, found, chunk=256, spill="disk")
     on_disk = spilled.facts["spill_bytes"]
@@ -174,7 +174,7 @@ def test_chosen_blocks_are_kept_in_memory_or_on_a_disk() -> None:
 
 def test_what_does_not_fit_is_refused_with_what_to_change(capsys: pytest.CaptureFixture[str]) -> None:
     net = net_of(dim=64, ffn_dim=256)
-    job = partial(Encoder, options=EncodeOptions(bos=BOS))
+    job = partial(Encoder, options=EncodeOptions(), facts=EncodeFacts(BOS))
     whole = estimated(net, job, documents((60_000,) * 2), chunk=50_000, room=Room(1 << 40, 1 << 40))
     assert whole.fits
     room = Room(1 << 40, whole.beyond // 4)  # the program has been there before
@@ -207,7 +207,7 @@ def test_a_document_that_the_job_refuses_is_refused_or_left_out() -> None:
                 raise TooLongError(f"{document.where}: too long", "cut it")
             return super().sequence(document)
 
-    job = partial(Limited, options=EncodeOptions(bos=BOS))
+    job = partial(Limited, options=EncodeOptions(), facts=EncodeFacts(BOS))
 
     with pytest.raises(TooLongError, match=r"4\.txt"):
         estimated(net, job)
@@ -258,7 +258,7 @@ def test_a_sample_takes_the_memory_of_its_texts(words: Tokenizer) -> None:
 
 def test_a_sample_of_all_is_exact(words: Tokenizer) -> None:
     net, found = net_of(vocab_size=words.vocab_size), some_texts(words, 20, 0)
-    job = partial(Scorer, options=ScoreOptions(bos=0))
+    job = partial(Scorer, options=ScoreOptions(), facts=ModelFacts(0))
     all_of_them = estimated(net, job, found, sample=20, tokenizer=words)  # type: ignore[arg-type]
     assert all_of_them.facts["sampled"] == 20
     assert all_of_them.facts["tokens_interval"] == [all_of_them.facts["tokens"]] * 2

@@ -21,16 +21,16 @@ from processes import refused
 
 from longnet_cli.basics.errors import ConfigError, DataError, NoTokensError
 from longnet_cli.data.documents import Document
-from longnet_cli.data.left_out import LeftOut
+from longnet_cli.data.kept import LeftOut
 from longnet_cli.data.manifest import read_manifest
-from longnet_cli.jobs.row_jobs import write_rows
+from longnet_cli.jobs.row_jobs import ModelFacts, write_rows
 from longnet_cli.jobs.scoring.measures import GAIN_BLOCK, Clusters
 from longnet_cli.jobs.scoring.scoring import ScoreOptions, Scorer
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.running.reader import Reader
 
 BOS = 256
-OPTIONS = ScoreOptions(bos=BOS, context=(400, 16))
+OPTIONS, FACTS = ScoreOptions(context=(400, 16)), ModelFacts(BOS)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def rows(
     kept: Sequence[pa.Field] = (),
     chunk: int | None = None,
 ) -> pa.Table:
-    return Scorer(Reader(model, chunk=chunk), options, kept).rows(documents).read_all()
+    return Scorer(Reader(model, chunk=chunk), options, FACTS, kept).rows(documents).read_all()
 
 
 def write(
@@ -57,7 +57,9 @@ def write(
 ) -> LeftOut:
     """A shard ends with the document that brings it to 150 tokens; bad documents are left out."""
     left_out, inputs = LeftOut(lambda document, error: None), MadeInputs((), keep=keep, made=documents)
-    write_rows(partial(Scorer, options=OPTIONS), model, inputs, place, shard_size=150, left_out=left_out, **more)
+    write_rows(
+        partial(Scorer, options=OPTIONS, facts=FACTS), model, inputs, place, shard_size=150, left_out=left_out, **more
+    )
     return left_out
 
 
@@ -74,7 +76,7 @@ def nats(model: LongNet, document: Document, context: int) -> np.ndarray:
 def test_a_row_is_what_the_tokens_say(model: LongNet, chunk: int | None) -> None:
     documents = [make_document(length, str(length)) for length in (1, 300, 0, 1000, 128)]
     table = rows(model, documents, chunk=chunk)
-    assert table.schema == OPTIONS.schema()
+    assert table.schema == Scorer(Reader(model), OPTIONS).schema
     assert table["doc_id"].to_pylist() == ["1", "300", "0", "1000", "128"]
     shares = []
     for document, row in zip(documents, table.to_pylist(), strict=True):
@@ -112,7 +114,7 @@ def test_contexts_in_any_order_give_the_same_gain(model: LongNet) -> None:
 
 
 def test_one_context_has_no_gain(model: LongNet) -> None:
-    table = rows(model, [make_document(50)], ScoreOptions(bos=BOS))
+    table = rows(model, [make_document(50)], ScoreOptions())
     assert table.column_names == ["doc_id", "n_tokens", "n_bytes", "nll_sum", "ppl", "bpb"]
 
 
@@ -227,7 +229,7 @@ def test_kept_columns_stand_behind_the_rows_of_a_resumed_folder_too(model: LongN
     for document, value in zip(documents, values, strict=True):
         document.kept = {"tags": pa.scalar(value, kept[0].type)}
     table = rows(model, documents, kept=kept)
-    assert table.schema == OPTIONS.schema(kept)
+    assert table.schema == Scorer(Reader(model), OPTIONS, FACTS, kept).schema
     assert table["tags"].to_pylist() == values
 
     def stopping() -> Iterator[Document]:
@@ -257,4 +259,4 @@ def test_a_kept_value_of_another_type_and_a_name_that_is_taken_are_refused(model
     with pytest.raises(DataError, match=r"b\.txt: 'year' is string, and int64 in the first document"):
         rows(model, documents, kept=[pa.field("year", pa.int64())])
     with pytest.raises(ConfigError, match="--keep gain: the output has a column of this name"):
-        OPTIONS.schema([pa.field("gain", pa.float64())])
+        _ = Scorer(Reader(model), OPTIONS, FACTS, [pa.field("gain", pa.float64())]).schema

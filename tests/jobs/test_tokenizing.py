@@ -100,10 +100,8 @@ def test_a_failure_leaves_finished_shards_to_resume_from(corpus, tmp_path):
 def test_what_is_in_finished_shards_is_not_tokenized_again(corpus, tmp_path, monkeypatch):
     whole = tokenize(Inputs([corpus]), tmp_path / "whole", shard_tokens=1, train_vocab=300, eos=True)
     seen: list[str] = []
-    encode_parts = Tokenizer.encode_parts
-    monkeypatch.setattr(
-        Tokenizer, "encode_parts", lambda self, texts: (seen.extend(texts), encode_parts(self, texts))[1]
-    )
+    encode = Tokenizer.encode_pieces
+    monkeypatch.setattr(Tokenizer, "encode_pieces", lambda self, texts: (seen.extend(texts), encode(self, texts))[1])
     manifest = read_manifest(tmp_path / "whole")
     shards = manifest.shards
     expected = contents(tmp_path / "whole")
@@ -115,7 +113,7 @@ def test_what_is_in_finished_shards_is_not_tokenized_again(corpus, tmp_path, mon
             (tmp_path / "whole" / shard["name"]).unlink()
         seen.clear()
         again = tokenize(Inputs([corpus]), tmp_path / "whole", shard_tokens=1, train_vocab=300, eos=True, resume=True)
-        assert [text for text in seen if text] == list(TEXTS.values())[finished:]
+        assert seen == list(TEXTS.values())[finished:]
         assert (again.documents, again.tokens, again.bytes) == (whole.documents, whole.tokens, whole.bytes)
         assert contents(tmp_path / "whole") == expected
     seen.clear()

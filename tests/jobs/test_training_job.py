@@ -19,7 +19,7 @@ from longnet_cli.attention import Pattern
 from longnet_cli.attention.spans import open_spans
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.jobs.estimating.memory import saved_bytes, seen_segments, training_memory
-from longnet_cli.jobs.training.estimate import estimate_training, settle_chunk, step_flops
+from longnet_cli.jobs.training.costs import estimate_training, settle_chunk, step_flops
 from longnet_cli.jobs.training.gradients import plan_forwards
 from longnet_cli.jobs.training.recipe import Recipe, load_recipe
 from longnet_cli.nets.config import LongNetConfig
@@ -98,7 +98,7 @@ RUN = """
 import json, sys
 import torch
 from longnet_cli.running.device import peak_memory
-from longnet_cli.jobs.training.estimate import estimate_training
+from longnet_cli.jobs.training.costs import estimate_training
 from longnet_cli.jobs.training.loop import train
 from longnet_cli.jobs.training.recipe import load_recipe
 
@@ -310,7 +310,7 @@ def test_a_chunk_that_fits_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         return recipe(MODEL, stages=[{"seq_len": 256, "steps": 1}], chunk=chunk, batch_tokens=10_000)
 
     free = sum(training_memory(with_chunk(4096), CPU, Ranks()).values())
-    monkeypatch.setattr("longnet_cli.jobs.training.estimate.free_memory", lambda device: free)
+    monkeypatch.setattr("longnet_cli.jobs.training.costs.free_memory", lambda device: free)
     found = estimate_training(with_chunk(10_000), CPU)
     assert not found.fits
     assert found.chunk_that_fits == 4096
@@ -321,7 +321,7 @@ def test_a_chunk_that_fits_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("gib", "chunk"), [(0, 16384), (5, 16384), (24, 32768), (80, 131072), (1000, 131072)])
 def test_a_gpu_gets_the_longest_chunk_that_it_holds(monkeypatch: pytest.MonkeyPatch, gib: int, chunk: int) -> None:
-    monkeypatch.setattr("longnet_cli.jobs.training.estimate.free_memory", lambda device: gib << 30)
+    monkeypatch.setattr("longnet_cli.jobs.training.costs.free_memory", lambda device: gib << 30)
     model = MODEL | {"dim": 768, "num_layers": 12, "num_heads": 12, "ffn_dim": 3072}
     settings = {"dtype": "bf16", "stages": [{"seq_len": 1 << 20, "steps": 1}]}
     gpu, found = torch.device("cuda"), recipe(model, **settings)
@@ -338,7 +338,7 @@ def test_no_chunk_cuts_a_bidirectional_window(monkeypatch: pytest.MonkeyPatch) -
         return recipe(model, objective="masked", stages=stages, chunk=chunk, batch_tokens=8192)
 
     free = sum(training_memory(with_window(1024, 1024), CPU, Ranks()).values())
-    monkeypatch.setattr("longnet_cli.jobs.training.estimate.free_memory", lambda device: free)
+    monkeypatch.setattr("longnet_cli.jobs.training.costs.free_memory", lambda device: free)
     assert estimate_training(with_window(1024, 8192), CPU).chunk_that_fits == 1024
     found = estimate_training(with_window(2048, 8192), CPU)
     assert found.chunk_that_fits is None

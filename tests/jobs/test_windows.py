@@ -184,9 +184,6 @@ def test_weights_are_what_was_typed():
     assert Mix([LONGEST_PERIOD - 1, 1]).period == LONGEST_PERIOD
     with pytest.raises(ConfigError, match="round them"):
         Mix([LONGEST_PERIOD, 1])
-    for wrong in ([], [1, 0], [-1], [float("nan")], [float("inf")]):
-        with pytest.raises(ConfigError, match="above 0"):
-            Mix(wrong)
 
 
 def test_a_short_source_begins_anew_without_the_others():
@@ -299,16 +296,11 @@ def test_other_data_of_the_same_size_is_refused(other: TokenStream) -> None:
         windows.resume(state)
 
 
-def test_too_little_data_and_wrong_arguments():
+def test_too_little_data():
     with pytest.raises(DataError, match=r"the data has 4 tokens, fewer than one window of 5 "):
         TokenWindows([stream(3)], 4, 1, seed=0)
     with pytest.raises(DataError, match=r"source 1 of the mix has 0 tokens"):
         TokenWindows([stream(5), TokenStream([], EOS)], 4, 1, seed=0, weights=[1, 1])
-    for wrong in (
-        {"seq_len": 0}, {"rows": 0}, {"seed": -1}, {"rank": 1}, {"rank": -1}, {"world": 0}, {"weights": [1, 1]},
-    ):  # fmt: skip
-        with pytest.raises(ConfigError):
-            TokenWindows([stream(50)], **{"seq_len": 4, "rows": 1, "seed": 0} | wrong)
 
 
 def test_windows_of_a_mapped_shard_are_copies(tmp_path: Path):

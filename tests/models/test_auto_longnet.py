@@ -17,7 +17,7 @@ from longnet_cli.data.documents import Document
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.hub.folder_files import MODEL_TYPE
 from longnet_cli.integrations.transformers import LongNetCache, use_dilated_attention
-from longnet_cli.jobs.encoding import EncodeOptions, encode
+from longnet_cli.jobs.encoding import EncodeFacts, EncodeOptions, encode
 from longnet_cli.jobs.generating import generate
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.foreign import TRANSFORMERS_KEYS
@@ -289,7 +289,7 @@ def test_vectors_are_those_of_encode(causal: bool, tmp_path: Path) -> None:
     net = LongNet(LongNetConfig(**SHAPE, **shape)).eval()
     net.save_pretrained(tmp_path, BYTES.to_json())
     documents = [Document(str(i), BYTES.encode(text), None, "test") for i, text in enumerate(TEXTS)]
-    expected = encode(net, documents, EncodeOptions(bos=256)).read_all()["embedding"].to_pylist()
+    expected = encode(net, documents, EncodeOptions(), EncodeFacts(256)).read_all()["embedding"].to_pylist()
     model, words = hf.AutoModel.from_pretrained(tmp_path), hf.AutoTokenizer.from_pretrained(tmp_path)
     words.pad_token = words.eos_token
     for side in ("left", "right"):

@@ -50,7 +50,7 @@ from longnet_cli.attention.cache import cached_rows
 from longnet_cli.basics.errors import CheckpointError, ConfigError
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.integrations.transformers import use_dilated_attention
-from longnet_cli.jobs.encoding import EncodeOptions, Encoder, encode
+from longnet_cli.jobs.encoding import EncodeFacts, EncodeOptions, Encoder, encode
 from longnet_cli.jobs.row_jobs import write_rows
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.models.hf.pretrained_net import TransformersNet
@@ -167,7 +167,7 @@ def test_vectors_are_the_means_of_the_models_own_hidden_states(
     net = net_of(model, attention)
     documents = [make_document(length) for length in (5, 33, 1, 200, 64)]
     for chunk in (1000, 40):
-        table = encode(net, documents, EncodeOptions(bos=0, normalize=False), chunk=chunk).read_all()
+        table = encode(net, documents, EncodeOptions(normalize=False), EncodeFacts(0), chunk=chunk).read_all()
         before = [0] if net.config.causal else []
         for document, vector in zip(documents, table["embedding"].to_numpy(), strict=True):
             with torch.no_grad():
@@ -255,7 +255,7 @@ def test_encode_to_a_file_and_to_a_folder(folder: Path, encoder: Path, tmp_path:
 def test_what_decides_the_vectors_decides_what_can_be_resumed(folder: Path, tmp_path: Path) -> None:
     def run(**options) -> None:
         net = ModelFolder(folder).net(**options)
-        job = partial(Encoder, options=EncodeOptions(bos=256))
+        job = partial(Encoder, options=EncodeOptions(), facts=EncodeFacts(256))
         write_rows(job, net, MadeInputs((), made=[make_document(20)]), tmp_path / "out", resume=True)
 
     run(pattern=LEVELS)
@@ -420,6 +420,6 @@ def test_positions_that_end() -> None:
     config = hf.RobertaConfig(**SMALL | {"pad_token_id": 1}, max_position_embeddings=34)
     net = TransformersNet(hf.RobertaModel(config))
     assert net.config.max_tokens == 32
-    encode(net, [make_document(32)], EncodeOptions(bos=None)).read_all()
+    encode(net, [make_document(32)], EncodeOptions(), EncodeFacts(None)).read_all()
     with pytest.raises(ConfigError, match="33 tokens, and the model has 32 positions"):
-        encode(net, [make_document(33)], EncodeOptions(bos=None)).read_all()
+        encode(net, [make_document(33)], EncodeOptions(), EncodeFacts(None)).read_all()

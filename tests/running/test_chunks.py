@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -133,13 +135,15 @@ def test_what_is_computed_again_sees_the_blocks_that_it_saw(
     """Blocks are drawn at random, others each time that a group asks; the whole graph asks once per group and layer."""
     asked: Counter[int] = Counter()
 
-    def drawn(voting: Voting) -> Choice:
-        first, number, _, near = voting.parts[0].groups
+    def drawn(_: Pattern, means: Any, votings: Sequence[Voting], runs: Any) -> list[Choice]:
+        return [drawn_for(voting) for voting in votings]
+
+    def drawn_for(voting: Voting) -> Choice:
         found = []
-        for group in range(first, first + number * 4, 4):
+        for group, blocks in [(group, slot.blocks) for slot in voting.slots for group in slot.firsts]:
             asked[group] += 1
             draws = torch.Generator().manual_seed(100 * group + asked[group])
-            found.append(1 + torch.randperm(near // 8 - 1, generator=draws)[:3].sort().values)
+            found.append(1 + torch.randperm(blocks - 1, generator=draws)[:3].sort().values)
         return chosen_by_hand(torch.stack(found))
 
     monkeypatch.setattr(chosen, "choose", drawn)

@@ -1,6 +1,6 @@
-"""The job `bench`. settings.py has the options and the rows, cases.py what runs, job.py the order and the clock."""
+"""The job `bench`: cases.py has the options, the rows and what runs, job.py the order and the clock."""
 
+from .cases import OPS, Case, Measurement, Settings
 from .job import bench, machine
-from .settings import OPS, Case, Measurement, Settings
 
 __all__ = ["OPS", "Case", "Measurement", "Settings", "bench", "machine"]

@@ -26,8 +26,7 @@ from longnet_cli.attention.kernels import select_kernel
 from longnet_cli.basics.errors import is_out_of_memory
 from longnet_cli.running.device import DTYPES, PeakMemory, free_memory, trim_memory
 
-from .cases import attention, model, train
-from .settings import Case, Measurement, Settings
+from .cases import Case, Measurement, Settings, attention, model, train
 
 CASES: dict[str, Callable[[Settings, str, str, int], Case]] = {  # (settings, impl, direction, seq) -> a case
     "attention": attention,

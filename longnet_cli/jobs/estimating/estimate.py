@@ -3,7 +3,7 @@
     documents --count_documents--> ReadingPlan --reading_memory--> bytes by kind
     a short read of random tokens --reading_rate--> FLOP/s, and so the time of all
 
-Of a reading job, only these tokens are read, and nothing is written. `jobs/training/estimate.py` has that of a recipe.
+Of a reading job, only these tokens are read, and nothing is written. `jobs/training/costs.py` has that of a recipe.
 """
 
 from __future__ import annotations

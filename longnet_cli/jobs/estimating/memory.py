@@ -1,4 +1,4 @@
-"""What a job needs in memory: bytes by kind, counted from the configuration of its net. Nothing is allocated.
+"""The memory that a job needs: bytes by kind, counted from the configuration of its net. Nothing is allocated.
 
 A job's peak is the sum of its kinds, as if everything were held at one time. The chunk that fits, `--dry-run`,
 refusals, `bench` and `examples/cluster.py` count with these functions; tests compare them with real runs.

@@ -1,4 +1,4 @@
-"""What a job would read, counted before any of it is read: documents, tokens, forward passes and their FLOPs.
+"""The plan of a reading job, counted before anything is read: documents, tokens, forward passes and their FLOPs.
 
     documents --lengths--> windows --the Reader's steps--> ReadingPlan
     texts --Sample.add--> bytes of each, and tokens of some --tokens_per_byte--> tokens of all
@@ -17,15 +17,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from longnet_cli.attention.spans import far_spans
 from longnet_cli.basics.errors import ConfigError, DataError
-from longnet_cli.data.documents import Document, Unread, checked
+from longnet_cli.data.documents import Document, Unread
 from longnet_cli.data.files import FileChangedError
-from longnet_cli.data.left_out import OnSkip
+from longnet_cli.data.kept import OnSkip
 from longnet_cli.data.tables import Text
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.nets.net import Net
@@ -33,7 +33,7 @@ from longnet_cli.running.ranks.portions import portions
 from longnet_cli.running.reader import PORTION_CHUNKS, reading_steps
 
 if TYPE_CHECKING:
-    from longnet_cli.jobs.row_jobs import DocumentJob
+    from longnet_cli.jobs.row_jobs import RowJob
 
 SEED = 0  # every run draws the same documents
 NORMAL = 1.96  # standard errors to either side: 95 % of a normal distribution
@@ -140,7 +140,7 @@ class ReadingPlan:
 
 
 def count_documents(
-    job: DocumentJob[Any],
+    job: RowJob,
     documents: Iterable[Document | Text],
     *,
     tokenizer: Tokenizer | None = None,
@@ -185,7 +185,7 @@ def count_documents(
 
 
 def _lengths(
-    job: DocumentJob[Any], items: Iterable[Document | Text], drawn: Sample | None, on_skip: OnSkip | None
+    job: RowJob, items: Iterable[Document | Text], drawn: Sample | None, on_skip: OnSkip | None
 ) -> Iterator[int]:
     """Yield the number of tokens of each document. Texts come last, with tokens estimated from their bytes."""
 
@@ -203,8 +203,9 @@ def _lengths(
                     raise
                 yield Unread(error)
 
-    for sequence in checked(documents(), job.sequence, on_skip, reads=False):
-        yield len(sequence.document)
+    for document in documents():
+        if job.take(document, on_skip, reads=False) is not None:
+            yield len(document)
     for size in drawn.bytes if drawn else ():
         yield round(size * drawn.tokens_per_byte) if drawn else 0
 
@@ -228,8 +229,8 @@ class Sample:
         place = len(self.bytes) if len(self.bytes) < self.size else int(self._random.integers(len(self.bytes) + 1))
         if place < self.size:
             tokens, size, begin = 0, 0, time.perf_counter()
-            for ids, n_bytes, _ in self.tokenizer.encode_long(text.parts):
-                tokens, size = tokens + len(ids), size + n_bytes
+            for part in self.tokenizer.encode_long(text.parts):
+                tokens, size = tokens + len(part.ids), size + part.n_bytes
             self._drawn[place : place + 1] = [(tokens, size)]
             self._tokenized += size
             self.seconds += time.perf_counter() - begin

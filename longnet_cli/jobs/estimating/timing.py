@@ -1,4 +1,4 @@
-"""How fast a net runs here: a short step is timed, from whose rate the time of a job follows."""
+"""The speed of a net on this machine: a short step is timed, from whose rate the time of a job follows."""
 
 from __future__ import annotations
 

@@ -5,9 +5,8 @@ Loads no torch, and matplotlib only for a picture.
 
 from .drawing import PICTURES, Axis, Curve, Panel, Point, draw_picture, draw_text, new_figure, save_figure
 from .recognizing import metrics_file, panels, read, read_all
-from .surprise import has_columns, read_surprise
+from .surprise import draw_surprise, has_columns, read_surprise
 from .surprise_page import write_surprise
-from .surprise_text import draw_surprise
 
 __all__ = [
     "PICTURES",

@@ -26,7 +26,6 @@ BENCH_PANELS = (
     ("seconds", Axis("time", base=10, write=short_duration), 2),
     ("seconds_per_token", Axis("time per token", base=10, write=short_duration), 1),
     ("peak_rss_bytes", Axis("peak memory", base=2, write=short_bytes), None),
-    ("bytes", Axis("received by a rank", base=2, write=short_bytes), None),
 )
 
 # Keys in which rows of one length may differ, and the words that a curve's name then has for them
@@ -39,7 +38,6 @@ _DIFFERENCES: dict[str, Callable[[Any], str]] = {
     "causal": lambda causal: "causal" if causal else "bidirectional",
     "dtype": str,
     "device": str,
-    "ranks": "{} ranks".format,
 }
 
 

@@ -1,31 +1,39 @@
 """Documents with the nats of each token, from files of `score --token-logprobs`: where a model is surprised.
 
-files --read_surprise--> documents of pieces and nats --surprise_text, surprise_page--> a terminal, a page
+files --read_surprise--> documents of pieces and nats --draw_surprise, surprise_page--> a terminal, a page
+
+A file of `score --chosen` beside them says which blocks of the past each group of tokens saw, for the page.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+import textwrap
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from rich.cells import cell_len
 
 from longnet_cli.basics.errors import CheckpointError, ConfigError, DataError
+from longnet_cli.data.columns import Wanted
 from longnet_cli.data.folders import sniff
+from longnet_cli.data.formats import open_source
+from longnet_cli.data.names import find_sources
+from longnet_cli.data.tables import Table
 from longnet_cli.data.text_stream import TextStream
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.scoring.token_logprobs import Logged, LogprobFile
 
-from .seen_blocks import SeenBlocks, has_blocks, read_blocks
-
 MOST_TOKENS = 1 << 22  # of all documents; a page of them has some 30 MB
 PART_OF_CHARACTER = "\u25af"  # a token that ends within a character, and so completes none
 _SHA256 = "longnet.tokenizer_sha256"
+_CHOSEN = ["doc_id", "layer", "start", "stop", "blocks"]  # columns of a file of chosen blocks
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,22 @@ class SurpriseDocument:
     def gains(self) -> np.ndarray:
         """The nats (n,) that the second file saves; negative where it costs more."""
         return self.nats - self.other_nats
+
+
+class SeenBlocks(NamedTuple):
+    """The blocks that groups of tokens saw, in tokens of the whole page.
+
+    Of group i, whose tokens are [starts[i], stops[i]), the blocks are those of [first[i], first[i + 1]): each begins
+    at token `blocks[j]` and was seen in `layers[j]` of `num_layers` layers. A block has `size` tokens.
+    """
+
+    starts: np.ndarray
+    stops: np.ndarray
+    first: np.ndarray
+    blocks: np.ndarray
+    layers: np.ndarray
+    num_layers: int
+    size: int
 
 
 @dataclass(frozen=True)
@@ -86,7 +110,7 @@ def read_surprise(names: Sequence[str], tokenizer_name: str | None = None) -> Su
     for damaged files, and for two of other tokens; ConfigError for a tokenizer that is missing or another one, for more
     than two files, and for more than MOST_TOKENS tokens.
     """
-    chosen = [name for name in names if has_blocks(name)]
+    chosen = [name for name in names if _has_blocks(name)]
     names = [name for name in names if name not in chosen]
     if len(chosen) > 1 or (chosen and not names):
         raise ConfigError(
@@ -112,7 +136,51 @@ def _seen(name: str, documents: Sequence[SurpriseDocument]) -> SeenBlocks:
             raise ConfigError(f"{name}: chosen blocks are shown of whole documents (no --last), each with its own name")
         places[document.doc_id] = begin, len(document.pieces)
         begin += len(document.pieces)
-    return read_blocks(name, places)
+    return _read_blocks(name, places)
+
+
+def _open_blocks(name: str) -> Table | None:
+    sources, _ = find_sources([name])
+    table = open_source(sources[0], Wanted()) if len(sources) == 1 else None
+    return table if isinstance(table, Table) and {*_CHOSEN} <= {*table.schema.names} else None
+
+
+def _has_blocks(name: str) -> bool:
+    """Return whether a file is one of `score --chosen`. Stdin (-) is not looked into."""
+    return name != "-" and _open_blocks(name) is not None
+
+
+def _read_blocks(name: str, places: dict[str, tuple[int, int]]) -> SeenBlocks:
+    """Return the blocks in a file for the documents at `places`: by name, (first token on the page, count).
+
+    The query at position i of a document predicts the i-th token that is scored, and reads the one before. Raises
+    DataError for a file of other documents.
+    """
+    table = _open_blocks(name)
+    assert table is not None
+    size = int((table.schema.metadata or {}).get(b"longnet.chosen_block", b"0"))
+    groups: dict[tuple[int, int], Counter[int]] = defaultdict(Counter)
+    layers = set[int]()
+    for batch in table.read(_CHOSEN):
+        for row in batch.to_pylist():
+            place = places.get(row["doc_id"])
+            if place is None or row["start"] >= place[1] or not size:
+                raise DataError(f"{table.where}: it has tokens of document {row['doc_id']!r} that the other file lacks")
+            begin, count = place
+            layers.add(row["layer"])
+            stop = min(row["stop"], count)
+            groups[begin + row["start"], begin + stop].update(begin + max(0, b * size - 1) for b in row["blocks"])
+    ordered = sorted(groups)
+    counts = [sorted(groups[group].items()) for group in ordered]
+    return SeenBlocks(
+        np.array([start for start, _ in ordered], "<u4"),
+        np.array([stop for _, stop in ordered], "<u4"),
+        np.cumsum([0, *map(len, counts)]).astype("<u4"),
+        np.array([block for blocks in counts for block, _ in blocks], "<u4"),
+        np.array([times for blocks in counts for _, times in blocks], "<u2"),
+        len(layers),
+        size,
+    )
 
 
 def _tokenizer(files: Sequence[LogprobFile], name: str | None) -> Tokenizer:
@@ -216,3 +284,101 @@ class _TokenTexts:
 
     def _name(self, index: int) -> str:
         return self.tokenizer.token_of(index) or f"[{index}]"
+
+
+_Colors = tuple[tuple[int, int], ...]
+
+# A step is twice the nats. From dark to bright, as cividis, which people with any sight for colours can tell apart:
+# ground and text of 256 colours, because a terminal may be light or dark.
+NATS: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 8.0)
+_NATS_COLORS: _Colors = ((17, 255), (60, 255), (242, 255), (144, 16), (179, 16), (226, 16))
+GAINS: tuple[float, ...] = (-4.0, -1.0, -0.25, 0.25, 1.0, 4.0)  # orange: the second file costs more; blue: it saves
+_GAIN_COLORS: _Colors = ((214, 16), (166, 16), (94, 255), (236, 255), (24, 255), (32, 16), (45, 16))
+_TAB = "    "
+
+
+def draw_surprise(
+    surprise: Surprise, width: int, *, color: bool = False, printable: Callable[[str], str] = str
+) -> Iterator[str]:
+    """Yield lines of at most `width` columns (20 at least): a legend, then each document with its name before it.
+
+    Without `color`, a line of marks follows each line of text that has any: a digit for the nats of the token that
+    begins there, or for those that the second file saves, a letter for those that it costs more. `printable` makes
+    text safe to print.
+    """
+    width = max(width, 20)
+    yield from _legend(surprise, width, color, printable)
+    for document in surprise.documents:
+        yield ""
+        yield printable(_title(document))
+        gains = len(surprise.names) > 1
+        values = document.gains if gains else document.nats
+        levels = np.searchsorted(GAINS if gains else NATS, values, side="right").tolist()
+        marks = [_mark(value) for value in values.tolist()]
+        colors = _GAIN_COLORS if gains else _NATS_COLORS
+        for line in _lines(document.pieces, width, printable):
+            if color:
+                yield "".join(_colored(text, *colors[levels[token]]) for token, text, _ in line)
+            else:
+                yield "".join(text for _, text, _ in line).rstrip()
+                marked = "".join(
+                    (marks[token] if begins else " ").ljust(cell_len(text)) for token, text, begins in line
+                )
+                if marked.strip():
+                    yield marked.rstrip()
+
+
+def _title(document: SurpriseDocument) -> str:
+    mean = f"{document.nats.mean():.3f} nats per token"
+    if document.other_nats is not None:
+        mean += f", {document.other_nats.mean():.3f} in the second file"
+    first = f", from token {document.start} on" if document.start > 1 else ""
+    return f"{document.doc_id}: {len(document.pieces):,} tokens{first}, {mean}"
+
+
+def _legend(surprise: Surprise, width: int, color: bool, printable: Callable[[str], str]) -> Iterator[str]:
+    gains = len(surprise.names) > 1
+    what = "nats per token"
+    if gains:
+        one, other = map(printable, surprise.names)
+        what += f" that {other} saves, compared with {one}"
+    if color:
+        bounds, colors = (GAINS, _GAIN_COLORS) if gains else (NATS, _NATS_COLORS)
+        names = [f" <{bounds[0]:g} ", *(f" {bound:g} " for bound in bounds[:-1]), f" {bounds[-1]:g}+ "]
+        yield from textwrap.wrap(f"{what}, from", width)
+        yield "".join(_colored(name, *pair) for name, pair in zip(names, colors, strict=True))
+    else:
+        costs = "; a letter costs more: a 1, b 2" if gains else ""
+        marks = f"{what}, rounded, below the first character of each; 9 is 9 or more{costs}"
+        yield from textwrap.wrap(marks, width)
+
+
+def _mark(value: float) -> str:
+    """Return the digit of nats, the letter of negative ones; a space for 0."""
+    nats = min(9, round(abs(value)))
+    return " " if not nats else str(nats) if value > 0 else chr(ord("a") + nats - 1)
+
+
+def _colored(text: str, ground: int, ink: int) -> str:
+    return f"\x1b[48;5;{ground};38;5;{ink}m{text}\x1b[0m"
+
+
+def _lines(pieces: Sequence[str], width: int, printable: Callable[[str], str]) -> Iterator[list[tuple[int, str, bool]]]:
+    """Yield lines of (index of a token, a part of its text, whether it begins there). A newline is a space."""
+    line, column = list[tuple[int, str, bool]](), 0
+    for token, piece in enumerate(pieces):
+        part, begins = "", True
+        for character in piece:
+            shown = {"\n": " ", "\t": _TAB}.get(character) or printable(character)
+            size = cell_len(shown)
+            if column + size > width:
+                yield [*line, *([(token, part, begins)] if part else [])]
+                begins, part, line, column = begins and not part, "", [], 0
+            part, column = part + shown, column + size
+            if character == "\n":
+                yield [*line, (token, part, begins)]
+                part, begins, line, column = "", False, [], 0
+        if part:
+            line.append((token, part, begins))
+    if line:
+        yield line

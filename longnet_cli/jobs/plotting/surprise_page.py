@@ -2,13 +2,13 @@
 
 A page holds its data in two script elements that no browser runs: `facts`, JSON, and `data`, base64 of zlib of
 
-    starts, stops, first, blocks    uint32  of `seen_blocks.SeenBlocks`; if there are chosen blocks
+    starts, stops, first, blocks    uint32  of `surprise.SeenBlocks`; if there are chosen blocks
     top        uint32  of each token, the index of the most likely one in `tops`; if the files have it
     lengths    uint16  of each token, UTF-16 units of text
     nats       uint16  of each token, in thousandths
     other      uint16  the same of the second file, if there is one
     top_nats   uint16  the same of the most likely token; if the files have it
-    layers     uint16  of `seen_blocks.SeenBlocks`; if there are chosen blocks
+    layers     uint16  of `surprise.SeenBlocks`; if there are chosen blocks
     text       UTF-8   of all documents
 
 little-endian, each list without a gap after the one before. Elements are made for the tokens in sight alone.

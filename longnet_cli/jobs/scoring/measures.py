@@ -1,4 +1,4 @@
-"""What scoring measures: sums of nats, their standard errors over documents, the loss by position.
+"""The measures of scoring: sums of nats, their standard errors over documents, the loss by position.
 
 The gain of a document is how many nats per token its longest context saves over its shortest one.
 """
@@ -165,7 +165,7 @@ class Total:
         self.places: list[dict[str, dict[Range, Clusters]]] = [{} for _ in contexts]  # of each table, by range
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Add the row of the next document, with the columns of `ScoreOptions.schema`."""
+        """Add the row of the next document, with the columns of `Scorer.schema`."""
         tokens, n_bytes = row["n_tokens"], row["n_bytes"]
         nats = [row[column("nll_sum", context, self.contexts)] for context in self.contexts]
         if tokens:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,46 +22,37 @@ from torch import Tensor
 from longnet_cli.basics.errors import ConfigError, NotFiniteError
 from longnet_cli.basics.sizes import format_size
 from longnet_cli.data.documents import SPOOL_BYTES, Document
-from longnet_cli.data.kept import kept_columns, row_schema
-from longnet_cli.data.left_out import OnSkip
-from longnet_cli.jobs.row_jobs import RowJob
+from longnet_cli.data.kept import OnSkip, kept_columns, row_schema
+from longnet_cli.jobs.row_jobs import ModelFacts, RowJob
 from longnet_cli.jobs.scoring.measures import TABLES, ByPosition, Gain, GainTally, Score, column
-from longnet_cli.nets.net import LOGITS_LIMIT, Bos, InputSequence, Net, bos_ids
+from longnet_cli.nets.net import LOGITS_LIMIT, InputSequence, Net, bos_ids
 from longnet_cli.running.device import precision, to_device, to_host
 from longnet_cli.running.ranks.portions import Portion
 from longnet_cli.running.ranks.ranks import Ranks
-from longnet_cli.running.reader import OnWindows, Piece, Reader, Window, share_reader
+from longnet_cli.running.reader import Piece, Reader, Window, share_reader
 
 TABLE = pa.list_(pa.struct([("from", pa.int64()), ("to", pa.int64()), ("n_tokens", pa.int64()), ("nll", pa.float64())]))
 
 
 @dataclass(frozen=True)
 class ScoreOptions:
-    """The options that determine the rows of `score`, together with the net and the documents.
+    """The options of `score`: of the command, of the function and of `score_batches`.
 
-    `bos` (the id of the tokenizer's end of text, or several ids) is put before each document, so that its first token
-    is scored too. With None, the first token is not scored, and the number of scored bytes is unknown. Without
-    `context`, a document is one causal pass. With it, a token sees at most `context` tokens before it: the document is
-    cut into disjoint windows of that many targets. Each window starts again at position 0, and its first input is the
-    token before its first target. At several contexts, the same tokens are scored, and the rows have columns for the
-    gain of the longest context over the shortest. For it, 4 bytes per token of a document are kept, in a file in
-    $TMPDIR if they are many.
+    Without `context`, a document is one causal pass. With it, a token sees at most `context` tokens before it: the
+    document is cut into disjoint windows of that many targets. Each window starts again at position 0, and its first
+    input is the token before its first target. At several contexts, the same tokens are scored, and the rows have
+    columns for the gain of the longest context over the shortest. For it, 4 bytes per token of a document are kept, in
+    a file in $TMPDIR if they are many.
 
     With a `stride`, windows overlap. Each has `context` targets, of which only the last `stride` count, so a counted
     token has seen more than `context - stride` tokens before it, if its document has them. With `last`, only this many
     tokens at the end of each document are scored, also from windows as long as the context. Documents too short for
     that are left out. `by_position` also sums the nats by position in the window.
-
-    `model_name`, `tokenizer_sha256` and `pattern` (a text of `attention.notation`) go into the schema's metadata.
     """
 
-    bos: Bos = None
     context: tuple[int, ...] | None = None
     stride: int | None = None
     last: int | None = None
-    model_name: str | None = None
-    tokenizer_sha256: str | None = None
-    pattern: str | None = None
     by_position: bool = False
 
     @property
@@ -86,33 +77,6 @@ class ScoreOptions:
                 f"a stride of {self.stride} tokens needs a context"
                 + (f" of {self.stride} or more, not {small[0]}" if small[0] else "")
             )
-
-    def schema(self, kept_fields: Sequence[pa.Field] = ()) -> pa.Schema:
-        """Return the schema of the rows, with the columns `kept_fields`.
-
-        `n_tokens` is the number of scored tokens, the same at each context. The columns of the gain are those of
-        `measures.Gain`. Columns that are there once for each of several contexts end with the context. The metadata
-        keys are `longnet.*`; unknown values are left out.
-        """
-        known = {
-            "longnet.model": self.model_name,
-            "longnet.tokenizer_sha256": self.tokenizer_sha256,
-            "longnet.pattern": self.pattern,
-        }
-        of_contexts = {"nll_sum": pa.float64(), "ppl": pa.float64(), "bpb": pa.float64()}
-        of_contexts |= dict.fromkeys(TABLES if self.by_position else (), TABLE)
-        fields = [
-            pa.field("doc_id", pa.string()),
-            pa.field("n_tokens", pa.int64()),
-            pa.field("n_bytes", pa.int64()),
-            *(
-                pa.field(column(name, context, self.contexts), kind)
-                for name, kind in of_contexts.items()
-                for context in self.contexts
-            ),
-            *(pa.field(name, pa.float64()) for name in Gain._fields if len(self.contexts) > 1),
-        ]
-        return row_schema(fields, kept_fields, known)
 
 
 @dataclass(frozen=True)
@@ -147,22 +111,29 @@ class Cut:
         return "no token could be scored: no document has two tokens, and no end-of-text id can precede the first"
 
     def inputs(self, tokens: int, context: int | None) -> Iterator[tuple[int, int, int]]:
-        """Yield (start, stop, wanted) for each window: it reads [start, stop), and targets count from `wanted` on."""
+        """Return (start, stop, wanted) of each window: it reads [start, stop), and targets count from `wanted` on."""
         before = len(self.bos) - 1  # from a target to its input
-        for start, stop, counted in self.windows(tokens, context):
-            yield start + before if start > self.first else 0, stop + before, counted + before
+
+        def of_window(window: tuple[int, int, int]) -> tuple[int, int, int]:
+            start, stop, counted = window
+            return start + before if start > self.first else 0, stop + before, counted + before
+
+        return map(of_window, self.windows(tokens, context))
 
     def windows(self, tokens: int, context: int | None) -> Iterator[tuple[int, int, int]]:
-        """Yield (start, stop, counted) for each window: at most `context` targets, which count from `counted` on.
+        """Return (start, stop, counted) of each window: at most `context` targets, which count from `counted` on.
 
         The counted targets of all windows make up the document, or its `last` tokens.
         """
         size = context or max(1, tokens - self.first)
         step = self.stride or size
         look_back = self.stride is not None or self.last is not None
-        for counted in range(tokens - self.last if self.last else self.first, tokens, step):
+
+        def window(counted: int) -> tuple[int, int, int]:
             stop = min(counted + step, tokens)
-            yield max(self.first, stop - size) if look_back else counted, stop, counted
+            return max(self.first, stop - size) if look_back else counted, stop, counted
+
+        return map(window, range(tokens - self.last if self.last else self.first, tokens, step))
 
     def longest(self, tokens: int) -> int:
         """Return the number of targets in the longest window of a document of `tokens` tokens, 0 if it is left out."""
@@ -189,28 +160,26 @@ ADVICE = "the model's weights are too large for its numbers, or damaged"
 def score(
     model: Net,
     documents: Iterable[Document],
-    options: ScoreOptions,
+    options: ScoreOptions = ScoreOptions(),
+    facts: ModelFacts = ModelFacts(),  # noqa: B008
     *,
     stored: Iterable[Document] = (),
     kept_fields: Sequence[pa.Field] = (),
     count_bytes: Callable[[np.ndarray], int | None] | None = None,
-    chunk: int | None = None,
-    dtype: str = "auto",
-    spill: str | Path | None = None,
     ranks: Ranks | None = None,
     on_skip: OnSkip | None = None,
     on_tokens: OnTokens | None = None,
     top: bool = False,
-    on_progress: Callable[[int], None] | None = None,
-    on_choice: OnWindows | None = None,
+    **reading: Any,
 ) -> pa.RecordBatchReader:
-    """Score `documents` lazily, in order; return a reader of record batches of their rows (`ScoreOptions.schema`).
+    """Score `documents` lazily, in order; return a reader of record batches of their rows (`Scorer.schema`).
 
-    Every token is scored exactly once. `count_bytes` gives the bytes of scored ids, for `last` (None: unknown).
-    `chunk`, `dtype`, `spill` and `ranks` are as in `running.reader.Reader`: memory does not depend on the document's
-    length, without chosen blocks, and none of them changes a number beyond rounding. All ranks need the same documents.
-    In one group of ranks, which share each document, all get all rows. Several groups divide the documents between
-    them; then rank 0 gets all rows and the others none.
+    Every token is scored exactly once, the first one of a document if the model has a `bos` (`facts`); otherwise the
+    number of scored bytes is unknown. `count_bytes` gives the bytes of scored ids, for `last` (None: unknown). `ranks`
+    and `reading` (`chunk`, `dtype`, `spill`, `on_progress`, `on_choice`) are as in `running.reader.Reader`: memory does
+    not depend on the document's length, without chosen blocks, and none of them changes a number beyond rounding. All
+    ranks need the same documents. In one group of ranks, which share each document, all get all rows. Several groups
+    divide the documents between them; then rank 0 gets all rows and the others none.
 
     A document that is too long for the model, or has invalid ids, ends the run. With `on_skip`, it is passed to
     `on_skip` and left out instead. The `stored` documents are the part of `documents` whose lengths are cheap to read;
@@ -219,17 +188,14 @@ def score(
 
     An empty document scores 0 tokens. `on_tokens` gets the log-probabilities of all tokens in order, and with `top` the
     most likely tokens in their places. `on_progress` gets the number of tokens that each forward pass has scored.
-    `on_choice` is as in `Reader`.
     Raises ConfigError for a model that cannot score and options that contradict each other. The reader raises
     ConfigError for a document with more tokens than the model reads, NoTokensError at the end if no document had a
     token to score, NotFiniteError for a log-probability that is NaN or infinite.
     """
     if on_tokens and ranks and ranks.dp > 1:
         raise ConfigError("log-probabilities of tokens are written by one group of ranks: leave out --dp")
-    reader = share_reader(
-        model, chunk=chunk, dtype=dtype, spill=spill, ranks=ranks, on_progress=on_progress, on_choice=on_choice
-    )
-    scorer = Scorer(reader, options, kept_fields, count_bytes, on_tokens, top)
+    reader = share_reader(model, ranks=ranks, **reading)
+    scorer = Scorer(reader, options, facts, kept_fields, count_bytes, on_tokens, top)
     return scorer.rows(documents, stored=stored, ranks=ranks, on_skip=on_skip)
 
 
@@ -294,20 +260,50 @@ class Scorer(RowJob):
     def __init__(
         self,
         reader: Reader,
-        options: ScoreOptions,
+        options: ScoreOptions = ScoreOptions(),
+        facts: ModelFacts = ModelFacts(),  # noqa: B008
         kept_fields: Sequence[pa.Field] = (),
         count_bytes: Callable[[np.ndarray], int | None] | None = None,
         on_tokens: OnTokens | None = None,
         top: bool = False,
     ) -> None:
-        super().__init__(reader, options, kept_fields)
+        super().__init__(reader, options, facts, kept_fields)
         options.check(reader.model)
         if on_tokens and len(options.contexts) > 1:
             raise ConfigError("log-probabilities of tokens need one context: give only one")
-        self.cut = Cut(bos_ids(options.bos), options.contexts, options.stride, options.last)
-        self.schema, self.nothing = options.schema(kept_fields), self.cut.nothing
+        self.cut = Cut(bos_ids(facts.bos), options.contexts, options.stride, options.last)
+        self.nothing = self.cut.nothing
         self.count_bytes, self.on_tokens, self.top = count_bytes, on_tokens, top
         self.open: deque[_Tally] = deque()  # documents whose windows are being read
+
+    @cached_property
+    def schema(self) -> pa.Schema:
+        """The schema of the rows, with the columns `kept_fields`.
+
+        `n_tokens` is the number of scored tokens, the same at each context. The columns of the gain are those of
+        `measures.Gain`. Columns that are there once for each of several contexts end with the context. The metadata
+        keys are `longnet.*`; unknown values are left out.
+        """
+        options, facts = self.options, self.facts
+        known = {
+            "longnet.model": facts.model_name,
+            "longnet.tokenizer_sha256": facts.tokenizer_sha256,
+            "longnet.pattern": facts.pattern,
+        }
+        of_contexts = {"nll_sum": pa.float64(), "ppl": pa.float64(), "bpb": pa.float64()}
+        of_contexts |= dict.fromkeys(TABLES if options.by_position else (), TABLE)
+        fields = [
+            pa.field("doc_id", pa.string()),
+            pa.field("n_tokens", pa.int64()),
+            pa.field("n_bytes", pa.int64()),
+            *(
+                pa.field(column(name, context, options.contexts), kind)
+                for name, kind in of_contexts.items()
+                for context in options.contexts
+            ),
+            *(pa.field(name, pa.float64()) for name in Gain._fields if len(options.contexts) > 1),
+        ]
+        return row_schema(fields, self.kept_fields, known)
 
     def sequence(self, document: Document) -> InputSequence[Document]:
         return self.cut.sequence(self.reader.model, document)

@@ -1,11 +1,10 @@
-"""What a run is built of, by its recipe: the data, the model, the optimizers, and the learning rate of each step."""
+"""The parts of a run, built by its recipe: the data, the model, the optimizers, and the learning rate of each step."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from torch.utils.checkpoint import checkpoint as activation_checkpoint
 from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.data.documents import Document
 from longnet_cli.data.inputs import Inputs
+from longnet_cli.data.names import Sources
 from longnet_cli.data.tokenizer import NO_END, Tokenizer
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.nets.longnet import LongNet
@@ -30,7 +30,7 @@ from .windows import TokenStream, TokenWindows
 
 
 class TrainingData(NamedTuple):
-    """What a run reads, as ids of its tokenizer."""
+    """The documents that a run reads, as ids of its tokenizer."""
 
     tokenizer: Tokenizer
     eos_id: int  # the first token of each document
@@ -52,9 +52,8 @@ def build_data(
     if initial:
         ModelFolder.find(initial).tokenizer(data.tokenizer, differs=tokenizer_differs)
 
-    def documents(inputs: Inputs) -> list[Document]:
-        opened = replace(inputs, tokenizer=tokenizer, column=data.column, vocab_size=recipe.model.vocab_size)
-        return list(opened.documents())
+    def documents(sources: Sources) -> list[Document]:
+        return list(Inputs(sources, tokenizer, data.column, vocab_size=recipe.model.vocab_size).documents())
 
     if not data.sources:
         raise ConfigError("no training data: give --data INPUT, or set data.train or [[data.mix]] in the recipe")

@@ -117,45 +117,41 @@ def backward(
                 on_chunk=on_chunk,
             )
             continue
-        shard, start, documents, far, named = slice(None), 0, forward.documents, None, None
-        if ranks.sp > 1:
-            cuts = list(accumulate(documents or ()))
-            edges = ranks.edges(0, ids.shape[1], model.config.pattern.edge_size, cuts)
-            far = Exchange(model.config, edges, group=ranks.group, cuts=cuts)
-            shard, start, documents = far.shard, far.start, far.documents
-            if model.config.pattern.chosen:
-                earlier = ids[:, shard.start - start : shard.start]
-                named = NamedBlocks.of_shard(model.config.pattern, earlier, ids[:, shard])
-        loss = _nll(model, ids[:, shard], wanted[:, shard], start, documents, far, named, dtype)
+        loss = _nll(model, ids, wanted, forward.documents, ranks, dtype)
         final_backward(model, final)
         (loss * scale).backward()
         total += loss.detach()
-        del loss, far
+        del loss
         if on_chunk:
             on_chunk()
     return total
 
 
 def _nll(
-    model: Net,
-    ids: Tensor,
-    targets: Tensor,
-    start: int,
-    documents: Sequence[int] | None,
-    far: FarProvider | None,
-    named: Names | None,
-    dtype: str,
+    model: Net, tokens: Tokens, wanted: Tokens, documents: Sequence[int] | None, ranks: Ranks, dtype: str
 ) -> Tensor:
-    """Return the sum of nll of one forward pass. In a bidirectional net, only tokens with a target get logits."""
-    if far is None and (pasts := new_pasts(model.config)):
+    """Return the sum of nll of one forward pass over `tokens`, or over this rank's shard of them.
 
-        def far(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Outside:
-            # if activation checkpointing computes a layer again, it sees the same blocks
-            return Outside(past=pasts[layer])
-
+    In a bidirectional net, only tokens with a target get logits.
+    """
+    config, shard, start = model.config, slice(None), 0
+    far: FarProvider | None = None
+    named: Names | None = None
+    if ranks.sp > 1:
+        cuts = list(accumulate(documents or ()))
+        edges = ranks.edges(0, tokens.shape[1], config.pattern.edge_size, cuts)
+        far = exchange = Exchange(config, edges, group=ranks.group, cuts=cuts)
+        shard, start, documents = exchange.shard, exchange.start, exchange.documents
+        if config.pattern.chosen:
+            earlier = tokens[:, shard.start - start : shard.start]
+            named = NamedBlocks.of_shard(config.pattern, earlier, tokens[:, shard])
+    elif pasts := new_pasts(config):
+        # if activation checkpointing computes a layer again, it sees the same blocks
+        far = lambda layer, q, k, v: Outside(past=pasts[layer])  # noqa: E731
+    ids, targets = tokens[:, shard], wanted[:, shard]
     with precision(dtype, ids.device):
         # before the forward pass: for targets on a GPU, this waits for all queued work. A causal net predicts all.
-        chosen = None if model.config.causal else (targets != IGNORED).nonzero(as_tuple=True)
+        chosen = None if config.causal else (targets != IGNORED).nonzero(as_tuple=True)
         hidden = model(ids, start=start, documents=documents, far=far, named=named)
         if chosen:
             hidden, targets = hidden[tuple(to_device(index, ids.device) for index in chosen)], targets[chosen]

@@ -101,7 +101,7 @@ def train(
     """
     ranks = ranks or Ranks()
     on_note = on_note or (lambda line: None)
-    run = _Run(recipe, Path(output), torch.device(device), ranks, tokenizer_differs, peak, on_note)
+    run = _TrainingRun(recipe, Path(output), torch.device(device), ranks, tokenizer_differs, peak, on_note)
     with locked_folder(run.output) if ranks.first else nullcontext():
         run.resume(resume)
         if on_begin:
@@ -110,7 +110,7 @@ def train(
             return run.go(signals, on_step)
 
 
-class _Run:
+class _TrainingRun:
     """A run: its recipe, its data, its model, and its state, which is that of the last whole step."""
 
     signals: Signals  # while it goes
@@ -193,9 +193,11 @@ class _Run:
                 line = self._report()
             for batch, position in self._batches():
                 tokens = self._step(batch, position)
-                line = self._report() or line
-                if on_step:
-                    on_step(tokens, line if line and line.step == self.progress.step else None)
+                try:
+                    line = self._report() or line
+                finally:  # also if a signal ends its evaluation: the step is done, and is saved
+                    if on_step:
+                        on_step(tokens, line if line and line.step == self.progress.step else None)
                 self.checkpoints.check()
                 if self._save_is_due() | signals.look():
                     self.save()

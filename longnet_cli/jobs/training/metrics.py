@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 from longnet_cli.basics.atomic import write_file, writing
 from longnet_cli.basics.configuration import parse
@@ -19,53 +19,11 @@ from longnet_cli.basics.errors import ConfigError
 from longnet_cli.jobs.scoring.scoring import Score
 
 
-class Tracker(Protocol):
-    """The interface of every tracker."""
+class Tracker(NamedTuple):
+    """A place to which the metrics of a run go besides metrics.jsonl."""
 
-    def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Log the metrics of a step; leave out values that are not numbers."""
-
-    def close(self) -> None:
-        """Write what is buffered, and close the tracker."""
-
-
-class TensorBoard:
-    """Event files in `output`/tensorboard, for `tensorboard --logdir`."""
-
-    def __init__(self, output: Path, settings: Mapping[str, Any], step: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise _missing("tensorboard") from None
-        self.writer = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1 if step else None)
-
-    def log(self, step: int, values: Mapping[str, Any]) -> None:
-        for name, value in _numbers(values).items():
-            self.writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self.writer.close()
-
-
-class Wandb:
-    """A Weights & Biases run, as WANDB_PROJECT, WANDB_MODE and others set it, with the recipe as its config."""
-
-    def __init__(self, output: Path, settings: Mapping[str, Any], step: int) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise _missing("wandb") from None
-        output.mkdir(parents=True, exist_ok=True)  # otherwise wandb takes a temporary folder
-        self.run = wandb.init(dir=str(output), name=output.name, config=dict(settings))
-
-    def log(self, step: int, values: Mapping[str, Any]) -> None:
-        self.run.log(_numbers(values), step=step)
-
-    def close(self) -> None:
-        self.run.finish()
-
-
-_KINDS: dict[str, Callable[[Path, Mapping[str, Any], int], Tracker]] = {"tensorboard": TensorBoard, "wandb": Wandb}
+    log: Callable[[int, Mapping[str, Any]], None]  # the metrics of a step; what is not a number is left out
+    close: Callable[[], None]  # writes what is buffered
 
 
 def open_trackers(
@@ -77,7 +35,38 @@ def open_trackers(
 
     Raises ConfigError, of one line, for a tracker that is not installed.
     """
-    return [_KINDS[name](Path(output), settings, step) for name in dict.fromkeys(names)]
+    trackers = []
+    for name in dict.fromkeys(names):
+        try:
+            trackers.append(_TRACKERS[name](Path(output), settings, step))
+        except ImportError:
+            raise ConfigError(f"train.track: {name} is not installed: pip install 'longnet-cli[{name}]'") from None
+    return trackers
+
+
+def _tensorboard(output: Path, settings: Mapping[str, Any], start: int) -> Tracker:
+    """Open event files in `output`/tensorboard, for `tensorboard --logdir`."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(output / "tensorboard"), purge_step=start + 1 if start else None)
+
+    def log(step: int, values: Mapping[str, Any]) -> None:
+        for name, value in _numbers(values).items():
+            writer.add_scalar(name, value, step)
+
+    return Tracker(log, writer.close)
+
+
+def _wandb(output: Path, settings: Mapping[str, Any], start: int) -> Tracker:
+    """Open a Weights & Biases run, as WANDB_PROJECT, WANDB_MODE and others set it, with the recipe as its config."""
+    import wandb
+
+    output.mkdir(parents=True, exist_ok=True)  # otherwise wandb takes a temporary folder
+    run = wandb.init(dir=str(output), name=output.name, config=dict(settings))
+    return Tracker(lambda step, values: run.log(_numbers(values), step=step), run.finish)
+
+
+_TRACKERS = {"tensorboard": _tensorboard, "wandb": _wandb}
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
@@ -86,10 +75,6 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
         for name, value in values.items()
         if isinstance(value, int | float) and not isinstance(value, bool) and name != "step"
     }
-
-
-def _missing(name: str) -> ConfigError:
-    return ConfigError(f"train.track: {name} is not installed: pip install 'longnet-cli[{name}]'")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a net is trained to predict: the inputs and targets of a batch, and its loss on held-out documents.
+"""The objectives of training: the inputs and targets of a batch, and its loss on held-out documents.
 
 The causal objective: predict the next token. The masked objective (BERT, arXiv 1810.04805, section 3.1): predict hidden
 tokens from both sides.
@@ -18,8 +18,9 @@ from torch import Tensor
 
 from longnet_cli.basics.errors import DataError
 from longnet_cli.data.documents import Document
+from longnet_cli.jobs.row_jobs import ModelFacts
 from longnet_cli.jobs.scoring.measures import Score
-from longnet_cli.jobs.scoring.scoring import ScoreOptions, score
+from longnet_cli.jobs.scoring.scoring import score
 from longnet_cli.nets.net import IGNORED, Net
 from longnet_cli.running.chunked_backward import Tokens
 from longnet_cli.running.device import precision, to_device
@@ -112,7 +113,7 @@ def evaluate(
     try:
         if recipe.train.objective == "masked":
             return _score_masked(Reader(model, **reading), _masked_windows(documents, recipe, eos_id, seq_len))
-        rows = score(model, documents, ScoreOptions(bos=eos_id), **reading).read_all().to_pylist()
+        rows = score(model, documents, facts=ModelFacts(eos_id), **reading).read_all().to_pylist()
         return reduce(add, (Score(row["nll_sum"], row["n_tokens"], row["n_bytes"]) for row in rows))
     finally:
         model.train()

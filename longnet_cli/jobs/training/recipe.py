@@ -15,7 +15,7 @@ from longnet_cli.attention.notation import PATTERN_FIELDS, read_pattern
 from longnet_cli.basics.configuration import StrictModel, parse, read_text, validate
 from longnet_cli.basics.errors import ConfigError, LongNetError, refuse_web_address
 from longnet_cli.basics.sizes import parse_size
-from longnet_cli.data.inputs import Inputs
+from longnet_cli.data.names import Sources
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.hub.folder_files import TOKENIZER
 from longnet_cli.hub.model_names import as_stored, find_tokenizer, preset_dir
@@ -41,8 +41,8 @@ class MixedInputs(StrictModel):
     weight: float = Field(gt=0)
 
     @cached_property
-    def files(self) -> Inputs:
-        return Inputs(self.inputs)
+    def files(self) -> Sources:
+        return Sources(self.inputs)
 
 
 class DataRecipe(StrictModel):
@@ -73,8 +73,8 @@ class DataRecipe(StrictModel):
         return self.mix or [MixedInputs(inputs=names, weight=1) for names in (self.train,) if names]
 
     @cached_property
-    def held_out_files(self) -> Inputs | None:
-        return Inputs(self.held_out) if self.held_out else None
+    def held_out_files(self) -> Sources | None:
+        return Sources(self.held_out) if self.held_out else None
 
 
 class OptimizerRecipe(StrictModel):

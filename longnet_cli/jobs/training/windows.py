@@ -103,9 +103,7 @@ class Mix:
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
-        """Set up the order. Raises ConfigError for weights not above 0, and for a period over LONGEST_PERIOD."""
-        if not weights or not all(0 < weight < float("inf") for weight in weights):
-            raise ConfigError(f"the weights of a mix must be numbers above 0, not {list(weights)}")
+        """Set up the order of `weights`, all above 0. Raises ConfigError for a period over LONGEST_PERIOD."""
         exact = [Fraction(repr(float(weight))) for weight in weights]  # 0.7 is 7/10, not the double next to it
         scale = lcm(*(weight.denominator for weight in exact))
         shares = [int(weight * scale) for weight in exact]
@@ -210,17 +208,9 @@ class TokenWindows:
     ) -> None:
         """Make the windows of `sources`. `rows` is per rank. `weights`, one per source, need not sum to 1.
 
-        `rank` of `world` counts data-parallel ranks. Raises ConfigError for arguments that do not fit together,
-        DataError for a source without a whole window.
+        `rank` of `world` counts data-parallel ranks. Raises ConfigError for weights with too many digits, DataError for
+        a source without a whole window.
         """
-        if seq_len < 1 or rows < 1:
-            raise ConfigError(f"seq_len and rows must be 1 or more, not {seq_len} and {rows}")
-        if seed < 0:
-            raise ConfigError(f"the seed must be 0 or more, not {seed}")
-        if not 0 <= rank < world:
-            raise ConfigError(f"the rank must be 0 .. {world - 1} (world - 1), not {rank}")
-        if len(weights) != len(sources):
-            raise ConfigError(f"a mix needs a weight for each source: {len(weights)} weights, {len(sources)} sources")
         self.sources, self.seq_len, self.rows, self.rank, self.world = sources, seq_len, rows, rank, world
         for index, stream in enumerate(sources):
             if len(stream) < seq_len + 1:

@@ -4,13 +4,16 @@
     rank 1   its blocks and means  --+-- `fetching`: each rank asks once per layer, then all rows travel in runs
     rank 2   its blocks and means  --+
 
-Shards end at blocks, so each block is in one shard; where a chunk ends inside one, the next chunk's first rank gets what
-the others have of it. All ranks know the edges of all shards, so they know the owner of each block.
+Shards end at blocks, so each block is in one shard; where a chunk ends inside one, the next chunk's first rank keeps
+what there is of it. All ranks know the edges of all shards, so they know the owner of each block.
 
-    enter    the last queries before a shard come from the ranks before it         one collective in a layer that chooses
-    settle   means of the first blocks and of runs go to all ranks, and stay       one collective in a layer that chooses
-    choose   finer means of blocks that remain after a stage, in long documents    two, and one per run, for each stage
-    attend   the blocks that were chosen                                           two, and one per run
+    in a layer that ..      what travels                                                         collectives
+    chooses        enter    the last queries before a shard, from the ranks before it            1
+                   settle   means of the first blocks and of runs, to all ranks, who keep them   1, in long documents 2
+                   choose   in long documents: finer means of what remains after a stage         2 a stage, 1 a run
+    chooses        attend   the blocks that were chosen                                          2, 1 a run
+    follows        attend   the same blocks of its own keys: nobody asks                         1 a run
+    sees block 0   attend   block 0                                                              2, 1 a run
 
 B batch, n tokens of a shard, H query heads, K key heads, D head_dim, P ranks.
 """
@@ -27,12 +30,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
-from longnet_cli.attention.groups import stages
+from longnet_cli.attention.groups import first_means
 from longnet_cli.attention.merging import accumulator
 from longnet_cli.attention.past import Blocks, Means, OfBlocks, Past, Wanted, run_means, taken
 from longnet_cli.attention.pattern import RUN, RUNS, Pattern
 from longnet_cli.attention.sinks import Turn
-from longnet_cli.running.ranks.fetching import ROWS, Asked, Share
+from longnet_cli.running.ranks.fetching import ROWS, Asked, RankShare
 
 if TYPE_CHECKING:
     from longnet_cli.running.ranks.exchange import Exchange
@@ -57,11 +60,9 @@ class NewBlocks(NamedTuple):
 class RankMeans(Means):
     """The means of a document's first blocks, and of all of its runs. Those of other blocks are fetched."""
 
-    def __init__(self, pattern: Pattern, share: Share, allocate: Callable[..., Tensor]) -> None:
+    def __init__(self, pattern: Pattern, share: RankShare, allocate: Callable[..., Tensor]) -> None:
         super().__init__(pattern, share.like, 0, allocate)
-        stage, *_ = stages(pattern)  # scans of fewer blocks than this have no runs, and compare all of the first blocks
-        self._first = (stage.blocks // RUN + 1) * RUN if stage.means == RUNS else 1 << 62
-        self._share, self._long = share, False
+        self._share, self._first, self._long = share, first_means(pattern), False
 
     def of_wanted(self, number: int, wanted: Wanted) -> Iterator[tuple[int, slice, OfBlocks]]:
         if not self._long:  # on any rank
@@ -135,7 +136,7 @@ def _among(means: Tensor, keys: Tensor, of_row: int, blocks: Tensor) -> Tensor:
 class RankBlocks(Blocks):
     """The first `number` blocks of a document, over ranks. `take` has those of the present run."""
 
-    def __init__(self, share: Share) -> None:
+    def __init__(self, share: RankShare) -> None:
         super().__init__()
         self._share = share
         self._row = 0  # what a row of the batch adds to a key
@@ -192,7 +193,7 @@ class RankPast(Past):
         super().__init__(pattern, blocks, allocate, keep, layer)
         self._group, self._allocate_sums = group, allocate_sums
         self._kept = self.blocks  # this rank's own
-        self._share: Share | None = None  # from the first shard on
+        self._share: RankShare | None = None  # from the first shard on
         self._new: list[NewBlocks] = []  # whose means are not there yet
         self._means = 0  # blocks whose means there are, or will be
         self._entered: Exchange | None = None
@@ -200,7 +201,7 @@ class RankPast(Past):
         self._end: tuple[int, Tensor | None, Tensor] | None = None
 
     @property
-    def share(self) -> Share:
+    def share(self) -> RankShare:
         assert self._share  # made by `enter`
         return self._share
 
@@ -214,7 +215,7 @@ class RankPast(Past):
         if not self._share:
             like = k[:, :0].detach()
             means = Means(self.pattern, like, 0, self.allocate, runs=False)
-            self._share = Share(self._group, exchange.directory, self._kept, means, like, self._allocate_sums)
+            self._share = RankShare(self._group, exchange.directory, self._kept, means, like, self._allocate_sums)
             self.blocks, self._waiting = RankBlocks(self._share), [torch.stack([like, like])]
             if self.kind == "chooses":
                 self.means = RankMeans(self.pattern, self._share, self.allocate)
@@ -237,7 +238,7 @@ class RankPast(Past):
         self.blocks.number = self.position // size
 
     def _keep(self, document: int, first: int, rows: Tensor, *, read: bool = True) -> None:
-        """Keep what others will read of a document: whole blocks of rows (k and v, B, tokens, K, D), and their means."""
+        """Keep whole blocks of a document, if others `read` it: rows (k and v, B, tokens, K, D); and their means."""
         size = self.pattern.chosen_block
         number = rows.shape[2] // size
         if self.kind == "first":
@@ -251,7 +252,7 @@ class RankPast(Past):
 
     @torch.no_grad()
     def settle(self, turn: Turn | None) -> None:
-        """Store the means of new blocks, and share those that all ranks need. All ranks call this before they choose."""
+        """Store the means of new blocks, and share those that all need. All ranks call this before they choose."""
         new, self._new[:] = [*self._new], []
         if not new:
             return

@@ -14,7 +14,6 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from itertools import count
 from typing import Any, Generic, TypeVar, cast
 
@@ -33,10 +32,95 @@ _deals = count()  # numbers the deals of this process; all ranks deal in the sam
 
 
 P = TypeVar("P", bound=Portion[Any])
-R = TypeVar("R")
+Batches = Iterable[pa.RecordBatch]
 
 
-def pack_batches(batches: Iterable[pa.RecordBatch]) -> bytes:
+def deal(
+    portions: Iterable[P],
+    work: Callable[[P], Batches],
+    ranks: Ranks,
+    on_other: Callable[[P], None] = lambda portion: None,
+    *,
+    ahead: int = AHEAD,
+) -> Iterator[tuple[P, Batches]]:
+    """Return each portion with its results, which `work` computes, in order.
+
+    `work` must read its portion to the end. With one group, every rank works on every portion, result by result. With
+    several groups, the portions are dealt out: rank 0 gets the results of all groups, and the other ranks nothing. Use
+    up the results of a portion before you take the next portion. `on_other` gets each portion of another group when its
+    results have arrived. No group starts a portion that is `ahead` or more past those that rank 0 has given.
+
+    An error in reading or in `work` is raised after rank 0 has given all earlier portions. Raises DataError where the
+    ranks read different portions.
+    """
+
+    def dealt(portion: P) -> tuple[P, Batches]:
+        return portion, work(portion)
+
+    return map(dealt, portions) if ranks.dp == 1 else _Deal(ranks, work, on_other, ahead).results(portions)
+
+
+class _Deal(Generic[P]):
+    """One deal among several groups, on one rank."""
+
+    def __init__(self, ranks: Ranks, work: Callable[[P], Batches], on_other: Callable[[P], None], ahead: int) -> None:
+        self.ranks, self.work, self.on_other, self.ahead = ranks, work, on_other, ahead
+        self.table = _DealStore(ranks, next(_deals))
+        self.waiting: deque[P] = deque()  # on rank 0: the portions whose results are still to arrive
+        self.own: dict[int, list[pa.RecordBatch]] = {}  # results of this group, by the index of their portion
+        self.given = 0  # portions whose results rank 0 has given
+
+    def results(self, portions: Iterable[P]) -> Iterator[tuple[P, Batches]]:
+        """Yield the portions with their results on rank 0. On the other ranks, work for it and yield nothing."""
+        mine, number, failure = self.table.take(), 0, None
+        try:
+            for index, portion in enumerate(portions):
+                if index != mine:
+                    for _ in portion:
+                        pass
+                else:
+                    while self.table.must_wait(index, self.ahead):
+                        yield from self._arrived()
+                        time.sleep(PAUSE)
+                    self._do(index, portion)
+                    mine = self.table.take()
+                number += 1
+                self.waiting.extend([portion] if self.ranks.first else [])
+                yield from self._arrived()
+        except LongNetError as error:
+            failure = error
+        while self.waiting:
+            yield from self._arrived()
+            time.sleep(PAUSE)
+        if failure:
+            # the other ranks of rank 0's group do not wait: rank 0 may need them to give the earlier portions
+            while self.ranks.dp_rank and self.table.given() < number:
+                time.sleep(PAUSE)
+            raise failure
+        self.table.end() if self.ranks.first else self.table.wait_for_end()
+
+    def _do(self, index: int, portion: P) -> None:
+        """Work on a portion, and keep its results, or leave them for rank 0."""
+        results = list(self.work(portion))
+        if self.ranks.first:
+            self.own[index] = results
+        elif self.table.group.first:
+            self.table.put(index, portion, _pack(results))
+
+    def _arrived(self) -> Iterator[tuple[P, Batches]]:
+        """Yield the next portions whose results have arrived, on rank 0."""
+        while self.waiting and (self.given in self.own or self.table.has(self.given)):
+            portion, own = self.waiting[0], self.own.pop(self.given, None)
+            results = _unpack(self.table.get(self.given, portion)) if own is None else own
+            self.waiting.popleft()  # only now: if `get` refuses the results, no later portion may take their place
+            if own is None:
+                self.on_other(portion)
+            yield portion, results
+            self.given += 1
+            self.table.say_given()
+
+
+def _pack(batches: Batches) -> bytes:
     """Return record batches of one schema as an Arrow stream; empty bytes if there are none."""
     sink, writer = pa.BufferOutputStream(), None
     for batch in batches:
@@ -47,94 +131,8 @@ def pack_batches(batches: Iterable[pa.RecordBatch]) -> bytes:
     return cast(bytes, sink.getvalue().to_pybytes())
 
 
-def unpack_batches(data: bytes) -> Iterable[pa.RecordBatch]:
-    """Return the record batches that `pack_batches` was given."""
+def _unpack(data: bytes) -> Batches:
     return pa.ipc.open_stream(data) if data else ()
-
-
-@dataclass(frozen=True)
-class Codec(Generic[R]):
-    """The functions that pack the results of a portion into bytes, and unpack them again."""
-
-    pack: Callable[[Iterable[R]], bytes]
-    unpack: Callable[[bytes], Iterable[R]]
-
-
-BATCHES = Codec(pack_batches, unpack_batches)
-
-
-def deal(
-    portions: Iterable[P],
-    work: Callable[[P], Iterable[R]],
-    ranks: Ranks,
-    codec: Codec[R],
-    on_other: Callable[[P], None] | None = None,
-    *,
-    ahead: int = AHEAD,
-) -> Iterator[tuple[P, Iterable[R]]]:
-    """Yield each portion with its results, which `work` computes, in order.
-
-    `work` must read its portion to the end. With one group, every rank works on every portion, result by result. With
-    several groups, the portions are dealt out: rank 0 yields the results of all groups, which other groups send through
-    `codec`, and the other ranks yield nothing. Use up the results of a portion before you take the next portion.
-    `on_other` gets each portion of another group when its results have arrived. No group starts a portion that is
-    `ahead` or more past those that rank 0 has yielded.
-
-    An error in reading or in `work` is raised after rank 0 has yielded all earlier portions. Raises DataError where the
-    ranks read different portions.
-    """
-    if ranks.dp == 1:
-        for portion in portions:
-            yield portion, work(portion)
-        return
-    table = _DealStore(ranks, next(_deals))
-    waiting: deque[P] = deque()  # on rank 0: the portions whose results are still to arrive
-    own: dict[int, list[R]] = {}  # results of this group, by the index of their portion
-    given = 0  # portions whose results rank 0 has yielded
-
-    def come() -> Iterator[tuple[P, Iterable[R]]]:
-        """Yield the next portions whose results have arrived, on rank 0."""
-        nonlocal given
-        while waiting and (given in own or table.has(given)):
-            portion, results = waiting[0], own.pop(given, None)
-            sent = codec.unpack(table.get(given, portion)) if results is None else results
-            waiting.popleft()  # only now: if `get` refuses the results, no later portion may take their place
-            if on_other and results is None:
-                on_other(portion)
-            yield portion, sent
-            given += 1
-            table.say_given()
-
-    mine, number, failure = table.take(), 0, None
-    try:
-        for index, portion in enumerate(portions):
-            if index != mine:
-                for _ in portion:
-                    pass
-            else:
-                while table.must_wait(index, ahead):
-                    yield from come()
-                    time.sleep(PAUSE)
-                results = list(work(portion))
-                if ranks.first:
-                    own[index] = results
-                elif table.group.first:
-                    table.put(index, portion, codec.pack(results))
-                mine = table.take()
-            number += 1
-            waiting.extend([portion] if ranks.first else [])
-            yield from come()
-    except LongNetError as error:
-        failure = error
-    while waiting:
-        yield from come()
-        time.sleep(PAUSE)
-    if failure:
-        # the other ranks of rank 0's group do not wait: rank 0 may need them to yield the earlier portions
-        while ranks.dp_rank and table.given() < number:
-            time.sleep(PAUSE)
-        raise failure
-    table.end() if ranks.first else table.wait_for_end()
 
 
 class _DealStore:

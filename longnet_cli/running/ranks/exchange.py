@@ -65,8 +65,8 @@ class Exchange:
     `edges` are P + 1 positions: rank i holds [edges[i], edges[i + 1]), which may be empty. `cuts` are the positions at
     which documents start: rows never cross them, and spans count from the start of their document. With `cached`, every
     rank also gets all rows of the segments that are open at the end, for its KVCache. Raises ValueError for cuts with a
-    bidirectional net: the last document of a shard would need far keys as well as the first; and for edges between shards
-    that cut a chosen block.
+    bidirectional net: the last document of a shard would need far keys as well as the first; and for edges between
+    shards that cut a chosen block. An error on one rank ends the job: the others would wait for it.
     """
 
     def __init__(
@@ -567,5 +567,5 @@ def even_edges(start: int, tokens: int, ranks: int, size: int = 1, cuts: Sequenc
 
 
 def whole_blocks(chunk: int, size: int) -> int:
-    """Return the longest chunk of at most so many tokens that has whole blocks of `size`; one block if it is shorter."""
+    """Return the longest chunk of at most so many tokens that has whole blocks of `size`, or one block."""
     return max(size, chunk // size * size)

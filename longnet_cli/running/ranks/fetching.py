@@ -1,4 +1,4 @@
-"""What ranks fetch of a layer's past: they ask once, and then all rows travel in runs that all ranks take together.
+"""The rows that ranks fetch of a layer's past: they ask once, and then all rows travel in runs that all take together.
 
     a reader                                        the owners
     knows what its groups or slots want   -- ask -->   how many rows in how many runs, and which: two collectives
@@ -8,8 +8,8 @@
     ...
     in a backward pass, after each run    -- give -->  add its gradients to their sums, in the order of ranks
 
-A run has the distinct rows that neighbouring groups want, as many as its memory allows. Both sides keep what was asked: a
-backward pass asks nothing, nor do layers that see the same blocks.
+A run has the distinct rows that neighbouring groups want, as many as its memory allows. Both sides keep what was
+asked: a backward pass asks nothing, nor do layers that see the same blocks.
 
 B batch, K key heads, D head_dim, P ranks.
 """
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby, pairwise
+from math import ceil
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -25,9 +26,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from longnet_cli.attention.groups import Fetches, first_means, stages
 from longnet_cli.attention.limits import limits_of
 from longnet_cli.attention.merging import accumulator
 from longnet_cli.attention.past import Blocks, Means, Wanted
+from longnet_cli.attention.pattern import LayerKind, Pattern
 
 RUN_BYTES = 1 << 28  # of the rows of a run; those of two runs are there at a time
 PIECES = 8  # what is wanted is divided into runs by pieces, of which a run has so many or more
@@ -64,7 +67,7 @@ class Directory:
 
 
 class Asked(NamedTuple):
-    """What a rank gets in each run, and what the others get from it.
+    """The rows that a rank gets in each run, and those that the others get from it.
 
     pieces: for each of this rank's runs, indices of what it wants, and which of their n. keys: for each, what comes, in
     that order: row of the batch * `blocks` + block. counts, numbers: for each of all runs, the rows from each owner and
@@ -79,7 +82,7 @@ class Asked(NamedTuple):
     numbers: list[list[int]]
 
 
-class Share:
+class RankShare:
     """A rank's own blocks of a layer's past and, if the layer chooses, their means: what it answers others from.
 
     sums: for a backward pass, those of gradients (B, blocks, k and v, tokens of a block, K, D) in fp32 or fp64.
@@ -187,7 +190,7 @@ class Share:
     def _take(self, kind: int, row: int, places: Tensor, into: Tensor) -> None:
         """Copy this rank's rows at some places (n,), ascending, to `into` (n, ..)."""
         if kind == ROWS and len(into):
-            self.blocks.take(row, places, into.transpose(0, 1))
+            self.blocks.take(row, places.contiguous(), into.transpose(0, 1))
         elif len(into):
             means = self.means.of[kind][row].transpose(0, 1)
             into.copy_(means.index_select(0, places.to(means.device)))
@@ -218,3 +221,22 @@ def _joined(pieces: Sequence[tuple[int, slice]]) -> list[tuple[int, slice]]:
     """Return neighbouring pieces of the same index as one."""
     same = [[*some] for _, some in groupby(pieces, key=itemgetter(0))]
     return [(some[0][0], slice(some[0][1].start, some[-1][1].stop)) for some in same]
+
+
+def collectives(
+    pattern: Pattern, edges: Sequence[int], kv_heads: int, head_dim: int, itemsize: int, kind: LayerKind
+) -> tuple[int, int, int]:
+    """Return the collectives for a layer's chosen blocks: in a forward pass, again without asking, of gradients.
+
+    The last rank, which fetches most, has runs of the expected blocks. A backward pass has those of the last two.
+    """
+    fetches = Fetches.expected(pattern, edges, len(edges) - 2, kind)
+    blocks = fetches.blocks * 2 * pattern.chosen_block * kv_heads * head_dim * itemsize
+    runs, asking = ceil(blocks / RUN_BYTES), 0 if kind == "follows" else 2
+    if kind == "chooses":
+        long = edges[-1] // pattern.chosen_block > first_means(pattern)
+        scans = ceil(fetches.means * kv_heads * head_dim * max(4, itemsize) / RUN_BYTES) + 2 * len(stages(pattern))
+        asking += 2 + (
+            1 + scans if long else 0
+        )  # the last queries and the first means; runs, and stages after the first
+    return asking + runs, runs, runs

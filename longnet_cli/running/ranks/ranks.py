@@ -138,6 +138,9 @@ def join(device: str = "auto", *, sp: int | None = None, dp: int | None = None) 
     if where.type == "cuda":
         where = _own_gpu(os.environ.get("LOCAL_RANK", "0"))
         torch.cuda.set_device(where)
+        os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")  # collectives, which a timeout prints
+        if torch.version.hip is None:  # there, it hangs
+            os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")  # of the groups' communicators and that of all
     check_agent()
     _allow_files(2 * world + _FILES)  # gloo connects every rank with all others
     # gloo: hosts agree on what to do next without their GPUs; NCCL guesses its GPU if not told
