@@ -29,8 +29,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.ci
 @pytest.mark.full
 def test_weights_are_mapped_not_copied(folder: Path, command_env: dict[str, str]) -> None:
-    extra, weights = extra_memory(folder, "bfloat16", command_env)
+    tried, weights = extra_memory(folder, "bfloat16", command_env)  # the first time, a few tokens go through the model
     assert weights > 140_000_000
+    assert tried <= 1.6 * weights
+    extra, _ = extra_memory(folder, "bfloat16", command_env)
+    print(f"{tried / weights:.2f} and then {extra / weights:.2f} times the weights")
     assert extra <= 1.3 * weights
 
 
