@@ -5,9 +5,10 @@ A CPU is fast with what its caches hold. A GPU is slow to start a call, and has 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from torch import Tensor
+if TYPE_CHECKING:  # so that sizes of a pattern are known without torch
+    from torch import Tensor
 
 
 class Limits(NamedTuple):

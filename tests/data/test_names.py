@@ -16,7 +16,7 @@ from files import write_file, write_stream
 from processes import invoke
 
 from longnet_cli.basics.errors import ConfigError, DataError, InputWarning, MemoryLimitError
-from longnet_cli.data import inputs
+from longnet_cli.data import names as names_module
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.manifest import read_manifest
 from longnet_cli.data.names import find_sources
@@ -275,7 +275,7 @@ def test_names_are_expanded_once(tmp_path, monkeypatch, command):
     )
     Path("out.arrow").write_text("")  # an output that exists is compared with the inputs
     expanded = []
-    monkeypatch.setattr(inputs, "find_sources", lambda *items: expanded.append(items) or find_sources(*items))
+    monkeypatch.setattr(names_module, "find_sources", lambda *items: expanded.append(items) or find_sources(*items))
     done = invoke(*command.split(), "*.txt", "-q")
     assert (done.exit_code, len(expanded)) == (0, 1), done.output
 
