@@ -37,9 +37,9 @@ def test_the_passages_that_the_answer_chose(
     """
 
     def drawn(voting: Voting) -> Choice:
-        first, number, *_ = voting.parts[0].groups
-        answer = [1, 9 + (first // 4 % 2), 12]
-        found = [answer if group >= 200 else [1, 2, 3] for group in range(first, first + 4 * number, 4)]
+        firsts = [first for slot in voting.slots for first in slot.firsts]
+        answer = [1, 9 + (firsts[0] // 4 % 2), 12]
+        found = [answer if first >= 200 else [1, 2, 3] for first in firsts]
         return chosen_by_hand(torch.tensor(found))
 
     monkeypatch.setattr(chosen, "choose", lambda pattern, means, votings, runs: [*map(drawn, votings)])
@@ -75,9 +75,8 @@ def test_three_questions_have_three_answers(monkeypatch: pytest.MonkeyPatch) -> 
     own = 0
 
     def drawn(voting: Voting) -> Choice:
-        first, number, *_ = voting.parts[0].groups
         found = []
-        for group in range(first // 4, first // 4 + number):
+        for group in [first // 4 for slot in voting.slots for first in slot.firsts]:
             hubs = [1, 2] if group % 5 < 3 or group >= 50 else [5, 6]
             found.append([*hubs, own if group >= 50 and group % 3 == 0 else 3 + group % 2])
         return chosen_by_hand(torch.tensor(found))
