@@ -38,7 +38,7 @@ from passage import apart
 
 from longnet_cli import ConfigError, LongNetError, ModelFolder, Net, Tokenizer, open_stream, parse_pattern
 from longnet_cli.basics.sizes import parse_size
-from longnet_cli.jobs.chosen_sources import Sources
+from longnet_cli.jobs.chosen_sources import SourceWatch
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
 WORDS = """
@@ -199,7 +199,7 @@ def answer(net: Net, stream: Any, tokenizer: Tokenizer, question: Question) -> l
         places.append(slice(start - 1, start - 1 + len(ids)))
         parts.append(ids)
     ids = torch.from_numpy(np.concatenate(parts).astype(np.int64))
-    watch = Sources(stream) if net.config.pattern.chosen else None
+    watch = SourceWatch(stream) if net.config.pattern.chosen else None
     with torch.inference_mode():
         hidden = [stream(ids[None, : len(parts[0])])]
         if watch:
