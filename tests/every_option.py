@@ -210,7 +210,7 @@ hello -m ../in/native -n 6 --format jsonl
 --op                  rows       --op model
 --impl                rows       --impl dense
 --direction           rows       --direction backward
---repeats             cpu        --repeats 3000
+--repeats             cpu        --repeats 9000
 --max-time            rows       --max-time 1e-9
 --max-dense-time      rows       --max-dense-time 1e-9 @ --seq 64,128 --heads 1 --head-dim 8 --repeats 1 --format json
 --heads               rows       --heads 2

@@ -195,7 +195,8 @@ def read_file(path: Path) -> tuple[Any, dict[str, str]]:
         table = ipc.open_file(path).read_all() if path.suffix == ".arrow" else pq.read_table(path)
         return table.to_pylist(), {each.name: str(each.type) for each in table.schema}
     if path.suffix == ".jsonl":
-        return [*flat([json.loads(line) for line in path.read_text().splitlines()])], {}
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        return [*flat([row for row in rows if row.get("kind") != "total"])], {}  # which other formats do not have
     if path.name == "config.json":
         return [json.loads(path.read_text())], {}
     return None, {}

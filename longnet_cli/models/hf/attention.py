@@ -268,7 +268,8 @@ def dilated_attention_forward(
 
     `attention_mask` is the result of `dilated_mask`. If L > N, the first L - N keys are cached: they come before the N
     new tokens. Without a cache, a caller of the model may pass `start` and `far`, as for a LongNet, to run one shard of
-    a longer sequence, and `documents`, the lengths of the documents in it.
+    a longer sequence, and `documents`, the lengths of the documents in it. `empty` says that the shard has no token, so
+    the given one is left out.
     Raises ConfigError for options that dilated attention does not support, ValueError for wrong masks and keys.
     """
     if options.get("softcap"):
@@ -292,13 +293,16 @@ def dilated_attention_forward(
         )
     settings: dict[str, Any] = {"causal": causal, "scale": scaling, "turn": module.__dict__.get(_TURN)}
     provider, documents = options.get("far"), options.get("documents")
+    if empty := options.get("empty", False):
+        q, k, v = (x[:, :0] for x in (q, k, v))
     if provider:
         settings |= {"start": options["start"], "far": provider(module.layer_idx, q, k, v)}
     layer: Any = getattr(module, "layer_idx", 0)
     if provider or documents is not None:
         if pattern.chosen:
             settings["choices"] = LayerChoices(options["choices"], pattern, layer)
-        return dilated_attention(q, k, v, pattern, documents=documents, **settings), None
+        attended = dilated_attention(q, k, v, pattern, documents=documents, **settings)
+        return F.pad(attended, (0, 0, 0, 0, 0, 1)) if empty else attended, None
     current: _CurrentPass | None = module.__dict__.get(_CURRENT) if pattern.chosen else None
 
     def attend(rows: AlignedRows) -> Tensor:

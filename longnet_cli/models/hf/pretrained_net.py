@@ -161,12 +161,15 @@ class TransformersNet(Net):
         """
         given = tokens if embeddings is None else embeddings
         assert given is not None
+        # transformers runs no model without tokens: on a rank that has none, one goes along, outside attention
+        if empty := far is not None and not given.shape[1]:
+            given, documents = given.new_zeros(given.shape[0], 1, *given.shape[2:]), None
         options: dict[str, Any] = {"input_ids" if embeddings is None else "inputs_embeds": given}
         if lengths is not None and not self.config.causal:  # a causal net does not see padding on the right
             places = torch.arange(given.shape[1], device=given.device)
             options["attention_mask"] = (places < torch.tensor(lengths, device=given.device)[:, None]).long()
         if far is not None:
-            options |= {"start": start, "far": far}
+            options |= {"start": start, "far": far, "empty": empty}
         if documents is not None:  # with a mask: transformers would make one of positions that restart
             options |= {"documents": documents, "attention_mask": given.new_ones(given.shape[:2], dtype=torch.int64)}
         if (far is not None or documents is not None) and self.config.pattern.chosen:
@@ -178,7 +181,8 @@ class TransformersNet(Net):
             options["position_ids"] = positions[None] + first_position(self.model)
         if "use_cache" in self._accepted:
             options["use_cache"] = False
-        return body(self.model)(**options).last_hidden_state
+        hidden = body(self.model)(**options).last_hidden_state
+        return hidden[:, :0] if empty else hidden
 
     def add_steps(self, steps: Sequence[nn.Module]) -> None:
         """Let `head` end with these modules, in float32, which map pooled states (..., size) to vectors."""
