@@ -1,8 +1,8 @@
 # One virtual environment, .venv, made on first use and again when pyproject.toml changes.
 #
 #   make demo      see it work
-#   make test      run the tests, in five or six minutes; the rest of them is compilers, documentation and other programs
-#   make test-all  run all tests, as CI does, with more random cases: ten minutes more
+#   make test      run the tests, in four minutes; the rest of them is compilers, documentation and other programs
+#   make test-all  run all tests, as CI does, with more random cases: five minutes more
 #   make quick     run what one runs between two edits: no commands, no ranks
 #   make check     what CI checks
 #   make clean     remove everything that was made here
