@@ -75,7 +75,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if ROOMS_OF_CI.intersection(folders):
             item.add_marker("ci")
     seconds = json.loads(DURATIONS.read_text(encoding="utf-8"))
-    average = sum(seconds.values()) / len(seconds)
+    average = sum(seconds.values()) / max(1, len(seconds))
     items.sort(key=lambda item: -seconds.get(file_of(item.nodeid), average))
 
 

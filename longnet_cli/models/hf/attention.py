@@ -50,7 +50,7 @@ from longnet_cli.attention.sinks import Turn
 from longnet_cli.attention.spans import SINKS, far_spans, lanes, span_positions, span_rows
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.models.hf.auto_longnet import LongNetPreTrainedModel  # registers its classes
-from longnet_cli.models.hf.longnet_cache import CACHE, AlignedRows, LongNetCache, by_rows, columns_of
+from longnet_cli.models.hf.longnet_cache import CACHE, AlignedRows, LongNetCache, Memory, by_rows, columns_of
 from longnet_cli.models.hf.pretrained_folder import ATTENTION_NAME, mark, register, unmark
 from longnet_cli.models.hf.rotary import make_phases_exact, turns
 from longnet_cli.models.hf.trying import body, hidden_states, why_not
@@ -292,17 +292,39 @@ def dilated_attention_forward(
             f"in a {'causal' if causal else 'bidirectional'} layer"
         )
     settings: dict[str, Any] = {"causal": causal, "scale": scaling, "turn": module.__dict__.get(_TURN)}
-    provider, documents = options.get("far"), options.get("documents")
+    if options.get("far") or options.get("documents") is not None:
+        return _attend_shard(module, q, k, v, pattern, settings, options), None
+    return _attend_rows(module, q, k, v, pattern, settings, attention_mask, memory, before), None
+
+
+def _attend_shard(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, settings: dict[str, Any], options: Any
+) -> Tensor:
+    """Return attention (B, N, H, D) of a shard, to which a caller of the model gives what lies outside."""
+    layer: Any = getattr(module, "layer_idx", 0)
     if empty := options.get("empty", False):
         q, k, v = (x[:, :0] for x in (q, k, v))
-    if provider:
-        settings |= {"start": options["start"], "far": provider(module.layer_idx, q, k, v)}
+    if provider := options.get("far"):
+        settings |= {"start": options["start"], "far": provider(layer, q, k, v)}
+    if pattern.chosen:
+        settings["choices"] = LayerChoices(options["choices"], pattern, layer)
+    attended = dilated_attention(q, k, v, pattern, documents=options.get("documents"), **settings)
+    return F.pad(attended, (0, 0, 0, 0, 0, 1)) if empty else attended
+
+
+def _attend_rows(
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    settings: dict[str, Any],
+    attention_mask: Tensor | None,
+    memory: Memory | None,
+    before: int,
+) -> Tensor:
+    """Return attention (B, N, H, D) of a batch, whose rows may be padded, after `before` cached columns."""
     layer: Any = getattr(module, "layer_idx", 0)
-    if provider or documents is not None:
-        if pattern.chosen:
-            settings["choices"] = LayerChoices(options["choices"], pattern, layer)
-        attended = dilated_attention(q, k, v, pattern, documents=documents, **settings)
-        return F.pad(attended, (0, 0, 0, 0, 0, 1)) if empty else attended, None
     current: _CurrentPass | None = module.__dict__.get(_CURRENT) if pattern.chosen else None
 
     def attend(rows: AlignedRows) -> Tensor:
@@ -335,7 +357,7 @@ def dilated_attention_forward(
     if memory:
         memory.step(q.shape[1])
     # if no row has a token, return zeros with a gradient of zeros
-    return q.masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0) if out is None else out, None
+    return q.masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0) if out is None else out
 
 
 def _in_autocast_type(x: Tensor) -> Tensor:
