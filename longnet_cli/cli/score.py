@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -187,7 +187,7 @@ def _write(options: ScoreCommand, opened: Opened, inputs: Inputs, earlier: Manif
     named = first and (lines or logprobs or chosen)
     origin = model_origin(loaded.net, loaded.origin, loaded.tokenizer_sha256) if named else {}
     format = options.format if output is None else "jsonl"
-    printed = partial(_Printed, format, output, options.context or (None,), origin, left_out)
+    printed = partial(_printing, format, output, options.context or (None,), origin, left_out)
     tokens = write_token_logprobs(logprobs, origin, top) if logprobs and first else nullcontext()
     choices = write_chosen(chosen, loaded.net.config.pattern, origin) if chosen and first else nullcontext()
     with tokens as on_tokens, choices as on_choice:
@@ -212,35 +212,36 @@ def _write(options: ScoreCommand, opened: Opened, inputs: Inputs, earlier: Manif
     end(left_out, first=first, quiet=opened.quiet)
 
 
+@contextmanager
+def _printing(
+    format: str,
+    output: str | None,
+    contexts: Sequence[int | None],
+    origin: dict[str, str],
+    left_out: LeftOut,
+    schema: pa.Schema,
+) -> Iterator[_Printed]:
+    """Yield the sink that prints scores; JSON Lines go to the file `output`, if one is given, whole or not at all."""
+    from longnet_cli.basics.atomic import atomic_write
+
+    with atomic_write(output) if output else nullcontext() as file:
+        printed = _Printed(format, contexts, emit_jsonl)
+        if file:
+            printed.print = lambda row: file.write(f"{to_json(row)}\n".encode())
+        yield printed
+        known = {key.removeprefix("longnet."): value for key, value in origin.items()}
+        printed.end({**known, "n_skipped": left_out.skipped})
+
+
 class _Printed:
-    """A sink that prints each document as soon as it is scored, then the totals; `json` is one value at the end.
+    """A printer of each document as soon as it is scored, and of the totals; `json` is one value at the end."""
 
-    JSON Lines go to the file `output`, if one is given, whole or not at all.
-    """
-
-    def __init__(
-        self,
-        format: str,
-        output: str | None,
-        contexts: Sequence[int | None],
-        origin: dict[str, str],
-        left_out: LeftOut,
-        schema: pa.Schema,
-    ) -> None:
-        from longnet_cli.basics.atomic import atomic_write
+    def __init__(self, format: str, contexts: Sequence[int | None], print: Callable[[dict[str, Any]], object]) -> None:
         from longnet_cli.jobs.scoring.measures import Total
 
-        self.format, self.contexts, self.left_out = format, contexts, left_out
-        self.origin = {key.removeprefix("longnet."): value for key, value in origin.items()}
+        self.format, self.contexts, self.print = format, contexts, print  # of a line of JSON
         self.total, self.rows = Total(contexts), list[dict[str, Any]]()
-        self.file = atomic_write(output) if output else nullcontext()
-        self.print: Callable[[dict[str, Any]], object] = emit_jsonl
         self.header = True
-
-    def __enter__(self) -> _Printed:
-        if file := self.file.__enter__():
-            self.print = lambda row: file.write(f"{to_json(row)}\n".encode())
-        return self
 
     def write(self, batch: pa.RecordBatch) -> None:
         for row in batch.to_pylist():
@@ -252,12 +253,6 @@ class _Printed:
             else:
                 self._print_row(row)
 
-    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-        with ExitStack() as stack:
-            stack.push(self.file)
-            if error is None:
-                self._end()
-
     def _print_row(self, row: dict[str, Any]) -> None:
         from longnet_cli.jobs.scoring.measures import Score, column
 
@@ -266,9 +261,10 @@ class _Printed:
             _print_row(row["doc_id"], score, context if len(self.contexts) > 1 else None, header=self.header)
             self.header = False
 
-    def _end(self) -> None:
+    def end(self, known: dict[str, Any]) -> None:
+        """Print the totals, which have the keys of `known` too."""
         several = len(self.contexts) > 1
-        totals = [{**values, **self.origin, "n_skipped": self.left_out.skipped} for values in self.total.as_dicts()]
+        totals = [{**values, **known} for values in self.total.as_dicts()]
         if self.format == "jsonl":
             for values in totals:
                 self.print({"kind": "total", **values})

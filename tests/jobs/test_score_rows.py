@@ -177,6 +177,17 @@ def test_the_command_writes_what_it_prints(run_longnet: RunLongnet, tmp_path: Pa
         assert total["nll_sum"] == pytest.approx(sum(row[f"nll_sum_{total['context']}"] for row in rows[:2]))
 
 
+@pytest.mark.parametrize("output", ["x.jsonl", "x.parquet"])
+def test_a_run_that_fails_leaves_the_file_as_it_was(run_longnet: RunLongnet, tmp_path: Path, output: str) -> None:
+    (tmp_path / "in.jsonl").write_text('{"text": "one two"}\n{"text": 5}\n')
+    for before in ({}, {output: b"before"}):
+        for name, data in before.items():
+            (tmp_path / name).write_bytes(data)
+        assert run_longnet("score", "in.jsonl", "-o", output).returncode == 3
+        found = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != "in.jsonl"}
+        assert found == before
+
+
 def test_tables_by_position_are_columns(run_longnet: RunLongnet, tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": "one two three, " * n}) + "\n" for n in (30, 0, 120)))
     for context, ends in (("16,64", ("_16", "_64")), ("64", ("",)), (None, ("",))):
