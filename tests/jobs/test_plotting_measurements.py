@@ -122,6 +122,7 @@ def test_rows_of_bench_in_every_form(tmp_path: Path) -> None:
         (None, "No such file"),
         ('{\n "total": {\n', "row 3: not JSON"),
         ('{"total": 3}\n', "row 1: not a score"),
+        ('{"doc_id": "a", "nats_64": 3.0}\n', "row 1: nats_64 is what score wrote before it wrote nll_sum"),
         ('{"totals": [{"by_position": [3]}], "total": {}}\n', "row 1: not a score"),
         ('{"total": {"by_position": {"a": 1}}}\n', "row 1: not a score"),
         ('{"kind": "document"}\n', "nothing to draw"),
