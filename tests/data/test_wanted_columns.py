@@ -101,6 +101,15 @@ def test_columns_are_carried_along(path: Path) -> None:
     ]
 
 
+def test_views_of_text_are_carried_along(tmp_path: Path) -> None:
+    """Polars writes them, and categories of them."""
+    views = pa.array(["a", "b"], pa.string_view())
+    enum = pa.DictionaryArray.from_arrays(pa.array([1, 0]), views)
+    file = write_file(tmp_path / "x.arrow", pa.table({"text": views, "enum": enum, "pairs": [[1], [2]]}))
+    kept = [found[2] for found in read(file, keep=("text", "enum", "pairs"))]
+    assert kept == [{"text": "a", "enum": "b", "pairs": [1]}, {"text": "b", "enum": "a", "pairs": [2]}]
+
+
 def test_a_stream_of_ids_carries_nothing_along(tmp_path: Path) -> None:
     pq.write_table(pa.table({"ids": [1, 2, 256, 3], "n": [1, 2, 3, 4]}), tmp_path / "x.parquet")
     with pytest.raises(ConfigError, match="'ids' is one stream of ids, in which a document has no row for 'n'"):
