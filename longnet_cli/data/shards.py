@@ -24,8 +24,7 @@ from longnet_cli.basics.atomic import is_temporary, locked_folder, remove_leftov
 from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.data import arrow
 from longnet_cli.data.files import StoredFile, read_error
-from longnet_cli.data.kept import LeftOut
-from longnet_cli.data.manifest import UNFINISHED, Manifest, read_manifest
+from longnet_cli.data.manifest import UNFINISHED, LeftOut, Manifest, read_manifest
 from longnet_cli.data.outputs import ShardWriter
 from longnet_cli.data.tables import one_line
 
@@ -174,9 +173,9 @@ class ShardFolder:
             elif not self._manifest.finished:
                 self.end_shard()
                 self._note_inputs()
-                self._manifest.skipped, self._manifest.empty = self._left_out.skipped, self._left_out.empty
-                self._manifest.skipped_files = self._left_out.skipped_files
-                self._manifest.write_finished(self.folder, self.schema, self._suffix)
+                self._manifest.left_out = self._left_out.counts()
+                with ShardWriter(self.folder / f"_manifest{self._suffix}", self._manifest.known_to(self.schema)):
+                    pass
                 with writing(self.folder):
                     os.remove(self.folder / UNFINISHED)
                     sync_folder(self.folder)

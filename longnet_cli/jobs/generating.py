@@ -24,8 +24,7 @@ from torch import Tensor
 
 from longnet_cli.basics.errors import ConfigError, DataError, NotFiniteError
 from longnet_cli.data.documents import Document
-from longnet_cli.data.text_stream import TextStream
-from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.data.tokenizer import TextStream, Tokenizer
 from longnet_cli.jobs.estimating.reading import Extent, ReadingPlan
 from longnet_cli.nets.net import Bos, InputSequence, Net, bos_ids
 from longnet_cli.running.causal_stream import CausalStream, open_stream

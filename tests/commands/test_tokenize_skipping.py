@@ -15,8 +15,7 @@ from longnet_cli.basics.errors import DataError, LongNetError
 from longnet_cli.data import formats
 from longnet_cli.data import inputs as inputs_module
 from longnet_cli.data.inputs import Inputs
-from longnet_cli.data.kept import LeftOut
-from longnet_cli.data.manifest import read_manifest
+from longnet_cli.data.manifest import LeftOut, read_manifest
 from longnet_cli.data.tables import Text
 from longnet_cli.jobs.tokenizing import tokenize
 

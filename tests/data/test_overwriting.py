@@ -13,7 +13,7 @@ from builders import scores, tiny_net
 from longnet_cli.basics.errors import CheckpointError, ConfigError, NotFiniteError
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.names import Sources
-from longnet_cli.data.overwriting import refuse_one_place, refuse_overwriting
+from longnet_cli.data.outputs import refuse_one_place, refuse_overwriting
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.encoding import EncodeFacts, EncodeOptions, encode
 from longnet_cli.models.folder import ModelFolder

@@ -16,7 +16,7 @@ import torch
 
 from longnet_cli.basics.configuration import parse, read_text
 from longnet_cli.basics.errors import CheckpointError, ConfigError, MemoryLimitError
-from longnet_cli.data import overwriting
+from longnet_cli.data.outputs import refuse_overwriting
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.hub.folder_files import CONFIG, TOKENIZER, WEIGHTS
 from longnet_cli.models.folder import ModelFolder
@@ -221,4 +221,4 @@ def _refuse_overwriting(output: Path, recipe: Recipe, path: str | None) -> None:
         also += [ModelFolder.find(recipe.init).path if recipe.init else None]
         also += [Path(path) if path else None, Tokenizer.find(data.tokenizer)]
     for inputs in (*(source.files for source in data.sources), data.held_out_files):
-        overwriting.refuse_overwriting("-o", files, inputs, also)
+        refuse_overwriting("-o", files, inputs, also)
