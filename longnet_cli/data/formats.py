@@ -93,16 +93,12 @@ def _open_pipe(source: Source, raw: Any, wanted: Wanted, *, unpacked: bool = Fal
             return _open_pipe(source, unpack(packed, pipe, source.where), wanted, unpacked=True)
         if kind == "text":
             return _open_text(source, pipe, wanted)
-        if kind == "parquet":  # read whole, because its index is at its end
-            return _open_parquet(source, pa.BufferReader(pipe.read()))
         if kind == "stream":
             return arrow.open_ipc_stream(source.name, source.where, pipe)
         if kind == "file" and arrow.is_sequential(pipe.peek(12)):
             return arrow.open_pipe(source.name, source.where, pipe)
-        file = StoredFile(_copy(pipe), source.where)
-        if kind == "hdf5":
-            return open_hdf5(source.name, source.where, file)
-        return arrow.open_file(source.name, source.where, file)
+        whole = pa.BufferReader(pipe.read()) if kind == "parquet" else StoredFile(_copy(pipe), source.where)
+        return _open_file(source, whole, wanted)  # its index is at its end
 
 
 def _copy(pipe: Pipe) -> int:

@@ -134,8 +134,7 @@ class Inputs:
         digest = hashlib.sha256()
         sources = self.sources.found
         for source in sources:
-            size = source.path.stat().st_size if source.path is not None and source.path.is_file() else None
-            digest.update(f"{source.name}\0{size}\0".encode("utf-8", "surrogateescape"))
+            digest.update(f"{source.name}\0{source.size}\0".encode("utf-8", "surrogateescape"))
         return f"{len(sources)} file{'s' * (len(sources) != 1)}, {digest.hexdigest()[:16]}"
 
     def num_tokens(self) -> int | None:
@@ -155,13 +154,13 @@ class Inputs:
         """Return the bytes of the files if all are plain text, otherwise None."""
         total = 0
         for source in self.sources.found:
-            if source.path is None or not source.path.is_file():
+            if source.path is None or (size := source.size) is None:
                 return None
             with suppress(OSError), open(source.path, "rb") as file:  # reading it will report its error
                 head = file.read(8)
                 if sniff(head) != "text" or compression(head):
                     return None
-                total += source.path.stat().st_size
+                total += size
         return total
 
     def documents(self, *, digests: bool = False) -> DocumentPass:
@@ -288,7 +287,7 @@ class DocumentPass:
 
     def __iter__(self) -> Iterator[Any]:
         sources, types = [*self._inputs.sources], TokenTypes()
-        sizes = [_size(source) for source in sources]
+        sizes = [source.size for source in sources]
         self._total = None if None in sizes else sum(size or 0 for size in sizes)
         for error in self._inputs.sources.missing:
             yield Unread(error, file=True)
@@ -334,15 +333,6 @@ class DocumentPass:
 
     def _batch(self, begin: float, end: float, rows: int) -> None:
         self._begin, self._end, self._rows, self._given = begin, end, rows, 0
-
-
-def _size(source: Source) -> int | None:
-    """Return the bytes of a file on this machine, None for a pipe and for a file in a store."""
-    if source.path is not None and source.filesystem is None:
-        with suppress(OSError):
-            if source.path.is_file():
-                return source.path.stat().st_size
-    return None
 
 
 def _check_tokenizer(table: Table, tokenizer: Tokenizer | None) -> None:

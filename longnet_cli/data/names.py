@@ -74,6 +74,14 @@ class Source:
     filesystem: "FileSystem | None" = None
     beside: str = ""
 
+    @property
+    def size(self) -> int | None:
+        """The bytes of a file on this machine, None for a pipe and for a file in a store."""
+        if self.path is not None and self.filesystem is None:
+            with suppress(OSError):
+                return self.path.stat().st_size if self.path.is_file() else None
+        return None
+
 
 class Sources:
     """The files that `names` stand for, in order. Names are expanded when the files are first needed, and only once.
