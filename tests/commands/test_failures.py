@@ -74,6 +74,10 @@ FAILURES = [  # command, exit code, a part of its line
         for name in ("x.arrow", "x.stream", "x.parquet", "x.jsonl")
         for key in ("titel", "doc.titel")
     ),
+    (
+        "score long.txt --pattern finding --token-logprobs out.arrow --chosen ./out.arrow", 2,
+        "--chosen ./out.arrow is the output of --token-logprobs as well: name another",
+    ),
     ("score x.parquet --keep n", 2, "--keep carries columns to rows: give -o, or --format"),
     ("score types.arrow --keep ppl --format json", 2, "--keep ppl: the output has a column of this name"),
     ("encode types.arrow --keep span -o out.arrow", 2, "--keep span: the output has a column of this name"),

@@ -57,14 +57,6 @@ def test_one_path_is_one_output_in_any_spelling(files: Path, spelling: str, new:
         refuse_one_place({"--token-logprobs": "-", "--chosen": "-"})
 
 
-def test_score_refuses_one_path_for_two_outputs(run_longnet, tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("text")
-    done = run_longnet("score", "a.txt", "--pattern", "finding", "--token-logprobs", "x.arrow", "--chosen", "./x.arrow")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "--chosen ./x.arrow is the output of --token-logprobs as well: name another" in done.stderr
-    assert not (tmp_path / "x.arrow").exists()
-
-
 @pytest.mark.parametrize(
     ("output", "inputs", "also"),
     [
