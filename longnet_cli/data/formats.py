@@ -233,16 +233,13 @@ class _Unpacked(io.RawIOBase):
     def __init__(self, kind: str, packed: Any, where: str) -> None:
         self._kind, self._where = kind, where
         self._damage: DataError | None = None
-        self._file: Any
-        if kind == "gzip":
-            self._file = gzip.GzipFile(fileobj=packed, mode="rb")
-        elif kind == "xz":
-            self._file = lzma.LZMAFile(packed)  # noqa: SIM115 (closed with what it reads)
-        elif kind == "bzip2":
-            self._file = bz2.BZ2File(packed)
-        else:
-            self._file = pa.CompressedInputStream(pa.PythonFile(_Steps(packed), mode="r"), "zstd")
-        self._read = getattr(self._file, "read1", self._file.read)  # `read` joins steps, and would lose all of them
+        file = {
+            "gzip": lambda: gzip.GzipFile(fileobj=packed, mode="rb"),
+            "xz": lambda: lzma.LZMAFile(packed),  # noqa: SIM115 (closed with what it reads)
+            "bzip2": lambda: bz2.BZ2File(packed),
+            "zstd": lambda: pa.CompressedInputStream(pa.PythonFile(_Steps(packed), mode="r"), "zstd"),
+        }[kind]()
+        self._read = getattr(file, "read1", file.read)  # `read` joins steps, and would lose all of them
 
     def readable(self) -> bool:
         return True

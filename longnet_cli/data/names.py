@@ -141,9 +141,8 @@ def once(sources: Iterable[Source]) -> list[Source]:
                 key = status.st_dev, status.st_ino
         earlier = first.setdefault(key, source)
         if earlier is not source:
-            again.append(
-                source.where if earlier.where == source.where else f"{source.where}, which is {earlier.where},"
-            )
+            same = earlier.where == source.where
+            again.append(source.where if same else f"{source.where}, which is {earlier.where},")
     if again:
         more = f" (and {len(again) - 1} more)" if again[1:] else ""
         warnings.warn(f"{again[0]} is read once, though it is named more than once{more}", InputWarning, stacklevel=2)

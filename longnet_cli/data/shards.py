@@ -190,9 +190,8 @@ class ShardFolder:
             self._refuse_other_settings(earlier)
             for index, shard in enumerate(earlier.shards):
                 if shard["name"] != (name := self._path(index).name):
-                    raise DataError(
-                        f"{self.folder}: cannot resume: its manifest lists {shard['name']!r} and not {name}"
-                    )
+                    listed = f"its manifest lists {shard['name']!r} and not {name}"
+                    raise DataError(f"{self.folder}: cannot resume: {listed}")
                 _check_shard(self.folder / shard["name"], self.schema, shard["rows"])
             self._manifest = earlier
         if self._manifest.finished:
@@ -251,9 +250,8 @@ def _check_shard(path: Path, schema: pa.Schema, rows: int | None) -> None:
                 parquet = pq.ParquetFile(file)
                 stored, written = parquet.metadata.num_rows, parquet.schema_arrow
                 pq.ParquetWriter(again := pa.BufferOutputStream(), schema).close()
-                schema = pq.read_schema(
-                    pa.BufferReader(again.getvalue())
-                )  # Parquet names the items of lists its own way
+                # Parquet names the items of lists its own way
+                schema = pq.read_schema(pa.BufferReader(again.getvalue()))
             else:
                 table = arrow.open_file(path.name, str(path), file)
                 stored, written = sum(batch.num_rows for batch in table.read([])), table.schema

@@ -339,11 +339,9 @@ class Tokenizer:
         """
         if self.is_bytes:
             return TextCutter(parts, lambda text, start: min(start + GROUP, len(text)))
-        return (
-            cut_text(parts, self._ids, self._cut)
-            if self._cut
-            else TextCutter(["".join(parts)], lambda text, _: len(text))
-        )
+        if self._cut:
+            return cut_text(parts, self._ids, self._cut)
+        return TextCutter(["".join(parts)], lambda text, _: len(text))
 
     def encode_pieces(self, pieces: Sequence[str]) -> list[np.ndarray]:
         """Return the ids of each of some pieces of a text (see `cutter`), (tokens,) int32.
@@ -456,16 +454,10 @@ class Tokenizer:
 
     def n_bytes(self, ids: np.ndarray) -> int | None:
         """Return the number of UTF-8 bytes of (tokens,) ids; None if the tokenizer is not byte-level or lacks an id."""
-        lengths = self.token_bytes
-        if lengths is None:
+        if self.token_bytes is None or (len(ids) and ids.max() >= self.vocab_size):
             return None
-        total = 0
-        for start in range(0, len(ids), GROUP):  # in blocks: a lookup takes 8 bytes per token
-            block = ids[start : start + GROUP]
-            if block.max() >= self.vocab_size:
-                return None
-            total += int(lengths[block].sum())
-        return total
+        blocks = (ids[start : start + GROUP] for start in range(0, len(ids), GROUP))  # a lookup takes 8 bytes per token
+        return sum(int(self.token_bytes[block].sum()) for block in blocks)
 
     def encodes_as(self, other: Tokenizer) -> bool:
         """Return whether both encode a text alike, whatever their templates are."""
@@ -565,9 +557,7 @@ def _growth(step: Any) -> float:
     """Return how many times as long a step of a tokenizer.json (`normalizer`, `decoder`) makes a text, at worst."""
     settings = step if isinstance(step, dict) else {}
     if settings.get("type") == "Sequence":
-        return math.prod(
-            [_growth(part) for key in ("normalizers", "decoders") for part in settings.get(key, ())], start=1.0
-        )
+        return math.prod(_growth(part) for key in ("normalizers", "decoders") for part in settings.get(key, ()))
     if settings.get("type") == "Replace":
         replaced = settings["pattern"].get("String")  # a regular expression may match the empty text
         return max(1, len(settings["content"]) / len(replaced) if replaced else 1 + len(settings["content"]))
