@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import datetime
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import pyarrow as pa
@@ -185,25 +183,3 @@ def test_empty_documents_are_counted_and_passed_over(tmp_path: Path, run_longnet
     assert done.returncode == 0, done.stderr
     assert done.stderr.endswith("longnet: note: 1 document empty\n")
     assert dict(read_manifest(tmp_path / "vectors").totals) == {"empty": 1, "rows": 2, "documents": 2, "tokens": 2}
-
-
-def test_a_list_may_come_through_a_pipe_and_be_separated_by_nuls(
-    tmp_path: Path, run_longnet: RunLongnet, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("a.txt", "#b.txt", "c d.txt", "line\nbreak.txt"):
-        (tmp_path / "in").mkdir(exist_ok=True)
-        (tmp_path / "in" / name).write_text(name)
-    listed = subprocess.run(
-        ["find", "in", "-type", "f", "-print0"], cwd=tmp_path, capture_output=True, check=True
-    ).stdout
-    found = run_longnet("score", "@-", "--format", "jsonl", input=listed, text=False)
-    assert found.returncode == 0, found.stderr
-    names = [json.loads(line).get("doc_id") for line in found.stdout.splitlines()[:-1]]
-    assert sorted(names) == sorted(os.listdir(tmp_path / "in"))
-    (tmp_path / "list").write_bytes(listed)
-    monkeypatch.chdir(tmp_path)
-    assert {text.doc_id for text in Inputs(["@list"]).texts()} == {*names}
-    lines = run_longnet("data", "inspect", "@-", "--format", "json", input="in/a.txt\n\nin/c d.txt\n")
-    assert json.loads(lines.stdout)["documents"] == 2
-    written = run_longnet("encode", "@-", "-o", "vectors", input=listed, text=False)  # inputs are looked at three times
-    assert written.returncode == 0, written.stderr
