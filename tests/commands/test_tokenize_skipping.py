@@ -28,15 +28,11 @@ ERRORS = [
 TOTALS = "13 documents, 5.66k tokens, 1.00 bytes per token, vocabulary 257 -> "
 
 
-def lines(rows: list[dict]) -> list[str]:
-    return [json.dumps(row) + "\n" for row in rows]
-
-
 @pytest.fixture
 def inputs(tmp_path: Path) -> list[str]:
     """Good and bad ones; the folder `good` has the good ones alone, under the same names."""
     (tmp_path / "good").mkdir()
-    found = lines(ROWS)
+    found = [json.dumps(row) + "\n" for row in ROWS]
     (tmp_path / "good/rows.jsonl").write_text("".join(found))
     found[3:3], found[5:5] = ['{"id": "x", "text": \n'], ['{"id": "y", "text": null}\n']
     assert (found[3][-2:], json.loads(found[5])["text"]) == (" \n", None)
