@@ -147,50 +147,30 @@ TABLE = pa.table({"id": [f"d{index}" for index in range(len(SCORED))], "text": S
 LINES = "".join(json.dumps(row) + "\n" for row in TABLE.to_pylist()).encode()
 
 
-def of_datasets(path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
-    datasets.Dataset.from_dict(TABLE.to_pydict()).save_to_disk(str(path), num_shards=2)
-
-
-def of_polars(method: str) -> Callable[[Path], None]:
-    def write(path: Path) -> None:
-        polars: Any = pytest.importorskip("polars")
-        getattr(polars.from_arrow(TABLE), method)(path)
-
-    return write
-
-
-def of_duckdb(path: Path) -> None:
-    duckdb: Any = pytest.importorskip("duckdb")
-    duckdb.from_arrow(TABLE).write_parquet(str(path))
-
-
-def feather_of_pandas(path: Path) -> None:
-    pytest.importorskip("pandas").DataFrame(TABLE.to_pydict()).to_feather(path)
-
-
-def zstd_lines(path: Path) -> None:
-    path.write_bytes(pytest.importorskip("zstandard").ZstdCompressor().compress(LINES))
-
-
 def text_files(path: Path) -> None:
     path.mkdir()
     for name, text in zip(TABLE["id"].to_pylist(), SCORED, strict=True):
         (path / name).write_text(text, encoding="utf-8")
 
 
+def library(name: str) -> Any:
+    return pytest.importorskip(name)
+
+
 FORMS: dict[str, Callable[[Path], object]] = {
     "ipc.arrow": lambda path: write_file(path, TABLE),
     "stream.arrow": lambda path: write_stream(path, TABLE),
-    "datasets": of_datasets,
-    "polars.arrow": of_polars("write_ipc"),
-    "polars-stream.arrow": of_polars("write_ipc_stream"),
-    "polars.parquet": of_polars("write_parquet"),
-    "duckdb.parquet": of_duckdb,
-    "pandas.feather": feather_of_pandas,
+    "datasets": lambda path: (
+        library("datasets").Dataset.from_dict(TABLE.to_pydict()).save_to_disk(str(path), num_shards=2)
+    ),
+    "polars.arrow": lambda path: library("polars").from_arrow(TABLE).write_ipc(path),
+    "polars-stream.arrow": lambda path: library("polars").from_arrow(TABLE).write_ipc_stream(path),
+    "polars.parquet": lambda path: library("polars").from_arrow(TABLE).write_parquet(path),
+    "duckdb.parquet": lambda path: library("duckdb").from_arrow(TABLE).write_parquet(str(path)),
+    "pandas.feather": lambda path: library("pandas").DataFrame(TABLE.to_pydict()).to_feather(path),
     "lines.jsonl": lambda path: path.write_bytes(LINES),
     "lines.jsonl.gz": lambda path: path.write_bytes(gzip.compress(LINES)),
-    "lines.jsonl.zst": zstd_lines,
+    "lines.jsonl.zst": lambda path: path.write_bytes(library("zstandard").ZstdCompressor().compress(LINES)),
     "texts": text_files,
 }
 
