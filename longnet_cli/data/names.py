@@ -11,11 +11,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import chain
 from os.path import commonprefix
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 from longnet_cli.basics.errors import ConfigError, DataError, InputWarning, refuse_web_address
@@ -219,12 +219,6 @@ def _stdin_source() -> Source:
     return Source(STDIN if regular else None, "stdin", "stdin")
 
 
-@lru_cache(maxsize=1)
-def _read_once(stream: TextIO) -> bytes:
-    """Read all of stdin, and keep it: inputs may be expanded more than once."""
-    return stream.buffer.read()
-
-
 def _listed(name: str) -> list[str]:
     """Return the inputs in a list, or in stdin for `-`, written as on the command line, one per line that is not blank.
 
@@ -232,7 +226,7 @@ def _listed(name: str) -> list[str]:
     """
     where = f"@{name}"
     try:
-        data = _read_once(sys.stdin) if name == "-" else Path(_as_path(name)).read_bytes()
+        data = sys.stdin.buffer.read() if name == "-" else Path(_as_path(name)).read_bytes()
     except OSError as error:
         raise read_error(where, error, "cannot read the list") from error
     except AttributeError:
