@@ -13,13 +13,11 @@ import signal
 import subprocess
 import sys
 import termios
-import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
 import pyarrow as pa
-import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 import pytest
 from builders import tiny_llama, tiny_model
@@ -214,26 +212,6 @@ def test_a_signal_ends_a_wait_for_a_reader_that_stalls(start, corpus):
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 143
     assert process.stderr.read() == b""
-
-
-def test_documents_come_out_while_the_input_waits(start):
-    """The reader may keep the last document that it has, whose next row may be another part of it."""
-    process = start("tokenize", "-", "-o", "-", stdin=subprocess.PIPE)
-    timer = threading.Timer(20, process.kill)  # lest the test wait for ever
-    timer.start()
-    schema = pa.schema([("text", pa.string())])
-    with ipc.new_stream(process.stdin, schema) as writer:
-        writer.write(pa.record_batch([["one", "two"]], schema=schema))
-        process.stdin.flush()
-        begun = ipc.open_stream(process.stdout)
-        assert begun.read_next_batch()["input_ids"][0].as_py() == list(b"one")
-        writer.write(pa.record_batch([["three", "four"]], schema=schema))
-        process.stdin.flush()
-        assert begun.read_next_batch().num_rows >= 1
-    process.stdin.close()
-    begun.read_all()
-    assert process.wait(20) == 0
-    timer.cancel()
 
 
 @pytest.mark.parametrize("ending", ["kill", "fail"])
