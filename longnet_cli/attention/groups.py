@@ -231,22 +231,21 @@ def past_bytes(
     tokens: int,
     itemsize: int,
     kind: LayerKind = "chooses",
-    sp: int = 1,
+    own: int | None = None,
 ) -> tuple[int, int]:
     """Return the bytes of one layer's past: of keys and values, `itemsize` per number, and of the mean keys.
 
-    Of `sp` ranks, each has its own, and the means that all have.
+    A rank has those of its `own` tokens, and the means that all ranks have.
     """
     if not pattern.chosen:
         return 0, 0
-    own = -(-tokens // sp)
-    blocks = own // pattern.chosen_block
-    finest = ChoiceStage(pattern.chosen_block // MEAN_OF, 0)
-    means = sum(stage.compared(blocks) for stage in (*stages(pattern), finest)) if kind == "chooses" else 0
-    kept = min(own, pattern.chosen_keys) if kind == "first" else own
-    if sp > 1:
-        of_all, first = tokens // pattern.chosen_block, first_means(pattern)
-        if kind == "chooses":
-            means += sum(stage.compared(min(of_all, first)) for stage in (*stages(pattern), finest))
-            means += max(0, of_all - first) // RUN
+    mine = tokens if own is None else own
+    blocks, means = mine // pattern.chosen_block, 0
+    kept = min(mine, pattern.chosen_keys) if kind == "first" else mine
+    if kind == "chooses":
+        planned = (*stages(pattern), ChoiceStage(pattern.chosen_block // MEAN_OF, 0))
+        means = sum(stage.compared(blocks) for stage in planned)
+        if own is not None:
+            of_all, first = tokens // pattern.chosen_block, first_means(pattern)
+            means += sum(stage.compared(min(of_all, first)) for stage in planned) + max(0, of_all - first) // RUN
     return kv_heads * head_dim * 2 * itemsize * kept, kv_heads * head_dim * max(4, itemsize) * means

@@ -485,6 +485,6 @@ def test_ranks_share_what_a_past_keeps() -> None:
     sizes = pattern, 2, 64, 2 << 20, 2
     for kind in get_args(LayerKind):
         rows, means = groups.past_bytes(*sizes, kind)
-        own_rows, own_means = groups.past_bytes(*sizes, kind, sp=2)
+        own_rows, own_means = groups.past_bytes(*sizes, kind, own=1 << 20)
         assert kind == "first" or own_rows == rows / 2
         assert means / 2 <= own_means <= means / 1.3

@@ -25,7 +25,7 @@ from conftest import RunLongnet
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from longnet_cli.attention import Pattern
+from longnet_cli.attention import Pattern, limits
 from longnet_cli.basics.errors import DataError, MemoryLimitError, TooLongError
 from longnet_cli.cli.dry_run import show_reading
 from longnet_cli.data.documents import Document
@@ -161,15 +161,17 @@ def test_the_cache_is_that_of_a_stream(pattern: Pattern, tokens: int) -> None:
     assert sum(cache_bytes(net.config, tokens, 4)) == stream.cache_bytes
 
 
-def test_chosen_blocks_are_kept_in_memory_or_on_a_disk() -> None:
+def test_chosen_blocks_are_kept_in_memory_or_on_a_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     net = net_of(**vars(Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=16)))
-    job, found = partial(Scorer, options=ScoreOptions(), facts=ModelFacts(BOS)), documents((60_000,))
+    job, found = partial(Scorer, options=ScoreOptions(), facts=ModelFacts(BOS)), documents((300_000,))
     kept = estimated(net, job, found, chunk=256, room=Room(1 << 40, 1))
     spilled = estimated(net, job, found, chunk=256, spill="disk")
     on_disk = spilled.facts["spill_bytes"]
-    assert on_disk == kept.memory["cache"] - spilled.memory["cache"] == cache_bytes(net.config, 60_000, 4).blocks
-    assert on_disk == 2 * 4 * 60_000 * net.config.dim * net.config.num_layers
+    assert on_disk == kept.memory["cache"] - spilled.memory["cache"] == cache_bytes(net.config, 300_000, 4).blocks
+    assert on_disk == 2 * 4 * 300_000 * net.config.dim * net.config.num_layers
     assert (kept.facts["spill_bytes"], kept.advice) == (0, "keep the keys and values on a disk (--spill DIR)")
+    monkeypatch.setattr("longnet_cli.attention.limits.CPU", limits.GPU)  # what is there at a time is counted
+    assert estimated(net, job, found, chunk=256).memory["activations"] > kept.memory["activations"] + (100 << 20)
 
 
 def test_what_does_not_fit_is_refused_with_what_to_change(capsys: pytest.CaptureFixture[str]) -> None:

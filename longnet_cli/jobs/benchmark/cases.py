@@ -25,7 +25,13 @@ from longnet_cli.attention.merging import kernel_calls
 from longnet_cli.attention.notation import format_levels, format_pattern
 from longnet_cli.basics.configuration import validate
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.jobs.estimating.memory import attention_memory, cache_bytes, forward_memory, gradient_memory
+from longnet_cli.jobs.estimating.memory import (
+    attention_memory,
+    cache_bytes,
+    forward_memory,
+    gradient_memory,
+    transient_memory,
+)
 from longnet_cli.jobs.training.gradients import backward
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.nets.config import NetConfig, parse_config
@@ -284,6 +290,8 @@ def attention(s: Settings, impl: str, direction: str, seq: int) -> Case:
     # each implementation gets the layout that it is made for
     shape = (s.batch, s.heads, chunk, s.head_dim) if dense else (s.batch, chunk, s.heads, s.head_dim)
     memory = attention_memory(shape, None if dense else pattern, s.causal, dtype, s.device, backward) + (cache or 0)
+    if not dense:
+        memory += transient_memory(pattern, s.heads, s.head_dim, seq, dtype.itemsize, s.device.type, back=backward)
     return Case(row, flops, memory, partial(_attention, s, impl, pattern, shape, backward, streamed), streamed)
 
 
@@ -359,7 +367,8 @@ def model(s: Settings, impl: str, direction: str, seq: int) -> Case:
     if streamed and not net.stream():  # of a net with a cache of its own, nothing is known
         cache = s.batch * sum(cache_bytes(config, max(seq, *config.pattern.segment_lengths), itemsize))
     row = _row(s, net, impl, direction, seq, chunk=chunk if streamed else None, cache_bytes=cache)
-    memory = sum(forward_memory(net, s.batch * chunk, itemsize, s.batch * chunk).values()) + (cache or 0)
+    transient = transient_memory(config.pattern, config.num_heads, config.head_dim, seq, itemsize, s.device.type)
+    memory = sum(forward_memory(net, s.batch * chunk, itemsize, s.batch * chunk, transient).values()) + (cache or 0)
     return Case(row, lambda tokens: s.batch * _forward_flops(config, tokens), memory, start, streamed)
 
 
