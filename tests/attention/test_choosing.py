@@ -471,17 +471,6 @@ def test_flops_of_chosen_blocks(tokens: int) -> None:
 
 def test_ranks_share_what_a_past_keeps() -> None:
     pattern = Pattern((1024,), (1,), look_back=1, chosen=32, chosen_block=32, chosen_every=16, chosen_layers=(1,))
-    edges = [0, 1 << 20, 2 << 20]
-    assert groups.Fetches.expected(pattern, edges, 0, "follows") == (0, 0, 0)
-    chooses, follows, first = (groups.Fetches.expected(pattern, edges, 1, kind) for kind in get_args(LayerKind))
-    pieces = [(1024 * piece, 32 * (1023 + piece)) for piece in range(1024)]  # first token of the shard, blocks before
-    others = [min(1, 32768 / before) for _, before in pieces]
-    assert first.blocks == others[0] == 1  # block 0, once
-    assert follows.blocks == pytest.approx(480 * (others[0] + groups.NEW_BLOCKS * sum(others[1:]))) == chooses.blocks
-    assert (first.means, follows.means) == (0, 0) != chooses.means
-    assert chooses.ids > chooses.blocks == follows.ids
-    assert follows.received(pattern, 2, 64, 2) == pytest.approx(follows.blocks * (2 * 64 * 2 * 32 * 2 + 24))
-    assert follows.given(pattern, 2, 64, 2) == pytest.approx(follows.blocks * 2 * 64 * 4 * 32 * 2)
     sizes = pattern, 2, 64, 2 << 20, 2
     for kind in get_args(LayerKind):
         rows, means = groups.past_bytes(*sizes, kind)

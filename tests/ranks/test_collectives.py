@@ -18,7 +18,8 @@ from longnet_cli.attention import Pattern
 from longnet_cli.running.causal_stream import CausalStream
 from longnet_cli.running.chunked_backward import backward_in_chunks
 from longnet_cli.running.ranks import fetching
-from longnet_cli.running.ranks.exchange import Exchange, even_edges
+from longnet_cli.running.ranks.exchange import Exchange
+from longnet_cli.running.ranks.shards import even_edges
 
 # the first layer sees block 0, the third follows the second
 PATTERN = Pattern.finding(64, chosen=8, chosen_layers=(1,))
@@ -109,11 +110,3 @@ def collectives_of_chunks() -> None:
 
 def test_a_chunk_takes_those_of_its_layers(tmp_path: Path) -> None:
     run_ranks(2, tmp_path, collectives_of_chunks)
-
-
-def test_a_training_step_at_a_billion_tokens_takes_some_thousand() -> None:
-    """SmolLM2's 30 layers on 1,024 ranks: far rows forward and backward, and what chosen blocks take."""
-    pattern, layers = Pattern.finding(chosen_layers=(5, 7, 14, 18, 20, 23)), 30
-    edges = even_edges(0, 10**9, 1024, pattern.edge_size)
-    of_kinds = {kind: fetching.collectives(pattern, edges, 3, 64, 2, kind) for kind in pattern.kinds(layers)}
-    assert sum(number * (2 + sum(of_kinds[kind])) for kind, number in pattern.kinds(layers).items()) <= 2500

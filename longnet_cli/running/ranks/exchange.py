@@ -22,10 +22,9 @@ B batch, H heads of keys, D head dim, P ranks.
 from __future__ import annotations
 
 import weakref
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from copy import copy
-from functools import cached_property, lru_cache, partial
+from functools import lru_cache, partial
 from itertools import chain, pairwise
 from math import prod
 from typing import Any, NamedTuple
@@ -42,7 +41,7 @@ from longnet_cli.attention.spans import far_spans, lanes, level_of, open_spans, 
 from longnet_cli.basics.errors import LongNetError
 from longnet_cli.nets.config import NetConfig
 from longnet_cli.running.ranks.blocks import RankPast
-from longnet_cli.running.ranks.fetching import Directory
+from longnet_cli.running.ranks.shards import Shards
 
 _agreeing: weakref.WeakSet[Any] = weakref.WeakSet()  # groups whose first exchange is over
 
@@ -59,7 +58,7 @@ class Parcel(NamedTuple):
     attended: bool
 
 
-class Exchange:
+class Exchange(Shards):
     """The exchange of rows between ranks whose shards have these `edges`. Call it once per layer, with its keys.
 
     `edges` are P + 1 positions: rank i holds [edges[i], edges[i + 1]), which may be empty. `cuts` are the positions at
@@ -79,16 +78,11 @@ class Exchange:
         cuts: Sequence[int] = (),
         cached: bool = False,
     ) -> None:
-        self.pattern, self.num_heads, self.causal = config.pattern, config.num_heads, config.causal
+        rank = dist.get_rank(group) if rank is None else rank
+        super().__init__(edges, rank, config.pattern.edge_size, cuts, cached=cached)
+        self.pattern, self.num_heads, self.causal, self.group = config.pattern, config.num_heads, config.causal, group
         if not self.causal and len({*cuts} - {edges[0], edges[-1]}):
             raise ValueError("documents over several ranks are for causal nets")
-        self.group, self.cached = group, cached
-        self.edges = list(edges)
-        begin = 0 if cached else self.edges[0]  # a cached chunk continues a document that started at 0
-        self.starts = sorted({begin, *(cut for cut in cuts if self.edges[0] < cut < self.edges[-1])})
-        for edge in self.edges[1:-1]:
-            if (edge - self.document(edge)[0]) % self.pattern.edge_size and edge not in (self.edges[0], self.edges[-1]):
-                raise ValueError(f"the edge {edge} cuts a block of {self.pattern.chosen_block} tokens: see even_edges")
         self._open: dict[int, list[FarSpan]] = {}  # by start of the document
         self._counts: dict[FarSpan, int] = {}  # rows of spans
         self._levels: dict[int, tuple[int, int, set[int]]] = {}  # (w, r, offsets) of each
@@ -99,7 +93,7 @@ class Exchange:
         # the same on every rank: a collective is entered by all or by none
         self.needed = bool(self.pattern.chosen) or any(self._wants_others(reader) for reader in range(len(edges) - 1))
         self._pasts: dict[int, RankPast] = {}  # by layer
-        self._plan(dist.get_rank(group) if rank is None else rank)
+        self._plan(rank)
 
     def _plan(self, rank: int) -> None:
         self.rank, ranks = rank, range(self.ranks)
@@ -114,50 +108,6 @@ class Exchange:
         other = copy(self)
         other._plan(rank)
         return other
-
-    @property
-    def start(self) -> int:
-        """Position of this rank's first token in its document."""
-        return self.edges[self.rank] - self.document(self.edges[self.rank])[0]
-
-    @property
-    def documents(self) -> list[int] | None:
-        """Lengths of the documents in this rank's shard; None for a single document."""
-        first, last = self.edges[self.rank], self.edges[self.rank + 1]
-        inside = [first, *(cut for cut in self.starts if first < cut < last), last]
-        return [b - a for a, b in pairwise(inside)] if len(inside) > 2 else None
-
-    @property
-    def ranks(self) -> int:
-        return len(self.edges) - 1
-
-    @property
-    def mine(self) -> tuple[int, int]:
-        """The edges of this rank's shard."""
-        return self.edges[self.rank], self.edges[self.rank + 1]
-
-    @property
-    def crossed(self) -> list[tuple[int, int]]:
-        """The starts and ends of documents that several ranks read, or later chunks."""
-        inside = [self.edges[-1] - 1] if self.cached else [e for e in self.edges[1:-1] if e not in self.starts]
-        return sorted({self.document(edge) for edge in inside if self.edges[0] <= edge < self.edges[-1]})
-
-    @cached_property
-    def directory(self) -> Directory:
-        """The owners of the blocks of the document at this rank's start. If `cached`, chunks add theirs."""
-        directory, (mine, after) = Directory(self.pattern.chosen_block, self.ranks), self.mine
-        if self.cached:
-            return directory
-        start, stop = self.document(mine)
-        if mine < after and (last := self.document(after - 1)[0]) != start:
-            directory.held[self.rank] = (after - last) // directory.size  # blocks that others read come first
-        directory.add([min(max(edge, start), stop) - start for edge in self.edges])
-        return directory
-
-    @property
-    def shard(self) -> slice:
-        """This rank's part of the chunk's tokens."""
-        return slice(self.edges[self.rank] - self.edges[0], self.edges[self.rank + 1] - self.edges[0])
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Outside:
         """Send a layer's keys and values (B, n, H, D); return what the shard sees outside, as a `FarProvider` does."""
@@ -212,29 +162,6 @@ class Exchange:
                 "expects: start all ranks with the same version, model, inputs and options"
             )
 
-    @torch.no_grad()
-    def tails(self, x: Tensor, held: Tensor, axis: int, back: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return the rows right before this rank's shard and, for a next chunk, the first rank those before the end.
-
-        Before edge i, back[i] rows are wanted. x has the tokens of the shard along an axis; what the first rank has of
-        tokens before all shards is `held`. All ranks call this.
-        """
-        wants = [(edge - number, edge) for edge, number in zip(self.edges, back, strict=True)]
-        begins = [wants[0][0], *self.edges[1:-1]]
-        readers = [wants[-1] if self.cached else (0, 0), *wants[1:-1]]
-        got, most = x.narrow(axis, 0, 0), max(back)
-        if any(first < stop for first, stop in readers):
-            own = x.narrow(axis, max(0, x.shape[axis] - most), min(most, x.shape[axis]))
-            own = (torch.cat([held, own], axis) if self.rank == 0 else own).movedim(axis, 0)
-            first, stop = self.edges[self.rank + 1] - len(own), self.edges[self.rank + 1]
-            parts = [own[max(a, first) - first : max(0, min(b, stop) - first)] for a, b in readers]
-            a, b = readers[self.rank]
-            sizes = [max(0, min(b, stop) - max(a, begin)) for begin, stop in zip(begins, self.edges[1:], strict=True)]
-            rows = own.new_empty(sum(sizes), *own.shape[1:])
-            dist.all_to_all_single(rows, torch.cat(parts), sizes, [len(part) for part in parts], group=self.group)
-            got = rows.movedim(0, axis)
-        return (held, got) if self.rank == 0 else (got, held.narrow(axis, 0, 0))
-
     def all_tokens(self, tokens: Tensor) -> Tensor:
         """Return the tokens (B, n) of all ranks' shards, in order. All ranks call this."""
         lengths = [b - a for a, b in pairwise(self.edges)]
@@ -260,11 +187,6 @@ class Exchange:
         batch, _, kv_heads, head_dim = like
         of_row = 2 * batch * head_dim
         return [of_row * sum(parcel.rows * self.lanes(parcel, kv_heads) for parcel in of_rank) for of_rank in parcels]
-
-    def document(self, position: int) -> tuple[int, int]:
-        """Return the start and the end of the document that holds a position."""
-        index = bisect_right(self.starts, position)
-        return self.starts[index - 1], self.starts[index] if index < len(self.starts) else self.edges[-1]
 
     def _wanted(self, reader: int) -> list[tuple[FarSpan, bool]]:
         """Return the spans that a rank keeps (False), then the spans that its shard's first document sees (True)."""
@@ -542,30 +464,3 @@ class _AllToAll(torch.autograd.Function):
 @lru_cache(maxsize=256)
 def _lanes(pattern: Pattern, level: int, num_heads: int, kv_heads: int) -> int:
     return len(lanes(pattern, level, num_heads, kv_heads).offsets)
-
-
-def most_owned(size: int, tokens: int, chunk: int, ranks: int) -> int:
-    """Return the most blocks of `size` that a rank has of a sequence in chunks of `chunk` tokens, which ranks share."""
-    directory = Directory(size, ranks)
-    for start in range(0, tokens, chunk):
-        directory.add(even_edges(start, min(chunk, tokens - start), ranks, size))
-    return max(directory.held)
-
-
-def even_edges(start: int, tokens: int, ranks: int, size: int = 1, cuts: Sequence[int] = ()) -> list[int]:
-    """Return the P + 1 edges of shards whose lengths differ by at most one token, or by one block of `size`.
-
-    Edges between shards are those of blocks, in the documents that start at 0 and at the `cuts`.
-    """
-    starts, stop, edges = [0, *sorted(cuts)], start + tokens, [start]
-    for rank in range(1, ranks):
-        edge = start + tokens * rank // ranks
-        document, *after = starts[bisect_right(starts, edge) - 1 :]
-        edge = document + (edge - document + (size - 1) // 2) // size * size
-        edges.append(max(start, min(edge, stop, *after[:1])))
-    return [*edges, stop]
-
-
-def whole_blocks(chunk: int, size: int) -> int:
-    """Return the longest chunk of at most so many tokens that has whole blocks of `size`, or one block."""
-    return max(size, chunk // size * size)
