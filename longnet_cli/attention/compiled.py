@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from .kernels import select_kernel
-from .merging import AttentionPlan, accumulator, merged_backward, merged_forward, refuse_capture, unit_stride
 from .outside import FarKeys
 from .pattern import Pattern
-from .planning import plan_calls
-from .shard import Shard
+from .planning import AttentionPlan, Shard, merged_backward, merged_forward, plan_calls, refuse_capture
 from .sinks import sink_rows
+from .views import accumulator, unit_stride
 
 # The type of each field of `Pattern` and `Shard`. All go to the operator, by these names: a new field without a type
 # fails here, rather than be a default there. (One text for a pattern is not to be had: a graph may hold its numbers as

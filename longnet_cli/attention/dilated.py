@@ -22,13 +22,12 @@ from .choosing import LayerChoices
 from .chosen import Chosen
 from .compiled import attend_in_graph
 from .kernels import select_kernel
-from .merging import AttentionPlan, merged_backward, merged_forward, refuse_capture, unit_stride
 from .outside import FarKeys, Outside
 from .pattern import Padding, Pattern
-from .planning import plan_calls
-from .shard import Shard
+from .planning import AttentionPlan, Shard, merged_backward, merged_forward, plan_calls, refuse_capture
 from .sinks import SinkRows, Turn, sink_rows
 from .spans import SINKS
+from .views import unit_stride
 
 _sink_rows = lru_cache(maxsize=4)(sink_rows)  # all layers of a step ask for the same
 

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from .groups import GroupedPart, stages
 from .limits import limits_of
-from .merging import accumulator
 from .pattern import MEAN_OF, RUN, RUNS, Pattern
 from .sinks import Turn
+from .views import accumulator
 
 PIECE_BYTES = 1 << 26  # of blocks that are taken at a time from where they are not in memory
 FIRST_BLOCKS = 1 << 6  # blocks in the first piece of memory; each next piece is half of all before, if that is more

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from longnet_cli.attention import FarKeys, FarSpan, Outside, Past
 from longnet_cli.attention.choosing import Names
-from longnet_cli.attention.merging import accumulator, strided_view
 from longnet_cli.attention.spans import common_span, lanes, level_of, open_spans, rows_before, segment_rows, span_views
+from longnet_cli.attention.views import accumulator, strided_view
 from longnet_cli.nets.config import NetConfig
 from longnet_cli.nets.named_blocks import ReadText, named_blocks
 from longnet_cli.nets.net import Net

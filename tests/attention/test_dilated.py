@@ -18,8 +18,8 @@ from torch import Tensor
 
 from longnet_cli.attention import FarKeys, FarSpan, Pattern, compiled, dilated, dilated_attention, far_keys
 from longnet_cli.attention.kernels import KERNELS
+from longnet_cli.attention.planning import Shard
 from longnet_cli.attention.reference import dilated_attention_reference
-from longnet_cli.attention.shard import Shard
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}
 

@@ -21,8 +21,8 @@ from longnet_cli.attention import KVCache, Pattern, dilated_attention
 from longnet_cli.attention.branches import BACKWARD_FLOPS, attention_flops, backward_flops, branches
 from longnet_cli.attention.groups import past_bytes
 from longnet_cli.attention.kernels import select_kernel
-from longnet_cli.attention.merging import kernel_calls
 from longnet_cli.attention.notation import format_levels, format_pattern
+from longnet_cli.attention.views import kernel_calls
 from longnet_cli.basics.configuration import validate
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.jobs.estimating.memory import (

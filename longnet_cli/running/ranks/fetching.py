@@ -27,8 +27,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longnet_cli.attention.limits import limits_of
-from longnet_cli.attention.merging import accumulator
 from longnet_cli.attention.past import Blocks, Means, Wanted
+from longnet_cli.attention.views import accumulator
 from longnet_cli.running.ranks.shards import Directory
 
 RUN_BYTES = 1 << 28  # of the rows of a run; those of two runs are there at a time
