@@ -43,7 +43,7 @@ def resolve_dtype(name: str, device: torch.device) -> str:
 
     Warns once, with InputWarning, of bf16 on a CPU that computes it slowly.
     """
-    if name == "bf16" and device.type == "cpu":
+    if name == "bf16" and device.type == "cpu" and bf16_instructions() == "":
         _warn_of_slow_bf16()
     if name != "auto":
         return name
@@ -52,10 +52,15 @@ def resolve_dtype(name: str, device: torch.device) -> str:
 
 @cache
 def _warn_of_slow_bf16() -> None:
-    with suppress(OSError):  # not Linux: unknown
-        flags = re.findall(r"^(?:flags|Features)\s*:(.*)", CPU_INFO.read_text(), re.MULTILINE)
-        if flags and not {"avx512_bf16", "amx_bf16", "bf16"} & {*flags[0].split()}:
-            warnings.warn("this CPU has no bf16 instructions: --dtype fp32 is faster here", InputWarning, stacklevel=3)
+    warnings.warn("this CPU has no bf16 instructions: --dtype fp32 is faster here", InputWarning, stacklevel=3)
+
+
+def bf16_instructions() -> str | None:
+    """Return the names of the CPU's bf16 instructions, "" if it has none; None where the system does not say."""
+    with suppress(OSError):  # not Linux
+        if flags := re.search(r"^(?:flags|Features)\s*:(.*)", CPU_INFO.read_text(), re.MULTILINE):
+            return ", ".join(sorted({"avx512_bf16", "amx_bf16", "bf16"} & {*flags[1].split()}))
+    return None
 
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -93,8 +93,11 @@ def use_dilated_attention(model: PreTrainedModel, pattern: Pattern | None = None
     kinds = getattr(config, "layer_types", None) or [
         "sliding_attention" if getattr(config, "sliding_window", 0) else ""
     ]
-    if all(kind == "sliding_attention" for kind in kinds):
+    sliding = [layer for layer, kind in enumerate(kinds) if kind == "sliding_attention"]
+    if len(sliding) == len(kinds):
         raise ConfigError(_NO_LAYER)
+    if wrong := sorted({*sliding} & {*pattern_of(config).chosen_layers}):
+        raise ConfigError(f"layer {wrong[0]} has a sliding window of its own, so it cannot choose blocks (layers=)")
     earlier = config._attn_implementation
     try:
         model.set_attn_implementation(ATTENTION_NAME)

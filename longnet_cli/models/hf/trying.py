@@ -3,7 +3,8 @@
 It is the model that was loaded, with all its settings: an architecture's name says little about its attention. It is
 compared with transformers' own eager attention, on one token more than the smallest window or chunk in its
 configuration. What differs is refused, in one line that names the architecture and the difference. The answer is kept
-by the digest of all settings (`basics.verdicts`), so a model is tried once.
+by all settings and some of the weights (`basics.verdicts`), so a model is tried once: attention of new weights is so
+even that it hides what trained ones show.
 
 B batch, N tokens.
 """
@@ -28,6 +29,7 @@ from transformers import PreTrainedModel
 from longnet_cli.basics.configuration import digest
 from longnet_cli.basics.errors import InputWarning, LongNetError
 from longnet_cli.basics.verdicts import remembered
+from longnet_cli.nets.weights import tensor_digest
 
 Run = Callable[[Tensor], Tensor]  # ids (B, N) -> hidden states (B, N, dim)
 
@@ -36,6 +38,7 @@ FEW, MOST = 64, 512  # tokens of a trial: without a window or chunk in the confi
 TOLERANCE, TOLERANCE_16 = 1e-3, 2e-2
 _WINDOWS = re.compile(r"(window|chunk|block)(_size|_length)?|local_attention")
 _LONG = 2.0  # seconds of a trial that are worth a line
+SOME = 16  # numbers of each weight that tell models apart
 NOT_OF_THE_MODEL = ("transformers_version", "_name_or_path")  # keys of its configuration
 
 
@@ -89,8 +92,13 @@ def why_not(model: PreTrainedModel, form: str, run: Run, expected: Run | None = 
     if weight.is_meta:  # it has no numbers yet
         return None
     asked = {"trial": form, "architecture": type(model).__name__, "config": digest(settings)}
-    asked |= {"dtype": str(weight.dtype), "device": weight.device.type}
+    asked |= {"dtype": str(weight.dtype), "device": weight.device.type, "weights": tensor_digest(_some_weights(model))}
     return remembered(asked, partial(_try, model, form, run, expected or partial(_own, model, "eager")))
+
+
+def _some_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the first numbers of each weight: few to read, and training changes them."""
+    return {name: weight.detach().flatten()[:SOME] for name, weight in model.named_parameters()}
 
 
 def _try(model: PreTrainedModel, form: str, run: Run, expected: Run) -> str | None:
