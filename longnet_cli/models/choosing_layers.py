@@ -120,7 +120,7 @@ def layer_evidence(net: Net) -> list[float]:
         return Outside()
 
     net(ids.to(next(net.parameters()).device), start=0, far=far)
-    turns, evidence = net.turns, []
+    turns, evidence = net.turns, list[float]()
     if len(watched) != number or len(turns) != number:
         return []
     for (q, k), turn in zip(watched, turns, strict=True):

@@ -96,8 +96,8 @@ def use_dilated_attention(model: PreTrainedModel, pattern: Pattern | None = None
     sliding = [layer for layer, kind in enumerate(kinds) if kind == "sliding_attention"]
     if len(sliding) == len(kinds):
         raise ConfigError(_NO_LAYER)
-    if wrong := sorted({*sliding} & {*pattern_of(config).chosen_layers}):
-        raise ConfigError(f"layer {wrong[0]} has a sliding window of its own, so it cannot choose blocks (layers=)")
+    if choosing := sorted({*sliding} & {*pattern_of(config).chosen_layers}):
+        raise ConfigError(f"layer {choosing[0]} has a sliding window of its own, so it cannot choose blocks (layers=)")
     earlier = config._attn_implementation
     try:
         model.set_attn_implementation(ATTENTION_NAME)
