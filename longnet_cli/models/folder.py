@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from longnet_cli.basics.configuration import digest, parse, read_text
 from longnet_cli.basics.errors import CheckpointError, ConfigError, MemoryLimitError
 from longnet_cli.data.tokenizer import SETTINGS, Tokenizer, special_token, token_id
-from longnet_cli.hub.folder_files import (
+from longnet_cli.hub.model_names import find_model
+from longnet_cli.hub.repository import (
     CONFIG,
     GENERATION,
     MODEL_TYPE,
@@ -28,19 +29,20 @@ from longnet_cli.hub.folder_files import (
     TOKENIZER,
     TOKENIZER_SHA256,
     WEIGHTS,
+    Located,
+    download_again,
+    is_within,
+    weight_files,
 )
-from longnet_cli.hub.model_names import find_model
-from longnet_cli.hub.repository import Located, download_again, is_within, weight_files
 
 if TYPE_CHECKING:
     import torch
 
     from longnet_cli.attention import Pattern
     from longnet_cli.data.chat import ChatTemplate
-    from longnet_cli.models.hf.pretrained_config import TransformersConfig
     from longnet_cli.models.hf.pretrained_net import TransformersNet
     from longnet_cli.models.hf.sentence_folder import SentenceModel
-    from longnet_cli.nets.config import LongNetConfig
+    from longnet_cli.nets.config import LongNetConfig, TransformersConfig
     from longnet_cli.nets.net import Net
 
 PICKLED = "pytorch_model*.bin*"
@@ -218,7 +220,7 @@ class ModelFolder:
     ) -> TransformersConfig | LongNetConfig:
         """Return the facts of the net, without its weights. `pattern` replaces the model's own.
 
-        `lora` holds the arguments of `lora.add_lora`, for a Hugging Face model. Raises ConfigError and CheckpointError
+        `lora` holds the arguments of `add_lora`, for a Hugging Face model. Raises ConfigError and CheckpointError
         as `net` does.
         """
         if self.of_transformers:
@@ -268,7 +270,7 @@ class ModelFolder:
     ) -> Net:
         """Load a Hugging Face model for training, with the pattern of `config`: float32, on the CPU, not mapped.
 
-        `lora` holds the arguments of `lora.add_lora`, or is None to train all weights. `on_note` gets a line if the
+        `lora` holds the arguments of `add_lora`, or is None to train all weights. `on_note` gets a line if the
         pattern shows distances that the model has never seen.
         Raises as `net` does, and ConfigError if the gradient of a long sequence cannot go through the model.
         """
