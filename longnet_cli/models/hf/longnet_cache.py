@@ -32,6 +32,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from longnet_cli.attention import KVCache, Pattern
 from longnet_cli.attention.notation import format_pattern, parse_pattern
 from longnet_cli.basics.errors import ConfigError, DataError
+from longnet_cli.models.hf.trying import settings_of
 from longnet_cli.nets.net import Net
 from longnet_cli.nets.weights import digest_of
 from longnet_cli.running.layer_caches import LayerCaches
@@ -315,11 +316,9 @@ def _origin(model: hf.PreTrainedModel, pattern: Pattern | None = None) -> dict[s
     """Return digest and pattern of a model, in the keys of `reader_facts`; by default, the pattern of its config."""
     if isinstance(net := getattr(model, "net", None), Net):
         return reader_facts(net)
-    settings = json.loads(model.config.to_json_string(use_diff=False))
+    settings = settings_of(model.config)
     written = settings.pop("dilated_attention", None)
     if pattern is None and written:
         pattern = Pattern(**written)
-    for name in ("transformers_version", "_name_or_path"):  # not of the model
-        settings.pop(name, None)
     known = {READER: digest_of(json.dumps(settings, sort_keys=True), model.state_dict())}
     return known | ({"longnet.pattern": format_pattern(pattern)} if pattern else {})

@@ -46,9 +46,9 @@ from longnet_cli.models.hf.attention import (
 )
 from longnet_cli.models.hf.longnet_cache import LongNetCache
 from longnet_cli.models.hf.pretrained_folder import ADAPTER, read_architecture, write_folder
-from longnet_cli.models.hf.rotary import FLOAT32_POSITIONS, ROPE_OF_LENGTH, make_phases_exact, rope_parameters
+from longnet_cli.models.hf.rotary import FLOAT32_POSITIONS, check_ropes, make_phases_exact
 from longnet_cli.models.hf.training import State, add_lora, merged
-from longnet_cli.models.hf.trying import NOT_OF_THE_MODEL, body, first_position, why_not
+from longnet_cli.models.hf.trying import body, first_position, settings_of, why_not
 from longnet_cli.nets.config import TransformersConfig
 from longnet_cli.nets.named_blocks import named_blocks
 from longnet_cli.nets.net import FarProvider, Net
@@ -434,11 +434,9 @@ def _facts(model: hf.PreTrainedModel, dilated: bool, as_trained: bool) -> Transf
     sizes = [_setting(config, key) for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")]
     if len(directions) != 1 or None in sizes or not isinstance(model.get_input_embeddings(), nn.Embedding):
         raise ConfigError(f"{name} is not a text Transformer with one kind of attention, causal or not")
-    if changing := {rope.get("rope_type") for rope in rope_parameters(config)} & {*ROPE_OF_LENGTH}:
-        raise ConfigError(f"{name} has positions that depend on the sequence's length (rope_type {changing.pop()})")
+    check_ropes(model)
     dim, num_layers, num_heads = map(int, filter(None, sizes))
     parameters = sum(p.numel() for p in model.parameters())
-    settings = json.loads(config.to_json_string(use_diff=False))
     return TransformersConfig(
         vocab_size=model.get_input_embeddings().num_embeddings,
         dim=dim,
@@ -455,7 +453,7 @@ def _facts(model: hf.PreTrainedModel, dilated: bool, as_trained: bool) -> Transf
         parameters=parameters,
         trained=parameters,
         layer_weights=sum(p.numel() for p in _layers(model, num_layers).parameters() if p.dim() >= 2),
-        source=json.dumps({key: value for key, value in settings.items() if key not in NOT_OF_THE_MODEL}),
+        source=json.dumps(settings_of(config)),
     )
 
 

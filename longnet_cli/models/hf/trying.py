@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from longnet_cli.basics.configuration import digest
 from longnet_cli.basics.errors import InputWarning, LongNetError
@@ -39,7 +39,6 @@ TOLERANCE, TOLERANCE_16 = 1e-3, 2e-2
 _WINDOWS = re.compile(r"(window|chunk|block)(_size|_length)?|local_attention")
 _LONG = 2.0  # seconds of a trial that are worth a line
 SOME = 16  # numbers of each weight that tell models apart
-NOT_OF_THE_MODEL = ("transformers_version", "_name_or_path")  # keys of its configuration
 
 
 def body(model: PreTrainedModel) -> Any:
@@ -56,9 +55,16 @@ def first_position(model: PreTrainedModel) -> int:
     return 0
 
 
-def hidden_states(model: PreTrainedModel, ids: Tensor) -> Tensor:
+def settings_of(config: PretrainedConfig) -> dict[str, Any]:
+    """Return what a configuration says of the model, and not of its files."""
+    settings = json.loads(config.to_json_string(use_diff=False))
+    return {key: x for key, x in settings.items() if key not in ("transformers_version", "_name_or_path")}
+
+
+def hidden_states(model: PreTrainedModel, ids: Tensor, **options: Any) -> Tensor:
     """Return the hidden states (B, N, dim) of ids (B, N), in one forward pass without a cache."""
-    options = {"use_cache": False} if "use_cache" in inspect.signature(body(model).forward).parameters else {}
+    if "use_cache" in inspect.signature(body(model).forward).parameters:
+        options["use_cache"] = False
     return body(model)(input_ids=ids, **options).last_hidden_state
 
 
@@ -85,9 +91,8 @@ def why_not(model: PreTrainedModel, form: str, run: Run, expected: Run | None = 
     `form` is "as it comes", "with a pattern", "in chunks" or "in chunks, with a pattern"; `expected` None is the model
     with transformers' eager attention. Raises a LongNetError that `run` raises.
     """
-    settings = json.loads(model.config.to_json_string(use_diff=False))
-    for key in (*NOT_OF_THE_MODEL, "dilated_attention"):
-        settings.pop(key, None)
+    settings = settings_of(model.config)
+    settings.pop("dilated_attention", None)
     weight = next(model.parameters())
     if weight.is_meta:  # it has no numbers yet
         return None
