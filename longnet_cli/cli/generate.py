@@ -158,6 +158,10 @@ def _open(options: GenerateCommand, text: str | None) -> tuple[Loaded, Room | No
 
     choice, computing = options.choice, options.computing
     pattern = read_pattern(choice.pattern)
+    if options.state and pattern and pattern.chosen:
+        from longnet_cli.running.saved_state import with_layers
+
+        pattern = with_layers(pattern, Path(options.state))
     if choice.update:
         ask_hub(choice.model, options.tokenizer)
     folder = ModelFolder.find(choice.model, gguf=True)

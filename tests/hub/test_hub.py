@@ -16,8 +16,7 @@ from processes import wait_for
 from safetensors.torch import load, save
 
 from longnet_cli.basics.errors import CheckpointError
-from longnet_cli.hub.folder_files import PROMPTS
-from longnet_cli.hub.repository import checked_answers
+from longnet_cli.hub.repository import PROMPTS, checked_answers
 from longnet_cli.jobs.training.checkpoint import read_state
 
 TEXT = "A document to read, of some length. " * 4

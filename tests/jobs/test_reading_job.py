@@ -40,6 +40,7 @@ from longnet_cli.jobs.scoring.scoring import ScoreOptions, Scorer
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import InputSequence, Net
+from longnet_cli.running import device
 from longnet_cli.running.causal_stream import CausalStream
 from longnet_cli.running.reader import Reader
 
@@ -78,9 +79,10 @@ def estimated(
     chunk: int | None = None,
     spill: str | None = None,
     room: Room = ROOM,
+    dtype: str = "auto",
     **options: Any,
 ) -> Estimate:
-    job = make_job(Reader(net, chunk=chunk, spill=spill))
+    job = make_job(Reader(net, chunk=chunk, spill=spill, dtype=dtype))
     plan = count_documents(job, documents() if texts is None else texts, **options)
     return estimate_reading(job.reader, plan, room=room, scores=job.scores, kept=job.kept_bytes(plan.longest_document))
 
@@ -188,6 +190,25 @@ def test_what_does_not_fit_is_refused_with_what_to_change(capsys: pytest.Capture
     with pytest.raises(MemoryLimitError, match=said):
         show_reading(found, "text", "encoding")
     assert "it does not fit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype", "hints"), [("avx512_bf16", "auto", 1), ("avx512_bf16", "bf16", 0), ("sse", "auto", 0)]
+)
+def test_bf16_is_named_where_it_pays(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flags: str,
+    dtype: str,
+    hints: int,
+) -> None:
+    (tmp_path / "cpuinfo").write_text(f"flags : {flags}\n")
+    monkeypatch.setattr(device, "CPU_INFO", tmp_path / "cpuinfo")
+    job = partial(Encoder, options=EncodeOptions(), facts=EncodeFacts(BOS))
+    show_reading(estimated(net_of(), job, documents((60,)), dtype=dtype), "text", "encoding")
+    line = "this CPU has avx512_bf16: try --dtype bf16, which is often faster"
+    assert capsys.readouterr().out.count(line) == hints
 
 
 def test_hidden_states_are_kept_on_a_disk() -> None:

@@ -167,9 +167,16 @@ def forwards(model: hf.PreTrainedModel) -> list[int]:
     return counts
 
 
-def test_a_model_is_tried_once_for_all_of_its_settings() -> None:
-    for changes, tokens in (({}, [64] * 3), ({}, []), ({"rope_parameters": YARN}, [64] * 3)):
+def test_a_model_is_tried_once_for_its_settings_and_weights() -> None:
+    all_three = [64] * 3
+    for changes, scale, tokens in (
+        ({}, 1, all_three),
+        ({}, 1, []),
+        ({"rope_parameters": YARN}, 1, all_three),
+        ({}, 2, all_three),
+    ):
         net = built(llama, **changes)
+        net.lm_head.weight.data.mul_(scale)
         counts = forwards(net)
         use_dilated_attention(net, WIDE)
         TransformersNet(net)

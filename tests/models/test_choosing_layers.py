@@ -57,6 +57,9 @@ def test_the_layers_that_were_found_choose(make: Any, monkeypatch: pytest.Monkey
     again = make(PATTERN)
     let_layers_choose(again)
     assert len(asked) == 1
+    for width, chosen, times in ((1024, 8, 2), (2048, 4, 2), (64, 8, 3)):  # patterns that show all of the text are one
+        let_layers_choose(make(replace(PATTERN, segment_lengths=(width,), chosen=chosen)))
+        assert len(asked) == times
     ids = torch.randint(90, (1, 500), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         named, every = make(replace(PATTERN, chosen_layers=(1,))), make(PATTERN)
@@ -88,6 +91,14 @@ def test_what_took_long_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         let_layers_choose(native(PATTERN, ffn_dim=40))
+
+
+def test_progress_is_said_while_it_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choosing_layers, "SECONDS", 0.0)
+    with pytest.warns(InputWarning) as said:
+        layer_evidence(native(PATTERN))
+    steps = [str(line.message).partition("these weights: ")[2] for line in said]
+    assert steps == [f"{what} in {layer} of 2 layers" for what in ("a text was read", "compared") for layer in (0, 1)]
 
 
 def test_without_evidence_the_layer_in_the_middle_chooses() -> None:

@@ -381,11 +381,13 @@ def test_caches_that_are_refused() -> None:
             lambda: hf.BloomForCausalLM(hf.BloomConfig(hidden_size=16, n_layer=1, n_head=2)),
             "pick its attention by name",
         ),
+        (mixed, "layer 1 has a sliding window of its own, so it cannot choose blocks"),
     ],
 )
 def test_models_that_are_refused(model: Callable[[], hf.PreTrainedModel], message: str) -> None:
+    pattern = replace(CHOSEN, chosen_layers=(0, 1)) if model is mixed else PAPER_64TH
     with pytest.raises(ConfigError, match=message):
-        use_dilated_attention(model(), PAPER_64TH)
+        use_dilated_attention(model(), pattern)
 
 
 def test_configs_that_are_refused() -> None:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from longnet_cli.basics.errors import CheckpointError
+from longnet_cli.integrations.gigapath import create_model
 from longnet_cli.models.official import from_torchscale, to_torchscale
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet
@@ -278,22 +279,8 @@ def test_the_way_out_is_the_inverse_of_the_way_in(changes: dict) -> None:
 def test_gigapath() -> None:
     """The slide encoder's state dict, by its official names and shapes: 247 tensors, 86,330,880 numbers."""
     config = LongNetConfig.gigapath()
-    d, f = config.dim, config.ffn_dim
-    shapes = {
-        "cls_token": (1, 1, d),
-        "patch_embed.proj.weight": (d, 1536),
-        "patch_embed.proj.bias": (d,),
-        "norm.weight": (d,),
-        "norm.bias": (d,),
-        "encoder.layer_norm.weight": (d,),
-        "encoder.layer_norm.bias": (d,),
-    }
-    for name in official_names(12):
-        wide = {"fc1.weight": (f, d), "fc1.bias": (f,), "fc2.weight": (d, f)}
-        short = name.split(".", 3)[-1]
-        matrix = "proj" in name and name.endswith("weight")
-        shapes[f"encoder.{name}"] = wide.get(short) or ((f,) if "ffn_layernorm" in name else (d, d) if matrix else (d,))
-    state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    with torch.device("meta"):
+        state = create_model("", "gigapath_slide_enc12l768d", 1536).state_dict()
     assert len(state) == 247
     assert sum(tensor.numel() for tensor in state.values()) == 86_330_880
     net = from_torchscale(state, config)

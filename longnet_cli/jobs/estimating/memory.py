@@ -19,8 +19,7 @@ from longnet_cli.attention.cache import cached_rows
 from longnet_cli.attention.groups import chosen_flops, past_bytes, transient_bytes
 from longnet_cli.attention.kernels import select_kernel
 from longnet_cli.attention.spans import SINKS, lanes, segment_rows
-from longnet_cli.models.hf.pretrained_config import TransformersConfig
-from longnet_cli.nets.config import LongNetConfig, NetConfig
+from longnet_cli.nets.config import LongNetConfig, NetConfig, TransformersConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import LOGITS_LIMIT, Net
 from longnet_cli.running.device import DTYPES, resolve_dtype
@@ -266,11 +265,11 @@ def saved_bytes(config: NetConfig, itemsize: int, device: str, lora: dict | None
     """Return the bytes that a token saves for the backward pass: in each layer, and outside the layers.
 
     `itemsize` is the bytes per number of matrix products, `device` is "cpu" or "cuda". `lora` holds the arguments of
-    `models.hf.lora.add_lora`, which raises ConfigError for wrong ones. Of a LongNet, these are the tensors that
+    `models.hf.training.add_lora`, which raises ConfigError for wrong ones. Of a LongNet, these are the tensors that
     `nets/longnet.py` saves: the residual stream, norms and lse are float32. Of another net, they are measured.
     """
     if not isinstance(config, LongNetConfig):
-        from longnet_cli.models.hf.saved_tensors import measured_bytes  # imports transformers
+        from longnet_cli.models.hf.training import measured_bytes  # imports transformers
 
         source = cast(TransformersConfig, config).source
         return measured_bytes(source, json.dumps(lora), "fp32" if itemsize == 4 else "bf16")

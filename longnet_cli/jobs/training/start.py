@@ -18,7 +18,7 @@ from longnet_cli.basics.configuration import parse, read_text
 from longnet_cli.basics.errors import CheckpointError, ConfigError, MemoryLimitError
 from longnet_cli.data import overwriting
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.hub.folder_files import CONFIG, TOKENIZER, WEIGHTS
+from longnet_cli.hub.repository import CONFIG, TOKENIZER, WEIGHTS
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.running.device import free_memory
 from longnet_cli.running.ranks.ranks import Ranks
