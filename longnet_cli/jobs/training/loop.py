@@ -19,7 +19,6 @@ from torch import Tensor
 
 from longnet_cli.basics.atomic import locked_folder, write_file
 from longnet_cli.basics.errors import ConfigError, DataError, LongNetError, NotFiniteError
-from longnet_cli.jobs.estimating.memory import stored_bytes
 from longnet_cli.jobs.scoring.scoring import Score
 from longnet_cli.running.device import check_kernel, peak_memory, random_state
 from longnet_cli.running.mapped import MappedMemory
@@ -36,6 +35,7 @@ from longnet_cli.running.ranks.ranks import Ranks
 
 from .building import build_data, build_model, build_optimizers, change_layers, learning_rate
 from .checkpoint import Checkpoints, checkpoints_in, frozen_digest, read_state, restore, run_tensors
+from .costs import stored_bytes
 from .gradients import backward
 from .metrics import Metrics, MetricsLog, Tracker, open_trackers
 from .objective import evaluate, inputs_and_targets
