@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from longnet_cli.data.inputs import Inputs
     from longnet_cli.data.tokenizer import Tokenizer
     from longnet_cli.jobs import plotting
-    from longnet_cli.jobs.benchmark.cases import Measurement, Settings
-    from longnet_cli.jobs.benchmark.job import bench
+    from longnet_cli.jobs.benchmark import Measurement, Settings, bench
     from longnet_cli.jobs.encoding import EncodeFacts, EncodeOptions, encode
     from longnet_cli.jobs.engines import encode_batches, score_batches
     from longnet_cli.jobs.generating import generate
@@ -55,8 +54,7 @@ _MODULES = {
     "data.inputs": "Inputs",
     "data.tokenizer": "Tokenizer",
     "jobs": "plotting",
-    "jobs.benchmark.job": "bench",
-    "jobs.benchmark.cases": "Measurement Settings",
+    "jobs.benchmark": "Measurement Settings bench",
     "jobs.encoding": "EncodeFacts EncodeOptions encode",
     "jobs.engines": "encode_batches score_batches",
     "jobs.generating": "generate",

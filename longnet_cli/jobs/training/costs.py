@@ -26,9 +26,8 @@ from longnet_cli.running.chunk_size import (
 from longnet_cli.running.device import free_memory, matmul_peak, resident_memory, resolve_dtype
 from longnet_cli.running.ranks.ranks import Ranks
 
-from .building import build_optimizers
 from .recipe import OptimizerRecipe, Recipe, Stage
-from .start import check_ranks
+from .start import build_optimizers, check_ranks
 
 EFFICIENCY = 0.4  # share of the measured matmul peak that a training step is assumed to reach
 

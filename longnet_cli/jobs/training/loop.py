@@ -33,14 +33,26 @@ from longnet_cli.running.ranks.fsdp import (
 from longnet_cli.running.ranks.launch import Signals, noted_signals
 from longnet_cli.running.ranks.ranks import Ranks
 
-from .building import build_data, build_model, build_optimizers, change_layers, learning_rate
 from .checkpoint import Checkpoints, checkpoints_in, frozen_digest, read_state, restore, run_tensors
 from .costs import stored_bytes
 from .gradients import backward
 from .metrics import Metrics, MetricsLog, Tracker, open_trackers
 from .objective import evaluate, inputs_and_targets
 from .recipe import Recipe, Stage
-from .start import BEST, CHECKPOINTS, RECIPE, Resume, check_memory, check_ranks, find_checkpoint
+from .start import (
+    BEST,
+    CHECKPOINTS,
+    RECIPE,
+    Resume,
+    build_data,
+    build_model,
+    build_optimizers,
+    change_layers,
+    check_memory,
+    check_ranks,
+    find_checkpoint,
+    learning_rate,
+)
 from .windows import Batch
 
 OnStep = Callable[[int, Metrics | None], None]  # (tokens of the step, a line of metrics every log_every steps)
