@@ -14,7 +14,7 @@ from longnet_cli.cli.output import emit_json
 from longnet_cli.cli.progress import progress
 
 if TYPE_CHECKING:
-    from longnet_cli.cli.model_and_inputs import Opened
+    from longnet_cli.cli.starting import Opened
     from longnet_cli.data.inputs import Inputs
     from longnet_cli.jobs.estimating.estimate import Estimate
     from longnet_cli.jobs.row_jobs import RowJob
@@ -81,7 +81,7 @@ def dry_run(
     make_job: Callable[[Reader], RowJob],
     doing: str,
     output: str | None,
-    format: Format,
+    format: Literal["text", "json", "jsonl"],
     running: Running,
     computing: Computing,
 ) -> None:
@@ -116,7 +116,7 @@ def dry_run(
         )
     leave()
     if opened.ranks.first:
-        show_reading(estimate, format, doing)
+        show_reading(estimate, "json" if format == "json" else "text", doing)
 
 
 def _fate(output: str | None, resume: bool) -> tuple[str, int, int | None]:

@@ -9,9 +9,9 @@ from typing import Literal
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.command import SAMPLE, check_pairs
 from longnet_cli.cli.dry_run import Format, check_sample, dry_run
-from longnet_cli.cli.model_and_inputs import ModelAndInputs
 from longnet_cli.cli.options import OUTPUT, Computing, Documents, HelpPanel, Mesh, ModelChoice, Running
-from longnet_cli.cli.output import count_left_out, end
+from longnet_cli.cli.output import count_left_out
+from longnet_cli.cli.starting import ModelAndInputs
 
 VECTORS = HelpPanel("Vectors")
 
@@ -91,7 +91,6 @@ def encode(options: EncodeCommand) -> None:
     earlier = named.check_outputs({"-o": output}, where_to, for_folder, running)
     opened = named.open(options.mesh, options.computing, dry_run=running.dry_run)
     from longnet_cli.jobs.encoding import PLACE_FIELDS, EncodeOptions, Encoder, for_model
-    from longnet_cli.running.ranks.ranks import leave
 
     asked = EncodeOptions(**{each.name: getattr(options, each.name) for each in fields(EncodeOptions)})
     own, facts = for_model(asked, named.folder, opened.loaded)
@@ -105,15 +104,14 @@ def encode(options: EncodeCommand) -> None:
         inputs,
         job,
         output,
+        running,
         options.computing,
         earlier,
+        left_out,
         doing="encoding",
         unit="{} vector",
-        left_out=left_out,
         shard_size=options.shard_rows,
         shard_format=options.shard_format,
-        resume=running.resume,
         of_text=PLACE_FIELDS,
     )
-    leave()
-    end(left_out, first=opened.ranks.first, quiet=opened.quiet)
+    opened.end(left_out)

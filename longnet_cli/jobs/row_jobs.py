@@ -212,48 +212,61 @@ def tokens_of(batch: pa.RecordBatch) -> int:
     return int(batch["n_tokens"].to_numpy().sum())
 
 
+@dataclass(frozen=True)
+class Output:
+    """The place of rows: a folder of shards, a file, or `-`, a stream on stdout.
+
+    A shard ends with the document that brings it to `shard_size`, in the job's `shard_unit` (None: the job's own size).
+    `resume` continues a folder that an earlier run left unfinished, without reading the documents of finished shards
+    again. The columns `of_text` are added to the job's `kept_fields` if the input is text. A `sink(schema)` gets the
+    rows instead of a file or stream, each batch at once.
+    """
+
+    path: str | Path
+    shard_size: int | None = None
+    shard_format: ShardFormat = "arrow"
+    resume: bool = False
+    of_text: Sequence[pa.Field] = ()
+    sink: Callable[[pa.Schema], AbstractContextManager[Sink]] | None = None
+
+
 def write_rows(
     make_job: Callable[..., RowJob],
     model: Net,
     inputs: Inputs,
-    output: str | Path,
+    output: Output,
     *,
-    shard_size: int | None = None,
-    shard_format: ShardFormat = "arrow",
-    resume: bool = False,
     left_out: LeftOut | None = None,
     on_stored: Callable[[int], None] = lambda tokens: None,
     on_document: Callable[[Document, float | None], None] = lambda document, share: None,
-    of_text: Sequence[pa.Field] = (),
     ranks: Ranks | None = None,
     chunk: int | None = None,
     dtype: str = "auto",
-    sink: Callable[[pa.Schema], AbstractContextManager[Sink]] | None = None,
     **reading: Any,
 ) -> Counter[str] | None:
-    """Write the rows of the documents in `inputs` to `output`: a folder of shards, a file, or `-`, a stream on stdout.
+    """Write the rows of the documents in `inputs`.
 
     Return how many `rows` and `tokens` the output has. Of several `ranks`, only the first one writes. The others get
     None. `make_job(reader, kept_fields=...)` returns the job. `chunk`, `dtype`, `spill`, `on_progress` and `on_choice`
-    are as in `running.reader.Reader`. A `sink(schema)` gets the rows instead of a file or stream, each batch at once.
+    are as in `running.reader.Reader`.
 
-    A shard ends with the document that brings it to `shard_size`, in the job's `shard_unit`. `resume` continues a
-    folder that an earlier run left unfinished, without reading the documents of finished shards again. On the same
-    CPU with as many threads, the result is byte for byte as if the run had never stopped. Inputs, model and options
-    must be the same as in the earlier run. Only a `chunk` of None takes the earlier run's value, because on a GPU the
-    default depends on the free memory. A resumed run leaves out again what the earlier run left out. The manifest has
-    the counts of `left_out`, and the digests of the inputs: those of finished shards must be the same in a resumed run.
+    On the same CPU with as many threads, a resumed run ends byte for byte as if it had never stopped. Inputs, model and
+    options must be the same as in the earlier run. Only a `chunk` of None takes the earlier run's value, because on a
+    GPU the default depends on the free memory. A resumed run leaves out again what the earlier run left out. The
+    manifest has the counts of `left_out`, and the digests of the inputs: those of finished shards must be the same in a
+    resumed run.
 
     `on_stored` first gets the tokens of the longest document whose length is known at once, if lengths matter to the
     model. `on_document` gets each document before it is read, and the share of the inputs up to it. What they raise
-    ends the run. The columns `of_text` are added to the job's `kept_fields` if the input is text.
+    ends the run.
 
     Raises ConfigError for invalid options and for a folder that is in use, DataError for no document or a damaged
     shard, LongNetError when a write fails. After an error there is no output file, and a folder keeps its finished
     shards.
     """
-    ranks, left_out, in_folder = ranks or Ranks(), left_out or LeftOut(), is_folder(output, resume=resume)
-    earlier = run_to_resume(output, resume=resume) if in_folder and ranks.first else None
+    ranks, left_out, resume = ranks or Ranks(), left_out or LeftOut(), output.resume
+    in_folder = is_folder(output.path, resume=resume)
+    earlier = run_to_resume(output.path, resume=resume) if in_folder and ranks.first else None
     device = next(model.parameters()).device
     before = earlier.settings.get("chunk") if earlier else None
     chunk = chunk_of(chunk, default_chunk(model.config, device), before, ranks)
@@ -261,8 +274,8 @@ def write_rows(
     given = inputs.documents(digests=in_folder and ranks.first)
     kept: Sequence[pa.Field] = ()
     documents: Iterator[Document] = iter(given)
-    if inputs.keep or of_text:  # first_kept waits for the first document
-        kept, documents = first_kept(documents, of_text)
+    if inputs.keep or output.of_text:  # first_kept waits for the first document
+        kept, documents = first_kept(documents, output.of_text)
     job = make_job(share_reader(model, chunk=chunk, dtype=dtype, ranks=ranks, **reading), kept_fields=kept)
     apart = Apart() if job.names_apart and inputs.id_column is None else None
 
@@ -275,17 +288,17 @@ def write_rows(
         )
 
     if not in_folder:
-        least, open_sink = (1, sink) if sink else (job.batch_rows, partial(ShardWriter, output))
+        least, open_sink = (1, output.sink) if output.sink else (job.batch_rows, partial(ShardWriter, output.path))
         opened = partial(open_sink, job.schema) if ranks.first else nullcontext
         return _write_stream(job, sequences, opened, least, ranks)
-    shard_size = job.shard_size if shard_size is None else shard_size
+    shard_size = job.shard_size if output.shard_size is None else output.shard_size
     if shard_size < 1:
         raise ConfigError(f"shard_{job.shard_unit} must be 1 or more, not {shard_size}")
     settings = _settings(job, inputs, shard_size, ranks)
     folder = None
     if ranks.first:
-        about: dict[str, Any] = {"settings": settings, "name": job.shard_name, "format": shard_format}
-        folder = ShardFolder(output, job.schema, **about, resume=resume, left_out=left_out, opened=given.opened)
+        about: dict[str, Any] = {"settings": settings, "name": job.shard_name, "format": output.shard_format}
+        folder = ShardFolder(output.path, job.schema, **about, resume=resume, left_out=left_out, opened=given.opened)
     with folder or nullcontext():
         _write_folder(job, sequences, folder, shard_size, ranks)
     return folder.totals if folder else None
