@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import pyarrow as pa
 
 from longnet_cli.attention.notation import format_pattern
-from longnet_cli.basics.errors import ConfigError, DataError, NoTokensError
+from longnet_cli.basics.errors import ConfigError, DataError, LongNetError, NoTokensError
 from longnet_cli.data.documents import Document, Unread
 from longnet_cli.data.files import FileChangedError
 from longnet_cli.data.inputs import Inputs
@@ -84,6 +84,7 @@ class RowJob(ABC):
     batch_rows: ClassVar[int] = 1  # a file or a stream has batches of this many rows or more
     names_apart: ClassVar[bool] = False  # neighbouring documents of one name get names of their own in an output
     says_no_id_column: ClassVar[bool] = False  # its folders have the setting `id_column` even if it is None
+    failure: LongNetError | None = None  # of a document; it is raised after the rows before it
 
     def __init__(self, reader: Reader, options: Any, facts: ModelFacts, kept_fields: Sequence[pa.Field] = ()) -> None:
         self.reader, self.options, self.facts, self.kept_fields = reader, options, facts, kept_fields
@@ -157,17 +158,22 @@ class RowJob(ABC):
         """Yield the documents that have rows, as the model reads them.
 
         `on_document` gets each document before any of it is read, and what it raises ends the run. `on_skip` gets those
-        that are left out (see `take`), `on_empty` those that are empty. `apart` names the others.
+        that are left out (see `take`), `on_empty` those that are empty. `apart` names the others. A document or a file
+        that cannot be read ends them, and `end` raises its error when the rows of those before it are written.
         """
-        for document in documents:
-            if on_document:
-                on_document(document)
-            sequence = self.take(document, on_skip)
-            if sequence is not None and (len(document) or not self.skips_empty):
-                document.doc_id = apart.name(document.doc_id) if apart else document.doc_id
-                yield sequence
-            elif sequence is not None and on_empty:
-                on_empty(document)
+        self.failure = None
+        try:
+            for document in documents:
+                if on_document:
+                    on_document(document)
+                sequence = self.take(document, on_skip)
+                if sequence is not None and (len(document) or not self.skips_empty):
+                    document.doc_id = apart.name(document.doc_id) if apart else document.doc_id
+                    yield sequence
+                elif sequence is not None and on_empty:
+                    on_empty(document)
+        except (ConfigError, DataError) as error:
+            self.failure = error
 
     def deal(
         self, sequences: Iterable[InputSequence[Document]], ranks: Ranks, **shards: Any
@@ -175,8 +181,10 @@ class RowJob(ABC):
         """Return each portion of documents with its rows, as `dealing.deal` deals them out."""
         return deal(self.reader.portions(sequences, **shards), self.results, ranks, self.tell_progress)
 
-    def refuse_nothing(self, tokens: int, ranks: Ranks) -> None:
-        """Raise NoTokensError for rows of no `tokens`, on the ranks that have them."""
+    def end(self, tokens: int, ranks: Ranks) -> None:
+        """Raise the error that has ended `sequences`, and NoTokensError for rows of no `tokens`, on ranks with rows."""
+        if self.failure:
+            raise self.failure
         if not tokens and (ranks.first or ranks.dp == 1):
             raise NoTokensError(self.nothing)
 
@@ -202,7 +210,7 @@ class RowJob(ABC):
                 for batch in batches:
                     tokens += tokens_of(batch)
                     yield batch
-            self.refuse_nothing(tokens, ranks)
+            self.end(tokens, ranks)
 
         return pa.RecordBatchReader.from_batches(self.schema, batches())
 
@@ -328,7 +336,7 @@ def _write_stream(
                 if sum(map(len, waiting)) >= least:
                     flush()
         flush()
-        job.refuse_nothing(written["tokens"], ranks)
+        job.end(written["tokens"], ranks)
     return written if sink else None
 
 
@@ -377,4 +385,4 @@ def _write_folder(
             folder.count(documents=portion.items)
             if portion.ends_shard:
                 folder.end_shard()
-    job.refuse_nothing(tokens, ranks)
+    job.end(tokens, ranks)

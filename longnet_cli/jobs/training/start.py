@@ -35,7 +35,7 @@ from longnet_cli.running.ranks.fsdp import is_sharded
 from longnet_cli.running.ranks.ranks import Ranks
 
 from .checkpoint import STATE, checkpoints_in, find_damage, newest_whole
-from .recipe import OptimizerRecipe, Recipe, ScheduleRecipe, TrainRecipe, load_recipe
+from .recipe import OptimizerRecipe, Recipe, ScheduleRecipe, TrainRecipe, load_recipe, naming
 from .windows import TokenStream, TokenWindows
 
 
@@ -253,7 +253,10 @@ def build_data(
     Raises ConfigError where there are no data, or where their tokens are not the model's, DataError for too few.
     """
     data, train = recipe.data, recipe.train
-    tokenizer = Tokenizer.load(data.tokenizer).with_eos(data.eos)
+    with naming("data.tokenizer"):
+        tokenizer = Tokenizer.load(data.tokenizer)
+    with naming("data.eos"):
+        tokenizer = tokenizer.with_eos(data.eos)
     eos_id = _before_documents(recipe, tokenizer)
     check_vocabulary(recipe, tokenizer)
     if initial:
