@@ -65,7 +65,7 @@ class EncodeCommand:
         "--embedding-dtype float32|float16", "Write numbers of this type.", default="float32"
     )
     shard_rows: int | None = OUTPUT.size(
-        "--shard-rows SIZE", "Start a new shard after this many vectors. (default: 16Ki)"
+        "--shard-rows SIZE", "Start a new shard after this many vectors. (default: 4Ki)"
     )
     shard_format: Literal["arrow", "parquet"] = shared.shard_format_option()
     running: Running
@@ -82,7 +82,10 @@ def encode(options: EncodeCommand) -> None:
     The columns are doc_id, span, start, end, n_tokens and embedding; for text also char_start and char_end, the place
     of a vector's tokens in it. Rows come in input order.
     """
+    from longnet_cli.jobs.options import EncodeOptions
+
     output, running = options.output, options.running
+    asked = EncodeOptions(**{each.name: getattr(options, each.name) for each in fields(EncodeOptions)})
     check_pairs([SAMPLE], options)
     check_sample(running.sample)
     named = ModelAndInputs(options.documents, options.choice, output if running.resume else None, embeds=True)
@@ -90,14 +93,13 @@ def encode(options: EncodeCommand) -> None:
     for_folder = {"--shard-rows": options.shard_rows, "--shard-format": options.shard_format != "arrow"}
     earlier = named.check_outputs({"-o": output}, where_to, for_folder, running)
     opened = named.open(options.mesh, options.computing, dry_run=running.dry_run)
-    from longnet_cli.jobs.encoding import PLACE_FIELDS, EncodeOptions, Encoder, for_model
+    from longnet_cli.jobs.encoding import PLACE_FIELDS, Encoder, for_model
 
-    asked = EncodeOptions(**{each.name: getattr(options, each.name) for each in fields(EncodeOptions)})
     own, facts = for_model(asked, named.folder, opened.loaded)
     job = partial(Encoder, options=own, facts=facts)
     inputs = named.inputs(opened.loaded, facts.tokenizer_for(opened.loaded))
     if opened.room:
-        dry_run(opened, inputs, job, "encoding", output, options.format, running, options.computing)
+        dry_run(opened, inputs, job, "encoding", options, options.shard_rows)
         return
     left_out = count_left_out(inputs.skip_bad, opened.quiet)
     opened.write(

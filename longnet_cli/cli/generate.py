@@ -7,6 +7,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -17,7 +18,18 @@ from longnet_cli.basics.sizes import format_bytes, format_duration
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.command import Excludes, Needs, check_pairs
 from longnet_cli.cli.dry_run import show_reading
-from longnet_cli.cli.options import COMPUTE, INPUT, OUTPUT, Computing, Documents, HelpPanel, Mesh, ModelChoice, argument
+from longnet_cli.cli.options import (
+    COMPUTE,
+    INPUT,
+    OUTPUT,
+    Computing,
+    Documents,
+    HelpPanel,
+    Mesh,
+    ModelChoice,
+    argument,
+    read_pattern,
+)
 from longnet_cli.cli.output import emit_jsonl, note, printable, tell
 from longnet_cli.cli.progress import progress
 from longnet_cli.cli.starting import ModelAndInputs, Opened, StateTeller
@@ -47,7 +59,6 @@ PAIRS = (
     ),
     Excludes("--dry-run", "--format", "prints a table"),
     Excludes("--dry-run", "--state", "estimates what reading a whole prompt takes"),
-    Excludes("--dry-run", "--save-state", "saves nothing"),
     Excludes("--dry-run", "--sp", "estimates one process"),
     Excludes("--state", "--sp", "is continued by one process"),
     Excludes("--sources", "--sp", "are told by one process"),
@@ -117,9 +128,14 @@ def generate(options: GenerateCommand) -> None:
     A text ends at the model's end-of-text token, at a --stop text, or after --max-tokens.
     With a window, a token costs the same time and memory at any position.
     """
+    from longnet_cli.jobs.options import check_sampling
+
     check_pairs(PAIRS, options)
+    check_sampling(options.temperature, 1.0 if options.top_p is None else options.top_p)
     if options.seed is not None and not 0 <= options.seed < 1 << 63:
         raise ConfigError(f"--seed {options.seed} is not a number from 0 to 2^63 - 1")
+    if options.state and options.choice.pattern:
+        _check_pattern(options.state, options.choice.pattern)
     text, save_state = _text(options.prompt, options.inputs, options.state), options.save_state
     opened, inputs = _open(options, text)
     loaded, ranks, quiet = opened.loaded, opened.ranks, opened.quiet
@@ -144,6 +160,26 @@ def generate(options: GenerateCommand) -> None:
     from longnet_cli.running.ranks.ranks import leave
 
     leave()
+
+
+def _check_pattern(state: str, pattern: str) -> None:
+    """Raise ConfigError for a pattern that cannot be that of a saved state, before a model is loaded.
+
+    How often and how exactly blocks are chosen may differ, and the layers that choose may come from the model.
+    """
+    from longnet_cli.attention.notation import parse_pattern
+    from longnet_cli.basics.configuration import parse, read_text
+
+    given = read_pattern(pattern)
+    with suppress(OSError, ValueError, KeyError, TypeError):  # reading the state says what is wrong with it
+        saved = parse(read_text(Path(state) / "manifest.json"))["longnet.pattern"]
+        free = {
+            name: getattr(given, name) for name in ("head_offsets", "chosen_every", "chosen_exact", "chosen_layers")
+        }
+        if given and replace(parse_pattern(saved), **free) != given:
+            raise ConfigError(
+                f"{state}: it was saved with the pattern {saved}, and this is {pattern}: name both (--model, --pattern)"
+            )
 
 
 def _open(options: GenerateCommand, text: str | None) -> tuple[Opened, Inputs]:
@@ -179,11 +215,13 @@ def _estimate(job: _TextGenerator, documents: Iterable[Document], free: Room) ->
 
     net, computing = job.loaded.net, job.options.computing
     reader = share_reader(net, chunk=computing.chunk, dtype=computing.dtype, spill=computing.spill)
-    plan = plan_generation(net, documents, job.bos_ids, job.max_tokens, reader.chunk)
+    save_state = job.options.save_state
+    plan = plan_generation(net, documents, job.bos_ids, job.max_tokens, reader.chunk, least=0 if save_state else 1)
     each = seconds_of_new_token(net, computing.dtype)
     plan.seconds += plan.documents * job.max_tokens * each
     most = f"at most {job.max_tokens} tokens of each"
     said = f"{most}, {format_duration(each)} a token (measured after a short prompt)"
+    said += f"; the state goes to {save_state}" if save_state else ""
     show_reading(estimate_reading(reader, plan, room=free, scores=False, output=said), "text", "generating")
 
 

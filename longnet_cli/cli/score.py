@@ -31,12 +31,12 @@ OF_CONTEXTS = ("nll_sum", "ppl", "bpb", "by_position", "by_segment_position")  #
 GAIN_KEYS = {"gain", "gain_se", "gain_share"}  # with several contexts
 
 PRINTED = "is for scores that are printed, and -o writes rows"
-PAIRS = (
+PAIRS: tuple[Needs | Excludes, ...] = (
     SAMPLE,
     Needs("--keep", "-o|--format|--dry-run", "carries columns to rows", "-o, or --format jsonl or json"),
     Excludes("--token-logprobs", "--dp", "is written by one group of ranks"),
     Needs("--top", "--token-logprobs", "adds to a file of log-probabilities", "--token-logprobs FILE"),
-    Excludes("--chosen", "--dp", "is written by one group of ranks"),
+    *(Excludes("--chosen", option, "is written by one process") for option in ("--nproc", "--sp", "--dp")),
     Excludes("--chosen", "--context", "is for whole documents"),
     Needs("--resume", "-o", "is for a folder of rows", "-o FOLDER"),
     Needs("--shard-tokens", "-o", "is for a folder of rows", "-o FOLDER"),
@@ -104,7 +104,10 @@ def score(options: ScoreCommand) -> None:
     A LongNet needs no more memory for a long document than for a short one.
     Without --pattern, a Hugging Face model is dense and reads no more tokens than it was trained on.
     """
+    from longnet_cli.jobs.options import ScoreOptions
+
     contexts = options.context or ()
+    asked = ScoreOptions(tuple(contexts) or None, options.stride, options.last, options.by_position)
     keys = ROW_KEYS | {*OF_CONTEXTS}
     if len(contexts) > 1:
         keys = ROW_KEYS | GAIN_KEYS | {f"{name}_{context}" for name in OF_CONTEXTS for context in contexts}
@@ -123,12 +126,11 @@ def score(options: ScoreCommand) -> None:
     inputs = named.inputs(opened.loaded, opened.loaded.tokenizer)
     _check_model(options, opened)
     from longnet_cli.jobs.row_jobs import ModelFacts
-    from longnet_cli.jobs.scoring.scoring import ScoreOptions, Scorer
+    from longnet_cli.jobs.scoring.scoring import Scorer
 
-    asked = ScoreOptions(tuple(contexts) or None, options.stride, options.last, options.by_position)
     job = partial(Scorer, options=asked, facts=ModelFacts.of(opened.loaded))
     if opened.room:
-        dry_run(opened, inputs, job, "scoring", output, options.format, running, options.computing)
+        dry_run(opened, inputs, job, "scoring", options, options.shard_tokens)
     else:
         _write(options, opened, inputs, job, earlier)
 
@@ -140,6 +142,8 @@ def _check(options: ScoreCommand, keys: set[str]) -> None:
         raise ConfigError("--dry-run prints one value: give --format text or json")
     check_pairs(PAIRS if dry_run else (*PAIRS, Excludes("--format", "-o", PRINTED)), options)
     check_sample(options.running.sample)
+    if options.token_logprobs and len(options.context or ()) > 1:
+        raise ConfigError("log-probabilities of tokens need one context: give only one")
     if taken := sorted({*(options.documents.keep or ())} & keys):
         raise ConfigError(f"--keep {taken[0]}: the output has a column of this name")
     for name, file in (("--token-logprobs", options.token_logprobs), ("--chosen", options.chosen)):

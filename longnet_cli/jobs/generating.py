@@ -28,6 +28,7 @@ from longnet_cli.data.documents import Document
 from longnet_cli.data.text_stream import TextStream
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.estimating.reading import Extent, ReadingPlan
+from longnet_cli.jobs.options import check_sampling
 from longnet_cli.nets.net import Bos, InputSequence, Net, bos_ids
 from longnet_cli.running.causal_stream import CausalStream, open_stream
 from longnet_cli.running.chunk_size import chunk_of, default_chunk
@@ -134,9 +135,11 @@ def generate(
     return generator.run(sequence, max_tokens, reads_all=stream is not None)
 
 
-def plan_generation(model: Net, prompts: Iterable[Document], bos: Bos, max_tokens: int, chunk: int) -> ReadingPlan:
+def plan_generation(
+    model: Net, prompts: Iterable[Document], bos: Bos, max_tokens: int, chunk: int, least: int = 1
+) -> ReadingPlan:
     """Count the reading of prompts, and of the most tokens that continue each. Raises as `generate`."""
-    _check(model, None, max_tokens, 0.0, 1.0, (), least=1)
+    _check(model, None, max_tokens, 0.0, 1.0, (), least=least)
     plan, begin = ReadingPlan(model, chunk), time.perf_counter()
     for prompt in prompts:
         model.sequence(prompt, bos).check("give a shorter prompt", skips=False)
@@ -263,9 +266,6 @@ def _check(
         raise ConfigError("this model reads a text in one forward only, not token by token: it cannot generate")
     if max_tokens < least:
         raise ConfigError(f"max_tokens must be {least} or more, not {max_tokens}")
-    if not 0 <= temperature < float("inf"):
-        raise ConfigError(f"temperature must be 0 or more, not {temperature}")
-    if not 0 < top_p <= 1:
-        raise ConfigError(f"top_p must be more than 0 and at most 1, not {top_p}")
+    check_sampling(temperature, top_p)
     if "" in stop or (stop and not tokenizer):
         raise ConfigError("a stop text needs characters, and a tokenizer")

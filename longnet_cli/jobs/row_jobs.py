@@ -102,8 +102,11 @@ class RowJob(ABC):
         """Yield the rows of these documents, in order."""
 
     @abstractmethod
-    def size(self, sequence: InputSequence[Document]) -> int:
-        """Return how many units of a shard a document fills."""
+    def size(self, tokens: int) -> int:
+        """Return how many units of a shard a document of so many tokens fills."""
+
+    def shard_part(self, sequence: InputSequence[Document]) -> int:
+        return self.size(len(sequence.document))
 
     def tell_progress(self, portion: Portion[InputSequence[Document]]) -> None:
         """Report the tokens that another group of ranks has read."""
@@ -376,7 +379,7 @@ def _write_folder(
     done = ranks.from_first(folder.documents if folder else 0)
     tokens = ranks.from_first(folder.totals["tokens"] if folder else 0)
     remaining = folder.unread(sequences()) if folder else islice(sequences(), done, None)
-    for portion, batches in job.deal(remaining, ranks, shard=shard_size, size_of=job.size):
+    for portion, batches in job.deal(remaining, ranks, shard=shard_size, size_of=job.shard_part):
         for batch in batches:
             tokens += tokens_of(batch)
             if folder:

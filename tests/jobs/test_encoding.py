@@ -21,7 +21,8 @@ from longnet_cli.basics.errors import ConfigError, DataError, MemoryLimitError
 from longnet_cli.data.documents import Document
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.manifest import read_manifest
-from longnet_cli.jobs.encoding import EncodeFacts, EncodeOptions, Encoder, encode
+from longnet_cli.jobs.encoding import EncodeFacts, Encoder, encode
+from longnet_cli.jobs.options import EncodeOptions
 from longnet_cli.jobs.row_jobs import Output, write_rows
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet

@@ -23,9 +23,10 @@ from longnet_cli.basics.errors import ConfigError, DataError, NoTokensError
 from longnet_cli.data.documents import Document
 from longnet_cli.data.kept import LeftOut
 from longnet_cli.data.manifest import read_manifest
+from longnet_cli.jobs.options import ScoreOptions
 from longnet_cli.jobs.row_jobs import ModelFacts, Output, write_rows
 from longnet_cli.jobs.scoring.measures import GAIN_BLOCK, Clusters
-from longnet_cli.jobs.scoring.scoring import ScoreOptions, Scorer
+from longnet_cli.jobs.scoring.scoring import Scorer
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.running.reader import Reader
 

@@ -50,7 +50,8 @@ from longnet_cli.attention.cache import cached_rows
 from longnet_cli.basics.errors import CheckpointError, ConfigError
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.integrations.transformers import use_dilated_attention
-from longnet_cli.jobs.encoding import EncodeFacts, EncodeOptions, Encoder, encode
+from longnet_cli.jobs.encoding import EncodeFacts, Encoder, encode
+from longnet_cli.jobs.options import EncodeOptions
 from longnet_cli.jobs.row_jobs import Output, write_rows
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.models.hf.pretrained_net import TransformersNet
