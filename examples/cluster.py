@@ -41,9 +41,9 @@ from longnet_cli.attention.pattern import MEAN_OF, RUN, LayerKind
 from longnet_cli.attention.spans import common_span, far_spans, open_spans, span_rows
 from longnet_cli.basics.errors import ConfigError, InputWarning, LongNetError
 from longnet_cli.basics.sizes import format_bytes, format_count, format_duration, format_size, parse_size
-from longnet_cli.jobs.estimating.memory import reading_memory, spilled_bytes, stored_bytes, training_memory
+from longnet_cli.jobs.estimating.memory import reading_memory, spilled_bytes
 from longnet_cli.jobs.estimating.reading import Extent, ReadingPlan
-from longnet_cli.jobs.training.costs import StepFlops, step_flops
+from longnet_cli.jobs.training.costs import StepFlops, step_flops, stored_bytes, training_memory
 from longnet_cli.jobs.training.recipe import Recipe, Stage, load_recipe, parse_overrides
 from longnet_cli.jobs.training.start import check_ranks
 from longnet_cli.models.folder import ModelFolder

@@ -9,7 +9,8 @@ from builders import make_document, tiny_net
 from pyarrow import feather
 
 from longnet_cli.data.outputs import ShardWriter
-from longnet_cli.jobs.encoding import EncodeFacts, EncodeOptions, encode
+from longnet_cli.jobs.encoding import EncodeFacts, encode
+from longnet_cli.jobs.options import EncodeOptions
 
 
 @pytest.fixture

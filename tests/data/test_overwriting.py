@@ -15,7 +15,8 @@ from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.names import Sources
 from longnet_cli.data.overwriting import refuse_one_place, refuse_overwriting
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.jobs.encoding import EncodeFacts, EncodeOptions, encode
+from longnet_cli.jobs.encoding import EncodeFacts, encode
+from longnet_cli.jobs.options import EncodeOptions
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.nets.longnet import LongNet
 

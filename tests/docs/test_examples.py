@@ -33,8 +33,7 @@ from longnet_cli.attention.pattern import LayerKind
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.jobs.estimating.memory import training_memory
-from longnet_cli.jobs.training.costs import step_flops
+from longnet_cli.jobs.training.costs import step_flops, training_memory
 from longnet_cli.jobs.training.recipe import Recipe, load_recipe
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.running.ranks.exchange import Exchange

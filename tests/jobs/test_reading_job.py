@@ -31,12 +31,13 @@ from longnet_cli.cli.dry_run import show_reading
 from longnet_cli.data.documents import Document
 from longnet_cli.data.tables import Text
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.jobs.encoding import EncodeFacts, EncodeOptions, Encoder, encode
+from longnet_cli.jobs.encoding import EncodeFacts, Encoder, encode
 from longnet_cli.jobs.estimating.estimate import Estimate, Room, estimate_reading
 from longnet_cli.jobs.estimating.memory import cache_bytes
 from longnet_cli.jobs.estimating.reading import Sample, count_documents
+from longnet_cli.jobs.options import EncodeOptions, ScoreOptions
 from longnet_cli.jobs.row_jobs import ModelFacts, RowJob
-from longnet_cli.jobs.scoring.scoring import ScoreOptions, Scorer
+from longnet_cli.jobs.scoring.scoring import Scorer
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import InputSequence, Net

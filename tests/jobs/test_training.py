@@ -20,11 +20,11 @@ from longnet_cli.basics.atomic import locked_folder
 from longnet_cli.basics.errors import ConfigError, DataError, LongNetError, MemoryLimitError
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.training import metrics
-from longnet_cli.jobs.training.building import build_optimizers, learning_rate
 from longnet_cli.jobs.training.checkpoint import checkpoints_in, read_state
 from longnet_cli.jobs.training.loop import train
 from longnet_cli.jobs.training.metrics import MetricsLog
 from longnet_cli.jobs.training.recipe import Recipe, ScheduleRecipe, load_recipe, parse_overrides
+from longnet_cli.jobs.training.start import build_optimizers, learning_rate
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.nets.longnet import LongNet
 

@@ -95,19 +95,19 @@ def evaluate(
     eos_id: int,
     seq_len: int,
     ranks: Ranks,
-    on_part: Callable[[], None],
+    on_part: Callable[[int], None],
 ) -> Score:
     """Return the score of held-out documents. A causal net scores each document whole, as `longnet score` does.
 
     With the masked objective, documents are cut into windows of `seq_len` tokens, and the same tokens are hidden every
-    time. `on_part` is called on all ranks after each forward pass. The net ends in training mode, and the random state
-    stays as it was. Raises DataError where no token is hidden.
+    time. `on_part` gets the tokens of each forward pass, on all ranks. The net ends in training mode, and the random
+    state stays as it was. Raises DataError where no token is hidden.
     """
     reading: dict[str, Any] = {
         "chunk": recipe.train.chunk,
         "dtype": recipe.train.dtype,
         "ranks": ranks.all_in_one(),
-        "on_progress": lambda tokens: on_part(),
+        "on_progress": on_part,
     }
     model.eval()
     try:
