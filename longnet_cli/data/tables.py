@@ -112,6 +112,24 @@ def pick(batch: pa.RecordBatch, name: str) -> pa.Array:
     return pc.struct_field(column, place.fields)
 
 
+def without_views(column: pa.Array) -> pa.Array:
+    """Return the same values, with views of text or bytes as plain ones: pyarrow neither takes nor decodes views."""
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        return pa.DictionaryArray.from_arrays(column.indices, without_views(column.dictionary), ordered=kind.ordered)
+    plain = _without_views(kind)
+    return column if plain == kind else column.cast(plain)
+
+
+def _without_views(kind: pa.DataType) -> pa.DataType:
+    for make, test in ((pa.list_, pa.types.is_list), (pa.large_list, pa.types.is_large_list)):
+        if test(kind):
+            return make(_without_views(kind.value_type))
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_without_views(field.type)) for field in kind])
+    return {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}.get(kind, kind)
+
+
 class Pipe:
     """A pipe as a file object whose reads are whole: pyarrow takes a short read for the end of the data."""
 

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from longnet_cli.attention.notation import format_pattern
 from longnet_cli.basics.errors import ConfigError, DataError, NotFiniteError
-from longnet_cli.data.documents import Document
-from longnet_cli.data.kept import OnSkip, kept_columns, row_schema
-from longnet_cli.data.places import TextPlaces
+from longnet_cli.data.documents import Document, TextPlaces
+from longnet_cli.data.manifest import OnSkip
+from longnet_cli.data.outputs import kept_columns, row_schema
 from longnet_cli.data.tables import numpy_dtype
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.options import NO_PREFIX, ONE_STATE, EncodeOptions
@@ -186,7 +186,7 @@ def encode(
     long for the model, or has invalid ids, ends the run. With `on_skip`, it is passed to `on_skip` and left out
     instead. An empty document has no rows and is passed to `on_empty`. The `stored` documents are the part of
     `documents` whose lengths are cheap to read; without `on_skip`, they are checked before anything else. `kept_fields`
-    are columns that documents carry to the output (`data.kept`). `ranks` and `reading` (`chunk`, `spill`, `dtype`,
+    are columns that documents carry to the output (`data.outputs`). `ranks` and `reading` (`chunk`, `spill`, `dtype`,
     `on_progress`) are as in `running.reader.Reader`. All ranks need the same documents. In one group of ranks, which
     share each document, all get all rows. Several groups divide the documents between them; then rank 0 gets all rows
     and the others none.

@@ -140,18 +140,3 @@ def test_tokenize_resumes_among_chats_that_the_template_refuses(words: Tokenizer
     ]
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert [each.doc_id for each in Inputs([tmp_path / "out"]).documents()] == ["0", "2", "4"]
-
-
-def test_tokenize_says_that_chats_need_a_template(words: Tokenizer, tmp_path: Path, run_longnet) -> None:
-    write(tmp_path / "x.jsonl", CHATS)
-    (tmp_path / "words/chat_template.jinja").unlink()
-    for options, problem in (
-        ([], "x.jsonl: 'messages' holds chats, which need the chat template of a tokenizer: give a folder with a "),
-        (["--tokenizer", tmp_path / "words"], f"{tmp_path / 'words'}: no chat template (chat_template.jinja, or "),
-        (["--train-vocab", "300"], "x.jsonl: no column named text with text: choose one (--column); its columns are "),
-    ):
-        done = run_longnet("tokenize", "x.jsonl", "-o", "out.arrow", *options)
-        assert done.returncode == 2
-        assert done.stderr.startswith(f"longnet: error: {problem}")
-        assert len(done.stderr.splitlines()) == 1
-        assert not (tmp_path / "out.arrow").exists()

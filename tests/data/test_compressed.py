@@ -17,7 +17,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.ipc as ipc
 import pytest
-from conftest import RunLongnet
 
 from longnet_cli.basics.errors import DataError, InputWarning
 from longnet_cli.data.inputs import Inputs
@@ -109,20 +108,6 @@ def test_damage_is_one_line(suffix: str, tmp_path: Path) -> None:
     path.write_bytes(PACKERS[suffix](packed))  # only one skin is taken off: there are files that unpack to themselves
     with pytest.raises(DataError, match="neither Arrow, Parquet nor UTF-8 text"):
         list(Inputs([path], BYTES).documents())
-
-
-def test_the_same_numbers_as_from_the_plain_file(tmp_path: Path, run_longnet: RunLongnet) -> None:
-    files = {"plain.txt": TEXT[:500].encode()} | {f"x{end}": f(TEXT[:500].encode()) for end, f in PACKERS.items()}
-    for name, data in files.items():
-        (tmp_path / name).write_bytes(data)
-    commands = [run_longnet("score", *files, "--format", "jsonl", text=False)]
-    commands += [
-        run_longnet("score", "-", "--format", "jsonl", input=data, text=False) for data in list(files.values())[1:]
-    ]
-    rows = [json.loads(line) for done in commands for line in done.stdout.splitlines()]
-    found = [{**row, "doc_id": None} for row in rows if row["kind"] == "document"]
-    assert len(found) == 9
-    assert all(row == found[0] for row in found)
 
 
 def test_a_long_text_goes_through_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from files import BYTES
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longnet_cli.basics.errors import ConfigError, DataError, InputWarning
+from longnet_cli.basics.errors import DataError, InputWarning
 from longnet_cli.data.inputs import Inputs
 
 FASTA = ">chr1 assembled\r\nACGT\r\nNNac\r\n\r\n;a comment\r\nGT\r\n>chr2\n>chr3 x\nTTTT"
@@ -62,19 +62,14 @@ def test_lines_of_any_length_are_joined(sequences: list[str], width: int) -> Non
         ("ACGT\n>x\n", "a.fa, line 1: FASTA begins with a name"),
         (">x\nA\n>x\nC\n", "a.fa, line 3: the name 'x' again"),
         (">\nA\n", "a.fa, line 1: no name"),
+        (">x\nAC\udcffGT\n", "a.fa, line 2: not UTF-8: byte 2 is 0xff"),
     ],
 )
 def test_what_is_no_record_is_one_line(text: str, said: str, tmp_path: Path) -> None:
-    (tmp_path / "a.fa").write_text(text)
+    (tmp_path / "a.fa").write_text(text, errors="surrogateescape")
     with pytest.raises(DataError, match=said) as error:
         read(tmp_path / "a.fa")
     assert "\n" not in str(error.value)
-
-
-def test_bytes_that_are_no_text(tmp_path: Path) -> None:
-    (tmp_path / "a.fa").write_bytes(b">x\nAC\xffGT\n")
-    with pytest.raises(DataError, match="line 2: not UTF-8: byte 2 is 0xff"):
-        read(tmp_path / "a.fa")
 
 
 def test_a_folder_gives_its_records_and_no_index_beside_them(tmp_path: Path) -> None:
@@ -82,18 +77,3 @@ def test_a_folder_gives_its_records_and_no_index_beside_them(tmp_path: Path) -> 
     (tmp_path / "b.fa.fai").write_text("x\t1\t3\t1\t2\n")
     with pytest.warns(InputWarning, match=r": 1 file is not read beside b.fa: b.fa.fai$"):
         assert read(tmp_path) == [("x", "A")]
-
-
-def test_a_column_that_records_lack(tmp_path: Path) -> None:
-    (tmp_path / "b.fa").write_text(">x\nA\n")
-    with pytest.raises(ConfigError, match="column 'quality'"):
-        read(tmp_path / "b.fa", keep=("quality",))
-
-
-def test_a_pipe_stays_text(run_longnet: RunLongnet, tmp_path: Path) -> None:
-    (tmp_path / "a.fa").write_text(FASTA)
-    rows = run_longnet("score", "a.fa", "--format", "jsonl").stdout.splitlines()
-    assert len(rows) == 3 + 1
-    assert (
-        len(run_longnet("score", "-", "--format", "jsonl", input=FASTA).stdout.splitlines()) == 1 + 1
-    )  # one document, and the total

@@ -13,7 +13,7 @@ from builders import scores, tiny_net
 from longnet_cli.basics.errors import CheckpointError, ConfigError, NotFiniteError
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.names import Sources
-from longnet_cli.data.overwriting import refuse_one_place, refuse_overwriting
+from longnet_cli.data.outputs import refuse_one_place, refuse_overwriting
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.encoding import EncodeFacts, encode
 from longnet_cli.jobs.options import EncodeOptions
@@ -56,14 +56,6 @@ def test_one_path_is_one_output_in_any_spelling(files: Path, spelling: str, new:
     refuse_one_place({"--token-logprobs": "x.arrow", "--chosen": "y.arrow", "-o": None})
     with pytest.raises(ConfigError, match="--chosen - is the output of"):
         refuse_one_place({"--token-logprobs": "-", "--chosen": "-"})
-
-
-def test_score_refuses_one_path_for_two_outputs(run_longnet, tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("text")
-    done = run_longnet("score", "a.txt", "--pattern", "finding", "--token-logprobs", "x.arrow", "--chosen", "./x.arrow")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "--chosen ./x.arrow is the output of --token-logprobs as well: name another" in done.stderr
-    assert not (tmp_path / "x.arrow").exists()
 
 
 @pytest.mark.parametrize(

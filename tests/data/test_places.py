@@ -13,9 +13,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from longnet_cli.data.documents import Document
+from longnet_cli.data.documents import Document, TextPlaces
 from longnet_cli.data.inputs import Inputs
-from longnet_cli.data.places import TextPlaces
 from longnet_cli.data.tables import Text
 from longnet_cli.data.tokenizer import Tokenizer
 
@@ -100,7 +99,8 @@ def test_places_are_the_tokenizers_offsets(kind: str, pieces: list[str]) -> None
         return
     places = TextPlaces(found)
     spoken = [places.of(i, i + 1) for i in range(len(found))]
-    whole = b"".join(bytes(data) for data in _bytes(inner, encoding.ids)) if kind.startswith("bytes") else None
+    known = Tokenizer(inner).bytes_of
+    whole = known and b"".join(known[each] for each in encoding.ids)
     if whole == text.encode():  # spans tile the text
         assert "".join(text[start:end] for start, end in spoken if start is not None) or not text
         assert spoken[0][0] == 0
@@ -114,11 +114,6 @@ def test_places_are_the_tokenizers_offsets(kind: str, pieces: list[str]) -> None
             else:
                 assert place[0] == place[1]
     assert places.of(0, len(found)) == (min(s for s, _ in spoken), max(e for _, e in spoken))
-
-
-def _bytes(inner: tokenizers.Tokenizer, ids: list[int]) -> list[list[int]]:
-    known = dict(Tokenizer(inner).bytes_of_tokens())
-    return [known[each] for each in ids]
 
 
 @pytest.mark.parametrize(

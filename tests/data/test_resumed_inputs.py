@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.fs as fs
-import pyarrow.ipc as ipc
 import pytest
 from builders import tiny_model
 from conftest import RunLongnet
+from files import write_rows
 from processes import contents
 
 from longnet_cli.data.inputs import WHOLE_TABLE, content_digest
@@ -27,71 +24,36 @@ COMMANDS = {
 }
 
 
-@pytest.fixture
-def begin(run_longnet: RunLongnet, tmp_path: Path) -> Callable[[str, str], list[str]]:
-    """Leaves `out` as a kill before its last shard does, beside `whole`; returns the words that resume it."""
-
-    def begin(job: str, name: str) -> list[str]:
-        if name == "in.jsonl":
-            lines = [json.dumps({"id": str(n), "text": f"text {n} " + "x" * (n % 3)}) + "\n" for n in range(20)]
-            (tmp_path / name).write_text("".join(lines))
-        else:
-            ids = pa.table({"input_ids": [[n] * 9 for n in range(20)], "doc_id": [str(n) for n in range(20)]})
-            with ipc.new_file(tmp_path / name, ids.schema) as writer:
-                writer.write_table(ids)
-        if job != "tokenize":
-            tiny_model(tmp_path / "model")
-        words = [*COMMANDS[job], name, "-o"]
-        for folder in ("whole", "out"):
-            done = run_longnet(*words, folder)
-            assert done.returncode == 0, done.stderr
-        manifest = read_manifest(tmp_path / "out")
-        (tmp_path / "out" / manifest.shards.pop()["name"]).unlink()
-        (tmp_path / "out/_manifest.arrow").unlink()
-        (tmp_path / "out" / UNFINISHED).write_text(manifest.to_json())
-        return [*words, "out", "--resume"]
-
-    return begin
-
-
 @pytest.mark.parametrize(
-    ("job", "name"), [*((job, "in.jsonl") for job in COMMANDS), ("score", "in.arrow"), ("encode", "in.arrow")]
+    ("job", "name"),
+    [("tokenize", "in.jsonl"), *((job, form) for job in ("score", "encode") for form in ("in.jsonl", "in.arrow"))],
 )
-def test_only_other_contents_are_refused(
-    begin: Callable[[str, str], list[str]], run_longnet: RunLongnet, tmp_path: Path, job: str, name: str
-) -> None:
-    words, path = begin(job, name), tmp_path / name
-    before, good = contents(tmp_path / "out"), path.read_bytes()
-    lines = good.splitlines(keepends=True)
-    byte = good.index(b"\x03" + bytes(7) + b"\x03") if name == "in.arrow" else 0  # of an id of a finished shard
-    path.write_bytes(
-        good[:byte] + b"\x04" + good[byte + 1 :] if name == "in.arrow" else b"".join(lines[7:] + lines[:7])
-    )
-    done = run_longnet(*words)
+def test_only_other_contents_are_refused(run_longnet: RunLongnet, tmp_path: Path, job: str, name: str) -> None:
+    """By the digests of what finished shards hold. A kill before the last of these leaves `out`, beside `whole`."""
+    out, path = tmp_path / "out", tmp_path / name
+    kind = {"in.jsonl": lambda n: {"text": f"text {n}"}, "in.arrow": lambda n: {"ids": [n] * 9}}[name]
+    write_rows(path, [{"id": str(n)} | kind(n) for n in range(20)])
+    if job != "tokenize":
+        tiny_model(tmp_path / "model")
+    for folder in ("whole", "out"):
+        done = run_longnet(*COMMANDS[job], name, "-o", folder)
+        assert done.returncode == 0, done.stderr
+    manifest = read_manifest(out)
+    (out / manifest.shards.pop()["name"]).unlink()
+    (out / "_manifest.arrow").unlink()
+    (out / UNFINISHED).write_text(manifest.to_json())
+    before, good = contents(out), path.read_bytes()
+    byte = good.index(b"3" if name.endswith("jsonl") else b"\x03" + bytes(7) + b"\x03")  # of a finished shard
+    path.write_bytes(good[:byte] + b"4" + good[byte + 1 :])
+    done = run_longnet(*COMMANDS[job], name, "-o", "out", "--resume")
     assert (done.returncode, len(done.stderr.splitlines())) == (3, 1), done.stderr
     assert f"{name}: cannot resume: the file has changed" in done.stderr
-    assert contents(tmp_path / "out") == before
+    assert contents(out) == before
     path.write_bytes(good)
     os.utime(path, (1, 1))  # a time alone is no change
-    done = run_longnet(*words)
+    done = run_longnet(*COMMANDS[job], name, "-o", "out", "--resume")
     assert done.returncode == 0, done.stderr
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-
-
-def test_a_damaged_manifest_is_one_line(
-    begin: Callable[[str, str], list[str]], run_longnet: RunLongnet, tmp_path: Path
-) -> None:
-    """Whatever was changed, or if it lacks its digest."""
-    words, place = begin("tokenize", "in.jsonl"), tmp_path / "out" / UNFINISHED
-    good = json.loads(place.read_text())
-    more = [good["shards"][0] | {"documents": good["shards"][0]["documents"] + 1}, *good["shards"][1:]]
-    for damage in ({"shards": more}, {"shards": good["shards"][1:]}, {"settings": 3}, {"digest": None}, {"version": 0}):
-        place.write_text(json.dumps(good | damage))
-        done = run_longnet(*words)
-        assert (done.returncode, len(done.stderr.splitlines())) == (3, 1), (damage, done.stderr)
-    place.write_text(json.dumps(good))
-    assert run_longnet(*words).returncode == 0
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "whole")
 
 
 def test_a_large_table_is_known_by_its_ends_and_pieces(tmp_path: Path) -> None:

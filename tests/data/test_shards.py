@@ -1,5 +1,6 @@
 """Proves that a folder of shards is whole or says that it is not, and resumes anywhere to the same bytes."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -170,6 +171,18 @@ def test_a_damaged_manifest_is_refused(tmp_path, content):
     (tmp_path / UNFINISHED).write_bytes(content)
     with pytest.raises(DataError, match=UNFINISHED):
         write(tmp_path, resume=True)
+
+
+def test_a_changed_manifest_is_refused(tmp_path):
+    """Whatever was changed, or if it lacks its digest."""
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, fail_at=5)
+    good = json.loads((tmp_path / UNFINISHED).read_text())
+    more = [good["shards"][0] | {"documents": 3}, *good["shards"][1:]]
+    for damage in ({"shards": more}, {"shards": good["shards"][1:]}, {"settings": 3}, {"digest": None}, {"version": 0}):
+        (tmp_path / UNFINISHED).write_text(json.dumps(good | damage))
+        with pytest.raises(DataError, match=UNFINISHED):
+            write(tmp_path, resume=True)
 
 
 def test_a_second_writer_is_refused(tmp_path):
