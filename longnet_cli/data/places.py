@@ -8,6 +8,8 @@ which are kept beside the ids.
 
 from __future__ import annotations
 
+import numpy as np
+
 from longnet_cli.data.documents import Document
 
 COUNTED = 1 << 18  # tokens per step of a count: 2 MB of int64, which stay in the CPU cache
@@ -37,6 +39,18 @@ class TextPlaces:
         first = self._begun - int(self._inside[self.document.read(start, start + 1)].sum())
         self._count(end)
         return first, self._begun
+
+    def each(self, start: int, stop: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Return the same of each of the tokens [start, stop), two of (n,); None if not known."""
+        if self.document.places is not None:
+            first, after = self.document.places[start:stop].T
+            return first, after
+        if not self._counts:
+            return None, None
+        self._count(start)
+        ids = self.document.read(start, stop)
+        after = self._begun + np.cumsum(self._begin[ids])
+        return after - self._begin[ids] - self._inside[ids], after
 
     def _count(self, stop: int) -> None:
         """Count the characters that begin before token `stop`."""

@@ -189,7 +189,8 @@ class Measurement:
     time). A streamed run, `chunk` tokens at a time, also gives a row for each decade of its positions, [start, stop).
     `cpu_seconds` is the CPU time of all threads: on a shared machine, it shows whether other processes slowed the run.
     `peak_rss_bytes` is the process's peak from making the inputs to the last run; on a GPU, the peak of torch's
-    allocator. `model` is the name of a saved model, with its commit if it is on a hub.
+    allocator. `model` is the name of a saved model, with its commit if it is on a hub; `machine`, that of the processor
+    or GPU; `date`, the day in UTC.
     """
 
     op: str
@@ -216,6 +217,8 @@ class Measurement:
     stop: int | None = None
     cpu_seconds: float | None = None
     model: str | None = None
+    machine: str | None = None
+    date: str | None = None
 
     @classmethod
     def of(

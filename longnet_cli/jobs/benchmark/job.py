@@ -56,7 +56,9 @@ def bench(
     on_start: called with each case before it runs, and with the estimated seconds of one run, None if unknown.
     on_tokens: called with the number of tokens of each chunk of a streamed run.
     """
-    return _RunningBench(settings, on_start, on_tokens).rows()
+    said = {"machine": device_name(settings.device), "date": _today()}
+    for row in _RunningBench(settings, on_start, on_tokens).rows():
+        yield replace(row, **said)
 
 
 class _RunningBench:
@@ -215,9 +217,12 @@ def _out_of_memory(error: Exception) -> str:
 def machine(s: Settings) -> str:
     """Describe the machine for a reader of the rows: its processor, cores, torch, kernel and the date (UTC)."""
     kernel = select_kernel(s.device, DTYPES[s.dtype], s.head_dim).name
-    date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
     cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    return f"{device_name(s.device)}, {cores}, torch {torch.__version__}, {s.dtype}, kernel {kernel}, {date}"
+    return f"{device_name(s.device)}, {cores}, torch {torch.__version__}, {s.dtype}, kernel {kernel}, {_today()}"
+
+
+def _today() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
 
 
 def device_name(device: torch.device) -> str:
