@@ -21,6 +21,7 @@ from longnet_cli.nets.longnet import LongNet, Placement
 
 POOLS = ("cls", "max", "mean", "sqrt", "weighted", "last", "first")
 ONE_STATE = {"cls", "first", "last"}  # poolings that take one state of a sequence
+SUMMED = {*ONE_STATE, "mean", "sqrt", "weighted"}  # those of a whole that are the sums of those of its parts
 
 
 @dataclass(frozen=True)
