@@ -219,7 +219,8 @@ class Measurement:
     time). A streamed run, `chunk` tokens at a time, also gives a row for each decade of its positions, [start, stop).
     `cpu_seconds` is the CPU time of all threads: on a shared machine, it shows whether other processes slowed the run.
     `peak_rss_bytes` is the process's peak from making the inputs to the last run; on a GPU, the peak of torch's
-    allocator. `model` is the name of a saved model, with its commit if it is on a hub.
+    allocator. `model` is the name of a saved model, with its commit if it is on a hub; `machine`, that of the processor
+    or GPU; `date`, the day in UTC.
     """
 
     op: str
@@ -246,6 +247,8 @@ class Measurement:
     stop: int | None = None
     cpu_seconds: float | None = None
     model: str | None = None
+    machine: str | None = None
+    date: str | None = None
 
     @classmethod
     def of(
@@ -525,7 +528,9 @@ def bench(
     on_start: called with each case before it runs, and with the estimated seconds of one run, None if unknown.
     on_tokens: called with the number of tokens of each chunk of a streamed run.
     """
-    return _RunningBench(settings, on_start, on_tokens).rows()
+    machine, date = device_name(settings.device), _today()
+    for row in _RunningBench(settings, on_start, on_tokens).rows():
+        yield replace(row, machine=machine, date=date)
 
 
 class _RunningBench:
@@ -684,9 +689,12 @@ def _out_of_memory(error: Exception) -> str:
 def machine(s: Settings) -> str:
     """Describe the machine for a reader of the rows: its processor, cores, torch, kernel and the date (UTC)."""
     kernel = select_kernel(s.device, DTYPES[s.dtype], s.head_dim).name
-    date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
     cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    return f"{device_name(s.device)}, {cores}, torch {torch.__version__}, {s.dtype}, kernel {kernel}, {date}"
+    return f"{device_name(s.device)}, {cores}, torch {torch.__version__}, {s.dtype}, kernel {kernel}, {_today()}"
+
+
+def _today() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
 
 
 def device_name(device: torch.device) -> str:

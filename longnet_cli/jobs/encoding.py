@@ -28,6 +28,7 @@ from longnet_cli.data.tables import numpy_dtype
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.options import NO_PREFIX, ONE_STATE, EncodeOptions
 from longnet_cli.jobs.pooling import (
+    SUMMED,
     DocumentWindow,
     LayerStates,
     Pooling,
@@ -251,6 +252,8 @@ class Encoder(RowJob):
             raise ConfigError("a span has no CLS of its own: take the mean of its tiles (--pool mean), and that alone")
         if self.facts.prefix and not net.config.causal and not framed:
             raise ConfigError("a bidirectional model reads nothing before a document: leave out --prefix")
+        if self.reader.ranks.world > 1 and (apart := {*pools} - SUMMED):
+            raise ConfigError(f"--pool {apart.pop()} of a document is not shared by ranks: give each its own (--dp)")
         if options.all_layers and (pools[1:] or pools[0] not in ("cls", "mean", "first", "last")):
             raise ConfigError(f"--all-layers has no pooling {options.pool}: take mean, first, last or cls")
         if options.context is not None and options.context > (net.config.max_tokens or options.context):
@@ -399,8 +402,6 @@ class Encoder(RowJob):
         """Return the same rows with vectors summed over all ranks, which is exact because pooling is linear."""
         if self.reader.ranks.world == 1 or not rows:
             return rows
-        if "max" in (self.options.pool or "").split("+"):
-            raise ConfigError("the maximum of a document cannot be shared by ranks: give each its own documents (--dp)")
         vectors = torch.stack([row.vector for row in rows])
         self.reader.ranks.sum(vectors, *(row.layers for row in rows if row.layers is not None))
         return [replace(row, vector=vector) for row, vector in zip(rows, vectors, strict=True)]

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
@@ -32,6 +33,13 @@ from longnet_cli.jobs.training.recipe import (
 )
 from longnet_cli.nets.config import LongNetConfig
 
+COMPLETE = {
+    "README.md": "torch",
+    "patterns.md": "torch",
+    "surprise.md": "polars",
+    "embeddings.md": "sentence_transformers",
+}
+"""Pages whose Python blocks run as they are, where a package is installed."""
 TESTED_ELSEWHERE = {"clients.md", "vectors.md"}  # by slow tests of their own: they need what the tests do not install
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "models").rglob("*.md"))]
 
@@ -52,20 +60,40 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def run_blocks(page: Path, languages: tuple[str, ...], folder: Path, env: dict[str, str]) -> str:
+    """Run the blocks of a page in order; return what they print."""
+    text = page.read_text(encoding="utf-8")
+    lines = [
+        "set -euo pipefail",
+        f'PATH="{Path(sys.executable).parent}:$PATH"; python() {{ "{sys.executable}" "$@"; }}',
+    ]
+    for language, block in re.findall(r"^```(sh|python)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        if language in languages:
+            lines.append(block if language == "sh" else f"python - <<'END'\n{block}END")
+    command = ["bash", "-c", "\n".join(lines)]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout
+
+
 @pytest.mark.ci
 @pytest.mark.parametrize(
     "page",
-    [page for page in PAGES if blocks(page, "sh") and page.name not in TESTED_ELSEWHERE],
+    [page for page in PAGES if (blocks(page, "sh") or page.name in COMPLETE) and page.name not in TESTED_ELSEWHERE],
     ids=lambda page: page.stem,
 )
-def test_shell_commands(page: Path, checkout: Path, command_env: dict[str, str], longnet: Path) -> None:
-    commands = [line for block in blocks(page, "sh") for line in block.splitlines() if line.strip()]
-    script = "\n".join(["set -euo pipefail", f'PATH="{longnet.parent}:$PATH"', *commands])
-    done = subprocess.run(
-        ["bash", "-c", script], cwd=checkout, env=command_env, capture_output=True, text=True, check=False, timeout=600
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
+def test_blocks_run(page: Path, checkout: Path, command_env: dict[str, str]) -> None:
+    needed = COMPLETE.get(page.name, "no_package")
+    if page.name == "embeddings.md" and find_spec(needed):
+        from sentence_models import save_model
+
+        save_model(checkout / "sentence-transformers/all-MiniLM-L6-v2")  # a folder comes before a name on the hub
+    printed = run_blocks(page, ("sh", "python") if find_spec(needed) else ("sh",), checkout, command_env)
+    if page.name == "README.md":
+        assert "dilated_attention" in (checkout / "my-dilated-llama/config.json").read_text(encoding="utf-8")
+    if page.name == "embeddings.md" and find_spec(needed):
+        assert printed.startswith("A run that was killed goes on. ")
 
 
 def shown_commands(page: Path) -> list[list[str]]:
@@ -95,42 +123,21 @@ def test_options_of_commands_exist(page: Path) -> None:
 
 
 @pytest.mark.slow
-def test_blocks_of_vectors(checkout: Path, command_env: dict[str, str], longnet: Path) -> None:
+def test_blocks_of_vectors(checkout: Path, command_env: dict[str, str]) -> None:
     """What docs/vectors.md shows is run, in order."""
-    text = (ROOT / "docs/vectors.md").read_text(encoding="utf-8")
-    shell = f'PATH="{longnet.parent}:$PATH"; python() {{ "{sys.executable}" "$@"; }}'
-    lines = ["set -euo pipefail", shell]
-    for language, block in re.findall(r"^```(sh|python)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
-        lines.append(block if language == "sh" else f"python - <<'END'\n{block}END")
-    done = subprocess.run(
-        ["bash", "-c", "\n".join(lines)],
-        cwd=checkout,
-        env=command_env,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
-    neighbours = [line.split() for line in done.stdout.splitlines()]
+    printed = run_blocks(ROOT / "docs/vectors.md", ("sh", "python"), checkout, command_env)
+    neighbours = [line.split() for line in printed.splitlines()]
     assert len(neighbours) == 6
     assert all(line[0].split("-")[0] == line[1].split("-")[0] == line[3].split("-")[0] for line in neighbours)
 
 
-@pytest.mark.ci
-def test_python_blocks(checkout: Path, command_env: dict[str, str], python: Path) -> None:
-    script = "\n".join(blocks(ROOT / "README.md", "python"))
-    done = subprocess.run(
-        [python, "-c", script], cwd=checkout, env=command_env, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "dilated_attention" in (checkout / "my-dilated-llama/config.json").read_text(encoding="utf-8")
-
-
-def test_toml_block() -> None:
-    (block,) = blocks(ROOT / "docs/training.md", "toml")
-    mix = load_recipe("longnet-tiny", {"model.vocab_size": 257, "data": tomllib.loads(block)["data"]}).data.sources
+def test_toml_blocks(tmp_path: Path) -> None:
+    """The first one is a whole recipe, the other one changes its data."""
+    whole, mixed = blocks(ROOT / "docs/training.md", "toml")
+    (tmp_path / "recipe.toml").write_text(whole, encoding="utf-8")
+    recipe = load_recipe(str(tmp_path / "recipe.toml"), {"model.vocab_size": 257})
+    assert [stage.seq_len for stage in recipe.train.stages] == [1024, 8192]
+    mix = load_recipe("longnet-tiny", {"model.vocab_size": 257, "data": tomllib.loads(mixed)["data"]}).data.sources
     assert [source.weight for source in mix] == [7, 3]
 
 

