@@ -123,9 +123,10 @@ def find_sources(names: Sequence[str | Path]) -> tuple[list[Source], list[DataEr
         raise ConfigError("no input: name a file, a folder, a glob, @list.txt, or - for stdin")
     if sum(str(name) in ("-", "@-") for name in names) > 1:
         raise ConfigError("stdin (-) can be read only once")
-    missing: list[DataError] = []
-    sources = once(_expand_all([_as_text(str(name)) for name in names], missing, in_list=False))
+    found = [*_expand_all([_as_text(str(name)) for name in names], in_list=False)]
+    sources = once(each for each in found if isinstance(each, Source))
     times = Counter(source.name for source in sources)
+    missing = [each for each in found if isinstance(each, DataError)]
     return [source if times[source.name] == 1 else replace(source, name=source.where) for source in sources], missing
 
 
@@ -149,17 +150,17 @@ def once(sources: Iterable[Source]) -> list[Source]:
     return list(first.values())
 
 
-def _expand_all(items: Iterable[str], missing: list[DataError], *, in_list: bool) -> Iterator[Source]:
-    """Yield the files that inputs name, and add an error to `missing` for each input that cannot be found."""
+def _expand_all(items: Iterable[str], *, in_list: bool) -> Iterator[Source | DataError]:
+    """Yield the files that inputs name, and an error for each input that cannot be found."""
     for item in items:
         try:
-            for source in _expand(item, missing, in_list=in_list):
-                if any("\ud800" <= character <= "\udfff" for character in source.where):
-                    missing.append(DataError(f"{source.where!a}: the name is not UTF-8: rename it"))
+            for source in _expand(item, in_list=in_list):
+                if isinstance(source, Source) and any("\ud800" <= character <= "\udfff" for character in source.where):
+                    yield DataError(f"{source.where!a}: the name is not UTF-8: rename it")
                 else:
                     yield source
         except DataError as error:
-            missing.append(error)
+            yield error
 
 
 def _as_text(path: str) -> str:
@@ -175,7 +176,7 @@ def _as_path(text: str) -> str:
     return os.fsdecode(text.encode("utf-8", "surrogateescape"))
 
 
-def _expand(item: str, missing: list[DataError], *, in_list: bool) -> Iterable[Source]:
+def _expand(item: str, *, in_list: bool) -> Iterable[Source | DataError]:
     if not item:  # such as an unset variable in a script
         raise ConfigError("an input is empty: name a file, a folder, a glob, @list.txt, or - for stdin")
     refuse_web_address(item)
@@ -196,7 +197,7 @@ def _expand(item: str, missing: list[DataError], *, in_list: bool) -> Iterable[S
     if path.exists():
         return [Source(path, _as_text(path.name), item)]
     if item.startswith("@") and not in_list:
-        return _expand_all(_listed(item[1:]), missing, in_list=True)
+        return _expand_all(_listed(item[1:]), in_list=True)
     if glob.has_magic(item):
         matches = filter(os.path.isfile, glob.glob(_as_path(item), recursive=True))
         files = sorted(map(_as_text, matches), key=natural_order)

@@ -80,17 +80,15 @@ class ColumnPlace(NamedTuple):
 
 def find_column(schema: pa.Schema, name: str) -> ColumnPlace | None:
     """Return the place of a column, which may be inside others (`doc.body`), or None for an unknown name."""
-    kinds = {field.name: field.type for field in schema}
-    steps = name.split(".")
+    kinds, steps = {field.name: field.type for field in schema}, name.split(".")
     for cut in range(len(steps), 0, -1):  # a name may have dots of its own
-        kind, rest = kinds.get(".".join(steps[:cut])), steps[cut:]
-        for step in rest:
-            if kind is None or not pa.types.is_struct(kind) or kind.get_field_index(step) < 0:
-                kind = None
-                break
-            kind = kind.field(step).type
+        root, fields = ".".join(steps[:cut]), steps[cut:]
+        kind: Any = kinds.get(root)
+        for step in fields:
+            inside = kind is not None and pa.types.is_struct(kind) and kind.get_field_index(step) >= 0
+            kind = kind.field(step).type if inside else None
         if kind is not None:
-            return ColumnPlace(".".join(steps[:cut]), rest, kind)
+            return ColumnPlace(root, fields, kind)
     return None
 
 

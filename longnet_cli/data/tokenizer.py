@@ -424,8 +424,9 @@ class Tokenizer:
     @cached_property
     def characters(self) -> tuple[np.ndarray, np.ndarray]:
         """For each id, how many characters begin in its bytes, and whether it begins inside of one."""
-        follows = [[byte & 0xC0 == 0x80 for byte in data] for data in self.bytes_of or ()]
-        return np.array([each.count(False) for each in follows]), np.array([each[:1] == [True] for each in follows])
+        begin = [sum(byte & 0xC0 != 0x80 for byte in data) for data in self.bytes_of or ()]
+        inside = [bool(data) and data[0] & 0xC0 == 0x80 for data in self.bytes_of or ()]
+        return np.array(begin, np.int64), np.array(inside, bool)
 
     @library_call()
     def decode(self, ids: np.ndarray, *, special: bool = True) -> str:

@@ -31,6 +31,7 @@ from longnet_cli.cli.output import say_what_is_kept
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.outputs import ShardWriter
 from longnet_cli.data.shards import ShardFolder
+from longnet_cli.data.tokenizer import Tokenizer
 
 SIZES = {"dim": 32, "num_layers": 4, "num_heads": 4, "ffn_dim": 64, "position": "rope"}
 SIZES |= {"segment_lengths": (64, 1024), "dilation_rates": (1, 4)}
@@ -51,6 +52,11 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_lines(folder / "chat.jsonl", [{"messages": [{"role": "user", "content": "Hi"}]}])
     (folder / "bad.jsonl").write_text('{"text": "a"}\n{"text": 5}\n')
     (folder / "empty.jsonl").write_text('{"text": ""}\n')
+    (folder / "empty.txt").touch()
+    (folder / "taken/file").mkdir(parents=True)
+    (folder / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
+    tiny_model(folder / "model")
+    Tokenizer.train(["some text and more text"] * 9, 265).save(folder / "large.json")
     (folder / "bad.gz").write_bytes(gzip.compress(b"unreadable " * 1000)[:-4])
     (folder / "long.txt").write_text("x" * 65)
     ids = pa.table({"input_ids": [[1] * 5, [1] * 70, [1, 300]], "doc_id": ["a", "b", "c"]})
@@ -62,6 +68,27 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 FAILURES = [  # command, exit code, a part of its line
     ("score bad.jsonl", 3, "bad.jsonl, line 2: 'text' is not text"),
+    ("score none.txt", 3, "none.txt: no such file"),
+    ("score picture.png", 3, "picture.png: neither Arrow, Parquet nor UTF-8 text"),
+    ("score empty.txt --format json", 3, "no token could be scored: every document is empty"),
+    ("score ids.parquet -m ./model", 3, "row 2, offset 1: token id 300 does not fit a vocabulary of 257"),
+    ("score x.parquet --column body", 2, "there is no column 'body'; its columns are id: int64"),
+    ("score x.parquet -m ./model --tokenizer large.json", 2, "large.json: not the tokenizer of the model"),
+    (
+        "score x.parquet -m ./model --tokenizer large.json --tokenizer-differs", 2,
+        "the tokenizer has 265 ids and the model 257",
+    ),
+    ("score x.parquet -m no-such-model", 2, "unknown model 'no-such-model'"),
+    ("encode x.parquet --resume -o out.arrow", 2, "out.arrow: only a folder of shards can be resumed"),
+    ("encode x.parquet -o taken", 2, "taken exists and is not an empty folder"),
+    ("train longnet-tiny --data x.parquet -o x.parquet", 2, "x.parquet is a file, and -o names the folder of a run"),
+    ("train longnet-tiny --data x.parquet -o x.parquet/run", 2, "x.parquet is a file, and -o names the folder"),
+    ("train longnet-tiny --data x.parquet --output=", 2, "--output is empty"),
+    ("train none", 2, "longnet-tiny; a path ends in .toml"),
+    ("train other/my.toml", 2, "no recipe 'other/my.toml': no such file. Shipped recipes: "),
+    (f"train --resume {'a' * 10_000}", 2, "aaa: File name too long"),
+    (f"train recipe.toml --resume {'a' * 10_000}", 2, "aaa: File name too long"),
+    ("train -o run", 2, "there is no run in run"),
     ("score bad.jsonl -o out.arrow", 3, "bad.jsonl, line 2: 'text' is not text"),
     ("tokenize bad.jsonl -o out.arrow", 3, "bad.jsonl, line 2: 'text' is not text"),
     ("tokenize bad.gz -o out.arrow", 3, "bad.gz: the gzip data is damaged or truncated ("),
@@ -101,7 +128,7 @@ FAILURES = [  # command, exit code, a part of its line
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("words", "code", "line"), FAILURES)
+@pytest.mark.parametrize(("words", "code", "line"), FAILURES, ids=[words[:60] for words, *_ in FAILURES])
 def test_bad_input_is_one_line_and_an_exit_code(
     words: str, code: int, line: str, inputs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,6 +140,12 @@ def test_bad_input_is_one_line_and_an_exit_code(
     error = refused(*words.split())
     assert (error.exit_code, {*inputs.iterdir()}) == (code, before)
     assert line in str(error)
+
+
+def test_a_failure_is_all_that_is_said(run_longnet):
+    done = run_longnet("score", "none.txt")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (3, "", 1)
+    assert done.stderr.startswith("longnet: error: none.txt: no such file")
 
 
 @pytest.fixture

@@ -11,12 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 from processes import contents
 
-from longnet_cli.basics.errors import DataError
 from longnet_cli.data import formats
 from longnet_cli.data import inputs as inputs_module
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.manifest import LeftOut, read_manifest
-from longnet_cli.data.tables import Text
 from longnet_cli.jobs.tokenizing import tokenize
 
 ROWS = [{"id": f"r{index}", "text": f"text {index} " * 50} for index in range(8)]
@@ -30,15 +28,11 @@ ERRORS = [
 TOTALS = "13 documents, 5.66k tokens, 1.00 bytes per token, vocabulary 257 -> "
 
 
-def lines(rows: list[dict]) -> list[str]:
-    return [json.dumps(row) + "\n" for row in rows]
-
-
 @pytest.fixture
 def inputs(tmp_path: Path) -> list[str]:
     """Good and bad ones; the folder `good` has the good ones alone, under the same names."""
     (tmp_path / "good").mkdir()
-    found = lines(ROWS)
+    found = [json.dumps(row) + "\n" for row in ROWS]
     (tmp_path / "good/rows.jsonl").write_text("".join(found))
     found[3:3], found[5:5] = ['{"id": "x", "text": \n'], ['{"id": "y", "text": null}\n']
     assert (found[3][-2:], json.loads(found[5])["text"]) == (" \n", None)
@@ -120,18 +114,3 @@ def test_of_a_long_text_that_ends_badly_nothing_is_written(tmp_path, monkeypatch
     assert [line.partition(": ")[0] for line in skipped] == [str(bad)]
     (whole,) = Inputs([tmp_path / "long.txt"], skip_bad=True).texts()
     assert "".join(whole.parts) == text
-
-
-def test_rows_before_damage_do_not_depend_on_how_fast_they_came(tmp_path, monkeypatch):
-    """So a resumed run finds as many as the first one did."""
-    path = tmp_path / "cut.jsonl.gz"
-    path.write_bytes(gzip.compress("".join(lines(ROWS * 1000)).encode())[:-100])
-
-    def count() -> int:
-        return sum(isinstance(text, Text) for text in Inputs([path], skip_bad=True).texts())
-
-    fast = count()
-    monkeypatch.setattr("longnet_cli.data.jsonlines.PATIENCE", -1)
-    assert fast == count() > 5000
-    with pytest.raises(DataError, match="the gzip data is damaged or truncated"):
-        list(Inputs([path]).texts())

@@ -144,31 +144,20 @@ def mutations(name: str) -> list[Mutation]:
 
 # Reads each (place, how) of a list and says at once what came of it, so that after a crash it is known where.
 READER = """
-import json, os, resource, sys, threading
+import json, os, resource, sys
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.basics.errors import LongNetError
 
 resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))  # a damaged size may ask for any amount
 
 def read(path, piped):
-    if not piped:
-        return [d.read().tolist() for d in Inputs([path], vocab_size=257).documents()]
-    inner, outer = os.pipe()
-    with open(path, "rb") as file:
-        data = file.read()
-    def feed():
-        try:
-            with os.fdopen(outer, "wb") as pipe:
-                pipe.write(data)
-        except BrokenPipeError:
-            pass
-    feeder = threading.Thread(target=feed)
-    feeder.start()
-    try:
-        with os.fdopen(inner) as sys.stdin:
-            return [d.read().tolist() for d in Inputs(["-"], vocab_size=257).documents()]
-    finally:
-        feeder.join()
+    if piped:
+        inner, outer = os.pipe()
+        with open(path, "rb") as file:
+            assert os.write(outer, file.read()) < 1 << 16  # what a pipe holds
+        os.close(outer)
+        sys.stdin, path = os.fdopen(inner), "-"
+    return [d.read().tolist() for d in Inputs([path], vocab_size=257).documents()]
 
 for path, piped in json.loads(sys.stdin.read()):
     try:
