@@ -277,7 +277,7 @@ def test_a_value_that_fails_is_named_by_its_key(corpus: Path, tmp_path: Path) ->
     with pytest.raises(LongNetError, match="^init: nothing: "):
         load_recipe(None, {"init": "./nothing"})
     for more in ({}, {"model.vocab_size": 300}):  # read for its size, or when the run starts
-        with pytest.raises(LongNetError, match="^data.tokenizer: .*nothing"):
+        with pytest.raises(LongNetError, match=r"^data\.tokenizer: .*nothing"):
             train(recipe(corpus, **{"data.tokenizer": "./nothing"}, **more), tmp_path / "out")
     with pytest.raises(ConfigError, match=r"^data\.eos: "):
         train(recipe(corpus, **{"data.eos": "nothing"}), tmp_path / "out")
