@@ -274,7 +274,7 @@ def test_held_out_data_without_a_token_is_refused_at_the_begin(corpus: Path, tmp
 
 
 def test_a_value_that_fails_is_named_by_its_key(corpus: Path, tmp_path: Path) -> None:
-    with pytest.raises(LongNetError, match="^init: nothing: "):
+    with pytest.raises(LongNetError, match=r"^init: nothing: "):
         load_recipe(None, {"init": "./nothing"})
     for more in ({}, {"model.vocab_size": 300}):  # read for its size, or when the run starts
         with pytest.raises(LongNetError, match=r"^data\.tokenizer: .*nothing"):
