@@ -208,8 +208,7 @@ def _open(options: GenerateCommand, text: str | None) -> tuple[Opened, Inputs]:
 
 def _estimate(job: _TextGenerator, documents: Iterable[Document], free: Room) -> None:
     """Print what reading the prompts and generating the most tokens would take. Raises as `show_reading`."""
-    from longnet_cli.jobs.estimating.estimate import estimate_reading
-    from longnet_cli.jobs.estimating.timing import seconds_of_new_token
+    from longnet_cli.jobs.estimating.estimate import estimate_reading, seconds_of_new_token
     from longnet_cli.jobs.generating import plan_generation
     from longnet_cli.running.reader import share_reader
 

@@ -41,7 +41,7 @@ from longnet_cli.attention.notation import format_levels, format_pattern
 from longnet_cli.basics.configuration import validate
 from longnet_cli.basics.errors import ConfigError, is_out_of_memory
 from longnet_cli.jobs.estimating.memory import attention_memory, cache_bytes, forward_memory, gradient_memory
-from longnet_cli.jobs.training.gradients import backward
+from longnet_cli.jobs.training.objective import backward
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.nets.config import NetConfig, parse_config
 from longnet_cli.nets.longnet import LongNet

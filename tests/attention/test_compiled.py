@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from longnet_cli.attention import DilatedAttention, FarSpan, Pattern, dilated_attention, far_keys
 from longnet_cli.attention.shard import Shard
 from longnet_cli.attention.spans import far_spans
-from longnet_cli.jobs.training.gradients import backward
+from longnet_cli.jobs.training.objective import backward
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.positions import position_table
