@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from longnet_cli.basics.errors import ConfigError, MemoryLimitError
-from longnet_cli.basics.sizes import format_bytes, format_count, format_duration
+from longnet_cli.basics.sizes import count_of, format_bytes, format_count, format_duration
 from longnet_cli.cli.output import emit_json
 from longnet_cli.cli.progress import progress
 
@@ -40,7 +40,7 @@ def show_training(estimate: Estimate, format: Format) -> None:
 def show_reading(estimate: Estimate, format: Format, job: str) -> None:
     """Print the estimate of a `job` to stdout. Raises MemoryLimitError if the job does not fit."""
     facts, (rows, length) = estimate.facts, estimate.measured or (0, 0)
-    longest = f"the longest has {facts['longest']:,} tokens"
+    longest = f"the longest has {count_of(facts['longest'], 'token')}"
     if estimate.too_long:
         longest += f", and the model reads {estimate.too_long:,}"
     if facts["left_out"]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from longnet_cli.basics.errors import ConfigError, LongNetError
-from longnet_cli.basics.sizes import format_bytes, format_duration
+from longnet_cli.basics.sizes import count_of, format_bytes, format_duration
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.command import Excludes, Needs, check_pairs
 from longnet_cli.cli.dry_run import show_reading
@@ -157,7 +157,7 @@ def generate(options: GenerateCommand) -> None:
         job.run(document, forked, index if several else None)
     if stream and save_state:
         size = stream.save(save_state, name=loaded.origin, tokenizer_sha256=loaded.tokenizer_sha256)
-        tell(f"{save_state}: the state after {stream.position:,} tokens, {format_bytes(size)}", quiet)
+        tell(f"{save_state}: the state after {count_of(stream.position, 'token')}, {format_bytes(size)}", quiet)
     from longnet_cli.running.ranks.ranks import leave
 
     leave()
@@ -212,8 +212,7 @@ def _open(options: GenerateCommand, text: str | None) -> tuple[Opened, Inputs]:
 
 def _estimate(job: _TextGenerator, documents: Iterable[Document], free: Room) -> None:
     """Print what reading the prompts and generating the most tokens would take. Raises as `show_reading`."""
-    from longnet_cli.jobs.estimating.estimate import estimate_reading
-    from longnet_cli.jobs.estimating.timing import seconds_of_new_token
+    from longnet_cli.jobs.estimating.estimate import estimate_reading, seconds_of_new_token
     from longnet_cli.jobs.generating import plan_generation
     from longnet_cli.running.reader import share_reader
 
@@ -223,7 +222,7 @@ def _estimate(job: _TextGenerator, documents: Iterable[Document], free: Room) ->
     plan = plan_generation(net, documents, job.bos_ids, job.max_tokens, reader.chunk, least=0 if save_state else 1)
     each = seconds_of_new_token(net, computing.dtype)
     plan.seconds += plan.documents * job.max_tokens * each
-    most = f"at most {job.max_tokens} tokens of each"
+    most = f"at most {count_of(job.max_tokens, 'token')} of each"
     said = f"{most}, {format_duration(each)} a token (measured after a short prompt)"
     said += f"; the state goes to {save_state}" if save_state else ""
     show_reading(estimate_reading(reader, plan, room=free, scores=False, output=said), "text", "generating")
@@ -438,12 +437,12 @@ class _Printer:
             if not sources:
                 tell("no sources: nothing was chosen more than before")
         if not quiet and not self.number:
-            tell(f"{len(self.document)} tokens read")
+            tell(f"{count_of(len(self.document), 'token')} read")
         elif not quiet:
             each = (time.monotonic() - self.began) / max(1, self.number - 1)
             drawn = "" if self.seed is None else f", seed {self.seed}"
             tell(
-                f"{len(self.document)} tokens read, {self.number} generated, {format_duration(each)} each "
+                f"{count_of(len(self.document), 'token')} read, {self.number} generated, {format_duration(each)} each "
                 f"({self.reason}{drawn})",
             )
 

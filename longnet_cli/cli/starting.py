@@ -233,7 +233,8 @@ class Opened(NamedTuple):
         if written is not None and output is not None:
             counts = f"{unit.format(written['rows'])}{'s' * (written['rows'] != 1)}"
             place = "stdout" if output == "-" else output
-            tell(f"{counts} of {format_count(written['tokens'])} tokens -> {place}", quiet)
+            tokens = f"{format_count(written['tokens'])} token{'s' * (written['tokens'] != 1)}"
+            tell(f"{counts} of {tokens} -> {place}", quiet)
 
     def end(self, left_out: LeftOut) -> None:
         """Leave the ranks, and say what is left out. If documents are, the first rank exits with code 6."""

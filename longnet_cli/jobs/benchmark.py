@@ -47,7 +47,7 @@ from longnet_cli.jobs.estimating.memory import (
     gradient_memory,
     transient_memory,
 )
-from longnet_cli.jobs.training.gradients import backward
+from longnet_cli.jobs.training.objective import backward
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.nets.config import NetConfig, parse_config
 from longnet_cli.nets.longnet import LongNet

@@ -17,7 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from longnet_cli.attention import DilatedAttention, KVCache, Pattern, dilated_attention
-from longnet_cli.jobs.training.gradients import backward
+from longnet_cli.jobs.training.objective import backward
 
 pytestmark = pytest.mark.ci
 

@@ -264,4 +264,6 @@ def test_a_dry_run_counts_the_prompts_and_generates_nothing(model: Path, tmp_pat
     assert PROMPT not in done.stdout
     words = ["generate", "--dry-run", "text", "-m", f"{model}/"]
     assert "--dry-run prints a table: leave out --format" in str(refused(*words, "--format", "jsonl"))
-    assert "leave out --save-state" in str(refused(*words, "--save-state", tmp_path / "state"))
+    state = invoke(*words, "--save-state", tmp_path / "state")
+    assert re.search(r"read +5  tokens .*at most 0 tokens of each, .*; the state goes to .*state\n", state.stdout, re.S)
+    assert not (tmp_path / "state").exists()

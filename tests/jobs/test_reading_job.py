@@ -304,7 +304,12 @@ def test_the_command_writes_nothing_and_says_what_it_would(run_longnet: RunLongn
     assert (found["documents"], found["fits"], found["sampled"]) == (4, True, None)
     assert found["peak_bytes"] == sum(found["memory_bytes"].values())
     assert found["seconds"] > 0
-    assert found["output"] == "vectors, a new folder of shards"
+    kept = "vectors, a new folder of shards; a kill loses at most a shard and a document: {} rows, "
+    assert found["output"].startswith(kept.format(4))
+    (tmp_path / "long.txt").write_text("word " * 9000)
+    spans = run_longnet("encode", "long.txt", "-o", "vectors", "--span", "1", "--dry-run", "--format", "json")
+    assert json.loads(spans.stdout)["output"].startswith(kept.format("4,096"))  # a shard
+    (tmp_path / "long.txt").unlink()
     table = run_longnet("score", "@list", "--context", "16,64", "-o", "gains.parquet", "--dry-run", "--sample", "2")
     assert (table.returncode, table.stderr) == (0, "")
     assert "(95 %), estimated from 2 texts" in table.stdout
@@ -320,7 +325,8 @@ def test_the_command_writes_nothing_and_says_what_it_would(run_longnet: RunLongn
     assert json.loads(refused.stdout)["output"].startswith("refused: vectors holds a finished data set")
     resumed = run_longnet("encode", "@list", "-o", "vectors", "--resume", "--dry-run", "--format", "json")
     rest = json.loads(resumed.stdout)
-    assert (rest["documents"], rest["output"]) == (2, "vectors, after document 2 of an earlier run")
+    assert rest["documents"] == 2
+    assert rest["output"].startswith("vectors, after document 2 of an earlier run; a kill loses at most")
     assert 0 < rest["tokens"] < found["tokens"]
 
 

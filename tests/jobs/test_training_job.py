@@ -20,7 +20,7 @@ from longnet_cli.attention.spans import open_spans
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.jobs.estimating.memory import cache_bytes, saved_bytes, seen_segments
 from longnet_cli.jobs.training.costs import estimate_training, settle_chunk, step_flops, training_memory
-from longnet_cli.jobs.training.gradients import plan_forwards
+from longnet_cli.jobs.training.objective import plan_forwards
 from longnet_cli.jobs.training.recipe import Recipe, load_recipe
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet

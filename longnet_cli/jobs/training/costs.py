@@ -218,7 +218,7 @@ def _stage_memory(recipe: Recipe, stage: Stage, device: torch.device, ranks: Ran
 
 
 def tokens_at_once(recipe: Recipe, stage: Stage, ranks: Ranks) -> int:
-    """Return the most tokens of a forward pass on one rank, as `gradients.backward` groups or cuts sequences."""
+    """Return the most tokens of a forward pass on one rank, as `objective.backward` groups or cuts sequences."""
     chunk, rows = recipe.train.chunk * ranks.sp, max(1, recipe.train.windows(stage) // ranks.dp)
     if recipe.train.across_documents:
         rows = min(rows, max(1, chunk // stage.seq_len))

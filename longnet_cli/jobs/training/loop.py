@@ -35,9 +35,8 @@ from longnet_cli.running.ranks.ranks import Ranks
 
 from .checkpoint import Checkpoints, checkpoints_in, frozen_digest, read_state, restore, run_tensors
 from .costs import stored_bytes
-from .gradients import backward
 from .metrics import Metrics, MetricsLog, Tracker, open_trackers
-from .objective import evaluate, inputs_and_targets
+from .objective import backward, evaluate, inputs_and_targets
 from .recipe import Recipe, Stage
 from .start import (
     BEST,
