@@ -195,18 +195,6 @@ def test_it_generates_what_the_command_generates(net: LongNet, folder: Path, wor
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("net", ["sinks"], indirect=True)
-def test_pipeline_writes_text(folder: Path) -> None:
-    pipe = hf.pipeline("text-generation", model=str(folder), device="cpu")
-    found = pipe(TEXTS[0], max_new_tokens=5, do_sample=False, return_full_text=False)[0]["generated_text"]
-    prompt = Document("0", BYTES.encode(TEXTS[0]), None, "test")
-    model = LongNet.from_pretrained(folder)
-    assert found == "".join(
-        x.text for x in generate(model, prompt, bos=None, tokenizer=BYTES, max_tokens=5, end_ids={256})
-    )
-
-
-@pytest.mark.ci
 @pytest.mark.parametrize("net", ["untied"], indirect=True)
 def test_a_trainer_trains_and_resumes(net: LongNet, folder: Path, tmp_path: Path) -> None:
     """The first loss is the LongNet's; its checkpoint is a LongNet; a resumed run ends where a whole one does."""
