@@ -186,8 +186,10 @@ def test_saved_is_loaded(model: Callable[[], hf.PreTrainedModel], tmp_path: Path
     assert isinstance(net, TransformersNet)
     assert type(net.model) is type(saved)
     assert (net.config.pattern, net.config.causal) == (FAR, model in CAUSAL)
+    auto = (hf.AutoModelForCausalLM if model in CAUSAL else hf.AutoModelForMaskedLM).from_pretrained(tmp_path)
     with torch.no_grad():
         assert torch.equal(net(ids(70)), saved.base_model(ids(70)).last_hidden_state)
+        assert torch.equal(auto(ids(70)).logits, saved(ids(70)).logits)
     other = ModelFolder(tmp_path).net(pattern=Pattern((16,), (1,)))
     assert other.config.pattern == Pattern((16,), (1,))
     assert not torch.equal(other(ids(70)), net(ids(70)))
