@@ -128,7 +128,7 @@ class Reader:
     Several `ranks`, which must all read the same windows, share every long window, `chunk` tokens each, and divide the
     forward passes over short windows. `dtype` is as in `running.device`. On every rank, `on_progress` gets the number
     of wanted tokens of each forward pass. `on_choice` gets the windows of a forward pass, and what their layers see of
-    chosen blocks, as `running.causal_stream.OnChoice`.
+    chosen blocks, as `running.layer_caches.OnChoice`.
     """
 
     def __init__(
