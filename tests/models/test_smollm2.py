@@ -19,7 +19,6 @@ pytest.importorskip("accelerate", reason="accelerate is not installed: pip insta
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'longnet-cli[hf]'")
 
 from places import GOLDEN
-from processes import extra_memory
 
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.notation import parse_pattern
@@ -81,10 +80,3 @@ def test_chosen_blocks_are_dense_attention_until_one_is_left_out(folder: Path, i
         with torch.inference_mode():
             one, other = (net.logits(net(ids[None, :tokens])) for net in (own, chosen))
         assert ((one - other).abs().max() <= 1e-4) == equal
-
-
-def test_loading_takes_the_memory_of_the_weights(source: Path, tmp_path: Path, command_env: dict[str, str]) -> None:
-    convert(source, tmp_path / "bf16", "bf16")
-    extra, weights = extra_memory(tmp_path / "bf16", "bfloat16", command_env)
-    assert weights == 269_030_016  # 134.5 million numbers
-    assert extra <= 1.3 * weights
