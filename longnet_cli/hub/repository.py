@@ -312,12 +312,9 @@ def check_commit(named: object, asked: str | None, repo: str) -> str:
     Without `asked`, any commit will do.
     """
     if not COMMIT.fullmatch(str(named)) or asked not in (None, named):
-        raise CheckpointError(f"{repo}: the hub names {str(named)!r} as the commit{_instead(asked)}: nothing is taken")
+        wanted = f" instead of {asked}" if asked else ", which is not 40 hexadecimal digits"
+        raise CheckpointError(f"{repo}: the hub names {str(named)!r} as the commit{wanted}: nothing is taken")
     return str(named)
-
-
-def _instead(asked: str | None) -> str:
-    return f" instead of {asked}" if asked else ", which is not 40 hexadecimal digits"
 
 
 def is_within(name: str) -> bool:

@@ -119,18 +119,6 @@ def test_a_net_without_chosen_blocks_stays_as_it_is() -> None:
     assert net.config.pattern == Pattern.window(128)
 
 
-def of_llama() -> Any:
-    import transformers as hf
-
-    return hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, num_key_value_heads=2))
-
-
-def of_neox() -> Any:
-    import transformers as hf
-
-    return hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**SIZES, rotary_pct=1.0))
-
-
 def learn_to_repeat(model: Any) -> None:
     """Train a model of transformers, with its own dense attention, on texts that say some tokens again and again.
 
@@ -154,12 +142,13 @@ def learn_to_repeat(model: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [of_llama, of_neox])
-def test_models_that_learn_to_repeat_show_the_layer_that_looks_back(make: Any) -> None:
+def test_a_model_that_learns_to_repeat_shows_the_layer_that_looks_back() -> None:
     """When this layer chooses, a model repeats what lies before its window. With another layer, or none, it does not.
 
     Three blocks are too few for one that the text names: votes alone choose. No token of the text comes twice before.
     """
+    import transformers as hf
+
     from longnet_cli.integrations.transformers import use_dilated_attention
     from longnet_cli.models.hf.pretrained_net import TransformersNet
 
@@ -167,7 +156,7 @@ def test_models_that_learn_to_repeat_show_the_layer_that_looks_back(make: Any) -
         return TransformersNet(use_dilated_attention(deepcopy(model), pattern))
 
     torch.manual_seed(0)
-    model = make().train()
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, num_key_value_heads=2)).train()
     learn_to_repeat(model)
     model.eval()
     pattern, chance = replace(PATTERN, chosen=3), torch.Generator().manual_seed(1)

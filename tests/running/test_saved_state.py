@@ -168,6 +168,20 @@ def test_a_cache_of_transformers_goes_on_as_if_nothing_had_happened(build: str, 
             LongNetCache.load(tmp_path / "state", other)
 
 
+def test_a_cache_of_transformers_chooses_more_often(tmp_path: Path) -> None:
+    """What was counted for groups of 8 tokens counts twice for groups of 4."""
+    pytest.importorskip("transformers")
+    from longnet_cli.integrations.transformers import LongNetCache
+
+    coarse, fine = (foreign(replace(CHOSEN, chosen_every=every)).model for every in (8, 4))
+    cache = LongNetCache(coarse.config)
+    with torch.no_grad():
+        coarse(torch.randint(90, (1, 200)), past_key_values=cache, use_cache=True)
+    cache.save(tmp_path / "state", coarse)
+    pasts = [each._parts[0].caches[0].past for each in (cache, LongNetCache.load(tmp_path / "state", fine))]
+    assert torch.equal(2 * pasts[0].counts, pasts[1].counts)
+
+
 def states(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
 

@@ -108,7 +108,7 @@ _CHANGED = "the padding of a batch changed while it was cached: pass the whole a
 CACHE = "_longnet_cache"  # attribute of the keys that `update` returns: the `LongNetCache` with all earlier keys
 
 
-class _Rows(LayerCaches):
+class _RowCaches(LayerCaches):
     """What was read of the `rows` of a batch that start at one column. Their new tokens come at position `start`."""
 
     def __init__(self, pattern: Pattern, rows: list[int]) -> None:
@@ -141,7 +141,7 @@ class LongNetCache(hf.DynamicCache):
         ]
         self._last: Any = None  # the layer whose `update` was called last
         self._batch = 0
-        self._parts: dict[int, _Rows] = {}  # by the first column
+        self._parts: dict[int, _RowCaches] = {}  # by the first column
 
     @property
     def nbytes(self) -> int:
@@ -161,7 +161,7 @@ class LongNetCache(hf.DynamicCache):
     def part(self, rows: AlignedRows, pattern: Pattern) -> LayerCaches:
         """Return what was read of some rows, to which new tokens come. Raises ValueError if others started there."""
         members = [*range(self._batch)] if rows.members is None else rows.members
-        part = self._parts.setdefault(rows.first, _Rows(pattern, members))
+        part = self._parts.setdefault(rows.first, _RowCaches(pattern, members))
         if part.rows != members:
             raise ValueError(_CHANGED)
         part.start = rows.start
@@ -222,7 +222,7 @@ class LongNetCache(hf.DynamicCache):
         if not all(type(number) is int and 0 < number < 1 << 16 for number in sizes):
             raise DataError(f"{folder}: not a state that LongNetCache.save has written")
         pattern, batch = parse_pattern(given.get("longnet.pattern", facts["longnet.pattern"])), sizes[0]
-        new, part = cls(model.config), _Rows(pattern, [*range(batch)])
+        new, part = cls(model.config), _RowCaches(pattern, [*range(batch)])
         with restoring(Path(folder)):
             part.restore(facts, saved, len(new.layers), sizes, model.device)
         new._batch, new._parts[0] = batch, part
