@@ -25,7 +25,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from copy import copy
 from functools import lru_cache, partial
-from itertools import chain, pairwise
+from itertools import chain
 from math import prod
 from typing import Any, NamedTuple
 
@@ -36,7 +36,7 @@ from torch import Tensor
 
 from longnet_cli.attention import FarKeys, FarSpan, Outside
 from longnet_cli.attention.pattern import Pattern
-from longnet_cli.attention.spans import far_spans, lanes, level_of, open_spans, rows_before, span_positions, span_rows
+from longnet_cli.attention.spans import far_spans, lanes, level_of, open_spans, span_positions, span_rows
 from longnet_cli.attention.views import accumulator
 from longnet_cli.basics.errors import LongNetError
 from longnet_cli.nets.config import NetConfig
@@ -83,15 +83,12 @@ class Exchange(Shards):
         self.pattern, self.num_heads, self.causal, self.group = config.pattern, config.num_heads, config.causal, group
         if not self.causal and len({*cuts} - {edges[0], edges[-1]}):
             raise ValueError("documents over several ranks are for causal nets")
-        self._open: dict[int, list[FarSpan]] = {}  # by start of the document
-        self._counts: dict[FarSpan, int] = {}  # rows of spans
-        self._levels: dict[int, tuple[int, int, set[int]]] = {}  # (w, r, offsets) of each
         self._reach = max(
             (1 + b) * w for w, b in zip(self.pattern.segment_lengths, self.pattern.look_backs, strict=True)
         )
-        self._seen: dict[int, list[tuple[FarSpan, bool]]] = {}  # by reader
-        # the same on every rank: a collective is entered by all or by none
-        self.needed = bool(self.pattern.chosen) or any(self._wants_others(reader) for reader in range(len(edges) - 1))
+        # of each reader, the same on every rank: a collective is entered by all or by none
+        self._wanted = [self._outside(reader) for reader in range(self.ranks)]
+        self.needed = bool(self.pattern.chosen or any(self._wanted))
         self._pasts: dict[int, RankPast] = {}  # by layer
         self._plan(rank)
 
@@ -100,7 +97,7 @@ class Exchange(Shards):
         self.__dict__.pop("directory", None)
         self.sent = [self._parcels(rank, reader) for reader in ranks]
         self.received = [self._parcels(maker, rank) for maker in ranks]
-        self.joined = self._joined()
+        self.joined = [Parcel(span, 0, self._rows(span), attended) for span, attended in self._wanted[rank]]
         self._maps: dict[tuple[int, int, int, torch.device], _Maps] = {}
 
     def of_rank(self, rank: int) -> Exchange:
@@ -164,12 +161,10 @@ class Exchange(Shards):
 
     def all_tokens(self, tokens: Tensor) -> Tensor:
         """Return the tokens (B, n) of all ranks' shards, in order. All ranks call this."""
-        lengths = [b - a for a, b in pairwise(self.edges)]
-        padded = tokens.new_zeros(tokens.shape[0], max(lengths))  # collectives take equal sizes
-        padded[:, : tokens.shape[1]] = tokens
-        of_ranks = [torch.empty_like(padded) for _ in lengths]
-        dist.all_gather(of_ranks, padded, group=self.group)
-        return torch.cat([of_rank[:, :length] for of_rank, length in zip(of_ranks, lengths, strict=True)], 1)
+        of_all = tokens.new_zeros(tokens.shape[0], self.edges[-1] - self.edges[0])
+        of_all[:, self.shard] = tokens
+        dist.all_reduce(of_all, group=self.group)
+        return of_all
 
     def maps(self, like: Tensor) -> _Maps:
         """Return the indices of rows, for keys of this shape (B, n, H, D). They are the same in all layers."""
@@ -180,7 +175,7 @@ class Exchange(Shards):
         return self._maps[key]
 
     def lanes(self, parcel: Parcel, kv_heads: int) -> int:
-        return _lanes(self.pattern, parcel.span.level, self.num_heads, kv_heads)
+        return len(lanes(self.pattern, parcel.span.level, self.num_heads, kv_heads).offsets)
 
     def sizes(self, parcels: Sequence[Sequence[Parcel]], like: Sequence[int]) -> list[int]:
         """Return how many numbers go to, or come from, each rank: k and v of all rows, for keys (B, n, H, D)."""
@@ -188,18 +183,24 @@ class Exchange(Shards):
         of_row = 2 * batch * head_dim
         return [of_row * sum(parcel.rows * self.lanes(parcel, kv_heads) for parcel in of_rank) for of_rank in parcels]
 
-    def _wanted(self, reader: int) -> list[tuple[FarSpan, bool]]:
-        """Return the spans that a rank keeps (False), then the spans that its shard's first document sees (True)."""
-        if reader in self._seen:
-            return self._seen[reader]
+    def _outside(self, reader: int) -> list[tuple[FarSpan, bool]]:
+        """Return the spans of a segment before and after a rank's shard that it wants from others, if they have rows.
+
+        The first document of the shard sees some of them (True), and the rank keeps others.
+        """
         document, end = self.document(self.edges[reader])
-        start, stop = self.edges[reader] - document, min(self.edges[reader + 1], end) - document
-        if self.cached and document not in self._open:
-            self._open[document] = open_spans(self.pattern, self.edges[-1] - document)
-        kept = self._open.get(document, [])
+        start, stop = (min(edge, end) - document for edge in self.edges[reader : reader + 2])
+        first = max(0, self.edges[0] - document)  # earlier rows are in caches
+        kept = open_spans(self.pattern, self.edges[-1] - document) if self.cached else []
         seen = far_spans(self.pattern, start, stop, self.causal, end - document) if start < stop else []
-        self._seen[reader] = [*((span, False) for span in kept), *((span, True) for span in seen)]
-        return self._seen[reader]
+        found: dict[tuple[int, int, bool], tuple[FarSpan, bool]] = {}
+        for (level, begin, last), attended in chain(((span, False) for span in kept), ((span, True) for span in seen)):
+            segment, _ = level_of(self.pattern, level)
+            for side, part in enumerate(((max(begin, first), min(last, start)), (max(begin, stop), last))):
+                if self._rows(span := FarSpan(level, *part)):
+                    key = level, begin // segment, bool(side)
+                    found[key] = found.get(key, (span, attended))[0], attended  # what is kept holds what is seen
+        return [*found.values()]
 
     def _reaches(self, maker: int, reader: int) -> bool:
         """Return whether `reader` may want rows of `maker`. With a thousand ranks, most pairs are far apart."""
@@ -214,75 +215,13 @@ class Exchange(Shards):
         if not self._reaches(maker, reader):
             return []
         document, end = self.document(self.edges[reader])
-        # the maker's part of that document
-        first, last = max(self.edges[maker], document) - document, min(self.edges[maker + 1], end) - document
-        parcels: dict[tuple[int, int], Parcel] = {}  # by level and segment
-        for span, attended in self._wanted(reader):
-            part = FarSpan(span.level, max(span.start, first), min(span.stop, last))
-            if part.start < part.stop and (rows := self._rows(part)):
-                segment = part.start // level_of(self.pattern, span.level)[0]
-                # the kept part of a segment contains the attended part
-                parcel = parcels.get((span.level, segment), Parcel(part, self.edges[maker] - document, rows, attended))
-                parcels[span.level, segment] = parcel._replace(attended=attended)
-        return list(parcels.values())
+        start, stop = self.edges[maker] - document, min(self.edges[maker + 1], end) - document
+        parts = ((FarSpan(x.level, max(x.start, start), min(x.stop, stop)), seen) for x, seen in self._wanted[reader])
+        return [Parcel(part, start, rows, seen) for part, seen in parts if (rows := self._rows(part))]
 
     def _rows(self, span: FarSpan) -> int:
-        """Return the rows of the lane that has the most, `max(span_rows(...))`."""
-        level, start, stop = span
-        if start >= stop:
-            return 0
-        if span in self._counts:
-            return self._counts[span]
-        if level not in self._levels:
-            offsets = {*lanes(self.pattern, level, self.num_heads).offsets}
-            self._levels[level] = *level_of(self.pattern, level), offsets
-        w, r, offsets = self._levels[level]
-        inside, last = start % w, start % w + stop - start
-        most, rows = -(-(stop - start) // r), 0
-        for offset in offsets:
-            rows = max(rows, rows_before(last, offset, r) - rows_before(inside, offset, r))
-            if rows == most:
-                break
-        self._counts[span] = rows
-        return rows
-
-    def _joined(self) -> list[Parcel]:
-        """Return the parcels to receive. Adjacent parcels of one segment, even from several ranks, become one."""
-        joined: list[Parcel] = []
-        lasts: dict[tuple[int, int, bool], int] = {}  # the index of a segment's last parcel
-        for parcel in chain(*self.received):
-            level, start, stop = parcel.span
-            segment = level, start // level_of(self.pattern, level)[0], parcel.attended
-            last = lasts.get(segment)
-            if last is not None and self._are_adjacent(joined[last].span, parcel.span):
-                span = FarSpan(level, joined[last].span.start, stop)
-                joined[last] = joined[last]._replace(span=span, rows=self._rows(span))
-            else:
-                lasts[segment] = len(joined)
-                joined.append(parcel)
-        return joined
-
-    def _are_adjacent(self, earlier: FarSpan, later: FarSpan) -> bool:
-        """Return whether nothing lies between two spans of a segment: neither this rank's shard, nor any row.
-
-        A rank between them may be so short that it has no row of this level.
-        """
-        document, _ = self.document(self.edges[self.rank])
-        first, stop = (edge - document for edge in self.edges[self.rank : self.rank + 2])
-        around_shard = first < stop and earlier.stop <= first and stop <= later.start
-        return not around_shard and not self._rows(FarSpan(later.level, earlier.stop, later.start))
-
-    def _wants_others(self, reader: int) -> bool:
-        """Return whether `reader` gets a row from any other rank."""
-        document, _ = self.document(self.edges[reader])
-        first = max(0, self.edges[0] - document)  # earlier rows are in caches
-        start, stop = self.edges[reader] - document, self.edges[reader + 1] - document
-        parts = (
-            part
-            for (level, a, z), _ in self._wanted(reader)
-            for part in ((level, a, min(z, start)), (level, max(a, stop), z))
-        )
-        return any(self._rows(FarSpan(level, max(begin, first), end)) for level, begin, end in parts)
+        """Return the rows of the lane that has the most."""
+        return _most_rows(self.pattern, span, self.num_heads) if span.start < span.stop else 0
 
 
 class _Maps(NamedTuple):
@@ -461,6 +400,6 @@ class _AllToAll(torch.autograd.Function):
         return None, None, None, None, dk.to(ctx.dtype), dv.to(ctx.dtype)
 
 
-@lru_cache(maxsize=256)
-def _lanes(pattern: Pattern, level: int, num_heads: int, kv_heads: int) -> int:
-    return len(lanes(pattern, level, num_heads, kv_heads).offsets)
+@lru_cache(maxsize=1 << 16)
+def _most_rows(pattern: Pattern, span: FarSpan, num_heads: int) -> int:
+    return max(span_rows(pattern, span, num_heads))
