@@ -379,8 +379,13 @@ def test_the_commands_of_a_cluster(
     assert 1e7 < cluster.find_machine(here).rates["products"] < 1e14
     assert "the fastest of 2 that fit, of 2" in run("plan", "longnet-tiny", "--on", here, "--set", "train.dtype=fp32")
     reading = ("plan", "--model", "longnet-tiny", "--tokens", "4Mi", "--pattern", "geometric:4Mi", "--on")
-    one, two = (float(re.search(r"matrix products +([\d.]+) ms", run(*reading, f"h100x{n}"))[1]) for n in (1, 2))
+    plans = [run(*reading, f"h100x{n}") for n in (1, 2, 16)]
+    one, two, _ = (float(re.search(r"matrix products +([\d.]+) ms", plan)[1]) for plan in plans)
     assert one == pytest.approx(2 * two, rel=0.01)
+    for plan, start in zip(plans, ("longnet", "torchrun --standalone --nproc-per-node 2 -m longnet_cli", "torchrun "
+                           "--nnodes 2 --rdzv-backend c10d --rdzv-endpoint HOST:29500 --nproc-per-node 8 -m longnet_cli"),
+                           strict=True):  # fmt: skip
+        assert f"\n\n{start} score DOCUMENTS --model longnet-tiny --pattern geometric:4Mi -o rows --sp " in plan
     for tokens in (1 << 12, 1 << 20):
         words = ("--ranks", "32", "--heads", "2", "--head-dim", "8", "--bidirectional")
         row = json.loads(run("exchange", f"geometric:{tokens},base=64", "--tokens", str(tokens), *words))
