@@ -83,7 +83,7 @@ def test_contexts_are_a_curve_with_errors() -> None:
     totals = json.loads(TINY.read_text())["totals"]
     tiny, blocks = found["ppl"].curves
     assert tiny == Curve("longnet-tiny", [Point(row["context"], row["ppl"], row["ppl_se"]) for row in totals])
-    assert (blocks.name, [point.error for point in blocks.points]) == ("dense-in-blocks-of-1Ki", [None, None])
+    assert (blocks.name, [point.x for point in blocks.points]) == ("dense-in-blocks-of-1Ki", [2048, 16384])
     assert found["ppl_ratio"].curves[0].points[1] == Point(2048, totals[1]["ppl_ratio"], totals[1]["ppl_ratio_se"])
 
 
