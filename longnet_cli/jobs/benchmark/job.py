@@ -56,9 +56,8 @@ def bench(
     on_start: called with each case before it runs, and with the estimated seconds of one run, None if unknown.
     on_tokens: called with the number of tokens of each chunk of a streamed run.
     """
-    said = {"machine": device_name(settings.device), "date": _today()}
     for row in _RunningBench(settings, on_start, on_tokens).rows():
-        yield replace(row, **said)
+        yield replace(row, machine=device_name(settings.device), date=_today())
 
 
 class _RunningBench:
