@@ -33,13 +33,8 @@ from longnet_cli.jobs.training.recipe import (
 )
 from longnet_cli.nets.config import LongNetConfig
 
-COMPLETE = {
-    "README.md": "torch",
-    "patterns.md": "torch",
-    "surprise.md": "polars",
-    "embeddings.md": "sentence_transformers",
-}
-"""Pages whose Python blocks run as they are, where a package is installed."""
+# Pages whose Python blocks run as they are, where a package is installed
+COMPLETE = {"README": "torch", "patterns": "torch", "surprise": "polars", "embeddings": "sentence_transformers"}
 TESTED_ELSEWHERE = {"clients.md", "vectors.md"}  # by slow tests of their own: they need what the tests do not install
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "models").rglob("*.md"))]
 
@@ -80,20 +75,18 @@ def run_blocks(page: Path, languages: tuple[str, ...], folder: Path, env: dict[s
 @pytest.mark.ci
 @pytest.mark.parametrize(
     "page",
-    [page for page in PAGES if (blocks(page, "sh") or page.name in COMPLETE) and page.name not in TESTED_ELSEWHERE],
+    [page for page in PAGES if (blocks(page, "sh") or page.stem == "embeddings") and page.name not in TESTED_ELSEWHERE],
     ids=lambda page: page.stem,
 )
 def test_blocks_run(page: Path, checkout: Path, command_env: dict[str, str]) -> None:
-    needed = COMPLETE.get(page.name, "no_package")
-    if page.name == "embeddings.md" and find_spec(needed):
+    runs_python = page.stem in COMPLETE and find_spec(COMPLETE[page.stem]) is not None
+    if page.stem == "embeddings" and runs_python:
         from sentence_models import save_model
 
         save_model(checkout / "sentence-transformers/all-MiniLM-L6-v2")  # a folder comes before a name on the hub
-    printed = run_blocks(page, ("sh", "python") if find_spec(needed) else ("sh",), checkout, command_env)
-    if page.name == "README.md":
-        assert "dilated_attention" in (checkout / "my-dilated-llama/config.json").read_text(encoding="utf-8")
-    if page.name == "embeddings.md" and find_spec(needed):
-        assert printed.startswith("A run that was killed goes on. ")
+    printed = run_blocks(page, ("sh", "python") if runs_python else ("sh",), checkout, command_env)
+    assert page.stem != "embeddings" or not runs_python or printed.startswith("A run that was killed goes on. ")
+    assert page.parent != ROOT or "dilated" in (checkout / "my-dilated-llama/config.json").read_text(encoding="utf-8")
 
 
 def shown_commands(page: Path) -> list[list[str]]:
@@ -101,6 +94,7 @@ def shown_commands(page: Path) -> list[list[str]]:
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
     lines = re.findall(r"^(?: {4})?(?:[A-Z_]+=\S+ )*(?:.*\| )?(longnet [a-z].*)$", text, re.MULTILINE)
     found = []
+    lines += [f"longnet {words}" for words in re.findall(r"torchrun .* -m longnet_cli ([a-z].*)$", text, re.MULTILINE)]
     for line in [*lines, *re.findall(r"`(longnet [a-z][^`\n]*)`", text)]:
         words = shlex.split(re.split(r" (?:\||>|2>|&&|#) ?", line)[0], comments=True)
         found.append(words[1:])
@@ -120,6 +114,14 @@ def test_options_of_commands_exist(page: Path) -> None:
         for word in rest:
             if word.startswith("-") and word != "-":
                 assert word.partition("=")[0] in names | {"--help"}, f"{page.name}: longnet {' '.join(words)}"
+
+
+@pytest.mark.slow
+def test_blocks_of_clients(checkout: Path, command_env: dict[str, str]) -> None:
+    for package in ("lm_eval", "sentence_transformers"):
+        pytest.importorskip(package)
+    env = command_env | {"HF_HOME": str(checkout / "hf"), "HF_HUB_OFFLINE": "1"}
+    assert "bits_per_byte" in run_blocks(ROOT / "docs/clients.md", ("sh", "python"), checkout, env)
 
 
 @pytest.mark.slow
@@ -143,15 +145,7 @@ def test_toml_blocks(tmp_path: Path) -> None:
 
 def test_every_key_of_a_recipe_is_explained() -> None:
     page = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
-    tables = (
-        DataRecipe,
-        OptimizerRecipe,
-        ScheduleRecipe,
-        TrainRecipe,
-        ParallelRecipe,
-        LoraRecipe,
-        LongNetConfig,
-    )
+    tables = (DataRecipe, OptimizerRecipe, ScheduleRecipe, TrainRecipe, ParallelRecipe, LoraRecipe, LongNetConfig)
     for table in tables:
         for key in table.model_fields:
             assert re.search(rf"`(lora\.)?{key}`", page), f"{table.__name__}.{key}"

@@ -84,10 +84,8 @@ class Panel(NamedTuple):
 
 def number(value: Any) -> float | None:
     """Return a number from a file as a float; None for anything else, and for numbers that are not finite floats."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return None
     try:
-        return float(value) if math.isfinite(value) else None
+        return float(value) if type(value) in (int, float) and math.isfinite(value) else None
     except OverflowError:
         return None
 
@@ -140,7 +138,7 @@ def draw_picture(panels: Sequence[Panel], output: str | Path, title: str = "") -
 
     Standard errors are bands, extrapolated curves are dashed. Raises the errors of `new_figure`.
     """
-    figure = new_figure(output, 5.0, 2.4 * len(panels) + 0.8)
+    figure = new_figure(output, 5.0, 2.0 * len(panels) + 0.7)
     figure.suptitle(textwrap.fill(title, 70), fontsize="small")
     legend: list[str] = []
     for axes, panel in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
