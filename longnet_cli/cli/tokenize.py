@@ -137,7 +137,7 @@ def _write(options: TokenizeCommand, data: Inputs, ranks: Ranks | None, earlier:
 def _counts(result: TokenizeResult) -> str:
     counts = [
         f"{result.documents} document{'s' * (result.documents != 1)}",
-        f"{format_count(result.tokens)} tokens",
+        f"{format_count(result.tokens)} token{'s' * (result.tokens != 1)}",
         f"{result.bytes / result.tokens:.2f} bytes per token" if result.tokens else "all of them empty",
         f"vocabulary {result.tokenizer.vocab_size}",
     ]

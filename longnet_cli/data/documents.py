@@ -222,6 +222,18 @@ class TextPlaces:
         self._count(end)
         return first, self._begun
 
+    def each(self, start: int, stop: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Return the same of each of the tokens [start, stop), two of (n,); None if not known."""
+        if self.document.places is not None:
+            first, after = self.document.places[start:stop].T
+            return first, after
+        if not self._counts:
+            return None, None
+        self._count(start)
+        ids = self.document.read(start, stop)
+        after = self._begun + np.cumsum(self._begin[ids])
+        return after - self._begin[ids] - self._inside[ids], after
+
     def _count(self, stop: int) -> None:
         """Count the characters that begin before token `stop`."""
         while self._position < stop:

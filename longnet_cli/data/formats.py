@@ -124,7 +124,7 @@ def _open_text(source: Source, pipe: Pipe, wanted: Wanted) -> Text | Table:
     if first is None:
         is_file = source.path is not None and (source.filesystem is not None or source.path.is_file())
         if not is_file or bare_name(source.name).endswith((*SHARD_SUFFIXES, *JSON_SUFFIXES)):
-            raise DataError(f"{source.where}: the file is empty (0 bytes)")
+            raise DataError(f"{source.where}: {'the file is empty (0 bytes)' if is_file else 'nothing came'}")
         return Text(source.name, "", source.where)  # an empty text is a document too
     if source.path in (None, STDIN) and begins_like_fasta(first):
         line = f"{source.where} looks like FASTA and is read as text: give a file named .fasta"

@@ -255,7 +255,7 @@ class Inputs:
                 eos_id = tokenizer.eos_id if tokenizer else _metadata_int(table, "longnet.eos_id")
             groups = flat_documents(table, columns, eos_id)
         else:
-            groups = list_documents(table, columns, self.skip_bad)
+            groups = list_documents(table, columns)
         for group in groups:
             try:
                 parts, where = collect(group.values), table.place(group.row)

@@ -28,9 +28,10 @@ from longnet_cli.data.documents import Document, Unread
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tables import Table, reading, without_views
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.jobs.encoding import PLACE_FIELDS, EncodeFacts, EncodeOptions, Encoder, for_model
+from longnet_cli.jobs.encoding import PLACE_FIELDS, EncodeFacts, Encoder, for_model
+from longnet_cli.jobs.options import EncodeOptions, ScoreOptions
 from longnet_cli.jobs.row_jobs import ModelFacts, RowJob
-from longnet_cli.jobs.scoring.scoring import ScoreOptions, Scorer
+from longnet_cli.jobs.scoring.scoring import Scorer
 from longnet_cli.models.folder import Loaded, ModelFolder
 from longnet_cli.nets.weights import model_digest
 from longnet_cli.running.device import select_device

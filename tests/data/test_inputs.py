@@ -274,7 +274,7 @@ def test_nothing_to_read_is_an_error(tmp_path):
         read()
     with pytest.raises(ConfigError, match="only once"):
         read("-", "-")
-    assert "empty" in pipe(b"")
+    assert "nothing came" in pipe(b"")
 
 
 # --- documents of parts, types, tokenizers ---------------------------------------------------------------------------

@@ -30,7 +30,8 @@ from longnet_cli.data.outputs import (
     token_schema,
 )
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.jobs.encoding import EncodeFacts, EncodeOptions, encode
+from longnet_cli.jobs.encoding import EncodeFacts, encode
+from longnet_cli.jobs.options import EncodeOptions
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.nets.longnet import LongNet
 

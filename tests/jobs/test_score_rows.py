@@ -22,9 +22,10 @@ from processes import refused
 from longnet_cli.basics.errors import ConfigError, DataError, NoTokensError
 from longnet_cli.data.documents import Document
 from longnet_cli.data.manifest import LeftOut, read_manifest
-from longnet_cli.jobs.row_jobs import ModelFacts, write_rows
+from longnet_cli.jobs.options import ScoreOptions
+from longnet_cli.jobs.row_jobs import ModelFacts, Output, write_rows
 from longnet_cli.jobs.scoring.measures import GAIN_BLOCK, Clusters
-from longnet_cli.jobs.scoring.scoring import ScoreOptions, Scorer
+from longnet_cli.jobs.scoring.scoring import Scorer
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.running.reader import Reader
 
@@ -52,13 +53,17 @@ def rows(
 
 
 def write(
-    model: LongNet, place: Path, documents: Iterable[Document], keep: tuple[str, ...] = (), **more: object
+    model: LongNet,
+    place: Path,
+    documents: Iterable[Document],
+    keep: tuple[str, ...] = (),
+    resume: bool = False,
+    **more: object,
 ) -> LeftOut:
     """A shard ends with the document that brings it to 150 tokens; bad documents are left out."""
     left_out, inputs = LeftOut(lambda document, error: None), MadeInputs((), keep=keep, made=documents)
-    write_rows(
-        partial(Scorer, options=OPTIONS, facts=FACTS), model, inputs, place, shard_size=150, left_out=left_out, **more
-    )
+    output = Output(place, 150, resume=resume)
+    write_rows(partial(Scorer, options=OPTIONS, facts=FACTS), model, inputs, output, left_out=left_out, **more)
     return left_out
 
 
