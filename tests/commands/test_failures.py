@@ -65,7 +65,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 FAILURES = [  # command, exit code, a part of its line
-    ("score bad.jsonl", 3, "bad.jsonl, line 2: 'text' is not text"),
     ("score none.txt", 3, "none.txt: no such file"),
     ("score picture.png", 3, "picture.png: neither Arrow, Parquet nor UTF-8 text"),
     ("score empty.txt --format json", 3, "no token could be scored: every document is empty"),
