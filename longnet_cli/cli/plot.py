@@ -50,7 +50,7 @@ def plot(options: PlotCommand) -> None:
 
     files, output = options.files, options.output
     if output:
-        from longnet_cli.data.overwriting import refuse_overwriting
+        from longnet_cli.data.outputs import refuse_overwriting
 
         refuse_overwriting("-o", [output], also=[metrics_file(file) for file in files if file != "-"])
     if not any(map(has_columns, files)):

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import typer
 from places import ROOT, imported
-from typer.testing import CliRunner
 
 from longnet_cli.cli.app import app
 
@@ -20,9 +19,6 @@ def test_every_option_is_in_the_reference() -> None:
     group: Any = typer.main.get_command(app)
     commands = {**group.commands, **{f"data {name}": each for name, each in group.commands["data"].commands.items()}}
     del commands["data"]
-    text = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "80", "TERM": "dumb", "NO_COLOR": "1"}).output
-    order = "score encode generate train tokenize data pattern plot bench convert"
-    assert " ".join(re.findall(r"^\W+ (\w+)  +[A-Z]", text, re.MULTILINE)) == order
     assert list(sections) == list(commands)
     for name, command in commands.items():
         for parameter in command.params:

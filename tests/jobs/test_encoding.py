@@ -21,9 +21,10 @@ from longnet_cli.basics.errors import ConfigError, DataError, MemoryLimitError
 from longnet_cli.data.documents import Document
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.manifest import read_manifest
-from longnet_cli.jobs.encoding import EncodeFacts, EncodeOptions, Encoder, encode
-from longnet_cli.jobs.pooling import POOLS, SUMMED, Pooling
-from longnet_cli.jobs.row_jobs import write_rows
+from longnet_cli.jobs.encoding import EncodeFacts, Encoder, encode
+from longnet_cli.jobs.options import POOLS, EncodeOptions
+from longnet_cli.jobs.pooling import SUMMED, Pooling
+from longnet_cli.jobs.row_jobs import Output, write_rows
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.weights import model_digest
@@ -193,13 +194,13 @@ DOCUMENTS = [make_document(length, str(index)) for index, length in enumerate(LE
 def write(model: LongNet, place: Path, documents: Iterable[Document] = DOCUMENTS, **options: Any) -> Counter[str]:
     """Forwards of 70 tokens: some documents share one, and some are longer."""
 
-    def take(kind: Any, given: dict[str, Any]) -> Any:
-        return kind(**{each.name: given.pop(each.name) for each in fields(kind) if each.name in given})
+    def take(kind: Any, given: dict[str, Any], *own: Any) -> Any:
+        return kind(*own, **{each.name: given.pop(each.name) for each in fields(kind) if each.name in given})
 
     reading = {"bos": BOS} | options
     job = partial(Encoder, options=take(EncodeOptions, reading), facts=take(EncodeFacts, reading))
     more = {"inputs": MadeInputs("x", made=documents), "chunk": 70, "shard_size": 3} | reading
-    return write_rows(job, model, output=place, **more)
+    return write_rows(job, model, output=take(Output, more, place), **more)
 
 
 def stopped_at(index: int) -> Iterator[Document]:

@@ -22,12 +22,11 @@ from rich.cells import cell_len
 
 from longnet_cli.basics.errors import CheckpointError, ConfigError, DataError
 from longnet_cli.data.columns import Wanted
-from longnet_cli.data.folders import sniff
 from longnet_cli.data.formats import open_source
+from longnet_cli.data.kinds import sniff
 from longnet_cli.data.names import find_sources
 from longnet_cli.data.tables import Table
-from longnet_cli.data.text_stream import TextStream
-from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.data.tokenizer import TextStream, Tokenizer
 from longnet_cli.jobs.scoring.token_logprobs import Logged, LogprobFile
 
 MOST_TOKENS = 1 << 22  # of all documents; a page of them has some 30 MB

@@ -12,11 +12,10 @@ import pyarrow as pa
 
 from longnet_cli.basics.errors import DataError
 from longnet_cli.data.columns import Wanted
-from longnet_cli.data.documents import Document
+from longnet_cli.data.documents import Document, TextPlaces
 from longnet_cli.data.formats import open_source
 from longnet_cli.data.names import find_sources
 from longnet_cli.data.outputs import ShardWriter
-from longnet_cli.data.places import TextPlaces
 from longnet_cli.data.tables import Table, pick
 
 if TYPE_CHECKING:
