@@ -185,6 +185,7 @@ def test_bench_and_score_go_into_plot(run_longnet, tmp_path: Path) -> None:
     """The real commands, through a pipe and from a file."""
     options = ["--seq", "64,128", "--heads", "1", "--head-dim", "8", "--repeats", "1", "-q", "--format", "jsonl"]
     rows = run_longnet("bench", *options).stdout
+    assert all(row["machine"] and row["date"] for row in map(json.loads, rows.splitlines()))
     done = run_longnet("plot", "-", "--show", "peak_rss_bytes,seconds", input=rows)
     assert (done.returncode, done.stderr) == (0, "")
     assert [line for line in done.stdout.splitlines() if line in ("time", "peak memory")] == ["peak memory", "time"]

@@ -125,7 +125,9 @@ def test_two_files_are_compared(tmp_path: Path) -> None:
     """Although one has another cut of rows and no likeliest tokens."""
     files = [write(tmp_path / "short.arrow", scale=2, top=False), write(tmp_path / "long.parquet")]
     surprise = read_surprise(files)
-    np.testing.assert_allclose(surprise.documents[0].gains, nats_of(Tokenizer.bytes().encode(TEXTS["a.py"])), rtol=1e-6)
+    np.testing.assert_allclose(
+        surprise.documents[0].values, nats_of(Tokenizer.bytes().encode(TEXTS["a.py"])), rtol=1e-6
+    )
     write_surprise(surprise, tmp_path / "p.html")
     facts, lists, _ = unpack(tmp_path / "p.html")
     assert facts["other"]
