@@ -17,7 +17,7 @@ from pattern_nets import draw, net
 from strategies import turn
 from torch import Tensor
 
-from longnet_cli.attention import Pattern, choosing, dilated_attention, groups, limits
+from longnet_cli.attention import Pattern, choosing, dilated_attention, groups
 from longnet_cli.attention.outside import Outside
 from longnet_cli.attention.past import Past, Seen
 from longnet_cli.running.causal_stream import CausalStream
@@ -54,12 +54,12 @@ def at_blocks(edges: list[int], cuts: list[int]) -> list[int]:
 def in_shards(problems: range) -> None:
     """Blocks, outputs and gradients, with documents, empty shards, batches, exact votes, many runs, limits of a GPU."""
     groups.FUNNEL = FUNNEL  # this process ends with the test
-    of_cpu = limits.CPU
+    of_cpu = groups.CPU
     rank, world = dist.get_rank(), dist.get_world_size()
     scanned = False
     for seed in problems:
         pick = random.Random(seed)
-        limits.CPU, fetching.RUN_BYTES = pick.choice([of_cpu, limits.GPU]), pick.choice([1 << 28, 1 << 15])
+        groups.CPU, fetching.RUN_BYTES = pick.choice([of_cpu, groups.GPU]), pick.choice([1 << 28, 1 << 15])
         pattern = replace(PATTERN, chosen_exact=pick.choice([0, 0, 6]), chosen_every=pick.choice([2, 4, 8]))
         kv_heads, batch, tokens = pick.randint(1, 2), pick.choice([1, 1, 2]), pick.choice([90, 500, 1300])
         heads, rotary = kv_heads * pick.randint(1, 2), {"turn": turn} if pick.random() < 0.5 else {}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 
-from longnet_cli.attention import Pattern, limits
+from longnet_cli.attention import Pattern, groups
 from longnet_cli.attention.branches import branches
 from longnet_cli.attention.cache import cached_rows
 from longnet_cli.attention.groups import chosen_flops, past_bytes, transient_bytes
@@ -80,7 +80,7 @@ def transient_memory(
     flops = chosen_flops(pattern, heads, head_dim, tokens)
     if not flops.attention:
         return 0
-    most = limits.CPU if device == "cpu" else limits.GPU
+    most = groups.CPU if device == "cpu" else groups.GPU
     gathered = itemsize * flops.attention // (4 * pattern.chosen_every)  # once for each group
     sizes = most._replace(gathered=min(most.gathered, gathered), scores=min(most.scores, flops.votes // 2))
     run = min(RUN_BYTES, 2 * heads * head_dim * tokens * itemsize) if sp > 1 else 0

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longnet_cli.attention.limits import limits_of
+from longnet_cli.attention.groups import limits_of
 from longnet_cli.attention.past import Blocks, Means, Wanted
 from longnet_cli.attention.views import accumulator
 from longnet_cli.running.ranks.shards import Directory
