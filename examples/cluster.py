@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shlex
 import sys
 import tempfile
 import time
@@ -41,9 +42,9 @@ from longnet_cli.attention.pattern import MEAN_OF, RUN, LayerKind
 from longnet_cli.attention.spans import common_span, far_spans, open_spans, span_rows
 from longnet_cli.basics.errors import ConfigError, InputWarning, LongNetError
 from longnet_cli.basics.sizes import format_bytes, format_count, format_duration, format_size, parse_size
-from longnet_cli.jobs.estimating.memory import reading_memory, spilled_bytes, stored_bytes, training_memory
+from longnet_cli.jobs.estimating.memory import reading_memory, spilled_bytes
 from longnet_cli.jobs.estimating.reading import Extent, ReadingPlan
-from longnet_cli.jobs.training.costs import StepFlops, step_flops
+from longnet_cli.jobs.training.costs import StepFlops, step_flops, stored_bytes, training_memory
 from longnet_cli.jobs.training.recipe import Recipe, Stage, load_recipe, parse_overrides
 from longnet_cli.jobs.training.start import check_ranks
 from longnet_cli.models.folder import ModelFolder
@@ -497,8 +498,19 @@ def reading_plans(
     return ordered(plans)
 
 
-def show(plans: Sequence[Plan], machine: Machine, what: str, would_fit: Sequence[str] = ()) -> None:
-    """Print the first plan, the memory and the time of all plans, and who knows the rates.
+def started(command: Sequence[str], options: str, machine: Machine) -> str:
+    """Return the line that starts a command of `longnet` with the options of a plan on each node of a machine."""
+    nodes, words = machine.devices // machine.node, f"{shlex.join(command)} {options}"
+    if machine.devices == 1:
+        return f"longnet {words}"
+    where = f"--nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint HOST:29500" if nodes > 1 else "--standalone"
+    return f"torchrun {where} --nproc-per-node {min(machine.node, machine.devices)} -m longnet_cli {words}"
+
+
+def show(
+    plans: Sequence[Plan], machine: Machine, what: str, command: Sequence[str], would_fit: Sequence[str] = ()
+) -> None:
+    """Print the first plan, the memory and the time of all plans, who knows the rates, and how to start `command` so.
 
     If no plan fits, name the options that `would_fit`.
     """
@@ -527,6 +539,8 @@ def show(plans: Sequence[Plan], machine: Machine, what: str, would_fit: Sequence
     line("in all", format_duration(best.total), "\n")
     for plan in plans[1:]:
         line(format_duration(plan.total), format_bytes(plan.peak), plan.options + ", does not fit" * (not plan.fits))
+    if fitting:
+        print(f"\n{started(command, best.options, machine)}\n")
     for by, rates in machine.known.items():
         print(f"{KNOWN_BY[by]}: {', '.join(rates)}")
     print("arithmetic: no GPU and no cluster has run this program")
@@ -566,7 +580,9 @@ def plan_command(
     machine = find_machine(on)
     warnings.filterwarnings("ignore", "this CPU", InputWarning)  # the plan is for another machine
     if recipe is not None and model is None:
-        show(training_plans(load_recipe(recipe, parse_overrides(settings or [])), machine), machine, "a step")
+        sets = [word for setting in settings or () for word in ("--set", setting)]
+        plans_of = training_plans(load_recipe(recipe, parse_overrides(settings or [])), machine)
+        show(plans_of, machine, "a step", ["train", recipe, "-o", "run", *sets])
         return
     if recipe is not None or model is None or tokens is None:
         raise ConfigError("give a recipe, or --model and --tokens")
@@ -587,7 +603,9 @@ def plan_command(
     if not found[0].fits:
         others = {"--spill": (pattern, True), f"--pattern {NARROW}": (parse_pattern(NARROW), spill)}
         would_fit = [option for option, other in others.items() if plans(*other)[0].fits]
-    show(found, machine, "at once", would_fit)
+    asked = [*(["--pattern", format_pattern(pattern)] if pattern else ()), *(["--spill", "."] if spill else ())]
+    command = ["encode" if encode else "score", "DOCUMENTS", "--model", model, *asked, "-o", "rows"]
+    show(found, machine, "at once", command, would_fit)
 
 
 @app.command("exchange")

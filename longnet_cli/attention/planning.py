@@ -34,10 +34,7 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Shard(NamedTuple):
-    """The tokens of sequences that a call computes, and what they see of these sequences (`dilated_attention`).
-
-    The operator of compiled graphs takes all fields by their names (`compiled`), so a new one cannot be left out there.
-    """
+    """The tokens of sequences that a call computes, and what they see of these sequences (`dilated_attention`)."""
 
     start: int = 0
     lengths: Sequence[int] | Tensor | None = None
@@ -73,8 +70,7 @@ class Shard(NamedTuple):
             return
         assert isinstance(lengths, tuple)
         if len(lengths) != batch or not all(0 <= n <= tokens for n in lengths):
-            why = ": -1 is a row with tokens after padding, which has to be on the right" if -1 in lengths else ""
-            raise ValueError(f"lengths needs {batch} numbers from 0 to {tokens}, got {[*lengths]}{why}")
+            raise ValueError(f"lengths needs {batch} numbers from 0 to {tokens}, got {[*lengths]}")
         for length, rows in groupby(range(batch), key=lengths.__getitem__):  # neighbours of equal length go together
             members = list(rows)
             if length:

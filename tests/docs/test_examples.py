@@ -33,8 +33,7 @@ from longnet_cli.attention.pattern import LayerKind
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.jobs.estimating.memory import training_memory
-from longnet_cli.jobs.training.costs import step_flops
+from longnet_cli.jobs.training.costs import step_flops, training_memory
 from longnet_cli.jobs.training.recipe import Recipe, load_recipe
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.running.ranks.exchange import Exchange
@@ -405,8 +404,15 @@ def test_the_commands_of_a_cluster(
     assert 1e7 < cluster.find_machine(here).rates["products"] < 1e14
     assert "the fastest of 2 that fit, of 2" in run("plan", "longnet-tiny", "--on", here, "--set", "train.dtype=fp32")
     reading = ("plan", "--model", "longnet-tiny", "--tokens", "4Mi", "--pattern", "geometric:4Mi", "--on")
-    one, two = (float(re.search(r"matrix products +([\d.]+) ms", run(*reading, f"h100x{n}"))[1]) for n in (1, 2))
+    plans = [run(*reading, f"h100x{n}") for n in (1, 2, 16)]
+    one, two, _ = (float(re.search(r"matrix products +([\d.]+) ms", plan)[1]) for plan in plans)
     assert one == pytest.approx(2 * two, rel=0.01)
+    asked = " score DOCUMENTS --model longnet-tiny --pattern geometric:4Mi -o rows --sp "
+    assert [re.search(rf"\n\n(.*){asked}", plan)[1].removesuffix(" -m longnet_cli") for plan in plans] == [
+        "longnet",
+        "torchrun --standalone --nproc-per-node 2",
+        "torchrun --nnodes 2 --rdzv-backend c10d --rdzv-endpoint HOST:29500 --nproc-per-node 8",
+    ]
     for tokens in (1 << 12, 1 << 20):
         words = ("--ranks", "32", "--heads", "2", "--head-dim", "8", "--bidirectional")
         row = json.loads(run("exchange", f"geometric:{tokens},base=64", "--tokens", str(tokens), *words))

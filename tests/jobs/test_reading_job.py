@@ -31,15 +31,17 @@ from longnet_cli.cli.dry_run import show_reading
 from longnet_cli.data.documents import Document
 from longnet_cli.data.tables import Text
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.jobs.encoding import EncodeFacts, EncodeOptions, Encoder, encode
+from longnet_cli.jobs.encoding import EncodeFacts, Encoder, encode
 from longnet_cli.jobs.estimating.estimate import Estimate, Room, estimate_reading
 from longnet_cli.jobs.estimating.memory import cache_bytes
 from longnet_cli.jobs.estimating.reading import Sample, count_documents
+from longnet_cli.jobs.options import EncodeOptions, ScoreOptions
 from longnet_cli.jobs.row_jobs import ModelFacts, RowJob
-from longnet_cli.jobs.scoring.scoring import ScoreOptions, Scorer
+from longnet_cli.jobs.scoring.scoring import Scorer
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import InputSequence, Net
+from longnet_cli.running import device
 from longnet_cli.running.causal_stream import CausalStream
 from longnet_cli.running.reader import Reader
 
@@ -78,9 +80,10 @@ def estimated(
     chunk: int | None = None,
     spill: str | None = None,
     room: Room = ROOM,
+    dtype: str = "auto",
     **options: Any,
 ) -> Estimate:
-    job = make_job(Reader(net, chunk=chunk, spill=spill))
+    job = make_job(Reader(net, chunk=chunk, spill=spill, dtype=dtype))
     plan = count_documents(job, documents() if texts is None else texts, **options)
     return estimate_reading(job.reader, plan, room=room, scores=job.scores, kept=job.kept_bytes(plan.longest_document))
 
@@ -190,6 +193,25 @@ def test_what_does_not_fit_is_refused_with_what_to_change(capsys: pytest.Capture
     assert "it does not fit" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("flags", "dtype", "hints"), [("avx512_bf16", "auto", 1), ("avx512_bf16", "bf16", 0), ("sse", "auto", 0)]
+)
+def test_bf16_is_named_where_it_pays(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flags: str,
+    dtype: str,
+    hints: int,
+) -> None:
+    (tmp_path / "cpuinfo").write_text(f"flags : {flags}\n")
+    monkeypatch.setattr(device, "CPU_INFO", tmp_path / "cpuinfo")
+    job = partial(Encoder, options=EncodeOptions(), facts=EncodeFacts(BOS))
+    show_reading(estimated(net_of(), job, documents((60,)), dtype=dtype), "text", "encoding")
+    line = "this CPU has avx512_bf16: try --dtype bf16, which is often faster"
+    assert capsys.readouterr().out.count(line) == hints
+
+
 def test_hidden_states_are_kept_on_a_disk() -> None:
     both = net_of(causal=False)
     stored = estimated(
@@ -282,7 +304,12 @@ def test_the_command_writes_nothing_and_says_what_it_would(run_longnet: RunLongn
     assert (found["documents"], found["fits"], found["sampled"]) == (4, True, None)
     assert found["peak_bytes"] == sum(found["memory_bytes"].values())
     assert found["seconds"] > 0
-    assert found["output"] == "vectors, a new folder of shards"
+    kept = "vectors, a new folder of shards; a kill loses at most a shard and a document: {} rows, "
+    assert found["output"].startswith(kept.format(4))
+    (tmp_path / "long.txt").write_text("word " * 9000)
+    spans = run_longnet("encode", "long.txt", "-o", "vectors", "--span", "1", "--dry-run", "--format", "json")
+    assert json.loads(spans.stdout)["output"].startswith(kept.format("4,096"))  # a shard
+    (tmp_path / "long.txt").unlink()
     table = run_longnet("score", "@list", "--context", "16,64", "-o", "gains.parquet", "--dry-run", "--sample", "2")
     assert (table.returncode, table.stderr) == (0, "")
     assert "(95 %), estimated from 2 texts" in table.stdout
@@ -298,7 +325,8 @@ def test_the_command_writes_nothing_and_says_what_it_would(run_longnet: RunLongn
     assert json.loads(refused.stdout)["output"].startswith("refused: vectors holds a finished data set")
     resumed = run_longnet("encode", "@list", "-o", "vectors", "--resume", "--dry-run", "--format", "json")
     rest = json.loads(resumed.stdout)
-    assert (rest["documents"], rest["output"]) == (2, "vectors, after document 2 of an earlier run")
+    assert rest["documents"] == 2
+    assert rest["output"].startswith("vectors, after document 2 of an earlier run; a kill loses at most")
     assert 0 < rest["tokens"] < found["tokens"]
 
 

@@ -18,9 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from longnet_cli.attention import Pattern, groups
 from longnet_cli.attention.spans import open_spans
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.jobs.estimating.memory import cache_bytes, saved_bytes, seen_segments, training_memory
-from longnet_cli.jobs.training.costs import estimate_training, settle_chunk, step_flops
-from longnet_cli.jobs.training.gradients import plan_forwards
+from longnet_cli.jobs.estimating.memory import cache_bytes, saved_bytes, seen_segments
+from longnet_cli.jobs.training.costs import estimate_training, settle_chunk, step_flops, training_memory
+from longnet_cli.jobs.training.objective import plan_forwards
 from longnet_cli.jobs.training.recipe import Recipe, load_recipe
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet

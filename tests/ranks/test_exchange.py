@@ -29,7 +29,7 @@ from longnet_cli.attention.reference import key_counts
 from longnet_cli.attention.spans import lanes, span_positions
 from longnet_cli.basics.errors import LongNetError
 from longnet_cli.jobs.estimating.memory import far_bytes
-from longnet_cli.jobs.training.gradients import StoredTokens, backward
+from longnet_cli.jobs.training.objective import StoredTokens, backward
 from longnet_cli.jobs.training.windows import TokenStream, TokenWindows
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet

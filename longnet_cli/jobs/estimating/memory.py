@@ -19,8 +19,7 @@ from longnet_cli.attention.cache import cached_rows
 from longnet_cli.attention.groups import chosen_flops, past_bytes, transient_bytes
 from longnet_cli.attention.kernels import select_kernel
 from longnet_cli.attention.spans import SINKS, lanes, segment_rows
-from longnet_cli.models.hf.pretrained_config import TransformersConfig
-from longnet_cli.nets.config import LongNetConfig, NetConfig
+from longnet_cli.nets.config import LongNetConfig, NetConfig, TransformersConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import LOGITS_LIMIT, Net
 from longnet_cli.running.device import DTYPES, resolve_dtype
@@ -32,7 +31,6 @@ from longnet_cli.running.ranks.shards import most_owned
 
 if TYPE_CHECKING:
     from longnet_cli.jobs.estimating.reading import ReadingPlan
-    from longnet_cli.jobs.training.recipe import Recipe, Stage
 
 
 def itemsize_of(dtype: str, device: torch.device) -> int:
@@ -176,70 +174,6 @@ def spilled_bytes(net: Net, plan: ReadingPlan, chunk: int, dtype: str, ranks: Ra
     return kept_bytes(cast(LongNet, net), plan.longest, chunk, ranks) if net.layer_by_layer else 0
 
 
-def training_memory(recipe: Recipe, device: torch.device, ranks: Ranks) -> dict[str, int]:
-    """Return the bytes of one rank at its peak, by kind.
-
-    weights: 4 bytes per number, and the copy of the matrices that autocast makes. gradients: 4 bytes per trained
-    number. optimizer: 8 bytes per trained number, the two moments of AdamW; Muon has one moment of the layers'
-    matrices, or of LoRA's. With `parallel.shard` "full", a rank holds its share of all these, and in a step all weights
-    and gradients besides. activations, logits, cache, key_gradients: of the stage that takes the most. checkpoint: a
-    single process copies its weights and moments, and makes a second copy, the bytes of the file, while it continues to
-    train. With a GPU these two copies are in the host's memory, and not counted.
-    """
-    config, itemsize = recipe.model, itemsize_of(recipe.train.dtype, device)
-    trained, layer_matrices = config.trained, config.layer_weights
-    numbers = config.num_parameters() + (trained if config.frozen else 0)
-    copies = 0 if itemsize == 4 else itemsize * (layer_matrices + config.vocab_size * config.dim)
-    of_muon = (trained if config.frozen else layer_matrices) if recipe.optimizer.name == "muon" else 0
-    moments = 8 * trained - 4 * of_muon
-    share = ranks.world if recipe.parallel.shard == "full" else 1
-    own_weights, own_gradients = (4 * n // share if share > 1 else 0 for n in (numbers, trained))
-    stages = [_stage_memory(recipe, stage, device, ranks) for stage in recipe.train.stages]
-    alone = device.type == "cpu" and ranks.world == 1
-    return {
-        "weights": 4 * numbers + own_weights + copies,
-        "gradients": 4 * trained + own_gradients,
-        "optimizer": moments // share,
-        **max(stages, key=lambda kinds: sum(kinds.values())),
-        "checkpoint": 2 * (4 * trained + moments) if alone else 0,
-    }
-
-
-def _stage_memory(recipe: Recipe, stage: Stage, device: torch.device, ranks: Ranks) -> dict[str, int]:
-    """Return the bytes of one rank that depend on the length of a stage's windows, by kind.
-
-    activations: what all layers save for the tokens of a forward pass, and what is transient in one. logits: of tokens
-    that are predicted. cache: rows that pass from chunk to chunk, of each window of the forward pass, and rows that are
-    stored for the backward pass. key_gradients: of blocks that are chosen. With `train.spill`, what is stored is on a
-    disk.
-    """
-    config, train, itemsize = recipe.model, recipe.train, itemsize_of(recipe.train.dtype, device)
-    tokens = tokens_at_once(recipe, stage, ranks)
-    windows = max(1, tokens * ranks.sp // stage.seq_len)
-    far = far_bytes(config, stage.seq_len, train.chunk * ranks.sp, itemsize, ranks.sp)
-    lora = recipe.pretrained.adapter if recipe.pretrained else None
-    saved = activation_bytes(config, itemsize, device.type, train.activation_checkpointing, lora)  # per token
-    transient = transient_memory(
-        config.pattern, config.num_heads, config.head_dim, stage.seq_len, itemsize, device.type, ranks.sp, back=True
-    )
-    kinds = {
-        "activations": tokens * saved + transient,
-        "logits": logits_bytes(config, round(tokens * train.predicted)),
-        "cache": windows * far.passing + (0 if train.spill else far.stored - far.gradients),
-    }
-    if config.pattern.chosen:
-        kinds["key_gradients"] = 0 if train.spill else far.gradients
-    return kinds
-
-
-def tokens_at_once(recipe: Recipe, stage: Stage, ranks: Ranks) -> int:
-    """Return the most tokens of a forward pass on one rank, as `gradients.backward` groups or cuts sequences."""
-    chunk, rows = recipe.train.chunk * ranks.sp, max(1, recipe.train.windows(stage) // ranks.dp)
-    if recipe.train.across_documents:
-        rows = min(rows, max(1, chunk // stage.seq_len))
-    return -(-min(chunk, rows * stage.seq_len) // ranks.sp)  # documents of several windows may fill a chunk
-
-
 def logits_bytes(config: NetConfig, tokens: int) -> int:
     """Return the bytes of three float32 numbers for each logit.
 
@@ -266,11 +200,11 @@ def saved_bytes(config: NetConfig, itemsize: int, device: str, lora: dict | None
     """Return the bytes that a token saves for the backward pass: in each layer, and outside the layers.
 
     `itemsize` is the bytes per number of matrix products, `device` is "cpu" or "cuda". `lora` holds the arguments of
-    `models.hf.lora.add_lora`, which raises ConfigError for wrong ones. Of a LongNet, these are the tensors that
+    `models.hf.training.add_lora`, which raises ConfigError for wrong ones. Of a LongNet, these are the tensors that
     `nets/longnet.py` saves: the residual stream, norms and lse are float32. Of another net, they are measured.
     """
     if not isinstance(config, LongNetConfig):
-        from longnet_cli.models.hf.saved_tensors import measured_bytes  # imports transformers
+        from longnet_cli.models.hf.training import measured_bytes  # imports transformers
 
         source = cast(TransformersConfig, config).source
         return measured_bytes(source, json.dumps(lora), "fp32" if itemsize == 4 else "bf16")
@@ -301,13 +235,6 @@ class FarBytes(NamedTuple):
     stored: int
     passing: int
     gradients: int = 0
-
-
-def stored_bytes(recipe: Recipe, device: torch.device, ranks: Ranks) -> int:
-    """Return the bytes of far rows and their gradients that one rank stores, in memory or in `train.spill`'s file."""
-    itemsize, chunk = itemsize_of(recipe.train.dtype, device), recipe.train.chunk * ranks.sp
-    lengths = [stage.seq_len for stage in recipe.train.stages]
-    return max(far_bytes(recipe.model, length, chunk, itemsize, ranks.sp).stored for length in lengths)
 
 
 def far_bytes(config: NetConfig, seq_len: int, chunk: int, itemsize: int, sp: int = 1) -> FarBytes:
