@@ -333,10 +333,10 @@ class _Stored(NamedTuple):
         edges = blocks.new_tensor([past.blocks.number, self.first])
         return _TakenBlocks(blocks, inverse, *torch.searchsorted(blocks, edges).tolist())
 
-    def gathered(self, taken: _TakenBlocks, k: Tensor, v: Tensor) -> Tensor:
-        """Gather blocks of k and v (B, N, K, D) and of the past: (k and v, groups * m, tokens, K, D)."""
+    def gathered(self, taken: _TakenBlocks, k: Tensor, v: Tensor, room: Tensor | None = None) -> Tensor:
+        """Gather blocks of k and v (B, N, K, D) and of the past: (k and v, groups * m, tokens, K, D), in `room`."""
         blocks, inverse, before, inside = taken
-        gathered = k.new_empty(2, len(blocks), self.size, *k.shape[2:])
+        gathered = k.new_empty(2, len(blocks), self.size, *k.shape[2:]) if room is None else room[:, : len(blocks)]
         if self.past and before:
             self.past.blocks.take(self.row, blocks[:before], gathered[:, :before])
         if self.past and before < inside:
@@ -411,11 +411,13 @@ class _GroupRun(NamedTuple):
         keys = self.blocks.shape[1] * self.stored.size
         most = kernel.max_batch(kv_heads, max(rows.heads // kv_heads * rows.rows, keys), head_dim)
         step = max(1, min(most, limits_of(k).gathered // (keys * kv_heads * head_dim * k.element_size())))
+        # kept from call to call: memory that a CPU gives back and gets again comes as zeros, page by page
+        room = k.new_empty(2, min(step, len(self.blocks)) * self.blocks.shape[1], self.stored.size, *k.shape[2:])
         for first in range(0, len(self.blocks), step):
             groups = slice(first, first + step)
             blocks = self.blocks[groups]
             distances = None if self.distances is None else self.distances[groups].flatten()
-            yield _GroupCall(self.stored, groups, blocks, self.stored.taken(blocks), distances)
+            yield _GroupCall(self.stored, groups, blocks, self.stored.taken(blocks), distances, room)
 
     def queries(self, x: Tensor) -> Tensor:
         """View the run's rows of x (B, N, H, D) as (groups, H, rows, D)."""
@@ -431,6 +433,7 @@ class _GroupCall(NamedTuple):
     blocks: Tensor
     taken: _TakenBlocks
     distances: Tensor | None
+    room: Tensor  # for the blocks of one call at a time
 
     def attend(
         self, kernel: Kernel, scale: float, q: Tensor, keys: Sequence[Tensor], turn: Turn | None
@@ -439,7 +442,7 @@ class _GroupCall(NamedTuple):
 
         Calls are functions: what one has gathered is free before the next gathers.
         """
-        k_, v_ = self.stored.gathered(self.taken, *keys)
+        k_, v_ = self.stored.gathered(self.taken, keys[0], keys[1], self.room)
         k_ = self.turned(k_, turn)
         return kernel.forward(_folded(q[self.groups], keys[0]), k_, self.in_groups(v_), False, scale)
 
@@ -457,7 +460,7 @@ class _GroupCall(NamedTuple):
         tensors: dout, q, out and lse (groups, H, rows, D or 1).
         """
         dout, q, out, lse = (_folded(x[self.groups], keys[0]) for x in tensors)
-        k_, v_ = self.stored.gathered(self.taken, *keys)
+        k_, v_ = self.stored.gathered(self.taken, keys[0], keys[1], self.room)
         k_ = self.turned(k_, turn)
         dq, dk, dv = kernel.backward(dout, q, k_, self.in_groups(v_), out, lse[..., 0], False, scale)
         del k_, v_
