@@ -41,12 +41,7 @@ WINDOW = Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_ever
 
 
 def choice_of(
-    q: Tensor,
-    k: Tensor,
-    pattern: Pattern,
-    scale: float,
-    turn: chosen.Turn | None,
-    choices: LayerChoices | None = None,
+    q: Tensor, k: Tensor, pattern: Pattern, scale: float, turn: chosen.Turn | None, choices: LayerChoices | None = None
 ) -> list:
     """What the operator chooses, in the form of `chosen_blocks`."""
     every, (batch, tokens) = pattern.chosen_every, q.shape[:2]

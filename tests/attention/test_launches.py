@@ -172,14 +172,8 @@ def test_what_chosen_blocks_take_for_a_time(before: int, monkeypatch: pytest.Mon
     ]
     q, k, dout = torch.randn(3, 1, tokens, *heads).bfloat16().unbind()
     call, merge, total = Chosen(pattern, parts, rope, past), Merge(q, False), GradientSum(q)
-    known = [
-        q,
-        k,
-        dout,
-        *merge.places,
-        total.place,
-        *([*past.blocks.pieces(), *past.means.of.values()] if past else []),
-    ]
+    kept = [*past.blocks.pieces(), *past.means.of.values()] if past else []
+    known = [q, k, dout, *merge.places, total.place, *kept]
     most = transient_bytes(less)
     with torch.no_grad(), Live(*known) as choosing_:
         call.choose(q, k, 0.125)

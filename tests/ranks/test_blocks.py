@@ -92,8 +92,7 @@ def in_shards(problems: range) -> None:
 
 
 @pytest.mark.parametrize(
-    ("world", "problems"),
-    [(3, range(10)), *(pytest.param(n, range(200), marks=pytest.mark.slow) for n in (2, 4))],
+    ("world", "problems"), [(3, range(10)), *(pytest.param(n, range(200), marks=pytest.mark.slow) for n in (2, 4))]
 )
 def test_the_blocks_of_one_process_are_chosen(world: int, problems: range, tmp_path: Path) -> None:
     run_ranks(world, tmp_path, in_shards, problems)

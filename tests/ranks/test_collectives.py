@@ -27,18 +27,9 @@ from longnet_cli.running.ranks.shards import even_edges
 # the first layer sees block 0, the third follows the second
 PATTERN = Pattern.finding(64, chosen=8, chosen_layers=(1,))
 NAMES = [
-    "all_to_all_single",
-    "all_reduce",
-    "all_gather",
-    "all_gather_into_tensor",
-    "broadcast",
-    "send",
-    "recv",
-    "isend",
-    "irecv",
-    "batch_isend_irecv",
-    "barrier",
-]
+    "all_to_all_single", "all_reduce", "all_gather", "all_gather_into_tensor", "broadcast", "send", "recv", "isend",
+    "irecv", "batch_isend_irecv", "barrier",
+]  # fmt: skip
 
 
 class FakeDevice(TorchDispatchMode):
