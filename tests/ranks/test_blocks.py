@@ -22,8 +22,8 @@ from longnet_cli.attention.outside import Outside
 from longnet_cli.attention.past import Past, Seen
 from longnet_cli.running.causal_stream import CausalStream
 from longnet_cli.running.ranks import fetching
+from longnet_cli.running.ranks.edges import Directory, even_edges
 from longnet_cli.running.ranks.exchange import Exchange
-from longnet_cli.running.ranks.shards import Directory, even_edges
 
 PATTERN = Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4)
 FUNNEL = ((groups.RUNS, 96), (1, 40), (2, 12))  # so that short documents are scanned in all stages

@@ -21,8 +21,8 @@ from longnet_cli.attention import Pattern
 from longnet_cli.running.causal_stream import CausalStream
 from longnet_cli.running.chunked_backward import backward_in_chunks
 from longnet_cli.running.ranks import fetching
+from longnet_cli.running.ranks.edges import even_edges
 from longnet_cli.running.ranks.exchange import Exchange
-from longnet_cli.running.ranks.shards import even_edges
 
 # the first layer sees block 0, the third follows the second
 PATTERN = Pattern.finding(64, chosen=8, chosen_layers=(1,))

@@ -25,9 +25,9 @@ from longnet_cli.nets.net import LOGITS_LIMIT, Net
 from longnet_cli.running.device import DTYPES, resolve_dtype
 from longnet_cli.running.layerwise import fits_beside, kept_bytes
 from longnet_cli.running.mapped import aligned
+from longnet_cli.running.ranks.edges import most_owned
 from longnet_cli.running.ranks.fetching import RUN_BYTES
 from longnet_cli.running.ranks.ranks import Ranks
-from longnet_cli.running.ranks.shards import most_owned
 
 if TYPE_CHECKING:
     from longnet_cli.jobs.estimating.reading import ReadingPlan
