@@ -53,10 +53,10 @@ from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import Net
 from longnet_cli.running.chunk_size import GPU_BENCH_CHUNK, SHORTEST_CHUNK, chunk_beside, fitting_chunk
 from longnet_cli.running.device import DTYPES, free_memory, resident_memory, resolve_dtype
+from longnet_cli.running.ranks.edges import even_edges
 from longnet_cli.running.ranks.exchange import Exchange
 from longnet_cli.running.ranks.fetching import RUN_BYTES
 from longnet_cli.running.ranks.ranks import Ranks, join, leave
-from longnet_cli.running.ranks.shards import even_edges
 
 if sys.version_info >= (3, 11):
     import tomllib

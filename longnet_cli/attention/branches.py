@@ -448,19 +448,10 @@ class _ShardGeometry(NamedTuple):
         runs = progressions(equal[::group], values[::group], steps)
         return [Heads(number, first * group, step * group) for number, first, step in runs], group
 
-    def on_rows(
-        self,
-        segments: int,
-        queries: _Positions,
-        *,
-        segment_step: int,
-        rows: int,
-        first_token: int,
-        far: int | None = None,
-    ) -> Iterator[Branch]:
+    def on_rows(self, segments: int, queries: _Positions, *, far: int | None = None, **keys: int) -> Iterator[Branch]:
         """Yield the calls of the queries at positions `queries`, repeated in `segments`, on rows that all heads keep.
 
-        These are `rows` rows of keys from token `first_token` on, `segment_step` tokens further on for each segment.
+        keys: `segment_step`, `rows` and `first_token` of these rows, as in `Rows`.
         """
         w, (first, stop) = self.pattern.segment_lengths[0], queries
         kv_of = [h * self.kv_heads // self.num_heads for h in range(self.num_heads)]
@@ -469,15 +460,7 @@ class _ShardGeometry(NamedTuple):
         for heads in runs:
             yield Branch(
                 self._query_rows(segments, w, heads, [stop - first] * self.num_heads, 1, every, group),
-                Rows.of(
-                    heads.of(kv_of),
-                    segments=segments,
-                    segment_step=segment_step,
-                    rows=rows,
-                    row_step=1,
-                    first_token=first_token,
-                    skew=0,
-                ),
+                Rows.of(heads.of(kv_of), segments=segments, row_step=1, skew=0, **keys),
                 causal=False,
                 far=far,
             )

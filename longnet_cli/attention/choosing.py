@@ -35,8 +35,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .groups import GroupedPart, stages
-from .limits import limits_of
+from .groups import GroupedPart, limits_of, stages
 from .past import Means, OfBlocks, Runs
 from .pattern import MEAN_OF, SURE, VOTERS, Pattern
 from .voting import Slot, Unrotated, Voting, batches, best, blocks_before, firsts_of, not_before, scan, votes_for

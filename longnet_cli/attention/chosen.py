@@ -13,7 +13,7 @@ N tokens, H query heads, K key heads, D head_dim, B tokens of a block.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain, islice
 from typing import NamedTuple
@@ -23,8 +23,7 @@ from torch import Tensor
 
 from .branches import Branch
 from .choosing import Choice, GroupBlocks, LayerChoices, choose, votes_by_keys
-from .groups import GroupedPart, Groups, slot_of
-from .limits import limits_of
+from .groups import GroupedPart, Groups, limits_of, slot_of
 from .merging import GradientSum, Merge
 from .past import Means, Past, Seen, all_at_once, unrotated
 from .pattern import VOTERS, Pattern
@@ -63,19 +62,21 @@ class Chosen:
         if past:
             past.settle(self.turn)
             kept = past.choices
-            if kept is not None and past.position in kept:
-                self.blocks = kept[past.position]
-                self._leave()
-                return
-        if self.kind == "follows":
+        known = kept.get(past.position) if past and kept is not None else None
+        if known is not None:
+            self.blocks = known
+        elif self.kind == "follows":
             assert self.choices
             self.blocks = self.choices.followed()
         else:
             self.blocks = self._chosen(q, k, scale)
-        self._leave()
-        if past and kept is not None:
+        if self.choices and self.kind == "chooses":
+            self.choices.leave(self.blocks)
+        if not past or known is not None:
+            return
+        if kept is not None:
             kept[past.position] = self.blocks
-        if past and self.kind != "first":
+        if self.kind != "first":
             self._tell(past, q, k, scale)
 
     def merge(self, kernel: Kernel, scale: float, q: Tensor, k: Tensor, v: Tensor, merge: Merge) -> None:
@@ -132,10 +133,6 @@ class Chosen:
             votes_by_keys(self.pattern, part, self._document(part, row, q, k, scale), groups, blocks[groups])
             for row, blocks in rows
         ]
-
-    def _leave(self) -> None:
-        if self.choices and self.kind == "chooses":
-            self.choices.leave(self.blocks)
 
     def _chosen(self, q: Tensor, k: Tensor, scale: float) -> GroupBlocks:
         """Return the blocks (groups, m) that each part's rows see."""
@@ -202,7 +199,12 @@ class Chosen:
         place = part.rows.start, part.columns.start
         if place not in means:
             last = max(x.groups.near for x in self.parts if (x.rows.start, x.columns.start) == place)
-            means[place] = self._means(k[part.rows, part.columns], part, last)
+            keys, past = k[part.rows, part.columns], self._past(part)
+            if past:
+                means[place] = past.means_before(last, part, keys)
+            else:
+                means[place] = Means(self.pattern, keys, last // self.pattern.chosen_block)
+                means[place].write(slice(None), 0, keys[:, :last], self.turn)
         return means[place]
 
     def _votings(self, numbers: Sequence[int], q: Tensor, k: Tensor, scale: float) -> list[Voting]:
@@ -213,10 +215,11 @@ class Chosen:
         if past and past.scanned and past.scanned[0] == slots[0].first:
             known = past.scanned[1]
 
-        def of_parts(of_part: Callable[[int], Tensor | None]) -> Tensor | None:
-            some = [x for x in map(of_part, numbers) if x is not None]
+        def of_parts(found: Iterable[Tensor | None]) -> Tensor | None:
+            some = [x for x in found if x is not None]
             return _joined(some) if some else None
 
+        choices = self.choices
         return [
             Voting(
                 pattern=self.pattern,
@@ -225,17 +228,11 @@ class Chosen:
                 heads=q.shape[2],
                 document=self._document(parts[0], row, q, k, scale),
                 scanned=scanned,
-                named=of_parts(partial(self._named, row)),
-                earlier=of_parts(partial(self._earlier, row - rows.start)),
+                named=of_parts(choices.named(row, part) for part in parts) if choices else None,
+                earlier=of_parts(choices.earlier(n, row - rows.start) for n in numbers) if choices else None,
             )
             for row, scanned in enumerate(known, rows.start)
         ]
-
-    def _named(self, row: int, number: int) -> Tensor | None:
-        return self.choices.named(row, self.parts[number]) if self.choices else None
-
-    def _earlier(self, row: int, number: int) -> Tensor | None:
-        return self.choices.earlier(number, row) if self.choices else None
 
     def _document(self, part: GroupedPart, row: int, q: Tensor, k: Tensor, scale: float) -> Unrotated:
         past, size = self._past(part), self.pattern.chosen_block
@@ -259,14 +256,6 @@ class Chosen:
             return of_groups.permute(0, 3, 1, 2, 4)
 
         return Unrotated(voters, keys, size * k.shape[2:].numel())
-
-    def _means(self, k: Tensor, part: GroupedPart, stop: int) -> Means:
-        """Return the means of a document's blocks before position `stop`, for keys k (rows, N, K, D) of the shard."""
-        if past := self._past(part):
-            return past.means_before(stop, part, k)
-        means = Means(self.pattern, k, stop // self.pattern.chosen_block)
-        means.write(slice(None), 0, k[:, :stop], self.turn)
-        return means
 
     def _past(self, part: GroupedPart) -> Past | None:
         """Return the past of the document of a part; only the first document of a shard has any."""
@@ -344,10 +333,10 @@ class _Stored(NamedTuple):
         edges = blocks.new_tensor([past.blocks.number, self.first])
         return _TakenBlocks(blocks, inverse, *torch.searchsorted(blocks, edges).tolist())
 
-    def gathered(self, taken: _TakenBlocks, k: Tensor, v: Tensor) -> Tensor:
-        """Gather blocks of k and v (B, N, K, D) and of the past: (k and v, groups * m, tokens, K, D)."""
+    def gathered(self, taken: _TakenBlocks, k: Tensor, v: Tensor, room: Tensor | None = None) -> Tensor:
+        """Gather blocks of k and v (B, N, K, D) and of the past: (k and v, groups * m, tokens, K, D), in `room`."""
         blocks, inverse, before, inside = taken
-        gathered = k.new_empty(2, len(blocks), self.size, *k.shape[2:])
+        gathered = k.new_empty(2, len(blocks), self.size, *k.shape[2:]) if room is None else room[:, : len(blocks)]
         if self.past and before:
             self.past.blocks.take(self.row, blocks[:before], gathered[:, :before])
         if self.past and before < inside:
@@ -422,11 +411,13 @@ class _GroupRun(NamedTuple):
         keys = self.blocks.shape[1] * self.stored.size
         most = kernel.max_batch(kv_heads, max(rows.heads // kv_heads * rows.rows, keys), head_dim)
         step = max(1, min(most, limits_of(k).gathered // (keys * kv_heads * head_dim * k.element_size())))
+        # kept from call to call: memory that a CPU gives back and gets again comes as zeros, page by page
+        room = k.new_empty(2, min(step, len(self.blocks)) * self.blocks.shape[1], self.stored.size, *k.shape[2:])
         for first in range(0, len(self.blocks), step):
             groups = slice(first, first + step)
             blocks = self.blocks[groups]
             distances = None if self.distances is None else self.distances[groups].flatten()
-            yield _GroupCall(self.stored, groups, blocks, self.stored.taken(blocks), distances)
+            yield _GroupCall(self.stored, groups, blocks, self.stored.taken(blocks), distances, room)
 
     def queries(self, x: Tensor) -> Tensor:
         """View the run's rows of x (B, N, H, D) as (groups, H, rows, D)."""
@@ -442,6 +433,7 @@ class _GroupCall(NamedTuple):
     blocks: Tensor
     taken: _TakenBlocks
     distances: Tensor | None
+    room: Tensor  # for the blocks of one call at a time
 
     def attend(
         self, kernel: Kernel, scale: float, q: Tensor, keys: Sequence[Tensor], turn: Turn | None
@@ -450,7 +442,7 @@ class _GroupCall(NamedTuple):
 
         Calls are functions: what one has gathered is free before the next gathers.
         """
-        k_, v_ = self.stored.gathered(self.taken, *keys)
+        k_, v_ = self.stored.gathered(self.taken, keys[0], keys[1], self.room)
         k_ = self.turned(k_, turn)
         return kernel.forward(_folded(q[self.groups], keys[0]), k_, self.in_groups(v_), False, scale)
 
@@ -468,7 +460,7 @@ class _GroupCall(NamedTuple):
         tensors: dout, q, out and lse (groups, H, rows, D or 1).
         """
         dout, q, out, lse = (_folded(x[self.groups], keys[0]) for x in tensors)
-        k_, v_ = self.stored.gathered(self.taken, *keys)
+        k_, v_ = self.stored.gathered(self.taken, keys[0], keys[1], self.room)
         k_ = self.turned(k_, turn)
         dq, dk, dv = kernel.backward(dout, q, k_, self.in_groups(v_), out, lse[..., 0], False, scale)
         del k_, v_

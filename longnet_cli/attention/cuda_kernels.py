@@ -14,7 +14,7 @@ from .packing import PackedRows
 from .plain_call import Kernel
 
 
-class Sizes(NamedTuple):
+class CallSizes(NamedTuple):
     """The most rows of queries and of keys that a sequence of a call has, and the edges of packed sequences."""
 
     rows: int
@@ -23,7 +23,7 @@ class Sizes(NamedTuple):
     k_edges: Tensor | None = None
 
     @classmethod
-    def of(cls, queries: PackedRows, keys: PackedRows) -> Sizes:
+    def of(cls, queries: PackedRows, keys: PackedRows) -> CallSizes:
         return cls(queries.longest, keys.longest, queries.edges, keys.edges)
 
 
@@ -68,7 +68,7 @@ class CudaKernel(Kernel):
         return max(1, min(self._MAX_SEGMENTS, (self._MAX_ELEMENTS - 1) // elements))
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, sizes: Sizes, causal: bool, scale: float
+        self, q: Tensor, k: Tensor, v: Tensor, sizes: CallSizes, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor]:
         """Return out like q, and lse (batch, heads, rows), given views (batch, rows, heads, head_dim).
 
@@ -79,7 +79,7 @@ class CudaKernel(Kernel):
         )[:2]
         return out, lse
 
-    def gradients(self, tensors: Sequence[Tensor], sizes: Sizes, causal: bool, scale: float) -> Sequence[Tensor]:
+    def gradients(self, tensors: Sequence[Tensor], sizes: CallSizes, causal: bool, scale: float) -> Sequence[Tensor]:
         """Return dq, dk and dv, given dout, q, k, v, out and a contiguous lse, in the shapes of `attend`."""
         no_rng = torch.empty(2, dtype=torch.uint64, device=tensors[0].device)  # read only with dropout
         grads: Sequence[Tensor] = torch.ops.aten._flash_attention_backward.default(
@@ -89,7 +89,7 @@ class CudaKernel(Kernel):
         return grads
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        sizes, (q, k, v) = Sizes(q.shape[2], k.shape[2]), map(self._rows_first, (q, k, v))
+        sizes, (q, k, v) = CallSizes(q.shape[2], k.shape[2]), map(self._rows_first, (q, k, v))
         out, lse = self.attend(q, k, v, sizes, causal, scale)
         return out.transpose(1, 2), lse
 
@@ -97,14 +97,14 @@ class CudaKernel(Kernel):
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         tensors = [*map(self._rows_first, (dout, q, k, v, out)), lse.contiguous()]  # kernels ignore the lse's strides
-        grads = self.gradients(tensors, Sizes(q.shape[2], k.shape[2]), causal, scale)
+        grads = self.gradients(tensors, CallSizes(q.shape[2], k.shape[2]), causal, scale)
         dq, dk, dv = (x.transpose(1, 2) for x in grads)
         return dq, dk, dv
 
     def forward_packed(
         self, q: Tensor, k: Tensor, v: Tensor, queries: PackedRows, keys: PackedRows, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor]:
-        out, lse = self.attend(q[:, None], k[:, None], v[:, None], Sizes.of(queries, keys), causal, scale)
+        out, lse = self.attend(q[:, None], k[:, None], v[:, None], CallSizes.of(queries, keys), causal, scale)
         return out[:, 0], lse[0]
 
     def backward_packed(
@@ -121,7 +121,7 @@ class CudaKernel(Kernel):
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         tensors = [*(x[:, None] for x in (dout, q, k, v, out)), lse[None].contiguous()]
-        dq, dk, dv = (x[:, 0] for x in self.gradients(tensors, Sizes.of(queries, keys), causal, scale))
+        dq, dk, dv = (x[:, 0] for x in self.gradients(tensors, CallSizes.of(queries, keys), causal, scale))
         return dq, dk, dv
 
     def _rows_first(self, x: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ class CudaEfficientKernel(CudaKernel):
         return None
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, sizes: Sizes, causal: bool, scale: float
+        self, q: Tensor, k: Tensor, v: Tensor, sizes: CallSizes, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor]:
         rows, keys, q_edges, k_edges = sizes
         tensors = [_whole_lines(x if q_edges is None else x[None]) for x in (q, k, v)]
@@ -164,7 +164,7 @@ class CudaEfficientKernel(CudaKernel):
             return out, lse[..., :rows]
         return out[0], lse.flatten()[_places_in_lse(q_edges, len(q), lse.shape[2])][None]
 
-    def gradients(self, tensors: Sequence[Tensor], sizes: Sizes, causal: bool, scale: float) -> Sequence[Tensor]:
+    def gradients(self, tensors: Sequence[Tensor], sizes: CallSizes, causal: bool, scale: float) -> Sequence[Tensor]:
         (*of_rows, lse), (rows, keys, q_edges, k_edges) = tensors, sizes
         width, head_dim = rows + -rows % 32, of_rows[0].shape[-1]
         dout, q, k, v, out = (_whole_lines(x if q_edges is None else x[None]) for x in of_rows)
@@ -206,14 +206,14 @@ class Flash3Kernel(CudaKernel):
         return torch.ops.flash_attn_3.fwd.default, torch.ops.flash_attn_3.bwd.default
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, sizes: Sizes, causal: bool, scale: float
+        self, q: Tensor, k: Tensor, v: Tensor, sizes: CallSizes, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor]:
         splits = 1 if torch.are_deterministic_algorithms_enabled() else 0  # of the keys; 0: as it likes
         options = {"softmax_scale": scale, "is_causal": causal, "num_splits": splits}
         out, lse, *_ = self.functions()[0](q, k, v, **options, **_edges(sizes))
         return out, lse
 
-    def gradients(self, tensors: Sequence[Tensor], sizes: Sizes, causal: bool, scale: float) -> Sequence[Tensor]:
+    def gradients(self, tensors: Sequence[Tensor], sizes: CallSizes, causal: bool, scale: float) -> Sequence[Tensor]:
         grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors[1:4]]
         always_equal = torch.are_deterministic_algorithms_enabled()
         options = {"softmax_scale": scale, "is_causal": causal, "deterministic": always_equal}
@@ -221,7 +221,7 @@ class Flash3Kernel(CudaKernel):
         return grads
 
 
-def _edges(sizes: Sizes) -> dict[str, Any]:
+def _edges(sizes: CallSizes) -> dict[str, Any]:
     if sizes.q_edges is None:
         return {}
     edges = {"cu_seqlens_q": sizes.q_edges, "cu_seqlens_k": sizes.k_edges}
@@ -241,7 +241,7 @@ class FlashAttnKernel(CudaKernel):
         return module._flash_attn_forward, module._flash_attn_backward
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, sizes: Sizes, causal: bool, scale: float
+        self, q: Tensor, k: Tensor, v: Tensor, sizes: CallSizes, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor]:
         if sizes.q_edges is not None:
             return super().attend(q, k, v, sizes, causal, scale)
@@ -249,7 +249,7 @@ class FlashAttnKernel(CudaKernel):
         # since 2.7 four results, out first and lse second; in 2.6 eight, of which lse is the sixth
         return results[0], results[1] if len(results) == 4 else results[5]
 
-    def gradients(self, tensors: Sequence[Tensor], sizes: Sizes, causal: bool, scale: float) -> Sequence[Tensor]:
+    def gradients(self, tensors: Sequence[Tensor], sizes: CallSizes, causal: bool, scale: float) -> Sequence[Tensor]:
         if sizes.q_edges is not None:
             return super().gradients(tensors, sizes, causal, scale)
         grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors[1:4]]

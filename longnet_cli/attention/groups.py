@@ -5,12 +5,39 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from math import inf
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from .limits import Limits
 from .pattern import FUNNEL, MEAN_OF, RUN, RUNS, VOTERS, LayerKind, Pattern
 
+if TYPE_CHECKING:  # so that sizes of a pattern are known without torch
+    from torch import Tensor
+
 CALL, VOTES = 8, 4.5  # of what exists at a time, the multiples of `Limits.gathered` and `Limits.scores` (a test counts)
+
+
+class Limits(NamedTuple):
+    """The sizes of what exists at a time while blocks are chosen and gathered, for one kind of device.
+
+    A CPU is fast with what its caches hold. A GPU is slow to start a call, and has memory for large ones.
+
+    gathered: bytes of gathered keys. scores: scores of votes, and numbers of means that are compared with one slot's
+    voters. unrotated: keys that are un-rotated. whole: neighbouring parts of a document are taken together, and the
+    blocks of a past lie in one piece.
+    """
+
+    gathered: int
+    scores: int
+    unrotated: int
+    whole: bool
+
+
+CPU = Limits(gathered=4 << 20, scores=1 << 20, unrotated=1 << 12, whole=False)
+GPU = Limits(gathered=1 << 26, scores=1 << 26, unrotated=1 << 20, whole=True)
+
+
+def limits_of(x: Tensor) -> Limits:
+    """Return the sizes for the device of x."""
+    return CPU if x.is_cpu else GPU
 
 
 class Groups(NamedTuple):

@@ -19,8 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .groups import GroupedPart, stages
-from .limits import limits_of
+from .groups import GroupedPart, limits_of, stages
 from .pattern import MEAN_OF, RUN, RUNS, Pattern
 from .sinks import Turn
 from .views import accumulator
@@ -135,7 +134,7 @@ class Means:
 
     def one_each(self, rows: slice, blocks: slice) -> Tensor:
         """Return one mean for each of some blocks, (rows, K, blocks, D)."""
-        return one_each(self.of[1 if 1 in self.of else self.finest][rows, :, blocks])
+        return _mean(self.of[1 if 1 in self.of else self.finest][rows, :, blocks], -2)
 
     def select(self, index: Tensor) -> None:
         self.of = {number: x.index_select(0, index) for number, x in self.of.items()}
@@ -154,11 +153,6 @@ class Means:
             wider = self._allocate((*old.shape[:2], *_sizes(n, room), old.shape[-1]))
             wider[:, :, :filled] = old[:, :, :filled]
             self.of[n] = wider
-
-
-def one_each(means: Tensor) -> Tensor:
-    """Return one mean for each block, (.., blocks, D), given the same number for each, (.., blocks, m, D)."""
-    return _mean(means, -2)
 
 
 def run_means(means: Tensor) -> Tensor:

@@ -12,10 +12,10 @@ fully masked row has no defined lse (no branch has one). Batch and element count
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
-
-from .packing import PackedRows
 
 
 class Kernel:
@@ -23,7 +23,9 @@ class Kernel:
 
     name = ""
     takes_counts = False  # whether it takes `counts` (heads, rows, keys): the log of how often a key counts, or -inf
-    packs = False  # whether it has `forward_packed` and `backward_packed`
+    packs = False  # whether it has these two, which attend within packed sequences of q, k and v (rows, head_dim):
+    forward_packed: Callable[..., tuple[Tensor, Tensor]]  # (q, k, v, queries, keys, causal, scale) -> out, lse (rows,)
+    backward_packed: Callable[..., tuple[Tensor, Tensor, Tensor]]  # dout, q, k, v, out, lse, then as in the forward
     copies_shared = False  # whether it copies key heads that several heads share (of stride 0), on a GPU
 
     def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -38,27 +40,6 @@ class Kernel:
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        raise NotImplementedError
-
-    def forward_packed(
-        self, q: Tensor, k: Tensor, v: Tensor, queries: PackedRows, keys: PackedRows, causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """Attend within packed sequences of q, k and v (rows, head_dim). Return out (rows, head_dim), lse (rows,)."""
-        raise NotImplementedError
-
-    def backward_packed(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        queries: PackedRows,
-        keys: PackedRows,
-        causal: bool,
-        scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         raise NotImplementedError
 

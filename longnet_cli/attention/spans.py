@@ -41,20 +41,9 @@ class Rows(NamedTuple):
     row_heads: int = 0
 
     @classmethod
-    def of(
-        cls,
-        heads: Heads,
-        *,
-        segments: int,
-        segment_step: int,
-        rows: int,
-        row_step: int,
-        first_token: int,
-        skew: int,
-        row_heads: int = 0,
-    ) -> Rows:
-        """Return the rows of these heads."""
-        return cls(segments, segment_step, *heads, rows, row_step, first_token, skew, row_heads)
+    def of(cls, heads: Heads, **sizes: int) -> Rows:
+        """Return the rows of these heads; `sizes` are the other fields."""
+        return cls(heads=heads.number, first_head=heads.first, head_step=heads.step, **sizes)
 
 
 class Heads(NamedTuple):

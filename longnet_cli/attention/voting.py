@@ -16,8 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .groups import ChoiceStage, GroupedPart, slot_of, stages
-from .limits import limits_of
+from .groups import ChoiceStage, GroupedPart, limits_of, slot_of, stages
 from .past import Means, OfBlocks
 from .pattern import NEIGHBOUR, RUN, RUNS, VOTERS, Pattern
 

@@ -29,10 +29,10 @@ from longnet_cli.nets.net import Net
 from longnet_cli.running.causal_stream import CausalStream
 from longnet_cli.running.device import precision, random_state, set_random_state
 from longnet_cli.running.ranks.blocks import RankPast
+from longnet_cli.running.ranks.edges import most_owned, whole_blocks
 from longnet_cli.running.ranks.exchange import Exchange
 from longnet_cli.running.ranks.fsdp import final_backward
 from longnet_cli.running.ranks.ranks import ALONE, Ranks
-from longnet_cli.running.ranks.shards import most_owned, whole_blocks
 
 
 class Tokens(Protocol):

@@ -26,7 +26,6 @@ from longnet_cli.attention import (
     chosen,
     dilated_attention,
     groups,
-    limits,
     past,
     voting,
 )
@@ -42,12 +41,7 @@ WINDOW = Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_ever
 
 
 def choice_of(
-    q: Tensor,
-    k: Tensor,
-    pattern: Pattern,
-    scale: float,
-    turn: chosen.Turn | None,
-    choices: LayerChoices | None = None,
+    q: Tensor, k: Tensor, pattern: Pattern, scale: float, turn: chosen.Turn | None, choices: LayerChoices | None = None
 ) -> list:
     """What the operator chooses, in the form of `chosen_blocks`."""
     every, (batch, tokens) = pattern.chosen_every, q.shape[:2]
@@ -270,7 +264,7 @@ def test_without_votes_the_first_blocks_are_seen() -> None:
 def test_groups_in_many_calls_equal_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     choice = Choice(WINDOW, 2, 120, 6, 8, 0, True, None, 1, kv_heads=2, rotary=True)
     whole = run(dilated_attention, choice.qkv(), WINDOW, turn=turn)
-    monkeypatch.setattr(limits, "CPU", limits.Limits(gathered=8, scores=1, unrotated=8, whole=False))
+    monkeypatch.setattr(groups, "CPU", groups.Limits(gathered=8, scores=1, unrotated=8, whole=False))
     assert_close(run(dilated_attention, choice.qkv(), WINDOW, turn=turn), whole, 1e-12)
 
 

@@ -133,10 +133,7 @@ def test_golden(name: str) -> None:
     pattern = Pattern(
         json.loads(config["segment_lengths"]), json.loads(config["dilation_rates"]), config["head_offsets"]
     )
-    options = {
-        "causal": config["causal"] == "true",
-        "padding": "zero_key" if name.endswith("zero_key") else "exact",
-    }
+    options = {"causal": config["causal"] == "true", "padding": "zero_key" if name.endswith("zero_key") else "exact"}
     for function in (dilated_attention, dilated_attention_reference):
         assert (function(q, k, v, pattern, **options) - out).abs().max() <= 1e-5
 

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from longnet_cli.attention import KVCache, LayerChoices, Past, Pattern, choosing, dilated_attention, limits
+from longnet_cli.attention import KVCache, LayerChoices, Past, Pattern, choosing, dilated_attention, groups
 from longnet_cli.attention.chosen import Chosen
 from longnet_cli.attention.groups import GroupedPart, groups_of, transient_bytes
 from longnet_cli.attention.merging import GradientSum, Merge
@@ -68,8 +68,8 @@ def test_a_layer_starts_few_operators(monkeypatch: pytest.MonkeyPatch) -> None:
 
     The limits are so much less, too.
     """
-    less = limits.GPU._replace(gathered=limits.GPU.gathered * 2 // (4 * 96), scores=limits.GPU.scores // (4 * 12))
-    monkeypatch.setattr(limits, "CPU", less)
+    less = groups.GPU._replace(gathered=groups.GPU.gathered * 2 // (4 * 96), scores=groups.GPU.scores // (4 * 12))
+    monkeypatch.setattr(groups, "CPU", less)
     pattern, tokens, choices = replace(Pattern.finding(), chosen_layers=(0, 2)), 16_384, choosing.Choices()
     fields = {"dim": 8, "num_heads": 1, "num_layers": 1, "ffn_dim": 8, "vocab_size": 8, "position": "rope"}
     rope = sink_turn(LongNetConfig(**fields, segment_lengths=(8,), dilation_rates=(1,)))
@@ -92,8 +92,8 @@ def test_limits_of_a_gpu_give_the_same_bits(before: int, exact: int, monkeypatch
     )
     monkeypatch.setattr("longnet_cli.attention.groups.FUNNEL", ((2, 40),))
     results = []
-    for sizes in (limits.CPU, limits.GPU):
-        monkeypatch.setattr(limits, "CPU", sizes)
+    for sizes in (groups.CPU, groups.GPU):
+        monkeypatch.setattr(groups, "CPU", sizes)
         choices, of_sizes = choosing.Choices(), []
         for layer in range(4):
             q, k, v = torch.randn(3, 1, before + 1200, 4, 16, generator=torch.Generator().manual_seed(layer)).unbind()
@@ -117,7 +117,7 @@ def test_limits_of_a_gpu_give_the_same_bits(before: int, exact: int, monkeypatch
 
 
 def test_a_past_on_a_gpu_is_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "CPU", limits.GPU)
+    monkeypatch.setattr(groups, "CPU", groups.GPU)
     pattern = Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4)
     x, past = torch.randn(1, 4000, 2, 4), Past(pattern)
     past.settle(None)
@@ -157,8 +157,8 @@ class Live(TorchDispatchMode):
 @pytest.mark.parametrize("before", [0, 32_768])
 def test_what_chosen_blocks_take_for_a_time(before: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With limits that are a 64th of a GPU's; on one, it is at most 2 GiB, with what ranks fetch."""
-    less = limits.GPU._replace(gathered=limits.GPU.gathered // 64, scores=limits.GPU.scores // 64)
-    monkeypatch.setattr(limits, "CPU", less)
+    less = groups.GPU._replace(gathered=groups.GPU.gathered // 64, scores=groups.GPU.scores // 64)
+    monkeypatch.setattr(groups, "CPU", less)
     pattern, tokens, past, heads = Pattern.finding(), 4096, None, (2, 64)
     fields = {"dim": 128, "num_heads": 2, "num_layers": 1, "ffn_dim": 8, "vocab_size": 8, "position": "rope"}
     rope = sink_turn(LongNetConfig(**fields, segment_lengths=(8,), dilation_rates=(1,)))
@@ -172,14 +172,8 @@ def test_what_chosen_blocks_take_for_a_time(before: int, monkeypatch: pytest.Mon
     ]
     q, k, dout = torch.randn(3, 1, tokens, *heads).bfloat16().unbind()
     call, merge, total = Chosen(pattern, parts, rope, past), Merge(q, False), GradientSum(q)
-    known = [
-        q,
-        k,
-        dout,
-        *merge.places,
-        total.place,
-        *([*past.blocks.pieces(), *past.means.of.values()] if past else []),
-    ]
+    kept = [*past.blocks.pieces(), *past.means.of.values()] if past else []
+    known = [q, k, dout, *merge.places, total.place, *kept]
     most = transient_bytes(less)
     with torch.no_grad(), Live(*known) as choosing_:
         call.choose(q, k, 0.125)
@@ -190,5 +184,5 @@ def test_what_chosen_blocks_take_for_a_time(before: int, monkeypatch: pytest.Mon
         gradients = call.gradients(FlashOfAGpu(), 0.125, (dout, q, out, lse[..., None]), (k, k), total)
     backward.peak -= sum(x.nbytes for x in gradients)  # results
     assert most / 3 < max(choosing_.peak, attending.peak, backward.peak) <= most
-    gpu, run = limits.GPU, fetching.RUN_BYTES
+    gpu, run = groups.GPU, fetching.RUN_BYTES
     assert max(transient_bytes(gpu, run=run, backward=way) for way in (False, True)) <= 2 << 30

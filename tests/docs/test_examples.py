@@ -36,9 +36,9 @@ from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.training.costs import step_flops, training_memory
 from longnet_cli.jobs.training.recipe import Recipe, load_recipe
 from longnet_cli.models.folder import ModelFolder
+from longnet_cli.running.ranks.edges import even_edges
 from longnet_cli.running.ranks.exchange import Exchange
 from longnet_cli.running.ranks.ranks import Ranks
-from longnet_cli.running.ranks.shards import even_edges
 
 pytestmark = pytest.mark.ci
 

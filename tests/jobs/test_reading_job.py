@@ -25,7 +25,7 @@ from conftest import RunLongnet
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from longnet_cli.attention import Pattern, limits
+from longnet_cli.attention import Pattern, groups
 from longnet_cli.basics.errors import DataError, MemoryLimitError, TooLongError
 from longnet_cli.cli.dry_run import show_reading
 from longnet_cli.data.documents import Document
@@ -173,7 +173,7 @@ def test_chosen_blocks_are_kept_in_memory_or_on_a_disk(monkeypatch: pytest.Monke
     assert on_disk == kept.memory["cache"] - spilled.memory["cache"] == cache_bytes(net.config, 300_000, 4).blocks
     assert on_disk == 2 * 4 * 300_000 * net.config.dim * net.config.num_layers
     assert (kept.facts["spill_bytes"], kept.advice) == (0, "keep the keys and values on a disk (--spill DIR)")
-    monkeypatch.setattr("longnet_cli.attention.limits.CPU", limits.GPU)  # what is there at a time is counted
+    monkeypatch.setattr("longnet_cli.attention.groups.CPU", groups.GPU)  # what is there at a time is counted
     assert estimated(net, job, found, chunk=256).memory["activations"] > kept.memory["activations"] + (100 << 20)
 
 

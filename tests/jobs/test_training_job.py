@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from strategies import document_starts
 from torch.utils.flop_counter import FlopCounterMode
 
-from longnet_cli.attention import Pattern, limits
+from longnet_cli.attention import Pattern, groups
 from longnet_cli.attention.spans import open_spans
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.jobs.estimating.memory import cache_bytes, saved_bytes, seen_segments
@@ -206,7 +206,7 @@ def test_what_chosen_blocks_take_for_a_time_is_counted(monkeypatch: pytest.Monke
     free = 0
     free = estimate_training(found, CPU).beyond
     assert estimate_training(found, CPU).fits
-    monkeypatch.setattr("longnet_cli.attention.limits.CPU", limits.GPU)
+    monkeypatch.setattr("longnet_cli.attention.groups.CPU", groups.GPU)
     assert not estimate_training(found, CPU).fits
 
 

@@ -17,13 +17,13 @@ from pattern_nets import draw, net
 from strategies import turn
 from torch import Tensor
 
-from longnet_cli.attention import Pattern, choosing, dilated_attention, groups, limits
+from longnet_cli.attention import Pattern, choosing, dilated_attention, groups
 from longnet_cli.attention.outside import Outside
 from longnet_cli.attention.past import Past, Seen
 from longnet_cli.running.causal_stream import CausalStream
 from longnet_cli.running.ranks import fetching
+from longnet_cli.running.ranks.edges import Directory, even_edges
 from longnet_cli.running.ranks.exchange import Exchange
-from longnet_cli.running.ranks.shards import Directory, even_edges
 
 PATTERN = Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4)
 FUNNEL = ((groups.RUNS, 96), (1, 40), (2, 12))  # so that short documents are scanned in all stages
@@ -54,12 +54,12 @@ def at_blocks(edges: list[int], cuts: list[int]) -> list[int]:
 def in_shards(problems: range) -> None:
     """Blocks, outputs and gradients, with documents, empty shards, batches, exact votes, many runs, limits of a GPU."""
     groups.FUNNEL = FUNNEL  # this process ends with the test
-    of_cpu = limits.CPU
+    of_cpu = groups.CPU
     rank, world = dist.get_rank(), dist.get_world_size()
     scanned = False
     for seed in problems:
         pick = random.Random(seed)
-        limits.CPU, fetching.RUN_BYTES = pick.choice([of_cpu, limits.GPU]), pick.choice([1 << 28, 1 << 15])
+        groups.CPU, fetching.RUN_BYTES = pick.choice([of_cpu, groups.GPU]), pick.choice([1 << 28, 1 << 15])
         pattern = replace(PATTERN, chosen_exact=pick.choice([0, 0, 6]), chosen_every=pick.choice([2, 4, 8]))
         kv_heads, batch, tokens = pick.randint(1, 2), pick.choice([1, 1, 2]), pick.choice([90, 500, 1300])
         heads, rotary = kv_heads * pick.randint(1, 2), {"turn": turn} if pick.random() < 0.5 else {}
@@ -92,8 +92,7 @@ def in_shards(problems: range) -> None:
 
 
 @pytest.mark.parametrize(
-    ("world", "problems"),
-    [(3, range(10)), *(pytest.param(n, range(200), marks=pytest.mark.slow) for n in (2, 4))],
+    ("world", "problems"), [(3, range(10)), *(pytest.param(n, range(200), marks=pytest.mark.slow) for n in (2, 4))]
 )
 def test_the_blocks_of_one_process_are_chosen(world: int, problems: range, tmp_path: Path) -> None:
     run_ranks(world, tmp_path, in_shards, problems)

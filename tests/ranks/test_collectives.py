@@ -21,24 +21,15 @@ from longnet_cli.attention import Pattern
 from longnet_cli.running.causal_stream import CausalStream
 from longnet_cli.running.chunked_backward import backward_in_chunks
 from longnet_cli.running.ranks import fetching
+from longnet_cli.running.ranks.edges import even_edges
 from longnet_cli.running.ranks.exchange import Exchange
-from longnet_cli.running.ranks.shards import even_edges
 
 # the first layer sees block 0, the third follows the second
 PATTERN = Pattern.finding(64, chosen=8, chosen_layers=(1,))
 NAMES = [
-    "all_to_all_single",
-    "all_reduce",
-    "all_gather",
-    "all_gather_into_tensor",
-    "broadcast",
-    "send",
-    "recv",
-    "isend",
-    "irecv",
-    "batch_isend_irecv",
-    "barrier",
-]
+    "all_to_all_single", "all_reduce", "all_gather", "all_gather_into_tensor", "broadcast", "send", "recv", "isend",
+    "irecv", "batch_isend_irecv", "barrier",
+]  # fmt: skip
 
 
 class FakeDevice(TorchDispatchMode):

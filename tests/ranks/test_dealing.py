@@ -138,23 +138,13 @@ def folder(tmp_path: Path) -> Path:
 
 
 COMMANDS = {
-    "encode": ["encode", "docs.arrow", "-m", "./net", "--chunk", "256", "--span", "100", "--shard-rows", "20"],
-    "encode-keep": ["encode", "docs.jsonl", "-m", "./net", "--chunk", "256", "--keep", "n", "--shard-rows", "20"],
-    "gains": [
-        "score",
-        "docs.jsonl",
-        "-m",
-        "./net",
-        "--chunk",
-        "256",
-        "--context",
-        "16,64",
-        "--keep",
-        "n",
-        "--shard-tokens",
-        "3000",
-    ],
-    "tokenize": ["tokenize", "long.jsonl", "--shard-tokens", "4000000"],
+    name: text.split()
+    for name, text in {
+        "encode": "encode docs.arrow -m ./net --chunk 256 --span 100 --shard-rows 20",
+        "encode-keep": "encode docs.jsonl -m ./net --chunk 256 --keep n --shard-rows 20",
+        "gains": "score docs.jsonl -m ./net --chunk 256 --context 16,64 --keep n --shard-tokens 3000",
+        "tokenize": "tokenize long.jsonl --shard-tokens 4000000",
+    }.items()
 }
 
 

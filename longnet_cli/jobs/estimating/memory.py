@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 
-from longnet_cli.attention import Pattern, limits
+from longnet_cli.attention import Pattern, groups
 from longnet_cli.attention.branches import branches
 from longnet_cli.attention.cache import cached_rows
 from longnet_cli.attention.groups import chosen_flops, past_bytes, transient_bytes
@@ -25,9 +25,9 @@ from longnet_cli.nets.net import LOGITS_LIMIT, Net
 from longnet_cli.running.device import DTYPES, resolve_dtype
 from longnet_cli.running.layerwise import fits_beside, kept_bytes
 from longnet_cli.running.mapped import aligned
+from longnet_cli.running.ranks.edges import most_owned
 from longnet_cli.running.ranks.fetching import RUN_BYTES
 from longnet_cli.running.ranks.ranks import Ranks
-from longnet_cli.running.ranks.shards import most_owned
 
 if TYPE_CHECKING:
     from longnet_cli.jobs.estimating.reading import ReadingPlan
@@ -78,7 +78,7 @@ def transient_memory(
     flops = chosen_flops(pattern, heads, head_dim, tokens)
     if not flops.attention:
         return 0
-    most = limits.CPU if device == "cpu" else limits.GPU
+    most = groups.CPU if device == "cpu" else groups.GPU
     gathered = itemsize * flops.attention // (4 * pattern.chosen_every)  # once for each group
     sizes = most._replace(gathered=min(most.gathered, gathered), scores=min(most.scores, flops.votes // 2))
     run = min(RUN_BYTES, 2 * heads * head_dim * tokens * itemsize) if sp > 1 else 0

@@ -35,8 +35,8 @@ from longnet_cli.attention.groups import first_means
 from longnet_cli.attention.past import Blocks, Means, OfBlocks, Past, Wanted, run_means, taken
 from longnet_cli.attention.pattern import RUN, RUNS, Pattern
 from longnet_cli.attention.sinks import Turn
+from longnet_cli.running.ranks.edges import Shards
 from longnet_cli.running.ranks.fetching import ROWS, Asked, RankShare
-from longnet_cli.running.ranks.shards import Shards
 
 STATE_BLOCKS = 1 << 12  # of a piece of a saved state
 

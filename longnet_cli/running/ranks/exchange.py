@@ -41,7 +41,7 @@ from longnet_cli.attention.views import accumulator
 from longnet_cli.basics.errors import LongNetError
 from longnet_cli.nets.config import NetConfig
 from longnet_cli.running.ranks.blocks import RankPast
-from longnet_cli.running.ranks.shards import Shards
+from longnet_cli.running.ranks.edges import Shards
 
 _agreeing: weakref.WeakSet[Any] = weakref.WeakSet()  # groups whose first exchange is over
 

@@ -26,10 +26,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longnet_cli.attention.limits import limits_of
+from longnet_cli.attention.groups import limits_of
 from longnet_cli.attention.past import Blocks, Means, Wanted
 from longnet_cli.attention.views import accumulator
-from longnet_cli.running.ranks.shards import Directory
+from longnet_cli.running.ranks.edges import Directory
 
 RUN_BYTES = 1 << 28  # of the rows of a run; those of two runs are there at a time
 PIECES = 8  # what is wanted is divided into runs by pieces, of which a run has so many or more
