@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import csv
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -157,6 +158,7 @@ def tune(args: argparse.Namespace, slides: list[Path], labels: np.ndarray) -> np
                     group["lr"] = peak * rate_at(seen / len(train), args.epochs) * group["scale"]
                 optimizer.step()
                 optimizer.zero_grad()
+                print(f"fold {held_out}: {seen} of {args.epochs * len(train)} slides", file=sys.stderr, flush=True)
         model.eval()
         with torch.no_grad():
             scores[test] = [model(slides[each]).item() for each in test]

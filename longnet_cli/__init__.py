@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     from longnet_cli.data.inputs import Inputs
     from longnet_cli.data.tokenizer import Tokenizer
     from longnet_cli.jobs import plotting
-    from longnet_cli.jobs.benchmark.cases import Measurement, Settings
-    from longnet_cli.jobs.benchmark.job import bench
-    from longnet_cli.jobs.encoding import EncodeFacts, EncodeOptions, encode
+    from longnet_cli.jobs.benchmark import Measurement, Settings, bench
+    from longnet_cli.jobs.encoding import EncodeFacts, encode
     from longnet_cli.jobs.engines import encode_batches, score_batches
     from longnet_cli.jobs.generating import generate
     from longnet_cli.jobs.inspecting import inspect
+    from longnet_cli.jobs.options import EncodeOptions, ScoreOptions
     from longnet_cli.jobs.row_jobs import ModelFacts
     from longnet_cli.jobs.scoring.measures import Score, Total
-    from longnet_cli.jobs.scoring.scoring import ScoreOptions, score
+    from longnet_cli.jobs.scoring.scoring import score
     from longnet_cli.jobs.tokenizing import tokenize
     from longnet_cli.jobs.training.loop import train
     from longnet_cli.models.folder import ModelFolder
@@ -55,15 +55,15 @@ _MODULES = {
     "data.inputs": "Inputs",
     "data.tokenizer": "Tokenizer",
     "jobs": "plotting",
-    "jobs.benchmark.job": "bench",
-    "jobs.benchmark.cases": "Measurement Settings",
-    "jobs.encoding": "EncodeFacts EncodeOptions encode",
+    "jobs.benchmark": "Measurement Settings bench",
+    "jobs.encoding": "EncodeFacts encode",
     "jobs.engines": "encode_batches score_batches",
     "jobs.generating": "generate",
     "jobs.inspecting": "inspect",
+    "jobs.options": "EncodeOptions ScoreOptions",
     "jobs.row_jobs": "ModelFacts",
     "jobs.scoring.measures": "Score Total",
-    "jobs.scoring.scoring": "ScoreOptions score",
+    "jobs.scoring.scoring": "score",
     "jobs.tokenizing": "tokenize",
     "jobs.training.loop": "train",
     "models.folder": "ModelFolder",
@@ -86,3 +86,7 @@ def __getattr__(name: str) -> Any:
     module = import_module(f"{__name__}.{_PLACES[name]}")
     found = globals()[name] = getattr(module, name, None) or import_module(f"{module.__name__}.{name}")
     return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

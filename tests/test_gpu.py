@@ -26,7 +26,7 @@ from torch import Tensor
 from longnet_cli.attention import Pattern, dilated_attention, far_keys, kernels
 from longnet_cli.attention.spans import far_spans
 from longnet_cli.jobs.benchmark import Settings, bench
-from longnet_cli.jobs.training.gradients import backward
+from longnet_cli.jobs.training.objective import backward
 from longnet_cli.running.causal_stream import CausalStream
 from longnet_cli.running.device import DTYPES, free_memory, precision
 from longnet_cli.running.layerwise import hidden_in_chunks

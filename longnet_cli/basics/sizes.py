@@ -58,6 +58,11 @@ def format_count(count: float) -> str:
     return _scaled(count, 1000, ("", "k", "M", "G", "T", "P", "E"))
 
 
+def count_of(count: int, noun: str) -> str:
+    """Format 1 as `1 token`, 1234 as `1,234 tokens`."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def format_bytes(size: float) -> str:
     """Format 3221225472 as `3.00 GiB`: powers of 1024."""
     return _scaled(size, 1024, _BYTES)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from longnet_cli.basics.errors import ConfigError, MemoryLimitError
-from longnet_cli.basics.sizes import format_bytes, format_count, format_duration
-from longnet_cli.cli.options import Computing, Running
+from longnet_cli.basics.sizes import count_of, format_bytes, format_count, format_duration
 from longnet_cli.cli.output import emit_json
 from longnet_cli.cli.progress import progress
 
 if TYPE_CHECKING:
-    from longnet_cli.cli.model_and_inputs import Opened
+    from longnet_cli.cli.starting import Opened
     from longnet_cli.data.inputs import Inputs
     from longnet_cli.jobs.estimating.estimate import Estimate
     from longnet_cli.jobs.row_jobs import RowJob
@@ -41,7 +40,7 @@ def show_training(estimate: Estimate, format: Format) -> None:
 def show_reading(estimate: Estimate, format: Format, job: str) -> None:
     """Print the estimate of a `job` to stdout. Raises MemoryLimitError if the job does not fit."""
     facts, (rows, length) = estimate.facts, estimate.measured or (0, 0)
-    longest = f"the longest has {facts['longest']:,} tokens"
+    longest = f"the longest has {count_of(facts['longest'], 'token')}"
     if estimate.too_long:
         longest += f", and the model reads {estimate.too_long:,}"
     if facts["left_out"]:
@@ -81,21 +80,20 @@ def dry_run(
     inputs: Inputs,
     make_job: Callable[[Reader], RowJob],
     doing: str,
-    output: str | None,
-    format: Format,
-    running: Running,
-    computing: Computing,
+    options: Any,
+    shard_size: int | None,
 ) -> None:
-    """Print the estimate of a job that would read `inputs`, and write to `output`, or print."""
+    """Print the estimate of a job that would read `inputs`, and write as the `options` say, or print."""
     from longnet_cli.jobs.estimating.estimate import estimate_reading
     from longnet_cli.jobs.estimating.reading import count_documents
     from longnet_cli.running.ranks.ranks import leave
     from longnet_cli.running.reader import share_reader
 
     assert opened.room  # of every dry run
-    fate, done, earlier = _fate(output, running.resume)
+    computing, sample = options.computing, options.running.sample
+    fate, done, earlier = _fate(options.output, options.running.resume)
     chunk, how = computing.chunk or earlier, {"dtype": computing.dtype, "spill": computing.spill}
-    sample, job = running.sample, make_job(share_reader(opened.loaded.net, chunk=chunk, ranks=opened.ranks, **how))
+    job = make_job(share_reader(opened.loaded.net, chunk=chunk, ranks=opened.ranks, **how))
     with progress("counting", total=None, quiet=opened.quiet) as advance:
         plan = count_documents(
             job,
@@ -117,7 +115,11 @@ def dry_run(
         )
     leave()
     if opened.ranks.first:
-        show_reading(estimate, format, doing)
+        shard = min(shard_size or job.shard_size, plan.shard_units)
+        lost = f"{shard:,} {job.shard_unit}, {_duration(estimate.costs['seconds'] * shard / (plan.shard_units or 1))}"
+        if "folder" in fate or done:
+            estimate.costs["output"] += f"; a kill loses at most a shard and a document: {lost}"
+        show_reading(estimate, "json" if options.format == "json" else "text", doing)
 
 
 def _fate(output: str | None, resume: bool) -> tuple[str, int, int | None]:

@@ -9,9 +9,9 @@ from typing import Literal
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.command import SAMPLE, check_pairs
 from longnet_cli.cli.dry_run import Format, check_sample, dry_run
-from longnet_cli.cli.model_and_inputs import ModelAndInputs
 from longnet_cli.cli.options import OUTPUT, Computing, Documents, HelpPanel, Mesh, ModelChoice, Running
-from longnet_cli.cli.output import count_left_out, end
+from longnet_cli.cli.output import count_left_out
+from longnet_cli.cli.starting import ModelAndInputs
 
 VECTORS = HelpPanel("Vectors")
 
@@ -65,7 +65,7 @@ class EncodeCommand:
         "--embedding-dtype float32|float16", "Write numbers of this type.", default="float32"
     )
     shard_rows: int | None = OUTPUT.size(
-        "--shard-rows SIZE", "Start a new shard after this many vectors. (default: 16Ki)"
+        "--shard-rows SIZE", "Start a new shard after this many vectors. (default: 4Ki)"
     )
     shard_format: Literal["arrow", "parquet"] = shared.shard_format_option()
     running: Running
@@ -82,7 +82,10 @@ def encode(options: EncodeCommand) -> None:
     The columns are doc_id, span, start, end, n_tokens and embedding; for text also char_start and char_end, the place
     of a vector's tokens in it. Rows come in input order.
     """
+    from longnet_cli.jobs.options import EncodeOptions
+
     output, running = options.output, options.running
+    asked = EncodeOptions(**{each.name: getattr(options, each.name) for each in fields(EncodeOptions)})
     check_pairs([SAMPLE], options)
     check_sample(running.sample)
     named = ModelAndInputs(options.documents, options.choice, output if running.resume else None, embeds=True)
@@ -90,30 +93,27 @@ def encode(options: EncodeCommand) -> None:
     for_folder = {"--shard-rows": options.shard_rows, "--shard-format": options.shard_format != "arrow"}
     earlier = named.check_outputs({"-o": output}, where_to, for_folder, running)
     opened = named.open(options.mesh, options.computing, dry_run=running.dry_run)
-    from longnet_cli.jobs.encoding import PLACE_FIELDS, EncodeOptions, Encoder, for_model
-    from longnet_cli.running.ranks.ranks import leave
+    from longnet_cli.jobs.encoding import PLACE_FIELDS, Encoder, for_model
 
-    asked = EncodeOptions(**{each.name: getattr(options, each.name) for each in fields(EncodeOptions)})
     own, facts = for_model(asked, named.folder, opened.loaded)
     job = partial(Encoder, options=own, facts=facts)
     inputs = named.inputs(opened.loaded, facts.tokenizer_for(opened.loaded))
     if opened.room:
-        dry_run(opened, inputs, job, "encoding", output, options.format, running, options.computing)
+        dry_run(opened, inputs, job, "encoding", options, options.shard_rows)
         return
     left_out = count_left_out(inputs.skip_bad, opened.quiet)
     opened.write(
         inputs,
         job,
         output,
+        running,
         options.computing,
         earlier,
+        left_out,
         doing="encoding",
         unit="{} vector",
-        left_out=left_out,
         shard_size=options.shard_rows,
         shard_format=options.shard_format,
-        resume=running.resume,
         of_text=PLACE_FIELDS,
     )
-    leave()
-    end(left_out, first=opened.ranks.first, quiet=opened.quiet)
+    opened.end(left_out)

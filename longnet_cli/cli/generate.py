@@ -7,21 +7,32 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from longnet_cli.basics.errors import ConfigError, LongNetError
-from longnet_cli.basics.sizes import format_bytes, format_duration
+from longnet_cli.basics.sizes import count_of, format_bytes, format_duration
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.command import Excludes, Needs, check_pairs
 from longnet_cli.cli.dry_run import show_reading
-from longnet_cli.cli.options import COMPUTE, INPUT, OUTPUT, Computing, HelpPanel, ModelChoice, argument, read_pattern
+from longnet_cli.cli.options import (
+    COMPUTE,
+    INPUT,
+    OUTPUT,
+    Computing,
+    Documents,
+    HelpPanel,
+    Mesh,
+    ModelChoice,
+    argument,
+    read_pattern,
+)
 from longnet_cli.cli.output import emit_jsonl, note, printable, tell
 from longnet_cli.cli.progress import progress
-from longnet_cli.cli.starting import StateTeller, ask_hub, check_spill, freeze_imports, launch, room
+from longnet_cli.cli.starting import ModelAndInputs, Opened, StateTeller
 
 if TYPE_CHECKING:
     from longnet_cli.data.chat import ChatTemplate
@@ -48,7 +59,6 @@ PAIRS = (
     ),
     Excludes("--dry-run", "--format", "prints a table"),
     Excludes("--dry-run", "--state", "estimates what reading a whole prompt takes"),
-    Excludes("--dry-run", "--save-state", "saves nothing"),
     Excludes("--dry-run", "--sp", "estimates one process"),
     Excludes("--state", "--sp", "is continued by one process"),
     Excludes("--sources", "--sp", "are told by one process"),
@@ -118,23 +128,27 @@ def generate(options: GenerateCommand) -> None:
     A text ends at the model's end-of-text token, at a --stop text, or after --max-tokens.
     With a window, a token costs the same time and memory at any position.
     """
+    from longnet_cli.jobs.options import check_sampling
+
     check_pairs(PAIRS, options)
+    check_sampling(options.temperature, 1.0 if options.top_p is None else options.top_p)
     if options.seed is not None and not 0 <= options.seed < 1 << 63:
         raise ConfigError(f"--seed {options.seed} is not a number from 0 to 2^63 - 1")
-    check_spill(options.computing.spill)
+    if options.state and options.choice.pattern:
+        pattern = _state_pattern(options.state, options.choice.pattern)
+        options = replace(options, choice=replace(options.choice, pattern=pattern))
     text, save_state = _text(options.prompt, options.inputs, options.state), options.save_state
-    loaded, free, ranks = _open(options, text)
-    if free:
-        _estimate(options, loaded, free, text)
-        return
-    quiet = options.computing.quiet or not ranks.first
+    opened, inputs = _open(options, text)
+    loaded, ranks, quiet = opened.loaded, opened.ranks, opened.quiet
     options = replace(options, computing=replace(options.computing, quiet=quiet))
-    stream = _stream(options, loaded, ranks)
     job = _TextGenerator(options, loaded, ranks)
+    documents, several, stored = _documents(options, inputs, loaded.chat, text)
+    if opened.room:
+        _estimate(job, documents, opened.room)
+        return
+    stream = _stream(options, loaded, ranks)
     more = job.max_tokens + (stream.position if stream else 0)
-    documents, several, stored = _documents(options, loaded, text)
-    computing = options.computing
-    tell_state = StateTeller(loaded.net, computing, more=more, sp=ranks.sp, quiet=quiet)
+    tell_state = StateTeller(loaded.net, options.computing, more=more, sp=ranks.sp, quiet=quiet)
     if loaded.net.config.pattern.chosen:
         tell_state(max(map(len, stored), default=0))
     for index, document in enumerate(documents):
@@ -143,78 +157,74 @@ def generate(options: GenerateCommand) -> None:
         job.run(document, forked, index if several else None)
     if stream and save_state:
         size = stream.save(save_state, name=loaded.origin, tokenizer_sha256=loaded.tokenizer_sha256)
-        tell(f"{save_state}: the state after {stream.position:,} tokens, {format_bytes(size)}", computing.quiet)
+        tell(f"{save_state}: the state after {count_of(stream.position, 'token')}, {format_bytes(size)}", quiet)
     from longnet_cli.running.ranks.ranks import leave
 
     leave()
 
 
-def _open(options: GenerateCommand, text: str | None) -> tuple[Loaded, Room | None, Ranks]:
-    """Return the model, if it can do what the options ask for, of a dry run the memory before, and the ranks.
+def _state_pattern(state: str, pattern: str) -> str:
+    """Return a pattern with the layers that choose in a saved state, unless it names its own. Loads no model.
 
-    Raises as `launch` does.
+    Raises ConfigError for a pattern that differs from the state's in more than how often and how exactly blocks are
+    chosen.
     """
-    from longnet_cli.models.folder import ModelFolder
+    from longnet_cli.attention.notation import format_pattern, parse_pattern
+    from longnet_cli.basics.configuration import parse, read_text
 
-    choice, computing = options.choice, options.computing
-    pattern = read_pattern(choice.pattern)
-    if options.state and pattern and pattern.chosen:
-        from longnet_cli.running.saved_state import with_layers
+    given = read_pattern(pattern)
+    with suppress(OSError, ValueError, KeyError, TypeError):  # reading the state says what is wrong with it
+        saved = parse_pattern(parse(read_text(Path(state) / "manifest.json"))["longnet.pattern"])
+        given = given and replace(given, chosen_layers=given.chosen_layers or saved.chosen_layers)
+        names = ("head_offsets", "chosen_every", "chosen_exact", "chosen_layers")
+        free = {name: getattr(given, name) for name in names}
+        if given and replace(saved, **free) != given:
+            raise ConfigError(
+                f"{state}: it was saved with the pattern {format_pattern(saved)}, and this is {pattern}: name both "
+                "(--model, --pattern)"
+            )
+    return format_pattern(given) if given else pattern
 
-        pattern = with_layers(pattern, Path(options.state))
-    if choice.update:
-        ask_hub(choice.model, options.tokenizer)
-    folder = ModelFolder.find(choice.model, gguf=True)
+
+def _open(options: GenerateCommand, text: str | None) -> tuple[Opened, Inputs]:
+    """Return the model, if it can do what the options ask for, and the inputs. Raises as `launch` does."""
+    words = {name: getattr(options, name) for name in ("tokenizer", "tokenizer_differs", "column", "eos", "bos")}
+    inputs = (options.inputs or ["-"]) if text is None else []
+    named = ModelAndInputs(Documents(inputs, **words), options.choice, None)
     processes = options.sp or int(os.environ.get("WORLD_SIZE", "1"))
-    if processes > 1 and folder.of_transformers:
-        raise ConfigError(f"{folder.name}: a Hugging Face model reads a text in one process, not in {processes}")
+    if processes > 1 and named.folder.of_transformers:
+        raise ConfigError(f"{named.folder.name}: a Hugging Face model reads a text in one process, not in {processes}")
     alone = {"--state": options.state, "--sources": options.sources, "--dry-run": options.dry_run}
     if processes > 1 and (given := [option for option, value in alone.items() if value]):  # under torchrun
         raise ConfigError(f"{given[0]} is for one process, and there are {processes}: start one")
-    launch(None, (options.inputs or ["-"]) if text is None else (), sp=options.sp)
-    from longnet_cli.running.ranks.ranks import join
-
-    freeze_imports()
-    ranks, where = join(computing.device, sp=options.sp)
-    free = room(folder, computing.dtype, where) if options.dry_run else None
-    loaded = folder.load(
-        device=where,
-        dtype=computing.dtype,
-        tokenizer=options.tokenizer,
-        tokenizer_differs=options.tokenizer_differs,
-        pattern=pattern,
-        bos=options.bos,
-        chat=options.chat,
-        on_note=partial(tell, quiet=computing.quiet or not ranks.first),
-    )
-    check_spill(computing.spill, loaded.net)
+    opened = named.open(Mesh(sp=options.sp), options.computing, dry_run=options.dry_run, chat=options.chat)
     from longnet_cli.running.reader import check_choices
 
-    check_choices(loaded.net, options.sources)
-    has_text = options.prompt is not None or text is not None
-    if loaded.tokenizer is None and (options.format == "text" or options.stop or options.sources or has_text):
+    check_choices(opened.loaded.net, options.sources)
+    tokenizer, has_text = opened.loaded.tokenizer, options.prompt is not None or text is not None
+    if tokenizer is None and (options.format == "text" or options.stop or options.sources or has_text):
         raise ConfigError(
-            f"{choice.model}: there is no tokenizer: give --tokenizer, or token ids with --input and --format jsonl"
+            f"{options.choice.model}: there is no tokenizer: give --tokenizer, or token ids with --input and --format "
+            "jsonl"
         )
-    return loaded, free, ranks
+    return opened, named.inputs(opened.loaded, tokenizer)
 
 
-def _estimate(options: GenerateCommand, loaded: Loaded, free: Room, text: str | None) -> None:
+def _estimate(job: _TextGenerator, documents: Iterable[Document], free: Room) -> None:
     """Print what reading the prompts and generating the most tokens would take. Raises as `show_reading`."""
-    from longnet_cli.jobs.estimating.estimate import estimate_reading
-    from longnet_cli.jobs.estimating.timing import seconds_of_new_token
+    from longnet_cli.jobs.estimating.estimate import estimate_reading, seconds_of_new_token
     from longnet_cli.jobs.generating import plan_generation
-    from longnet_cli.running.ranks.ranks import Ranks
     from longnet_cli.running.reader import share_reader
 
-    computing, generator = options.computing, _TextGenerator(options, loaded, Ranks())
-    documents, *_ = _documents(options, loaded, text)
-    reader = share_reader(loaded.net, chunk=computing.chunk, dtype=computing.dtype, spill=computing.spill)
-    plan = plan_generation(loaded.net, documents, generator.bos_ids, generator.max_tokens, reader.chunk)
-    each = seconds_of_new_token(loaded.net, computing.dtype)
-    plan.seconds += plan.documents * generator.max_tokens * each
-    most = f"at most {generator.max_tokens} tokens of each"
+    net, computing = job.loaded.net, job.options.computing
+    reader = share_reader(net, chunk=computing.chunk, dtype=computing.dtype, spill=computing.spill)
+    save_state = job.options.save_state
+    plan = plan_generation(net, documents, job.bos_ids, job.max_tokens, reader.chunk, least=0 if save_state else 1)
+    each = seconds_of_new_token(net, computing.dtype)
+    plan.seconds += plan.documents * job.max_tokens * each
+    most = f"at most {count_of(job.max_tokens, 'token')} of each"
     said = f"{most}, {format_duration(each)} a token (measured after a short prompt)"
+    said += f"; the state goes to {save_state}" if save_state else ""
     show_reading(estimate_reading(reader, plan, room=free, scores=False, output=said), "text", "generating")
 
 
@@ -296,21 +306,15 @@ def _text(prompt: str | None, inputs: list[str] | None, state: str | None) -> st
 
 
 def _documents(
-    options: GenerateCommand, loaded: Loaded, text: str | None
+    options: GenerateCommand, inputs: Inputs, template: ChatTemplate | None, text: str | None
 ) -> tuple[Iterator[Document], bool, Iterable[Document]]:
     """Return the documents to continue, whether they are several texts to print, which get their names, and those of
     known lengths (`Inputs.stored`)."""
-    from longnet_cli.data.inputs import Inputs
-    from longnet_cli.data.tokenizer import end_of_text
-
-    words, vocab_size = loaded.tokenizer, loaded.net.config.vocab_size
-    eos_id = end_of_text(options.eos, words)
-    data = Inputs(options.inputs or ["-"], words, options.column, vocab_size=vocab_size, eos_id=eos_id)
-    documents, stored = _each_document(data, text, loaded.chat), data.stored() if text is None else ()
+    documents, stored = _each_document(inputs, text, template), inputs.stored() if text is None else ()
     if options.save_state:
         return _only(documents), False, stored
-    names = data.sources.names
-    if options.format == "text" and text is None and names != ["-"]:  # the first line of a pipe waits for none
+    # the first line of a pipe waits for none
+    if options.format == "text" and text is None and inputs.sources.names != ["-"]:
         return *_look_ahead(documents), stored
     return documents, False, stored
 
@@ -433,12 +437,12 @@ class _Printer:
             if not sources:
                 tell("no sources: nothing was chosen more than before")
         if not quiet and not self.number:
-            tell(f"{len(self.document)} tokens read")
+            tell(f"{count_of(len(self.document), 'token')} read")
         elif not quiet:
             each = (time.monotonic() - self.began) / max(1, self.number - 1)
             drawn = "" if self.seed is None else f", seed {self.seed}"
             tell(
-                f"{len(self.document)} tokens read, {self.number} generated, {format_duration(each)} each "
+                f"{count_of(len(self.document), 'token')} read, {self.number} generated, {format_duration(each)} each "
                 f"({self.reason}{drawn})",
             )
 

@@ -12,18 +12,17 @@ from longnet_cli.basics.errors import ConfigError
 from longnet_cli.basics.finite_json import to_json
 from longnet_cli.cli.command import SAMPLE, Excludes, Needs, check_pairs
 from longnet_cli.cli.dry_run import check_sample, dry_run
-from longnet_cli.cli.model_and_inputs import ModelAndInputs, Opened
 from longnet_cli.cli.options import OUTPUT, Computing, Documents, HelpPanel, Mesh, ModelChoice, Running
-from longnet_cli.cli.output import count_left_out, emit_json, emit_jsonl, end, printable, tell
+from longnet_cli.cli.output import count_left_out, emit_json, emit_jsonl, printable, tell
+from longnet_cli.cli.starting import ModelAndInputs, Opened
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from longnet_cli.data.inputs import Inputs
-    from longnet_cli.data.kept import LeftOut
-    from longnet_cli.data.manifest import Manifest
+    from longnet_cli.data.manifest import LeftOut, Manifest
     from longnet_cli.jobs.scoring.measures import Score
-    from longnet_cli.jobs.scoring.scoring import ScoreOptions
+    from longnet_cli.jobs.scoring.scoring import Scorer
 
 MEASURE = HelpPanel("What to measure")
 ROW_KEYS = {"kind", "doc_id", "n_tokens", "n_bytes"}
@@ -31,12 +30,12 @@ OF_CONTEXTS = ("nll_sum", "ppl", "bpb", "by_position", "by_segment_position")  #
 GAIN_KEYS = {"gain", "gain_se", "gain_share"}  # with several contexts
 
 PRINTED = "is for scores that are printed, and -o writes rows"
-PAIRS = (
+PAIRS: tuple[Needs | Excludes, ...] = (
     SAMPLE,
     Needs("--keep", "-o|--format|--dry-run", "carries columns to rows", "-o, or --format jsonl or json"),
     Excludes("--token-logprobs", "--dp", "is written by one group of ranks"),
     Needs("--top", "--token-logprobs", "adds to a file of log-probabilities", "--token-logprobs FILE"),
-    Excludes("--chosen", "--dp", "is written by one group of ranks"),
+    *(Excludes("--chosen", option, "is written by one process") for option in ("--nproc", "--sp", "--dp")),
     Excludes("--chosen", "--context", "is for whole documents"),
     Needs("--resume", "-o", "is for a folder of rows", "-o FOLDER"),
     Needs("--shard-tokens", "-o", "is for a folder of rows", "-o FOLDER"),
@@ -104,7 +103,10 @@ def score(options: ScoreCommand) -> None:
     A LongNet needs no more memory for a long document than for a short one.
     Without --pattern, a Hugging Face model is dense and reads no more tokens than it was trained on.
     """
+    from longnet_cli.jobs.options import ScoreOptions
+
     contexts = options.context or ()
+    asked = ScoreOptions(tuple(contexts) or None, options.stride, options.last, options.by_position)
     keys = ROW_KEYS | {*OF_CONTEXTS}
     if len(contexts) > 1:
         keys = ROW_KEYS | GAIN_KEYS | {f"{name}_{context}" for name in OF_CONTEXTS for context in contexts}
@@ -122,10 +124,14 @@ def score(options: ScoreCommand) -> None:
     opened = named.open(options.mesh, options.computing, dry_run=running.dry_run)
     inputs = named.inputs(opened.loaded, opened.loaded.tokenizer)
     _check_model(options, opened)
+    from longnet_cli.jobs.row_jobs import ModelFacts
+    from longnet_cli.jobs.scoring.scoring import Scorer
+
+    job = partial(Scorer, options=asked, facts=ModelFacts.of(opened.loaded))
     if opened.room:
-        _estimate(options, opened, inputs)
+        dry_run(opened, inputs, job, "scoring", options, options.shard_tokens)
     else:
-        _write(options, opened, inputs, earlier)
+        _write(options, opened, inputs, job, earlier)
 
 
 def _check(options: ScoreCommand, keys: set[str]) -> None:
@@ -135,6 +141,8 @@ def _check(options: ScoreCommand, keys: set[str]) -> None:
         raise ConfigError("--dry-run prints one value: give --format text or json")
     check_pairs(PAIRS if dry_run else (*PAIRS, Excludes("--format", "-o", PRINTED)), options)
     check_sample(options.running.sample)
+    if options.token_logprobs and len(options.context or ()) > 1:
+        raise ConfigError("log-probabilities of tokens need one context: give only one")
     if taken := sorted({*(options.documents.keep or ())} & keys):
         raise ConfigError(f"--keep {taken[0]}: the output has a column of this name")
     for name, file in (("--token-logprobs", options.token_logprobs), ("--chosen", options.chosen)):
@@ -155,30 +163,13 @@ def _check_model(options: ScoreCommand, opened: Opened) -> None:
         raise ConfigError("--chosen is written by one process: leave out --nproc, --sp and --dp")
 
 
-def _estimate(options: ScoreCommand, opened: Opened, inputs: Inputs) -> None:
-    from longnet_cli.jobs.row_jobs import ModelFacts
-    from longnet_cli.jobs.scoring.scoring import Scorer
-
-    job = partial(Scorer, options=_asked(options), facts=ModelFacts.of(opened.loaded))
-    format: Literal["text", "json"] = "json" if options.format == "json" else "text"
-    dry_run(opened, inputs, job, "scoring", options.output, format, options.running, options.computing)
-
-
-def _asked(options: ScoreCommand) -> ScoreOptions:
-    from longnet_cli.jobs.scoring.scoring import ScoreOptions
-
-    context = tuple(options.context) if options.context else None
-    return ScoreOptions(context, options.stride, options.last, options.by_position)
-
-
-def _write(options: ScoreCommand, opened: Opened, inputs: Inputs, earlier: Manifest | None) -> None:
+def _write(
+    options: ScoreCommand, opened: Opened, inputs: Inputs, job: Callable[..., Scorer], earlier: Manifest | None
+) -> None:
     """Write a row per document to the output, or print it, and write what --token-logprobs and --chosen ask for."""
     from longnet_cli.jobs.chosen_sources import write_chosen
-    from longnet_cli.jobs.row_jobs import ModelFacts
-    from longnet_cli.jobs.scoring.scoring import Scorer
     from longnet_cli.jobs.scoring.token_logprobs import write_token_logprobs
     from longnet_cli.nets.weights import model_origin
-    from longnet_cli.running.ranks.ranks import leave
 
     loaded, first, output, words = opened.loaded, opened.ranks.first, options.output, opened.loaded.tokenizer
     logprobs, top, chosen = options.token_logprobs, bool(options.top), options.chosen
@@ -186,30 +177,28 @@ def _write(options: ScoreCommand, opened: Opened, inputs: Inputs, earlier: Manif
     lines = output is None or output.endswith(".jsonl")  # of text or JSON, with the totals
     named = first and (lines or logprobs or chosen)
     origin = model_origin(loaded.net, loaded.origin, loaded.tokenizer_sha256) if named else {}
-    format = options.format if output is None else "jsonl"
+    format = "jsonl" if output else options.format
     printed = partial(_printing, format, output, options.context or (None,), origin, left_out)
     tokens = write_token_logprobs(logprobs, origin, top) if logprobs and first else nullcontext()
     choices = write_chosen(chosen, loaded.net.config.pattern, origin) if chosen and first else nullcontext()
     with tokens as on_tokens, choices as on_choice:
-        more: dict[str, Any] = {"on_tokens": on_tokens, "top": top, "count_bytes": words.n_bytes if words else None}
         opened.write(
             inputs,
-            partial(Scorer, options=_asked(options), facts=ModelFacts.of(loaded), **more),
+            partial(job, on_tokens=on_tokens, top=top, count_bytes=words.n_bytes if words else None),
             output,
+            options.running,
             options.computing,
             earlier,
+            left_out,
             doing="scoring",
             unit="{:,} row",
-            left_out=left_out,
             contexts=options.context,
             last=options.last,
-            shard_size=options.shard_tokens,
-            resume=options.running.resume,
             on_choice=on_choice,
+            shard_size=options.shard_tokens,
             sink=printed if lines else None,
         )
-    leave()
-    end(left_out, first=first, quiet=opened.quiet)
+    opened.end(left_out)
 
 
 @contextmanager

@@ -66,7 +66,7 @@ def tokenize(options: TokenizeCommand) -> None:
     Every command also reads text. If you read the same data often, tokenize it once.
     """
     from longnet_cli.data.inputs import Inputs
-    from longnet_cli.data.overwriting import refuse_overwriting
+    from longnet_cli.data.outputs import refuse_overwriting
     from longnet_cli.data.tokenizer import Tokenizer
     from longnet_cli.jobs.tokenizing import tokenizer_beside
 
@@ -137,7 +137,7 @@ def _write(options: TokenizeCommand, data: Inputs, ranks: Ranks | None, earlier:
 def _counts(result: TokenizeResult) -> str:
     counts = [
         f"{result.documents} document{'s' * (result.documents != 1)}",
-        f"{format_count(result.tokens)} tokens",
+        f"{format_count(result.tokens)} token{'s' * (result.tokens != 1)}",
         f"{result.bytes / result.tokens:.2f} bytes per token" if result.tokens else "all of them empty",
         f"vocabulary {result.tokenizer.vocab_size}",
     ]

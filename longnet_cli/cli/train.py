@@ -228,6 +228,9 @@ def _run(recipe: Recipe, options: TrainCommand, where: torch.device, ranks: Rank
                 shown.update({k: v for k, v in describe(line).items() if v is not None or k not in shown})
             advance(tokens, **shown)
 
+        def on_evaluation(share: float) -> None:
+            advance(0, evaluating=f"{share:.0%}", **shown)
+
         try:
             return run(
                 recipe,
@@ -239,6 +242,7 @@ def _run(recipe: Recipe, options: TrainCommand, where: torch.device, ranks: Rank
                 peak=matmul_peak(where, recipe.train.dtype),
                 on_begin=on_begin,
                 on_step=on_step,
+                on_evaluation=on_evaluation,
                 on_note=print_note,
             )
         except (KeyboardInterrupt, SystemExit):

@@ -17,7 +17,7 @@ from longnet_cli.data.columns import Columns, is_chat, list_bounds, numbers
 from longnet_cli.data.documents import Unread, collect
 from longnet_cli.data.files import Part
 from longnet_cli.data.manifest import is_manifest
-from longnet_cli.data.tables import Table, Text, pick, reading
+from longnet_cli.data.tables import Table, Text, pick, reading, without_views
 from longnet_cli.data.tokenizer import Tokenizer
 
 
@@ -71,10 +71,10 @@ class DocumentRows(NamedTuple):
     kept: Mapping[str, pa.Scalar]
 
 
-def read_batches(table: Table, columns: Columns, skip_bad: bool) -> Iterator[ColumnBatch]:
+def read_batches(table: Table, columns: Columns, *, in_turn: bool = True) -> Iterator[ColumnBatch]:
     """Yield the columns of each batch, checked for damage.
 
-    Raises DataError for a table of 0 rows, and for nulls unless `skip_bad`.
+    Raises DataError for a table of 0 rows, and for nulls unless the caller raises their `errors` `in_turn`.
     """
     first = 0
     for index, batch in enumerate(table.read(columns.names)):
@@ -92,7 +92,7 @@ def read_batches(table: Table, columns: Columns, skip_bad: bool) -> Iterator[Col
                 problem = table.bad.pop(first + row, None)
                 said = f"{place}{what}: the value is null" if problem is None else f"{place}: {problem}"
                 errors.setdefault(row, BadRowError(said))
-        if errors and not skip_bad:
+        if errors and not in_turn:
             raise errors[min(errors)]
         ids, parts = (values.get(name) if name else None for name in (columns.doc_id, columns.part))
         names = ids and [None if doc_id is None else str(doc_id) for doc_id in ids]
@@ -103,12 +103,11 @@ def read_batches(table: Table, columns: Columns, skip_bad: bool) -> Iterator[Col
 
 
 def _plain(column: pa.Array) -> pa.Array:
-    """Return the same values in a plain type: no dictionary, extension type or string view."""
+    """Return the same values in a plain type: no dictionary, extension type or view."""
+    column = without_views(column)
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    if isinstance(column, pa.ExtensionArray):
-        column = column.storage
-    return column.cast(pa.large_string()) if column.type == pa.string_view() else column
+    return column.storage if isinstance(column, pa.ExtensionArray) else column
 
 
 def _nulls(column: pa.Array) -> list[int]:
@@ -164,11 +163,11 @@ def group_rows(table: Table, rows: Iterator[tuple[Label, Any]]) -> Iterator[Docu
 FLAT_BLOCK = 1 << 22  # ids of a flat column searched for document ends in one go
 
 
-def list_documents(table: Table, columns: Columns, skip_bad: bool) -> Iterator[DocumentRows]:
+def list_documents(table: Table, columns: Columns) -> Iterator[DocumentRows]:
     """Yield the documents of a list column, with their parts as values."""
 
     def rows() -> Iterator[tuple[Label, Part]]:
-        for batch in read_batches(table, columns, skip_bad):
+        for batch in read_batches(table, columns):
             ids, valid = numbers(table, batch.column.values)
             bounds = zip(*(edge.tolist() for edge in list_bounds(batch.column)), strict=True)
             for index, (start, stop) in enumerate(bounds):
@@ -190,7 +189,7 @@ def flat_documents(table: Table, columns: Columns, eos_id: int | None) -> Iterat
     def stretches() -> Iterator[tuple[int, Part]]:
         """Yield (number of EOS ids so far, a stretch of ids without EOS)."""
         count = 0
-        for batch in read_batches(table, columns, skip_bad=False):
+        for batch in read_batches(table, columns, in_turn=False):
             first = batch.first
             all_ids, _ = numbers(table, batch.column)  # nulls have been refused
             for block in range(0, len(all_ids), FLAT_BLOCK):
@@ -223,7 +222,7 @@ def table_texts(table: Table, columns: Columns, tokenizer: Tokenizer | None, ski
     join = _chat_reader(table, columns, tokenizer) if is_chat(columns.type) else None
 
     def rows() -> Iterator[tuple[Label, Any]]:
-        for batch in read_batches(table, columns, skip_bad):
+        for batch in read_batches(table, columns):
             for index, value in enumerate(batch.column):
                 yield batch.label(index), value.as_py()
 

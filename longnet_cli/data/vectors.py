@@ -102,7 +102,7 @@ def vector_documents(table: Table, columns: Columns, skip_bad: bool) -> Iterator
         _check_type(table, name, lists=nested + (name == "coords"))
 
     def rows() -> Iterator[tuple[Label, _VectorRow]]:
-        for batch in read_batches(table, columns, skip_bad):
+        for batch in read_batches(table, columns):
             values, valid = numbers(table, (batch.column.values if nested else batch.column).values)
             for index in range(len(batch.column)):
                 label = batch.label(index)

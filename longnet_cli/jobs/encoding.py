@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -21,14 +21,14 @@ from torch import Tensor
 
 from longnet_cli.attention.notation import format_pattern
 from longnet_cli.basics.errors import ConfigError, DataError, NotFiniteError
-from longnet_cli.data.documents import Document
-from longnet_cli.data.kept import OnSkip, kept_columns, row_schema
-from longnet_cli.data.places import TextPlaces
+from longnet_cli.data.documents import Document, TextPlaces
+from longnet_cli.data.manifest import OnSkip
+from longnet_cli.data.outputs import kept_columns, row_schema
 from longnet_cli.data.tables import numpy_dtype
 from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.jobs.options import NO_PREFIX, ONE_STATE, EncodeOptions
 from longnet_cli.jobs.pooling import (
-    ONE_STATE,
-    POOLS,
+    SUMMED,
     DocumentWindow,
     LayerStates,
     Pooling,
@@ -44,54 +44,6 @@ from longnet_cli.running.ranks.ranks import Ranks
 from longnet_cli.running.reader import Piece, Reader, Window, share_reader
 
 PLACE_FIELDS = (pa.field("char_start", pa.int64()), pa.field("char_end", pa.int64()))
-EmbeddingDtype = Literal["float32", "float16"]
-NO_PREFIX = "none"
-
-
-@dataclass(frozen=True)
-class EncodeOptions:
-    """The options of `encode`: of the command, of the function and of `encode_batches`.
-
-    None takes the model's own pooling, prompt, scaling and windows.
-
-    `pool` takes the mean of the hidden states of a document's tokens, the hidden state of the last or first token, the
-    hidden state of the CLS that a slide encoder puts before them, or another of `pooling.POOLS`, or several, joined by
-    `+`. The text `prefix` is read before each document, and pooled with its first span; NO_PREFIX is an empty one.
-    `normalize` scales a vector to length 1, after the first `dims` numbers of it are kept. With `span`, a document has
-    a row for every `span` tokens. `all_layers` adds the column `layers`: such a vector of the first layer's input, and
-    of each layer's output. `tile_size` is the side of a tile in the pixels of its coordinates. It overrides the
-    document's and model's values.
-
-    An embedding model reads windows of `context` rows or fewer, and one begins every `stride` tokens of the document
-    (None: no overlap). Without `context`, the model reads a document in one piece. Where the pooling takes one state of
-    a window, the document's vector is the mean of those of its windows, by tokens, and each of its spans is a window.
-    """
-
-    pool: str | None = None
-    prefix: str | None = None
-    dims: int | None = None
-    span: int | None = None
-    context: int | None = None
-    stride: int | None = None
-    normalize: bool | None = None
-    all_layers: bool = False
-    tile_size: int | None = None
-    embedding_dtype: EmbeddingDtype = "float32"
-
-    def __post_init__(self) -> None:
-        for name in ("span", "stride"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ConfigError(f"{name} must be 1 or more, not {value}")
-        for pool in self.pool.split("+") if self.pool is not None else ():
-            if pool not in POOLS:
-                raise ConfigError(f"there is no pooling {pool!r}: choose from {', '.join(POOLS)}, joined by +")
-        if self.span is not None and self.all_layers:
-            raise ConfigError("all layers are given for whole documents: leave out --span, or --all-layers")
-
-    def of_net(self, net: Net) -> EncodeOptions:
-        """Return the options with a pooling, and whether to scale, for a net that has no own ones."""
-        own = "cls" if net.has_cls and self.span is None else "mean"
-        return replace(self, pool=self.pool or own, normalize=self.normalize is not False)
 
 
 @dataclass(frozen=True)
@@ -219,7 +171,7 @@ def _facts(loaded: Loaded, embedding: Embedding, prompt: str) -> EncodeFacts:
 def encode(
     model: Net,
     documents: Iterable[Document],
-    options: EncodeOptions = EncodeOptions(),
+    options: EncodeOptions = EncodeOptions(),  # noqa: B008
     facts: EncodeFacts = EncodeFacts(),
     *,
     stored: Iterable[Document] = (),
@@ -235,7 +187,7 @@ def encode(
     long for the model, or has invalid ids, ends the run. With `on_skip`, it is passed to `on_skip` and left out
     instead. An empty document has no rows and is passed to `on_empty`. The `stored` documents are the part of
     `documents` whose lengths are cheap to read; without `on_skip`, they are checked before anything else. `kept_fields`
-    are columns that documents carry to the output (`data.kept`). `ranks` and `reading` (`chunk`, `spill`, `dtype`,
+    are columns that documents carry to the output (`data.outputs`). `ranks` and `reading` (`chunk`, `spill`, `dtype`,
     `on_progress`) are as in `running.reader.Reader`. All ranks need the same documents. In one group of ranks, which
     share each document, all get all rows. Several groups divide the documents between them; then rank 0 gets all rows
     and the others none.
@@ -270,14 +222,14 @@ class Encoder(RowJob):
 
     options: EncodeOptions
     facts: EncodeFacts
-    shard_name, shard_unit, shard_size = "vectors", "rows", 1 << 14
+    shard_name, shard_unit, shard_size = "vectors", "rows", 1 << 12
     skips_empty = names_apart = True
     nothing = "there is nothing to encode: every document is empty or left out"
 
     def __init__(
         self,
         reader: Reader,
-        options: EncodeOptions = EncodeOptions(),
+        options: EncodeOptions = EncodeOptions(),  # noqa: B008
         facts: EncodeFacts = EncodeFacts(),
         kept_fields: Sequence[pa.Field] = (),
     ) -> None:
@@ -300,6 +252,8 @@ class Encoder(RowJob):
             raise ConfigError("a span has no CLS of its own: take the mean of its tiles (--pool mean), and that alone")
         if self.facts.prefix and not net.config.causal and not framed:
             raise ConfigError("a bidirectional model reads nothing before a document: leave out --prefix")
+        if self.reader.ranks.world > 1 and (apart := {*pools} - SUMMED):
+            raise ConfigError(f"--pool {apart.pop()} of a document is not shared by ranks: give each its own (--dp)")
         if options.all_layers and (pools[1:] or pools[0] not in ("cls", "mean", "first", "last")):
             raise ConfigError(f"--all-layers has no pooling {options.pool}: take mean, first, last or cls")
         if options.context is not None and options.context > (net.config.max_tokens or options.context):
@@ -380,8 +334,8 @@ class Encoder(RowJob):
         for window in self.cut.windows(tokens) if tokens else ():
             yield around + window.stop - window.start, window.last - window.first
 
-    def size(self, sequence: InputSequence[Document]) -> int:
-        return -(-len(sequence.document) // self.options.span) if self.options.span else 1
+    def size(self, tokens: int) -> int:
+        return -(-tokens // self.options.span) if self.options.span else 1
 
     def results(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[pa.RecordBatch]:
         head, windows = torch.inference_mode()(self.reader.model.head), self._windows(sequences)
@@ -448,8 +402,6 @@ class Encoder(RowJob):
         """Return the same rows with vectors summed over all ranks, which is exact because pooling is linear."""
         if self.reader.ranks.world == 1 or not rows:
             return rows
-        if "max" in (self.options.pool or "").split("+"):
-            raise ConfigError("the maximum of a document cannot be shared by ranks: give each its own documents (--dp)")
         vectors = torch.stack([row.vector for row in rows])
         self.reader.ranks.sum(vectors, *(row.layers for row in rows if row.layers is not None))
         return [replace(row, vector=vector) for row, vector in zip(rows, vectors, strict=True)]

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -24,9 +25,9 @@ from torch import Tensor
 
 from longnet_cli.basics.errors import ConfigError, DataError, NotFiniteError
 from longnet_cli.data.documents import Document
-from longnet_cli.data.text_stream import TextStream
-from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.data.tokenizer import TextStream, Tokenizer
 from longnet_cli.jobs.estimating.reading import Extent, ReadingPlan
+from longnet_cli.jobs.options import check_sampling
 from longnet_cli.nets.net import Bos, InputSequence, Net, bos_ids
 from longnet_cli.running.causal_stream import CausalStream, open_stream
 from longnet_cli.running.chunk_size import chunk_of, default_chunk
@@ -98,7 +99,7 @@ def generate(
     dtype: str = "auto",
     spill: str | Path | None = None,
     stream: CausalStream | None = None,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: Callable[[int], None] = lambda tokens: None,
 ) -> Iterator[Step]:
     """Yield up to `max_tokens` tokens that continue `bos` and `prompt`, each as soon as it is known.
 
@@ -128,14 +129,16 @@ def generate(
         unread = 0 if stream else 1  # the last new token
         max_tokens = min(max_tokens, sequence.limit - tokens + unread)
     sampler = Sampler(temperature, top_p, seed)
-    return _Generator(
-        model, tokenizer, sampler, end_ids, stop, chunk, dtype, stream or open_stream(model, spill=spill), on_progress
-    ).run(sequence, max_tokens, reads_all=stream is not None)
+    texts, reader = TextStream(tokenizer) if tokenizer else None, stream or open_stream(model, spill=spill)
+    generator = _Generator(model, sampler, end_ids, texts, StopTexts(stop), chunk, dtype, reader, on_progress)
+    return generator.run(sequence, max_tokens, reads_all=stream is not None)
 
 
-def plan_generation(model: Net, prompts: Iterable[Document], bos: Bos, max_tokens: int, chunk: int) -> ReadingPlan:
+def plan_generation(
+    model: Net, prompts: Iterable[Document], bos: Bos, max_tokens: int, chunk: int, least: int = 1
+) -> ReadingPlan:
     """Count the reading of prompts, and of the most tokens that continue each. Raises as `generate`."""
-    _check(model, None, max_tokens, 0.0, 1.0, (), least=1)
+    _check(model, None, max_tokens, 0.0, 1.0, (), least=least)
     plan, begin = ReadingPlan(model, chunk), time.perf_counter()
     for prompt in prompts:
         model.sequence(prompt, bos).check("give a shorter prompt", skips=False)
@@ -176,27 +179,19 @@ class Sampler:
         return order[min(int(torch.searchsorted(sums, point, right=True)), kept - 1)]
 
 
+@dataclass(frozen=True)
 class _Generator:
     """A generator that reads one prompt and continues it."""
 
-    def __init__(
-        self,
-        model: Net,
-        tokenizer: Tokenizer | None,
-        sampler: Sampler,
-        end_ids: Collection[int],
-        stop: Sequence[str],
-        chunk: int,
-        dtype: str,
-        stream: Callable[..., Tensor],
-        on_progress: Callable[[int], None] | None,
-    ) -> None:
-        self.model, self.sampler, self.end_ids, self.dtype = model, sampler, end_ids, dtype
-        self.device, self.chunk = next(model.parameters()).device, chunk
-        self.on_progress = on_progress or (lambda tokens: None)
-        self.stream = stream
-        self.texts = TextStream(tokenizer) if tokenizer else None
-        self.stops = StopTexts(stop)
+    model: Net
+    sampler: Sampler
+    end_ids: Collection[int]
+    texts: TextStream | None
+    stops: StopTexts
+    chunk: int
+    dtype: str
+    stream: Callable[..., Tensor]
+    on_progress: Callable[[int], None]
 
     def run(self, sequence: InputSequence[Document], max_tokens: int, reads_all: bool) -> Iterator[Step]:
         logits = None
@@ -219,14 +214,15 @@ class _Generator:
     @torch.inference_mode()
     def _read(self, ids: Tensor) -> Tensor:
         """Read the next ids (n,), and return the logits (vocab_size,) after the last one."""
-        tokens = ids.long()[None].to(self.device)
-        with precision(self.dtype, self.device):
+        device = next(self.model.parameters()).device
+        tokens = ids.long()[None].to(device)
+        with precision(self.dtype, device):
             last = self.stream.read(tokens) if isinstance(self.stream, CausalStream) else self.stream(tokens)[:, -1]
         return self._logits(last[0])
 
     @torch.inference_mode()
     def _logits(self, hidden: Tensor) -> Tensor:
-        with precision(self.dtype, self.device):
+        with precision(self.dtype, hidden.device):
             return self.model.logits(hidden)
 
     def _drawn(self, logits: Tensor) -> tuple[int, float]:
@@ -269,9 +265,6 @@ def _check(
         raise ConfigError("this model reads a text in one forward only, not token by token: it cannot generate")
     if max_tokens < least:
         raise ConfigError(f"max_tokens must be {least} or more, not {max_tokens}")
-    if not 0 <= temperature < float("inf"):
-        raise ConfigError(f"temperature must be 0 or more, not {temperature}")
-    if not 0 < top_p <= 1:
-        raise ConfigError(f"top_p must be more than 0 and at most 1, not {top_p}")
+    check_sampling(temperature, top_p)
     if "" in stop or (stop and not tokenizer):
         raise ConfigError("a stop text needs characters, and a tokenizer")

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from longnet_cli.data.documents import Document
+from longnet_cli.jobs.options import ONE_STATE
 from longnet_cli.nets.longnet import LongNet, Placement
 
-POOLS = ("cls", "max", "mean", "sqrt", "weighted", "last", "first")
-ONE_STATE = {"cls", "first", "last"}  # poolings that take one state of a sequence
+SUMMED = {*ONE_STATE, "mean", "sqrt", "weighted"}  # poolings of a whole that are the sums of those of its parts
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import pyarrow as pa
 
 from longnet_cli.attention.notation import format_pattern
-from longnet_cli.basics.errors import ConfigError, DataError, NoTokensError
+from longnet_cli.basics.errors import ConfigError, DataError, LongNetError, NoTokensError
 from longnet_cli.data.documents import Document, Unread
 from longnet_cli.data.files import FileChangedError
 from longnet_cli.data.inputs import Inputs
-from longnet_cli.data.kept import LeftOut, OnSkip, first_kept, kept_settings
+from longnet_cli.data.manifest import LeftOut, OnSkip
 from longnet_cli.data.names import Apart
-from longnet_cli.data.outputs import ShardWriter, is_folder
+from longnet_cli.data.outputs import ShardWriter, first_kept, is_folder, kept_settings
 from longnet_cli.data.shards import ShardFolder, ShardFormat, run_to_resume
 from longnet_cli.nets.net import Bos, InputSequence, Net
 from longnet_cli.nets.weights import model_digest
@@ -71,7 +71,7 @@ class RowJob(ABC):
     """A job that turns documents into rows with a column `n_tokens`, in order, on the ranks of one group.
 
     `options` and `facts` determine the rows, together with the net and the documents: a dataclass of what was asked
-    for, and what is known of the model. `kept_fields` are columns that documents carry to the output (`data.kept`).
+    for, and what is known of the model. `kept_fields` are columns that documents carry to the output (`data.outputs`).
     """
 
     schema: pa.Schema
@@ -84,6 +84,7 @@ class RowJob(ABC):
     batch_rows: ClassVar[int] = 1  # a file or a stream has batches of this many rows or more
     names_apart: ClassVar[bool] = False  # neighbouring documents of one name get names of their own in an output
     says_no_id_column: ClassVar[bool] = False  # its folders have the setting `id_column` even if it is None
+    failure: LongNetError | None = None  # of a document; it is raised after the rows before it
 
     def __init__(self, reader: Reader, options: Any, facts: ModelFacts, kept_fields: Sequence[pa.Field] = ()) -> None:
         self.reader, self.options, self.facts, self.kept_fields = reader, options, facts, kept_fields
@@ -101,8 +102,11 @@ class RowJob(ABC):
         """Yield the rows of these documents, in order."""
 
     @abstractmethod
-    def size(self, sequence: InputSequence[Document]) -> int:
-        """Return how many units of a shard a document fills."""
+    def size(self, tokens: int) -> int:
+        """Return how many units of a shard a document of so many tokens fills."""
+
+    def shard_part(self, sequence: InputSequence[Document]) -> int:
+        return self.size(len(sequence.document))
 
     def tell_progress(self, portion: Portion[InputSequence[Document]]) -> None:
         """Report the tokens that another group of ranks has read."""
@@ -157,17 +161,22 @@ class RowJob(ABC):
         """Yield the documents that have rows, as the model reads them.
 
         `on_document` gets each document before any of it is read, and what it raises ends the run. `on_skip` gets those
-        that are left out (see `take`), `on_empty` those that are empty. `apart` names the others.
+        that are left out (see `take`), `on_empty` those that are empty. `apart` names the others. A document or a file
+        that cannot be read ends them, and `end` raises its error when the rows of those before it are written.
         """
-        for document in documents:
-            if on_document:
-                on_document(document)
-            sequence = self.take(document, on_skip)
-            if sequence is not None and (len(document) or not self.skips_empty):
-                document.doc_id = apart.name(document.doc_id) if apart else document.doc_id
-                yield sequence
-            elif sequence is not None and on_empty:
-                on_empty(document)
+        self.failure = None
+        try:
+            for document in documents:
+                if on_document:
+                    on_document(document)
+                sequence = self.take(document, on_skip)
+                if sequence is not None and (len(document) or not self.skips_empty):
+                    document.doc_id = apart.name(document.doc_id) if apart else document.doc_id
+                    yield sequence
+                elif sequence is not None and on_empty:
+                    on_empty(document)
+        except (ConfigError, DataError) as error:
+            self.failure = error
 
     def deal(
         self, sequences: Iterable[InputSequence[Document]], ranks: Ranks, **shards: Any
@@ -175,8 +184,10 @@ class RowJob(ABC):
         """Return each portion of documents with its rows, as `dealing.deal` deals them out."""
         return deal(self.reader.portions(sequences, **shards), self.results, ranks, self.tell_progress)
 
-    def refuse_nothing(self, tokens: int, ranks: Ranks) -> None:
-        """Raise NoTokensError for rows of no `tokens`, on the ranks that have them."""
+    def end(self, tokens: int, ranks: Ranks) -> None:
+        """Raise the error that has ended `sequences`, and NoTokensError for rows of no `tokens`, on ranks with rows."""
+        if self.failure:
+            raise self.failure
         if not tokens and (ranks.first or ranks.dp == 1):
             raise NoTokensError(self.nothing)
 
@@ -202,7 +213,7 @@ class RowJob(ABC):
                 for batch in batches:
                     tokens += tokens_of(batch)
                     yield batch
-            self.refuse_nothing(tokens, ranks)
+            self.end(tokens, ranks)
 
         return pa.RecordBatchReader.from_batches(self.schema, batches())
 
@@ -212,48 +223,61 @@ def tokens_of(batch: pa.RecordBatch) -> int:
     return int(batch["n_tokens"].to_numpy().sum())
 
 
+@dataclass(frozen=True)
+class Output:
+    """The place of rows: a folder of shards, a file, or `-`, a stream on stdout.
+
+    A shard ends with the document that brings it to `shard_size`, in the job's `shard_unit` (None: the job's own size).
+    `resume` continues a folder that an earlier run left unfinished, without reading the documents of finished shards
+    again. The columns `of_text` are added to the job's `kept_fields` if the input is text. A `sink(schema)` gets the
+    rows instead of a file or stream, each batch at once.
+    """
+
+    path: str | Path
+    shard_size: int | None = None
+    shard_format: ShardFormat = "arrow"
+    resume: bool = False
+    of_text: Sequence[pa.Field] = ()
+    sink: Callable[[pa.Schema], AbstractContextManager[Sink]] | None = None
+
+
 def write_rows(
     make_job: Callable[..., RowJob],
     model: Net,
     inputs: Inputs,
-    output: str | Path,
+    output: Output,
     *,
-    shard_size: int | None = None,
-    shard_format: ShardFormat = "arrow",
-    resume: bool = False,
     left_out: LeftOut | None = None,
     on_stored: Callable[[int], None] = lambda tokens: None,
     on_document: Callable[[Document, float | None], None] = lambda document, share: None,
-    of_text: Sequence[pa.Field] = (),
     ranks: Ranks | None = None,
     chunk: int | None = None,
     dtype: str = "auto",
-    sink: Callable[[pa.Schema], AbstractContextManager[Sink]] | None = None,
     **reading: Any,
 ) -> Counter[str] | None:
-    """Write the rows of the documents in `inputs` to `output`: a folder of shards, a file, or `-`, a stream on stdout.
+    """Write the rows of the documents in `inputs`.
 
     Return how many `rows` and `tokens` the output has. Of several `ranks`, only the first one writes. The others get
     None. `make_job(reader, kept_fields=...)` returns the job. `chunk`, `dtype`, `spill`, `on_progress` and `on_choice`
-    are as in `running.reader.Reader`. A `sink(schema)` gets the rows instead of a file or stream, each batch at once.
+    are as in `running.reader.Reader`.
 
-    A shard ends with the document that brings it to `shard_size`, in the job's `shard_unit`. `resume` continues a
-    folder that an earlier run left unfinished, without reading the documents of finished shards again. On the same
-    CPU with as many threads, the result is byte for byte as if the run had never stopped. Inputs, model and options
-    must be the same as in the earlier run. Only a `chunk` of None takes the earlier run's value, because on a GPU the
-    default depends on the free memory. A resumed run leaves out again what the earlier run left out. The manifest has
-    the counts of `left_out`, and the digests of the inputs: those of finished shards must be the same in a resumed run.
+    On the same CPU with as many threads, a resumed run ends byte for byte as if it had never stopped. Inputs, model and
+    options must be the same as in the earlier run. Only a `chunk` of None takes the earlier run's value, because on a
+    GPU the default depends on the free memory. A resumed run leaves out again what the earlier run left out. The
+    manifest has the counts of `left_out`, and the digests of the inputs: those of finished shards must be the same in a
+    resumed run.
 
     `on_stored` first gets the tokens of the longest document whose length is known at once, if lengths matter to the
     model. `on_document` gets each document before it is read, and the share of the inputs up to it. What they raise
-    ends the run. The columns `of_text` are added to the job's `kept_fields` if the input is text.
+    ends the run.
 
     Raises ConfigError for invalid options and for a folder that is in use, DataError for no document or a damaged
     shard, LongNetError when a write fails. After an error there is no output file, and a folder keeps its finished
     shards.
     """
-    ranks, left_out, in_folder = ranks or Ranks(), left_out or LeftOut(), is_folder(output, resume=resume)
-    earlier = run_to_resume(output, resume=resume) if in_folder and ranks.first else None
+    ranks, left_out, resume = ranks or Ranks(), left_out or LeftOut(), output.resume
+    in_folder = is_folder(output.path, resume=resume)
+    earlier = run_to_resume(output.path, resume=resume) if in_folder and ranks.first else None
     device = next(model.parameters()).device
     before = earlier.settings.get("chunk") if earlier else None
     chunk = chunk_of(chunk, default_chunk(model.config, device), before, ranks)
@@ -261,8 +285,8 @@ def write_rows(
     given = inputs.documents(digests=in_folder and ranks.first)
     kept: Sequence[pa.Field] = ()
     documents: Iterator[Document] = iter(given)
-    if inputs.keep or of_text:  # first_kept waits for the first document
-        kept, documents = first_kept(documents, of_text)
+    if inputs.keep or output.of_text:  # first_kept waits for the first document
+        kept, documents = first_kept(documents, output.of_text)
     job = make_job(share_reader(model, chunk=chunk, dtype=dtype, ranks=ranks, **reading), kept_fields=kept)
     apart = Apart() if job.names_apart and inputs.id_column is None else None
 
@@ -275,17 +299,17 @@ def write_rows(
         )
 
     if not in_folder:
-        least, open_sink = (1, sink) if sink else (job.batch_rows, partial(ShardWriter, output))
+        least, open_sink = (1, output.sink) if output.sink else (job.batch_rows, partial(ShardWriter, output.path))
         opened = partial(open_sink, job.schema) if ranks.first else nullcontext
         return _write_stream(job, sequences, opened, least, ranks)
-    shard_size = job.shard_size if shard_size is None else shard_size
+    shard_size = job.shard_size if output.shard_size is None else output.shard_size
     if shard_size < 1:
         raise ConfigError(f"shard_{job.shard_unit} must be 1 or more, not {shard_size}")
     settings = _settings(job, inputs, shard_size, ranks)
     folder = None
     if ranks.first:
-        about: dict[str, Any] = {"settings": settings, "name": job.shard_name, "format": shard_format}
-        folder = ShardFolder(output, job.schema, **about, resume=resume, left_out=left_out, opened=given.opened)
+        about: dict[str, Any] = {"settings": settings, "name": job.shard_name, "format": output.shard_format}
+        folder = ShardFolder(output.path, job.schema, **about, resume=resume, left_out=left_out, opened=given.opened)
     with folder or nullcontext():
         _write_folder(job, sequences, folder, shard_size, ranks)
     return folder.totals if folder else None
@@ -315,7 +339,7 @@ def _write_stream(
                 if sum(map(len, waiting)) >= least:
                     flush()
         flush()
-        job.refuse_nothing(written["tokens"], ranks)
+        job.end(written["tokens"], ranks)
     return written if sink else None
 
 
@@ -355,7 +379,7 @@ def _write_folder(
     done = ranks.from_first(folder.documents if folder else 0)
     tokens = ranks.from_first(folder.totals["tokens"] if folder else 0)
     remaining = folder.unread(sequences()) if folder else islice(sequences(), done, None)
-    for portion, batches in job.deal(remaining, ranks, shard=shard_size, size_of=job.size):
+    for portion, batches in job.deal(remaining, ranks, shard=shard_size, size_of=job.shard_part):
         for batch in batches:
             tokens += tokens_of(batch)
             if folder:
@@ -364,4 +388,4 @@ def _write_folder(
             folder.count(documents=portion.items)
             if portion.ends_shard:
                 folder.end_shard()
-    job.refuse_nothing(tokens, ranks)
+    job.end(tokens, ranks)

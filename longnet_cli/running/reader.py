@@ -29,9 +29,10 @@ from longnet_cli.running.causal_stream import CausalStream, open_stream
 from longnet_cli.running.chunk_size import chunk_of, default_chunk
 from longnet_cli.running.device import precision, to_device
 from longnet_cli.running.layerwise import hidden_in_chunks
-from longnet_cli.running.ranks.exchange import Exchange, whole_blocks
+from longnet_cli.running.ranks.exchange import Exchange
 from longnet_cli.running.ranks.portions import Portion, portions
 from longnet_cli.running.ranks.ranks import Ranks
+from longnet_cli.running.ranks.shards import whole_blocks
 
 PORTION_CHUNKS = 4  # full forward passes per portion that is dealt out
 

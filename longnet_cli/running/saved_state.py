@@ -25,7 +25,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from longnet_cli.attention import Pattern
 from longnet_cli.attention.notation import format_pattern, parse_pattern
 from longnet_cli.basics.atomic import (
     find_damage,
@@ -153,14 +152,6 @@ def read_state(folder: Path, facts: Mapping[str, Any]) -> tuple[dict[str, Any], 
     except (CheckpointError, OSError, SafetensorError) as error:
         raise DataError(f"{folder}: a damaged state: {' '.join(str(error).split())}") from None
     return saved, tensors
-
-
-def with_layers(pattern: Pattern, folder: Path) -> Pattern:
-    """Return a pattern that has the layers that choose in a folder's state, unless it names its own."""
-    with suppress(CheckpointError, KeyError, OSError, TypeError, ValueError):
-        saved = parse_pattern(read_manifest(folder / MANIFEST, STATE_VERSION)["longnet.pattern"])
-        return replace(pattern, chosen_layers=pattern.chosen_layers or saved.chosen_layers)
-    return pattern
 
 
 def _check_facts(saved: Mapping[str, Any]) -> None:

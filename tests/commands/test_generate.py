@@ -124,7 +124,7 @@ def test_a_name_of_a_file_is_a_text_and_said_to_be_one(model: Path, run_longnet:
         (["x", "--sources", "--sp", "2"], 2, "--sources are told by one process: leave out --sp"),
         (["--sp", "2"], 2, "stdin can be read by one process"),
         (["\udcff"], 2, "PROMPT is not UTF-8"),
-        ([], 3, "stdin: the file is empty (0 bytes)\n"),
+        ([], 3, "stdin: nothing came\n"),
     ],
 )
 def test_what_is_refused_is_one_line(run_longnet: RunLongnet, arguments: list[str], code: int, message: str) -> None:
@@ -264,4 +264,6 @@ def test_a_dry_run_counts_the_prompts_and_generates_nothing(model: Path, tmp_pat
     assert PROMPT not in done.stdout
     words = ["generate", "--dry-run", "text", "-m", f"{model}/"]
     assert "--dry-run prints a table: leave out --format" in str(refused(*words, "--format", "jsonl"))
-    assert "leave out --save-state" in str(refused(*words, "--save-state", tmp_path / "state"))
+    state = invoke(*words, "--save-state", tmp_path / "state")
+    assert re.search(r"read +5  tokens .*at most 0 tokens of each, .*; the state goes to .*state\n", state.stdout, re.S)
+    assert not (tmp_path / "state").exists()

@@ -1,5 +1,6 @@
 """Proves that options are read as documented, and that typer shows our sentence if not."""
 
+import json
 import re
 import subprocess
 import sys
@@ -207,3 +208,38 @@ def test_the_page_of_formats_lists_every_form():
         assert re.findall(r"`([a-z]+)`", lines.pop(name).partition(" | ")[0]) == kinds.split("|") * bool(kinds)
     assert not lines
     assert [suffix for suffix in (*OUTPUT_SUFFIXES, *PICTURES) if f"`NAME{suffix}`" not in page] == []
+
+
+ALONE = [
+    (["score", "--context", "64,8Ki", "--token-logprobs", "x.arrow"], "log-probabilities of tokens need one context"),
+    (["score", "--stride", "5"], "a stride of 5 tokens needs a context"),
+    (["score", "--chosen", "x.arrow", "--nproc", "2"], "--chosen is written by one process: leave out --nproc"),
+    (["encode", "-o", "x.arrow", "--pool", "middle"], "there is no pooling 'middle'"),
+    (["encode", "-o", "x.arrow", "--span", "5", "--all-layers"], "all layers are given for whole documents"),
+    (["generate", "--temperature", "-1"], "temperature must be 0 or more"),
+    (
+        ["generate", "--state", "state", "--pattern", "window:2Ki"],
+        "state: it was saved with the pattern window:1Ki, and",
+    ),
+]
+
+
+def test_what_options_alone_decide_is_refused_before_torch_is_loaded(tmp_path, command_env):
+    (tmp_path / "text.txt").write_text("text")
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state/manifest.json").write_text('{"longnet.pattern": "window:1Ki"}')
+    script = """
+import json, sys
+from longnet_cli.cli.app import main
+for words in json.loads(sys.argv[1]):
+    sys.argv = ["longnet", words[0], "text.txt", *words[1:]]
+    try:
+        main()
+    except SystemExit as stop:
+        print(stop.code, "torch" in sys.modules)
+"""
+    command = [sys.executable, "-c", script, json.dumps([words for words, _ in ALONE])]
+    done = subprocess.run(command, cwd=tmp_path, env=command_env, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == ["2 False"] * len(ALONE)
+    for line, (_, said) in zip(done.stderr.splitlines(), ALONE, strict=True):
+        assert line.startswith(f"longnet: error: {said}")

@@ -56,6 +56,20 @@ def texts(tmp_path: Path) -> Path:
     return tmp_path / "texts"
 
 
+@pytest.mark.parametrize("ranks", [[], ["--dp", "2"]])
+def test_the_documents_before_a_bad_line_are_written_first(model: Path, run_longnet, tmp_path: Path, ranks) -> None:
+    lines = [
+        {"id": "a", "text": "one"},
+        {"id": "b", "text": "two"},
+        {"id": "c", "text": 5},
+        {"id": "d", "text": "four"},
+    ]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done = run_longnet("score", "x.jsonl", "-m", model, "--format", "jsonl", *ranks)
+    assert [json.loads(line)["doc_id"] for line in done.stdout.splitlines()] == ["a", "b"]
+    assert (done.returncode, "x.jsonl, line 3: 'text' is not text" in done.stderr) == (3, True)
+
+
 def test_chained_commands_say_what_single_ones_say(shell, model: Path, texts: Path, tmp_path: Path) -> None:
     line = f"longnet tokenize texts -o - --quiet | longnet score - -m {model} --format json"
     chained = shell(f"{line} && longnet score texts -m {model} --format json")

@@ -12,7 +12,8 @@ from longnet_cli.attention.branches import attention_flops
 from longnet_cli.attention.notation import format_levels
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.hub.model_names import model_path
-from longnet_cli.jobs.benchmark import Case, Measurement, Settings, bench, job
+from longnet_cli.jobs import benchmark
+from longnet_cli.jobs.benchmark import CASES, Case, Measurement, Settings, bench
 from longnet_cli.nets.weights import load_config
 
 TINY = {"heads": 3, "head_dim": 8, "repeats": 2}
@@ -66,7 +67,7 @@ def test_the_peak_is_unknown_where_the_mark_cannot_be_reset(monkeypatch: pytest.
 
 
 def test_rows_that_would_not_fit_are_skipped_and_the_others_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job, "free_memory", lambda device: 2**20)
+    monkeypatch.setattr(benchmark, "free_memory", lambda device: 2**20)
     rows = rows_of([64, 10**9, 100], direction=["backward"], **TINY)
     assert [row.status for row in rows] == ["ok"] * 2 + ["skipped"] * 2 + ["ok"] * 2
     assert "memory" in (rows[2].reason or "")
@@ -74,7 +75,7 @@ def test_rows_that_would_not_fit_are_skipped_and_the_others_run(monkeypatch: pyt
 
 
 def test_memory_that_runs_out_is_a_row_and_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job, "free_memory", lambda device: None)  # nobody knows, so it is tried
+    monkeypatch.setattr(benchmark, "free_memory", lambda device: None)  # nobody knows, so it is tried
     assert [row.status for row in rows_of([10**12, 64], impl=["dilated"], causal=False, **TINY)] == ["oom", "ok"]
     (row,) = rows_of([10**12], impl=["dilated"], causal=False, batch=2**32, **TINY)  # more than torch can count
     assert row.status == "oom"
@@ -99,8 +100,8 @@ def fake_op(monkeypatch: pytest.MonkeyPatch) -> FakeOp:
             return Case(Measurement("fake", impl, direction, seq), lambda tokens: flops * (tokens > 0), 0, lambda: run)
 
         clock = SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: now[0])
-        monkeypatch.setattr(job, "time", clock)
-        monkeypatch.setitem(job.CASES, "attention", make)
+        monkeypatch.setattr(benchmark, "time", clock)
+        monkeypatch.setitem(CASES, "attention", make)
 
     return install
 
@@ -168,7 +169,7 @@ LONG = {"impl": ["dilated"], "pattern": Pattern((16, 64), (1, 4)), **TINY}
 
 @pytest.mark.parametrize("chunk", [7, 64, 100])
 def test_a_long_run_is_streamed_and_reports_every_decade(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(job, "FIRST_DECADE", 10)
+    monkeypatch.setattr(benchmark, "FIRST_DECADE", 10)
     seen: list[int] = []
     rows = list(bench(Settings.of(seq=[300], chunk=chunk, **LONG), on_tokens=seen.append))
     assert [(row.start, row.stop) for row in rows] == [(0, 10), (10, 100), (100, 300), (None, None)]
@@ -224,7 +225,7 @@ def _warm_up(tokens: int) -> int:
 
 
 def test_a_streamed_run_stops_when_the_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job, "FIRST_DECADE", 10)
+    monkeypatch.setattr(benchmark, "FIRST_DECADE", 10)
     rows = rows_of([10**9], chunk=64, max_time=0.2, **LONG)
     last = rows[-1]
     assert (last.status, last.start) == ("stopped", 0)
@@ -261,7 +262,7 @@ def test_no_memory_for_the_first_chunk_of_a_streamed_run(monkeypatch: pytest.Mon
 
         return Case(Measurement("fake", impl, direction, seq, chunk=4), float, 0, start, streamed=True)
 
-    monkeypatch.setitem(job.CASES, "attention", no_memory)
+    monkeypatch.setitem(CASES, "attention", no_memory)
     (row,) = rows_of([10], impl=["dilated"])
     assert (row.status, row.seconds, row.reason) == ("oom", None, "memory ran out after 0 tokens")
 
@@ -300,7 +301,7 @@ def test_the_numbers_of_a_model_are_counted_for_its_flops() -> None:
     attended = config.num_layers * attention_flops(config.pattern, config.num_heads, config.head_dim, 64, True)
     for op, forwards in (("model", (1, 1)), ("train", (3, 3.5))):
         settings = Settings.of(seq=[64], op=op, model="longnet-tiny")
-        flops = job.CASES[op](settings, "dilated", *settings.direction, 64).flops(64)
+        flops = CASES[op](settings, "dilated", *settings.direction, 64).flops(64)
         assert flops == forwards[0] * 2 * 64 * matrices + forwards[1] * attended
 
 
@@ -310,7 +311,7 @@ def test_long_sequences_have_a_shape_of_their_own() -> None:
     assert (long.heads, long.head_dim, long.pattern_for(8192)) == (2, 32, Pattern.geometric(8192, base=256))
     assert str(Settings.of(seq=[100], base=64)) == "1 x 12 heads x 64, causal, pattern geometric, base 64, ratio 2"
     assert Settings.of(seq=[10**9], heads=12, base=2048, device="cpu").heads == 12
-    assert job.CASES["attention"](long, "dilated", "forward", 10**9).streamed
+    assert CASES["attention"](long, "dilated", "forward", 10**9).streamed
 
 
 @pytest.mark.parametrize(
@@ -360,7 +361,7 @@ def test_a_kernel_that_cannot_run_is_a_configuration_error(monkeypatch: pytest.M
 def test_a_training_step_is_run_where_what_it_saves_has_room() -> None:
     """The paper's smallest net at 64Ki tokens in bf16, of which each layer saves some 35 KB a token."""
     settings = Settings.of(seq=[1 << 16], op="train", layers=12, vocab=100_277, dtype="bf16")
-    needed = job.CASES["train"](settings, "dilated", "backward", 1 << 16).memory_bytes
+    needed = CASES["train"](settings, "dilated", "backward", 1 << 16).memory_bytes
     assert 28 < needed / 2**30 < 36
     chunked = Settings.of(seq=[1 << 16], op="train", layers=12, vocab=100_277, dtype="bf16", chunk=1 << 14)
-    assert job.CASES["train"](chunked, "dilated", "backward", 1 << 16).memory_bytes < needed / 2
+    assert CASES["train"](chunked, "dilated", "backward", 1 << 16).memory_bytes < needed / 2

@@ -21,11 +21,14 @@ from longnet_cli.basics.errors import ConfigError, DataError, MemoryLimitError
 from longnet_cli.data.documents import Document
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.manifest import read_manifest
-from longnet_cli.jobs.encoding import EncodeFacts, EncodeOptions, Encoder, encode
-from longnet_cli.jobs.row_jobs import write_rows
+from longnet_cli.jobs.encoding import EncodeFacts, Encoder, encode
+from longnet_cli.jobs.options import POOLS, EncodeOptions
+from longnet_cli.jobs.pooling import SUMMED, Pooling
+from longnet_cli.jobs.row_jobs import Output, write_rows
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.weights import model_digest
+from longnet_cli.running.ranks.ranks import Ranks
 from longnet_cli.running.reader import Reader
 
 BOS = 256
@@ -57,6 +60,20 @@ def test_ragged_documents_equal_each_alone(model: LongNet, pool: str) -> None:
     assert sum(seen) == sum(len(document.tokens) for document in documents)
     expected = np.stack([plain_vector(model, document, pool) for document in documents])
     np.testing.assert_allclose(vectors(table), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_ranks_share_poolings_that_add(model: LongNet, pool: str) -> None:
+    """Of a document that ranks share, each pools its own states, and zeros in place of the others'."""
+    states, own = torch.randn(6, 4), torch.tensor([1.0, 0, 0, 1, 1, 0])[:, None]
+    whole, *parts = (next(Pooling(make_document(6), pool, None).add(part)).vector for part in
+                     (states, states * own, states * (1 - own)))  # fmt: skip
+    assert torch.allclose(sum(parts), whole) == (pool in SUMMED)
+    if pool not in SUMMED:
+        reader = Reader(model)
+        reader.ranks = Ranks(world=2, sp=2)
+        with pytest.raises(ConfigError, match=f"--pool {pool} of a document is not shared by ranks"):
+            Encoder(reader, EncodeOptions(pool=f"mean+{pool}"))
 
 
 def test_many_batches_keep_the_order(model: LongNet) -> None:
@@ -177,13 +194,13 @@ DOCUMENTS = [make_document(length, str(index)) for index, length in enumerate(LE
 def write(model: LongNet, place: Path, documents: Iterable[Document] = DOCUMENTS, **options: Any) -> Counter[str]:
     """Forwards of 70 tokens: some documents share one, and some are longer."""
 
-    def take(kind: Any, given: dict[str, Any]) -> Any:
-        return kind(**{each.name: given.pop(each.name) for each in fields(kind) if each.name in given})
+    def take(kind: Any, given: dict[str, Any], *own: Any) -> Any:
+        return kind(*own, **{each.name: given.pop(each.name) for each in fields(kind) if each.name in given})
 
     reading = {"bos": BOS} | options
     job = partial(Encoder, options=take(EncodeOptions, reading), facts=take(EncodeFacts, reading))
     more = {"inputs": MadeInputs("x", made=documents), "chunk": 70, "shard_size": 3} | reading
-    return write_rows(job, model, output=place, **more)
+    return write_rows(job, model, output=take(Output, more, place), **more)
 
 
 def stopped_at(index: int) -> Iterator[Document]:

@@ -13,7 +13,7 @@ from strategies import PAPER_64TH, chosen_patterns, document_starts, patterns_wi
 from torch import Tensor
 
 from longnet_cli.attention import Pattern
-from longnet_cli.jobs.training.gradients import backward
+from longnet_cli.jobs.training.objective import backward
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import IGNORED
 

@@ -25,18 +25,19 @@ from conftest import RunLongnet
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from longnet_cli.attention import Pattern
+from longnet_cli.attention import Pattern, limits
 from longnet_cli.basics.errors import DataError, MemoryLimitError, TooLongError
 from longnet_cli.cli.dry_run import show_reading
 from longnet_cli.data.documents import Document
 from longnet_cli.data.tables import Text
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.jobs.encoding import EncodeFacts, EncodeOptions, Encoder, encode
+from longnet_cli.jobs.encoding import EncodeFacts, Encoder, encode
 from longnet_cli.jobs.estimating.estimate import Estimate, Room, estimate_reading
 from longnet_cli.jobs.estimating.memory import cache_bytes
 from longnet_cli.jobs.estimating.reading import Sample, count_documents
+from longnet_cli.jobs.options import EncodeOptions, ScoreOptions
 from longnet_cli.jobs.row_jobs import ModelFacts, RowJob
-from longnet_cli.jobs.scoring.scoring import ScoreOptions, Scorer
+from longnet_cli.jobs.scoring.scoring import Scorer
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import InputSequence, Net
@@ -163,15 +164,17 @@ def test_the_cache_is_that_of_a_stream(pattern: Pattern, tokens: int) -> None:
     assert sum(cache_bytes(net.config, tokens, 4)) == stream.cache_bytes
 
 
-def test_chosen_blocks_are_kept_in_memory_or_on_a_disk() -> None:
+def test_chosen_blocks_are_kept_in_memory_or_on_a_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     net = net_of(**vars(Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=16)))
-    job, found = partial(Scorer, options=ScoreOptions(), facts=ModelFacts(BOS)), documents((60_000,))
+    job, found = partial(Scorer, options=ScoreOptions(), facts=ModelFacts(BOS)), documents((300_000,))
     kept = estimated(net, job, found, chunk=256, room=Room(1 << 40, 1))
     spilled = estimated(net, job, found, chunk=256, spill="disk")
     on_disk = spilled.facts["spill_bytes"]
-    assert on_disk == kept.memory["cache"] - spilled.memory["cache"] == cache_bytes(net.config, 60_000, 4).blocks
-    assert on_disk == 2 * 4 * 60_000 * net.config.dim * net.config.num_layers
+    assert on_disk == kept.memory["cache"] - spilled.memory["cache"] == cache_bytes(net.config, 300_000, 4).blocks
+    assert on_disk == 2 * 4 * 300_000 * net.config.dim * net.config.num_layers
     assert (kept.facts["spill_bytes"], kept.advice) == (0, "keep the keys and values on a disk (--spill DIR)")
+    monkeypatch.setattr("longnet_cli.attention.limits.CPU", limits.GPU)  # what is there at a time is counted
+    assert estimated(net, job, found, chunk=256).memory["activations"] > kept.memory["activations"] + (100 << 20)
 
 
 def test_what_does_not_fit_is_refused_with_what_to_change(capsys: pytest.CaptureFixture[str]) -> None:
@@ -301,7 +304,12 @@ def test_the_command_writes_nothing_and_says_what_it_would(run_longnet: RunLongn
     assert (found["documents"], found["fits"], found["sampled"]) == (4, True, None)
     assert found["peak_bytes"] == sum(found["memory_bytes"].values())
     assert found["seconds"] > 0
-    assert found["output"] == "vectors, a new folder of shards"
+    kept = "vectors, a new folder of shards; a kill loses at most a shard and a document: {} rows, "
+    assert found["output"].startswith(kept.format(4))
+    (tmp_path / "long.txt").write_text("word " * 9000)
+    spans = run_longnet("encode", "long.txt", "-o", "vectors", "--span", "1", "--dry-run", "--format", "json")
+    assert json.loads(spans.stdout)["output"].startswith(kept.format("4,096"))  # a shard
+    (tmp_path / "long.txt").unlink()
     table = run_longnet("score", "@list", "--context", "16,64", "-o", "gains.parquet", "--dry-run", "--sample", "2")
     assert (table.returncode, table.stderr) == (0, "")
     assert "(95 %), estimated from 2 texts" in table.stdout
@@ -317,7 +325,8 @@ def test_the_command_writes_nothing_and_says_what_it_would(run_longnet: RunLongn
     assert json.loads(refused.stdout)["output"].startswith("refused: vectors holds a finished data set")
     resumed = run_longnet("encode", "@list", "-o", "vectors", "--resume", "--dry-run", "--format", "json")
     rest = json.loads(resumed.stdout)
-    assert (rest["documents"], rest["output"]) == (2, "vectors, after document 2 of an earlier run")
+    assert rest["documents"] == 2
+    assert rest["output"].startswith("vectors, after document 2 of an earlier run; a kill loses at most")
     assert 0 < rest["tokens"] < found["tokens"]
 
 

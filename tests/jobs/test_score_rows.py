@@ -21,11 +21,11 @@ from processes import refused
 
 from longnet_cli.basics.errors import ConfigError, DataError, NoTokensError
 from longnet_cli.data.documents import Document
-from longnet_cli.data.kept import LeftOut
-from longnet_cli.data.manifest import read_manifest
-from longnet_cli.jobs.row_jobs import ModelFacts, write_rows
+from longnet_cli.data.manifest import LeftOut, read_manifest
+from longnet_cli.jobs.options import ScoreOptions
+from longnet_cli.jobs.row_jobs import ModelFacts, Output, write_rows
 from longnet_cli.jobs.scoring.measures import GAIN_BLOCK, Clusters
-from longnet_cli.jobs.scoring.scoring import ScoreOptions, Scorer
+from longnet_cli.jobs.scoring.scoring import Scorer
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.running.reader import Reader
 
@@ -53,13 +53,17 @@ def rows(
 
 
 def write(
-    model: LongNet, place: Path, documents: Iterable[Document], keep: tuple[str, ...] = (), **more: object
+    model: LongNet,
+    place: Path,
+    documents: Iterable[Document],
+    keep: tuple[str, ...] = (),
+    resume: bool = False,
+    **more: object,
 ) -> LeftOut:
     """A shard ends with the document that brings it to 150 tokens; bad documents are left out."""
     left_out, inputs = LeftOut(lambda document, error: None), MadeInputs((), keep=keep, made=documents)
-    write_rows(
-        partial(Scorer, options=OPTIONS, facts=FACTS), model, inputs, place, shard_size=150, left_out=left_out, **more
-    )
+    output = Output(place, 150, resume=resume)
+    write_rows(partial(Scorer, options=OPTIONS, facts=FACTS), model, inputs, output, left_out=left_out, **more)
     return left_out
 
 
@@ -148,7 +152,7 @@ def test_a_resumed_folder_has_the_same_bytes(model: LongNet, tmp_path: Path) -> 
     whole, cut = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("whole", "cut"))
     assert whole == cut
     manifest = read_manifest(tmp_path / "whole")
-    assert (manifest.skipped, manifest.totals["documents"], manifest.totals["rows"]) == (1, 8, 8)
+    assert (manifest.totals["skipped"], manifest.totals["documents"], manifest.totals["rows"]) == (1, 8, 8)
     assert not manifest.settings.keys() & {"by_position", "last"}  # what was not chosen
 
 

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import pytest
 from processes import wait_for
 
-from longnet_cli.jobs import token_feed as feed
-from longnet_cli.jobs.token_feed import in_two_threads
+from longnet_cli.jobs import tokenizing as feed
+from longnet_cli.jobs.tokenizing import in_two_threads
 
 
 def one(item: int) -> int:

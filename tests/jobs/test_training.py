@@ -20,11 +20,11 @@ from longnet_cli.basics.atomic import locked_folder
 from longnet_cli.basics.errors import ConfigError, DataError, LongNetError, MemoryLimitError
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.training import metrics
-from longnet_cli.jobs.training.building import build_optimizers, learning_rate
 from longnet_cli.jobs.training.checkpoint import checkpoints_in, read_state
 from longnet_cli.jobs.training.loop import train
 from longnet_cli.jobs.training.metrics import MetricsLog
 from longnet_cli.jobs.training.recipe import Recipe, ScheduleRecipe, load_recipe, parse_overrides
+from longnet_cli.jobs.training.start import build_optimizers, learning_rate
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.nets.longnet import LongNet
 
@@ -235,7 +235,10 @@ def test_masked_training_learns_and_hides_the_same_tokens_again(corpus: Path, tm
     }
     found = recipe(corpus, **settings)
     assert found.model.vocab_size == 258  # the byte tokenizer's, and the mask
-    result = train(found, tmp_path / "a")
+    shares: list[float] = []
+    result = train(found, tmp_path / "a", on_evaluation=shares.append)
+    assert shares[-1] == 1
+    assert shares == 2 * sorted(shares)[::2]  # of two evaluations
     lines = metrics_of(tmp_path / "a")
     assert lines[-1]["held_out_loss"] < lines[2]["held_out_loss"] < 5
     assert result.loss < lines[0]["loss"] - 1
@@ -268,6 +271,17 @@ def test_held_out_data_without_a_token_is_refused_at_the_begin(corpus: Path, tmp
     (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
     with pytest.raises(DataError, match=r"data.held_out, .*empty.jsonl: every document is empty"):
         train(recipe(corpus, **{"data.held_out": [str(tmp_path / "empty.jsonl")]}), tmp_path / "out")
+
+
+def test_a_value_that_fails_is_named_by_its_key(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(LongNetError, match=r"^init: nothing: "):
+        load_recipe(None, {"init": "./nothing"})
+    for more in ({}, {"model.vocab_size": 300}):  # read for its size, or when the run starts
+        with pytest.raises(LongNetError, match=r"^data\.tokenizer: .*nothing"):
+            train(recipe(corpus, **{"data.tokenizer": "./nothing"}, **more), tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"^data\.eos: "):
+        train(recipe(corpus, **{"data.eos": "nothing"}), tmp_path / "out")
+    assert recipe(corpus, **{"data.held_out": []}).data.held_out_files is None  # switched off
 
 
 def test_weights_that_an_evaluation_finds_spoiled_are_not_the_best(corpus: Path, tmp_path: Path) -> None:

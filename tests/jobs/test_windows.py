@@ -20,9 +20,9 @@ from strategies import document_starts
 from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.jobs.training import windows as module
-from longnet_cli.jobs.training.building import build_data
 from longnet_cli.jobs.training.loop import train
 from longnet_cli.jobs.training.recipe import Recipe, load_recipe
+from longnet_cli.jobs.training.start import build_data
 from longnet_cli.jobs.training.windows import LONGEST_PERIOD, Batch, Mix, TokenStream, TokenWindows
 from longnet_cli.running.ranks.ranks import Ranks
 

@@ -17,8 +17,9 @@ from longnet_cli.data.documents import Document
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.hub.repository import MODEL_TYPE
 from longnet_cli.integrations.transformers import LongNetCache, use_dilated_attention
-from longnet_cli.jobs.encoding import EncodeFacts, EncodeOptions, encode
+from longnet_cli.jobs.encoding import EncodeFacts, encode
 from longnet_cli.jobs.generating import generate
+from longnet_cli.jobs.options import EncodeOptions
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.foreign import TRANSFORMERS_KEYS
 from longnet_cli.nets.longnet import LongNet

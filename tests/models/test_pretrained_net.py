@@ -50,8 +50,9 @@ from longnet_cli.attention.cache import cached_rows
 from longnet_cli.basics.errors import CheckpointError, ConfigError
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.integrations.transformers import use_dilated_attention
-from longnet_cli.jobs.encoding import EncodeFacts, EncodeOptions, Encoder, encode
-from longnet_cli.jobs.row_jobs import write_rows
+from longnet_cli.jobs.encoding import EncodeFacts, Encoder, encode
+from longnet_cli.jobs.options import EncodeOptions
+from longnet_cli.jobs.row_jobs import Output, write_rows
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.models.hf.pretrained_net import TransformersNet
 from longnet_cli.running.causal_stream import CausalStream, open_stream
@@ -254,7 +255,7 @@ def test_what_decides_the_vectors_decides_what_can_be_resumed(folder: Path, tmp_
     def run(**options) -> None:
         net = ModelFolder(folder).net(**options)
         job = partial(Encoder, options=EncodeOptions(), facts=EncodeFacts(256))
-        write_rows(job, net, MadeInputs((), made=[make_document(20)]), tmp_path / "out", resume=True)
+        write_rows(job, net, MadeInputs((), made=[make_document(20)]), Output(tmp_path / "out", resume=True))
 
     run(pattern=LEVELS)
     run(pattern=LEVELS)

@@ -29,7 +29,7 @@ from longnet_cli.attention.reference import key_counts
 from longnet_cli.attention.spans import lanes, span_positions
 from longnet_cli.basics.errors import LongNetError
 from longnet_cli.jobs.estimating.memory import far_bytes
-from longnet_cli.jobs.training.gradients import StoredTokens, backward
+from longnet_cli.jobs.training.objective import StoredTokens, backward
 from longnet_cli.jobs.training.windows import TokenStream, TokenWindows
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet
@@ -37,8 +37,9 @@ from longnet_cli.running.causal_stream import CausalStream
 from longnet_cli.running.layerwise import hidden_in_chunks
 from longnet_cli.running.mapped import MappedMemory
 from longnet_cli.running.ranks import exchange as exchange_module
-from longnet_cli.running.ranks.exchange import Exchange, even_edges
+from longnet_cli.running.ranks.exchange import Exchange
 from longnet_cli.running.ranks.ranks import Ranks
+from longnet_cli.running.ranks.shards import even_edges
 
 CHOSEN = Pattern((8,), (1,), look_back=1, chosen=4, chosen_block=4, chosen_every=4, chosen_layers=(1,))
 # those that every number of ranks goes through; beyond them, anything

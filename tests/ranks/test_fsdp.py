@@ -22,9 +22,9 @@ from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 from longnet_cli.attention import Pattern
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.jobs.training.building import build_optimizers
-from longnet_cli.jobs.training.gradients import backward
+from longnet_cli.jobs.training.objective import backward
 from longnet_cli.jobs.training.recipe import OptimizerRecipe
+from longnet_cli.jobs.training.start import build_optimizers
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.running.ranks.fsdp import (
     clip_gradients,

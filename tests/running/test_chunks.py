@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from longnet_cli.attention import Pattern, chosen
-from longnet_cli.attention.choosing import Choice, Voting
+from longnet_cli.attention.choosing import Choice
+from longnet_cli.attention.voting import Voting
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.jobs.training.gradients import backward
+from longnet_cli.jobs.training.objective import backward
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.running.causal_stream import CausalStream
 from longnet_cli.running.chunk_size import default_chunk

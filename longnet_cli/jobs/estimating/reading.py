@@ -25,7 +25,7 @@ from longnet_cli.attention.spans import far_spans
 from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.data.documents import Document, Unread
 from longnet_cli.data.files import FileChangedError
-from longnet_cli.data.kept import OnSkip
+from longnet_cli.data.manifest import OnSkip
 from longnet_cli.data.tables import Text
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.nets.net import Net
@@ -69,6 +69,7 @@ class ReadingPlan:
     documents = tokens = longest_document = left_out = 0
     read = wanted = longest = largest = together = 0
     twice = 0  # tokens whose keys are computed twice: of long windows, layer by layer
+    shard_units = 0  # of the outputs of all documents, in the job's `shard_unit`
     seconds = 0.0
     sample: Sample | None = None
 
@@ -173,6 +174,7 @@ def count_documents(
     def windows(lengths: Iterable[int]) -> Iterator[Extent]:
         for length in lengths:
             plan.add_document(length)
+            plan.shard_units += job.size(length)
             yield from (Extent(*window) for window in job.window_sizes(length))
             on_progress(length)
 

@@ -22,7 +22,9 @@ from torch import Tensor
 from longnet_cli.basics.errors import ConfigError, NotFiniteError
 from longnet_cli.basics.sizes import format_size
 from longnet_cli.data.documents import SPOOL_BYTES, Document
-from longnet_cli.data.kept import OnSkip, kept_columns, row_schema
+from longnet_cli.data.manifest import OnSkip
+from longnet_cli.data.outputs import kept_columns, row_schema
+from longnet_cli.jobs.options import ScoreOptions
 from longnet_cli.jobs.row_jobs import ModelFacts, RowJob
 from longnet_cli.jobs.scoring.measures import TABLES, ByPosition, Gain, GainTally, Score, column
 from longnet_cli.nets.net import LOGITS_LIMIT, InputSequence, Net, bos_ids
@@ -32,51 +34,6 @@ from longnet_cli.running.ranks.ranks import Ranks
 from longnet_cli.running.reader import Piece, Reader, Window, share_reader
 
 TABLE = pa.list_(pa.struct([("from", pa.int64()), ("to", pa.int64()), ("n_tokens", pa.int64()), ("nll", pa.float64())]))
-
-
-@dataclass(frozen=True)
-class ScoreOptions:
-    """The options of `score`: of the command, of the function and of `score_batches`.
-
-    Without `context`, a document is one causal pass. With it, a token sees at most `context` tokens before it: the
-    document is cut into disjoint windows of that many targets. Each window starts again at position 0, and its first
-    input is the token before its first target. At several contexts, the same tokens are scored, and the rows have
-    columns for the gain of the longest context over the shortest. For it, 4 bytes per token of a document are kept, in
-    a file in $TMPDIR if they are many.
-
-    With a `stride`, windows overlap. Each has `context` targets, of which only the last `stride` count, so a counted
-    token has seen more than `context - stride` tokens before it, if its document has them. With `last`, only this many
-    tokens at the end of each document are scored, also from windows as long as the context. Documents too short for
-    that are left out. `by_position` also sums the nats by position in the window.
-    """
-
-    context: tuple[int, ...] | None = None
-    stride: int | None = None
-    last: int | None = None
-    by_position: bool = False
-
-    @property
-    def contexts(self) -> Sequence[int | None]:
-        """The contexts; None is the whole document."""
-        return self.context or (None,)
-
-    def check(self, model: Net) -> None:
-        """Raise ConfigError for a model that cannot score, and for options that contradict each other."""
-        if not model.config.causal:
-            raise ConfigError("a bidirectional model sees the tokens it would have to predict: it cannot score")
-        if not model.config.vocab_size:
-            raise ConfigError("this model has no vocabulary (vocab_size 0): it cannot score tokens")
-        given = [*(("context", each) for each in self.contexts), ("stride", self.stride), ("last", self.last)]
-        for name, value in given:
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be 1 or more, not {value}")
-        if len(set(self.contexts)) < len(self.contexts):
-            raise ConfigError(f"each context may be given once: {', '.join(map(str, self.contexts))}")
-        if self.stride and (small := [each for each in self.contexts if each is None or each < self.stride]):
-            raise ConfigError(
-                f"a stride of {self.stride} tokens needs a context"
-                + (f" of {self.stride} or more, not {small[0]}" if small[0] else "")
-            )
 
 
 @dataclass(frozen=True)
@@ -160,7 +117,7 @@ ADVICE = "the model's weights are too large for its numbers, or damaged"
 def score(
     model: Net,
     documents: Iterable[Document],
-    options: ScoreOptions = ScoreOptions(),
+    options: ScoreOptions = ScoreOptions(),  # noqa: B008
     facts: ModelFacts = ModelFacts(),  # noqa: B008
     *,
     stored: Iterable[Document] = (),
@@ -184,7 +141,7 @@ def score(
     A document that is too long for the model, or has invalid ids, ends the run. With `on_skip`, it is passed to
     `on_skip` and left out instead. The `stored` documents are the part of `documents` whose lengths are cheap to read;
     without `on_skip`, these lengths are checked before anything else. `kept_fields` are columns that documents carry to
-    the output (`data.kept`).
+    the output (`data.outputs`).
 
     An empty document scores 0 tokens. `on_tokens` gets the log-probabilities of all tokens in order, and with `top` the
     most likely tokens in their places. `on_progress` gets the number of tokens that each forward pass has scored.
@@ -260,7 +217,7 @@ class Scorer(RowJob):
     def __init__(
         self,
         reader: Reader,
-        options: ScoreOptions = ScoreOptions(),
+        options: ScoreOptions = ScoreOptions(),  # noqa: B008
         facts: ModelFacts = ModelFacts(),  # noqa: B008
         kept_fields: Sequence[pa.Field] = (),
         count_bytes: Callable[[np.ndarray], int | None] | None = None,
@@ -268,7 +225,10 @@ class Scorer(RowJob):
         top: bool = False,
     ) -> None:
         super().__init__(reader, options, facts, kept_fields)
-        options.check(reader.model)
+        if not reader.model.config.causal:
+            raise ConfigError("a bidirectional model sees the tokens it would have to predict: it cannot score")
+        if not reader.model.config.vocab_size:
+            raise ConfigError("this model has no vocabulary (vocab_size 0): it cannot score tokens")
         if on_tokens and len(options.contexts) > 1:
             raise ConfigError("log-probabilities of tokens need one context: give only one")
         self.cut = Cut(bos_ids(facts.bos), options.contexts, options.stride, options.last)
@@ -318,8 +278,8 @@ class Scorer(RowJob):
         """Return the bytes of the nats that are kept for the gain."""
         return {"nats": min(4 * tokens, SPOOL_BYTES) if len(self.cut.contexts) > 1 else 0}
 
-    def size(self, sequence: InputSequence[Document]) -> int:
-        return len(sequence.document) + 1
+    def size(self, tokens: int) -> int:
+        return tokens + 1
 
     def results(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[pa.RecordBatch]:
         """Yield the rows of the documents in order, each as soon as its document is scored at all contexts."""

@@ -1,7 +1,7 @@
 """The estimate of `longnet train --dry-run`: parameters, memory by kind, FLOPs and time of a recipe.
 
-All but the time is arithmetic; nothing of the recipe's size is allocated. The memory is one rank's, as if everything
-were held at one time. This is true whenever a step has more than one chunk.
+All but the time is arithmetic, on what `estimating.memory` counts of a net; nothing of the recipe's size is allocated.
+The memory is one rank's, as if everything were held at one time. This is true whenever a step has more than one chunk.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from longnet_cli.jobs.estimating.estimate import Estimate
-from longnet_cli.jobs.estimating.memory import stored_bytes, tokens_at_once, training_memory
+from longnet_cli.jobs.estimating.memory import activation_bytes, far_bytes, itemsize_of, logits_bytes, transient_memory
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import LOGITS_LIMIT
@@ -26,9 +26,8 @@ from longnet_cli.running.chunk_size import (
 from longnet_cli.running.device import free_memory, matmul_peak, resident_memory, resolve_dtype
 from longnet_cli.running.ranks.ranks import Ranks
 
-from .building import build_optimizers
 from .recipe import OptimizerRecipe, Recipe, Stage
-from .start import check_ranks
+from .start import build_optimizers, check_ranks
 
 EFFICIENCY = 0.4  # share of the measured matmul peak that a training step is assumed to reach
 
@@ -160,3 +159,74 @@ def step_flops(recipe: Recipe, stage: Stage, ranks: Ranks) -> StepFlops:
         forwards=forwards,
         logits=logits,
     )
+
+
+def training_memory(recipe: Recipe, device: torch.device, ranks: Ranks) -> dict[str, int]:
+    """Return the bytes of one rank at its peak, by kind.
+
+    weights: 4 bytes per number, and the copy of the matrices that autocast makes. gradients: 4 bytes per trained
+    number. optimizer: 8 bytes per trained number, the two moments of AdamW; Muon has one moment of the layers'
+    matrices, or of LoRA's. With `parallel.shard` "full", a rank holds its share of all these, and in a step all weights
+    and gradients besides. activations, logits, cache, key_gradients: of the stage that takes the most. checkpoint: a
+    single process copies its weights and moments, and makes a second copy, the bytes of the file, while it continues to
+    train. With a GPU these two copies are in the host's memory, and not counted.
+    """
+    config, itemsize = recipe.model, itemsize_of(recipe.train.dtype, device)
+    trained, layer_matrices = config.trained, config.layer_weights
+    numbers = config.num_parameters() + (trained if config.frozen else 0)
+    copies = 0 if itemsize == 4 else itemsize * (layer_matrices + config.vocab_size * config.dim)
+    of_muon = (trained if config.frozen else layer_matrices) if recipe.optimizer.name == "muon" else 0
+    moments = 8 * trained - 4 * of_muon
+    share = ranks.world if recipe.parallel.shard == "full" else 1
+    own_weights, own_gradients = (4 * n // share if share > 1 else 0 for n in (numbers, trained))
+    stages = [_stage_memory(recipe, stage, device, ranks) for stage in recipe.train.stages]
+    alone = device.type == "cpu" and ranks.world == 1
+    return {
+        "weights": 4 * numbers + own_weights + copies,
+        "gradients": 4 * trained + own_gradients,
+        "optimizer": moments // share,
+        **max(stages, key=lambda kinds: sum(kinds.values())),
+        "checkpoint": 2 * (4 * trained + moments) if alone else 0,
+    }
+
+
+def _stage_memory(recipe: Recipe, stage: Stage, device: torch.device, ranks: Ranks) -> dict[str, int]:
+    """Return the bytes of one rank that depend on the length of a stage's windows, by kind.
+
+    activations: what all layers save for the tokens of a forward pass, and what is transient in one. logits: of tokens
+    that are predicted. cache: rows that pass from chunk to chunk, of each window of the forward pass, and rows that are
+    stored for the backward pass. key_gradients: of blocks that are chosen. With `train.spill`, what is stored is on a
+    disk.
+    """
+    config, train, itemsize = recipe.model, recipe.train, itemsize_of(recipe.train.dtype, device)
+    tokens = tokens_at_once(recipe, stage, ranks)
+    windows = max(1, tokens * ranks.sp // stage.seq_len)
+    far = far_bytes(config, stage.seq_len, train.chunk * ranks.sp, itemsize, ranks.sp)
+    lora = recipe.pretrained.adapter if recipe.pretrained else None
+    saved = activation_bytes(config, itemsize, device.type, train.activation_checkpointing, lora)  # per token
+    transient = transient_memory(
+        config.pattern, config.num_heads, config.head_dim, stage.seq_len, itemsize, device.type, ranks.sp, back=True
+    )
+    kinds = {
+        "activations": tokens * saved + transient,
+        "logits": logits_bytes(config, round(tokens * train.predicted)),
+        "cache": windows * far.passing + (0 if train.spill else far.stored - far.gradients),
+    }
+    if config.pattern.chosen:
+        kinds["key_gradients"] = 0 if train.spill else far.gradients
+    return kinds
+
+
+def tokens_at_once(recipe: Recipe, stage: Stage, ranks: Ranks) -> int:
+    """Return the most tokens of a forward pass on one rank, as `objective.backward` groups or cuts sequences."""
+    chunk, rows = recipe.train.chunk * ranks.sp, max(1, recipe.train.windows(stage) // ranks.dp)
+    if recipe.train.across_documents:
+        rows = min(rows, max(1, chunk // stage.seq_len))
+    return -(-min(chunk, rows * stage.seq_len) // ranks.sp)  # documents of several windows may fill a chunk
+
+
+def stored_bytes(recipe: Recipe, device: torch.device, ranks: Ranks) -> int:
+    """Return the bytes of far rows and their gradients that one rank stores, in memory or in `train.spill`'s file."""
+    itemsize, chunk = itemsize_of(recipe.train.dtype, device), recipe.train.chunk * ranks.sp
+    lengths = [stage.seq_len for stage in recipe.train.stages]
+    return max(far_bytes(recipe.model, length, chunk, itemsize, ranks.sp).stored for length in lengths)

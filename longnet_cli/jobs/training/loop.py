@@ -19,7 +19,6 @@ from torch import Tensor
 
 from longnet_cli.basics.atomic import locked_folder, write_file
 from longnet_cli.basics.errors import ConfigError, DataError, LongNetError, NotFiniteError
-from longnet_cli.jobs.estimating.memory import stored_bytes
 from longnet_cli.jobs.scoring.scoring import Score
 from longnet_cli.running.device import check_kernel, peak_memory, random_state
 from longnet_cli.running.mapped import MappedMemory
@@ -34,13 +33,25 @@ from longnet_cli.running.ranks.fsdp import (
 from longnet_cli.running.ranks.launch import Signals, noted_signals
 from longnet_cli.running.ranks.ranks import Ranks
 
-from .building import build_data, build_model, build_optimizers, change_layers, learning_rate
 from .checkpoint import Checkpoints, checkpoints_in, frozen_digest, read_state, restore, run_tensors
-from .gradients import backward
+from .costs import stored_bytes
 from .metrics import Metrics, MetricsLog, Tracker, open_trackers
-from .objective import evaluate, inputs_and_targets
+from .objective import backward, evaluate, inputs_and_targets
 from .recipe import Recipe, Stage
-from .start import BEST, CHECKPOINTS, RECIPE, Resume, check_memory, check_ranks, find_checkpoint
+from .start import (
+    BEST,
+    CHECKPOINTS,
+    RECIPE,
+    Resume,
+    build_data,
+    build_model,
+    build_optimizers,
+    change_layers,
+    check_memory,
+    check_ranks,
+    find_checkpoint,
+    learning_rate,
+)
 from .windows import Batch
 
 OnStep = Callable[[int, Metrics | None], None]  # (tokens of the step, a line of metrics every log_every steps)
@@ -78,6 +89,7 @@ def train(
     peak: float | None = None,
     on_begin: Callable[[int, int], None] | None = None,
     on_step: OnStep | None = None,
+    on_evaluation: Callable[[float], None] = lambda share: None,
     on_note: Callable[[str], None] | None = None,
 ) -> TrainResult:
     """Train a model by a recipe and write it to the directory `output`; continue an earlier run where it ended.
@@ -93,7 +105,8 @@ def train(
     The tokenizer of the model `recipe.init` must be the recipe's, unless `tokenizer_differs`. The `ranks` of a group
     share each sequence, `train.chunk` tokens each, and the groups share the sequences of a step; rank 0 writes. `peak`,
     the `matmul_peak` of a rank, is for the MFU. Prints nothing: `on_begin` gets the steps and tokens that are done
-    already, `on_note` a line about each damaged checkpoint.
+    already, `on_evaluation` the share of the held-out tokens that an evaluation has read, `on_note` a line about each
+    damaged checkpoint.
 
     Raises ConfigError for a model, tokenizer or checkpoint that does not fit the recipe, DataError for too little data,
     CheckpointError when all checkpoints are damaged, LongNetError when the loss is no longer finite or jumps, or when
@@ -102,11 +115,12 @@ def train(
     ranks = ranks or Ranks()
     on_note = on_note or (lambda line: None)
     run = _TrainingRun(recipe, Path(output), torch.device(device), ranks, tokenizer_differs, peak, on_note)
+    run.on_evaluation = on_evaluation
     with locked_folder(run.output) if ranks.first else nullcontext():
         run.resume(resume)
         if on_begin:
             on_begin(run.progress.step, run.log.tokens)
-        with noted_signals(ranks) as signals:
+        with noted_signals(ranks.largest) as signals:
             return run.go(signals, on_step)
 
 
@@ -114,6 +128,7 @@ class _TrainingRun:
     """A run: its recipe, its data, its model, and its state, which is that of the last whole step."""
 
     signals: Signals  # while it goes
+    on_evaluation: Callable[[float], None]
 
     def __init__(
         self,
@@ -316,6 +331,15 @@ class _TrainingRun:
 
     def _evaluate(self, stage: Stage) -> Score:
         """Return the score of the held-out documents. Write best/ if the loss is lower than ever."""
+        read, total, sharded = 0, sum(map(len, self.data.held_out)), is_sharded(self.model)
+
+        def on_part(tokens: int) -> None:
+            nonlocal read
+            read += tokens
+            self.on_evaluation(min(1.0, read / total))
+            if not sharded:
+                self._look()
+
         with whole_weights(self.model):
             try:
                 score = evaluate(
@@ -325,7 +349,7 @@ class _TrainingRun:
                     eos_id=self.data.eos_id,
                     seq_len=stage.seq_len,
                     ranks=self.ranks,
-                    on_part=self._look if not is_sharded(self.model) else lambda: None,
+                    on_part=on_part,
                 )
                 loss = score.nll_sum / score.n_tokens
             except NotFiniteError:

@@ -1,7 +1,8 @@
-"""The objectives of training: the inputs and targets of a batch, and its loss on held-out documents.
+"""The objectives of training: the inputs and targets of a batch, their gradient, and the loss on held-out documents.
 
 The causal objective: predict the next token. The masked objective (BERT, arXiv 1810.04805, section 3.1): predict hidden
-tokens from both sides.
+tokens from both sides. Windows of any length, cut into documents, have their gradient in bounded memory. Token ids of a
+batch are read, and sent to the device, only when they are needed.
 """
 
 from __future__ import annotations
@@ -9,27 +10,219 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import accumulate, pairwise
 from operator import add
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from longnet_cli.attention import Outside
+from longnet_cli.attention.choosing import Names
 from longnet_cli.basics.errors import DataError
 from longnet_cli.data.documents import Document
 from longnet_cli.jobs.row_jobs import ModelFacts
 from longnet_cli.jobs.scoring.measures import Score
 from longnet_cli.jobs.scoring.scoring import score
-from longnet_cli.nets.net import IGNORED, Net
-from longnet_cli.running.chunked_backward import Tokens
+from longnet_cli.nets.named_blocks import NamedBlocks
+from longnet_cli.nets.net import IGNORED, FarProvider, Net
+from longnet_cli.running.chunked_backward import Tokens, backward_in_chunks, new_pasts
 from longnet_cli.running.device import precision, to_device
-from longnet_cli.running.ranks.ranks import Ranks
-from longnet_cli.running.reader import Reader, Window
+from longnet_cli.running.ranks.exchange import Exchange
+from longnet_cli.running.ranks.fsdp import final_backward
+from longnet_cli.running.ranks.ranks import ALONE, Ranks
+from longnet_cli.running.reader import Reader, Window, batches_by_length
 
-from .gradients import StoredTokens
 from .recipe import Recipe
 from .windows import Batch
+
+
+class _ReadTokens:
+    """`running.chunked_backward.Tokens` that are read when they are indexed."""
+
+    shape: tuple[int, int]
+    device: torch.device
+
+    def __getitem__(self, index: tuple[int | slice, slice], /) -> Tensor:
+        row, columns = index
+        start, stop, _ = columns.indices(self.shape[1])
+        if isinstance(row, int):
+            return self.read(row, start, stop)
+        return torch.stack([self.read(each, start, stop) for each in range(*row.indices(self.shape[0]))])
+
+    def read(self, row: int, start: int, stop: int) -> Tensor:
+        """Return the ids [start, stop) of a row, (stop - start,) int64."""
+        raise NotImplementedError
+
+
+class StoredTokens(_ReadTokens):
+    """The ids of a batch's windows: `tokens` of each window, from its token `first` on."""
+
+    def __init__(self, batch: Batch, first: int, tokens: int, device: torch.device) -> None:
+        self.batch, self.first, self.device = batch, first, device
+        self.shape = (batch.shape[0], tokens)
+
+    def read(self, row: int, start: int, stop: int) -> Tensor:
+        return to_device(torch.from_numpy(self.batch.read(row, self.first + start, self.first + stop)), self.device)
+
+
+class RegroupedTokens(_ReadTokens):
+    """Ids (B, N) grouped into new rows (b, n): each row is a list of runs (row, start, stop) in order."""
+
+    def __init__(self, tokens: Tokens, rows: list[list[tuple[int, int, int]]]) -> None:
+        self.tokens, self.rows, self.device = tokens, rows, tokens.device
+        self.shape = (len(rows), sum(stop - start for _, start, stop in rows[0]))
+
+    def read(self, row: int, start: int, stop: int) -> Tensor:
+        parts: list[Tensor] = []
+        offset = 0
+        for source, first, last in self.rows[row]:
+            begin, end = max(first, first + start - offset), min(last, first + stop - offset)
+            if begin < end:
+                parts.append(self.tokens[source, begin:end])
+            offset += last - first
+        return torch.cat(parts) if parts else self.tokens[0, 0:0]
+
+
+def backward(
+    model: Net,
+    tokens: Tokens,
+    targets: Tokens,
+    *,
+    chunk: int,
+    scale: float = 1.0,
+    dtype: str = "fp32",
+    starts: Sequence[Sequence[int]] | None = None,
+    ranks: Ranks = ALONE,
+    allocate: Callable[..., Tensor] = torch.empty,
+    on_chunk: Callable[[], None] | None = None,
+) -> Tensor:
+    """Add the gradients of `scale * sum of nll` to the parameters' `.grad`; return the sum, in nats, float64.
+
+    tokens, targets: (B, N) as for `Net.nll`, tensors or `StoredTokens`; targets may be on the host. Activations of
+    at most `chunk` tokens exist at one time. `starts` has the positions at which documents start in each row, 0 first
+    (`Batch.document_starts`). No token attends to another document, and positions count from the start of the document,
+    or of the window where that is later. Without `starts`, a row is one document.
+
+    The `ranks` of a group get the same tokens and share every sequence, `chunk` tokens each. Each rank reads its slice,
+    and adds and returns its part; the whole is the sum over the ranks. `allocate` is as in `backward_in_chunks`.
+    `on_chunk` is called after each chunk. With sharded weights (`running.ranks.fsdp`), one call is one step: its last
+    backward pass sums the gradients over all ranks.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=tokens.device)
+    chunk *= ranks.sp
+    forwards = list(plan_forwards(starts or [[0]] * tokens.shape[0], tokens.shape[1], chunk))
+    for index, forward in enumerate(forwards, 1):
+        final = index == len(forwards)
+        ids, wanted = RegroupedTokens(tokens, forward.rows), RegroupedTokens(targets, forward.rows)
+        if ids.shape[1] > chunk:
+            total += backward_in_chunks(
+                model,
+                ids,
+                wanted,
+                chunk,
+                scale=scale,
+                dtype=dtype,
+                ranks=ranks,
+                final=final,
+                allocate=allocate,
+                on_chunk=on_chunk,
+            )
+            continue
+        loss = _nll(model, ids, wanted, forward.documents, ranks, dtype)
+        final_backward(model, final)
+        (loss * scale).backward()
+        total += loss.detach()
+        del loss
+        if on_chunk:
+            on_chunk()
+    return total
+
+
+def _nll(
+    model: Net, tokens: Tokens, wanted: Tokens, documents: Sequence[int] | None, ranks: Ranks, dtype: str
+) -> Tensor:
+    """Return the sum of nll of one forward pass over `tokens`, or over this rank's shard of them.
+
+    In a bidirectional net, only tokens with a target get logits.
+    """
+    config, shard, start = model.config, slice(None), 0
+    far: FarProvider | None = None
+    named: Names | None = None
+    if ranks.sp > 1:
+        cuts = list(accumulate(documents or ()))
+        edges = ranks.edges(0, tokens.shape[1], config.pattern.edge_size, cuts)
+        far = exchange = Exchange(config, edges, group=ranks.group, cuts=cuts)
+        shard, start, documents = exchange.shard, exchange.start, exchange.documents
+        if config.pattern.chosen:
+            earlier = tokens[:, shard.start - start : shard.start]
+            named = NamedBlocks.of_shard(config.pattern, earlier, tokens[:, shard])
+    elif pasts := new_pasts(config):
+        # if activation checkpointing computes a layer again, it sees the same blocks
+        far = lambda layer, q, k, v: Outside(past=pasts[layer])  # noqa: E731
+    ids, targets = tokens[:, shard], wanted[:, shard]
+    with precision(dtype, ids.device):
+        # before the forward pass: for targets on a GPU, this waits for all queued work. A causal net predicts all.
+        chosen = None if config.causal else (targets != IGNORED).nonzero(as_tuple=True)
+        hidden = model(ids, start=start, documents=documents, far=far, named=named)
+        if chosen:
+            hidden, targets = hidden[tuple(to_device(index, ids.device) for index in chosen)], targets[chosen]
+        return model.nll(hidden, to_device(targets, ids.device)).sum(dtype=torch.float64)
+
+
+class _Forward(NamedTuple):
+    """The tokens of one forward pass: runs (row, start, stop) of the batch, as `RegroupedTokens` takes them.
+
+    `documents` has the lengths of the documents where a row has several.
+    """
+
+    rows: list[list[tuple[int, int, int]]]
+    documents: list[int] | None
+
+
+def plan_forwards(starts: Sequence[Sequence[int]], length: int, chunk: int) -> Iterator[_Forward]:
+    """Cut windows of `length` tokens into forward passes of at most `chunk` tokens, unless one document is longer.
+
+    Windows of one document go side by side, as rows, by the rule of reading. The documents of other windows go one
+    after the other, in a row.
+    """
+    whole = [row for row, of_row in enumerate(starts) if len(of_row) == 1]
+    for batch in batches_by_length([length] * len(whole), chunk):
+        yield _Forward([[(whole[index], 0, length)] for index in batch], None)
+    # the rule of reading sorts by length and pads: here, neighbours stay one run of ids, and nothing is padded
+    mixed = [
+        (row, *edges) for row, begins in enumerate(starts) if len(begins) > 1 for edges in pairwise([*begins, length])
+    ]
+    for group in _filled(mixed, chunk):
+        yield _Forward([_joined(group)], [stop - start for _, start, stop in group])
+
+
+def _joined(pieces: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """Return the same tokens in as few runs as possible: adjacent documents of one window become one run."""
+    runs = [pieces[0]]
+    for row, start, stop in pieces[1:]:
+        if (row, start) == (runs[-1][0], runs[-1][2]):
+            runs[-1] = (row, runs[-1][1], stop)
+        else:
+            runs.append((row, start, stop))
+    return runs
+
+
+def _filled(pieces: list[tuple[int, int, int]], chunk: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Group (row, start, stop) in order so that each group has at most `chunk` tokens, or is one longer piece."""
+    group: list[tuple[int, int, int]] = []
+    size = 0
+    for piece in pieces:
+        length = piece[2] - piece[1]
+        if group and size + length > chunk:
+            yield group
+            group, size = [], 0
+        group.append(piece)
+        size += length
+    if group:
+        yield group
+
 
 # shares of the chosen tokens that become the mask, or a random token; the rest stay, and are predicted too
 MASKED, RANDOM = 0.8, 0.1
@@ -95,19 +288,19 @@ def evaluate(
     eos_id: int,
     seq_len: int,
     ranks: Ranks,
-    on_part: Callable[[], None],
+    on_part: Callable[[int], None],
 ) -> Score:
     """Return the score of held-out documents. A causal net scores each document whole, as `longnet score` does.
 
     With the masked objective, documents are cut into windows of `seq_len` tokens, and the same tokens are hidden every
-    time. `on_part` is called on all ranks after each forward pass. The net ends in training mode, and the random state
-    stays as it was. Raises DataError where no token is hidden.
+    time. `on_part` gets the tokens of each forward pass, on all ranks. The net ends in training mode, and the random
+    state stays as it was. Raises DataError where no token is hidden.
     """
     reading: dict[str, Any] = {
         "chunk": recipe.train.chunk,
         "dtype": recipe.train.dtype,
         "ranks": ranks.all_in_one(),
-        "on_progress": lambda tokens: on_part(),
+        "on_progress": on_part,
     }
     model.eval()
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -58,7 +59,7 @@ class DataRecipe(StrictModel):
     # put between documents; a flat column is cut into documents at it; None takes the tokenizer's own
     eos: str | int | None = None
     column: str | None = None
-    held_out: list[str] | None = Field(default=None, min_length=1)  # inputs to evaluate with, never trained on
+    held_out: list[str] | None = None  # inputs to evaluate with, never trained on
 
     @model_validator(mode="after")
     def _one_of_train_and_mix(self) -> DataRecipe:
@@ -320,13 +321,15 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any], stored: Sequence
         for other in SAID_OTHERWISE.get(key, ()):
             table.pop(other, None)
         table[name] = value
-    folder = _initial_folder(data, stored)
+    with naming("init"):
+        folder = _initial_folder(data, stored)
     if folder:
         data["init"] = folder.origin
     given = data.get("data")
     spec = given.get("tokenizer") if isinstance(given, dict) else None
-    if isinstance(spec, str) and (words := find_tokenizer(as_stored(spec, stored))):
-        data["data"]["tokenizer"] = words.name
+    with naming("data.tokenizer"):
+        if isinstance(spec, str) and (words := find_tokenizer(as_stored(spec, stored))):
+            data["data"]["tokenizer"] = words.name
     if folder and folder.of_transformers:
         return validate(PretrainedRecipe, data | _pretrained(data, folder, where), where)
     if folder:
@@ -335,13 +338,23 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any], stored: Sequence
     if isinstance(model, dict) and "vocab_size" not in model:
         masked = isinstance(train, dict) and train.get("objective") == "masked"
         name = source.get("tokenizer", "bytes") if isinstance(source, dict) else "bytes"
-        size = Tokenizer.load(str(name)).vocab_size + masked
+        with naming("data.tokenizer"):
+            size = Tokenizer.load(str(name)).vocab_size + masked
         data = data | {"model": model | {"vocab_size": size}}
     if data.get("lora") is not None:
         raise ConfigError(
             f"{where}: lora is for a Hugging Face model (init): a LongNet trains all of its weights: leave it out"
         )
     return validate(Recipe, data, where)
+
+
+@contextmanager
+def naming(key: str) -> Iterator[None]:
+    """Put the key of a recipe before an error about its value."""
+    try:
+        yield
+    except LongNetError as error:
+        raise type(error)(f"{key}: {error}") from None
 
 
 def _initial_folder(data: Mapping[str, Any], stored: Sequence[Any]) -> ModelFolder | None:

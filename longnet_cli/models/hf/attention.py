@@ -11,10 +11,10 @@ pattern and the name:
     model = AutoModelForCausalLM.from_config(config, attn_implementation="dilated")
 
 The model keeps its projections, positions and heads; only its attention over queries, keys and values is replaced.
-Causal decoders, bidirectional encoders and grouped-query heads are supported. A batch may be padded on either side, in
-a compiled model only on the right. Generation is exact, with a DynamicCache, or with a LongNetCache in bounded memory.
-With chosen blocks, only a LongNetCache will do: it keeps the queries that choose, and all keys of the past.
-Layers that the model itself limits to a sliding window stay as they are, on torch's sdpa.
+Causal decoders, bidirectional encoders and grouped-query heads are supported. A batch may be padded on either side.
+Generation is exact, with a DynamicCache, or with a LongNetCache in bounded memory. With chosen blocks, only a
+LongNetCache will do: it keeps the queries that choose, and all keys of the past. Layers that the model itself limits to
+a sliding window stay as they are, on torch's sdpa.
 
 Sinks and chosen blocks are moved by the model's own rotations (`rotary`), which a config does not
 describe. With them, a model that is not loaded by AutoModel, AutoModelForCausalLM or AutoModelForMaskedLM therefore
@@ -241,8 +241,6 @@ def _shared(pattern: Pattern) -> Pattern:
 def _pattern_of(module: nn.Module) -> Pattern:
     """Return the pattern of an attention, which is made only once, because to read a config of transformers is slow."""
     config: Any = module.config
-    if torch.compiler.is_dynamo_compiling():
-        return pattern_of(config)
     known, written, pattern = module.__dict__.get(_PATTERN, (None, None, None))
     if known is not config or written != object.__getattribute__(config, "__dict__").get("dilated_attention"):
         pattern = _shared(pattern_of(config))
@@ -466,7 +464,7 @@ def dilated_mask(
 ) -> Tensor | None:
     """Return columns [first, stop) of each row's tokens, (B, 2), or None: a mask for transformers that is never N x N.
 
-    Columns count from the first cached token. The result is on the CPU, except in a compiled graph. None means no
+    Columns count from the first cached token. The result is on the CPU. None means no
     padding. Sliding-window layers get their own mask, for sdpa. Raises ValueError for padding between tokens, for
     packed sequences and other masks of a model's own, and for caches that do not hold all keys so far.
     """
@@ -476,7 +474,7 @@ def dilated_mask(
     if mask_function not in (causal_mask_function, bidirectional_mask_function):
         raise ValueError(
             "dilated attention has no masks but causal, bidirectional and padding: for position_ids that restart "
-            "(packed sequences), pass attention_mask; under torch.compile always pass it"
+            "(packed sequences), pass attention_mask"
         )
     if kv_offset or q_offset + q_length != kv_length:
         raise ValueError(

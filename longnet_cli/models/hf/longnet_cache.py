@@ -50,7 +50,7 @@ class AlignedRows(NamedTuple):
     first: int
     skip: int
     start: int
-    lengths: Sequence[int] | Tensor | None
+    lengths: Sequence[int] | None
 
     def of(self, x: Tensor) -> Tensor:
         """Return these rows of a tensor (B, ...)."""
@@ -67,9 +67,6 @@ def by_rows(
     """
     if columns is None:
         return compute(AlignedRows(None, 0, 0, before, None))
-    if torch.compiler.is_compiling():  # values are unknown there: padding must be on the right
-        stops = columns[:, 1]
-        return compute(AlignedRows(None, 0, 0, before, stops.where(stops < 0, (stops - before).clamp(min=0))))
     groups: dict[int, list[int]] = {}
     spans = columns.tolist()
     for row, (first, stop) in enumerate(spans):
@@ -91,13 +88,9 @@ def by_rows(
 def columns_of(tokens: Tensor) -> Tensor | None:
     """Return columns [first, stop) of each row's tokens, (B, 2), from a mask (B, L) that is True at tokens.
 
-    Returns None if all are tokens. A row without a token starts at L. In a compiled graph, `stop` is -1 for padding
-    that is not on the right, which the attention call refuses. Otherwise, padding between tokens raises ValueError.
+    Returns None if all are tokens. A row without a token starts at L. Padding between tokens raises ValueError.
     """
     counts, columns = tokens.sum(-1), torch.arange(tokens.shape[-1], device=tokens.device)
-    if torch.compiler.is_compiling():
-        right = (tokens == (columns < counts[:, None])).all(-1)
-        return torch.stack([torch.zeros_like(counts), counts.where(right, -1)], -1)
     first = tokens.int().argmax(-1).where(counts > 0, tokens.shape[-1])
     stop = first + counts
     whole = (tokens == ((columns >= first[:, None]) & (columns < stop[:, None]))).all(-1)

@@ -1,0 +1,111 @@
+"""The options of jobs, each checked as far as options alone can be wrong: before torch is loaded, and a model read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+from longnet_cli.basics.errors import ConfigError
+
+if TYPE_CHECKING:
+    from longnet_cli.nets.net import Net
+
+POOLS = ("cls", "max", "mean", "sqrt", "weighted", "last", "first")
+ONE_STATE = {"cls", "first", "last"}  # poolings that take one state of a sequence
+NO_PREFIX = "none"
+EmbeddingDtype = Literal["float32", "float16"]
+
+
+@dataclass(frozen=True)
+class EncodeOptions:
+    """The options of `encode`: of the command, of the function and of `encode_batches`.
+
+    None takes the model's own pooling, prompt, scaling and windows.
+
+    `pool` takes the mean of the hidden states of a document's tokens, the hidden state of the last or first token, the
+    hidden state of the CLS that a slide encoder puts before them, or another of `pooling.POOLS`, or several, joined by
+    `+`. The text `prefix` is read before each document, and pooled with its first span; NO_PREFIX is an empty one.
+    `normalize` scales a vector to length 1, after the first `dims` numbers of it are kept. With `span`, a document has
+    a row for every `span` tokens. `all_layers` adds the column `layers`: such a vector of the first layer's input, and
+    of each layer's output. `tile_size` is the side of a tile in the pixels of its coordinates. It overrides the
+    document's and model's values.
+
+    An embedding model reads windows of `context` rows or fewer, and one begins every `stride` tokens of the document
+    (None: no overlap). Without `context`, the model reads a document in one piece. Where the pooling takes one state of
+    a window, the document's vector is the mean of those of its windows, by tokens, and each of its spans is a window.
+    """
+
+    pool: str | None = None
+    prefix: str | None = None
+    dims: int | None = None
+    span: int | None = None
+    context: int | None = None
+    stride: int | None = None
+    normalize: bool | None = None
+    all_layers: bool = False
+    tile_size: int | None = None
+    embedding_dtype: EmbeddingDtype = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("span", "stride"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"{name} must be 1 or more, not {value}")
+        for pool in self.pool.split("+") if self.pool is not None else ():
+            if pool not in POOLS:
+                raise ConfigError(f"there is no pooling {pool!r}: choose from {', '.join(POOLS)}, joined by +")
+        if self.span is not None and self.all_layers:
+            raise ConfigError("all layers are given for whole documents: leave out --span, or --all-layers")
+
+    def of_net(self, net: Net) -> EncodeOptions:
+        """Return the options with a pooling, and whether to scale, for a net that has no own ones."""
+        own = "cls" if net.has_cls and self.span is None else "mean"
+        return replace(self, pool=self.pool or own, normalize=self.normalize is not False)
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """The options of `score`: of the command, of the function and of `score_batches`.
+
+    Without `context`, a document is one causal pass. With it, a token sees at most `context` tokens before it: the
+    document is cut into disjoint windows of that many targets. Each window starts again at position 0, and its first
+    input is the token before its first target. At several contexts, the same tokens are scored, and the rows have
+    columns for the gain of the longest context over the shortest. For it, 4 bytes per token of a document are kept, in
+    a file in $TMPDIR if they are many.
+
+    With a `stride`, windows overlap. Each has `context` targets, of which only the last `stride` count, so a counted
+    token has seen more than `context - stride` tokens before it, if its document has them. With `last`, only this many
+    tokens at the end of each document are scored, also from windows as long as the context. Documents too short for
+    that are left out. `by_position` also sums the nats by position in the window.
+    """
+
+    context: tuple[int, ...] | None = None
+    stride: int | None = None
+    last: int | None = None
+    by_position: bool = False
+
+    @property
+    def contexts(self) -> Sequence[int | None]:
+        """The contexts; None is the whole document."""
+        return self.context or (None,)
+
+    def __post_init__(self) -> None:
+        given = [*(("context", each) for each in self.contexts), ("stride", self.stride), ("last", self.last)]
+        for name, value in given:
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be 1 or more, not {value}")
+        if len(set(self.contexts)) < len(self.contexts):
+            raise ConfigError(f"each context may be given once: {', '.join(map(str, self.contexts))}")
+        if self.stride and (small := [each for each in self.contexts if each is None or each < self.stride]):
+            raise ConfigError(
+                f"a stride of {self.stride} tokens needs a context"
+                + (f" of {self.stride} or more, not {small[0]}" if small[0] else "")
+            )
+
+
+def check_sampling(temperature: float, top_p: float) -> None:
+    """Raise ConfigError for numbers with which `generate` cannot draw tokens."""
+    if not 0 <= temperature < float("inf"):
+        raise ConfigError(f"temperature must be 0 or more, not {temperature}")
+    if not 0 < top_p <= 1:
+        raise ConfigError(f"top_p must be more than 0 and at most 1, not {top_p}")
