@@ -57,6 +57,7 @@ REFERENCE = {
 
 _LONG_CODE = re.compile(r"<code>([^<]{36,})</code>")
 _LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
+_FILE_NAME = re.compile(r"\[[\w./-]+\.md\](\(([^)\s#]+\.md)[^)]*\))")
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -95,8 +96,12 @@ def path_of(uri: str) -> str:
 
 
 def moved(markdown: str, uri: str) -> str:
-    """The text of a page with links as they lead on the site, where it is `uri`."""
+    """The text of a page with links as they lead on the site, where it is `uri`. Names of files become titles."""
     folder = posixpath.dirname(path_of(uri))
+
+    def name(match: re.Match[str]) -> str:
+        title = (ROOT / folder / match[2]).read_text(encoding="utf-8").splitlines()[0]
+        return f"[{title.lstrip('# ')}]{match[1]}"
 
     def lead(match: re.Match[str]) -> str:
         before, link, after = match.groups()
@@ -105,7 +110,7 @@ def moved(markdown: str, uri: str) -> str:
         target = uri_of(posixpath.normpath(posixpath.join(folder, link)))
         return before + posixpath.relpath(target, posixpath.dirname(uri) or ".") + after
 
-    return _LINK.sub(lead, markdown)
+    return _LINK.sub(lead, _FILE_NAME.sub(name, markdown))
 
 
 def _linked(page: Any) -> Iterator[str]:

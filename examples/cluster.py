@@ -16,11 +16,12 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shlex
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import ceil
@@ -35,8 +36,9 @@ import typer
 
 from longnet_cli.attention import Pattern, dilated_attention
 from longnet_cli.attention.branches import BACKWARD_FLOPS, attention_flops, branches, pairs
-from longnet_cli.attention.groups import Fetches, chosen_flops
+from longnet_cli.attention.groups import ChoiceStage, chosen_flops, first_means, stages
 from longnet_cli.attention.notation import format_pattern, parse_pattern
+from longnet_cli.attention.pattern import MEAN_OF, RUN, LayerKind
 from longnet_cli.attention.spans import common_span, far_spans, open_spans, span_rows
 from longnet_cli.basics.errors import ConfigError, InputWarning, LongNetError
 from longnet_cli.basics.sizes import format_bytes, format_count, format_duration, format_size, parse_size
@@ -51,9 +53,10 @@ from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import Net
 from longnet_cli.running.chunk_size import GPU_BENCH_CHUNK, SHORTEST_CHUNK, chunk_beside, fitting_chunk
 from longnet_cli.running.device import DTYPES, free_memory, resident_memory, resolve_dtype
-from longnet_cli.running.ranks.exchange import Exchange, even_edges
-from longnet_cli.running.ranks.fetching import collectives
+from longnet_cli.running.ranks.exchange import Exchange
+from longnet_cli.running.ranks.fetching import RUN_BYTES
 from longnet_cli.running.ranks.ranks import Ranks, join, leave
+from longnet_cli.running.ranks.shards import even_edges
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -249,6 +252,91 @@ def chosen_collectives(exchange: Exchange, config: NetConfig, itemsize: int) -> 
     return found[0], found[1], found[2]
 
 
+FETCHED = 1024  # queries
+# Measured (docs/measurements/finding.md), of FETCHED neighbouring queries. SEEN_: the distinct blocks that they see;
+# how many times as many candidates, and blocks that remain after an earlier stage, their scans have as one scan. NEW_:
+# the share of each that the FETCHED queries before them have not
+SEEN_BLOCKS, SEEN_CANDIDATES, SEEN_IN_STAGES = 480, 4.0, 2.1
+NEW_BLOCKS, NEW_CANDIDATES, NEW_IN_STAGES = 0.63, 0.42, 0.12
+
+
+class Fetches(NamedTuple):
+    """The expected numbers of blocks and means that a rank fetches of a layer's past, and of ids that it asks for."""
+
+    blocks: float
+    means: float
+    ids: float
+
+    @classmethod
+    def expected(cls, pattern: Pattern, edges: Sequence[int], rank: int, kind: LayerKind = "chooses") -> Fetches:
+        """Return what a rank fetches from others in a forward pass of a document, if shards have these edges."""
+        (w,), (back,), size = pattern.segment_lengths, pattern.look_backs, pattern.chosen_block
+        others, total, kept = edges[rank] // size, edges[-1] // size, first_means(pattern)
+        blocks = means = ids = 0.0
+        if kind == "chooses":  # those that all ranks have, summed over the ranks: each number goes twice
+            means += 2 * (min(total, kept) * size // MEAN_OF + max(0, total - kept) // RUN)
+        for position in range(edges[rank], edges[rank + 1], FETCHED):
+            before = max(0, position // w - back) * w // size
+            if not others or not before:
+                continue
+            share, first = min(1.0, others / before), position == edges[rank]
+            new_blocks = 1.0 if first else 0.0 if kind == "first" and before > pattern.chosen else NEW_BLOCKS
+            seen = share * new_blocks * seen_blocks(pattern, before, kind)
+            blocks, ids = blocks + seen, ids + seen
+            for stage, distinct, new in scanned_stages(pattern, before) if kind == "chooses" and total > kept else ():
+                if distinct < before:
+                    asked = share * (1 if first else new) * distinct
+                    means, ids = means + asked * stage.means, ids + asked
+        return cls(blocks, means, ids)
+
+    def received(self, pattern: Pattern, kv_heads: int, head_dim: int, itemsize: int) -> float:
+        """Return the bytes of these blocks, means and ids, with `itemsize` bytes per number of a key."""
+        of_block = 2 * pattern.chosen_block * itemsize
+        return kv_heads * head_dim * (self.blocks * of_block + self.means * max(4, itemsize)) + 24 * self.ids
+
+    def given(self, pattern: Pattern, kv_heads: int, head_dim: int, itemsize: int) -> float:
+        """Return the bytes of the gradients of these blocks."""
+        return self.blocks * 2 * pattern.chosen_block * kv_heads * head_dim * max(4, itemsize)
+
+
+def seen_blocks(pattern: Pattern, before: int, kind: LayerKind) -> int:
+    """Return the distinct blocks that FETCHED queries see of those before them."""
+    return before if before <= pattern.chosen else 1 if kind == "first" else min(before, SEEN_BLOCKS)
+
+
+def scanned_stages(pattern: Pattern, before: int) -> Iterator[tuple[ChoiceStage, float, float]]:
+    """Yield the stages of the scans of FETCHED queries, and last their votes.
+
+    Each comes with the number of distinct blocks compared, and the share of them that the queries before have not.
+    """
+    if before <= pattern.chosen:
+        return
+    planned, distinct, new = stages(pattern, before - 1), float(before), 0.0
+    for stage in planned:
+        yield stage, distinct, new
+        last = stage == planned[-1]
+        distinct = min(before, (SEEN_CANDIDATES if last else SEEN_IN_STAGES) * stage.blocks)
+        new = NEW_CANDIDATES if last else NEW_IN_STAGES
+    yield ChoiceStage(pattern.chosen_block // MEAN_OF, 0), distinct, new
+
+
+def collectives(
+    pattern: Pattern, edges: Sequence[int], kv_heads: int, head_dim: int, itemsize: int, kind: LayerKind
+) -> tuple[int, int, int]:
+    """Return the collectives for a layer's chosen blocks: in a forward pass, again without asking, of gradients.
+
+    The last rank, which fetches most, has runs of the expected blocks. A backward pass has those of the last two.
+    """
+    fetches = Fetches.expected(pattern, edges, len(edges) - 2, kind)
+    blocks = fetches.blocks * 2 * pattern.chosen_block * kv_heads * head_dim * itemsize
+    runs, asking = ceil(blocks / RUN_BYTES), 0 if kind == "follows" else 2
+    if kind == "chooses":
+        long = edges[-1] // pattern.chosen_block > first_means(pattern)
+        scans = ceil(fetches.means * kv_heads * head_dim * max(4, itemsize) / RUN_BYTES) + 2 * len(stages(pattern))
+        asking += 2 + scans * long  # the last queries and the first means; stages after the first
+    return asking + runs, runs, runs
+
+
 def moved_bytes(config: NetConfig, itemsize: int) -> tuple[float, int]:
     """Return the bytes per token that a forward pass's elementwise operations move: of all layers, of the logits.
 
@@ -410,8 +498,19 @@ def reading_plans(
     return ordered(plans)
 
 
-def show(plans: Sequence[Plan], machine: Machine, what: str, would_fit: Sequence[str] = ()) -> None:
-    """Print the first plan, the memory and the time of all plans, and who knows the rates.
+def started(command: Sequence[str], options: str, machine: Machine) -> str:
+    """Return the line that starts a command of `longnet` with the options of a plan on each node of a machine."""
+    nodes, words = machine.devices // machine.node, f"{shlex.join(command)} {options}"
+    if machine.devices == 1:
+        return f"longnet {words}"
+    where = f"--nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint HOST:29500" if nodes > 1 else "--standalone"
+    return f"torchrun {where} --nproc-per-node {min(machine.node, machine.devices)} -m longnet_cli {words}"
+
+
+def show(
+    plans: Sequence[Plan], machine: Machine, what: str, command: Sequence[str], would_fit: Sequence[str] = ()
+) -> None:
+    """Print the first plan, the memory and the time of all plans, who knows the rates, and how to start `command` so.
 
     If no plan fits, name the options that `would_fit`.
     """
@@ -440,6 +539,8 @@ def show(plans: Sequence[Plan], machine: Machine, what: str, would_fit: Sequence
     line("in all", format_duration(best.total), "\n")
     for plan in plans[1:]:
         line(format_duration(plan.total), format_bytes(plan.peak), plan.options + ", does not fit" * (not plan.fits))
+    if fitting:
+        print(f"\n{started(command, best.options, machine)}\n")
     for by, rates in machine.known.items():
         print(f"{KNOWN_BY[by]}: {', '.join(rates)}")
     print("arithmetic: no GPU and no cluster has run this program")
@@ -479,7 +580,9 @@ def plan_command(
     machine = find_machine(on)
     warnings.filterwarnings("ignore", "this CPU", InputWarning)  # the plan is for another machine
     if recipe is not None and model is None:
-        show(training_plans(load_recipe(recipe, parse_overrides(settings or [])), machine), machine, "a step")
+        sets = [word for setting in settings or () for word in ("--set", setting)]
+        plans_of = training_plans(load_recipe(recipe, parse_overrides(settings or [])), machine)
+        show(plans_of, machine, "a step", ["train", recipe, "-o", "run", *sets])
         return
     if recipe is not None or model is None or tokens is None:
         raise ConfigError("give a recipe, or --model and --tokens")
@@ -500,7 +603,9 @@ def plan_command(
     if not found[0].fits:
         others = {"--spill": (pattern, True), f"--pattern {NARROW}": (parse_pattern(NARROW), spill)}
         would_fit = [option for option, other in others.items() if plans(*other)[0].fits]
-    show(found, machine, "at once", would_fit)
+    asked = [*(["--pattern", format_pattern(pattern)] if pattern else ()), *(["--spill", "."] if spill else ())]
+    command = ["encode" if encode else "score", "DOCUMENTS", "--model", model, *asked, "-o", "rows"]
+    show(found, machine, "at once", command, would_fit)
 
 
 @app.command("exchange")

@@ -86,3 +86,7 @@ def __getattr__(name: str) -> Any:
     module = import_module(f"{__name__}.{_PLACES[name]}")
     found = globals()[name] = getattr(module, name, None) or import_module(f"{module.__name__}.{name}")
     return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

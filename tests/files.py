@@ -94,51 +94,46 @@ def pipe(data: bytes, texts: bool = False) -> Any:
         feeder.join()
 
 
+def form(name: str, write: Callable[..., Path], content: Any, **options: Any) -> Callable[[Path], Path]:
+    """What writes a file of this name to a folder."""
+    return lambda folder: write(folder / name, content, **options)
+
+
+PARTED = [IDS[0], IDS[1][:3], IDS[1][3:], IDS[2][:60], IDS[2][60:65], IDS[2][65:]]
+LZ4 = ipc.IpcWriteOptions(compression="lz4")
 FORMATS: dict[str, Callable[[Path], Path]] = {
-    "file": lambda folder: write_file(folder / "x.arrow", token_table(pa.list_(pa.int32()))),
-    "file lz4": lambda folder: write_file(
-        folder / "x.arrow", token_table(pa.list_(pa.int32())), options=ipc.IpcWriteOptions(compression="lz4")
+    "file": form("x.arrow", write_file, token_table(pa.list_(pa.int32()))),
+    "file lz4": form("x.arrow", write_file, token_table(pa.list_(pa.int32())), options=LZ4),
+    "file named txt": form("x.txt", write_file, token_table(pa.large_list(pa.uint16()))),
+    "stream": form("x.arrow", write_stream, token_table(pa.large_list(pa.int64()))),
+    "stream uint8": form("x.arrow", write_stream, token_table(pa.list_(pa.uint8()), "tokens")),
+    "parquet list": form("x.parquet", write_parquet, token_table(pa.list_(pa.int32()))),
+    "parquet large_list": form("x.parquet", write_parquet, token_table(pa.large_list(pa.uint32()), "token_ids")),
+    "text column": form("x.arrow", write_file, pa.table({"text": TEXTS, "other": [1, 2, 3]})),
+    "large text column": form("x.parquet", write_parquet, pa.table({"text": pa.array(TEXTS, pa.large_string())})),
+    "flat column": form(
+        "x.arrow", write_file, pa.table({"tokens": pa.array([i for x in IDS for i in (256, *x)], pa.int32())}), rows=7
     ),
-    "file named txt": lambda folder: write_file(folder / "x.txt", token_table(pa.large_list(pa.uint16()))),
-    "stream": lambda folder: write_stream(folder / "x.arrow", token_table(pa.large_list(pa.int64()))),
-    "stream uint8": lambda folder: write_stream(folder / "x.arrow", token_table(pa.list_(pa.uint8()), "tokens")),
-    "parquet list": lambda folder: write_parquet(folder / "x.parquet", token_table(pa.list_(pa.int32()))),
-    "parquet large_list": lambda folder: write_parquet(
-        folder / "x.parquet", token_table(pa.large_list(pa.uint32()), "token_ids")
+    "flat parquet": form(
+        "x.parquet", write_parquet, pa.table({"ids": pa.array([i for x in IDS for i in (*x, 256)], pa.uint16())})
     ),
-    "text column": lambda folder: write_file(folder / "x.arrow", pa.table({"text": TEXTS, "other": [1, 2, 3]})),
-    "large text column": lambda folder: write_parquet(
-        folder / "x.parquet", pa.table({"text": pa.array(TEXTS, pa.large_string())})
-    ),
-    "flat column": lambda folder: write_file(
-        folder / "x.arrow", pa.table({"tokens": pa.array([i for ids in IDS for i in (256, *ids)], pa.int32())}), rows=7
-    ),
-    "flat parquet": lambda folder: write_parquet(
-        folder / "x.parquet", pa.table({"ids": pa.array([i for ids in IDS for i in (*ids, 256)], pa.uint16())})
-    ),
-    "split documents": lambda folder: write_file(
-        folder / "x.arrow",
+    "split documents": form(
+        "x.arrow",
+        write_file,
         pa.table(
-            {
-                "doc_id": ["a", "b", "b", "b", "c"],
-                "input_ids": pa.array([IDS[0], IDS[1][:3], [], IDS[1][3:], IDS[2]], pa.list_(pa.uint16())),
-            }
+            {"doc_id": [*"abbbc"], "input_ids": pa.array([*PARTED[:2], [], PARTED[2], IDS[2]], pa.list_(pa.uint16()))}
         ),
     ),
-    "split documents in parquet": lambda folder: write_parquet(
-        folder / "x.parquet",
+    "split documents in parquet": form(
+        "x.parquet",
+        write_parquet,
         pa.table(
-            {
-                "doc_id": ["a", "b", "b", "c", "c", "c"],
-                "part": [0, 0, 1, 0, 1, 2],
-                "tokens": pa.array(
-                    [IDS[0], IDS[1][:3], IDS[1][3:], IDS[2][:60], IDS[2][60:65], IDS[2][65:]], pa.list_(pa.uint16())
-                ),
-            }
+            {"doc_id": [*"abbccc"], "part": [0, 0, 1, 0, 1, 2], "tokens": pa.array(PARTED, pa.list_(pa.uint16()))}
         ),
     ),
-    "fixed_size_list": lambda folder: write_file(
-        folder / "x.arrow",
+    "fixed_size_list": form(
+        "x.arrow",
+        write_file,
         pa.table(
             {
                 "doc_id": [n for n, ids in enumerate(IDS) for _ in ids],
@@ -146,27 +141,21 @@ FORMATS: dict[str, Callable[[Path], Path]] = {
             }
         ),
     ),
-    "int64 file in one batch": lambda folder: write_file(
-        folder / "x.arrow", token_table(pa.list_(pa.int64())), rows=99
-    ),
-    "uint64 lz4 stream": lambda folder: write_stream(
-        folder / "x.arrow", token_table(pa.list_(pa.uint64())), options=ipc.IpcWriteOptions(compression="lz4")
-    ),
-    "json lines of ids": lambda folder: write_lines(
-        folder / "x.jsonl", [{"id": n, "input_ids": ids} for n, ids in enumerate(IDS)]
-    ),
-    "json lines of text": lambda folder: write_lines(
-        folder / "x.json", [{"text": text, "meta": {"n": [1]}} for text in TEXTS]
-    ),
-    "json lines in parts": lambda folder: write_lines(
-        folder / "x",
+    "int64 file in one batch": form("x.arrow", write_file, token_table(pa.list_(pa.int64())), rows=99),
+    "uint64 lz4 stream": form("x.arrow", write_stream, token_table(pa.list_(pa.uint64())), options=LZ4),
+    "json lines of ids": form("x.jsonl", write_lines, [{"id": n, "input_ids": ids} for n, ids in enumerate(IDS)]),
+    "json lines of text": form("x.json", write_lines, [{"text": text, "meta": {"n": [1]}} for text in TEXTS]),
+    "json lines in parts": form(
+        "x",
+        write_lines,
         [
             {"doc_id": name, "part": part, "text": text}
             for name, part, text in [("a", 0, TEXTS[0]), ("b", 0, "w"), ("b", 1, TEXTS[1][1:]), ("c", 0, TEXTS[2])]
         ],
     ),
-    "split texts": lambda folder: write_stream(
-        folder / "x.arrow",
+    "split texts": form(
+        "x.arrow",
+        write_stream,
         pa.table({"doc_id": [7, 8, 8, 9], "text": [TEXTS[0], TEXTS[1][:4], TEXTS[1][4:], TEXTS[2]]}),
     ),
 }

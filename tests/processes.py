@@ -189,22 +189,6 @@ def contents_of_run(run: Path) -> dict[str, bytes]:
     return found
 
 
-def assert_full(process: subprocess.Popen, reason: str, folder: Path, whole: dict[str, bytes]) -> list[str]:
-    """One line, exit code 1, and only whole shards; returns their names."""
-    _, said = process.communicate()
-    assert process.returncode == 1
-    assert said.decode().count("\n") == 1
-    assert said.startswith(b"longnet: error: ")
-    assert f"cannot write: {reason}".encode() in said
-    assert str(folder).encode() in said
-    found = contents(folder)
-    shards = [name for name in found if name.endswith(".arrow")]
-    assert all(found[name] == whole[name] for name in shards)
-    assert "_manifest.arrow" not in found
-    assert not [name for name in found if name.endswith(".tmp")]
-    return shards
-
-
 def extra_memory(folder: Path, dtype: str, env: dict[str, str]) -> list[int]:
     """(bytes that loading a model takes at its peak, bytes of the weights), in a process of its own."""
     command = [sys.executable, "-c", LOADING, str(folder), dtype]

@@ -18,7 +18,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .merging import accumulator, strided_view
 from .outside import FarKeys, Outside
 from .past import Blocks, Past, Shape
 from .pattern import Pattern
@@ -34,6 +33,7 @@ from .spans import (
     span_rows,
     span_views,
 )
+from .views import accumulator, strided_view
 
 FIRST_ROWS = 1 << 14  # rows of a segment that are allocated at first; their number doubles on demand
 

@@ -39,8 +39,7 @@ from .groups import GroupedPart, stages
 from .limits import limits_of
 from .past import Means, OfBlocks, Runs
 from .pattern import MEAN_OF, SURE, VOTERS, Pattern
-from .scanning import Slot, batches, blocks_before, firsts_of, not_before, scan
-from .voting import best, votes_for
+from .voting import Slot, Unrotated, Voting, batches, best, blocks_before, firsts_of, not_before, scan, votes_for
 
 # (row of the batch, part) -> blocks (groups, n) that the text of each group names, the best first, and -1 for none
 Names = Callable[[int, GroupedPart], Tensor]
@@ -90,37 +89,6 @@ class LayerChoices(NamedTuple):
     def named(self, row: int, part: GroupedPart) -> Tensor | None:
         """Return what `Names` returns, or None without names."""
         return self.choices.named(row, part) if self.choices.named else None
-
-
-class Unrotated(NamedTuple):
-    """The queries and keys of a document, in one row of a batch, as votes compare them: un-rotated.
-
-    voters: (first positions of n groups, step s) -> every s-th of their voters, scaled, (n, VOTERS / s, H, D).
-    keys: blocks (groups, n), ascending in each group -> keys (groups, K, n, tokens of a block, D).
-    block_numbers: numbers in the keys of one block.
-    """
-
-    voters: Callable[[range, int], Tensor]
-    keys: Callable[[Tensor], Tensor]
-    block_numbers: int
-
-
-class Voting(NamedTuple):
-    """All that the choice of neighbouring parts depends on, in one row of a batch, besides means: see `choose`.
-
-    slots: those of the parts. row: the row of the means. heads: H. scanned: the candidates (C,) of the first slot, if
-    they are known. named: what `Names` gives for all groups, if there is any. earlier: the blocks (groups, m) that the
-    groups see in the layer that chose before.
-    """
-
-    pattern: Pattern
-    slots: Sequence[Slot]
-    row: int
-    heads: int
-    document: Unrotated
-    scanned: Tensor | None
-    named: Tensor | None
-    earlier: Tensor | None
 
 
 class Choice(NamedTuple):

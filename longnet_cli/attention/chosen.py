@@ -22,16 +22,17 @@ import torch
 from torch import Tensor
 
 from .branches import Branch
-from .choosing import Choice, GroupBlocks, LayerChoices, Unrotated, Voting, choose, votes_by_keys
+from .choosing import Choice, GroupBlocks, LayerChoices, choose, votes_by_keys
 from .groups import GroupedPart, Groups, slot_of
 from .limits import limits_of
-from .merging import GradientSum, Merge, accumulator, strided_view
+from .merging import GradientSum, Merge
 from .past import Means, Past, Seen, all_at_once, unrotated
 from .pattern import VOTERS, Pattern
 from .plain_call import Kernel
-from .scanning import slots_of
 from .sinks import Turn
 from .spans import Rows
+from .views import accumulator, strided_view
+from .voting import Unrotated, Voting, slots_of
 
 
 class Chosen:

@@ -20,15 +20,13 @@ from torch.autograd.function import once_differentiable
 
 from .choosing import LayerChoices
 from .chosen import Chosen
-from .compiled import attend_in_graph
 from .kernels import select_kernel
-from .merging import AttentionPlan, merged_backward, merged_forward, refuse_capture, unit_stride
 from .outside import FarKeys, Outside
 from .pattern import Padding, Pattern
-from .planning import plan_calls
-from .shard import Shard
+from .planning import AttentionPlan, Shard, merged_backward, merged_forward, plan_calls, refuse_capture
 from .sinks import SinkRows, Turn, sink_rows
 from .spans import SINKS
+from .views import unit_stride
 
 _sink_rows = lru_cache(maxsize=4)(sink_rows)  # all layers of a step ask for the same
 
@@ -74,7 +72,7 @@ def dilated_attention(
         itself, whatever the pattern's `chosen_layers`, and nothing is named.
 
     Chosen blocks are moved by `turn` in the same way, and un-rotated by minus their positions (`choosing`). The choice
-    of blocks has no gradient. A compiled graph breaks at them.
+    of blocks has no gradient. torch.compile compiles what is around attention: its graph breaks here.
 
     Sinks are the document's own first rows if the shard has them, otherwise far keys of level `SINKS`.
 
@@ -83,12 +81,9 @@ def dilated_attention(
     """
     outside = far if isinstance(far, Outside) else Outside(far or ())
     shard = Shard(start, lengths, documents, total, padding, causal)
-    if not torch.compiler.is_compiling():
-        return _attend(q, k, v, pattern, shard, outside, scale, kernel, turn, choices)
-    if not pattern.chosen:
-        return _attend_in_graph(q, k, v, pattern, shard, outside.keys, scale, kernel, turn)
-    # a choice is data, and `turn` cannot be called in a graph
-    return torch.compiler.disable(_attend)(q, k, v, pattern, shard, outside, scale, kernel, turn, choices)
+    # a graph cannot trace the integers of a plan, nor data that decide
+    attend = torch.compiler.disable(_attend) if torch.compiler.is_compiling() else _attend
+    return attend(q, k, v, pattern, shard, outside, scale, kernel, turn, choices)
 
 
 def _attend(
@@ -110,7 +105,7 @@ def _attend(
             f"chosen={pattern.chosen}: the shard starts at {shard.start}, and far keys hold the past of {before} "
             "tokens: give that of a KVCache"
         )
-    sinks = _sinks(pattern, shard, q.shape[1], far_keys, turn, _sink_rows)
+    sinks = _sinks(pattern, shard, q.shape[1], far_keys, turn)
     selected = select_kernel(q.device, q.dtype, q.shape[-1], kernel)
     plan = plan_calls(selected, q, k, v, pattern, shard, far_keys, sinks.rows if sinks else None)
     chooses = plan.chosen or (past and past.shared)
@@ -120,29 +115,6 @@ def _attend(
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *far)):
         return _MergedBranches.apply(call, q, k, v, *far)
     return call.forward(q, k, v, far)[0]
-
-
-def _attend_in_graph(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pattern: Pattern,
-    shard: Shard,
-    far_keys: Sequence[FarKeys],
-    scale: float | None,
-    kernel: str | None,
-    turn: Turn | None,
-) -> Tensor:
-    """Call the operator of `compiled`: a graph cannot trace the integers of a plan."""
-    for keys in far_keys:
-        if keys.ready:
-            keys.ready()
-    far = [x for keys in far_keys for x in (keys.k, keys.v)]
-    if sinks := _sinks(pattern, shard, q.shape[1], far_keys, turn, sink_rows):
-        far += sinks.turned(k, v, far)  # the operator cannot call `turn`: it gets turned sinks, after the far keys
-    spans = [number for keys in far_keys for number in keys.span]
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return attend_in_graph(q, k, v, far, spans, pattern, shard, scale, kernel)
 
 
 class _Sinks(NamedTuple):
@@ -173,13 +145,12 @@ def _sinks(
     tokens: int,
     far_keys: Sequence[FarKeys],
     turn: Turn | None,
-    rows_of: Callable[..., SinkRows | None],
 ) -> _Sinks | None:
-    """Return the sinks that a shard of `tokens` has to turn, or None. `rows_of` is `sink_rows`, cached or not."""
+    """Return the sinks that a shard of `tokens` has to turn, or None."""
     if not pattern.sinks or not turn:
         return None
     documents = None if shard.documents is None else tuple(shard.documents)
-    rows = rows_of(pattern, shard.start, tokens, documents, tuple(keys.span for keys in far_keys))
+    rows = _sink_rows(pattern, shard.start, tokens, documents, tuple(keys.span for keys in far_keys))
     if rows is None:
         return None
     # turned sinks may be kept where one span holds them all, and no other document of the shard has sinks

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from math import inf
 from typing import NamedTuple
@@ -10,12 +10,6 @@ from typing import NamedTuple
 from .limits import Limits
 from .pattern import FUNNEL, MEAN_OF, RUN, RUNS, VOTERS, LayerKind, Pattern
 
-FETCHED = 1024  # queries for which blocks are fetched together, if several ranks hold the past
-# Measured (docs/measurements/finding.md), of FETCHED neighbouring queries. SEEN_: the distinct blocks that they see;
-# how many times as many candidates, and blocks that remain after an earlier stage, their scans have as one scan. NEW_:
-# the share of each that the FETCHED queries before them have not
-SEEN_BLOCKS, SEEN_CANDIDATES, SEEN_IN_STAGES = 480, 4.0, 2.1
-NEW_BLOCKS, NEW_CANDIDATES, NEW_IN_STAGES = 0.63, 0.42, 0.12
 CALL, VOTES = 8, 4.5  # of what exists at a time, the multiples of `Limits.gathered` and `Limits.scores` (a test counts)
 
 
@@ -103,8 +97,9 @@ def transient_bytes(limits: Limits, *, run: int = 0, wider: int = 2, backward: b
     run: bytes of a run of blocks that ranks fetch, or 0. Sums of gradients are `wider` than keys, so many times. A call
     has its keys and values, the keys turned in fp32, and their product; votes have scores, shares, means and a power.
     """
-    fetched = (3 + wider if backward else 3) * run  # two runs are there, one is sent, and one has sums
-    return max(CALL * limits.gathered + fetched, round(4 * VOTES * limits.scores) + 3 * run)
+    fetched, sums = 3 * run, backward * wider * run  # two runs are there, and one is sent
+    given = fetched + 2 * sums  # those that are given back are copied
+    return max(CALL * limits.gathered + fetched + sums, given, round(4 * VOTES * limits.scores) + fetched)
 
 
 class Comparisons(NamedTuple):
@@ -164,66 +159,6 @@ def chosen_flops(pattern: Pattern, heads: int, head_dim: int, tokens: int, kind:
     return ChosenFlops(of_document(votes) if kind == "chooses" else 0, of_document(attention))
 
 
-class Fetches(NamedTuple):
-    """The expected numbers of blocks and means that a rank fetches of a layer's past, and of ids that it asks for."""
-
-    blocks: float
-    means: float
-    ids: float
-
-    @classmethod
-    def expected(cls, pattern: Pattern, edges: Sequence[int], rank: int, kind: LayerKind = "chooses") -> Fetches:
-        """Return what a rank fetches from others in a forward pass of a document, if shards have these edges."""
-        (w,), (back,), size = pattern.segment_lengths, pattern.look_backs, pattern.chosen_block
-        others, total, kept = edges[rank] // size, edges[-1] // size, first_means(pattern)
-        blocks = means = ids = 0.0
-        if kind == "chooses":  # those that all ranks have, summed over the ranks: each number goes twice
-            means += 2 * (min(total, kept) * size // MEAN_OF + max(0, total - kept) // RUN)
-        for position in range(edges[rank], edges[rank + 1], FETCHED):
-            before = max(0, position // w - back) * w // size
-            if not others or not before:
-                continue
-            share, first = min(1.0, others / before), position == edges[rank]
-            new_blocks = 1.0 if first else 0.0 if kind == "first" and before > pattern.chosen else NEW_BLOCKS
-            seen = share * new_blocks * seen_blocks(pattern, before, kind)
-            blocks, ids = blocks + seen, ids + seen
-            for stage, distinct, new in scanned_stages(pattern, before) if kind == "chooses" and total > kept else ():
-                if distinct < before:
-                    asked = share * (1 if first else new) * distinct
-                    means, ids = means + asked * stage.means, ids + asked
-        return cls(blocks, means, ids)
-
-    def received(self, pattern: Pattern, kv_heads: int, head_dim: int, itemsize: int) -> float:
-        """Return the bytes of these blocks, means and ids, with `itemsize` bytes per number of a key."""
-        of_block = 2 * pattern.chosen_block * itemsize
-        return kv_heads * head_dim * (self.blocks * of_block + self.means * max(4, itemsize)) + 24 * self.ids
-
-    def given(self, pattern: Pattern, kv_heads: int, head_dim: int, itemsize: int) -> float:
-        """Return the bytes of the gradients of these blocks."""
-        return self.blocks * 2 * pattern.chosen_block * kv_heads * head_dim * max(4, itemsize)
-
-
-def seen_blocks(pattern: Pattern, before: int, kind: LayerKind) -> int:
-    """Return the distinct blocks that FETCHED queries see of those before them."""
-    return before if before <= pattern.chosen else 1 if kind == "first" else min(before, SEEN_BLOCKS)
-
-
-def scanned_stages(pattern: Pattern, before: int) -> Iterator[tuple[ChoiceStage, float, float]]:
-    """Yield the stages of the scans of FETCHED queries, and last their votes.
-
-    Each comes with the number of distinct blocks compared, and the share of them that the queries before have not.
-    """
-    if before <= pattern.chosen:
-        return
-    planned, distinct, new = stages(pattern, before - 1), float(before), 0.0
-    for stage in planned:
-        yield stage, distinct, new
-        last = stage == planned[-1]
-        distinct = min(before, (SEEN_CANDIDATES if last else SEEN_IN_STAGES) * stage.blocks)
-        new = NEW_CANDIDATES if last else NEW_IN_STAGES
-    yield ChoiceStage(pattern.chosen_block // MEAN_OF, 0), distinct, new
-
-
 def past_bytes(
     pattern: Pattern,
     kv_heads: int,
@@ -231,22 +166,21 @@ def past_bytes(
     tokens: int,
     itemsize: int,
     kind: LayerKind = "chooses",
-    sp: int = 1,
+    own: int | None = None,
 ) -> tuple[int, int]:
     """Return the bytes of one layer's past: of keys and values, `itemsize` per number, and of the mean keys.
 
-    Of `sp` ranks, each has its own, and the means that all have.
+    A rank has those of its `own` tokens, and the means that all ranks have.
     """
     if not pattern.chosen:
         return 0, 0
-    own = -(-tokens // sp)
-    blocks = own // pattern.chosen_block
-    finest = ChoiceStage(pattern.chosen_block // MEAN_OF, 0)
-    means = sum(stage.compared(blocks) for stage in (*stages(pattern), finest)) if kind == "chooses" else 0
-    kept = min(own, pattern.chosen_keys) if kind == "first" else own
-    if sp > 1:
-        of_all, first = tokens // pattern.chosen_block, first_means(pattern)
-        if kind == "chooses":
-            means += sum(stage.compared(min(of_all, first)) for stage in (*stages(pattern), finest))
-            means += max(0, of_all - first) // RUN
+    mine = tokens if own is None else own
+    blocks, means = mine // pattern.chosen_block, 0
+    kept = min(mine, pattern.chosen_keys) if kind == "first" else mine
+    if kind == "chooses":
+        planned = (*stages(pattern), ChoiceStage(pattern.chosen_block // MEAN_OF, 0))
+        means = sum(stage.compared(blocks) for stage in planned)
+        if own is not None:
+            of_all, first = tokens // pattern.chosen_block, first_means(pattern)
+            means += sum(stage.compared(min(of_all, first)) for stage in planned) + max(0, of_all - first) // RUN
     return kv_heads * head_dim * 2 * itemsize * kept, kv_heads * head_dim * max(4, itemsize) * means

@@ -143,7 +143,7 @@ def select_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, name:
     with packed sequences does not pack. Raises ValueError for a name that does not exist or cannot serve.
     """
     name = name or os.environ.get("LONGNET_KERNEL") or None
-    return _select(device, dtype, head_dim, name)
+    return _select(device, dtype, head_dim, name, torch.are_deterministic_algorithms_enabled())
 
 
 def forget_selections() -> None:
@@ -152,18 +152,19 @@ def forget_selections() -> None:
 
 
 @lru_cache(maxsize=256)
-def _select(device: torch.device, dtype: torch.dtype, head_dim: int, name: str | None) -> Kernel:
+def _select(device: torch.device, dtype: torch.dtype, head_dim: int, name: str | None, always_equal: bool) -> Kernel:
+    """Select a kernel; with other algorithms (`always_equal`: deterministic ones), one may fail that did not before."""
     if name is not None:
         if name not in KERNELS:
             raise ValueError(f"unknown attention kernel {name!r}: choose from {', '.join(KERNELS)}")
-        kernel = KERNELS[name]
-        refusal = kernel.refusal(device, dtype, head_dim) or _probe(kernel, device, dtype, head_dim)
-        if refusal:
-            raise ValueError(f"attention kernel {name!r} cannot run here: {refusal}")
+        refusal = KERNELS[name].refusal(device, dtype, head_dim)
+        kernel, failure = (KERNELS[name], refusal) if refusal else _probed(KERNELS[name], device, dtype, head_dim)
+        if failure:
+            raise ValueError(f"attention kernel {name!r} cannot run here: {failure}")
         return _without_failing_packs(kernel, device, dtype, head_dim)
-    for kernel in KERNELS.values():
-        if kernel.refusal(device, dtype, head_dim) is None:
-            failure = _probe(kernel, device, dtype, head_dim)
+    for each in KERNELS.values():
+        if each.refusal(device, dtype, head_dim) is None:
+            kernel, failure = _probed(each, device, dtype, head_dim)
             if failure is None:
                 break
             warnings.warn(f"attention kernel {kernel.name!r} is not used: {failure}", stacklevel=2)
@@ -179,9 +180,18 @@ def _select(device: torch.device, dtype: torch.dtype, head_dim: int, name: str |
 Check = Callable[[Kernel, Tensor, float], Iterator[tuple[Sequence[Tensor], Sequence[Tensor]]]]
 
 
-def _probe(kernel: Kernel, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Return the reason if a kernel does not agree with plain math here, or None."""
-    return None if kernel.name == "math" else _failure(_view_calls, kernel, device, dtype, head_dim)
+def _probed(kernel: Kernel, device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[Kernel, str | None]:
+    """Return the kernel, and the reason if it does not agree with plain math here, or None.
+
+    One that fails only with key heads that are shared is replaced by a copy of it that copies them.
+    """
+    failure = None if kernel.name == "math" else _failure(_view_calls, kernel, device, dtype, head_dim)
+    if failure:
+        copying = copy(kernel)
+        copying.copies_shared = True
+        if not _failure(_view_calls, copying, device, dtype, head_dim):
+            return copying, None
+    return kernel, failure
 
 
 def _without_failing_packs(kernel: Kernel, device: torch.device, dtype: torch.dtype, head_dim: int) -> Kernel:

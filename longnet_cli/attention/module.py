@@ -78,7 +78,7 @@ class DilatedAttention(nn.Module):
         key_padding_mask: (B, N), True or -inf at padding, False or 0 elsewhere; padding lies on the right. Real tokens
             come out as they would alone; outputs at padding have no meaning.
         is_causal: masks later keys; no mask is needed for it. With it, `attn_mask` (N, N) may be given, but must be the
-            causal mask. A compiled graph does not check that.
+            causal mask.
         average_attn_weights: without effect, as there are no weights.
 
         Raises ValueError for cross-attention, nested tensors, need_weights=True, any other attn_mask, and padding that
@@ -120,12 +120,10 @@ class DilatedAttention(nn.Module):
 def true_lengths(tokens: Tensor) -> Tensor:
     """Return the lengths (B,) of the rows of a right-padded batch, from a boolean mask (B, N) that is True at tokens.
 
-    Raises ValueError for a row with padding before a token; a compiled graph raises it from its attention call.
+    Raises ValueError for a row with padding before a token.
     """
     lengths = tokens.sum(-1)
     right = (tokens == (torch.arange(tokens.shape[-1], device=tokens.device) < lengths[:, None])).all(-1)
-    if torch.compiler.is_compiling():  # reading a number would break the graph
-        return lengths.where(right, -1)
     if not right.all():
         row = int(right.logical_not().nonzero()[0])
         raise ValueError(f"dilated attention takes padding on the right only, and row {row} has tokens after padding")
@@ -139,7 +137,7 @@ def _is_padding(mask: Tensor, shape: torch.Size) -> Tensor:
     if mask.dtype is torch.bool:
         return mask
     padding = mask == float("-inf")
-    if not torch.compiler.is_compiling() and not ((mask == 0) | padding).all():
+    if not ((mask == 0) | padding).all():
         raise ValueError(
             "key_padding_mask may hold 0 and -inf, or be boolean: dilated attention adds nothing to scores"
         )
@@ -149,8 +147,6 @@ def _is_padding(mask: Tensor, shape: torch.Size) -> Tensor:
 def _check_causal(mask: Tensor, tokens: int, is_causal: bool) -> None:
     if not is_causal:
         raise ValueError("dilated attention takes no attn_mask but the causal one: pass is_causal=True with it")
-    if torch.compiler.is_compiling():
-        return  # a hint, as everywhere in torch
     later = torch.ones(tokens, tokens, dtype=torch.bool, device=mask.device).triu(1)
     expected = (
         later if mask.dtype is torch.bool else torch.zeros(tokens, tokens).to(mask).masked_fill(later, -torch.inf)

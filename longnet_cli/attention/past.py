@@ -21,9 +21,9 @@ from torch import Tensor
 
 from .groups import GroupedPart, stages
 from .limits import limits_of
-from .merging import accumulator
 from .pattern import MEAN_OF, RUN, RUNS, Pattern
 from .sinks import Turn
+from .views import accumulator
 
 PIECE_BYTES = 1 << 26  # of blocks that are taken at a time from where they are not in memory
 FIRST_BLOCKS = 1 << 6  # blocks in the first piece of memory; each next piece is half of all before, if that is more
@@ -465,8 +465,15 @@ class Past:
         means = self.pattern.chosen_block // MEAN_OF
         none = self.waiting.new_empty((batch, heads, 0, means, head_dim), dtype=accumulator(self.waiting.dtype))
         yield "fine", self.means.fine[:, :, : self.blocks.number] if self.means else none
-        # chosen again, in another shape, other blocks may win where scores nearly tie
-        for name, kept, empty in (("held", self.held, no_blocks[:, None]), ("scanned", self.scanned, no_blocks)):
+        yield from self.open_choices()
+
+    def open_choices(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield, of `state`, what the last open group has chosen, and what the last scan has found.
+
+        Chosen again, in another shape, other blocks might win where scores nearly tie.
+        """
+        none = torch.zeros(self.waiting.shape[1], 0, dtype=torch.int32)
+        for name, kept, empty in (("held", self.held, none[:, None]), ("scanned", self.scanned, none)):
             yield f"{name}_at", torch.tensor([kept[0]] if kept else [], dtype=torch.int64)
             yield name, torch.stack(kept[1]).int() if kept else empty
 

@@ -24,6 +24,7 @@ class Kernel:
     name = ""
     takes_counts = False  # whether it takes `counts` (heads, rows, keys): the log of how often a key counts, or -inf
     packs = False  # whether it has `forward_packed` and `backward_packed`
+    copies_shared = False  # whether it copies key heads that several heads share (of stride 0), on a GPU
 
     def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         """Return why this kernel cannot serve such tensors, or None."""

@@ -1,28 +1,134 @@
-"""The plan of a call of dilated attention: its arguments checked, and the kernel calls that it takes.
+"""The plan of a call of dilated attention: its arguments checked, the kernel calls that it takes, and their execution.
 
-A plan depends on shapes, types and integers alone, so all layers of a step share one.
+A plan depends on shapes, types and integers alone, so all layers of a step share one. Each branch is one plain
+attention call on strided views (`views`), and branches merge by their log-sum-exp (`merging`), with exact gradients.
+
+B batch, N tokens of the shard, H query heads, K key heads, D head_dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .branches import Turned, branches, united
+from .branches import Branch, Turned, Union, branches, united
+from .chosen import Chosen
 from .groups import GroupedPart, groups_of
-from .merging import AttentionPlan
+from .merging import GradientSum, Merge, flat_rows
 from .outside import FarKeys
-from .pattern import Pattern
+from .packing import Block, Pack, packed
+from .pattern import Padding, Pattern
 from .plain_call import Kernel
-from .shard import Shard
 from .sinks import SinkRows
-from .spans import SINKS, FarSpan, span_rows
+from .spans import SINKS, FarSpan, Rows, span_rows
+from .views import FarTensors, Layouts, accumulator, kernel_calls, unit_stride, view
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class Shard(NamedTuple):
+    """The tokens of sequences that a call computes, and what they see of these sequences (`dilated_attention`)."""
+
+    start: int = 0
+    lengths: Sequence[int] | Tensor | None = None
+    documents: Sequence[int] | None = None
+    total: int | None = None
+    padding: Padding = "exact"
+    causal: bool = True
+
+    def hashable(self) -> Shard:
+        """Return the same shard with its lists of numbers as tuples. Raises ValueError for other than whole numbers."""
+        if self.lengths is None and self.documents is None:
+            return self
+        return self._replace(
+            lengths=None if self.lengths is None else _whole_numbers("lengths", self.lengths),
+            documents=None if self.documents is None else _whole_numbers("documents", self.documents),
+        )
+
+    def places(self, batch: int, tokens: int) -> Iterator[BatchPlace]:
+        """Yield the places of a batch with `tokens` per row, if `hashable`. Raises ValueError for wrong lengths."""
+        if self.documents is not None:
+            if min(self.documents, default=0) < 1 or sum(self.documents) != tokens:
+                raise ValueError(
+                    f"documents need lengths of at least 1 that make {tokens} tokens, got {[*self.documents]}"
+                )
+            stop = 0
+            for length in self.documents:
+                start, stop = stop, stop + length
+                yield BatchPlace(slice(0, batch), slice(start, stop))
+            return
+        lengths = self.lengths
+        if lengths is None:
+            yield BatchPlace(slice(0, batch), slice(0, tokens))
+            return
+        assert isinstance(lengths, tuple)
+        if len(lengths) != batch or not all(0 <= n <= tokens for n in lengths):
+            raise ValueError(f"lengths needs {batch} numbers from 0 to {tokens}, got {[*lengths]}")
+        for length, rows in groupby(range(batch), key=lengths.__getitem__):  # neighbours of equal length go together
+            members = list(rows)
+            if length:
+                yield BatchPlace(slice(members[0], members[-1] + 1), slice(0, length))
+
+
+class BatchPlace(NamedTuple):
+    """Rows of a batch, and their tokens, that one set of calls serves: in each row, these tokens are one sequence."""
+
+    rows: slice
+    tokens: slice
+
+
+def _whole_numbers(name: str, numbers: Sequence[int] | Tensor) -> tuple[int, ...]:
+    try:
+        return tuple(operator.index(n) for n in (numbers.tolist() if isinstance(numbers, Tensor) else numbers))
+    except TypeError:
+        raise ValueError(f"{name} needs whole numbers, in one dimension, got {numbers}") from None
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionPlan:
+    """All calls of a batch, for a kernel: blocks as views, then packs.
+
+    `covered`: no branch is packed, and the `first` branches reach every row. `squares`: besides, in each `first` branch
+        queries and keys are the same rows of the same heads (H = K). `chosen`: the groups of queries that see chosen
+        blocks. `start`: the branch that a forward starts with, without a merge, as it has all heads of a single token.
+        `layouts`: those of the views of near rows, as `kernel_calls` has found them.
+    """
+
+    kernel: Kernel
+    blocks: Sequence[Block]
+    packs: Sequence[Pack] = ()
+    covered: bool = False
+    squares: bool = False
+    chosen: Sequence[GroupedPart] = ()
+    start: Branch | None = None
+    layouts: Layouts = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        kernel: Kernel,
+        blocks: Sequence[Block],
+        batch: int,
+        tokens: int,
+        heads: int,
+        kv_heads: int,
+        chosen: Sequence[GroupedPart] = (),
+    ) -> AttentionPlan:
+        """Plan the calls of some blocks."""
+        views, gathered = packed(blocks, tokens, heads, kv_heads) if kernel.packs else (blocks, [])
+        full = sum((rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns, _ in blocks)
+        covered = not gathered and full == batch * tokens and all(calls and calls[0].first for *_, calls in blocks)
+        even = all(branch.queries == branch.keys for *_, calls in blocks for branch in calls if branch.first)
+        first = blocks[0][2][0] if covered and len(blocks) == tokens == 1 else None
+        start = first if first and first.queries.heads * first.queries.rows == heads and not first.zero_keys else None
+        return cls(kernel, views, gathered, covered, covered and even and heads == kv_heads, chosen, start)
 
 
 def plan_calls(
@@ -141,3 +247,187 @@ def _check_far(span: FarSpan, of_span: Sequence[_Facts], q: _Facts, k: _Facts, p
                 f"far keys [{start}, {stop}) of level {level} need {(q.shape[0], max(rows), *needed)} "
                 f"in {q.dtype} on {q.device}, got {tuple(shape)} in {dtype} on {device}"
             )
+
+
+def merged_forward(
+    plan: AttentionPlan,
+    scale: float,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    far: FarTensors | None = None,
+    chosen: Chosen | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return (out, LSE): (B, N, H, D) like q, and (B, N, H) in fp32 (fp64 for fp64).
+
+    `far` returns far k and v. `chosen` chooses the blocks of `plan.chosen`, and keeps the choice for the backward pass.
+    """
+    if torch.is_autocast_enabled(q.device.type):
+        with torch.autocast(q.device.type, enabled=False):  # kernels choose their own precision
+            return merged_forward(plan, scale, q, k, v, far, chosen)
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
+    kernel, blocks = plan.kernel, plan.blocks
+    if plan.start:
+        merge = _single_token(plan, plan.start, scale, q, k, v, far)
+        blocks = [(rows, columns, calls[1:]) for rows, columns, calls in blocks if len(calls) > 1]
+    else:
+        merge = Merge(q, plan.covered)
+    if blocks:  # after a single token's first call, there are often no others
+        calls = kernel_calls(blocks, kernel, (q, *merge.places), (k, v), far, plan.layouts)
+        for branch, (q_, *places), (k_, v_) in calls:
+            out, lse = kernel.forward(q_, k_, v_, branch.causal, scale, *_counts(branch, q_))
+            merge.add(branch, places, out, lse)
+    for pack in plan.packs:
+        queries, keys = pack.rows(q.device)
+        q_, k_, v_ = flat_rows(q)[queries.places], flat_rows(k)[keys.places], flat_rows(v)[keys.places]
+        out, lse = kernel.forward_packed(q_, k_, v_, queries, keys, pack.causal, scale)
+        merge.add_rows(pack, queries, out, lse)
+    if chosen:
+        chosen.choose(q, k, scale)
+        chosen.merge(kernel, scale, q, k, v, merge)
+    return merge.result()
+
+
+def _single_token(
+    plan: AttentionPlan, branch: Branch, scale: float, q: Tensor, k: Tensor, v: Tensor, far: FarTensors | None
+) -> Merge:
+    """Return a merge that starts with the result of `branch`, which has all heads of a single token."""
+    k, v = (k, v) if branch.far is None or not far else far(branch.far)
+    rows = plan.blocks[0][0]
+    q_, k_, v_ = (
+        view(x, shown, rows, 0, True) for x, shown in ((q, branch.queries), (k, branch.keys), (v, branch.keys))
+    )
+    out, lse = plan.kernel.forward(q_, k_, v_, False, scale)
+    return Merge(q, True, (out, lse))
+
+
+def merged_backward(
+    plan: AttentionPlan,
+    scale: float,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    far: Sequence[Tensor],
+    on_far: Callable[[Sequence[Tensor]], None] | None = None,
+    chosen: Chosen | None = None,
+) -> list[Tensor]:
+    """Return dq, dk, dv and the gradients of the far tensors (k, v, k, v, ...), from the merged out and LSE.
+
+    All are in fp32 or fp64. With `on_far`, far keys come first, and `on_far` is called once with their gradients,
+    before the gradients of near keys are computed.
+    """
+    dout, q, k, v = (unit_stride(x) for x in (dout, q, k, v))
+    sums = _Gradients(plan, q, k, v, far, far_first=on_far is not None)
+    of_queries = (dout, q, out, lse[..., None])
+    with torch.autocast(q.device.type, enabled=False):
+        if on_far:
+            sums.add_calls(_only(plan.blocks, far=True), scale, of_queries, (k, v))
+            on_far(sums.of_far)
+            sums.add_calls(_only(plan.blocks, far=False), scale, of_queries, (k, v))
+        else:
+            sums.add_calls(plan.blocks, scale, of_queries, (k, v))
+        for pack in plan.packs:
+            sums.add_pack(pack, scale, of_queries, (k, v))
+        of_chosen = chosen.gradients(plan.kernel, scale, of_queries, (k, v), sums.q) if chosen else ()
+    dq, *of_keys = (total.place for total in (sums.q, sums.k, sums.v))
+    for index, more in enumerate(of_chosen):
+        of_keys[index] = of_keys[index] + more
+    return [dq, *of_keys, *sums.of_far]
+
+
+def refuse_capture(q: Tensor) -> None:
+    """Raise RuntimeError while a CUDA graph captures: a replay would read tables and rows that are gone by then."""
+    if q.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "dilated attention cannot be captured in a CUDA graph: capture what is around it, as torch.compile does"
+        )
+
+
+def _only(blocks: Sequence[Block], far: bool) -> list[Block]:
+    """Return the calls of blocks on far keys alone, or on near keys alone."""
+    return [
+        (rows, columns, tuple(branch for branch in calls if (branch.far is not None) == far))
+        for rows, columns, calls in blocks
+    ]
+
+
+class _Gradients:
+    """The sums of all calls of a backward pass: of q, k and v, and of far tensors (`of_far`, in fp32 or fp64)."""
+
+    def __init__(
+        self, plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor, far: Sequence[Tensor], far_first: bool
+    ) -> None:
+        """Allocate the sums. `far_first`: far keys come before near ones."""
+        # what the first calls write anyway needs no zeros, if nothing else is added before
+        self.q = GradientSum(q, plan.covered and not far_first)
+        self.k, self.v = (GradientSum(x, plan.squares and not far_first) for x in (k, v))
+        self.kernel, self.far, self._far_sums = plan.kernel, far, [GradientSum(x) for x in far]
+        self._layouts = plan.layouts
+        self.of_far = [total.place for total in self._far_sums]
+        self._far_first, self._shared_heads = far_first, q.shape[2] != k.shape[2]
+
+    def add_calls(
+        self, blocks: Sequence[Block], scale: float, of_queries: Sequence[Tensor], keys: Sequence[Tensor]
+    ) -> None:
+        """Add the gradients of calls on views; `of_queries` are dout, q, out and lse (B, N, H, 1), `keys` k and v."""
+        query_like, key_like = (*of_queries, self.q.place), (*keys, self.k.place, self.v.place)
+        calls = kernel_calls(blocks, self.kernel, query_like, key_like, self._far_tensors, self._layouts)
+        for branch, (dout, q, out, lse, dq), (k, v, *places) in calls:
+            part, *parts = self.kernel.backward(
+                dout, q, k, v, out, lse[..., 0], branch.causal, scale, *_counts(branch, q)
+            )
+            self.q.add(dq, part, branch.queries, fresh=branch.first and not self._far_first)
+            fresh = branch.first and branch.queries == branch.keys and not self._shared_heads
+            of_keys = (self.k, self.v) if branch.far is None else self._far_sums[2 * branch.far : 2 * branch.far + 2]
+            for total, place, part in zip(of_keys, places, parts, strict=True):
+                total.add(place, part, branch.keys, fresh)
+            del part, parts  # the next call needs the memory
+
+    def add_pack(self, pack: Pack, scale: float, of_queries: Sequence[Tensor], keys: Sequence[Tensor]) -> None:
+        """Add the gradients of a call on gathered rows; the other arguments are as in `add_calls`."""
+        queries, of_keys = pack.rows(of_queries[0].device)
+        dout, q, out, lse = (flat_rows(x)[queries.places] for x in of_queries)
+        k, v = (flat_rows(x)[of_keys.places] for x in keys)
+        parts = self.kernel.backward_packed(dout, q, k, v, out, lse[..., 0], queries, of_keys, pack.causal, scale)
+        for total, rows, part in zip((self.q, self.k, self.v), (queries, of_keys, of_keys), parts, strict=True):
+            total.add_rows(rows, part)
+
+    def _far_tensors(self, index: int) -> Sequence[Tensor]:
+        """Return k and v of far keys, and the sums of their gradients."""
+        both = slice(2 * index, 2 * index + 2)
+        return *self.far[both], *self.of_far[both]
+
+
+def _counts(branch: Branch, q: Tensor) -> tuple[Tensor, ...]:
+    """Return the `log_counts` of a union, as a tuple of one tensor (heads, rows, keys); () for other branches."""
+    if branch.union is None:
+        return ()
+    shown = branch.queries
+    of_heads = log_counts(branch.union, accumulator(q.dtype), q.device)[shown.first_head :: max(shown.head_step, 1)]
+    return (of_heads[: shown.heads, : shown.rows, : shown.rows],)
+
+
+@lru_cache(maxsize=4)
+def log_counts(union: Union, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return (H, tokens, tokens): the log of how often a key counts, once for each level that shows it; or -inf."""
+    pattern, heads, kv_heads, causal, tokens = union
+    with torch.inference_mode(False):  # the cached table outlives the caller's inference mode
+        counts = torch.zeros(heads, tokens, tokens, dtype=dtype, device=device)
+        for branch in branches(pattern, heads, 0, tokens, causal, "exact", (), 0, kv_heads):
+            seen = counts.new_ones(branch.queries.rows, branch.keys.rows)
+            seen = seen.tril_() if branch.causal else seen
+            for segment in range(branch.queries.segments):
+                for index in range(branch.queries.heads):
+                    of_head = counts[branch.queries.first_head + index * branch.queries.head_step]
+                    rows, keys = (_tokens(x, segment, index) for x in (branch.queries, branch.keys))
+                    of_head[rows, keys] += seen
+        return counts.log_()
+
+
+def _tokens(rows: Rows, segment: int, index: int) -> slice:
+    """Return the tokens that a view shows of one segment and of its index-th head."""
+    first = rows.first_token + segment * rows.segment_step + index * rows.skew
+    return slice(first, first + (rows.rows - 1) * rows.row_step + 1, rows.row_step)

@@ -37,8 +37,12 @@ EPILOG = (
     "6 done but for what --skip-bad left out, 129, 130 or 143 stopped, 141 closed pipe."
 )
 
-# One function per command, in the order a new user needs them. Their modules import torch only when they run.
-COMMANDS: tuple[Callable[..., None], ...] = (tokenize, pattern, convert, train, plot, score, encode, generate, bench)
+# One function per command, by the panel of the help. Their modules import torch only when they run.
+COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
+    "Models": (score, encode, generate, train),
+    "Data": (tokenize,),
+    "Around them": (pattern, plot, bench, convert),
+}
 
 _python_warning = warnings.showwarning
 
@@ -50,9 +54,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog=EPILOG,
 )
-for command in COMMANDS:
-    app.command(cls=Command)(takes_options(command))
-app.add_typer(data)
+for panel, commands in COMMANDS.items():
+    for command in commands:
+        app.command(cls=Command, rich_help_panel=panel)(takes_options(command))
+app.add_typer(data, rich_help_panel="Data")
 
 
 def _show_version(wanted: bool) -> None:

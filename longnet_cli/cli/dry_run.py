@@ -59,6 +59,7 @@ def show_reading(estimate: Estimate, format: Format, job: str) -> None:
         ("FLOPs per token", format_count(facts["flops_per_token"]), "forward"),
         ("FLOPs", format_count(facts["flops"]), ""),
         ("time", _duration(facts["seconds"]), rate),
+        *([("dtype", facts["dtype"], estimate.hint)] if estimate.hint else []),
         ("output", "", facts["output"]),
     ]
     _show(estimate, format, job, before, after)

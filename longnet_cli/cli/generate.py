@@ -135,7 +135,8 @@ def generate(options: GenerateCommand) -> None:
     if options.seed is not None and not 0 <= options.seed < 1 << 63:
         raise ConfigError(f"--seed {options.seed} is not a number from 0 to 2^63 - 1")
     if options.state and options.choice.pattern:
-        _check_pattern(options.state, options.choice.pattern)
+        pattern = _state_pattern(options.state, options.choice.pattern)
+        options = replace(options, choice=replace(options.choice, pattern=pattern))
     text, save_state = _text(options.prompt, options.inputs, options.state), options.save_state
     opened, inputs = _open(options, text)
     loaded, ranks, quiet = opened.loaded, opened.ranks, opened.quiet
@@ -162,24 +163,27 @@ def generate(options: GenerateCommand) -> None:
     leave()
 
 
-def _check_pattern(state: str, pattern: str) -> None:
-    """Raise ConfigError for a pattern that cannot be that of a saved state, before a model is loaded.
+def _state_pattern(state: str, pattern: str) -> str:
+    """Return a pattern with the layers that choose in a saved state, unless it names its own. Loads no model.
 
-    How often and how exactly blocks are chosen may differ, and the layers that choose may come from the model.
+    Raises ConfigError for a pattern that differs from the state's in more than how often and how exactly blocks are
+    chosen.
     """
-    from longnet_cli.attention.notation import parse_pattern
+    from longnet_cli.attention.notation import format_pattern, parse_pattern
     from longnet_cli.basics.configuration import parse, read_text
 
     given = read_pattern(pattern)
     with suppress(OSError, ValueError, KeyError, TypeError):  # reading the state says what is wrong with it
-        saved = parse(read_text(Path(state) / "manifest.json"))["longnet.pattern"]
-        free = {
-            name: getattr(given, name) for name in ("head_offsets", "chosen_every", "chosen_exact", "chosen_layers")
-        }
-        if given and replace(parse_pattern(saved), **free) != given:
+        saved = parse_pattern(parse(read_text(Path(state) / "manifest.json"))["longnet.pattern"])
+        given = given and replace(given, chosen_layers=given.chosen_layers or saved.chosen_layers)
+        names = ("head_offsets", "chosen_every", "chosen_exact", "chosen_layers")
+        free = {name: getattr(given, name) for name in names}
+        if given and replace(saved, **free) != given:
             raise ConfigError(
-                f"{state}: it was saved with the pattern {saved}, and this is {pattern}: name both (--model, --pattern)"
+                f"{state}: it was saved with the pattern {format_pattern(saved)}, and this is {pattern}: name both "
+                "(--model, --pattern)"
             )
+    return format_pattern(given) if given else pattern
 
 
 def _open(options: GenerateCommand, text: str | None) -> tuple[Opened, Inputs]:

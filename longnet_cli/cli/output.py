@@ -25,8 +25,7 @@ from longnet_cli.basics.finite_json import finite, to_json
 
 if TYPE_CHECKING:
     from longnet_cli.basics.errors import LongNetError
-    from longnet_cli.data.kept import LeftOut
-    from longnet_cli.data.manifest import Manifest
+    from longnet_cli.data.manifest import LeftOut, Manifest
 
 RowFormat = Literal["md", "json", "jsonl", "csv"]
 
@@ -229,7 +228,7 @@ def say_what_is_kept(output: str, quiet: bool) -> Iterator[None]:
 
 def count_left_out(skip_bad: bool, quiet: bool) -> LeftOut:
     """Return a count of what --skip-bad leaves out and of empty documents, with a note on stderr unless `quiet`."""
-    from longnet_cli.data.kept import LeftOut
+    from longnet_cli.data.manifest import LeftOut
 
     def tell(_: Any, error: LongNetError) -> None:
         note(f"left out: {getattr(error, 'why', str(error))}", quiet)

@@ -46,7 +46,7 @@ def pattern(options: PatternCommand) -> None:
     from longnet_cli.jobs.describing import default_length, describe, draw_picture, draw_text, find_subject, legend
 
     if options.output:
-        from longnet_cli.data.overwriting import refuse_overwriting
+        from longnet_cli.data.outputs import refuse_overwriting
 
         refuse_overwriting("-o", [options.output], also=[name for name in options.patterns if os.path.isfile(name)])
     subjects = [find_subject(text) for text in options.patterns]

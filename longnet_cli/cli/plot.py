@@ -33,7 +33,7 @@ class PlotCommand:
     output: str | None = OUTPUT.option(
         "--output -o FILE",
         "Draw a picture instead: .png, .svg or .pdf (needs the extra `plot`). Of log-probabilities, write a page, "
-        ".html. It replaces an existing file.",
+        ".html, or draw its strip. It replaces an existing file.",
     )
 
 
@@ -50,7 +50,7 @@ def plot(options: PlotCommand) -> None:
 
     files, output = options.files, options.output
     if output:
-        from longnet_cli.data.overwriting import refuse_overwriting
+        from longnet_cli.data.outputs import refuse_overwriting
 
         refuse_overwriting("-o", [output], also=[metrics_file(file) for file in files if file != "-"])
     if not any(map(has_columns, files)):
@@ -62,13 +62,14 @@ def plot(options: PlotCommand) -> None:
 
 
 def _draw_curves(options: PlotCommand) -> None:
-    from longnet_cli.jobs.plotting import draw_picture, draw_text, panels, read_all
+    from longnet_cli.jobs.plotting import draw_picture, draw_text, panels, read_all, title
 
     if options.tokenizer:
         raise ConfigError("--tokenizer is for files of `score --token-logprobs`: leave it out")
-    drawn = panels(read_all(options.files), options.show or ())
+    measured = read_all(options.files)
+    drawn = panels(measured, options.show or ())
     if options.output:
-        draw_picture(drawn, options.output)
+        draw_picture(drawn, options.output, title(measured))
         return
     drawn = [panel._replace(curves=[c._replace(name=printable(c.name)) for c in panel.curves]) for panel in drawn]
     color = shows_color()

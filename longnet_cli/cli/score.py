@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from longnet_cli.data.inputs import Inputs
-    from longnet_cli.data.kept import LeftOut
-    from longnet_cli.data.manifest import Manifest
+    from longnet_cli.data.manifest import LeftOut, Manifest
     from longnet_cli.jobs.scoring.measures import Score
     from longnet_cli.jobs.scoring.scoring import Scorer
 

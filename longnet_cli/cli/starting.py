@@ -27,8 +27,7 @@ if TYPE_CHECKING:
 
     from longnet_cli.data.documents import Document
     from longnet_cli.data.inputs import Inputs
-    from longnet_cli.data.kept import LeftOut
-    from longnet_cli.data.manifest import Manifest
+    from longnet_cli.data.manifest import LeftOut, Manifest
     from longnet_cli.data.tokenizer import Tokenizer
     from longnet_cli.jobs.estimating.estimate import Room
     from longnet_cli.jobs.row_jobs import RowJob
@@ -285,8 +284,7 @@ class ModelAndInputs:
         `outputs` are paths by the options that name them. Raises ConfigError for one that is, or holds, a file that the
         command reads, for one place of two of them, and for a name with the ending of another kind of file.
         """
-        from longnet_cli.data.outputs import refuse_other_suffix
-        from longnet_cli.data.overwriting import refuse_one_place, refuse_overwriting
+        from longnet_cli.data.outputs import refuse_one_place, refuse_other_suffix, refuse_overwriting
 
         for option, path in outputs.items():
             if path is not None:

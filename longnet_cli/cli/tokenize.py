@@ -66,7 +66,7 @@ def tokenize(options: TokenizeCommand) -> None:
     Every command also reads text. If you read the same data often, tokenize it once.
     """
     from longnet_cli.data.inputs import Inputs
-    from longnet_cli.data.overwriting import refuse_overwriting
+    from longnet_cli.data.outputs import refuse_overwriting
     from longnet_cli.data.tokenizer import Tokenizer
     from longnet_cli.jobs.tokenizing import tokenizer_beside
 

@@ -1,9 +1,8 @@
 """Data in and out, in the order in which it flows. No torch here.
 
-find     names, folders, remote               the files that an input names
-open     files, compressed, formats           a text or a table: arrow, jsonlines, hdf5, Parquet; any of these, tables
-read     inputs                               documents: columns, token_columns, documents, vectors; kept
-tokens   tokenizer, chat, rendering           ids of a text or of messages
-train    windows                              windows of many documents, pairs of spans
-write    outputs, shards, manifest            rows to a file, a folder or a pipe; overwriting says what they may replace
+find     names, remote                        the files that an input names
+open     files, kinds, formats                a text or a table: arrow, jsonlines, fasta, hdf5; both, tables
+read     inputs                               documents: columns, token_columns, documents, vectors
+tokens   tokenizer, text_pieces               ids of a text; of messages: chat, rendering
+write    outputs, shards, manifest            rows to a file, a folder or a pipe
 """

@@ -47,16 +47,11 @@ def numbers(table: Table, values: pa.Array) -> tuple[np.ndarray | StoredIds, pa.
     return values.to_numpy(zero_copy_only=True) if stored is None else stored, valid
 
 
-INTEGERS = (
-    *(pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64()),
-    *(pa.int8(), pa.int16(), pa.int32(), pa.int64()),
-)
+INTEGERS = (pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64(), pa.int8(), pa.int16(), pa.int32(), pa.int64())
 FLOATS = (pa.float16(), pa.float32(), pa.float64())
 _TEXTS = (pa.string(), pa.large_string(), pa.string_view())
-_LISTS = (
-    *(pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list),
-    *(pa.types.is_list_view, pa.types.is_large_list_view),
-)
+_PLAIN_LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+_LISTS = (*_PLAIN_LISTS, pa.types.is_list_view, pa.types.is_large_list_view)
 
 
 VECTOR_COLUMNS = ("features", "embedding", "embeddings")
@@ -199,16 +194,10 @@ def _choose(table: Table, column: str | None, ids: bool, chats: bool) -> str:
         flat += [name for name in TOKEN_COLUMNS if kinds.get(name) in INTEGERS]
     if chats and not flat and CHAT_COLUMN in kinds and is_chat(kinds[CHAT_COLUMN]):
         flat = [CHAT_COLUMN]
-    candidates = lists or flat
-    if len(candidates) > 1:
-        raise _refusal(
-            table, f"several columns may hold the documents ({', '.join(candidates)}): choose one (--column)"
-        )
-    if not candidates:
-        names = [*(TOKEN_COLUMNS if ids else ()), "text", *([CHAT_COLUMN] if chats else [])]
-        what = ["text", *(["integers"] if ids else []), *(["chats"] if chats else [])]
-        raise _refusal(table, f"no column named {_either(names)} with {_either(what)}: choose one (--column)")
-    return candidates[0]
+    names = [*(TOKEN_COLUMNS if ids else ()), "text", *([CHAT_COLUMN] if chats else [])]
+    what = ["text", *(["integers"] if ids else []), *(["chats"] if chats else [])]
+    missing = f"no column named {_either(names)} with {_either(what)}: choose one (--column)"
+    return _only(table, lists or flat, "documents", missing)
 
 
 def _choose_vectors(table: Table, column: str | None) -> str:
@@ -217,11 +206,17 @@ def _choose_vectors(table: Table, column: str | None) -> str:
         kinds[column] = _type(table, column)
     names = VECTOR_COLUMNS if column is None else (column,)
     candidates = [name for name in names if name in kinds and (is_vector(kinds[name]) or is_vectors(kinds[name]))]
+    which = f"column {column!r} does not hold" if column else f"no column named {', '.join(names)} holds"
+    missing = f"{which} vectors, lists of float16, float32 or float64, which the model reads"
+    return _only(table, candidates, "vectors", missing)
+
+
+def _only(table: Table, candidates: Sequence[str], what: str, missing: str) -> str:
+    """Return the only candidate. Raises ConfigError, which says what is `missing`, without any, and for several."""
     if len(candidates) > 1:
-        raise _refusal(table, f"several columns may hold the vectors ({', '.join(candidates)}): choose one (--column)")
+        raise _refusal(table, f"several columns may hold the {what} ({', '.join(candidates)}): choose one (--column)")
     if not candidates:
-        which = f"column {column!r} does not hold" if column else f"no column named {', '.join(names)} holds"
-        raise _refusal(table, f"{which} vectors, lists of float16, float32 or float64, which the model reads")
+        raise _refusal(table, missing)
     return candidates[0]
 
 
@@ -269,7 +264,7 @@ def is_vectors(kind: pa.DataType) -> bool:
 
 def is_list(kind: pa.DataType) -> bool:
     """Return whether a column of this type holds lists, of fixed size or not, that follow one another."""
-    return any(test(kind) for test in _LISTS[:3])
+    return any(test(kind) for test in _PLAIN_LISTS)
 
 
 def stays_in_file(kind: pa.DataType) -> bool:

@@ -15,8 +15,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 
 from longnet_cli.basics.errors import DataError
-from longnet_cli.data.compressed import bare_name
-from longnet_cli.data.folders import FASTA_SUFFIXES
+from longnet_cli.data.kinds import FASTA_SUFFIXES, bare_name
 from longnet_cli.data.names import Source
 from longnet_cli.data.tables import Pipe, Table, reading
 

@@ -65,9 +65,8 @@ class StoredFile(io.RawIOBase):
         if missing or status.st_mtime_ns != self._written or status.st_size != self.size:
             size = status.st_size
             how = f"it had {self.size} bytes and has {size}" if size != self.size else "it was written to"
-            raise FileChangedError(
-                self.where, f"the file changed while it was read ({how}): let its writer end, and start again"
-            )
+            reason = f"the file changed while it was read ({how}): let its writer end, and start again"
+            raise FileChangedError(self.where, reason)
 
     def map(self) -> mmap.mmap:
         """Return a map of the whole file. Touching it kills the process where the file has become shorter."""

@@ -4,13 +4,17 @@ Any of them may be compressed: the unpacked data is then read as from a pipe. A 
 `_open_file` and `_open_pipe`. Every failure is one line that names the file and the batch.
 """
 
+import bz2
 import codecs
+import gzip
 import io
+import lzma
 import os
 import shutil
 import sys
 import tempfile
 import warnings
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,20 +24,21 @@ import pyarrow as pa
 from longnet_cli.basics.errors import DataError, InputWarning
 from longnet_cli.data import arrow
 from longnet_cli.data.columns import Wanted
-from longnet_cli.data.compressed import bare_name, compression, unpack
 from longnet_cli.data.fasta import begins_like_fasta, is_fasta, open_fasta
 from longnet_cli.data.files import StoredFile, no_place
-from longnet_cli.data.folders import JSON_SUFFIXES, SHARD_SUFFIXES, sniff
 from longnet_cli.data.hdf5 import open_hdf5
 from longnet_cli.data.jsonlines import open_json_lines
+from longnet_cli.data.kinds import JSON_SUFFIXES, SHARD_SUFFIXES, bare_name, compression, sniff
 from longnet_cli.data.names import STDIN, Source
-from longnet_cli.data.tables import BYTE_ORDER_MARK, Pipe, Table, Text, pick, reading
+from longnet_cli.data.tables import BYTE_ORDER_MARK, Pipe, Table, Text, one_line, pick, reading
 
 PARQUET_BATCH_BYTES = 64 << 20
 PARQUET_BATCH_ROWS = 1 << 20  # a row that repeats may take almost no bytes of a file
 TEXT_BUFFER = 1 << 20  # bytes per read of a text
 TEXT_PART = 16 << 20  # bytes of a text in memory at a time; a longer text is read in parts
 REMOTE_BUFFER = 8 << 20  # bytes per request to a store
+UNPACKED_BUFFER = 1 << 20
+STEP = 1 << 12  # bytes unpacked at a time: so many or fewer are lost before damage
 
 
 def open_source(source: Source, wanted: Wanted) -> Text | Table:
@@ -88,16 +93,12 @@ def _open_pipe(source: Source, raw: Any, wanted: Wanted, *, unpacked: bool = Fal
             return _open_pipe(source, unpack(packed, pipe, source.where), wanted, unpacked=True)
         if kind == "text":
             return _open_text(source, pipe, wanted)
-        if kind == "parquet":  # read whole, because its index is at its end
-            return _open_parquet(source, pa.BufferReader(pipe.read()))
         if kind == "stream":
             return arrow.open_ipc_stream(source.name, source.where, pipe)
         if kind == "file" and arrow.is_sequential(pipe.peek(12)):
             return arrow.open_pipe(source.name, source.where, pipe)
-        file = StoredFile(_copy(pipe), source.where)
-        if kind == "hdf5":
-            return open_hdf5(source.name, source.where, file)
-        return arrow.open_file(source.name, source.where, file)
+        whole = pa.BufferReader(pipe.read()) if kind == "parquet" else StoredFile(_copy(pipe), source.where)
+        return _open_file(source, whole, wanted)  # its index is at its end
 
 
 def _copy(pipe: Pipe) -> int:
@@ -211,3 +212,49 @@ def _leaf_values(column: pa.Array) -> int:
 
     lengths = pc.fill_null(pc.list_value_length(column), 0)
     return (pc.sum(pc.equal(lengths, 0)).as_py() or 0) + _leaf_values(column.flatten())
+
+
+# Not pyarrow.CompressedInputStream, which reads no xz.
+def unpack(kind: str, packed: Any, where: str) -> io.BufferedReader:
+    """Return a file that unpacks a binary file. Reading raises DataError, with `where`, for damaged or cut data."""
+    return io.BufferedReader(_Unpacked(kind, packed, where), UNPACKED_BUFFER)
+
+
+class _Steps(Pipe):
+    """A packed file that is read in steps: pyarrow unpacks all that one read has returned before it hands on any."""
+
+    def read(self, size: int = STEP) -> bytes:
+        return bytes(self._raw.read(min(size, STEP)))
+
+
+class _Unpacked(io.RawIOBase):
+    """A raw file of unpacked data, with one kind of error for all compressions."""
+
+    def __init__(self, kind: str, packed: Any, where: str) -> None:
+        self._kind, self._where = kind, where
+        self._damage: DataError | None = None
+        file = {
+            "gzip": lambda: gzip.GzipFile(fileobj=packed, mode="rb"),
+            "xz": lambda: lzma.LZMAFile(packed),  # noqa: SIM115 (closed with what it reads)
+            "bzip2": lambda: bz2.BZ2File(packed),
+            "zstd": lambda: pa.CompressedInputStream(pa.PythonFile(_Steps(packed), mode="r"), "zstd"),
+        }[kind]()
+        self._read = getattr(file, "read1", file.read)  # `read` joins steps, and would lose all of them
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        out = memoryview(buffer).cast("B")
+        if self._damage:
+            raise self._damage
+        try:
+            data = self._read(min(len(out), STEP))
+        except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException, ValueError) as error:
+            if isinstance(error, OSError) and error.errno is not None and error.strerror:
+                raise  # an error of the disk
+            said = f"{self._where}: the {self._kind} data is damaged or truncated ({one_line(error)})"
+            self._damage = DataError(said)
+            raise self._damage from error
+        out[: len(data)] = data
+        return len(data)

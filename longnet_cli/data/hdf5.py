@@ -48,7 +48,8 @@ def open_hdf5(name: str, where: str, file: Any) -> Table:
         for key, rows in wanted.items():
             if problem := rows.problem():
                 raise DataError(f"{where}: {key}: {problem}")
-        step = max(1, BATCH_BYTES // max(1, sum(rows.nbytes for rows in wanted.values())))
+        row_bytes = sum(rows.width * rows.dtype.itemsize for rows in wanted.values())
+        step = max(1, BATCH_BYTES // max(1, row_bytes))
         for start in range(0, total, step):
             stop = min(start + step, total)
             with _reading(f"{where}, rows {start} to {stop - 1}", row=start):
@@ -81,11 +82,6 @@ class _RowsDataset:
     @property
     def type(self) -> pa.DataType:
         return pa.list_(pa.from_numpy_dtype(self.dtype), self.width)
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes of a row."""
-        return self.width * self.dtype.itemsize
 
     def problem(self) -> str | None:
         """Return what is wrong with the storage of the rows; None if the file has all of them.

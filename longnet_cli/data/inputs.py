@@ -35,16 +35,15 @@ from longnet_cli.data.columns import (
     is_text,
     stays_in_file,
 )
-from longnet_cli.data.compressed import compression
 from longnet_cli.data.documents import Document, Unread, collect
 from longnet_cli.data.files import FileChangedError, Part, no_place
-from longnet_cli.data.folders import ARROW_KINDS, sniff
 from longnet_cli.data.formats import open_source
+from longnet_cli.data.kinds import ARROW_KINDS, compression, sniff
 from longnet_cli.data.manifest import read_manifest
 from longnet_cli.data.names import Source, Sources
 from longnet_cli.data.tables import Table, Text, reading
 from longnet_cli.data.token_columns import BadRowError, flat_documents, list_documents, table_texts
-from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.data.tokenizer import Tokenizer, fitting
 from longnet_cli.data.vectors import vector_documents
 
 WHOLE_TEXT, WHOLE_TABLE = 1 << 30, 1 << 23  # a resumed run reads all of a text again, and passes over tables
@@ -118,7 +117,8 @@ class Inputs:
     coords: bool = True
 
     def __post_init__(self) -> None:
-        _check_eos("", self.eos_id, self.vocab_size or (self.tokenizer.vocab_size if self.tokenizer else None))
+        if self.eos_id is not None:
+            fitting("--eos", self.eos_id, self.vocab_size or (self.tokenizer.vocab_size if self.tokenizer else None))
 
     @cached_property
     def sources(self) -> Sources:
@@ -134,8 +134,7 @@ class Inputs:
         digest = hashlib.sha256()
         sources = self.sources.found
         for source in sources:
-            size = source.path.stat().st_size if source.path is not None and source.path.is_file() else None
-            digest.update(f"{source.name}\0{size}\0".encode("utf-8", "surrogateescape"))
+            digest.update(f"{source.name}\0{source.size}\0".encode("utf-8", "surrogateescape"))
         return f"{len(sources)} file{'s' * (len(sources) != 1)}, {digest.hexdigest()[:16]}"
 
     def num_tokens(self) -> int | None:
@@ -155,13 +154,13 @@ class Inputs:
         """Return the bytes of the files if all are plain text, otherwise None."""
         total = 0
         for source in self.sources.found:
-            if source.path is None or not source.path.is_file():
+            if source.path is None or (size := source.size) is None:
                 return None
             with suppress(OSError), open(source.path, "rb") as file:  # reading it will report its error
                 head = file.read(8)
                 if sniff(head) != "text" or compression(head):
                     return None
-                total += source.path.stat().st_size
+                total += size
         return total
 
     def documents(self, *, digests: bool = False) -> DocumentPass:
@@ -249,7 +248,8 @@ class Inputs:
         _check_tokenizer(table, tokenizer)
         if vocab_size is None:
             vocab_size = tokenizer.vocab_size if tokenizer else _metadata_int(table, "longnet.vocab_size")
-        _check_eos(f"{table.where}: ", eos_id, vocab_size)
+        if eos_id is not None:
+            fitting("--eos", eos_id, vocab_size, f"{table.where}: ")
         if columns.type in INTEGERS:
             if eos_id is None:
                 eos_id = tokenizer.eos_id if tokenizer else _metadata_int(table, "longnet.eos_id")
@@ -287,7 +287,7 @@ class DocumentPass:
 
     def __iter__(self) -> Iterator[Any]:
         sources, types = [*self._inputs.sources], TokenTypes()
-        sizes = [_size(source) for source in sources]
+        sizes = [source.size for source in sources]
         self._total = None if None in sizes else sum(size or 0 for size in sizes)
         for error in self._inputs.sources.missing:
             yield Unread(error, file=True)
@@ -333,22 +333,6 @@ class DocumentPass:
 
     def _batch(self, begin: float, end: float, rows: int) -> None:
         self._begin, self._end, self._rows, self._given = begin, end, rows, 0
-
-
-def _size(source: Source) -> int | None:
-    """Return the bytes of a file on this machine, None for a pipe and for a file in a store."""
-    if source.path is not None and source.filesystem is None:
-        with suppress(OSError):
-            if source.path.is_file():
-                return source.path.stat().st_size
-    return None
-
-
-def _check_eos(where: str, eos_id: int | None, vocab_size: int | None) -> None:
-    """Raise ConfigError for an end-of-text id that no token can have."""
-    if eos_id is not None and not 0 <= eos_id < (vocab_size or 1 << 63):
-        limit = f"a vocabulary of {vocab_size}" if vocab_size else "64 bits"
-        raise ConfigError(f"{where}the end-of-text id {eos_id} (--eos) does not fit {limit}")
 
 
 def _check_tokenizer(table: Table, tokenizer: Tokenizer | None) -> None:

@@ -6,14 +6,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import repeat
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.data.columns import ID_COLUMNS, Wanted
-from longnet_cli.data.compressed import bare_name
-from longnet_cli.data.folders import JSON_SUFFIXES
+from longnet_cli.data.kinds import JSON_SUFFIXES, bare_name
 from longnet_cli.data.names import Source
 from longnet_cli.data.tables import BYTE_ORDER_MARK, CHAT_COLUMN, TOKEN_COLUMNS, Pipe, Table, one_line
 
@@ -204,16 +204,13 @@ def _kept_types(pipe: Pipe, where: str, names: Sequence[str]) -> dict[str, pa.Da
             if time.monotonic() - begun > PATIENCE:
                 break
     pipe.unread(b"".join(lines))
-    columns: dict[str, list[Any]] = {name: [] for name in names}
+    rows, types = [], {}
     for line in lines:
         with suppress(ValueError):
-            row = _parse(line)
-            for name in names:
-                columns[name].append(_value(row, name))
-    types = {}
-    for name, values in columns.items():
+            rows.append(_parse(line))
+    for name in names:
         try:
-            kind = pa.array(values).type
+            kind = pa.array([_value(row, name) for row in rows]).type
         except (pa.ArrowException, OverflowError, TypeError) as error:
             raise DataError(f"{where}: the values of {name!r} are not of one type: {one_line(error)}") from None
         types[name] = _TEXT if pa.types.is_null(kind) else kind
@@ -266,44 +263,50 @@ def _is_id(value: Any) -> bool:
 
 
 def _reader(key: str, kind: pa.DataType, kept: bool) -> _Reader:
-    """Return what takes the value of a key from a row, in the form that `_batch` takes for a column of `kind`.
+    """Return what takes the value of a key from a row, in the form that `_column` takes for a column of `kind`.
 
     A value that is only `kept` may be missing. It raises ValueError for a value of another kind.
     """
-    form = _FORMS.get(kind)
+    what, convert = _FORMS.get(kind, ("", lambda value, key: None))
 
     def read(row: dict[str, Any]) -> Any:
         value = _value(row, key)
-        if value is None and not kept:
-            raise ValueError(f"{key!r} is null" if key in row else f"there is no {key!r}")
-        if value is None:
+        if value is None and kept:
             return None
-        if form and form.takes(value):
-            return form.convert(value, key)
-        if form and not kept:
-            raise ValueError(f"{key!r} is not {form.name}")
-        try:
+        if value is None:
+            raise ValueError(f"{key!r} is null" if key in row else f"there is no {key!r}")
+        if (cell := convert(value, key)) is not None:
+            return cell
+        if what and not kept:
+            raise ValueError(f"{key!r} is not {what}")
+        with suppress(pa.ArrowException, OverflowError, ValueError, TypeError):
             array = pa.array([value], kind if pa.types.is_nested(kind) else None)
             if array.type == kind or (pa.types.is_integer(array.type) and pa.types.is_floating(kind)):
                 return array.cast(kind)[0].as_py()
-        except (pa.ArrowException, OverflowError, ValueError, TypeError):
-            pass
         raise ValueError(f"{key!r} is not {kind}, as it is in the first lines")
 
     return read
 
 
-def _text(value: str | int, key: str) -> str:
+# Each of these returns the value of a key for a column, and None for a value of another kind.
+
+
+def _text(value: Any, key: str) -> str | None:
+    if not isinstance(value, str):
+        return None
     try:
-        str(value).encode()
+        value.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"{key!r} holds half of a surrogate pair at character {error.start}") from error
-    return str(value)
+    return value
 
 
-def _ids(value: list[Any], key: str) -> pa.Array:
+def _ids(value: Any, key: str) -> pa.Array | None:
+    """Return the ids of a list. Raises ValueError for a list of anything else."""
+    if not isinstance(value, list):
+        return None
     try:
-        ids = pa.array(value) if value else pa.array([], pa.int64())
+        ids = pa.array(value)
     except (pa.ArrowException, OverflowError, ValueError, TypeError) as error:
         raise ValueError(f"{key!r} holds something that is not a token id: {one_line(error)}") from error
     if pa.types.is_null(ids.type):
@@ -313,8 +316,10 @@ def _ids(value: list[Any], key: str) -> pa.Array:
     return ids
 
 
-def _messages(value: list[Any], key: str) -> list[list[tuple[str, str]]]:
-    """Return the keys and texts of each message of a chat, without nulls. Raises ValueError for anything else."""
+def _messages(value: Any, key: str) -> list[list[tuple[str, str]]] | None:
+    """Return the keys and texts of each message of a chat, without nulls. Raises ValueError for another list."""
+    if not isinstance(value, list):
+        return None
     chat = []
     for message in value:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
@@ -326,38 +331,32 @@ def _messages(value: list[Any], key: str) -> list[list[tuple[str, str]]]:
     return chat
 
 
-class _Form(NamedTuple):
-    """The values that a column of documents, names or numbers takes."""
-
-    name: str
-    takes: Callable[[Any], bool]
-    convert: Callable[[Any, str], Any]  # of a value, with the key for messages
+def _name(value: Any, key: str) -> str | None:
+    return _text(str(value), key) if _is_id(value) else None
 
 
-_FORMS = {
-    _TEXT: _Form("text", lambda value: isinstance(value, str), _text),
-    _IDS: _Form("a list of token ids", lambda value: isinstance(value, list), _ids),
-    _CHAT: _Form("a list of messages", lambda value: isinstance(value, list), _messages),
-    pa.string(): _Form("text or an integer", _is_id, _text),
-    pa.int64(): _Form(
-        "an integer",
-        lambda value: _is_id(value) and not isinstance(value, str) and abs(value) < 1 << 63,
-        lambda value, key: value,
-    ),
+def _number(value: Any, key: str) -> int | None:
+    return value if _is_id(value) and not isinstance(value, str) and abs(value) < 1 << 63 else None
+
+
+_FORMS: dict[pa.DataType, tuple[str, Callable[[Any, str], Any]]] = {
+    _TEXT: ("text", _text),
+    _IDS: ("a list of token ids", _ids),
+    _CHAT: ("a list of messages", _messages),
+    pa.string(): ("text or an integer", _name),
+    pa.int64(): ("an integer", _number),
 }
 
 
 def _batch(rows: list[list[Any]], schema: pa.Schema) -> pa.RecordBatch:
-    arrays = []
-    for index, field in enumerate(schema):
-        cells = [row[index] for row in rows]
-        if field.type == _IDS:
-            offsets, missing = [0], pa.array([cell is None for cell in cells])
-            lists = [pa.array([], pa.int64()) if cell is None else cell for cell in cells]
-            for cell in lists:
-                offsets.append(offsets[-1] + len(cell))
-            ids = pa.concat_arrays(lists)
-            arrays.append(pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), ids, mask=missing))
-        else:
-            arrays.append(pa.array(cells, field.type))
-    return pa.record_batch(arrays, schema=schema)
+    return pa.record_batch(
+        [_column([row[i] for row in rows], schema.types[i]) for i in range(len(schema))], schema=schema
+    )
+
+
+def _column(cells: list[Any], kind: pa.DataType) -> pa.Array:
+    if kind != _IDS:
+        return pa.array(cells, kind)
+    lists = [pa.array([], pa.int64()) if cell is None else cell for cell in cells]
+    offsets, missing = np.cumsum([0, *map(len, lists)]), pa.array([cell is None for cell in cells])
+    return pa.LargeListArray.from_arrays(pa.array(offsets), pa.concat_arrays(lists), mask=missing)

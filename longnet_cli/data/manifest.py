@@ -8,7 +8,7 @@ So a finished folder holds only tables of one schema, and a tool that reads all 
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,14 @@ import pyarrow.ipc as ipc
 
 from longnet_cli.basics.atomic import seal, unseal
 from longnet_cli.basics.configuration import read_text
-from longnet_cli.basics.errors import DataError
+from longnet_cli.basics.errors import DataError, LongNetError
 from longnet_cli.data.files import read_error
-from longnet_cli.data.outputs import ShardWriter
 from longnet_cli.data.tables import one_line
 
 UNFINISHED = "_unfinished.json"
 FINISHED = ("_manifest.arrow", "_manifest.parquet")
 MANIFEST_VERSION = 1
+LEFT_OUT = ("skipped", "skipped_files", "empty")  # counts of documents that no shard has
 _KEY = b"longnet.manifest"
 
 
@@ -35,25 +35,21 @@ class Manifest:
 
     `settings` holds everything that decides the bytes of the shards: inputs and options. `shards` has one dict per
     shard, in order: `name`, `rows`, and the counts that were given to `ShardFolder.write`, such as `documents`.
-    `skipped` counts the documents that could not be read, `skipped_files` those of them that are files, `empty` the
-    documents with nothing in them; no shard has any of them. `tokenizer` is the value of `Tokenizer.description`.
+    `left_out` counts what no shard has, as a LeftOut does. `tokenizer` is the value of `Tokenizer.description`.
     `contents` has the digest of each input that was opened, in order (`content_digest`).
     """
 
     settings: dict[str, Any]
     finished: bool = False
     shards: list[dict[str, Any]] = field(default_factory=list)
-    skipped: int = 0
-    empty: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)
     tokenizer: dict[str, str] | None = None
     contents: list[str | None] = field(default_factory=list)
-    skipped_files: int = 0
 
     @property
     def totals(self) -> Counter[str]:
         """The sums of `rows`, `documents` and other counts over finished shards, and of what is left out unless 0."""
-        left_out = {"skipped": self.skipped, "skipped_files": self.skipped_files, "empty": self.empty}
-        totals = Counter({name: count for name, count in left_out.items() if count})
+        totals = Counter({kind: count for kind, count in self.left_out.items() if count})
         for shard in self.shards:
             totals.update({name: count for name, count in shard.items() if name != "name"})
         return totals
@@ -63,11 +59,9 @@ class Manifest:
         content = {"settings": self.settings, "totals": dict(self.totals), "shards": self.shards}
         return seal(MANIFEST_VERSION, content | {name: value for name, value in known.items() if value})
 
-    def write_finished(self, folder: Path, schema: pa.Schema, suffix: str) -> None:
-        """Write the table without rows, whole or not at all, with the `schema` and `suffix` of the shards."""
-        known = schema.with_metadata({**(schema.metadata or {}), _KEY: self.to_json()})
-        with ShardWriter(folder / f"_manifest{suffix}", known):
-            pass
+    def known_to(self, schema: pa.Schema) -> pa.Schema:
+        """Return a schema with the manifest in its metadata: that of the table without rows."""
+        return schema.with_metadata({**(schema.metadata or {}), _KEY: self.to_json()})
 
 
 def read_manifest(folder: str | Path) -> Manifest | None:
@@ -78,8 +72,8 @@ def read_manifest(folder: str | Path) -> Manifest | None:
             text = read_text(path) if name == UNFINISHED else manifest_text(name, path.read_bytes())
             content = unseal(text, MANIFEST_VERSION)
             totals = content.pop("totals")
-            left_out = {kind: totals.get(kind, 0) for kind in ("skipped", "skipped_files", "empty")}
-            return Manifest(finished=name != UNFINISHED, **content, **left_out)
+            left_out = {kind: totals[kind] for kind in LEFT_OUT if kind in totals}
+            return Manifest(finished=name != UNFINISHED, **content, left_out=left_out)
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
@@ -111,3 +105,47 @@ def manifest_in(names: Iterable[str]) -> str | None:
     """Return the name of the manifest among the file names of a finished folder, or None."""
     present = set(names)
     return next((name for name in FINISHED if name in present), None)
+
+
+OnSkip = Callable[[Any, LongNetError], None]  # called with a document or a text that is left out, and the reason
+
+
+class LeftOut:
+    """The number of documents that have no row: `skipped` ones, which cannot be read, and `empty` ones.
+
+    `skipped_files` of the skipped ones are files, whose documents nobody has counted.
+
+    A job calls `skip` with each document, row or file that it cannot read, and this calls `on_skip`. Without `on_skip`,
+    `skip` is None: such a document ends the run.
+    """
+
+    skipped = skipped_files = empty = 0
+
+    def __init__(self, on_skip: OnSkip | None = None) -> None:
+        self._on_skip = on_skip
+        self.skip: OnSkip | None = self._skip if on_skip else None
+
+    def pass_over(self, document: Any) -> None:
+        """Count an empty document."""
+        self.empty += 1
+
+    def take(self, totals: Mapping[str, int]) -> None:
+        """Take the counts from the totals of a manifest instead."""
+        for kind in LEFT_OUT:
+            setattr(self, kind, totals.get(kind, 0))
+
+    def counts(self) -> dict[str, int]:
+        """Return the counts for a manifest."""
+        return {kind: getattr(self, kind) for kind in LEFT_OUT}
+
+    def __str__(self) -> str:
+        """Return what was skipped, such as `2 documents and 1 file left out`."""
+        counts = {"document": self.skipped - self.skipped_files, "file": self.skipped_files}
+        counted = [f"{count} {what}{'s' * (count > 1)}" for what, count in counts.items() if count]
+        return f"{' and '.join(counted)} left out"
+
+    def _skip(self, document: Any, error: LongNetError) -> None:
+        self.skipped += 1
+        self.skipped_files += getattr(document, "file", False)  # an Unread has it
+        if self._on_skip:
+            self._on_skip(document, error)

@@ -1,11 +1,17 @@
-"""Outputs: Arrow, Parquet or JSON Lines files that appear whole or not at all, and Arrow streams on stdout."""
+"""Outputs: Arrow, Parquet or JSON Lines files that appear whole or not at all, and Arrow streams on stdout.
+
+What they are named, what they may replace, and the columns that documents carry to them (`--keep`).
+"""
 
 import io
 import os
 import re
+import stat
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, cast
@@ -15,8 +21,10 @@ import pyarrow as pa
 import pyarrow.ipc as ipc
 
 from longnet_cli.basics.atomic import atomic_write, writing
-from longnet_cli.basics.errors import ConfigError
+from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.basics.finite_json import to_json
+from longnet_cli.data.documents import Document, Unread
+from longnet_cli.data.names import Sources
 
 SHARD_VERSION = 1
 OUTPUT_SUFFIXES = (".arrow", ".feather", ".parquet", ".jsonl")  # names of one file; any other name is a folder
@@ -54,6 +62,74 @@ def refuse_other_suffix(option: str, output: str | Path) -> None:
     if other and not Path(output).exists():
         kinds = f"{', '.join(OUTPUT_SUFFIXES[:-1])} or {OUTPUT_SUFFIXES[-1]}"
         raise ConfigError(f"{option} {output}: {suffix} is not written: the name of a file ends in {kinds}")
+
+
+def refuse_overwriting(
+    option: str,
+    outputs: Sequence[str | Path],
+    inputs: Sources | None = None,
+    also: Iterable[str | Path | None] = (),
+) -> None:
+    """Raise ConfigError where writing to one of `outputs` would change or replace a file that the command reads.
+
+    An output file must not be one of the inputs; an output folder must not contain one, at any depth; `-` is the file
+    behind stdout. `also` are other files that are read, or model folders, whose own files count; None is ignored.
+    `option` is the name of the output's option, for the message. Raises as `inputs` do.
+    """
+    places = {place: output for output in outputs if (place := _identity(output))}  # the outputs that exist
+    if not places:
+        return
+    folders = {place for place, output in places.items() if str(output) != "-" and Path(output).is_dir()}
+    for path in _read_files(inputs, also):
+        identity = _identity(path)
+        if identity not in places:
+            identity = next(filter(folders.__contains__, _folders_of(os.path.realpath(path.parent))), None)
+        if identity:
+            output = places[identity]
+            shown = "stdout" if str(output) == "-" else f"{option} {output}"
+            what = f"holds {path}" if identity in folders else f"is {path}"
+            raise ConfigError(f"{shown} {what}, which this command reads: name another output")
+
+
+def refuse_one_place(outputs: Mapping[str, str | Path | None]) -> None:
+    """Raise ConfigError where two options name one output, in whatever spelling: it could hold one of them only.
+
+    `outputs` has the paths by their options; None is ignored.
+    """
+    places: dict[object, str] = {}
+    for option, output in outputs.items():
+        if output is not None:
+            other = places.setdefault(_identity(output) or os.path.realpath(output), option)
+            if other != option:
+                raise ConfigError(f"{option} {output} is the output of {other} as well: name another")
+
+
+def _read_files(inputs: Sources | None, also: Iterable[str | Path | None]) -> Iterator[Path]:
+    if inputs:
+        yield from (Path(str(name)[1:]) for name in inputs.names if str(name).startswith("@"))
+        yield from (source.path for source in inputs if source.path and not source.filesystem)
+    for path in also:
+        if path is None:
+            continue
+        if Path(path).is_dir():
+            yield from (entry for entry in Path(path).iterdir() if entry.is_file())
+        else:
+            yield Path(path)
+
+
+def _identity(path: str | Path) -> tuple[int, int] | None:
+    """Return the identity of a file or folder; None if missing, and for pipes and devices, which keep nothing."""
+    try:
+        status = os.fstat(1) if str(path) == "-" else os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return (status.st_dev, status.st_ino) if stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode) else None
+
+
+@lru_cache(maxsize=1024)
+def _folders_of(folder: str) -> tuple[tuple[int, int] | None, ...]:
+    """Return the identities of a folder and of all folders around it."""
+    return tuple(_identity(path) for path in (Path(folder), *Path(folder).parents))
 
 
 class ShardWriter:
@@ -196,3 +272,60 @@ def token_batch(
     offsets = pa.array(np.array([0, *ends], np.int64))
     ids = pa.LargeListArray.from_arrays(offsets, pa.array(values), type=schema.field("input_ids").type)
     return pa.record_batch([pa.array(doc_ids, pa.string()), pa.array(parts, pa.int32()), ids], schema=schema)
+
+
+def first_kept(
+    documents: Iterable[Document], of_text: Sequence[pa.Field] = ()
+) -> tuple[list[pa.Field], Iterator[Document]]:
+    """Return the columns that the first readable document carries along, and all documents.
+
+    If that document was made from text, the columns `of_text` come first.
+    """
+    taken: list[Document] = []
+    remaining = iter(documents)
+    for document in remaining:
+        taken.append(document)
+        if not isinstance(document, Unread):
+            break
+    kept = taken[-1].kept if taken else {}
+    fields = list(of_text) if taken and getattr(taken[-1], "tokenizer", None) else []
+    return fields + [pa.field(name, value.type) for name, value in kept.items()], chain(taken, remaining)
+
+
+def row_schema(fields: Sequence[pa.Field], kept: Sequence[pa.Field], known: Mapping[str, str | None]) -> pa.Schema:
+    """Return the schema of an output: `fields`, then `kept`, and the metadata `known` without unknown values.
+
+    Raises ConfigError for a name that two of them have.
+    """
+    names = [field.name for field in (*fields, *kept)]
+    if taken := {name for name in names if names.count(name) > 1}:
+        raise ConfigError(f"--keep {min(taken)}: the output has a column of this name")
+    metadata = {key: value for key, value in known.items() if value is not None}
+    return pa.schema([*fields, *kept], metadata=metadata)
+
+
+def kept_settings(kept: Sequence[pa.Field]) -> dict[str, list[str]]:
+    """Return the settings that record `kept` in a shard folder, for a resumed run to match; empty without columns."""
+    return {"keep": [f"{field.name}: {field.type}" for field in kept]} if kept else {}
+
+
+def kept_columns(carriers: Sequence[Any], fields: Sequence[pa.Field]) -> list[pa.Array]:
+    """Return the columns `fields` of rows. Raises DataError for a value of another type.
+
+    A carrier is a document, or a result for one: `where` is its file and row, `kept` the values that it carries along.
+    """
+    # `pa.array` would refuse null lists
+    return [
+        pa.concat_arrays([pa.nulls(0, field.type), *(pa.repeat(_value(carrier, field), 1) for carrier in carriers)])
+        for field in fields
+    ]
+
+
+def _value(carrier: Any, field: pa.Field) -> pa.Scalar:
+    value = carrier.kept[field.name]
+    try:
+        return value if value.type == field.type else value.cast(field.type)
+    except pa.ArrowException as error:
+        raise DataError(
+            f"{carrier.where}: {field.name!r} is {value.type}, and {field.type} in the first document"
+        ) from error

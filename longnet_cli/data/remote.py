@@ -11,7 +11,7 @@ import pyarrow.fs as fs
 
 from longnet_cli.basics.errors import ConfigError, DataError, LongNetError, MemoryLimitError
 from longnet_cli.data.files import read_error
-from longnet_cli.data.folders import choose_files, natural_order
+from longnet_cli.data.names import choose_files, natural_order
 from longnet_cli.data.tables import one_line
 
 
@@ -93,9 +93,8 @@ def version(filesystem: fs.FileSystem, path: str) -> str | None:
 def _files_below(filesystem: fs.FileSystem, path: str) -> list[str]:
     """Return the names of all files below a folder, relative to it."""
     entries = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
-    names = [entry.path for entry in entries if entry.type == fs.FileType.File]
-    root = path.strip("/") + "/" if path.strip("/") else ""
-    return [name.lstrip("/")[len(root) :] for name in names]
+    names = (entry.path.strip("/") for entry in entries if entry.type == fs.FileType.File)
+    return [name.removeprefix(f"{path.strip('/')}/") for name in names]
 
 
 def _glob(pattern: str) -> re.Pattern[str]:

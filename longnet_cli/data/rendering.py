@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any, NoReturn, cast
 
 import jinja2
 from jinja2 import ext, nodes, parser, sandbox
@@ -41,16 +41,9 @@ class Template:
         root = str(Path(__file__).parents[2])
         path = f"sys.path[:] = [{root!r}, *filter(None, sys.path)]"  # no module of the current folder is run
         serve = f"{path}; from longnet_cli.data.rendering import serve; serve({SECONDS})"
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", f"import sys; {serve}"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            start_new_session=True,
-        )
-        assert self._process.stdin
-        assert self._process.stdout
-        self._to: IO[bytes] = self._process.stdin
-        self._from: IO[bytes] = self._process.stdout
+        command, pipe = [sys.executable, "-c", f"import sys; {serve}"], subprocess.PIPE
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True)
+        self._to, self._from = (cast(IO[bytes], end) for end in (self._process.stdin, self._process.stdout))
         weakref.finalize(self, _end, self._process)
         self._ask(source)
 

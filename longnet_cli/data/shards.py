@@ -24,8 +24,7 @@ from longnet_cli.basics.atomic import is_temporary, locked_folder, remove_leftov
 from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.data import arrow
 from longnet_cli.data.files import StoredFile, read_error
-from longnet_cli.data.kept import LeftOut
-from longnet_cli.data.manifest import UNFINISHED, Manifest, read_manifest
+from longnet_cli.data.manifest import UNFINISHED, LeftOut, Manifest, read_manifest
 from longnet_cli.data.outputs import ShardWriter
 from longnet_cli.data.tables import one_line
 
@@ -174,9 +173,9 @@ class ShardFolder:
             elif not self._manifest.finished:
                 self.end_shard()
                 self._note_inputs()
-                self._manifest.skipped, self._manifest.empty = self._left_out.skipped, self._left_out.empty
-                self._manifest.skipped_files = self._left_out.skipped_files
-                self._manifest.write_finished(self.folder, self.schema, self._suffix)
+                self._manifest.left_out = self._left_out.counts()
+                with ShardWriter(self.folder / f"_manifest{self._suffix}", self._manifest.known_to(self.schema)):
+                    pass
                 with writing(self.folder):
                     os.remove(self.folder / UNFINISHED)
                     sync_folder(self.folder)
@@ -191,9 +190,8 @@ class ShardFolder:
             self._refuse_other_settings(earlier)
             for index, shard in enumerate(earlier.shards):
                 if shard["name"] != (name := self._path(index).name):
-                    raise DataError(
-                        f"{self.folder}: cannot resume: its manifest lists {shard['name']!r} and not {name}"
-                    )
+                    listed = f"its manifest lists {shard['name']!r} and not {name}"
+                    raise DataError(f"{self.folder}: cannot resume: {listed}")
                 _check_shard(self.folder / shard["name"], self.schema, shard["rows"])
             self._manifest = earlier
         if self._manifest.finished:
@@ -252,9 +250,8 @@ def _check_shard(path: Path, schema: pa.Schema, rows: int | None) -> None:
                 parquet = pq.ParquetFile(file)
                 stored, written = parquet.metadata.num_rows, parquet.schema_arrow
                 pq.ParquetWriter(again := pa.BufferOutputStream(), schema).close()
-                schema = pq.read_schema(
-                    pa.BufferReader(again.getvalue())
-                )  # Parquet names the items of lists its own way
+                # Parquet names the items of lists its own way
+                schema = pq.read_schema(pa.BufferReader(again.getvalue()))
             else:
                 table = arrow.open_file(path.name, str(path), file)
                 stored, written = sum(batch.num_rows for batch in table.read([])), table.schema

@@ -80,17 +80,15 @@ class ColumnPlace(NamedTuple):
 
 def find_column(schema: pa.Schema, name: str) -> ColumnPlace | None:
     """Return the place of a column, which may be inside others (`doc.body`), or None for an unknown name."""
-    kinds = {field.name: field.type for field in schema}
-    steps = name.split(".")
+    kinds, steps = {field.name: field.type for field in schema}, name.split(".")
     for cut in range(len(steps), 0, -1):  # a name may have dots of its own
-        kind, rest = kinds.get(".".join(steps[:cut])), steps[cut:]
-        for step in rest:
-            if kind is None or not pa.types.is_struct(kind) or kind.get_field_index(step) < 0:
-                kind = None
-                break
-            kind = kind.field(step).type
+        root, fields = ".".join(steps[:cut]), steps[cut:]
+        kind: Any = kinds.get(root)
+        for step in fields:
+            inside = kind is not None and pa.types.is_struct(kind) and kind.get_field_index(step) >= 0
+            kind = kind.field(step).type if inside else None
         if kind is not None:
-            return ColumnPlace(".".join(steps[:cut]), rest, kind)
+            return ColumnPlace(root, fields, kind)
     return None
 
 
@@ -110,6 +108,24 @@ def pick(batch: pa.RecordBatch, name: str) -> pa.Array:
     import pyarrow.compute as pc  # imported late: 20 ms that text does not need
 
     return pc.struct_field(column, place.fields)
+
+
+def without_views(column: pa.Array) -> pa.Array:
+    """Return the same values, with views of text or bytes as plain ones: pyarrow neither takes nor decodes views."""
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        return pa.DictionaryArray.from_arrays(column.indices, without_views(column.dictionary), ordered=kind.ordered)
+    plain = _without_views(kind)
+    return column if plain == kind else column.cast(plain)
+
+
+def _without_views(kind: pa.DataType) -> pa.DataType:
+    for make, test in ((pa.list_, pa.types.is_list), (pa.large_list, pa.types.is_large_list)):
+        if test(kind):
+            return make(_without_views(kind.value_type))
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_without_views(field.type)) for field in kind])
+    return {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}.get(kind, kind)
 
 
 class Pipe:

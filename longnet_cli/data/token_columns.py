@@ -17,7 +17,7 @@ from longnet_cli.data.columns import Columns, is_chat, list_bounds, numbers
 from longnet_cli.data.documents import Unread, collect
 from longnet_cli.data.files import Part
 from longnet_cli.data.manifest import is_manifest
-from longnet_cli.data.tables import Table, Text, pick, reading
+from longnet_cli.data.tables import Table, Text, pick, reading, without_views
 from longnet_cli.data.tokenizer import Tokenizer
 
 
@@ -103,12 +103,11 @@ def read_batches(table: Table, columns: Columns, *, in_turn: bool = True) -> Ite
 
 
 def _plain(column: pa.Array) -> pa.Array:
-    """Return the same values in a plain type: no dictionary, extension type or string view."""
+    """Return the same values in a plain type: no dictionary, extension type or view."""
+    column = without_views(column)
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    if isinstance(column, pa.ExtensionArray):
-        column = column.storage
-    return column.cast(pa.large_string()) if column.type == pa.string_view() else column
+    return column.storage if isinstance(column, pa.ExtensionArray) else column
 
 
 def _nulls(column: pa.Array) -> list[int]:

@@ -10,6 +10,7 @@ Special tokens are the end of a text, those that options name, and those that to
 from __future__ import annotations
 
 import base64
+import codecs
 import json
 import math
 import os
@@ -32,9 +33,8 @@ from longnet_cli.basics.errors import ConfigError, RefusedError, refuse_web_addr
 from longnet_cli.data.files import Part
 from longnet_cli.data.manifest import FINISHED, manifest_in, read_manifest
 from longnet_cli.data.text_pieces import AT_SIGN, TextCutter, cut_text, decodes_bytes, find_cut, words_of
-from longnet_cli.hub.folder_files import END_OF_TEXT, TOKENIZER
 from longnet_cli.hub.model_names import find_tokenizer, list_models, preset_dir
-from longnet_cli.hub.repository import download_again
+from longnet_cli.hub.repository import END_OF_TEXT, TOKENIZER, download_again
 
 SETTINGS = "tokenizer_config.json"  # what transformers writes beside a tokenizer.json
 
@@ -73,19 +73,23 @@ def token_id(option: str, written: str | int, tokenizer: Tokenizer | None) -> in
 
     Raises ConfigError for a token that the tokenizer does not have, and for an id that does not fit its vocabulary.
     """
-    size = tokenizer.vocab_size if tokenizer else 1 << 63
     if isinstance(written, int) or re.fullmatch(r"[-+]?[0-9]+", written):
-        number = int(written) if len(str(written)) < 20 else -1
-        if not 0 <= number < size:
-            limit = f"a vocabulary of {size}" if tokenizer else "64 bits"
-            raise ConfigError(f"the {_MEANING[option]} id {written} ({option}) does not fit {limit}")
-        return number
+        return fitting(option, written, tokenizer.vocab_size if tokenizer else None)
     if tokenizer is None:
         raise ConfigError(f"{option} {written} is no id, and there is no tokenizer that has it as a token: give its id")
     index = tokenizer.id_of(written)
     if index is None:
         raise ConfigError(f"{option} {written}: the tokenizer has no such token; name one of its tokens, or an id")
     return index
+
+
+def fitting(option: str, written: str | int, vocab_size: int | None, where: str = "") -> int:
+    """Return the id that an option gives as a number. Raises ConfigError for one that no token can have."""
+    number = int(written) if len(str(written)) < 20 else -1
+    if not 0 <= number < (vocab_size or 1 << 63):
+        limit = f"a vocabulary of {vocab_size}" if vocab_size else "64 bits"
+        raise ConfigError(f"{where}the {_MEANING[option]} id {written} ({option}) does not fit {limit}")
+    return number
 
 
 def special_token(written: Any) -> str:
@@ -112,26 +116,33 @@ MOST_IDS = 1 << 24  # in a vocabulary: each takes memory before a text is read
 MOST_GROWTH = 256  # of a text by a normalizer, at worst. Unicode's own, NFKC, makes 18 characters of one.
 
 
-def _byte_alphabet() -> list[str]:
-    """Return the 256 characters that byte-level BPE writes for the bytes 0..255. A printable one stands for itself."""
+def _byte_alphabet() -> dict[str, int]:
+    """Return the byte for which each of 256 characters stands in byte-level BPE. A printable one stands for itself."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     stand_ins = iter(range(0x100, 0x200))
-    return [chr(byte if byte in printable else next(stand_ins)) for byte in range(256)]
+    return {chr(byte if byte in printable else next(stand_ins)): byte for byte in range(256)}
 
 
-BYTE_OF = {character: byte for byte, character in enumerate(_byte_alphabet())}
+BYTE_OF = _byte_alphabet()
+REPLACEMENT = "\ufffd"  # stands for bytes that are no character, or not yet one
+LONGEST_WAIT = 64  # tokens to wait for such bytes to become a character
+
+
+def _is_of_library(error: BaseException) -> bool:
+    """Return whether an error is the library's: a bare Exception, or a panic, which is no Exception.
+
+    It panics over a regular expression that takes too long.
+    """
+    return type(error) is Exception or type(error).__name__ == "PanicException"
 
 
 @contextmanager
 def library_call() -> Iterator[None]:
-    """Raise ConfigError for the library's errors: a bare Exception, and a panic, which is no Exception.
-
-    It panics over a regular expression that takes too long.
-    """
+    """Raise ConfigError for the library's errors."""
     try:
         yield
     except BaseException as error:
-        if type(error) is not Exception and type(error).__name__ != "PanicException":
+        if not _is_of_library(error):
             raise
         said = " ".join(str(error).split())
         raise ConfigError(f"the tokenizer fails ({said}): see its tokenizer.json") from None
@@ -219,8 +230,7 @@ class Tokenizer:
     @classmethod
     def bytes(cls) -> Tokenizer:
         """Return the built-in tokenizer: the id of byte b is b (0..255), `<|endoftext|>` is 256."""
-        vocab = {character: byte for byte, character in enumerate(_byte_alphabet())}
-        inner = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+        inner = tokenizers.Tokenizer(models.BPE(vocab=BYTE_OF, merges=[]))
         inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         inner.decoder = decoders.ByteLevel()
         inner.add_special_tokens([END_OF_TEXT])
@@ -243,14 +253,12 @@ class Tokenizer:
             reason = error.strerror if isinstance(error, OSError) else error
             raise ConfigError(f"{path}: cannot read the tokenizer: {reason}{download_again(Path(path))}") from error
         try:
-            with library_call():
-                try:
-                    inner = tokenizers.Tokenizer.from_str(text)
-                except Exception as error:  # the library raises bare Exception
-                    reason = str(error).splitlines()[0]
-                    raise ConfigError(f"not a tokenizer.json: {reason}{download_again(Path(path))}") from error
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from error.__cause__
+            inner = tokenizers.Tokenizer.from_str(text)
+        except BaseException as error:
+            if not _is_of_library(error):
+                raise
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"{path}: not a tokenizer.json: {reason}{download_again(Path(path))}") from error
         for part in ("normalizer", "decoder"):
             if (growth := _growth(json.loads(text).get(part))) > MOST_GROWTH:
                 what = f"its {part} may make a text {growth:,.0f} times as long"
@@ -330,11 +338,9 @@ class Tokenizer:
         """
         if self.is_bytes:
             return TextCutter(parts, lambda text, start: min(start + GROUP, len(text)))
-        return (
-            cut_text(parts, self._ids, self._cut)
-            if self._cut
-            else TextCutter(["".join(parts)], lambda text, _: len(text))
-        )
+        if self._cut:
+            return cut_text(parts, self._ids, self._cut)
+        return TextCutter(["".join(parts)], lambda text, _: len(text))
 
     def encode_pieces(self, pieces: Sequence[str]) -> list[np.ndarray]:
         """Return the ids of each of some pieces of a text (see `cutter`), (tokens,) int32.
@@ -355,7 +361,7 @@ class Tokenizer:
         """Yield the parts of a text that comes in parts: together, its `encode`, without the ids of the prompt.
 
         Memory is that of GROUP characters and of a part. Places are given if the tokenizer `tells_places`, unless they
-        can be counted from the ids (`data.places`). Raises RefusedError for a text that changes the ids of the prompt.
+        can be counted from the ids (`TextPlaces`). Raises RefusedError for a text that changes the ids of the prompt.
         """
         parts = iter(parts)
         if self._prompt:
@@ -391,7 +397,7 @@ class Tokenizer:
         token that stands for no character is an empty place between its neighbours.
         """
         ids = np.fromiter(encoding.ids, np.int64, len(encoding.ids))
-        if self.token_bytes is not None and b"".join(map(self._bytes.__getitem__, encoding.ids)) == text.encode():
+        if self.bytes_of is not None and b"".join(map(self.bytes_of.__getitem__, encoding.ids)) == text.encode():
             begin, inside = self.characters
             ends = np.cumsum(begin[ids])
             return np.stack((ends - begin[ids] - inside[ids], ends), 1).astype(np.int32)
@@ -403,21 +409,24 @@ class Tokenizer:
         return places
 
     @cached_property
-    def characters(self) -> tuple[np.ndarray, np.ndarray]:
-        """For each id, how many characters begin in its bytes, and whether it begins inside of one."""
-        begin, inside = np.zeros(self.vocab_size, np.int64), np.zeros(self.vocab_size, bool)
-        for index, data in self.bytes_of_tokens():
-            follows = [byte & 0xC0 == 0x80 for byte in data]
-            begin[index], inside[index] = follows.count(False), follows[:1] == [True]
-        return begin, inside
+    def bytes_of(self) -> list[Any] | None:
+        """The UTF-8 bytes of each id, none for a special token; None if the tokenizer is not byte-level."""
+        if not decodes_bytes(self._description):
+            return None
+        found = [b""] * self.vocab_size
+        for token, index in self._vocab.items():
+            known = all(character in BYTE_OF for character in token)
+            found[index] = bytes(map(BYTE_OF.__getitem__, token)) if known else token.encode()
+        for added in self.added_tokens:  # these are written as text
+            found[added["id"]] = b"" if added["special"] else added["content"].encode()
+        return found
 
     @cached_property
-    def _bytes(self) -> list[Any]:
-        """The bytes of each id."""
-        bytes_of = [b""] * self.vocab_size
-        for index, data in self.bytes_of_tokens():
-            bytes_of[index] = bytes(data)
-        return bytes_of
+    def characters(self) -> tuple[np.ndarray, np.ndarray]:
+        """For each id, how many characters begin in its bytes, and whether it begins inside of one."""
+        begin = [sum(byte & 0xC0 != 0x80 for byte in data) for data in self.bytes_of or ()]
+        inside = [bool(data) and data[0] & 0xC0 == 0x80 for data in self.bytes_of or ()]
+        return np.array(begin, np.int64), np.array(inside, bool)
 
     @library_call()
     def decode(self, ids: np.ndarray, *, special: bool = True) -> str:
@@ -441,32 +450,14 @@ class Tokenizer:
     @cached_property
     def token_bytes(self) -> np.ndarray | None:
         """The number of UTF-8 bytes of each id, (vocab_size,) int64, 0 for a special token; None if not byte-level."""
-        if not decodes_bytes(self._description):
-            return None
-        lengths = np.zeros(self.vocab_size, np.int64)
-        for index, data in self.bytes_of_tokens():
-            lengths[index] = len(data)
-        return lengths
-
-    def bytes_of_tokens(self) -> Iterator[tuple[int, list[int]]]:
-        """Yield (id, UTF-8 bytes) of each id of a byte-level tokenizer; added tokens last, special ones without any."""
-        for token, index in self._vocab.items():
-            yield index, [BYTE_OF.get(character, 0) for character in token]
-        for added in self._description["added_tokens"]:  # these are written as text
-            yield added["id"], [] if added["special"] else [*added["content"].encode()]
+        return None if self.bytes_of is None else np.array([*map(len, self.bytes_of)], np.int64)
 
     def n_bytes(self, ids: np.ndarray) -> int | None:
         """Return the number of UTF-8 bytes of (tokens,) ids; None if the tokenizer is not byte-level or lacks an id."""
-        lengths = self.token_bytes
-        if lengths is None:
+        if self.token_bytes is None or (len(ids) and ids.max() >= self.vocab_size):
             return None
-        total = 0
-        for start in range(0, len(ids), GROUP):  # in blocks: a lookup takes 8 bytes per token
-            block = ids[start : start + GROUP]
-            if block.max() >= self.vocab_size:
-                return None
-            total += int(lengths[block].sum())
-        return total
+        blocks = (ids[start : start + GROUP] for start in range(0, len(ids), GROUP))  # a lookup takes 8 bytes per token
+        return sum(int(self.token_bytes[block].sum()) for block in blocks)
 
     def encodes_as(self, other: Tokenizer) -> bool:
         """Return whether both encode a text alike, whatever their templates are."""
@@ -504,11 +495,11 @@ class Tokenizer:
         return (
             model["type"] == "BPE"
             and not model["merges"]
-            and all(model["vocab"].get(character) == byte for byte, character in enumerate(_byte_alphabet()))
+            and BYTE_OF.items() <= model["vocab"].items()
             and self._description["normalizer"] is None
             and pre.get("type") == "ByteLevel"
             and not pre["add_prefix_space"]
-            and all(added["special"] for added in self._description["added_tokens"])
+            and all(added["special"] for added in self.added_tokens)
         )
 
     @cached_property
@@ -518,13 +509,55 @@ class Tokenizer:
         return find_cut(self._inner, self._description)
 
 
+# Not tokenizers.decoders.DecodeStream: as of 0.23.3 it has no end that returns bytes cut in a character, it waits for
+# bytes that never become one, in quadratic time, and it raises "Invalid prefix" when a token changes the bytes before
+# it into U+FFFD, which SentencePiece's byte fallback does (vLLM's pull request #19449 works around that).
+class TextStream:
+    """A decoder of ids, one by one: the parts together are the text of all ids, without special tokens.
+
+    Time per token does not depend on the number of tokens before. Bytes that make no character become U+FFFD.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        # The last ids whose text was returned, and the ids since then: a decoder may join them.
+        self._shown: list[int] = []
+        self._waiting: list[int] = []
+
+    def add(self, token_id: int) -> str:
+        """Return the characters that this id completes."""
+        if self._tokenizer.bytes_of is not None:
+            known = token_id < self._tokenizer.vocab_size
+            return self._decoder.decode(self._tokenizer.bytes_of[token_id] if known else b"")
+        self._waiting.append(token_id)
+        text = self._text()
+        return "" if text.endswith(REPLACEMENT) and len(self._waiting) < LONGEST_WAIT else self._out(text)
+
+    def end(self) -> str:
+        """Return the rest of the text when no more ids come."""
+        if self._tokenizer.bytes_of is not None:
+            return self._decoder.decode(b"", final=True)
+        return self._out(self._text())
+
+    def _text(self) -> str:
+        def decode(ids: list[int]) -> str:
+            return self._tokenizer.decode(np.array(ids, np.int64), special=False)
+
+        return decode(self._shown + self._waiting)[len(decode(self._shown)) :]
+
+    def _out(self, text: str) -> str:
+        if text:  # otherwise only special tokens came, and these join with nothing
+            self._shown = self._waiting
+        self._waiting = []
+        return text
+
+
 def _growth(step: Any) -> float:
     """Return how many times as long a step of a tokenizer.json (`normalizer`, `decoder`) makes a text, at worst."""
     settings = step if isinstance(step, dict) else {}
     if settings.get("type") == "Sequence":
-        return math.prod(
-            [_growth(part) for key in ("normalizers", "decoders") for part in settings.get(key, ())], start=1.0
-        )
+        return math.prod(_growth(part) for key in ("normalizers", "decoders") for part in settings.get(key, ()))
     if settings.get("type") == "Replace":
         replaced = settings["pattern"].get("String")  # a regular expression may match the empty text
         return max(1, len(settings["content"]) / len(replaced) if replaced else 1 + len(settings["content"]))

@@ -23,9 +23,9 @@ from typing import Any
 
 from longnet_cli.basics.configuration import nearest, parse, read_text
 from longnet_cli.basics.errors import CheckpointError, ConfigError, refuse_web_address
-from longnet_cli.hub.folder_files import CONFIG
 from longnet_cli.hub.repository import (
     COMMIT,
+    CONFIG,
     Located,
     Repository,
     check_blobs,

@@ -36,11 +36,17 @@ from longnet_cli.attention import KVCache, Pattern, dilated_attention
 from longnet_cli.attention.branches import BACKWARD_FLOPS, attention_flops, backward_flops, branches
 from longnet_cli.attention.groups import past_bytes
 from longnet_cli.attention.kernels import select_kernel
-from longnet_cli.attention.merging import kernel_calls
 from longnet_cli.attention.notation import format_levels, format_pattern
+from longnet_cli.attention.views import kernel_calls
 from longnet_cli.basics.configuration import validate
 from longnet_cli.basics.errors import ConfigError, is_out_of_memory
-from longnet_cli.jobs.estimating.memory import attention_memory, cache_bytes, forward_memory, gradient_memory
+from longnet_cli.jobs.estimating.memory import (
+    attention_memory,
+    cache_bytes,
+    forward_memory,
+    gradient_memory,
+    transient_memory,
+)
 from longnet_cli.jobs.training.objective import backward
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.nets.config import NetConfig, parse_config
@@ -213,7 +219,8 @@ class Measurement:
     time). A streamed run, `chunk` tokens at a time, also gives a row for each decade of its positions, [start, stop).
     `cpu_seconds` is the CPU time of all threads: on a shared machine, it shows whether other processes slowed the run.
     `peak_rss_bytes` is the process's peak from making the inputs to the last run; on a GPU, the peak of torch's
-    allocator. `model` is the name of a saved model, with its commit if it is on a hub.
+    allocator. `model` is the name of a saved model, with its commit if it is on a hub; `machine`, that of the processor
+    or GPU; `date`, the day in UTC.
     """
 
     op: str
@@ -240,6 +247,8 @@ class Measurement:
     stop: int | None = None
     cpu_seconds: float | None = None
     model: str | None = None
+    machine: str | None = None
+    date: str | None = None
 
     @classmethod
     def of(
@@ -308,6 +317,8 @@ def attention(s: Settings, impl: str, direction: str, seq: int) -> Case:
     # each implementation gets the layout that it is made for
     shape = (s.batch, s.heads, chunk, s.head_dim) if dense else (s.batch, chunk, s.heads, s.head_dim)
     memory = attention_memory(shape, None if dense else pattern, s.causal, dtype, s.device, backward) + (cache or 0)
+    if not dense:
+        memory += transient_memory(pattern, s.heads, s.head_dim, seq, dtype.itemsize, s.device.type, back=backward)
     return Case(row, flops, memory, partial(_attention, s, impl, pattern, shape, backward, streamed), streamed)
 
 
@@ -383,7 +394,8 @@ def model(s: Settings, impl: str, direction: str, seq: int) -> Case:
     if streamed and not net.stream():  # of a net with a cache of its own, nothing is known
         cache = s.batch * sum(cache_bytes(config, max(seq, *config.pattern.segment_lengths), itemsize))
     row = _row(s, net, impl, direction, seq, chunk=chunk if streamed else None, cache_bytes=cache)
-    memory = sum(forward_memory(net, s.batch * chunk, itemsize, s.batch * chunk).values()) + (cache or 0)
+    transient = transient_memory(config.pattern, config.num_heads, config.head_dim, seq, itemsize, s.device.type)
+    memory = sum(forward_memory(net, s.batch * chunk, itemsize, s.batch * chunk, transient).values()) + (cache or 0)
     return Case(row, lambda tokens: s.batch * _forward_flops(config, tokens), memory, start, streamed)
 
 
@@ -516,7 +528,9 @@ def bench(
     on_start: called with each case before it runs, and with the estimated seconds of one run, None if unknown.
     on_tokens: called with the number of tokens of each chunk of a streamed run.
     """
-    return _RunningBench(settings, on_start, on_tokens).rows()
+    machine, date = device_name(settings.device), _today()
+    for row in _RunningBench(settings, on_start, on_tokens).rows():
+        yield replace(row, machine=machine, date=date)
 
 
 class _RunningBench:
@@ -675,9 +689,12 @@ def _out_of_memory(error: Exception) -> str:
 def machine(s: Settings) -> str:
     """Describe the machine for a reader of the rows: its processor, cores, torch, kernel and the date (UTC)."""
     kernel = select_kernel(s.device, DTYPES[s.dtype], s.head_dim).name
-    date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
     cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    return f"{device_name(s.device)}, {cores}, torch {torch.__version__}, {s.dtype}, kernel {kernel}, {date}"
+    return f"{device_name(s.device)}, {cores}, torch {torch.__version__}, {s.dtype}, kernel {kernel}, {_today()}"
+
+
+def _today() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
 
 
 def device_name(device: torch.device) -> str:

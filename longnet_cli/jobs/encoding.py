@@ -21,13 +21,14 @@ from torch import Tensor
 
 from longnet_cli.attention.notation import format_pattern
 from longnet_cli.basics.errors import ConfigError, DataError, NotFiniteError
-from longnet_cli.data.documents import Document
-from longnet_cli.data.kept import OnSkip, kept_columns, row_schema
-from longnet_cli.data.places import TextPlaces
+from longnet_cli.data.documents import Document, TextPlaces
+from longnet_cli.data.manifest import OnSkip
+from longnet_cli.data.outputs import kept_columns, row_schema
 from longnet_cli.data.tables import numpy_dtype
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.options import NO_PREFIX, ONE_STATE, EncodeOptions
 from longnet_cli.jobs.pooling import (
+    SUMMED,
     DocumentWindow,
     LayerStates,
     Pooling,
@@ -186,7 +187,7 @@ def encode(
     long for the model, or has invalid ids, ends the run. With `on_skip`, it is passed to `on_skip` and left out
     instead. An empty document has no rows and is passed to `on_empty`. The `stored` documents are the part of
     `documents` whose lengths are cheap to read; without `on_skip`, they are checked before anything else. `kept_fields`
-    are columns that documents carry to the output (`data.kept`). `ranks` and `reading` (`chunk`, `spill`, `dtype`,
+    are columns that documents carry to the output (`data.outputs`). `ranks` and `reading` (`chunk`, `spill`, `dtype`,
     `on_progress`) are as in `running.reader.Reader`. All ranks need the same documents. In one group of ranks, which
     share each document, all get all rows. Several groups divide the documents between them; then rank 0 gets all rows
     and the others none.
@@ -251,6 +252,8 @@ class Encoder(RowJob):
             raise ConfigError("a span has no CLS of its own: take the mean of its tiles (--pool mean), and that alone")
         if self.facts.prefix and not net.config.causal and not framed:
             raise ConfigError("a bidirectional model reads nothing before a document: leave out --prefix")
+        if self.reader.ranks.world > 1 and (apart := {*pools} - SUMMED):
+            raise ConfigError(f"--pool {apart.pop()} of a document is not shared by ranks: give each its own (--dp)")
         if options.all_layers and (pools[1:] or pools[0] not in ("cls", "mean", "first", "last")):
             raise ConfigError(f"--all-layers has no pooling {options.pool}: take mean, first, last or cls")
         if options.context is not None and options.context > (net.config.max_tokens or options.context):
@@ -399,8 +402,6 @@ class Encoder(RowJob):
         """Return the same rows with vectors summed over all ranks, which is exact because pooling is linear."""
         if self.reader.ranks.world == 1 or not rows:
             return rows
-        if "max" in (self.options.pool or "").split("+"):
-            raise ConfigError("the maximum of a document cannot be shared by ranks: give each its own documents (--dp)")
         vectors = torch.stack([row.vector for row in rows])
         self.reader.ranks.sum(vectors, *(row.layers for row in rows if row.layers is not None))
         return [replace(row, vector=vector) for row, vector in zip(rows, vectors, strict=True)]

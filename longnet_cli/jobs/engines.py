@@ -26,7 +26,7 @@ from longnet_cli.basics.sizes import parse_size
 from longnet_cli.data.columns import ID_COLUMNS, INTEGERS, is_text
 from longnet_cli.data.documents import Document, Unread
 from longnet_cli.data.inputs import Inputs
-from longnet_cli.data.tables import Table
+from longnet_cli.data.tables import Table, reading, without_views
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.encoding import PLACE_FIELDS, EncodeFacts, Encoder, for_model
 from longnet_cli.jobs.options import EncodeOptions, ScoreOptions
@@ -93,13 +93,13 @@ def encode_batches(batches: Any, **options: Any) -> Any:
     """Encode the documents of a table or of record batches, and return the rows of `longnet encode`.
 
     A table gives a pyarrow table. So does all else that passes Arrow data on (`__arrow_c_stream__`), as a frame of
-    polars or pandas, a relation of DuckDB, or a Dataset of Hugging Face. Record batches give a lazy iterator of record
-    batches. The output has the columns of `Encoder.schema`, for text `char_start` and `char_end`, then the columns of
-    `keep`. The options are those of `EncodeOptions` and `Reading`: without `pool` and `prefix`, the model's own. Sizes
-    may be texts, as on the command line: `span="1Ki"`. An empty document has no rows.
+    polars or pandas, a relation of DuckDB, or a Dataset of Hugging Face; and a list of texts. Record batches give a
+    lazy iterator of record batches. The output has the columns of `Encoder.schema`, for text `char_start` and
+    `char_end`, then the columns of `keep`. The options are those of `EncodeOptions` and `Reading`: without `pool` and
+    `prefix`, the model's own. Sizes may be texts, as on the command line: `span="1Ki"`. An empty document has no rows.
 
-    A frame without a column of names has its row numbers as `doc_id`, from "0" on. A pyarrow table or batch needs such
-    a column: an engine passes it one part of the rows after the other, and each would begin at 0.
+    A frame without a column of names, or a list of texts, has its row numbers as `doc_id`, from "0" on. A pyarrow table
+    or batch needs such a column: an engine passes it one part of the rows after the other, and each would begin at 0.
 
     Raises ConfigError for invalid options, for what is no table and no batches, and for a batch without the id column
     or the document column, DataError for bad values, and what `encode` raises.
@@ -206,9 +206,10 @@ def _tables(given: Any) -> pa.Table | Iterable[Any]:
         return given
     if hasattr(given, "with_format") and hasattr(given, "__getitem__"):  # a Dataset of Hugging Face
         given = given.with_format("arrow")[:]
-    if isinstance(given, pa.RecordBatch) or hasattr(given, "__arrow_c_stream__"):
+    texts = isinstance(given, list | tuple) and given and all(isinstance(text, str) for text in given)
+    if texts or isinstance(given, pa.RecordBatch) or hasattr(given, "__arrow_c_stream__"):
         try:
-            return pa.table(given)
+            return pa.table({"text": given} if texts else given)
         except (pa.ArrowException, TypeError, ValueError) as error:  # pandas' columns may have values of any types
             raise DataError(f"the table cannot be Arrow data: {'; '.join(map(str, error.args))}") from error
     if isinstance(given, Sequence) and not isinstance(given, str):
@@ -258,7 +259,8 @@ class _DocumentTable:
         for name in how.keep:
             if name not in self.names:
                 raise ConfigError(f"{where}: there is no column {name!r}; its columns are {', '.join(self.names)}")
-        names = table[self.id_column] if self.id_column else pa.chunked_array([pa.array(range(len(table)), pa.int64())])
+        names = self._plain(self.id_column) if self.id_column else pa.chunked_array([range(len(table))], pa.int64())
+        self.kept = {name: self._plain(name) for name in how.keep}
         self.doc_ids = names.cast(pa.string())
         if self.doc_ids.null_count:
             row = self.doc_ids.is_null().to_pylist().index(True)
@@ -271,6 +273,11 @@ class _DocumentTable:
                     f"{where}, row {row}: part {parts[row]} of document {self.doc_ids[row].as_py()!r}: in batches a "
                     "row is a document: join its parts, or read the files themselves (longnet encode, longnet score)"
                 )
+
+    def _plain(self, name: str) -> pa.ChunkedArray:
+        with reading(f"{self.where}, {name}"):
+            column = self.table[name]
+            return pa.chunked_array(map(without_views, column.chunks or [pa.array([], column.type)]))
 
     def rows(self, make_job: Callable[[bool], RowJob]) -> Iterator[pa.RecordBatch]:
         """Yield the rows of all documents, then an empty batch, so that the schema is known if there are none."""
@@ -298,9 +305,8 @@ class _DocumentTable:
             begins = batch["span"].to_numpy() == 0 if "span" in batch.schema.names else np.ones(len(batch), bool)
             places = pa.array(np.array(taken, int)[done + np.cumsum(begins) - 1])
             done += int(np.count_nonzero(begins))
-            columns = [self.doc_ids, *(self.table[name] for name in self.how.keep)]
-            doc_ids, *kept = (column.take(places).combine_chunks() for column in columns)
-            fields = [self.table.schema.field(name) for name in self.how.keep]
+            doc_ids, *kept = (column.take(places).combine_chunks() for column in (self.doc_ids, *self.kept.values()))
+            fields = [self.table.schema.field(name).with_type(column.type) for name, column in self.kept.items()]
             schema = pa.schema([*batch.schema, *fields], metadata=batch.schema.metadata)
             yield pa.record_batch([doc_ids, *batch.columns[1:], *kept], schema=schema)
 

@@ -25,8 +25,7 @@ from torch import Tensor
 
 from longnet_cli.basics.errors import ConfigError, DataError, NotFiniteError
 from longnet_cli.data.documents import Document
-from longnet_cli.data.text_stream import TextStream
-from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.data.tokenizer import TextStream, Tokenizer
 from longnet_cli.jobs.estimating.reading import Extent, ReadingPlan
 from longnet_cli.jobs.options import check_sampling
 from longnet_cli.nets.net import Bos, InputSequence, Net, bos_ids

@@ -20,6 +20,8 @@ from longnet_cli.data.documents import Document
 from longnet_cli.jobs.options import ONE_STATE
 from longnet_cli.nets.longnet import LongNet, Placement
 
+SUMMED = {*ONE_STATE, "mean", "sqrt", "weighted"}  # poolings of a whole that are the sums of those of its parts
+
 
 @dataclass(frozen=True)
 class Row:

@@ -25,9 +25,9 @@ from longnet_cli.basics.errors import ConfigError, DataError, LongNetError, NoTo
 from longnet_cli.data.documents import Document, Unread
 from longnet_cli.data.files import FileChangedError
 from longnet_cli.data.inputs import Inputs
-from longnet_cli.data.kept import LeftOut, OnSkip, first_kept, kept_settings
+from longnet_cli.data.manifest import LeftOut, OnSkip
 from longnet_cli.data.names import Apart
-from longnet_cli.data.outputs import ShardWriter, is_folder
+from longnet_cli.data.outputs import ShardWriter, first_kept, is_folder, kept_settings
 from longnet_cli.data.shards import ShardFolder, ShardFormat, run_to_resume
 from longnet_cli.nets.net import Bos, InputSequence, Net
 from longnet_cli.nets.weights import model_digest
@@ -71,7 +71,7 @@ class RowJob(ABC):
     """A job that turns documents into rows with a column `n_tokens`, in order, on the ranks of one group.
 
     `options` and `facts` determine the rows, together with the net and the documents: a dataclass of what was asked
-    for, and what is known of the model. `kept_fields` are columns that documents carry to the output (`data.kept`).
+    for, and what is known of the model. `kept_fields` are columns that documents carry to the output (`data.outputs`).
     """
 
     schema: pa.Schema

@@ -30,7 +30,7 @@ from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.data.documents import Unread
 from longnet_cli.data.formats import Text
 from longnet_cli.data.inputs import Inputs
-from longnet_cli.data.kept import LeftOut, OnSkip
+from longnet_cli.data.manifest import LeftOut, OnSkip
 from longnet_cli.data.names import Apart
 from longnet_cli.data.outputs import OUTPUT_SUFFIXES, ShardWriter, is_folder, token_batch, token_schema
 from longnet_cli.data.shards import ShardFolder, ShardFormat, run_to_resume

@@ -12,14 +12,17 @@ B texts, N tokens, L layers.
 
 from __future__ import annotations
 
+import json
 import time
 import warnings
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from longnet_cli.attention import Outside
+from longnet_cli.attention.notation import PATTERN_FIELDS, format_pattern
 from longnet_cli.attention.past import Means, unrotated
 from longnet_cli.attention.pattern import SURE, VOTERS
 from longnet_cli.attention.sinks import Turn
@@ -27,11 +30,12 @@ from longnet_cli.attention.voting import shares_of
 from longnet_cli.basics.errors import InputWarning
 from longnet_cli.basics.verdicts import remembered
 from longnet_cli.nets.net import Net
-from longnet_cli.nets.weights import model_digest
+from longnet_cli.nets.weights import digest_of
 
 READ, BETWEEN = 512, 256  # tokens of a text that are read twice, and tokens between; fewer if positions end before
 IN_ALL = 1024  # tokens of all texts that are read twice: with 200, chance alone made 0.25 of evidence
 EVERY = 16  # tokens per group
+SECONDS = 10.0  # between two lines of progress
 LEAST = 0.15  # SmolLM2: 0.19 to 1.2 at its peaks, and 0.12 at the next one
 
 
@@ -44,10 +48,8 @@ def let_layers_choose(net: Net) -> None:
     pattern = net.config.pattern
     if not pattern.chosen or pattern.chosen_layers or not net.config.causal or not net.config.vocab_size:
         return
-    asked = {"probe": "layers that choose", "model": model_digest(net), "block": pattern.chosen_block}
-    asked["dtype"] = str(next(net.parameters()).dtype)
     begun = time.monotonic()
-    evidence = remembered(asked, lambda: [round(x, 4) for x in layer_evidence(net)])
+    evidence = remembered(_question(net), lambda: [round(x, 4) for x in layer_evidence(net)])
     if not evidence:
         return
     layers = peaks(evidence) or (len(evidence) // 2,)
@@ -63,6 +65,30 @@ def let_layers_choose(net: Net) -> None:
         )
 
 
+def _question(net: Net) -> dict[str, Any]:
+    """Return what decides the evidence: weights, settings, and the pattern if it hides a part of the text."""
+    pattern, (read, between) = net.config.pattern, _lengths(net)
+    (w, r), back = pattern.levels[0], pattern.look_backs[0]
+    seen = len(pattern.levels) == r == 1 and (2 * read + between - 1) // w <= back
+    settings = json.loads(net.config.model_dump_json())
+    settings |= json.loads(settings.pop("source", "{}"))
+    for name in (*PATTERN_FIELDS, "pattern", "dilated_attention", "as_trained", "max_tokens", "memory"):
+        settings.pop(name, None)
+    return {
+        "probe": "layers that choose",
+        "model": digest_of(json.dumps(settings, sort_keys=True), net.state_dict()),
+        "tokens": [read, between],
+        "block": pattern.chosen_block,
+        "pattern": None if seen else format_pattern(pattern),
+    }
+
+
+def _lengths(net: Net) -> tuple[int, int]:
+    """Return the tokens that are read twice, whole blocks, and those between."""
+    size, longest = net.config.pattern.chosen_block, net.config.max_tokens or 2 * READ + BETWEEN
+    return min(READ, longest * 2 // 5 // size * size), min(BETWEEN, longest // 5)
+
+
 def peaks(evidence: list[float]) -> tuple[int, ...]:
     """Return the layers with at least LEAST of evidence, and more than the layers before and after."""
     around = [0.0, *evidence, 0.0]
@@ -73,25 +99,34 @@ def peaks(evidence: list[float]) -> tuple[int, ...]:
 @torch.inference_mode()
 def layer_evidence(net: Net) -> list[float]:
     """Return the evidence of each layer that it finds what it has read before, in nats; [] if it cannot be told."""
-    device, size = next(net.parameters()).device, net.config.pattern.chosen_block
-    longest = net.config.max_tokens or 2 * READ + BETWEEN
-    read, between = min(READ, longest * 2 // 5 // size * size), min(BETWEEN, longest // 5)
-    if read < 2 * size:
+    (read, between), number, said = _lengths(net), net.config.num_layers, time.monotonic()
+    if read < 2 * net.config.pattern.chosen_block:
         return []
     ids = torch.from_numpy(
         np.stack([_random_text(seed, net.config.vocab_size, read, between) for seed in range(IN_ALL // read)])
     )
     watched: list[tuple[Tensor, Tensor]] = []
 
+    def tell(done: str) -> None:
+        nonlocal said
+        if time.monotonic() - said >= SECONDS:
+            line = f"looking for the layers that choose blocks, once for these weights: {done} of {number} layers"
+            warnings.warn(InputWarning(line), stacklevel=2)
+            said = time.monotonic()
+
     def far(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Outside:
+        tell(f"a text was read in {layer}")
         watched.append((q, k))
         return Outside()
 
-    net(ids.to(device), start=0, far=far)
-    turns = net.turns
-    if len(watched) != net.config.num_layers or len(turns) != len(watched):
+    net(ids.to(next(net.parameters()).device), start=0, far=far)
+    turns, evidence = net.turns, list[float]()
+    if len(watched) != number or len(turns) != number:
         return []
-    return [_evidence(net, q, k, turn, read + between) for (q, k), turn in zip(watched, turns, strict=True)]
+    for (q, k), turn in zip(watched, turns, strict=True):
+        tell(f"compared in {len(evidence)}")
+        evidence.append(_evidence(net, q, k, turn, read + between))
+    return evidence
 
 
 def _random_text(seed: int, vocabulary: int, read: int, between: int) -> np.ndarray:

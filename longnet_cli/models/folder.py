@@ -14,12 +14,13 @@ from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from longnet_cli.basics.configuration import digest, parse, read_text
 from longnet_cli.basics.errors import CheckpointError, ConfigError, MemoryLimitError
 from longnet_cli.data.tokenizer import SETTINGS, Tokenizer, special_token, token_id
-from longnet_cli.hub.folder_files import (
+from longnet_cli.hub.model_names import find_model
+from longnet_cli.hub.repository import (
     CONFIG,
     GENERATION,
     MODEL_TYPE,
@@ -28,22 +29,24 @@ from longnet_cli.hub.folder_files import (
     TOKENIZER,
     TOKENIZER_SHA256,
     WEIGHTS,
+    Located,
+    download_again,
+    is_within,
+    weight_files,
 )
-from longnet_cli.hub.model_names import find_model
-from longnet_cli.hub.repository import Located, download_again, is_within, weight_files
 
 if TYPE_CHECKING:
     import torch
 
     from longnet_cli.attention import Pattern
     from longnet_cli.data.chat import ChatTemplate
-    from longnet_cli.models.hf.pretrained_config import TransformersConfig
     from longnet_cli.models.hf.pretrained_net import TransformersNet
     from longnet_cli.models.hf.sentence_folder import SentenceModel
-    from longnet_cli.nets.config import LongNetConfig
+    from longnet_cli.nets.config import LongNetConfig, TransformersConfig
     from longnet_cli.nets.net import Net
 
 PICKLED = "pytorch_model*.bin*"
+T = TypeVar("T", list, dict)
 NO_BOS = "none"  # the value of --bos
 
 
@@ -110,11 +113,11 @@ class ModelFolder:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The keys of config.json; empty if it cannot be read, which loading reports."""
-        return _table(self.path / CONFIG)
+        return _read(self.path / CONFIG, dict)
 
     @cached_property
     def _tokenizer_settings(self) -> dict[str, Any]:
-        return _table(self.path / SETTINGS)
+        return _read(self.path / SETTINGS, dict)
 
     @cached_property
     def of_transformers(self) -> bool:
@@ -193,7 +196,7 @@ class ModelFolder:
         For a Hugging Face model, they are the `eos_token_id`, one or several, of generation_config.json, otherwise of
         config.json. Without it, and for a LongNet, it is the end-of-text id of the tokenizer.
         """
-        for settings in (_table(self.path / GENERATION), self.config) if self.of_transformers else ():
+        for settings in (_read(self.path / GENERATION, dict), self.config) if self.of_transformers else ():
             value = settings.get("eos_token_id")
             ids = {x for x in (value if isinstance(value, list) else [value]) if isinstance(x, int)}
             if ids:
@@ -218,7 +221,7 @@ class ModelFolder:
     ) -> TransformersConfig | LongNetConfig:
         """Return the facts of the net, without its weights. `pattern` replaces the model's own.
 
-        `lora` holds the arguments of `lora.add_lora`, for a Hugging Face model. Raises ConfigError and CheckpointError
+        `lora` holds the arguments of `add_lora`, for a Hugging Face model. Raises ConfigError and CheckpointError
         as `net` does.
         """
         if self.of_transformers:
@@ -268,7 +271,7 @@ class ModelFolder:
     ) -> Net:
         """Load a Hugging Face model for training, with the pattern of `config`: float32, on the CPU, not mapped.
 
-        `lora` holds the arguments of `lora.add_lora`, or is None to train all weights. `on_note` gets a line if the
+        `lora` holds the arguments of `add_lora`, or is None to train all weights. `on_note` gets a line if the
         pattern shows distances that the model has never seen.
         Raises as `net` does, and ConfigError if the gradient of a long sequence cannot go through the model.
         """
@@ -352,7 +355,7 @@ class ModelFolder:
         if self.is_gguf or not self.modules.exists():
             return None
         if not self.of_transformers:
-            if len(_list(self.modules)) > 1:
+            if len(_read(self.modules, list)) > 1:
                 raise ConfigError(f"{self.modules}: a LongNet makes vectors alone: leave out the other modules")
             return None
         self._transformers()
@@ -466,7 +469,7 @@ class ModelFolder:
 
 def _transformer_of(folder: Path) -> Path:
     """Return the folder of a model's Transformer: a subfolder if modules.json names one first that is there."""
-    modules = _list(folder / MODULES)
+    modules = _read(folder / MODULES, list)
     inner = modules[0].get("path") if modules and isinstance(modules[0], dict) else None
     return folder / inner if isinstance(inner, str) and is_within(inner) and (folder / inner).is_dir() else folder
 
@@ -480,19 +483,10 @@ def is_gguf(path: Path) -> bool:
         return False
 
 
-def _list(path: Path) -> list[Any]:
-    """Return the list in a file; empty if there is no readable file, or another value in it."""
+def _read(path: Path, kind: type[T]) -> T:
+    """Return the list or the settings in a file; empty if there is no readable file, or another value in it."""
     try:
         data = parse(read_text(path))
     except (OSError, ValueError):
-        return []
-    return data if isinstance(data, list) else []
-
-
-def _table(path: Path) -> dict[str, Any]:
-    """Return the settings in a file; empty if there is no readable file."""
-    try:
-        data = parse(read_text(path))
-    except (OSError, ValueError):
-        return {}
-    return data if isinstance(data, dict) else {}
+        data = None
+    return data if isinstance(data, kind) else kind()

@@ -32,7 +32,7 @@ from longnet_cli.nets.config import LongNetConfig, SlideConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.positions import XPOS_GAMMA
 from longnet_cli.nets.slide import VectorNet
-from longnet_cli.nets.weights import TYPE_NAMES, NetT, check_finite, list_names
+from longnet_cli.nets.weights import TYPE_NAMES, NetT, check_finite, differences, list_names
 
 _MODULES = {  # our name -> torchscale's, of a layer, then of the net
     "attention_norm": "self_attn_layer_norm",
@@ -90,18 +90,9 @@ def renamed_net(
                 f"{where}: output_projection.weight is not embed_tokens.weight; set tie_embeddings=false"
             )
     names = {name_of(ours): ours for ours in net.state_dict()}
-    shapes = {theirs: tuple(net.state_dict()[ours].shape) for theirs, ours in names.items()}
-    problems = []
-    if missing := [name for name in names if name not in state]:
-        problems.append(list_names("missing", missing))
-    if surplus := [name for name in state if name not in names]:
-        problems.append(list_names("unexpected", surplus))
-    problems += [
-        f"{name} has shape {tuple(state[name].shape)}, the others need {needed}"
-        for name, needed in shapes.items()
-        if name in state and tuple(state[name].shape) != needed
-    ]
-    if problems:
+    needed = {theirs: tuple(net.state_dict()[ours].shape) for theirs, ours in names.items()}
+    given = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if problems := differences(needed, given, "the others need"):
         shown = problems[:4] + [f"{len(problems) - 4} more shapes differ"] * (len(problems) > 4)
         raise CheckpointError(f"{where}: {'; '.join(shown)}")
     # our own copy: training the net must not change the caller's dict
@@ -169,17 +160,12 @@ _LONGVIT = {  # number of positions (patches of 32 pixels) -> segment lengths
 
 CARD = """# {what}
 
-Converted by `longnet convert` from `{name}`, SHA-256
-`{sha256}`.
+Converted by `longnet convert` from `{name}`, SHA-256 `{sha256}`.
+The file does not say heads, pattern and padding: what was not given is the official model's.
+With padding "zero_key", keys of zeros join the softmax wherever a sequence does not fill a segment.
 
-- {parameters:,} parameters: {layers} layers of {dim}, {heads} heads.
-- The file does not say the heads and the pattern. They are {origin}: {heads} heads, segment lengths {lengths},
-  dilation rates {rates}.
-- {padding}
-{left_out}"""
-_ZERO_KEY = """padding is "zero_key", as the weights were trained: keys of zeros join the softmax wherever a sequence
-  does not fill a segment. `--padding exact` leaves them out; the vectors differ."""
-_EXACT = 'padding is "exact": no keys but those of the sequence.'
+{settings}
+"""
 
 
 @dataclass(frozen=True)
@@ -318,27 +304,13 @@ class _Contents:
 
     def card(self) -> str:
         """Return the text of the folder's README.md."""
-        config, given = self.config, self.given
-        ours = (given.heads, given.segment_lengths, given.dilation_rates)
-        origin = "those that were given" if None not in ours else "the official model's"
-        if None in ours and any(value is not None for value in ours):
-            origin = "the official model's, where they were not given"
-        return CARD.format(
-            what=self.what[0].upper() + self.what[1:],
-            name=self.path.name,
-            sha256=file_sha256(self.path),
-            parameters=config.num_parameters(),
-            layers=config.num_layers,
-            dim=config.dim,
-            heads=config.num_heads,
-            origin=origin,
-            lengths=", ".join(map(str, config.segment_lengths)),
-            rates=", ".join(map(str, config.dilation_rates)),
-            padding=_ZERO_KEY if config.padding == "zero_key" else _EXACT,
-            left_out=f"- Left out, because a LongNet has no place for it: {_listed(self.left_out)}.\n"
-            if self.left_out
-            else "",
+        names = ("num_layers", "dim", "num_heads", "segment_lengths", "dilation_rates", "padding")
+        settings = [f"- {name}: {getattr(self.config, name)}" for name in names]
+        settings += [f"- left out, because a LongNet has no place for it: {_listed(self.left_out)}"] * bool(
+            self.left_out
         )
+        what, sha256 = self.what[0].upper() + self.what[1:], file_sha256(self.path)
+        return CARD.format(what=what, name=self.path.name, sha256=sha256, settings="\n".join(settings))
 
     def _config(self, positions: int) -> LongNetConfig:
         """Return the configuration, from names and shapes, the given values and the official model's defaults."""

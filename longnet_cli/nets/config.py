@@ -10,6 +10,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from pydantic import (
+    BaseModel,
+    ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     ValidationError,
@@ -320,6 +322,37 @@ class SlideConfig(LongNetConfig):
     def num_parameters(self) -> int:
         """Return the number of trainable parameters, including the projection, CLS and the last norm."""
         return super().num_parameters() + (self.in_features + 1) * self.dim + 3 * self.dim
+
+
+class TransformersConfig(NetConfig, BaseModel):
+    """The facts of a Hugging Face model, which a recipe stores; `source` is the model's own configuration, as JSON."""
+
+    model_config = ConfigDict(frozen=True)
+
+    vocab_size: int
+    dim: int
+    num_layers: int
+    num_heads: int
+    kv_heads: int  # heads of keys and values, a divisor of num_heads
+    head_dim: int
+    ffn_dim: int
+    causal: bool
+    memory: Literal["segments", "cache", "none"]  # the memory of a causal sequence between its chunks
+    max_tokens: int | None  # the size of a table of positions; for a dense net as trained, its training length
+    as_trained: bool  # no pattern is given: dense, on sequences of at most its training length
+    pattern: Pattern
+    parameters: int
+    trained: int  # number of trained parameters: all of the model's, or LoRA's
+    layer_weights: int  # parameters in the matrices of all layers
+    source: str
+
+    @property
+    def streams(self) -> bool:
+        return self.memory != "none"
+
+    def num_parameters(self) -> int:
+        """Return the number of parameters, with tied embeddings counted once."""
+        return self.parameters
 
 
 def parse_config(data: Mapping[str, Any], where: str, pattern: Pattern | None = None) -> LongNetConfig:

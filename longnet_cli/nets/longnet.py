@@ -233,7 +233,7 @@ class LongNet(Net):
         embedding.
         """
         x = self.embed(tokens, embeddings)
-        if isinstance(lengths, Tensor) and not torch.compiler.is_compiling():
+        if isinstance(lengths, Tensor):
             lengths = lengths.tolist()  # waits for a GPU: once, not in every layer
         table, place = self.positions(x, start, documents), Placement(start, lengths, documents, total)
         pattern = self.config.pattern

@@ -24,7 +24,8 @@ from longnet_cli.attention.notation import format_pattern
 from longnet_cli.basics.atomic import whole_folder
 from longnet_cli.basics.configuration import digest, parse, read_text
 from longnet_cli.basics.errors import CheckpointError, ConfigError, LongNetError
-from longnet_cli.hub.folder_files import (
+from longnet_cli.hub.model_names import find_model
+from longnet_cli.hub.repository import (
     CONFIG,
     CONFIG_SHA256,
     TENSORS_SHA256,
@@ -32,7 +33,6 @@ from longnet_cli.hub.folder_files import (
     TOKENIZER_SHA256,
     WEIGHTS,
 )
-from longnet_cli.hub.model_names import find_model
 from longnet_cli.nets.config import LongNetConfig, parse_config
 from longnet_cli.nets.foreign import foreign_files, foreign_keys, own_keys
 from longnet_cli.nets.net import Net
@@ -238,14 +238,18 @@ def empty_net(
     with torch.device("meta"):
         model = build(config)
     expected = model.state_dict()
-    if missing := [name for name in expected if name not in shapes]:
-        raise CheckpointError(f"{where}: {list_names('missing', missing)}")
-    if unexpected := [name for name in shapes if name not in expected]:
-        raise CheckpointError(f"{where}: {list_names('unexpected', unexpected)}")
-    for name, shape in shapes.items():
-        if shape != (needed := tuple(expected[name].shape)):
-            raise CheckpointError(f"{where}: {name} has shape {shape}, its configuration needs {needed}")
+    needed = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    if problems := differences(needed, shapes, "its configuration needs"):
+        raise CheckpointError(f"{where}: {problems[0]}")
     return model
+
+
+def differences(needed: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]], by: str) -> list[str]:
+    """Return what is wrong with tensors of the `given` shapes, in words; `by` says who needs the others."""
+    missing, surplus = ([n for n in one if n not in other] for one, other in ((needed, given), (given, needed)))
+    names = [list_names(what, some) for what, some in (("missing", missing), ("unexpected", surplus)) if some]
+    wrong = [name for name, shape in needed.items() if given.get(name, shape) != shape]
+    return names + [f"{name} has shape {given[name]}, {by} {needed[name]}" for name in wrong]
 
 
 def _own_config(path: Path) -> Any:

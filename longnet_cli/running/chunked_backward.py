@@ -21,17 +21,18 @@ from torch import Tensor
 
 from longnet_cli.attention import FarKeys, FarSpan, Outside, Past
 from longnet_cli.attention.choosing import Names
-from longnet_cli.attention.merging import accumulator, strided_view
 from longnet_cli.attention.spans import common_span, lanes, level_of, open_spans, rows_before, segment_rows, span_views
+from longnet_cli.attention.views import accumulator, strided_view
 from longnet_cli.nets.config import NetConfig
 from longnet_cli.nets.named_blocks import ReadText, named_blocks
 from longnet_cli.nets.net import Net
 from longnet_cli.running.causal_stream import CausalStream
 from longnet_cli.running.device import precision, random_state, set_random_state
 from longnet_cli.running.ranks.blocks import RankPast
-from longnet_cli.running.ranks.exchange import Exchange, most_owned, whole_blocks
+from longnet_cli.running.ranks.exchange import Exchange
 from longnet_cli.running.ranks.fsdp import final_backward
 from longnet_cli.running.ranks.ranks import ALONE, Ranks
+from longnet_cli.running.ranks.shards import most_owned, whole_blocks
 
 
 class Tokens(Protocol):

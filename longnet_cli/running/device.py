@@ -7,7 +7,6 @@ import os
 import re
 import resource
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -43,7 +42,7 @@ def resolve_dtype(name: str, device: torch.device) -> str:
 
     Warns once, with InputWarning, of bf16 on a CPU that computes it slowly.
     """
-    if name == "bf16" and device.type == "cpu":
+    if name == "bf16" and device.type == "cpu" and bf16_instructions() == "":
         _warn_of_slow_bf16()
     if name != "auto":
         return name
@@ -52,10 +51,15 @@ def resolve_dtype(name: str, device: torch.device) -> str:
 
 @cache
 def _warn_of_slow_bf16() -> None:
-    with suppress(OSError):  # not Linux: unknown
-        flags = re.findall(r"^(?:flags|Features)\s*:(.*)", CPU_INFO.read_text(), re.MULTILINE)
-        if flags and not {"avx512_bf16", "amx_bf16", "bf16"} & {*flags[0].split()}:
-            warnings.warn("this CPU has no bf16 instructions: --dtype fp32 is faster here", InputWarning, stacklevel=3)
+    warnings.warn("this CPU has no bf16 instructions: --dtype fp32 is faster here", InputWarning, stacklevel=3)
+
+
+def bf16_instructions() -> str | None:
+    """Return the names of the CPU's bf16 instructions, "" if it has none; None where the system does not say."""
+    with suppress(OSError):  # not Linux
+        if flags := re.search(r"^(?:flags|Features)\s*:(.*)", CPU_INFO.read_text(), re.MULTILINE):
+            return ", ".join(sorted({"avx512_bf16", "amx_bf16", "bf16"} & {*flags[1].split()}))
+    return None
 
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -151,36 +155,28 @@ def peak_memory(device: torch.device) -> int:
 class PeakMemory:
     """The peak of memory in use since the block started, in `bytes`: resident memory of the process, or GPU memory.
 
-    Linux can reset its own high-water mark. If a container forbids that, a thread looks every few milliseconds. If the
-    system does not tell, `bytes` is None.
+    Linux resets its own high-water mark for it. Where the system does not, `bytes` is None.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.seen, self.done = device, 0, threading.Event()
-        self.sampler: threading.Thread | None = None
+        self.device, self.known = device, True
 
     def __enter__(self) -> PeakMemory:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-            return self
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            self.seen = resident_memory(self.device)
-            self.sampler = threading.Thread(target=self._sample, daemon=True)
-            self.sampler.start()
+        else:
+            try:
+                Path("/proc/self/clear_refs").write_text("5")
+            except OSError:
+                self.known = False
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.done.set()
+        """Do nothing: the mark can be read at any time."""
 
     @property
     def bytes(self) -> int | None:
-        return self.seen or None if self.sampler else peak_memory(self.device)
-
-    def _sample(self) -> None:
-        while not self.done.wait(0.005):
-            self.seen = max(self.seen, resident_memory(self.device))
+        return peak_memory(self.device) if self.known else None
 
 
 def trim_memory(device: torch.device) -> None:

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from longnet_cli.attention import SINKS, FarKeys, FarSpan, Outside
-from longnet_cli.attention.merging import strided_view
 from longnet_cli.attention.spans import common_span, far_spans, lanes, level_of, rows_before, span_rows, span_views
+from longnet_cli.attention.views import strided_view
 from longnet_cli.basics.errors import MemoryLimitError
 from longnet_cli.nets.longnet import Block, LongNet, Placement
 from longnet_cli.running.device import DTYPES, free_memory, precision, resolve_dtype, to_device

@@ -29,9 +29,10 @@ from longnet_cli.running.causal_stream import CausalStream, open_stream
 from longnet_cli.running.chunk_size import chunk_of, default_chunk
 from longnet_cli.running.device import precision, to_device
 from longnet_cli.running.layerwise import hidden_in_chunks
-from longnet_cli.running.ranks.exchange import Exchange, whole_blocks
+from longnet_cli.running.ranks.exchange import Exchange
 from longnet_cli.running.ranks.portions import Portion, portions
 from longnet_cli.running.ranks.ranks import Ranks
+from longnet_cli.running.ranks.shards import whole_blocks
 
 PORTION_CHUNKS = 4  # full forward passes per portion that is dealt out
 
@@ -128,7 +129,7 @@ class Reader:
     Several `ranks`, which must all read the same windows, share every long window, `chunk` tokens each, and divide the
     forward passes over short windows. `dtype` is as in `running.device`. On every rank, `on_progress` gets the number
     of wanted tokens of each forward pass. `on_choice` gets the windows of a forward pass, and what their layers see of
-    chosen blocks, as `running.causal_stream.OnChoice`.
+    chosen blocks, as `running.layer_caches.OnChoice`.
     """
 
     def __init__(
@@ -226,7 +227,14 @@ class Reader:
                 hidden = self.model(ids, start=exchange.start, far=exchange, total=total)
             yield self._shared(window, chunks[0], hidden[0])
             return
-        done = _Share(self.on_progress, self.model.config.num_layers)
+        done, layers = 0, self.model.config.num_layers
+
+        def count(tokens: int) -> None:
+            """Report one token for as many of single layers as there are layers."""
+            nonlocal done
+            before, done = done // layers, done + tokens
+            self.on_progress(done // layers - before)
+
         mine = hidden_in_chunks(
             cast(LongNet, self.model),  # no other net goes layer by layer
             lambda start, stop: self._ids(window, window.start + start, window.start + stop)[None],
@@ -235,7 +243,7 @@ class Reader:
             spill=self.spill,
             dtype=self.dtype,
             ranks=ranks,
-            on_chunk=done,
+            on_chunk=count,
         )
         for turn in range(window.start, window.stop, self.chunk * ranks.world):
             edges = [min(turn + self.chunk * rank, window.stop) for rank in range(ranks.world + 1)]
@@ -298,15 +306,3 @@ def batches_by_length(lengths: Sequence[int], limit: int, least: int | None = No
             rows += 1
         yield order[:rows]
         order = order[rows:]
-
-
-class _Share:
-    """A callback for the tokens of single layers. It reports one token to `on_progress` for every `layers` of them."""
-
-    def __init__(self, on_progress: Callable[[int], None], layers: int) -> None:
-        self.on_progress, self.layers, self.done = on_progress, layers, 0
-
-    def __call__(self, tokens: int) -> None:
-        before, self.done = self.done // self.layers, self.done + tokens
-        if self.done // self.layers > before:
-            self.on_progress(self.done // self.layers - before)

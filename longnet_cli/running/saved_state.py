@@ -25,7 +25,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from longnet_cli.attention import KVCache
 from longnet_cli.attention.notation import format_pattern, parse_pattern
 from longnet_cli.basics.atomic import (
     find_damage,
@@ -189,19 +188,6 @@ def _is_finer(pattern: str, saved: str) -> bool:
     every = old.chosen_every
     same = new.chosen and old.chosen and every % new.chosen_every == 0
     return bool(same) and replace(new, chosen_every=every, chosen_exact=old.chosen_exact) == old
-
-
-def layer_tensors(caches: Iterable[KVCache]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of the layers' caches, by name."""
-    for layer, cache in enumerate(caches):
-        for name, tensor in cache.state():
-            yield f"{layer}.{name}", tensor
-
-
-def of_layer(tensors: Mapping[str, Tensor], layer: int, device: torch.device) -> dict[str, Tensor]:
-    """Return the tensors of one layer's cache on a device, for `KVCache.restore`."""
-    begin = f"{layer}."
-    return {name.removeprefix(begin): x.to(device) for name, x in tensors.items() if name.startswith(begin)}
 
 
 def _pieces(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:

@@ -13,9 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.kernels import KERNELS
-from longnet_cli.attention.merging import merged_backward
-from longnet_cli.attention.planning import plan_calls
-from longnet_cli.attention.shard import Shard
+from longnet_cli.attention.planning import Shard, merged_backward, plan_calls
 
 
 class Live(TorchDispatchMode):

@@ -130,6 +130,46 @@ def test_a_kernel_that_fails_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> 
         assert kernels.select_kernel(CPU, torch.float32, 16).name == "math"
 
 
+def test_a_kernel_is_probed_again_for_algorithms_that_are_always_equal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LONGNET_KERNEL", raising=False)
+    flash = kernels.KERNELS["cpu_flash"]
+    backward = flash.backward
+
+    def refusing(*arguments):
+        assert not torch.are_deterministic_algorithms_enabled(), "no such algorithm"
+        return backward(*arguments)
+
+    monkeypatch.setattr(flash, "backward", refusing)
+    assert kernels.select_kernel(CPU, torch.float32, 16).name == "cpu_flash"
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.warns(UserWarning, match="'cpu_flash' is not used: AssertionError: no such algorithm"):
+            assert kernels.select_kernel(CPU, torch.float32, 16).name == "math"
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_key_heads_that_are_shared_are_copied_for_a_kernel_that_cannot_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    def attend(kernel, q, k, v, sizes, causal, scale):
+        assert k.stride(2)
+        assert v.stride(2)
+        out, lse = MATH.forward(*(x.transpose(1, 2) for x in (q, k, v)), causal, scale)
+        return out.transpose(1, 2), lse
+
+    def gradients(kernel, tensors, sizes, causal, scale):
+        assert all(x.stride(2) for x in tensors)
+        *of_rows, lse = tensors
+        grads = MATH.backward(*(x.transpose(1, 2) for x in of_rows), lse, causal, scale)
+        return [d.transpose(1, 2) for d in grads]
+
+    kind = cuda_kernels.CudaFlashKernel
+    for name, value in {"refusal": lambda *_: None, "packs": False, "attend": attend, "gradients": gradients}.items():
+        monkeypatch.setattr(kind, name, value)
+    q, k, v = (torch.randn(1, 50, heads, 8) for heads in (4, 2, 2))
+    found = dilated_attention(q, k, v, Pattern((8, 32), (1, 4)), kernel="cuda_flash")
+    torch.testing.assert_close(found, dilated_attention_reference(q, k, v, Pattern((8, 32), (1, 4))))
+
+
 def test_probing_leaves_the_random_state_alone() -> None:
     state = torch.get_rng_state()
     kernels.select_kernel(CPU, torch.float32, 24)

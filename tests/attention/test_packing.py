@@ -15,9 +15,8 @@ from torch import Tensor
 
 from longnet_cli.attention import FarKeys, FarSpan, Pattern, dilated_attention, far_keys, planning
 from longnet_cli.attention.kernels import KERNELS, forget_selections
-from longnet_cli.attention.planning import plan_calls
+from longnet_cli.attention.planning import Shard, plan_calls
 from longnet_cli.attention.reference import dilated_attention_reference
-from longnet_cli.attention.shard import Shard
 
 
 class Unpacked(PackedMath):

@@ -18,10 +18,11 @@ from torch import Tensor
 from longnet_cli.attention import SINKS, FarKeys, FarSpan, KVCache, Pattern, dilated_attention, far_keys
 from longnet_cli.attention.branches import attention_flops, branches
 from longnet_cli.attention.cache import cached_rows
-from longnet_cli.attention.merging import apart, strided_view
+from longnet_cli.attention.merging import apart
 from longnet_cli.attention.notation import parse_pattern
 from longnet_cli.attention.reference import dilated_attention_reference, key_counts
 from longnet_cli.attention.spans import far_spans, lanes
+from longnet_cli.attention.views import strided_view
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])

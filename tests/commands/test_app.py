@@ -3,6 +3,7 @@
 Failures are tried on an app of one command, in a real process, through the same `run` that the real one uses.
 """
 
+import re
 import signal
 import subprocess
 import sys
@@ -114,6 +115,11 @@ def test_words_before_a_command(run_longnet, words, code, said):
     result = run_longnet(*words)
     assert (result.returncode, said in result.stdout + result.stderr) == (code, True)
     assert not result.stderr or code
+
+
+def test_help_lists_commands_by_what_they_are_for(run_longnet):
+    found = re.findall(r"^\W+ (\w+)  +[A-Z]", run_longnet("--help").stdout, re.MULTILINE)
+    assert found == ["score", "encode", "generate", "train", "tokenize", "data", "pattern", "plot", "bench", "convert"]
 
 
 @pytest.mark.parametrize("command", [["score"], ["data", "inspect"], []])

@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 import pytest
 from builders import scores, tiny_model
 from conftest import RunLongnet
-from processes import refused
 
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
@@ -141,55 +140,3 @@ def test_encode_without_output_streams_and_to_a_name_writes_parquet(
     assert table.schema.metadata[b"longnet.pooling"] == b"last"
     assert table.schema.metadata[b"longnet.normalized"] == b"false"
     assert table.schema.metadata[b"longnet.tokenizer_sha256"] == Tokenizer.bytes().sha256.encode()
-
-
-# --- what goes wrong -------------------------------------------------------------------------------------
-
-
-def test_failures_are_one_line_and_their_exit_code(
-    run_longnet: RunLongnet, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Tried in this process, but for the first."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty.txt").touch()
-    (tmp_path / "taken").mkdir()
-    (tmp_path / "taken" / "file").touch()
-    (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
-    pq.write_table(pa.table({"input_ids": [[1, 2], [3, 300]]}), tmp_path / "ids.parquet")
-    pq.write_table(pa.table({"text": ["full", ""]}), tmp_path / "hole.parquet")
-    Tokenizer.train(["some text and more text"] * 9, 265).save(tmp_path / "large.json")
-    score, encode = (["score", "--model", model], ["encode", "--model", model, "-o", "out.arrow"])
-    train = ["train", "longnet-tiny", "--data", "hole.parquet", "-o"]
-    cases: list[tuple[int, list[str | Path], str]] = [
-        (3, [*score, "missing.txt"], "missing.txt: no such file"),
-        (3, [*score, "--format", "json", "empty.txt"], "no token could be scored: every document is empty"),
-        (3, [*score, "picture.png"], "picture.png: neither Arrow, Parquet nor UTF-8 text"),
-        (3, [*score, "ids.parquet"], "row 1, offset 1: token id 300 does not fit a vocabulary of 257"),
-        (3, [*encode, "empty.txt"], "nothing to encode: every document is empty"),
-        (2, ["encode", "hole.parquet", "-o", "out.arrow", "--model", "no-such-model"], "unknown model 'no-such-model'"),
-        (2, [*encode, "hole.parquet", "--resume"], "out.arrow: only a folder of shards can be resumed"),
-        (2, ["encode", "hole.parquet", "-o", "taken"], "taken exists and is not an empty folder"),
-        (2, [*score, "hole.parquet", "--column", "body"], "there is no column 'body'; its columns are text: string"),
-        (2, [*score, "hole.parquet", "--tokenizer", "large.json"], "large.json: not the tokenizer of the model"),
-        (
-            2,
-            [*score, "hole.parquet", "--tokenizer", "large.json", "--tokenizer-differs"],
-            "the tokenizer has 265 ids and the model 257",
-        ),
-        (2, [*train, "hole.parquet"], "hole.parquet is a file, and -o names the folder of a run"),
-        (2, [*train, "hole.parquet/run"], "hole.parquet is a file, and -o names the folder of a run"),
-        (2, [*train, ""], "--output is empty"),
-        (2, ["train", "no-such-recipe"], "no recipe 'no-such-recipe'. Shipped recipes: "),
-        (2, ["train", "no-such-recipe"], "; a path ends in .toml"),
-        (2, ["train", "other/my.toml"], "no recipe 'other/my.toml': no such file. Shipped recipes: "),
-        (2, ["train", "--resume", "a" * 10_000], "aaa: File name too long"),
-        (2, ["train", "recipe.toml", "--resume", "a" * 10_000], "aaa: File name too long"),
-        (2, ["train", "-o", "run"], "there is no run in run"),
-    ]
-    before = set(tmp_path.iterdir())
-    for code, command, words in cases:
-        error = refused(*command)
-        assert (error.exit_code, words in str(error)) == (code, True), error
-    done = run_longnet(*cases[0][1])
-    assert (done.returncode, done.stdout, done.stderr) == (3, "", f"longnet: error: {refused(*cases[0][1])}\n")
-    assert set(tmp_path.iterdir()) == before  # no half-written file

@@ -125,33 +125,13 @@ def test_tokenize_resumes_among_chats_that_the_template_refuses(words: Tokenizer
     (tmp_path / "words/chat_template.jinja").write_text(refusing + TEMPLATE)
     write(tmp_path / "x.jsonl", CHATS * 3)
     command = ["tokenize", "x.jsonl", "--tokenizer", tmp_path / "words", "--shard-tokens", "30", "-o"]
-    failed = run_longnet(*command, "out")
-    assert (failed.returncode, "x.jsonl, line 2: " in failed.stderr, "no system" in failed.stderr) == (3, True, True)
+    assert run_longnet(*command, "out").returncode == 3
     (tmp_path / "words/chat_template.jinja").write_text(TEMPLATE)
     changed = run_longnet(*command, "out", "--resume")
     assert (changed.returncode, "chat_template" in changed.stderr) == (2, True)
     (tmp_path / "words/chat_template.jinja").write_text(refusing + TEMPLATE)
-    done = run_longnet(*command, "out", "--resume", "--skip-bad")
-    whole = run_longnet(*command, "whole", "--skip-bad")
-    assert (done.returncode, whole.returncode) == (6, 6)
-    assert done.stderr.replace("-> out", "-> whole") == whole.stderr
-    assert [line.partition(": the chat")[0] for line in whole.stderr.splitlines()[:3]] == [
-        f"longnet: note: left out: x.jsonl, line {line}: {tmp_path / 'words'}" for line in (2, 4, 6)
-    ]
+    for more in (["out", "--resume"], ["whole"]):
+        done = run_longnet(*command, *more, "--skip-bad")
+        assert (done.returncode, done.stderr.count("left out: x.jsonl, line")) == (6, 3)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert [each.doc_id for each in Inputs([tmp_path / "out"]).documents()] == ["0", "2", "4"]
-
-
-def test_tokenize_says_that_chats_need_a_template(words: Tokenizer, tmp_path: Path, run_longnet) -> None:
-    write(tmp_path / "x.jsonl", CHATS)
-    (tmp_path / "words/chat_template.jinja").unlink()
-    for options, problem in (
-        ([], "x.jsonl: 'messages' holds chats, which need the chat template of a tokenizer: give a folder with a "),
-        (["--tokenizer", tmp_path / "words"], f"{tmp_path / 'words'}: no chat template (chat_template.jinja, or "),
-        (["--train-vocab", "300"], "x.jsonl: no column named text with text: choose one (--column); its columns are "),
-    ):
-        done = run_longnet("tokenize", "x.jsonl", "-o", "out.arrow", *options)
-        assert done.returncode == 2
-        assert done.stderr.startswith(f"longnet: error: {problem}")
-        assert len(done.stderr.splitlines()) == 1
-        assert not (tmp_path / "out.arrow").exists()

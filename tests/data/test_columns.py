@@ -1,11 +1,23 @@
-"""Proves which column of a table holds the documents, and that an unclear one is asked for."""
+"""Which columns of a table hold documents, and which name them or are carried along; unclear ones are asked for."""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import json
+from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.ipc as ipc
+import pyarrow.parquet as pq
 import pytest
-from files import FORMATS, IDS, read, tokens, write_file, write_parquet, write_stream
+from conftest import RunLongnet
+from files import FORMATS, IDS, read, tokens, write_file, write_parquet, write_rows, write_stream
 
 from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.data.inputs import Inputs
+from longnet_cli.data.manifest import read_manifest
+from longnet_cli.data.tokenizer import Tokenizer
 
 
 def test_the_column_can_be_chosen(tmp_path):
@@ -67,3 +79,171 @@ def test_a_null_in_a_dictionary_is_named(tmp_path):
     texts = pa.DictionaryArray.from_arrays(pa.array([0, 1], pa.int8()), pa.array(["a", None]))
     with pytest.raises(DataError, match="row 1: the value is null"):
         read(write_file(tmp_path / "x.arrow", pa.table({"text": texts})))
+
+
+BYTES = Tokenizer.bytes()
+ROWS = [
+    {"id": 7, "doc": {"body": "one", "ids": [1, 2], "deep": {"name": "x"}}, "n": 1, "text": "first"},
+    {"id": 8, "doc": {"body": "two", "ids": [3], "deep": {"name": "y"}}, "n": 2, "text": "second"},
+    {"id": 9, "doc": {"body": "three", "ids": [], "deep": {"name": "y"}}, "n": None, "text": "third"},
+]
+FORMS = ("x.arrow", "x.stream", "x.parquet", "x.jsonl")
+
+
+@pytest.fixture(params=FORMS)
+def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return write_rows(tmp_path / request.param, ROWS)
+
+
+def read_kept(path: Path, **options: object) -> list[tuple[str, list[int], dict]]:
+    found = Inputs([path], BYTES, vocab_size=300, **options).documents()  # type: ignore[arg-type]
+    return [(each.doc_id, each.read().tolist(), {k: v.as_py() for k, v in each.kept.items()}) for each in found]
+
+
+def test_a_column_may_be_inside_of_others(path: Path) -> None:
+    bodies = [text.text for text in Inputs([path], column="doc.body").texts()]
+    assert bodies == ["one", "two", "three"]
+    assert [ids for _, ids, _ in read_kept(path, column="doc.ids")] == [[1, 2], [3], []]
+    assert [name for name, _, _ in read_kept(path, column="doc.body", id_column="doc.deep.name")] == ["x", "y"]
+    assert read_kept(path, column="doc.body", id_column="doc.deep.name")[1][1] == list(
+        b"twothree"
+    )  # neighbours are one
+    for column in ("doc.text", "doc.body.x", "nothing", "doc"):
+        with pytest.raises((ConfigError, DataError), match=r"column|no key") as caught:
+            read_kept(path, column=column)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_name_with_a_dot_comes_before_one_inside(tmp_path: Path) -> None:
+    rows = [{"doc": {"body": "inside"}, "doc.body": "beside"}]
+    for form in FORMS:
+        assert [text.text for text in Inputs([write_rows(tmp_path / form, rows)], column="doc.body").texts()] == [
+            "beside"
+        ]
+
+
+def test_what_is_in_a_null_is_null(tmp_path: Path) -> None:
+    rows = [{"doc": {"body": "a"}, "n": {"a": 1}}, {"doc": {"body": "b"}, "n": None}, {"doc": None, "n": {"a": 2}}]
+    for form in FORMS:
+        file = write_rows(tmp_path / form, rows)
+        with pytest.raises(DataError, match=r"(row 2|line 3)"):
+            list(Inputs([file], column="doc.body").texts())
+        good = write_rows(tmp_path / form, rows[:2])
+        assert [kept for _, _, kept in read_kept(good, column="doc.body", keep=("n.a",))] == [{"n.a": 1}, {"n.a": None}]
+
+
+def test_documents_are_named_by_id_and_by_any_column(path: Path) -> None:
+    assert [name for name, _, _ in read_kept(path)] == ["7", "8", "9"]
+    assert [name for name, _, _ in read_kept(path, id_column="text", column="doc.body")] == ["first", "second", "third"]
+    assert [text.doc_id for text in Inputs([path], id_column="doc.deep.name").texts()] == ["x", "y"]
+    with pytest.raises(ConfigError, match="there is no column 'uid'; its columns are"):
+        read_kept(path, id_column="uid")
+    with pytest.raises((ConfigError, DataError), match="doc"):
+        read_kept(path, id_column="doc")
+
+
+def test_an_id_that_is_no_name_is_not_taken_for_one(tmp_path: Path) -> None:
+    for form in ("x.arrow", "x.parquet"):
+        file = write_rows(tmp_path / form, [{"id": 0.5, "text": "a"}, {"id": 0.5, "text": "b"}])
+        assert [name for name, _, _ in read_kept(file)] == [f"{form}:0", f"{form}:1"]
+    both = write_rows(
+        tmp_path / "both.parquet", [{"id": 1, "doc_id": "a", "text": "x"}, {"id": 1, "doc_id": "b", "text": "y"}]
+    )
+    assert [name for name, _, _ in read_kept(both)] == ["a", "b"]
+
+
+def test_columns_are_carried_along(path: Path) -> None:
+    kept = [found[2] for found in read_kept(path, keep=("n", "doc.deep.name", "text", "id"))]
+    ids = [str(row["id"]) if path.suffix == ".jsonl" else row["id"] for row in ROWS]  # JSON's are read as names
+    assert kept == [
+        {"n": row["n"], "doc.deep.name": row["doc"]["deep"]["name"], "text": row["text"], "id": number}
+        for row, number in zip(ROWS, ids, strict=True)
+    ]
+
+
+def test_views_of_text_are_carried_along(tmp_path: Path) -> None:
+    """Polars writes them, and categories of them."""
+    views = pa.array(["a", "b"], pa.string_view())
+    enum = pa.DictionaryArray.from_arrays(pa.array([1, 0]), views)
+    file = write_file(tmp_path / "x.arrow", pa.table({"text": views, "enum": enum, "pairs": [[1], [2]]}))
+    kept = [found[2] for found in read_kept(file, keep=("text", "enum", "pairs"))]
+    assert kept == [{"text": "a", "enum": "b", "pairs": [1]}, {"text": "b", "enum": "a", "pairs": [2]}]
+
+
+def test_a_stream_of_ids_carries_nothing_along(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"ids": [1, 2, 256, 3], "n": [1, 2, 3, 4]}), tmp_path / "x.parquet")
+    with pytest.raises(ConfigError, match="'ids' is one stream of ids, in which a document has no row for 'n'"):
+        read_kept(tmp_path / "x.parquet", keep=("n",))
+    (tmp_path / "x.txt").write_text("plain")
+    with pytest.raises(ConfigError, match="column 'n' is asked for, and this is plain text"):
+        read_kept(tmp_path / "x.txt", keep=("n",))
+
+
+def test_json_says_of_what_type_it_is_in_its_first_lines(tmp_path: Path) -> None:
+    rows = [{"text": "a", "n": None}, {"text": "b", "n": 1}, {"text": "c", "n": 1.5}, {"text": "d", "n": "x"}]
+    file, mixed = tmp_path / "x.jsonl", tmp_path / "mixed.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
+    mixed.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [kept["n"] for _, _, kept in read_kept(file, keep=("n",))] == [None, 1.0, 1.5]
+    with pytest.raises(DataError, match="the values of 'n' are not of one type"):
+        read_kept(mixed, keep=("n",))
+    late = write_rows(tmp_path / "x.jsonl", [{"text": "a" * 500, "n": 1}] * 2500 + [{"text": "b", "n": 1.5}])
+    with pytest.raises(DataError, match=r"line 2501: 'n' is not int64, as it is in the first lines"):
+        read_kept(late, keep=("n",))
+
+
+def test_bytes_are_base64_in_json_lines(tmp_path: Path, run_longnet: RunLongnet) -> None:
+    ends = pa.RunEndEncodedArray.from_arrays(pa.array([2], pa.int32()), pa.array(["x"]))
+    write_file(tmp_path / "x.arrow", pa.table({"text": ["one", "two"], "ends": ends, "bytes": [b"\xff\0", b"\\xff"]}))
+    done = run_longnet("encode", "x.arrow", "--keep", "ends,bytes", "-o", "out.jsonl")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [(row["ends"], base64.b64decode(row["bytes"])) for row in rows] == [("x", b"\xff\0"), ("x", b"\\xff")]
+
+
+def test_score_and_encode_carry_columns_to_their_rows(tmp_path: Path, run_longnet: RunLongnet) -> None:
+    day = datetime.date(2026, 11, 26)
+    table = pa.table({"text": ["one", "two"], "day": [day, None], "tag": pa.array(["a", "b"]).dictionary_encode()})
+    table = table.append_column("list", [[["x"], None]])
+    pq.write_table(table, tmp_path / "x.parquet")
+    scored = run_longnet("score", "x.parquet", "--keep", "day,tag", "--format", "jsonl")
+    rows = [json.loads(line) for line in scored.stdout.splitlines()]
+    assert [(row["day"], row["tag"]) for row in rows[:2]] == [("2026-11-26", "a"), (None, "b")]
+    assert not {"day", "tag"} & rows[2].keys()
+    for output in ("out.arrow", "out.parquet", "folder"):
+        done = run_longnet("encode", "x.parquet", "--keep", "day,tag,list", "--span", "1", "-o", output)
+        assert done.returncode == 0, done.stderr
+        (file,) = (tmp_path / output).glob("v*.arrow") if output == "folder" else [tmp_path / output]
+        found = pq.read_table(file) if output == "out.parquet" else ipc.open_file(file).read_all()
+        rows = found.select(["doc_id", "day", "tag", "list"]).to_pylist()
+        assert rows == [
+            {"doc_id": "x.parquet:0", "day": day, "tag": "a", "list": ["x"]},
+            {"doc_id": "x.parquet:1", "day": None, "tag": "b", "list": None},
+        ]
+    refused = run_longnet("encode", "x.parquet", "--keep", "tag,tag", "-o", "y.arrow")
+    assert (refused.returncode, "is no list of names" in refused.stderr) == (2, True), refused.stderr
+
+
+BAD = '{"text": "a", "id": 1}\n{"text": 5, "id": 2}\n\n{"text": "b", "id": 3}\nnot json\n{"text": "c", "id": 4}\n'
+
+
+def test_a_finished_folder_says_what_its_run_left_out(tmp_path: Path, run_longnet: RunLongnet) -> None:
+    (tmp_path / "a.jsonl").write_text(BAD)
+    for command in ("tokenize", "encode", "score"):
+        words = [command, "a.jsonl", "nothing", "--skip-bad", "-o", f"of-{command}/"]
+        done = run_longnet(*words)
+        assert done.returncode == 6
+        assert done.stderr.startswith("longnet: note: left out: nothing: no such file or folder\n")
+        again = run_longnet(*words, "--resume")
+        assert again.returncode == 6, again.stderr
+        assert again.stderr.endswith("3 documents and 1 file left out\n")
+        totals = read_manifest(tmp_path / f"of-{command}").totals
+        assert (totals["documents"], totals["skipped"], totals["skipped_files"]) == (3, 4, 1)
+
+
+def test_empty_documents_are_counted_and_passed_over(tmp_path: Path, run_longnet: RunLongnet) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": ""}\n{"text": "b"}\n')
+    done = run_longnet("encode", "a.jsonl", "-o", "vectors")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.endswith("longnet: note: 1 document empty\n")
+    assert dict(read_manifest(tmp_path / "vectors").totals) == {"empty": 1, "rows": 2, "documents": 2, "tokens": 2}

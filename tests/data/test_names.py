@@ -18,7 +18,6 @@ from processes import invoke
 from longnet_cli.basics.errors import ConfigError, DataError, InputWarning, MemoryLimitError
 from longnet_cli.data import names as names_module
 from longnet_cli.data.inputs import Inputs
-from longnet_cli.data.manifest import read_manifest
 from longnet_cli.data.names import find_sources
 from longnet_cli.data.tables import reading
 from longnet_cli.data.tokenizer import Tokenizer
@@ -148,17 +147,6 @@ def test_what_longnet_wrote_below_a_folder_is_passed_over_beside_anything_else(t
     assert names(tmp_path) == ["a.txt"]
 
 
-def test_an_output_below_an_input_is_no_input(tmp_path, run_longnet):
-    (tmp_path / "a.txt").write_text("one")
-    (tmp_path / "b.txt").write_text("two")
-    assert run_longnet("tokenize", ".", "-o", "tokens").returncode == 0
-    assert run_longnet("encode", ".", "-o", "vectors", "--shard-rows", "1").returncode == 0
-    again = run_longnet("encode", ".", "-o", "vectors", "--shard-rows", "1", "--resume")
-    assert again.returncode == 0, again.stderr
-    for folder in ("tokens", "vectors"):
-        assert read_manifest(tmp_path / folder).totals["documents"] == 2
-
-
 @pytest.mark.parametrize("text", ["[]", "{bad", '{"shards": 3}', "[" * 200_000])
 @pytest.mark.parametrize("name", ["_manifest.arrow", "_manifest.parquet"])
 def test_a_damaged_manifest_is_named(tmp_path, text, name):
@@ -224,6 +212,19 @@ def test_globs_and_lists(tmp_path, monkeypatch):
     Path("#1.txt").write_text("x")
     Path("list.txt").write_text("b.txt\n\n#1.txt\na1*.txt\n")
     assert names("@list.txt") == ["b.txt", "#1.txt", "a1.txt", "a10.txt"]
+    Path("line\nbreak.txt").write_text("x")
+    Path("nuls").write_text("a1.txt\0#1.txt\0line\nbreak.txt\0")  # as of find -print0
+    assert names("@nuls") == ["a1.txt", "#1.txt", "line\nbreak.txt"]
+
+
+def test_a_list_that_comes_through_a_pipe_is_read_once(tmp_path, run_longnet):
+    """A command looks at its inputs up to three times."""
+    for name in ("a.txt", "c d.txt"):
+        (tmp_path / name).write_text(name)
+    for command in (["encode", "@-", "-o", "vectors"], ["data", "inspect", "@-", "--format", "json"]):
+        done = run_longnet(*command, input="a.txt\n\nc d.txt\n")
+        assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["documents"] == 2
 
 
 def test_a_file_that_several_paths_reach_is_read_once(tmp_path, monkeypatch, run_longnet):

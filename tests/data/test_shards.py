@@ -1,19 +1,31 @@
-"""Proves that a folder of shards is whole or says that it is not, and resumes anywhere to the same bytes."""
+"""Proves that a folder of shards is whole or says that it is not, and resumes anywhere to the same bytes.
 
+A resumed run refuses inputs with other contents and a damaged manifest, and takes everything else.
+"""
+
+from __future__ import annotations
+
+import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.fs as fs
 import pyarrow.ipc as ipc
 import pytest
+from builders import tiny_model
+from conftest import RunLongnet
+from files import write_rows
 from processes import contents
 
 from longnet_cli.basics.errors import ConfigError, DataError
-from longnet_cli.data.inputs import Inputs
+from longnet_cli.data.inputs import WHOLE_TABLE, Inputs, content_digest
 from longnet_cli.data.manifest import UNFINISHED, read_manifest
+from longnet_cli.data.names import Source
 from longnet_cli.data.shards import ShardFolder
 
 FINISHED = "_manifest.arrow"
@@ -172,6 +184,18 @@ def test_a_damaged_manifest_is_refused(tmp_path, content):
         write(tmp_path, resume=True)
 
 
+def test_a_changed_manifest_is_refused(tmp_path):
+    """Whatever was changed, or if it lacks its digest."""
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, fail_at=5)
+    good = json.loads((tmp_path / UNFINISHED).read_text())
+    more = [good["shards"][0] | {"documents": 3}, *good["shards"][1:]]
+    for damage in ({"shards": more}, {"shards": good["shards"][1:]}, {"settings": 3}, {"digest": None}, {"version": 0}):
+        (tmp_path / UNFINISHED).write_text(json.dumps(good | damage))
+        with pytest.raises(DataError, match=UNFINISHED):
+            write(tmp_path, resume=True)
+
+
 def test_a_second_writer_is_refused(tmp_path):
     code = (
         "import sys; from longnet_cli.data.shards import *; from longnet_cli.basics.errors import ConfigError\n"
@@ -213,3 +237,71 @@ def test_a_finished_folder_of_parquet_resumes_too(tmp_path):
     (tmp_path / "out/_unfinished.json").write_text(read_manifest(tmp_path / "out").to_json())
     with pytest.raises(DataError, match=r"vectors-00001\.parquet: cannot resume"):
         write(tmp_path / "out", resume=True, format="parquet")
+
+
+COMMANDS = {
+    "tokenize": ["tokenize", "--shard-tokens", "30"],
+    "score": ["score", "-m", "./model", "--shard-tokens", "30"],
+    "encode": ["encode", "-m", "./model", "--shard-rows", "2"],
+}
+
+
+@pytest.mark.parametrize(
+    ("job", "name"),
+    [("tokenize", "in.jsonl"), *((job, form) for job in ("score", "encode") for form in ("in.jsonl", "in.arrow"))],
+)
+def test_only_other_contents_are_refused(run_longnet: RunLongnet, tmp_path: Path, job: str, name: str) -> None:
+    """By the digests of what finished shards hold. A kill before the last of these leaves `out`, beside `whole`."""
+    out, path = tmp_path / "out", tmp_path / name
+    kind = {"in.jsonl": lambda n: {"text": f"text {n}"}, "in.arrow": lambda n: {"ids": [n] * 9}}[name]
+    write_rows(path, [{"id": str(n)} | kind(n) for n in range(20)])
+    if job != "tokenize":
+        tiny_model(tmp_path / "model")
+    for folder in ("whole", "out"):
+        done = run_longnet(*COMMANDS[job], name, "-o", folder)
+        assert done.returncode == 0, done.stderr
+    manifest = read_manifest(out)
+    (out / manifest.shards.pop()["name"]).unlink()
+    (out / "_manifest.arrow").unlink()
+    (out / UNFINISHED).write_text(manifest.to_json())
+    before, good = contents(out), path.read_bytes()
+    byte = good.index(b"3" if name.endswith("jsonl") else b"\x03" + bytes(7) + b"\x03")  # of a finished shard
+    path.write_bytes(good[:byte] + b"4" + good[byte + 1 :])
+    done = run_longnet(*COMMANDS[job], name, "-o", "out", "--resume")
+    assert (done.returncode, len(done.stderr.splitlines())) == (3, 1), done.stderr
+    assert f"{name}: cannot resume: the file has changed" in done.stderr
+    assert contents(out) == before
+    path.write_bytes(good)
+    os.utime(path, (1, 1))  # a time alone is no change
+    done = run_longnet(*COMMANDS[job], name, "-o", "out", "--resume")
+    assert done.returncode == 0, done.stderr
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_a_large_table_is_known_by_its_ends_and_pieces(tmp_path: Path) -> None:
+    path, data = tmp_path / "large.arrow", bytearray(b"ARROW1\0\0" + np.random.default_rng(0).bytes(2 * WHOLE_TABLE))
+    path.write_bytes(data)
+    whole = content_digest(Source(path, "large", "large"))
+    for position in (100, len(data) // 2 + 9, len(data) - 1):
+        data[position] ^= 1
+        path.write_bytes(data)
+        assert content_digest(Source(path, "large", "large")) != whole
+        data[position] ^= 1
+    assert content_digest(Source(None, "-", "-")) is None
+
+
+def test_a_file_in_a_store_is_known_by_its_tag_or_its_time(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("a")
+    store = fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem())
+    first = content_digest(Source(Path("a"), "a", "store://a", store))
+    assert first == content_digest(Source(Path("a"), "a", "store://a", store))
+    os.utime(tmp_path / "a", (1, 1))
+    assert content_digest(Source(Path("a"), "a", "store://a", store)) not in (None, first)
+    assert content_digest(Source(Path("b"), "b", "store://b", store)) is None
+
+    class Tagged(fs.FSSpecHandler):
+        def __init__(self, tag: str) -> None:
+            self.fs = type("Store", (), {"protocol": "x", "info": lambda self, path: {"ETag": tag}})()
+
+    tags = [content_digest(Source(Path("a"), "a", "a", fs.PyFileSystem(Tagged(tag)))) for tag in ("1", "1", "2")]
+    assert tags[0] == tags[1] != tags[2]

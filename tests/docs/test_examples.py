@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -28,14 +29,16 @@ from places import ROOT, imported
 from processes import TORCHRUN, invoke
 
 from longnet_cli.attention import Pattern
+from longnet_cli.attention.pattern import LayerKind
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.training.costs import step_flops, training_memory
 from longnet_cli.jobs.training.recipe import Recipe, load_recipe
 from longnet_cli.models.folder import ModelFolder
-from longnet_cli.running.ranks.exchange import Exchange, even_edges
+from longnet_cli.running.ranks.exchange import Exchange
 from longnet_cli.running.ranks.ranks import Ranks
+from longnet_cli.running.ranks.shards import even_edges
 
 pytestmark = pytest.mark.ci
 
@@ -345,6 +348,29 @@ def test_a_plan_for_a_cluster_adds_up(cluster: ModuleType, tmp_path: Path) -> No
         cluster.training_plans(small_recipe(**{"parallel.sp": 3}), machine)
 
 
+def test_what_ranks_are_expected_to_fetch(cluster: ModuleType) -> None:
+    pattern = Pattern((1024,), (1,), look_back=1, chosen=32, chosen_block=32, chosen_every=16, chosen_layers=(1,))
+    edges = [0, 1 << 20, 2 << 20]
+    assert cluster.Fetches.expected(pattern, edges, 0, "follows") == (0, 0, 0)
+    chooses, follows, first = (cluster.Fetches.expected(pattern, edges, 1, kind) for kind in get_args(LayerKind))
+    pieces = [(1024 * piece, 32 * (1023 + piece)) for piece in range(1024)]  # first token of the shard, blocks before
+    others = [min(1, 32768 / before) for _, before in pieces]
+    assert first.blocks == others[0] == 1  # block 0, once
+    assert follows.blocks == pytest.approx(480 * (others[0] + cluster.NEW_BLOCKS * sum(others[1:]))) == chooses.blocks
+    assert (first.means, follows.means) == (0, 0) != chooses.means
+    assert chooses.ids > chooses.blocks == follows.ids
+    assert follows.received(pattern, 2, 64, 2) == pytest.approx(follows.blocks * (2 * 64 * 2 * 32 * 2 + 24))
+    assert follows.given(pattern, 2, 64, 2) == pytest.approx(follows.blocks * 2 * 64 * 4 * 32 * 2)
+
+
+def test_a_training_step_at_a_billion_tokens_takes_some_thousand(cluster: ModuleType) -> None:
+    """SmolLM2's 30 layers on 1,024 ranks: far rows forward and backward, and what chosen blocks take."""
+    pattern, layers = Pattern.finding(chosen_layers=(5, 7, 14, 18, 20, 23)), 30
+    edges = even_edges(0, 10**9, 1024, pattern.edge_size)
+    of_kinds = {kind: cluster.collectives(pattern, edges, 3, 64, 2, kind) for kind in pattern.kinds(layers)}
+    assert sum(number * (2 + sum(of_kinds[kind])) for kind, number in pattern.kinds(layers).items()) <= 2500
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
@@ -378,8 +404,15 @@ def test_the_commands_of_a_cluster(
     assert 1e7 < cluster.find_machine(here).rates["products"] < 1e14
     assert "the fastest of 2 that fit, of 2" in run("plan", "longnet-tiny", "--on", here, "--set", "train.dtype=fp32")
     reading = ("plan", "--model", "longnet-tiny", "--tokens", "4Mi", "--pattern", "geometric:4Mi", "--on")
-    one, two = (float(re.search(r"matrix products +([\d.]+) ms", run(*reading, f"h100x{n}"))[1]) for n in (1, 2))
+    plans = [run(*reading, f"h100x{n}") for n in (1, 2, 16)]
+    one, two, _ = (float(re.search(r"matrix products +([\d.]+) ms", plan)[1]) for plan in plans)
     assert one == pytest.approx(2 * two, rel=0.01)
+    asked = " score DOCUMENTS --model longnet-tiny --pattern geometric:4Mi -o rows --sp "
+    assert [re.search(rf"\n\n(.*){asked}", plan)[1].removesuffix(" -m longnet_cli") for plan in plans] == [
+        "longnet",
+        "torchrun --standalone --nproc-per-node 2",
+        "torchrun --nnodes 2 --rdzv-backend c10d --rdzv-endpoint HOST:29500 --nproc-per-node 8",
+    ]
     for tokens in (1 << 12, 1 << 20):
         words = ("--ranks", "32", "--heads", "2", "--head-dim", "8", "--bidirectional")
         row = json.loads(run("exchange", f"geometric:{tokens},base=64", "--tokens", str(tokens), *words))

@@ -24,6 +24,7 @@ def test_every_public_name_is_what_type_checkers_see() -> None:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("longnet_cli"):
             seen |= {alias.name: node.module for alias in node.names}
     assert sorted(seen) == longnet_cli.__all__
+    assert {*seen} <= {*dir(longnet_cli)}
     for name, module in seen.items():
         assert getattr(longnet_cli, name) is getattr(importlib.import_module(module), name)
 

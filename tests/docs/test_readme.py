@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
@@ -32,6 +33,8 @@ from longnet_cli.jobs.training.recipe import (
 )
 from longnet_cli.nets.config import LongNetConfig
 
+# Pages whose Python blocks run as they are, where a package is installed
+COMPLETE = {"README": "torch", "patterns": "torch", "surprise": "polars", "embeddings": "sentence_transformers"}
 TESTED_ELSEWHERE = {"clients.md", "vectors.md"}  # by slow tests of their own: they need what the tests do not install
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "models").rglob("*.md"))]
 
@@ -52,20 +55,38 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def run_blocks(page: Path, languages: tuple[str, ...], folder: Path, env: dict[str, str]) -> str:
+    """Run the blocks of a page in order; return what they print."""
+    text = page.read_text(encoding="utf-8")
+    lines = [
+        "set -euo pipefail",
+        f'PATH="{Path(sys.executable).parent}:$PATH"; python() {{ "{sys.executable}" "$@"; }}',
+    ]
+    for language, block in re.findall(r"^```(sh|python)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        if language in languages:
+            lines.append(block if language == "sh" else f"python - <<'END'\n{block}END")
+    command = ["bash", "-c", "\n".join(lines)]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout
+
+
 @pytest.mark.ci
 @pytest.mark.parametrize(
     "page",
-    [page for page in PAGES if blocks(page, "sh") and page.name not in TESTED_ELSEWHERE],
+    [page for page in PAGES if (blocks(page, "sh") or page.stem == "embeddings") and page.name not in TESTED_ELSEWHERE],
     ids=lambda page: page.stem,
 )
-def test_shell_commands(page: Path, checkout: Path, command_env: dict[str, str], longnet: Path) -> None:
-    commands = [line for block in blocks(page, "sh") for line in block.splitlines() if line.strip()]
-    script = "\n".join(["set -euo pipefail", f'PATH="{longnet.parent}:$PATH"', *commands])
-    done = subprocess.run(
-        ["bash", "-c", script], cwd=checkout, env=command_env, capture_output=True, text=True, check=False, timeout=600
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
+def test_blocks_run(page: Path, checkout: Path, command_env: dict[str, str]) -> None:
+    runs_python = page.stem in COMPLETE and find_spec(COMPLETE[page.stem]) is not None
+    if page.stem == "embeddings" and runs_python:
+        from sentence_models import save_model
+
+        save_model(checkout / "sentence-transformers/all-MiniLM-L6-v2")  # a folder comes before a name on the hub
+    printed = run_blocks(page, ("sh", "python") if runs_python else ("sh",), checkout, command_env)
+    assert page.stem != "embeddings" or not runs_python or printed.startswith("A run that was killed goes on. ")
+    assert page.parent != ROOT or "dilated" in (checkout / "my-dilated-llama/config.json").read_text(encoding="utf-8")
 
 
 def shown_commands(page: Path) -> list[list[str]]:
@@ -73,6 +94,7 @@ def shown_commands(page: Path) -> list[list[str]]:
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
     lines = re.findall(r"^(?: {4})?(?:[A-Z_]+=\S+ )*(?:.*\| )?(longnet [a-z].*)$", text, re.MULTILINE)
     found = []
+    lines += [f"longnet {words}" for words in re.findall(r"torchrun .* -m longnet_cli ([a-z].*)$", text, re.MULTILINE)]
     for line in [*lines, *re.findall(r"`(longnet [a-z][^`\n]*)`", text)]:
         words = shlex.split(re.split(r" (?:\||>|2>|&&|#) ?", line)[0], comments=True)
         found.append(words[1:])
@@ -95,56 +117,35 @@ def test_options_of_commands_exist(page: Path) -> None:
 
 
 @pytest.mark.slow
-def test_blocks_of_vectors(checkout: Path, command_env: dict[str, str], longnet: Path) -> None:
+def test_blocks_of_clients(checkout: Path, command_env: dict[str, str]) -> None:
+    for package in ("lm_eval", "sentence_transformers"):
+        pytest.importorskip(package)
+    env = command_env | {"HF_HOME": str(checkout / "hf"), "HF_HUB_OFFLINE": "1"}
+    assert "bits_per_byte" in run_blocks(ROOT / "docs/clients.md", ("sh", "python"), checkout, env)
+
+
+@pytest.mark.slow
+def test_blocks_of_vectors(checkout: Path, command_env: dict[str, str]) -> None:
     """What docs/vectors.md shows is run, in order."""
-    text = (ROOT / "docs/vectors.md").read_text(encoding="utf-8")
-    shell = f'PATH="{longnet.parent}:$PATH"; python() {{ "{sys.executable}" "$@"; }}'
-    lines = ["set -euo pipefail", shell]
-    for language, block in re.findall(r"^```(sh|python)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
-        lines.append(block if language == "sh" else f"python - <<'END'\n{block}END")
-    done = subprocess.run(
-        ["bash", "-c", "\n".join(lines)],
-        cwd=checkout,
-        env=command_env,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
-    neighbours = [line.split() for line in done.stdout.splitlines()]
+    printed = run_blocks(ROOT / "docs/vectors.md", ("sh", "python"), checkout, command_env)
+    neighbours = [line.split() for line in printed.splitlines()]
     assert len(neighbours) == 6
     assert all(line[0].split("-")[0] == line[1].split("-")[0] == line[3].split("-")[0] for line in neighbours)
 
 
-@pytest.mark.ci
-def test_python_blocks(checkout: Path, command_env: dict[str, str], python: Path) -> None:
-    script = "\n".join(blocks(ROOT / "README.md", "python"))
-    done = subprocess.run(
-        [python, "-c", script], cwd=checkout, env=command_env, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "dilated_attention" in (checkout / "my-dilated-llama/config.json").read_text(encoding="utf-8")
-
-
-def test_toml_block() -> None:
-    (block,) = blocks(ROOT / "docs/training.md", "toml")
-    mix = load_recipe("longnet-tiny", {"model.vocab_size": 257, "data": tomllib.loads(block)["data"]}).data.sources
+def test_toml_blocks(tmp_path: Path) -> None:
+    """The first one is a whole recipe, the other one changes its data."""
+    whole, mixed = blocks(ROOT / "docs/training.md", "toml")
+    (tmp_path / "recipe.toml").write_text(whole, encoding="utf-8")
+    recipe = load_recipe(str(tmp_path / "recipe.toml"), {"model.vocab_size": 257})
+    assert [stage.seq_len for stage in recipe.train.stages] == [1024, 8192]
+    mix = load_recipe("longnet-tiny", {"model.vocab_size": 257, "data": tomllib.loads(mixed)["data"]}).data.sources
     assert [source.weight for source in mix] == [7, 3]
 
 
 def test_every_key_of_a_recipe_is_explained() -> None:
     page = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
-    tables = (
-        DataRecipe,
-        OptimizerRecipe,
-        ScheduleRecipe,
-        TrainRecipe,
-        ParallelRecipe,
-        LoraRecipe,
-        LongNetConfig,
-    )
+    tables = (DataRecipe, OptimizerRecipe, ScheduleRecipe, TrainRecipe, ParallelRecipe, LoraRecipe, LongNetConfig)
     for table in tables:
         for key in table.model_fields:
             assert re.search(rf"`(lora\.)?{key}`", page), f"{table.__name__}.{key}"

@@ -46,6 +46,19 @@ def test_links_lead_to_the_same_file(uri: str, link: str, found: str) -> None:
     assert (ROOT / hooks.path_of(uri)).is_file()
 
 
+def test_the_name_of_a_file_becomes_its_title() -> None:
+    assert hooks.moved("([docs/ranks.md](docs/ranks.md#weights))", "index.md") == "([Many processes](ranks.md#weights))"
+
+
+def test_the_menu_has_each_page_once_and_the_search_needs_no_network() -> None:
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    entries = re.findall(r"^ +- (.+): (\S+\.md)$", text, re.MULTILINE)
+    assert [len({*each}) for each in zip(*entries, strict=True)] == [len(entries)] * 2 == [text.count(".md")] * 2
+    assert re.search(r"^  - offline$", text, re.MULTILINE)
+    assert "  polyfills: [iframe-worker.js]" in text  # otherwise the plugin loads it
+    assert (ROOT / "docs/iframe-worker.js").is_file()
+
+
 def test_parameters_of_a_docstring_are_a_list() -> None:
     pytest.importorskip("griffe")
     text = "Do it.\n\nfar: keys\n    from outside\nk, v: (B, N)\nThen so.\nRaises: x\n"

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,8 +17,7 @@ from processes import wait_for
 from safetensors.torch import load, save
 
 from longnet_cli.basics.errors import CheckpointError
-from longnet_cli.hub.folder_files import PROMPTS
-from longnet_cli.hub.repository import checked_answers
+from longnet_cli.hub.repository import PROMPTS, checked_answers
 from longnet_cli.jobs.training.checkpoint import read_state
 
 TEXT = "A document to read, of some length. " * 4
@@ -333,3 +333,76 @@ def test_a_damaged_cache_is_one_line_or_downloaded_again(run_longnet, command_en
     assert "nor in " in refusal(run_longnet("score", "a.txt", "-m", TINY))
     hub.push(TINY, tiny)
     assert run_longnet("score", "a.txt", "-m", TINY, env={"HF_ENDPOINT": hub.url}).returncode == 0
+
+
+TEXTS = "org/sentences"
+
+
+@pytest.fixture(scope="module")
+def made_sentences(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if not find_spec("sentence_transformers"):
+        pytest.skip("not installed: pip install 'longnet-cli[sentence-transformers]'")
+    from sentence_models import save_model
+
+    place = tmp_path_factory.mktemp("made") / "model"
+    return save_model(place, pool="max", after=("dense",), prompts={"document": "the: "})
+
+
+@pytest.fixture
+def sentences(made_sentences: Path, command_env: dict[str, str], home: Path, tmp_path: Path) -> Path:
+    """A folder of sentence-transformers, all of whose files come along, and a text of its words."""
+    command_env["HF_HUB_DOWNLOAD_TIMEOUT"] = "30"
+    (tmp_path / "a.txt").write_text("the long net reads a document")
+    return made_sentences
+
+
+def encoded(run_longnet, tmp_path: Path, model: Path | str) -> list:
+    done = run_longnet("encode", "a.txt", "-m", model, "-o", "v.arrow")
+    assert done.returncode == 0, done.stderr
+    return pa.ipc.open_file(tmp_path / "v.arrow").read_all()["embedding"].to_pylist()
+
+
+@pytest.mark.ci
+def test_a_hub_gives_all_that_a_folder_has(run_longnet, tmp_path, home, hub, sentences, command_env):
+    wanted = encoded(run_longnet, tmp_path, sentences)
+    command_env["HF_ENDPOINT"] = hub.url
+    hub.push(TEXTS, contents(sentences) | {"2_Dense/pytorch_model.bin": b"pickle", "onnx/model.onnx": b"onnx"})
+    assert encoded(run_longnet, tmp_path, TEXTS) == wanted
+    got = {line.partition("/resolve/")[2].partition("/")[2] for line in hub.requests if "/resolve/" in line}
+    assert {"modules.json", "1_Pooling/config.json", "2_Dense/model.safetensors"} <= got
+    assert not {"2_Dense/pytorch_model.bin", "onnx/model.onnx"} & got
+    hub.requests.clear()
+    assert encoded(run_longnet, tmp_path, TEXTS) == wanted
+    assert hub.requests == []
+
+
+@pytest.mark.ci
+def test_an_old_cache_is_completed_or_refused(run_longnet, tmp_path, home, hub, sentences, command_env):
+    """It was filled by a program that reads no modules.json."""
+    wanted = encoded(run_longnet, tmp_path, sentences)
+    hub.push(TEXTS, contents(sentences))
+    cache = home / f"models--{TEXTS.replace('/', '--')}"
+    snapshot = cache / "snapshots" / fill_cache(home, TEXTS, contents(sentences))
+    for name in ("modules.json", "config_sentence_transformers.json", "1_Pooling/config.json"):
+        (snapshot / name).unlink()
+    done = run_longnet("encode", "a.txt", "-m", TEXTS, "-o", "v.arrow", env={"HF_HUB_OFFLINE": "1"})
+    assert (done.returncode, done.stderr.count("\n")) == (4, 1), done.stderr
+    assert "HF_HUB_OFFLINE is set" in done.stderr
+    done = run_longnet("encode", "a.txt", "-m", cache, "-o", "v.arrow")
+    assert (done.returncode, done.stderr.count("\n")) == (4, 1), done.stderr
+    assert "does not know whether the model has modules.json" in done.stderr
+    command_env["HF_ENDPOINT"] = hub.url
+    assert encoded(run_longnet, tmp_path, TEXTS) == wanted
+
+
+@pytest.mark.ci
+def test_a_cache_that_knows_of_no_modules_is_read_offline(run_longnet, tmp_path, home, sentences, command_env):
+    plain = {name: data for name, data in read_folder(sentences).items() if name != "modules.json"}
+    commit = fill_cache(home, TEXTS, plain)
+    absent = home / f"models--{TEXTS.replace('/', '--')}" / ".no_exist" / commit / "modules.json"
+    absent.parent.mkdir(parents=True)
+    absent.touch()
+    command_env["HF_HUB_OFFLINE"] = "1"
+    done = run_longnet("encode", "a.txt", "-m", TEXTS, "-o", "v.arrow")
+    assert done.returncode == 0, done.stderr
+    assert "there is no modules.json: the vector is the mean over all tokens" in done.stderr

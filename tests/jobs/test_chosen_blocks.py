@@ -15,7 +15,8 @@ from pattern_nets import native
 from strategies import chosen_by_hand
 
 from longnet_cli.attention import Pattern, chosen
-from longnet_cli.attention.choosing import Choice, Voting
+from longnet_cli.attention.choosing import Choice
+from longnet_cli.attention.voting import Voting
 from longnet_cli.data.documents import Document
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.chosen_sources import SourceWatch

@@ -22,11 +22,13 @@ from longnet_cli.data.documents import Document
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.manifest import read_manifest
 from longnet_cli.jobs.encoding import EncodeFacts, Encoder, encode
-from longnet_cli.jobs.options import EncodeOptions
+from longnet_cli.jobs.options import POOLS, EncodeOptions
+from longnet_cli.jobs.pooling import SUMMED, Pooling
 from longnet_cli.jobs.row_jobs import Output, write_rows
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.weights import model_digest
+from longnet_cli.running.ranks.ranks import Ranks
 from longnet_cli.running.reader import Reader
 
 BOS = 256
@@ -58,6 +60,20 @@ def test_ragged_documents_equal_each_alone(model: LongNet, pool: str) -> None:
     assert sum(seen) == sum(len(document.tokens) for document in documents)
     expected = np.stack([plain_vector(model, document, pool) for document in documents])
     np.testing.assert_allclose(vectors(table), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_ranks_share_poolings_that_add(model: LongNet, pool: str) -> None:
+    """Of a document that ranks share, each pools its own states, and zeros in place of the others'."""
+    states, own = torch.randn(6, 4), torch.tensor([1.0, 0, 0, 1, 1, 0])[:, None]
+    whole, *parts = (next(Pooling(make_document(6), pool, None).add(part)).vector for part in
+                     (states, states * own, states * (1 - own)))  # fmt: skip
+    assert torch.allclose(sum(parts), whole) == (pool in SUMMED)
+    if pool not in SUMMED:
+        reader = Reader(model)
+        reader.ranks = Ranks(world=2, sp=2)
+        with pytest.raises(ConfigError, match=f"--pool {pool} of a document is not shared by ranks"):
+            Encoder(reader, EncodeOptions(pool=f"mean+{pool}"))
 
 
 @pytest.mark.full

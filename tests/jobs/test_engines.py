@@ -112,6 +112,23 @@ def test_whatever_passes_arrow_data_on_is_a_table() -> None:
     assert pa.Table.from_batches(encode_batches(reader)).equals(expected)
 
 
+def test_a_list_of_texts_is_a_table() -> None:
+    for function in (encode_batches, score_batches):
+        assert function(TEXTS[3:]).equals(function(Frame()).set_column(0, "doc_id", [["0", "1"]]))
+
+
+def test_views_of_text_are_carried_along() -> None:
+    """Frames of polars pass these on."""
+    views = pa.array(["a", "b"], pa.string_view())
+    kept = {"views": views, "enum": pa.DictionaryArray.from_arrays(pa.array([1, 0]), views), "lists": [["c"], ["d"]]}
+    kept["lists"] = pa.array(kept["lists"], pa.large_list(pa.string_view()))
+    table = pa.table({"id": views, "text": pa.array(["one", "two"], pa.string_view()), **kept})
+    for function in (encode_batches, score_batches):
+        found = function(table, keep=tuple(kept))
+        plain = {"views": ["a", "b"], "enum": ["b", "a"], "lists": [["c"], ["d"]]}
+        assert found.select(["doc_id", *kept]).to_pydict() == {"doc_id": ["a", "b"], **plain}
+
+
 @pytest.mark.parametrize("package", ["polars", "pandas", "duckdb", "datasets"])
 def test_frames_of_real_libraries_are_tables(package: str) -> None:
     library = pytest.importorskip(package)
@@ -133,7 +150,7 @@ def test_a_frame_of_mixed_types_is_one_line() -> None:
         encode_batches(pandas.DataFrame({"id": [1, "1"], "text": ["a", "b"]}))
 
 
-@pytest.mark.parametrize("given", ["corpus.arrow", {"text": ["a"]}, 7, ["a text"], [{"text": "a"}]], ids=str)
+@pytest.mark.parametrize("given", ["corpus.arrow", {"text": ["a"]}, 7, ["a text", 7], [{"text": "a"}]], ids=str)
 def test_what_is_no_table_is_refused_at_the_call(given: object) -> None:
     for function in (encode_batches, score_batches):
         with pytest.raises(ConfigError, match=r"^a table .* needed, not (str|dict|int)"):

@@ -7,6 +7,7 @@ import os
 import pty
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -70,15 +71,6 @@ def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path: Path) -> None:
     assert [run.name for run in read_all(paths)] == [str(paths[0]), str(paths[1]), "other"]
 
 
-def test_a_picture_shows_a_curve_of_one_point(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    for steps in ([1], [1, 2]):
-        draw_picture([Run("run", [{"step": n, "loss": 2.0} for n in steps])], tmp_path / f"{len(steps)}.svg")
-    circle = "M 0 3"  # of a marker, around its middle
-    assert circle in (tmp_path / "1.svg").read_text()
-    assert circle not in (tmp_path / "2.svg").read_text()
-
-
 def test_a_line_that_is_being_written_is_left_out(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     with (folder / "metrics.jsonl").open("a") as file:
@@ -121,14 +113,14 @@ def test_one_point_and_a_flat_line(tmp_path: Path, points: int) -> None:
 
 
 def test_a_picture(tmp_path: Path) -> None:
+    """A line cannot show one point: it is a circle."""
     pytest.importorskip("matplotlib")
-    runs = [read(write_run(tmp_path / name)) for name in ("one", "two")]
+    for steps in ([1], [1, 2]):
+        runs = [Run(name, [{"step": n, "loss": 2.0} for n in steps]) for name in ("one", "two")]
+        draw_picture(runs, tmp_path / "curves.svg")
+        assert ("M 0 3" in (tmp_path / "curves.svg").read_text()) == (len(steps) == 1)
     draw_picture(runs, tmp_path / "curves.png")
-    picture = (tmp_path / "curves.png").read_bytes()
-    assert picture[:8] == b"\x89PNG\r\n\x1a\n"
-    assert int.from_bytes(picture[16:20], "big") == 7 * 150  # wide
-    draw_picture(runs, tmp_path / "curves.svg")
-    assert "<svg" in (tmp_path / "curves.svg").read_text()
+    assert (tmp_path / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     with pytest.raises(ConfigError, match=r"\.png, \.svg, \.pdf"):
         draw_picture(runs, tmp_path / "curves.gif")
 
@@ -169,14 +161,9 @@ def test_colours_are_for_terminals(
     with subprocess.Popen(command, cwd=tmp_path, env=env, stdout=theirs) as process:
         os.close(theirs)
         shown = b""
-        while True:
-            try:
-                piece = os.read(ours, 65536)
-            except OSError:  # the other end is closed
-                break
-            if not piece:
-                break
-            shown += piece
+        with suppress(OSError):  # the other end is closed
+            while piece := os.read(ours, 65536):
+                shown += piece
     os.close(ours)
     assert process.returncode == 0
     assert (b"\x1b[36m" in shown) == coloured

@@ -13,7 +13,7 @@ from files import write_lines
 from places import ROOT
 
 from longnet_cli.basics.errors import ConfigError, DataError
-from longnet_cli.jobs.plotting import Curve, Panel, Point, draw_picture, draw_text, panels, read, read_all
+from longnet_cli.jobs.plotting import Curve, Panel, Point, draw_picture, draw_text, panels, read, read_all, title
 
 DOCS = ROOT / "docs"
 BILLION, TINY, BLOCKS = (
@@ -83,8 +83,8 @@ def test_contexts_are_a_curve_with_errors() -> None:
     totals = json.loads(TINY.read_text())["totals"]
     tiny, blocks = found["ppl"].curves
     assert tiny == Curve("longnet-tiny", [Point(row["context"], row["ppl"], row["ppl_se"]) for row in totals])
-    assert (blocks.name, [point.error for point in blocks.points]) == ("dense-in-blocks-of-1Ki", [None, None])
-    assert [(y, error) for _, y, error in found["ppl_ratio"].curves[0].points][:2] == [(1, 0), (0.82, 0.0133)]
+    assert (blocks.name, [point.x for point in blocks.points]) == ("dense-in-blocks-of-1Ki", [2048, 16384])
+    assert found["ppl_ratio"].curves[0].points[1] == Point(2048, totals[1]["ppl_ratio"], totals[1]["ppl_ratio_se"])
 
 
 @pytest.mark.parametrize("format", ["json", "jsonl", "one line"])
@@ -164,12 +164,22 @@ def test_every_panel_fits(color: bool, width: int) -> None:
         assert text.count(":   ") >= 5  # errors, upright
 
 
-def test_a_picture_has_a_column_for_each_axis(tmp_path: Path) -> None:
+def test_a_picture_says_what_of_which_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Panels below one another; ticks of an axis in one notation; in legends, a curve is named once."""
     pytest.importorskip("matplotlib")
-    found = panels(read_all([BILLION, TINY]), ["seconds_per_token", "ppl"])
-    draw_picture(found, tmp_path / "both.png")
-    picture = (tmp_path / "both.png").read_bytes()
-    assert int.from_bytes(picture[16:20], "big") == 2 * 5 * 150  # wide
+    figures = []
+    monkeypatch.setattr(
+        "longnet_cli.jobs.plotting.drawing.save_figure", lambda figure, *to, **how: figures.append(figure)
+    )
+    measured = read_all([BILLION, TINY])
+    draw_picture(panels(measured, ["seconds", "seconds_per_token", "ppl"]), tmp_path / "all.png", title(measured))
+    (figure,) = figures
+    assert figure.get_suptitle() == "longnet-tiny, AMD EPYC, 2 cores, 2026-11-24"
+    time, each, ppl = figure.get_axes()
+    assert [name.get_text() for name in time.get_legend().get_texts()] == ["dilated", "dense (dashed: extrapolated)"]
+    assert (time.get_ylabel(), each.get_legend(), ppl.get_legend()) == ("time, seconds", None, None)
+    ticks = [" ".join(tick.get_text() for tick in axes.get_xticklabels()) for axes in (each, ppl)]
+    assert (re.findall(r"10\^{(\d)}", ticks[0]), ticks[1]) == ([*"56789"], "512 1Ki 2Ki 4Ki 8Ki 16Ki")
 
 
 def test_bench_and_score_go_into_plot(run_longnet, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from conftest import RunLongnet
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from longnet_cli.attention import Pattern
+from longnet_cli.attention import Pattern, limits
 from longnet_cli.basics.errors import DataError, MemoryLimitError, TooLongError
 from longnet_cli.cli.dry_run import show_reading
 from longnet_cli.data.documents import Document
@@ -41,6 +41,7 @@ from longnet_cli.jobs.scoring.scoring import Scorer
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import InputSequence, Net
+from longnet_cli.running import device
 from longnet_cli.running.causal_stream import CausalStream
 from longnet_cli.running.reader import Reader
 
@@ -79,9 +80,10 @@ def estimated(
     chunk: int | None = None,
     spill: str | None = None,
     room: Room = ROOM,
+    dtype: str = "auto",
     **options: Any,
 ) -> Estimate:
-    job = make_job(Reader(net, chunk=chunk, spill=spill))
+    job = make_job(Reader(net, chunk=chunk, spill=spill, dtype=dtype))
     plan = count_documents(job, documents() if texts is None else texts, **options)
     return estimate_reading(job.reader, plan, room=room, scores=job.scores, kept=job.kept_bytes(plan.longest_document))
 
@@ -162,15 +164,17 @@ def test_the_cache_is_that_of_a_stream(pattern: Pattern, tokens: int) -> None:
     assert sum(cache_bytes(net.config, tokens, 4)) == stream.cache_bytes
 
 
-def test_chosen_blocks_are_kept_in_memory_or_on_a_disk() -> None:
+def test_chosen_blocks_are_kept_in_memory_or_on_a_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     net = net_of(**vars(Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=16)))
-    job, found = partial(Scorer, options=ScoreOptions(), facts=ModelFacts(BOS)), documents((60_000,))
+    job, found = partial(Scorer, options=ScoreOptions(), facts=ModelFacts(BOS)), documents((300_000,))
     kept = estimated(net, job, found, chunk=256, room=Room(1 << 40, 1))
     spilled = estimated(net, job, found, chunk=256, spill="disk")
     on_disk = spilled.facts["spill_bytes"]
-    assert on_disk == kept.memory["cache"] - spilled.memory["cache"] == cache_bytes(net.config, 60_000, 4).blocks
-    assert on_disk == 2 * 4 * 60_000 * net.config.dim * net.config.num_layers
+    assert on_disk == kept.memory["cache"] - spilled.memory["cache"] == cache_bytes(net.config, 300_000, 4).blocks
+    assert on_disk == 2 * 4 * 300_000 * net.config.dim * net.config.num_layers
     assert (kept.facts["spill_bytes"], kept.advice) == (0, "keep the keys and values on a disk (--spill DIR)")
+    monkeypatch.setattr("longnet_cli.attention.limits.CPU", limits.GPU)  # what is there at a time is counted
+    assert estimated(net, job, found, chunk=256).memory["activations"] > kept.memory["activations"] + (100 << 20)
 
 
 def test_what_does_not_fit_is_refused_with_what_to_change(capsys: pytest.CaptureFixture[str]) -> None:
@@ -187,6 +191,25 @@ def test_what_does_not_fit_is_refused_with_what_to_change(capsys: pytest.Capture
     with pytest.raises(MemoryLimitError, match=said):
         show_reading(found, "text", "encoding")
     assert "it does not fit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype", "hints"), [("avx512_bf16", "auto", 1), ("avx512_bf16", "bf16", 0), ("sse", "auto", 0)]
+)
+def test_bf16_is_named_where_it_pays(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flags: str,
+    dtype: str,
+    hints: int,
+) -> None:
+    (tmp_path / "cpuinfo").write_text(f"flags : {flags}\n")
+    monkeypatch.setattr(device, "CPU_INFO", tmp_path / "cpuinfo")
+    job = partial(Encoder, options=EncodeOptions(), facts=EncodeFacts(BOS))
+    show_reading(estimated(net_of(), job, documents((60,)), dtype=dtype), "text", "encoding")
+    line = "this CPU has avx512_bf16: try --dtype bf16, which is often faster"
+    assert capsys.readouterr().out.count(line) == hints
 
 
 def test_hidden_states_are_kept_on_a_disk() -> None:

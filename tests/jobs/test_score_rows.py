@@ -21,8 +21,7 @@ from processes import refused
 
 from longnet_cli.basics.errors import ConfigError, DataError, NoTokensError
 from longnet_cli.data.documents import Document
-from longnet_cli.data.kept import LeftOut
-from longnet_cli.data.manifest import read_manifest
+from longnet_cli.data.manifest import LeftOut, read_manifest
 from longnet_cli.jobs.options import ScoreOptions
 from longnet_cli.jobs.row_jobs import ModelFacts, Output, write_rows
 from longnet_cli.jobs.scoring.measures import GAIN_BLOCK, Clusters
@@ -153,7 +152,7 @@ def test_a_resumed_folder_has_the_same_bytes(model: LongNet, tmp_path: Path) -> 
     whole, cut = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("whole", "cut"))
     assert whole == cut
     manifest = read_manifest(tmp_path / "whole")
-    assert (manifest.skipped, manifest.totals["documents"], manifest.totals["rows"]) == (1, 8, 8)
+    assert (manifest.totals["skipped"], manifest.totals["documents"], manifest.totals["rows"]) == (1, 8, 8)
     assert not manifest.settings.keys() & {"by_position", "last"}  # what was not chosen
 
 

@@ -3,6 +3,7 @@ context, the batching and the company a document is in."""
 
 import copy
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,9 @@ from builders import Scored, make_document, scores, tiny_net
 
 from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.data.documents import Document
+from longnet_cli.data.inputs import Inputs
+from longnet_cli.data.tables import Text
+from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.scoring.measures import Score
 from longnet_cli.jobs.scoring.token_logprobs import logprob_schema, write_token_logprobs
 from longnet_cli.nets.longnet import LongNet
@@ -114,6 +118,23 @@ def test_token_logprobs_are_written_in_order_and_add_up(model: LongNet, tmp_path
     ids, logprobs = table["input_ids"].to_pylist(), table["logprobs"].to_pylist()
     assert [i for row in ids for i in row] == [*documents[0].tokens.tolist(), *documents[2].tokens.tolist()]
     assert -sum(sum(row) for row in logprobs[:3]) == pytest.approx(rows[0].score.nll_sum, rel=1e-5)
+    assert {*table["char_start"].to_pylist(), *table["char_end"].to_pylist()} == {None}  # ids are of no text
+
+
+@pytest.mark.parametrize("cuts", [[], [1, 50, 51]])
+def test_each_token_has_its_place_in_the_text(model: LongNet, tmp_path: Path, cuts: list[int]) -> None:
+    """In characters, also where a row, a chunk or a piece of the text ends within one."""
+    text = "n\u00e9 \u6f22\u5b57 x" * 40
+    first, *rest = (text[start:stop] for start, stop in pairwise([0, *cuts, None]))
+    inputs = Inputs((), tokenizer=Tokenizer.bytes().for_documents())
+    with write_token_logprobs(tmp_path / "tokens.parquet") as on_tokens:
+        list(
+            scores(model, inputs.documents_of(Text("a", first, "a", {}, rest)), bos=BOS, chunk=64, on_tokens=on_tokens)
+        )
+    table = pq.read_table(tmp_path / "tokens.parquet")
+    starts, stops = (table[name].combine_chunks().flatten().to_pylist() for name in ("char_start", "char_end"))
+    assert starts == [place for place, character in enumerate(text) for _ in character.encode()]
+    assert [stop - 1 for stop in stops] == starts
 
 
 @pytest.mark.parametrize("chunk", [7, 1000])

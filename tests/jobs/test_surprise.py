@@ -22,11 +22,16 @@ from longnet_cli.data.documents import Document
 from longnet_cli.data.outputs import ShardWriter
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.chosen_sources import chosen_schema
-from longnet_cli.jobs.plotting import draw_surprise, read_surprise, write_surprise
+from longnet_cli.jobs.plotting import draw_surprise, read_surprise, surprise_page, write_surprise
 from longnet_cli.jobs.plotting.surprise import Surprise
 from longnet_cli.jobs.scoring.token_logprobs import write_token_logprobs
 
-TEXTS = {"a.py": "def f(x):\n\treturn '</script>'\n\n", "\u4e2d.txt": "\u4e2d\u6587 \U0001f600 caf\u00e9"}
+# With what would end a script of the page, or stand in the place of its data
+TEXTS = {
+    "a.py": "def f(x):\n\treturn '</script>'\n\n",
+    "\u4e2d.txt": "\u4e2d\u6587 \U0001f600 caf\u00e9",
+    "@DATA@": "@FACTS@",
+}
 METADATA = {"longnet.model": "bytes", "longnet.tokenizer_sha256": Tokenizer.bytes().sha256}
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -96,11 +101,24 @@ def test_a_page_holds_the_text_and_the_nats_of_each_token(tmp_path: Path) -> Non
     assert not re.search(r"https?:|src=|href=|@import|url\(", html)
 
 
-def test_a_document_may_have_the_name_of_a_place_in_the_page(tmp_path: Path) -> None:
-    names = ["@DATA@", "@FACTS@"]
-    write_surprise(read_surprise([write(tmp_path / "lp.arrow", dict.fromkeys(names, "abc"))]), tmp_path / "p.html")
-    facts, _, text = unpack(tmp_path / "p.html")
-    assert ([of["id"] for of in facts["documents"]], text) == (names, "abcabc")
+@pytest.mark.parametrize("files", [1, 2])
+def test_a_picture_is_the_strip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: int) -> None:
+    """The mean of each stretch in the page's colours, with the documents at their first tokens."""
+    pytest.importorskip("matplotlib")
+    figures = []
+    monkeypatch.setattr(surprise_page, "save_figure", lambda figure, *to, **how: figures.append(figure))
+    names = [write(tmp_path / f"{scale}.arrow", {"a": "abcd" * 16, "b": "xyz" * 32}, scale) for scale in (3, 1)][:files]
+    write_surprise(read_surprise(names), tmp_path / "p.svg")
+    axes, bar = figures[0].get_axes()
+    (strip,) = axes.get_images()
+    nats = nats_of(np.frombuffer(b"abcd" * 16 + b"xyz" * 32, np.uint8)).reshape(10, 16)
+    kind, scale, unit = ("gains", 2, "nats that the second file saves") if files == 2 else ("nats", 3, "nats per token")
+    np.testing.assert_allclose(strip.get_array(), scale * nats, rtol=1e-6)
+    assert "#" + bytes(strip.cmap(1.0, bytes=True)[:3]).hex() == surprise_page.COLORS[kind][-1]
+    assert (axes.get_yticks().tolist(), [each.get_text() for each in axes.get_yticklabels()]) == ([0, 64], ["a", "b"])
+    assert bar.get_ylabel() == unit
+    with pytest.raises(ConfigError, match=r"\.html, or a picture of its strip: \.png, \.svg, \.pdf"):
+        write_surprise(read_surprise(names), tmp_path / "p.gif")
 
 
 def test_two_files_are_compared(tmp_path: Path) -> None:
@@ -183,7 +201,7 @@ def test_a_terminal_shows_all_text_in_its_width(tmp_path: Path, width: int, file
     surprise = Surprise(["one", "two"][:files], surprise.documents, surprise.tops)
     plain, colored = (drawn(surprise, width, color) for color in (False, True))
     bare = [re.sub(r"\x1b\[[\d;]*m", "", line) for line in colored]
-    titles = ("a.py", "\u4e2d.txt", "escape")
+    titles = tuple(texts)
     assert max(cell_len(line) for line in [*plain, *bare] if not line.startswith((*titles, " <"))) <= width
     assert bare[-1].rstrip() in [line.rstrip() for line in plain]
     text = "".join(bare[bare.index("") :]).replace("\u25af", "")
@@ -213,29 +231,19 @@ def test_numbers_beyond_the_vocabulary_and_special_tokens_are_named(tmp_path: Pa
     assert drawn(surprise, 80)[-2:] == ["x: 3 tokens, from token 5 on, 0.000 nats per token", "a<|endoftext|>[999]"]
 
 
-def test_a_page_of_many_tokens_is_small(tmp_path: Path) -> None:
-    """The goal is 20 bytes a token, 20 MB for a million, with the likeliest tokens and a second file."""
-    rng = np.random.default_rng(0)
-    words = rng.integers(97, 123, 100_000).astype(np.int64)
-    for name in ("one", "two"):
-        with write_token_logprobs(tmp_path / f"{name}.arrow", METADATA, top=True) as on_tokens:
-            document = Document("x", words.astype(np.int32), len(words), "x")
-            nats = rng.exponential(3, (2, len(words))).astype(np.float32)
-            on_tokens(document, 0, words, -nats[0], rng.permutation(words), -nats[1])
-    write_surprise(read_surprise([str(tmp_path / f"{name}.arrow") for name in ("one", "two")]), tmp_path / "p.html")
-    assert (tmp_path / "p.html").stat().st_size < 20 * len(words)
-
-
 ACT = """<script>
 const wait = (ms) => new Promise((done) => setTimeout(done, ms));
 addEventListener("load", async () => {
   while (!document.documentElement.dataset.shown) await wait(20);
   const said = { elements: document.querySelectorAll("*").length, first: document.querySelector("#lines").textContent };
+  document.querySelector("#strip").style.width = "90px";
+  fit();
+  said.top = document.querySelector("#scroll").scrollTop;
   const part = document.querySelector('[data-token="2"]');
   said.ground = getComputedStyle(part).backgroundColor;
   part.dispatchEvent(new PointerEvent("pointermove", { bubbles: true }));
   said.about = document.querySelector("#about").innerText;
-  const strip = document.querySelector("#strip"), box = strip.getBoundingClientRect();
+  const box = strip.getBoundingClientRect();
   strip.setPointerCapture = () => {};
   strip.dispatchEvent(new PointerEvent("pointerdown", { clientY: box.bottom }));
   said.last = document.querySelector("#lines").textContent;
@@ -247,8 +255,8 @@ addEventListener("load", async () => {
 
 @pytest.mark.ci
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-@pytest.mark.parametrize("dark", [False, True])
-def test_a_browser_shows_the_page(tmp_path: Path, dark: bool) -> None:
+@pytest.mark.parametrize(("dark", "width"), [(False, 400), (True, 1280)])
+def test_a_browser_shows_the_page(tmp_path: Path, dark: bool, width: int) -> None:
     """What is in sight alone is elements; a token tells of itself, and a click on the strip leads to the end."""
     text = "".join(f"line {number} of many\n" for number in range(5000))
     chosen = write_choices(tmp_path / "chosen.arrow", [("a", 0, 0, 9, [0, 5]), ("a", 1, 0, 9, [5])])
@@ -258,10 +266,11 @@ def test_a_browser_shows_the_page(tmp_path: Path, dark: bool) -> None:
     (tmp_path / "p.html").write_text(page.replace("</body>", ACT + "</body>"), encoding="utf-8")
     options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"]
     theme = ["--blink-settings=preferredColorScheme=0"] if dark else []
-    command = [CHROMIUM, *options, *theme, "--virtual-time-budget=20000", "--dump-dom", f"file://{tmp_path}/p.html"]
+    theme += [f"--window-size={width},700", "--virtual-time-budget=20000", "--dump-dom"]
+    command = [CHROMIUM, *options, *theme, f"file://{tmp_path}/p.html"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     said = json.loads(base64.b64decode(re.search("SAID(.+?)SAID", done.stdout)[1]))
-    assert "line 0 of many" in said["first"]
+    assert ("line 0 of many" in said["first"], said["top"]) == (True, 0)
     assert "line 4999 of many" in said["last"]
     assert max(said["elements"], said["elements_then"]) < 3000
     ground = [int(number) for number in re.findall(r"\d+", said["ground"])]

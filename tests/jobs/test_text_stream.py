@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
-from longnet_cli.data.text_stream import REPLACEMENT, TextStream
-from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.data.tokenizer import REPLACEMENT, TextStream, Tokenizer
 from longnet_cli.jobs.generating import StopTexts
 
 TEXT = "naïve 漢字 🙂🏽 ends. "

@@ -167,14 +167,16 @@ def forwards(model: hf.PreTrainedModel) -> list[int]:
     return counts
 
 
-def test_a_model_is_tried_once_for_all_of_its_settings() -> None:
-    for changes, tokens in (({}, [64] * 3), ({}, []), ({"rope_parameters": YARN}, [64] * 3)):
+def test_a_model_is_tried_once_for_its_settings_and_weights() -> None:
+    yarn = {"rope_parameters": YARN}
+    for changes, scale, times in (({}, 1, 3), ({}, 1, 0), (yarn, 1, 3), ({}, 2, 3)):
         net = built(llama, **changes)
+        net.lm_head.weight.data.mul_(scale)
         counts = forwards(net)
         use_dilated_attention(net, WIDE)
         TransformersNet(net)
-        assert [x for x in counts if x > 2 and x != 31][: len(tokens)] == tokens
-        assert bool(counts.count(64)) == bool(tokens)
+        assert [x for x in counts if x > 2 and x != 31][:times] == [64] * times
+        assert bool(counts.count(64)) == bool(times)
     net = built(mixed)
     counts = forwards(net)
     use_dilated_attention(net, WIDE)

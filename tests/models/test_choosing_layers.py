@@ -57,6 +57,9 @@ def test_the_layers_that_were_found_choose(make: Any, monkeypatch: pytest.Monkey
     again = make(PATTERN)
     let_layers_choose(again)
     assert len(asked) == 1
+    for width, chosen, times in ((1024, 8, 2), (2048, 4, 2), (64, 8, 3)):  # patterns that show all of the text are one
+        let_layers_choose(make(replace(PATTERN, segment_lengths=(width,), chosen=chosen)))
+        assert len(asked) == times
     ids = torch.randint(90, (1, 500), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         named, every = make(replace(PATTERN, chosen_layers=(1,))), make(PATTERN)
@@ -90,6 +93,14 @@ def test_what_took_long_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
         let_layers_choose(native(PATTERN, ffn_dim=40))
 
 
+def test_progress_is_said_while_it_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choosing_layers, "SECONDS", 0.0)
+    with pytest.warns(InputWarning) as said:
+        layer_evidence(native(PATTERN))
+    steps = [str(line.message).partition("these weights: ")[2] for line in said]
+    assert steps == [f"{what} in {layer} of 2 layers" for what in ("a text was read", "compared") for layer in (0, 1)]
+
+
 def test_without_evidence_the_layer_in_the_middle_chooses() -> None:
     net = native(PATTERN, ffn_dim=44)
     assert max(layer_evidence(net)) < choosing_layers.LEAST
@@ -106,18 +117,6 @@ def test_a_net_without_chosen_blocks_stays_as_it_is() -> None:
     net = native(Pattern.window(128), ffn_dim=52)
     let_layers_choose(net)
     assert net.config.pattern == Pattern.window(128)
-
-
-def of_llama() -> Any:
-    import transformers as hf
-
-    return hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, num_key_value_heads=2))
-
-
-def of_neox() -> Any:
-    import transformers as hf
-
-    return hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**SIZES, rotary_pct=1.0))
 
 
 def learn_to_repeat(model: Any) -> None:
@@ -143,12 +142,13 @@ def learn_to_repeat(model: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [of_llama, of_neox])
-def test_models_that_learn_to_repeat_show_the_layer_that_looks_back(make: Any) -> None:
+def test_a_model_that_learns_to_repeat_shows_the_layer_that_looks_back() -> None:
     """When this layer chooses, a model repeats what lies before its window. With another layer, or none, it does not.
 
     Three blocks are too few for one that the text names: votes alone choose. No token of the text comes twice before.
     """
+    import transformers as hf
+
     from longnet_cli.integrations.transformers import use_dilated_attention
     from longnet_cli.models.hf.pretrained_net import TransformersNet
 
@@ -156,7 +156,7 @@ def test_models_that_learn_to_repeat_show_the_layer_that_looks_back(make: Any) -
         return TransformersNet(use_dilated_attention(deepcopy(model), pattern))
 
     torch.manual_seed(0)
-    model = make().train()
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, num_key_value_heads=2)).train()
     learn_to_repeat(model)
     model.eval()
     pattern, chance = replace(PATTERN, chosen=3), torch.Generator().manual_seed(1)

@@ -24,7 +24,7 @@ from longnet_cli import encode_batches
 from longnet_cli.basics.errors import CheckpointError, LongNetError
 from longnet_cli.data.text_pieces import PIECE
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.hub.folder_files import PROMPTS
+from longnet_cli.hub.repository import PROMPTS
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.models.hf.sentence_folder import plain_model, read_sentence_model
 from longnet_cli.nets.net import Net
@@ -107,6 +107,7 @@ def test_architectures(kind: str, prompt: str, tmp_path: Path) -> None:
 
 CASES: dict[str, dict[str, Any]] = {
     "dense": {"after": ("dense", "normalize")},
+    "a pooling named twice": {"pool": ("mean", "mean"), "after": ()},
     "gelu, residual of another size": {"after": ("dense-gelu-residual",)},
     "residual of one size, layer norm": {"after": ("dense-same-residual", "norm", "normalize", "dense")},
     "prompt": {"prompts": {"document": "passage: ", "query": "query: "}},
@@ -319,11 +320,6 @@ def test_odd_values_are_refused_in_one_line(tmp_path: Path) -> None:
     (plain / "modules.json").unlink()
     with pytest.raises(LongNetError, match="cannot be read"):
         plain_model(plain)
-
-
-def test_a_pooling_named_twice_stands_twice(tmp_path: Path) -> None:
-    folder = save_model(tmp_path / "model", pool=("mean", "mean"), after=())
-    assert difference(folder, texts(4, 12)) < 1e-5
 
 
 def test_a_text_that_changes_the_prompts_tokens_is_left_out_alone(tmp_path: Path) -> None:

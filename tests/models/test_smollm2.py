@@ -18,9 +18,7 @@ pytest.importorskip("gguf", reason="gguf is not installed: pip install 'longnet-
 pytest.importorskip("accelerate", reason="accelerate is not installed: pip install 'longnet-cli[gguf]'")
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'longnet-cli[hf]'")
 
-from hf_models import nats_from
 from places import GOLDEN
-from processes import extra_memory
 
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.notation import parse_pattern
@@ -82,19 +80,3 @@ def test_chosen_blocks_are_dense_attention_until_one_is_left_out(folder: Path, i
         with torch.inference_mode():
             one, other = (net.logits(net(ids[None, :tokens])) for net in (own, chosen))
         assert ((one - other).abs().max() <= 1e-4) == equal
-
-
-def test_a_document_is_the_same_at_any_position(folder: Path, ids: torch.Tensor) -> None:
-    """8,192 tokens, all but the sinks moved: by the two segments that see them right before the window, and further."""
-    net = ModelFolder(folder).net(pattern=Pattern.window(1000, sinks=4))
-    near = nats_from(net, ids[None, :8193], 2000).double()
-    for start in (10**6, 10**8):
-        moved = nats_from(net, ids[None, :8193], start).double()
-        assert abs(moved.mean() - near.mean()) <= 1e-4
-
-
-def test_loading_takes_the_memory_of_the_weights(source: Path, tmp_path: Path, command_env: dict[str, str]) -> None:
-    convert(source, tmp_path / "bf16", "bf16")
-    extra, weights = extra_memory(tmp_path / "bf16", "bfloat16", command_env)
-    assert weights == 269_030_016  # 134.5 million numbers
-    assert extra <= 1.3 * weights

@@ -1,4 +1,4 @@
-"""The slide encoder is Prov-GigaPath's (goldens), each slide of a batch comes out as alone, and it saves and loads."""
+"""Each slide of a batch comes out as alone, and the slide encoder saves and loads; goldens: test_official.py."""
 
 from __future__ import annotations
 
@@ -6,44 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import read_golden, slide, slide_config, slide_encoder
+from builders import slide, slide_config, slide_encoder
 from torch import Tensor
 
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.models.official import from_torchscale
 from longnet_cli.nets.config import LongNetConfig, SlideConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.slide import SlideEncoder, grid_cells, grid_positions
 from longnet_cli.running.layerwise import hidden_in_chunks
-
-
-def golden() -> tuple[SlideEncoder, dict[str, Tensor]]:
-    """Put it together by hand; `longnet convert` is tested in test_official.py."""
-    state, tensors, theirs = read_golden("slide_encoder_zero_key")
-    theirs.pop("final_norm_eps")
-    config = SlideConfig(**theirs)
-    inner = from_torchscale(
-        state, LongNetConfig(**{name: getattr(config, name) for name in LongNetConfig.model_fields})
-    )
-    weights = inner.state_dict() | {
-        "cls": state["cls_token"].flatten(),
-        **{f"project.{kind}": state[f"patch_embed.proj.{kind}"] for kind in ("weight", "bias")},
-        **{f"norm.{kind}": state[f"norm.{kind}"] for kind in ("weight", "bias")},
-    }
-    encoder = SlideEncoder(config)
-    encoder.net.load_state_dict(weights)
-    return encoder.eval(), tensors
-
-
-@torch.no_grad()
-def test_golden() -> None:
-    encoder, wanted = golden()
-    features, coords = wanted["features"][None], wanted["coords"][None]
-    close = {"rtol": 0, "atol": 1e-5}
-    torch.testing.assert_close(encoder(features, coords)[0], wanted["cls"], **close)
-    torch.testing.assert_close(encoder(features, coords, pool="mean")[0], wanted["pooled"], **close)
-    layers = encoder(features, coords, all_layers=True)
-    torch.testing.assert_close(layers[:, 0], wanted["cls_of_layers"], **close)
 
 
 @pytest.mark.parametrize("padding", ["zero_key", "exact"])

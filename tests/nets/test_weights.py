@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from longnet_cli.basics.errors import CheckpointError
+from longnet_cli.integrations.gigapath import create_model
 from longnet_cli.models.official import from_torchscale, to_torchscale
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet
@@ -211,16 +212,6 @@ def test_torchscale_decoder(prefix: str, tied: bool) -> None:
     assert net.embedding.weight.abs().sum() > 0  # its own memory
 
 
-@pytest.mark.parametrize("final_norm", [True, False])
-@pytest.mark.parametrize("norm", ["subln", "pre"])
-def test_torchscale_encoder_without_embedding(final_norm: bool, norm: str) -> None:
-    net = LongNet(small(vocab_size=0, causal=False, position="none", final_norm=final_norm, norm=norm)).half()
-    again = from_torchscale(as_torchscale(net, "encoder."), net.config)
-    assert {parameter.dtype for parameter in again.parameters()} == {torch.float32}
-    for name, tensor in net.state_dict().items():
-        assert torch.equal(again.state_dict()[name], tensor.float())
-
-
 def test_torchscale_refusals() -> None:
     net = LongNet(small())
     state = as_torchscale(net)
@@ -253,7 +244,10 @@ def official_names(layers: int) -> set[str]:
     return {f"layers.{i}.{m}.{leaf}" for i in range(layers) for m in modules for leaf in ("weight", "bias")}
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False}, {"vocab_size": 0, "position": "none"}])
+ENCODER = {"vocab_size": 0, "position": "none", "causal": False}
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False}, ENCODER, ENCODER | {"norm": "pre"}])
 def test_the_way_out_is_the_inverse_of_the_way_in(changes: dict) -> None:
     net = LongNet(small(head_offsets="grouped", **changes))
     state = to_torchscale(net)
@@ -264,7 +258,12 @@ def test_the_way_out_is_the_inverse_of_the_way_in(changes: dict) -> None:
         expected |= {f"layers.{i}.self_attn.xpos.scale" for i in range(2)}
         # torchscale's formula for head_dim 8
         assert torch.allclose(state["layers.1.self_attn.xpos.scale"], (torch.tensor([0, 2, 4, 6]) + 3.2) / 11.2)
+    if net.config.norm == "pre":
+        expected = {name for name in expected if "inner_attn_ln" not in name and "ffn_layernorm" not in name}
     assert set(state) == expected
+    if not net.config.vocab_size:
+        half = from_torchscale({f"encoder.{name}": x.half() for name, x in state.items()}, net.config)
+        assert {parameter.dtype for parameter in half.parameters()} == {torch.float32}
     again = from_torchscale(state, net.config)
     assert again.state_dict().keys() == net.state_dict().keys()
     for name, tensor in net.state_dict().items():
@@ -278,22 +277,8 @@ def test_the_way_out_is_the_inverse_of_the_way_in(changes: dict) -> None:
 def test_gigapath() -> None:
     """The slide encoder's state dict, by its official names and shapes: 247 tensors, 86,330,880 numbers."""
     config = LongNetConfig.gigapath()
-    d, f = config.dim, config.ffn_dim
-    shapes = {
-        "cls_token": (1, 1, d),
-        "patch_embed.proj.weight": (d, 1536),
-        "patch_embed.proj.bias": (d,),
-        "norm.weight": (d,),
-        "norm.bias": (d,),
-        "encoder.layer_norm.weight": (d,),
-        "encoder.layer_norm.bias": (d,),
-    }
-    for name in official_names(12):
-        wide = {"fc1.weight": (f, d), "fc1.bias": (f,), "fc2.weight": (d, f)}
-        short = name.split(".", 3)[-1]
-        matrix = "proj" in name and name.endswith("weight")
-        shapes[f"encoder.{name}"] = wide.get(short) or ((f,) if "ffn_layernorm" in name else (d, d) if matrix else (d,))
-    state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    with torch.device("meta"):
+        state = create_model("", "gigapath_slide_enc12l768d", 1536).state_dict()
     assert len(state) == 247
     assert sum(tensor.numel() for tensor in state.values()) == 86_330_880
     net = from_torchscale(state, config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from longnet_cli.attention.outside import Outside
 from longnet_cli.attention.past import Past, Seen
 from longnet_cli.running.causal_stream import CausalStream
 from longnet_cli.running.ranks import fetching
-from longnet_cli.running.ranks.exchange import Exchange, even_edges
-from longnet_cli.running.ranks.fetching import Directory
+from longnet_cli.running.ranks.exchange import Exchange
+from longnet_cli.running.ranks.shards import Directory, even_edges
 
 PATTERN = Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4)
 FUNNEL = ((groups.RUNS, 96), (1, 40), (2, 12))  # so that short documents are scanned in all stages
@@ -123,20 +124,23 @@ def forced(past: Past, start: int, stop: int, choice: Callable[[int, int], list[
 
 
 def adversarial_choices() -> None:
-    """The numbers are those of one process, and every owner sends what was chosen of its blocks, and nothing else."""
+    """The numbers are those of one process, and every owner sends what was chosen of its blocks, and nothing else.
+
+    In runs of two blocks or more, the gradient of a block that all runs have comes back once.
+    """
     rank, world = dist.get_rank(), dist.get_world_size()
-    carried: list[list[int]] = []  # blocks from each rank
+    fetched, given_back = list[list[int]](), list[list[int]]()  # blocks from each rank, or for it
     original = dist.all_to_all_single
 
     def counting(got: Tensor, sent: Tensor, *sizes: Any, **options: Any) -> Any:
         if got.dim() == 5:
-            carried.append(sizes[0])
+            (fetched if options.get("async_op") else given_back).append(sizes[0])
         return original(got, sent, *sizes, **options)
 
     dist.all_to_all_single = counting  # this process ends with the test
     tokens = 600
     config = net(PATTERN, heads=2, layers=1).config
-    for choice in (one_for_all, each_another, the_last):
+    for choice, fetching.RUN_BYTES in product((one_for_all, each_another, the_last), (1 << 28, 1 << 12)):
         for edges in (even_edges(0, tokens, world, 8), [0, 232, 232, *even_edges(232, 368, world - 2, 8)[1:]]):
             generator = torch.Generator().manual_seed(1)
             q, k, v, dout = torch.randn(4, 1, tokens, 2, 8, generator=generator, dtype=torch.float64)
@@ -150,7 +154,8 @@ def adversarial_choices() -> None:
             exchange = Exchange(config, edges)
             far = exchange(0, *mine)
             parts = forced(far.past, first, last, choice) if first < last else []
-            carried.clear()
+            fetched.clear()
+            given_back.clear()
             out = dilated_attention(*mine, PATTERN, start=first, far=far)
             got = [out.detach(), *torch.autograd.grad(out, mine, dout[:, first:last])]
             for a, b in zip(got, expected, strict=True):
@@ -161,7 +166,12 @@ def adversarial_choices() -> None:
             given = torch.zeros(world, world, dtype=torch.int64)  # by owner (row) and the rank that chose
             given[:, rank] = wanted
             dist.all_reduce(given)
-            assert carried == [wanted.tolist(), wanted.tolist(), given[rank].tolist()]  # forward, backward, gradients
+            runs = len(given_back)
+            if fetching.RUN_BYTES == 1 << 28:
+                assert [*fetched, *given_back] == [wanted.tolist(), wanted.tolist(), given[rank].tolist()]
+            elif choice == one_for_all:
+                assert len(fetched) == 2 * runs > 10
+                assert torch.equal(torch.tensor(given_back).sum(0), given[rank])
 
 
 def test_owners_send_what_was_chosen_and_nothing_else(tmp_path: Path) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ import torch.distributed as dist
 from many_ranks import run_ranks, together
 from pattern_nets import draw, net
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from longnet_cli.attention import Pattern
 from longnet_cli.running.causal_stream import CausalStream
 from longnet_cli.running.chunked_backward import backward_in_chunks
 from longnet_cli.running.ranks import fetching
-from longnet_cli.running.ranks.exchange import Exchange, even_edges
+from longnet_cli.running.ranks.exchange import Exchange
+from longnet_cli.running.ranks.shards import even_edges
 
 # the first layer sees block 0, the third follows the second
 PATTERN = Pattern.finding(64, chosen=8, chosen_layers=(1,))
@@ -37,17 +41,49 @@ NAMES = [
 ]
 
 
-class Counted:
-    """Counts what this process sends to others, by name, while `tensors` tells of which devices it was."""
+class FakeDevice(TorchDispatchMode):
+    """A device that is none: memory is on it if something is written there that is, or is computed of what is.
 
-    def __init__(self) -> None:
+    With keys on a real GPU, what is made without them is on the host, and gloo would send it.
+    """
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._there = set[int]()
+        for x in known:
+            self._take(x)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        there = any(self.has(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if there and isinstance(x, Tensor) and not self.has(x):
+                self._take(x)
+        return result
+
+    def _take(self, x: Tensor) -> None:
+        memory = x.untyped_storage()
+        self._there.add(memory._cdata)
+        weakref.finalize(memory, self._there.discard, memory._cdata)
+
+    def has(self, x: Tensor) -> bool:
+        return x.untyped_storage()._cdata in self._there
+
+
+class Counted:
+    """Counts what this process sends to others, by name, and how much of it was not on the fake device."""
+
+    def __init__(self, device: FakeDevice | None = None) -> None:
         self.calls: Counter[str] = Counter()
+        self.device, self.by_gloo = device, 0
         for name in NAMES:
             setattr(dist, name, self._counting(name, getattr(dist, name)))  # the process ends with the test
 
     def _counting(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
             self.calls[name] += 1
+            *_, sent = (x for x in args if isinstance(x, Tensor))
+            self.by_gloo += bool(self.device and sent.numel() and not self.device.has(sent))
             return original(*args, **options)
 
         return call
@@ -59,9 +95,14 @@ class Counted:
 
 
 def collectives_of_layers(tokens: int, runs: int) -> None:
-    """Of layers that see block 0, that choose and that follow: in a forward pass, and then in a step."""
-    rank, world, counted = dist.get_rank(), dist.get_world_size(), Counted()
-    model = net(PATTERN, heads=2, layers=3)
+    """Of layers that see block 0, that choose and that follow: in a forward pass, and then in a step.
+
+    None of them would be gloo's if the keys were on a GPU.
+    """
+    rank, world, model = dist.get_rank(), dist.get_world_size(), net(PATTERN, heads=2, layers=3)
+    device = FakeDevice(model.parameters())
+    counted = Counted(device)
+    device.__enter__()  # the process ends with the test
     edges = even_edges(0, tokens, world, PATTERN.edge_size)
     exchange, by_layer = Exchange(model.config, edges), []
     exchange(0, *(torch.zeros(1, edges[rank + 1] - edges[rank], 2, 8) for _ in range(3)))  # ranks compare plans
@@ -72,12 +113,14 @@ def collectives_of_layers(tokens: int, runs: int) -> None:
         return exchange(layer, q, k, v)
 
     counted.take()
+    counted.by_gloo = 0
     hidden = model(draw(1, tokens)[:, edges[rank] : edges[rank + 1]], start=exchange.start, far=far)
     _, *forward = [*by_layer, counted.take()]
     assert [number - runs for number in forward] == [3, 5, 1]  # and one for each run
     hidden.sum().backward()
     step = sum(forward) + counted.take()
     assert step <= 3 * sum(forward)
+    assert counted.by_gloo == 0
     found = torch.tensor([step])
     dist.all_reduce(found)
     assert found.item() == world * step
@@ -109,11 +152,3 @@ def collectives_of_chunks() -> None:
 
 def test_a_chunk_takes_those_of_its_layers(tmp_path: Path) -> None:
     run_ranks(2, tmp_path, collectives_of_chunks)
-
-
-def test_a_training_step_at_a_billion_tokens_takes_some_thousand() -> None:
-    """SmolLM2's 30 layers on 1,024 ranks: far rows forward and backward, and what chosen blocks take."""
-    pattern, layers = Pattern.finding(chosen_layers=(5, 7, 14, 18, 20, 23)), 30
-    edges = even_edges(0, 10**9, 1024, pattern.edge_size)
-    of_kinds = {kind: fetching.collectives(pattern, edges, 3, 64, 2, kind) for kind in pattern.kinds(layers)}
-    assert sum(number * (2 + sum(of_kinds[kind])) for kind, number in pattern.kinds(layers).items()) <= 2500

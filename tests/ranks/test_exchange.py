@@ -37,8 +37,9 @@ from longnet_cli.running.causal_stream import CausalStream
 from longnet_cli.running.layerwise import hidden_in_chunks
 from longnet_cli.running.mapped import MappedMemory
 from longnet_cli.running.ranks import exchange as exchange_module
-from longnet_cli.running.ranks.exchange import Exchange, even_edges
+from longnet_cli.running.ranks.exchange import Exchange
 from longnet_cli.running.ranks.ranks import Ranks
+from longnet_cli.running.ranks.shards import even_edges
 
 CHOSEN = Pattern((8,), (1,), look_back=1, chosen=4, chosen_block=4, chosen_every=4, chosen_layers=(1,))
 # those that every number of ranks goes through; beyond them, anything

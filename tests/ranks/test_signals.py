@@ -12,27 +12,25 @@ from longnet_cli.running.ranks.ranks import Ranks
 
 def test_signals_are_given_back() -> None:
     before = [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
-    with noted_signals(Ranks()):
+    with noted_signals(Ranks().largest):
         pass
     assert [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == before
 
 
 def test_a_signal_that_comes_while_ranks_look_is_seen_the_next_time() -> None:
-    class Interrupted(Ranks):
-        def largest(self, value: float) -> float:
-            if not came:
-                came.append(value)
-                signal.raise_signal(signal.SIGTERM)
-            return value
+    def interrupted(value: float) -> float:
+        if not came:
+            came.append(value)
+            signal.raise_signal(signal.SIGTERM)
+        return value
 
     came: list[float] = []
-    with noted_signals(Interrupted()) as signals:
+    with noted_signals(interrupted) as signals:
         assert not signals.look()
         with pytest.raises(SystemExit):
             signals.look()
 
 
-def test_a_signal_of_any_rank_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Ranks, "largest", lambda self, value: max(value, 2))  # another rank had SIGINT
+def test_a_signal_of_any_rank_decides() -> None:
     with pytest.raises(KeyboardInterrupt):
-        Signals(Ranks(0, 2)).look()
+        Signals(lambda value: max(value, 2)).look()  # another rank had SIGINT

@@ -17,6 +17,7 @@ from conftest import RunLongnet
 from hypothesis import given
 from hypothesis import strategies as st
 from pattern_nets import CAUSAL, draw, foreign, generated, native, net, prompt
+from processes import invoke
 from safetensors.torch import load_file, save_file
 from strategies import chosen_patterns, cuts, split
 
@@ -25,6 +26,7 @@ from longnet_cli.basics.atomic import read_manifest, write_manifest
 from longnet_cli.basics.errors import ConfigError, DataError, LongNetError
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.generating import generate
+from longnet_cli.models import choosing_layers
 from longnet_cli.running.causal_stream import CausalStream
 from longnet_cli.running.saved_state import STATE_VERSION
 
@@ -164,6 +166,20 @@ def test_a_cache_of_transformers_goes_on_as_if_nothing_had_happened(build: str, 
         other = use_dilated_attention(make(), Pattern.window(32))
         with pytest.raises(ConfigError, match=r"it was saved with the pattern .*, and this is window:32: name both"):
             LongNetCache.load(tmp_path / "state", other)
+
+
+def test_a_cache_of_transformers_chooses_more_often(tmp_path: Path) -> None:
+    """What was counted for groups of 8 tokens counts twice for groups of 4."""
+    pytest.importorskip("transformers")
+    from longnet_cli.integrations.transformers import LongNetCache
+
+    coarse, fine = (foreign(replace(CHOSEN, chosen_every=every)).model for every in (8, 4))
+    cache = LongNetCache(coarse.config)
+    with torch.no_grad():
+        coarse(torch.randint(90, (1, 200)), past_key_values=cache, use_cache=True)
+    cache.save(tmp_path / "state", coarse)
+    pasts = [each._parts[0].caches[0].past for each in (cache, LongNetCache.load(tmp_path / "state", fine))]
+    assert torch.equal(2 * pasts[0].counts, pasts[1].counts)
 
 
 def states(folder: Path) -> dict[str, bytes]:
@@ -382,6 +398,15 @@ def test_the_command(run_longnet: RunLongnet, tmp_path: Path) -> None:
         first = run_longnet("generate", *asked[:-2], *asked[-2:], "-n", "12", "--save-state", "book.state")
         rest = run_longnet("generate", *asked, "-n", "8")
         assert json.loads(first.stdout)["tokens"] + json.loads(rest.stdout)["tokens"] == whole["tokens"]
+
+
+def test_a_state_tells_which_layers_choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--model", tiny_model(tmp_path / "model", position="rope"), "--pattern"]
+    saved = invoke("generate", "words", *options, "finding:64,layers=1", "--save-state", tmp_path / "state")
+    assert saved.exit_code == 0, saved.output
+    monkeypatch.setattr(choosing_layers, "layer_evidence", lambda net: pytest.fail("the layers were looked for"))
+    asked = invoke("generate", "more", *options, "finding:64", "--state", tmp_path / "state", "-n", 4)
+    assert asked.exit_code == 0, asked.output
 
 
 @pytest.mark.parametrize(

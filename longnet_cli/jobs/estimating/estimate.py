@@ -23,7 +23,14 @@ from longnet_cli.jobs.estimating.reading import Extent, ReadingPlan, Shape
 from longnet_cli.nets.net import Net
 from longnet_cli.running.causal_stream import open_stream
 from longnet_cli.running.chunk_size import fitting_chunk
-from longnet_cli.running.device import free_memory, peak_memory, precision, resident_memory, resolve_dtype
+from longnet_cli.running.device import (
+    bf16_instructions,
+    free_memory,
+    peak_memory,
+    precision,
+    resident_memory,
+    resolve_dtype,
+)
 from longnet_cli.running.ranks.ranks import Ranks
 from longnet_cli.running.reader import Reader, Window
 
@@ -113,7 +120,7 @@ class Estimate:
     say. `counts` are the parameters and what is read; `costs` are FLOPs and seconds, of the whole job on all ranks, and
     how they were found. `chunk_that_fits` is a shorter chunk that fits where the job's own does not, and `otherwise`
     the advice where none fits. Of a reading job, `measured` is the shape of the forward passes whose rate was timed,
-    and `too_long` the most tokens that the model reads, if a window has more.
+    `too_long` the most tokens that the model reads, if a window has more, and `hint` what may make it faster.
     """
 
     memory: dict[str, int]
@@ -124,6 +131,7 @@ class Estimate:
     otherwise: str
     measured: Shape | None = None
     too_long: int | None = None
+    hint: str = ""
 
     HELD: ClassVar[tuple[str, ...]] = ("program", "loading")  # in use when `free` is measured, or free again later
 
@@ -201,9 +209,12 @@ def estimate_reading(
         memory["loading"] = most_while_loading - sum(memory.values())
     fitting = fitting_chunk(lambda n: sum(needed(n).values()), reader.chunk, free) if config.streams else None
     flops, on_disk = plan.flops(scores), spilled_bytes(net, plan, reader.chunk, dtype, reader.ranks)
+    slow = reader.device.type == "cpu" and resolve_dtype(dtype, reader.device) == "fp32"
+    instructions = bf16_instructions() if slow else None
     return Estimate(
         memory=memory,
         free=free,
+        hint=f"this CPU has {instructions}: try --dtype bf16, which is often faster" if instructions else "",
         counts=_counts(plan) | {"parameters": config.num_parameters()},
         costs={
             "flops_per_token": flops / (plan.tokens or 1),

@@ -13,21 +13,21 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 
-from longnet_cli.attention import Pattern
+from longnet_cli.attention import Pattern, limits
 from longnet_cli.attention.branches import branches
 from longnet_cli.attention.cache import cached_rows
-from longnet_cli.attention.groups import past_bytes
+from longnet_cli.attention.groups import chosen_flops, past_bytes, transient_bytes
 from longnet_cli.attention.kernels import select_kernel
 from longnet_cli.attention.spans import SINKS, lanes, segment_rows
-from longnet_cli.models.hf.pretrained_config import TransformersConfig
-from longnet_cli.nets.config import LongNetConfig, NetConfig
+from longnet_cli.nets.config import LongNetConfig, NetConfig, TransformersConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import LOGITS_LIMIT, Net
 from longnet_cli.running.device import DTYPES, resolve_dtype
 from longnet_cli.running.layerwise import fits_beside, kept_bytes
 from longnet_cli.running.mapped import aligned
-from longnet_cli.running.ranks.exchange import most_owned
+from longnet_cli.running.ranks.fetching import RUN_BYTES
 from longnet_cli.running.ranks.ranks import Ranks
+from longnet_cli.running.ranks.shards import most_owned
 
 if TYPE_CHECKING:
     from longnet_cli.jobs.estimating.reading import ReadingPlan
@@ -56,27 +56,45 @@ def cache_bytes(config: NetConfig, tokens: int, itemsize: int, sp: int = 1) -> C
     if isinstance(config, TransformersConfig) and config.memory != "segments":
         return CacheBytes((config.num_layers + 1) * config.kv_heads * tokens * number)  # one layer is being copied
     rows = config.num_layers * number * cached_rows(config.pattern, config.num_heads, config.kv_heads, tokens)
-    blocks, _ = _past_bytes(config, -(-tokens // sp), itemsize)
-    return CacheBytes(rows, blocks, sum(_past_bytes(config, tokens, itemsize, sp)) - blocks)
+    blocks = choosing = 0
+    for kind, layers in config.pattern.kinds(config.num_layers).items():
+        sizes = config.kv_heads, config.head_dim, tokens, itemsize, kind
+        of_layer = past_bytes(config.pattern, *sizes, own=-(-tokens // sp) if sp > 1 else None)
+        blocks, choosing = (total + layers * n for total, n in zip((blocks, choosing), of_layer, strict=True))
+    return CacheBytes(rows, blocks, choosing)
 
 
-def _past_bytes(config: NetConfig, tokens: int, itemsize: int, sp: int = 1) -> tuple[int, int]:
-    """Return the bytes of chosen blocks in all layers: keys and values, and mean keys."""
-    sizes, kinds = (config.kv_heads, config.head_dim, tokens, itemsize), config.pattern.kinds(config.num_layers)
-    blocks, means = zip(*(past_bytes(config.pattern, *sizes, kind, sp) for kind in kinds), strict=True)
-    of_all = [sum(n * layers for n, layers in zip(each, kinds.values(), strict=True)) for each in (blocks, means)]
-    return of_all[0], of_all[1]
+def transient_memory(
+    pattern: Pattern,
+    heads: int,
+    head_dim: int,
+    tokens: int,
+    itemsize: int,
+    device: str,
+    sp: int = 1,
+    back: bool = False,
+) -> int:
+    """Return the bytes that one layer takes for a time for the chosen blocks of a document, which `sp` ranks share."""
+    flops = chosen_flops(pattern, heads, head_dim, tokens)
+    if not flops.attention:
+        return 0
+    most = limits.CPU if device == "cpu" else limits.GPU
+    gathered = itemsize * flops.attention // (4 * pattern.chosen_every)  # once for each group
+    sizes = most._replace(gathered=min(most.gathered, gathered), scores=min(most.scores, flops.votes // 2))
+    run = min(RUN_BYTES, 2 * heads * head_dim * tokens * itemsize) if sp > 1 else 0
+    return transient_bytes(sizes, run=run, wider=max(4, itemsize) // itemsize, backward=back)
 
 
-def forward_memory(net: Net, tokens: int, itemsize: int, predicted: int = 0) -> dict[str, int]:
+def forward_memory(net: Net, tokens: int, itemsize: int, predicted: int = 0, transient: int = 0) -> dict[str, int]:
     """Return the bytes of weights, and of a forward pass without gradients of which some tokens have logits.
 
-    Autocast copies the matrices. Logits take the place of the activations, which are gone by then.
+    Autocast copies the matrices. Logits take the place of the activations, which are gone by then. These include what
+    is `transient` in a layer.
     """
     config = net.config
     weights = sum(x.numel() * x.element_size() for x in (*net.parameters(), *net.buffers()))
     cast_to = itemsize if itemsize < next(net.parameters()).itemsize else 0
-    activations = config.forward_bytes(tokens)
+    activations = config.forward_bytes(tokens) + transient
     return {
         "weights": weights + cast_to * config.layer_weights,
         "activations": activations,
@@ -111,6 +129,7 @@ def gradient_memory(config: NetConfig, batch: int, seq_len: int, chunk: int, ite
     """Return the bytes of weights and gradients, of a chunk's activations and logits, and of what chunks keep."""
     numbers = config.num_parameters() * (8 if itemsize == 4 else 8 + itemsize)  # autocast copies the weights
     saved = batch * chunk * activation_bytes(config, itemsize, device)
+    saved += transient_memory(config.pattern, config.num_heads, config.head_dim, seq_len, itemsize, device, back=True)
     kept = batch * sum(far_bytes(config, seq_len, chunk, itemsize))
     return numbers + saved + kept + logits_bytes(config, batch * chunk)
 
@@ -128,10 +147,14 @@ def reading_memory(
     in_chunks, spillable = plan.in_chunks(chunk), spilled_bytes(net, plan, chunk, dtype, ranks)
     tokens = min(plan.largest, chunk) if config.streams else plan.largest
     together = min(plan.together, 2 * chunk)
-    kinds = forward_memory(net, tokens, itemsize_of(dtype, device), max(tokens, together) * scores)
+    itemsize = itemsize_of(dtype, device)
+    transient = transient_memory(
+        config.pattern, config.num_heads, config.head_dim, plan.longest, itemsize, device.type, ranks.sp
+    )
+    kinds = forward_memory(net, tokens, itemsize, max(tokens, together) * scores, transient)
     kinds["hidden"] = 2 * 4 * config.dim * (2 * chunk if in_chunks else together)
     if in_chunks and config.causal:
-        cache = cache_bytes(config, plan.longest, itemsize_of(dtype, device), ranks.sp)
+        cache = cache_bytes(config, plan.longest, itemsize, ranks.sp)
         kinds["cache"] = sum(cache) - (spillable if spill else 0)
     elif not spill and (device.type == "cpu" or fits_beside(config.forward_bytes(chunk), spillable, device)):
         kinds["hidden"] += spillable
@@ -177,11 +200,11 @@ def saved_bytes(config: NetConfig, itemsize: int, device: str, lora: dict | None
     """Return the bytes that a token saves for the backward pass: in each layer, and outside the layers.
 
     `itemsize` is the bytes per number of matrix products, `device` is "cpu" or "cuda". `lora` holds the arguments of
-    `models.hf.lora.add_lora`, which raises ConfigError for wrong ones. Of a LongNet, these are the tensors that
+    `models.hf.training.add_lora`, which raises ConfigError for wrong ones. Of a LongNet, these are the tensors that
     `nets/longnet.py` saves: the residual stream, norms and lse are float32. Of another net, they are measured.
     """
     if not isinstance(config, LongNetConfig):
-        from longnet_cli.models.hf.saved_tensors import measured_bytes  # imports transformers
+        from longnet_cli.models.hf.training import measured_bytes  # imports transformers
 
         source = cast(TransformersConfig, config).source
         return measured_bytes(source, json.dumps(lora), "fp32" if itemsize == 4 else "bf16")
@@ -219,16 +242,10 @@ def far_bytes(config: NetConfig, seq_len: int, chunk: int, itemsize: int, sp: in
 
     `sp` ranks share every chunk.
     """
-    pattern, size = config.pattern, config.pattern.chosen_block
-    if seq_len <= chunk:
-        if sp == 1 or not pattern.chosen:
-            return FarBytes(0, 0)
-        tokens = most_owned(size, seq_len, seq_len, sp) * size
-        sums, _ = past_bytes(pattern, config.kv_heads, config.head_dim, tokens, max(4, itemsize), "follows")
-        return FarBytes(0, sum(_past_bytes(config, tokens, itemsize)) + config.num_layers * sums)
-    backs = dict(enumerate(pattern.look_backs))
-    stored = passing = 0
-    for level in (SINKS, *backs) if pattern.sinks else backs:
+    pattern, size, cut = config.pattern, config.pattern.chosen_block, seq_len > chunk
+    stored = passing = gradients = 0
+    backs = dict(enumerate(pattern.look_backs)) if cut else {}
+    for level in (SINKS, *backs) if pattern.sinks and cut else backs:
         held = len(lanes(pattern, level, config.num_heads, config.kv_heads).offsets)
         numbers = 2 * segment_rows(pattern, level, seq_len) * held * config.head_dim
         seen = at_once = 1
@@ -239,21 +256,20 @@ def far_bytes(config: NetConfig, seq_len: int, chunk: int, itemsize: int, sp: in
         sums = aligned(max(4, itemsize) * numbers)
         stored += config.num_layers * (aligned(itemsize * numbers) * seen + sums * at_once)
         passing += (itemsize + 4) * numbers * at_once
-    gradients = 0
-    if pattern.chosen:
+    if pattern.chosen and (cut or sp > 1):
         last = seq_len - 1 - (seq_len - 1) % chunk
         whole, earlier = (n // size * size for n in (seq_len, last + size - 1))
-        if sp > 1:
-            whole = earlier = most_owned(size, seq_len, chunk, sp) * size
+        own = most_owned(size, seq_len, chunk, sp) * size if sp > 1 else None
         kinds, of_layer = pattern.kinds(config.num_layers), (pattern, config.kv_heads, config.head_dim)
         for kind, layers in kinds.items():
-            kept, means = past_bytes(*of_layer, whole, itemsize, kind)
-            sums, _ = past_bytes(*of_layer, earlier, max(4, itemsize), kind)
+            kept, means = past_bytes(*of_layer, whole, itemsize, kind, own)
+            sums, _ = past_bytes(*of_layer, earlier, max(4, itemsize), kind, own)
             gradients += layers * aligned(sums)
             stored += layers * (aligned(kept) + aligned(sums))
             passing += layers * means
-        passing += kinds["chooses"] * 4 * pattern.chosen * -(-seq_len // pattern.chosen_every)
-    return FarBytes(stored, passing, gradients)
+        passing += kinds["chooses"] * 4 * pattern.chosen * -(-seq_len // pattern.chosen_every) // sp
+    # only chunks store anything: the ranks of one chunk keep all that they share in memory
+    return FarBytes(stored, passing, gradients) if cut else FarBytes(0, stored + passing)
 
 
 def seen_segments(w: int, back: int, chunk: int, seq_len: int) -> int:

@@ -25,7 +25,7 @@ from longnet_cli.attention.spans import far_spans
 from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.data.documents import Document, Unread
 from longnet_cli.data.files import FileChangedError
-from longnet_cli.data.kept import OnSkip
+from longnet_cli.data.manifest import OnSkip
 from longnet_cli.data.tables import Text
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.nets.net import Net

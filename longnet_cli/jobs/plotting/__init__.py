@@ -4,7 +4,7 @@ Loads no torch, and matplotlib only for a picture.
 """
 
 from .drawing import PICTURES, Axis, Curve, Panel, Point, draw_picture, draw_text, new_figure, save_figure
-from .recognizing import metrics_file, panels, read, read_all
+from .recognizing import metrics_file, panels, read, read_all, title
 from .surprise import draw_surprise, has_columns, read_surprise
 from .surprise_page import write_surprise
 
@@ -25,5 +25,6 @@ __all__ = [
     "read_all",
     "read_surprise",
     "save_figure",
+    "title",
     "write_surprise",
 ]

@@ -27,11 +27,12 @@ Row = Mapping[str, Any]
 class Axis:
     """An axis: its title, its scale, the format of its numbers (`write`), and of its places in a sentence (`at`).
 
-    `base` is the base of a logarithmic scale, or 0 for a linear one.
+    `base` is the base of a logarithmic scale, or 0 for a linear one. `unit` is that of a picture's plain numbers.
     """
 
     title: str
     base: int = 0
+    unit: str = ""
     write: Callable[[float], str] = short_number
     at: str = "{}"
 
@@ -83,10 +84,8 @@ class Panel(NamedTuple):
 
 def number(value: Any) -> float | None:
     """Return a number from a file as a float; None for anything else, and for numbers that are not finite floats."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return None
     try:
-        return float(value) if math.isfinite(value) else None
+        return float(value) if type(value) in (int, float) and math.isfinite(value) else None
     except OverflowError:
         return None
 
@@ -134,63 +133,54 @@ def save_figure(figure: Figure, output: str | Path, dpi: int) -> None:
     write_file(output, picture.getvalue())
 
 
-def draw_picture(panels: Sequence[Panel], output: str | Path) -> None:
-    """Write a picture, whole or not at all: a column of panels for each horizontal axis.
+def draw_picture(panels: Sequence[Panel], output: str | Path, title: str = "") -> None:
+    """Write a picture, whole or not at all: the panels below one another.
 
     Standard errors are bands, extrapolated curves are dashed. Raises the errors of `new_figure`.
     """
-    columns: dict[Axis, list[Panel]] = {}
-    for panel in panels:
-        columns.setdefault(panel.x, []).append(panel)
-    rows = max(map(len, columns.values()))
-    width = 7.0 if len(columns) == 1 else 5.0 * len(columns)
-    figure = new_figure(output, width, 2.4 * rows + 0.3 if rows > 1 else 3.4)
-    for column, each in zip(figure.subfigures(1, len(columns), squeeze=False)[0], columns.values(), strict=True):
-        grid = column.subplots(len(each), sharex=True, squeeze=False)[:, 0]
-        for axes, panel in zip(grid, each, strict=True):
-            _draw(axes, panel)
-        grid[-1].set_xlabel(each[0].x.title)
-        column.align_ylabels(grid)
+    figure = new_figure(output, 5.0, 2.0 * len(panels) + 0.7)
+    figure.suptitle(textwrap.fill(title, 70), fontsize="small")
+    legend: list[str] = []
+    for axes, panel in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
+        lines = _draw(axes, panel)
+        if len(panel.names) > 1 and panel.names != legend:  # the same one would stand below it
+            axes.legend(lines.values(), lines, frameon=False, fontsize="small")
+            legend = panel.names
+    figure.align_ylabels()
     save_figure(figure, output, dpi=150)
 
 
-def _draw(axes: Axes, panel: Panel) -> None:
+def _draw(axes: Axes, panel: Panel) -> dict[str, Any]:
+    """Draw a panel; return a line of each curve by the words for it in a legend."""
     colors = {name: f"C{index % 10}" for index, name in enumerate(panel.names)}
-    for curve in panel.curves:
-        _draw_curve(axes, panel, curve, colors[curve.name])
-    axes.set_ylabel(panel.y.title)
+    lines = {curve.name: _draw_curve(axes, panel, curve, colors[curve.name]) for curve in reversed(panel.curves)}
+    dashed = {curve.name for curve in panel.curves if curve.extrapolated}
     axes.grid(alpha=0.3)
-    if panel.x.base:
-        axes.set_xscale("log", base=panel.x.base)
-        _set_ticks(axes.xaxis, panel.x)
-    if panel.y.base:
-        axes.set_yscale("log", base=panel.y.base)
-        _set_ticks(axes.yaxis, panel.y)
-    if len(panel.curves) > 1:
-        axes.legend(frameon=False, fontsize="small")
+    axes.set(xlabel=panel.x.title, ylabel=panel.y.title + panel.y.unit)
+    axes.set(xscale="log" if panel.x.base else "linear", yscale="log" if panel.y.base else "linear")
+    for axis, kind in ((axes.xaxis, panel.x), (axes.yaxis, panel.y)):
+        if kind.base:
+            _set_ticks(axis, kind)
+    return {f"{name} (dashed: extrapolated)" if name in dashed else name: lines[name] for name in panel.names}
 
 
-def _draw_curve(axes: Axes, panel: Panel, curve: Curve, color: str) -> None:
-    x = [point.x for point in curve.points]
-    y = [point.y for point in curve.points]
-    errors = [math.nan if point.error is None else point.error for point in curve.points]
+def _draw_curve(axes: Axes, panel: Panel, curve: Curve, color: str) -> Any:
+    x, y, known = zip(*curve.points, strict=True)
+    errors = [math.nan if error is None else error for error in known]
     style: dict[str, Any] = {"linewidth": 1.2, "color": color, "linestyle": "--" if curve.extrapolated else "-"}
     if len(x) == 1 or (panel.x.base and not curve.extrapolated):  # a line cannot show one point; of few, show each
         style |= {"marker": "o", "markersize": 4 if panel.x.base else 6}
-    label = f"{curve.name}, extrapolated" if curve.extrapolated else curve.name
-    if any(line.get_label() == label for line in axes.get_lines()):
-        label = f"_{label}"  # matplotlib leaves it out of the legend
-    axes.plot(x, y, label=label, **style)
     if not all(map(math.isnan, errors)):
         low, high = ([b + sign * e for b, e in zip(y, errors, strict=True)] for sign in (-1, 1))
         if len(x) == 1:
             axes.errorbar(x, y, errors, color=color, linewidth=1.2, capsize=2)
         else:
             axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+    return axes.plot(x, y, **style)[0]
 
 
 def _set_ticks(axis: MatplotlibAxis, kind: Axis) -> None:
-    """Give a logarithmic axis ticks at powers of its base, at least two."""
+    """Give a logarithmic axis ticks at powers of its base, at least two: 10^3 or, for a base of 2, 1Ki or 1 GiB."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     low, high = (kind.scale(value) for value in sorted(axis.get_view_interval()))
@@ -201,7 +191,8 @@ def _set_ticks(axis: MatplotlibAxis, kind: Axis) -> None:
     ticks = [kind.unscale(power) for power in powers[:: -(-len(powers) // 9)]]
     axis.set_major_locator(FixedLocator(ticks))
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: kind.write(value)))
+    if kind.base == 2:
+        axis.set_major_formatter(FuncFormatter(lambda value, _: kind.write(value)))
 
 
 _BRAILLE = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # the bit of each dot, by row and column

@@ -5,7 +5,6 @@ Each kind is a class with `of`, which reads rows, and `panels`, which draws them
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -23,8 +22,8 @@ TOKENS = Axis("tokens in the sequence", base=10, write=short_size, at="{} tokens
 
 # The key of each panel, its axis, and the power of the length with which dense attention grows (None: unknown)
 BENCH_PANELS = (
-    ("seconds", Axis("time", base=10, write=short_duration), 2),
-    ("seconds_per_token", Axis("time per token", base=10, write=short_duration), 1),
+    ("seconds", Axis("time", base=10, unit=", seconds", write=short_duration), 2),
+    ("seconds_per_token", Axis("time per token", base=10, unit=", seconds", write=short_duration), 1),
     ("peak_rss_bytes", Axis("peak memory", base=2, write=short_bytes), None),
 )
 
@@ -270,6 +269,13 @@ def panels(measured: Sequence[Measured], show: Sequence[str] = ()) -> list[Panel
     return [known[key] for key in show] or every
 
 
+def title(measured: Sequence[Measured]) -> str:
+    """Return what a picture is of: the models, machines and dates in the files, or else the names of the files."""
+    rows = [row for each in measured for row in each.rows]
+    said = dict.fromkeys(str(row[key]) for key in ("model", "machine", "date") for row in rows if row.get(key))
+    return ", ".join(said or dict.fromkeys(each.name for each in measured))
+
+
 def _text(path: str | Path, file: Path) -> str:
     try:
         if str(path) != "-":
@@ -284,38 +290,30 @@ def _text(path: str | Path, file: Path) -> str:
 
 
 def _rows(file: Path, text: str) -> Iterator[tuple[str, Row]]:
-    """Yield each row of JSON lines, or of one JSON value over several lines, with its place for errors."""
-    lines = text.split("\n")
-    for at, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            value = parse(line)
-        except ValueError as error:
-            if at == len(lines):
-                return
-            if any(map(str.strip, lines[: at - 1])):
-                raise DataError(f"{file}: row {at}: not JSON: {_why(error)}") from None
-            value = _whole(file, text)
-            lines = []
+    """Yield each row of one JSON value, over any number of lines, or of JSON lines, with its place for errors."""
+    try:
+        values = iter([(1, parse(text))])
+    except ValueError as error:
+        values = _lines(file, text.split("\n"), error)
+    for at, value in values:
         for row in value if isinstance(value, list) else [value]:
             if not isinstance(row, dict):
                 raise DataError(f"{file}: row {at}: not a line of metrics, of bench or of score: not an object")
             yield f"{file}: row {at}", row
-        if not lines:
-            return
 
 
-def _whole(file: Path, text: str) -> Any:
-    try:
-        return parse(text)
-    except ValueError as error:
-        row = getattr(error, "lineno", 1)
-        raise DataError(f"{file}: row {row}: not JSON: {_why(error)}; expected {KINDS}") from None
-
-
-def _why(error: ValueError) -> str:
-    return error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+def _lines(file: Path, lines: Sequence[str], whole: ValueError) -> Iterator[tuple[int, Any]]:
+    """Yield the number and the value of each line. `whole` is the error of the lines as one value."""
+    for at, line in enumerate(lines, 1):
+        try:
+            if line.strip():
+                yield at, parse(line)
+        except ValueError as error:
+            if at == len(lines):
+                return  # it is still being written
+            is_first = not any(map(str.strip, lines[: at - 1]))
+            row, why = (getattr(whole, "lineno", 1), whole) if is_first else (at, error)
+            raise DataError(f"{file}: row {row}: not JSON: {getattr(why, 'msg', why)}; expected {KINDS}") from None
 
 
 def _kind(where: str, row: Row) -> type[Run] | type[Bench] | type[Scores]:

@@ -22,12 +22,11 @@ from rich.cells import cell_len
 
 from longnet_cli.basics.errors import CheckpointError, ConfigError, DataError
 from longnet_cli.data.columns import Wanted
-from longnet_cli.data.folders import sniff
 from longnet_cli.data.formats import open_source
+from longnet_cli.data.kinds import sniff
 from longnet_cli.data.names import find_sources
 from longnet_cli.data.tables import Table
-from longnet_cli.data.text_stream import TextStream
-from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.data.tokenizer import TextStream, Tokenizer
 from longnet_cli.jobs.scoring.token_logprobs import Logged, LogprobFile
 
 MOST_TOKENS = 1 << 22  # of all documents; a page of them has some 30 MB
@@ -110,11 +109,12 @@ def read_surprise(names: Sequence[str], tokenizer_name: str | None = None) -> Su
     for damaged files, and for two of other tokens; ConfigError for a tokenizer that is missing or another one, for more
     than two files, and for more than MOST_TOKENS tokens.
     """
-    chosen = [name for name in names if _has_blocks(name)]
-    names = [name for name in names if name not in chosen]
+    found = [_blocks(name) for name in names]
+    chosen = [table for table in found if table]
+    names = [name for name, table in zip(names, found, strict=True) if not table]
     if len(chosen) > 1 or (chosen and not names):
         raise ConfigError(
-            f"{chosen[0]}: name one file of chosen blocks, beside one of log-probabilities, which has the text"
+            f"{chosen[0].where}: name one file of chosen blocks, beside one of log-probabilities, which has the text"
         )
     files = [LogprobFile(name) for name in names]
     if len(files) > 2:
@@ -126,38 +126,30 @@ def read_surprise(names: Sequence[str], tokenizer_name: str | None = None) -> Su
     if not documents:
         raise DataError(f"{files[0].where}: it has no tokens")
     shown = [_document(texts, *logged) for logged in documents]
-    return Surprise(list(names), shown, texts.tops, _seen(chosen[0], shown) if chosen else None)
+    return Surprise(list(names), shown, texts.tops, *(_seen(table, shown) for table in chosen))
 
 
-def _seen(name: str, documents: Sequence[SurpriseDocument]) -> SeenBlocks:
-    places, begin = dict[str, tuple[int, int]](), 0
-    for document in documents:
-        if document.start > 1 or document.doc_id in places:
-            raise ConfigError(f"{name}: chosen blocks are shown of whole documents (no --last), each with its own name")
-        places[document.doc_id] = begin, len(document.pieces)
-        begin += len(document.pieces)
-    return _read_blocks(name, places)
-
-
-def _open_blocks(name: str) -> Table | None:
-    sources, _ = find_sources([name])
+def _blocks(name: str) -> Table | None:
+    """Return the table of a file of `score --chosen`, None of another one. Stdin (-) is not looked into."""
+    sources = [] if name == "-" else find_sources([name])[0]
     table = open_source(sources[0], Wanted()) if len(sources) == 1 else None
     return table if isinstance(table, Table) and {*_CHOSEN} <= {*table.schema.names} else None
 
 
-def _has_blocks(name: str) -> bool:
-    """Return whether a file is one of `score --chosen`. Stdin (-) is not looked into."""
-    return name != "-" and _open_blocks(name) is not None
-
-
-def _read_blocks(name: str, places: dict[str, tuple[int, int]]) -> SeenBlocks:
-    """Return the blocks in a file for the documents at `places`: by name, (first token on the page, count).
+def _seen(table: Table, documents: Sequence[SurpriseDocument]) -> SeenBlocks:
+    """Return the blocks in a file for the documents of a page.
 
     The query at position i of a document predicts the i-th token that is scored, and reads the one before. Raises
-    DataError for a file of other documents.
+    ConfigError for parts of documents, DataError for a file of other documents.
     """
-    table = _open_blocks(name)
-    assert table is not None
+    places, first = dict[str, tuple[int, int]](), 0  # by name, the first token on the page, and the count
+    for document in documents:
+        if document.start > 1 or document.doc_id in places:
+            raise ConfigError(
+                f"{table.where}: chosen blocks are shown of whole documents (no --last), each with its own name"
+            )
+        places[document.doc_id] = first, len(document.pieces)
+        first += len(document.pieces)
     size = int((table.schema.metadata or {}).get(b"longnet.chosen_block", b"0"))
     groups: dict[tuple[int, int], Counter[int]] = defaultdict(Counter)
     layers = set[int]()
@@ -367,18 +359,16 @@ def _lines(pieces: Sequence[str], width: int, printable: Callable[[str], str]) -
     """Yield lines of (index of a token, a part of its text, whether it begins there). A newline is a space."""
     line, column = list[tuple[int, str, bool]](), 0
     for token, piece in enumerate(pieces):
-        part, begins = "", True
-        for character in piece:
+        for place, character in enumerate(piece):
             shown = {"\n": " ", "\t": _TAB}.get(character) or printable(character)
-            size = cell_len(shown)
-            if column + size > width:
-                yield [*line, *([(token, part, begins)] if part else [])]
-                begins, part, line, column = begins and not part, "", [], 0
-            part, column = part + shown, column + size
+            if column + cell_len(shown) > width:
+                yield line
+                line, column = [], 0
+            _, before, begins = line.pop() if line and line[-1][0] == token else (token, "", not place)
+            line.append((token, before + shown, begins))
+            column += cell_len(shown)
             if character == "\n":
-                yield [*line, (token, part, begins)]
-                part, begins, line, column = "", False, [], 0
-        if part:
-            line.append((token, part, begins))
+                yield line
+                line, column = [], 0
     if line:
         yield line

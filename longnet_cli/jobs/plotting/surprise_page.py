@@ -1,5 +1,7 @@
 """Surprise as one HTML file: the text, the nats of each token as its background, and a strip of the whole.
 
+The strip alone is a picture, too.
+
 A page holds its data in two script elements that no browser runs: `facts`, JSON, and `data`, base64 of zlib of
 
     starts, stops, first, blocks    uint32  of `surprise.SeenBlocks`; if there are chosen blocks
@@ -28,21 +30,62 @@ import numpy as np
 from longnet_cli.basics.atomic import write_file
 from longnet_cli.basics.errors import ConfigError
 
+from .drawing import PICTURES, new_figure, save_figure
 from .surprise import Surprise
 
 PAGE = ".html"
 STEPS = 1000  # of a nat
+# From the least to the most, on a light ground: the page has these, too
+COLORS = {
+    "nats": ["#ffffff", "#fff0c2", "#fdc86b", "#f0883a", "#b93a0c", "#5c1808"],
+    "gains": ["#8a3b00", "#e08214", "#fdd9a8", "#ffffff", "#bcd9f5", "#4292d6", "#08366b"],
+}
+ACROSS, MOST_ROWS = 16, 240  # stretches of a strip
 _TEMPLATE = Path(__file__).with_suffix(PAGE)
 
 
 def write_surprise(surprise: Surprise, output: str | Path) -> None:
-    """Write a page, whole or not at all. Raises ConfigError for a name that does not end in PAGE."""
-    if Path(output).suffix.lower() != PAGE:
-        raise ConfigError(f"{output}: the page of a file of log-probabilities has a name that ends in {PAGE}")
+    """Write a page, or its strip as a picture, whole or not at all. Raises ConfigError for other names of files."""
+    kind = Path(output).suffix.lower()
+    if kind in PICTURES:
+        _draw_strip(surprise, output)
+        return
+    if kind != PAGE:
+        raise ConfigError(f"{output}: name a page, .html, or a picture of its strip: {', '.join(PICTURES)}")
     before, between, after = re.split("@FACTS@|@DATA@", _TEMPLATE.read_text(encoding="utf-8"))
     facts = json.dumps(_facts(surprise), ensure_ascii=False).replace("<", "\\u003c")
     data = base64.b64encode(zlib.compress(_data(surprise), 6)).decode()
     write_file(output, (before + facts + between + data + after).encode("utf-8", "replace"))
+
+
+def _draw_strip(surprise: Surprise, output: str | Path) -> None:
+    """Draw the mean of each stretch of the text, in rows of ACROSS, coloured from the least to the most of these."""
+    documents, gains = surprise.documents, len(surprise.names) > 1
+    values = np.concatenate([each.gains if gains else each.nats for each in documents])
+    across = min(ACROSS, len(values))
+    rows = min(MOST_ROWS, len(values) // across)
+    edges = np.linspace(0, len(values), rows * across + 1).astype(int)
+    means = (np.add.reduceat(values, edges[:-1]) / np.diff(edges)).reshape(rows, across)
+    low, high = np.quantile(means, [0.02, 0.99])
+    if gains:
+        high = max(-low, high)
+        low = -high
+    figure = new_figure(output, 4.0, 5.0)
+    from matplotlib.colors import LinearSegmentedColormap
+
+    colors = LinearSegmentedColormap.from_list("", COLORS["gains" if gains else "nats"])
+    axes = figure.subplots()
+    extent = (0, len(values) / rows, len(values), 0)
+    strip = axes.imshow(means, colors, vmin=low, vmax=high, aspect="auto", extent=extent, interpolation="nearest")
+    if 1 < len(documents) <= 20:
+        starts = np.cumsum([0, *(len(each.pieces) for each in documents)])
+        axes.set_yticks(starts[:-1], [each.doc_id for each in documents])
+    else:
+        axes.set_ylabel("tokens")
+    axes.set_xticks([])
+    figure.colorbar(strip, label="nats that the second file saves" if gains else "nats per token")
+    figure.suptitle(" and ".join(surprise.names), fontsize="small")
+    save_figure(figure, output, dpi=150)
 
 
 def _facts(surprise: Surprise) -> dict[str, Any]:
@@ -53,11 +96,12 @@ def _facts(surprise: Surprise) -> dict[str, Any]:
         for lists in [[each.nats] if each.other_nats is None else [each.nats, each.other_nats]]
     ]
     tokens = sum(len(each.pieces) for each in surprise.documents)
-    lists = {"tokens": tokens, "other": len(surprise.names) > 1, "top": _has_top(surprise)}
+    lists: dict[str, Any] = {"tokens": tokens, "other": len(surprise.names) > 1, "top": _has_top(surprise)}
     seen = surprise.seen
     lists["groups"], lists["blocks"] = (len(seen.starts), len(seen.blocks)) if seen else (0, 0)
     lists["layers"], lists["size"] = (seen.num_layers, seen.size) if seen else (0, 0)
-    return {"names": surprise.names, "documents": documents, "tops": surprise.tops, "steps": STEPS, **lists}
+    lists["steps"], lists["colors"] = STEPS, COLORS
+    return {"names": surprise.names, "documents": documents, "tops": surprise.tops, **lists}
 
 
 def _has_top(surprise: Surprise) -> bool:

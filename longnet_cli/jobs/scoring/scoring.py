@@ -22,7 +22,8 @@ from torch import Tensor
 from longnet_cli.basics.errors import ConfigError, NotFiniteError
 from longnet_cli.basics.sizes import format_size
 from longnet_cli.data.documents import SPOOL_BYTES, Document
-from longnet_cli.data.kept import OnSkip, kept_columns, row_schema
+from longnet_cli.data.manifest import OnSkip
+from longnet_cli.data.outputs import kept_columns, row_schema
 from longnet_cli.jobs.options import ScoreOptions
 from longnet_cli.jobs.row_jobs import ModelFacts, RowJob
 from longnet_cli.jobs.scoring.measures import TABLES, ByPosition, Gain, GainTally, Score, column
@@ -140,7 +141,7 @@ def score(
     A document that is too long for the model, or has invalid ids, ends the run. With `on_skip`, it is passed to
     `on_skip` and left out instead. The `stored` documents are the part of `documents` whose lengths are cheap to read;
     without `on_skip`, these lengths are checked before anything else. `kept_fields` are columns that documents carry to
-    the output (`data.kept`).
+    the output (`data.outputs`).
 
     An empty document scores 0 tokens. `on_tokens` gets the log-probabilities of all tokens in order, and with `top` the
     most likely tokens in their places. `on_progress` gets the number of tokens that each forward pass has scored.

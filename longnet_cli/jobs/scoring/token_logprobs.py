@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from longnet_cli.basics.errors import DataError
 from longnet_cli.data.columns import Wanted
-from longnet_cli.data.documents import Document
+from longnet_cli.data.documents import Document, TextPlaces
 from longnet_cli.data.formats import open_source
 from longnet_cli.data.names import find_sources
 from longnet_cli.data.outputs import ShardWriter
@@ -30,7 +30,8 @@ def logprob_schema(metadata: Mapping[str, str] | None = None, top: bool = False)
     """Return the schema of token log-probabilities, in nats: a row has the tokens of a document from `start` on.
 
     A long document has several rows, with `part` 0, 1, 2, ... and one doc_id. `metadata` is `weights.model_origin`.
-    With `top`, there are columns for the most likely token in the place of each one, and for its log-probability.
+    With `top`, there are columns for the most likely token in the place of each one, and for its log-probability. The
+    place of each token in the text is last, [char_start, char_end), null for a document of ids (`data.places`).
     """
     ids, logprobs = pa.large_list(pa.int32()), pa.large_list(pa.float32())
     fields = [
@@ -42,6 +43,7 @@ def logprob_schema(metadata: Mapping[str, str] | None = None, top: bool = False)
     ]
     if top:
         fields += [pa.field(name, kind, nullable=False) for name, kind in zip(_TOP, (ids, logprobs), strict=True)]
+    fields += [pa.field(name, pa.large_list(pa.int64())) for name in ("char_start", "char_end")]
     return pa.schema(fields, metadata=dict(metadata or {}))
 
 
@@ -52,7 +54,7 @@ def write_token_logprobs(
     """Open a file for token log-probabilities (see `logprob_schema`), and yield the `on_tokens` of `score`."""
     rows: list[tuple[Any, ...]] = []
     size = part = 0
-    last: Document | None = None
+    places: TextPlaces | None = None
 
     with ShardWriter(path, logprob_schema(metadata, top)) as writer:
 
@@ -64,10 +66,11 @@ def write_token_logprobs(
             rows, size = [], 0
 
         def on_tokens(document: Document, start: int, *lists: np.ndarray) -> None:
-            nonlocal size, part, last
-            part = part + 1 if document is last else 0
-            last = document
-            rows.append((document.doc_id, part, start, *lists))
+            nonlocal size, part, places
+            part += 1
+            if places is None or places.document is not document:
+                part, places = 0, TextPlaces(document)
+            rows.append((document.doc_id, part, start, *lists, *places.each(start, start + len(lists[0]))))
             size += len(lists[0])
             if size >= BATCH:
                 flush()

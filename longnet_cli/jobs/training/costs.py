@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from longnet_cli.jobs.estimating.estimate import Estimate
-from longnet_cli.jobs.estimating.memory import activation_bytes, far_bytes, itemsize_of, logits_bytes
+from longnet_cli.jobs.estimating.memory import activation_bytes, far_bytes, itemsize_of, logits_bytes, transient_memory
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import LOGITS_LIMIT
@@ -193,9 +193,10 @@ def training_memory(recipe: Recipe, device: torch.device, ranks: Ranks) -> dict[
 def _stage_memory(recipe: Recipe, stage: Stage, device: torch.device, ranks: Ranks) -> dict[str, int]:
     """Return the bytes of one rank that depend on the length of a stage's windows, by kind.
 
-    activations: what all layers save for the tokens of a forward pass. logits: of those that are predicted. cache: rows
-    that pass from chunk to chunk, of each window of the forward pass, and rows that are stored for the backward pass.
-    key_gradients: of blocks that are chosen. With `train.spill`, what is stored is on a disk.
+    activations: what all layers save for the tokens of a forward pass, and what is transient in one. logits: of tokens
+    that are predicted. cache: rows that pass from chunk to chunk, of each window of the forward pass, and rows that are
+    stored for the backward pass. key_gradients: of blocks that are chosen. With `train.spill`, what is stored is on a
+    disk.
     """
     config, train, itemsize = recipe.model, recipe.train, itemsize_of(recipe.train.dtype, device)
     tokens = tokens_at_once(recipe, stage, ranks)
@@ -203,8 +204,11 @@ def _stage_memory(recipe: Recipe, stage: Stage, device: torch.device, ranks: Ran
     far = far_bytes(config, stage.seq_len, train.chunk * ranks.sp, itemsize, ranks.sp)
     lora = recipe.pretrained.adapter if recipe.pretrained else None
     saved = activation_bytes(config, itemsize, device.type, train.activation_checkpointing, lora)  # per token
+    transient = transient_memory(
+        config.pattern, config.num_heads, config.head_dim, stage.seq_len, itemsize, device.type, ranks.sp, back=True
+    )
     kinds = {
-        "activations": tokens * saved,
+        "activations": tokens * saved + transient,
         "logits": logits_bytes(config, round(tokens * train.predicted)),
         "cache": windows * far.passing + (0 if train.spill else far.stored - far.gradients),
     }

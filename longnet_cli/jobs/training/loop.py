@@ -120,7 +120,7 @@ def train(
         run.resume(resume)
         if on_begin:
             on_begin(run.progress.step, run.log.tokens)
-        with noted_signals(ranks) as signals:
+        with noted_signals(ranks.largest) as signals:
             return run.go(signals, on_step)
 
 

@@ -18,11 +18,10 @@ from longnet_cli.basics.errors import ConfigError, LongNetError, refuse_web_addr
 from longnet_cli.basics.sizes import parse_size
 from longnet_cli.data.names import Sources
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.hub.folder_files import TOKENIZER
 from longnet_cli.hub.model_names import as_stored, find_tokenizer, preset_dir
+from longnet_cli.hub.repository import TOKENIZER
 from longnet_cli.models.folder import ModelFolder
-from longnet_cli.models.hf.pretrained_config import TransformersConfig
-from longnet_cli.nets.config import LongNetConfig
+from longnet_cli.nets.config import LongNetConfig, TransformersConfig
 from longnet_cli.running.chunk_size import TRAINING_CHUNK
 
 if sys.version_info >= (3, 11):
@@ -275,7 +274,7 @@ class PretrainedRecipe(Recipe):
 
     @property
     def adapter(self) -> dict[str, Any] | None:
-        """The arguments of `models.hf.lora.add_lora`; None where all weights are trained."""
+        """The arguments of `models.hf.training.add_lora`; None where all weights are trained."""
         return self.lora.model_dump() if self.lora else None
 
 

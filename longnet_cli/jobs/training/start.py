@@ -21,12 +21,12 @@ from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 from longnet_cli.basics.configuration import parse, read_text
 from longnet_cli.basics.errors import CheckpointError, ConfigError, DataError, MemoryLimitError
-from longnet_cli.data import overwriting
 from longnet_cli.data.documents import Document
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.names import Sources
+from longnet_cli.data.outputs import refuse_overwriting
 from longnet_cli.data.tokenizer import NO_END, Tokenizer
-from longnet_cli.hub.folder_files import CONFIG, TOKENIZER, WEIGHTS
+from longnet_cli.hub.repository import CONFIG, TOKENIZER, WEIGHTS
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import Net
@@ -233,7 +233,7 @@ def _refuse_overwriting(output: Path, recipe: Recipe, path: str | None) -> None:
         also += [ModelFolder.find(recipe.init).path if recipe.init else None]
         also += [Path(path) if path else None, Tokenizer.find(data.tokenizer)]
     for inputs in (*(source.files for source in data.sources), data.held_out_files):
-        overwriting.refuse_overwriting("-o", files, inputs, also)
+        refuse_overwriting("-o", files, inputs, also)
 
 
 class TrainingData(NamedTuple):

@@ -11,10 +11,10 @@ pattern and the name:
     model = AutoModelForCausalLM.from_config(config, attn_implementation="dilated")
 
 The model keeps its projections, positions and heads; only its attention over queries, keys and values is replaced.
-Causal decoders, bidirectional encoders and grouped-query heads are supported. A batch may be padded on either side, in
-a compiled model only on the right. Generation is exact, with a DynamicCache, or with a LongNetCache in bounded memory.
-With chosen blocks, only a LongNetCache will do: it keeps the queries that choose, and all keys of the past.
-Layers that the model itself limits to a sliding window stay as they are, on torch's sdpa.
+Causal decoders, bidirectional encoders and grouped-query heads are supported. A batch may be padded on either side.
+Generation is exact, with a DynamicCache, or with a LongNetCache in bounded memory. With chosen blocks, only a
+LongNetCache will do: it keeps the queries that choose, and all keys of the past. Layers that the model itself limits to
+a sliding window stay as they are, on torch's sdpa.
 
 Sinks and chosen blocks are moved by the model's own rotations (`rotary`), which a config does not
 describe. With them, a model that is not loaded by AutoModel, AutoModelForCausalLM or AutoModelForMaskedLM therefore
@@ -29,7 +29,7 @@ from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -50,11 +50,12 @@ from longnet_cli.attention.sinks import Turn
 from longnet_cli.attention.spans import SINKS, far_spans, lanes, span_positions, span_rows
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.models.hf.auto_longnet import LongNetPreTrainedModel  # registers its classes
-from longnet_cli.models.hf.longnet_cache import CACHE, AlignedRows, LongNetCache, Memory, by_rows, columns_of
+from longnet_cli.models.hf.longnet_cache import CACHE, AlignedRows, LongNetCache, by_rows, columns_of
 from longnet_cli.models.hf.pretrained_folder import ATTENTION_NAME, mark, register, unmark
 from longnet_cli.models.hf.rotary import make_phases_exact, turns
 from longnet_cli.models.hf.trying import body, hidden_states, why_not
 from longnet_cli.nets.named_blocks import named_blocks
+from longnet_cli.running.layer_caches import LayerCaches
 
 _TURN = "_dilated_turn"  # attribute of an attention module: the `Turn` of its sinks and chosen blocks, or None
 _PATTERN = "_dilated_pattern"  # attribute of an attention module: its config, what that says, and the `Pattern`
@@ -92,8 +93,11 @@ def use_dilated_attention(model: PreTrainedModel, pattern: Pattern | None = None
     kinds = getattr(config, "layer_types", None) or [
         "sliding_attention" if getattr(config, "sliding_window", 0) else ""
     ]
-    if all(kind == "sliding_attention" for kind in kinds):
+    sliding = [layer for layer, kind in enumerate(kinds) if kind == "sliding_attention"]
+    if len(sliding) == len(kinds):
         raise ConfigError(_NO_LAYER)
+    if choosing := sorted({*sliding} & {*pattern_of(config).chosen_layers}):
+        raise ConfigError(f"layer {choosing[0]} has a sliding window of its own, so it cannot choose blocks (layers=)")
     earlier = config._attn_implementation
     try:
         model.set_attn_implementation(ATTENTION_NAME)
@@ -137,26 +141,20 @@ class _CurrentPass:
 
     def __init__(self) -> None:
         self.ids: Tensor | None = None  # (B, columns); None for vectors
-        self.cache: LongNetCache | None = None
         self.choices: dict[int, Choices] = {}  # of rows, by their first column
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         """Note what a model is called with, before its forward pass."""
-        ids = options.get("input_ids", args[0] if args else None)
-        self.ids, self.choices = ids, {}
-        # its name depends on the model and on the version of transformers
-        self.cache = next((x for x in (*options.values(), *args) if isinstance(x, LongNetCache)), None)
-        if self.cache is not None:
-            self.cache.read(ids)
+        self.ids, self.choices = options.get("input_ids", args[0] if args else None), {}
 
-    def of(self, rows: AlignedRows, pattern: Pattern) -> Choices:
-        """Return the choices of some rows."""
+    def of(self, rows: AlignedRows, pattern: Pattern, part: LayerCaches | None = None) -> Choices:
+        """Return the choices of some rows; `part` is what was read of them before."""
         if rows.first not in self.choices:
-            named = None
-            if self.ids is not None and self.cache is not None:
-                named = self.cache.named(rows, rows.of(self.ids)[:, rows.skip :], pattern)
-            elif self.ids is not None:
-                named = named_blocks(pattern, rows.of(self.ids)[:, rows.first :])
+            ids = None if self.ids is None else rows.of(self.ids)
+            if part is not None:
+                named = part.note(None if ids is None else ids[:, rows.skip :])
+            else:
+                named = named_blocks(pattern, None if ids is None else ids[:, rows.first :])
             self.choices[rows.first] = Choices(named)
         return self.choices[rows.first]
 
@@ -243,8 +241,6 @@ def _shared(pattern: Pattern) -> Pattern:
 def _pattern_of(module: nn.Module) -> Pattern:
     """Return the pattern of an attention, which is made only once, because to read a config of transformers is slow."""
     config: Any = module.config
-    if torch.compiler.is_dynamo_compiling():
-        return pattern_of(config)
     known, written, pattern = module.__dict__.get(_PATTERN, (None, None, None))
     if known is not config or written != object.__getattribute__(config, "__dict__").get("dilated_attention"):
         pattern = _shared(pattern_of(config))
@@ -282,82 +278,99 @@ def dilated_attention_forward(
     pattern = _pattern_of(module)
     _check_call(module, pattern, query, attention_mask, dropout, options)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    kept: LongNetCache | None = getattr(key, CACHE, None)
-    memory = kept.memory(getattr(module, "layer_idx", 0), len(key)) if kept is not None else None
     q, k, v = (_in_autocast_type(x).transpose(1, 2) for x in (query, key, value))
-    before = memory.position if memory else k.shape[1] - q.shape[1]
-    if before and (before < 0 or not causal):
-        raise ValueError(
-            f"dilated attention is self-attention: {q.shape[1]} queries cannot attend to {k.shape[1]} keys "
-            f"in a {'causal' if causal else 'bidirectional'} layer"
-        )
     settings: dict[str, Any] = {"causal": causal, "scale": scaling, "turn": module.__dict__.get(_TURN)}
+    current = module.__dict__.get(_CURRENT) if pattern.chosen else None
+    call = _Call(getattr(module, "layer_idx", 0), pattern, q, k, v, settings, current)
     if options.get("far") or options.get("documents") is not None:
-        return _attend_shard(module, q, k, v, pattern, settings, options), None
-    return _attend_rows(module, q, k, v, pattern, settings, attention_mask, memory, before), None
+        return _of_shard(call, options), None
+    kept: LongNetCache | None = getattr(key, CACHE, None)
+    out = _with_keys(call, attention_mask) if kept is None else _with_memory(call, attention_mask, kept)
+    # if no row has a token, return zeros with a gradient of zeros
+    return q.masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0) if out is None else out, None
 
 
-def _attend_shard(
-    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, settings: dict[str, Any], options: Any
-) -> Tensor:
+class _Call(NamedTuple):
+    """A call of a layer's attention: q (B, N, H, D), k and v (B, L, K, D), and settings for `dilated_attention`.
+
+    `current` is the pass, for chosen blocks.
+    """
+
+    layer: Any
+    pattern: Pattern
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    settings: dict[str, Any]
+    current: _CurrentPass | None
+
+    def choices(self, rows: AlignedRows, part: LayerCaches | None = None) -> dict[str, Any]:
+        """Return the argument `choices` for some rows; `part` is what was read of them before."""
+        if not self.current:
+            return {}
+        return {"choices": LayerChoices(self.current.of(rows, self.pattern, part), self.pattern, self.layer)}
+
+    def attend(self, rows: AlignedRows, q: Tensor, k: Tensor, v: Tensor, far: Outside, choices: Any) -> Tensor:
+        """Return attention (rows, n, H, D) of some rows' new tokens."""
+        place: dict[str, Any] = {"start": rows.start, "far": far, "lengths": rows.lengths}
+        return dilated_attention(q, k, v, self.pattern, **self.settings, **choices, **place)
+
+    def check_self_attention(self, before: int) -> None:
+        """Raise ValueError unless the queries are those of the keys after `before` earlier ones of a causal layer."""
+        if before and (before < 0 or not self.settings["causal"]):
+            raise ValueError(
+                f"dilated attention is self-attention: {self.q.shape[1]} queries cannot attend to {self.k.shape[1]} "
+                f"keys in a {'causal' if self.settings['causal'] else 'bidirectional'} layer"
+            )
+
+
+def _of_shard(call: _Call, options: Mapping[str, Any]) -> Tensor:
     """Return attention (B, N, H, D) of a shard, to which a caller of the model gives what lies outside."""
-    layer: Any = getattr(module, "layer_idx", 0)
+    q, k, v, settings = call.q, call.k, call.v, dict(call.settings)
     if empty := options.get("empty", False):
         q, k, v = (x[:, :0] for x in (q, k, v))
     if provider := options.get("far"):
-        settings |= {"start": options["start"], "far": provider(layer, q, k, v)}
-    if pattern.chosen:
-        settings["choices"] = LayerChoices(options["choices"], pattern, layer)
-    attended = dilated_attention(q, k, v, pattern, documents=options.get("documents"), **settings)
+        settings |= {"start": options["start"], "far": provider(call.layer, q, k, v)}
+    if call.pattern.chosen:
+        settings["choices"] = LayerChoices(options["choices"], call.pattern, call.layer)
+    attended = dilated_attention(q, k, v, call.pattern, documents=options.get("documents"), **settings)
     return F.pad(attended, (0, 0, 0, 0, 0, 1)) if empty else attended
 
 
-def _attend_rows(
-    module: nn.Module,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pattern: Pattern,
-    settings: dict[str, Any],
-    attention_mask: Tensor | None,
-    memory: Memory | None,
-    before: int,
-) -> Tensor:
-    """Return attention (B, N, H, D) of a batch, whose rows may be padded, after `before` cached columns."""
-    layer: Any = getattr(module, "layer_idx", 0)
-    current: _CurrentPass | None = module.__dict__.get(_CURRENT) if pattern.chosen else None
+def _with_memory(call: _Call, mask: Tensor | None, kept: LongNetCache) -> Tensor | None:
+    """Return attention (B, N, H, D) of a batch whose earlier keys are in a LongNetCache; None if no row has a token."""
+    memory = kept.memory(call.layer)
+    call.check_self_attention(memory.position)
 
     def attend(rows: AlignedRows) -> Tensor:
-        some_q, some_k, some_v = rows.of(q), rows.of(k), rows.of(v)
-        if rows.skip:
-            some_q = some_q[:, rows.skip :]
-        if memory:
-            if rows.skip:
-                some_k, some_v = some_k[:, rows.skip :], some_v[:, rows.skip :]
-            cache = memory.cache(rows, pattern, q.shape[2], some_k)
-            far = cache.far(some_k, some_v)
-        else:
-            some_k, some_v = some_k[:, rows.first :], some_v[:, rows.first :]
-            if rows.start and pattern.chosen:
-                raise ConfigError(
-                    f"chosen={pattern.chosen}: this cache has lost the queries that choose: pass "
-                    "past_key_values=LongNetCache(model.config), or use_cache=False"
-                )
-            far = _cached(some_k, some_v, pattern, q.shape[2], rows.start) if rows.start else Outside()
-            some_k, some_v = some_k[:, rows.start :], some_v[:, rows.start :]
-        shard: dict[str, Any] = {"start": rows.start, "far": far, "lengths": rows.lengths}
-        if current:
-            shard["choices"] = LayerChoices(current.of(rows, pattern), pattern, layer)
-        attended = dilated_attention(some_q, some_k, some_v, pattern, **settings, **shard)
-        if memory:
-            cache.append(some_k, some_v, q=some_q)
+        q, k, v = (rows.of(x)[:, rows.skip :] for x in (call.q, call.k, call.v))
+        part = kept.part(rows, call.pattern)
+        choices = call.choices(rows, part)
+        attended = call.attend(rows, q, k, v, part.provide(memory.number, q, k, v), choices)
+        part.store()
         return attended
 
-    out = by_rows(attention_mask, before, q.shape, attend)
-    if memory:
-        memory.step(q.shape[1])
-    # if no row has a token, return zeros with a gradient of zeros
-    return q.masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0) if out is None else out
+    out = by_rows(mask, memory.position, call.q.shape, attend)
+    memory.step(call.q.shape[1])
+    return out
+
+
+def _with_keys(call: _Call, mask: Tensor | None) -> Tensor | None:
+    """Return attention (B, N, H, D) of a batch whose earlier keys are given as well; None if no row has a token."""
+    before = call.k.shape[1] - call.q.shape[1]
+    call.check_self_attention(before)
+
+    def attend(rows: AlignedRows) -> Tensor:
+        q, (k, v) = rows.of(call.q)[:, rows.skip :], (rows.of(x)[:, rows.first :] for x in (call.k, call.v))
+        if rows.start and call.pattern.chosen:
+            raise ConfigError(
+                f"chosen={call.pattern.chosen}: this cache has lost the queries that choose: pass "
+                "past_key_values=LongNetCache(model.config), or use_cache=False"
+            )
+        far = _cached(k, v, call.pattern, q.shape[2], rows.start) if rows.start else Outside()
+        return call.attend(rows, q, k[:, rows.start :], v[:, rows.start :], far, call.choices(rows))
+
+    return by_rows(mask, before, call.q.shape, attend)
 
 
 def _in_autocast_type(x: Tensor) -> Tensor:
@@ -451,7 +464,7 @@ def dilated_mask(
 ) -> Tensor | None:
     """Return columns [first, stop) of each row's tokens, (B, 2), or None: a mask for transformers that is never N x N.
 
-    Columns count from the first cached token. The result is on the CPU, except in a compiled graph. None means no
+    Columns count from the first cached token. The result is on the CPU. None means no
     padding. Sliding-window layers get their own mask, for sdpa. Raises ValueError for padding between tokens, for
     packed sequences and other masks of a model's own, and for caches that do not hold all keys so far.
     """
@@ -461,7 +474,7 @@ def dilated_mask(
     if mask_function not in (causal_mask_function, bidirectional_mask_function):
         raise ValueError(
             "dilated attention has no masks but causal, bidirectional and padding: for position_ids that restart "
-            "(packed sequences), pass attention_mask; under torch.compile always pass it"
+            "(packed sequences), pass attention_mask"
         )
     if kv_offset or q_offset + q_length != kv_length:
         raise ValueError(

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, MaskedLMOutput
 
 from longnet_cli.basics.errors import CheckpointError
-from longnet_cli.hub.folder_files import MODEL_TYPE
-from longnet_cli.models.hf.longnet_cache import AlignedRows, LongNetCache, Memories, by_rows, columns_of
+from longnet_cli.hub.repository import MODEL_TYPE
+from longnet_cli.models.hf.longnet_cache import AlignedRows, LongNetCache, Memory, by_rows, columns_of
 from longnet_cli.nets.config import LongNetConfig, parse_config
 from longnet_cli.nets.foreign import TRANSFORMERS_KEYS, architecture, own_keys
 from longnet_cli.nets.longnet import LongNet
@@ -154,23 +154,26 @@ class LongNetPreTrainedModel(hf.PreTrainedModel):
             raise ValueError("give either input_ids or inputs_embeds")
         before = cache.get_seq_length() if cache is not None else 0
         columns = _columns(attention_mask, position_ids, before + given.shape[1])
-        memory = None if cache is None else Memories(cache, given.shape[0], self.net.config)
-        if memory:
-            cache.read(input_ids)
+        if cache is not None:
+            layers = getattr(cache, "layers", [])
+            if len(layers) != self.net.config.num_layers or not all(isinstance(layer, Memory) for layer in layers):
+                raise ValueError("a LongNet remembers in a LongNetCache(model.config): it takes no other cache")
+            cache.expect(given.shape[0])
 
         def run(rows: AlignedRows) -> Tensor:
             some = rows.of(given)[:, rows.skip :]
-            place = {"tokens": some} if input_ids is not None else {"embeddings": some}
-            far = memory.of(rows) if memory else None
-            named = cache.named(rows, some, self.net.config.pattern) if memory else None
-            hidden = self.net(**place, start=rows.start, lengths=rows.lengths, far=far, named=named)
-            if memory:
-                memory.append()
+            place: dict[str, Any] = {"tokens" if input_ids is not None else "embeddings": some, "start": rows.start}
+            if cache is None:
+                return self.net(**place, lengths=rows.lengths)
+            part = cache.part(rows, self.net.config.pattern)
+            named = part.note(None if input_ids is None else some)
+            hidden = self.net(**place, lengths=rows.lengths, far=part.provide, named=named)
+            part.store()
             return hidden
 
         out = by_rows(columns, before, given.shape, run)
-        if memory:
-            memory.step(given.shape[1])
+        if cache is not None:
+            cache.step(given.shape[1])
         if out is None:  # no row has a token
             out = self.net.embed(input_ids, inputs_embeds) * 0
         return out

@@ -32,13 +32,14 @@ from longnet_cli.attention import Pattern
 from longnet_cli.basics.atomic import whole_folder
 from longnet_cli.basics.configuration import digest, parse, read_text
 from longnet_cli.basics.errors import CheckpointError, ConfigError, LongNetError
-from longnet_cli.hub.folder_files import BESIDE_TOKENIZER
+from longnet_cli.hub.repository import BESIDE_TOKENIZER
 
 DILATED_TYPE = "import longnet_cli.integrations.transformers"
 ATTENTION_NAME = "dilated"  # the name of the attention
 _OWN_TYPE = "dilated_model_type"  # key of the model's own type in such a file
 _PREFIX = "Dilated"  # of the names in `architectures`
 _PATTERN, _ATTENTION = "dilated_attention", "attn_implementation"
+MOST_LAYERS = 10_000  # each is made before a weight is read
 _OWN_CLASS = "_own_class"  # attribute of a marked configuration class: the original class
 
 Prepare = Callable[[hf.PreTrainedModel], Any]
@@ -74,6 +75,39 @@ def with_infinities(data: Any) -> Any:
             return float(data["__float__"])
         return {name: with_infinities(x) for name, x in data.items()}
     return [with_infinities(x) for x in data] if isinstance(data, list) else data
+
+
+def read_architecture(folder: Path, settings: Mapping[str, Any], embeds: bool = False) -> tuple[Any, Any]:
+    """Return (configuration, class) of a folder's model, whose config.json has these keys.
+
+    If it `embeds`, the class is that of AutoModel. Code of the folder's own (auto_map) is never run. Raises ConfigError
+    where transformers has no class.
+    """
+    data = from_file(_without_attention(settings))
+    if isinstance(layers := data.get("num_hidden_layers"), int) and layers > MOST_LAYERS:
+        raise ConfigError(f"{folder}/config.json: num_hidden_layers is {layers}: {MOST_LAYERS:,} are the most")
+    kind, name, code = data.get("model_type"), (data.get("architectures") or [None])[0], data.pop("auto_map", None)
+    own = hf.CONFIG_MAPPING[kind] if kind in hf.CONFIG_MAPPING else None  # noqa: SIM401 (`get` loads no class)
+    architecture: Any = hf.MODEL_MAPPING.get(own, None) if embeds else getattr(hf, str(name), None)
+    known = own and isinstance(architecture, type) and issubclass(architecture, hf.PreTrainedModel)
+    if not known or not (
+        architecture.config_class is own or embeds or hf.MODEL_FOR_CAUSAL_LM_MAPPING.get(own, None) is architecture
+    ):
+        what = f"does not know the architecture {name} (model_type {kind})"
+        instead = ", and code of the folder's own (auto_map) is never run" if code else ""
+        raise ConfigError(f"{folder}: transformers {hf.__version__} {what}{instead}")
+    try:
+        return hf.CONFIG_MAPPING[kind].from_dict(with_infinities(data)), architecture
+    except Exception as error:  # a class checks its values as it likes
+        raise ConfigError(f"{folder}/config.json: {' '.join(str(error).split())}") from None
+
+
+def _without_attention(data: Any) -> Any:
+    """Drop the attention that a file names: it would replace the requested one, and may be code from a hub."""
+    if isinstance(data, Mapping):
+        names = [name for name in data if not name.startswith(("attn_impl", "_attn_impl"))]
+        return {name: _without_attention(data[name]) for name in names}
+    return [_without_attention(item) for item in data] if isinstance(data, list) else data
 
 
 def mark(config: Any) -> None:

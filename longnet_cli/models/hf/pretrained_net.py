@@ -45,17 +45,16 @@ from longnet_cli.models.hf.attention import (
     write_pattern,
 )
 from longnet_cli.models.hf.longnet_cache import LongNetCache
-from longnet_cli.models.hf.lora import State, add_lora, merged
-from longnet_cli.models.hf.pretrained_config import TransformersConfig
-from longnet_cli.models.hf.pretrained_folder import ADAPTER, from_file, with_infinities, write_folder
-from longnet_cli.models.hf.rotary import FLOAT32_POSITIONS, ROPE_OF_LENGTH, make_phases_exact, rope_parameters
-from longnet_cli.models.hf.trying import NOT_OF_THE_MODEL, body, first_position, why_not
+from longnet_cli.models.hf.pretrained_folder import ADAPTER, read_architecture, write_folder
+from longnet_cli.models.hf.rotary import FLOAT32_POSITIONS, check_ropes, make_phases_exact
+from longnet_cli.models.hf.training import State, add_lora, merged
+from longnet_cli.models.hf.trying import body, first_position, settings_of, why_not
+from longnet_cli.nets.config import TransformersConfig
 from longnet_cli.nets.named_blocks import named_blocks
 from longnet_cli.nets.net import FarProvider, Net
 from longnet_cli.nets.weights import check_finite
 from longnet_cli.running.causal_stream import open_stream
 
-MOST_LAYERS = 10_000  # each is made before a weight is read
 _CACHE_NAMES = ("cache", "past_key_values")  # the argument of forward, and its older name
 _ENCODERS = {"mpnet"}  # which look in both directions, though their modules do not say so
 _POOLER = "pooler."  # of the names of weights that make another output of a model than its hidden states
@@ -225,7 +224,7 @@ class TransformersNet(Net):
         self.logits(weight.new_zeros(1, self.config.dim))
 
     def add_lora(self, options: Mapping[str, Any]) -> None:
-        """Add LoRA matrices and train only them, in place; `options` are the arguments of `lora.add_lora`."""
+        """Add LoRA matrices and train only them, in place; `options` are the arguments of `training.add_lora`."""
         self._save_adapter = add_lora(self.model, **options)
 
     def save(self, folder: Path, tokenizer_json: str, state: Mapping[str, Tensor], eos: str | None = None) -> None:
@@ -391,39 +390,6 @@ def _dense(model: hf.PreTrainedModel, as_trained: bool) -> TransformersNet:
     return TransformersNet(use_own_attention(model), as_trained=as_trained)
 
 
-def read_architecture(folder: Path, settings: Mapping[str, Any], embeds: bool = False) -> tuple[Any, Any]:
-    """Return (configuration, class) of a folder's model, whose config.json has these keys.
-
-    If it `embeds`, the class is that of AutoModel. Code of the folder's own (auto_map) is never run. Raises ConfigError
-    where transformers has no class.
-    """
-    data = from_file(_without_attention(settings))
-    if isinstance(layers := data.get("num_hidden_layers"), int) and layers > MOST_LAYERS:
-        raise ConfigError(f"{folder}/config.json: num_hidden_layers is {layers}: {MOST_LAYERS:,} are the most")
-    kind, name, code = data.get("model_type"), (data.get("architectures") or [None])[0], data.pop("auto_map", None)
-    own = hf.CONFIG_MAPPING[kind] if kind in hf.CONFIG_MAPPING else None  # noqa: SIM401 (`get` loads no class)
-    architecture: Any = hf.MODEL_MAPPING.get(own, None) if embeds else getattr(hf, str(name), None)
-    known = own and isinstance(architecture, type) and issubclass(architecture, hf.PreTrainedModel)
-    if not known or not (
-        architecture.config_class is own or embeds or hf.MODEL_FOR_CAUSAL_LM_MAPPING.get(own, None) is architecture
-    ):
-        what = f"does not know the architecture {name} (model_type {kind})"
-        instead = ", and code of the folder's own (auto_map) is never run" if code else ""
-        raise ConfigError(f"{folder}: transformers {hf.__version__} {what}{instead}")
-    try:
-        return hf.CONFIG_MAPPING[kind].from_dict(with_infinities(data)), architecture
-    except Exception as error:  # a class checks its values as it likes
-        raise ConfigError(f"{folder}/config.json: {' '.join(str(error).split())}") from None
-
-
-def _without_attention(data: Any) -> Any:
-    """Drop the attention that a file names: it would replace the requested one, and may be code from a hub."""
-    if isinstance(data, Mapping):
-        names = [name for name in data if not name.startswith(("attn_impl", "_attn_impl"))]
-        return {name: _without_attention(data[name]) for name in names}
-    return [_without_attention(item) for item in data] if isinstance(data, list) else data
-
-
 def _reach(pattern: Pattern) -> int:
     """Return how many tokens back a query sees at most in the first level, with the chosen blocks before it."""
     return (1 + pattern.look_backs[0]) * pattern.segment_lengths[0] + pattern.chosen_keys
@@ -468,11 +434,9 @@ def _facts(model: hf.PreTrainedModel, dilated: bool, as_trained: bool) -> Transf
     sizes = [_setting(config, key) for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")]
     if len(directions) != 1 or None in sizes or not isinstance(model.get_input_embeddings(), nn.Embedding):
         raise ConfigError(f"{name} is not a text Transformer with one kind of attention, causal or not")
-    if changing := {rope.get("rope_type") for rope in rope_parameters(config)} & {*ROPE_OF_LENGTH}:
-        raise ConfigError(f"{name} has positions that depend on the sequence's length (rope_type {changing.pop()})")
+    check_ropes(model)
     dim, num_layers, num_heads = map(int, filter(None, sizes))
     parameters = sum(p.numel() for p in model.parameters())
-    settings = json.loads(config.to_json_string(use_diff=False))
     return TransformersConfig(
         vocab_size=model.get_input_embeddings().num_embeddings,
         dim=dim,
@@ -489,7 +453,7 @@ def _facts(model: hf.PreTrainedModel, dilated: bool, as_trained: bool) -> Transf
         parameters=parameters,
         trained=parameters,
         layer_weights=sum(p.numel() for p in _layers(model, num_layers).parameters() if p.dim() >= 2),
-        source=json.dumps({key: value for key, value in settings.items() if key not in NOT_OF_THE_MODEL}),
+        source=json.dumps(settings_of(config)),
     )
 
 

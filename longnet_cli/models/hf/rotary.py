@@ -27,10 +27,10 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from longnet_cli.attention.sinks import Turn
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.models.hf.trying import attending, body
+from longnet_cli.models.hf.trying import attending, body, hidden_states
 
 # frequencies that depend on the longest sequence of a batch: a document's numbers would depend on the other rows
-ROPE_OF_LENGTH = ("dynamic", "longrope")
+_ROPE_OF_LENGTH = ("dynamic", "longrope")
 
 _PROBE, _KEYS = "dilated_probe", "_dilated_probe_keys"
 _POSITION, _DISTANCE = 3, 61  # of the tried keys: small, as transformers' phases are float32
@@ -52,7 +52,7 @@ def make_phases_exact(model: PreTrainedModel) -> bool:
         m for m in model.modules() if any(name.endswith("inv_freq") for name, _ in m.named_buffers(recurse=False))
     ]
     ropes = rope_parameters(model.config)
-    if not makers or {rope.get("rope_type") for rope in ropes} & {*ROPE_OF_LENGTH}:
+    if not makers or {rope.get("rope_type") for rope in ropes} & {*_ROPE_OF_LENGTH}:
         return not ropes[0]
     trained = getattr(model.config, "max_position_embeddings", None) or FLOAT32_POSITIONS
     for maker in makers:
@@ -162,8 +162,7 @@ def turns(model: PreTrainedModel) -> dict[nn.Module, Turn | None]:
     ropes = rope_parameters(model.config)
     if any(rope.get("mrope_section") for rope in ropes):
         raise ConfigError(f"{name} has positions in several dimensions (mrope), in which keys cannot be moved")
-    if changing := {rope.get("rope_type") for rope in ropes} & {*ROPE_OF_LENGTH}:
-        raise ConfigError(f"{name} has positions that depend on the sequence's length (rope_type {changing.pop()})")
+    check_ropes(model)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ConfigError(f"{name} has no weights yet: how it turns its keys cannot be tried")
     frequencies = [x for key, x in body(model).named_buffers() if key.endswith("inv_freq")]
@@ -196,6 +195,13 @@ def rope_parameters(config: Any) -> list[dict[str, Any]]:
     return [table, *(x for x in table.values() if isinstance(x, dict))]
 
 
+def check_ropes(model: PreTrainedModel) -> None:
+    """Raise ConfigError for positions that depend on the length of the sequence."""
+    if changing := {rope.get("rope_type") for rope in rope_parameters(model.config)} & {*_ROPE_OF_LENGTH}:
+        what = f"has positions that depend on the sequence's length (rope_type {changing.pop()})"
+        raise ConfigError(f"{type(model).__name__} {what}")
+
+
 def _moved(k: Tensor, turn: Turn | None) -> Tensor:
     """Return keys (B, K, 1, D), turned to `_DISTANCE` positions further on."""
     if turn is None:
@@ -214,13 +220,10 @@ def _equal(actual: Tensor, expected: Tensor) -> bool:
 def _keys(model: PreTrainedModel, position: int | None = None) -> dict[nn.Module, Tensor]:
     """Return the rotated keys (B, K, 1, D) of each attention that looks at all tokens, for a few single tokens."""
     table = model.get_input_embeddings().weight
-    options: dict[str, Any] = {"input_ids": torch.linspace(0, len(table) - 1, 8, device=table.device).long()[:, None]}
-    if position is not None:
-        options["position_ids"] = torch.full((8, 1), position, device=table.device)
-    if "use_cache" in inspect.signature(body(model).forward).parameters:
-        options["use_cache"] = False
+    ids = torch.linspace(0, len(table) - 1, 8, device=table.device).long()[:, None]
+    place = {} if position is None else {"position_ids": torch.full((8, 1), position, device=table.device)}
     with attending(model, _PROBE):
-        body(model)(**options)
+        hidden_states(model, ids, **place)
     return {module: module.__dict__.pop(_KEYS) for module in model.modules() if _KEYS in module.__dict__}
 
 

@@ -3,7 +3,8 @@
 It is the model that was loaded, with all its settings: an architecture's name says little about its attention. It is
 compared with transformers' own eager attention, on one token more than the smallest window or chunk in its
 configuration. What differs is refused, in one line that names the architecture and the difference. The answer is kept
-by the digest of all settings (`basics.verdicts`), so a model is tried once.
+by all settings and some of the weights (`basics.verdicts`), so a model is tried once: attention of new weights is so
+even that it hides what trained ones show.
 
 B batch, N tokens.
 """
@@ -23,11 +24,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from longnet_cli.basics.configuration import digest
 from longnet_cli.basics.errors import InputWarning, LongNetError
 from longnet_cli.basics.verdicts import remembered
+from longnet_cli.nets.weights import tensor_digest
 
 Run = Callable[[Tensor], Tensor]  # ids (B, N) -> hidden states (B, N, dim)
 
@@ -36,7 +38,7 @@ FEW, MOST = 64, 512  # tokens of a trial: without a window or chunk in the confi
 TOLERANCE, TOLERANCE_16 = 1e-3, 2e-2
 _WINDOWS = re.compile(r"(window|chunk|block)(_size|_length)?|local_attention")
 _LONG = 2.0  # seconds of a trial that are worth a line
-NOT_OF_THE_MODEL = ("transformers_version", "_name_or_path")  # keys of its configuration
+SOME = 16  # numbers of each weight that tell models apart
 
 
 def body(model: PreTrainedModel) -> Any:
@@ -53,9 +55,16 @@ def first_position(model: PreTrainedModel) -> int:
     return 0
 
 
-def hidden_states(model: PreTrainedModel, ids: Tensor) -> Tensor:
+def settings_of(config: PretrainedConfig) -> dict[str, Any]:
+    """Return what a configuration says of the model, and not of its files."""
+    settings = json.loads(config.to_json_string(use_diff=False))
+    return {key: x for key, x in settings.items() if key not in ("transformers_version", "_name_or_path")}
+
+
+def hidden_states(model: PreTrainedModel, ids: Tensor, **options: Any) -> Tensor:
     """Return the hidden states (B, N, dim) of ids (B, N), in one forward pass without a cache."""
-    options = {"use_cache": False} if "use_cache" in inspect.signature(body(model).forward).parameters else {}
+    if "use_cache" in inspect.signature(body(model).forward).parameters:
+        options["use_cache"] = False
     return body(model)(input_ids=ids, **options).last_hidden_state
 
 
@@ -82,15 +91,19 @@ def why_not(model: PreTrainedModel, form: str, run: Run, expected: Run | None = 
     `form` is "as it comes", "with a pattern", "in chunks" or "in chunks, with a pattern"; `expected` None is the model
     with transformers' eager attention. Raises a LongNetError that `run` raises.
     """
-    settings = json.loads(model.config.to_json_string(use_diff=False))
-    for key in (*NOT_OF_THE_MODEL, "dilated_attention"):
-        settings.pop(key, None)
+    settings = settings_of(model.config)
+    settings.pop("dilated_attention", None)
     weight = next(model.parameters())
     if weight.is_meta:  # it has no numbers yet
         return None
     asked = {"trial": form, "architecture": type(model).__name__, "config": digest(settings)}
-    asked |= {"dtype": str(weight.dtype), "device": weight.device.type}
+    asked |= {"dtype": str(weight.dtype), "device": weight.device.type, "weights": tensor_digest(_some_weights(model))}
     return remembered(asked, partial(_try, model, form, run, expected or partial(_own, model, "eager")))
+
+
+def _some_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the first numbers of each weight: few to read, and training changes them."""
+    return {name: weight.detach().flatten()[:SOME] for name, weight in model.named_parameters()}
 
 
 def _try(model: PreTrainedModel, form: str, run: Run, expected: Run) -> str | None:

@@ -9,7 +9,7 @@ what there is of it. All ranks know the edges of all shards, so they know the ow
 
     in a layer that ..      what travels                                                         collectives
     chooses        enter    the last queries before a shard, from the ranks before it            1
-                   settle   means of the first blocks and of runs, to all ranks, who keep them   1, in long documents 2
+                   settle   means of the first blocks and of runs, to all ranks, who keep them   1
                    choose   in long documents: finer means of what remains after a stage         2 a stage, 1 a run
     chooses        attend   the blocks that were chosen                                          2, 1 a run
     follows        attend   the same blocks of its own keys: nobody asks                         1 a run
@@ -23,7 +23,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from math import prod
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,15 +32,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from longnet_cli.attention.groups import first_means
-from longnet_cli.attention.merging import accumulator
 from longnet_cli.attention.past import Blocks, Means, OfBlocks, Past, Wanted, run_means, taken
 from longnet_cli.attention.pattern import RUN, RUNS, Pattern
 from longnet_cli.attention.sinks import Turn
 from longnet_cli.running.ranks.fetching import ROWS, Asked, RankShare
-
-if TYPE_CHECKING:
-    from longnet_cli.running.ranks.exchange import Exchange
-
+from longnet_cli.running.ranks.shards import Shards
 
 STATE_BLOCKS = 1 << 12  # of a piece of a saved state
 
@@ -62,7 +59,7 @@ class RankMeans(Means):
 
     def __init__(self, pattern: Pattern, share: RankShare, allocate: Callable[..., Tensor]) -> None:
         super().__init__(pattern, share.like, 0, allocate)
-        self._share, self._first, self._long = share, first_means(pattern), False
+        self._share, self._last, self._long = share, first_means(pattern), False
 
     def of_wanted(self, number: int, wanted: Wanted) -> Iterator[tuple[int, slice, OfBlocks]]:
         if not self._long:  # on any rank
@@ -70,62 +67,55 @@ class RankMeans(Means):
             return
         asked = self._share.ask(number, wanted, self._share.directory.blocks)
         for run, rows in enumerate(self._share.runs(number, asked)):
-            for index, some in asked.pieces[run] if run < len(asked.pieces) else ():
+            for index, some in asked.pieces[run]:
                 keys, order = asked.keys[run].sort()
                 means = rows.transpose(0, 1).index_select(1, order)
                 yield index, some, partial(_among, means, keys, wanted[index][0] * asked.blocks)
 
-    def extend(self, exchange: Exchange, new: Sequence[NewBlocks]) -> None:
+    def extend(self, shards: Shards, new: Sequence[NewBlocks]) -> None:
         """Give all ranks the means of this rank's new blocks, and take those of its document. All ranks call this."""
-        share, last, spans, totals = self._share, self._first, dict[int, tuple[_Span, _Span]](), [0, 0]
-        for start, stop in exchange.crossed:
-            of_chunk = (min(max(edge, start), stop) - start for edge in (exchange.edges[0], exchange.edges[-1]))
-            begin, end = (position // share.directory.size for position in of_chunk)
-            ranges = range(min(begin, last), min(end, last)), range(max(begin, last) // RUN, -(-max(end, last) // RUN))
-            fine, runs = (_Span(x.start, x.stop, total - x.start) for x, total in zip(ranges, totals, strict=True))
-            spans[start], self._long = (fine, runs), self._long or end > last
-            totals = [fine.stop + fine.offset, runs.stop + runs.offset]
-        batch, heads, head_dim, own = len(share.like), *share.like.shape[2:], share.means
-        sizes = [(totals[0], self.finest), (totals[1], 1)]
-        of_fine, of_runs = (own.fine.new_zeros((batch, heads, *x, head_dim), device=share.like.device) for x in sizes)
+        like, last, begins, shapes = self._share.like, self._last, dict[int, int](), list[tuple[int, ...]]()
+        for start, stop in shards.crossed:
+            edges = shards.edges[0], shards.edges[-1]
+            begin, end = ((min(max(edge, start), stop) - start) // shards.size for edge in edges)
+            begins[start], self._long = begin, self._long or end > last
+            for number, m in ((min(end, last) - begin, self.finest), (-(-end // RUN) - max(begin, last) // RUN, 1)):
+                shapes.append((len(like), like.shape[2], max(0, number), m, like.shape[3]))
+        sizes = [*map(prod, shapes)]
+        together = self._share.means.fine.new_zeros(sum(sizes), device=like.device)
+        parts = [x.view(shape) for x, shape in zip(together.split(sizes), shapes, strict=True)]
+        of_documents = dict(zip(begins, zip(parts[::2], parts[1::2], strict=True), strict=True))
         for blocks in new:
-            if blocks.document not in spans:
-                continue
-            (fine, runs), place, stop = (
-                spans[blocks.document],
-                blocks.place - blocks.first,
-                blocks.first + blocks.number,
-            )
-            begin, end = max(blocks.first, fine.start), min(stop, fine.stop)
-            if begin < end:
-                of_fine[:, :, begin + fine.offset : end + fine.offset] = own.fine[:, :, begin + place : end + place]
-            if (begin := max(blocks.first, last)) < stop:  # of runs that others have parts of, a sum of these
-                ones = pad(
-                    own.one_each(slice(None), slice(begin + place, stop + place)), (0, 0, begin % RUN, -stop % RUN)
-                )
-                of_runs[:, :, begin // RUN + runs.offset :][:, :, : ones.shape[2] // RUN] = run_means(ones)
-        for x in (of_fine, of_runs):
-            if x.numel():
-                dist.all_reduce(x, group=share.group)
-        if mine := spans.get(exchange.document(exchange.mine[0])[0]):
-            fine, runs = mine
-            if (room := self.fine.shape[2]) < fine.stop:
-                self._move(self.of, fine.start, max(fine.stop, min(room * 3 // 2, last)))
-            self.write_finest(
-                slice(None), fine.start, of_fine[:, :, fine.start + fine.offset : fine.stop + fine.offset]
-            )
-            if runs.start < runs.stop:
-                more = of_runs[:, :, runs.start + runs.offset : runs.stop + runs.offset]
-                self.of[RUNS] = pad(self.of[RUNS], (0, 0, 0, 0, 0, runs.stop - self.of[RUNS].shape[2]))
-                self.of[RUNS][:, :, runs.start :] += more.to(self.fine.device)
+            if blocks.document in begins:
+                self._put(blocks, begins[blocks.document], *of_documents[blocks.document])
+        if len(together):
+            dist.all_reduce(together, group=self._share.group)
+        document, _ = shards.document(shards.mine[0])
+        if document in begins:
+            self._take(begins[document], *of_documents[document])
 
+    def _put(self, blocks: NewBlocks, begin: int, fine: Tensor, runs: Tensor) -> None:
+        """Put the means of new blocks into those of their document from block `begin` on: of first blocks, of runs."""
+        own, last, stop = self._share.means, self._last, blocks.first + blocks.number
+        place = blocks.place - blocks.first
+        if blocks.first < (end := min(stop, last)):
+            fine[:, :, blocks.first - begin : end - begin] = own.fine[:, :, blocks.place : end + place]
+        if (first := max(blocks.first, last)) < stop:  # of runs that others have parts of, a sum of these
+            ones = own.one_each(slice(None), slice(first + place, stop + place))
+            means = run_means(pad(ones, (0, 0, first % RUN, -stop % RUN)))
+            at = first // RUN - max(begin, last) // RUN
+            runs[:, :, at : at + means.shape[2]] = means
 
-class _Span(NamedTuple):
-    """Blocks or runs of a document that a chunk has, whose means are `offset` further on in those of all documents."""
-
-    start: int
-    stop: int
-    offset: int
+    def _take(self, begin: int, fine: Tensor, runs: Tensor) -> None:
+        """Keep means of a document from block `begin` on: of first blocks, of runs."""
+        if number := fine.shape[2]:
+            if (room := self.fine.shape[2]) < begin + number:
+                self._move(self.of, begin, max(begin + number, min(room * 3 // 2, self._last)))
+            self.write_finest(slice(None), begin, fine)
+        if number := runs.shape[2]:
+            first = max(begin, self._last) // RUN
+            self.of[RUNS] = pad(self.of[RUNS], (0, 0, 0, 0, 0, first + number - self.of[RUNS].shape[2]))
+            self.of[RUNS][:, :, first:] += runs.to(self.fine.device)
 
 
 def _among(means: Tensor, keys: Tensor, of_row: int, blocks: Tensor) -> Tensor:
@@ -134,40 +124,36 @@ def _among(means: Tensor, keys: Tensor, of_row: int, blocks: Tensor) -> Tensor:
 
 
 class RankBlocks(Blocks):
-    """The first `number` blocks of a document, over ranks. `take` has those of the present run."""
+    """The first `number` blocks of a document, over ranks. `take` has those of the present run.
+
+    gradients: in a backward pass, those of the run (n, k and v, tokens of a block, K, D), in fp32 or fp64.
+    """
 
     def __init__(self, share: RankShare) -> None:
         super().__init__()
         self._share = share
         self._row = 0  # what a row of the batch adds to a key
-        self._nothing = self._rows = self._keys = self._order = self._gradients = torch.empty(0)
+        self._rows = self._keys = self._order = self.gradients = torch.empty(0)
 
     @property
     def nbytes(self) -> int:
         return self._share.nbytes
 
-    def hold(self, rows: Tensor, keys: Tensor, blocks: int, *, backward: bool) -> None:
+    def hold(self, rows: Tensor, keys: Tensor, blocks: int) -> None:
         """Hold a run: rows (n, k and v, tokens of a block, K, D) with keys (n,), row of the batch * blocks + block."""
         self._rows, self._row = rows, blocks
         self._keys, self._order = keys.sort()
-        if backward:
-            self._gradients = torch.zeros_like(rows, dtype=accumulator(rows.dtype))
 
-    def release(self) -> Tensor:
-        """Forget the run, and return the gradients that were added to it, in the order of its rows."""
-        gradients, self._rows, self._gradients = self._gradients, self._nothing, self._nothing
-        return gradients
+    def release(self) -> None:
+        self._rows = self.gradients = torch.empty(0)
 
     def take(self, row: int, blocks: Tensor, into: Tensor) -> None:
-        places = self._places(row, blocks)
+        places = self.places(row, blocks)
         for index, x in enumerate(into):
             torch.index_select(self._rows[:, index], 0, places, out=x)
 
-    def add_gradients(self, row: int, index: int, blocks: Tensor, d: Tensor) -> None:
-        """Add gradients d (n, tokens of a block, K, D) of blocks (n,) of k or v (`index` 0 or 1)."""
-        self._gradients[:, index].index_add_(0, self._places(row, blocks), d)
-
-    def _places(self, row: int, blocks: Tensor) -> Tensor:
+    def places(self, row: int, blocks: Tensor) -> Tensor:
+        """Return the places of some blocks (n,) of a row of the batch in the run."""
         return self._order[torch.searchsorted(self._keys, row * self._row + blocks)]
 
 
@@ -196,7 +182,7 @@ class RankPast(Past):
         self._share: RankShare | None = None  # from the first shard on
         self._new: list[NewBlocks] = []  # whose means are not there yet
         self._means = 0  # blocks whose means there are, or will be
-        self._entered: Exchange | None = None
+        self._entered: Shards | None = None
         # after all shards: the position, and on the first rank the last queries and the rows that are no whole block
         self._end: tuple[int, Tensor | None, Tensor] | None = None
 
@@ -206,35 +192,37 @@ class RankPast(Past):
         return self._share
 
     @torch.no_grad()
-    def enter(self, exchange: Exchange, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def enter(self, shards: Shards, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Become the past of this rank's shard, with queries (B, n, H, D), keys and values (B, n, K, D).
 
         All ranks call this, each with its shard.
         """
-        size, (mine, after), self._entered = self.pattern.chosen_block, exchange.mine, exchange
+        size, (mine, after), self._entered = self.pattern.chosen_block, shards.mine, shards
         if not self._share:
             like = k[:, :0].detach()
             means = Means(self.pattern, like, 0, self.allocate, runs=False)
-            self._share = RankShare(self._group, exchange.directory, self._kept, means, like, self._allocate_sums)
+            self._share = RankShare(self._group, shards.directory, self._kept, means, like, self._allocate_sums)
             self.blocks, self._waiting = RankBlocks(self._share), [torch.stack([like, like])]
             if self.kind == "chooses":
                 self.means = RankMeans(self.pattern, self._share, self.allocate)
-        document, stop = exchange.document(mine)
-        last, _ = exchange.document(after - 1) if mine < after else (document, stop)
-        inside = [edge - exchange.document(edge)[0] for edge in exchange.edges]
+        document, stop = shards.document(mine)
+        last, _ = shards.document(after - 1) if mine < after else (document, stop)
+        inside = [edge - shards.document(edge)[0] for edge in shards.edges]
         rows, queries = torch.stack([k, v]), None
-        before, end = exchange.tails(rows, self.waiting, 2, [position % size for position in inside])
+        before, end = _tails(shards, self._group, rows, self.waiting, 2, [position % size for position in inside])
         if self.kind == "chooses":
             held, most = q[:, :0] if self.queries is None else self.queries, self.pattern.last_queries
-            self.queries, queries = exchange.tails(q, held, 1, [min(position, most) for position in inside])
+            self.queries, queries = _tails(
+                shards, self._group, q, held, 1, [min(position, most) for position in inside]
+            )
         self.position, self._waiting, self._end = mine - document, [before], (inside[-1], queries, end)
         if last != document:  # others read the last document; this rank's own, if it is another one, comes behind it
             self._keep(last, 0, rows[:, :, last - mine :])
         of_first = rows[:, :, : stop - mine]
         of_first = torch.cat([before, of_first], 2) if before.shape[2] else of_first
         self._keep(document, self.position // size, of_first, read=last == document)
-        if exchange.cached:
-            self.share.directory.add(exchange.edges)
+        if shards.cached:
+            self.share.directory.add(shards.edges)
         self.blocks.number = self.position // size
 
     def _keep(self, document: int, first: int, rows: Tensor, *, read: bool = True) -> None:
@@ -275,20 +263,25 @@ class RankPast(Past):
         self, wanted: Wanted, asked: Asked | None = None, *, backward: bool = False
     ) -> Iterator[tuple[int, slice]]:
         """Yield what is wanted, run by run, as `Past.runs` does. All ranks go through it together."""
-        asked, blocks = asked or self.ask(wanted), self.blocks
+        asked, blocks, staying = asked or self.ask(wanted), self.blocks, None
         assert isinstance(blocks, RankBlocks)
-        for run, rows in enumerate(self.share.runs(ROWS, asked)):
-            keys = asked.keys[run] if run < len(asked.keys) else rows.new_empty(0).long()
-            blocks.hold(rows, keys, asked.blocks, backward=backward)
-            del rows
-            yield from asked.pieces[run] if run < len(asked.pieces) else ()
-            gradients = blocks.release()
+        arriving = self.share.runs(ROWS, asked)
+        for pieces, keys, leaving, given in zip(asked.pieces, asked.keys, asked.leaving, asked.given, strict=True):
+            blocks.hold(next(arriving), keys, asked.blocks)
             if backward:
-                self.share.give(asked, run, gradients)
+                blocks.gradients = self.share.sums.new_zeros(len(keys), *self.share.sums.shape[2:], device=keys.device)
+            if staying:
+                blocks.gradients[blocks.places(0, staying[0])] = staying[1]
+            yield from pieces
+            gradients = blocks.gradients
+            blocks.release()
+            if backward:
+                staying = (keys[~leaving], gradients[~leaving]) if sum(given.of_owners) < len(keys) else None
+                self.share.give(given, gradients[leaving] if staying else gradients)
 
     def add_gradients(self, row: int, index: int, blocks: Tensor, d: Tensor) -> None:
         assert isinstance(self.blocks, RankBlocks)
-        self.blocks.add_gradients(row, index, blocks, d)
+        self.blocks.gradients[:, index].index_add_(0, self.blocks.places(row, blocks), d)
 
     def fork(self) -> Past:
         """Raise ValueError: a fork would read where the other ranks do not."""
@@ -306,14 +299,14 @@ class RankPast(Past):
         if self._share:
             self.means, self._share.means.of = None, {}
 
-    def hand_back(self, exchange: Exchange, like: Tensor) -> Tensor:
+    def hand_back(self, shards: Shards, like: Tensor) -> Tensor:
         """Return the gradients (k and v, B, n, K, D) of this rank's shard that have come back since the last call.
 
         `like` has the shape (B, n, K, D) and the device of the shard's keys.
         """
-        sums, (mine, after) = self.share.sums, exchange.mine
+        sums, (mine, after) = self.share.sums, shards.mine
         total = torch.zeros(2, *like.shape, dtype=sums.dtype, device=like.device)
-        document, _ = exchange.document(max(mine, after - 1))  # the one that others read
+        document, _ = shards.document(max(mine, after - 1))  # the one that others read
         size, begin = self.pattern.chosen_block, max(mine, document)
         first, stop = (begin - document) // size, (after - document) // size
         if first < stop:
@@ -330,35 +323,51 @@ class RankPast(Past):
         It holds some blocks, or one layer's means, at a time. An open group chooses again.
         """
         batch, total, like = len(self.share.like), self.share.directory.blocks, self.share.like
-        first = dist.get_rank(self._group) == 0
+        self.blocks.number = min(total, self.pattern.chosen) if self.kind == "first" else total
+        every = torch.arange(self.blocks.number if dist.get_rank(self._group) == 0 else 0, device=like.device)
         counts = torch.zeros(batch, total, dtype=torch.int32, device=like.device)
         if self.counts is not None:
             counts[:, : self.counts.shape[1]] = self.counts[:, :total]
         dist.all_reduce(counts, group=self._group)
-        self.blocks.number = min(total, self.pattern.chosen) if self.kind == "first" else total
-        pieces = torch.arange(self.blocks.number, device=like.device)[:, None].split(STATE_BLOCKS) if first else ()
-        wanted = [(row, piece) for piece in pieces for row in range(batch)]
-        yield from (
-            ("waiting", self.waiting if self.kept == self.position else self.waiting[:, :, :0]),
-            ("counts", counts),
-        )
-        for index, some in self.runs(wanted):
-            row, piece = index % batch, wanted[index][1]
-            if not row and not some.start:
-                into = like.new_empty(2, batch, len(piece), *self.share.empty(ROWS, 0).shape[2:])
-            self.blocks.take(row, piece[some, 0], into[:, row, some])
-            if row == batch - 1 and some.stop == len(piece):
-                yield f"blocks.{index // batch}", into
+        yield "waiting", self.waiting if self.kept == self.position else self.waiting[:, :, :0]
+        yield "counts", counts
+        for number in range(-(-self.blocks.number // STATE_BLOCKS)):
+            piece = every[number * STATE_BLOCKS :][:STATE_BLOCKS]
+            into = like.new_empty(2, batch, len(piece), self.pattern.chosen_block, *like.shape[2:])
+            for row, some in self.runs([(row, piece[:, None]) for row in range(batch)]):
+                self.blocks.take(row, piece[some], into[:, row, some])
+            yield f"blocks.{number}", into
         if self.kind == "chooses":
             assert self.means
-            number = self.blocks.number if first else 0
-            fine = self.means.fine.new_empty(*self.means.fine.shape[:2], number, *self.means.fine.shape[3:])
-            for index, some, of_blocks in self.means.of_wanted(self.means.finest, wanted):
-                blocks = wanted[index][1][some]
-                fine[index % batch, :, blocks[:, 0]] = of_blocks(blocks.T)[0]
+            fine = self.means.fine.new_empty(batch, like.shape[2], len(every), self.means.finest, like.shape[3])
+            wanted = [(row, every[:, None]) for row in range(batch)]
+            for row, some, of_blocks in self.means.of_wanted(self.means.finest, wanted):
+                fine[row, :, some] = of_blocks(every[some, None].T)[0]
             yield "queries", like.new_empty(batch, 0, 1, 1) if self.queries is None else self.queries
             yield "fine", fine
-            nothing = torch.empty(0, dtype=torch.int64)
-            yield from (("held_at", nothing), ("scanned_at", nothing))
-            yield "held", torch.zeros(batch, 1, 0, dtype=torch.int32)
-            yield "scanned", torch.zeros(batch, 0, dtype=torch.int32)
+            yield from self.open_choices()
+
+
+def _tails(
+    shards: Shards, group: dist.ProcessGroup | None, x: Tensor, held: Tensor, axis: int, back: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Return the rows right before this rank's shard and, for a next chunk, the first rank those before the end.
+
+    Before edge i, back[i] rows are wanted. x has the tokens of the shard along an axis; what the first rank has of
+    tokens before all shards is `held`. All ranks call this.
+    """
+    wants = [(edge - number, edge) for edge, number in zip(shards.edges, back, strict=True)]
+    begins = [wants[0][0], *shards.edges[1:-1]]
+    readers = [wants[-1] if shards.cached else (0, 0), *wants[1:-1]]
+    got, most = x.narrow(axis, 0, 0), max(back)
+    if any(first < stop for first, stop in readers):
+        own = x.narrow(axis, max(0, x.shape[axis] - most), min(most, x.shape[axis]))
+        own = (torch.cat([held, own], axis) if shards.rank == 0 else own).movedim(axis, 0)
+        first, stop = shards.mine[1] - len(own), shards.mine[1]
+        parts = [own[max(a, first) - first : max(0, min(b, stop) - first)] for a, b in readers]
+        a, b = readers[shards.rank]
+        sizes = [max(0, min(b, stop) - max(a, begin)) for begin, stop in zip(begins, shards.edges[1:], strict=True)]
+        rows = own.new_empty(sum(sizes), *own.shape[1:])
+        dist.all_to_all_single(rows, torch.cat(parts), sizes, [len(part) for part in parts], group=group)
+        got = rows.movedim(0, axis)
+    return (held, got) if shards.rank == 0 else (got, held.narrow(axis, 0, 0))

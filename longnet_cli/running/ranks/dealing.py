@@ -61,29 +61,34 @@ def deal(
 
 
 class _Deal(Generic[P]):
-    """One deal among several groups, on one rank."""
+    """One deal among several groups, on one rank. The groups share a store, where they leave results for rank 0."""
 
     def __init__(self, ranks: Ranks, work: Callable[[P], Batches], on_other: Callable[[P], None], ahead: int) -> None:
-        self.ranks, self.work, self.on_other, self.ahead = ranks, work, on_other, ahead
-        self.table = _DealStore(ranks, next(_deals))
+        self.ranks, self.group, self.work, self.on_other, self.ahead = ranks, ranks.of_group(), work, on_other, ahead
         self.waiting: deque[P] = deque()  # on rank 0: the portions whose results are still to arrive
         self.own: dict[int, list[pa.RecordBatch]] = {}  # results of this group, by the index of their portion
         self.given = 0  # portions whose results rank 0 has given
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=TIMEOUT)
+        # with --max-restarts, torchrun restarts lost ranks with the same store
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self.store = dist.PrefixStore(f"longnet/{restart}/{next(_deals)}", store)
 
     def results(self, portions: Iterable[P]) -> Iterator[tuple[P, Batches]]:
         """Yield the portions with their results on rank 0. On the other ranks, work for it and yield nothing."""
-        mine, number, failure = self.table.take(), 0, None
+        mine, number, failure = self._next(), 0, None
         try:
             for index, portion in enumerate(portions):
                 if index != mine:
                     for _ in portion:
                         pass
                 else:
-                    while self.table.must_wait(index, self.ahead):
+                    # all ranks of a group get the same answer
+                    while self.group.any(self.group.first and self._given() + self.ahead <= index):
                         yield from self._arrived()
                         time.sleep(PAUSE)
                     self._do(index, portion)
-                    mine = self.table.take()
+                    mine = self._next()
                 number += 1
                 self.waiting.extend([portion] if self.ranks.first else [])
                 yield from self._arrived()
@@ -94,30 +99,59 @@ class _Deal(Generic[P]):
             time.sleep(PAUSE)
         if failure:
             # the other ranks of rank 0's group do not wait: rank 0 may need them to give the earlier portions
-            while self.ranks.dp_rank and self.table.given() < number:
+            while self.ranks.dp_rank and self._given() < number:
                 time.sleep(PAUSE)
             raise failure
-        self.table.end() if self.ranks.first else self.table.wait_for_end()
+        if self.ranks.first:
+            self.store.set("end", "")
+        while not self.store.check(["end"]):  # however long it takes: a barrier would time out
+            time.sleep(10 * PAUSE)
+
+    def _next(self) -> int:
+        """Return the index of this group's next portion, which no other group takes."""
+        return self.group.from_first(self.store.add("taken", 1) - 1 if self.group.first else 0)
+
+    def _given(self) -> int:
+        """Return how many portions rank 0 has given."""
+        return self.store.add("given", 0)
 
     def _do(self, index: int, portion: P) -> None:
         """Work on a portion, and keep its results, or leave them for rank 0."""
         results = list(self.work(portion))
         if self.ranks.first:
             self.own[index] = results
-        elif self.table.group.first:
-            self.table.put(index, portion, _pack(results))
+        elif self.group.first:
+            data = _pack(results)
+            pieces = range(0, len(data), VALUE_BYTES)
+            for piece, start in enumerate(pieces):
+                self.store.set(f"{index}/{piece}", data[start : start + VALUE_BYTES])  # type: ignore[arg-type]
+            self.store.set(str(index), f"{len(pieces)} {portion.items} {portion.length}")
 
     def _arrived(self) -> Iterator[tuple[P, Batches]]:
         """Yield the next portions whose results have arrived, on rank 0."""
-        while self.waiting and (self.given in self.own or self.table.has(self.given)):
+        while self.waiting and (self.given in self.own or self.store.check([str(self.given)])):
             portion, own = self.waiting[0], self.own.pop(self.given, None)
-            results = _unpack(self.table.get(self.given, portion)) if own is None else own
-            self.waiting.popleft()  # only now: if `get` refuses the results, no later portion may take their place
+            results = _unpack(self._fetch(self.given, portion)) if own is None else own
+            self.waiting.popleft()  # only now: if the results are refused, no later portion may take their place
             if own is None:
                 self.on_other(portion)
             yield portion, results
             self.given += 1
-            self.table.say_given()
+            self.store.add("given", 1)
+
+    def _fetch(self, index: int, portion: Portion[Any]) -> bytes:
+        """Return and delete the results of a portion. Raises DataError where the other rank read another portion."""
+        number, *read = map(int, self.store.get(str(index)).split())
+        if read != [portion.items, portion.length]:
+            raise DataError(
+                f"the ranks read different data: portion {index} is {portion.items} documents of {portion.length} "
+                f"tokens on rank 0 and {read[0]} of {read[1]} on another: has an input changed, or does a node lack it?"
+            )
+        pieces = [f"{index}/{piece}" for piece in range(number)]
+        data = b"".join(self.store.get(piece) for piece in pieces)
+        for key in [str(index), *pieces]:
+            self.store.delete_key(key)
+        return data
 
 
 def _pack(batches: Batches) -> bytes:
@@ -133,67 +167,3 @@ def _pack(batches: Batches) -> bytes:
 
 def _unpack(data: bytes) -> Batches:
     return pa.ipc.open_stream(data) if data else ()
-
-
-class _DealStore:
-    """The shared store of one deal, from which groups take portions and in which they leave results for rank 0."""
-
-    def __init__(self, ranks: Ranks, deal: int) -> None:
-        self.group = ranks.of_group()
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=TIMEOUT)
-        # with --max-restarts, torchrun restarts lost ranks with the same store
-        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self.store = dist.PrefixStore(f"longnet/{restart}/{deal}", store)
-
-    def take(self) -> int:
-        """Return the index of this group's next portion, which no other group takes."""
-        return self.group.from_first(self.store.add("taken", 1) - 1 if self.group.first else 0)
-
-    def must_wait(self, index: int, ahead: int) -> bool:
-        """Return whether portion `index` is `ahead` or more past those that rank 0 has yielded.
-
-        All ranks of a group get the same answer.
-        """
-        return self.group.any(self.group.first and self.given() + ahead <= index)
-
-    def given(self) -> int:
-        """Return how many portions rank 0 has yielded."""
-        return self.store.add("given", 0)
-
-    def say_given(self) -> None:
-        """Count one more portion that rank 0 has yielded."""
-        self.store.add("given", 1)
-
-    def put(self, index: int, portion: Portion[Any], data: bytes) -> None:
-        """Store the results of a portion. Only one rank of the group calls it."""
-        pieces = range(0, len(data), VALUE_BYTES)
-        for piece, start in enumerate(pieces):
-            self.store.set(f"{index}/{piece}", data[start : start + VALUE_BYTES])  # type: ignore[arg-type]
-        self.store.set(str(index), f"{len(pieces)} {portion.items} {portion.length}")
-
-    def has(self, index: int) -> bool:
-        return bool(self.store.check([str(index)]))
-
-    def get(self, index: int, portion: Portion[Any]) -> bytes:
-        """Return and delete the results of a portion. Raises DataError where the other rank read another portion."""
-        number, *read = map(int, self.store.get(str(index)).split())
-        if read != [portion.items, portion.length]:
-            raise DataError(
-                f"the ranks read different data: portion {index} is {portion.items} documents of {portion.length} "
-                f"tokens on rank 0 and {read[0]} of {read[1]} on another: has an input changed, or does a node lack it?"
-            )
-        pieces = [f"{index}/{piece}" for piece in range(number)]
-        data = b"".join(self.store.get(piece) for piece in pieces)
-        for key in [str(index), *pieces]:
-            self.store.delete_key(key)
-        return data
-
-    def end(self) -> None:
-        """Tell the other ranks that rank 0 has finished."""
-        self.store.set("end", "")
-
-    def wait_for_end(self) -> None:
-        """Wait for rank 0, however long it takes: a barrier would time out."""
-        while not self.store.check(["end"]):
-            time.sleep(10 * PAUSE)

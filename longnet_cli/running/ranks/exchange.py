@@ -22,11 +22,10 @@ B batch, H heads of keys, D head dim, P ranks.
 from __future__ import annotations
 
 import weakref
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from copy import copy
-from functools import cached_property, lru_cache, partial
-from itertools import chain, pairwise
+from functools import lru_cache, partial
+from itertools import chain
 from math import prod
 from typing import Any, NamedTuple
 
@@ -36,13 +35,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longnet_cli.attention import FarKeys, FarSpan, Outside
-from longnet_cli.attention.merging import accumulator
 from longnet_cli.attention.pattern import Pattern
-from longnet_cli.attention.spans import far_spans, lanes, level_of, open_spans, rows_before, span_positions, span_rows
+from longnet_cli.attention.spans import far_spans, lanes, level_of, open_spans, span_positions, span_rows
+from longnet_cli.attention.views import accumulator
 from longnet_cli.basics.errors import LongNetError
 from longnet_cli.nets.config import NetConfig
 from longnet_cli.running.ranks.blocks import RankPast
-from longnet_cli.running.ranks.fetching import Directory
+from longnet_cli.running.ranks.shards import Shards
 
 _agreeing: weakref.WeakSet[Any] = weakref.WeakSet()  # groups whose first exchange is over
 
@@ -59,7 +58,7 @@ class Parcel(NamedTuple):
     attended: bool
 
 
-class Exchange:
+class Exchange(Shards):
     """The exchange of rows between ranks whose shards have these `edges`. Call it once per layer, with its keys.
 
     `edges` are P + 1 positions: rank i holds [edges[i], edges[i + 1]), which may be empty. `cuts` are the positions at
@@ -79,34 +78,26 @@ class Exchange:
         cuts: Sequence[int] = (),
         cached: bool = False,
     ) -> None:
-        self.pattern, self.num_heads, self.causal = config.pattern, config.num_heads, config.causal
+        rank = dist.get_rank(group) if rank is None else rank
+        super().__init__(edges, rank, config.pattern.edge_size, cuts, cached=cached)
+        self.pattern, self.num_heads, self.causal, self.group = config.pattern, config.num_heads, config.causal, group
         if not self.causal and len({*cuts} - {edges[0], edges[-1]}):
             raise ValueError("documents over several ranks are for causal nets")
-        self.group, self.cached = group, cached
-        self.edges = list(edges)
-        begin = 0 if cached else self.edges[0]  # a cached chunk continues a document that started at 0
-        self.starts = sorted({begin, *(cut for cut in cuts if self.edges[0] < cut < self.edges[-1])})
-        for edge in self.edges[1:-1]:
-            if (edge - self.document(edge)[0]) % self.pattern.edge_size and edge not in (self.edges[0], self.edges[-1]):
-                raise ValueError(f"the edge {edge} cuts a block of {self.pattern.chosen_block} tokens: see even_edges")
-        self._open: dict[int, list[FarSpan]] = {}  # by start of the document
-        self._counts: dict[FarSpan, int] = {}  # rows of spans
-        self._levels: dict[int, tuple[int, int, set[int]]] = {}  # (w, r, offsets) of each
         self._reach = max(
             (1 + b) * w for w, b in zip(self.pattern.segment_lengths, self.pattern.look_backs, strict=True)
         )
-        self._seen: dict[int, list[tuple[FarSpan, bool]]] = {}  # by reader
-        # the same on every rank: a collective is entered by all or by none
-        self.needed = bool(self.pattern.chosen) or any(self._wants_others(reader) for reader in range(len(edges) - 1))
+        # of each reader, the same on every rank: a collective is entered by all or by none
+        self._wanted = [self._outside(reader) for reader in range(self.ranks)]
+        self.needed = bool(self.pattern.chosen or any(self._wanted))
         self._pasts: dict[int, RankPast] = {}  # by layer
-        self._plan(dist.get_rank(group) if rank is None else rank)
+        self._plan(rank)
 
     def _plan(self, rank: int) -> None:
         self.rank, ranks = rank, range(self.ranks)
         self.__dict__.pop("directory", None)
         self.sent = [self._parcels(rank, reader) for reader in ranks]
         self.received = [self._parcels(maker, rank) for maker in ranks]
-        self.joined = self._joined()
+        self.joined = [Parcel(span, 0, self._rows(span), attended) for span, attended in self._wanted[rank]]
         self._maps: dict[tuple[int, int, int, torch.device], _Maps] = {}
 
     def of_rank(self, rank: int) -> Exchange:
@@ -114,50 +105,6 @@ class Exchange:
         other = copy(self)
         other._plan(rank)
         return other
-
-    @property
-    def start(self) -> int:
-        """Position of this rank's first token in its document."""
-        return self.edges[self.rank] - self.document(self.edges[self.rank])[0]
-
-    @property
-    def documents(self) -> list[int] | None:
-        """Lengths of the documents in this rank's shard; None for a single document."""
-        first, last = self.edges[self.rank], self.edges[self.rank + 1]
-        inside = [first, *(cut for cut in self.starts if first < cut < last), last]
-        return [b - a for a, b in pairwise(inside)] if len(inside) > 2 else None
-
-    @property
-    def ranks(self) -> int:
-        return len(self.edges) - 1
-
-    @property
-    def mine(self) -> tuple[int, int]:
-        """The edges of this rank's shard."""
-        return self.edges[self.rank], self.edges[self.rank + 1]
-
-    @property
-    def crossed(self) -> list[tuple[int, int]]:
-        """The starts and ends of documents that several ranks read, or later chunks."""
-        inside = [self.edges[-1] - 1] if self.cached else [e for e in self.edges[1:-1] if e not in self.starts]
-        return sorted({self.document(edge) for edge in inside if self.edges[0] <= edge < self.edges[-1]})
-
-    @cached_property
-    def directory(self) -> Directory:
-        """The owners of the blocks of the document at this rank's start. If `cached`, chunks add theirs."""
-        directory, (mine, after) = Directory(self.pattern.chosen_block, self.ranks), self.mine
-        if self.cached:
-            return directory
-        start, stop = self.document(mine)
-        if mine < after and (last := self.document(after - 1)[0]) != start:
-            directory.held[self.rank] = (after - last) // directory.size  # blocks that others read come first
-        directory.add([min(max(edge, start), stop) - start for edge in self.edges])
-        return directory
-
-    @property
-    def shard(self) -> slice:
-        """This rank's part of the chunk's tokens."""
-        return slice(self.edges[self.rank] - self.edges[0], self.edges[self.rank + 1] - self.edges[0])
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Outside:
         """Send a layer's keys and values (B, n, H, D); return what the shard sees outside, as a `FarProvider` does."""
@@ -212,37 +159,12 @@ class Exchange:
                 "expects: start all ranks with the same version, model, inputs and options"
             )
 
-    @torch.no_grad()
-    def tails(self, x: Tensor, held: Tensor, axis: int, back: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return the rows right before this rank's shard and, for a next chunk, the first rank those before the end.
-
-        Before edge i, back[i] rows are wanted. x has the tokens of the shard along an axis; what the first rank has of
-        tokens before all shards is `held`. All ranks call this.
-        """
-        wants = [(edge - number, edge) for edge, number in zip(self.edges, back, strict=True)]
-        begins = [wants[0][0], *self.edges[1:-1]]
-        readers = [wants[-1] if self.cached else (0, 0), *wants[1:-1]]
-        got, most = x.narrow(axis, 0, 0), max(back)
-        if any(first < stop for first, stop in readers):
-            own = x.narrow(axis, max(0, x.shape[axis] - most), min(most, x.shape[axis]))
-            own = (torch.cat([held, own], axis) if self.rank == 0 else own).movedim(axis, 0)
-            first, stop = self.edges[self.rank + 1] - len(own), self.edges[self.rank + 1]
-            parts = [own[max(a, first) - first : max(0, min(b, stop) - first)] for a, b in readers]
-            a, b = readers[self.rank]
-            sizes = [max(0, min(b, stop) - max(a, begin)) for begin, stop in zip(begins, self.edges[1:], strict=True)]
-            rows = own.new_empty(sum(sizes), *own.shape[1:])
-            dist.all_to_all_single(rows, torch.cat(parts), sizes, [len(part) for part in parts], group=self.group)
-            got = rows.movedim(0, axis)
-        return (held, got) if self.rank == 0 else (got, held.narrow(axis, 0, 0))
-
     def all_tokens(self, tokens: Tensor) -> Tensor:
         """Return the tokens (B, n) of all ranks' shards, in order. All ranks call this."""
-        lengths = [b - a for a, b in pairwise(self.edges)]
-        padded = tokens.new_zeros(tokens.shape[0], max(lengths))  # collectives take equal sizes
-        padded[:, : tokens.shape[1]] = tokens
-        of_ranks = [torch.empty_like(padded) for _ in lengths]
-        dist.all_gather(of_ranks, padded, group=self.group)
-        return torch.cat([of_rank[:, :length] for of_rank, length in zip(of_ranks, lengths, strict=True)], 1)
+        of_all = tokens.new_zeros(tokens.shape[0], self.edges[-1] - self.edges[0])
+        of_all[:, self.shard] = tokens
+        dist.all_reduce(of_all, group=self.group)
+        return of_all
 
     def maps(self, like: Tensor) -> _Maps:
         """Return the indices of rows, for keys of this shape (B, n, H, D). They are the same in all layers."""
@@ -253,7 +175,7 @@ class Exchange:
         return self._maps[key]
 
     def lanes(self, parcel: Parcel, kv_heads: int) -> int:
-        return _lanes(self.pattern, parcel.span.level, self.num_heads, kv_heads)
+        return len(lanes(self.pattern, parcel.span.level, self.num_heads, kv_heads).offsets)
 
     def sizes(self, parcels: Sequence[Sequence[Parcel]], like: Sequence[int]) -> list[int]:
         """Return how many numbers go to, or come from, each rank: k and v of all rows, for keys (B, n, H, D)."""
@@ -261,23 +183,24 @@ class Exchange:
         of_row = 2 * batch * head_dim
         return [of_row * sum(parcel.rows * self.lanes(parcel, kv_heads) for parcel in of_rank) for of_rank in parcels]
 
-    def document(self, position: int) -> tuple[int, int]:
-        """Return the start and the end of the document that holds a position."""
-        index = bisect_right(self.starts, position)
-        return self.starts[index - 1], self.starts[index] if index < len(self.starts) else self.edges[-1]
+    def _outside(self, reader: int) -> list[tuple[FarSpan, bool]]:
+        """Return the spans of a segment before and after a rank's shard that it wants from others, if they have rows.
 
-    def _wanted(self, reader: int) -> list[tuple[FarSpan, bool]]:
-        """Return the spans that a rank keeps (False), then the spans that its shard's first document sees (True)."""
-        if reader in self._seen:
-            return self._seen[reader]
+        The first document of the shard sees some of them (True), and the rank keeps others.
+        """
         document, end = self.document(self.edges[reader])
-        start, stop = self.edges[reader] - document, min(self.edges[reader + 1], end) - document
-        if self.cached and document not in self._open:
-            self._open[document] = open_spans(self.pattern, self.edges[-1] - document)
-        kept = self._open.get(document, [])
+        start, stop = (min(edge, end) - document for edge in self.edges[reader : reader + 2])
+        first = max(0, self.edges[0] - document)  # earlier rows are in caches
+        kept = open_spans(self.pattern, self.edges[-1] - document) if self.cached else []
         seen = far_spans(self.pattern, start, stop, self.causal, end - document) if start < stop else []
-        self._seen[reader] = [*((span, False) for span in kept), *((span, True) for span in seen)]
-        return self._seen[reader]
+        found: dict[tuple[int, int, bool], tuple[FarSpan, bool]] = {}
+        for (level, begin, last), attended in chain(((span, False) for span in kept), ((span, True) for span in seen)):
+            segment, _ = level_of(self.pattern, level)
+            for side, part in enumerate(((max(begin, first), min(last, start)), (max(begin, stop), last))):
+                if self._rows(span := FarSpan(level, *part)):
+                    key = level, begin // segment, bool(side)
+                    found[key] = found.get(key, (span, attended))[0], attended  # what is kept holds what is seen
+        return [*found.values()]
 
     def _reaches(self, maker: int, reader: int) -> bool:
         """Return whether `reader` may want rows of `maker`. With a thousand ranks, most pairs are far apart."""
@@ -292,75 +215,13 @@ class Exchange:
         if not self._reaches(maker, reader):
             return []
         document, end = self.document(self.edges[reader])
-        # the maker's part of that document
-        first, last = max(self.edges[maker], document) - document, min(self.edges[maker + 1], end) - document
-        parcels: dict[tuple[int, int], Parcel] = {}  # by level and segment
-        for span, attended in self._wanted(reader):
-            part = FarSpan(span.level, max(span.start, first), min(span.stop, last))
-            if part.start < part.stop and (rows := self._rows(part)):
-                segment = part.start // level_of(self.pattern, span.level)[0]
-                # the kept part of a segment contains the attended part
-                parcel = parcels.get((span.level, segment), Parcel(part, self.edges[maker] - document, rows, attended))
-                parcels[span.level, segment] = parcel._replace(attended=attended)
-        return list(parcels.values())
+        start, stop = self.edges[maker] - document, min(self.edges[maker + 1], end) - document
+        parts = ((FarSpan(x.level, max(x.start, start), min(x.stop, stop)), seen) for x, seen in self._wanted[reader])
+        return [Parcel(part, start, rows, seen) for part, seen in parts if (rows := self._rows(part))]
 
     def _rows(self, span: FarSpan) -> int:
-        """Return the rows of the lane that has the most, `max(span_rows(...))`."""
-        level, start, stop = span
-        if start >= stop:
-            return 0
-        if span in self._counts:
-            return self._counts[span]
-        if level not in self._levels:
-            offsets = {*lanes(self.pattern, level, self.num_heads).offsets}
-            self._levels[level] = *level_of(self.pattern, level), offsets
-        w, r, offsets = self._levels[level]
-        inside, last = start % w, start % w + stop - start
-        most, rows = -(-(stop - start) // r), 0
-        for offset in offsets:
-            rows = max(rows, rows_before(last, offset, r) - rows_before(inside, offset, r))
-            if rows == most:
-                break
-        self._counts[span] = rows
-        return rows
-
-    def _joined(self) -> list[Parcel]:
-        """Return the parcels to receive. Adjacent parcels of one segment, even from several ranks, become one."""
-        joined: list[Parcel] = []
-        lasts: dict[tuple[int, int, bool], int] = {}  # the index of a segment's last parcel
-        for parcel in chain(*self.received):
-            level, start, stop = parcel.span
-            segment = level, start // level_of(self.pattern, level)[0], parcel.attended
-            last = lasts.get(segment)
-            if last is not None and self._are_adjacent(joined[last].span, parcel.span):
-                span = FarSpan(level, joined[last].span.start, stop)
-                joined[last] = joined[last]._replace(span=span, rows=self._rows(span))
-            else:
-                lasts[segment] = len(joined)
-                joined.append(parcel)
-        return joined
-
-    def _are_adjacent(self, earlier: FarSpan, later: FarSpan) -> bool:
-        """Return whether nothing lies between two spans of a segment: neither this rank's shard, nor any row.
-
-        A rank between them may be so short that it has no row of this level.
-        """
-        document, _ = self.document(self.edges[self.rank])
-        first, stop = (edge - document for edge in self.edges[self.rank : self.rank + 2])
-        around_shard = first < stop and earlier.stop <= first and stop <= later.start
-        return not around_shard and not self._rows(FarSpan(later.level, earlier.stop, later.start))
-
-    def _wants_others(self, reader: int) -> bool:
-        """Return whether `reader` gets a row from any other rank."""
-        document, _ = self.document(self.edges[reader])
-        first = max(0, self.edges[0] - document)  # earlier rows are in caches
-        start, stop = self.edges[reader] - document, self.edges[reader + 1] - document
-        parts = (
-            part
-            for (level, a, z), _ in self._wanted(reader)
-            for part in ((level, a, min(z, start)), (level, max(a, stop), z))
-        )
-        return any(self._rows(FarSpan(level, max(begin, first), end)) for level, begin, end in parts)
+        """Return the rows of the lane that has the most."""
+        return _most_rows(self.pattern, span, self.num_heads) if span.start < span.stop else 0
 
 
 class _Maps(NamedTuple):
@@ -539,33 +400,6 @@ class _AllToAll(torch.autograd.Function):
         return None, None, None, None, dk.to(ctx.dtype), dv.to(ctx.dtype)
 
 
-@lru_cache(maxsize=256)
-def _lanes(pattern: Pattern, level: int, num_heads: int, kv_heads: int) -> int:
-    return len(lanes(pattern, level, num_heads, kv_heads).offsets)
-
-
-def most_owned(size: int, tokens: int, chunk: int, ranks: int) -> int:
-    """Return the most blocks of `size` that a rank has of a sequence in chunks of `chunk` tokens, which ranks share."""
-    directory = Directory(size, ranks)
-    for start in range(0, tokens, chunk):
-        directory.add(even_edges(start, min(chunk, tokens - start), ranks, size))
-    return max(directory.held)
-
-
-def even_edges(start: int, tokens: int, ranks: int, size: int = 1, cuts: Sequence[int] = ()) -> list[int]:
-    """Return the P + 1 edges of shards whose lengths differ by at most one token, or by one block of `size`.
-
-    Edges between shards are those of blocks, in the documents that start at 0 and at the `cuts`.
-    """
-    starts, stop, edges = [0, *sorted(cuts)], start + tokens, [start]
-    for rank in range(1, ranks):
-        edge = start + tokens * rank // ranks
-        document, *after = starts[bisect_right(starts, edge) - 1 :]
-        edge = document + (edge - document + (size - 1) // 2) // size * size
-        edges.append(max(start, min(edge, stop, *after[:1])))
-    return [*edges, stop]
-
-
-def whole_blocks(chunk: int, size: int) -> int:
-    """Return the longest chunk of at most so many tokens that has whole blocks of `size`, or one block."""
-    return max(size, chunk // size * size)
+@lru_cache(maxsize=1 << 16)
+def _most_rows(pattern: Pattern, span: FarSpan, num_heads: int) -> int:
+    return max(span_rows(pattern, span, num_heads))

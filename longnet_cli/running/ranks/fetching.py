@@ -6,10 +6,11 @@
     attends with run 0                    <-- rows --  run 1                     as the rank with most of them needs
     attends with run 1                    <-- rows --  run 2
     ...
-    in a backward pass, after each run    -- give -->  add its gradients to their sums, in the order of ranks
+    in a backward pass, after each run    -- give -->  add gradients to their sums, in the order of ranks
 
 A run has the distinct rows that neighbouring groups want, as many as its memory allows. Both sides keep what was
-asked: a backward pass asks nothing, nor do layers that see the same blocks.
+asked: a backward pass asks nothing, nor do layers that see the same blocks. It gives the gradient of a block back
+after the last of neighbouring runs that have it: that of block 0 once.
 
 B batch, K key heads, D head_dim, P ranks.
 """
@@ -18,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby, pairwise
-from math import ceil
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -26,60 +26,48 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longnet_cli.attention.groups import Fetches, first_means, stages
 from longnet_cli.attention.limits import limits_of
-from longnet_cli.attention.merging import accumulator
 from longnet_cli.attention.past import Blocks, Means, Wanted
-from longnet_cli.attention.pattern import LayerKind, Pattern
+from longnet_cli.attention.views import accumulator
+from longnet_cli.running.ranks.shards import Directory
 
 RUN_BYTES = 1 << 28  # of the rows of a run; those of two runs are there at a time
 PIECES = 8  # what is wanted is divided into runs by pieces, of which a run has so many or more
 ROWS = -1  # the kind of rows that are blocks of keys and values; other kinds are means, so many of each block
 
 
-class Directory:
-    """The owners of a document's blocks of `size` tokens, and each block's place among those of its owner.
+class Route(NamedTuple):
+    """Rows that travel in a run: how many between this rank and each owner, and between it and each reader.
 
-    blocks: their number. held: the number of each rank. spans: first block, owner, place of the first block.
+    wanted: those of the readers, one reader after the other, (n, row of the batch and place).
     """
 
-    def __init__(self, size: int, ranks: int) -> None:
-        self.size, self.blocks, self.held = size, 0, [0] * ranks
-        self.spans: list[tuple[int, int, int]] = []
-        self._stop, self._table = 0, torch.empty(3, 0, dtype=torch.int64)
+    of_owners: list[int]
+    of_readers: list[int]
+    wanted: Tensor
 
-    def add(self, edges: Sequence[int]) -> None:
-        """Add the blocks whose last tokens are in the shards with these P + 1 edges, unless they are there already."""
-        if edges[-1] <= self._stop:
-            return
-        for rank, (first, stop) in enumerate(pairwise(edge // self.size for edge in edges)):
-            if first < stop:
-                self.spans.append((first, rank, self.held[rank]))
-                self.held[rank] += stop - first
-                self.blocks = stop
-        self._stop, self._table = edges[-1], torch.tensor(self.spans, dtype=torch.int64).view(-1, 3).T.contiguous()
-
-    def find(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the owners of blocks (n,), and their places there."""
-        firsts, owners, places = self._table = self._table.to(blocks.device)
-        at = torch.searchsorted(firsts, blocks, right=True) - 1
-        return owners[at], places[at] + blocks - firsts[at]
+    @classmethod
+    def of_runs(cls, owners: Tensor, readers: Tensor, wanted: Tensor, runs: int, ranks: int) -> list[Route]:
+        """Return the routes of all runs, given run * ranks + owner, or reader, of each row that a rank wants."""
+        counts, numbers = (x.bincount(minlength=runs * ranks).view(runs, ranks).tolist() for x in (owners, readers))
+        rows = wanted[readers.argsort(stable=True)].split([*map(sum, numbers)])
+        return [cls(*of_run) for of_run in zip(counts, numbers, rows, strict=True)]
 
 
 class Asked(NamedTuple):
-    """The rows that a rank gets in each run, and those that the others get from it.
+    """The rows that a rank gets in each run, and those that the others get from it: the same number of runs for all.
 
-    pieces: for each of this rank's runs, indices of what it wants, and which of their n. keys: for each, what comes, in
-    that order: row of the batch * `blocks` + block. counts, numbers: for each of all runs, the rows from each owner and
-    for each reader. wanted: those for the readers, (n, row of the batch and place).
+    pieces: indices of what it wants, and which of their n. keys: what comes, in that order: row of the batch *
+    `blocks` + block. leaving: of these, which the next run does not have, so that a backward pass gives their gradients
+    back after this one. fetched, given: the routes of rows, and of gradients.
     """
 
     pieces: list[list[tuple[int, slice]]]
     keys: Sequence[Tensor]
+    leaving: Sequence[Tensor]
     blocks: int
-    counts: list[list[int]]
-    wanted: Sequence[Tensor]
-    numbers: list[list[int]]
+    fetched: list[Route]
+    given: list[Route]
 
 
 class RankShare:
@@ -133,58 +121,61 @@ class RankShare:
             all_keys.append((of_batch * blocks + some)[here])
             all_pieces.append(of_some.expand_as(some)[here])
         keys, runs, begins = _in_runs(torch.cat(all_keys), torch.cat(all_pieces), len(pieces), most)
+        leaving = torch.ones_like(keys, dtype=torch.bool)
+        leaving[:-1] = (keys.diff() != 0) | (runs.diff() != 1)
         owners, places = self.directory.find(keys % max(1, blocks))
-        number, by_run = len(begins) - 1, (runs * ranks + owners).argsort(stable=True)
-        counts = (runs * ranks + owners).bincount(minlength=number * ranks).view(number, ranks)
-        asks = torch.stack([runs, keys // max(1, blocks), places], 1)[owners.argsort(stable=True)]
+        asks = torch.stack([runs, keys // max(1, blocks), places, leaving], 1)[owners.argsort(stable=True)]
 
-        says = torch.stack([counts.sum(0), counts.new_full((ranks,), number)], 1)
+        says = torch.stack([owners.bincount(minlength=ranks), owners.new_full((ranks,), len(begins) - 1)], 1)
         heard = torch.empty_like(says)
         dist.all_to_all_single(heard, says, group=self.group)
-        sent, (got, of_ranks) = says[:, 0].tolist(), heard.T.tolist()
-        asked, every = asks.new_empty(sum(got), 3), max(of_ranks)
-        dist.all_to_all_single(asked, asks, got, sent, group=self.group)
-        of_run = asked[:, 0] * ranks + torch.arange(ranks, device=row.device).repeat_interleave(heard[:, 0])
-        numbers = of_run.bincount(minlength=every * ranks).view(every, ranks).tolist()
+        got, of_ranks = heard.T.tolist()
+        asked, every = asks.new_empty(sum(got), 4), max(of_ranks)
+        dist.all_to_all_single(asked, asks, got, says[:, 0].tolist(), group=self.group)
+        of_owners, of_asked = runs * ranks + owners, asked[:, 3].bool()
+        of_readers = asked[:, 0] * ranks + torch.arange(ranks, device=row.device).repeat_interleave(heard[:, 0])
+        by_run, sizes = of_owners.argsort(stable=True), runs.bincount(minlength=every).tolist()
+        of_pieces = [_joined(pieces[first:stop]) for first, stop in pairwise(begins)]
         return Asked(
-            [_joined(pieces[first:stop]) for first, stop in pairwise(begins)],
-            keys[by_run].split(counts.sum(1).tolist()) if number else (),
+            of_pieces + [[]] * (every - len(of_pieces)),
+            keys[by_run].split(sizes),
+            leaving[by_run].split(sizes),
             blocks,
-            counts.tolist() + [[0] * ranks] * (every - number),
-            asked[of_run.argsort(stable=True), 1:].split([*map(sum, numbers)]) if every else (),
-            numbers,
+            Route.of_runs(of_owners, of_readers, asked[:, 1:3], every, ranks),
+            Route.of_runs(of_owners[leaving], of_readers[of_asked], asked[of_asked, 1:3], every, ranks),
         )
 
     def runs(self, kind: int, asked: Asked) -> Iterator[Tensor]:
         """Yield what comes in each run, as `empty` gives it, while that of the next one travels."""
-        flight = self._send(kind, asked, 0) if asked.counts else None
-        for run in range(len(asked.counts)):
-            assert flight
+        flight = self._send(kind, asked.fetched[0]) if asked.fetched else None
+        for route in [*asked.fetched[1:], None]:
+            if not flight:
+                return
             got, work, _ = flight
             work.wait()
-            flight = self._send(kind, asked, run + 1) if run + 1 < len(asked.counts) else None
+            flight = self._send(kind, route) if route else None
             yield got
             del got
 
-    def give(self, asked: Asked, run: int, gradients: Tensor) -> None:
-        """Give the owners the gradients of a run's blocks, in fp32 or fp64, in the order in which these came."""
-        got = gradients.new_empty(sum(asked.numbers[run]), *gradients.shape[1:])
-        dist.all_to_all_single(got, gradients, asked.numbers[run], asked.counts[run], group=self.group)
-        rows, places = asked.wanted[run].unbind(1)
+    def give(self, route: Route, gradients: Tensor) -> None:
+        """Give the owners gradients of blocks, in fp32 or fp64, in the order in which these came."""
+        got = gradients.new_empty(sum(route.of_readers), *gradients.shape[1:])
+        dist.all_to_all_single(got, gradients, route.of_readers, route.of_owners, group=self.group)
+        rows, places = route.wanted.unbind(1)
         into = self.sums.flatten(0, 1)
         into.index_add_(0, (rows * self.sums.shape[1] + places).to(into.device), got.to(into.device))
 
-    def _send(self, kind: int, asked: Asked, run: int) -> tuple[Tensor, Any, Tensor]:
+    def _send(self, kind: int, route: Route) -> tuple[Tensor, Any, Tensor]:
         """Return what is on its way to this rank, the work that ends with it, and what is sent meanwhile."""
-        got, sent = (self.empty(kind, sum(sizes)) for sizes in (asked.counts[run], asked.numbers[run]))
+        got, sent = (self.empty(kind, sum(sizes)) for sizes in route[:2])
         # in one piece of memory, blocks may be taken in any order; those that one reader wants are in order
         at_once = limits_of(sent).whole and len(self.like) == 1
-        sizes = [len(sent)] if at_once else asked.numbers[run]
-        for wanted, into in zip(asked.wanted[run].split(sizes), sent.split(sizes), strict=True):
+        sizes = [len(sent)] if at_once else route.of_readers
+        for wanted, into in zip(route.wanted.split(sizes), sent.split(sizes), strict=True):
             rows = [len(into)] if len(self.like) == 1 else wanted[:, 0].bincount(minlength=len(self.like)).tolist()
             for row, (places, some) in enumerate(zip(wanted[:, 1].split(rows), into.split(rows), strict=True)):
                 self._take(kind, row, places, some)
-        work = dist.all_to_all_single(got, sent, asked.counts[run], asked.numbers[run], group=self.group, async_op=True)
+        work = dist.all_to_all_single(got, sent, route.of_owners, route.of_readers, group=self.group, async_op=True)
         return got, work, sent
 
     def _take(self, kind: int, row: int, places: Tensor, into: Tensor) -> None:
@@ -221,22 +212,3 @@ def _joined(pieces: Sequence[tuple[int, slice]]) -> list[tuple[int, slice]]:
     """Return neighbouring pieces of the same index as one."""
     same = [[*some] for _, some in groupby(pieces, key=itemgetter(0))]
     return [(some[0][0], slice(some[0][1].start, some[-1][1].stop)) for some in same]
-
-
-def collectives(
-    pattern: Pattern, edges: Sequence[int], kv_heads: int, head_dim: int, itemsize: int, kind: LayerKind
-) -> tuple[int, int, int]:
-    """Return the collectives for a layer's chosen blocks: in a forward pass, again without asking, of gradients.
-
-    The last rank, which fetches most, has runs of the expected blocks. A backward pass has those of the last two.
-    """
-    fetches = Fetches.expected(pattern, edges, len(edges) - 2, kind)
-    blocks = fetches.blocks * 2 * pattern.chosen_block * kv_heads * head_dim * itemsize
-    runs, asking = ceil(blocks / RUN_BYTES), 0 if kind == "follows" else 2
-    if kind == "chooses":
-        long = edges[-1] // pattern.chosen_block > first_means(pattern)
-        scans = ceil(fetches.means * kv_heads * head_dim * max(4, itemsize) / RUN_BYTES) + 2 * len(stages(pattern))
-        asking += 2 + (
-            1 + scans if long else 0
-        )  # the last queries and the first means; runs, and stages after the first
-    return asking + runs, runs, runs

@@ -13,16 +13,13 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from longnet_cli.basics.errors import ConfigError, LongNetError
-
-if TYPE_CHECKING:
-    from longnet_cli.running.ranks.ranks import Ranks
 
 
 def unwind_on_signals() -> None:
@@ -60,8 +57,9 @@ class Signals:
     A rank that stopped at once would break the next collective of the others.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
-        self.ranks, self._asked = ranks, 0
+    def __init__(self, largest: Callable[[float], float]) -> None:
+        """Take `Ranks.largest`, by which ranks agree."""
+        self._largest, self._asked = largest, 0
 
     def note(self, number: int, frame: object) -> None:
         """Note a signal, as its handler. A second SIGINT kills: whoever presses Ctrl-C twice means it."""
@@ -75,7 +73,7 @@ class Signals:
     def look(self) -> bool:
         """Return whether to save and go on. Raises KeyboardInterrupt (SIGINT) or SystemExit (others), on all ranks."""
         mine = self._asked
-        asked = self.ranks.largest(_WEIGHT[mine])
+        asked = self._largest(_WEIGHT[mine])
         if mine and self._asked == mine:  # keep a signal that came while ranks waited for each other
             self._asked = 0
         if asked == _WEIGHT[signal.SIGINT]:
@@ -91,9 +89,9 @@ _WEIGHT = {0: 0, signal.SIGUSR1: 1, signal.SIGINT: 2, signal.SIGTERM: 3, signal.
 
 
 @contextmanager
-def noted_signals(ranks: Ranks) -> Iterator[Signals]:
-    """Note signals within the context: they act only where `signals.look()` is called."""
-    signals = Signals(ranks)
+def noted_signals(largest: Callable[[float], float]) -> Iterator[Signals]:
+    """Note signals within the context: they act only where `signals.look()` is called, by all ranks together."""
+    signals = Signals(largest)
     if not _in_main_thread():
         yield signals
         return

@@ -15,8 +15,8 @@ import torch.distributed as dist
 
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.running.device import select_device
-from longnet_cli.running.ranks.exchange import even_edges
 from longnet_cli.running.ranks.launch import started_by_torchrun, unwind_on_signals
+from longnet_cli.running.ranks.shards import even_edges
 from longnet_cli.running.ranks.watch import check_agent
 
 TIMEOUT = timedelta(minutes=30)  # of a collective of hosts: rank 0 may write a checkpoint while the others wait

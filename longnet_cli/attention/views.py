@@ -1,0 +1,156 @@
+"""Strided views: every kernel call of a plan, as views of whole tensors, without a copy.
+
+B batch, N tokens of the shard, H query heads, K key heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .branches import Branch
+from .packing import Block
+from .plain_call import Kernel
+from .spans import Rows
+
+KernelCall = tuple[Branch, list[Tensor], list[Tensor]]  # query-like and key-like views
+FarTensors = Callable[[int], Sequence[Tensor]]  # index of far keys -> their key-like tensors, once they are there
+# strides and width of all tensors -> (branch, rows and first column of its block) -> the layouts of a call's views
+Layouts = dict[tuple[Any, ...], dict[tuple[int, int, int, int], "_CallLayout"]]
+
+
+def kernel_calls(
+    blocks: Sequence[Block],
+    kernel: Kernel,
+    query_like: Sequence[Tensor],
+    key_like: Sequence[Tensor],
+    far: FarTensors | None = None,
+    layouts: Layouts | None = None,
+) -> Iterator[KernelCall]:
+    """Yield every kernel call of some blocks, as views (batch, heads, rows, last dim) of the tensors, in a fixed order.
+
+    `far` returns as many tensors for far keys as `key_like` has. It is called right before a call that needs them.
+    `layouts` are kept from one call to the next, if they are the plan's.
+    """
+    near = *query_like, *key_like
+    known = {} if layouts is None else layouts.setdefault(tuple([(x.stride(), x.shape[3]) for x in near]), {})
+    begins = [x.storage_offset() for x in near]
+    queries = len(query_like)
+    for run, columns, calls in blocks:
+        for branch in calls:
+            key = id(branch), run.start, run.stop, columns.start
+            if (layout := known.get(key)) is None:
+                layout = known[key] = _CallLayout.of(branch, run, columns.start, kernel, query_like, key_like)
+            shown = zip(near, layout.views, begins, strict=False)  # of far keys, only the queries are near
+            views = [x.as_strided(size, stride, begin + offset) for x, (size, stride, offset), begin in shown]
+            if branch.far is not None:
+                assert far is not None
+                views += [view(x, branch.keys, run, 0) for x in far(branch.far)]
+            if layout.single and branch.far is None:
+                yield branch, views[:queries], views[queries:]
+            else:
+                for call in _batched(views, layout.limit):
+                    yield branch, call[:queries], call[queries:]
+
+
+class _CallLayout(NamedTuple):
+    """The layouts of a branch's views in one block, without those of far keys, and how many rows a call takes.
+
+    views: size, stride and offset of each. single: one call takes all.
+    """
+
+    views: list[tuple[Any, Any, int]]
+    limit: int
+    single: bool
+
+    @classmethod
+    def of(
+        cls,
+        branch: Branch,
+        run: slice,
+        column: int,
+        kernel: Kernel,
+        query_like: Sequence[Tensor],
+        key_like: Sequence[Tensor],
+    ) -> _CallLayout:
+        shown = [(x, branch.queries) for x in query_like]
+        if branch.far is None:
+            shown += [(x, branch.keys) for x in key_like]
+        views = [_layout_of_call(x, rows, run, column) for x, rows in shown]
+        rows = max(branch.queries.rows, branch.keys.rows)
+        limit = kernel.max_batch(branch.queries.heads, rows, query_like[0].shape[-1])
+        size = views[0][0]
+        return cls(views, limit, len(size) == 4 and size[0] <= limit)
+
+
+def strided_view(x: Tensor, rows: Rows, first: int = 0, batch: int | None = None) -> Tensor:
+    """View x (batch, tokens, heads, last dim) as the rows (batch, segments, heads, rows, last dim), without a copy.
+
+    `first` and `batch` select a part of the batch.
+    """
+    size, stride, offset = _layout(x, rows, first, x.shape[0] if batch is None else first + batch, 0)
+    return x.as_strided(size, stride, x.storage_offset() + offset)
+
+
+def view(x: Tensor, rows: Rows, run: slice, column: int, apart: bool = False) -> Tensor:
+    """View the rows `run` of a batch x, tokens counted from `column`, like `strided_view`.
+
+    The result is (batch or segments, heads, rows, last dim) if batch or segments is 1. If both are, and heads shall be
+    `apart`, it is (heads, 1, rows, last dim): then the output of a kernel comes in the order of heads.
+    """
+    size, stride, offset = _layout_of_call(x, rows, run, column, apart)
+    return x.as_strided(size, stride, x.storage_offset() + offset)
+
+
+def _layout_of_call(x: Tensor, rows: Rows, run: slice, column: int, apart: bool = False) -> tuple[Any, Any, int]:
+    """Return size, stride and offset of `view`."""
+    size, stride, offset = _layout(x, rows, run.start, run.stop, column)
+    if apart and size[0] == 1:
+        size, stride = (size[2], *size[1:2], *size[3:]), (stride[2], *stride[1:2], *stride[3:])
+    elif size[0] == 1:
+        size, stride = size[1:], stride[1:]
+    elif size[1] == 1:
+        size, stride = size[:1] + size[2:], stride[:1] + stride[2:]
+    return size, stride, offset
+
+
+def _layout(x: Tensor, rows: Rows, start: int, stop: int, column: int) -> tuple[Any, Any, int]:
+    """Return size, stride and offset of `strided_view`, for rows [start, stop) of a batch, from token `column` on."""
+    segments, segment_step, heads, first_head, head_step, number, row_step, first, skew, row_heads = rows
+    of_batch, token, head, last = x.stride()
+    size = (stop - start, segments, heads, number, x.shape[3])
+    of_head, of_row = head_step * head + skew * token, row_step * token + row_heads * head
+    offset = start * of_batch + (first + column) * token + first_head * head
+    return size, (of_batch, segment_step * token, of_head, of_row, last), offset
+
+
+def _batched(views: list[Tensor], limit: int) -> Iterator[list[Tensor]]:
+    """Yield views as (batch * segments, ..), at most `limit` at a time.
+
+    If batch and segments do not merge into one stride, loop over the shorter of the two.
+    """
+    batch, segments = views[0].shape[:2]
+    if views[0].dim() == 4:
+        groups = [views]
+    elif all(x.stride(0) == segments * x.stride(1) for x in views):
+        groups = [[x.flatten(0, 1) for x in views]]
+    else:
+        walked = 0 if batch <= segments else 1
+        groups = [list(step) for step in zip(*(x.unbind(walked) for x in views), strict=True)]
+    for group in groups:
+        if len(group[0]) <= limit:
+            yield group
+        else:
+            yield from (list(part) for part in zip(*(x.split(limit) for x in group), strict=True))
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """Return x with a last stride of 1, which kernels assume without a check; a size of 1 may have any stride."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32

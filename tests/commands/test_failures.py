@@ -1,0 +1,332 @@
+"""Proves that bad input ends a command in one line and an exit code. Whatever else ends it, its output is whole or says
+that it is not, and --resume completes it: kills at random moments, signals, no room, a reader that leaves or stalls.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import gzip
+import mmap
+import os
+import random
+import signal
+import subprocess
+import sys
+import termios
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+import pyarrow as pa
+import pyarrow.ipc as ipc
+import pyarrow.parquet as pq
+import pytest
+from builders import tiny_llama, tiny_model
+from files import write_file, write_lines, write_rows
+from processes import contents, invoke, kill_and_resume, refused, wait_for
+
+from longnet_cli.basics.errors import DataError
+from longnet_cli.cli.output import say_what_is_kept
+from longnet_cli.data.inputs import Inputs
+from longnet_cli.data.outputs import ShardWriter
+from longnet_cli.data.shards import ShardFolder
+from longnet_cli.data.tokenizer import Tokenizer
+
+SIZES = {"dim": 32, "num_layers": 4, "num_heads": 4, "ffn_dim": 64, "position": "rope"}
+SIZES |= {"segment_lengths": (64, 1024), "dilation_rates": (1, 4)}
+EMPTY = "every document is empty or left out"
+NO_TEMPLATE = "no chat template (chat_template.jinja, or chat_template in tokenizer_config.json) for chats"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bad inputs of the table."""
+    folder = tmp_path_factory.mktemp("inputs")
+    rows = [{"id": 7, "doc": {"body": "one"}, "n": 1, "text": "first"}]
+    ends = pa.RunEndEncodedArray.from_arrays(pa.array([1], pa.int32()), pa.array(["x"]))
+    days = pa.array([pa.MonthDayNano([1, 2, 3])], pa.month_day_nano_interval())
+    write_file(folder / "types.arrow", pa.table({"text": ["one"], "ends": ends, "days": days, "span": [1]}))
+    for name in ("x.arrow", "x.stream", "x.parquet", "x.jsonl"):
+        write_rows(folder / name, rows)
+    write_lines(folder / "chat.jsonl", [{"messages": [{"role": "user", "content": "Hi"}]}])
+    (folder / "bad.jsonl").write_text('{"text": "a"}\n{"text": 5}\n')
+    (folder / "empty.jsonl").write_text('{"text": ""}\n')
+    (folder / "empty.txt").touch()
+    (folder / "taken/file").mkdir(parents=True)
+    (folder / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
+    tiny_model(folder / "model")
+    Tokenizer.train(["some text and more text"] * 9, 265).save(folder / "large.json")
+    (folder / "bad.gz").write_bytes(gzip.compress(b"unreadable " * 1000)[:-4])
+    (folder / "long.txt").write_text("x" * 65)
+    ids = pa.table({"input_ids": [[1] * 5, [1] * 70, [1, 300]], "doc_id": ["a", "b", "c"]})
+    pq.write_table(ids, folder / "ids.parquet")
+    write_file(folder / "ids.arrow", ids)
+    pq.write_table(ids[1:2], folder / "too-long.parquet")
+    return folder
+
+
+FAILURES = [  # command, exit code, a part of its line
+    ("score bad.jsonl", 3, "bad.jsonl, line 2: 'text' is not text"),
+    ("score none.txt", 3, "none.txt: no such file"),
+    ("score picture.png", 3, "picture.png: neither Arrow, Parquet nor UTF-8 text"),
+    ("score empty.txt --format json", 3, "no token could be scored: every document is empty"),
+    ("score ids.parquet -m ./model", 3, "row 2, offset 1: token id 300 does not fit a vocabulary of 257"),
+    ("score x.parquet --column body", 2, "there is no column 'body'; its columns are id: int64"),
+    ("score x.parquet -m ./model --tokenizer large.json", 2, "large.json: not the tokenizer of the model"),
+    (
+        "score x.parquet -m ./model --tokenizer large.json --tokenizer-differs", 2,
+        "the tokenizer has 265 ids and the model 257",
+    ),
+    ("score x.parquet -m no-such-model", 2, "unknown model 'no-such-model'"),
+    ("encode x.parquet --resume -o out.arrow", 2, "out.arrow: only a folder of shards can be resumed"),
+    ("encode x.parquet -o taken", 2, "taken exists and is not an empty folder"),
+    ("train longnet-tiny --data x.parquet -o x.parquet", 2, "x.parquet is a file, and -o names the folder of a run"),
+    ("train longnet-tiny --data x.parquet -o x.parquet/run", 2, "x.parquet is a file, and -o names the folder"),
+    ("train longnet-tiny --data x.parquet --output=", 2, "--output is empty"),
+    ("train none", 2, "longnet-tiny; a path ends in .toml"),
+    ("train other/my.toml", 2, "no recipe 'other/my.toml': no such file. Shipped recipes: "),
+    (f"train --resume {'a' * 10_000}", 2, "aaa: File name too long"),
+    (f"train recipe.toml --resume {'a' * 10_000}", 2, "aaa: File name too long"),
+    ("train -o run", 2, "there is no run in run"),
+    ("score bad.jsonl -o out.arrow", 3, "bad.jsonl, line 2: 'text' is not text"),
+    ("tokenize bad.jsonl -o out.arrow", 3, "bad.jsonl, line 2: 'text' is not text"),
+    ("tokenize bad.gz -o out.arrow", 3, "bad.gz: the gzip data is damaged or truncated ("),
+    ("tokenize none bad.gz --skip-bad -o out.arrow", 3, "nothing to tokenize: every document is left out"),
+    ("encode empty.jsonl -o out.arrow", 3, f"there is nothing to encode: {EMPTY}"),
+    ("score none --skip-bad", 3, EMPTY),
+    ("score @- -", 2, "stdin (-) can be read only once"),
+    *(
+        (f"score {name} --keep n,{key} --skip-bad -o out.arrow", 2, f"{name}: there is no column '{key}'; its columns")
+        for name in ("x.arrow", "x.stream", "x.parquet", "x.jsonl")
+        for key in ("titel", "doc.titel")
+    ),
+    (
+        "score long.txt --pattern finding --token-logprobs out.arrow --chosen ./out.arrow", 2,
+        "--chosen ./out.arrow is the output of --token-logprobs as well: name another",
+    ),
+    ("score x.parquet --keep n", 2, "--keep carries columns to rows: give -o, or --format"),
+    ("score types.arrow --keep ppl --format json", 2, "--keep ppl: the output has a column of this name"),
+    ("encode types.arrow --keep span -o out.arrow", 2, "--keep span: the output has a column of this name"),
+    ("encode types.arrow --keep ends -o out.parquet", 2, "out.parquet: Parquet does not hold a column (Unhandled type"),
+    ("encode types.arrow --keep days -o out.parquet", 2, "out.parquet: Parquet does not hold a column (Unhandled type"),
+    ("tokenize chat.jsonl -o out.arrow", 2, "'messages' holds chats, which need the chat template of a tokenizer: "),
+    ("tokenize chat.jsonl --tokenizer longnet-tiny -o out.arrow", 2, NO_TEMPLATE),
+    ("tokenize chat.jsonl --train-vocab 300 -o out.arrow", 2, "no column named text with text: choose one (--column)"),
+    (
+        "score long.txt -m ./llama", 2,
+        "65 tokens, and the model was trained on 64: score it in windows (--context 64 --stride 32), or give --pattern "
+        "window:32,sinks=4 (a window and 4 sinks) or --pattern dense (farther than trained); --skip-bad leaves such "
+        "documents out",
+    ),
+    ("encode long.txt -m ./llama -o out.arrow", 2, "66 tokens"),  # here the last token is read as well
+    ("score ids.parquet -m ./llama --chunk 8 --format jsonl", 2, "ids.parquet, row 1: 70 tokens"),  # before work starts
+    ("score ids.arrow -m ./llama --chunk 8 --format jsonl", 2, "ids.arrow, row 1: 70 tokens"),
+    ("encode ids.parquet -m ./llama -o out.arrow", 2, "ids.parquet, row 1: 71 tokens"),
+    ("score ids.parquet -m ./llama --context 8", 3, "ids.parquet, row 2, offset 1: token id 300 does not fit"),
+    ("score too-long.parquet -m ./llama --skip-bad", 3, EMPTY),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "code", "line"), FAILURES, ids=[words[:60] for words, *_ in FAILURES])
+def test_bad_input_is_one_line_and_an_exit_code(
+    words: str, code: int, line: str, inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(inputs)
+    if "./llama" in words and not Path("llama").exists():
+        pytest.importorskip("transformers", reason="transformers is not installed: pip install 'longnet-cli[hf]'")
+        tiny_llama(inputs / "llama", vocab_size=260, max_position_embeddings=64, bos_token_id=7)
+    before = {*inputs.iterdir()}
+    error = refused(*words.split())
+    assert (error.exit_code, {*inputs.iterdir()}) == (code, before)
+    assert line in str(error)
+
+
+def test_a_failure_is_all_that_is_said(run_longnet):
+    done = run_longnet("score", "none.txt")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (3, "", 1)
+    assert done.stderr.startswith("longnet: error: none.txt: no such file")
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """60 documents of 0.1 to 20 kB."""
+    chance = random.Random(0)
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for index in range(60):
+        (folder / f"{index}.txt").write_text("".join(chance.choices("abc déf\n", k=chance.randint(100, 20_000))))
+    return folder
+
+
+@pytest.mark.parametrize("command", ["tokenize", pytest.param("encode", marks=pytest.mark.ci)])
+def test_killed_and_resumed_the_shards_are_the_same(command, start, corpus, tmp_path):
+    model = f"{tiny_model(tmp_path / 'model', **SIZES)}/"
+    words = {
+        "tokenize": ["tokenize", corpus, "--shard-tokens", "10000", "--eos"],
+        "encode": ["encode", *sorted(corpus.iterdir())[:9], "-m", model, "--span", "50", "--shard-rows", "100"],
+    }
+    kill_and_resume(start, words[command], tmp_path, kills=3)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_leaves_finished_shards_and_no_others(start, run_longnet, corpus, tmp_path, number, code):
+    command = ["tokenize", corpus, "--shard-tokens", "10000", "-o"]
+    process = start(*command, "out")
+    wait_for(lambda: (tmp_path / "out" / "shard-00003.arrow").exists())
+    process.send_signal(number)
+    assert process.communicate()[1] == b""
+    assert process.returncode == code
+    names = sorted(os.listdir(tmp_path / "out"))
+    assert names[0] == "_unfinished.json"
+    assert names[1:] == [f"shard-{index:05d}.arrow" for index in range(len(names) - 1)]
+    assert run_longnet(*command, "out", "--resume").returncode == 0
+    assert run_longnet(*command, "whole").returncode == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def unread(pipe: IO[bytes]) -> int:
+    """How many bytes wait in a pipe."""
+    return int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), sys.byteorder)
+
+
+@pytest.mark.parametrize("output", ["out", "out.arrow", "-"])
+def test_a_signal_ends_a_wait_for_input(start, tmp_path, output):
+    process = start("tokenize", "-", "-o", output, stdin=subprocess.PIPE)
+    process.stdin.write(b"a line\n")
+    process.stdin.flush()
+    wait_for(lambda: unread(process.stdin) == 0)  # and now it waits for more
+    for _ in range(10):  # Python learns of a signal right before a call that waits only from the next one
+        process.send_signal(signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(2)
+            break
+    assert process.returncode == 143
+    assert not process.stdout.read().endswith(b"\xff\xff\xff\xff\0\0\0\0")
+    assert sorted(os.listdir(tmp_path)) in ([], ["out"])
+
+
+def test_a_signal_ends_a_wait_for_a_reader_that_stalls(start, corpus):
+    process = start("tokenize", corpus, "-o", "-")
+    assert process.stdout.read(1)
+    size = fcntl.fcntl(process.stdout, fcntl.F_GETPIPE_SZ)
+    wait_for(lambda: unread(process.stdout) >= size - 2 * mmap.PAGESIZE)  # its last pages may be full in part
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 143
+    assert process.stderr.read() == b""
+
+
+def test_documents_come_out_while_the_input_waits(start):
+    """The reader may keep the last document that it has, whose next row may be another part of it."""
+    process = start("tokenize", "-", "-o", "-", stdin=subprocess.PIPE)
+    timer = threading.Timer(20, process.kill)  # lest the test wait for ever
+    timer.start()
+    schema = pa.schema([("text", pa.string())])
+    with ipc.new_stream(process.stdin, schema) as writer:
+        writer.write(pa.record_batch([["one", "two"]], schema=schema))
+        process.stdin.flush()
+        begun = ipc.open_stream(process.stdout)
+        assert begun.read_next_batch()["input_ids"][0].as_py() == list(b"one")
+        writer.write(pa.record_batch([["three", "four"]], schema=schema))
+        process.stdin.flush()
+        assert begun.read_next_batch().num_rows >= 1
+    process.stdin.close()
+    begun.read_all()
+    assert process.wait(20) == 0
+    timer.cancel()
+
+
+@pytest.mark.parametrize("ending", ["kill", "fail"])
+def test_a_cut_stream_is_refused(start, corpus, tmp_path, ending):
+    if ending == "fail":
+        (corpus / "bad.txt").write_bytes(b"\xff")
+    with open(tmp_path / "cut.arrow", "wb") as file:
+        process = start(
+            "tokenize", corpus, "-" if ending == "kill" else corpus, "-o", "-", stdin=subprocess.PIPE, stdout=file
+        )
+        if ending == "kill":
+            wait_for(lambda: (tmp_path / "cut.arrow").stat().st_size > 100_000)
+            process.kill()
+        assert process.wait(30) == (-9 if ending == "kill" else 3)
+    with pytest.raises(DataError, match="truncated"):
+        list(Inputs([tmp_path / "cut.arrow"]).documents())
+
+
+def test_a_shard_too_large_for_the_file_system_is_one_line(run_longnet, longnet, corpus, tmp_path, command_env):
+    """The limit on file sizes, which any user may set, does as a full disk does."""
+    (corpus / "30.txt").write_text("x" * 1_000_000)
+    command = ["tokenize", corpus, "--shard-tokens", "20000", "-o"]
+    assert run_longnet(*command, "whole").returncode == 0
+    limited = ["bash", "-c", f'ulimit -f 500; exec {longnet} "$@"', "bash"]
+    words = [*limited, *map(str, command), str(tmp_path / "out")]
+    process = subprocess.Popen(words, env=command_env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    out, whole = tmp_path / "out", contents(tmp_path / "whole")
+    said = process.communicate()[1].decode()
+    assert (process.returncode, said.count("\n"), said[:16]) == (1, 1, "longnet: error: ")
+    assert f"{out}/" in said
+    assert "cannot write: File too large" in said
+    found = contents(out)
+    assert {"_unfinished.json", *(f"shard-{index:05d}.arrow" for index in range(len(found) - 1))} == found.keys()
+    assert len(found) > 5
+    assert all(found[name] == whole[name] for name in found if name != "_unfinished.json")
+    assert run_longnet(*command, out, "--resume").returncode == 0
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_spilled_encode(kind: signal.Signals, tmp_path: Path, command_env: dict[str, str]) -> None:
+    """Of a bidirectional net: it leaves no half output, and nothing on the disk."""
+    model = tiny_model(tmp_path / "model", **SIZES, causal=False)
+    text, spill, out = tmp_path / "long.txt", tmp_path / "spill", tmp_path / "out"
+    text.write_text("the quick brown fox " * 20_000)
+    spill.mkdir()
+    arguments = ["encode", text, "-m", f"{model}/", "--chunk", "512", "--spill", spill, "-o", out / "vectors.arrow"]
+    words = [sys.executable, "-m", "longnet_cli", *map(str, arguments)]
+    with subprocess.Popen(words, env=command_env, stderr=subprocess.PIPE) as job:
+        wait_for(lambda: job.poll() is not None or str(spill) in Path(f"/proc/{job.pid}/maps").read_text())
+        assert job.poll() is None
+        job.send_signal(kind)
+        job.communicate(timeout=60)
+    assert job.returncode in (-kind, 128 + kind)
+    assert list(spill.iterdir()) == []
+    assert not (out / "vectors.arrow").exists()
+
+
+@pytest.mark.parametrize("command", ["score", "encode"])
+def test_a_stopped_command_says_what_is_kept(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = f"{tiny_model(tmp_path / 'model')}/"
+    texts = [tmp_path / f"{name}.txt" for name in "abcd"]
+    for path in texts:
+        path.write_text("some text " * 3)
+    shards = ["--shard-tokens", "20"] if command == "score" else ["--shard-rows", "1"]
+    end_shard, ended = ShardFolder.end_shard, []
+
+    def stop(self: ShardFolder) -> None:
+        ended.append(end_shard(self))
+        if len(ended) % 2 == 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ShardFolder, "end_shard", stop)
+    folder = [command, *texts, "-m", model, *shards, "-o", tmp_path / "out"]
+    said = f"stopped: {tmp_path / 'out'} keeps 2 documents: the same command with --resume goes on\n"
+    assert said in invoke(*folder).stderr
+    assert "keeps 4 documents" in invoke(*folder, "--resume").stderr
+    assert invoke(*folder[:-1], tmp_path / "other", "-q").stderr.strip() in ("", "Aborted!", "Aborted.")
+
+    def stop_at_once(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ShardWriter, "write", stop_at_once)
+    alone = invoke(command, *texts, "-m", model, "-o", tmp_path / "rows.arrow")
+    assert f"stopped: nothing is kept in {tmp_path / 'rows.arrow'}, which is written whole" in alone.stderr
+
+
+@pytest.mark.parametrize(("stop", "world", "said"), [(143, 1, True), (143, 2, False), (None, 2, True)])
+def test_a_rank_that_another_one_ends_says_nothing(
+    stop: int | None, world: int, said: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    with pytest.raises((SystemExit, KeyboardInterrupt)), say_what_is_kept("-", quiet=False):
+        raise SystemExit(stop) if stop else KeyboardInterrupt
+    assert capsys.readouterr().err.startswith("stopped: ") == said
