@@ -287,7 +287,7 @@ def test_without_folder_cache_and_network_one_line_says_how_to_download(run_long
     said = refusal(run_longnet("score", "a.txt", "-m", TINY, env={"HF_HUB_OFFLINE": "1"}))
     assert said == f"{nowhere}HF_HUB_OFFLINE is set: without it, repeat this or hf download {TINY}"
     run = ("train", "--init", TINY, "--data", "a.txt", "--seq-len", "8", "--steps", "1", "-o", "run", "--nproc", "2")
-    assert refusal(run_longnet(*run)).startswith(nowhere)  # asked once, before the ranks start
+    assert refusal(run_longnet(*run)).startswith(f"init: {nowhere}")  # asked once, before the ranks start
     hub.push(TINY, tiny)
     hub.stalled = "/api/"
     silent = {"HF_ENDPOINT": hub.url, "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
