@@ -11,7 +11,7 @@ import pyarrow.fs as fs
 
 from longnet_cli.basics.errors import ConfigError, DataError, LongNetError, MemoryLimitError
 from longnet_cli.data.files import read_error
-from longnet_cli.data.names import choose_files, natural_order
+from longnet_cli.data.folders import choose_files, natural_order
 from longnet_cli.data.tables import one_line
 
 

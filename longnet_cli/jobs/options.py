@@ -24,7 +24,7 @@ class EncodeOptions:
     None takes the model's own pooling, prompt, scaling and windows.
 
     `pool` takes the mean of the hidden states of a document's tokens, the hidden state of the last or first token, the
-    hidden state of the CLS that a slide encoder puts before them, or another of `pooling.POOLS`, or several, joined by
+    hidden state of the CLS that a slide encoder puts before them, or another of `POOLS`, or several, joined by
     `+`. The text `prefix` is read before each document, and pooled with its first span; NO_PREFIX is an empty one.
     `normalize` scales a vector to length 1, after the first `dims` numbers of it are kept. With `span`, a document has
     a row for every `span` tokens. `all_layers` adds the column `layers`: such a vector of the first layer's input, and

@@ -178,7 +178,7 @@ class RowJob(ABC):
         except (ConfigError, DataError) as error:
             self.failure = error
 
-    def deal(
+    def rows_by_portion(
         self, sequences: Iterable[InputSequence[Document]], ranks: Ranks, **shards: Any
     ) -> Iterator[tuple[Portion[InputSequence[Document]], Batches]]:
         """Return each portion of documents with its rows, as `dealing.deal` deals them out."""
@@ -209,7 +209,7 @@ class RowJob(ABC):
 
         def batches() -> Iterator[pa.RecordBatch]:
             tokens = 0
-            for _, batches in self.deal(self.sequences(documents, on_skip, on_empty), ranks):
+            for _, batches in self.rows_by_portion(self.sequences(documents, on_skip, on_empty), ranks):
                 for batch in batches:
                     tokens += tokens_of(batch)
                     yield batch
@@ -332,7 +332,7 @@ def _write_stream(
                     sink.write(batch)
             waiting.clear()
 
-        for _, batches in job.deal(sequences(), ranks):
+        for _, batches in job.rows_by_portion(sequences(), ranks):
             for batch in batches:
                 written.update(rows=len(batch), tokens=tokens_of(batch))
                 waiting.append(batch)
@@ -379,7 +379,7 @@ def _write_folder(
     done = ranks.from_first(folder.documents if folder else 0)
     tokens = ranks.from_first(folder.totals["tokens"] if folder else 0)
     remaining = folder.unread(sequences()) if folder else islice(sequences(), done, None)
-    for portion, batches in job.deal(remaining, ranks, shard=shard_size, size_of=job.shard_part):
+    for portion, batches in job.rows_by_portion(remaining, ranks, shard=shard_size, size_of=job.shard_part):
         for batch in batches:
             tokens += tokens_of(batch)
             if folder:

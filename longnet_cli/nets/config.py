@@ -128,7 +128,7 @@ XPOS_MAX_SEGMENT = 65536
 _OPTIONS = {*PATTERN_FIELDS, "drop_path"} - {"segment_lengths", "dilation_rates", "head_offsets"}
 
 
-class _Sizes(StrictModel):
+class _NetSizes(StrictModel):
     """The first fields of a LongNetConfig, in the order of config.json."""
 
     vocab_size: int = Field(ge=0)
@@ -139,7 +139,7 @@ class _Sizes(StrictModel):
 
 
 _PATTERN: dict[str, Any] = {name: (kind, getattr(Pattern, name, ...)) for name, kind in get_type_hints(Pattern).items()}
-_SizesAndPattern = create_model("_SizesAndPattern", __base__=_Sizes, **_PATTERN)
+_SizesAndPattern = create_model("_SizesAndPattern", __base__=_NetSizes, **_PATTERN)
 
 
 class LongNetConfig(NetConfig, _SizesAndPattern):  # type: ignore[misc, valid-type]

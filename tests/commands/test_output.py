@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import get_args
 
 import pyarrow as pa
@@ -130,34 +131,41 @@ def test_any_document_name_is_ascii_and_one_line(capsys):
     assert json.loads(text)["doc_id"] == name
 
 
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        *[(0, "0"), (7, "7"), (0.5, "0.50"), (999, "999"), (1000, "1.00k"), (12_345, "12.3k"), (123_456, "123k")],
-        *[(999_999, "1.00M"), (1234567, "1.23M"), (10**9, "1.00G"), (-1500, "-1.50k")],
-    ],
-)
-def test_counts(value, text):
-    assert format_count(value) == text
+NUMBERS: dict[Callable[[float], str], dict[float, str]] = {
+    format_count: {
+        0: "0",
+        7: "7",
+        0.5: "0.50",
+        999: "999",
+        1000: "1.00k",
+        12_345: "12.3k",
+        123_456: "123k",
+        999_999: "1.00M",
+        1234567: "1.23M",
+        10**9: "1.00G",
+        -1500: "-1.50k",
+    },
+    format_bytes: {0: "0 B", 1023: "1023 B", 1024: "1.00 KiB", 3 * 2**30: "3.00 GiB", 1.5 * 2**40: "1.50 TiB"},
+    format_duration: {
+        0: "0 s",
+        3e-8: "30 ns",
+        1.23e-6: "1.23 us",
+        0.00123: "1.23 ms",
+        0.5: "500 ms",
+        12.34: "12.3 s",
+        59.94: "59.9 s",
+        59.96: "1m00s",
+        75: "1m15s",
+        3599.6: "1h00m",
+        3700: "1h01m",
+        200_000: "2d07h",
+    },
+}
 
 
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (3 * 2**30, "3.00 GiB"), (1.5 * 2**40, "1.50 TiB")],
-)
-def test_bytes(value, text):
-    assert format_bytes(value) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        *[(0, "0 s"), (3e-8, "30 ns"), (1.23e-6, "1.23 us"), (0.00123, "1.23 ms"), (0.5, "500 ms"), (12.34, "12.3 s")],
-        *[(59.94, "59.9 s"), (59.96, "1m00s"), (75, "1m15s"), (3599.6, "1h00m"), (3700, "1h01m"), (200_000, "2d07h")],
-    ],
-)
-def test_durations(seconds, text):
-    assert format_duration(seconds) == text
+@pytest.mark.parametrize("write", NUMBERS)
+def test_numbers_for_people(write):
+    assert [write(value) for value in NUMBERS[write]] == [*NUMBERS[write].values()]
 
 
 @given(st.floats(min_value=1e-9, max_value=1e8))

@@ -106,51 +106,42 @@ def fake_op(monkeypatch: pytest.MonkeyPatch) -> FakeOp:
     return install
 
 
-def statuses(seq: list[int], **options: object) -> list[tuple[int, str, str]]:
-    return [(row.seq, row.impl, row.status) for row in rows_of(seq, **options)]
-
-
 def test_another_op_is_one_function(fake_op: FakeOp) -> None:
     fake_op(10.0)
     (row,) = rows_of([20], impl=["dense"])
     assert (row.op, row.seconds, row.tokens_per_second, row.flops_per_second) == ("fake", 40.0, 0.5, 10.0)
 
 
-def test_what_max_time_does_not_reach_is_stopped(fake_op: FakeOp) -> None:
-    fake_op(1.0)
-    # 10 s warm-up and 3 runs leave 10 of 50 s: enough for 5, and then for nothing
-    assert statuses([10, 20, 2], impl=["dilated"], max_time=50.0) == [
-        (10, "dilated", "ok"), (20, "dilated", "stopped"), (2, "dilated", "ok")
-    ]  # fmt: skip
-    assert statuses([10, 10], impl=["dilated"], max_time=40.0)[1] == (10, "dilated", "stopped")
-    assert statuses([10], impl=["dilated"], max_time=0.0) == [(10, "dilated", "stopped")]
+@pytest.mark.parametrize(
+    ("rate", "seq", "options", "expected"),
+    [
+        # 10 s warm-up and 3 runs leave 10 of 50 s: enough for 5, and then for nothing
+        (1.0, [10, 20, 2], {"impl": ["dilated"], "max_time": 50.0}, ["10 ok", "20 stopped", "2 ok"]),
+        (1.0, [10, 10], {"impl": ["dilated"], "max_time": 40.0}, ["10 ok", "10 stopped"]),
+        (1.0, [10], {"impl": ["dilated"], "max_time": 0.0}, ["10 stopped"]),
+        (100.0, [10, 20, 1000], {"impl": ["dense"], "max_dense_time": 3.0}, ["10 ok", "20 skipped", "1000 skipped"]),
+        (100.0, [10, 20], {"impl": ["dense"], "max_dense_time": 0.0}, ["10 ok", "20 skipped"]),
+        (100.0, [20, 1000], {"max_dense_time": 5.0}, ["20 ok", "20 ok", "1000 ok", "1000 skipped"]),
+        # 10 s are 10^10 FLOPs, a sequence of 10^5; and 65,536 is the power of two below it
+        (
+            1e9,
+            [10**6, 10**7],
+            {"impl": ["dense"], "max_dense_time": 10.0},
+            ["1000000 skipped", "65536 ok", "10000000 skipped"],
+        ),
+    ],
+)
+def test_what_does_not_fit_the_time(
+    fake_op: FakeOp, rate: float, seq: list[int], options: dict[str, object], expected: list[str]
+) -> None:
+    fake_op(rate)
+    assert [f"{row.seq} {row.status}" for row in rows_of(seq, **options)] == expected
 
 
 def test_a_warm_up_that_takes_the_time_is_the_measurement(fake_op: FakeOp) -> None:
     fake_op(1.0)
     (row,) = rows_of([30], impl=["dilated"], max_time=50.0)
     assert (row.status, row.seconds) == ("ok", 30.0)
-
-
-def test_dense_that_would_take_too_long_is_skipped(fake_op: FakeOp) -> None:
-    fake_op(100.0)
-    found = statuses([10, 20, 1000], max_dense_time=3.0)
-    assert found[:3] == [(10, "dilated", "ok"), (10, "dense", "ok"), (20, "dilated", "ok")]
-    assert found[3:] == [(20, "dense", "skipped"), (1000, "dilated", "ok"), (1000, "dense", "skipped")]
-    assert statuses([10, 20], impl=["dense"], max_dense_time=0.0)[1:] == [(20, "dense", "skipped")]
-
-
-def test_a_long_run_without_a_shorter_one_is_estimated_by_a_probe(fake_op: FakeOp) -> None:
-    fake_op(1e9)
-    assert statuses([10**6], impl=["dense"], max_dense_time=10.0)[0] == (10**6, "dense", "skipped")
-
-
-def test_dense_goes_as_far_as_it_can_once(fake_op: FakeOp) -> None:
-    fake_op(1e9)
-    # 10 s are 10^10 FLOPs, a sequence of 10^5; and 65,536 is the power of two below it
-    assert statuses([10**6, 10**7], impl=["dense"], max_dense_time=10.0) == [
-        (10**6, "dense", "skipped"), (65536, "dense", "ok"), (10**7, "dense", "skipped")
-    ]  # fmt: skip
 
 
 def test_each_case_is_announced_before_it_runs(fake_op: FakeOp) -> None:

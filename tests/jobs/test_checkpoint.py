@@ -16,7 +16,7 @@ import pytest
 import torch
 from builders import metrics_of, write_corpus
 from builders import recipe_with_checkpoints as recipe
-from processes import Start, invoke, kill_training, wait_for
+from processes import Start, kill_training, wait_for
 from safetensors.torch import load_file
 
 from longnet_cli.basics.atomic import write_manifest
@@ -397,21 +397,17 @@ def test_a_failure_in_the_background_is_raised(tmp_path: Path, monkeypatch: pyte
         checkpoints.finish()
 
 
-def kill_runs(start: Start, corpus: Path, folder: Path, kills: int, steps: int) -> None:
+KILLS = [pytest.param(3, 30, marks=pytest.mark.ci), pytest.param(30, 200, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("kills", "steps"), KILLS)
+def test_killed_runs_end_with_the_same_bytes(
+    start: Start, corpus: Path, tmp_path: Path, kills: int, steps: int
+) -> None:
     stages = [{"seq_len": 32, "steps": steps // 2}, {"seq_len": 100, "steps": steps // 2}]
     found = recipe(corpus, **{"train.stages": stages, "train.save_every": 3})
-    (folder / "recipe.json").write_text(found.model_dump_json())
-    kill_training(lambda run: start("train", folder / "recipe.json", "-q", "-o", run, fresh=True), folder, kills)
-
-
-@pytest.mark.ci
-def test_killed_runs_end_with_the_same_bytes(start: Start, corpus: Path, tmp_path: Path) -> None:
-    kill_runs(start, corpus, tmp_path, 3, steps=30)
-
-
-@pytest.mark.slow
-def test_thirty_kills(start: Start, corpus: Path, tmp_path: Path) -> None:
-    kill_runs(start, corpus, tmp_path, 30, steps=200)
+    (tmp_path / "recipe.json").write_text(found.model_dump_json())
+    kill_training(lambda run: start("train", tmp_path / "recipe.json", "-q", "-o", run, fresh=True), tmp_path, kills)
 
 
 @pytest.mark.ci
@@ -466,17 +462,3 @@ def test_a_signal_while_the_data_is_read_claims_no_checkpoint(start: Start, corp
     assert b"\ntraining " in said  # after a note on the reach of the pattern
     assert said.endswith(b"nothing new is saved, and the same command starts again\n")
     assert not (tmp_path / "run").exists()
-
-
-def test_an_interrupt_before_the_first_step_says_that_nothing_is_saved(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(*given: object, **options: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("longnet_cli.jobs.training.loop.train", interrupted)
-    (tmp_path / "recipe.json").write_text(recipe(corpus).model_dump_json())
-    done = invoke("train", str(tmp_path / "recipe.json"), "-o", str(tmp_path / "run"))
-    assert done.exit_code == 130
-    said = "stopped before a step: nothing new is saved, and the same command starts again"
-    assert said in done.stderr.splitlines()

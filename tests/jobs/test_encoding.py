@@ -76,18 +76,6 @@ def test_ranks_share_poolings_that_add(model: LongNet, pool: str) -> None:
             Encoder(reader, EncodeOptions(pool=f"mean+{pool}"))
 
 
-def test_many_batches_keep_the_order(model: LongNet) -> None:
-    lengths = [900, 3, 900, 2001, 7]
-    documents = [make_document(length, str(index)) for index, length in enumerate(lengths)]
-    batches = list(encode(model, documents, EncodeOptions(), EncodeFacts(BOS), chunk=2000))
-    assert len(batches) > 1
-    table = pa.Table.from_batches(batches)
-    assert table["doc_id"].to_pylist() == list("01234")
-    assert table["n_tokens"].to_pylist() == lengths
-    expected = plain_vector(model, documents[4], "mean")
-    np.testing.assert_allclose(vectors(table)[4], expected / np.linalg.norm(expected), atol=1e-5)
-
-
 @pytest.mark.full
 @pytest.mark.parametrize(
     ("pool", "chunk", "span"),

@@ -173,9 +173,8 @@ def test_a_picture_says_what_of_which_machine(tmp_path: Path, monkeypatch: pytes
     )
     measured = read_all([BILLION, TINY])
     draw_picture(panels(measured, ["seconds", "seconds_per_token", "ppl"]), tmp_path / "all.png", title(measured))
-    (figure,) = figures
-    assert figure.get_suptitle() == "longnet-tiny, AMD EPYC, 2 cores, 2026-11-24"
-    time, each, ppl = figure.get_axes()
+    assert figures[0].get_suptitle() == "longnet-tiny, AMD EPYC, 2 cores, 2026-11-24"
+    time, each, ppl = figures[0].get_axes()
     assert [name.get_text() for name in time.get_legend().get_texts()] == ["dilated", "dense (dashed: extrapolated)"]
     assert (time.get_ylabel(), each.get_legend(), ppl.get_legend()) == ("time, seconds", None, None)
     ticks = [" ".join(tick.get_text() for tick in axes.get_xticklabels()) for axes in (each, ppl)]
@@ -186,6 +185,7 @@ def test_bench_and_score_go_into_plot(run_longnet, tmp_path: Path) -> None:
     """The real commands, through a pipe and from a file."""
     options = ["--seq", "64,128", "--heads", "1", "--head-dim", "8", "--repeats", "1", "-q", "--format", "jsonl"]
     rows = run_longnet("bench", *options).stdout
+    assert all(row["machine"] and row["date"] for row in map(json.loads, rows.splitlines()))
     done = run_longnet("plot", "-", "--show", "peak_rss_bytes,seconds", input=rows)
     assert (done.returncode, done.stderr) == (0, "")
     assert [line for line in done.stdout.splitlines() if line in ("time", "peak memory")] == ["peak memory", "time"]

@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -232,12 +233,7 @@ def read(path: str | Path) -> Measured:
         raise DataError(f"{file}: no line of metrics yet, nor of bench or score")
     named = file.parent if file.name == "metrics.jsonl" else file.with_suffix("")
     name = named.name or named.resolve().name  # "." has no name of its own
-
-    def all_rows() -> Iterator[tuple[str, Row]]:
-        yield first
-        yield from rows
-
-    return _kind(*first).of(name, all_rows())
+    return _kind(*first).of(name, chain([first], rows))
 
 
 def read_all(paths: Sequence[str | Path]) -> list[Measured]:

@@ -52,9 +52,9 @@ class SurpriseDocument:
     top_nats: np.ndarray | None = None
 
     @property
-    def gains(self) -> np.ndarray:
-        """The nats (n,) that the second file saves; negative where it costs more."""
-        return self.nats - self.other_nats
+    def values(self) -> np.ndarray:
+        """The nats (n,), or those that the second file saves, which are negative where it costs more."""
+        return self.nats if self.other_nats is None else self.nats - self.other_nats
 
 
 class SeenBlocks(NamedTuple):
@@ -299,15 +299,12 @@ def draw_surprise(
     text safe to print.
     """
     width = max(width, 20)
-    yield from _legend(surprise, width, color, printable)
+    bounds, colors = (GAINS, _GAIN_COLORS) if len(surprise.names) > 1 else (NATS, _NATS_COLORS)
+    yield from _legend(surprise, width, bounds, colors if color else (), printable)
     for document in surprise.documents:
-        yield ""
-        yield printable(_title(document))
-        gains = len(surprise.names) > 1
-        values = document.gains if gains else document.nats
-        levels = np.searchsorted(GAINS if gains else NATS, values, side="right").tolist()
-        marks = [_mark(value) for value in values.tolist()]
-        colors = _GAIN_COLORS if gains else _NATS_COLORS
+        yield from ("", printable(_title(document)))
+        levels = np.searchsorted(bounds, document.values, side="right").tolist()
+        marks = [_mark(value) for value in document.values.tolist()]
         for line in _lines(document.pieces, width, printable):
             if color:
                 yield "".join(_colored(text, *colors[levels[token]]) for token, text, _ in line)
@@ -328,14 +325,14 @@ def _title(document: SurpriseDocument) -> str:
     return f"{document.doc_id}: {len(document.pieces):,} tokens{first}, {mean}"
 
 
-def _legend(surprise: Surprise, width: int, color: bool, printable: Callable[[str], str]) -> Iterator[str]:
-    gains = len(surprise.names) > 1
+def _legend(
+    surprise: Surprise, width: int, bounds: tuple[float, ...], colors: _Colors, printable: Callable[[str], str]
+) -> Iterator[str]:
     what = "nats per token"
-    if gains:
+    if gains := len(surprise.names) > 1:
         one, other = map(printable, surprise.names)
         what += f" that {other} saves, compared with {one}"
-    if color:
-        bounds, colors = (GAINS, _GAIN_COLORS) if gains else (NATS, _NATS_COLORS)
+    if colors:
         names = [f" <{bounds[0]:g} ", *(f" {bound:g} " for bound in bounds[:-1]), f" {bounds[-1]:g}+ "]
         yield from textwrap.wrap(f"{what}, from", width)
         yield "".join(_colored(name, *pair) for name, pair in zip(names, colors, strict=True))

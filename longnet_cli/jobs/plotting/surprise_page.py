@@ -61,7 +61,7 @@ def write_surprise(surprise: Surprise, output: str | Path) -> None:
 def _draw_strip(surprise: Surprise, output: str | Path) -> None:
     """Draw the mean of each stretch of the text, in rows of ACROSS, coloured from the least to the most of these."""
     documents, gains = surprise.documents, len(surprise.names) > 1
-    values = np.concatenate([each.gains if gains else each.nats for each in documents])
+    values = np.concatenate([each.values for each in documents])
     across = min(ACROSS, len(values))
     rows = min(MOST_ROWS, len(values) // across)
     edges = np.linspace(0, len(values), rows * across + 1).astype(int)

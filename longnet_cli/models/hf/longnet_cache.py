@@ -161,7 +161,9 @@ class LongNetCache(hf.DynamicCache):
     def part(self, rows: AlignedRows, pattern: Pattern) -> LayerCaches:
         """Return what was read of some rows, to which new tokens come. Raises ValueError if others started there."""
         members = [*range(self._batch)] if rows.members is None else rows.members
-        part = self._parts.setdefault(rows.first, _RowCaches(pattern, members))
+        if rows.first not in self._parts:
+            self._parts[rows.first] = _RowCaches(pattern, members)
+        part = self._parts[rows.first]
         if part.rows != members:
             raise ValueError(_CHANGED)
         part.start = rows.start

@@ -1,0 +1,163 @@
+"""The data files of a folder, local or in a store: the shards of a data set in its order, or every text."""
+
+import json
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from os.path import commonprefix
+from pathlib import PurePosixPath
+
+from longnet_cli.basics.errors import ConfigError, DataError, InputWarning
+from longnet_cli.data.kinds import (
+    FASTA_SUFFIXES,
+    HDF5_SUFFIXES,
+    JSON_SUFFIXES,
+    PACKED_SUFFIXES,
+    SHARD_SUFFIXES,
+    bare_name,
+    compression,
+    is_named_text,
+    sniff,
+)
+from longnet_cli.data.manifest import FINISHED, UNFINISHED, manifest_in, manifest_text
+
+# The words by which Hugging Face knows a split in the name of a file
+_SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+_SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev", "eval", "evaluation"), "validation")
+
+MOST_NAMED = 20  # kinds of files that are not read
+_TEXTS = (*JSON_SUFFIXES, ".json", *FASTA_SUFFIXES)
+
+
+def choose_files(folder: str, names: Sequence[str], read: Callable[[str, int | None], bytes]) -> tuple[list[str], str]:
+    """Choose the files to read below a folder: the shards of a data set in its order, otherwise every text.
+
+    Return them, and a sentence that names the other files, with which it warns of them; empty if there are none.
+
+    Files without an order of their own are sorted naturally. A data set or a run that `longnet` wrote below the folder
+    is skipped if there are other files, because it may be the output that is being written. `names` are relative paths.
+    `read(name, size)` returns the first `size` bytes of a file, or all bytes if `size` is None. Raises DataError for a
+    folder without readable files, a missing shard and an unfinished or damaged data set, ConfigError for a data set of
+    several splits, also by the names of its files.
+    """
+
+    def listed(index: str, key: str, name: str) -> list[str] | None:
+        """Return the shards that an index file of the folder lists, or None if the file is no such index."""
+        try:
+            shards = [str(shard[name]) for shard in json.loads(manifest_text(index, read(index, None)))[key]]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return None
+        if missing := next((shard for shard in shards if shard not in names), None):
+            raise DataError(f"{folder}/{missing}: no such file, but {folder}/{index} lists it")
+        return shards
+
+    # `datasets.save_to_disk` writes this index, and may leave caches beside the shards
+    if "state.json" in names and (shards := listed("state.json", "_data_files", "filename")):
+        return shards, ""
+    if UNFINISHED in names:  # our writer keeps it until the last shard is there
+        raise DataError(f"{folder}: the run that wrote this data did not end: finish it with its command and --resume")
+    if manifest := manifest_in(names):
+        if (shards := listed(manifest, "shards", "name")) is None:
+            raise DataError(f"{folder}/{manifest}: changed or damaged after it was written")
+        return shards, ""
+    if "dataset_dict.json" in names:
+        splits = sorted({name.split("/")[0] for name in names if "/" in name})
+        raise _several(folder, splits)
+    files = sorted((name for name in names if not any(map(is_hidden, name.split("/")))), key=natural_order)
+    written = _written_folders(names)
+    files = [file for file in files if not file.startswith(written)] or files
+    for suffixes in (SHARD_SUFFIXES, JSON_SUFFIXES, FASTA_SUFFIXES):
+        shards = [file for file in files if bare_name(file).endswith(suffixes)]
+        if shards:
+            shards = [shard for shard in shards if "/" not in shard] or shards
+            _refuse_splits(folder, shards)
+            return shards, _tell_unread(folder, files, shards)
+    chosen, empty = [], True
+    for file in files:
+        head = read(file, 8192)
+        if _looks_like_text(file, head):
+            chosen.append(file)
+            empty = empty and not head
+    if empty:  # beside text, HDF5 files are its data
+        chosen = [file for file in files if bare_name(file).endswith(HDF5_SUFFIXES)] or chosen
+    if not chosen:
+        raise DataError(f"{folder}: the folder holds nothing readable (Arrow, Parquet, JSON Lines, text or HDF5 files)")
+    return chosen, _tell_unread(folder, files, chosen)
+
+
+def _tell_unread(folder: str, files: Sequence[str], chosen: Sequence[str]) -> str:
+    """Return a sentence that names the files beside the `chosen` ones, and warn with it; empty if there are none."""
+    kinds: dict[str, list[str]] = {}
+    for file in sorted({*files} - {*chosen}, key=natural_order):
+        kinds.setdefault(PurePosixPath(bare_name(file)).suffix, []).append(file)
+    if not kinds:
+        return ""
+    firsts = [f"{of[0]} and {len(of) - 1} like it" if of[1:] else of[0] for of in kinds.values()]
+    named = ", ".join([*firsts[:MOST_NAMED], *["..."] * (len(firsts) > MOST_NAMED)])
+    readable = [of for kind, of in kinds.items() if kind in (*SHARD_SUFFIXES, *_TEXTS) or is_named_text(of[0])]
+    unread, how = max(readable, key=len, default=[]), ""
+    if unread:
+        pattern = f"{folder}/{'**/' * any('/' in file for file in unread)}*{PurePosixPath(unread[0]).suffix}"
+        how = f"; '{pattern}' reads files of that kind"
+    beside = f"the {len(chosen)} files like {chosen[0]}" if chosen[1:] else chosen[0]
+    count = sum(map(len, kinds.values()))
+    what = f"{count} files are" if count > 1 else "1 file is"
+    said = f"{what} not read beside {beside}: {named}{how}"
+    warnings.warn(f"{folder}: {said}", InputWarning, stacklevel=2)
+    return said
+
+
+def _refuse_splits(folder: str, shards: Sequence[str]) -> None:
+    """Raise ConfigError if the names of shards say that they are several splits, as in a folder from a hub."""
+    shards_of: dict[str, list[str]] = {}
+    for shard in shards:
+        top, _, name = shard.rpartition("/")
+        words = [word for word in re.split(r"[-_. 0-9]+|of", bare_name(name).rpartition(".")[0].lower()) if word]
+        split = next((_SPLITS[word] for word in (*words[:1], *words[-1:], top.lower()) if word in _SPLITS), None)
+        if split:
+            shards_of.setdefault(split, []).append(shard)
+    if len(shards_of) > 1:
+        raise _several(folder, [_glob(shards_of[split]) for split in sorted(shards_of)])
+
+
+def _glob(names: Sequence[str]) -> str:
+    """Return a glob for files that are all of one split."""
+    start = commonprefix(names)  # noqa: RUF071 (of characters)
+    ending = names[0].rpartition("/")[2].rpartition(".")[2]
+    return names[0] if len(names) == 1 else f"{start.rstrip('0123456789')}*.{ending}"
+
+
+def _several(folder: str, splits: Sequence[str]) -> ConfigError:
+    one = ", ".join(f"{folder}/{split}" for split in splits)
+    return ConfigError(f"{folder} holds several splits of a data set: name one of {one}")
+
+
+def _written_folders(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the folders, each with its final slash, that hold a data set or a run written by longnet."""
+    inside: dict[str, set[str]] = {}
+    for name in names:
+        folder, slash, file = name.rpartition("/")
+        inside.setdefault(folder + slash, set()).add(file)
+    marks = *({name} for name in (UNFINISHED, *FINISHED)), {"recipe.json", "metrics.jsonl"}
+    return tuple(folder for folder, files in inside.items() if folder and any(mark <= files for mark in marks))
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a file or folder of this name is skipped."""
+    return name.startswith(".") or name == "__pycache__"
+
+
+def _looks_like_text(name: str, head: bytes) -> bool:
+    """Return whether a file found in a folder is worth opening: an image is not, and an empty file is an empty text.
+
+    A compressed file is worth opening if its suffix names the compression, and it is not an archive of many files. A
+    file whose suffix names a kind of text is opened, whatever it holds.
+    """
+    if compression(head):
+        return name.lower().endswith(PACKED_SUFFIXES) and not bare_name(name).endswith(".tar")
+    return is_named_text(name) or b"\0" not in head or sniff(head) not in ("text", "hdf5")
+
+
+def natural_order(name: str) -> list[str | int]:
+    """Return a sort key that puts part-2 before part-10."""
+    return [int(part) if index % 2 else part for index, part in enumerate(re.split(r"([0-9]+)", name))]
