@@ -109,7 +109,7 @@ CACHE = "_longnet_cache"  # attribute of the keys that `update` returns: the `Lo
 
 
 class _RowCaches(LayerCaches):
-    """What was read of the `rows` of a batch that start at one column. Their new tokens come at position `start`."""
+    """The state of the `rows` of a batch that start at one column. Their new tokens come at position `start`."""
 
     def __init__(self, pattern: Pattern, rows: list[int]) -> None:
         super().__init__(pattern)
