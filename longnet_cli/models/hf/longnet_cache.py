@@ -263,7 +263,7 @@ class LongNetCache(hf.DynamicCache):
 
 
 class Memory(CacheLayerMixin):
-    """What transformers sees of the dilated layer `number`: the columns so far are its `position`.
+    """The view that transformers has of the dilated layer `number`: the columns so far are its `position`.
 
     `waits` is True from the time new keys are handed out until an attention has added them.
     """
