@@ -14,6 +14,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from strategies import assert_close, run
 from torch import Tensor
 
 from longnet_cli.attention import Pattern, cuda_kernels, dilated_attention, kernels
@@ -183,32 +184,6 @@ def test_cuda_limits() -> None:
     assert cuda.max_batch(1, 1 << 30, 64) == 1
 
 
-def test_aten_cuda_signatures() -> None:
-    """No GPU here: at least the ops that the CUDA kernel calls take the arguments that it gives, by position."""
-    forward = torch.ops.aten._flash_attention_forward.default._schema
-    backward = torch.ops.aten._flash_attention_backward.default._schema
-    assert [a.name for a in forward.arguments[:10]] == [
-        "query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal",
-        "return_debug_mask",
-    ]  # fmt: skip
-    assert [a.name for a in backward.arguments[:12]] == [
-        "grad_out", "query", "key", "value", "out", "logsumexp", "cum_seq_q", "cum_seq_k", "max_q", "max_k",
-        "dropout_p", "is_causal",
-    ]  # fmt: skip
-    assert [str(a.type) for a in backward.arguments[12:14]] == ["Tensor", "Tensor"]
-    assert "scale" in {a.name for a in forward.arguments} & {a.name for a in backward.arguments}
-    forward = torch.ops.aten._efficient_attention_forward.default._schema
-    backward = torch.ops.aten._efficient_attention_backward.default._schema
-    assert [a.name for a in forward.arguments[3:11]] == [
-        "bias", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "dropout_p", "custom_mask_type",
-        "compute_log_sumexp",
-    ]  # fmt: skip
-    assert [a.name for a in backward.arguments[4:16]] == [
-        "bias", "out", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "logsumexp", "dropout_p",
-        "philox_seed", "philox_offset", "custom_mask_type", "bias_requires_grad",
-    ]  # fmt: skip
-
-
 @pytest.mark.parametrize("name", ["cuda_flash", "cuda_efficient"])
 def test_packed_shapes(name: str) -> None:
     """What torch itself says that its operators return, for sequences of 300, 1 and 70 rows."""
@@ -300,35 +275,21 @@ def test_flash_attn_is_called_as_it_wants(monkeypatch: pytest.MonkeyPatch, versi
     library = torch.library.Library("aten", "IMPL")  # which packs
     library.impl("_flash_attention_forward", flash_forward, "CPU")
     library.impl("_flash_attention_backward", flash_backward, "CPU")
-    problem = torch.randn(4, 2, 50, 4, 8), Pattern((8, 32), (1, 4))
-    assert_equals_the_reference(*problem, kernel="flash_attn")
-    assert_packs(*problem, kernel="flash_attn")
+    assert_equals_the_reference("flash_attn")
 
 
-def assert_equals_the_reference(tensors: Tensor, pattern: Pattern, **options) -> None:
-    *qkv, dout = tensors
-    results = []
-    for function, chosen in ((dilated_attention, options), (dilated_attention_reference, {})):
-        q, k, v = (x.clone().requires_grad_() for x in qkv)
-        out = function(q, k, v, pattern, **chosen)
-        results.append([out, *torch.autograd.grad(out, (q, k, v), dout)])
-    for found, expected in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected)
+def assert_equals_the_reference(kernel: str, head_dim: int = 8) -> None:
+    """A sequence at once; and documents, which go packed: each gets what it gets alone, its gradients too."""
+    inputs, pattern, documents = list(torch.randn(4, 2, 50, 4, head_dim)), Pattern((8, 32), (1, 4)), [17, 1, 32]
 
+    def each_alone(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+        parts = zip(*(x.split(documents, 1) for x in (q, k, v)), strict=True)
+        return torch.cat([dilated_attention_reference(*part, pattern) for part in parts], 1)
 
-def assert_packs(tensors: Tensor, pattern: Pattern, kernel: str) -> None:
-    """Documents go packed, and each gets what it gets alone, its gradients too."""
-    documents = [17, 1, 32]
-    assert kernels.select_kernel(CPU, tensors.dtype, tensors.shape[-1], kernel).packs
-    *qkv, dout = tensors
-    q, k, v = (x.clone().requires_grad_() for x in qkv)
-    out = dilated_attention(q, k, v, pattern, documents=documents, kernel=kernel)
-    results = [out, *torch.autograd.grad(out, (q, k, v), dout)]
-    alone = [x.clone().requires_grad_() for x in qkv]
-    parts = zip(*(x.split(documents, 1) for x in alone), strict=True)
-    expected = torch.cat([dilated_attention_reference(*part, pattern) for part in parts], 1)
-    for found, wanted in zip(results, [expected, *torch.autograd.grad(expected, alone, dout)], strict=True):
-        torch.testing.assert_close(found, wanted)
+    assert kernels.select_kernel(CPU, torch.float32, head_dim, kernel).packs
+    for options, reference in (({}, dilated_attention_reference), ({"documents": documents}, each_alone)):
+        found = run(dilated_attention, inputs, pattern, kernel=kernel, **options)
+        assert_close(found, run(reference, inputs, pattern), 1e-5)
 
 
 def efficient_forward(
@@ -382,6 +343,7 @@ def flash_backward(
     grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, *_,
     scale=None, **__,
 ):  # fmt: skip
+    assert logsumexp.is_contiguous()
     one = 0 if cum_seq_q is not None else slice(None)
     of_q = [x[None] if cum_seq_q is not None else x for x in (grad_out, query, out)]
     of_q.append((logsumexp[None] if cum_seq_q is not None else logsumexp).transpose(1, 2)[..., None])
@@ -416,9 +378,7 @@ def test_efficient_attention_is_called_as_it_wants(monkeypatch: pytest.MonkeyPat
     library = torch.library.Library("aten", "IMPL")
     library.impl("_efficient_attention_forward", efficient_forward, "CPU")
     library.impl("_efficient_attention_backward", efficient_backward, "CPU")
-    problem = torch.randn(4, 2, 50, 4, head_dim), Pattern((8, 32), (1, 4))
-    assert_equals_the_reference(*problem, kernel="cuda_efficient")
-    assert_packs(*problem, kernel="cuda_efficient")
+    assert_equals_the_reference("cuda_efficient", head_dim)
 
 
 def test_efficient_attention_serves_what_flash_does_not() -> None:
@@ -460,35 +420,25 @@ FLASH_3 = (
 EDGES = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
 
 
-def by_aten(q, k, v, causal, scale, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None):
-    """The out and lse of FlashAttention-3, whose layouts are those of aten's operator."""
-    lengths = (max_seqlen_q or q.shape[1], max_seqlen_k or k.shape[1])
-    return flash_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, *lengths, 0.0, causal, scale=scale)[:2]
-
-
-def by_aten_backward(dout, q, k, v, out, lse, causal, scale, cu_seqlens_q=None, cu_seqlens_k=None):
-    assert lse.is_contiguous()
-    edges = cu_seqlens_q, cu_seqlens_k
-    most = [x.shape[1] if of is None else of.diff().max() for x, of in zip((q, k), edges, strict=True)]
-    return flash_backward(dout, q, k, v, out, lse, *edges, *most, 0.0, causal, scale=scale)
-
-
 def flash_3(monkeypatch: pytest.MonkeyPatch) -> torch.library.Library:
     """flash_attn_interface: importing it registers operators, whose gradients are written into arguments."""
 
     names = [re.findall(r" (\w+)[,=)]", schema) for schema in FLASH_3]
 
+    def by_aten(function, names: list[str], tensors: int, arguments: tuple):
+        """Aten's operators have the same layouts."""
+        given = dict(zip(names, arguments, strict=False))  # torch leaves out defaults at the end
+        *edges, rows, keys = (given.get(name) for name in EDGES)
+        sizes = *edges, rows or given["q"].shape[1], keys or given["k"].shape[1]
+        causal, scale = given.get("is_causal", False), given["softmax_scale"]
+        return function(*arguments[:tensors], *sizes, 0.0, causal, scale=scale)
+
     def forward(*arguments):
-        given = dict(zip(names[0], arguments, strict=False))  # torch leaves out defaults at the end
-        edges = {name: given.get(name) for name in EDGES}
-        found = by_aten(*arguments[:3], given.get("is_causal", False), given["softmax_scale"], **edges)
-        return *found, torch.empty(0), torch.empty(0)
+        out, lse, *_ = by_aten(flash_forward, names[0], 3, arguments)
+        return out, lse, torch.empty(0), torch.empty(0)
 
     def backward(*arguments):
-        given = dict(zip(names[1], arguments, strict=False))
-        edges = {name: given.get(name) for name in EDGES[:2]}
-        grads = by_aten_backward(*arguments[:6], given.get("is_causal", False), given["softmax_scale"], **edges)
-        for total, part in zip(arguments[6:9], grads, strict=True):
+        for total, part in zip(arguments[6:9], by_aten(flash_backward, names[1], 6, arguments), strict=True):
             total.copy_(part)
         return torch.empty(0), torch.empty(0)
 
@@ -506,9 +456,7 @@ def test_flash_attention_3_is_called_as_it_wants(monkeypatch: pytest.MonkeyPatch
     for names in ("activate", "restore", "register"):  # which torch has, or has not, by its version
         monkeypatch.delattr(torch.nn.attention, f"{names}_flash_attention_impl", raising=False)
     monkeypatch.setattr(cuda_kernels.Flash3Kernel, "refusal", lambda *_: None)  # only the device is missing
-    problem = torch.randn(4, 2, 50, 4, 8), Pattern((8, 32), (1, 4))
-    assert_equals_the_reference(*problem, kernel="fa3")
-    assert_packs(*problem, kernel="fa3")
+    assert_equals_the_reference("fa3")
     library._destroy()
 
 

@@ -1,4 +1,6 @@
-"""Chosen blocks with a GPU's limits, tried on a CPU: few operators, and the same bits as with a CPU's."""
+"""What attention takes on a GPU, tried on a CPU: operators and memory of chosen blocks with a GPU's limits, which give
+the same bits as a CPU's; and the memory of a backward pass.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 from strategies import turn
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -18,8 +21,10 @@ from torch.utils._pytree import tree_leaves
 from longnet_cli.attention import KVCache, LayerChoices, Past, Pattern, choosing, dilated_attention, groups
 from longnet_cli.attention.chosen import Chosen
 from longnet_cli.attention.groups import GroupedPart, groups_of, transient_bytes
+from longnet_cli.attention.kernels import KERNELS
 from longnet_cli.attention.merging import GradientSum, Merge
 from longnet_cli.attention.plain_call import Kernel
+from longnet_cli.attention.planning import Shard, merged_backward, plan_calls
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.positions import sink_turn
 from longnet_cli.running.ranks import fetching
@@ -141,7 +146,7 @@ class Live(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for x in tree_leaves(result):
-            storage = x.untyped_storage() if isinstance(x, Tensor) else None
+            storage = x.untyped_storage() if isinstance(x, Tensor) and not x.is_meta else None
             if storage is not None and storage._cdata not in self._seen:
                 self._seen.add(storage._cdata)
                 self.now += storage.nbytes()
@@ -186,3 +191,20 @@ def test_what_chosen_blocks_take_for_a_time(before: int, monkeypatch: pytest.Mon
     assert most / 3 < max(choosing_.peak, attending.peak, backward.peak) <= most
     gpu, run = groups.GPU, fetching.RUN_BYTES
     assert max(transient_bytes(gpu, run=run, backward=way) for way in (False, True)) <= 2 << 30
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("tokens", [1 << 15, 1 << 17])
+def test_memory_of_a_backward(tokens: int) -> None:
+    """In times the bytes of q, beside the five of saved tensors and dout: the 3 of gradients cannot be less.
+
+    On fake tensors: torch knows what its CUDA operators return. They allocate more inside.
+    """
+    with FakeTensorMode():
+        q, k, v, out, dout = (torch.empty(1, tokens, 12, 64, dtype=torch.bfloat16) for _ in range(5))
+        lse = torch.empty(1, tokens, 12)
+        plan = plan_calls(KERNELS["cuda_flash"], q, k, v, Pattern.paper(), Shard())
+        with Live(q, k, v, out, dout, lse) as live:
+            grads = merged_backward(plan, 0.125, dout, q, k, v, out, lse, [])
+            grads = [d.to(q.dtype) for d in grads]
+    assert live.peak <= 12 * q.nbytes
