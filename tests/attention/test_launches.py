@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from strategies import turn
+from strategies import PAPER_64TH, turn
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -191,6 +191,15 @@ def test_what_chosen_blocks_take_for_a_time(before: int, monkeypatch: pytest.Mon
     assert most / 3 < max(choosing_.peak, attending.peak, backward.peak) <= most
     gpu, run = groups.GPU, fetching.RUN_BYTES
     assert max(transient_bytes(gpu, run=run, backward=way) for way in (False, True)) <= 2 << 30
+
+
+def test_memory_of_a_forward_and_a_backward() -> None:
+    """In times the bytes of q, beside the four of inputs and dout: the 4 of the result and of gradients cannot be less."""
+    q, k, v, dout = torch.randn(4, 1, 4096, 12, 16).unbind()
+    tensors = [x.requires_grad_() for x in (q, k, v)]
+    with Live(q, dout) as live:
+        dilated_attention(*tensors, PAPER_64TH).backward(dout)
+    assert live.peak <= 6 * q.nbytes
 
 
 @pytest.mark.full

@@ -269,25 +269,6 @@ def test_wrong_calls_say_what_is_wrong(pattern: Pattern, call: dict, message: st
         dilated_attention(q, k, k, pattern, far=far, **options)
 
 
-def test_constructors() -> None:
-    assert Pattern.window(1024) == Pattern((1024,), (1,), look_back=1)
-    assert Pattern.window(1024).keys_per_query / 2 == 1536
-    assert Pattern.pretrained() == Pattern.window(1704, sinks=4)
-    assert Pattern.window(1704).keys_per_query / 2 + 4 == 2560
-
-
-def test_gradients_of_expanded_key_heads_are_summed_once() -> None:
-    """k and v that the caller has expanded, and k and v of the key heads: one result and one gradient."""
-    pattern = Pattern((16, 48), (1, 3), look_back=1)
-    q, shared = torch.randn(2, 100, 6, 8, dtype=torch.float64), torch.randn(2, 100, 2, 8, dtype=torch.float64)
-    gradients = []
-    for expand in (True, False):
-        k = shared.clone().requires_grad_()
-        wide = k[:, :, :, None].expand(-1, -1, -1, 3, -1).flatten(2, 3) if expand else k
-        gradients.append(torch.autograd.grad(dilated_attention(q, wide, wide, pattern).square().sum(), k)[0])
-    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
-
-
 @pytest.mark.parametrize("kernel", ["math", "cpu_flash"])
 def test_bf16(kernel: str) -> None:
     pattern = Pattern((16, 64), (1, 4), look_back=1, overlap="once", queries="all", sinks=3)

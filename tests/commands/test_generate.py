@@ -115,13 +115,6 @@ def test_a_name_of_a_file_is_a_text_and_said_to_be_one(model: Path, run_longnet:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["x", "-i", "y.txt"], 2, "PROMPT and --input are both given"),
-        (["x", "--top-p", "0.9"], 2, "--top-p needs a temperature above 0"),
-        (["x", "--seed", "-1"], 2, "--seed -1 is not a number from 0"),
-        (["x", "--chat"], 2, "no chat template"),
-        (["-i", "missing.txt"], 3, "missing.txt"),
-        (["x", "--state", "s", "--sp", "2"], 2, "--state is continued by one process: leave out --sp"),
-        (["x", "--sources", "--sp", "2"], 2, "--sources are told by one process: leave out --sp"),
         (["--sp", "2"], 2, "stdin can be read by one process"),
         (["\udcff"], 2, "PROMPT is not UTF-8"),
         ([], 3, "stdin: nothing came\n"),

@@ -10,7 +10,9 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from safetensors.torch import load_file
 from longnet_cli.basics.atomic import write_manifest
 from longnet_cli.basics.errors import CheckpointError, ConfigError, LongNetError
 from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.jobs.training import loop
 from longnet_cli.jobs.training.checkpoint import Checkpoints, checkpoints_in, find_damage, read_state, save_tensors
 from longnet_cli.jobs.training.loop import train
 from longnet_cli.jobs.training.recipe import Recipe
@@ -103,25 +106,24 @@ def test_sigusr1_saves_and_goes_on(
     assert (tmp_path / "run/model.safetensors").read_bytes() == made[2]
 
 
+def signal_evaluations(monkeypatch: pytest.MonkeyPatch, kind: signal.Signals) -> None:
+    evaluate = loop.evaluate
+    monkeypatch.setattr(loop, "evaluate", lambda *args, **of: signal.raise_signal(kind) or evaluate(*args, **of))
+
+
 def test_a_save_during_an_evaluation_gives_no_line_twice(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed after the line of an evaluation in whose midst SIGUSR1 saved: that line is written again, in its place."""
-    from longnet_cli.jobs.training import loop
-
-    found, evaluate = recipe(corpus, **{"train.save_every": 1000}), loop.evaluate
+    found = recipe(corpus, **{"train.save_every": 1000})
     train(found, tmp_path / "whole")
-
-    def asked(*args, **settings):
-        signal.raise_signal(signal.SIGUSR1)
-        return evaluate(*args, **settings)
 
     def kill(tokens: int, line: object) -> None:
         if checkpoints_in(tmp_path / "run/checkpoints"):
             raise LongNetError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "evaluate", asked)
+        signal_evaluations(patch, signal.SIGUSR1)
         with pytest.raises(LongNetError, match="killed"):
             train(found, tmp_path / "run", on_step=kill)
     train(found, tmp_path / "run")
@@ -132,26 +134,11 @@ def test_a_save_during_an_evaluation_gives_no_line_twice(
 def test_a_step_whose_evaluation_is_stopped_is_told(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from longnet_cli.jobs.training import loop
-
-    evaluate = loop.evaluate
-
-    def stopped(*args, **settings):
-        signal.raise_signal(signal.SIGINT)
-        return evaluate(*args, **settings)
-
-    monkeypatch.setattr(loop, "evaluate", stopped)
+    signal_evaluations(monkeypatch, signal.SIGINT)
     steps: list[int] = []
     with pytest.raises(KeyboardInterrupt):
         train(recipe(corpus), tmp_path / "run", on_step=lambda tokens, line: steps.append(tokens))
     assert read_state(checkpoints_in(tmp_path / "run/checkpoints")[0])["progress"]["step"] == len(steps) == 4
-
-
-def test_old_checkpoints_go(corpus: Path, tmp_path: Path) -> None:
-    train(recipe(corpus, **{"train.keep": 3, "train.save_every": 2}), tmp_path / "run")
-    assert [path.name for path in checkpoints_in(tmp_path / "run/checkpoints")] == [
-        "step-00000010", "step-00000008", "step-00000006",
-    ]  # fmt: skip
 
 
 def test_a_later_damaged_checkpoint_does_not_push_out_the_one_just_written(tmp_path: Path) -> None:
@@ -410,11 +397,16 @@ def test_killed_runs_end_with_the_same_bytes(
     kill_training(lambda run: start("train", tmp_path / "recipe.json", "-q", "-o", run, fresh=True), tmp_path, kills)
 
 
+def endless(start: Start, corpus: Path, folder: Path, **options: Any) -> subprocess.Popen:
+    """Start a run of a million steps."""
+    found = recipe(corpus, **{"train.stages": [{"seq_len": 32, "steps": 10**6}]})
+    (folder / "recipe.json").write_text(found.model_dump_json())
+    return start("train", folder / "recipe.json", "-o", "run", fresh=True, **options)
+
+
 @pytest.mark.ci
 def test_ctrl_c_saves_and_says_how_to_go_on(start: Start, corpus: Path, tmp_path: Path) -> None:
-    endless = recipe(corpus, **{"train.stages": [{"seq_len": 32, "steps": 10**6}]})
-    (tmp_path / "recipe.json").write_text(endless.model_dump_json())
-    process = start("train", tmp_path / "recipe.json", "-o", "run", fresh=True)
+    process = endless(start, corpus, tmp_path)
     wait_for(lambda: process.poll() is not None or bool(checkpoints_in(tmp_path / "run/checkpoints")))
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
@@ -431,11 +423,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(start: Start, corpus: Path, tmp_path
 @pytest.mark.ci
 def test_a_terminal_that_is_closed_saves(start: Start, corpus: Path, tmp_path: Path) -> None:
     """Its last words would fail: the exit code still says that all is saved."""
-    endless = recipe(corpus, **{"train.stages": [{"seq_len": 32, "steps": 10**6}]})
-    (tmp_path / "recipe.json").write_text(endless.model_dump_json())
     ours, terminal = os.openpty()
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
-    process = start("train", tmp_path / "recipe.json", "-o", "run", fresh=True, start_new_session=True, **streams)
+    process = endless(start, corpus, tmp_path, start_new_session=True, **streams)
     os.close(terminal)
     wait_for(lambda: process.poll() is not None or bool(checkpoints_in(tmp_path / "run/checkpoints")))
     os.close(ours)

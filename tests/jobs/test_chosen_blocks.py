@@ -109,7 +109,6 @@ def test_a_question_that_chooses_more_often_counts_in_its_own_groups(tmp_path: P
     watch = SourceWatch(stream)
     stream(ids[:, 512:])
     watch.begin()
-    assert watch._before is not None
     assert watch._before[0] == 1  # every group sees the first block
 
 

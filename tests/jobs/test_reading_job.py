@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.ipc
 import pytest
 import torch
 from builders import scores, tiny_llama, tiny_net
 from conftest import RunLongnet
+from files import write_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -330,22 +330,6 @@ def test_the_command_writes_nothing_and_says_what_it_would(run_longnet: RunLongn
     assert 0 < rest["tokens"] < found["tokens"]
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--sample", "5"], "--sample is for --dry-run"),
-        (["--dry-run", "--sample", "1"], "--sample needs 2 texts or more"),
-        (["--dry-run", "--format", "jsonl"], "give --format text or json"),
-        (["--dry-run", "--stride", "8"], "a stride of 8 tokens needs a context"),
-    ],
-)
-def test_what_the_command_refuses(run_longnet: RunLongnet, tmp_path: Path, words: list[str], said: str) -> None:
-    (tmp_path / "a.txt").write_text("text")
-    done = run_longnet("score", "a.txt", *words)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert said in done.stderr
-
-
 def test_a_model_of_transformers_is_estimated(tmp_path: Path) -> None:
     tiny_llama(tmp_path, num_key_value_heads=2, max_position_embeddings=256)
     net = ModelFolder(tmp_path).net(pattern=Pattern.window(16, sinks=4))
@@ -388,8 +372,7 @@ def test_the_peak_is_that_of_a_real_run(
 ) -> None:
     rows = [np.resize(np.arange(300, 900, dtype=np.int32), length) for length in lengths]
     table = pa.table({"doc_id": [str(i) for i in range(len(rows))], "input_ids": pa.array(rows)})
-    with pa.ipc.new_file(tmp_path / "x.arrow", table.schema) as writer:
-        writer.write_table(table)
+    write_file(tmp_path / "x.arrow", table)
     args = [command, tmp_path / "x.arrow", "-o", tmp_path / "out.arrow", "--chunk", chunk, "-q"]
     words = [sys.executable, "-m", "longnet_cli", *map(str, args)]
 

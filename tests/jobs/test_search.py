@@ -34,7 +34,6 @@ def test_places_are_exact(name: str, text: str, span: int) -> None:
     ids, data = words.encode(text), text.encode()
     places = TextPlaces(Document("a", ids, len(data), "a", tokenizer=words))
     lengths = words.token_bytes
-    assert lengths is not None
     edges = np.concatenate([[0], np.cumsum(lengths[ids])])  # in bytes
     owner = [index for index, character in enumerate(text) for _ in character.encode()]  # of each byte
     for start in range(0, len(ids), span):
