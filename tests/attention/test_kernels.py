@@ -150,27 +150,6 @@ def test_a_kernel_is_probed_again_for_algorithms_that_are_always_equal(monkeypat
         torch.use_deterministic_algorithms(False)
 
 
-def test_key_heads_that_are_shared_are_copied_for_a_kernel_that_cannot_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    def attend(kernel, q, k, v, sizes, causal, scale):
-        assert k.stride(2)
-        assert v.stride(2)
-        out, lse = MATH.forward(*(x.transpose(1, 2) for x in (q, k, v)), causal, scale)
-        return out.transpose(1, 2), lse
-
-    def gradients(kernel, tensors, sizes, causal, scale):
-        assert all(x.stride(2) for x in tensors)
-        *of_rows, lse = tensors
-        grads = MATH.backward(*(x.transpose(1, 2) for x in of_rows), lse, causal, scale)
-        return [d.transpose(1, 2) for d in grads]
-
-    kind = cuda_kernels.CudaFlashKernel
-    for name, value in {"refusal": lambda *_: None, "packs": False, "attend": attend, "gradients": gradients}.items():
-        monkeypatch.setattr(kind, name, value)
-    q, k, v = (torch.randn(1, 50, heads, 8) for heads in (4, 2, 2))
-    found = dilated_attention(q, k, v, Pattern((8, 32), (1, 4)), kernel="cuda_flash")
-    torch.testing.assert_close(found, dilated_attention_reference(q, k, v, Pattern((8, 32), (1, 4))))
-
-
 def test_probing_leaves_the_random_state_alone() -> None:
     state = torch.get_rng_state()
     kernels.select_kernel(CPU, torch.float32, 24)
@@ -271,16 +250,18 @@ def test_flash_attn_is_called_as_it_wants(monkeypatch: pytest.MonkeyPatch, versi
     package.flash_attn_interface = interface
     monkeypatch.setitem(sys.modules, "flash_attn", package)
     monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", interface)
-    monkeypatch.setattr(cuda_kernels.FlashAttnKernel, "refusal", lambda *_: None)  # only the device is missing
+    monkeypatch.setattr(cuda_kernels.CudaKernel, "refusal", lambda *_: None)  # only the device is missing
     library = torch.library.Library("aten", "IMPL")  # which packs
     library.impl("_flash_attention_forward", flash_forward, "CPU")
     library.impl("_flash_attention_backward", flash_backward, "CPU")
-    assert_equals_the_reference("flash_attn")
+    for kernel in ("flash_attn", "cuda_flash"):
+        assert_equals_the_reference(kernel)
 
 
 def assert_equals_the_reference(kernel: str, head_dim: int = 8) -> None:
     """A sequence at once; and documents, which go packed: each gets what it gets alone, its gradients too."""
-    inputs, pattern, documents = list(torch.randn(4, 2, 50, 4, head_dim)), Pattern((8, 32), (1, 4)), [17, 1, 32]
+    q, k, v, dout = torch.randn(4, 2, 50, 4, head_dim)
+    inputs, pattern, documents = [q, k[:, :, :2], v[:, :, :2], dout], Pattern((8, 32), (1, 4)), [17, 1, 32]
 
     def each_alone(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
         parts = zip(*(x.split(documents, 1) for x in (q, k, v)), strict=True)
@@ -328,7 +309,11 @@ def efficient_backward(
 
 
 def flash_forward(query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, *_, scale=None, **__):
-    """aten's `_flash_attention_forward`: packed, q is (rows, heads, head_dim) and the lse (heads, rows)."""
+    """aten's `_flash_attention_forward`: packed, q is (rows, heads, head_dim) and the lse (heads, rows).
+
+    Heads that share a key head are none to it: they are copied.
+    """
+    assert all(x.stride(-2) for x in (key, value))
     one = 0 if cum_seq_q is not None else slice(None)
     heads_first = [x[None] if cum_seq_q is not None else x for x in (query, key, value)]
     each = sequences(cum_seq_q, cum_seq_k, max_q, max_k, heads_first[:1], heads_first[1:])
@@ -344,6 +329,7 @@ def flash_backward(
     scale=None, **__,
 ):  # fmt: skip
     assert logsumexp.is_contiguous()
+    assert all(x.stride(-2) for x in (grad_out, query, key, value, out))
     one = 0 if cum_seq_q is not None else slice(None)
     of_q = [x[None] if cum_seq_q is not None else x for x in (grad_out, query, out)]
     of_q.append((logsumexp[None] if cum_seq_q is not None else logsumexp).transpose(1, 2)[..., None])

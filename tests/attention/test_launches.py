@@ -194,12 +194,12 @@ def test_what_chosen_blocks_take_for_a_time(before: int, monkeypatch: pytest.Mon
 
 
 def test_memory_of_a_forward_and_a_backward() -> None:
-    """In times the bytes of q, beside the four of inputs and dout: the 4 of the result and of gradients cannot be less."""
-    q, k, v, dout = torch.randn(4, 1, 4096, 12, 16).unbind()
+    """In times the bytes of q, beside inputs and dout: the 4 of the result and of gradients cannot be less."""
+    q, k, v, dout = torch.randn(4, 1, 4096, 4, 64).unbind()
     tensors = [x.requires_grad_() for x in (q, k, v)]
     with Live(q, dout) as live:
         dilated_attention(*tensors, PAPER_64TH).backward(dout)
-    assert live.peak <= 6 * q.nbytes
+    assert live.peak <= 7.5 * q.nbytes
 
 
 @pytest.mark.full

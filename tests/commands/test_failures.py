@@ -81,6 +81,11 @@ FAILURES = [  # command, exit code, a part of its line
     ("train longnet-tiny --data x.parquet -o x.parquet", 2, "x.parquet is a file, and -o names the folder of a run"),
     ("train longnet-tiny --data x.parquet -o x.parquet/run", 2, "x.parquet is a file, and -o names the folder"),
     ("train longnet-tiny --data x.parquet --output=", 2, "--output is empty"),
+    ("train --data x.parquet --steps 5 -o run", 2, "--steps and --seq-len make one stage together: give both"),
+    (
+        "train --data x.parquet --seq-len 256 --steps 5 --pattern window:8 -o run", 2,
+        "there is no model: give a RECIPE (longnet-1m,",
+    ),
     ("train none", 2, "longnet-tiny; a path ends in .toml"),
     ("train other/my.toml", 2, "no recipe 'other/my.toml': no such file. Shipped recipes: "),
     (f"train --resume {'a' * 10_000}", 2, "aaa: File name too long"),

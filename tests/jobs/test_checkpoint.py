@@ -34,6 +34,8 @@ from longnet_cli.running.ranks.ranks import Ranks
 
 pytestmark = pytest.mark.full
 
+Made = tuple[Recipe, Path, bytes]  # a recipe, a run of it that was stopped, and the bytes it must end with
+
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
@@ -96,16 +98,6 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_bytes(
     assert any(step % 2 for step in steps)  # not only where a checkpoint was due
 
 
-def test_sigusr1_saves_and_goes_on(
-    corpus: Path, made: tuple[Recipe, Path, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = recipe(corpus, **{"train.save_every": 1000, "train.keep": 9})
-    Stop(monkeypatch, 20, signal.SIGUSR1)
-    train(found, tmp_path / "run")
-    assert len(checkpoints_in(tmp_path / "run/checkpoints")) == 2
-    assert (tmp_path / "run/model.safetensors").read_bytes() == made[2]
-
-
 def signal_evaluations(monkeypatch: pytest.MonkeyPatch, kind: signal.Signals) -> None:
     evaluate = loop.evaluate
     monkeypatch.setattr(loop, "evaluate", lambda *args, **of: signal.raise_signal(kind) or evaluate(*args, **of))
@@ -151,7 +143,7 @@ def test_a_later_damaged_checkpoint_does_not_push_out_the_one_just_written(tmp_p
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path, bytes]:
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     folder = tmp_path_factory.mktemp("made")
     found = recipe(write_corpus(folder, 400, 1))
     train(found, folder / "whole")
@@ -169,8 +161,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path, bytes]
 
 
 @pytest.fixture
-def stopped(made: tuple[Recipe, Path, bytes], tmp_path: Path) -> tuple[Recipe, Path, bytes]:
-    """A recipe, a run of it that was stopped after checkpoints at steps 4 and 6, and the bytes it must end with."""
+def stopped(made: Made, tmp_path: Path) -> Made:
+    """Of its own; there are checkpoints at steps 4 and 6."""
     found, run, weights = made
     return found, Path(shutil.copytree(run, tmp_path / "run")), weights
 
@@ -183,9 +175,7 @@ def stopped(made: tuple[Recipe, Path, bytes], tmp_path: Path) -> tuple[Recipe, P
         *(pytest.param(kind, marks=pytest.mark.ci) for kind in ("truncate", "flip the state", "no tensors")),
     ],
 )
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
-    stopped: tuple[Recipe, Path, bytes], damage: str
-) -> None:
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(stopped: Made, damage: str) -> None:
     found, run, weights = stopped
     newest = checkpoints_in(run / "checkpoints")[0]
     (tensors,) = newest.glob("*.safetensors")
@@ -211,7 +201,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     assert not newest.exists()  # written anew, and pruned
 
 
-def test_all_damaged(stopped: tuple[Recipe, Path, bytes]) -> None:
+def test_all_damaged(stopped: Made) -> None:
     found, run, _ = stopped
     newest, older = checkpoints_in(run / "checkpoints")
     write_manifest(newest / "state.json", 1, {})
@@ -223,7 +213,7 @@ def test_all_damaged(stopped: tuple[Recipe, Path, bytes]) -> None:
         train(found, run, resume=False)
 
 
-def test_resume_from_a_path(stopped: tuple[Recipe, Path, bytes], tmp_path: Path) -> None:
+def test_resume_from_a_path(stopped: Made, tmp_path: Path) -> None:
     found, run, weights = stopped
     older = checkpoints_in(run / "checkpoints")[1]
     for name, path in (("a", older), ("b", run)):
@@ -251,9 +241,7 @@ def test_resume_from_a_path(stopped: tuple[Recipe, Path, bytes], tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", ["config.json", "best", "checkpoints/step-00000001", "recipe.json", "metrics.jsonl"])
-def test_files_that_no_run_has_written_are_not_replaced(
-    stopped: tuple[Recipe, Path, bytes], tmp_path: Path, name: str
-) -> None:
+def test_files_that_no_run_has_written_are_not_replaced(stopped: Made, tmp_path: Path, name: str) -> None:
     found, run, _ = stopped
     (tmp_path / "same.json").write_text(found.model_dump_json())
     (tmp_path / "mine" / name).parent.mkdir(parents=True)
@@ -277,7 +265,7 @@ def test_equal_tensors_give_equal_files(tmp_path: Path) -> None:
     assert len(found) == 1
 
 
-def test_what_is_no_checkpoint_stays(stopped: tuple[Recipe, Path, bytes]) -> None:
+def test_what_is_no_checkpoint_stays(stopped: Made) -> None:
     """Old checkpoints are removed with the files that they list, and nothing else is."""
     found, run, weights = stopped
     mine, old = run / "checkpoints/step-00000001", checkpoints_in(run / "checkpoints")[-1]
@@ -291,9 +279,7 @@ def test_what_is_no_checkpoint_stays(stopped: tuple[Recipe, Path, bytes]) -> Non
     assert [path.name for path in old.iterdir()] == ["notes.txt"]
 
 
-def test_the_tokenizer_may_lie_elsewhere_but_not_be_another(
-    stopped: tuple[Recipe, Path, bytes], tmp_path: Path
-) -> None:
+def test_the_tokenizer_may_lie_elsewhere_but_not_be_another(stopped: Made, tmp_path: Path) -> None:
     found, run, weights = stopped
     (tmp_path / "mine").mkdir()
     mine = json.loads(Tokenizer.bytes().to_json())
@@ -310,7 +296,7 @@ def test_the_tokenizer_may_lie_elsewhere_but_not_be_another(
         train(Recipe.model_validate(settings), run)
 
 
-def test_what_may_change_in_a_resumed_run(stopped: tuple[Recipe, Path, bytes], tmp_path: Path) -> None:
+def test_what_may_change_in_a_resumed_run(stopped: Made, tmp_path: Path) -> None:
     found, run, weights = stopped
     moved = shutil.copy(found.data.train[0], tmp_path / "moved.txt")  # type: ignore[index]
     settings = found.model_dump()

@@ -26,7 +26,7 @@ from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.running.chunk_size import fitting_chunk
 from longnet_cli.running.device import matmul_peak, precision
-from longnet_cli.running.ranks.ranks import Ranks
+from longnet_cli.running.ranks.ranks import ALONE, Ranks
 
 CPU = torch.device("cpu")
 MODEL = {
@@ -37,8 +37,8 @@ MODEL = {
 LARGE = {"vocab_size": 8192, "dim": 128, "num_layers": 8, "num_heads": 4, "ffn_dim": 512}
 
 
-def recipe(model: dict, **train: object) -> Recipe:
-    train = {key: value for key, value in train.items() if value is not None}
+def recipe(model: dict, seq_len: int = 1024, **train: object) -> Recipe:
+    train = {key: x for key, x in train.items() if x is not None} | {"stages": [{"seq_len": seq_len, "steps": 1}]}
     sections = {"model": {key: list(x) if isinstance(x, tuple) else x for key, x in model.items()}, "train": train}
     return load_recipe(None, {f"{name}.{key}": x for name, section in sections.items() for key, x in section.items()})
 
@@ -139,7 +139,7 @@ def test_gradients_of_old_keys_are_stated(tmp_path: Path) -> None:
     """Of all tokens before the last chunk, in whole blocks: in memory, or in the file of --spill."""
     model = MODEL | {"segment_lengths": (32,), "dilation_rates": (1,), "look_back": 1, "position": "rope"}
     model |= {"chosen": 4, "chosen_block": 16, "chosen_every": 4}
-    train = {"chunk": 60, "stages": [{"seq_len": 256, "steps": 1}], "batch_tokens": 256}
+    train = {"chunk": 60, "seq_len": 256, "batch_tokens": 256}
     kept = estimate_training(recipe(model, **train), CPU)
     spilled = estimate_training(recipe(model, **train, spill=str(tmp_path)), CPU)
     assert kept.memory["key_gradients"] == 2 * 4 * MODEL["dim"] * 240
@@ -150,7 +150,7 @@ def test_gradients_of_old_keys_are_stated(tmp_path: Path) -> None:
 
 
 def test_what_a_chunk_and_a_cache_take() -> None:
-    small, large = (training_memory(recipe(MODEL, stages=[{"seq_len": 1024, "steps": 1}], chunk=n), CPU, Ranks())
+    small, large = (training_memory(recipe(MODEL, chunk=n), CPU, ALONE)
                     for n in (128, 256))  # fmt: skip
     assert large["activations"] == 2 * small["activations"]
     assert large["logits"] == 2 * small["logits"]
@@ -160,17 +160,14 @@ def test_what_a_chunk_and_a_cache_take() -> None:
     assert large["cache"] == 0
     # three chunks look back at a segment of 64, one with gradients on their way; and four sinks
     looking = MODEL | {"segment_lengths": (64,), "dilation_rates": (1,), "look_back": 1, "sinks": 4, "position": "rope"}
-    found = [
-        training_memory(recipe(looking, stages=[{"seq_len": 1024, "steps": 1}], chunk=256, spill=spill), CPU, Ranks())
-        for spill in (None, "disk")
-    ]
+    found = [training_memory(recipe(looking, chunk=256, spill=spill), CPU, ALONE) for spill in (None, "disk")]
     passing = 2 * 64 * 8 * (64 + 4)
     assert found[0]["cache"] == 2 * 64 * (4 * (3 * 64 + 4) + 4 * (64 + 4)) + passing
     assert found[1] == found[0] | {"cache": passing}
-    whole = training_memory(recipe(MODEL, stages=[{"seq_len": 1024, "steps": 1}], chunk=1024), CPU, Ranks())
+    whole = training_memory(recipe(MODEL, chunk=1024), CPU, ALONE)
     assert whole["cache"] == 0
     two = Ranks(0, 2, 2)
-    shared = training_memory(recipe(MODEL, stages=[{"seq_len": 1024, "steps": 1}], chunk=512), CPU, two)
+    shared = training_memory(recipe(MODEL, chunk=512), CPU, two)
     assert shared == whole | {kind: whole[kind] // 2 for kind in ("activations", "logits")} | {"checkpoint": 0}
 
 
@@ -180,7 +177,7 @@ CHOOSING |= {"chosen_block": 16, "chosen_every": 4}
 
 def test_what_chosen_blocks_take_for_a_time_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """With what a GPU has at a time, a job of a CPU does not fit any more."""
-    found = recipe(MODEL | CHOOSING, stages=[{"seq_len": 4096, "steps": 1}], chunk=4096)
+    found = recipe(MODEL | CHOOSING, seq_len=4096, chunk=4096)
     monkeypatch.setattr("longnet_cli.jobs.training.costs.free_memory", lambda device: free)
     free = 0
     free = estimate_training(found, CPU).beyond
@@ -190,7 +187,7 @@ def test_what_chosen_blocks_take_for_a_time_is_counted(monkeypatch: pytest.Monke
 
 
 def test_a_rank_holds_means_of_all_tokens_and_two_runs_of_blocks() -> None:
-    found = recipe(MODEL | CHOOSING, stages=[{"seq_len": 8192, "steps": 1}], chunk=4096)
+    found = recipe(MODEL | CHOOSING, seq_len=8192, chunk=4096)
     alone, shared = (training_memory(found.with_chunk(8192 // n), CPU, Ranks(0, n, n)) for n in (1, 2))
     of_all = 2 * 64 * 8192 * 4  # bytes of keys and values
     assert shared["activations"] - alone["activations"] / 2 > 3 * of_all  # three runs, of keys or of sums
@@ -199,7 +196,7 @@ def test_a_rank_holds_means_of_all_tokens_and_two_runs_of_blocks() -> None:
 
 
 def test_ranks_hold_their_share_beside_what_a_step_gathers() -> None:
-    one = recipe(MODEL, stages=[{"seq_len": 1024, "steps": 1}], chunk=1024)
+    one = recipe(MODEL, chunk=1024)
     shared = one.model_copy(update={"parallel": one.parallel.model_copy(update={"shard": "full"})})
     whole, share = (training_memory(each, CPU, Ranks(0, 4, 4)) for each in (one, shared))
     for kind in ("weights", "gradients"):
@@ -209,7 +206,7 @@ def test_ranks_hold_their_share_beside_what_a_step_gathers() -> None:
 
 def test_what_is_computed_again_chooses_no_blocks_again() -> None:
     pattern = {"segment_lengths": (64,), "dilation_rates": (1,), "look_back": 1, "chosen": 4, "chosen_block": 16}
-    causal = recipe(MODEL | pattern | {"position": "rope"}, stages=[{"seq_len": 1024, "steps": 1}], chunk=1024)
+    causal = recipe(MODEL | pattern | {"position": "rope"}, chunk=1024)
     once, in_chunks = (step_flops(each, each.train.stages[0], Ranks()) for each in (causal, causal.with_chunk(512)))
     assert once.attention == causal.model.attention_flops(1024) / 1024
     votes = causal.model.vote_flops(1024) / 1024
@@ -219,11 +216,10 @@ def test_what_is_computed_again_chooses_no_blocks_again() -> None:
 
 def test_documents_of_several_windows_fill_a_chunk() -> None:
     """The largest forward that packing makes of short documents is what the activations are counted for."""
-    stage = {"seq_len": 1000, "steps": 1}
     packed, apart = (
-        training_memory(
-            recipe(MODEL, stages=[stage], chunk=1600, batch_tokens=4000, across_documents=across), CPU, Ranks()
-        )["activations"]
+        training_memory(recipe(MODEL, 1000, chunk=1600, batch_tokens=4000, across_documents=across), CPU, Ranks())[
+            "activations"
+        ]
         for across in (False, True)
     )
     ids = torch.zeros(4, 1000, dtype=torch.int64)
@@ -245,9 +241,8 @@ def test_seen_segments(w: int, back: int, chunk: int, seq_len: int) -> None:
 
 
 def test_the_last_chunk_alone_is_not_computed_again() -> None:
-    stages = [{"seq_len": 1024, "steps": 1}]
     whole, halves, uneven = (
-        estimate_training(recipe(MODEL, stages=stages, chunk=chunk, batch_tokens=1024), CPU).facts["flops"]
+        estimate_training(recipe(MODEL, chunk=chunk, batch_tokens=1024), CPU).facts["flops"]
         for chunk in (1024, 512, 1023)
     )
     assert (uneven - whole) / (halves - whole) == pytest.approx(2 * 1023 / 1024)
@@ -310,9 +305,9 @@ def test_the_largest_power_of_two_that_fits(chunk: int, free: int, fits: int | N
 
 def test_a_chunk_that_fits_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def with_chunk(chunk: int) -> Recipe:
-        return recipe(MODEL, stages=[{"seq_len": 256, "steps": 1}], chunk=chunk, batch_tokens=10_000)
+        return recipe(MODEL, seq_len=256, chunk=chunk, batch_tokens=10_000)
 
-    free = sum(training_memory(with_chunk(4096), CPU, Ranks()).values())
+    free = sum(training_memory(with_chunk(4096), CPU, ALONE).values())
     monkeypatch.setattr("longnet_cli.jobs.training.costs.free_memory", lambda device: free)
     found = estimate_training(with_chunk(10_000), CPU)
     assert not found.fits
@@ -326,10 +321,10 @@ def test_a_chunk_that_fits_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_gpu_gets_the_longest_chunk_that_it_holds(monkeypatch: pytest.MonkeyPatch, gib: int, chunk: int) -> None:
     monkeypatch.setattr("longnet_cli.jobs.training.costs.free_memory", lambda device: gib << 30)
     model = MODEL | {"dim": 768, "num_layers": 12, "num_heads": 12, "ffn_dim": 3072}
-    settings = {"dtype": "bf16", "stages": [{"seq_len": 1 << 20, "steps": 1}]}
+    settings = {"dtype": "bf16", "seq_len": 1 << 20}
     gpu, found = torch.device("cuda"), recipe(model, **settings)
     assert settle_chunk(found, gpu, Ranks()).train.chunk == chunk
-    assert settle_chunk(found, CPU, Ranks()) == found
+    assert settle_chunk(found, CPU, ALONE) == found
     named = recipe(model, chunk=1000, **settings)
     assert settle_chunk(named, gpu, Ranks()) == named
 
@@ -337,10 +332,9 @@ def test_a_gpu_gets_the_longest_chunk_that_it_holds(monkeypatch: pytest.MonkeyPa
 def test_no_chunk_cuts_a_bidirectional_window(monkeypatch: pytest.MonkeyPatch) -> None:
     def with_window(seq_len: int, chunk: int) -> Recipe:
         model = MODEL | {"causal": False, "position": "rope"}
-        stages = [{"seq_len": seq_len, "steps": 1}]
-        return recipe(model, objective="masked", stages=stages, chunk=chunk, batch_tokens=8192)
+        return recipe(model, seq_len, objective="masked", chunk=chunk, batch_tokens=8192)
 
-    free = sum(training_memory(with_window(1024, 1024), CPU, Ranks()).values())
+    free = sum(training_memory(with_window(1024, 1024), CPU, ALONE).values())
     monkeypatch.setattr("longnet_cli.jobs.training.costs.free_memory", lambda device: free)
     assert estimate_training(with_window(1024, 8192), CPU).chunk_that_fits == 1024
     found = estimate_training(with_window(2048, 8192), CPU)
@@ -350,4 +344,4 @@ def test_no_chunk_cuts_a_bidirectional_window(monkeypatch: pytest.MonkeyPatch) -
 
 def test_windows_that_ranks_cannot_share_are_refused() -> None:
     with pytest.raises(ConfigError, match="a step has 3 windows of 256 tokens, which 2 groups"):
-        estimate_training(recipe(MODEL, stages=[{"seq_len": 256, "steps": 1}], batch_tokens=768), CPU, Ranks(world=2))
+        estimate_training(recipe(MODEL, seq_len=256, batch_tokens=768), CPU, Ranks(world=2))

@@ -51,13 +51,8 @@ def aborting(folder: Path, command_env: dict[str, str]) -> dict[str, str]:
 def test_scores_are_those_of_one_process(
     more: list[str], folder: Path, run_longnet: RunLongnet, aborting: dict[str, str]
 ) -> None:
-    command = [
-        "score",
-        folder / "texts",
-        "-m",
-        f"{folder}/decoder",
-        *["--format", "jsonl", "--chunk", "100", "--top", "1"],
-    ]
+    command = ["score", folder / "texts", "-m", f"{folder}/decoder", "--format", "jsonl", "--chunk", "100"]
+    command += ["--top", "1"]
     alone = run_longnet(*command, *more, "--token-logprobs", folder / "alone.arrow")
     many = run_longnet(*command, *more, "--token-logprobs", folder / "many.arrow", "--nproc", "2", env=aborting)
     assert many.returncode == alone.returncode == 0, many.stderr
