@@ -68,6 +68,11 @@ class FlashOfAGpu(Kernel):
         return torch.empty_like(q), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+def rope_of(heads: int, head_dim: int) -> Any:
+    fields = {"dim": heads * head_dim, "num_heads": heads, "num_layers": 1, "ffn_dim": 8, "vocab_size": 8}
+    return sink_turn(LongNetConfig(**fields, position="rope", segment_lengths=(8,), dilation_rates=(1,)))
+
+
 def test_a_layer_starts_few_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     """For 65,536 tokens of 12 heads x 64 in bf16, tried with a quarter of them, of one head x 8 in fp32.
 
@@ -76,8 +81,7 @@ def test_a_layer_starts_few_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     less = groups.GPU._replace(gathered=groups.GPU.gathered * 2 // (4 * 96), scores=groups.GPU.scores // (4 * 12))
     monkeypatch.setattr(groups, "CPU", less)
     pattern, tokens, choices = replace(Pattern.finding(), chosen_layers=(0, 2)), 16_384, choosing.Choices()
-    fields = {"dim": 8, "num_heads": 1, "num_layers": 1, "ffn_dim": 8, "vocab_size": 8, "position": "rope"}
-    rope = sink_turn(LongNetConfig(**fields, segment_lengths=(8,), dilation_rates=(1,)))
+    rope = rope_of(1, 8)
     parts = [GroupedPart(slice(0, 1), slice(0, tokens), 0, each) for each in groups_of(pattern, 0, tokens)]
     for layer, most in enumerate((1700, 1300, 1700)):  # a hundred calls of 64 MiB of keys each
         q, k = torch.randn(2, 1, tokens, 1, 8, generator=torch.Generator().manual_seed(layer)).unbind()
@@ -165,8 +169,7 @@ def test_what_chosen_blocks_take_for_a_time(before: int, monkeypatch: pytest.Mon
     less = groups.GPU._replace(gathered=groups.GPU.gathered // 64, scores=groups.GPU.scores // 64)
     monkeypatch.setattr(groups, "CPU", less)
     pattern, tokens, past, heads = Pattern.finding(), 4096, None, (2, 64)
-    fields = {"dim": 128, "num_heads": 2, "num_layers": 1, "ffn_dim": 8, "vocab_size": 8, "position": "rope"}
-    rope = sink_turn(LongNetConfig(**fields, segment_lengths=(8,), dilation_rates=(1,)))
+    rope = rope_of(*heads)
     if before:
         past = Past(pattern, keep=before + tokens)
         past.settle(rope)

@@ -51,6 +51,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "bad.jsonl").write_text('{"text": "a"}\n{"text": 5}\n')
     (folder / "empty.jsonl").write_text('{"text": ""}\n')
     (folder / "empty.txt").touch()
+    os.mkfifo(folder / "pipe")
     (folder / "taken/file").mkdir(parents=True)
     (folder / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
     tiny_model(folder / "model")
@@ -107,6 +108,13 @@ FAILURES = [  # command, exit code, a part of its line
     ("score x.parquet --dry-run --sample 1", 2, "--sample needs 2 texts or more"),
     ("score x.parquet --dry-run --format jsonl", 2, "give --format text or json"),
     ("score x.parquet --dry-run --stride 8", 2, "a stride of 8 tokens needs a context"),
+    ("score x.parquet -m ./model --chosen y --pattern window:16,chosen=2x8 --dp 2", 2, "leave out --dp"),
+    ("score x.parquet -m ./model --chosen y --pattern window:16,chosen=2x8 --context 64", 2, "is for whole documents"),
+    ("score x.parquet --token-logprobs y.arrow --dp 2", 2, "leave out --dp"),
+    ("score - --dp 2", 2, "stdin can be read by one process"),
+    ("tokenize x.parquet -o t --train-vocab 300 --dp 2", 2, "leave out --dp"),
+    ("tokenize pipe -o t --dp 2", 2, "pipe can be read by one process"),
+    ("generate x -m ./model --sources", 2, "no chosen blocks to tell about: add --pattern finding"),
     ("generate x -i y.txt", 2, "PROMPT and --input are both given"),
     ("generate x --top-p 0.9", 2, "--top-p needs a temperature above 0"),
     ("generate x --seed -1", 2, "--seed -1 is not a number from 0"),

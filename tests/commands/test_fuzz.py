@@ -118,9 +118,7 @@ def changed(data: dict[str, Any], path: tuple[str, ...], value: Any) -> dict[str
 FIELDS = st.lists(st.tuples(st.sampled_from(sorted(paths_of(LongNetConfig))), VALUES), min_size=1, max_size=2)
 KEYS = st.lists(st.tuples(st.sampled_from(sorted(paths_of(Recipe))), VALUES), min_size=1, max_size=2)
 MODEL_FILES = st.sampled_from(["model.safetensors", "config.json", "tokenizer.json"])
-FILES = st.sampled_from([f"model/{name}" for name in ("model.safetensors", "config.json", "tokenizer.json")]) | (
-    st.sampled_from(["recipe.json", "run/metrics.jsonl"])
-)
+FILES = MODEL_FILES.map("model/{}".format) | st.sampled_from(["recipe.json", "run/metrics.jsonl"])
 SPOILT = st.sampled_from(["fifo", "nested", "empty", "folder", "device", "huge number", "not UTF-8"])
 CASES = st.one_of(
     wrong_options(),

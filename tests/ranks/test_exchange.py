@@ -117,11 +117,17 @@ def counted_traffic() -> None:
         assert self.got is not None  # it left before the near keys' gradients were computed
         return original_land(self, grads)
 
-    original_land, exchange_module._WayBack.land = (
-        exchange_module._WayBack.land,
-        land,
-    )  # this process ends with the test
-    dist.all_to_all_single = counting
+    def sent(model: LongNet, ids: Tensor, exchange: Exchange) -> list[int]:
+        """Bytes of all ranks, forward and backward, of one exchange a layer each."""
+        calls.clear()
+        model(ids, start=exchange.start, far=exchange).sum().backward()
+        assert len(calls) == 2 * layers
+        total = torch.tensor([sum(calls[:layers]), sum(calls[layers:])])
+        dist.all_reduce(total)
+        return total.tolist()
+
+    original_land, exchange_module._WayBack.land = exchange_module._WayBack.land, land
+    dist.all_to_all_single = counting  # this process ends with the test
     base, layers = 16, 3
     traffic = []
     for shard in (64, 256):
@@ -130,20 +136,16 @@ def counted_traffic() -> None:
         model = net(pattern, layers=layers)
         ids = draw(1, tokens)[:, rank * shard : (rank + 1) * shard]
         exchange = Exchange(model.config, even_edges(0, tokens, world))
-        calls.clear()
-        model(ids, start=exchange.start, far=exchange).sum().backward()
-        assert len(calls) == 2 * layers  # one forward and one backward a layer
+        forward, way_back = sent(model, ids, exchange)
         rows = sum(parcel.rows for parcels in exchange.sent for parcel in parcels)
         assert set(calls[:layers]) == {2 * rows * model.config.dim * 4}  # keys and values, fp32
-        total = torch.tensor([sum(calls[:layers]), sum(calls[layers:])])
-        dist.all_reduce(total)
-        assert total[0] == total[1]
+        assert forward == way_back
         # research/parallel.md 3, on all ranks together: causal ranks receive half of what they would otherwise
         wider = [(w, r) for w, r in pattern.levels if w > shard]
         everything = sum(w // r * (w // shard - 1) * (tokens // w) for w, r in wider)  # rows that other ranks read
         each = 2 * model.config.dim * 4
-        assert total[0].item() == layers * each * everything // 2
-        traffic.append(total[0].item())
+        assert forward == layers * each * everything // 2
+        traffic.append(forward)
     assert traffic[0] == traffic[1]  # four times the tokens, the same bytes
 
     for looking_back, rows in (
@@ -152,14 +154,8 @@ def counted_traffic() -> None:
     ):
         model = net(looking_back, layers=layers)
         for shard in (64, 256):  # of any length, in a sequence of any length
-            edges = even_edges(0, shard * world, world)
-            exchange = Exchange(model.config, edges)
-            calls.clear()
-            model(draw(1, shard), start=exchange.start, far=exchange).sum().backward()
-            assert len(calls) == 2 * layers
-            total = torch.tensor([sum(calls[:layers]), sum(calls[layers:])])
-            dist.all_reduce(total)
-            assert total.tolist() == [layers * each * rows * (world - 1)] * 2
+            exchange = Exchange(model.config, even_edges(0, shard * world, world))
+            assert sent(model, draw(1, shard), exchange) == [layers * each * rows * (world - 1)] * 2
 
     narrow = net(Pattern((16, 64), (1, 4)), layers=layers)
     calls.clear()

@@ -112,17 +112,8 @@ def test_a_rank_with_bad_data_ends_the_job_and_says_where(
     assert "bad.arrow, row 17, offset 200: token id 9999" in line
 
 
-def workers(job: subprocess.Popen) -> list[int]:
-    """The processes that a torchrun has started."""
-    found = []
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = status.read_text().rsplit(")", 1)[1].split()
-        except OSError:
-            continue
-        if int(fields[1]) == job.pid:
-            found.append(int(status.parent.name))
-    return found
+def ranks_of(job: subprocess.Popen, folder: Path) -> set[int]:
+    return {*processes_of(folder / "run")} - {job.pid}
 
 
 def start_training(folder: Path, env: dict[str, str], *start: str, until: int) -> subprocess.Popen:
@@ -145,7 +136,7 @@ def test_a_killed_rank_ends_the_job_and_the_next_run_goes_on_until_sigterm(
 ) -> None:
     job = start_training(folder, command_env, until=15)
     began = time.monotonic()
-    os.kill(max(workers(job)), signal.SIGKILL)
+    os.kill(max(ranks_of(job, folder)), signal.SIGKILL)
     _, stderr = job.communicate(timeout=60)
     assert time.monotonic() - began < 30
     assert job.returncode == 1
@@ -191,7 +182,7 @@ def test_a_launcher_that_ends_takes_its_ranks_with_it_in_few_words(
     if way == "killed":
         job.kill()
     else:
-        os.kill(min(workers(job)), signal.SIGSTOP)
+        os.kill(min(ranks_of(job, folder)), signal.SIGSTOP)
         job.terminate()
     _, stderr = job.communicate(timeout=90)  # until no rank holds it
     assert time.monotonic() - began < 60
