@@ -79,26 +79,25 @@ def test_chooses_what_the_reference_chooses(choice: Choice, scale: float) -> Non
     assert choice_of(*asked) == chosen_blocks(*asked)
 
 
-@pytest.mark.parametrize("every", [1, 2, 3, 4, 6, 12, 24])
-def test_chooses_in_stages_what_the_reference_chooses(every: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("sizes", "tokens", "fewer", "stages"),
+    [
+        *(((24, 24, every), 500, groups.FUNNEL, ((1, 9), (2, 6))) for every in (1, 2, 3, 4, 6, 12, 24)),
+        ((16, 4, 4), 1300, ((1, 20),), ((groups.RUNS, 96), (1, 20))),  # runs of many blocks are compared first
+    ],
+)
+def test_chooses_in_stages_what_the_reference_chooses(
+    sizes: tuple[int, int, int], tokens: int, fewer: tuple, stages: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(pattern_module, "SCAN", 12)
-    pattern = Pattern((24,), (1,), look_back=1, chosen=3, chosen_block=24, chosen_every=every)
-    q, k, *_ = Choice(pattern, 2, 500, 4, 8, 0, True, None, 1, kv_heads=2).qkv()
+    width, block, every = sizes
+    pattern = Pattern((width,), (1,), look_back=1, chosen=3, chosen_block=block, chosen_every=every)
+    q, k, *_ = Choice(pattern, 2, tokens, 4, 8, 0, True, None, 1, kv_heads=2).qkv()
     asked = q, k, pattern, 1.0, turn
-    with funnel((1, 9), (2, 6)):
+    with funnel(*stages):
         in_stages = choice_of(*asked)
         assert in_stages == chosen_blocks(*asked)
-    assert in_stages != choice_of(*asked)
-
-
-def test_runs_of_many_blocks_are_compared_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    pattern = Pattern((16,), (1,), look_back=1, chosen=3, chosen_block=4, chosen_every=4)
-    q, k, *_ = Choice(pattern, 1, 1300, 4, 8, 0, True, None, 1, kv_heads=2).qkv()
-    asked = q, k, pattern, 1.0, turn
-    with funnel((groups.RUNS, 96), (1, 20)):
-        in_stages = choice_of(*asked)
-        assert in_stages == chosen_blocks(*asked)
-    with funnel((1, 20)):
+    with funnel(*fewer):
         assert in_stages != choice_of(*asked)
 
 

@@ -224,17 +224,14 @@ def flash_attn_like(version: str) -> types.ModuleType:
     else:
 
         @torch.library.custom_op("flash_attn::_flash_attn_forward", mutates_args=(), schema=FORWARD)
-        def _flash_attn_forward(q, k, v, dropout_p, softmax_scale, causal, left, right, softcap, slopes, softmax):
-            assert (dropout_p, left, right, softcap, slopes, softmax) == (0.0, -1, -1, 0.0, None, False)
+        def _flash_attn_forward(q, k, v, dropout_p, softmax_scale, causal, *others):
+            assert (dropout_p, *others) == (0.0, -1, -1, 0.0, None, False)
             out, lse = compute(q, k, v, softmax_scale, causal)
             return out, lse, q.new_empty(0), torch.empty(2, dtype=torch.int64)
 
         @torch.library.custom_op("flash_attn::_flash_attn_backward", mutates_args=("dq", "dk", "dv"), schema=BACKWARD)
-        def _flash_attn_backward(
-            dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, left, right, softcap,
-            slopes, deterministic, rng_state=None,
-        ):  # fmt: skip
-            assert (dropout_p, left, right, softcap, slopes) == (0.0, -1, -1, 0.0, None)
+        def _flash_attn_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout, softmax_scale, causal, *others):
+            assert (dropout, *others[:4]) == (0.0, -1, -1, 0.0, None)
             compute_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, softmax_scale, causal)
             return torch.empty_like(softmax_lse)
 

@@ -15,17 +15,8 @@ import pytest
 from longnet_cli import __version__
 
 HEAVY = ("torch", "numpy", "pyarrow", "tokenizers", "pydantic", "safetensors")
-UNUSED = (
-    "torch._dynamo",
-    "torch._inductor",
-    "sympy",
-    "jinja2",
-    "transformers",
-    "pyarrow.compute",
-    "pyarrow.parquet",
-    "rich",
-    "longnet_cli.jobs.estimating.estimate",
-)
+UNUSED = ("torch._dynamo", "torch._inductor", "sympy", "jinja2", "transformers", "pyarrow.compute", "pyarrow.parquet")
+UNUSED += ("rich", "longnet_cli.jobs.estimating.estimate")
 
 SCRIPT = """
 import os, signal, sys, typer

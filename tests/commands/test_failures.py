@@ -55,6 +55,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "taken/file").mkdir(parents=True)
     (folder / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
     tiny_model(folder / "model")
+    tiny_model(folder / "encoder", causal=False, position="rope")
     Tokenizer.train(["some text and more text"] * 9, 265).save(folder / "large.json")
     (folder / "bad.gz").write_bytes(gzip.compress(b"unreadable " * 1000)[:-4])
     (folder / "long.txt").write_text("x" * 65)
@@ -107,7 +108,11 @@ FAILURES = [  # command, exit code, a part of its line
     ("score x.parquet --sample 5", 2, "--sample is for --dry-run"),
     ("score x.parquet --dry-run --sample 1", 2, "--sample needs 2 texts or more"),
     ("score x.parquet --dry-run --format jsonl", 2, "give --format text or json"),
-    ("score x.parquet --dry-run --stride 8", 2, "a stride of 8 tokens needs a context"),
+    ("score x.parquet -m ./model --pattern windw:1Ki", 2, "--pattern: unknown pattern 'windw': did you mean 'window'?"),
+    ("bench --pattern windw:1Ki", 2, "--pattern: unknown pattern 'windw': did you mean 'window'?"),
+    ("train --pattern windw:1Ki -o run", 2, "--pattern: unknown pattern 'windw': did you mean 'window'?"),
+    ("encode x.parquet -m ./encoder --prefix x -o y.arrow", 2, "nothing before a document: leave out --prefix"),
+    ("encode x.parquet -m ./encoder --dims 33 -o y.arrow", 2, "--dims 33: a vector of this model has 1 to 16 numbers"),
     ("score x.parquet -m ./model --chosen y --pattern window:16,chosen=2x8 --dp 2", 2, "leave out --dp"),
     ("score x.parquet -m ./model --chosen y --pattern window:16,chosen=2x8 --context 64", 2, "is for whole documents"),
     ("score x.parquet --token-logprobs y.arrow --dp 2", 2, "leave out --dp"),
@@ -115,6 +120,11 @@ FAILURES = [  # command, exit code, a part of its line
     ("tokenize x.parquet -o t --train-vocab 300 --dp 2", 2, "leave out --dp"),
     ("tokenize pipe -o t --dp 2", 2, "pipe can be read by one process"),
     ("generate x -m ./model --sources", 2, "no chosen blocks to tell about: add --pattern finding"),
+    ("convert longnet-tiny -o y", 2, "give the type"),
+    ("convert longnet-nosuch --dtype bf16 -o y", 4, "no such file"),
+    ("convert ./llama --dtype bf16 -o y", 2, "already a Hugging Face model folder"),
+    ("generate", 3, "stdin: nothing came"),
+    ("generate --sp 2", 2, "stdin can be read by one process"),
     ("generate x -i y.txt", 2, "PROMPT and --input are both given"),
     ("generate x --top-p 0.9", 2, "--top-p needs a temperature above 0"),
     ("generate x --seed -1", 2, "--seed -1 is not a number from 0"),
