@@ -176,14 +176,6 @@ def test_sinks_are_seen_right_before_the_window_at_any_distance(causal: bool, mo
     assert not torch.allclose(dilated_attention(q_, k_, v[:, start:], pattern, **options), whole[:, start:], atol=1e-3)
 
 
-def test_a_shard_without_tokens_sees_no_sinks() -> None:
-    """As a rank's of a short chunk; a kernel that gets no rows would end the process."""
-    keys, nothing = torch.randn(2, 1, 2, 4, 8), torch.randn(1, 0, 4, 8)
-    far = [FarKeys(SINKS, 0, 2, *keys)]
-    out = dilated_attention(nothing, nothing, nothing, Pattern.window(8, sinks=2), start=20, far=far)
-    assert out.shape == nothing.shape
-
-
 def test_a_query_sees_what_the_table_says() -> None:
     """The far row of the evidence: a window of 1,024 and 4,096 further tokens at rate 4, scaled to a 64th."""
     pattern = Pattern((16, 16), (1, 4), look_back=(1, 5), overlap="once", queries="all", sinks=2)

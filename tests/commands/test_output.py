@@ -86,9 +86,6 @@ def test_markdown_is_aligned_and_in_human_units(capsys):
         '| a,b\\|c "d" |    1.00G |          | oom      |',
         "| model     |        1 |          |          |",
     ]
-
-
-def test_markdown_without_rows_is_a_header(capsys):
     write_rows("md", [])
     assert capsys.readouterr().out.splitlines()[0] == "| op       | seq      | seconds  | status   |"
 

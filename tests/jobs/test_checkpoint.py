@@ -61,10 +61,7 @@ class Stop:
 
 @pytest.mark.parametrize(
     ("optimizer", "pattern"),
-    [
-        pytest.param("adamw", {}, marks=pytest.mark.ci),
-        ("muon", {"look_back": 1, "overlap": "once", "sinks": 2}),
-    ],
+    [pytest.param("adamw", {}, marks=pytest.mark.ci), ("muon", {"look_back": 1, "overlap": "once", "sinks": 2})],
 )
 def test_a_run_stopped_anywhere_goes_on_to_the_same_bytes(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str, pattern: dict

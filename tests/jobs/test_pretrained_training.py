@@ -76,8 +76,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("lora", [None, ["q_proj", "down_proj"]])
 @pytest.mark.parametrize(
-    "pattern",
-    [Pattern.dense(), Pattern.window(16, sinks=3), NESTED, Pattern((8, 32), (1, 2)), parse_pattern(CHOSEN)],
+    "pattern", [Pattern.dense(), Pattern.window(16, sinks=3), NESTED, Pattern((8, 32), (1, 2)), parse_pattern(CHOSEN)]
 )
 def test_the_gradient_in_chunks_is_the_whole_one(
     pattern: Pattern, lora: list[str] | None, llama: Path, tmp_path: Path

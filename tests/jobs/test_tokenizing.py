@@ -209,9 +209,6 @@ def test_options_that_do_not_fit_together(corpus, tmp_path):
         tokenize(Inputs([corpus]), tmp_path / "out", train_vocab=300, tokenizer=Tokenizer.bytes())
     with pytest.raises(ConfigError, match="shard_tokens"):
         tokenize(Inputs([corpus]), tmp_path / "out", shard_tokens=0)
-    for output in ("-", tmp_path / "out.arrow"):
-        with pytest.raises(ConfigError, match="only a folder of shards can be resumed"):
-            tokenize(Inputs([corpus]), output, resume=True)
     with pytest.raises(ConfigError, match="-o is empty"):
         tokenize(Inputs([corpus]), "")
     no_end = Tokenizer(tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0}, merges=[])))

@@ -63,14 +63,7 @@ def saved_by_autograd(config: LongNetConfig, dtype: str, tokens: int = 256) -> i
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize(
-    "change",
-    [
-        {},
-        {"norm": "pre"},
-        {"position": "rope"},
-        {"dropout": 0.1},
-        {"norm": "pre", "dropout": 0.1},
-    ],
+    "change", [{}, {"norm": "pre"}, {"position": "rope"}, {"dropout": 0.1}, {"norm": "pre", "dropout": 0.1}]
 )
 def test_saved_bytes_are_those_that_autograd_saves(change: dict, dtype: str) -> None:
     one, two = (LongNetConfig(**(MODEL | change | {"num_layers": layers})) for layers in (1, 2))
