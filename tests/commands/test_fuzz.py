@@ -25,7 +25,6 @@ from longnet_cli.cli.app import app
 from longnet_cli.jobs.training.recipe import Recipe
 from longnet_cli.nets.config import LongNetConfig
 
-EXAMPLES = 1000
 CPU_SECONDS = 10  # that a run may use: a hang, if it is not one that waits, however busy the machine is
 MEMORY = 12 << 30  # bytes of addresses that a run may have
 CODES = {0, 1, 2, 3, 4, 5}
@@ -240,7 +239,7 @@ def test_nothing_bad_ends_in_a_traceback_hangs_or_changes_a_number(run: Run, tem
     read = {"t.txt", "recipe.toml", "recipe.json", "run/metrics.jsonl", "model/model.safetensors"}
 
     @settings(
-        max_examples=EXAMPLES,
+        max_examples=1000,
         deadline=None,
         suppress_health_check=list(HealthCheck),
         phases=[Phase.explicit, Phase.reuse, Phase.generate],  # a case is small: making it smaller takes minutes
