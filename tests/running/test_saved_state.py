@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -400,12 +402,16 @@ def test_the_command(run_longnet: RunLongnet, tmp_path: Path) -> None:
         assert json.loads(first.stdout)["tokens"] + json.loads(rest.stdout)["tokens"] == whole["tokens"]
 
 
-def test_a_state_tells_which_layers_choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = ["--model", tiny_model(tmp_path / "model", position="rope"), "--pattern"]
-    saved = invoke("generate", "words", *options, "finding:64,layers=1", "--save-state", tmp_path / "state")
+@pytest.mark.parametrize("build", [partial(tiny_model, position="rope"), tiny_llama])
+def test_a_state_tells_which_layers_choose(
+    build: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were looked for by the command that saved it, and a finer pattern may read on."""
+    options = ["--model", build(tmp_path / "model"), "--pattern"]
+    saved = invoke("generate", "words", *options, "finding:64", "--save-state", tmp_path / "state")
     assert saved.exit_code == 0, saved.output
     monkeypatch.setattr(choosing_layers, "layer_evidence", lambda net: pytest.fail("the layers were looked for"))
-    asked = invoke("generate", "more", *options, "finding:64", "--state", tmp_path / "state", "-n", 4)
+    asked = invoke("generate", "more", *options, "finding:64,exact=64", "--state", tmp_path / "state", "-n", 4)
     assert asked.exit_code == 0, asked.output
 
 

@@ -122,7 +122,8 @@ class TransformersNet(Net):
     def choose_in(self, layers: tuple[int, ...]) -> None:
         pattern = replace(self.config.pattern, chosen_layers=layers)
         write_pattern(self.model.config, pattern)
-        self.config, self.digest = self.config.model_copy(update={"pattern": pattern}), None
+        source = json.dumps(settings_of(self.model.config))
+        self.config, self.digest = self.config.model_copy(update={"pattern": pattern, "source": source}), None
 
     def as_it_comes(self) -> TransformersNet:
         """Switch the model back to transformers' own attention, in place. Return its net: a baseline for benchmarks."""
