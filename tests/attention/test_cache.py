@@ -1,4 +1,4 @@
-"""The cache's size is the formula's, its rows come when they are needed, and far positions are as good as near ones.
+"""The cache's size is the formula's, and its rows come when they are needed.
 
 That any shards with their cache equal the whole is proved in test_pattern_options.py, for every pattern.
 """
@@ -51,18 +51,3 @@ def test_a_billion_tokens_take_one_row_set_for_each_level_more() -> None:
     levels = {n: len(Pattern.geometric(10**n).levels) for n in sizes}
     assert all(sizes[n] == levels[n] * row_set for n in sizes)
     assert KVCache(Pattern.geometric(2**30), 1, 1, 8).nbytes == 40_960 * 2 * 8 * 4
-
-
-@pytest.mark.parametrize("start", [0, 2**30 - 3])
-def test_far_out_positions_are_as_good_as_near_ones(start: int) -> None:
-    """The geometry is integers: a cache at 2^30 does what one at 0 does, here segments of one length apart."""
-    pattern, tokens = Pattern((8, 64), (1, 4)), 200
-    begin = -(-start // 64) * 64
-    q, k, v = torch.randn(3, 1, tokens, 4, 8, dtype=torch.float64)
-    cache = KVCache(pattern, 1, 4, 8, dtype=torch.float64)
-    cache.position = begin
-    parts = []
-    for part in zip(*(x.split(7, 1) for x in (q, k, v)), strict=True):
-        parts.append(dilated_attention(*part, pattern, start=cache.position, far=cache.far()))
-        cache.append(*part[1:])
-    torch.testing.assert_close(torch.cat(parts, 1), dilated_attention(q, k, v, pattern), rtol=1e-12, atol=1e-12)

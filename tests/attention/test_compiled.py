@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from many_ranks import run_ranks
 from pattern_nets import draw, error, gradients, net
 from strategies import PAPER_64TH, turn
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from longnet_cli.attention import DilatedAttention, KVCache, Pattern, dilated_attention
@@ -145,46 +146,24 @@ def test_checkpoint(reentrant: bool, compiled: bool) -> None:
     compare(plain, f, tensors(3, 50))
 
 
-FSDP = """
-import os, sys
-import torch, torch.distributed as dist
-from torch import nn
-from torch.distributed.fsdp import fully_shard
-from longnet_cli.attention import DilatedAttention, Pattern
-rank, world = int(sys.argv[1]), 2
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=world)
-def build():
-    torch.manual_seed(0)
-    layers = [nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True) for _ in range(2)]
-    for layer in layers:
-        layer.self_attn = DilatedAttention(16, 4, Pattern((8, 32), (1, 4)))
-    return nn.Sequential(*layers)
-whole, sharded = build(), build()
-mesh = dist.init_device_mesh("cpu", (world,))
-for layer in sharded:
-    fully_shard(layer, mesh=mesh)
-fully_shard(sharded, mesh=mesh)
-batch = torch.randn(world * 2, 50, 16, generator=torch.Generator().manual_seed(1))
-mine = batch[rank * 2 : rank * 2 + 2]
-(whole(batch).square().sum() / len(batch)).backward()
-(sharded(mine).square().sum() / len(mine)).backward()  # fully_shard averages over ranks
-for (name, a), b in zip(whole.named_parameters(), sharded.parameters(), strict=True):
-    error = (b.grad.full_tensor() - a.grad).abs().max() / a.grad.abs().max()
-    assert error <= 1e-5, (name, error)
-print("equal", flush=True)
-dist.barrier()
-dist.destroy_process_group()
-os._exit(0)  # threads of gloo sometimes abort an interpreter that shuts down
-"""
+def gradients_under_fully_shard() -> None:
+    def build() -> nn.Sequential:
+        torch.manual_seed(0)
+        layers = [nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True) for _ in range(2)]
+        for layer in layers:
+            layer.self_attn = DilatedAttention(16, 4, Pattern((8, 32), (1, 4)))
+        return nn.Sequential(*layers)
+
+    rank, (whole, sharded), mesh = dist.get_rank(), (build(), build()), dist.init_device_mesh("cpu", (2,))
+    for module in (*sharded, sharded):
+        fully_shard(module, mesh=mesh)
+    batch = torch.randn(4, 50, 16, generator=torch.Generator().manual_seed(1))
+    whole(batch).square().mean().backward()
+    sharded(batch[2 * rank : 2 * rank + 2]).square().mean().backward()  # fully_shard averages over ranks
+    for expected, found in zip(whole.parameters(), sharded.parameters(), strict=True):
+        assert error(found.grad.full_tensor(), expected.grad) <= 1e-5
 
 
-def test_fsdp2(command_env: Mapping[str, str], tmp_path: Path) -> None:
+def test_fsdp2(tmp_path: Path) -> None:
     """Two processes under `fully_shard`: the gradients of the whole batch in one."""
-    commands = [[sys.executable, "-c", FSDP, str(rank), str(tmp_path / "store")] for rank in range(2)]
-    running = [
-        subprocess.Popen(c, env=command_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for c in commands
-    ]
-    for process in running:
-        out, err = process.communicate(timeout=120)
-        assert (process.returncode, out.splitlines()[-1:]) == (0, ["equal"]), err  # gloo of older torch speaks before
+    run_ranks(2, tmp_path, gradients_under_fully_shard)

@@ -14,6 +14,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from strategies import assert_close, run
 from torch import Tensor
 
 from longnet_cli.attention import Pattern, cuda_kernels, dilated_attention, kernels
@@ -82,15 +83,8 @@ def test_the_cpu_gets_flash_and_the_environment_decides(monkeypatch: pytest.Monk
         kernels.select_kernel(CPU, torch.float32, 64)
 
 
-def test_a_kernel_that_computes_wrongly_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("LONGNET_KERNEL", raising=False)
-    flash = kernels.KERNELS["cpu_flash"]
-    backward = flash.backward
-    monkeypatch.setattr(flash, "backward", lambda *a: tuple(1.1 * x for x in backward(*a)))
-    with pytest.warns(UserWarning, match="'cpu_flash' is not used: its dq is off"):
-        assert kernels.select_kernel(CPU, torch.float32, 16).name == "math"
-    with pytest.raises(ValueError, match="cannot run here: its dq is off"):
-        kernels.select_kernel(CPU, torch.float32, 16, "cpu_flash")
+def off_by_a_tenth(kernel, *arguments):
+    return tuple(1.1 * x for x in type(kernel).backward(kernel, *arguments))
 
 
 def own_lse(kernel, dout, q, k, v, out, lse, *options):
@@ -109,25 +103,30 @@ def head_by_head(kernel, dout, q, k, *options):
     return dq, dk if k.stride(1) else dk / 2, dv
 
 
-@pytest.mark.parametrize(("backward", "what"), [(own_lse, "dq"), (whole_tiles, "dq"), (head_by_head, "dk")])
-def test_what_only_real_calls_have_is_tried(monkeypatch: pytest.MonkeyPatch, backward, what: str) -> None:
-    """A merged lse, rows that fill no tile, heads that share a key head."""
-    flash = kernels.KERNELS["cpu_flash"]
-    monkeypatch.setattr(flash, "backward", partial(backward, flash))
-    with pytest.raises(ValueError, match=f"cannot run here: its {what} is off"):
-        kernels.select_kernel(CPU, torch.float32, 16, "cpu_flash")
-
-
-def test_a_kernel_that_fails_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+def fails(kernel, *_):
     """As those whose first line is an assertion about the device, and gives no reason."""
+    raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("call", "wrong", "said"),
+    [
+        ("backward", off_by_a_tenth, "its dq is off"),
+        ("backward", own_lse, "its dq is off"),
+        ("backward", whole_tiles, "its dq is off"),
+        ("backward", head_by_head, "its dk is off"),
+        ("forward", fails, "AssertionError: no reason given"),
+    ],
+)
+def test_a_kernel_that_is_wrong_or_fails_is_passed_over(monkeypatch: pytest.MonkeyPatch, call, wrong, said) -> None:
+    """What only real calls have is tried: a merged lse, rows that fill no tile, heads that share a key head."""
     monkeypatch.delenv("LONGNET_KERNEL", raising=False)
-
-    def forward(*_):
-        raise AssertionError
-
-    monkeypatch.setattr(kernels.KERNELS["cpu_flash"], "forward", forward)
-    with pytest.warns(UserWarning, match="'cpu_flash' is not used: AssertionError: no reason given"):
+    flash = kernels.KERNELS["cpu_flash"]
+    monkeypatch.setattr(flash, call, partial(wrong, flash))
+    with pytest.warns(UserWarning, match=f"'cpu_flash' is not used: {said}"):
         assert kernels.select_kernel(CPU, torch.float32, 16).name == "math"
+    with pytest.raises(ValueError, match=f"cannot run here: {said}"):
+        kernels.select_kernel(CPU, torch.float32, 16, "cpu_flash")
 
 
 def test_a_kernel_is_probed_again_for_algorithms_that_are_always_equal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,27 +148,6 @@ def test_a_kernel_is_probed_again_for_algorithms_that_are_always_equal(monkeypat
         torch.use_deterministic_algorithms(False)
 
 
-def test_key_heads_that_are_shared_are_copied_for_a_kernel_that_cannot_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    def attend(kernel, q, k, v, sizes, causal, scale):
-        assert k.stride(2)
-        assert v.stride(2)
-        out, lse = MATH.forward(*(x.transpose(1, 2) for x in (q, k, v)), causal, scale)
-        return out.transpose(1, 2), lse
-
-    def gradients(kernel, tensors, sizes, causal, scale):
-        assert all(x.stride(2) for x in tensors)
-        *of_rows, lse = tensors
-        grads = MATH.backward(*(x.transpose(1, 2) for x in of_rows), lse, causal, scale)
-        return [d.transpose(1, 2) for d in grads]
-
-    kind = cuda_kernels.CudaFlashKernel
-    for name, value in {"refusal": lambda *_: None, "packs": False, "attend": attend, "gradients": gradients}.items():
-        monkeypatch.setattr(kind, name, value)
-    q, k, v = (torch.randn(1, 50, heads, 8) for heads in (4, 2, 2))
-    found = dilated_attention(q, k, v, Pattern((8, 32), (1, 4)), kernel="cuda_flash")
-    torch.testing.assert_close(found, dilated_attention_reference(q, k, v, Pattern((8, 32), (1, 4))))
-
-
 def test_probing_leaves_the_random_state_alone() -> None:
     state = torch.get_rng_state()
     kernels.select_kernel(CPU, torch.float32, 24)
@@ -181,32 +159,6 @@ def test_cuda_limits() -> None:
     assert cuda.max_batch(12, 1, 64) <= 65_535
     assert cuda.max_batch(12, 2048, 64) * 12 * 2048 * 64 < 2**31
     assert cuda.max_batch(1, 1 << 30, 64) == 1
-
-
-def test_aten_cuda_signatures() -> None:
-    """No GPU here: at least the ops that the CUDA kernel calls take the arguments that it gives, by position."""
-    forward = torch.ops.aten._flash_attention_forward.default._schema
-    backward = torch.ops.aten._flash_attention_backward.default._schema
-    assert [a.name for a in forward.arguments[:10]] == [
-        "query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal",
-        "return_debug_mask",
-    ]  # fmt: skip
-    assert [a.name for a in backward.arguments[:12]] == [
-        "grad_out", "query", "key", "value", "out", "logsumexp", "cum_seq_q", "cum_seq_k", "max_q", "max_k",
-        "dropout_p", "is_causal",
-    ]  # fmt: skip
-    assert [str(a.type) for a in backward.arguments[12:14]] == ["Tensor", "Tensor"]
-    assert "scale" in {a.name for a in forward.arguments} & {a.name for a in backward.arguments}
-    forward = torch.ops.aten._efficient_attention_forward.default._schema
-    backward = torch.ops.aten._efficient_attention_backward.default._schema
-    assert [a.name for a in forward.arguments[3:11]] == [
-        "bias", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "dropout_p", "custom_mask_type",
-        "compute_log_sumexp",
-    ]  # fmt: skip
-    assert [a.name for a in backward.arguments[4:16]] == [
-        "bias", "out", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "logsumexp", "dropout_p",
-        "philox_seed", "philox_offset", "custom_mask_type", "bias_requires_grad",
-    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["cuda_flash", "cuda_efficient"])
@@ -272,17 +224,14 @@ def flash_attn_like(version: str) -> types.ModuleType:
     else:
 
         @torch.library.custom_op("flash_attn::_flash_attn_forward", mutates_args=(), schema=FORWARD)
-        def _flash_attn_forward(q, k, v, dropout_p, softmax_scale, causal, left, right, softcap, slopes, softmax):
-            assert (dropout_p, left, right, softcap, slopes, softmax) == (0.0, -1, -1, 0.0, None, False)
+        def _flash_attn_forward(q, k, v, dropout_p, softmax_scale, causal, *others):
+            assert (dropout_p, *others) == (0.0, -1, -1, 0.0, None, False)
             out, lse = compute(q, k, v, softmax_scale, causal)
             return out, lse, q.new_empty(0), torch.empty(2, dtype=torch.int64)
 
         @torch.library.custom_op("flash_attn::_flash_attn_backward", mutates_args=("dq", "dk", "dv"), schema=BACKWARD)
-        def _flash_attn_backward(
-            dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, left, right, softcap,
-            slopes, deterministic, rng_state=None,
-        ):  # fmt: skip
-            assert (dropout_p, left, right, softcap, slopes) == (0.0, -1, -1, 0.0, None)
+        def _flash_attn_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout, softmax_scale, causal, *others):
+            assert (dropout, *others[:4]) == (0.0, -1, -1, 0.0, None)
             compute_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, softmax_scale, causal)
             return torch.empty_like(softmax_lse)
 
@@ -290,45 +239,33 @@ def flash_attn_like(version: str) -> types.ModuleType:
     return module
 
 
-@pytest.mark.parametrize("version", ["2.6.3", "2.7.4", "2.8.3"])
+@pytest.mark.parametrize("version", ["2.6.3", "2.8.3"])  # 2.7.4 has the signatures of 2.8.3
 def test_flash_attn_is_called_as_it_wants(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     package, interface = types.ModuleType("flash_attn"), flash_attn_like(version)
     package.flash_attn_interface = interface
     monkeypatch.setitem(sys.modules, "flash_attn", package)
     monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", interface)
-    monkeypatch.setattr(cuda_kernels.FlashAttnKernel, "refusal", lambda *_: None)  # only the device is missing
+    monkeypatch.setattr(cuda_kernels.CudaKernel, "refusal", lambda *_: None)  # only the device is missing
     library = torch.library.Library("aten", "IMPL")  # which packs
     library.impl("_flash_attention_forward", flash_forward, "CPU")
     library.impl("_flash_attention_backward", flash_backward, "CPU")
-    problem = torch.randn(4, 2, 50, 4, 8), Pattern((8, 32), (1, 4))
-    assert_equals_the_reference(*problem, kernel="flash_attn")
-    assert_packs(*problem, kernel="flash_attn")
+    for kernel in ("flash_attn", "cuda_flash"):
+        assert_equals_the_reference(kernel)
 
 
-def assert_equals_the_reference(tensors: Tensor, pattern: Pattern, **options) -> None:
-    *qkv, dout = tensors
-    results = []
-    for function, chosen in ((dilated_attention, options), (dilated_attention_reference, {})):
-        q, k, v = (x.clone().requires_grad_() for x in qkv)
-        out = function(q, k, v, pattern, **chosen)
-        results.append([out, *torch.autograd.grad(out, (q, k, v), dout)])
-    for found, expected in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected)
+def assert_equals_the_reference(kernel: str, head_dim: int = 8) -> None:
+    """A sequence at once; and documents, which go packed: each gets what it gets alone, its gradients too."""
+    q, k, v, dout = torch.randn(4, 2, 50, 4, head_dim)
+    inputs, pattern, documents = [q, k[:, :, :2], v[:, :, :2], dout], Pattern((8, 32), (1, 4)), [17, 1, 32]
 
+    def each_alone(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+        parts = zip(*(x.split(documents, 1) for x in (q, k, v)), strict=True)
+        return torch.cat([dilated_attention_reference(*part, pattern) for part in parts], 1)
 
-def assert_packs(tensors: Tensor, pattern: Pattern, kernel: str) -> None:
-    """Documents go packed, and each gets what it gets alone, its gradients too."""
-    documents = [17, 1, 32]
-    assert kernels.select_kernel(CPU, tensors.dtype, tensors.shape[-1], kernel).packs
-    *qkv, dout = tensors
-    q, k, v = (x.clone().requires_grad_() for x in qkv)
-    out = dilated_attention(q, k, v, pattern, documents=documents, kernel=kernel)
-    results = [out, *torch.autograd.grad(out, (q, k, v), dout)]
-    alone = [x.clone().requires_grad_() for x in qkv]
-    parts = zip(*(x.split(documents, 1) for x in alone), strict=True)
-    expected = torch.cat([dilated_attention_reference(*part, pattern) for part in parts], 1)
-    for found, wanted in zip(results, [expected, *torch.autograd.grad(expected, alone, dout)], strict=True):
-        torch.testing.assert_close(found, wanted)
+    assert kernels.select_kernel(CPU, torch.float32, head_dim, kernel).packs
+    for options, reference in (({}, dilated_attention_reference), ({"documents": documents}, each_alone)):
+        found = run(dilated_attention, inputs, pattern, kernel=kernel, **options)
+        assert_close(found, run(reference, inputs, pattern), 1e-5)
 
 
 def efficient_forward(
@@ -367,7 +304,11 @@ def efficient_backward(
 
 
 def flash_forward(query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, *_, scale=None, **__):
-    """aten's `_flash_attention_forward`: packed, q is (rows, heads, head_dim) and the lse (heads, rows)."""
+    """aten's `_flash_attention_forward`: packed, q is (rows, heads, head_dim) and the lse (heads, rows).
+
+    Heads that share a key head are none to it: they are copied.
+    """
+    assert all(x.stride(-2) for x in (key, value))
     one = 0 if cum_seq_q is not None else slice(None)
     heads_first = [x[None] if cum_seq_q is not None else x for x in (query, key, value)]
     each = sequences(cum_seq_q, cum_seq_k, max_q, max_k, heads_first[:1], heads_first[1:])
@@ -382,6 +323,8 @@ def flash_backward(
     grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, *_,
     scale=None, **__,
 ):  # fmt: skip
+    assert logsumexp.is_contiguous()
+    assert all(x.stride(-2) for x in (grad_out, query, key, value, out))
     one = 0 if cum_seq_q is not None else slice(None)
     of_q = [x[None] if cum_seq_q is not None else x for x in (grad_out, query, out)]
     of_q.append((logsumexp[None] if cum_seq_q is not None else logsumexp).transpose(1, 2)[..., None])
@@ -416,9 +359,7 @@ def test_efficient_attention_is_called_as_it_wants(monkeypatch: pytest.MonkeyPat
     library = torch.library.Library("aten", "IMPL")
     library.impl("_efficient_attention_forward", efficient_forward, "CPU")
     library.impl("_efficient_attention_backward", efficient_backward, "CPU")
-    problem = torch.randn(4, 2, 50, 4, head_dim), Pattern((8, 32), (1, 4))
-    assert_equals_the_reference(*problem, kernel="cuda_efficient")
-    assert_packs(*problem, kernel="cuda_efficient")
+    assert_equals_the_reference("cuda_efficient", head_dim)
 
 
 def test_efficient_attention_serves_what_flash_does_not() -> None:
@@ -460,35 +401,25 @@ FLASH_3 = (
 EDGES = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
 
 
-def by_aten(q, k, v, causal, scale, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None):
-    """The out and lse of FlashAttention-3, whose layouts are those of aten's operator."""
-    lengths = (max_seqlen_q or q.shape[1], max_seqlen_k or k.shape[1])
-    return flash_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, *lengths, 0.0, causal, scale=scale)[:2]
-
-
-def by_aten_backward(dout, q, k, v, out, lse, causal, scale, cu_seqlens_q=None, cu_seqlens_k=None):
-    assert lse.is_contiguous()
-    edges = cu_seqlens_q, cu_seqlens_k
-    most = [x.shape[1] if of is None else of.diff().max() for x, of in zip((q, k), edges, strict=True)]
-    return flash_backward(dout, q, k, v, out, lse, *edges, *most, 0.0, causal, scale=scale)
-
-
 def flash_3(monkeypatch: pytest.MonkeyPatch) -> torch.library.Library:
     """flash_attn_interface: importing it registers operators, whose gradients are written into arguments."""
 
     names = [re.findall(r" (\w+)[,=)]", schema) for schema in FLASH_3]
 
+    def by_aten(function, names: list[str], tensors: int, arguments: tuple):
+        """Aten's operators have the same layouts."""
+        given = dict(zip(names, arguments, strict=False))  # torch leaves out defaults at the end
+        *edges, rows, keys = (given.get(name) for name in EDGES)
+        sizes = *edges, rows or given["q"].shape[1], keys or given["k"].shape[1]
+        causal, scale = given.get("is_causal", False), given["softmax_scale"]
+        return function(*arguments[:tensors], *sizes, 0.0, causal, scale=scale)
+
     def forward(*arguments):
-        given = dict(zip(names[0], arguments, strict=False))  # torch leaves out defaults at the end
-        edges = {name: given.get(name) for name in EDGES}
-        found = by_aten(*arguments[:3], given.get("is_causal", False), given["softmax_scale"], **edges)
-        return *found, torch.empty(0), torch.empty(0)
+        out, lse, *_ = by_aten(flash_forward, names[0], 3, arguments)
+        return out, lse, torch.empty(0), torch.empty(0)
 
     def backward(*arguments):
-        given = dict(zip(names[1], arguments, strict=False))
-        edges = {name: given.get(name) for name in EDGES[:2]}
-        grads = by_aten_backward(*arguments[:6], given.get("is_causal", False), given["softmax_scale"], **edges)
-        for total, part in zip(arguments[6:9], grads, strict=True):
+        for total, part in zip(arguments[6:9], by_aten(flash_backward, names[1], 6, arguments), strict=True):
             total.copy_(part)
         return torch.empty(0), torch.empty(0)
 
@@ -506,9 +437,7 @@ def test_flash_attention_3_is_called_as_it_wants(monkeypatch: pytest.MonkeyPatch
     for names in ("activate", "restore", "register"):  # which torch has, or has not, by its version
         monkeypatch.delattr(torch.nn.attention, f"{names}_flash_attention_impl", raising=False)
     monkeypatch.setattr(cuda_kernels.Flash3Kernel, "refusal", lambda *_: None)  # only the device is missing
-    problem = torch.randn(4, 2, 50, 4, 8), Pattern((8, 32), (1, 4))
-    assert_equals_the_reference(*problem, kernel="fa3")
-    assert_packs(*problem, kernel="fa3")
+    assert_equals_the_reference("fa3")
     library._destroy()
 
 

@@ -1,4 +1,6 @@
-"""Chosen blocks with a GPU's limits, tried on a CPU: few operators, and the same bits as with a CPU's."""
+"""What attention takes on a GPU, tried on a CPU: operators and memory of chosen blocks with a GPU's limits, which give
+the same bits as a CPU's; and the memory of a backward pass.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from strategies import turn
+from strategies import PAPER_64TH, turn
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -18,8 +21,10 @@ from torch.utils._pytree import tree_leaves
 from longnet_cli.attention import KVCache, LayerChoices, Past, Pattern, choosing, dilated_attention, groups
 from longnet_cli.attention.chosen import Chosen
 from longnet_cli.attention.groups import GroupedPart, groups_of, transient_bytes
+from longnet_cli.attention.kernels import KERNELS
 from longnet_cli.attention.merging import GradientSum, Merge
 from longnet_cli.attention.plain_call import Kernel
+from longnet_cli.attention.planning import Shard, merged_backward, plan_calls
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.positions import sink_turn
 from longnet_cli.running.ranks import fetching
@@ -63,6 +68,11 @@ class FlashOfAGpu(Kernel):
         return torch.empty_like(q), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+def rope_of(heads: int, head_dim: int) -> Any:
+    fields = {"dim": heads * head_dim, "num_heads": heads, "num_layers": 1, "ffn_dim": 8, "vocab_size": 8}
+    return sink_turn(LongNetConfig(**fields, position="rope", segment_lengths=(8,), dilation_rates=(1,)))
+
+
 def test_a_layer_starts_few_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     """For 65,536 tokens of 12 heads x 64 in bf16, tried with a quarter of them, of one head x 8 in fp32.
 
@@ -71,8 +81,7 @@ def test_a_layer_starts_few_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     less = groups.GPU._replace(gathered=groups.GPU.gathered * 2 // (4 * 96), scores=groups.GPU.scores // (4 * 12))
     monkeypatch.setattr(groups, "CPU", less)
     pattern, tokens, choices = replace(Pattern.finding(), chosen_layers=(0, 2)), 16_384, choosing.Choices()
-    fields = {"dim": 8, "num_heads": 1, "num_layers": 1, "ffn_dim": 8, "vocab_size": 8, "position": "rope"}
-    rope = sink_turn(LongNetConfig(**fields, segment_lengths=(8,), dilation_rates=(1,)))
+    rope = rope_of(1, 8)
     parts = [GroupedPart(slice(0, 1), slice(0, tokens), 0, each) for each in groups_of(pattern, 0, tokens)]
     for layer, most in enumerate((1700, 1300, 1700)):  # a hundred calls of 64 MiB of keys each
         q, k = torch.randn(2, 1, tokens, 1, 8, generator=torch.Generator().manual_seed(layer)).unbind()
@@ -141,7 +150,7 @@ class Live(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for x in tree_leaves(result):
-            storage = x.untyped_storage() if isinstance(x, Tensor) else None
+            storage = x.untyped_storage() if isinstance(x, Tensor) and not x.is_meta else None
             if storage is not None and storage._cdata not in self._seen:
                 self._seen.add(storage._cdata)
                 self.now += storage.nbytes()
@@ -160,8 +169,7 @@ def test_what_chosen_blocks_take_for_a_time(before: int, monkeypatch: pytest.Mon
     less = groups.GPU._replace(gathered=groups.GPU.gathered // 64, scores=groups.GPU.scores // 64)
     monkeypatch.setattr(groups, "CPU", less)
     pattern, tokens, past, heads = Pattern.finding(), 4096, None, (2, 64)
-    fields = {"dim": 128, "num_heads": 2, "num_layers": 1, "ffn_dim": 8, "vocab_size": 8, "position": "rope"}
-    rope = sink_turn(LongNetConfig(**fields, segment_lengths=(8,), dilation_rates=(1,)))
+    rope = rope_of(*heads)
     if before:
         past = Past(pattern, keep=before + tokens)
         past.settle(rope)
@@ -186,3 +194,29 @@ def test_what_chosen_blocks_take_for_a_time(before: int, monkeypatch: pytest.Mon
     assert most / 3 < max(choosing_.peak, attending.peak, backward.peak) <= most
     gpu, run = groups.GPU, fetching.RUN_BYTES
     assert max(transient_bytes(gpu, run=run, backward=way) for way in (False, True)) <= 2 << 30
+
+
+def test_memory_of_a_forward_and_a_backward() -> None:
+    """In times the bytes of q, beside inputs and dout: the 4 of the result and of gradients cannot be less."""
+    q, k, v, dout = torch.randn(4, 1, 4096, 4, 64).unbind()
+    tensors = [x.requires_grad_() for x in (q, k, v)]
+    with Live(q, dout) as live:
+        dilated_attention(*tensors, PAPER_64TH).backward(dout)
+    assert live.peak <= 7.5 * q.nbytes
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("tokens", [1 << 15, 1 << 17])
+def test_memory_of_a_backward(tokens: int) -> None:
+    """In times the bytes of q, beside the five of saved tensors and dout: the 3 of gradients cannot be less.
+
+    On fake tensors: torch knows what its CUDA operators return. They allocate more inside.
+    """
+    with FakeTensorMode():
+        q, k, v, out, dout = (torch.empty(1, tokens, 12, 64, dtype=torch.bfloat16) for _ in range(5))
+        lse = torch.empty(1, tokens, 12)
+        plan = plan_calls(KERNELS["cuda_flash"], q, k, v, Pattern.paper(), Shard())
+        with Live(q, k, v, out, dout, lse) as live:
+            grads = merged_backward(plan, 0.125, dout, q, k, v, out, lse, [])
+            grads = [d.to(q.dtype) for d in grads]
+    assert live.peak <= 12 * q.nbytes

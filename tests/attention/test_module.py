@@ -31,6 +31,14 @@ def pair(dtype: torch.dtype = torch.float32, bias: bool = True, pattern: Pattern
     return theirs, ours
 
 
+def put_ours(encoder: nn.TransformerEncoder, pattern: Pattern) -> None:
+    """Give its layers our attention, with the weights of torch's."""
+    for layer in encoder.layers:
+        attention = DilatedAttention(24, 4, pattern)
+        attention.load_state_dict(layer.self_attn.state_dict())
+        layer.self_attn = attention
+
+
 def outputs_and_gradients(module: nn.Module, inputs: list[Tensor], dout: Tensor, **options) -> dict[str, Tensor]:
     inputs = [x.clone().requires_grad_() for x in inputs]
     query, key, value = inputs * 3 if len(inputs) == 1 else inputs
@@ -100,10 +108,7 @@ def test_inside_torchs_encoder(pattern: Pattern, norm_first: bool, padded: bool)
     layer = nn.TransformerEncoderLayer(24, 4, 48, dropout=0.0, batch_first=True, norm_first=norm_first)
     encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
     dense = copy.deepcopy(encoder)
-    for changed in encoder.layers:
-        attention = DilatedAttention(24, 4, pattern)
-        attention.load_state_dict(changed.self_attn.state_dict())
-        changed.self_attn = attention
+    put_ours(encoder, pattern)
     x, padding = torch.randn(3, TOKENS, 24), PADDING if padded else None
     true = ~PADDING[..., None] if padded else torch.tensor(True)
     learned = encoder(x, src_key_padding_mask=padding)
@@ -118,10 +123,7 @@ def test_inside_torchs_encoder(pattern: Pattern, norm_first: bool, padded: bool)
 def test_causal_mask_through_torchs_encoder() -> None:
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(24, 4, 48, 0.0, batch_first=True), 2)
     dense = copy.deepcopy(encoder)
-    for layer in encoder.layers:
-        attention = DilatedAttention(24, 4, FULL)
-        attention.load_state_dict(layer.self_attn.state_dict())
-        layer.self_attn = attention
+    put_ours(encoder, FULL)
     x = torch.randn(2, TOKENS, 24)
     mask = nn.Transformer.generate_square_subsequent_mask(TOKENS)
     torch.testing.assert_close(encoder(x, mask), dense(x, mask))
@@ -155,7 +157,7 @@ def test_what_is_not_supported_is_refused_by_name(options: dict, message: str) -
 def test_nested_tensors_are_refused() -> None:
     """As torch's encoder makes them of a padded batch in eval mode, if it is older than the module in it."""
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(24, 4, 48, batch_first=True), 1).eval()
-    encoder.layers[0].self_attn = DilatedAttention(24, 4, FULL)
+    put_ours(encoder, FULL)
     with torch.no_grad(), pytest.raises(ValueError, match="with enable_nested_tensor=False"):
         encoder(torch.zeros(3, TOKENS, 24), src_key_padding_mask=PADDING)
 

@@ -14,6 +14,13 @@ from longnet_cli.attention import Pattern
 from longnet_cli.attention.notation import format_levels, format_pattern, is_pattern, parse_pattern, pattern_fields
 from longnet_cli.basics.sizes import MAX_SIZE, format_size, parse_size
 
+TILED = {"look_back": 1, "overlap": "once", "queries": "all"}
+
+
+def choosing(width: int = 1024, **options: int) -> Pattern:
+    return Pattern((width,), (1,), look_back=1, **options)
+
+
 FAR = Pattern((1024, 1024), (1, 4), look_back=(1, 5), overlap="once", queries="all", sinks=4)
 READ = {
     "paper": Pattern.paper(),
@@ -21,20 +28,14 @@ READ = {
     "geometric:1e9,base=1Ki,ratio=4": Pattern.geometric(10**9, 1024, 4),
     "window:1Ki": Pattern.window(1024),
     "window:1Ki,look_back=0,sinks=4": Pattern.window(1024, 0, 4),
-    "geometric:4Ki,base=1Ki,ratio=4,look_back=1,overlap=once,queries=all": Pattern(
-        (1024, 4096), (1, 4), look_back=1, overlap="once", queries="all"
-    ),
+    "geometric:4Ki,base=1Ki,ratio=4,look_back=1,overlap=once,queries=all": Pattern((1024, 4096), (1, 4), **TILED),
     "pretrained": Pattern.pretrained(),
     "pretrained:512,sinks=8": Pattern.pretrained(512, 8),
-    "finding": Pattern((1024,), (1,), look_back=1, chosen=32),
-    "finding:512,chosen=16x64,chosen_every=4": Pattern(
-        (512,), (1,), look_back=1, chosen=16, chosen_block=64, chosen_every=4
-    ),
-    "window:1Ki,chosen=32x32": Pattern((1024,), (1,), look_back=1, chosen=32),
-    "window:1Ki,chosen=16": Pattern((1024,), (1,), look_back=1, chosen=16),
-    "window:1Ki,chosen=16x64,chosen_every=4": Pattern(
-        (1024,), (1,), look_back=1, chosen=16, chosen_block=64, chosen_every=4
-    ),
+    "finding": choosing(chosen=32),
+    "finding:512,chosen=16x64,chosen_every=4": choosing(512, chosen=16, chosen_block=64, chosen_every=4),
+    "window:1Ki,chosen=32x32": choosing(chosen=32),
+    "window:1Ki,chosen=16": choosing(chosen=16),
+    "window:1Ki,chosen=16x64,chosen_every=4": choosing(chosen=16, chosen_block=64, chosen_every=4),
     "1Ki/1,4Ki/4": Pattern((1024, 4096), (1, 4)),
     " 16/1 , 64/4 , head_offsets = grouped , look_back = 0/1": Pattern((16, 64), (1, 4), "grouped", (0, 1)),
     "1Ki/1,1Ki/4,look_back=1/5,overlap=once,queries=all,sinks=4": FAR,
@@ -46,10 +47,8 @@ WRITTEN = {
     "geometric:1Mi,base=1Ki,ratio=4,look_back=1": Pattern(
         (1024, 4096, 16384, 65536, 262144, 1048576), (1, 4, 16, 64, 256, 1024), look_back=1
     ),
-    "window:1Ki,chosen=32x32": Pattern((1024,), (1,), look_back=1, chosen=32),
-    "window:1Ki,chosen=1Kix64,chosen_every=4": Pattern(
-        (1024,), (1,), look_back=1, chosen=1024, chosen_block=64, chosen_every=4
-    ),
+    "window:1Ki,chosen=32x32": choosing(chosen=32),
+    "window:1Ki,chosen=1Kix64,chosen_every=4": choosing(chosen=1024, chosen_block=64, chosen_every=4),
     "4Ki/1,1Ki/4": Pattern((4096, 1024), (1, 4)),
     "1Ki/1,1Ki/4,look_back=1/5,overlap=once,queries=all,sinks=4": FAR,
     "paper:head_offsets=grouped": Pattern(*(getattr(Pattern.paper(), n) for n in ("segment_lengths", "dilation_rates")),

@@ -10,7 +10,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import PAPER_64TH, Choice, PackedMath, Problem, assert_close, choices, cuts, problems, run, split, turn
+from strategies import (
+    PAPER_64TH,
+    Choice,
+    PackedMath,
+    Problem,
+    assert_close,
+    choices,
+    cuts,
+    problems,
+    run,
+    split,
+    turning,
+)  # fmt: skip
 from torch import Tensor
 
 from longnet_cli.attention import FarKeys, FarSpan, Pattern, dilated_attention, far_keys, planning
@@ -52,13 +64,17 @@ def each_alone(documents: list[int]):
     return function
 
 
-@given(problem=problems(lengths=False), sizes=cuts())
+@given(problem=problems(lengths=False) | choices(), sizes=cuts())
 def test_documents_equal_the_reference(problem: Problem, sizes: list[int]) -> None:
-    inputs, documents = problem.tensors(4), split(problem.tokens, sizes)
-    expected = run(each_alone(documents), inputs, problem.pattern, causal=problem.causal)
+    """With every option of a pattern: look-back, sinks, shared key heads."""
+    inputs = problem.qkv() if isinstance(problem, Choice) else problem.tensors(4)
+    documents, options = split(problem.tokens, sizes), {"causal": problem.causal}
+    if isinstance(problem, Choice):
+        options |= turning(problem)
+    expected = run(each_alone(documents), inputs, problem.pattern, **options)
     for kernel in ("packed", "cpu_flash"):
-        options = {"causal": problem.causal, "documents": documents, "kernel": kernel}
-        assert_close(run(dilated_attention, inputs, problem.pattern, **options), expected, 1e-12)
+        found = run(dilated_attention, inputs, problem.pattern, documents=documents, kernel=kernel, **options)
+        assert_close(found, expected, 1e-12)
 
 
 @given(problem=problems(), zero_keys=st.booleans())
@@ -68,17 +84,6 @@ def test_padded_rows_equal_the_reference(problem: Problem, zero_keys: bool) -> N
     expected = run(dilated_attention_reference, inputs, problem.pattern, **options)
     for kernel in ("packed", "cpu_flash"):
         assert_close(run(dilated_attention, inputs, problem.pattern, kernel=kernel, **options), expected, 1e-12)
-
-
-@given(choice=choices(), sizes=cuts())
-def test_every_option_of_a_pattern(choice: Choice, sizes: list[int]) -> None:
-    """Look-back, sinks, shared key heads."""
-    inputs, documents = choice.qkv(), split(choice.tokens, sizes)
-    options = {"causal": choice.causal} | ({"turn": turn} if choice.rotary else {})
-    expected = run(each_alone(documents), inputs, choice.pattern, **options)
-    for kernel in ("packed", "cpu_flash"):
-        found = run(dilated_attention, inputs, choice.pattern, documents=documents, kernel=kernel, **options)
-        assert_close(found, expected, 1e-12)
 
 
 def test_the_first_document_may_have_begun_before_the_shard() -> None:

@@ -176,14 +176,6 @@ def test_sinks_are_seen_right_before_the_window_at_any_distance(causal: bool, mo
     assert not torch.allclose(dilated_attention(q_, k_, v[:, start:], pattern, **options), whole[:, start:], atol=1e-3)
 
 
-def test_a_shard_without_tokens_sees_no_sinks() -> None:
-    """As a rank's of a short chunk; a kernel that gets no rows would end the process."""
-    keys, nothing = torch.randn(2, 1, 2, 4, 8), torch.randn(1, 0, 4, 8)
-    far = [FarKeys(SINKS, 0, 2, *keys)]
-    out = dilated_attention(nothing, nothing, nothing, Pattern.window(8, sinks=2), start=20, far=far)
-    assert out.shape == nothing.shape
-
-
 def test_a_query_sees_what_the_table_says() -> None:
     """The far row of the evidence: a window of 1,024 and 4,096 further tokens at rate 4, scaled to a 64th."""
     pattern = Pattern((16, 16), (1, 4), look_back=(1, 5), overlap="once", queries="all", sinks=2)
@@ -267,25 +259,6 @@ def test_wrong_calls_say_what_is_wrong(pattern: Pattern, call: dict, message: st
     q, k = torch.zeros(1, 8, 4, 4), torch.zeros(1, 8, heads, 4)
     with pytest.raises(ValueError, match=message):
         dilated_attention(q, k, k, pattern, far=far, **options)
-
-
-def test_constructors() -> None:
-    assert Pattern.window(1024) == Pattern((1024,), (1,), look_back=1)
-    assert Pattern.window(1024).keys_per_query / 2 == 1536
-    assert Pattern.pretrained() == Pattern.window(1704, sinks=4)
-    assert Pattern.window(1704).keys_per_query / 2 + 4 == 2560
-
-
-def test_gradients_of_expanded_key_heads_are_summed_once() -> None:
-    """k and v that the caller has expanded, and k and v of the key heads: one result and one gradient."""
-    pattern = Pattern((16, 48), (1, 3), look_back=1)
-    q, shared = torch.randn(2, 100, 6, 8, dtype=torch.float64), torch.randn(2, 100, 2, 8, dtype=torch.float64)
-    gradients = []
-    for expand in (True, False):
-        k = shared.clone().requires_grad_()
-        wide = k[:, :, :, None].expand(-1, -1, -1, 3, -1).flatten(2, 3) if expand else k
-        gradients.append(torch.autograd.grad(dilated_attention(q, wide, wide, pattern).square().sum(), k)[0])
-    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("kernel", ["math", "cpu_flash"])

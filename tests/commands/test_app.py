@@ -15,17 +15,8 @@ import pytest
 from longnet_cli import __version__
 
 HEAVY = ("torch", "numpy", "pyarrow", "tokenizers", "pydantic", "safetensors")
-UNUSED = (
-    "torch._dynamo",
-    "torch._inductor",
-    "sympy",
-    "jinja2",
-    "transformers",
-    "pyarrow.compute",
-    "pyarrow.parquet",
-    "rich",
-    "longnet_cli.jobs.estimating.estimate",
-)
+UNUSED = ("torch._dynamo", "torch._inductor", "sympy", "jinja2", "transformers", "pyarrow.compute", "pyarrow.parquet")
+UNUSED += ("rich", "longnet_cli.jobs.estimating.estimate")
 
 SCRIPT = """
 import os, signal, sys, typer
@@ -62,19 +53,10 @@ def script(tmp_path: Path) -> Script:
 
 @pytest.fixture
 def act(script: Script, command_env: dict[str, str]) -> Callable[..., subprocess.CompletedProcess]:
-    def run(body: str, **env: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, script(body), "act"]
-        return subprocess.run(command, capture_output=True, text=True, env=command_env | env, check=False)
+    """Runs $ACT, the command of the program, or another bash line."""
 
-    return run
-
-
-@pytest.fixture
-def shell(script: Script, command_env: dict[str, str]) -> Callable[..., subprocess.CompletedProcess]:
-    """Runs a bash line in which $ACT is the program."""
-
-    def run(body: str, line: str) -> subprocess.CompletedProcess:
-        env = command_env | {"ACT": f"{sys.executable} {script(body)} act"}
+    def run(body: str, line: str = "$ACT", **env: str) -> subprocess.CompletedProcess:
+        env = command_env | {"PROGRAM": (program := f"{sys.executable} {script(body)}"), "ACT": f"{program} act"} | env
         command = ["bash", "-o", "pipefail", "-c", line]
         return subprocess.run(command, capture_output=True, text=True, env=env, check=False)
 
@@ -159,9 +141,8 @@ def test_frozen_imports_are_no_leaks_at_the_exit(command_env):
     assert (result.returncode, result.stderr) == (0, "")
 
 
-def test_unknown_command_is_exit_2_with_a_suggestion(script, command_env):
-    command = [sys.executable, script("pass"), "othr"]
-    result = subprocess.run(command, capture_output=True, text=True, env=command_env, check=False)
+def test_unknown_command_is_exit_2_with_a_suggestion(act):
+    result = act("pass", "$PROGRAM othr")
     assert result.returncode == 2
     assert "Did you mean 'other'" in result.stderr
     assert result.stdout == ""
@@ -203,32 +184,32 @@ def test_exit_codes_of_typer_are_kept(act, body, code):
 
 
 @pytest.mark.parametrize("flush", ["True", "False"])
-def test_closed_pipe_is_exit_141_and_silent(shell, flush):
-    result = shell(f"for row in range(100_000): print(row, flush={flush})", "$ACT | head -1")
+def test_closed_pipe_is_exit_141_and_silent(act, flush):
+    result = act(f"for row in range(100_000): print(row, flush={flush})", "$ACT | head -1")
     assert (result.returncode, result.stdout, result.stderr) == (141, "0\n", "")
 
 
-def test_closed_pipe_that_shows_only_at_the_end(shell):
+def test_closed_pipe_that_shows_only_at_the_end(act):
     # the one row waits in Python's buffer until the reader has gone
     wait = "end = select.poll(); end.register(1, 0); end.poll()"
-    result = shell(f"import select; print('row'); {wait}", "$ACT | true")
+    result = act(f"import select; print('row'); {wait}", "$ACT | true")
     assert (result.returncode, result.stderr) == (141, "")
 
 
-def test_closed_pipe_of_both_streams(shell):
+def test_closed_pipe_of_both_streams(act):
     body = "for row in range(100_000): print(row, flush=True); print('note', file=sys.stderr)"
-    assert shell(body, "$ACT 2>&1 | head -1").returncode == 141
+    assert act(body, "$ACT 2>&1 | head -1").returncode == 141
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 @pytest.mark.parametrize("body", ["print('row', flush=True)", "print('row')"])
-def test_full_disk_is_one_line_and_exit_1(shell, body):
-    result = shell(body, "$ACT > /dev/full")
+def test_full_disk_is_one_line_and_exit_1(act, body):
+    result = act(body, "$ACT > /dev/full")
     assert (result.returncode, result.stderr) == (1, "longnet: error: No space left on device\n")
 
 
-def test_errors_never_land_in_the_results(shell):
-    result = shell("raise DataError('bad')", "$ACT 2>&-")
+def test_errors_never_land_in_the_results(act):
+    result = act("raise DataError('bad')", "$ACT 2>&-")
     assert (result.returncode, result.stdout) == (3, "")
 
 
@@ -246,10 +227,10 @@ finally:
     assert not temporary.exists()
 
 
-def test_nohup_is_kept(shell):
+def test_nohup_is_kept(act):
     body = "import signal\nos.kill(os.getpid(), signal.SIGHUP)\nprint('lives')"
-    assert shell(body, "(trap '' HUP; exec $ACT)").stdout == "lives\n"
-    assert shell(body, "$ACT").returncode == 129
+    assert act(body, "(trap '' HUP; exec $ACT)").stdout == "lives\n"
+    assert act(body, "$ACT").returncode == 129
 
 
 def test_a_second_sigterm_does_not_cut_the_clean_up_short(stop, tmp_path):

@@ -71,8 +71,6 @@ def test_what_is_no_device(text):
 
 
 def test_a_command_gets_its_defaults_and_its_options(show):
-    import json
-
     defaults = json.loads(show("in.arrow").stdout)
     assert (defaults["documents"]["inputs"], defaults["documents"]["keep"]) == (["in.arrow"], None)
     assert (defaults["seq"], defaults["limit"], defaults["choice"]["model"]) == ([8192, 32768], None, "longnet-tiny")

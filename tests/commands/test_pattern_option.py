@@ -65,12 +65,7 @@ def test_a_folder_of_vectors_is_resumed_with_its_pattern(model: Path, text: Path
     assert "pattern was '16/1' and is now '8/1,32/2'" in str(refused(*command, "--resume"))
 
 
-def test_wrong_patterns_are_one_line(model: Path, text: Path, tmp_path: Path) -> None:
-    score = ["score", text, "--model", model]
-    meant = "--pattern: unknown pattern 'windw': did you mean 'window'?"
-    assert str(refused(*score, "--pattern", "windw:1Ki")).startswith(meant)
-    assert str(refused("bench", "--pattern", "windw:1Ki")).startswith(meant)
-    assert str(refused("train", "--pattern", "windw:1Ki", "-o", tmp_path / "run")).startswith(meant)
+def test_a_pattern_for_other_positions_is_one_line(text: Path, tmp_path: Path) -> None:
     xpos = parse_config({**SHAPE, "position": "xpos", "pattern": "8/1"}, "x")
     LongNet(xpos).save_pretrained(tmp_path / "xpos")
     Tokenizer.bytes().save(tmp_path / "xpos/tokenizer.json")
@@ -86,14 +81,6 @@ def test_recipes_say_patterns_too() -> None:
         load_recipe(None, {**recipe, "model.pattern": "16/1", "model.segment_lengths": [8]})
     with pytest.raises(ConfigError, match=r"did you mean 'paper'\?"):
         load_recipe(None, {**recipe, "model.pattern": "papr"})
-
-
-def test_an_override_takes_the_place_of_the_recipes_pattern() -> None:
-    own = load_recipe("longnet-tiny", {"model.vocab_size": 257})
-    assert own.model.pattern != Pattern.paper()
-    found = load_recipe("longnet-tiny", {"model.vocab_size": 257, "model.pattern": "paper"})
-    assert found.model.pattern == Pattern.paper()
-    assert found.model.num_parameters() == own.model.num_parameters()
 
 
 def test_inputs_take_the_place_of_the_recipes_mix() -> None:

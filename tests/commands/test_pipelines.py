@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.ipc as ipc
 import pytest
 from builders import tiny_model
-from files import IDS, TEXTS, token_table, write_file
+from files import IDS, TEXTS, token_table, write_file, write_lines
 from processes import Start
 
 from longnet_cli.data.inputs import Inputs
@@ -58,15 +58,9 @@ def texts(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("ranks", [[], ["--dp", "2"]])
 def test_the_documents_before_a_bad_line_are_written_first(model: Path, run_longnet, tmp_path: Path, ranks) -> None:
-    lines = [
-        {"id": "a", "text": "one"},
-        {"id": "b", "text": "two"},
-        {"id": "c", "text": 5},
-        {"id": "d", "text": "four"},
-    ]
-    (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_lines(tmp_path / "x.jsonl", [{"id": str(n), "text": n if n == 3 else "text"} for n in range(1, 5)])
     done = run_longnet("score", "x.jsonl", "-m", model, "--format", "jsonl", *ranks)
-    assert [json.loads(line)["doc_id"] for line in done.stdout.splitlines()] == ["a", "b"]
+    assert [json.loads(line)["doc_id"] for line in done.stdout.splitlines()] == ["1", "2"]
     assert (done.returncode, "x.jsonl, line 3: 'text' is not text" in done.stderr) == (3, True)
 
 
@@ -170,8 +164,12 @@ def test_binary_is_not_written_to_a_terminal(
     assert done.stderr.count("\n") == 1
 
 
+RESULTS_ON_STDOUT = "tokenize texts -o -", "score texts", "plot run", "data inspect texts", "encode texts"
+
+
 def test_a_closed_end_is_one_line(shell, texts: Path) -> None:
-    for line, code in (("longnet tokenize texts -o - >&-", 1), ("longnet data inspect - <&-", 3)):
+    closed = (("longnet data inspect - <&-", 3), *((f"longnet {line} >&-", 1) for line in RESULTS_ON_STDOUT))
+    for line, code in closed:
         done = shell(line)
         assert (done.returncode, done.stderr.count("\n")) == (code, 1)
         assert " is closed" in done.stderr
@@ -184,12 +182,6 @@ def test_a_command_of_the_shell_is_written_to_as_a_file(shell, texts: Path, tmp_
     done = shell("longnet tokenize texts -o >(cat > copy.arrow; touch done) -q; until [ -e done ]; do sleep 0.1; done")
     assert (done.returncode, done.stderr) == (0, "")
     assert [document.read().tolist() for document in Inputs([tmp_path / "copy.arrow"], BYTES).documents()] == IDS
-
-
-def test_two_results_do_not_share_stdout(run_longnet) -> None:
-    done = run_longnet("score", "x.txt", "--token-logprobs", "-")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "--token-logprobs needs a file" in done.stderr
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
@@ -214,43 +206,21 @@ for index in range(int(sys.argv[1])):
 """
 
 
-@pytest.fixture
-def peaks(tmp_path: Path, command_env: dict[str, str]) -> Iterator[Callable[..., tuple[list[int], int]]]:
-    """`peaks(documents, *commands)` chains commands behind a generator: their peaks in MiB, and bytes that come out."""
-    begun: list[subprocess.Popen] = []
-
-    def run(documents: int, *commands: str) -> tuple[list[int], int]:
-        words = [[sys.executable, "-c", GENERATOR, str(documents)]]
-        words += [[sys.executable, "-c", MEASURED, f"{i}.peak", *line.split()] for i, line in enumerate(commands)]
-        before: Any = subprocess.DEVNULL
-        chain = []
-        for line in words:
-            chain.append(subprocess.Popen(line, stdin=before, stdout=subprocess.PIPE, env=command_env, cwd=tmp_path))
-            if before is not subprocess.DEVNULL:
-                before.close()
-            before = chain[-1].stdout
-        begun.extend(chain)
-        size = 0
-        while data := before.read(1 << 16):
-            size += len(data)
-        assert [process.wait(30) for process in chain] == [0] * len(chain)
-        return [int((tmp_path / f"{i}.peak").read_text()) >> 10 for i in range(len(commands))], size
-
-    yield run
-    for process in begun:
-        with process:
-            process.kill()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("last", ["score - --format jsonl", "encode - --span 10"])
-def test_memory_of_a_chain_does_not_grow_with_its_input(peaks, tmp_path: Path, last: str) -> None:
+def test_memory_of_a_chain_does_not_grow_with_its_input(shell, tmp_path: Path, last: str) -> None:
     """Of 12 and of 48 million tokens. Of those `tokenize` holds at most some 10 million: see test_tokenizing.py."""
     tiny_model(tmp_path / "small", dim=8, num_layers=1, num_heads=1, ffn_dim=8)
-    chain = ("tokenize - -o - --quiet", f"{last} -m ./small --chunk 16Ki")
-    small, size = peaks(3000, *chain)
-    large, four_times = peaks(12000, *chain)
+    for name, program in (("documents.py", GENERATOR), ("measured.py", MEASURED)):
+        (tmp_path / name).write_text(program)
+    chain = f"$P measured.py 0 tokenize - -o - -q | $P measured.py 1 {last} -m ./small --chunk 16Ki -q | wc -c"
+    found = []
+    for documents in (3000, 12000):
+        done = shell(f"P={sys.executable}; $P documents.py {documents} | {chain}", timeout=600)
+        assert (done.returncode, done.stderr) == (0, "")
+        found.append([*(int((tmp_path / name).read_text()) >> 10 for name in "01"), int(done.stdout)])
+    print(f"peaks in MiB, and bytes that come out: {found}")
+    (small, of_small, size), (large, of_large, four_times) = found
     assert 3.9 < four_times / size < 4.1
-    print(f"peaks in MiB: {small} and {large}")
-    assert large[1] < small[1] + 16, (small, large)
-    assert max(small[0], large[0]) < 180, (small, large)
+    assert of_large < of_small + 16
+    assert max(small, large) < 180

@@ -10,9 +10,8 @@ import sys
 import threading
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
-from files import write_file, write_lines, write_parquet
+from files import write_rows
 
 from longnet_cli.cli.progress import ExpectedTokens, progress
 from longnet_cli.data.inputs import Inputs
@@ -129,29 +128,23 @@ def test_a_narrow_terminal_keeps_the_first_word_and_the_bar(command_env):
         assert "ppl" not in line
 
 
-def documents_of(kind: str, folder: Path) -> list[Path]:
-    texts = [f"text {number} " * (1 + number % 7) for number in range(40)]
-    rows = [{"text": text} for text in texts]
+def documents_of(kind: str, folder: Path) -> Path:
+    rows = [{"text": f"text {number} " * (1 + number % 7)} for number in range(40)]
     if kind == "text":
-        for number, text in enumerate(texts):
-            (folder / f"{number:02}.txt").write_text(text)
-        return [folder]
-    if kind == "parquet":
-        return [write_parquet(folder / "x.parquet", pa.table({"text": texts}))]
-    if kind == "arrow":
-        return [write_file(folder / "x.arrow", pa.table({"text": texts}), rows=3)]
-    lines = write_lines(folder / "x.jsonl", rows)
+        for number, row in enumerate(rows):
+            (folder / f"{number:02}.txt").write_text(row["text"])
+        return folder
+    path = write_rows(folder / f"x.{'jsonl' if kind == 'gzip' else kind}", rows)
     if kind == "gzip":
-        lines.with_suffix(".jsonl.gz").write_bytes(gzip.compress(lines.read_bytes()))
-        lines.unlink()
-        return [lines.with_suffix(".jsonl.gz")]
-    return [lines]
+        packed = path.with_suffix(".jsonl.gz")
+        packed.write_bytes(gzip.compress(path.read_bytes()))
+        return packed
+    return path
 
 
 @pytest.mark.parametrize("kind", ["text", "jsonl", "gzip", "arrow", "parquet"])
 def test_the_bytes_of_files_tell_how_many_tokens_will_come(kind, tmp_path):
-    names = documents_of(kind, tmp_path)
-    expected, documents = ExpectedTokens(), Inputs(names, Tokenizer.bytes()).documents()
+    expected, documents = ExpectedTokens(), Inputs([documents_of(kind, tmp_path)], Tokenizer.bytes()).documents()
     assert expected.total() is None
     guesses, tokens = [], 0
     for document in documents:

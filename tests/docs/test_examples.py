@@ -43,6 +43,11 @@ from longnet_cli.running.ranks.ranks import Ranks
 pytestmark = pytest.mark.ci
 
 
+def longnet(*arguments: str | Path) -> None:
+    done = invoke(*arguments)
+    assert done.exit_code == 0, done.output
+
+
 def test_the_standard_library_is_split_by_the_hash_of_a_path(tmp_path: Path) -> None:
     script = ROOT / "examples/stdlib_corpus.py"
     subprocess.run([sys.executable, script, tmp_path / "lists"], check=True, capture_output=True)
@@ -94,11 +99,6 @@ def test_a_wheel_becomes_a_document_from_its_middle(tmp_path: Path) -> None:
 
 def test_an_encoder_learns_masked_tokens(tmp_path: Path, command_env: dict[str, str], python: Path) -> None:
     """The recipe at a small size: below what a net without context reaches."""
-
-    def longnet(*arguments: str | Path) -> None:
-        made = invoke(*arguments)
-        assert made.exit_code == 0, made.output
-
     tokens, run, held_out = tmp_path / "tokens", tmp_path / "encoder", tmp_path / "held_out"
     held_out.mkdir()
     for path in sorted((ROOT / "longnet_cli/data").glob("*.py"))[:10]:
@@ -128,8 +128,7 @@ def test_labels_of_slides_are_predicted_from_a_frozen_and_from_a_tuned_encoder(
     made = {name: str(tmp_path / "made" / name) for name in ("features", "labels.csv", "encoder")}
     vectors = str(tmp_path / "slides.arrow")
     words = ["--pool", "mean", "--all-layers", "--no-normalize", "-o", vectors, "-q"]
-    done = invoke("encode", made["features"], "--model", made["encoder"], *words)
-    assert done.exit_code == 0, done.output
+    longnet("encode", made["features"], "--model", made["encoder"], *words)
     fast = ["--model", made["encoder"], "--epochs", "2", "--slides-per-step", "2", "--rate", "0.5"]
     for command in (["probe", vectors, made["labels.csv"]], ["tune", made["features"], made["labels.csv"], *fast]):
         monkeypatch.setattr(sys, "argv", ["finetune_slides.py", *command, "--layer", "3", "--folds", "2"])
@@ -153,8 +152,7 @@ def test_a_llama_learns_densely_and_dilated(tmp_path: Path, command_env: dict[st
     """The script at a small size: both losses fall, side by side, and what it saves is what the commands take."""
     pytest.importorskip("transformers")
     tokens, output, steps = tmp_path / "tokens", tmp_path / "run", 10
-    made = invoke("tokenize", str(ROOT / "examples"), "-o", str(tokens), "--train-vocab", "512")
-    assert made.exit_code == 0, made.output
+    longnet("tokenize", ROOT / "examples", "-o", tokens, "--train-vocab", "512")
     script = ROOT / "examples/hf_llama.py"
     size = ["--tokens", tokens, "--steps", str(steps), "--context", "128"]
     done = subprocess.run([python, script, output, *size], env=command_env, capture_output=True, text=True, check=False)
@@ -423,7 +421,6 @@ def test_the_commands_of_a_cluster(
         assert (row["peers"], row["received_mean"]) == (31, row["received"])
 
 
-@pytest.mark.ci
 def test_processes_time_what_they_exchange(command_env: dict[str, str]) -> None:
     words = ["exchange", "geometric:256,base=16", "--tokens", "256", "--heads", "2", "--head-dim", "8"]
     command = [sys.executable, *TORCHRUN, str(ROOT / "examples/cluster.py"), *words]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import ast
 import importlib
-import importlib.util
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-from places import ROOT
+from places import ROOT, imported
 
 import longnet_cli
 
@@ -37,10 +36,8 @@ def test_importing_the_package_loads_no_torch() -> None:
 
 
 def test_the_reference_lists_the_public_names() -> None:
-    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs/hooks.py")
-    hooks = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(hooks)
-    listed = [name for part in hooks.REFERENCE.values() for name in part.get("longnet_cli", ())]
+    reference = imported(ROOT / "docs/hooks.py").REFERENCE
+    listed = [name for part in reference.values() for name in part.get("longnet_cli", ())]
     assert sorted([*listed, "plotting"]) == longnet_cli.__all__
 
 

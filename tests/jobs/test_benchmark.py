@@ -6,10 +6,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from torch import Tensor
 
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.branches import attention_flops
 from longnet_cli.attention.notation import format_levels
+from longnet_cli.attention.outside import Outside
+from longnet_cli.attention.spans import far_spans
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.hub.model_names import model_path
 from longnet_cli.jobs import benchmark
@@ -30,7 +33,6 @@ def test_a_row_for_every_combination_with_rates_that_fit_its_seconds() -> None:
     assert [(r.seq, r.direction, r.impl) for r in rows] == list(expected)
     for row in rows:
         assert (row.op, row.status, row.reason, row.cache_bytes) == ("attention", "ok", None, None)
-        assert row.seconds is not None
         assert row.seconds > 0
         assert row.tokens_per_second == pytest.approx(2 * row.seq / row.seconds)
         flops = 4 * row.seq**2 * 3 * 8 * 2 / 2
@@ -51,8 +53,6 @@ def test_every_dtype_and_a_geometric_pattern(dtype: str, causal: bool) -> None:
 def test_the_peak_belongs_to_its_row_alone() -> None:
     few_flops = Pattern((64,), (1,))
     big, small = rows_of([40_000, 64], impl=["dilated"], heads=8, pattern=few_flops, repeats=1)
-    assert big.peak_rss_bytes is not None
-    assert small.peak_rss_bytes is not None
     # q, k, v and out of the big one take 312 MiB, and all of them are gone when the small one runs
     assert big.peak_rss_bytes - small.peak_rss_bytes > 200 * 2**20
 
@@ -168,51 +168,28 @@ def test_a_long_run_is_streamed_and_reports_every_decade(monkeypatch: pytest.Mon
     assert {row.cache_bytes for row in rows} == {2 * 3 * 8 * 4 * 32}
     assert sum(seen) == 300
     whole = rows[-1]
-    assert whole.seconds is not None
     assert 0 < sum(row.seconds or 0 for row in rows[:-1]) <= whole.seconds
     assert all(row.cpu_seconds is not None for row in rows)
     assert whole.tokens_per_second == pytest.approx(300 / whole.seconds)
-    (twice,) = rows_of([300], chunk=300, batch=2, **LONG)
-    streamed = rows_of([300], chunk=chunk, batch=2, **LONG)[-1]
-    assert twice.seconds is not None
-    assert twice.tokens_per_second == pytest.approx(600 / twice.seconds)
-    assert streamed.seconds is not None
-    assert streamed.tokens_per_second == pytest.approx(600 / streamed.seconds)
+    for size in (300, chunk):
+        twice = rows_of([300], chunk=size, batch=2, **LONG)[-1]
+        assert twice.tokens_per_second == pytest.approx(600 / twice.seconds)
     assert whole.flops_per_second == pytest.approx(
         attention_flops(Pattern((16, 64), (1, 4)), 3, 8, 300, True) / whole.seconds
     )
 
 
-def test_every_pair_of_the_whole_is_computed_by_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The streamed operator's own branches add up to the FLOPs of the row: nothing is left out."""
-    from longnet_cli.attention import planning
-    from longnet_cli.attention.branches import branches
+def test_each_chunk_attends_from_its_place_to_what_its_queries_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    places, own = [], benchmark.dilated_attention
 
-    pairs: list[int] = []
+    def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, *, start: int, far: Outside) -> Tensor:
+        places.append((start, stop := start + q.shape[1]))
+        assert {*far_spans(pattern, start, stop, True, stop)} <= {keys.span for keys in far.keys}
+        return own(q, k, v, pattern, start=start, far=far)
 
-    def counted(*args: object) -> object:
-        found = branches(*args)  # type: ignore[arg-type]
-        for b in found:
-            rows, keys = b.queries.rows, b.keys.rows
-            each = rows * (rows + 1) // 2 if b.causal else rows * keys
-            pairs.append(b.queries.segments * b.queries.heads * each)
-        return found
-
-    monkeypatch.setattr(planning, "branches", counted)
-    monkeypatch.setattr(planning, "_plan", planning._plan.__wrapped__)  # which would remember
-    rows_of([300], chunk=300, **LONG)
-    whole = pairs[-1:] and sum(pairs)
-    runs = 1 + 2  # warm-up and two runs
-    pairs.clear()
+    monkeypatch.setattr(benchmark, "dilated_attention", attend)
     rows_of([300], chunk=33, **LONG)
-    assert sum(pairs) - _warm_up(33) == whole // runs
-
-
-def _warm_up(tokens: int) -> int:
-    from longnet_cli.attention.branches import branches
-
-    found = branches(Pattern((16, 64), (1, 4)), 3, 0, tokens, True, "exact", ())
-    return sum(b.queries.segments * b.queries.heads * b.queries.rows * (b.queries.rows + 1) // 2 for b in found)
+    assert places[-10:] == [(start, min(start + 33, 300)) for start in range(0, 300, 33)]
 
 
 def test_a_streamed_run_stops_when_the_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +197,6 @@ def test_a_streamed_run_stops_when_the_time_is_over(monkeypatch: pytest.MonkeyPa
     rows = rows_of([10**9], chunk=64, max_time=0.2, **LONG)
     last = rows[-1]
     assert (last.status, last.start) == ("stopped", 0)
-    assert last.stop is not None
     assert 64 <= last.stop < 10**9
     assert last.tokens_per_second
     assert "the time is over" in (last.reason or "")

@@ -10,7 +10,9 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from safetensors.torch import load_file
 from longnet_cli.basics.atomic import write_manifest
 from longnet_cli.basics.errors import CheckpointError, ConfigError, LongNetError
 from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.jobs.training import loop
 from longnet_cli.jobs.training.checkpoint import Checkpoints, checkpoints_in, find_damage, read_state, save_tensors
 from longnet_cli.jobs.training.loop import train
 from longnet_cli.jobs.training.recipe import Recipe
@@ -30,6 +33,8 @@ from longnet_cli.nets.longnet import LongNet
 from longnet_cli.running.ranks.ranks import Ranks
 
 pytestmark = pytest.mark.full
+
+Made = tuple[Recipe, Path, bytes]  # a recipe, a run of it that was stopped, and the bytes it must end with
 
 
 @pytest.fixture
@@ -56,10 +61,7 @@ class Stop:
 
 @pytest.mark.parametrize(
     ("optimizer", "pattern"),
-    [
-        pytest.param("adamw", {}, marks=pytest.mark.ci),
-        ("muon", {"look_back": 1, "overlap": "once", "sinks": 2}),
-    ],
+    [pytest.param("adamw", {}, marks=pytest.mark.ci), ("muon", {"look_back": 1, "overlap": "once", "sinks": 2})],
 )
 def test_a_run_stopped_anywhere_goes_on_to_the_same_bytes(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str, pattern: dict
@@ -93,35 +95,24 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_bytes(
     assert any(step % 2 for step in steps)  # not only where a checkpoint was due
 
 
-def test_sigusr1_saves_and_goes_on(
-    corpus: Path, made: tuple[Recipe, Path, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = recipe(corpus, **{"train.save_every": 1000, "train.keep": 9})
-    Stop(monkeypatch, 20, signal.SIGUSR1)
-    train(found, tmp_path / "run")
-    assert len(checkpoints_in(tmp_path / "run/checkpoints")) == 2
-    assert (tmp_path / "run/model.safetensors").read_bytes() == made[2]
+def signal_evaluations(monkeypatch: pytest.MonkeyPatch, kind: signal.Signals) -> None:
+    evaluate = loop.evaluate
+    monkeypatch.setattr(loop, "evaluate", lambda *args, **of: signal.raise_signal(kind) or evaluate(*args, **of))
 
 
 def test_a_save_during_an_evaluation_gives_no_line_twice(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed after the line of an evaluation in whose midst SIGUSR1 saved: that line is written again, in its place."""
-    from longnet_cli.jobs.training import loop
-
-    found, evaluate = recipe(corpus, **{"train.save_every": 1000}), loop.evaluate
+    found = recipe(corpus, **{"train.save_every": 1000})
     train(found, tmp_path / "whole")
-
-    def asked(*args, **settings):
-        signal.raise_signal(signal.SIGUSR1)
-        return evaluate(*args, **settings)
 
     def kill(tokens: int, line: object) -> None:
         if checkpoints_in(tmp_path / "run/checkpoints"):
             raise LongNetError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "evaluate", asked)
+        signal_evaluations(patch, signal.SIGUSR1)
         with pytest.raises(LongNetError, match="killed"):
             train(found, tmp_path / "run", on_step=kill)
     train(found, tmp_path / "run")
@@ -132,26 +123,11 @@ def test_a_save_during_an_evaluation_gives_no_line_twice(
 def test_a_step_whose_evaluation_is_stopped_is_told(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from longnet_cli.jobs.training import loop
-
-    evaluate = loop.evaluate
-
-    def stopped(*args, **settings):
-        signal.raise_signal(signal.SIGINT)
-        return evaluate(*args, **settings)
-
-    monkeypatch.setattr(loop, "evaluate", stopped)
+    signal_evaluations(monkeypatch, signal.SIGINT)
     steps: list[int] = []
     with pytest.raises(KeyboardInterrupt):
         train(recipe(corpus), tmp_path / "run", on_step=lambda tokens, line: steps.append(tokens))
     assert read_state(checkpoints_in(tmp_path / "run/checkpoints")[0])["progress"]["step"] == len(steps) == 4
-
-
-def test_old_checkpoints_go(corpus: Path, tmp_path: Path) -> None:
-    train(recipe(corpus, **{"train.keep": 3, "train.save_every": 2}), tmp_path / "run")
-    assert [path.name for path in checkpoints_in(tmp_path / "run/checkpoints")] == [
-        "step-00000010", "step-00000008", "step-00000006",
-    ]  # fmt: skip
 
 
 def test_a_later_damaged_checkpoint_does_not_push_out_the_one_just_written(tmp_path: Path) -> None:
@@ -164,7 +140,7 @@ def test_a_later_damaged_checkpoint_does_not_push_out_the_one_just_written(tmp_p
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path, bytes]:
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     folder = tmp_path_factory.mktemp("made")
     found = recipe(write_corpus(folder, 400, 1))
     train(found, folder / "whole")
@@ -182,8 +158,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path, bytes]
 
 
 @pytest.fixture
-def stopped(made: tuple[Recipe, Path, bytes], tmp_path: Path) -> tuple[Recipe, Path, bytes]:
-    """A recipe, a run of it that was stopped after checkpoints at steps 4 and 6, and the bytes it must end with."""
+def stopped(made: Made, tmp_path: Path) -> Made:
+    """Of its own; there are checkpoints at steps 4 and 6."""
     found, run, weights = made
     return found, Path(shutil.copytree(run, tmp_path / "run")), weights
 
@@ -196,9 +172,7 @@ def stopped(made: tuple[Recipe, Path, bytes], tmp_path: Path) -> tuple[Recipe, P
         *(pytest.param(kind, marks=pytest.mark.ci) for kind in ("truncate", "flip the state", "no tensors")),
     ],
 )
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
-    stopped: tuple[Recipe, Path, bytes], damage: str
-) -> None:
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(stopped: Made, damage: str) -> None:
     found, run, weights = stopped
     newest = checkpoints_in(run / "checkpoints")[0]
     (tensors,) = newest.glob("*.safetensors")
@@ -224,7 +198,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     assert not newest.exists()  # written anew, and pruned
 
 
-def test_all_damaged(stopped: tuple[Recipe, Path, bytes]) -> None:
+def test_all_damaged(stopped: Made) -> None:
     found, run, _ = stopped
     newest, older = checkpoints_in(run / "checkpoints")
     write_manifest(newest / "state.json", 1, {})
@@ -236,9 +210,7 @@ def test_all_damaged(stopped: tuple[Recipe, Path, bytes]) -> None:
         train(found, run, resume=False)
 
 
-def test_a_run_without_a_checkpoint_says_that_it_starts_again(
-    stopped: tuple[Recipe, Path, bytes], tmp_path: Path
-) -> None:
+def test_a_run_without_a_checkpoint_says_that_it_starts_again(stopped: Made, tmp_path: Path) -> None:
     found, run, weights = stopped
     (tmp_path / "a").mkdir()
     shutil.copy(run / "recipe.json", tmp_path / "a")  # what a run leaves that is killed at once
@@ -248,7 +220,7 @@ def test_a_run_without_a_checkpoint_says_that_it_starts_again(
     assert (tmp_path / "a/model.safetensors").read_bytes() == weights
 
 
-def test_resume_from_a_path(stopped: tuple[Recipe, Path, bytes], tmp_path: Path) -> None:
+def test_resume_from_a_path(stopped: Made, tmp_path: Path) -> None:
     found, run, weights = stopped
     older = checkpoints_in(run / "checkpoints")[1]
     for name, path in (("a", older), ("b", run)):
@@ -276,9 +248,7 @@ def test_resume_from_a_path(stopped: tuple[Recipe, Path, bytes], tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", ["config.json", "best", "checkpoints/step-00000001", "recipe.json", "metrics.jsonl"])
-def test_files_that_no_run_has_written_are_not_replaced(
-    stopped: tuple[Recipe, Path, bytes], tmp_path: Path, name: str
-) -> None:
+def test_files_that_no_run_has_written_are_not_replaced(stopped: Made, tmp_path: Path, name: str) -> None:
     found, run, _ = stopped
     (tmp_path / "same.json").write_text(found.model_dump_json())
     (tmp_path / "mine" / name).parent.mkdir(parents=True)
@@ -302,7 +272,7 @@ def test_equal_tensors_give_equal_files(tmp_path: Path) -> None:
     assert len(found) == 1
 
 
-def test_what_is_no_checkpoint_stays(stopped: tuple[Recipe, Path, bytes]) -> None:
+def test_what_is_no_checkpoint_stays(stopped: Made) -> None:
     """Old checkpoints are removed with the files that they list, and nothing else is."""
     found, run, weights = stopped
     mine, old = run / "checkpoints/step-00000001", checkpoints_in(run / "checkpoints")[-1]
@@ -316,9 +286,7 @@ def test_what_is_no_checkpoint_stays(stopped: tuple[Recipe, Path, bytes]) -> Non
     assert [path.name for path in old.iterdir()] == ["notes.txt"]
 
 
-def test_the_tokenizer_may_lie_elsewhere_but_not_be_another(
-    stopped: tuple[Recipe, Path, bytes], tmp_path: Path
-) -> None:
+def test_the_tokenizer_may_lie_elsewhere_but_not_be_another(stopped: Made, tmp_path: Path) -> None:
     found, run, weights = stopped
     (tmp_path / "mine").mkdir()
     mine = json.loads(Tokenizer.bytes().to_json())
@@ -335,7 +303,7 @@ def test_the_tokenizer_may_lie_elsewhere_but_not_be_another(
         train(Recipe.model_validate(settings), run)
 
 
-def test_what_may_change_in_a_resumed_run(stopped: tuple[Recipe, Path, bytes], tmp_path: Path) -> None:
+def test_what_may_change_in_a_resumed_run(stopped: Made, tmp_path: Path) -> None:
     found, run, weights = stopped
     moved = shutil.copy(found.data.train[0], tmp_path / "moved.txt")  # type: ignore[index]
     settings = found.model_dump()
@@ -422,11 +390,16 @@ def test_killed_runs_end_with_the_same_bytes(
     kill_training(lambda run: start("train", tmp_path / "recipe.json", "-q", "-o", run, fresh=True), tmp_path, kills)
 
 
+def endless(start: Start, corpus: Path, folder: Path, **options: Any) -> subprocess.Popen:
+    """Start a run of a million steps."""
+    found = recipe(corpus, **{"train.stages": [{"seq_len": 32, "steps": 10**6}]})
+    (folder / "recipe.json").write_text(found.model_dump_json())
+    return start("train", folder / "recipe.json", "-o", "run", fresh=True, **options)
+
+
 @pytest.mark.ci
 def test_ctrl_c_saves_and_says_how_to_go_on(start: Start, corpus: Path, tmp_path: Path) -> None:
-    endless = recipe(corpus, **{"train.stages": [{"seq_len": 32, "steps": 10**6}]})
-    (tmp_path / "recipe.json").write_text(endless.model_dump_json())
-    process = start("train", tmp_path / "recipe.json", "-o", "run", fresh=True)
+    process = endless(start, corpus, tmp_path)
     wait_for(lambda: process.poll() is not None or bool(checkpoints_in(tmp_path / "run/checkpoints")))
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
@@ -443,11 +416,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(start: Start, corpus: Path, tmp_path
 @pytest.mark.ci
 def test_a_terminal_that_is_closed_saves(start: Start, corpus: Path, tmp_path: Path) -> None:
     """Its last words would fail: the exit code still says that all is saved."""
-    endless = recipe(corpus, **{"train.stages": [{"seq_len": 32, "steps": 10**6}]})
-    (tmp_path / "recipe.json").write_text(endless.model_dump_json())
     ours, terminal = os.openpty()
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
-    process = start("train", tmp_path / "recipe.json", "-o", "run", fresh=True, start_new_session=True, **streams)
+    process = endless(start, corpus, tmp_path, start_new_session=True, **streams)
     os.close(terminal)
     wait_for(lambda: process.poll() is not None or bool(checkpoints_in(tmp_path / "run/checkpoints")))
     os.close(ours)

@@ -109,7 +109,6 @@ def test_a_question_that_chooses_more_often_counts_in_its_own_groups(tmp_path: P
     watch = SourceWatch(stream)
     stream(ids[:, 512:])
     watch.begin()
-    assert watch._before is not None
     assert watch._before[0] == 1  # every group sees the first block
 
 
@@ -128,9 +127,6 @@ def test_the_command(run_longnet: RunLongnet, tmp_path: Path) -> None:
         for source in line["sources"]:
             assert source["text"] == (BOOK + "What?" + line["text"])[source["start"] : source["end"]]
             assert 0 <= source["share_before"] < source["share"] <= 1
-    done = run_longnet("generate", "x", "--model", model, "--sources")
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "the pattern has no chosen blocks to tell about: add --pattern finding" in done.stderr
 
 
 @pytest.mark.parametrize("build", [tiny_model, tiny_llama])
@@ -165,9 +161,3 @@ def test_the_file_of_chosen_blocks(build: Any, run_longnet: RunLongnet, tmp_path
     places = {(name, layer, token) for name, n in lengths.items() for layer in layers for token in range(32, n)}
     assert {(Path(name).name, layer, token) for name, layer, token in found[0]} == places
     assert all(blocks[0] == 0 and len(blocks) == 4 for (*_, token), blocks in found[0].items() if token >= 48)
-    for more, message in (
-        (["--context", "64"], "--chosen is for whole documents"),
-        (["--dp", "2"], "written by one process"),
-    ):
-        done = run_longnet("score", "a.txt", "--model", str(model), "--pattern", PATTERN, "--chosen", "x.arrow", *more)
-        assert (done.returncode, message in done.stderr) == (2, True)

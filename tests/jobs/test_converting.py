@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 import torch
 from conftest import RunLongnet
 
@@ -25,22 +24,3 @@ def test_a_longnet_is_written_with_other_weights(run_longnet: RunLongnet, tmp_pa
     stored = LongNet.from_pretrained(wide, dtype=None).state_dict()
     for name, tensor in LongNet.from_pretrained("longnet-tiny").state_dict().items():
         assert torch.equal(stored[name], tensor)
-
-
-@pytest.mark.parametrize(
-    ("words", "code", "line"),
-    [
-        (["longnet-tiny"], 2, "give the type"),
-        (["longnet-nosuch", "--dtype", "bf16"], 4, "no such file"),
-        (["llama", "--dtype", "bf16"], 2, "already a Hugging Face model folder"),
-    ],
-)
-def test_what_is_not_converted(run_longnet: RunLongnet, tmp_path: Path, words: list[str], code: int, line: str) -> None:
-    (tmp_path / "llama").mkdir()
-    for name in ("config.json", "model.safetensors", "tokenizer.json"):
-        (tmp_path / "llama" / name).write_text('{"model_type": "llama"}')
-    source = tmp_path / "llama" if words[0] == "llama" else words[0]
-    result = run_longnet("convert", source, *words[1:], "-o", tmp_path / "out")
-    assert (result.returncode, result.stderr.count("\n")) == (code, 1)
-    assert line in result.stderr
-    assert not (tmp_path / "out").exists()

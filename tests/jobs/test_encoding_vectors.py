@@ -49,14 +49,9 @@ def stream(table: pa.Table) -> bytes:
         return out.getvalue().to_pybytes()
 
 
-def vectors(path: Path) -> dict[str, np.ndarray]:
+def vectors(path: Path, column: str = "embedding") -> dict[str, np.ndarray]:
     table = pq.read_table(path) if path.suffix == ".parquet" else ipc.open_file(path).read_all()
-    return dict(zip(table["doc_id"].to_pylist(), map(np.array, table["embedding"].to_pylist()), strict=True))
-
-
-def layers(path: Path) -> dict[str, np.ndarray]:
-    table = ipc.open_file(path).read_all()
-    return dict(zip(table["doc_id"].to_pylist(), map(np.array, table["layers"].to_pylist()), strict=True))
+    return dict(zip(table["doc_id"].to_pylist(), map(np.array, table[column].to_pylist()), strict=True))
 
 
 @pytest.fixture
@@ -103,7 +98,7 @@ def test_golden_through_every_format(run_longnet: RunLongnet, tmp_path: Path) ->
             assert done.returncode == 0, done.stderr
             same(vectors(tmp_path / "out.arrow"), {"slide": wanted[name].numpy()}, 1e-4)
             if pool == "cls":
-                found = layers(tmp_path / "out.arrow")["slide"]
+                found = vectors(tmp_path / "out.arrow", "layers")["slide"]
                 np.testing.assert_allclose(found, wanted["cls_of_layers"], rtol=0, atol=1e-4)
 
 
@@ -153,7 +148,7 @@ def test_all_layers(run_longnet: RunLongnet, tmp_path: Path, model: Path, pool: 
     done = run_longnet("encode", tmp_path / "slides.arrow", *options, "--chunk", chunk)
     assert done.returncode == 0, done.stderr
     same(vectors(tmp_path / "out.arrow"), expected(pool))
-    same(layers(tmp_path / "out.arrow"), expected(pool, all_layers=True))
+    same(vectors(tmp_path / "out.arrow", "layers"), expected(pool, all_layers=True))
 
 
 def test_the_default_is_cls_scaled_to_length_one(run_longnet: RunLongnet, tmp_path: Path, model: Path) -> None:
@@ -171,7 +166,7 @@ def test_two_ranks_are_one(run_longnet: RunLongnet, tmp_path: Path, model: Path)
     done = run_longnet("encode", tmp_path / "slides.parquet", *options, "-o", tmp_path / "out.arrow", timeout=300)
     assert done.returncode == 0, done.stderr
     same(vectors(tmp_path / "out.arrow"), expected())
-    same(layers(tmp_path / "out.arrow"), expected(all_layers=True))
+    same(vectors(tmp_path / "out.arrow", "layers"), expected(all_layers=True))
 
 
 def test_vectors_of_vectors(run_longnet: RunLongnet, tmp_path: Path) -> None:

@@ -76,8 +76,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("lora", [None, ["q_proj", "down_proj"]])
 @pytest.mark.parametrize(
-    "pattern",
-    [Pattern.dense(), Pattern.window(16, sinks=3), NESTED, Pattern((8, 32), (1, 2)), parse_pattern(CHOSEN)],
+    "pattern", [Pattern.dense(), Pattern.window(16, sinks=3), NESTED, Pattern((8, 32), (1, 2)), parse_pattern(CHOSEN)]
 )
 def test_the_gradient_in_chunks_is_the_whole_one(
     pattern: Pattern, lora: list[str] | None, llama: Path, tmp_path: Path
@@ -134,18 +133,22 @@ def test_a_run_leaves_a_folder_of_transformers(llama: Path, corpus: Path, tmp_pa
     assert found == recipe(llama, corpus) == load_recipe(str(tmp_path / "run/recipe.json"), {})
 
 
+def train_four_steps(found: Recipe, output: Path) -> None:
+    def stop(tokens: int, line: Any) -> None:
+        if line.step == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(found, output, on_step=stop)
+
+
 def test_a_resumed_run_is_the_uninterrupted_one(llama: Path, corpus: Path, tmp_path: Path) -> None:
     """Bit for bit, also where it goes on with the far rows in a file."""
     chosen = {"model.pattern": CHOSEN}
     found = recipe(llama, corpus, **chosen)
     train(found, tmp_path / "whole")
 
-    def stop(tokens: int, line: Any) -> None:
-        if line.step == 4:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(found, tmp_path / "parts", on_step=stop)
+    train_four_steps(found, tmp_path / "parts")
     train(recipe(llama, corpus, **chosen, **{"train.spill": str(tmp_path)}), tmp_path / "parts")
     torch.testing.assert_close(weights(tmp_path / "parts"), weights(tmp_path / "whole"), rtol=0, atol=0)
 
@@ -155,12 +158,7 @@ def test_lora_leaves_the_merged_model_and_the_adapter(llama: Path, corpus: Path,
     found = recipe(llama, corpus, **{"lora.rank": 4, "lora.dropout": 0.1})
     train(found, tmp_path / "whole")
 
-    def stop(tokens: int, line: Any) -> None:
-        if line.step == 4:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(found, tmp_path / "run", on_step=stop)
+    train_four_steps(found, tmp_path / "run")
     assert "model.model.model.embed_tokens.weight" not in tensor_names(checkpoints_in(tmp_path / "run/checkpoints")[0])
     train(
         recipe(llama, corpus, **{"lora.rank": 4, "lora.dropout": 0.1, "train.spill": str(tmp_path)}), tmp_path / "run"

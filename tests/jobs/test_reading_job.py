@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.ipc
 import pytest
 import torch
 from builders import scores, tiny_llama, tiny_net
 from conftest import RunLongnet
+from files import write_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -49,6 +49,8 @@ pytestmark = pytest.mark.full
 
 BOS = 256
 ROOM = Room(0, None)
+SCORER = partial(Scorer, options=ScoreOptions(), facts=ModelFacts(BOS))
+ENCODER = partial(Encoder, options=EncodeOptions(), facts=EncodeFacts(BOS))
 LENGTHS = (30, 1, 0, 70, 500, 7, 7, 90)
 
 
@@ -126,7 +128,7 @@ def test_flops_are_those_that_torch_counts(causal: bool, options: dict | None) -
     make_job: Callable[[Reader], RowJob]
     with FlopCounterMode(display=False) as counter:
         if options is None:
-            make_job = partial(Scorer, options=ScoreOptions(), facts=ModelFacts(BOS))
+            make_job = SCORER
             list(scores(net, documents(), bos=BOS, chunk=64))
         else:
             make_job = partial(Encoder, options=EncodeOptions(**options), facts=EncodeFacts(BOS))
@@ -145,7 +147,7 @@ def test_layer_by_layer_computes_keys_twice_where_chunks_see_each_other(pattern:
     with FlopCounterMode(display=False) as counter:
         encode(net, found, EncodeOptions(), chunk=64).read_all()
     counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
-    flops = estimated(net, partial(Encoder, options=EncodeOptions()), found, chunk=64).facts["flops"]
+    flops = estimated(net, ENCODER, found, chunk=64).facts["flops"]
     assert flops - net.config.attention_flops(500) == pytest.approx(counted, rel=1e-6)
 
 
@@ -166,7 +168,7 @@ def test_the_cache_is_that_of_a_stream(pattern: Pattern, tokens: int) -> None:
 
 def test_chosen_blocks_are_kept_in_memory_or_on_a_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     net = net_of(**vars(Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=16)))
-    job, found = partial(Scorer, options=ScoreOptions(), facts=ModelFacts(BOS)), documents((300_000,))
+    job, found = SCORER, documents((300_000,))
     kept = estimated(net, job, found, chunk=256, room=Room(1 << 40, 1))
     spilled = estimated(net, job, found, chunk=256, spill="disk")
     on_disk = spilled.facts["spill_bytes"]
@@ -179,14 +181,13 @@ def test_chosen_blocks_are_kept_in_memory_or_on_a_disk(monkeypatch: pytest.Monke
 
 def test_what_does_not_fit_is_refused_with_what_to_change(capsys: pytest.CaptureFixture[str]) -> None:
     net = net_of(dim=64, ffn_dim=256)
-    job = partial(Encoder, options=EncodeOptions(), facts=EncodeFacts(BOS))
-    whole = estimated(net, job, documents((60_000,) * 2), chunk=50_000, room=Room(1 << 40, 1 << 40))
+    whole = estimated(net, ENCODER, documents((60_000,) * 2), chunk=50_000, room=Room(1 << 40, 1 << 40))
     assert whole.fits
     room = Room(1 << 40, whole.beyond // 4)  # the program has been there before
-    found = estimated(net, job, documents((60_000,) * 2), chunk=50_000, room=room)
+    found = estimated(net, ENCODER, documents((60_000,) * 2), chunk=50_000, room=room)
     assert not found.fits
     assert found.chunk_that_fits in (1024, 2048, 4096, 8192, 16384)
-    assert estimated(net, job, documents((60_000,) * 2), chunk=found.chunk_that_fits, room=room).fits
+    assert estimated(net, ENCODER, documents((60_000,) * 2), chunk=found.chunk_that_fits, room=room).fits
     said = rf"encoding needs .*, the largest part for activations, .*--chunk {found.chunk_that_fits} fits"
     with pytest.raises(MemoryLimitError, match=said):
         show_reading(found, "text", "encoding")
@@ -206,19 +207,16 @@ def test_bf16_is_named_where_it_pays(
 ) -> None:
     (tmp_path / "cpuinfo").write_text(f"flags : {flags}\n")
     monkeypatch.setattr(device, "CPU_INFO", tmp_path / "cpuinfo")
-    job = partial(Encoder, options=EncodeOptions(), facts=EncodeFacts(BOS))
-    show_reading(estimated(net_of(), job, documents((60,)), dtype=dtype), "text", "encoding")
+    show_reading(estimated(net_of(), ENCODER, documents((60,)), dtype=dtype), "text", "encoding")
     line = "this CPU has avx512_bf16: try --dtype bf16, which is often faster"
     assert capsys.readouterr().out.count(line) == hints
 
 
 def test_hidden_states_are_kept_on_a_disk() -> None:
     both = net_of(causal=False)
-    stored = estimated(
-        both, partial(Encoder, options=EncodeOptions()), documents((60_000,)), chunk=256, room=Room(1 << 40, 1)
-    )
+    stored = estimated(both, ENCODER, documents((60_000,)), chunk=256, room=Room(1 << 40, 1))
     assert stored.advice == "keep the hidden states on a disk (--spill DIR)"
-    spilled = estimated(both, partial(Encoder, options=EncodeOptions()), documents((60_000,)), chunk=256, spill="disk")
+    spilled = estimated(both, ENCODER, documents((60_000,)), chunk=256, spill="disk")
     assert spilled.facts["spill_bytes"] == stored.memory["hidden"] - spilled.memory["hidden"] >= 60_000 * 16 * 4
 
 
@@ -330,28 +328,12 @@ def test_the_command_writes_nothing_and_says_what_it_would(run_longnet: RunLongn
     assert 0 < rest["tokens"] < found["tokens"]
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--sample", "5"], "--sample is for --dry-run"),
-        (["--dry-run", "--sample", "1"], "--sample needs 2 texts or more"),
-        (["--dry-run", "--format", "jsonl"], "give --format text or json"),
-        (["--dry-run", "--stride", "8"], "a stride of 8 tokens needs a context"),
-    ],
-)
-def test_what_the_command_refuses(run_longnet: RunLongnet, tmp_path: Path, words: list[str], said: str) -> None:
-    (tmp_path / "a.txt").write_text("text")
-    done = run_longnet("score", "a.txt", *words)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert said in done.stderr
-
-
 def test_a_model_of_transformers_is_estimated(tmp_path: Path) -> None:
     tiny_llama(tmp_path, num_key_value_heads=2, max_position_embeddings=256)
     net = ModelFolder(tmp_path).net(pattern=Pattern.window(16, sinks=4))
     with counting(net) as made:
-        encode(net, documents(), EncodeOptions(), chunk=64).read_all()
-    found = estimated(net, partial(Encoder, options=EncodeOptions()), chunk=64)
+        encode(net, documents(), EncodeOptions(), EncodeFacts(BOS), chunk=64).read_all()
+    found = estimated(net, ENCODER, chunk=64)
     assert found.facts["tokens_read"] == sum(made)
     assert found.facts["parameters"] == sum(p.numel() for p in net.parameters())
     assert found.memory["weights"] >= 4 * found.facts["parameters"]
@@ -363,8 +345,8 @@ def test_a_model_of_transformers_is_estimated(tmp_path: Path) -> None:
         )
     ModelFolder.find(str(tmp_path)).check_weights_fit("bf16", torch.device("cpu"), 2 * found.facts["parameters"])
     trained = ModelFolder(tmp_path).net()  # on up to 256 tokens
-    with pytest.raises(TooLongError, match="500 tokens"):
-        estimated(trained, partial(Encoder, options=EncodeOptions()))
+    with pytest.raises(TooLongError, match="501 tokens"):
+        estimated(trained, ENCODER)
 
 
 def test_weights_that_do_not_fit_are_refused_before_they_are_loaded() -> None:
@@ -388,8 +370,7 @@ def test_the_peak_is_that_of_a_real_run(
 ) -> None:
     rows = [np.resize(np.arange(300, 900, dtype=np.int32), length) for length in lengths]
     table = pa.table({"doc_id": [str(i) for i in range(len(rows))], "input_ids": pa.array(rows)})
-    with pa.ipc.new_file(tmp_path / "x.arrow", table.schema) as writer:
-        writer.write_table(table)
+    write_file(tmp_path / "x.arrow", table)
     args = [command, tmp_path / "x.arrow", "-o", tmp_path / "out.arrow", "--chunk", chunk, "-q"]
     words = [sys.executable, "-m", "longnet_cli", *map(str, args)]
 

@@ -72,7 +72,6 @@ def plain_loop(folder: Path, ids: list[int], room: int, stride: int, span: int |
                     right = math.inf if index == len(starts) - 1 else start + room - 1 - token
                     if min(left, right) > best:
                         best, of = min(left, right), windows[index][len(LEAD) + token - start]
-            assert of is not None
             groups[token // spans].append(of)
         groups[-1] += windows[-1][-len(CLOSING) :]
         rows = [torch.stack(group).mean(0) for group in groups]

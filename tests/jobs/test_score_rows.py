@@ -2,8 +2,6 @@
 and that a run that is killed and resumed writes the bytes of one that was not."""
 
 import json
-import shutil
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from functools import partial
@@ -17,7 +15,7 @@ import pytest
 import torch
 from builders import MadeInputs, make_document, scores, tiny_net
 from conftest import RunLongnet
-from processes import refused
+from processes import contents
 
 from longnet_cli.basics.errors import ConfigError, DataError, NoTokensError
 from longnet_cli.data.documents import Document
@@ -105,18 +103,6 @@ def test_a_row_is_what_the_tokens_say(model: LongNet, chunk: int | None) -> None
     assert max(shares) > 0
 
 
-def test_contexts_in_any_order_give_the_same_gain(model: LongNet) -> None:
-    documents = [make_document(length, str(length)) for length in (1, 300, 0, 1000)]
-    orders = ((16, 400), (400, 16), (100, 400, 16))
-    sorted_, turned, more = (list(scores(model, documents, bos=BOS, context=order, chunk=70)) for order in orders)
-    assert [(each.doc_id, each.context) for each in turned[:4]] == [("1", 400), ("1", 16), ("300", 400), ("300", 16)]
-    gains = [[each.gain for each in found if each.context == 400] for found in (sorted_, turned, more)]
-    assert all(each.gain is None for found in (sorted_, turned, more) for each in found if each.context != 400)
-    for found in gains[1:]:
-        np.testing.assert_allclose(np.array(found, float), np.array(gains[0], float), rtol=1e-4, atol=1e-5)
-    assert gains[0][2] == (None, None, None)
-
-
 def test_one_context_has_no_gain(model: LongNet) -> None:
     table = rows(model, [make_document(50)], ScoreOptions())
     assert table.column_names == ["doc_id", "n_tokens", "n_bytes", "nll_sum", "ppl", "bpb"]
@@ -149,8 +135,7 @@ def test_a_resumed_folder_has_the_same_bytes(model: LongNet, tmp_path: Path) -> 
     assert 0 < read_manifest(tmp_path / "cut").totals["documents"] < len(documents)
     assert write(model, tmp_path / "cut", documents, resume=True).skipped == 1
     assert write(model, tmp_path / "cut", [], resume=True).skipped == 1  # it is finished, and its manifest says so
-    whole, cut = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("whole", "cut"))
-    assert whole == cut
+    assert contents(tmp_path / "whole") == contents(tmp_path / "cut")
     manifest = read_manifest(tmp_path / "whole")
     assert (manifest.totals["skipped"], manifest.totals["documents"], manifest.totals["rows"]) == (1, 8, 8)
     assert not manifest.settings.keys() & {"by_position", "last"}  # what was not chosen
@@ -165,15 +150,16 @@ def test_the_command_writes_what_it_prints(run_longnet: RunLongnet, tmp_path: Pa
     """The same keys and values on stdout, in a file of JSON Lines and as columns; totals in JSON Lines alone."""
     for name, size in (("a.txt", 30), ("b.txt", 400)):
         (tmp_path / name).write_text("one two three, " * size)
-    words = ("a.txt", "b.txt", "--context", "64,1Ki", "--by-position", "-q")
-    for output in ("gains.parquet", "gains.jsonl"):
+    words = ("a.txt", "b.txt", "--context", "256,64,1Ki", "--by-position", "-q")
+    for output in ("gains.parquet", "gains.jsonl", "gains"):
         done = run_longnet("score", *words, "-o", output)
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     printed = run_longnet("score", *words, "--format", "jsonl").stdout
     assert (tmp_path / "gains.jsonl").read_text() == printed
     rows = [json.loads(line) for line in printed.splitlines()]
-    assert [row.pop("kind") for row in rows] == ["document"] * 2 + ["total"] * 2
-    assert pq.read_table(tmp_path / "gains.parquet").to_pylist() == rows[:2]
+    assert [row.pop("kind") for row in rows] == ["document"] * 2 + ["total"] * 3
+    shard = pa.ipc.open_file(tmp_path / "gains/gains-00000.arrow").read_all()
+    assert pq.read_table(tmp_path / "gains.parquet").to_pylist() == shard.to_pylist() == rows[:2]
     for row in rows[:2]:
         assert row["gain"] == pytest.approx((row["nll_sum_64"] - row["nll_sum_1024"]) / row["n_tokens"])
         assert row["ppl_64"] == pytest.approx(np.exp(row["nll_sum_64"] / row["n_tokens"]))
@@ -190,51 +176,6 @@ def test_a_run_that_fails_leaves_the_file_as_it_was(run_longnet: RunLongnet, tmp
         assert run_longnet("score", "in.jsonl", "-o", output).returncode == 3
         found = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != "in.jsonl"}
         assert found == before
-
-
-def test_tables_by_position_are_columns(run_longnet: RunLongnet, tmp_path: Path) -> None:
-    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": "one two three, " * n}) + "\n" for n in (30, 0, 120)))
-    for context, ends in (("16,64", ("_16", "_64")), ("64", ("",)), (None, ("",))):
-        words = ("x.jsonl", "-q", "--by-position", *(["--context", context] if context else []))
-        for output in ("gains.parquet", "gains"):
-            assert run_longnet("score", *words, "-o", output).returncode == 0
-        found = pq.read_table(tmp_path / "gains.parquet")
-        shard = pa.ipc.open_file(tmp_path / "gains" / "gains-00000.arrow").read_all()
-        assert shard.to_pylist() == found.to_pylist()
-        printed = [json.loads(line) for line in run_longnet("score", *words, "--format", "jsonl").stdout.splitlines()]
-        for index, end in enumerate(ends):
-            total = printed[len(printed) - len(ends) + index]
-            for name in ("by_position", "by_segment_position"):
-                tables = found[f"{name}{end}"].to_pylist()
-                counts = [Counter({row["from"]: row["n_tokens"] for row in table}) for table in tables]
-                assert sum(counts, Counter()) == {row["from"]: row["n_tokens"] for row in total[name]}
-        assert run_longnet("score", *words, "-o", "gains", "--resume").returncode == 0  # it is finished
-        shutil.rmtree(tmp_path / "gains")
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--resume"], "--resume is for a folder of rows"),
-        (["-o", "x.parquet", "--resume"], "--resume is for a folder of shards"),
-        (["-o", "x", "--token-logprobs", "y.arrow"], "--token-logprobs is for scores that are printed"),
-        (["-o", "x", "--format", "json"], "--format is for scores that are printed"),
-        (["-o", "a.txt"], "a.txt, which this command reads"),
-        (
-            ["-o", "v.csv"],
-            "-o v.csv: .csv is not written: the name of a file ends in .arrow, .feather, .parquet or .jsonl",
-        ),
-        (["--token-logprobs", "v.jsonl.gz"], "--token-logprobs v.jsonl.gz: .gz is not written"),
-    ],
-)
-def test_what_cannot_be_written_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], said: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "a.txt").write_text("text")
-    error = refused("score", "a.txt", *words)
-    assert (error.exit_code, said in str(error)) == (2, True), error
-    assert {path.name for path in tmp_path.iterdir()} <= {"a.txt"}
 
 
 def test_kept_columns_stand_behind_the_rows_of_a_resumed_folder_too(model: LongNet, tmp_path: Path) -> None:
@@ -260,8 +201,7 @@ def test_kept_columns_stand_behind_the_rows_of_a_resumed_folder_too(model: LongN
         with pytest.raises(ConfigError, match="keep"):
             write(model, tmp_path / "cut", [first, *documents[1:]], keep, resume=True)
     write(model, tmp_path / "cut", documents, ("tags",), resume=True)
-    whole, cut = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("whole", "cut"))
-    assert whole == cut
+    assert contents(tmp_path / "whole") == contents(tmp_path / "cut")
     shards = [pa.ipc.open_file(path).read_all() for path in sorted((tmp_path / "cut").glob("gains-*.arrow"))]
     assert len(shards) > 1
     assert pa.concat_tables(shards)["tags"].to_pylist() == values

@@ -80,14 +80,6 @@ def test_the_recipe_names_the_end_of_text(corpus: Path, tmp_path: Path) -> None:
         train(recipe(corpus, **settings | {"data.train": [str(tmp_path / "missing")]}), tmp_path / "none")
 
 
-def test_the_same_seed_trains_the_same_weights(corpus: Path, tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        train(recipe(corpus), tmp_path / name)
-    train(recipe(corpus, **{"train.seed": 1}), tmp_path / "c")
-    a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
-    assert a == b != c
-
-
 def test_it_starts_from_given_weights(corpus: Path, tmp_path: Path) -> None:
     first = train(recipe(corpus, **{"train.stages": LONG}), tmp_path / "first")
     again = train(recipe(corpus, **{"train.log_every": 1, "init": str(tmp_path / "first")}), tmp_path / "again")
@@ -144,9 +136,6 @@ def test_polynomial_decay_is_fairseqs(power: float) -> None:
     for step in range(10, 100):
         left = 1 - (step - 10) / (99 - 10)
         assert learning_rate(step, 100, 2.0, schedule) == pytest.approx((2.0 - 0.2) * left**power + 0.2)
-    if power == 1.0:
-        linear = ScheduleRecipe(warmup_steps=10, decay="linear", final=0.1)
-        assert all(learning_rate(i, 100, 2.0, schedule) == learning_rate(i, 100, 2.0, linear) for i in range(100))
 
 
 def test_only_matrices_decay(corpus: Path) -> None:
@@ -325,22 +314,12 @@ def test_activation_checkpointing_changes_no_number(corpus: Path, tmp_path: Path
         assert losses[-1] == pytest.approx(losses[-2], rel=1e-6)
 
 
-@pytest.mark.slow
-def test_compiled_layers_learn_the_same(corpus: Path, tmp_path: Path) -> None:
-    plain, compiled = (
-        train(recipe(corpus, **{"train.compile": option}), tmp_path / f"{option}").loss for option in (False, True)
-    )
-    assert compiled == pytest.approx(plain, rel=1e-3)
-
-
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         ({"optimizer.ler": 1}, "unknown key 'optimizer.ler': did you mean 'optimizer.lr'?"),
         ({"train.seq_len": 1}, "unknown key 'train.seq_len'"),
         ({"train.objective": "contrast"}, "train.objective: Input should be 'causal' or 'masked' (got 'contrast')"),
-        ({"contrast.pool": "last"}, "unknown key 'contrast'"),
-        ({"optimizer.level_bias_lr": 0.1}, "unknown key 'optimizer.level_bias_lr'"),
         ({"model.dim": 15}, "not divisible"),
         ({"model.causal": False, "model.position": "rope"}, 'set train.objective = "masked"'),
         ({"train.objective": "masked"}, 'set train.objective = "causal"'),
@@ -401,23 +380,9 @@ def test_overrides_are_toml_or_text() -> None:
 
 
 def test_the_command(corpus: Path, tmp_path: Path, run_longnet, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe_file = tmp_path / "small.toml"
-    recipe_file.write_text(
-        f"""
-        [model]
-        dim = 16
-        num_layers = 1
-        num_heads = 2
-        ffn_dim = 32
-        segment_lengths = [16, 32]
-        dilation_rates = [1, 2]
-        [data]
-        train = ["{corpus}"]
-        [train]
-        batch_tokens = 256
-        stages = [{{ seq_len = 32, steps = 5 }}]
-        """
-    )
+    found = recipe(corpus, **{"train.stages": [{"seq_len": 32, "steps": 5}]})
+    recipe_file = tmp_path / "small.json"
+    recipe_file.write_text(found.model_dump_json())
     done = run_longnet("train", recipe_file, "-o", "run", "--set", "train.log_every=1", "--dtype", "fp32")
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
@@ -440,7 +405,6 @@ def test_the_command(corpus: Path, tmp_path: Path, run_longnet, monkeypatch: pyt
         (["run", "--no-resume"], "already holds a run"),
         (["elsewhere", "--init", "./run"], "already holds a model"),
         (["run2", "--column", "words"], "column 'words' is asked for"),
-        (["run2", "--set", "train.log_evry=1"], "did you mean 'train.log_every'?"),
         (
             ["run2", "--steps", "5"],
             "--steps and --seq-len make one stage together: give both (the recipe's --seq-len is 32)",
@@ -449,26 +413,4 @@ def test_the_command(corpus: Path, tmp_path: Path, run_longnet, monkeypatch: pyt
     ):
         error = refused("train", recipe_file, "-o", *words)
         assert (error.exit_code, said in str(error)) == (2, True), error
-    for words, said in (
-        (
-            ["--seq-len", "256", "--steps", "5", "--pattern", "window:8"],
-            "there is no model: give a RECIPE (longnet-1m,",
-        ),
-        (["--steps", "5"], "--steps and --seq-len make one stage together: give both"),
-    ):
-        error = refused("train", "--data", corpus, *words, "-o", "run2")
-        assert (error.exit_code, str(error).startswith(said)) == (2, True), error
     assert not (tmp_path / "run2").exists()
-
-
-def test_documents_are_kept_apart_unless_asked_for(tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    data.mkdir()
-    (data / "a.txt").write_text("abc " * 30)
-    (data / "b.txt").write_text("xyz " * 30)
-    settings = {"data.train": [str(data)], "train.stages": [{"seq_len": 200, "steps": 3}]}
-    losses = {
-        across: train(recipe(tmp_path, **settings, **{"train.across_documents": across}), tmp_path / f"{across}").loss
-        for across in (False, True)
-    }
-    assert losses[False] != losses[True]

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from builders import NotedDocument as Document
+from files import write_file
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import document_starts
@@ -305,9 +306,7 @@ def test_too_little_data():
 
 def test_windows_of_a_mapped_shard_are_copies(tmp_path: Path):
     rows = pa.array([list(range(50)), [], list(range(50, 80))], pa.large_list(pa.uint16()))
-    table = pa.table({"input_ids": rows})
-    with pa.ipc.new_file(tmp_path / "a.arrow", table.schema) as file:
-        file.write(table)
+    write_file(tmp_path / "a.arrow", pa.table({"input_ids": rows}))
     source = TokenStream(list(Inputs([tmp_path / "a.arrow"], vocab_size=100).documents()), 99)
     batch, state = next(iter(TokenWindows([source], 82, 1, seed=0)))
     assert batch.read_all().tolist() == [[99, *range(50), 99, 99, *range(50, 80)]]

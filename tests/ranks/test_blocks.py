@@ -117,7 +117,6 @@ def forced(past: Past, start: int, stop: int, choice: Callable[[int, int], list[
         of_group = range(first, first + number * queries, queries)
         sees_all = near <= past.pattern.chosen_keys
         parts.append([[*range(near // 8)] if sees_all else choice(at // 4, near) for at in of_group])
-    assert past.choices is not None
     past.choices[start] = choosing.GroupBlocks([torch.tensor(part, dtype=torch.int32)] for part in parts)
     return parts
 

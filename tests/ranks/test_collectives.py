@@ -20,7 +20,6 @@ from torch.utils._pytree import tree_leaves
 from longnet_cli.attention import Pattern
 from longnet_cli.running.causal_stream import CausalStream
 from longnet_cli.running.chunked_backward import backward_in_chunks
-from longnet_cli.running.ranks import fetching
 from longnet_cli.running.ranks.edges import even_edges
 from longnet_cli.running.ranks.exchange import Exchange
 
@@ -85,7 +84,7 @@ class Counted:
         return number
 
 
-def collectives_of_layers(tokens: int, runs: int) -> None:
+def collectives_of_layers(tokens: int) -> None:
     """Of layers that see block 0, that choose and that follow: in a forward pass, and then in a step.
 
     None of them would be gloo's if the keys were on a GPU.
@@ -107,7 +106,7 @@ def collectives_of_layers(tokens: int, runs: int) -> None:
     counted.by_gloo = 0
     hidden = model(draw(1, tokens)[:, edges[rank] : edges[rank + 1]], start=exchange.start, far=far)
     _, *forward = [*by_layer, counted.take()]
-    assert [number - runs for number in forward] == [3, 5, 1]  # and one for each run
+    assert forward == [4, 6, 2]  # one of them for a run of blocks
     hidden.sum().backward()
     step = sum(forward) + counted.take()
     assert step <= 3 * sum(forward)
@@ -117,16 +116,9 @@ def collectives_of_layers(tokens: int, runs: int) -> None:
     assert found.item() == world * step
 
 
-@pytest.mark.parametrize(
-    ("tokens", "run_bytes", "runs"),
-    [
-        (1 << 11, fetching.RUN_BYTES, 1),
-        (1 << 13, fetching.RUN_BYTES, 1),
-        *(pytest.param(1 << n, fetching.RUN_BYTES, 1, marks=pytest.mark.slow) for n in (16, 17)),
-    ],
-)
-def test_a_layer_takes_a_handful_of_collectives(tokens: int, run_bytes: int, runs: int, tmp_path: Path) -> None:
-    run_ranks(4, tmp_path, collectives_of_layers, tokens, runs)
+@pytest.mark.parametrize("power", [11, 13, *(pytest.param(n, marks=pytest.mark.slow) for n in (16, 17))])
+def test_a_layer_takes_a_handful_of_collectives(power: int, tmp_path: Path) -> None:
+    run_ranks(4, tmp_path, collectives_of_layers, 1 << power)
 
 
 def collectives_of_chunks() -> None:

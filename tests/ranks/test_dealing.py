@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import re
@@ -11,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ import torch
 import torch.distributed as dist
 from builders import tiny_llama, tiny_model
 from conftest import RunLongnet
+from files import write_file, write_lines
 from hypothesis import given
 from hypothesis import strategies as st
 from many_ranks import run_ranks
@@ -127,14 +127,26 @@ def folder(tmp_path: Path) -> Path:
     chance = np.random.default_rng(0)
     rows = [chance.integers(97, 122, length) for length in [0, 1, *chance.integers(1, 400, 60)]]
     texts = [{"id": f"d{index}", "text": bytes(row.tolist()).decode(), "n": index} for index, row in enumerate(rows)]
-    (tmp_path / "docs.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+    write_lines(tmp_path / "docs.jsonl", texts)
     lengths = [9_000_000, 0, *[40_000] * 100, 5_000_000]  # several portions of 4 Mi characters
     long = [{"id": f"{i}", "text": (f"{i:06d} " * (length // 7 + 1))[:length]} for i, length in enumerate(lengths)]
-    (tmp_path / "long.jsonl").write_text("".join(json.dumps(text) + "\n" for text in long))
+    write_lines(tmp_path / "long.jsonl", long)
     table = pa.table({"doc_id": [text["id"] for text in texts], "input_ids": [row.tolist() for row in rows]})
-    with ipc.new_file(tmp_path / "docs.arrow", table.schema) as writer:
-        writer.write_table(table)
+    write_file(tmp_path / "docs.arrow", table)
     return tmp_path
+
+
+@pytest.fixture
+def run_both(folder: Path, run_longnet: RunLongnet) -> Callable[..., list[subprocess.CompletedProcess]]:
+    """Runs a command in one process and in two, or with `mesh`; what it writes goes to `alone` and `many`."""
+
+    def run(*words: str, writes: bool = False, mesh: tuple[str, ...] = ("--dp", "2")) -> list:
+        return [
+            run_longnet(*words, *(["-o", place] if writes else []), *more, cwd=folder, env={"OMP_NUM_THREADS": "1"})
+            for place, more in (("alone", ()), ("many", mesh))
+        ]
+
+    return run
 
 
 COMMANDS = {
@@ -151,11 +163,8 @@ COMMANDS = {
 @pytest.mark.parametrize(
     "name", [*(pytest.param(n, marks=pytest.mark.ci) for n in ("encode", "encode-keep")), "gains", "tokenize"]
 )
-def test_shards_are_the_bytes_of_one_process(name: str, folder: Path, run_longnet: RunLongnet) -> None:
-    alone, many = (
-        run_longnet(*COMMANDS[name], "-o", place, *more, cwd=folder, env={"OMP_NUM_THREADS": "1"})
-        for place, more in (("alone", []), ("many", ["--dp", "2"]))
-    )
+def test_shards_are_the_bytes_of_one_process(name: str, folder: Path, run_both: Callable[..., list]) -> None:
+    alone, many = run_both(*COMMANDS[name], writes=True)
     assert (alone.returncode, many.returncode) == (0, 0), many.stderr
     assert contents(folder / "alone") == contents(folder / "many")
     assert len(contents(folder / "alone")) > 3
@@ -163,7 +172,7 @@ def test_shards_are_the_bytes_of_one_process(name: str, folder: Path, run_longne
 
 
 @pytest.mark.ci
-def test_printed_scores_are_those_of_one_process(folder: Path, run_longnet: RunLongnet) -> None:
+def test_printed_scores_are_those_of_one_process(folder: Path, run_both: Callable[..., list]) -> None:
     """And the values of many types that documents carry along."""
     table = ipc.open_file(folder / "docs.arrow").read_all()
     kept = {
@@ -173,32 +182,24 @@ def test_printed_scores_are_those_of_one_process(folder: Path, run_longnet: RunL
         "b": pa.array([b"\xff\x00", None] * 31),
     }
     table = pa.table({"doc_id": table["doc_id"], "input_ids": table["input_ids"], **kept})
-    with ipc.new_file(folder / "kept.arrow", table.schema) as writer:
-        writer.write_table(table)
+    write_file(folder / "kept.arrow", table)
     command = ["score", "kept.arrow", "-m", "./net", "--chunk", "128", "--context", "16,64", "--format", "jsonl"]
-    command += ["--by-position", "--keep", "m,u,t,b"]
-    env = {"OMP_NUM_THREADS": "1"}
-    alone, many = (run_longnet(*command, *more, cwd=folder, env=env) for more in ([], ["--dp", "2"]))
+    alone, many = run_both(*command, "--by-position", "--keep", "m,u,t,b")
     assert many.stdout == alone.stdout, many.stderr
     assert len(alone.stdout.splitlines()) == 62 + 2
 
 
-def test_a_hugging_face_model_gives_each_process_its_own_documents(folder: Path, run_longnet: RunLongnet) -> None:
+def test_a_hugging_face_model_gives_each_process_its_own_documents(folder: Path, run_both: Callable[..., list]) -> None:
     tiny_llama(folder / "llama")
     command = ["score", "docs.arrow", "-m", "./llama", "--bos", "none", "--chunk", "256", "--format", "jsonl"]
-    alone, many = (
-        run_longnet(*command, *more, cwd=folder, env={"OMP_NUM_THREADS": "1"}) for more in ([], ["--dp", "2"])
-    )
+    alone, many = run_both(*command)
     assert many.stdout == alone.stdout, many.stderr
     assert len(alone.stdout.splitlines()) == 63
 
 
 @pytest.mark.ci
-def test_groups_may_share_documents(folder: Path, run_longnet: RunLongnet) -> None:
-    alone, many = (
-        run_longnet(*COMMANDS["encode"], "-o", place, *more, cwd=folder)
-        for place, more in (("alone", []), ("many", ["--dp", "2", "--sp", "2"]))
-    )
+def test_groups_may_share_documents(folder: Path, run_both: Callable[..., list]) -> None:
+    alone, many = run_both(*COMMANDS["encode"], writes=True, mesh=("--dp", "2", "--sp", "2"))
     assert (alone.returncode, many.returncode) == (0, 0), many.stderr
     for name in ("vectors-00000.arrow", "vectors-00001.arrow"):
         a, b = (ipc.open_file(folder / place / name).read_all() for place in ("alone", "many"))
@@ -208,37 +209,22 @@ def test_groups_may_share_documents(folder: Path, run_longnet: RunLongnet) -> No
 
 
 @pytest.mark.parametrize("skip_bad", [True, pytest.param(False, marks=pytest.mark.ci)])
-def test_bad_data_ends_what_it_ends_in_one_process(skip_bad: bool, folder: Path, run_longnet: RunLongnet) -> None:
+def test_bad_data_ends_what_it_ends_in_one_process(skip_bad: bool, folder: Path, run_both: Callable[..., list]) -> None:
     rows = [[97] * 200 for _ in range(50)]
     rows[30][100] = 9999
-    table = pa.table({"input_ids": rows})
-    with ipc.new_file(folder / "bad.arrow", table.schema) as writer:
-        writer.write_table(table)
+    write_file(folder / "bad.arrow", pa.table({"input_ids": rows}))
     command = ["encode", "bad.arrow", "-m", "./net", "--chunk", "128", "--shard-rows", "10"]
-    command += ["--skip-bad"] if skip_bad else []
-    alone, many = (
-        run_longnet(*command, "-o", place, *more, cwd=folder, env={"OMP_NUM_THREADS": "1"})
-        for place, more in (("alone", []), ("many", ["--dp", "2"]))
-    )
+    alone, many = run_both(*command, *(["--skip-bad"] if skip_bad else []), writes=True)
     assert alone.returncode == many.returncode == (6 if skip_bad else 3)
     assert re.sub(r"rank \d: ", "", many.stderr) == alone.stderr.replace("-> alone", "-> many")
     assert contents(folder / "alone") == contents(folder / "many")
     assert len(contents(folder / "alone")) == (6 if skip_bad else 4)
 
 
-def test_what_cannot_be_shared_is_one_line(folder: Path, run_longnet: RunLongnet) -> None:
-    os.mkfifo(folder / "pipe")
-    for command, words in (
-        (["score", "docs.arrow", "-m", "./net", "--token-logprobs", "x.arrow"], "leave out --dp"),
-        (["tokenize", "docs.jsonl", "-o", "t", "--train-vocab", "300"], "leave out --dp"),
-        (["tokenize", "pipe", "-o", "t"], "pipe can be read by one process"),
-        (["score", "-", "-m", "./net"], "stdin can be read by one process"),
-        (["encode", "docs.arrow", "-m", "./net", "-o", "v", "--nproc", "1"], "needs 2 processes, and there are 1"),
-    ):
-        done = run_longnet(*command, "--dp", "2", cwd=folder)
-        assert (done.returncode, done.stdout) == (2, "")
-        assert words in done.stderr
-        assert done.stderr.count("\n") == 1
+def test_processes_that_are_missing_are_named_in_one_line(folder: Path, run_longnet: RunLongnet) -> None:
+    done = run_longnet(*COMMANDS["encode"], "-o", "v", "--nproc", "1", "--dp", "2", cwd=folder)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "needs 2 processes, and there are 1" in done.stderr
 
 
 @pytest.mark.ci

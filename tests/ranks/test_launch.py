@@ -17,14 +17,13 @@ import pyarrow as pa
 import pyarrow.ipc as ipc
 import pytest
 import torch
-from builders import assert_same_model, job_folder, losses, metrics_of
+from builders import job_folder, metrics_of
 from conftest import RunLongnet
+from files import write_file
 from processes import TORCHRUN, kill_training, processes_of, wait_for
 
 from longnet_cli.data.manifest import read_manifest
 from longnet_cli.jobs.training.checkpoint import checkpoints_in, find_damage, read_state
-from longnet_cli.jobs.training.loop import train
-from longnet_cli.jobs.training.recipe import load_recipe
 
 TRAIN = ["-m", "longnet_cli", "train"]
 
@@ -32,30 +31,6 @@ TRAIN = ["-m", "longnet_cli", "train"]
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return job_folder(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of one process."""
-    folder = job_folder(tmp_path_factory.mktemp("alone"))
-    train(load_recipe(str(folder / "recipe.toml"), {}), folder / "run")
-    return folder / "run"
-
-
-MESHES = [
-    pytest.param(["--nproc", "2", "--dp", "2"], id="dp2"),
-    pytest.param(["--nproc", "2", "--chunk", "50"], id="sp2-chunked"),
-    pytest.param(["--nproc", "4", "--dp", "2", "--sp", "2"], id="2x2", marks=pytest.mark.slow),
-]
-
-
-@pytest.mark.ci
-@pytest.mark.parametrize("mesh", MESHES)
-def test_training_is_that_of_one_process(mesh: list[str], alone: Path, folder: Path, run_longnet: RunLongnet) -> None:
-    many = run_longnet("train", folder / "recipe.toml", "-o", folder / "many", *mesh, cwd=folder)
-    assert many.returncode == 0, many.stderr
-    assert losses(folder / "many") == pytest.approx(losses(alone), rel=1e-4)
-    assert_same_model(alone, folder / "many", 1e-3)
 
 
 @pytest.fixture
@@ -76,18 +51,8 @@ def aborting(folder: Path, command_env: dict[str, str]) -> dict[str, str]:
 def test_scores_are_those_of_one_process(
     more: list[str], folder: Path, run_longnet: RunLongnet, aborting: dict[str, str]
 ) -> None:
-    command = [
-        "score",
-        folder / "texts",
-        "-m",
-        f"{folder}/decoder",
-        "--format",
-        "jsonl",
-        "--chunk",
-        "100",
-        "--top",
-        "1",
-    ]
+    command = ["score", folder / "texts", "-m", f"{folder}/decoder", "--format", "jsonl", "--chunk", "100"]
+    command += ["--top", "1"]
     alone = run_longnet(*command, *more, "--token-logprobs", folder / "alone.arrow")
     many = run_longnet(*command, *more, "--token-logprobs", folder / "many.arrow", "--nproc", "2", env=aborting)
     assert many.returncode == alone.returncode == 0, many.stderr
@@ -138,9 +103,7 @@ def test_a_rank_with_bad_data_ends_the_job_and_says_where(
 ) -> None:
     rows = [[index % 250 for index in range(400)] for _ in range(20)]
     rows[17][200] = 9999
-    table = pa.table({"input_ids": rows})
-    with ipc.new_file(folder / "bad.arrow", table.schema) as writer:
-        writer.write_table(table)
+    write_file(folder / "bad.arrow", pa.table({"input_ids": rows}))
     command = ["train", folder / "recipe.toml", "--data", folder / "bad.arrow", "-o", folder / "run"]
     done = run_longnet(*command, "--nproc", "2", "--dp", "2", env=aborting, timeout=60)  # only one of them reads it
     assert done.returncode == 3
@@ -149,17 +112,8 @@ def test_a_rank_with_bad_data_ends_the_job_and_says_where(
     assert "bad.arrow, row 17, offset 200: token id 9999" in line
 
 
-def workers(job: subprocess.Popen) -> list[int]:
-    """The processes that a torchrun has started."""
-    found = []
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = status.read_text().rsplit(")", 1)[1].split()
-        except OSError:
-            continue
-        if int(fields[1]) == job.pid:
-            found.append(int(status.parent.name))
-    return found
+def ranks_of(job: subprocess.Popen, folder: Path) -> set[int]:
+    return {*processes_of(folder / "run")} - {job.pid}
 
 
 def start_training(folder: Path, env: dict[str, str], *start: str, until: int) -> subprocess.Popen:
@@ -182,7 +136,7 @@ def test_a_killed_rank_ends_the_job_and_the_next_run_goes_on_until_sigterm(
 ) -> None:
     job = start_training(folder, command_env, until=15)
     began = time.monotonic()
-    os.kill(max(workers(job)), signal.SIGKILL)
+    os.kill(max(ranks_of(job, folder)), signal.SIGKILL)
     _, stderr = job.communicate(timeout=60)
     assert time.monotonic() - began < 30
     assert job.returncode == 1
@@ -228,7 +182,7 @@ def test_a_launcher_that_ends_takes_its_ranks_with_it_in_few_words(
     if way == "killed":
         job.kill()
     else:
-        os.kill(min(workers(job)), signal.SIGSTOP)
+        os.kill(min(ranks_of(job, folder)), signal.SIGSTOP)
         job.terminate()
     _, stderr = job.communicate(timeout=90)  # until no rank holds it
     assert time.monotonic() - began < 60

@@ -47,6 +47,17 @@ def test_a_process_without_a_gpu_of_its_own_is_refused(local_rank: str, monkeypa
         _own_gpu(local_rank)
 
 
+@pytest.fixture
+def four_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with four GPUs, and rank 0 of four."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(module, "select_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+
+
+@pytest.mark.usefixtures("four_gpus")
 def test_hosts_agree_by_gloo_where_gpus_talk_by_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
     """To agree on a signal between two chunks by NCCL, each would wait for what its GPU still computes."""
     asked: list[str] = []
@@ -55,12 +66,7 @@ def test_hosts_agree_by_gloo_where_gpus_talk_by_nccl(monkeypatch: pytest.MonkeyP
         asked.append(backend)
         raise ConfigError("no GPU here")
 
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.setattr(module, "select_device", torch.device)
     monkeypatch.setattr(module, "check_agent", lambda: None)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(dist, "init_process_group", begin)
     with pytest.raises(ConfigError, match="no GPU here"):
         join("cuda")
@@ -71,13 +77,9 @@ def test_hosts_agree_by_gloo_where_gpus_talk_by_nccl(monkeypatch: pytest.MonkeyP
     assert asked[1:] == ["cpu"]
 
 
+@pytest.mark.usefixtures("four_gpus")
 def test_gpus_wait_for_minutes_and_hosts_for_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rank whose GPU hangs keeps all its connections: only a timeout ends it, and the others with it."""
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.setattr(module, "select_device", torch.device)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     every, own, other = (MagicMock(name=name) for name in ("every", "own", "other"))
     given = MagicMock()
     monkeypatch.setattr(dist, "init_process_group", given)

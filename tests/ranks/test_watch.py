@@ -49,7 +49,6 @@ def orphans(word: str, *ways: str) -> str:
     """Kill the parent of such ranks when all are ready; what was said when none was left."""
     command = [sys.executable, "-c", PARENT, word, *ways]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as parent:
-        assert parent.stdout is not None
         try:
             assert [parent.stdout.readline() for _ in ways] == ["ready\n"] * len(ways)
         finally:
