@@ -184,12 +184,13 @@ def test_saved_is_loaded(model: Callable[[], hf.PreTrainedModel], tmp_path: Path
     saved.save_pretrained(tmp_path, max_shard_size="40KB")
     assert (tmp_path / "model.safetensors.index.json").exists()
     net = ModelFolder(tmp_path).net()
-    assert isinstance(net, TransformersNet)
-    assert type(net.model) is type(saved)
-    assert (net.config.pattern, net.config.causal) == (FAR, model in CAUSAL)
     auto = (hf.AutoModelForCausalLM if model in CAUSAL else hf.AutoModelForMaskedLM).from_pretrained(tmp_path)
+    assert type(net.model) is type(auto) is type(saved)
+    assert (net.config.pattern, net.config.causal) == (FAR, model in CAUSAL)
     with torch.no_grad():
-        assert torch.equal(net(ids(70)), saved.base_model(ids(70)).last_hidden_state)
+        hidden = saved.base_model(ids(70)).last_hidden_state
+        assert torch.equal(net(ids(70)), hidden)
+        assert torch.equal(hf.AutoModel.from_pretrained(tmp_path)(ids(70)).last_hidden_state, hidden)
         assert torch.equal(auto(ids(70)).logits, saved(ids(70)).logits)
     other = ModelFolder(tmp_path).net(pattern=Pattern((16,), (1,)))
     assert other.config.pattern == Pattern((16,), (1,))
