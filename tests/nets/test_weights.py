@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from longnet_cli.basics.errors import CheckpointError
-from longnet_cli.integrations.gigapath import create_model
 from longnet_cli.models.official import from_torchscale, to_torchscale
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet
@@ -272,19 +271,3 @@ def test_the_way_out_is_the_inverse_of_the_way_in(changes: dict) -> None:
     assert back.keys() == state.keys()
     for name, tensor in state.items():
         assert torch.equal(back[name], tensor)
-
-
-def test_gigapath() -> None:
-    """The slide encoder's state dict, by its official names and shapes: 247 tensors, 86,330,880 numbers."""
-    config = LongNetConfig.gigapath()
-    with torch.device("meta"):
-        state = create_model("", "gigapath_slide_enc12l768d", 1536).state_dict()
-    assert len(state) == 247
-    assert sum(tensor.numel() for tensor in state.values()) == 86_330_880
-    net = from_torchscale(state, config)
-    assert config.num_parameters() == 85_148_160 == sum(p.numel() for p in net.parameters())
-    encoder = {name.removeprefix("encoder."): t for name, t in state.items() if name.startswith("encoder.")}
-    assert {name: t.shape for name, t in to_torchscale(net).items()} == {name: t.shape for name, t in encoder.items()}
-    del state["encoder.layers.3.ffn.ffn_layernorm.bias"]
-    with pytest.raises(CheckpointError, match=r"missing tensor layers\.3\.ffn\.ffn_layernorm\.bias"):
-        from_torchscale(state, config)
