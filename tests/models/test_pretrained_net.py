@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pyarrow.ipc as ipc
 import pytest
 import torch
 import torch.nn.functional as F
@@ -237,19 +236,6 @@ def test_score_with_options(folder: Path) -> None:
     assert ppl("--pattern", "dense", "--chunk", "64") == pytest.approx(dense, rel=1e-6)
     assert ppl("--pattern", "1Ki/1") == pytest.approx(dense, rel=1e-6)
     assert not math.isclose(dilated, dense, rel_tol=1e-4)
-
-
-def test_encode_to_a_file_and_to_a_folder(folder: Path, encoder: Path, tmp_path: Path) -> None:
-    for model in (folder, encoder):
-        output = tmp_path / f"{model.name}.arrow"
-        result = invoke("encode", folder / "text.txt", "--model", model, *OPTIONS, "-o", output)
-        assert result.exit_code == 0, result.output
-        assert ("it reads each document in one forward" in result.stderr) == (model is encoder)
-        table = ipc.open_file(output).read_all()
-        assert table["n_tokens"].to_pylist() == [300]
-        shards = ["encode", folder / "text.txt", "--model", model, "-o", tmp_path / model.name]
-        assert invoke(*shards, *OPTIONS).exit_code == 0
-        assert invoke(*shards, *OPTIONS, "--resume").exit_code == 0
 
 
 def test_what_decides_the_vectors_decides_what_can_be_resumed(folder: Path, tmp_path: Path) -> None:

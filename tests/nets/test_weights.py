@@ -90,25 +90,16 @@ def test_equal_models_are_equal_files(tmp_path: Path) -> None:
     assert len({(tmp_path / str(number) / "model.safetensors").read_bytes() for number in range(8)}) == 1
 
 
-def flip(folder: Path, name: str, place: int, bit: int = 1) -> None:
-    path = folder / name
-    data = bytearray(path.read_bytes())
-    data[place] ^= bit
-    path.write_bytes(data)
-
-
 def test_no_flipped_byte_changes_the_weights_without_a_word(tmp_path: Path) -> None:
     LongNet(small()).save_pretrained(tmp_path)
-    whole = (tmp_path / "model.safetensors").read_bytes()
-    start = 8 + int.from_bytes(whole[:8], "little")
-    for place in range(start, len(whole), 397):
-        flip(tmp_path, "model.safetensors", place)
+    path = tmp_path / "model.safetensors"
+    whole = path.read_bytes()
+    for place in range(8 + int.from_bytes(whole[:8], "little"), len(whole), 397):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
         with pytest.raises(CheckpointError, match=r"the digest of its tensors|NaN or infinite"):
             LongNet.from_pretrained(tmp_path)
-        (tmp_path / "model.safetensors").write_bytes(whole)
-    flip(tmp_path, "model.safetensors", start)
     LongNet.from_pretrained(tmp_path, verify=False)
-    save_file(load_file(tmp_path / "model.safetensors"), tmp_path / "model.safetensors")  # which drops the digests
+    save_file(load_file(path), path)  # which drops the digests
     LongNet.from_pretrained(tmp_path)
 
 
