@@ -229,23 +229,22 @@ def test_a_killed_save_leaves_the_old_state(tmp_path: Path, monkeypatch: pytest.
     assert {(folder / name).read_text() for name in mine} <= {"mine"}
 
 
-@pytest.mark.parametrize(
-    "manifest", ['{"name": "My app", "icons": []}', "{", '{"version": 3, "files": {}, "digest": ""}']
-)
-def test_a_folder_of_something_else_stays_as_it_is(tmp_path: Path, manifest: str) -> None:
+def test_a_folder_of_something_else_stays_as_it_is(tmp_path: Path) -> None:
     """Its manifest.json is not that of a state, and its files have a name that a piece might have."""
     stream = CausalStream(net(CHOSEN))
     stream(draw(1, 100))
-    (tmp_path / "manifest.json").write_text(manifest)
-    (tmp_path / "piece-0.safetensors").write_text("mine")
-    old = states(tmp_path)
-    with pytest.raises(ConfigError, match="neither an empty folder nor a state: name a new one"):
-        stream.save(tmp_path)
-    assert states(tmp_path) == old
-    os.remove(tmp_path / "piece-0.safetensors")
-    write_manifest(tmp_path / "manifest.json", STATE_VERSION, {"kind": "another kind"})
-    with pytest.raises(ConfigError, match="neither an empty folder nor a state: name a new one"):
-        stream.save(tmp_path)
+    manifests = ['{"name": "My app", "icons": []}', "{", '{"version": 3, "files": {}, "digest": ""}', None]
+    for number, manifest in enumerate(manifests):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        write_manifest(folder / "manifest.json", STATE_VERSION, {"kind": "another kind"})
+        if manifest:
+            (folder / "manifest.json").write_text(manifest)
+            (folder / "piece-0.safetensors").write_text("mine")
+        old = states(folder)
+        with pytest.raises(ConfigError, match="neither an empty folder nor a state: name a new one"):
+            stream.save(folder)
+        assert states(folder) == old
 
 
 FORGED = {
@@ -322,13 +321,10 @@ def test_what_is_refused(tmp_path: Path) -> None:
                 CausalStream.load(model, folder)
             (folder / name).write_bytes(old[name])
     assert CausalStream.load(model, folder).position == 100
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full/notes.txt").write_text("mine")
-    for place, why in ((tmp_path / "full", "neither an empty folder"), (folder / "manifest.json", "Not a directory")):
-        with pytest.raises(ConfigError, match=why):
-            stream.save(place)
+    with pytest.raises(ConfigError, match="Not a directory"):
+        stream.save(folder / "manifest.json")
     with pytest.raises(ConfigError, match="no state, manifest"):
-        CausalStream.load(model, tmp_path / "full")
+        CausalStream.load(model, tmp_path)
     write_manifest(folder / "manifest.json", 2, {"kind": "longnet state"})
     with pytest.raises(DataError, match=rf"manifest\.json: it was changed .*, or is not of version {STATE_VERSION}$"):
         CausalStream.load(model, folder)
