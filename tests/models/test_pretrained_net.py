@@ -373,13 +373,22 @@ def test_options_that_are_refused(spoilt: Callable[..., Path], folder: Path, enc
 
 @pytest.mark.ci
 @pytest.mark.full
-def test_without_transformers(folder: Path, command_env: dict[str, str]) -> None:
-    script = "import sys; sys.modules['transformers'] = None; from longnet_cli.cli.app import main; main()"
-    words = [sys.executable, "-c", script, "score", folder / "text.txt", "--model", folder, *OPTIONS]
-    done = subprocess.run(words, env=command_env, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.count("\n") == 1
-    assert done.stderr.rstrip().endswith("pip install 'longnet-cli[hf]'")
+@pytest.mark.parametrize(
+    ("library", "words", "extra"),
+    [
+        ("transformers", ["score", "text.txt", "--model", "./"], "hf"),
+        ("gguf", ["convert", "m.gguf", "-o", "out"], "gguf"),
+    ],
+)
+def test_without_a_library(
+    library: str, words: list[str], extra: str, folder: Path, command_env: dict[str, str]
+) -> None:
+    (folder / "m.gguf").write_bytes(b"GGUF")
+    script = f"import sys; sys.modules['{library}'] = None; from longnet_cli.cli.app import main; main()"
+    command = [sys.executable, "-c", script, *words]
+    done = subprocess.run(command, cwd=folder, env=command_env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert done.stderr.rstrip().endswith(f"pip install 'longnet-cli[{extra}]'")
 
 
 def test_models_that_cannot_score() -> None:
