@@ -42,6 +42,7 @@ from longnet_cli.attention.pattern import MEAN_OF, RUN, LayerKind
 from longnet_cli.attention.spans import common_span, far_spans, open_spans, span_rows
 from longnet_cli.basics.errors import ConfigError, InputWarning, LongNetError
 from longnet_cli.basics.sizes import format_bytes, format_count, format_duration, format_size, parse_size
+from longnet_cli.jobs.describing import out_of_reach
 from longnet_cli.jobs.estimating.memory import reading_memory, spilled_bytes
 from longnet_cli.jobs.estimating.reading import Extent, ReadingPlan
 from longnet_cli.jobs.training.costs import StepFlops, step_flops, stored_bytes, training_memory
@@ -581,8 +582,12 @@ def plan_command(
     warnings.filterwarnings("ignore", "this CPU", InputWarning)  # the plan is for another machine
     if recipe is not None and model is None:
         sets = [word for setting in settings or () for word in ("--set", setting)]
-        plans_of = training_plans(load_recipe(recipe, parse_overrides(settings or [])), machine)
-        show(plans_of, machine, "a step", ["train", recipe, "-o", "run", *sets])
+        found = load_recipe(recipe, parse_overrides(settings or []))
+        more = [] if found.data.sources else ["--data", "DATA", "--tokenizer", "TOKENIZER"]
+        show(training_plans(found, machine), machine, "a step", ["train", recipe, "-o", "run", *more, *sets])
+        longest = max(stage.seq_len for stage in found.train.stages)
+        if line := out_of_reach(found.model.pattern, found.model.num_layers, longest):
+            print(line)
         return
     if recipe is not None or model is None or tokens is None:
         raise ConfigError("give a recipe, or --model and --tokens")

@@ -110,7 +110,9 @@ def parse_pattern(text: str) -> Pattern:
         return replace(_of_levels(levels), **given)
     name, colon, rest = (part.strip() for part in text.partition(":"))
     if name not in _CONSTRUCTORS:
-        first, comma, _ = name.partition(",")
+        first, comma, second = name.partition(",")
+        if comma and first in _CONSTRUCTORS and second in _CONSTRUCTORS:
+            raise ValueError(f"one pattern is needed, and these are two: {text}")
         if comma and first in _CONSTRUCTORS:
             raise ValueError(f"a colon follows the name: {text.replace(',', ':', 1)}")
         hint = _nearest(name, _CONSTRUCTORS) or "."

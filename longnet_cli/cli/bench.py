@@ -51,7 +51,7 @@ class BenchCommand:
     direction: Sequence[str] | None = MEASURE.option(
         "--direction NAME,...", "Time the forward, or the backward alone. (default: forward; of train, backward)"
     )
-    repeats: int = MEASURE.option("--repeats N", "Repeat each row N times.", default=3)
+    repeats: int = MEASURE.option("--repeats N", "Repeat each row N times; the median counts.", default=3)
     max_time: float | None = MEASURE.option(
         "--max-time SECONDS", "Stop after this many seconds. (default: 60 without --seq)"
     )

@@ -163,14 +163,11 @@ def _check_stage(options: TrainCommand) -> None:
 
 def _note_reach(recipe: Recipe, quiet: bool) -> None:
     """Say so if a stage's sequences are longer than the pattern links."""
-    from longnet_cli.attention.notation import format_pattern
-    from longnet_cli.jobs.describing import farthest
+    from longnet_cli.jobs.describing import out_of_reach
 
     longest = max(stage.seq_len for stage in recipe.train.stages)
-    reach = farthest(recipe.model.pattern, recipe.model.num_layers)
-    if reach is not None and reach < longest:
-        said = f"pattern {format_pattern(recipe.model.pattern)} links tokens at most {reach:,} apart"
-        note(f"{said}, and sequences have {longest:,}: what is farther is never seen", quiet)
+    if line := out_of_reach(recipe.model.pattern, recipe.model.num_layers, longest):
+        note(line, quiet)
 
 
 def _recipe(options: TrainCommand) -> Recipe:

@@ -5,9 +5,9 @@
     ORG/NAME:FILE.gguf        a file of the repository
     PATH/models--ORG--NAME    the folder of a repository in a cache
 
-A path that exists is no such name. A model of a hub is taken from the cache of huggingface_hub (the extra `hf`),
-without the network, or downloaded into it; `refresh` asks the hub. Only files that `longnet` reads are downloaded. The
-variables of huggingface_hub (HF_HUB_OFFLINE, HF_HOME, ...) hold.
+`Repository.of` takes such a name apart. A path that exists is none. A model of a hub is taken from the cache of
+huggingface_hub (the extra `hf`), without the network, or downloaded into it; `refresh` asks the hub. Only files that
+`longnet` reads are downloaded. The variables of huggingface_hub (HF_HUB_OFFLINE, HF_HOME, ...) hold.
 """
 
 from __future__ import annotations

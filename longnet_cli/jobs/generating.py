@@ -85,7 +85,7 @@ class Step(NamedTuple):
 
 def generate(
     model: Net,
-    prompt: Document,
+    prompt: Document | str,
     *,
     bos: Bos,
     tokenizer: Tokenizer | None,
@@ -103,6 +103,8 @@ def generate(
 ) -> Iterator[Step]:
     """Yield up to `max_tokens` tokens that continue `bos` and `prompt`, each as soon as it is known.
 
+    The `prompt` may be a text, for the `tokenizer`.
+
     At `temperature` 0, each token is the likeliest one, the first if several are equal. Otherwise it is drawn, with
     `seed`, from the softmax of the logits over the temperature, cut to the fewest tokens whose probabilities sum to
     `top_p`. Generation ends at one of `end_ids`, whose text is not shown, and at one of the texts `stop`, no part of
@@ -117,6 +119,11 @@ def generate(
     NaN.
     """
     _check(model, tokenizer, max_tokens, temperature, top_p, stop, least=0 if stream else 1)
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise ConfigError("a prompt of text needs a tokenizer")
+        ids = tokenizer.encode(prompt)
+        prompt = Document("prompt", ids, None, "the prompt")
     chunk = chunk_of(chunk, default_chunk(model.config, next(model.parameters()).device))
     sequence = model.sequence(prompt, bos)
     tokens = len(sequence) + (stream.position if stream else 0)

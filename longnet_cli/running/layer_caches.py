@@ -1,4 +1,4 @@
-"""What a causal net has read: each layer's KVCache, the ids, and the texts of rows that began together.
+"""The state of a causal net that has read: each layer's KVCache, the ids, and the texts of rows that began together.
 
 `CausalStream` is one, with its net; a `LongNetCache` has one for each group of rows that start at the same column.
 """
@@ -138,7 +138,7 @@ class LayerCaches:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a saved state says of the tensors in `state`. There must be a cache."""
+        """The facts in a saved state about the tensors in `state`. There must be a cache."""
         return {"dtype": dtype_name(self.caches[0].dtype), "tokens": self.position}
 
     def state(self) -> Iterator[tuple[str, Tensor]]:

@@ -61,6 +61,7 @@ WRONG = {
     "window": "window needs a width, as window:64Ki",
     "window:": "something is missing beside a colon or a comma",
     "window,1Ki": "a colon follows the name: window:1Ki",
+    "paper,window:1Ki": "one pattern is needed, and these are two: paper,window:1Ki",
     "window:1Ki,,": "something is missing",
     "window:1Ki,sink=4": "window has no option 'sink': did you mean 'sinks'?",
     "window:1Ki,base=4": "window has no option 'base'",

@@ -403,6 +403,9 @@ def test_the_commands_of_a_cluster(
     assert run("calibrate", here, "--device", "cpu") == f"1 x cpu -> {here}\n"
     assert 1e7 < cluster.find_machine(here).rates["products"] < 1e14
     assert "the fastest of 2 that fit, of 2" in run("plan", "longnet-tiny", "--on", here, "--set", "train.dtype=fp32")
+    training = run("plan", "longnet-125m", "--on", "h100x8", "--set", 'train.stages=[{seq_len="64Ki",steps=1}]')
+    assert "train longnet-125m -o run --data DATA --tokenizer TOKENIZER --set" in training
+    assert "links tokens at most 32,768 apart, and sequences have 65,536" in training
     reading = ("plan", "--model", "longnet-tiny", "--tokens", "4Mi", "--pattern", "geometric:4Mi", "--on")
     plans = [run(*reading, f"h100x{n}") for n in (1, 2, 16)]
     one, two, _ = (float(re.search(r"matrix products +([\d.]+) ms", plan)[1]) for plan in plans)

@@ -236,6 +236,18 @@ def test_all_damaged(stopped: tuple[Recipe, Path, bytes]) -> None:
         train(found, run, resume=False)
 
 
+def test_a_run_without_a_checkpoint_says_that_it_starts_again(
+    stopped: tuple[Recipe, Path, bytes], tmp_path: Path
+) -> None:
+    found, run, weights = stopped
+    (tmp_path / "a").mkdir()
+    shutil.copy(run / "recipe.json", tmp_path / "a")  # what a run leaves that is killed at once
+    notes: list[str] = []
+    train(found, tmp_path / "a", on_note=notes.append)
+    assert notes == [f"{tmp_path / 'a'}: a run that has saved no checkpoint, so it starts again (train.save_every)"]
+    assert (tmp_path / "a/model.safetensors").read_bytes() == weights
+
+
 def test_resume_from_a_path(stopped: tuple[Recipe, Path, bytes], tmp_path: Path) -> None:
     found, run, weights = stopped
     older = checkpoints_in(run / "checkpoints")[1]

@@ -167,7 +167,7 @@ def test_the_file_of_chosen_blocks(build: Any, run_longnet: RunLongnet, tmp_path
     assert all(blocks[0] == 0 and len(blocks) == 4 for (*_, token), blocks in found[0].items() if token >= 48)
     for more, message in (
         (["--context", "64"], "--chosen is for whole documents"),
-        (["--dp", "2"], "one group of ranks"),
+        (["--dp", "2"], "written by one process"),
     ):
         done = run_longnet("score", "a.txt", "--model", str(model), "--pattern", PATTERN, "--chosen", "x.arrow", *more)
         assert (done.returncode, message in done.stderr) == (2, True)

@@ -11,7 +11,8 @@ from pattern_nets import WINDOW, WORDS, foreign, generated, native, prompt
 
 from longnet_cli.attention import Pattern
 from longnet_cli.basics.errors import ConfigError, DataError, NotFiniteError
-from longnet_cli.jobs.generating import Sampler, Step
+from longnet_cli.data.documents import Document
+from longnet_cli.jobs.generating import Sampler, Step, generate
 
 
 def text_of(steps: list[Step]) -> str:
@@ -108,6 +109,19 @@ def test_it_ends_at_an_id_at_a_text_and_at_the_last_position() -> None:
 def test_options_that_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         generated(native(), **options)
+
+
+def test_a_prompt_may_be_a_text() -> None:
+    model = native()
+    ids = WORDS.encode("some text")
+    given = {"bos": None, "tokenizer": WORDS, "max_tokens": 8}
+    found = [
+        [step.id for step in generate(model, each, **given)]
+        for each in ("some text", Document("a", ids, None, "a.txt"))
+    ]
+    assert found[0] == found[1]
+    with pytest.raises(ConfigError, match="a prompt of text needs a tokenizer"):
+        [*generate(model, "some text", **given | {"tokenizer": None})]
 
 
 def test_what_cannot_be_continued() -> None:

@@ -168,6 +168,8 @@ class _TrainingRun:
     def resume(self, resume: Resume) -> None:
         """Restore a checkpoint, if there is one and `resume` allows it. Open the run's folder, log and trackers."""
         checkpoint, log = find_checkpoint(self.output, resume, self.ranks, self.on_note), None
+        if checkpoint is None and (self.output / RECIPE).exists():
+            self.on_note(f"{self.output}: a run that has saved no checkpoint, so it starts again (train.save_every)")
         if checkpoint:
             state = read_state(checkpoint)
             self._refuse_other(state, checkpoint)

@@ -233,8 +233,9 @@ def inputs_and_targets(
 ) -> tuple[Tokens, Tokens, int]:
     """Return ids and targets (rows, seq_len) of windows of seq_len + 1 tokens, and how many targets all ranks have.
 
-    With the masked objective, tokens are hidden on the host, and their targets stay there: finding these then waits
-    for no device.
+    With the causal objective every token counts alike: the last one of a document predicts the next one's eos. With the
+    masked objective, tokens are hidden on the host, and their targets stay there: finding these then waits for no
+    device.
     """
     rows, length = batch.shape
     if recipe.train.objective == "causal":

@@ -109,7 +109,7 @@ CACHE = "_longnet_cache"  # attribute of the keys that `update` returns: the `Lo
 
 
 class _RowCaches(LayerCaches):
-    """What was read of the `rows` of a batch that start at one column. Their new tokens come at position `start`."""
+    """The state of the `rows` of a batch that start at one column. Their new tokens come at position `start`."""
 
     def __init__(self, pattern: Pattern, rows: list[int]) -> None:
         super().__init__(pattern)
@@ -263,7 +263,7 @@ class LongNetCache(hf.DynamicCache):
 
 
 class Memory(CacheLayerMixin):
-    """What transformers sees of the dilated layer `number`: the columns so far are its `position`.
+    """The view that transformers has of the dilated layer `number`: the columns so far are its `position`.
 
     `waits` is True from the time new keys are handed out until an attention has added them.
     """
