@@ -6,11 +6,7 @@ import bz2
 import gzip
 import json
 import lzma
-import os
 import random
-import resource
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -128,29 +124,3 @@ def test_a_long_text_goes_through_in_parts(tmp_path: Path, monkeypatch: pytest.M
         path.write_bytes(bad)
         with pytest.raises(DataError, match=rf"x\.txt: neither .*: the byte at offset {where} is 0x"):
             list(Inputs([path], BYTES).documents())
-
-
-UNPACKED = 1 << 30
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("form", ["text", "jsonl"])
-def test_a_megabyte_that_unpacks_to_a_gigabyte_streams(form: str, tmp_path: Path) -> None:
-    """In 3 GiB of data at most, most of which a program of Arrow reserves and does not use."""
-    line = b"some words, and some more of them.\n" * 1000
-    if form == "jsonl":
-        line = json.dumps({"text": line.decode()}).encode() + b"\n"
-    with gzip.open(tmp_path / "x.gz", "wb", compresslevel=9) as file:
-        for _ in range(UNPACKED // len(line)):
-            file.write(line)
-    assert (tmp_path / "x.gz").stat().st_size < 4 << 20
-    limit = 3 << 30
-
-    def limited() -> None:
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-
-    command = [sys.executable, "-m", "longnet_cli", "data", "inspect", "x.gz", "--format", "json", "-q"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, preexec_fn=limited, env=os.environ)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["n_bytes"] >= (UNPACKED - len(line)) * 0.9

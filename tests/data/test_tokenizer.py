@@ -40,11 +40,6 @@ def trained() -> Tokenizer:
     return Tokenizer.train(CORPUS, 300)
 
 
-def library(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
-    """The tokenizer as its library has it."""
-    return tokenizers.Tokenizer.from_str(tokenizer.to_json())
-
-
 def test_byte_ids_are_the_bytes_themselves():
     tokenizer = Tokenizer.bytes()
     text = "aé漢\n\t🙂" + "".join(map(chr, range(1, 256)))
@@ -54,7 +49,8 @@ def test_byte_ids_are_the_bytes_themselves():
     assert (tokenizer.vocab_size, tokenizer.eos_id) == (257, 256)
     assert tokenizer.token_bytes.tolist() == [1] * 256 + [0]
     # The library, asked itself, agrees with the shortcut.
-    assert library(tokenizer).encode(text, add_special_tokens=False).ids == ids.tolist()
+    library = tokenizers.Tokenizer.from_str(tokenizer.to_json())
+    assert library.encode(text, add_special_tokens=False).ids == ids.tolist()
 
 
 @given(text=st.text(max_size=200))
@@ -71,15 +67,6 @@ def test_end_of_text_inside_a_document_is_text(trained):
         assert tokenizer.eos_id not in ids
         assert tokenizer.n_bytes(ids) == 2 + len(END_OF_TEXT)
         assert tokenizer.n_bytes(np.array([tokenizer.eos_id])) == 0
-
-
-def test_cutting_a_long_text_changes_no_token(trained, monkeypatch):
-    text = "".join(CORPUS) * 3 + "abc123def456" * 40 + "don't (stop) \n\n  now " * 10 + "漢字、仮名。" * 20
-    whole = library(trained).encode(text, add_special_tokens=False).ids
-    monkeypatch.setattr(text_pieces, "PIECE", 7)
-    monkeypatch.setattr(module, "GROUP", 50)
-    assert len(trained.cutter([text]).take(len(text))) > 100
-    assert trained.encode(text).tolist() == whole
 
 
 @pytest.mark.parametrize("pattern", [None, r"\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"])
@@ -209,6 +196,9 @@ def test_the_end_of_text_is_what_tokenizer_config_says(tmp_path: Path) -> None:
         return words.token_of(words.eos_id)
 
     for name in names:
+        one = tokenizers.Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
+        one.add_special_tokens([name])
+        assert Tokenizer(one).eos_id == (None if name == "STOP" else 1)  # the others are usual names
         assert end({"eos_token": name}) == end({"eos_token": {"content": name, "lstrip": False}}) == name
     assert end({"eos_token": None, "sep_token": "[SEP]"}) == "[SEP]"
     assert end({"eos_token": "</s>"}) == end({}) == end([]) == "<|endoftext|>"  # the first known one that is there
@@ -219,13 +209,6 @@ def test_the_end_of_text_is_what_tokenizer_config_says(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"tokenizer_config\.json: cannot be read"):
         Tokenizer.load(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["[SEP]", "<|im_end|>", "<|eot_id|>", "<|end\u2581of\u2581sentence|>"])
-def test_the_end_of_text_is_known_by_its_usual_names(name: str) -> None:
-    inner = tokenizers.Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
-    inner.add_special_tokens([name])
-    assert Tokenizer(inner).eos_id == 1
 
 
 @given(st.text(alphabet="ab ,\u6f22", max_size=400), st.lists(st.integers(1, 90), min_size=1, max_size=5))

@@ -37,7 +37,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def hub() -> Iterator[LoopbackHub]:
+def unreached() -> Iterator[LoopbackHub]:
     with loopback_hub() as found:
         yield found
 
@@ -51,6 +51,13 @@ def home(tmp_path: Path, command_env: dict[str, str]) -> Path:
         command_env.pop(name, None)
     (tmp_path / "a.txt").write_text(TEXT)
     return tmp_path / "hf" / "hub"
+
+
+@pytest.fixture
+def hub(unreached: LoopbackHub, command_env: dict[str, str], home: Path) -> LoopbackHub:
+    """The hub of all commands of a test."""
+    command_env["HF_ENDPOINT"] = unreached.url
+    return unreached
 
 
 def total(done) -> dict:
@@ -93,13 +100,13 @@ def test_a_folder_here_wins(run_longnet, tmp_path, hub, tiny, other):
     (tmp_path / TINY).mkdir(parents=True)
     for name, data in tiny.items():
         (tmp_path / TINY / name).write_bytes(data)
-    found = total(run_longnet("score", "a.txt", "-m", TINY, "--format", "json", env={"HF_ENDPOINT": hub.url}))
+    found = total(run_longnet("score", "a.txt", "-m", TINY, "--format", "json"))
     assert (found["model"], hub.requests) == (TINY, [])
 
 
 @pytest.mark.ci
 def test_only_what_is_read_is_downloaded_once_by_all_processes(start, run_longnet, command_env, hub, home, tiny):
-    hub.secret, command_env["HF_TOKEN"], command_env["HF_ENDPOINT"] = "s3cret", "s3cret", hub.url
+    hub.secret, command_env["HF_TOKEN"] = "s3cret", "s3cret"
     more = dict.fromkeys(("pytorch_model.bin", "modeling.py", "README.md", "onnx/model.safetensors"), b"other")
     commit = hub.push(TINY, tiny | more | {PROMPTS: b"{}"})
     command = ("score", "a.txt", "-m", TINY, "--format", "json")
@@ -116,8 +123,7 @@ def test_only_what_is_read_is_downloaded_once_by_all_processes(start, run_longne
 
 
 @pytest.mark.ci
-def test_a_broken_download_is_continued(start, run_longnet, command_env, hub, tmp_path):
-    command_env["HF_ENDPOINT"] = hub.url
+def test_a_broken_download_is_continued(start, run_longnet, hub, tmp_path):
     hub.push(TINY, read_folder(tiny_model(tmp_path / "made", vocab_size=200_000)))
     hub.stalled = "/cdn/"
     process = start("score", "a.txt", "-m", TINY)
@@ -136,8 +142,7 @@ def test_a_broken_download_is_continued(start, run_longnet, command_env, hub, tm
 
 
 @pytest.mark.ci
-def test_a_sharded_model_is_downloaded_whole(run_longnet, tmp_path, command_env, hub):
-    command_env["HF_ENDPOINT"] = hub.url
+def test_a_sharded_model_is_downloaded_whole(run_longnet, tmp_path, hub):
     files = read_folder(tiny_llama(tmp_path / "llama", max_position_embeddings=256))
     tensors = load(files.pop("model.safetensors"))
     places = {name: f"model-0000{1 + number % 2}-of-00002.safetensors" for number, name in enumerate(tensors)}
@@ -151,9 +156,8 @@ def test_a_sharded_model_is_downloaded_whole(run_longnet, tmp_path, command_env,
 
 @pytest.mark.ci
 def test_a_moved_branch_is_taken_with_update_and_a_resumed_run_keeps_its_commit(
-    run_longnet, tmp_path, command_env, hub, tiny, other
+    run_longnet, tmp_path, hub, tiny, other
 ):
-    command_env["HF_ENDPOINT"] = hub.url
     first = f"{TINY}@{hub.push(TINY, tiny)}"
     training = ["train", "--init", TINY, "--data", "a.txt", "--tokenizer", TINY, "-o", "run", "--seq-len", "16"]
     training += ["--set", "train.batch_tokens=16", "--set", "optimizer.lr=1e-3"]
@@ -189,8 +193,7 @@ REFUSED = {
 }
 
 
-def test_what_a_hub_refuses_is_one_line(run_longnet, command_env, hub, tiny):
-    command_env["HF_ENDPOINT"] = hub.url
+def test_what_a_hub_refuses_is_one_line(run_longnet, hub, tiny):
     hub.push(TINY, tiny)
     hub.push("org/gated", tiny)
     hub.refused["org/gated"] = (403, "GatedRepo")
@@ -218,9 +221,8 @@ LIES = {
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_what_a_hub_names_leads_nowhere_else(run_longnet, tmp_path, command_env, home, hub, tiny, lie):
+def test_what_a_hub_names_leads_nowhere_else(run_longnet, tmp_path, home, hub, tiny, lie):
     """A commit, an ETag or a name that would be a path out of the cache is refused, and no file is changed."""
-    command_env["HF_ENDPOINT"] = hub.url
     hub.push(TINY, tiny)
     hub.told, said = LIES[lie]
     home.mkdir(parents=True)
@@ -233,8 +235,7 @@ def test_what_a_hub_names_leads_nowhere_else(run_longnet, tmp_path, command_env,
     assert not {name for name in after if not name.startswith("hf/hub/models--org--tiny/")} - {*before}
 
 
-def test_a_file_outside_of_the_snapshot_is_not_asked_for(run_longnet, command_env, hub, tiny):
-    command_env["HF_ENDPOINT"] = hub.url
+def test_a_file_outside_of_the_snapshot_is_not_asked_for(run_longnet, hub, tiny):
     for name in ("../../../victim.safetensors", "/victim.safetensors", "a/../../b.safetensors"):
         index = json.dumps({"weight_map": {"x": name}}).encode()
         files = {"config.json": tiny["config.json"], "model.safetensors.index.json": index, name: b"x"}
@@ -258,8 +259,7 @@ def test_answers_are_checked_of_a_client_that_is_made_later(hub, tiny):
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json"])
-def test_other_contents_than_a_hub_names_are_refused_and_not_kept(run_longnet, command_env, home, hub, tiny, file):
-    command_env["HF_ENDPOINT"] = hub.url
+def test_other_contents_than_a_hub_names_are_refused_and_not_kept(run_longnet, home, hub, tiny, file):
     hub.push(TINY, tiny)
     hub.sent[file] = tiny[file][:-1] + b" "
     said = refusal(run_longnet("score", "a.txt", "-m", TINY))
@@ -268,8 +268,7 @@ def test_other_contents_than_a_hub_names_are_refused_and_not_kept(run_longnet, c
     assert run_longnet("score", "a.txt", "-m", TINY).returncode == 0
 
 
-def test_one_file_that_a_hub_refuses_is_named(run_longnet, command_env, hub, tiny):
-    command_env["HF_ENDPOINT"] = hub.url
+def test_one_file_that_a_hub_refuses_is_named(run_longnet, hub, tiny):
     hub.push(TINY, tiny)
     here = f"{TINY}: no folder of that name here, and {hub.url}"
     for code, said in ((403, "refuses its file model.safetensors (403"), (404, "has no file model.safetensors of it")):
@@ -278,7 +277,9 @@ def test_one_file_that_a_hub_refuses_is_named(run_longnet, command_env, hub, tin
 
 
 @pytest.mark.ci
-def test_without_folder_cache_and_network_one_line_says_how_to_download(run_longnet, command_env, home, hub, tiny):
+def test_without_folder_cache_and_network_one_line_says_how_to_download(
+    run_longnet, command_env, home, unreached, tiny
+):
     nowhere = f"{TINY}: no folder of that name here, nor in {home}, and "
     command = ("score", "a.txt", "-m", f"{TINY}@v1")
     said = refusal(run_longnet(*command))
@@ -288,9 +289,9 @@ def test_without_folder_cache_and_network_one_line_says_how_to_download(run_long
     assert said == f"{nowhere}HF_HUB_OFFLINE is set: without it, repeat this or hf download {TINY}"
     run = ("train", "--init", TINY, "--data", "a.txt", "--seq-len", "8", "--steps", "1", "-o", "run", "--nproc", "2")
     assert refusal(run_longnet(*run)).startswith(f"init: {nowhere}")  # asked once, before the ranks start
-    hub.push(TINY, tiny)
-    hub.stalled = "/api/"
-    silent = {"HF_ENDPOINT": hub.url, "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
+    unreached.push(TINY, tiny)
+    unreached.stalled = "/api/"
+    silent = {"HF_ENDPOINT": unreached.url, "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
     assert "does not answer (" in refusal(run_longnet("score", "a.txt", "-m", TINY, env=silent))
     command_env["PYTHONPATH"] = f"{home}:{command_env['PYTHONPATH']}"
     home.mkdir(parents=True)
@@ -306,7 +307,7 @@ def test_update_without_a_network_names_the_cache(run_longnet, home, tiny):
 
 
 @pytest.mark.ci
-def test_a_damaged_cache_is_one_line_or_downloaded_again(run_longnet, command_env, home, hub, tiny):
+def test_a_damaged_cache_is_one_line_or_downloaded_again(run_longnet, command_env, home, unreached, tiny):
     commit = fill_cache(home, TINY, tiny)
     folder = home / "models--org--tiny"
     weights = folder / "snapshots" / commit / "model.safetensors"
@@ -331,8 +332,8 @@ def test_a_damaged_cache_is_one_line_or_downloaded_again(run_longnet, command_en
     weights.resolve().unlink()
     (folder / "refs/main").write_text("../../elsewhere")
     assert "nor in " in refusal(run_longnet("score", "a.txt", "-m", TINY))
-    hub.push(TINY, tiny)
-    assert run_longnet("score", "a.txt", "-m", TINY, env={"HF_ENDPOINT": hub.url}).returncode == 0
+    unreached.push(TINY, tiny)
+    assert run_longnet("score", "a.txt", "-m", TINY, env={"HF_ENDPOINT": unreached.url}).returncode == 0
 
 
 TEXTS = "org/sentences"
@@ -363,9 +364,8 @@ def encoded(run_longnet, tmp_path: Path, model: Path | str) -> list:
 
 
 @pytest.mark.ci
-def test_a_hub_gives_all_that_a_folder_has(run_longnet, tmp_path, home, hub, sentences, command_env):
+def test_a_hub_gives_all_that_a_folder_has(run_longnet, tmp_path, home, hub, sentences):
     wanted = encoded(run_longnet, tmp_path, sentences)
-    command_env["HF_ENDPOINT"] = hub.url
     hub.push(TEXTS, contents(sentences) | {"2_Dense/pytorch_model.bin": b"pickle", "onnx/model.onnx": b"onnx"})
     assert encoded(run_longnet, tmp_path, TEXTS) == wanted
     got = {line.partition("/resolve/")[2].partition("/")[2] for line in hub.requests if "/resolve/" in line}
@@ -377,10 +377,10 @@ def test_a_hub_gives_all_that_a_folder_has(run_longnet, tmp_path, home, hub, sen
 
 
 @pytest.mark.ci
-def test_an_old_cache_is_completed_or_refused(run_longnet, tmp_path, home, hub, sentences, command_env):
+def test_an_old_cache_is_completed_or_refused(run_longnet, tmp_path, home, unreached, sentences, command_env):
     """It was filled by a program that reads no modules.json."""
     wanted = encoded(run_longnet, tmp_path, sentences)
-    hub.push(TEXTS, contents(sentences))
+    unreached.push(TEXTS, contents(sentences))
     cache = home / f"models--{TEXTS.replace('/', '--')}"
     snapshot = cache / "snapshots" / fill_cache(home, TEXTS, contents(sentences))
     for name in ("modules.json", "config_sentence_transformers.json", "1_Pooling/config.json"):
@@ -391,7 +391,7 @@ def test_an_old_cache_is_completed_or_refused(run_longnet, tmp_path, home, hub, 
     done = run_longnet("encode", "a.txt", "-m", cache, "-o", "v.arrow")
     assert (done.returncode, done.stderr.count("\n")) == (4, 1), done.stderr
     assert "does not know whether the model has modules.json" in done.stderr
-    command_env["HF_ENDPOINT"] = hub.url
+    command_env["HF_ENDPOINT"] = unreached.url
     assert encoded(run_longnet, tmp_path, TEXTS) == wanted
 
 

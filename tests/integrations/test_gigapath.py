@@ -162,6 +162,7 @@ def test_tile_size_moves_the_grid_alone_and_tiles_outside_it_are_refused() -> No
     wanted = model(features, coords // 2, all_layer_embed=True)
     model.tile_size = np.int64(512)  # as in an HDF5 file
     found = model(features, coords * 2, all_layer_embed=True)
+    assert len(found) == 3  # of the input, and of two layers
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
     assert model.net.config.segment_lengths == (1024, 1448, 2048, 2896, 4096)
     model.tile_size = 64

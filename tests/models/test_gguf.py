@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -152,18 +150,6 @@ def test_files_that_cannot_be_converted(tmp_path: Path) -> None:
         assert isinstance(result.exception, CheckpointError), result.output
         assert message in str(result.exception)
         assert not [name for name in _names(tmp_path) if "out" in name]
-
-
-@pytest.mark.ci
-@pytest.mark.full
-def test_without_its_libraries(tmp_path: Path, command_env: dict[str, str]) -> None:
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    script = "import sys; sys.modules['gguf'] = None; from longnet_cli.cli.app import main; main()"
-    words = [sys.executable, "-c", script, "convert", tmp_path / "model.gguf", "-o", tmp_path / "out"]
-    done = subprocess.run(words, env=command_env, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    expected = f"longnet: error: {tmp_path}/model.gguf: GGUF needs gguf: pip install 'longnet-cli[gguf]'\n"
-    assert done.stderr == expected
 
 
 def _names(folder: Path) -> list[str]:

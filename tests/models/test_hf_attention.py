@@ -5,7 +5,6 @@ All from their config classes with random weights; nothing is downloaded.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -163,25 +162,6 @@ def test_sinks_that_cannot_be_moved_are_refused() -> None:
         with pytest.raises(ConfigError, match=message):
             use_dilated_attention(net, WINDOW)
         assert torch.equal(net(ids(20)).logits, expected)
-
-
-@pytest.mark.parametrize(("model", "pattern"), [(llama, LEVELS), (qwen2, FAR), (qwen3, TILED), (gpt2, WINDOW)])
-def test_a_cache_changes_nothing(model: Callable[[], hf.PreTrainedModel], pattern: Pattern) -> None:
-    """Prompt, single tokens and runs of them through a DynamicCache, across segments of every level: one pass."""
-    net = use_dilated_attention(built(model), pattern)
-    tokens = ids(140)
-    expected = net(tokens, use_cache=False).logits
-    name = "cache" if "cache" in inspect.signature(net.forward).parameters else "past_key_values"  # its older name
-    cache, found, start = hf.DynamicCache(config=net.config), [], 0
-    for size in (50, 1, 1, 7, 1, 33, 20, 1, 1, 25):
-        found.append(net(tokens[:, start : start + size], **{name: cache}).logits)
-        start += size
-    assert start == 140
-    results = []
-    for logits in (expected, torch.cat(found, 1)):
-        grads = torch.autograd.grad(logits.square().sum(), list(net.parameters()))
-        results.append({"logits": logits, **dict(zip(dict(net.named_parameters()), grads, strict=True))})
-    assert_equal(results[1], results[0])
 
 
 def left_padded(tokens: int) -> Tensor:

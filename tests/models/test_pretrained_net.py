@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pyarrow.ipc as ipc
 import pytest
 import torch
 import torch.nn.functional as F
@@ -184,12 +183,13 @@ def test_saved_is_loaded(model: Callable[[], hf.PreTrainedModel], tmp_path: Path
     saved.save_pretrained(tmp_path, max_shard_size="40KB")
     assert (tmp_path / "model.safetensors.index.json").exists()
     net = ModelFolder(tmp_path).net()
-    assert isinstance(net, TransformersNet)
-    assert type(net.model) is type(saved)
-    assert (net.config.pattern, net.config.causal) == (FAR, model in CAUSAL)
     auto = (hf.AutoModelForCausalLM if model in CAUSAL else hf.AutoModelForMaskedLM).from_pretrained(tmp_path)
+    assert type(net.model) is type(auto) is type(saved)
+    assert (net.config.pattern, net.config.causal) == (FAR, model in CAUSAL)
     with torch.no_grad():
-        assert torch.equal(net(ids(70)), saved.base_model(ids(70)).last_hidden_state)
+        hidden = saved.base_model(ids(70)).last_hidden_state
+        assert torch.equal(net(ids(70)), hidden)
+        assert torch.equal(hf.AutoModel.from_pretrained(tmp_path)(ids(70)).last_hidden_state, hidden)
         assert torch.equal(auto(ids(70)).logits, saved(ids(70)).logits)
     other = ModelFolder(tmp_path).net(pattern=Pattern((16,), (1,)))
     assert other.config.pattern == Pattern((16,), (1,))
@@ -236,19 +236,6 @@ def test_score_with_options(folder: Path) -> None:
     assert ppl("--pattern", "dense", "--chunk", "64") == pytest.approx(dense, rel=1e-6)
     assert ppl("--pattern", "1Ki/1") == pytest.approx(dense, rel=1e-6)
     assert not math.isclose(dilated, dense, rel_tol=1e-4)
-
-
-def test_encode_to_a_file_and_to_a_folder(folder: Path, encoder: Path, tmp_path: Path) -> None:
-    for model in (folder, encoder):
-        output = tmp_path / f"{model.name}.arrow"
-        result = invoke("encode", folder / "text.txt", "--model", model, *OPTIONS, "-o", output)
-        assert result.exit_code == 0, result.output
-        assert ("it reads each document in one forward" in result.stderr) == (model is encoder)
-        table = ipc.open_file(output).read_all()
-        assert table["n_tokens"].to_pylist() == [300]
-        shards = ["encode", folder / "text.txt", "--model", model, "-o", tmp_path / model.name]
-        assert invoke(*shards, *OPTIONS).exit_code == 0
-        assert invoke(*shards, *OPTIONS, "--resume").exit_code == 0
 
 
 def test_what_decides_the_vectors_decides_what_can_be_resumed(folder: Path, tmp_path: Path) -> None:
@@ -386,13 +373,22 @@ def test_options_that_are_refused(spoilt: Callable[..., Path], folder: Path, enc
 
 @pytest.mark.ci
 @pytest.mark.full
-def test_without_transformers(folder: Path, command_env: dict[str, str]) -> None:
-    script = "import sys; sys.modules['transformers'] = None; from longnet_cli.cli.app import main; main()"
-    words = [sys.executable, "-c", script, "score", folder / "text.txt", "--model", folder, *OPTIONS]
-    done = subprocess.run(words, env=command_env, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.count("\n") == 1
-    assert done.stderr.rstrip().endswith("pip install 'longnet-cli[hf]'")
+@pytest.mark.parametrize(
+    ("library", "words", "extra"),
+    [
+        ("transformers", ["score", "text.txt", "--model", "./"], "hf"),
+        ("gguf", ["convert", "m.gguf", "-o", "out"], "gguf"),
+    ],
+)
+def test_without_a_library(
+    library: str, words: list[str], extra: str, folder: Path, command_env: dict[str, str]
+) -> None:
+    (folder / "m.gguf").write_bytes(b"GGUF")
+    script = f"import sys; sys.modules['{library}'] = None; from longnet_cli.cli.app import main; main()"
+    command = [sys.executable, "-c", script, *words]
+    done = subprocess.run(command, cwd=folder, env=command_env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert done.stderr.rstrip().endswith(f"pip install 'longnet-cli[{extra}]'")
 
 
 def test_models_that_cannot_score() -> None:

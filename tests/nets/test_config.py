@@ -101,12 +101,6 @@ def test_refusals(changes: dict, part: str) -> None:
     assert part in message(**changes)
 
 
-def test_rope_takes_what_xpos_refuses() -> None:
-    gigapath = PAPER | {"segment_lengths": [1024, 5792, 2**20], "dilation_rates": [1, 2, 16], "causal": False}
-    assert parse_config(gigapath | {"position": "rope"}, "here").position == "rope"
-    assert parse_config(gigapath | {"position": "none", "padding": "zero_key"}, "here").padding == "zero_key"
-
-
 def test_options_of_a_pattern_are_written_where_they_differ_from_the_papers() -> None:
     """A model without them has the config.json, and the digest of it, that it always had."""
     plain = parse_config(PAPER, "config.json")

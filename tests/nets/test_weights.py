@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from longnet_cli.basics.errors import CheckpointError
-from longnet_cli.integrations.gigapath import create_model
 from longnet_cli.models.official import from_torchscale, to_torchscale
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet
@@ -91,25 +90,16 @@ def test_equal_models_are_equal_files(tmp_path: Path) -> None:
     assert len({(tmp_path / str(number) / "model.safetensors").read_bytes() for number in range(8)}) == 1
 
 
-def flip(folder: Path, name: str, place: int, bit: int = 1) -> None:
-    path = folder / name
-    data = bytearray(path.read_bytes())
-    data[place] ^= bit
-    path.write_bytes(data)
-
-
 def test_no_flipped_byte_changes_the_weights_without_a_word(tmp_path: Path) -> None:
     LongNet(small()).save_pretrained(tmp_path)
-    whole = (tmp_path / "model.safetensors").read_bytes()
-    start = 8 + int.from_bytes(whole[:8], "little")
-    for place in range(start, len(whole), 397):
-        flip(tmp_path, "model.safetensors", place)
+    path = tmp_path / "model.safetensors"
+    whole = path.read_bytes()
+    for place in range(8 + int.from_bytes(whole[:8], "little"), len(whole), 397):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
         with pytest.raises(CheckpointError, match=r"the digest of its tensors|NaN or infinite"):
             LongNet.from_pretrained(tmp_path)
-        (tmp_path / "model.safetensors").write_bytes(whole)
-    flip(tmp_path, "model.safetensors", start)
     LongNet.from_pretrained(tmp_path, verify=False)
-    save_file(load_file(tmp_path / "model.safetensors"), tmp_path / "model.safetensors")  # which drops the digests
+    save_file(load_file(path), path)  # which drops the digests
     LongNet.from_pretrained(tmp_path)
 
 
@@ -272,19 +262,3 @@ def test_the_way_out_is_the_inverse_of_the_way_in(changes: dict) -> None:
     assert back.keys() == state.keys()
     for name, tensor in state.items():
         assert torch.equal(back[name], tensor)
-
-
-def test_gigapath() -> None:
-    """The slide encoder's state dict, by its official names and shapes: 247 tensors, 86,330,880 numbers."""
-    config = LongNetConfig.gigapath()
-    with torch.device("meta"):
-        state = create_model("", "gigapath_slide_enc12l768d", 1536).state_dict()
-    assert len(state) == 247
-    assert sum(tensor.numel() for tensor in state.values()) == 86_330_880
-    net = from_torchscale(state, config)
-    assert config.num_parameters() == 85_148_160 == sum(p.numel() for p in net.parameters())
-    encoder = {name.removeprefix("encoder."): t for name, t in state.items() if name.startswith("encoder.")}
-    assert {name: t.shape for name, t in to_torchscale(net).items()} == {name: t.shape for name, t in encoder.items()}
-    del state["encoder.layers.3.ffn.ffn_layernorm.bias"]
-    with pytest.raises(CheckpointError, match=r"missing tensor layers\.3\.ffn\.ffn_layernorm\.bias"):
-        from_torchscale(state, config)

@@ -119,10 +119,3 @@ def test_padded_rows_and_layer_by_layer() -> None:
         layers._collect(collected, start, *layers._keys(model.layers[0], x, start))
         far = layers._far(collected, start, stop)
         assert layers._compute(model.layers[0], x, start, far, True).device == GPU
-
-
-def test_a_tensor_left_on_the_cpu_is_found() -> None:
-    model = net()
-    model.layers[0].ffn_norm = nn.LayerNorm(64, dtype=torch.bfloat16)
-    with pytest.raises(RuntimeError, match="device"):
-        model(ids(1, 50))

@@ -19,7 +19,7 @@ from conftest import RunLongnet
 from hypothesis import given
 from hypothesis import strategies as st
 from pattern_nets import CAUSAL, draw, foreign, generated, native, net, prompt
-from processes import invoke
+from processes import invoke, refused
 from safetensors.torch import load_file, save_file
 from strategies import chosen_patterns, cuts, split
 
@@ -146,13 +146,6 @@ def test_a_cache_of_transformers_goes_on_as_if_nothing_had_happened(build: str, 
     assert all(torch.equal(each, found[0]) for each in found)
     torch.testing.assert_close(found[0], whole, rtol=1e-4, atol=1e-4)
     assert [each.get_seq_length() for each in caches] == [200] * 4
-    asked = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    asked["attention_mask"] = torch.ones(2, 140, dtype=torch.int64)
-    answers = [
-        model.generate(ids[:, :140], past_key_values=each, **asked)
-        for each in (LongNetCache.load(tmp_path / "state", model), LongNetCache(model.config))
-    ]
-    assert torch.equal(*answers)
     with pytest.raises(ConfigError, match="saved by another model: its weights"):
         LongNetCache.load(tmp_path / "state", make(2.0))
     facts = read_manifest(tmp_path / "state/manifest.json", STATE_VERSION)
@@ -238,23 +231,22 @@ def test_a_killed_save_leaves_the_old_state(tmp_path: Path, monkeypatch: pytest.
     assert {(folder / name).read_text() for name in mine} <= {"mine"}
 
 
-@pytest.mark.parametrize(
-    "manifest", ['{"name": "My app", "icons": []}', "{", '{"version": 3, "files": {}, "digest": ""}']
-)
-def test_a_folder_of_something_else_stays_as_it_is(tmp_path: Path, manifest: str) -> None:
+def test_a_folder_of_something_else_stays_as_it_is(tmp_path: Path) -> None:
     """Its manifest.json is not that of a state, and its files have a name that a piece might have."""
     stream = CausalStream(net(CHOSEN))
     stream(draw(1, 100))
-    (tmp_path / "manifest.json").write_text(manifest)
-    (tmp_path / "piece-0.safetensors").write_text("mine")
-    old = states(tmp_path)
-    with pytest.raises(ConfigError, match="neither an empty folder nor a state: name a new one"):
-        stream.save(tmp_path)
-    assert states(tmp_path) == old
-    os.remove(tmp_path / "piece-0.safetensors")
-    write_manifest(tmp_path / "manifest.json", STATE_VERSION, {"kind": "another kind"})
-    with pytest.raises(ConfigError, match="neither an empty folder nor a state: name a new one"):
-        stream.save(tmp_path)
+    manifests = ['{"name": "My app", "icons": []}', "{", '{"version": 3, "files": {}, "digest": ""}', None]
+    for number, manifest in enumerate(manifests):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        write_manifest(folder / "manifest.json", STATE_VERSION, {"kind": "another kind"})
+        if manifest:
+            (folder / "manifest.json").write_text(manifest)
+            (folder / "piece-0.safetensors").write_text("mine")
+        old = states(folder)
+        with pytest.raises(ConfigError, match="neither an empty folder nor a state: name a new one"):
+            stream.save(folder)
+        assert states(folder) == old
 
 
 FORGED = {
@@ -331,13 +323,10 @@ def test_what_is_refused(tmp_path: Path) -> None:
                 CausalStream.load(model, folder)
             (folder / name).write_bytes(old[name])
     assert CausalStream.load(model, folder).position == 100
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full/notes.txt").write_text("mine")
-    for place, why in ((tmp_path / "full", "neither an empty folder"), (folder / "manifest.json", "Not a directory")):
-        with pytest.raises(ConfigError, match=why):
-            stream.save(place)
+    with pytest.raises(ConfigError, match="Not a directory"):
+        stream.save(folder / "manifest.json")
     with pytest.raises(ConfigError, match="no state, manifest"):
-        CausalStream.load(model, tmp_path / "full")
+        CausalStream.load(model, tmp_path)
     write_manifest(folder / "manifest.json", 2, {"kind": "longnet state"})
     with pytest.raises(DataError, match=rf"manifest\.json: it was changed .*, or is not of version {STATE_VERSION}$"):
         CausalStream.load(model, folder)
@@ -415,19 +404,8 @@ def test_a_state_tells_which_layers_choose(
     assert asked.exit_code == 0, asked.output
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code", "message"),
-    [
-        (["x", "--state", "missing"], 2, "missing: no state, manifest.json is missing"),
-        (["x", "--save-state", "."], 2, ".: neither an empty folder nor a state: name a new one"),
-        (["-i", "two.jsonl", "--save-state", "new"], 2, "--save-state saves one prompt, and two.jsonl"),
-    ],
-)
-def test_what_the_command_refuses(
-    run_longnet: RunLongnet, tmp_path: Path, arguments: list[str], code: int, message: str
-) -> None:
+def test_the_state_of_several_prompts_is_refused(tmp_path: Path) -> None:
     (tmp_path / "two.jsonl").write_text('{"text": "What?"}\n{"text": "Who?"}\n')
-    done = run_longnet("generate", *arguments)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (code, "", 1)
-    assert done.stderr.startswith(f"longnet: error: {message}")
-    assert not (tmp_path / "new").exists()
+    error = refused("generate", "-i", tmp_path / "two.jsonl", "--save-state", tmp_path / "new")
+    assert str(error).startswith(f"--save-state saves one prompt, and {tmp_path / 'two.jsonl'}")
+    assert (error.exit_code, (tmp_path / "new").exists()) == (2, False)
