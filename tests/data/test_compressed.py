@@ -7,6 +7,9 @@ import gzip
 import json
 import lzma
 import random
+import resource
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -124,3 +127,24 @@ def test_a_long_text_goes_through_in_parts(tmp_path: Path, monkeypatch: pytest.M
         path.write_bytes(bad)
         with pytest.raises(DataError, match=rf"x\.txt: neither .*: the byte at offset {where} is 0x"):
             list(Inputs([path], BYTES).documents())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["text", "jsonl"])
+def test_a_megabyte_that_unpacks_to_a_gigabyte_streams(form: str, tmp_path: Path) -> None:
+    """In 3 GiB of data at most, most of which a program of Arrow reserves and does not use."""
+    line, limit = b"some words, and some more of them.\n" * 1000, 3 << 30
+    if form == "jsonl":
+        line = json.dumps({"text": line.decode()}).encode() + b"\n"
+    with gzip.open(tmp_path / "x.gz", "wb", compresslevel=9) as file:
+        for _ in range((1 << 30) // len(line)):
+            file.write(line)
+    done = subprocess.run(
+        [sys.executable, "-m", "longnet_cli", "data", "inspect", "x.gz", "--format", "json", "-q"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)),
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["n_bytes"] >= 0.9 * (1 << 30)
