@@ -126,6 +126,7 @@ FAILURES = [  # command, exit code, a part of its line
     ("convert ./llama --dtype bf16 -o y", 2, "already a Hugging Face model folder"),
     ("generate", 3, "stdin: nothing came"),
     ("generate --sp 2", 2, "stdin can be read by one process"),
+    ("score ids.parquet --sp 1e18", 2, "1000000000000000000 processes of one machine: start 1024 at most"),
     ("generate x -i y.txt", 2, "PROMPT and --input are both given"),
     ("generate x --top-p 0.9", 2, "--top-p needs a temperature above 0"),
     ("generate x --seed -1", 2, "--seed -1 is not a number from 0"),

@@ -156,6 +156,7 @@ def _signal_children(number: int) -> None:
 
 
 LAUNCHED = "LONGNET_LAUNCHED"  # the id of the `--nproc` process, which reports what happens to its ranks
+MOST_PROCESSES = 1024  # of one machine: one that is asked for more would hang
 LOST = 69  # exit code of a rank of `--nproc` that lost another rank
 
 
@@ -180,6 +181,8 @@ def start_ranks(nproc: int) -> NoReturn:
     """
     if under_torchrun():
         raise ConfigError("--nproc starts torchrun, which runs this already: leave it out")
+    if nproc > MOST_PROCESSES:
+        raise ConfigError(f"{nproc} processes of one machine: start {MOST_PROCESSES} at most (--nproc, --sp, --dp)")
     arguments, words = [], iter(sys.argv[1:])
     for word in words:
         if word == "--nproc":
