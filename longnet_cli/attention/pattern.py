@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -256,6 +256,12 @@ class Pattern:
         r = self.dilation_rates[level]
         group = -(-num_heads // r)
         return tuple(h % r if self.head_offsets == "modulo" else h // group for h in range(num_heads))
+
+    def continues(self, saved: Pattern) -> bool:
+        """Return whether a cache of `saved` will do: the same pattern, or one that chooses less often or exactly."""
+        if not (self.chosen and saved.chosen) or saved.chosen_every % self.chosen_every:
+            return self == saved
+        return replace(self, chosen_every=saved.chosen_every, chosen_exact=saved.chosen_exact) == saved
 
     def refusal(self, causal: bool, padding: Padding) -> str | None:
         """Return one line that says why attention cannot have this pattern with these options, or None if it can."""

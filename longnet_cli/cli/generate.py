@@ -7,7 +7,6 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -166,24 +165,25 @@ def generate(options: GenerateCommand) -> None:
 def _state_pattern(state: str, pattern: str) -> str:
     """Return a pattern with the layers that choose in a saved state, unless it names its own. Loads no model.
 
-    Raises ConfigError for a pattern that differs from the state's in more than how often and how exactly blocks are
-    chosen.
+    Raises ConfigError for a pattern that cannot continue the state's.
     """
     from longnet_cli.attention.notation import format_pattern, parse_pattern
     from longnet_cli.basics.configuration import parse, read_text
 
     given = read_pattern(pattern)
-    with suppress(OSError, ValueError, KeyError, TypeError):  # reading the state says what is wrong with it
+    assert given
+    try:
         saved = parse_pattern(parse(read_text(Path(state) / "manifest.json"))["longnet.pattern"])
-        given = given and replace(given, chosen_layers=given.chosen_layers or saved.chosen_layers)
-        names = ("head_offsets", "chosen_every", "chosen_exact", "chosen_layers")
-        free = {name: getattr(given, name) for name in names}
-        if given and replace(saved, **free) != given:
-            raise ConfigError(
-                f"{state}: it was saved with the pattern {format_pattern(saved)}, and this is {pattern}: name both "
-                "(--model, --pattern)"
-            )
-    return format_pattern(given) if given else pattern
+    except (OSError, ValueError, KeyError, TypeError):  # reading the state says what is wrong with it
+        return pattern
+    if given.chosen and not given.chosen_layers:
+        given = replace(given, chosen_layers=saved.chosen_layers)
+    if not replace(given, head_offsets=saved.head_offsets).continues(saved):  # a model may have its own offsets
+        raise ConfigError(
+            f"{state}: it was saved with the pattern {format_pattern(saved)}, and this is {pattern}: name both "
+            "(--model, --pattern)"
+        )
+    return format_pattern(given)
 
 
 def _open(options: GenerateCommand, text: str | None) -> tuple[Opened, Inputs]:

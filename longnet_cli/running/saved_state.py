@@ -16,7 +16,6 @@ import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from itertools import filterfalse
 from pathlib import Path
 from typing import Any
@@ -139,7 +138,9 @@ def read_state(folder: Path, facts: Mapping[str, Any]) -> tuple[dict[str, Any], 
         _check_facts(saved)
         for key, why in _SAME.items():
             known, given = saved.get(key), facts.get(key)
-            if known and given and known != given and not (key == "longnet.pattern" and _is_finer(given, known)):
+            if known and given and known != given:
+                if key == "longnet.pattern" and parse_pattern(given).continues(parse_pattern(known)):
+                    continue
                 model = saved.get("longnet.model")
                 names = {"name": f", {model}" if model else "", "by": f" by {model}" if model else ""}
                 raise ConfigError(f"{folder}: {why.format(saved=known, given=given, **names)}")
@@ -180,14 +181,6 @@ def restoring(folder: Path) -> Iterator[None]:
         yield
     except ValueError as error:
         raise DataError(f"{folder}: a damaged state: {error}") from None
-
-
-def _is_finer(pattern: str, saved: str) -> bool:
-    """Return whether a pattern is the saved one, but chooses more often or by more keys: the state is enough for it."""
-    new, old = parse_pattern(pattern), parse_pattern(saved)
-    every = old.chosen_every
-    same = new.chosen and old.chosen and every % new.chosen_every == 0
-    return bool(same) and replace(new, chosen_every=every, chosen_exact=old.chosen_exact) == old
 
 
 def _pieces(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:

@@ -219,13 +219,18 @@ ALONE = [
         ["generate", "--state", "state", "--pattern", "window:2Ki"],
         "state: it was saved with the pattern window:1Ki, and",
     ),
+    (
+        ["generate", "--state", "choosing", "--pattern", "window:1Ki"],
+        "choosing: it was saved with the pattern window:1Ki,chosen=32x32,layers=1, and",
+    ),
 ]
 
 
 def test_what_options_alone_decide_is_refused_before_torch_is_loaded(tmp_path, command_env):
     (tmp_path / "text.txt").write_text("text")
-    (tmp_path / "state").mkdir()
-    (tmp_path / "state/manifest.json").write_text('{"longnet.pattern": "window:1Ki"}')
+    for name, pattern in (("state", "window:1Ki"), ("choosing", "window:1Ki,chosen=32x32,layers=1")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text(json.dumps({"longnet.pattern": pattern}))
     script = """
 import json, sys
 from longnet_cli.cli.app import main
