@@ -37,11 +37,11 @@ EPILOG = (
     "6 done but for what --skip-bad left out, 129, 130 or 143 stopped, 141 closed pipe."
 )
 
-# One function per command, by the panel of the help. Their modules import torch only when they run.
+# One function per command, by its panel in the help. Their modules import torch only when they run.
 COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
     "Models": (score, encode, generate, train),
     "Data": (tokenize,),
-    "Around them": (pattern, plot, bench, convert),
+    "Tools": (pattern, plot, bench, convert),
 }
 
 _python_warning = warnings.showwarning

@@ -253,7 +253,9 @@ class Encoder(RowJob):
         if self.facts.prefix and not net.config.causal and not framed:
             raise ConfigError("a bidirectional model reads nothing before a document: leave out --prefix")
         if self.reader.ranks.world > 1 and (apart := {*pools} - SUMMED):
-            raise ConfigError(f"--pool {apart.pop()} of a document is not shared by ranks: give each its own (--dp)")
+            raise ConfigError(
+                f"--pool {apart.pop()} of a document is not shared by ranks: give each rank its own documents (--dp)"
+            )
         if options.all_layers and (pools[1:] or pools[0] not in ("cls", "mean", "first", "last")):
             raise ConfigError(f"--all-layers has no pooling {options.pool}: take mean, first, last or cls")
         if options.context is not None and options.context > (net.config.max_tokens or options.context):

@@ -31,7 +31,7 @@ def logprob_schema(metadata: Mapping[str, str] | None = None, top: bool = False)
 
     A long document has several rows, with `part` 0, 1, 2, ... and one doc_id. `metadata` is `weights.model_origin`.
     With `top`, there are columns for the most likely token in the place of each one, and for its log-probability. The
-    place of each token in the text is last, [char_start, char_end), null for a document of ids (`data.places`).
+    place of each token in the text is last, [char_start, char_end), null for a document of ids (`TextPlaces`).
     """
     ids, logprobs = pa.large_list(pa.int32()), pa.large_list(pa.float32())
     fields = [
