@@ -30,7 +30,7 @@ from longnet_cli.data.tables import Text
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.nets.net import Net
 from longnet_cli.running.ranks.portions import portions
-from longnet_cli.running.reader import PORTION_CHUNKS, reading_steps
+from longnet_cli.running.reader import PORTION_CHUNKS, forward_passes, reading_steps
 
 if TYPE_CHECKING:
     from longnet_cli.jobs.row_jobs import RowJob
@@ -87,17 +87,18 @@ class ReadingPlan:
     def add(self, windows: Iterable[Extent]) -> None:
         """Count windows as one call of `Reader.read` reads them."""
         for step in reading_steps(windows, self.chunk, self.config.streams):
-            self.wanted += sum(window.wanted for window in step.windows)
-            self.longest = max(self.longest, *map(len, step.windows))
-            if step.batches is None:
-                tokens = len(*step.windows)
+            self.wanted += sum(window.wanted for window in step)
+            self.longest = max(self.longest, *map(len, step))
+            batches = forward_passes(step, self.chunk, self.config.streams)
+            if batches is None:
+                tokens = len(*step)
                 self._count(Shape(1, self.chunk), tokens)
                 self._lengths[tokens] += 1
                 self.twice += 0 if self.config.causal or not self._sees_outside(tokens) else tokens
                 continue
-            self.together = max(self.together, sum(map(len, step.windows)))
-            for batch in step.batches:
-                shape = Shape(len(batch), len(step.windows[batch[0]]))
+            self.together = max(self.together, sum(map(len, step)))
+            for batch in batches:
+                shape = Shape(len(batch), len(step[batch[0]]))
                 self._count(shape, shape.rows * shape.tokens)
                 self._lengths[shape.tokens] += shape.rows
 
