@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .packing import PackedRows
-from .plain_call import Kernel
+from .plain_call import Gradients, Kernel
 
 
 class CallSizes(NamedTuple):
@@ -93,11 +93,11 @@ class CudaKernel(Kernel):
         out, lse = self.attend(q, k, v, sizes, causal, scale)
         return out.transpose(1, 2), lse
 
-    def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        tensors = [*map(self._rows_first, (dout, q, k, v, out)), lse.contiguous()]  # kernels ignore the lse's strides
-        grads = self.gradients(tensors, CallSizes(q.shape[2], k.shape[2]), causal, scale)
+    def backward(self, tensors: Sequence[Tensor], causal: bool, scale: float) -> Gradients:
+        *of_rows, lse = tensors
+        _, q, k, *_ = of_rows
+        given = [*map(self._rows_first, of_rows), lse.contiguous()]  # kernels ignore the lse's strides
+        grads = self.gradients(given, CallSizes(q.shape[2], k.shape[2]), causal, scale)
         dq, dk, dv = (x.transpose(1, 2) for x in grads)
         return dq, dk, dv
 
@@ -108,20 +108,11 @@ class CudaKernel(Kernel):
         return out[:, 0], lse[0]
 
     def backward_packed(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        queries: PackedRows,
-        keys: PackedRows,
-        causal: bool,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        tensors = [*(x[:, None] for x in (dout, q, k, v, out)), lse[None].contiguous()]
-        dq, dk, dv = (x[:, 0] for x in self.gradients(tensors, CallSizes.of(queries, keys), causal, scale))
+        self, tensors: Sequence[Tensor], queries: PackedRows, keys: PackedRows, causal: bool, scale: float
+    ) -> Gradients:
+        *of_rows, lse = tensors
+        given = [*(x[:, None] for x in of_rows), lse[None].contiguous()]
+        dq, dk, dv = (x[:, 0] for x in self.gradients(given, CallSizes.of(queries, keys), causal, scale))
         return dq, dk, dv
 
     def _rows_first(self, x: Tensor) -> Tensor:

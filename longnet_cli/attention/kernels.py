@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from .cuda_kernels import CudaEfficientKernel, CudaFlashKernel, Flash3Kernel, FlashAttnKernel
-from .packing import PackedRows, Sequences, rows_of
-from .plain_call import Kernel, MathKernel, wide
+from .packing import Sequences, rows_of
+from .plain_call import Gradients, Kernel, MathKernel, wide
 
 
 class CpuFlashKernel(Kernel):
@@ -61,23 +61,17 @@ class CpuFlashKernel(Kernel):
         return out, lse
 
     def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        causal: bool,
-        scale: float,
-        counts: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, tensors: Sequence[Tensor], causal: bool, scale: float, counts: Tensor | None = None
+    ) -> Gradients:
         op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-        dout, q, k, v, out = (wide(x) for x in (dout, q, k, v, out))
+        dout, q, k, v, out, lse = map(wide, tensors)
         k, v = self._side_by_side(q.shape[2], k, v)
         rows, mask = q.shape[2], None if counts is None else counts[None]
         if not causal or (steps := self._steps(rows, counts is not None, self._MAX_STEPS[1])) == [rows]:
-            return op(dout, q, k, v, out, lse, 0.0, causal and counts is None, attn_mask=mask, scale=scale)
+            gradients: Gradients = op(
+                dout, q, k, v, out, lse, 0.0, causal and counts is None, attn_mask=mask, scale=scale
+            )
+            return gradients
         parts, dk, dv = [], None, None
         # the last rows come first: they see all keys, so the other gradients are added to theirs
         for end, *of_rows in reversed(
@@ -238,7 +232,7 @@ def _view_calls(kernel: Kernel, x: Tensor, scale: float) -> Iterator[tuple[Seque
         whole[:, rows].transpose(1, 2).copy_(part) for whole, part in zip((out, lse), _merged(plain), strict=True)
     ]
     for (k, v, causal), forward in zip(calls, plain, strict=True):
-        backward = (dout, q, k, v, *of_rows, causal, scale)
+        backward = ((dout, q, k, v, *of_rows), causal, scale)
         yield (
             (*kernel.forward(q, k, v, causal, scale), *kernel.backward(*backward)),
             (*forward, *math.backward(*backward)),
@@ -247,27 +241,17 @@ def _view_calls(kernel: Kernel, x: Tensor, scale: float) -> Iterator[tuple[Seque
 
 def _packed_calls(kernel: Kernel, x: Tensor, scale: float) -> Iterator[tuple[Sequence[Tensor], Sequence[Tensor]]]:
     """Yield the same for packed sequences of several lengths, with as many keys as queries and then with others."""
-    math, counts, others = KERNELS["math"], [20, 3, 70], [1, 46, 66]
-    rows = x.flatten(1, 3)
-    q, k, v, dout = rows[:, : sum(counts)]
-    calls = [(k, v, counts, True), (*rows[1:3, -sum(others) :], others, False)]
-    plain = [
-        [math.forward(q_, k_, v_, causal, scale) for q_, k_, v_ in _sequences((q, counts), (k, number), (v, number))]
-        for k, v, number, causal in calls
-    ]
-    out, lse = _joined([_merged(both) for both in zip(*plain, strict=True)])
-    out = out.to(x.dtype)
-    queries = _packed_rows(counts, x)
-    for (k, v, number, causal), forward in zip(calls, plain, strict=True):
-        keys = queries if number is counts else _packed_rows(number, x)
-        each = _sequences((dout, counts), (q, counts), (k, number), (v, number), (out, counts), (lse, counts))
-        backward = [math.backward(d_, q_, k_, v_, o_, l_, causal, scale) for d_, q_, k_, v_, o_, l_ in each]
+    math, rows = KERNELS["math"], x.flatten(1, 3)
+    queries, others = (rows_of(Sequences([0] * 3, [1] * 3, counts), x.device) for counts in ([20, 3, 70], [1, 46, 66]))
+    q, k, v, dout = rows[:, : len(queries.places)]
+    calls = [(k, v, queries, True), (*rows[1:3, -len(others.places) :], others, False)]
+    plain = [math.forward_packed(q, k, v, queries, keys, causal, scale) for k, v, keys, causal in calls]
+    out, lse = _merged(plain)
+    for (k, v, keys, causal), forward in zip(calls, plain, strict=True):
+        backward = ((dout, q, k, v, out.to(x.dtype), lse), queries, keys, causal, scale)
         yield (
-            (
-                *kernel.forward_packed(q, k, v, queries, keys, causal, scale),
-                *kernel.backward_packed(dout, q, k, v, out, lse, queries, keys, causal, scale),
-            ),
-            (*_joined(forward), *_joined(backward)),
+            (*kernel.forward_packed(q, k, v, queries, keys, causal, scale), *kernel.backward_packed(*backward)),
+            (*forward, *math.backward_packed(*backward)),
         )
 
 
@@ -276,17 +260,3 @@ def _merged(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     (out, lse), (other, other_lse) = parts
     merged = torch.logaddexp(lse, other_lse)
     return torch.lerp(out, other, (other_lse - merged).exp()[..., None]), merged
-
-
-def _packed_rows(counts: list[int], x: Tensor) -> PackedRows:
-    return rows_of(Sequences([0] * len(counts), [1] * len(counts), counts), x.device)
-
-
-def _sequences(*packed: tuple[Tensor, list[int]]) -> Iterator[tuple[Tensor, ...]]:
-    """Yield the tensors (1, 1, rows, ..) of each of several packed sequences."""
-    return zip(*([part[None, None] for part in x.split(counts)] for x, counts in packed), strict=True)
-
-
-def _joined(parts: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
-    """Return the tensors of all sequences, packed."""
-    return [torch.cat(of_sequences, 2)[0, 0] for of_sequences in zip(*parts, strict=True)]

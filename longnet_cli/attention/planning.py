@@ -376,9 +376,8 @@ class _Gradients:
         query_like, key_like = (*of_queries, self.q.place), (*keys, self.k.place, self.v.place)
         calls = kernel_calls(blocks, self.kernel, query_like, key_like, self._far_tensors, self._layouts)
         for branch, (dout, q, out, lse, dq), (k, v, *places) in calls:
-            part, *parts = self.kernel.backward(
-                dout, q, k, v, out, lse[..., 0], branch.causal, scale, *_counts(branch, q)
-            )
+            tensors = dout, q, k, v, out, lse[..., 0]
+            part, *parts = self.kernel.backward(tensors, branch.causal, scale, *_counts(branch, q))
             self.q.add(dq, part, branch.queries, fresh=branch.first and not self._far_first)
             fresh = branch.first and branch.queries == branch.keys and not self._shared_heads
             of_keys = (self.k, self.v) if branch.far is None else self._far_sums[2 * branch.far : 2 * branch.far + 2]
@@ -391,7 +390,7 @@ class _Gradients:
         queries, of_keys = pack.rows(of_queries[0].device)
         dout, q, out, lse = (flat_rows(x)[queries.places] for x in of_queries)
         k, v = (flat_rows(x)[of_keys.places] for x in keys)
-        parts = self.kernel.backward_packed(dout, q, k, v, out, lse[..., 0], queries, of_keys, pack.causal, scale)
+        parts = self.kernel.backward_packed((dout, q, k, v, out, lse[..., 0]), queries, of_keys, pack.causal, scale)
         for total, rows, part in zip((self.q, self.k, self.v), (queries, of_keys, of_keys), parts, strict=True):
             total.add_rows(rows, part)
 

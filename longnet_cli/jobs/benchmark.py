@@ -366,7 +366,7 @@ def _kernels_alone(
         for branch, (q_, *others), (k_, v_) in calls:
             if others:
                 out_, lse_, dout_ = others
-                kernel.backward(dout_, q_, k_, v_, out_, lse_[..., 0], branch.causal, scale)
+                kernel.backward((dout_, q_, k_, v_, out_, lse_[..., 0]), branch.causal, scale)
             else:
                 kernel.forward(q_, k_, v_, branch.causal, scale)
 
