@@ -308,7 +308,7 @@ def attention(s: Settings, impl: str, direction: str, seq: int) -> Case:
             forward = 4 * s.head_dim * s.heads * s.batch * tokens**2 // (2 if s.causal else 1)
             return forward * (BACKWARD_FLOPS if backward else 1)
         count = backward_flops if backward else attention_flops
-        return count(pattern, s.heads, s.head_dim, tokens, s.causal, s.batch)
+        return s.batch * count(pattern, s.heads, s.head_dim, tokens, s.causal)
 
     row = Measurement.of(
         s, impl, direction, seq, None if dense else pattern, chunk=chunk if streamed else None, cache_bytes=cache,
