@@ -32,7 +32,19 @@ from typing import NamedTuple
 
 from .groups import chosen_flops
 from .pattern import LayerKind, Padding, Pattern
-from .spans import SINKS, FarSpan, Heads, Rows, lanes, level_of, progressions, rows_before, sink_segments
+from .spans import (
+    SINKS,
+    FarSpan,
+    HeadRows,
+    Heads,
+    Rows,
+    lane_rows,
+    lanes,
+    level_of,
+    progressions,
+    rows_before,
+    sink_segments,
+)
 
 BACKWARD_FLOPS = 2.5  # times the forward's: five matrix products instead of two
 UNION_LIMIT = 1 << 24  # numbers in the table of a `Union`: 64 MiB in float32
@@ -228,31 +240,6 @@ class _Rectangle(NamedTuple):
         return _Rectangle(1, queries, keys, self.square, self.own)
 
 
-class _HeadRows(NamedTuple):
-    """Query rows or key rows of a segment. For each query head: the head that has its rows, their first token, number.
-
-    The rows of a head are `row_step` tokens apart, and those of the next segment `segment_step` tokens later.
-    """
-
-    heads: Sequence[int]
-    first_tokens: Sequence[int]
-    counts: Sequence[int]
-    segment_step: int
-    row_step: int
-
-    def of_run(self, run: Heads, segments: int) -> Rows:
-        """Return the view that shows the rows of a run of query heads, in so many segments."""
-        return Rows.of(
-            run.of(self.heads),
-            segments=segments,
-            segment_step=self.segment_step,
-            rows=self.counts[run.first],
-            row_step=self.row_step,
-            first_token=self.first_tokens[run.first],
-            skew=run.growth(self.first_tokens),
-        )
-
-
 class _ShardGeometry(NamedTuple):
     """The positions [start, stop) of a sequence, and the calls that their queries need."""
 
@@ -287,18 +274,17 @@ class _ShardGeometry(NamedTuple):
     def far(self, span: FarSpan, index: int, covering: bool) -> Iterator[Branch]:
         """Yield the calls of the shard's queries on the rows of `span`: full attention, never causal."""
         w, r = level_of(self.pattern, span.level)
-        _, offsets, lane_of = lanes(self.pattern, span.level, self.num_heads, self.kv_heads)
-        inside, segment = span.start % w, span.start // w * w
+        of_level, heads, segment = (self.pattern, span.level), (self.num_heads, self.kv_heads), span.start // w * w
+        lane_of = lanes(*of_level, *heads).of_head
         low = max(span.start, self.pattern.sinks) if span.level else span.start
         zones = [
             zone._replace(square=False, own=zone.own and self.holds(span))
             for zone in _zones(self.pattern, span.level, w, self.causal)
         ]
         for part in self._rectangles(zones, w, r, low, span.stop, apart=True):
-            # rows of each lane before the span, before the part, and before the end of the part
-            edges = [[rows_before(x, o, r) for x in (inside, *(y - segment for y in part.keys))] for o in offsets]
-            firsts, counts = ([edges[lane][i] - edges[lane][i - 1] for lane in lane_of] for i in (1, 2))
-            keys = _HeadRows(lane_of, firsts, counts, w, 1)
+            before, first, stop = (lane_rows(*of_level, edge - segment, *heads) for edge in (span.start, *part.keys))
+            first_rows, counts = [first[i] - before[i] for i in lane_of], [stop[i] - first[i] for i in lane_of]
+            keys = HeadRows(lane_of, first_rows, counts, w, 1)
             for branch in self._calls(1, r, self._query_rows(span.level, w, part.queries), keys):
                 yield branch._replace(far=index, first=covering and part.own)
 
@@ -387,32 +373,27 @@ class _ShardGeometry(NamedTuple):
         """
         n, w = self.num_heads, self.pattern.segment_lengths[0]
         of_queries = self._all_rows(w, queries)
-        of_keys = _HeadRows(self.kv_of, [first_token] * n, [rows] * n, segment_step or w, 1)
+        of_keys = HeadRows(self.kv_of, [first_token] * n, [rows] * n, segment_step or w, 1)
         for branch in self._calls(segments, 1, of_queries, of_keys):
             yield branch._replace(far=far)
 
-    def _query_rows(self, level: int, w: int, queries: _Positions) -> _HeadRows:
+    def _query_rows(self, level: int, w: int, queries: _Positions) -> HeadRows:
         """Return the rows at positions `queries` that query the keys of a level."""
         if self.pattern.queries == "all":
             return self._all_rows(w, queries)
         return self._level_rows(level, w, queries, range(self.num_heads))
 
-    def _all_rows(self, w: int, positions: _Positions) -> _HeadRows:
+    def _all_rows(self, w: int, positions: _Positions) -> HeadRows:
         n, (first, stop) = self.num_heads, positions
-        return _HeadRows(range(n), [first - self.start] * n, [stop - first] * n, w, 1)
+        return HeadRows(range(n), [first - self.start] * n, [stop - first] * n, w, 1)
 
-    def _level_rows(self, level: int, w: int, positions: _Positions, heads: Sequence[int]) -> _HeadRows:
+    def _level_rows(self, level: int, w: int, positions: _Positions, heads: Sequence[int]) -> HeadRows:
         """Return the rows that a level keeps at some positions, for each query head in one of the `heads`."""
-        base, r = positions[0] // w * w, self.pattern.dilation_rates[level]
-        first, stop = positions[0] - base, positions[1] - base
-        offsets = self.pattern.offsets(level, self.num_heads)
-        before = [rows_before(first, o, r) for o in offsets]
-        first_tokens = [base - self.start + o + b * r for o, b in zip(offsets, before, strict=True)]
-        counts = [rows_before(stop, o, r) - b for o, b in zip(offsets, before, strict=True)]
-        return _HeadRows(heads, first_tokens, counts, w, r)
+        offsets, r = self.pattern.offsets(level, self.num_heads), self.pattern.dilation_rates[level]
+        return HeadRows.at(*positions, heads, offsets, w, r, self.start)
 
     def _calls(
-        self, segments: int, r: int, queries: _HeadRows, keys: _HeadRows, zero_keys: Sequence[int] | None = None
+        self, segments: int, r: int, queries: HeadRows, keys: HeadRows, zero_keys: Sequence[int] | None = None
     ) -> Iterator[Branch]:
         """Yield calls of query rows on key rows, in few views, with so many zero keys for each head.
 
@@ -431,8 +412,8 @@ class _ShardGeometry(NamedTuple):
             runs = [Heads(number, first * group, step * group) for number, first, step in runs]
             folded = {"rows": group, "row_step": 0, "row_heads": 1} if group > 1 else {}
         for run in runs:
-            of_queries = queries.of_run(run, segments)._replace(**folded)
-            yield Branch(of_queries, keys.of_run(run, segments), causal=False, zero_keys=zeros[run.first])
+            of_queries = queries.view(run, segments)._replace(**folded)
+            yield Branch(of_queries, keys.view(run, segments), causal=False, zero_keys=zeros[run.first])
 
 
 def _zones(pattern: Pattern, level: int, w: int, causal: bool) -> list[_Zone]:

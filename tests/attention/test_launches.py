@@ -219,6 +219,6 @@ def test_memory_of_a_backward(tokens: int) -> None:
         lse = torch.empty(1, tokens, 12)
         plan = plan_calls(KERNELS["cuda_flash"], q, k, v, Pattern.paper(), Shard())
         with Live(q, k, v, out, dout, lse) as live:
-            grads = merged_backward(plan, 0.125, dout, q, k, v, out, lse, [])
+            grads = merged_backward(plan, 0.125, (dout, q, k, v, out, lse), [])
             grads = [d.to(q.dtype) for d in grads]
     assert live.peak <= 12 * q.nbytes
