@@ -34,6 +34,7 @@ class CudaKernel(Kernel):
     Their positional arguments are stable since torch 2.6, names are not.
     """
 
+    device, dtypes = "cuda", (torch.bfloat16, torch.float16)
     packs = True
     package = ""
     major: int | None = None  # of the compute capability, if only one has the kernel
@@ -41,10 +42,8 @@ class CudaKernel(Kernel):
     _MAX_SEGMENTS = 65_535  # the batch is a grid dimension
 
     def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-        if device.type != "cuda":
-            return "it runs on a CUDA device"
-        if dtype not in (torch.bfloat16, torch.float16):
-            return f"it has no {dtype}"
+        if refusal := super().refusal(device, dtype, head_dim):
+            return refusal
         if head_dim % 8 or head_dim > 256:
             return f"it needs a head_dim that 8 divides, up to 256, not {head_dim}"
         capability = torch.cuda.get_device_capability(device)
@@ -133,14 +132,10 @@ class CudaEfficientKernel(CudaKernel):
     lse has a multiple of 32 rows for each sequence. Packed sequences are (1, rows, 1, head_dim).
     """
 
-    name = "cuda_efficient"
+    name, dtypes = "cuda_efficient", (torch.float32, torch.bfloat16, torch.float16)
 
     def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-        if device.type != "cuda":
-            return "it runs on a CUDA device"
-        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return f"it has no {dtype}"
-        return None
+        return Kernel.refusal(self, device, dtype, head_dim)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, sizes: CallSizes, causal: bool, scale: float

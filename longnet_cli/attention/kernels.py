@@ -28,19 +28,12 @@ class CpuFlashKernel(Kernel):
     It reads all keys once for each tile of queries. Rows more than a page apart are copied first, side by side.
     """
 
-    name = "cpu_flash"
+    name, device = "cpu_flash", "cpu"
     takes_counts = True
     _MAX_ELEMENTS = 1 << 21  # bounds the scratch memory of one call: 8 MiB per tensor in fp32
     _STEP = 128  # rows
     _MAX_STEPS = 4, 8  # in a forward, in a backward; with more steps, one call is as fast
     _COPIED, _PAGE = 512, 4096  # queries from which keys are copied, and the bytes of a page
-
-    def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-        if device.type != "cpu":
-            return "it runs on a CPU"
-        if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-            return f"it has no {dtype}"
-        return None
 
     def max_batch(self, heads: int, rows: int, head_dim: int) -> int:
         return max(1, self._MAX_ELEMENTS // (heads * rows * head_dim))
@@ -148,21 +141,18 @@ def forget_selections() -> None:
 @lru_cache(maxsize=256)
 def _select(device: torch.device, dtype: torch.dtype, head_dim: int, name: str | None, always_equal: bool) -> Kernel:
     """Select a kernel; with other algorithms (`always_equal`: deterministic ones), one may fail that did not before."""
-    if name is not None:
-        if name not in KERNELS:
-            raise ValueError(f"unknown attention kernel {name!r}: choose from {', '.join(KERNELS)}")
-        refusal = KERNELS[name].refusal(device, dtype, head_dim)
-        kernel, failure = (KERNELS[name], refusal) if refusal else _probed(KERNELS[name], device, dtype, head_dim)
-        if failure:
+    if name is not None and name not in KERNELS:
+        raise ValueError(f"unknown attention kernel {name!r}: choose from {', '.join(KERNELS)}")
+    for each in [KERNELS[name]] if name else KERNELS.values():
+        refusal = each.refusal(device, dtype, head_dim)
+        kernel, failure = (each, refusal) if refusal else _probed(each, device, dtype, head_dim)
+        if not failure:
+            break
+        if name:
             raise ValueError(f"attention kernel {name!r} cannot run here: {failure}")
-        return _without_failing_packs(kernel, device, dtype, head_dim)
-    for each in KERNELS.values():
-        if each.refusal(device, dtype, head_dim) is None:
-            kernel, failure = _probed(each, device, dtype, head_dim)
-            if failure is None:
-                break
+        if not refusal:
             warnings.warn(f"attention kernel {kernel.name!r} is not used: {failure}", stacklevel=2)
-    if kernel.name == "math" and device.type == "cuda":
+    if not name and kernel.name == "math" and device.type == "cuda":
         warnings.warn(
             f"attention in {dtype} on {device} falls back to plain math, slow and with all scores in memory: "
             "use bf16, fp16 or fp32, or set LONGNET_KERNEL=math to accept that",

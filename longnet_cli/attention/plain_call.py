@@ -29,6 +29,8 @@ class Kernel:
     """
 
     name = ""
+    device: str | None = None  # the type of device that it runs on, if only one has it
+    dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     takes_counts = False  # whether it takes `counts` (heads, rows, keys): the log of how often a key counts, or -inf
     packs = False  # whether it attends within packed sequences, of q, k, v and out (rows, head_dim) and an lse (rows,):
     forward_packed: Callable[..., tuple[Tensor, Tensor]]  # (q, k, v, queries, keys, causal, scale) -> out, lse
@@ -37,7 +39,9 @@ class Kernel:
 
     def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         """Return why this kernel cannot serve such tensors, or None."""
-        raise NotImplementedError
+        if self.device and device.type != self.device:
+            return f"it runs on a {self.device.upper()} device"
+        return None if dtype in self.dtypes else f"it has no {dtype}"
 
     def max_batch(self, heads: int, rows: int, head_dim: int) -> int:
         raise NotImplementedError
@@ -58,9 +62,6 @@ class MathKernel(Kernel):
     name = "math"
     takes_counts = True
     _MAX_SCORES = 1 << 26
-
-    def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-        return None
 
     def max_batch(self, heads: int, rows: int, head_dim: int) -> int:
         return max(1, self._MAX_SCORES // (heads * rows * rows))
