@@ -78,7 +78,8 @@ class SeenBlocks(NamedTuple):
     size: int
 
 
-NO_BLOCKS = SeenBlocks(*[np.empty(0, "<u4")] * 5, 0, 0)
+_NONE = np.empty(0, "<u4")
+NO_BLOCKS = SeenBlocks(_NONE, _NONE, _NONE, _NONE, _NONE, 0, 0)
 
 
 @dataclass(frozen=True)
