@@ -34,7 +34,8 @@ class CudaKernel(Kernel):
     Their positional arguments are stable since torch 2.6, names are not.
     """
 
-    device, dtypes = "cuda", (torch.bfloat16, torch.float16)
+    device = "cuda"
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
     packs = True
     package = ""
     major: int | None = None  # of the compute capability, if only one has the kernel
