@@ -15,6 +15,7 @@ import operator
 from collections.abc import Hashable, Iterator, Sequence
 from functools import lru_cache
 from math import lcm
+from operator import itemgetter
 from typing import NamedTuple
 
 from .pattern import Pattern
@@ -211,6 +212,17 @@ def open_spans(pattern: Pattern, start: int, own: int = 0) -> list[FarSpan]:
     if pattern.sinks and start + own:
         kept.append(FarSpan(SINKS, 0, min(pattern.sinks, start)))
     return kept
+
+
+def spans_of_sinks(spans: Sequence[FarSpan], number: int, start: int) -> list[tuple[int, FarSpan]]:
+    """Return the spans of level `SINKS` that hold the sinks [0, number) before a shard, in order, and their indices.
+
+    Raises ValueError if they do not hold these, each once.
+    """
+    given = sorted(((index, span) for index, span in enumerate(spans) if span.level == SINKS), key=itemgetter(1))
+    if [0, *(span.stop for _, span in given)] != [*(span.start for _, span in given), number]:
+        raise ValueError(f"the sinks [0, {number}) lie before the shard that starts at {start}: give them as far keys")
+    return given
 
 
 def sink_segments(pattern: Pattern, start: int, stop: int) -> range:
