@@ -44,6 +44,7 @@ from .spans import (
     progressions,
     rows_before,
     sink_segments,
+    spans_of_sinks,
 )
 
 BACKWARD_FLOPS = 2.5  # times the forward's: five matrix products instead of two
@@ -302,11 +303,7 @@ class _ShardGeometry(NamedTuple):
                 yield from self.on_rows(part.queries, row, n, part.segments, segment_step=n, far=turned.far)
             return
         queries, own = (begin, self.stop), min(n, self.start)  # sinks [0, own) lie before the shard
-        given = [(index, span) for index, span in enumerate(spans) if span.level == SINKS]
-        if sum(span.stop - span.start for _, span in given) != own:
-            raise ValueError(
-                f"the sinks [0, {own}) lie before the shard that starts at {self.start}: give them as far keys"
-            )
+        given = spans_of_sinks(spans, own, self.start)
         if own < n:
             yield from self.on_rows(queries, own - self.start, n - own)
         for index, span in given:

@@ -83,7 +83,7 @@ class Chosen:
         """Attend from q to the chosen rows of k and v, and merge the results."""
         for run in self._runs(q):
             q_, *places = (run.queries(x) for x in (q, *merge.places))
-            parts = [call.attend(kernel, scale, q_, (k, v), self.turn) for call in run.calls(kernel, k)]
+            parts = [call.attend(kernel, scale, q_, (k, v)) for call in run.calls(kernel, k)]
             part, lse = (_joined(of_calls) for of_calls in zip(*parts, strict=True))
             del parts
             merge.add(run.branch, places, part.reshape(q_.shape), lse.reshape(q_.shape[:-1]))
@@ -106,7 +106,7 @@ class Chosen:
         for run in self._runs(q, backward=True):
             place, *queries = (run.queries(x) for x in (of_q.place, *tensors))
             calls = run.calls(kernel, keys[0])
-            parts = [call.gradients(kernel, scale, queries, keys, self.turn, gradients) for call in calls]
+            parts = [call.gradients(kernel, scale, queries, keys, gradients) for call in calls]
             of_q.add(place, _joined(parts).reshape(queries[1].shape), run.branch.queries, fresh=False)
         return gradients
 
@@ -146,19 +146,18 @@ class Chosen:
             else:
                 voting.append([number])
         means: dict[tuple[int, int], Means] = {}  # by first row and first token of a document
-        shared: list[list[int]] = []
+        shared = self.past if self.past and self.past.shared else None
+        together = [numbers for numbers in voting if shared and self.parts[numbers[0]].start]
         for numbers in voting:
-            if (past := self._past(self.parts[numbers[0]])) and past.shared:
-                shared.append(numbers)
-                continue
-            of_document = self._means_of(numbers, k, means)
-            choices = choose(self.pattern, of_document, self._votings(numbers, q, k, scale), all_at_once)
-            self._keep(numbers, choices, q, blocks)
-        if self.kind == "chooses" and self.past and self.past.shared:  # all ranks choose together
-            votings = [self._votings(numbers, q, k, scale) for numbers in shared]
-            assert self.past.means
-            found = iter(choose(self.pattern, self.past.means, [*chain(*votings)], self.past.runs))
-            for numbers, of_rows in zip(shared, votings, strict=True):
+            if numbers not in together:
+                of_document = self._means_of(numbers, k, means)
+                choices = choose(self.pattern, of_document, self._votings(numbers, q, k, scale), all_at_once)
+                self._keep(numbers, choices, q, blocks)
+        if shared and self.kind == "chooses":  # all ranks choose together
+            votings = [self._votings(numbers, q, k, scale) for numbers in together]
+            assert shared.means
+            found = iter(choose(self.pattern, shared.means, [*chain(*votings)], shared.runs))
+            for numbers, of_rows in zip(together, votings, strict=True):
                 self._keep(numbers, [*islice(found, len(of_rows))], q, blocks)
         return GroupBlocks(some for some in blocks if some is not None)
 
@@ -235,8 +234,8 @@ class Chosen:
         ]
 
     def _document(self, part: GroupedPart, row: int, q: Tensor, k: Tensor, scale: float) -> Unrotated:
-        past, size = self._past(part), self.pattern.chosen_block
-        stored = _Stored(size, part, past, row)
+        stored = self._stored(part, row)
+        size, _, past, *_ = stored
 
         def voters(firsts: range, step: int) -> Tensor:
             positions = torch.arange(firsts.start, firsts.stop, firsts.step, device=q.device)[:, None]
@@ -256,6 +255,9 @@ class Chosen:
             return of_groups.permute(0, 3, 1, 2, 4)
 
         return Unrotated(voters, keys, size * k.shape[2:].numel())
+
+    def _stored(self, part: GroupedPart, row: int) -> _Stored:
+        return _Stored(self.pattern.chosen_block, part, self._past(part), row, self.turn)
 
     def _past(self, part: GroupedPart) -> Past | None:
         """Return the past of the document of a part; only the first document of a shard has any."""
@@ -278,14 +280,14 @@ class Chosen:
             else:
                 together.append((part, [of_rows]))
         seen = [
-            (_Stored(self.pattern.chosen_block, part, self._past(part), row), _joined(blocks).long())
+            (self._stored(part, row), _joined(blocks).long())
             for part, of_parts in together
             for row, blocks in enumerate(zip(*of_parts, strict=True), part.rows.start)
         ]
         alone = [(stored, blocks) for stored, blocks in seen if not stored.past]
         others = [(stored, blocks) for stored, blocks in seen if stored.past]
         for stored, blocks in alone:
-            yield _GroupRun.of(self.pattern, stored, blocks, q.shape[2], 0)
+            yield _GroupRun.of(self.pattern, stored, blocks, q.shape[2])
         if self.past:
             wanted = [(stored.row, blocks) for stored, blocks in others]
             if self.blocks.asked is None:
@@ -311,6 +313,7 @@ class _Stored(NamedTuple):
     part: GroupedPart
     past: Past | None
     row: int
+    turn: Turn | None
 
     @property
     def first(self) -> int:
@@ -391,7 +394,7 @@ class _GroupRun(NamedTuple):
     distances: Tensor | None
 
     @classmethod
-    def of(cls, pattern: Pattern, stored: _Stored, blocks: Tensor, heads: int, after: int) -> _GroupRun:
+    def of(cls, pattern: Pattern, stored: _Stored, blocks: Tensor, heads: int, after: int = 0) -> _GroupRun:
         """Return the run of groups with these blocks (groups, m), `after` so many queries of a part's first group."""
         part, size, (groups, m) = stored.part, stored.size, blocks.shape
         first, _, queries, near = part.groups
@@ -435,38 +438,29 @@ class _GroupCall(NamedTuple):
     distances: Tensor | None
     room: Tensor  # for the blocks of one call at a time
 
-    def attend(
-        self, kernel: Kernel, scale: float, q: Tensor, keys: Sequence[Tensor], turn: Turn | None
-    ) -> tuple[Tensor, Tensor]:
+    def attend(self, kernel: Kernel, scale: float, q: Tensor, keys: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Return out and LSE of the groups of q (groups, H, rows, D), folded; keys are k and v (B, N, K, D).
 
         Calls are functions: what one has gathered is free before the next gathers.
         """
-        k_, v_ = self.stored.gathered(self.taken, keys[0], keys[1], self.room)
-        k_ = self.turned(k_, turn)
-        return kernel.forward(_folded(q[self.groups], keys[0]), k_, self.in_groups(v_), False, scale)
+        k_, v_ = self.stored.gathered(self.taken, *keys, self.room)
+        return kernel.forward(_folded(q[self.groups], keys[0]), self.turned(k_), self.in_groups(v_), False, scale)
 
     def gradients(
-        self,
-        kernel: Kernel,
-        scale: float,
-        tensors: Sequence[Tensor],
-        keys: Sequence[Tensor],
-        turn: Turn | None,
-        into: Sequence[Tensor],
+        self, kernel: Kernel, scale: float, tensors: Sequence[Tensor], keys: Sequence[Tensor], into: Sequence[Tensor]
     ) -> Tensor:
         """Return the gradient of queries, folded, and add those of gathered rows to `into` (B, N, K, D).
 
         tensors: dout, q, out and lse (groups, H, rows, D or 1).
         """
         dout, q, out, lse = (_folded(x[self.groups], keys[0]) for x in tensors)
-        k_, v_ = self.stored.gathered(self.taken, keys[0], keys[1], self.room)
-        k_ = self.turned(k_, turn)
+        k_, v_ = self.stored.gathered(self.taken, *keys, self.room)
+        k_ = self.turned(k_)
         dq, dk, dv = kernel.backward((dout, q, k_, self.in_groups(v_), out, lse[..., 0]), False, scale)
         del k_, v_
         self.stored.add(into[1], self.in_blocks(dv), self.taken, 1)
         del dv
-        self.stored.add(into[0], self.turned_back(dk, turn), self.taken, 0)
+        self.stored.add(into[0], self.turned_back(dk), self.taken, 0)
         return dq
 
     def in_groups(self, x: Tensor) -> Tensor:
@@ -477,19 +471,19 @@ class _GroupCall(NamedTuple):
         """Return rows (groups, K, keys, D) as (blocks, tokens, K, D)."""
         return x.transpose(1, 2).flatten(0, 1).unflatten(0, (-1, self.stored.size))
 
-    def turned(self, k: Tensor, turn: Turn | None) -> Tensor:
+    def turned(self, k: Tensor) -> Tensor:
         """Return gathered keys (blocks, tokens, K, D), moved to where the groups see them, as (groups, K, keys, D)."""
-        if turn and self.distances is not None:
-            k = turn(k[None], self.distances)[0].to(k.dtype)
+        if self.stored.turn and self.distances is not None:
+            k = self.stored.turn(k[None], self.distances)[0].to(k.dtype)
         return self.in_groups(k)
 
-    def turned_back(self, dk: Tensor, turn: Turn | None) -> Tensor:
+    def turned_back(self, dk: Tensor) -> Tensor:
         """Return the gradient of the argument of `turned`, given that of its result; `turn` is linear."""
-        if turn is None or self.distances is None:
+        if self.stored.turn is None or self.distances is None:
             return self.in_blocks(dk)
         with torch.enable_grad():
             leaf = self.in_blocks(dk).detach().contiguous().requires_grad_()
-            return torch.autograd.grad(self.turned(leaf, turn), leaf, dk)[0]
+            return torch.autograd.grad(self.turned(leaf), leaf, dk)[0]
 
 
 def _folded(x: Tensor, k: Tensor) -> Tensor:

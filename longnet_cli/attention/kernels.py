@@ -65,7 +65,7 @@ class CpuFlashKernel(Kernel):
                 dout, q, k, v, out, lse, 0.0, causal and counts is None, attn_mask=mask, scale=scale
             )
             return gradients
-        parts, dk, dv = [], None, None
+        parts, of_all = [], list[Tensor]()
         # the last rows come first: they see all keys, so the other gradients are added to theirs
         for end, *of_rows in reversed(
             [*zip(steps, *(x.split(self._STEP, 2) for x in (dout, q, out, lse)), strict=True)]
@@ -74,13 +74,10 @@ class CpuFlashKernel(Kernel):
             k_, v_, seen = k[:, :, :end], v[:, :, :end], self._seen(q_, end, counts)
             part, *of_keys = op(dout_, q_, k_, v_, out_, lse_, 0.0, False, attn_mask=seen, scale=scale)
             parts.append(part)
-            if dk is None or dv is None:
-                dk, dv = of_keys
-                continue
-            for total, d in zip((dk, dv), of_keys, strict=True):
+            for total, d in zip(of_all, of_keys, strict=False):  # there are none yet for the last rows
                 total[:, :, :end] += d
-        assert dk is not None
-        assert dv is not None
+            of_all = of_all or of_keys
+        dk, dv = of_all
         return torch.cat(parts[::-1], 2), dk, dv
 
     def _side_by_side(self, queries: int, *of_rows: Tensor) -> Iterable[Tensor]:

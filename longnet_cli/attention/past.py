@@ -430,19 +430,21 @@ class Past:
         An earlier shard than the next one must have chosen already: its past has no means.
         """
         new = copy.copy(self)
-        new.gradients = gradients
-        if position == self.position:
-            return new
-        number = min(position // self.pattern.chosen_block, self.blocks.number)
-        new.position, new.queries, new.means, rows = position, None, None, self.waiting
-        new.blocks = copy.copy(self.blocks)
-        new.blocks.number = number
+        new.gradients, new.blocks = gradients, copy.copy(self.blocks)
+        if position != self.position:
+            new.position, new.queries, new.means = position, None, None
+            new.blocks.number = min(position // self.pattern.chosen_block, self.blocks.number)
+            new._waiting = [self._rows_before(new.kept, new.blocks.number)]
+        return new
+
+    def _rows_before(self, position: int, number: int) -> Tensor:
+        """Return the keys and values before `position` that are in none of the first `number` blocks."""
+        rows = self.waiting
         if number < self.blocks.number:  # the block that is cut at `position`
             rows = rows.new_empty(*rows.shape[:2], self.pattern.chosen_block, *rows.shape[3:])
             for row in range(rows.shape[1]):
                 self.blocks.take(row, torch.tensor([number], device=rows.device), rows[:, row : row + 1])
-        new._waiting = [rows[:, :, : new.kept - number * self.pattern.chosen_block]]
-        return new
+        return rows[:, :, : position - number * self.pattern.chosen_block]
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         """Yield all that `restore` needs, by name; a part that there is not yet has no numbers."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .pattern import Pattern
-from .spans import SINKS, FarSpan, sink_segments
+from .spans import FarSpan, sink_segments, spans_of_sinks
 
 # (keys (B, S, n, K, D) rotated for their own positions, distances (S,) int64) -> the keys, so many positions further on
 Turn = Callable[[Tensor, Tensor], Tensor]
@@ -105,11 +105,6 @@ def sink_rows(
     if not distances:
         return None
     outside = min(n, start) if 0 in firsts else 0
-    before = sorted((span.start, span.stop, i) for i, span in enumerate(spans) if outside and span.level == SINKS)
-    at = 0
-    for first, stop, _ in before:
-        at = stop if first == at else -1
-    if at != outside:
-        raise ValueError(f"the sinks [0, {outside}) lie before the shard that starts at {start}: give them as far keys")
-    far = tuple((i, stop - first) for first, stop, i in before)
+    before = spans_of_sinks(spans, outside, start) if outside else []
+    far = tuple((index, span.stop - span.start) for index, span in before)
     return SinkRows(tuple(firsts), outside, far, tuple(of_segment), tuple(distances), rows)

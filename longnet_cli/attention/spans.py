@@ -15,6 +15,7 @@ import operator
 from collections.abc import Hashable, Iterator, Sequence
 from functools import lru_cache
 from math import lcm
+from operator import itemgetter
 from typing import NamedTuple
 
 from .pattern import Pattern
@@ -213,6 +214,17 @@ def open_spans(pattern: Pattern, start: int, own: int = 0) -> list[FarSpan]:
     return kept
 
 
+def spans_of_sinks(spans: Sequence[FarSpan], number: int, start: int) -> list[tuple[int, FarSpan]]:
+    """Return the spans of level `SINKS` that hold the sinks [0, number) before a shard, in order, and their indices.
+
+    Raises ValueError if they do not hold these, each once.
+    """
+    given = sorted(((index, span) for index, span in enumerate(spans) if span.level == SINKS), key=itemgetter(1))
+    if [0, *(span.stop for _, span in given)] != [*(span.start for _, span in given), number]:
+        raise ValueError(f"the sinks [0, {number}) lie before the shard that starts at {start}: give them as far keys")
+    return given
+
+
 def sink_segments(pattern: Pattern, start: int, stop: int) -> range:
     """Return the first level's segments in [start, stop) that need a call for sinks, as the level covers no sink."""
     w, first = pattern.segment_lengths[0], pattern.look_backs[0] + 1
@@ -240,20 +252,20 @@ def lane_rows(pattern: Pattern, level: int, inside: int, num_heads: int, kv_head
     return [rows_before(inside, o, r) for o in lanes(pattern, level, num_heads, kv_heads).offsets]
 
 
-def _rows_of(pattern: Pattern, span: FarSpan, num_heads: int, kv_heads: int, origin: int = 0) -> HeadRows:
-    """Return the rows of `span` in each lane, as tokens that count from position `origin`."""
+def lanes_of_span(pattern: Pattern, span: FarSpan, num_heads: int, kv_heads: int = 0, origin: int = 0) -> HeadRows:
+    """Return the rows of `span` in each lane. Tokens count from position `origin`."""
     (w, r), (heads, offsets, _) = level_of(pattern, span.level), lanes(pattern, span.level, num_heads, kv_heads)
     return HeadRows.at(span.start, span.stop, heads, offsets, w, r, origin)
 
 
 def span_rows(pattern: Pattern, span: FarSpan, num_heads: int, kv_heads: int = 0) -> Sequence[int]:
     """Return how many rows of `span` each lane has; lanes differ by at most one."""
-    return _rows_of(pattern, span, num_heads, kv_heads).counts
+    return lanes_of_span(pattern, span, num_heads, kv_heads).counts
 
 
 def span_positions(pattern: Pattern, span: FarSpan, num_heads: int, kv_heads: int = 0) -> list[range]:
     """Return the positions of the rows of `span`, for each lane."""
-    _, starts, counts, _, r = _rows_of(pattern, span, num_heads, kv_heads)
+    _, starts, counts, _, r = lanes_of_span(pattern, span, num_heads, kv_heads)
     return [range(start, start + count * r, r) for start, count in zip(starts, counts, strict=True)]
 
 
@@ -273,7 +285,7 @@ def span_views(pattern: Pattern, span: FarSpan, num_heads: int, start: int, kv_h
     """Yield views of the rows of `span` for a shard that starts at `start` and holds them; none for an empty span."""
     if span.start >= span.stop:
         return
-    rows = _rows_of(pattern, span, num_heads, kv_heads, start)
+    rows = lanes_of_span(pattern, span, num_heads, kv_heads, start)
     before = lane_rows(pattern, span.level, span.start - segment_start(pattern, span), num_heads, kv_heads)
     # a view of a segment starts at the same row for all of its lanes: they need equally many rows before it
     equal = [pair if pair[0] else None for pair in zip(rows.counts, before, strict=True)]

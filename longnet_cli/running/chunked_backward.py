@@ -24,7 +24,6 @@ from longnet_cli.attention.choosing import Names
 from longnet_cli.attention.spans import common_span, lane_rows, open_spans, segment_rows, span_views
 from longnet_cli.attention.views import accumulator, strided_view
 from longnet_cli.nets.config import NetConfig
-from longnet_cli.nets.named_blocks import ReadText, named_blocks
 from longnet_cli.nets.net import Net
 from longnet_cli.running.causal_stream import CausalStream
 from longnet_cli.running.device import precision, random_state, set_random_state
@@ -87,15 +86,8 @@ def backward_in_chunks(
             with precision(dtype, device):
                 stream(tokens[:, part.mine], edges=part.edges)
             on_chunk()
-    named, last = None, chunks[-1]
-    if model.config.pattern.chosen:  # only the last chunk still chooses
-        texts = stream.texts or [ReadText() for _ in range(tokens.shape[0])]
-        for row, text in enumerate(texts):
-            text.append(tokens[row, last.start : last.mine.stop])
-        named = named_blocks(model.config.pattern, tokens[:, last.mine], texts)
-    pasts = [cache.past for cache in stream.caches if cache.past]
-    if not pasts and ranks.sp == 1:  # in a group, the exchange of the only chunk makes them
-        pasts = new_pasts(model.config)
+    named = stream.note(tokens[:, chunks[-1].start :])  # only the last chunk still chooses
+    pasts = [cache.past for cache in stream.caches if cache.past] or new_pasts(model.config, ranks)
     del stream
     total = torch.zeros((), dtype=torch.float64, device=device)
     gradients = FarGradients(model.config, tokens.shape[1], ranks, allocate)
@@ -115,10 +107,11 @@ def backward_in_chunks(
     return total
 
 
-def new_pasts(config: NetConfig) -> list[Past]:
+def new_pasts(config: NetConfig, ranks: Ranks = ALONE) -> list[Past]:
     """Return the past of a document's first tokens in each layer, which keeps what they choose; [] without a choice."""
+    make = partial(RankPast, group=ranks.group) if ranks.sp > 1 else Past
     layers = range(config.num_layers if config.pattern.chosen else 0)
-    return [Past(config.pattern, keep=1, layer=layer) for layer in layers]
+    return [make(config.pattern, keep=1, layer=layer) for layer in layers]
 
 
 class _Chunk:
@@ -157,13 +150,8 @@ class _Chunk:
                         past.enter(self.exchange, q, k, v)  # the last chunk, which the stream has not read
                     past = gradients.past(layer, past, self.mine.start, k)
                 leaves.append(Outside(keys, past))
-            outside = leaves[layer]
-            if not self.exchange:
-                return outside
-            if isinstance(outside.past, RankPast):
-                return Outside([*outside.keys, *self.exchange.run(k, v, outside.past)[0]], outside.past)
-            of_chunk = self.exchange(layer, q, k, v)
-            return Outside([*outside.keys, *of_chunk.keys], of_chunk.past)
+            keys, past = leaves[layer]
+            return Outside([*keys, *self.exchange.run(k, v, past)[0]], past) if self.exchange else leaves[layer]
 
         with precision(dtype, tokens.device):
             hidden = self.model(tokens, start=self.mine.start, far=provide, named=named)

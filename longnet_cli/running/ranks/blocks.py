@@ -20,7 +20,6 @@ B batch, n tokens of a shard, H query heads, K key heads, D head_dim, P ranks.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from math import prod
@@ -287,13 +286,8 @@ class RankPast(Past):
         """Raise ValueError: a fork would read where the other ranks do not."""
         raise ValueError("chosen blocks are shared by several ranks: only one process forks what it has read")
 
-    def before(self, position: int, gradients: Tensor | None = None) -> Past:
-        new = copy.copy(self)
-        new.blocks = copy.copy(self.blocks)
-        if position != self.position:
-            new.position, new.queries, new.means, new._waiting = position, None, None, [self.waiting[:, :, :0]]
-            new.blocks.number = position // self.pattern.chosen_block
-        return new
+    def _rows_before(self, position: int, number: int) -> Tensor:
+        return self.waiting[:, :, :0]  # each shard begins with a block
 
     def forget_means(self) -> None:
         if self._share:

@@ -34,9 +34,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longnet_cli.attention import FarKeys, FarSpan, Outside
+from longnet_cli.attention import FarKeys, FarSpan, Outside, Past
 from longnet_cli.attention.pattern import Pattern
-from longnet_cli.attention.spans import far_spans, lanes, level_of, open_spans, span_positions, span_rows
+from longnet_cli.attention.spans import far_spans, lanes, lanes_of_span, level_of, open_spans, span_rows
 from longnet_cli.attention.views import accumulator
 from longnet_cli.basics.errors import LongNetError
 from longnet_cli.nets.config import NetConfig
@@ -119,10 +119,11 @@ class Exchange(Shards):
         past = self._pasts[layer]
         return Outside(self.run(k, v, past)[0], past)
 
-    def run(self, k: Tensor, v: Tensor, past: RankPast | None = None) -> tuple[list[FarKeys], list[FarKeys]]:
+    def run(self, k: Tensor, v: Tensor, past: Past | None = None) -> tuple[list[FarKeys], list[FarKeys]]:
         """Exchange rows as in a call, and return (far keys that the shard attends to, all rows received).
 
-        In the backward pass, gradients of `past` go back to the ranks that made its rows, if they did so in this call.
+        In the backward pass, gradients of `past`, a `RankPast`, go back to the ranks that made its rows, if they did so
+        in this call.
         """
         if not self.needed:
             return [], []
@@ -252,8 +253,9 @@ def _sent_rows(exchange: Exchange, batch: int, tokens: int, kv_heads: int) -> np
     sent = [np.empty(0, np.int64)]
     sequences = np.arange(batch)[:, None, None] * tokens
     for parcel in chain(*exchange.sent):
-        tokens_of, lane_heads = _tokens(exchange.pattern, parcel, exchange.num_heads, kv_heads)
-        sent.append(((sequences + np.minimum(tokens_of, tokens - 1)) * kv_heads + lane_heads).ravel())
+        of_lanes = lanes_of_span(exchange.pattern, parcel.span, exchange.num_heads, kv_heads, parcel.start)
+        places = np.array(of_lanes.first_tokens) + of_lanes.row_step * np.arange(parcel.rows)[:, None]  # (rows, lanes)
+        sent.append(((sequences + np.minimum(places, tokens - 1)) * kv_heads + np.array(of_lanes.heads)).ravel())
     return np.concatenate(sent)
 
 
@@ -276,14 +278,6 @@ def _received_rows(exchange: Exchange, batch: int, kv_heads: int) -> tuple[np.nd
         received.append(places.ravel())
         filled[index] += of_lanes
     return np.concatenate(received), begins[-1]
-
-
-def _tokens(pattern: Pattern, parcel: Parcel, num_heads: int, kv_heads: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the tokens (rows, lanes) that a parcel takes from its maker's shard, and the key head of each lane."""
-    positions = span_positions(pattern, parcel.span, num_heads, kv_heads)
-    firsts, (_, rate) = np.array([p.start for p in positions]), level_of(pattern, parcel.span.level)
-    rows = firsts + rate * np.arange(parcel.rows)[:, None] - parcel.start
-    return rows, np.array(lanes(pattern, parcel.span.level, num_heads, kv_heads).kv_heads)
 
 
 def _holds(whole: Parcel, part: Parcel) -> bool:
@@ -359,7 +353,7 @@ class _AllToAll(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, exchange: Exchange, flight: _Flight, back: _WayBack, past: RankPast | None, k: Tensor, v: Tensor
+        ctx: Any, exchange: Exchange, flight: _Flight, back: _WayBack, past: Past | None, k: Tensor, v: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.back, ctx.past, ctx.shape, ctx.dtype = back, past, k.shape, k.dtype
         maps, (batch, _, kv_heads, width) = back.maps, k.shape
