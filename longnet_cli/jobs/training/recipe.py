@@ -21,7 +21,7 @@ from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.hub.model_names import as_stored, find_tokenizer, preset_dir
 from longnet_cli.hub.repository import TOKENIZER
 from longnet_cli.models.folder import ModelFolder
-from longnet_cli.nets.config import LongNetConfig, TransformersConfig
+from longnet_cli.nets.config import LongNetConfig, NetConfig, TransformersConfig
 from longnet_cli.running.chunk_size import TRAINING_CHUNK
 
 if sys.version_info >= (3, 11):
@@ -312,7 +312,7 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any], stored: Sequence
     if not isinstance(data, dict):
         raise ConfigError(f"{where}: not a recipe, which is a table of keys and values")
     for key, value in overrides.items():
-        *parents, name = key.split(".")
+        *parents, leaf = key.split(".")
         table = data
         for parent in parents:
             table = table.setdefault(parent, {})
@@ -320,27 +320,33 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any], stored: Sequence
                 raise ConfigError(f"--set {key}: '{parent}' is a value, not a table")
         for other in SAID_OTHERWISE.get(key, ()):
             table.pop(other, None)
-        table[name] = value
+        table[leaf] = value
+    model, source, train = (data.get(name, {}) for name in ("model", "data", "train"))
+    if not all(isinstance(table, dict) for table in (model, source, train)):
+        raise ConfigError(f"{where}: model, data and train are tables of keys and values")
     with naming("init"):
-        folder = _initial_folder(data, stored)
+        folder = _initial_folder(data.get("init"), model, stored)
     if folder:
         data["init"] = folder.origin
-    given = data.get("data")
-    spec = given.get("tokenizer") if isinstance(given, dict) else None
     with naming("data.tokenizer"):
-        if isinstance(spec, str) and (words := find_tokenizer(as_stored(spec, stored))):
-            data["data"]["tokenizer"] = words.name
+        given = source.get("tokenizer")
+        if isinstance(given, str) and (words := find_tokenizer(as_stored(given, stored))):
+            source["tokenizer"] = words.name
     if folder and folder.of_transformers:
-        return validate(PretrainedRecipe, data | _pretrained(data, folder, where), where)
+        source = {"tokenizer": folder.origin} | source
+        model = _pretrained(model, data.get("lora"), folder, where)
+        return validate(PretrainedRecipe, data | {"model": model, "data": source}, where)
     if folder:
-        data = data | _completed(data, folder, where)
-    model, source, train = (data.get(name) for name in ("model", "data", "train"))
-    if isinstance(model, dict) and "vocab_size" not in model:
-        masked = isinstance(train, dict) and train.get("objective") == "masked"
-        name = source.get("tokenizer", "bytes") if isinstance(source, dict) else "bytes"
+        own = folder.net_config().model_dump(mode="json")
+        if not model.keys().isdisjoint((*PATTERN_FIELDS, "pattern")):  # another pattern replaces all of its own
+            own = {name: value for name, value in own.items() if name not in PATTERN_FIELDS}
+        tokenizer = {"tokenizer": folder.origin} if (folder.path / TOKENIZER).exists() else {}
+        model, source = own | model, tokenizer | source
+        data = data | {"model": model, "data": source}
+    if "model" in data and "vocab_size" not in model:
         with naming("data.tokenizer"):
-            size = Tokenizer.load(str(name)).vocab_size + masked
-        data = data | {"model": model | {"vocab_size": size}}
+            size = Tokenizer.load(str(source.get("tokenizer", "bytes"))).vocab_size
+        data = data | {"model": model | {"vocab_size": size + (train.get("objective") == "masked")}}
     if data.get("lora") is not None:
         raise ConfigError(
             f"{where}: lora is for a Hugging Face model (init): a LongNet trains all of its weights: leave it out"
@@ -357,39 +363,20 @@ def naming(key: str) -> Iterator[None]:
         raise type(error)(f"{key}: {error}") from None
 
 
-def _initial_folder(data: Mapping[str, Any], stored: Sequence[Any]) -> ModelFolder | None:
+def _initial_folder(initial: Any, model: Mapping[str, Any], stored: Sequence[Any]) -> ModelFolder | None:
     """Return the folder of the model that `init` names; None without one, and for a LongNet that is gone by now."""
-    initial, model = data.get("init"), data.get("model")
     if not isinstance(initial, str):
         return None
     try:
         return ModelFolder.find(as_stored(initial, stored))
     except LongNetError:
-        if isinstance(model, dict) and {"dim", "segment_lengths"} <= model.keys():
+        if {"dim", "segment_lengths"} <= model.keys():
             return None  # a resumed run has its weights; a new run reports the missing folder
         raise
 
 
-def _tables(data: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    model, source = data.get("model", {}), data.get("data", {})
-    if not isinstance(model, dict) or not isinstance(source, dict):
-        raise ConfigError(f"{where}: model and data are tables of keys and values")
-    return model, source
-
-
-def _completed(data: Mapping[str, Any], folder: ModelFolder, where: str) -> dict[str, Any]:
-    """Return the tables `model` and `data` of a recipe that trains the LongNet in `folder`, with its values."""
-    model, source = _tables(data, where)
-    own = folder.net_config().model_dump(mode="json")
-    if not model.keys().isdisjoint((*PATTERN_FIELDS, "pattern")):  # another pattern replaces all of its own
-        own = {name: value for name, value in own.items() if name not in PATTERN_FIELDS}
-    tokenizer = {"tokenizer": folder.origin} if (folder.path / TOKENIZER).exists() else {}
-    return {"model": own | model, "data": tokenizer | source}
-
-
-def _pretrained(data: Mapping[str, Any], folder: ModelFolder, where: str) -> dict[str, Any]:
-    """Return the tables `model` and `data` of a recipe that trains the Hugging Face model in `folder`."""
-    model, source = _tables(data, where)
+def _pretrained(model: Mapping[str, Any], lora: Any, folder: ModelFolder, where: str) -> NetConfig:
+    """Return the table `model` of a recipe that trains the Hugging Face model in `folder`, with its facts."""
     written = model.get("pattern")
     if "source" not in model:  # otherwise it is a run's recipe, which has all facts
         if others := [name for name in model if name != "pattern"]:
@@ -400,8 +387,8 @@ def _pretrained(data: Mapping[str, Any], folder: ModelFolder, where: str) -> dic
     elif model.get("as_trained"):
         written = None
     pattern = read_pattern(written, f"{where}: model.pattern")
-    lora = validate(LoraRecipe, data["lora"], f"{where}: lora").model_dump() if data.get("lora") is not None else None
-    return {"model": folder.net_config(pattern, lora), "data": {"tokenizer": folder.origin} | source}
+    adapter = validate(LoraRecipe, lora, f"{where}: lora").model_dump() if lora is not None else None
+    return folder.net_config(pattern, adapter)
 
 
 def parse_overrides(settings: Sequence[str]) -> dict[str, Any]:
