@@ -55,10 +55,11 @@ def launch(
     *,
     sp: int | None = None,
     dp: int | None = None,
-) -> None:
+    dry_run: bool = False,
+) -> int | None:
     """Run this command as `nproc` processes, or as `dp` groups of `sp` processes, and exit with their exit code.
 
-    Without any of these options, or without `nproc` under torchrun, return: the command goes on in this process. Raises
+    A `dry_run` starts none: return the number of processes that it plans for. Without any of these options, or without `nproc` under torchrun, return: the command goes on in this process. Raises
     ConfigError for `nproc` under torchrun; with several processes, for stdin or a pipe, which they cannot share, and
     for a Hugging Face model in `folder` that would have to share a sequence.
     """
@@ -76,7 +77,8 @@ def launch(
         name = "stdin" if read_once[0] in ("-", "@-") else read_once[0]
         raise ConfigError(f"{name} can be read by one process: save it to a file, which every rank reads for itself")
     if nproc is not None:
-        start_ranks(nproc)
+        start_ranks(nproc, dry_run=dry_run)
+    return nproc
 
 
 def ask_hub(model: str | None, tokenizer: str | None) -> None:
@@ -298,12 +300,12 @@ class ModelAndInputs:
     def open(self, mesh: Mesh, computing: Computing, *, dry_run: bool, **how: Any) -> Opened:
         """Start the ranks, and load the model on each of them. `how` are more arguments of `ModelFolder.load`."""
         check_spill(computing.spill)
-        launch(mesh.nproc, self.documents.inputs, self.folder, sp=mesh.sp, dp=mesh.dp)
+        planned = launch(mesh.nproc, self.documents.inputs, self.folder, sp=mesh.sp, dp=mesh.dp, dry_run=dry_run)
         from longnet_cli.running.ranks.ranks import join
 
         freeze_imports()
         given = self.documents
-        ranks, where = join(computing.device, sp=mesh.sp, dp=mesh.dp)
+        ranks, where = join(computing.device, sp=mesh.sp, dp=mesh.dp, planned=planned)
         quiet = computing.quiet or not ranks.first
         before = room(self.folder, computing.dtype, where) if dry_run else None  # the model is loaded
         loaded = self.folder.load(

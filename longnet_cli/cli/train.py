@@ -118,15 +118,14 @@ def train(options: TrainCommand) -> None:
     _check_stage(options)
     read_pattern(options.pattern)  # so that an error names --pattern, not the recipe
     recipe = _recipe(options)
-    launch(
-        options.mesh.nproc, sp=options.mesh.sp, dp=options.mesh.dp
-    )  # now: one process downloads, and refuses what every rank would refuse
+    # now: one process downloads, and refuses what every rank would refuse
+    planned = launch(options.mesh.nproc, sp=options.mesh.sp, dp=options.mesh.dp, dry_run=options.dry_run)
     from longnet_cli.jobs.training.costs import estimate_training, is_too_large, settle_chunk
     from longnet_cli.running.device import keep_freed_memory
     from longnet_cli.running.ranks.ranks import join, leave
 
     freeze_imports()
-    ranks, where = join(options.device, sp=recipe.parallel.sp, dp=recipe.parallel.dp)
+    ranks, where = join(options.device, sp=recipe.parallel.sp, dp=recipe.parallel.dp, planned=planned)
     recipe = settle_chunk(recipe, where, ranks)
     quiet = options.quiet or not ranks.first
     _note_reach(recipe, quiet)

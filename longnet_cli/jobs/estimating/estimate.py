@@ -191,6 +191,7 @@ def estimate_reading(
     `room` is the memory before the net was loaded, `kept` what the job itself keeps of the longest document, in bytes
     by kind. The `reader` is of one group of all `ranks`. `output` says what would happen to the output.
     """
+    ranks = ranks or Ranks()
     net, config, dtype, spill = reader.model, reader.model.config, reader.dtype, bool(reader.spill)
     most_while_loading = peak_memory(reader.device)
     warm_up = min(WARM_UP, config.max_tokens or WARM_UP)
@@ -199,6 +200,7 @@ def estimate_reading(
     program = max(0, resident_memory(reader.device) - weights)
     free = None if room.free is None else max(0, room.free - max(0, program - room.held))
     rate, measured = reading_rate(net, plan, dtype, math.inf if free is None else free - weights, scores=scores)
+    rate = ranks.own(rate, reader.device)
     counted = partial(reading_memory, net, plan, dtype=dtype, ranks=reader.ranks, scores=scores, spill=spill)
 
     def needed(chunk: int) -> dict[str, int]:
@@ -220,7 +222,7 @@ def estimate_reading(
             "flops_per_token": flops / (plan.tokens or 1),
             "tokens": plan.tokens,
             "flops": flops,
-            "seconds": flops / (rate * (ranks or Ranks()).world) + plan.seconds,
+            "seconds": flops / (rate * ranks.world) + plan.seconds,
             "dtype": resolve_dtype(dtype, reader.device),
             "chunk": reader.chunk,
             "spill_bytes": on_disk if spill else 0,
