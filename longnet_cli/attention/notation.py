@@ -92,8 +92,10 @@ def is_pattern(text: str) -> bool:
     return bool(_LEVEL.match(text)) or re.split("[:,]", text, maxsplit=1)[0] in _CONSTRUCTORS
 
 
-def read_pattern(written: str | Mapping[str, Any] | None, name: str) -> Pattern | None:
+def read_pattern(written: str | Pattern | Mapping[str, Any] | None, name: str) -> Pattern | None:
     """Return the pattern of a text or of fields, None for None. Raises ConfigError that begins with `name`."""
+    if isinstance(written, Pattern):
+        return written
     try:
         return parse_pattern(written) if isinstance(written, str) else from_fields(written) if written else None
     except (TypeError, ValueError) as error:

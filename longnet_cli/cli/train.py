@@ -141,8 +141,9 @@ def train(options: TrainCommand) -> None:
         keep_freed_memory()
     result = _run(recipe, options, where, ranks, quiet)
     leave()
-    loss = f", loss {result.loss:.4f} nats per token" if result.loss == result.loss else ""
-    tell(f"saved {result.output} after {result.steps:,} steps{loss}", quiet)
+    loss = f", training loss {result.loss:.4f} nats per token" if result.loss == result.loss else ""
+    best = "" if result.best is None else f"; held-out loss {result.best:.4f} at its lowest, of the model in best/"
+    tell(f"saved {result.output} after {result.steps:,} steps{loss}{best}", quiet)
     use = "score it: longnet score --ppl" if recipe.model.causal else "use it: longnet encode"
     tell(f"{use} --model {_path(options.output)} FILE", quiet)
 

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 
+from longnet_cli.attention import Pattern
 from longnet_cli.attention.notation import read_pattern
 from longnet_cli.basics.errors import ConfigError, DataError, InputWarning, LongNetError, NoTokensError
 from longnet_cli.basics.sizes import parse_size
@@ -52,7 +53,7 @@ class Reading:
 
     model: str = "longnet-tiny"
     tokenizer: str | None = None
-    pattern: str | None = None
+    pattern: str | Pattern | None = None
     bos: str | None = None
     device: str = "auto"
     dtype: str = "auto"
@@ -157,7 +158,13 @@ def _size(name: str, size: int | str | None) -> int | None:
 
 @cache
 def _load(
-    model: str, tokenizer: str | None, pattern: str | None, bos: str | None, device: str, dtype: str, embeds: bool
+    model: str,
+    tokenizer: str | None,
+    pattern: str | Pattern | None,
+    bos: str | None,
+    device: str,
+    dtype: str,
+    embeds: bool,
 ) -> Loaded:
     parsed = read_pattern(pattern, "pattern")
     folder = ModelFolder.find(model, gguf=True, embeds=embeds)

@@ -60,12 +60,16 @@ OnNote = Callable[[str], None]
 
 @dataclass(frozen=True)
 class TrainResult:
-    """The result of a run; `loss` is the last reported mean, nats per token, NaN where nothing was left to do."""
+    """The result of a run; `loss` is the last reported mean, nats per token, NaN where nothing was left to do.
+
+    `best` is the lowest held-out loss, that of the model in best/; None without held-out documents.
+    """
 
     steps: int
     tokens: int
     loss: float
     output: Path
+    best: float | None
 
 
 @dataclass
@@ -231,7 +235,8 @@ class _TrainingRun:
             for tracker in self.trackers:
                 tracker.close()
         self._end()
-        return TrainResult(self.progress.step, self.log.tokens, line.loss if line else math.nan, self.output)
+        loss = line.loss if line else math.nan
+        return TrainResult(self.progress.step, self.log.tokens, loss, self.output, self.progress.best)
 
     def _batches(self) -> Iterator[tuple[Batch, dict[str, Any]]]:
         """Yield (a batch of windows, the position after it) for each step that is left."""

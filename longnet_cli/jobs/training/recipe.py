@@ -31,13 +31,14 @@ else:
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Names = Annotated[list[str], BeforeValidator(lambda names: [names] if isinstance(names, str) else names)]
 Size = Annotated[int, BeforeValidator(lambda size: parse_size(size) if isinstance(size, str) else size), Field(gt=0)]
 
 
 class MixedInputs(StrictModel):
     """One source of a mix: inputs as on any command line, and the share of the training windows that is cut from it."""
 
-    inputs: list[str] = Field(min_length=1)
+    inputs: Names = Field(min_length=1)
     weight: float = Field(gt=0)
 
     @cached_property
@@ -53,13 +54,13 @@ class DataRecipe(StrictModel):
     continue. A recipe may leave both out, as most shipped ones do; then `--data` is required.
     """
 
-    train: list[str] | None = Field(default=None, min_length=1)
+    train: Names | None = Field(default=None, min_length=1)
     mix: list[MixedInputs] | None = Field(default=None, min_length=1)
     tokenizer: str = "bytes"
     # put between documents; a flat column is cut into documents at it; None takes the tokenizer's own
     eos: str | int | None = None
     column: str | None = None
-    held_out: list[str] | None = None  # inputs to evaluate with, never trained on
+    held_out: Names | None = None  # inputs to evaluate with, never trained on
 
     @model_validator(mode="after")
     def _one_of_train_and_mix(self) -> DataRecipe:
