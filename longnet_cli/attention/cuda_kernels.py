@@ -34,8 +34,9 @@ class CudaKernel(Kernel):
     Their positional arguments are stable since torch 2.6, names are not.
     """
 
-    device, packs = "cuda", True
+    device = "cuda"
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
+    packs = True
     package = ""
     major: int | None = None  # of the compute capability, if only one has the kernel
     _MAX_ELEMENTS = 1 << 31  # beyond it, the backward addresses memory out of bounds
@@ -132,8 +133,7 @@ class CudaEfficientKernel(CudaKernel):
     lse has a multiple of 32 rows for each sequence. Packed sequences are (1, rows, 1, head_dim).
     """
 
-    name = "cuda_efficient"
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    name, dtypes = "cuda_efficient", (torch.float32, torch.bfloat16, torch.float16)
 
     def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         return Kernel.refusal(self, device, dtype, head_dim)
