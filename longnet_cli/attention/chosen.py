@@ -89,12 +89,7 @@ class Chosen:
             merge.add(run.branch, places, part.reshape(q_.shape), lse.reshape(q_.shape[:-1]))
 
     def gradients(
-        self,
-        kernel: Kernel,
-        scale: float,
-        tensors: Sequence[Tensor],
-        keys: Sequence[Tensor],
-        of_q: GradientSum,
+        self, kernel: Kernel, scale: float, tensors: Sequence[Tensor], keys: Sequence[Tensor], of_q: GradientSum
     ) -> list[Tensor]:
         """Return the gradients of the chosen rows of k and v, in fp32 or fp64, and add those of q to `of_q`.
 
