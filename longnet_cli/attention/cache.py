@@ -86,13 +86,7 @@ class KVCache:
         self._sinks = self._new_rows(pattern.sinks, SINKS)
         self._stored: Tensor | None = None  # k of a token whose rows are there before it is appended
         self._turned: dict[tuple[int, ...], tuple[Tensor, ...]] = {}  # sinks as they were turned last
-        self.past: Past | None = None
-        if pattern.chosen and keep:  # on a GPU, `allocate` may take memory of the host, and means are always needed
-            room = pattern.chosen if pattern.kind(layer) == "first" else keep // pattern.chosen_block
-            room = min(room, keep // pattern.chosen_block)
-            self.past = Past(pattern, blocks or Blocks(allocate, room), keep=keep, layer=layer)
-        elif pattern.chosen:
-            self.past = Past(pattern, blocks, allocate, layer=layer)
+        self.past = Past(pattern, blocks, allocate, keep, layer) if pattern.chosen else None
 
     @property
     def batch(self) -> int:

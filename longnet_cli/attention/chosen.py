@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from itertools import chain, islice
+from itertools import chain, groupby, islice
 from typing import NamedTuple
 
 import torch
@@ -31,7 +31,7 @@ from .plain_call import Kernel
 from .sinks import Turn
 from .spans import Rows
 from .views import accumulator, strided_view
-from .voting import Unrotated, Voting, slots_of
+from .voting import Unrotated, Voting, firsts_of, slots_of
 
 
 class Chosen:
@@ -89,12 +89,7 @@ class Chosen:
             merge.add(run.branch, places, part.reshape(q_.shape), lse.reshape(q_.shape[:-1]))
 
     def gradients(
-        self,
-        kernel: Kernel,
-        scale: float,
-        tensors: Sequence[Tensor],
-        keys: Sequence[Tensor],
-        of_q: GradientSum,
+        self, kernel: Kernel, scale: float, tensors: Sequence[Tensor], keys: Sequence[Tensor], of_q: GradientSum
     ) -> list[Tensor]:
         """Return the gradients of the chosen rows of k and v, in fp32 or fp64, and add those of q to `of_q`.
 
@@ -114,9 +109,8 @@ class Chosen:
         """Tell what was chosen to those who count it."""
         counted: dict[tuple[int, int], list[int]] = defaultdict(list)
         for index, part in enumerate(self.parts):
-            group = part.groups.first // self.pattern.chosen_every * self.pattern.chosen_every
             chooses = part.groups.near > self.pattern.chosen_keys and not part.columns.start
-            if chooses and group >= part.start:  # each group once
+            if chooses and firsts_of(self.pattern, part)[0] >= part.start:  # each group once
                 counted[part.rows.start, part.rows.stop].append(index)
             if past.on_choice:
                 past.on_choice(Seen(part, self.blocks[index], partial(self._votes, index, q, k, scale)))
@@ -136,15 +130,11 @@ class Chosen:
 
     def _chosen(self, q: Tensor, k: Tensor, scale: float) -> GroupBlocks:
         """Return the blocks (groups, m) that each part's rows see."""
-        blocks, voting = [self._known(part, q) for part in self.parts], list[list[int]]()
-        for number, known in enumerate(blocks):
-            if known is not None:
-                continue
-            last = self.parts[voting[-1][-1]] if voting and limits_of(q).whole else None
-            if last and (last.rows, last.columns) == (self.parts[number].rows, self.parts[number].columns):
-                voting[-1].append(number)
-            else:
-                voting.append([number])
+        blocks = [self._known(part, q) for part in self.parts]
+        voting = [[number] for number, known in enumerate(blocks) if known is None]
+        if limits_of(q).whole:  # neighbouring parts of a document together, which have the same rows and columns
+            documents = groupby(chain(*voting), key=lambda number: self.parts[number][:2])
+            voting = [[*numbers] for _, numbers in documents]
         means: dict[tuple[int, int], Means] = {}  # by first row and first token of a document
         shared = self.past if self.past and self.past.shared else None
         together = [numbers for numbers in voting if shared and self.parts[numbers[0]].start]
@@ -167,9 +157,7 @@ class Chosen:
         """Take the choices of each row of neighbouring parts apart to `blocks`, by part."""
         parts = [self.parts[number] for number in numbers]
         if past := self._keeper(parts[0], q):
-            _, number, _, near = parts[-1].groups
-            last = parts[-1].groups.first // self.pattern.chosen_every + number - 1
-            last *= self.pattern.chosen_every
+            last, near = firsts_of(self.pattern, parts[-1])[-1], parts[-1].groups.near
             past.held = last, [choice.blocks[-1:] for choice in choices]
             past.scanned = slot_of(self.pattern, near, last), [choice.candidates for choice in choices]
         sizes = [part.groups.number for part in parts]
@@ -184,8 +172,7 @@ class Chosen:
         if number <= pattern.chosen or self.kind == "first":
             seen = torch.arange(number if number <= pattern.chosen else 1, dtype=torch.int32, device=q.device)
             return [seen[None]] * len(rows)
-        group = part.groups.first // pattern.chosen_every * pattern.chosen_every
-        held = past.held if past else None
+        group, held = firsts_of(pattern, part)[0], past.held if past else None
         return held[1] if held and held[0] == group and group < part.start else None
 
     def _keeper(self, part: GroupedPart, q: Tensor) -> Past | None:
@@ -443,7 +430,7 @@ class _GroupCall(NamedTuple):
 
         Calls are functions: what one has gathered is free before the next gathers.
         """
-        k_, v_ = self.stored.gathered(self.taken, *keys, self.room)
+        k_, v_ = self.stored.gathered(self.taken, keys[0], keys[1], self.room)
         return kernel.forward(_folded(q[self.groups], keys[0]), self.turned(k_), self.in_groups(v_), False, scale)
 
     def gradients(
@@ -454,7 +441,7 @@ class _GroupCall(NamedTuple):
         tensors: dout, q, out and lse (groups, H, rows, D or 1).
         """
         dout, q, out, lse = (_folded(x[self.groups], keys[0]) for x in tensors)
-        k_, v_ = self.stored.gathered(self.taken, *keys, self.room)
+        k_, v_ = self.stored.gathered(self.taken, keys[0], keys[1], self.room)
         k_ = self.turned(k_)
         dq, dk, dv = kernel.backward((dout, q, k_, self.in_groups(v_), out, lse[..., 0]), False, scale)
         del k_, v_

@@ -140,11 +140,7 @@ class _Sinks(NamedTuple):
 
 
 def _sinks(
-    pattern: Pattern,
-    shard: Shard,
-    tokens: int,
-    far_keys: Sequence[FarKeys],
-    turn: Turn | None,
+    pattern: Pattern, shard: Shard, tokens: int, far_keys: Sequence[FarKeys], turn: Turn | None
 ) -> _Sinks | None:
     """Return the sinks that a shard of `tokens` has to turn, or None."""
     if not pattern.sinks or not turn:

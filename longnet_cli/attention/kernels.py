@@ -130,12 +130,7 @@ def select_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, name:
     return _select(device, dtype, head_dim, name, torch.are_deterministic_algorithms_enabled())
 
 
-def forget_selections() -> None:
-    """Make `select_kernel` probe again: otherwise it remembers its results for the life of the process."""
-    _select.cache_clear()
-
-
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=256)  # results last for the life of the process
 def _select(device: torch.device, dtype: torch.dtype, head_dim: int, name: str | None, always_equal: bool) -> Kernel:
     """Select a kernel; with other algorithms (`always_equal`: deterministic ones), one may fail that did not before."""
     if name is not None and name not in KERNELS:

@@ -291,17 +291,21 @@ class Past:
         allocate: Callable[..., Tensor] = torch.empty,
         keep: int = 0,
         layer: int | None = None,
+        room: int | None = None,
     ) -> None:
-        self.pattern, self.position, self.allocate = pattern, 0, allocate
-        self.kind = pattern.kind(layer)
+        """Keep blocks in `blocks`, by default in memory for `room` of them at once, by default for those of `keep`."""
+        self.pattern, self.position, self.kind = pattern, 0, pattern.kind(layer)
+        self.allocate = torch.empty if keep else allocate  # which may take memory of the host, and means are needed
         self.choices: dict[int, Any] | None = {} if keep else None  # by position, `choosing.GroupBlocks`
         self.gradients: Tensor | None = None
         self.counts: Tensor | None = None
         self.on_choice: Callable[[Seen], None] | None = None
-        self._first_means = keep // pattern.chosen_block or FIRST_BLOCKS
+        whole = keep // pattern.chosen_block
+        self._first_means = whole or FIRST_BLOCKS
         self.queries: Tensor | None = None
         self.means: Means | None = None
-        self.blocks = Blocks(allocate) if blocks is None else blocks
+        room = whole if room is None else room
+        self.blocks = blocks or Blocks(allocate, min(room, pattern.chosen) if self.kind == "first" else room)
         self.held: tuple[int, list[Tensor]] | None = None  # a group's first position, and of each row the blocks (1, m)
         self.scanned: tuple[int, list[Tensor]] | None = None  # `groups.slot_of`, and of each row the candidates (C,)
         self._waiting: list[Tensor] = []  # (k and v, B, tokens, K, D), after the stored blocks

@@ -232,12 +232,8 @@ def sink_segments(pattern: Pattern, start: int, stop: int) -> range:
 
 
 def _by_segment(level: int, w: int, start: int, stop: int) -> list[FarSpan]:
-    spans = []
-    while start < stop:
-        end = min(stop, (start // w + 1) * w)
-        spans.append(FarSpan(level, start, end))
-        start = end
-    return spans
+    segments = range(start // w * w, stop, w) if start < stop else ()
+    return [FarSpan(level, max(start, segment), min(stop, segment + w)) for segment in segments]
 
 
 def segment_start(pattern: Pattern, span: FarSpan) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, groupby
-from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -117,15 +116,12 @@ def firsts_of(pattern: Pattern, part: GroupedPart) -> range:
 
 def slots_of(pattern: Pattern, parts: Sequence[GroupedPart]) -> list[Slot]:
     """Return the slots of the groups of neighbouring parts."""
-    every, groups = pattern.chosen_every, []
-    for part in parts:
-        near = part.groups.near
-        groups += [(slot_of(pattern, near, first), first, near) for first in firsts_of(pattern, part)]
-    slots = []
-    for slot, some in groupby(groups, key=itemgetter(0)):
-        (_, first, near), *_ = of_slot = [*some]
-        firsts = range(first, first + len(of_slot) * every, every)
-        slots.append(Slot(slot, firsts, near // pattern.chosen_block))
+    every, slots = pattern.chosen_every, []
+    groups = [(start, part.groups.near) for part in parts for start in firsts_of(pattern, part)]
+    for slot, some in groupby(groups, key=lambda group: slot_of(pattern, group[1], group[0])):
+        (start, near), *others = some
+        starts = range(start, start + (1 + len(others)) * every, every)
+        slots.append(Slot(slot, starts, near // pattern.chosen_block))
     return slots
 
 

@@ -86,7 +86,8 @@ def backward_in_chunks(
             with precision(dtype, device):
                 stream(tokens[:, part.mine], edges=part.edges)
             on_chunk()
-    named = stream.note(tokens[:, chunks[-1].start :])  # only the last chunk still chooses
+    last = chunks[-1]  # only this one still chooses
+    named = stream.note(tokens[:, last.start : last.mine.stop]) if pattern.chosen else None
     pasts = [cache.past for cache in stream.caches if cache.past] or new_pasts(model.config, ranks)
     del stream
     total = torch.zeros((), dtype=torch.float64, device=device)
@@ -150,8 +151,10 @@ class _Chunk:
                         past.enter(self.exchange, q, k, v)  # the last chunk, which the stream has not read
                     past = gradients.past(layer, past, self.mine.start, k)
                 leaves.append(Outside(keys, past))
-            keys, past = leaves[layer]
-            return Outside([*keys, *self.exchange.run(k, v, past)[0]], past) if self.exchange else leaves[layer]
+            outside = leaves[layer]
+            if not self.exchange:
+                return outside
+            return Outside([*outside.keys, *self.exchange.run(k, v, outside.past)[0]], outside.past)
 
         with precision(dtype, tokens.device):
             hidden = self.model(tokens, start=self.mine.start, far=provide, named=named)

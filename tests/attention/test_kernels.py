@@ -27,9 +27,9 @@ CPU, MATH = torch.device("cpu"), kernels.KERNELS["math"]
 @pytest.fixture(autouse=True)
 def _fresh_selection():
     """Selections are remembered for the life of a process; not from one test to the next."""
-    kernels.forget_selections()
+    kernels._select.cache_clear()
     yield
-    kernels.forget_selections()
+    kernels._select.cache_clear()
 
 
 def strided(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:

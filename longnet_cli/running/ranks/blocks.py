@@ -160,7 +160,7 @@ class RankPast(Past):
     """The past of a document in one layer, over ranks. See `Past`; each rank keeps the blocks that end in its shards.
 
     For each shard, all ranks call `enter` with their tokens, and then `append`, if other shards follow. In between,
-    `position` is that of the shard. All ranks choose and read together. `allocate_sums` makes memory for gradients.
+    `position` is that of the shard. All ranks choose and read together.
     """
 
     shared = True
@@ -173,10 +173,10 @@ class RankPast(Past):
         allocate: Callable[..., Tensor] = torch.empty,
         keep: int = 0,
         layer: int | None = None,
-        allocate_sums: Callable[..., Tensor] = torch.empty,
+        room: int | None = None,
     ) -> None:
-        super().__init__(pattern, blocks, allocate, keep, layer)
-        self._group, self._allocate_sums = group, allocate_sums
+        super().__init__(pattern, blocks, allocate, keep, layer, room)
+        self._group, self._allocate_sums = group, allocate
         self._kept = self.blocks  # this rank's own
         self._share: RankShare | None = None  # from the first shard on
         self._new: list[NewBlocks] = []  # whose means are not there yet
