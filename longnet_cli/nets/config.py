@@ -223,9 +223,8 @@ class LongNetConfig(NetConfig, _SizesAndPattern):  # type: ignore[misc, valid-ty
             raise ValueError(f'position="{self.position}" needs an even head size, got {self.head_dim}')
         if self.padding == "zero_key" and self.causal:
             raise ValueError('padding="zero_key" is only for causal=false: a causal net never sees the zero keys')
-        if refusal := self.pattern.refusal(self.causal, self.padding):  # `pattern` itself raises ValueError
-            raise ValueError(refusal)
-        if refusal := self.pattern.refusal_of_layers(self.num_layers):
+        pattern = self.pattern  # itself raises ValueError
+        if refusal := pattern.refusal(self.causal, self.padding) or pattern.refusal_of_layers(self.num_layers):
             raise ValueError(refusal)
         if self.position == "xpos":
             self._check_xpos()

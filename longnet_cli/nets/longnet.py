@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
@@ -74,30 +75,17 @@ class Attention(nn.Module):
         self.inner_norm = Norm(config.dim, config.norm_eps) if config.norm == "subln" else nn.Identity()
         self.out = nn.Linear(config.dim, config.dim)
 
-    def init_weights(self, gain: float) -> None:
-        share = 1 / math.sqrt(2)
-        for linear, scale in ((self.q, share), (self.k, share), (self.v, share * gain), (self.out, gain)):
-            nn.init.xavier_uniform_(linear.weight, gain=scale)
-            nn.init.zeros_(linear.bias)
-
     def project(self, x: Tensor, table: PositionTable | None) -> tuple[Tensor, Tensor, Tensor]:
         """Project normed hidden states (B, N, dim) to rotated q and k, and v, each (B, N, H, D)."""
         heads = (self.config.num_heads, self.config.head_dim)
         q, k, v = (linear(x).unflatten(-1, heads) for linear in (self.q, self.k, self.v))
         return *rotate(q, k, table), v
 
-    def forward(
-        self,
-        x: Tensor,
-        table: PositionTable | None,
-        place: Placement,
-        far: LayerProvider | None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, table: PositionTable | None, place: Placement, far: LayerProvider | None) -> Tensor:
         q, k, v = self.project(x, table)
-        if far and torch.compiler.is_compiling():  # a provider keeps state and sends messages: no graph can hold that
-            mixed = torch.compiler.disable(self.attend)(q, k, v, place, far)
-        else:
-            mixed = self.attend(q, k, v, place, far)
+        # a provider keeps state and sends messages: no graph can hold that
+        outside = far and torch.compiler.is_compiling()
+        mixed = (torch.compiler.disable(self.attend) if outside else self.attend)(q, k, v, place, far)
         return self.out(self.inner_norm(mixed.flatten(-2)))  # (B, N, H, D) -> (B, N, dim)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, place: Placement, far: LayerProvider | None) -> Tensor:
@@ -122,11 +110,6 @@ class FeedForward(nn.Module):
         self.fc1 = nn.Linear(config.dim, config.ffn_dim)
         self.inner_norm = Norm(config.ffn_dim, config.norm_eps) if config.norm == "subln" else nn.Identity()
         self.fc2 = nn.Linear(config.ffn_dim, config.dim)
-
-    def init_weights(self, gain: float) -> None:
-        for linear in (self.fc1, self.fc2):
-            nn.init.xavier_uniform_(linear.weight, gain=gain)
-            nn.init.zeros_(linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.inner_norm(F.gelu(self.fc1(x))))
@@ -183,6 +166,7 @@ class LongNet(Net):
     def __init__(self, config: LongNetConfig) -> None:
         super().__init__()
         self.config: LongNetConfig = config
+        self.row_size = None if config.vocab_size else config.dim
         self.embedding = None
         if config.vocab_size:  # an empty table: `init_weights` draws it, and nn.Embedding would draw it before
             table = torch.empty(config.vocab_size, config.dim)
@@ -201,11 +185,14 @@ class LongNet(Net):
         For a net built on the meta device, call `to_empty(device=...)` first.
         """
         gain = math.sqrt(math.log(2 * self.config.num_layers)) if self.config.norm == "subln" else 1.0
-        for module in self.modules():
+        share = 1 / math.sqrt(2)
+        gains = {"q": share, "k": share, "v": share * gain, "out": gain, "fc1": gain, "fc2": gain}
+        for name, module in self.named_modules():
             if isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
-            elif isinstance(module, Attention | FeedForward):
-                module.init_weights(gain)
+            elif (scale := gains.get(name.rpartition(".")[2])) and isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight, gain=scale)
+                nn.init.zeros_(module.bias)
         for table in (self.embedding, self.output):
             if table is not None:
                 nn.init.normal_(table.weight, std=self.config.dim**-0.5)
@@ -241,7 +228,7 @@ class LongNet(Net):
         for index, layer in enumerate(self.layers):
             if pattern.chosen:
                 place = place._replace(choices=LayerChoices(choices, pattern, index))
-            x = layer(x, table, place, _of_layer(far, index) if far else None)
+            x = layer(x, table, place, partial(far, index) if far else None)
         return self.final_norm(x)
 
     @property
@@ -269,10 +256,6 @@ class LongNet(Net):
         if not tokens.is_floating_point():
             raise ConfigError("this model has no token embedding (vocab_size 0): it reads embeddings, not tokens")
         return tokens.to(next(self.parameters()).dtype)  # vectors, from a caller that passes any rows as tokens
-
-    @property
-    def row_size(self) -> int | None:
-        return None if self.config.vocab_size else self.config.dim
 
     def positions(self, x: Tensor, start: int, documents: Sequence[int] | None = None) -> PositionTable | None:
         """Return the table for hidden states (B, N, dim) that start at position `start`; all layers share it.
@@ -325,7 +308,3 @@ class LongNet(Net):
         See weights.save_pretrained.
         """
         save_pretrained(self, directory, tokenizer_json, eos=eos)
-
-
-def _of_layer(far: FarProvider, index: int) -> LayerProvider:
-    return lambda q, k, v: far(index, q, k, v)

@@ -160,8 +160,8 @@ class NamedBlocks:
     """
 
     def __init__(self, pattern: Pattern, tokens: Tensor, texts: Sequence[ReadText] | None = None) -> None:
-        self.pattern, self.tokens, self.texts = pattern, tokens, texts
-        self._own: dict[tuple[int, int], ReadText] = {}  # by row and first column
+        self.pattern, self.tokens = pattern, tokens
+        self._texts = {(row, 0): text for row, text in enumerate(texts or ())}  # by row and first column
         self._named: dict[tuple[int, int, int], Tensor] = {}
 
     @classmethod
@@ -170,18 +170,14 @@ class NamedBlocks:
         return cls(pattern, tokens, [ReadText(rows) for rows in zip(earlier, tokens, strict=True)])
 
     def __call__(self, row: int, part: GroupedPart) -> Tensor:
-        key = row, part.columns.start, part.groups.first
+        begin = row, part.columns.start
+        if begin not in self._texts:
+            self._texts[begin] = ReadText([self.tokens[row, part.columns]])
+        key = *begin, part.groups.first
         if key not in self._named:
-            blocks = self._text(row, part.columns).named(self.pattern, part.groups)
+            blocks = self._texts[begin].named(self.pattern, part.groups)
             self._named[key] = torch.from_numpy(blocks).to(self.tokens.device)
         return self._named[key]
-
-    def _text(self, row: int, columns: slice) -> ReadText:
-        if self.texts and not columns.start:
-            return self.texts[row]
-        if (row, columns.start) not in self._own:
-            self._own[row, columns.start] = ReadText([self.tokens[row, columns]])
-        return self._own[row, columns.start]
 
 
 def named_blocks(

@@ -130,12 +130,8 @@ class Net(nn.Module):
     has_cls: bool = False  # whether an extra row, CLS, comes before each sequence
     has_grid: bool = False  # whether the vectors that it reads lie in a grid
     digest: str | None = None  # of configuration and weights, where both stay as they are
+    row_size: int | None = None  # the size of the vectors that the net reads in place of token ids
     layer_by_layer: bool = False  # whether jobs can run its layers one by one, and see the states between them
-
-    @property
-    def row_size(self) -> int | None:
-        """The size of the vectors that the net reads in place of token ids; None if it reads ids."""
-        return None
 
     @property
     def turns(self) -> Sequence[Turn | None]:
@@ -193,9 +189,6 @@ class Net(nn.Module):
     def blocks(self) -> Sequence[nn.Module]:
         """The layers, first to last: each maps hidden states (B, N, dim) to hidden states (B, N, dim)."""
         raise NotImplementedError
-
-    def check_trainable(self) -> None:
-        """Raise ConfigError for a net that cannot pass on the gradient of a long sequence. Call it in eval mode."""
 
     def save(self, folder: Path, tokenizer_json: str, state: Mapping[str, Tensor], eos: str | None = None) -> None:
         """Write a model directory with the weights `state`, on the CPU; files get their names when they are complete.

@@ -49,14 +49,9 @@ class Tiles(DocumentLike, Protocol):
     def place(self, index: int) -> str: ...
 
 
-def grid_cells(coords: Tensor, tile_size: float | Tensor) -> Tensor:
-    """Return the cells in which pixels (..., 2) lie, (..., 2) whole numbers in float64.
-
-    A tensor has the side of a tile for each slide, as the first axis of `coords` counts them.
-    """
-    if isinstance(tile_size, Tensor):
-        tile_size = tile_size.to(coords.device, torch.float64).view(-1, *[1] * (coords.dim() - 1))
-    return torch.floor(coords.double() / tile_size)
+def grid_cells(coords: Tensor, side: float | Tensor) -> Tensor:
+    """Return the cells in which pixels (..., 2) lie, (..., 2) whole numbers in float64; `side` is that of a tile."""
+    return torch.floor(coords.double() / side)
 
 
 def outside_grid(cells: Tensor, grid: int) -> tuple[int, str] | None:
@@ -128,7 +123,7 @@ def padded_cells(
     if len(sides) not in (1, batch) or not (sides > 0).all():
         raise ValueError(f"tile_size must be above 0, one number or one for each of {batch} slides, got {given}")
     real = (torch.arange(tiles) < counts[:, None])[..., None].to(coords.device)  # padding may have any coords
-    cells = grid_cells(torch.where(real, coords, coords.new_zeros(())), sides)
+    cells = grid_cells(torch.where(real, coords, coords.new_zeros(())), sides.view(-1, 1, 1).to(coords.device))
     if outside := outside_grid(cells.flatten(0, 1), config.grid):
         slide, tile = divmod(outside[0], tiles)
         (x, y), side = coords[slide, tile].tolist(), sides[slide % len(sides)]
@@ -164,7 +159,7 @@ class VectorNet(LongNet):
         if not isinstance(config, SlideConfig):
             raise ConfigError("not the configuration of a slide encoder: it has no in_features")
         super().__init__(config)
-        self.has_grid = config.grid > 0
+        self.row_size, self.has_grid = config.in_features, config.grid > 0
         self.project = nn.Linear(config.in_features, config.dim)
         self.cls = nn.Parameter(torch.empty(config.dim))
         self.dropout = nn.Dropout(config.dropout)  # of the first layer's input
@@ -175,10 +170,6 @@ class VectorNet(LongNet):
             nn.init.xavier_uniform_(self.project.weight)
             nn.init.zeros_(self.project.bias)
             nn.init.normal_(self.cls, std=0.02)
-
-    @property
-    def row_size(self) -> int | None:
-        return self.config.in_features
 
     def start_rows(self, bos: Bos) -> np.ndarray:
         """Return the row of CLS, (1, in_features + 2) float32."""

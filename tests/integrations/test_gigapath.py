@@ -122,9 +122,7 @@ def test_what_create_model_refuses(checkpoint: Path, tmp_path: Path) -> None:
         create_model(str(tmp_path / "nan.pth"), "tiny", 6)
     with pytest.raises(CheckpointError, match=r"patch_embed.proj.weight has shape \(64, 6\), .* need \(64, 7\)"):
         create_model(str(checkpoint), "tiny", 7)
-    with pytest.raises(
-        CheckpointError, match=r"no.pth: no such file: give the path of slide_encoder.pth, hf_hub:ORG/NAME, or"
-    ):
+    with pytest.raises(CheckpointError, match=r"no.pth: no such file: give the path of slide_encoder.pth, hf_hub:"):
         create_model("./no.pth", "tiny", 6)
     with pytest.raises(CheckpointError, match=r"not a checkpoint of torch.save or safetensors"):
         create_model(__file__, "tiny", 6)
@@ -190,11 +188,8 @@ def test_training_has_the_official_dropout_and_every_module_is_the_nets() -> Non
         p.requires_grad = False
     sum(x.sum() for x in model(features, coords, all_layer_embed=True)).backward()
     assert all(p.grad is None for p in frozen)
-    assert all(
-        p.grad is not None
-        for name, p in model.named_parameters()
-        if "layers.1." not in name and "layer_norm" not in name
-    )
+    trained = [p for name, p in model.named_parameters() if "layers.1." not in name and "layer_norm" not in name]
+    assert all(p.grad is not None for p in trained)
 
 
 @torch.no_grad()

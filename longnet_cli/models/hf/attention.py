@@ -103,9 +103,8 @@ def use_dilated_attention(model: PreTrainedModel, pattern: Pattern | None = None
         model.set_attn_implementation(ATTENTION_NAME)
         if config._attn_implementation != ATTENTION_NAME:  # transformers only warns, and keeps the old attention
             raise ConfigError(f"{type(model).__name__} does not pick its attention by name: it cannot be made dilated")
-        if wrong := why_not(model, "with a pattern", partial(_seeing_all, model)):
-            raise ConfigError(wrong)
-        if wrong := pattern_of(config).refusal_of_layers(config.num_hidden_layers):
+        wrong = why_not(model, "with a pattern", partial(_seeing_all, model))
+        if wrong := wrong or pattern_of(config).refusal_of_layers(config.num_hidden_layers):
             raise ConfigError(wrong)
         turn_of = turns(model) if moves else {}
     except Exception as error:
@@ -153,12 +152,8 @@ class _CurrentPass:
     def of(self, rows: AlignedRows, pattern: Pattern, part: LayerCaches | None = None) -> Choices:
         """Return the choices of some rows; `part` is what was read of them before."""
         if rows.first not in self.choices:
-            ids = None if self.ids is None else rows.of(self.ids)
-            if part is not None:
-                named = part.note(None if ids is None else ids[:, rows.skip :])
-            else:
-                named = named_blocks(pattern, None if ids is None else ids[:, rows.first :])
-            self.choices[rows.first] = Choices(named)
+            ids = None if self.ids is None else rows.of(self.ids)[:, rows.skip if part else rows.first :]
+            self.choices[rows.first] = Choices(part.note(ids) if part else named_blocks(pattern, ids))
         return self.choices[rows.first]
 
 
@@ -277,7 +272,19 @@ def dilated_attention_forward(
     if options.get("far") or options.get("documents") is not None:
         return _of_shard(call, options), None
     kept: LongNetCache | None = getattr(key, CACHE, None)
-    out = _with_keys(call, attention_mask) if kept is None else _with_memory(call, attention_mask, kept)
+    if kept is None:
+        before, attend = k.shape[1] - q.shape[1], partial(_with_keys, call)
+    else:
+        memory = kept.memory(call.layer)
+        before, attend = memory.position, partial(_with_memory, call, kept, memory.number)
+    if before and (before < 0 or not causal):
+        raise ValueError(
+            f"dilated attention is self-attention: {q.shape[1]} queries cannot attend to {k.shape[1]} keys in a "
+            f"{'causal' if causal else 'bidirectional'} layer"
+        )
+    out = by_rows(attention_mask, before, q.shape, attend)
+    if kept is not None:
+        memory.step(q.shape[1])
     # if no row has a token, return zeros with a gradient of zeros
     return q.masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0) if out is None else out, None
 
@@ -307,14 +314,6 @@ class _Call(NamedTuple):
         place: dict[str, Any] = {"start": rows.start, "far": far, "lengths": rows.lengths}
         return dilated_attention(q, k, v, self.pattern, **self.settings, **choices, **place)
 
-    def check_self_attention(self, before: int) -> None:
-        """Raise ValueError unless the queries are those of the keys after `before` earlier ones of a causal layer."""
-        if before and (before < 0 or not self.settings["causal"]):
-            raise ValueError(
-                f"dilated attention is self-attention: {self.q.shape[1]} queries cannot attend to {self.k.shape[1]} "
-                f"keys in a {'causal' if self.settings['causal'] else 'bidirectional'} layer"
-            )
-
 
 def _of_shard(call: _Call, options: Mapping[str, Any]) -> Tensor:
     """Return attention (B, N, H, D) of a shard, to which a caller of the model gives what lies outside."""
@@ -329,40 +328,26 @@ def _of_shard(call: _Call, options: Mapping[str, Any]) -> Tensor:
     return F.pad(attended, (0, 0, 0, 0, 0, 1)) if empty else attended
 
 
-def _with_memory(call: _Call, mask: Tensor | None, kept: LongNetCache) -> Tensor | None:
-    """Return attention (B, N, H, D) of a batch whose earlier keys are in a LongNetCache; None if no row has a token."""
-    memory = kept.memory(call.layer)
-    call.check_self_attention(memory.position)
-
-    def attend(rows: AlignedRows) -> Tensor:
-        q, k, v = (rows.of(x)[:, rows.skip :] for x in (call.q, call.k, call.v))
-        part = kept.part(rows, call.pattern)
-        choices = call.choices(rows, part)
-        attended = call.attend(rows, q, k, v, part.provide(memory.number, q, k, v), choices)
-        part.store()
-        return attended
-
-    out = by_rows(mask, memory.position, call.q.shape, attend)
-    memory.step(call.q.shape[1])
-    return out
+def _with_memory(call: _Call, kept: LongNetCache, layer: int, rows: AlignedRows) -> Tensor:
+    """Return attention (rows, n, H, D) of rows whose earlier keys, those of `layer`, are in a LongNetCache."""
+    q, k, v = (rows.of(x)[:, rows.skip :] for x in (call.q, call.k, call.v))
+    part = kept.part(rows, call.pattern)
+    choices = call.choices(rows, part)
+    attended = call.attend(rows, q, k, v, part.provide(layer, q, k, v), choices)
+    part.store()
+    return attended
 
 
-def _with_keys(call: _Call, mask: Tensor | None) -> Tensor | None:
-    """Return attention (B, N, H, D) of a batch whose earlier keys are given as well; None if no row has a token."""
-    before = call.k.shape[1] - call.q.shape[1]
-    call.check_self_attention(before)
-
-    def attend(rows: AlignedRows) -> Tensor:
-        q, (k, v) = rows.of(call.q)[:, rows.skip :], (rows.of(x)[:, rows.first :] for x in (call.k, call.v))
-        if rows.start and call.pattern.chosen:
-            raise ConfigError(
-                f"chosen={call.pattern.chosen}: this cache has lost the queries that choose: pass "
-                "past_key_values=LongNetCache(model.config), or use_cache=False"
-            )
-        far = _cached(k, v, call.pattern, q.shape[2], rows.start) if rows.start else Outside()
-        return call.attend(rows, q, k[:, rows.start :], v[:, rows.start :], far, call.choices(rows))
-
-    return by_rows(mask, before, call.q.shape, attend)
+def _with_keys(call: _Call, rows: AlignedRows) -> Tensor:
+    """Return attention (rows, n, H, D) of rows whose earlier keys are given as well."""
+    q, (k, v) = rows.of(call.q)[:, rows.skip :], (rows.of(x)[:, rows.first :] for x in (call.k, call.v))
+    if rows.start and call.pattern.chosen:
+        raise ConfigError(
+            f"chosen={call.pattern.chosen}: this cache has lost the queries that choose: pass "
+            "past_key_values=LongNetCache(model.config), or use_cache=False"
+        )
+    far = _cached(k, v, call.pattern, q.shape[2], rows.start) if rows.start else Outside()
+    return call.attend(rows, q, k[:, rows.start :], v[:, rows.start :], far, call.choices(rows))
 
 
 def _in_autocast_type(x: Tensor) -> Tensor:

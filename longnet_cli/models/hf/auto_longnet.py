@@ -185,6 +185,11 @@ class LongNetPreTrainedModel(hf.PreTrainedModel):
             out = self.net.embed(input_ids, inputs_embeds) * 0
         return out
 
+    def _loss(self, logits: Tensor, labels: Tensor | None, asked: dict[str, Any]) -> Tensor | None:
+        if labels is None:
+            return None
+        return self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **asked)
+
     def _cache(self, use_cache: bool | None, cache: Any, older: Any) -> Any:
         """Return the given cache, under its newer or older name, or a new one if `use_cache` asks for it."""
         given = older if cache is None else cache
@@ -279,9 +284,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, hf.GenerationMixin):
         hidden = self._hidden(input_ids, attention_mask, position_ids, inputs_embeds, cache, asked)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.net.logits(hidden[:, kept])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **asked)
+        loss = self._loss(logits, labels, asked)
         return _output(CausalLMOutputWithPast(loss=loss, logits=logits, **{_CACHE: cache}), return_dict)
 
 
@@ -302,10 +305,7 @@ class LongNetForMaskedLM(LongNetPreTrainedModel):
     ) -> Any:
         """Return logits (B, N, vocab_size) and, with `labels` (B, N), a loss: the mean over labels other than -100."""
         logits = self.net.logits(self._hidden(input_ids, attention_mask, position_ids, inputs_embeds, None, asked))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **asked)
-        return _output(MaskedLMOutput(loss=loss, logits=logits), return_dict)
+        return _output(MaskedLMOutput(loss=self._loss(logits, labels, asked), logits=logits), return_dict)
 
 
 def _columns(attention_mask: Tensor | None, position_ids: Tensor | None, columns: int) -> Tensor | None:

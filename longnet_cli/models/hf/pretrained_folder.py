@@ -32,7 +32,7 @@ from longnet_cli.attention import Pattern
 from longnet_cli.basics.atomic import whole_folder
 from longnet_cli.basics.configuration import digest, parse, read_text
 from longnet_cli.basics.errors import CheckpointError, ConfigError, LongNetError
-from longnet_cli.hub.repository import BESIDE_TOKENIZER
+from longnet_cli.hub.repository import BESIDE_TOKENIZER, CONFIG, TOKENIZER
 
 DILATED_TYPE = "import longnet_cli.integrations.transformers"
 ATTENTION_NAME = "dilated"  # the name of the attention
@@ -196,7 +196,6 @@ def _prepared(own: type, prepare: Prepare) -> type:
 
 
 ADAPTER = "adapter"  # a subfolder: beside the model's files, transformers would take the model for an adapter
-_CONFIG, _TOKENIZER = "config.json", "tokenizer.json"
 
 
 def write_folder(
@@ -214,16 +213,16 @@ def write_folder(
     `dense` leaves the pattern out of config.json. Raises CheckpointError if the folder cannot be written.
     """
     try:
-        with whole_folder(folder, last=_CONFIG) as made:
+        with whole_folder(folder, last=CONFIG) as made:
             model.save_pretrained(made, state_dict=dict(state), max_shard_size=1 << 62)
-            settings = json.loads((made / _CONFIG).read_text(encoding="utf-8"))
+            settings = json.loads((made / CONFIG).read_text(encoding="utf-8"))
             if dense:
                 settings = from_file(settings)
-                settings.pop("dilated_attention", None)
-            (made / _CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-            (made / _TOKENIZER).write_text(tokenizer_json, encoding="utf-8")
-            if source and _same_tokenizer(source / _TOKENIZER, tokenizer_json):
-                for name in (*BESIDE_TOKENIZER, _TOKENIZER):
+                settings.pop(_PATTERN, None)
+            (made / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+            (made / TOKENIZER).write_text(tokenizer_json, encoding="utf-8")
+            if source and _same_tokenizer(source / TOKENIZER, tokenizer_json):
+                for name in (*BESIDE_TOKENIZER, TOKENIZER):
                     if (source / name).is_file():
                         shutil.copyfile(source / name, made / name)
     except LongNetError as error:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -28,6 +27,7 @@ from longnet_cli.basics.configuration import parse, read_text
 from longnet_cli.basics.errors import CheckpointError, ConfigError
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.hub.repository import CONFIG, MODULES, PROMPTS, TOKENIZER, TRANSFORMER_CONFIGS, WEIGHTS, is_within
+from longnet_cli.nets.weights import check_finite
 
 # the names of poolings: the library's, in the order in which it joins them, and its older keys
 POOLINGS = {
@@ -121,11 +121,43 @@ def read_sentence_model(folder: Path) -> SentenceModel | None:
 
     Raises ConfigError for what `longnet` does not compute, CheckpointError for a damaged or missing file.
     """
-    modules = _json(folder / MODULES, None)
-    if modules is None:
-        return None
     with _odd_values(folder):
-        return _read(folder, modules)
+        modules = _json(folder / MODULES, None)
+        if modules is None:
+            return None
+        kinds = [_kind(folder, module) for module in modules] if isinstance(modules, list) else []
+        if kinds == ["longnet"]:
+            return None
+        if kinds[:2] != ["Transformer", "Pooling"]:
+            raise ConfigError(
+                f"{folder / MODULES}: a Transformer and a Pooling must come first, not {kinds or modules!r}"
+            )
+        names = [str(module.get("path", "")) for module in modules]
+        if outside := [name for name in names if not is_within(name)]:
+            raise ConfigError(f"{folder / MODULES}: the module in {outside[0]} is outside of the folder")
+        places = [folder / name for name in names]
+        pool, pools_prompt = _pooling(places[1] / CONFIG)
+        steps = [_MODULES[kind](place) for kind, place in zip(kinds[2:], places[2:], strict=True)]
+        window, lowercase = _transformer(places[0])
+        settings = _json(folder / PROMPTS, {})
+        _refuse_value(folder / PROMPTS, settings, "model_type", "SentenceTransformer")
+        prompts = _prompts(folder, settings)
+        # the library always has a prompt `document`, an empty one at least, so its encode_document never takes another
+        fallbacks = () if prompts.get("document") else ("passage", "corpus", settings.get("default_prompt_name"))
+        if settings.get("truncate_dim") is not None:  # the library cuts a vector after it has scaled it
+            steps.append(FirstNumbers(_whole(folder / PROMPTS, settings, "truncate_dim")))
+        normalized = bool(steps) and isinstance(steps[-1], Normalize)
+        return SentenceModel(
+            pool=pool,
+            pools_prompt=pools_prompt,
+            window=window,
+            lowercase=lowercase,
+            steps=tuple(steps[:-1] if normalized else steps),
+            normalized=normalized,
+            document_prompt=prompts.get("document", ""),
+            query_prompt=prompts.get("query") or None,
+            unread_prompt=next((prompts[name] for name in fallbacks if prompts.get(name)), ""),
+        )
 
 
 @contextmanager
@@ -136,42 +168,6 @@ def _odd_values(folder: Path) -> Iterator[None]:
     except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         said = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{folder}: what it says for sentence-transformers cannot be read: {said}") from None
-
-
-def _read(folder: Path, modules: Any) -> SentenceModel | None:
-    """Return what `read_sentence_model` does, for the data in modules.json."""
-    kinds = [_kind(folder, module) for module in modules] if isinstance(modules, list) else []
-    if kinds == ["longnet"]:
-        return None
-    if kinds[:2] != ["Transformer", "Pooling"]:
-        raise ConfigError(f"{folder / MODULES}: a Transformer and a Pooling must come first, not {kinds or modules!r}")
-    names = [str(module.get("path", "")) for module in modules]
-    if outside := [name for name in names if not is_within(name)]:
-        raise ConfigError(f"{folder / MODULES}: the module in {outside[0]} is outside of the folder")
-    places = [folder / name for name in names]
-    pool, pools_prompt = _pooling(places[1] / CONFIG)
-    steps = [_MODULES[kind](place) for kind, place in zip(kinds[2:], places[2:], strict=True)]
-    normalized = bool(steps) and isinstance(steps[-1], Normalize)
-    window, lowercase = _transformer(places[0])
-    settings = _json(folder / PROMPTS, {})
-    _refuse_value(folder / PROMPTS, settings, "model_type", "SentenceTransformer")
-    prompts = _prompts(folder, settings)
-    # the library always has a prompt `document`, an empty one at least, so its encode_document never takes another
-    fallbacks = () if prompts.get("document") else ("passage", "corpus", settings.get("default_prompt_name"))
-    kept = settings.get("truncate_dim")
-    if kept is not None:  # the library cuts a vector after it has scaled it
-        steps.append(FirstNumbers(_whole(folder / PROMPTS, settings, "truncate_dim")))
-    return SentenceModel(
-        pool=pool,
-        pools_prompt=pools_prompt,
-        window=window,
-        lowercase=lowercase,
-        steps=tuple(steps[:-1] if normalized and kept is None else steps),
-        normalized=normalized and kept is None,
-        document_prompt=prompts.get("document", ""),
-        query_prompt=prompts.get("query") or None,
-        unread_prompt=next((prompts[name] for name in fallbacks if prompts.get(name)), ""),
-    )
 
 
 def plain_model(folder: Path) -> SentenceModel:
@@ -275,8 +271,7 @@ def _loaded(module: nn.Module, folder: Path, prefix: str = "") -> nn.Module:
         raise CheckpointError(f"{path} is missing: its module needs it{pickled}") from None
     except (OSError, SafetensorError, RuntimeError) as error:
         raise CheckpointError(f"{path}: cannot be loaded: {' '.join(str(error).split())}") from None
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in weights.values()):
-        raise CheckpointError(f"{path}: a weight is not finite")
+    check_finite(weights, str(path))
     return module.eval().requires_grad_(False)
 
 

@@ -38,7 +38,7 @@ FEW, MOST = 64, 512  # tokens of a trial: without a window or chunk in the confi
 TOLERANCE, TOLERANCE_16 = 1e-3, 2e-2
 _WINDOWS = re.compile(r"(window|chunk|block)(_size|_length)?|local_attention")
 _LONG = 2.0  # seconds of a trial that are worth a line
-SOME = 16  # numbers of each weight that tell models apart
+SOME = 16  # first numbers of each weight that tell models apart: few to read, and training changes them
 
 
 def body(model: PreTrainedModel) -> Any:
@@ -97,13 +97,9 @@ def why_not(model: PreTrainedModel, form: str, run: Run, expected: Run | None = 
     if weight.is_meta:  # it has no numbers yet
         return None
     asked = {"trial": form, "architecture": type(model).__name__, "config": digest(settings)}
-    asked |= {"dtype": str(weight.dtype), "device": weight.device.type, "weights": tensor_digest(_some_weights(model))}
+    some = {name: x.detach().flatten()[:SOME] for name, x in model.named_parameters()}
+    asked |= {"dtype": str(weight.dtype), "device": weight.device.type, "weights": tensor_digest(some)}
     return remembered(asked, partial(_try, model, form, run, expected or partial(_own, model, "eager")))
-
-
-def _some_weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return the first numbers of each weight: few to read, and training changes them."""
-    return {name: weight.detach().flatten()[:SOME] for name, weight in model.named_parameters()}
 
 
 def _try(model: PreTrainedModel, form: str, run: Run, expected: Run) -> str | None:
