@@ -50,7 +50,6 @@ from .start import (
     check_memory,
     check_ranks,
     find_checkpoint,
-    learning_rate,
 )
 from .windows import Batch
 
@@ -268,10 +267,9 @@ class _TrainingRun:
         loss, norm = torch.stack((nll / count, total_norm.double())).tolist()  # the only wait for the device
         self._refuse_divergence(loss, norm, position)
         # the new weights
-        rate = self._learning_rate(self.progress.step)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = recipe.learning_rate(self.progress.step)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         # the new state: a run that resumes goes on from here
@@ -307,9 +305,6 @@ class _TrainingRun:
         """Return the index of the stage that a step (1, 2, ...) belongs to."""
         return bisect_left(list(accumulate(stage.steps for stage in self.recipe.train.stages)), step)
 
-    def _learning_rate(self, step: int) -> float:
-        return learning_rate(step, self.recipe.train.steps, self.recipe.optimizer.lr, self.recipe.schedule)
-
     def _report(self) -> Metrics | None:
         """Evaluate and write a line of metrics for the last step, if they are due and not done yet."""
         train, progress = self.recipe.train, self.progress
@@ -323,7 +318,7 @@ class _TrainingRun:
                 held_out = self._evaluate(stage)
         line = None
         if held_out or last or progress.step % train.log_every == 0:
-            rate, memory = self._learning_rate(progress.step - 1), peak_memory(self.device)
+            rate, memory = self.recipe.learning_rate(progress.step - 1), peak_memory(self.device)
             peak = self.peak * self.ranks.world if self.peak else None
             line = self.log.write(progress.step, rate, stage.seq_len, memory=memory, peak=peak, held_out=held_out)
             for tracker in self.trackers:
