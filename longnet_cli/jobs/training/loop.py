@@ -113,8 +113,8 @@ def train(
     """
     ranks = ranks or Ranks()
     on_note = on_note or (lambda line: None)
-    run = _TrainingRun(recipe, Path(output), torch.device(device), ranks, tokenizer_differs, peak, on_note)
-    run.on_evaluation = on_evaluation
+    run = _TrainingRun(recipe, Path(output), torch.device(device), ranks, tokenizer_differs, on_note)
+    run.on_evaluation, run.peak = on_evaluation, peak
     with locked_folder(run.output) if ranks.first else nullcontext():
         run.resume(resume)
         if on_begin:
@@ -128,19 +128,12 @@ class _TrainingRun:
 
     signals: Signals  # while it goes
     on_evaluation: Callable[[float], None]
+    peak: float | None
 
     def __init__(
-        self,
-        recipe: Recipe,
-        output: Path,
-        device: torch.device,
-        ranks: Ranks,
-        tokenizer_differs: bool,
-        peak: float | None,
-        on_note: OnNote,
+        self, recipe: Recipe, output: Path, device: torch.device, ranks: Ranks, tokenizer_differs: bool, on_note: OnNote
     ) -> None:
-        self.recipe, self.output, self.device, self.ranks = recipe, output, device, ranks
-        self.peak, self.on_note = peak, on_note
+        self.recipe, self.output, self.device, self.ranks, self.on_note = recipe, output, device, ranks, on_note
         # first, what refuses a recipe before data are read, and then before weights are made
         check_memory(recipe)
         check_kernel(device, recipe.train.dtype, recipe.model.head_dim)
@@ -339,15 +332,7 @@ class _TrainingRun:
 
         with whole_weights(self.model):
             try:
-                score = evaluate(
-                    self.model,
-                    self.data.held_out,
-                    self.recipe,
-                    eos_id=self.data.eos_id,
-                    seq_len=stage.seq_len,
-                    ranks=self.ranks,
-                    on_part=on_part,
-                )
+                score = evaluate(self.model, self.data, self.recipe, stage, self.ranks, on_part)
                 loss = score.nll_sum / score.n_tokens
             except NotFiniteError:
                 loss = math.nan
@@ -380,17 +365,14 @@ class _TrainingRun:
 
     def save(self) -> None:
         """Save a checkpoint of the last whole step."""
+        versions = {"longnet": version("longnet-cli"), "torch": torch.__version__, "python": platform.python_version()}
         facts = {
             "progress": asdict(self.progress),
             "log": self.log.state(),
             "recipe": self.recipe.model_dump(mode="json"),
             "tokenizer": self.data.tokenizer.sha256,
             "frozen": self.frozen,
-            "versions": {
-                "longnet": version("longnet-cli"),
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
+            "versions": versions,
         }
         tensors = run_tensors(self.model, self.optimizers, self.random, self.ranks)
         self.checkpoints.save(self.progress.step, tensors, facts)

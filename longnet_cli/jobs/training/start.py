@@ -267,17 +267,10 @@ def build_data(
     if not data.sources:
         raise ConfigError("no training data: give --data INPUT, or set data.train or [[data.mix]] in the recipe")
     streams = [TokenStream(documents(source.files), eos_id) for source in data.sources]
-    weights = [source.weight for source in data.sources]
+    mix = [source.weight for source in data.sources]
+    shared: dict[str, Any] = {"weights": mix, "rank": ranks.dp_rank, "world": ranks.dp}
     windows = [
-        TokenWindows(
-            streams,
-            stage.seq_len,
-            train.windows(stage) // ranks.dp,
-            train.seed + index,
-            weights=weights,
-            rank=ranks.dp_rank,
-            world=ranks.dp,
-        )
+        TokenWindows(streams, stage.seq_len, train.windows(stage) // ranks.dp, train.seed + index, **shared)
         for index, stage in enumerate(train.stages)
     ]
     held_out = documents(data.held_out_files) if data.held_out_files else []
