@@ -296,7 +296,7 @@ def attention(s: Settings, impl: str, direction: str, seq: int) -> Case:
             forward = 4 * s.head_dim * s.heads * s.batch * tokens**2 // (2 if s.causal else 1)
             return forward * (BACKWARD_FLOPS if backward else 1)
         count = backward_flops if backward else attention_flops
-        return count(pattern, s.heads, s.head_dim, tokens, s.causal, s.batch)
+        return s.batch * count(pattern, s.heads, s.head_dim, tokens, s.causal)
 
     row = _row(s, impl, direction, seq, chunk=chunk if streamed else None, cache_bytes=cache)
     # each implementation gets the layout that it is made for
@@ -351,7 +351,7 @@ def _kernels_alone(
         for branch, (q_, *others), (k_, v_) in calls:
             if others:
                 out_, lse_, dout_ = others
-                kernel.backward(dout_, q_, k_, v_, out_, lse_[..., 0], branch.causal, scale)
+                kernel.backward((dout_, q_, k_, v_, out_, lse_[..., 0]), branch.causal, scale)
             else:
                 kernel.forward(q_, k_, v_, branch.causal, scale)
 

@@ -29,7 +29,7 @@ from longnet_cli.data.tables import Text
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.nets.net import Net
 from longnet_cli.running.ranks.portions import portions
-from longnet_cli.running.reader import PORTION_CHUNKS, reading_steps
+from longnet_cli.running.reader import PORTION_CHUNKS, forward_passes, reading_steps
 
 if TYPE_CHECKING:
     from longnet_cli.jobs.row_jobs import RowJob
@@ -75,22 +75,23 @@ class ReadingPlan:
     def add(self, windows: Iterable[tuple[int, int]]) -> None:
         """Count windows, each as (tokens, tokens whose hidden states are wanted), as one `Reader.read` reads them."""
 
-        def of_lengths() -> Iterator[range]:
+        def of_lengths() -> Iterator[range]:  # a range has a length, and no memory
             for tokens, wanted in windows:
                 self.wanted += wanted
                 yield range(tokens)
 
         for step in reading_steps(of_lengths(), self.chunk, self.config.streams):
-            self.longest = max(self.longest, *map(len, step.windows))
-            if step.batches is None:
-                tokens = len(*step.windows)
+            self.longest = max(self.longest, *map(len, step))
+            batches = forward_passes(step, self.chunk, self.config.streams)
+            if batches is None:
+                tokens = len(*step)
                 self._count(Shape(1, self.chunk), tokens)
                 self._lengths[tokens] += 1
                 self.twice += 0 if self.config.causal or not self._sees_outside(tokens) else tokens
                 continue
-            self.together = max(self.together, sum(map(len, step.windows)))
-            for batch in step.batches:
-                shape = Shape(len(batch), len(step.windows[batch[0]]))
+            self.together = max(self.together, sum(map(len, step)))
+            for batch in batches:
+                shape = Shape(len(batch), len(step[batch[0]]))
                 self._count(shape, shape.rows * shape.tokens)
                 self._lengths[shape.tokens] += shape.rows
 
