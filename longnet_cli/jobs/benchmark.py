@@ -603,7 +603,6 @@ def measure_stream(case: Case, s: Settings, deadline: float, on_tokens: Callable
     interrupted: KeyboardInterrupt | None = None
     trim_memory(s.device)
     with PeakMemory(s.device) as peak:
-        whole = part = _Clock(0)
         try:
             case.start()(chunk)  # warm-up
             run = case.start()

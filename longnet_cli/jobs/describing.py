@@ -213,11 +213,6 @@ def keys_seen(pattern: Pattern, level: int, queries: np.ndarray, seq: int, causa
     return [(low, high)]
 
 
-def _sees_sinks(pattern: Pattern, queries: np.ndarray) -> np.ndarray:
-    """Return a mask of the queries that see the sinks separately, because their first level covers none."""
-    return (queries // pattern.segment_lengths[0] > pattern.look_backs[0]) & (pattern.sinks > 0)
-
-
 def farthest(pattern: Pattern, num_layers: int) -> int | None:
     """Return a distance in tokens that no link through so many layers exceeds; None where content or sinks choose."""
     if pattern.chosen or pattern.sinks:
@@ -261,8 +256,9 @@ def picture(pattern: Pattern, seq: int, size: int, heads: int, causal: bool = Tr
                 seen = (asking < high)[:, None] & (key < np.minimum(high[None], end))
                 drawn[seen & (drawn == NOTHING)] = level
     if pattern.sinks or pattern.chosen:
-        first = low[:, None] if pattern.chosen else pattern.sinks
-        seen = (_sees_sinks(pattern, low) | (pattern.chosen > 0))[:, None] & (low[None] < first)
+        # blocks of all the past; or sinks, by queries whose first level covers none of them
+        asks = pattern.chosen > 0 or low[:, None] // pattern.segment_lengths[0] > pattern.look_backs[0]
+        seen = asks & (low[None] < (low[:, None] if pattern.chosen else pattern.sinks))
         drawn[seen & (drawn == NOTHING)] = len(pattern.levels)
     return drawn
 
@@ -288,13 +284,18 @@ def draw_text(subject: Subject, seq: int, *, blocks: bool) -> Iterator[str]:
     cells = picture(subject.pattern, seq, _TEXT_SIZE, subject.heads, subject.causal).tolist()
     levels = len(subject.pattern.levels)
     names = [f"level {i}" for i in range(levels)]
-    names += ["sinks"] * (subject.pattern.sinks > 0) + ["some, chosen"] * (subject.pattern.chosen > 0)
+    names += _besides_levels(subject.pattern)
     if blocks:
         yield from map(_half_blocks, cells[::2], [*cells[1::2], [NOTHING] * len(cells)])
         yield "  ".join(f"{colored(i, FULL_BLOCK)} {name}" for i, name in enumerate(names))
     else:
         yield from ("".join(_letter(cell, levels) for cell in row).rstrip() for row in cells)
         yield "  ".join(f"{_letter(i, levels)} {name}" for i, name in enumerate(names))
+
+
+def _besides_levels(pattern: Pattern) -> list[str]:
+    """Return the names of what queries see besides levels."""
+    return ["sinks"] * (pattern.sinks > 0) + ["some, chosen"] * (pattern.chosen > 0)
 
 
 def _letter(cell: int, levels: int) -> str:
@@ -346,7 +347,6 @@ def draw_picture(subjects: Sequence[Subject], seq: int, output: str | Path) -> N
         axes.set_xticks(ticks, names)
         axes.set_yticks(ticks, names)
         marks = [(f"{format_size(w)}, rate {r}", colors[i + 1]) for i, (w, r) in enumerate(subject.pattern.levels)]
-        marks += [("sinks", "crimson")] if subject.pattern.sinks else []
-        marks += [("some, chosen", "crimson")] if subject.pattern.chosen else []
+        marks += [(name, "crimson") for name in _besides_levels(subject.pattern)]
         axes.legend(handles=[Patch(color=c, label=n) for n, c in marks], fontsize=7, loc="upper right", frameon=False)
     save_figure(figure, output, dpi=120)

@@ -36,10 +36,6 @@ class Axis:
     write: Callable[[float], str] = short_number
     at: str = "{}"
 
-    def name(self, value: float) -> str:
-        """Return the name of a place in a sentence."""
-        return self.at.format(self.write(value))
-
     def scale(self, value: float) -> float:
         """Return the place of a value. On a logarithmic scale, it is the logarithm of a positive value."""
         return math.log(value, self.base) if self.base else value
@@ -281,9 +277,9 @@ class _Drawing:
     def _last(self, curve: Curve) -> Iterator[str]:
         """Yield the lines that name a curve and its last point: `a dense: 3.65 s at 64Ki tokens`."""
         owner, point = self.names.index(curve.name), curve.points[-1]
-        more = ", extrapolated" if curve.extrapolated else ""
-        error = "" if point.error is None else f" +- {self.panel.y.write(point.error)}"
-        summary = f"{curve.name}{more}: {self.panel.y.write(point.y)}{error} at {self.panel.x.name(point.x)}"
+        more, x, y = ", extrapolated" if curve.extrapolated else "", self.panel.x, self.panel.y
+        error = "" if point.error is None else f" +- {y.write(point.error)}"
+        summary = f"{curve.name}{more}: {y.write(point.y)}{error} at {x.at.format(x.write(point.x))}"
         if len(self.names) == 1:
             yield from textwrap.wrap(summary, self.columns)
             return

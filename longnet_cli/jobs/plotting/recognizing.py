@@ -43,7 +43,7 @@ _DIFFERENCES: dict[str, Callable[[Any], str]] = {
 
 @dataclass(frozen=True)
 class _Rows:
-    """What was measured, by its name."""
+    """The measured quantity, by its name."""
 
     name: str
     rows: list[Row]

@@ -50,7 +50,6 @@ from .start import (
     check_memory,
     check_ranks,
     find_checkpoint,
-    learning_rate,
 )
 from .windows import Batch
 
@@ -118,8 +117,8 @@ def train(
     """
     ranks = ranks or Ranks()
     on_note = on_note or (lambda line: None)
-    run = _TrainingRun(recipe, Path(output), torch.device(device), ranks, tokenizer_differs, peak, on_note)
-    run.on_evaluation = on_evaluation
+    run = _TrainingRun(recipe, Path(output), torch.device(device), ranks, tokenizer_differs, on_note)
+    run.on_evaluation, run.peak = on_evaluation, peak
     with locked_folder(run.output) if ranks.first else nullcontext():
         run.resume(resume)
         if on_begin:
@@ -133,19 +132,12 @@ class _TrainingRun:
 
     signals: Signals  # while it goes
     on_evaluation: Callable[[float], None]
+    peak: float | None
 
     def __init__(
-        self,
-        recipe: Recipe,
-        output: Path,
-        device: torch.device,
-        ranks: Ranks,
-        tokenizer_differs: bool,
-        peak: float | None,
-        on_note: OnNote,
+        self, recipe: Recipe, output: Path, device: torch.device, ranks: Ranks, tokenizer_differs: bool, on_note: OnNote
     ) -> None:
-        self.recipe, self.output, self.device, self.ranks = recipe, output, device, ranks
-        self.peak, self.on_note = peak, on_note
+        self.recipe, self.output, self.device, self.ranks, self.on_note = recipe, output, device, ranks, on_note
         # first, what refuses a recipe before data are read, and then before weights are made
         check_memory(recipe)
         check_kernel(device, recipe.train.dtype, recipe.model.head_dim)
@@ -273,10 +265,9 @@ class _TrainingRun:
         loss, norm = torch.stack((nll / count, total_norm.double())).tolist()  # the only wait for the device
         self._refuse_divergence(loss, norm, position)
         # the new weights
-        rate = self._learning_rate(self.progress.step)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = recipe.learning_rate(self.progress.step)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         # the new state: a run that resumes goes on from here
@@ -312,9 +303,6 @@ class _TrainingRun:
         """Return the index of the stage that a step (1, 2, ...) belongs to."""
         return bisect_left(list(accumulate(stage.steps for stage in self.recipe.train.stages)), step)
 
-    def _learning_rate(self, step: int) -> float:
-        return learning_rate(step, self.recipe.train.steps, self.recipe.optimizer.lr, self.recipe.schedule)
-
     def _report(self) -> Metrics | None:
         """Evaluate and write a line of metrics for the last step, if they are due and not done yet."""
         train, progress = self.recipe.train, self.progress
@@ -328,7 +316,7 @@ class _TrainingRun:
                 held_out = self._evaluate(stage)
         line = None
         if held_out or last or progress.step % train.log_every == 0:
-            rate, memory = self._learning_rate(progress.step - 1), peak_memory(self.device)
+            rate, memory = self.recipe.learning_rate(progress.step - 1), peak_memory(self.device)
             peak = self.peak * self.ranks.world if self.peak else None
             line = self.log.write(progress.step, rate, stage.seq_len, memory=memory, peak=peak, held_out=held_out)
             for tracker in self.trackers:
@@ -349,15 +337,7 @@ class _TrainingRun:
 
         with whole_weights(self.model):
             try:
-                score = evaluate(
-                    self.model,
-                    self.data.held_out,
-                    self.recipe,
-                    eos_id=self.data.eos_id,
-                    seq_len=stage.seq_len,
-                    ranks=self.ranks,
-                    on_part=on_part,
-                )
+                score = evaluate(self.model, self.data, self.recipe, stage, self.ranks, on_part)
                 loss = score.nll_sum / score.n_tokens
             except NotFiniteError:
                 loss = math.nan
@@ -390,17 +370,14 @@ class _TrainingRun:
 
     def save(self) -> None:
         """Save a checkpoint of the last whole step."""
+        versions = {"longnet": version("longnet-cli"), "torch": torch.__version__, "python": platform.python_version()}
         facts = {
             "progress": asdict(self.progress),
             "log": self.log.state(),
             "recipe": self.recipe.model_dump(mode="json"),
             "tokenizer": self.data.tokenizer.sha256,
             "frozen": self.frozen,
-            "versions": {
-                "longnet": version("longnet-cli"),
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
+            "versions": versions,
         }
         tensors = run_tensors(self.model, self.optimizers, self.random, self.ranks)
         self.checkpoints.save(self.progress.step, tensors, facts)

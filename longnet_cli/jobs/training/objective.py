@@ -34,7 +34,8 @@ from longnet_cli.running.ranks.fsdp import final_backward
 from longnet_cli.running.ranks.ranks import ALONE, Ranks
 from longnet_cli.running.reader import Reader, Window, batches_by_length
 
-from .recipe import Recipe
+from .recipe import Recipe, Stage
+from .start import TrainingData
 from .windows import Batch
 
 
@@ -111,23 +112,13 @@ def backward(
     """
     total = torch.zeros((), dtype=torch.float64, device=tokens.device)
     chunk *= ranks.sp
+    how: dict[str, Any] = {"scale": scale, "dtype": dtype, "ranks": ranks, "allocate": allocate, "on_chunk": on_chunk}
     forwards = list(plan_forwards(starts or [[0]] * tokens.shape[0], tokens.shape[1], chunk))
     for index, forward in enumerate(forwards, 1):
         final = index == len(forwards)
         ids, wanted = regrouped(tokens, forward.rows), regrouped(targets, forward.rows)
         if ids.shape[1] > chunk:
-            total += backward_in_chunks(
-                model,
-                ids,
-                wanted,
-                chunk,
-                scale=scale,
-                dtype=dtype,
-                ranks=ranks,
-                final=final,
-                allocate=allocate,
-                on_chunk=on_chunk,
-            )
+            total += backward_in_chunks(model, ids, wanted, chunk, final=final, **how)
             continue
         loss = _nll(model, ids, wanted, forward.documents, ranks, dtype)
         final_backward(model, final)
@@ -262,20 +253,13 @@ def _draw(seed: Sequence[int], tokens: int, mask_id: int) -> tuple[Tensor, Tenso
 
 @torch.no_grad()
 def evaluate(
-    model: Net,
-    documents: Sequence[Document],
-    recipe: Recipe,
-    *,
-    eos_id: int,
-    seq_len: int,
-    ranks: Ranks,
-    on_part: Callable[[int], None],
+    model: Net, data: TrainingData, recipe: Recipe, stage: Stage, ranks: Ranks, on_part: Callable[[int], None]
 ) -> Score:
     """Return the score of held-out documents. A causal net scores each document whole, as `longnet score` does.
 
-    With the masked objective, documents are cut into windows of `seq_len` tokens, and the same tokens are hidden every
-    time. `on_part` gets the tokens of each forward pass, on all ranks. The net ends in training mode, and the random
-    state stays as it was. Raises DataError where no token is hidden.
+    With the masked objective, documents are cut into windows as long as in this stage, and the same tokens are hidden
+    every time. `on_part` gets the tokens of each forward pass, on all ranks. The net ends in training mode, and the
+    random state stays as it was. Raises DataError where no token is hidden.
     """
     reading: dict[str, Any] = {
         "chunk": recipe.train.chunk,
@@ -286,8 +270,8 @@ def evaluate(
     model.eval()
     try:
         if recipe.train.objective == "masked":
-            return _score_masked(Reader(model, **reading), _masked_windows(documents, recipe, eos_id, seq_len))
-        rows = score(model, documents, facts=ModelFacts(eos_id), **reading).read_all().to_pylist()
+            return _score_masked(Reader(model, **reading), _masked_windows(data, recipe, stage))
+        rows = score(model, data.held_out, facts=ModelFacts(data.eos_id), **reading).read_all().to_pylist()
         return reduce(add, (Score(row["nll_sum"], row["n_tokens"], row["n_bytes"]) for row in rows))
     finally:
         model.train()
@@ -300,15 +284,12 @@ class _MaskedWindow(Window):
     targets: Tensor
 
 
-def _masked_windows(
-    documents: Sequence[Document], recipe: Recipe, eos_id: int, seq_len: int
-) -> Iterator[_MaskedWindow]:
-    places = ((document, start) for document in documents for start in range(0, len(document), seq_len))
+def _masked_windows(data: TrainingData, recipe: Recipe, stage: Stage) -> Iterator[_MaskedWindow]:
+    length, rate, mask_id = stage.seq_len, recipe.train.mask_rate, recipe.model.vocab_size - 1
+    places = ((document, start) for document in data.held_out for start in range(0, len(document), length))
     for turn, (document, start) in enumerate(places):
-        ids = torch.from_numpy(document.read(start, start + seq_len))[None]
-        seen, targets = mask_tokens(
-            ids, recipe.train.mask_rate, mask_id=recipe.model.vocab_size - 1, eos_id=eos_id, seeds=[(turn,)]
-        )
+        ids = torch.from_numpy(document.read(start, start + length))[None]
+        seen, targets = mask_tokens(ids, rate, mask_id=mask_id, eos_id=data.eos_id, seeds=[(turn,)])
         hidden = Document(document.doc_id, seen[0].numpy(), None, document.where)
         yield _MaskedWindow(hidden, 0, len(hidden), 0, targets[0])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -111,6 +112,16 @@ class ScheduleRecipe(StrictModel):
             raise ValueError(f'schedule.power is of decay = "polynomial", not of "{self.decay}"')
         return self
 
+    def learning_rate(self, step: int, total: int, peak: float) -> float:
+        """Return the learning rate of a step, 0 .. total - 1."""
+        if step < self.warmup_steps:
+            return peak * (step + 1) / self.warmup_steps
+        if self.decay == "constant":
+            return peak
+        done = (step - self.warmup_steps) / max(1, total - 1 - self.warmup_steps)
+        share = (1 + math.cos(math.pi * done)) / 2 if self.decay == "cosine" else (1 - done) ** self.power
+        return peak * (self.final + (1 - self.final) * share)
+
 
 class Stage(StrictModel):
     """`steps` optimizer steps at one context length; a run may grow its context stage by stage."""
@@ -216,6 +227,10 @@ class Recipe(StrictModel):
     def tokens(self) -> int:
         """The tokens of all steps together."""
         return sum(stage.steps * self.step_tokens(stage) for stage in self.train.stages)
+
+    def learning_rate(self, step: int) -> float:
+        """Return the learning rate of a step, 0, 1, ..."""
+        return self.schedule.learning_rate(step, self.train.steps, self.optimizer.lr)
 
     def step_tokens(self, stage: Stage) -> int:
         """Return the tokens of a step."""
