@@ -44,7 +44,7 @@ from longnet_cli.basics.errors import ConfigError, InputWarning, LongNetError
 from longnet_cli.basics.sizes import format_bytes, format_count, format_duration, format_size, parse_size
 from longnet_cli.jobs.describing import out_of_reach
 from longnet_cli.jobs.estimating.memory import reading_memory, spilled_bytes
-from longnet_cli.jobs.estimating.reading import Extent, ReadingPlan
+from longnet_cli.jobs.estimating.reading import ReadingPlan
 from longnet_cli.jobs.training.costs import StepFlops, step_flops, stored_bytes, training_memory
 from longnet_cli.jobs.training.recipe import Recipe, Stage, load_recipe, parse_overrides
 from longnet_cli.jobs.training.start import check_ranks
@@ -476,7 +476,7 @@ def reading_plans(
     chunk = chunk or chunk_beside(config, int(rates["memory"]) if machine.device == "cuda" else 0)
     shareable = net.layer_by_layer and tokens > chunk  # one forward pass is one device's
     read, plans = ReadingPlan(net, chunk), []
-    read.add([Extent(tokens, tokens * scores)])
+    read.add([(tokens, tokens * scores)])
     flops, attention = read.product_flops(scores) / tokens, read.attention_flops() / tokens
     for sp, dp in meshes(machine, None if shareable else 1):
         ranks = Ranks(0, sp, sp)

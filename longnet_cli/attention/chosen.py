@@ -462,7 +462,7 @@ class _GroupCall(NamedTuple):
         dout, q, out, lse = (_folded(x[self.groups], keys[0]) for x in tensors)
         k_, v_ = self.stored.gathered(self.taken, keys[0], keys[1], self.room)
         k_ = self.turned(k_, turn)
-        dq, dk, dv = kernel.backward(dout, q, k_, self.in_groups(v_), out, lse[..., 0], False, scale)
+        dq, dk, dv = kernel.backward((dout, q, k_, self.in_groups(v_), out, lse[..., 0]), False, scale)
         del k_, v_
         self.stored.add(into[1], self.in_blocks(dv), self.taken, 1)
         del dv

@@ -219,7 +219,7 @@ class _MergedBranches(torch.autograd.Function):
 
         there = [*far, *(sinks.turned(k, v, far) if sinks else ())]
         far_first = on_far if any(back) else None
-        grads = merged_backward(plan, scale, dout, q, k, v, out, lse, there, far_first, chosen)
+        grads = merged_backward(plan, scale, (dout, q, k, v, out, lse), there, far_first, chosen)
         if not far_first:
             on_far(grads[3:])
         for d, dx in zip(of_sinks, grads[1:3], strict=False):  # there may be no sinks

@@ -40,11 +40,6 @@ class Rows(NamedTuple):
     skew: int
     row_heads: int = 0
 
-    @classmethod
-    def of(cls, heads: Heads, **sizes: int) -> Rows:
-        """Return the rows of these heads; `sizes` are the other fields."""
-        return cls(heads=heads.number, first_head=heads.first, head_step=heads.step, **sizes)
-
 
 class Heads(NamedTuple):
     """An arithmetic progression of `number` heads: first, first + step, ..."""
@@ -60,6 +55,35 @@ class Heads(NamedTuple):
     def of(self, others: Sequence[int]) -> Heads:
         """Return the progression of the values of `others` at these heads, such as the key head of each query head."""
         return Heads(self.number, others[self.first], self.growth(others) if self.number > 1 else self.step)
+
+
+class HeadRows(NamedTuple):
+    """Rows of a segment, in some order of heads: the head that has them, the token of the first one, and their number.
+
+    The rows of a head are `row_step` tokens apart, and those of the next segment `segment_step` tokens later.
+    """
+
+    heads: Sequence[int]
+    first_tokens: Sequence[int]
+    counts: Sequence[int]
+    segment_step: int
+    row_step: int
+
+    @classmethod
+    def at(
+        cls, start: int, stop: int, heads: Sequence[int], offsets: Sequence[int], w: int, r: int, origin: int = 0
+    ) -> HeadRows:
+        """Return the rows at positions [start, stop) of one segment. Tokens count from position `origin`."""
+        segment = start // w * w
+        before, until = ([rows_before(edge - segment, o, r) for o in offsets] for edge in (start, stop))
+        first_tokens = [segment - origin + o + b * r for o, b in zip(offsets, before, strict=True)]
+        return cls(heads, first_tokens, [b - a for a, b in zip(before, until, strict=True)], w, r)
+
+    def view(self, run: Heads, segments: int = 1) -> Rows:
+        """Return the view that shows the rows of a run in this order, in so many segments."""
+        first_token, skew = self.first_tokens[run.first], run.growth(self.first_tokens)
+        sizes = segments, self.segment_step, *run.of(self.heads), self.counts[run.first], self.row_step
+        return Rows(*sizes, first_token, skew)
 
 
 def rows_before(position: int, offset: int, dilation_rate: int) -> int:
@@ -204,23 +228,33 @@ def _by_segment(level: int, w: int, start: int, stop: int) -> list[FarSpan]:
     return spans
 
 
-def span_rows(pattern: Pattern, span: FarSpan, num_heads: int, kv_heads: int = 0) -> list[int]:
+def segment_start(pattern: Pattern, span: FarSpan) -> int:
+    """Return the position at which the segment of a span starts."""
+    w, _ = level_of(pattern, span.level)
+    return span.start // w * w
+
+
+def lane_rows(pattern: Pattern, level: int, inside: int, num_heads: int, kv_heads: int = 0) -> list[int]:
+    """Return how many rows each lane of a level has in the first `inside` positions of a segment."""
+    _, r = level_of(pattern, level)
+    return [rows_before(inside, o, r) for o in lanes(pattern, level, num_heads, kv_heads).offsets]
+
+
+def _rows_of(pattern: Pattern, span: FarSpan, num_heads: int, kv_heads: int, origin: int = 0) -> HeadRows:
+    """Return the rows of `span` in each lane, as tokens that count from position `origin`."""
+    (w, r), (heads, offsets, _) = level_of(pattern, span.level), lanes(pattern, span.level, num_heads, kv_heads)
+    return HeadRows.at(span.start, span.stop, heads, offsets, w, r, origin)
+
+
+def span_rows(pattern: Pattern, span: FarSpan, num_heads: int, kv_heads: int = 0) -> Sequence[int]:
     """Return how many rows of `span` each lane has; lanes differ by at most one."""
-    w, r = level_of(pattern, span.level)
-    inside = span.start % w
-    stop = inside + span.stop - span.start
-    offsets = lanes(pattern, span.level, num_heads, kv_heads).offsets
-    return [rows_before(stop, o, r) - rows_before(inside, o, r) for o in offsets]
+    return _rows_of(pattern, span, num_heads, kv_heads).counts
 
 
 def span_positions(pattern: Pattern, span: FarSpan, num_heads: int, kv_heads: int = 0) -> list[range]:
     """Return the positions of the rows of `span`, for each lane."""
-    w, r = level_of(pattern, span.level)
-    segment = span.start // w * w
-    offsets = lanes(pattern, span.level, num_heads, kv_heads).offsets
-    firsts = [segment + o + rows_before(span.start - segment, o, r) * r for o in offsets]
-    counts = span_rows(pattern, span, num_heads, kv_heads)
-    return [range(first, first + count * r, r) for first, count in zip(firsts, counts, strict=True)]
+    _, starts, counts, _, r = _rows_of(pattern, span, num_heads, kv_heads)
+    return [range(start, start + count * r, r) for start, count in zip(starts, counts, strict=True)]
 
 
 class SpanViews(NamedTuple):
@@ -237,29 +271,19 @@ class SpanViews(NamedTuple):
 
 def span_views(pattern: Pattern, span: FarSpan, num_heads: int, start: int, kv_heads: int = 0) -> Iterator[SpanViews]:
     """Yield views of the rows of `span` for a shard that starts at `start` and holds them; none for an empty span."""
-    w, r = level_of(pattern, span.level)
     if span.start >= span.stop:
         return
-    segment = span.start // w * w
-    heads, offsets, _ = lanes(pattern, span.level, num_heads, kv_heads)
-    before = [rows_before(span.start - segment, o, r) for o in offsets]
-    counts = span_rows(pattern, span, num_heads, kv_heads)
-    firsts = [segment - start + o + b * r for o, b in zip(offsets, before, strict=True)]
+    rows = _rows_of(pattern, span, num_heads, kv_heads, start)
+    before = lane_rows(pattern, span.level, span.start - segment_start(pattern, span), num_heads, kv_heads)
     # a view of a segment starts at the same row for all of its lanes: they need equally many rows before it
-    equal = [(count, b) if count else None for count, b in zip(counts, before, strict=True)]
-    even = list(zip(firsts, heads, strict=True))
-    group = num_heads // (kv_heads or num_heads)
-    steps = (1, r, -(-len(heads) // r), len(heads) // len({*heads}), lcm(r, group))
+    equal = [pair if pair[0] else None for pair in zip(rows.counts, before, strict=True)]
+    even = list(zip(rows.first_tokens, rows.heads, strict=True))
+    number, r, group = len(rows.heads), rows.row_step, num_heads // (kv_heads or num_heads)
+    steps = (1, r, -(-number // r), number // len({*rows.heads}), lcm(r, group))
+    packed_rows = rows._replace(heads=range(number), first_tokens=[0] * number, row_step=1)
     for run in progressions(equal, even, steps):
-        first, skew = firsts[run.first], run.growth(firsts)
-        packed = Rows.of(run, segments=1, segment_step=w, rows=counts[run.first], row_step=1, first_token=0, skew=0)
-        yield SpanViews(
-            shard=Rows.of(
-                run.of(heads), segments=1, segment_step=w, rows=packed.rows, row_step=r, first_token=first, skew=skew
-            ),
-            packed=packed,
-            segment=packed._replace(first_token=before[run.first]) if before[run.first] else packed,
-        )
+        packed = packed_rows.view(run)
+        yield SpanViews(rows.view(run), packed, packed._replace(first_token=before[run.first]))
 
 
 def common_span(pattern: Pattern, level: int, segment: int, start: int, stop: int) -> FarSpan:

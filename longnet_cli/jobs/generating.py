@@ -26,7 +26,7 @@ from torch import Tensor
 from longnet_cli.basics.errors import ConfigError, DataError, NotFiniteError
 from longnet_cli.data.documents import Document
 from longnet_cli.data.tokenizer import TextStream, Tokenizer
-from longnet_cli.jobs.estimating.reading import Extent, ReadingPlan
+from longnet_cli.jobs.estimating.reading import ReadingPlan
 from longnet_cli.jobs.options import check_sampling
 from longnet_cli.nets.net import Bos, InputSequence, Net, bos_ids
 from longnet_cli.running.causal_stream import CausalStream, open_stream
@@ -150,7 +150,7 @@ def plan_generation(
     for prompt in prompts:
         model.sequence(prompt, bos).check("give a shorter prompt", skips=False)
         plan.add_document(len(prompt))
-        plan.add([Extent(len(prompt) + len(bos_ids(bos)) + max_tokens, 1 + max_tokens)])
+        plan.add([(len(prompt) + len(bos_ids(bos)) + max_tokens, 1 + max_tokens)])
     plan.seconds = time.perf_counter() - begin
     return plan
 

@@ -28,27 +28,18 @@ from torch import Tensor
 from longnet_cli.basics.atomic import file_sha256, whole_folder, write_file
 from longnet_cli.basics.configuration import validate
 from longnet_cli.basics.errors import CheckpointError, ConfigError
+from longnet_cli.models.official_slide import HEADS, RATES, OfficialAttention, OfficialBlock, OfficialFeedForward
 from longnet_cli.nets.config import LongNetConfig, SlideConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.positions import XPOS_GAMMA
 from longnet_cli.nets.slide import VectorNet
-from longnet_cli.nets.weights import TYPE_NAMES, NetT, check_finite, differences, list_names
+from longnet_cli.nets.weights import TYPE_NAMES, NetT, check_finite, empty_net, list_names
 
-_MODULES = {  # our name -> torchscale's, of a layer, then of the net
-    "attention_norm": "self_attn_layer_norm",
-    "attention.q": "self_attn.q_proj",
-    "attention.k": "self_attn.k_proj",
-    "attention.v": "self_attn.v_proj",
-    "attention.inner_norm": "self_attn.inner_attn_ln",
-    "attention.out": "self_attn.out_proj",
-    "ffn_norm": "final_layer_norm",
-    "ffn.fc1": "ffn.fc1",
-    "ffn.inner_norm": "ffn.ffn_layernorm",
-    "ffn.fc2": "ffn.fc2",
-    "embedding": "embed_tokens",
-    "final_norm": "layer_norm",
-    "output": "output_projection",
-}
+# our name -> torchscale's, of the net, then of a layer
+_MODULES = {"embedding": "embed_tokens", "final_norm": "layer_norm", "output": "output_projection"}
+_MODULES |= OfficialBlock.official
+for _part, _kind in (("attention", OfficialAttention), ("ffn", OfficialFeedForward)):
+    _MODULES |= {f"{_part}.{ours}": f"{_MODULES[_part]}.{theirs}" for ours, theirs in _kind.official.items()}
 _PREFIX = re.compile(r"(model|decoder|encoder)\.")
 DERIVED_BUFFERS = re.compile(r"(.*\.)?(xpos\.scale|version)")  # buffers that the configuration determines
 
@@ -80,23 +71,16 @@ def renamed_net(
 
     Raises CheckpointError, which names the keys, as `from_torchscale` does.
     """
-    with torch.device("meta"):
-        net = build(config)
-    state = dict(state)
+    state = {name: tensor for name, tensor in state.items() if not DERIVED_BUFFERS.fullmatch(name)}
     if config.vocab_size and config.tie_embeddings:
         output, table = state.pop("output_projection.weight", None), state.get("embed_tokens.weight")
         if output is not None and table is not None and not torch.equal(output, table):
             raise CheckpointError(
                 f"{where}: output_projection.weight is not embed_tokens.weight; set tie_embeddings=false"
             )
-    names = {name_of(ours): ours for ours in net.state_dict()}
-    needed = {theirs: tuple(net.state_dict()[ours].shape) for theirs, ours in names.items()}
-    given = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    if problems := differences(needed, given, "the others need"):
-        shown = problems[:4] + [f"{len(problems) - 4} more shapes differ"] * (len(problems) > 4)
-        raise CheckpointError(f"{where}: {'; '.join(shown)}")
+    net = empty_net(build, config, state, where, "the others need", name_of)
     # our own copy: training the net must not change the caller's dict
-    weights = {ours: state[theirs].detach().to(torch.float32, copy=True) for theirs, ours in names.items()}
+    weights = {ours: state[name_of(ours)].detach().to(torch.float32, copy=True) for ours in net.state_dict()}
     net.load_state_dict({name: tensor.contiguous() for name, tensor in weights.items()}, assign=True)
     return net.eval()
 
@@ -132,9 +116,8 @@ def slide_name(ours: str) -> str:
 
 def slide_net(config: LongNetConfig, state: Mapping[str, Tensor], where: str) -> VectorNet:
     """Build the float32 net of a slide encoder with weights that have their official names. Raises CheckpointError."""
-    state = {name: tensor for name, tensor in state.items() if not DERIVED_BUFFERS.fullmatch(name)}
     if "cls_token" in state:
-        state["cls_token"] = state["cls_token"].flatten()
+        state = {**state, "cls_token": state["cls_token"].flatten()}
     return renamed_net(VectorNet, config, state, slide_name, where)
 
 
@@ -149,7 +132,6 @@ _INSIDE = ("model", "module", "state_dict", "teacher")  # keys of the state dict
 _SHARED = re.compile(r"(module|model|backbone|slide_encoder|encoder|decoder)\.")
 _SLIDE = {"cls": "cls_token", "project.weight": "patch_embed.proj.weight", "project.bias": "patch_embed.proj.bias"}
 _SLIDE |= {"norm.weight": "norm.weight", "norm.bias": "norm.bias"}  # our name -> theirs, of all but the layers
-_RATES = (1, 2, 4, 8, 16)
 _LONGVIT = {  # number of positions (patches of 32 pixels) -> segment lengths
     1024: (64, 128, 256, 512, 1024),
     16384: (1024, 2048, 4096, 8192, 16384),
@@ -281,11 +263,10 @@ class _Contents:
         images = patches is not None and patches.ndim == 4
         self.slide = not images and (patches is not None or "cls_token" in state)
         self.prefix = "encoder." if self.slide or images else ""
-        self.left_out: list[str] = []
-        if images:  # a LongNet computes no image patches or positions
-            self.left_out = [name for name in state if not name.startswith(self.prefix)]
+        # a LongNet computes no image patches or positions
+        self.left_out = [name for name in state if images and not name.startswith(self.prefix)]
         self.scales = [t for name, t in state.items() if name.endswith("xpos.scale")]
-        self.state = {n: t for n, t in state.items() if not DERIVED_BUFFERS.fullmatch(n) and n not in self.left_out}
+        self.state = {name: tensor for name, tensor in state.items() if name not in self.left_out}
         self.decoder = f"{self.prefix}output_projection.weight" in self.state or bool(self.scales)
         if self.slide:
             self.what = "a slide encoder as Prov-GigaPath's"
@@ -332,44 +313,25 @@ class _Contents:
             raise CheckpointError(
                 f"{self.path}: a net without norms inside and at its end, as with deepnorm, is not read"
             )
-        heads: int = 16
+        heads: int = HEADS
         lengths: Sequence[int] = _LONGVIT.get(positions, _LONGVIT[1024])
-        rates: Sequence[int] = _RATES
+        rates: Sequence[int] = RATES
         if self.slide:
             patches = self.state.get("patch_embed.proj.weight")
             data["in_features"] = 1536 if patches is None else patches.shape[-1]
             lengths = SlideConfig.gigapath().segment_lengths
-        elif not self.prefix:
-            heads, lengths, rates = self._of_torchscale(dim)
-            if table := self._shape("embed_tokens.weight"):
-                data["vocab_size"] = table[0]
-                data["tie_embeddings"] = self._is_tied()
+        elif not self.prefix:  # of torchscale's nets, only xPos's scales tell a default
+            heads, lengths, rates = dim // (2 * len(self.scales[0])) if self.scales else 0, (), ()
+            if (table := self.state.get("embed_tokens.weight")) is not None and table.ndim:
+                output = self.state.get("output_projection.weight")
+                data |= {"vocab_size": len(table), "tie_embeddings": output is None or torch.equal(output, table)}
         data["num_heads"] = self.given.heads or heads
         data["segment_lengths"] = tuple(self.given.segment_lengths or lengths)
         data["dilation_rates"] = tuple(self.given.dilation_rates or rates)
+        if missing := [name for name in ("num_heads", "segment_lengths", "dilation_rates") if not data[name]]:
+            options = ", ".join(f"--{name.removeprefix('num_').replace('_', '-')}" for name in missing)
+            raise ConfigError(f"{self.path}: {self.what}, and no file says the pattern of one: give {options}")
         return validate(SlideConfig if self.slide else LongNetConfig, data, str(self.path))
-
-    def _of_torchscale(self, dim: int) -> tuple[int, Sequence[int], Sequence[int]]:
-        """Return the given (heads, segment lengths, dilation rates). xPos's scales also tell the number of heads.
-
-        Raises ConfigError for missing values.
-        """
-        given = self.given
-        heads = given.heads or (dim // (2 * len(self.scales[0])) if self.scales else 0)
-        wanted = {
-            "--heads": heads,
-            "--segment-lengths": given.segment_lengths,
-            "--dilation-rates": given.dilation_rates,
-        }
-        if missing := [name for name, value in wanted.items() if not value]:
-            raise ConfigError(
-                f"{self.path}: {self.what}, and no file says the pattern of one: give {', '.join(missing)}"
-            )
-        return heads, given.segment_lengths or (), given.dilation_rates or ()
-
-    def _is_tied(self) -> bool:
-        output, table = self.state.get("output_projection.weight"), self.state["embed_tokens.weight"]
-        return output is None or torch.equal(output, table)
 
     def _size(self, name: str) -> int:
         """Return the number of rows that the matrices of this name have in most layers."""
@@ -382,9 +344,6 @@ class _Contents:
                 f"but {list_names('the', [*self.state])}"
             )
         return sizes.most_common(1)[0][0]
-
-    def _shape(self, name: str) -> tuple[int, ...] | None:
-        return tuple(self.state[name].shape) if name in self.state else None
 
 
 def _listed(names: Sequence[str]) -> str:

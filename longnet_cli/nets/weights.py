@@ -175,9 +175,8 @@ def load_pretrained(
             saved = file.metadata() or {}
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
             check_header(config, {n: (s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}, str(path))
-            shapes = {n: tuple(s.get_shape()) for n, s in slices.items()}
-            model = empty_net(build, config, shapes, str(path))
-            stored = {name: file.get_tensor(name) for name in slices}
+            stored = {name: file.get_tensor(name) for name in slices}  # mapped, not read
+            model = empty_net(build, config, stored, str(path))
             if verify and saved.get(CONFIG_SHA256, known := digest(_own_config(folder / CONFIG))) != known:
                 raise CheckpointError(
                     f"{folder / CONFIG}: not what the weights were saved with: put that back, or if the change is "
@@ -232,24 +231,30 @@ def model_origin(model: Net, name: str | None, tokenizer_sha256: str | None) -> 
 
 
 def empty_net(
-    build: Callable[[LongNetConfig], NetT], config: LongNetConfig, shapes: Mapping[str, tuple[int, ...]], where: str
+    build: Callable[[LongNetConfig], NetT],
+    config: LongNetConfig,
+    tensors: Mapping[str, Tensor],
+    where: str,
+    by: str = "its configuration needs",
+    name_of: Callable[[str], str] = str,
 ) -> NetT:
-    """Build a net without memory, for tensors of these names and shapes. Raises CheckpointError if they do not fit."""
+    """Build a net without memory, for these `tensors`, in which `name_of` gives the name of each of the net's own.
+
+    Raises CheckpointError for missing and surplus names, and for other shapes than those that are needed; `by` says who
+    needs them.
+    """
     with torch.device("meta"):
         model = build(config)
-    expected = model.state_dict()
-    needed = {name: tuple(tensor.shape) for name, tensor in expected.items()}
-    if problems := differences(needed, shapes, "its configuration needs"):
-        raise CheckpointError(f"{where}: {problems[0]}")
-    return model
-
-
-def differences(needed: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]], by: str) -> list[str]:
-    """Return what is wrong with tensors of the `given` shapes, in words; `by` says who needs the others."""
+    needed = {name_of(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     missing, surplus = ([n for n in one if n not in other] for one, other in ((needed, given), (given, needed)))
-    names = [list_names(what, some) for what, some in (("missing", missing), ("unexpected", surplus)) if some]
+    problems = [list_names(what, some) for what, some in (("missing", missing), ("unexpected", surplus)) if some]
     wrong = [name for name, shape in needed.items() if given.get(name, shape) != shape]
-    return names + [f"{name} has shape {given[name]}, {by} {needed[name]}" for name in wrong]
+    problems += [f"{name} has shape {given[name]}, {by} {needed[name]}" for name in wrong]
+    if problems:
+        more = [f"{len(problems) - 4} more shapes differ"] * (len(problems) > 4)
+        raise CheckpointError(f"{where}: {'; '.join(problems[:4] + more)}")
+    return model
 
 
 def _own_config(path: Path) -> Any:

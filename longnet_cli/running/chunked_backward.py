@@ -21,7 +21,7 @@ from torch import Tensor
 
 from longnet_cli.attention import FarKeys, FarSpan, Outside, Past
 from longnet_cli.attention.choosing import Names
-from longnet_cli.attention.spans import common_span, lanes, level_of, open_spans, rows_before, segment_rows, span_views
+from longnet_cli.attention.spans import common_span, lane_rows, open_spans, segment_rows, span_views
 from longnet_cli.attention.views import accumulator, strided_view
 from longnet_cli.nets.config import NetConfig
 from longnet_cli.nets.named_blocks import ReadText, named_blocks
@@ -270,11 +270,10 @@ class FarGradients:
         """Sum the rows that a chunk from `start` on has of a span over the ranks, in place. Return their places."""
         if self.ranks.sp == 1:
             return slice(None)
-        _, r = level_of(self.pattern, span.level)
-        offsets = lanes(self.pattern, span.level, self.num_heads, k.shape[2]).offsets
-        first = min(rows_before(max(start - span.start, 0), offset, r) for offset in offsets)
-        last = max(rows_before(span.stop - span.start, offset, r) for offset in offsets)
-        of_chunk = rows[:, :, first:last].to(k.device).contiguous()
+        edges = max(start - span.start, 0), span.stop - span.start
+        first, stop = (lane_rows(self.pattern, span.level, edge, self.num_heads, k.shape[2]) for edge in edges)
+        places = slice(min(first), max(stop))
+        of_chunk = rows[:, :, places].to(k.device).contiguous()
         dist.all_reduce(of_chunk, group=self.ranks.group)
-        rows[:, :, first:last] = of_chunk
-        return slice(first, last)
+        rows[:, :, places] = of_chunk
+        return places

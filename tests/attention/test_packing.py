@@ -41,10 +41,10 @@ class Unpacked(PackedMath):
             raise RuntimeError("no kernel image\nfor this device")
         return super().forward_packed(*args, **kwargs)
 
-    def backward_packed(self, dout, q, k, v, *args) -> tuple[Tensor, Tensor, Tensor]:
+    def backward_packed(self, tensors, *args) -> tuple[Tensor, Tensor, Tensor]:
         if self.wrong == "own lse":  # rather than the merged one
-            args = (*self.forward_packed(q, k, v, *args[2:]), *args[2:])
-        dq, dk, dv = super().backward_packed(dout, q, k, v, *args)
+            tensors = (*tensors[:4], *self.forward_packed(*tensors[1:4], *args))
+        dq, dk, dv = super().backward_packed(tensors, *args)
         return dq, 1.1 * dk if self.wrong == "backward_packed" else dk, dv
 
 

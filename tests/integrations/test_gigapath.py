@@ -99,7 +99,7 @@ def test_names_and_shapes_are_the_official_ones_in_order(arch: str) -> None:
 def test_checkpoints_go_both_ways(checkpoint: Path, tmp_path: Path) -> None:
     state = torch.load(checkpoint)["model"]
     model = create_model(str(checkpoint), "tiny", 6)
-    assert model.training
+    assert all(module.training for module in model.modules())
     assert all(p.requires_grad for p in model.parameters())
     found = model.state_dict()
     assert [*found] == [*state]
@@ -116,6 +116,10 @@ def test_what_create_model_refuses(checkpoint: Path, tmp_path: Path) -> None:
     torch.save({"model": state}, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match=r"other.pth: .*missing tensor norm.bias; unexpected tensor classifier"):
         create_model(str(tmp_path / "other.pth"), "tiny", 6)
+    state["norm.bias"] = state.pop("classifier.weight") * torch.nan
+    torch.save({"model": state}, tmp_path / "nan.pth")
+    with pytest.raises(CheckpointError, match=r"nan.pth: norm.bias has numbers that are NaN"):
+        create_model(str(tmp_path / "nan.pth"), "tiny", 6)
     with pytest.raises(CheckpointError, match=r"patch_embed.proj.weight has shape \(64, 6\), .* need \(64, 7\)"):
         create_model(str(checkpoint), "tiny", 7)
     with pytest.raises(

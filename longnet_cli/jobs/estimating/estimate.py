@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from longnet_cli.jobs.estimating.memory import reading_memory, spilled_bytes
-from longnet_cli.jobs.estimating.reading import Extent, ReadingPlan, Shape
+from longnet_cli.jobs.estimating.reading import ReadingPlan, Shape
 from longnet_cli.nets.net import Net
 from longnet_cli.running.causal_stream import open_stream
 from longnet_cli.running.chunk_size import fitting_chunk
@@ -90,7 +90,7 @@ def reading_rate(net: Net, plan: ReadingPlan, dtype: str, room: float, *, scores
     in_chunks = plan.in_chunks(plan.chunk) and usual == Shape(1, plan.chunk)
     lengths = [min(plan.longest, steps * tokens)] if in_chunks else [shape.tokens] * steps * shape.rows
     timed = ReadingPlan(net, tokens)
-    timed.add(Extent(length, length) for length in lengths)
+    timed.add((length, length) for length in lengths)
     return timed.flops(scores) / seconds(lengths, SECONDS, scores), shape
 
 

@@ -24,7 +24,7 @@ needs `use_dilated_attention` after loading, too.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict
@@ -43,11 +43,11 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
-from longnet_cli.attention import FarKeys, FarSpan, LayerChoices, Outside, Pattern, dilated_attention
+from longnet_cli.attention import FarKeys, LayerChoices, Outside, Pattern, dilated_attention
 from longnet_cli.attention.choosing import Choices
 from longnet_cli.attention.notation import from_fields
 from longnet_cli.attention.sinks import Turn
-from longnet_cli.attention.spans import SINKS, far_spans, lanes, span_positions, span_rows
+from longnet_cli.attention.spans import far_spans, lanes, level_of, span_positions
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.models.hf.auto_longnet import LongNetPreTrainedModel  # registers its classes
 from longnet_cli.models.hf.longnet_cache import CACHE, AlignedRows, LongNetCache, by_rows, columns_of
@@ -116,10 +116,13 @@ def use_dilated_attention(model: PreTrainedModel, pattern: Pattern | None = None
         raise
     if earlier != ATTENTION_NAME:
         setattr(model, _OWN, earlier)
+    if turn_of and not hasattr(model, _CURRENT):
+        current = _CurrentPass()
+        setattr(model, _CURRENT, current)
+        body(model).register_forward_pre_hook(current.begin, with_kwargs=True)
     for module, turn in turn_of.items():
         setattr(module, _TURN, turn)
-    if turn_of:
-        _watch(model, turn_of)
+        setattr(module, _CURRENT, getattr(model, _CURRENT))
     make_phases_exact(model)
     if "logits_to_keep" in inspect.signature(body(model).forward).parameters:
         body(model).register_forward_pre_hook(_keep_queries, with_kwargs=True)
@@ -157,17 +160,6 @@ class _CurrentPass:
                 named = named_blocks(pattern, None if ids is None else ids[:, rows.first :])
             self.choices[rows.first] = Choices(named)
         return self.choices[rows.first]
-
-
-def _watch(model: PreTrainedModel, modules: Iterable[nn.Module]) -> None:
-    """Let a model note what it reads at each call, for its attention `modules`."""
-    current = getattr(model, _CURRENT, None)
-    if current is None:
-        current = _CurrentPass()
-        setattr(model, _CURRENT, current)
-        body(model).register_forward_pre_hook(current.begin, with_kwargs=True)
-    for module in modules:
-        setattr(module, _CURRENT, current)
 
 
 def _seeing_all(model: PreTrainedModel, ids: Tensor) -> Tensor:
@@ -429,24 +421,20 @@ def _cached(k: Tensor, v: Tensor, pattern: Pattern, num_heads: int, start: int) 
     far_keys = []
     batch, stop, key_heads, head_dim = k.shape
     for span in far_spans(pattern, start, stop, True):
-        w, r = (1, 1) if span.level == SINKS else pattern.levels[span.level]
+        w, r = level_of(pattern, span.level)
         if r == 1:
             far_keys.append(FarKeys(*span, k[:, span.start : span.stop], v[:, span.start : span.stop]))
             continue
         positions = span_positions(pattern, span, num_heads, key_heads)
         if not (rows := max(map(len, positions))):
             continue
-        edge = (start // w + 1) * w  # two segments show every lane that has a new token
-        new = [FarSpan(span.level, start, min(stop, edge)), FarSpan(span.level, edge, max(edge, min(stop, edge + w)))]
-        asked = [
-            any(counts) for counts in zip(*(span_rows(pattern, x, num_heads, key_heads) for x in new), strict=True)
-        ]
+        asked = {p % w % r for p in range(start, min(stop, start + 2 * r))}  # the offsets of all new tokens
         packed = k.new_empty(2, batch, len(positions), rows, head_dim)
-        for lane, head in enumerate(lanes(pattern, span.level, num_heads, key_heads).kv_heads):
-            if asked[lane] or pattern.queries == "all":
-                kept, places = slice(0, len(positions[lane])), positions[lane]
+        heads, offsets, _ = lanes(pattern, span.level, num_heads, key_heads)
+        for lane, places in enumerate(positions):
+            if offsets[lane] in asked or pattern.queries == "all":
                 for i, x in enumerate((k, v)):
-                    packed[i, :, lane, kept] = x[:, places.start : places.stop : r, head]
+                    packed[i, :, lane, : len(places)] = x[:, places.start : places.stop : r, heads[lane]]
         far_keys.append(FarKeys(*span, *packed.transpose(2, 3)))
     return Outside(far_keys)
 

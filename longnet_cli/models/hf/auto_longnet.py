@@ -77,8 +77,15 @@ class LongNetPreTrainedModel(hf.PreTrainedModel):
     config_class = LongNetHFConfig
     base_model_prefix = "longnet"  # names no attribute: weights keep a LongNet's own names
     _no_split_modules = ("Block",)
+    causal: bool | None = None  # whether a class with logits is for causal nets
 
     def __init__(self, config: LongNetHFConfig) -> None:
+        asked = type(self).__name__.replace("LongNet", "AutoModel")
+        if self.causal is not None and not config.vocab_size:
+            raise ValueError(f"this LongNet has no vocabulary: open it with AutoModel, not {asked}")
+        if self.causal not in (None, config.causal):
+            is_, needed = ("causal", "CausalLM") if config.causal else ("bidirectional", "MaskedLM")
+            raise ValueError(f"this LongNet is {is_}: open it with AutoModelFor{needed}, not {asked}")
         super().__init__(config)
         net = LongNet(config.longnet)
         for name, child in net.named_children():
@@ -243,9 +250,7 @@ class LongNetModel(LongNetPreTrainedModel):
 class LongNetForCausalLM(LongNetPreTrainedModel, hf.GenerationMixin):
     """A causal LongNet with logits of the next token, and with `generate()`, which uses a `LongNetCache`."""
 
-    def __init__(self, config: LongNetHFConfig) -> None:
-        _refuse(config, "AutoModelForCausalLM", causal=True)
-        super().__init__(config)
+    causal = True
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -283,9 +288,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, hf.GenerationMixin):
 class LongNetForMaskedLM(LongNetPreTrainedModel):
     """A bidirectional LongNet with logits of masked tokens."""
 
-    def __init__(self, config: LongNetHFConfig) -> None:
-        _refuse(config, "AutoModelForMaskedLM", causal=False)
-        super().__init__(config)
+    causal = False
 
     def forward(
         self,
@@ -312,22 +315,11 @@ def _columns(attention_mask: Tensor | None, position_ids: Tensor | None, columns
             f"attention_mask must say of all {columns} tokens so far which are padding, (batch, {columns}), not be of "
             f"shape {tuple(attention_mask.shape)}"
         )
-    if position_ids is not None and position_ids.shape[-1] > 1:
-        mask = None if attention_mask is None else attention_mask[:, -position_ids.shape[-1] :].bool()
-        goes_on = position_ids.diff(dim=-1) == 1
-        if mask is not None:
-            goes_on = goes_on | ~(mask[:, 1:] & mask[:, :-1])
-        if not goes_on.all():
+    if position_ids is not None:
+        mask = torch.ones_like(position_ids) if attention_mask is None else attention_mask[:, -position_ids.shape[-1] :]
+        if ((position_ids.diff(dim=-1) != 1) & mask[:, 1:].bool() & mask[:, :-1].bool()).any():
             raise ValueError("a LongNet counts positions itself: position_ids that restart (packed texts) are refused")
     return None if attention_mask is None else columns_of(attention_mask.bool())
-
-
-def _refuse(config: LongNetHFConfig, asked: str, *, causal: bool) -> None:
-    if not config.vocab_size:
-        raise ValueError(f"this LongNet has no vocabulary: open it with AutoModel, not {asked}")
-    if config.causal is not causal:
-        is_, needed = ("causal", "CausalLM") if config.causal else ("bidirectional", "MaskedLM")
-        raise ValueError(f"this LongNet is {is_}: open it with AutoModelFor{needed}, not {asked}")
 
 
 def _output(output: Any, return_dict: bool | None) -> Any:

@@ -65,23 +65,22 @@ def by_rows(
     `shape` begins with (B, N): new tokens after `before` columns. `columns` is the result of `columns_of`. Rows without
     a token yet are left out. Returns None if no row has a token.
     """
-    if columns is None:
-        return compute(AlignedRows(None, 0, 0, before, None))
-    groups: dict[int, list[int]] = {}
-    spans = columns.tolist()
-    for row, (first, stop) in enumerate(spans):
-        if first < stop:
-            groups.setdefault(first, []).append(row)
-    out = None
-    for first, members in groups.items():
-        begin = max(first, before)
-        lengths = [max(0, spans[row][1] - begin) for row in members]
-        known = None if all(n == before + shape[1] - begin for n in lengths) else lengths
-        if len(members) == shape[0] and begin == before:
-            return compute(AlignedRows(None, first, 0, before - first, known))
-        computed = compute(AlignedRows(members, first, begin - before, begin - first, known))
-        out = computed.new_zeros(*shape[:2], *computed.shape[2:]) if out is None else out
-        out[members, begin - before :] = computed
+    (batch, new, *_), out = shape, None
+    spans = [[0, before + new]] * batch if columns is None else columns.tolist()
+    members_of: dict[int, list[int]] = {}
+    for row, (column, stop) in enumerate(spans):
+        if column < stop:
+            members_of.setdefault(column, []).append(row)
+    for column, members in members_of.items():
+        skip = max(column - before, 0)
+        lengths = [max(0, spans[row][1] - before - skip) for row in members]
+        known = None if min(lengths) == new - skip else lengths
+        everyone = len(members) == batch
+        computed = compute(AlignedRows(None if everyone else members, column, skip, before + skip - column, known))
+        if everyone and not skip:
+            return computed
+        out = computed.new_zeros(batch, new, *computed.shape[2:]) if out is None else out
+        out[members, skip:] = computed
     return out
 
 

@@ -89,14 +89,8 @@ class _ExactPhases:
             more = {"layer_type": kind} if by_type else {}
             try:
                 made = maker.forward(x=rates[0].new_zeros(1, 1, 1, dtype=torch.float32), position_ids=places, **more)
-            except (
-                AttributeError,
-                LookupError,
-                RuntimeError,
-                TypeError,
-                ValueError,
-            ):  # it takes another kind of positions
-                return None
+            except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+                return None  # it takes another kind of positions
             if not (isinstance(made, tuple) and len(made) == 2 and made[0].shape[:2] == places.shape):
                 return None
             scale = made[0][0, 0, 0].item()

@@ -25,7 +25,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from copy import copy
 from functools import lru_cache, partial
-from itertools import chain
+from itertools import accumulate, chain
 from math import prod
 from typing import Any, NamedTuple
 
@@ -98,6 +98,9 @@ class Exchange(Shards):
         self.sent = [self._parcels(rank, reader) for reader in ranks]
         self.received = [self._parcels(maker, rank) for maker in ranks]
         self.joined = [Parcel(span, 0, self._rows(span), attended) for span, attended in self._wanted[rank]]
+        if not any(parcel.attended for parcel in self.joined):
+            # this rank attends to none, yet the others wait for it in the backward: it must stay in the graph
+            self.joined.append(Parcel(FarSpan(0, self.start, self.start), 0, 0, True))
         self._maps: dict[tuple[int, int, int, torch.device], _Maps] = {}
 
     def of_rank(self, rank: int) -> Exchange:
@@ -124,19 +127,13 @@ class Exchange(Shards):
         if not self.needed:
             return [], []
         self._agree(k.shape)
-        there = _Flight()
-        back = _WayBack(self, k, [i for i, parcel in enumerate(self.joined) if parcel.attended])
+        there, back = _Flight(), _WayBack(self, k)
         tensors = _AllToAll.apply(self, there, back, past, k, v)
         got = [
             FarKeys(*parcel.span, tensors[2 * i], tensors[2 * i + 1], there.land, partial(back.take, i))
             for i, parcel in enumerate(self.joined)
         ]
-        attended = [keys for keys, parcel in zip(got, self.joined, strict=True) if parcel.attended]
-        if not attended:
-            # This rank attends to none, yet the others wait for it in the backward: it must stay in the graph.
-            k_, v_ = tensors[-2:]
-            attended = [FarKeys(0, self.start, self.start, k_, v_, there.land, back.nothing)]
-        return attended, got
+        return [keys for keys, parcel in zip(got, self.joined, strict=True) if parcel.attended], got
 
     def _agree(self, like: Sequence[int]) -> None:
         """Compare what ranks send and expect, in a group's first exchange, given the shape of keys (B, n, H, D).
@@ -176,6 +173,10 @@ class Exchange(Shards):
 
     def lanes(self, parcel: Parcel, kv_heads: int) -> int:
         return len(lanes(self.pattern, parcel.span.level, self.num_heads, kv_heads).offsets)
+
+    def shapes(self, batch: int, kv_heads: int, width: int) -> list[tuple[int, int, int, int]]:
+        """Return the shapes (B, rows, lanes, D) of the joined parcels' keys."""
+        return [(batch, parcel.rows, self.lanes(parcel, kv_heads), width) for parcel in self.joined]
 
     def sizes(self, parcels: Sequence[Sequence[Parcel]], like: Sequence[int]) -> list[int]:
         """Return how many numbers go to, or come from, each rank: k and v of all rows, for keys (B, n, H, D)."""
@@ -239,10 +240,10 @@ class _Maps(NamedTuple):
     @classmethod
     def of(cls, exchange: Exchange, batch: int, tokens: int, kv_heads: int, device: torch.device) -> _Maps:
         sent = _sent_rows(exchange, batch, tokens, kv_heads)
-        joined, count = _received_rows(exchange, batch, kv_heads)
-        received, is_read = np.full(count, len(joined)), np.flatnonzero(joined >= 0)
-        received[joined[is_read]] = is_read
-        maps = sent, np.maximum(joined, 0), received
+        received, total = _received_rows(exchange, batch, kv_heads)
+        joined = np.zeros(total + 1, np.int64)
+        joined[received] = np.arange(len(received))
+        maps = sent, joined[:-1], received
         return cls(*(torch.from_numpy(rows).to(device) for rows in maps))
 
 
@@ -257,23 +258,24 @@ def _sent_rows(exchange: Exchange, batch: int, tokens: int, kv_heads: int) -> np
 
 
 def _received_rows(exchange: Exchange, batch: int, kv_heads: int) -> tuple[np.ndarray, int]:
-    """Return the received row of each row of the joined parcels, -1 where nobody reads it, and how many are received.
+    """Return `_Maps.received`, and the number of rows of the joined parcels.
 
     The parcels of a joined one come in order, so that each of its lanes is filled from its beginning.
     """
-    sources = [np.full((batch, parcel.rows, exchange.lanes(parcel, kv_heads)), -1) for parcel in exchange.joined]
-    filled = [np.zeros(rows.shape[2], np.int64) for rows in sources]  # rows of each lane so far
-    count = 0
+    shapes = exchange.shapes(batch, kv_heads, 1)
+    begins = [0, *accumulate(map(prod, shapes))]
+    filled = [np.zeros(held, np.int64) for _, _, held, _ in shapes]  # rows of each lane so far
+    received = [np.empty(0, np.int64)]
     for parcel in chain(*exchange.received):
         index = next(i for i, whole in enumerate(exchange.joined) if _holds(whole, parcel))
+        _, rows, held, _ = shapes[index]
         of_lanes = np.array(span_rows(exchange.pattern, parcel.span, exchange.num_heads, kv_heads))
-        shape = batch, parcel.rows, len(of_lanes)
-        rows = count + np.arange(batch * parcel.rows * len(of_lanes)).reshape(shape)
-        count += rows.size
-        for lane, (begin, number) in enumerate(zip(filled[index], of_lanes, strict=True)):
-            sources[index][:, begin : begin + number, lane] = rows[:, :number, lane]
+        number, sequences = np.arange(parcel.rows)[:, None], np.arange(batch)[:, None, None] * rows
+        places = begins[index] + (sequences + filled[index] + number) * held + np.arange(held)
+        places[:, number >= of_lanes] = begins[-1]  # a lane with fewer rows
+        received.append(places.ravel())
         filled[index] += of_lanes
-    return np.concatenate([np.empty(0, np.int64), *(rows.ravel() for rows in sources)]), count
+    return np.concatenate(received), begins[-1]
 
 
 def _tokens(pattern: Pattern, parcel: Parcel, num_heads: int, kv_heads: int) -> tuple[np.ndarray, np.ndarray]:
@@ -312,8 +314,8 @@ class _Flight:
 class _WayBack:
     """The gradients of far rows. They go back to the ranks that made the rows once all attended parcels have theirs."""
 
-    def __init__(self, exchange: Exchange, k: Tensor, attended: Sequence[int]) -> None:
-        self.exchange, self.attended, self.like, self.maps = exchange, attended, k[:, :0].detach(), exchange.maps(k)
+    def __init__(self, exchange: Exchange, k: Tensor) -> None:
+        self.exchange, self.like, self.maps = exchange, k[:, :0].detach(), exchange.maps(k)
         self.sizes = exchange.sizes(exchange.sent, k.shape), exchange.sizes(exchange.received, k.shape)
         self.grads: dict[int, tuple[Tensor, Tensor]] = {}  # of the joined parcels, by index
         self.flight = _Flight()
@@ -321,28 +323,22 @@ class _WayBack:
 
     def take(self, index: int, dk: Tensor, dv: Tensor) -> None:
         self.grads[index] = (dk, dv)
-        if len(self.grads) == len(self.attended):
+        if len(self.grads) == sum(parcel.attended for parcel in self.exchange.joined):
             self.depart()
 
-    def nothing(self, dk: Tensor, dv: Tensor) -> None:
-        self.depart()
-
     def depart(self) -> None:
-        exchange, like = self.exchange, self.like
-        width = like.shape[3]
+        like, (batch, _, kv_heads, width) = self.like, self.like.shape
         of_parcels: list[tuple[Tensor, Tensor]] = []
-        for index, parcel in enumerate(exchange.joined):
-            shape = like.shape[0], parcel.rows, exchange.lanes(parcel, like.shape[2]), width
+        for index, shape in enumerate(self.exchange.shapes(batch, kv_heads, width)):
             none = like.new_zeros(1).expand(shape)
             of_parcels.append(self.grads.get(index, (none, none)))
         self.grads = {}
         sent = like.new_empty(len(self.maps.received), 2, width)
-        if of_parcels:
-            for place, grads in enumerate(zip(*of_parcels, strict=True)):
-                flat = torch.cat([*(d.reshape(-1, width).to(like.dtype) for d in grads), like.new_zeros(1, width)])
-                sent[:, place] = flat[self.maps.received]
+        for place, grads in enumerate(zip(*of_parcels, strict=True)):
+            flat = torch.cat([*(d.reshape(-1, width).to(like.dtype) for d in grads), like.new_zeros(1, width)])
+            sent[:, place] = flat[self.maps.received]
         self.got = like.new_empty(len(self.maps.sent), 2, width)
-        self.flight.start(self.got, sent, self.sizes, exchange.group)
+        self.flight.start(self.got, sent, self.sizes, self.exchange.group)
 
     def land(self, grads: Sequence[Tensor]) -> Tensor:
         """Return the gradients that came back, (rows sent, 2, D).
@@ -350,8 +346,7 @@ class _WayBack:
         If no attention has sent any yet, send `grads`, the gradients of all joined parcels, now.
         """
         if self.got is None:
-            pairs = zip(grads[::2], grads[1::2], strict=True)
-            self.grads = {i: pair for i, pair in enumerate(pairs) if i < len(self.exchange.joined)}
+            self.grads = dict(enumerate(zip(grads[::2], grads[1::2], strict=True)))
             self.depart()
         self.flight.land()
         got, self.got = self.got, None
@@ -360,7 +355,7 @@ class _WayBack:
 
 
 class _AllToAll(torch.autograd.Function):
-    """The map (k, v) -> k and v of every joined parcel, (B, rows, lanes, D) each, and two empty tensors of level 0."""
+    """The map (k, v) -> k and v of every joined parcel, (B, rows, lanes, D) each."""
 
     @staticmethod
     def forward(
@@ -380,12 +375,9 @@ class _AllToAll(torch.autograd.Function):
 
         flight.unpack = unpack
         flight.start(got, sent, back.sizes[::-1], exchange.group)
-        shapes = [(batch, parcel.rows, exchange.lanes(parcel, kv_heads), width) for parcel in exchange.joined]
-        parts = [x.split([prod(shape[:3]) for shape in shapes]) if shapes else () for x in joined]
-        pairs = [(k_.view(shape), v_.view(shape)) for k_, v_, shape in zip(*parts, shapes, strict=True)]
-        level = Parcel(FarSpan(0, 0, 0), 0, 0, False)
-        nothing = k.new_empty(2, batch, 0, exchange.lanes(level, kv_heads), width)
-        return *chain(*pairs), *nothing
+        shapes = exchange.shapes(batch, kv_heads, width)
+        parts = [x.split([prod(shape[:3]) for shape in shapes]) for x in joined]
+        return (*chain(*((k_.view(shape), v_.view(shape)) for k_, v_, shape in zip(*parts, shapes, strict=True))),)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
