@@ -59,9 +59,10 @@ def launch(
 ) -> int | None:
     """Run this command as `nproc` processes, or as `dp` groups of `sp` processes, and exit with their exit code.
 
-    A `dry_run` starts none: return the number of processes that it plans for. Without any of these options, or without `nproc` under torchrun, return: the command goes on in this process. Raises
-    ConfigError for `nproc` under torchrun; with several processes, for stdin or a pipe, which they cannot share, and
-    for a Hugging Face model in `folder` that would have to share a sequence.
+    A `dry_run` starts none: return the number of processes that it plans for. Without any of these options, or without
+    `nproc` under torchrun, return: the command goes on in this process. Raises ConfigError for `nproc` under torchrun;
+    with several processes, for stdin or a pipe, which they cannot share, and for a Hugging Face model in `folder` that
+    would have to share a sequence.
     """
     needed = (dp or 1) * (sp or 1)
     if nproc is None and not started_by_torchrun() and needed > 1:

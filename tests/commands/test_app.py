@@ -92,7 +92,7 @@ def stop(script: Script, command_env: dict[str, str], tmp_path: Path) -> Callabl
         (["--version"], 0, f"longnet {__version__}\n"),
         (["--versoin"], 2, "--version"),
         (["score"], 2, "longnet: error: Missing argument 'INPUT'. (help: longnet score -h)\n"),
-        (["score", "x", "--seed"], 2, "longnet: error: No such option: --seed (help: longnet score -h)\n"),
+        (["score", "x", "--zz"], 2, "longnet: error: No such option: --zz (help: longnet score -h)\n"),
         (
             ["score", "x", "--context", "64,,128"], 2,
             "error: Invalid value for '--context': '64,,128' has nothing between two commas (help: longnet score -h)\n",
