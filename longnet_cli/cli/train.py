@@ -119,7 +119,8 @@ def train(options: TrainCommand) -> None:
     read_pattern(options.pattern)  # so that an error names --pattern, not the recipe
     recipe = _recipe(options)
     # now: one process downloads, and refuses what every rank would refuse
-    planned = launch(options.mesh.nproc, sp=options.mesh.sp, dp=options.mesh.dp, dry_run=options.dry_run)
+    planned = launch(options.mesh, dry_run=options.dry_run)
+    from longnet_cli.jobs.describing import out_of_reach
     from longnet_cli.jobs.training.costs import estimate_training, is_too_large, settle_chunk
     from longnet_cli.running.device import keep_freed_memory
     from longnet_cli.running.ranks.ranks import join, leave
@@ -128,7 +129,9 @@ def train(options: TrainCommand) -> None:
     ranks, where = join(options.device, sp=recipe.parallel.sp, dp=recipe.parallel.dp, planned=planned)
     recipe = settle_chunk(recipe, where, ranks)
     quiet = options.quiet or not ranks.first
-    _note_reach(recipe, quiet)
+    longest = max(stage.seq_len for stage in recipe.train.stages)
+    if line := out_of_reach(recipe.model.pattern, recipe.model.num_layers, longest):
+        note(line, quiet)
     if options.dry_run:
         estimated = estimate_training(recipe, where, ranks)
         leave()
@@ -159,15 +162,6 @@ def _check_stage(options: TrainCommand) -> None:
         if len(stages) == 1:
             own = f" (the recipe's {other} is {stages[0].seq_len if options.steps else stages[0].steps})"
     raise ConfigError(f"{given} and {other} make one stage together: give both{own}")
-
-
-def _note_reach(recipe: Recipe, quiet: bool) -> None:
-    """Say so if a stage's sequences are longer than the pattern links."""
-    from longnet_cli.jobs.describing import out_of_reach
-
-    longest = max(stage.seq_len for stage in recipe.train.stages)
-    if line := out_of_reach(recipe.model.pattern, recipe.model.num_layers, longest):
-        note(line, quiet)
 
 
 def _recipe(options: TrainCommand) -> Recipe:
