@@ -42,14 +42,14 @@ _DIFFERENCES: dict[str, Callable[[Any], str]] = {
 
 
 @dataclass(frozen=True)
-class _Rows:
+class _NamedRows:
     """The measured quantity, by its name."""
 
     name: str
     rows: list[Row]
 
 
-class Bench(_Rows):
+class Bench(_NamedRows):
     """One benchmark: its rows in the order of the file, each with its `length` and `seconds_per_token`."""
 
     @classmethod
@@ -114,7 +114,7 @@ RUN_PANELS = (
 )
 
 
-class Run(_Rows):
+class Run(_NamedRows):
     """One training run: its lines of metrics, with steps in rising order."""
 
     @classmethod
@@ -153,7 +153,7 @@ LISTS = (
 )
 
 
-class Scores(_Rows):
+class Scores(_NamedRows):
     """The results of one `longnet score`: its totals, one for each context."""
 
     @classmethod
