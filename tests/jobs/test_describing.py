@@ -83,7 +83,7 @@ def test_chosen_blocks() -> None:
             scanned += min(blocks, 8192) if blocks > 4096 else 0
             scanned += 4 * min(blocks, 4096) if blocks > 256 else 0
             if groups.near > 128:
-                starts = groups.first % 128 == 0  # of a segment, which has one scan
+                starts = groups.start % 128 == 0  # of a segment, which has one scan
                 compared += groups.number * 8 * 8 * min(blocks, 256) + starts * 4 * scanned
         # between two segments, runs of blocks grow in steps
         assert found.chosen.flops == pytest.approx(3 * 4 * (4 * attended + 2 * compared), rel=1e-5)
