@@ -741,7 +741,7 @@ def calibrate_command(
     lines += [f"devices = {ranks.world}", f"node = {ranks.world}"]
     for table, values in (("measured", rates), ("assumed", assumed)):
         lines += ["", f"[{table}]", *(f"{name} = {value:.4g}" for name, value in values.items())]
-    if ranks.first:
+    if ranks.writes:
         file.write_text("\n".join(lines) + "\n")
         print(f"{ranks.world} x {where.type} -> {file}")
 

@@ -244,7 +244,7 @@ class Opened(NamedTuple):
         from longnet_cli.running.ranks.ranks import leave
 
         leave()
-        end(left_out, first=self.ranks.first, quiet=self.quiet)
+        end(left_out, first=self.ranks.writes, quiet=self.quiet)
 
 
 class ModelAndInputs:
@@ -307,7 +307,7 @@ class ModelAndInputs:
         freeze_imports()
         given = self.documents
         ranks, where = join(computing.device, sp=mesh.sp, dp=mesh.dp, planned=planned)
-        quiet = computing.quiet or not ranks.first
+        quiet = computing.quiet or not ranks.writes
         before = room(self.folder, computing.dtype, where) if dry_run else None  # the model is loaded
         loaded = self.folder.load(
             device=where,

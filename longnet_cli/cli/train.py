@@ -127,12 +127,12 @@ def train(options: TrainCommand) -> None:
     freeze_imports()
     ranks, where = join(options.device, sp=recipe.parallel.sp, dp=recipe.parallel.dp, planned=planned)
     recipe = settle_chunk(recipe, where, ranks)
-    quiet = options.quiet or not ranks.first
+    quiet = options.quiet or not ranks.writes
     _note_reach(recipe, quiet)
     if options.dry_run:
         estimated = estimate_training(recipe, where, ranks)
         leave()
-        if ranks.first:
+        if ranks.writes:
             show_training(estimated, options.format)
         return
     if is_too_large(recipe, where, ranks):

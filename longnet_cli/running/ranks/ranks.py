@@ -29,8 +29,8 @@ class Ranks:
     """`world` processes as `dp` groups of `sp`. A group's ranks share each sequence; other groups have other sequences.
 
     Rank r is the (r % sp)-th of the (r // sp)-th group. `group` is its own group, None if sp is 1. `everyone` is the
-    group of all `world` processes, None if these are all processes of the job. `planned` ranks are no processes yet: one
-    makes a plan for them.
+    group of all `world` processes, None if these are all processes of the job. `planned` ranks are no processes yet:
+    one makes a plan for them.
     """
 
     rank: int = 0
@@ -65,7 +65,7 @@ class Ranks:
         return slice(edges[self.sp_rank], edges[self.sp_rank + 1])
 
     @property
-    def first(self) -> bool:
+    def writes(self) -> bool:
         """Return whether this rank writes files and prints."""
         return self.rank == 0
 
@@ -107,7 +107,7 @@ class Ranks:
 
     def from_first(self, value: int) -> int:
         """Return rank 0's value on all ranks; exact below 2^53."""
-        return int(self.largest(value if self.first else -math.inf))
+        return int(self.largest(value if self.writes else -math.inf))
 
     def barrier(self) -> None:
         """Wait for all ranks, on the hosts: for half an hour, if one of them writes for so long."""
