@@ -686,7 +686,7 @@ def exchange_command(
     facts |= {"formula": 2 * number * heads * head_dim * rows, "balance": float(flops.max() / flops.mean())}
     facts |= exchange_seconds(exchange.of_rank(here.rank), heads, head_dim, here, where) if here.world > 1 else {}
     leave()
-    if here.first:
+    if here.writes:
         print(json.dumps(facts))
 
 
