@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import ceil
@@ -44,7 +44,7 @@ from longnet_cli.basics.errors import ConfigError, InputWarning, LongNetError
 from longnet_cli.basics.sizes import format_bytes, format_count, format_duration, format_size, parse_size
 from longnet_cli.jobs.describing import out_of_reach
 from longnet_cli.jobs.estimating.memory import reading_memory, spilled_bytes
-from longnet_cli.jobs.estimating.reading import Extent, ReadingPlan
+from longnet_cli.jobs.estimating.reading import ReadingPlan
 from longnet_cli.jobs.training.costs import StepFlops, step_flops, stored_bytes, training_memory
 from longnet_cli.jobs.training.recipe import Recipe, Stage, load_recipe, parse_overrides
 from longnet_cli.jobs.training.start import check_ranks
@@ -141,6 +141,7 @@ class Plan:
     tokens: int  # that `seconds` are for, on all devices
     total: float  # seconds of the whole job
     room: float
+    idle: int = 0  # devices without a document
 
     @property
     def peak(self) -> int:
@@ -475,7 +476,7 @@ def reading_plans(
     chunk = chunk or chunk_beside(config, int(rates["memory"]) if machine.device == "cuda" else 0)
     shareable = net.layer_by_layer and tokens > chunk  # one forward pass is one device's
     read, plans = ReadingPlan(net, chunk), []
-    read.add([Extent(tokens, tokens * scores)])
+    read.add([(tokens, tokens * scores)])
     flops, attention = read.product_flops(scores) / tokens, read.attention_flops() / tokens
     for sp, dp in meshes(machine, None if shareable else 1):
         ranks = Ranks(0, sp, sp)
@@ -495,7 +496,8 @@ def reading_plans(
         seconds["spilling" if spill else "host"] = traffic / rates["disk" if spill else "host_link"]
         total = ceil(documents / dp) * (sum(seconds.values()) - seconds[HIDDEN])
         options = f"--sp {sp} --dp {dp} --chunk {format_size(chunk)}"
-        plans.append(Plan(options, memory, seconds, tokens * min(dp, documents), total, ROOM * rates["memory"]))
+        idle = sp * max(0, dp - documents)
+        plans.append(Plan(options, memory, seconds, tokens * min(dp, documents), total, ROOM * rates["memory"], idle))
     return ordered(plans)
 
 
@@ -509,11 +511,15 @@ def started(command: Sequence[str], options: str, machine: Machine) -> str:
 
 
 def show(
-    plans: Sequence[Plan], machine: Machine, what: str, command: Sequence[str], would_fit: Sequence[str] = ()
+    plans: Sequence[Plan],
+    machine: Machine,
+    what: str,
+    command: Sequence[str],
+    others: Mapping[str, Callable[[], list[Plan]]],
 ) -> None:
     """Print the first plan, the memory and the time of all plans, who knows the rates, and how to start `command` so.
 
-    If no plan fits, name the options that `would_fit`.
+    If no plan fits, say whether `others` do, the plans with more options.
     """
 
     def line(name: str, value: str, note: str = "") -> None:
@@ -525,8 +531,18 @@ def show(
     best, fitting = plans[0], sum(plan.fits for plan in plans)
     line("machine", machine.name, f"devices: {machine.devices:,}, {machine.node} per node, {machine.dtype}")
     line("plan", "", best.options)
-    none = f"none of {len(plans)} fits" + (f": {' or '.join(would_fit)} would" if would_fit else "")
-    line("", "", f"the fastest of {fitting} that fit, of {len(plans)}\n" if fitting else f"{none}\n")
+    if best.idle:
+        line(
+            "",
+            "",
+            f"{best.idle} of {machine.devices} devices have nothing to read: one reads a document of this length",
+        )
+    fate = f"the fastest of {fitting} that fit, of {len(plans)}"
+    if not fitting:
+        fate = f"none of {len(plans)} fits"
+        helps = [option for option, others_of in others.items() if others_of()[0].fits]
+        fate += f": {' or '.join(helps)} would" if helps else f", nor with {' or '.join(others)}"
+    line("", "", f"{fate}\n")
     for kind, size in best.memory.items():
         if size:
             line(kind, format_bytes(size), bar(size, best.peak))
@@ -584,7 +600,10 @@ def plan_command(
         sets = [word for setting in settings or () for word in ("--set", setting)]
         found = load_recipe(recipe, parse_overrides(settings or []))
         more = [] if found.data.sources else ["--data", "DATA", "--tokenizer", "TOKENIZER"]
-        show(training_plans(found, machine), machine, "a step", ["train", recipe, "-o", "run", *more, *sets])
+        spilled = found.model_copy(update={"train": found.train.model_copy(update={"spill": "."})})
+        command = ["train", recipe, "-o", "run", *more, *sets]
+        others = {} if found.train.spill else {"--spill": partial(training_plans, spilled, machine)}
+        show(training_plans(found, machine), machine, "a step", command, others)
         longest = max(stage.seq_len for stage in found.train.stages)
         if line := out_of_reach(found.model.pattern, found.model.num_layers, longest):
             print(line)
@@ -603,14 +622,11 @@ def plan_command(
         scores = net.config.causal and bool(net.config.vocab_size) and not encode
         return reading_plans(net, machine, tokens, documents, chunk, scores, spill)
 
-    found = plans(pattern, spill)
-    would_fit = []
-    if not found[0].fits:
-        others = {"--spill": (pattern, True), f"--pattern {NARROW}": (parse_pattern(NARROW), spill)}
-        would_fit = [option for option, other in others.items() if plans(*other)[0].fits]
+    others = {} if spill else {"--spill": partial(plans, pattern, True)}
+    others |= {f"--pattern {NARROW}": partial(plans, parse_pattern(NARROW), spill)}
     asked = [*(["--pattern", format_pattern(pattern)] if pattern else ()), *(["--spill", "."] if spill else ())]
     command = ["encode" if encode else "score", "DOCUMENTS", "--model", model, *asked, "-o", "rows"]
-    show(found, machine, "at once", command, would_fit)
+    show(plans(pattern, spill), machine, "at once", command, others)
 
 
 @app.command("exchange")
@@ -725,7 +741,7 @@ def calibrate_command(
     lines += [f"devices = {ranks.world}", f"node = {ranks.world}"]
     for table, values in (("measured", rates), ("assumed", assumed)):
         lines += ["", f"[{table}]", *(f"{name} = {value:.4g}" for name, value in values.items())]
-    if ranks.first:
+    if ranks.writes:
         file.write_text("\n".join(lines) + "\n")
         print(f"{ranks.world} x {where.type} -> {file}")
 

@@ -149,7 +149,8 @@ def main() -> None:
         for place in sorted(best.values(), key=lambda place: -found[place])[: args.top]:
             row = rows[place]
             print(f"{found[place]:.3f}  {names[place]}, tokens {row['start']} to {row['end']}")
-            print(f"       {' '.join(text_of(row, args.text, args.root)[:SHOWN].split())}")
+            if text := text_of(row, args.text, args.root):
+                print(f"       {' '.join(text[:SHOWN].split())}")
         return
     cosine = cosines(vectors, mean)
     width = max(map(len, names))

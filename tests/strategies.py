@@ -6,14 +6,12 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
 from longnet_cli.attention import Pattern, choosing
-from longnet_cli.attention.packing import PackedRows
 from longnet_cli.attention.plain_call import MathKernel
 
 PAPER_64TH = Pattern((32, 64, 128, 256, 512), (1, 2, 4, 6, 12))  # r = 6 and 12 do not divide w, as in the paper
@@ -225,32 +223,9 @@ def assert_close(found: list[Tensor], expected: list[Tensor], tolerance: float) 
 
 
 class PackedMath(MathKernel):
-    """Plain math that takes packed sequences, one after the other, as a flash kernel takes them at once."""
+    """Plain math that is used for packed sequences, as a flash kernel is."""
 
     takes_counts, packs = False, True
-
-    def forward_packed(
-        self, q: Tensor, k: Tensor, v: Tensor, queries: PackedRows, keys: PackedRows, causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        parts = [self.forward(*x, causal, scale) for x in _sequences(queries, keys, (q,), (k, v))]
-        outs, lses = zip(*parts, strict=True)
-        return torch.cat(outs, 2)[0, 0], torch.cat(lses, 2)[0, 0]
-
-    def backward_packed(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, queries: PackedRows,
-        keys: PackedRows, causal: bool, scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        parts = []
-        for dout_, q_, out_, lse_, k_, v_ in _sequences(queries, keys, (dout, q, out, lse[:, None]), (k, v)):
-            parts.append(self.backward(dout_, q_, k_, v_, out_, lse_[..., 0], causal, scale))
-        dq, dk, dv = (torch.cat(found, 2)[0, 0] for found in zip(*parts, strict=True))
-        return dq, dk, dv
-
-
-def _sequences(queries: PackedRows, keys: PackedRows, of_q: tuple[Tensor, ...], of_k: tuple[Tensor, ...]):
-    """Each sequence's tensors (1, 1, rows, D)."""
-    for (a, b), (c, d) in zip(pairwise(queries.edges.tolist()), pairwise(keys.edges.tolist()), strict=True):
-        yield [*(x[None, None, a:b] for x in of_q), *(x[None, None, c:d] for x in of_k)]
 
 
 def chosen_by_hand(blocks: Tensor) -> choosing.Choice:

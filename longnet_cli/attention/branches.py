@@ -32,7 +32,20 @@ from typing import NamedTuple
 
 from .groups import chosen_flops
 from .pattern import LayerKind, Padding, Pattern
-from .spans import SINKS, FarSpan, Heads, Rows, lanes, level_of, progressions, rows_before, sink_segments
+from .spans import (
+    SINKS,
+    FarSpan,
+    HeadRows,
+    Heads,
+    Rows,
+    lane_rows,
+    lanes,
+    level_of,
+    progressions,
+    rows_before,
+    sink_segments,
+    spans_of_sinks,
+)
 
 BACKWARD_FLOPS = 2.5  # times the forward's: five matrix products instead of two
 UNION_LIMIT = 1 << 24  # numbers in the table of a `Union`: 64 MiB in float32
@@ -43,8 +56,9 @@ class Branch(NamedTuple):
 
     The heads of `queries` are query heads; the heads of `keys` are key heads, or lanes of far keys. Of a single token,
     all query heads of a key head are rows, if they see the same keys. `far` is the index of the far keys, None for near
-    ones. `zero_keys` keys with logit 0 and value 0 join the softmax (`padding="zero_key"`). `first` marks the branches
-    that reach every row of the shard before any other branch does. A call with a `union` computes all levels at once.
+    ones. `zero_keys` keys with logit 0 and value 0 join the softmax (`padding="zero_key"`). `covers` marks
+    the branches that together reach every row of the shard, before any other branch does. A call with a `union`
+    computes all levels at once.
     """
 
     queries: Rows
@@ -52,7 +66,7 @@ class Branch(NamedTuple):
     causal: bool
     far: int | None = None
     zero_keys: int = 0
-    first: bool = False
+    covers: bool = False
     union: Union | None = None
 
 
@@ -109,7 +123,7 @@ def branches(
         if span.level != SINKS:
             calls += shard.far(span, index, span.level == covering)
     calls += shard.sinks(spans, turned)
-    return tuple(sorted(calls, key=lambda branch: not branch.first))
+    return tuple(sorted(calls, key=lambda branch: not branch.covers))
 
 
 @lru_cache(maxsize=256)
@@ -129,8 +143,8 @@ def united(pattern: Pattern, num_heads: int, tokens: int, causal: bool, kv_heads
         return None
     shard = _ShardGeometry(pattern, num_heads, kv_heads, 0, tokens, causal)
     union = Union(pattern, num_heads, kv_heads, causal, _table_size(tokens))
-    calls = shard.on_rows(1, (0, tokens), segment_step=pattern.segment_lengths[0], rows=tokens, first_token=0)
-    return tuple(branch._replace(causal=causal, first=True, union=union) for branch in calls)
+    calls = shard.on_rows((0, tokens), 0, tokens)
+    return tuple(branch._replace(causal=causal, covers=True, union=union) for branch in calls)
 
 
 def _table_size(tokens: int) -> int:
@@ -145,67 +159,46 @@ def pairs(branch: Branch) -> int:
 
 
 def attention_flops(
-    pattern: Pattern,
-    heads: int,
-    head_dim: int,
-    tokens: int,
-    causal: bool,
-    batch: int = 1,
-    kv_heads: int = 0,
-    kind: LayerKind = "chooses",
+    pattern: Pattern, heads: int, head_dim: int, tokens: int, causal: bool, kind: LayerKind = "chooses"
 ) -> int:
-    """Return the executed FLOPs of a forward pass, summed over branches.
+    """Return the executed FLOPs of a forward pass over one document, summed over branches.
 
     Each head and segment takes 4 * rows * keys * head_dim; a causal square takes half. With chosen blocks, this depends
     on the `kind` of the layer.
     """
-    return sum(level_flops(pattern, heads, head_dim, tokens, causal, batch, kv_heads, kind))
+    return sum(level_flops(pattern, heads, head_dim, tokens, causal, kind))
 
 
 def level_flops(
-    pattern: Pattern,
-    heads: int,
-    head_dim: int,
-    tokens: int,
-    causal: bool,
-    batch: int = 1,
-    kv_heads: int = 0,
-    kind: LayerKind = "chooses",
+    pattern: Pattern, heads: int, head_dim: int, tokens: int, causal: bool, kind: LayerKind = "chooses"
 ) -> list[int]:
     """Return the share of each level in `attention_flops`, and last that of calls on sinks alone or chosen blocks."""
-    shard = _ShardGeometry(pattern, heads, kv_heads or heads, 0, tokens, causal)
+    shard = _ShardGeometry(pattern, heads, heads, 0, tokens, causal)
     parts = [*(shard.near(level, False, 0) for level in range(len(pattern.levels))), shard.sinks((), None)]
-    flops = [2 * head_dim * batch * sum(map(pairs, part)) for part in parts]
-    flops[-1] += batch * sum(chosen_flops(pattern, heads, head_dim, tokens, kind))
+    flops = [2 * head_dim * sum(map(pairs, part)) for part in parts]
+    flops[-1] += sum(chosen_flops(pattern, heads, head_dim, tokens, kind))
     return flops
 
 
 def backward_flops(
-    pattern: Pattern,
-    heads: int,
-    head_dim: int,
-    tokens: int,
-    causal: bool,
-    batch: int = 1,
-    kv_heads: int = 0,
-    kind: LayerKind = "chooses",
+    pattern: Pattern, heads: int, head_dim: int, tokens: int, causal: bool, kind: LayerKind = "chooses"
 ) -> float:
-    """Return the executed FLOPs of a backward pass."""
-    votes = batch * chosen_flops(pattern, heads, head_dim, tokens, kind).votes
-    return BACKWARD_FLOPS * (attention_flops(pattern, heads, head_dim, tokens, causal, batch, kv_heads, kind) - votes)
+    """Return the executed FLOPs of a backward pass over one document."""
+    votes = chosen_flops(pattern, heads, head_dim, tokens, kind).votes
+    return BACKWARD_FLOPS * (attention_flops(pattern, heads, head_dim, tokens, causal, kind) - votes)
 
 
-_Positions = tuple[int, int]  # [first, stop)
+_Positions = tuple[int, int]  # [start, stop)
 
 
 class _Zone(NamedTuple):
     """Queries of one block of each segment, and the keys they see; positions count from the start of the segment.
 
-    Queries are [first, first + length), keys [low, high). `square`: attention is causal, with queries and keys at the
+    Queries are [start, start + length), keys [low, high). `square`: attention is causal, with queries and keys at the
     same positions. `own`: the keys include those at the queries' own positions.
     """
 
-    first: int
+    start: int
     length: int
     low: int
     high: int
@@ -214,24 +207,24 @@ class _Zone(NamedTuple):
 
     def at(self, start: int) -> _Rectangle:
         """Return the zone of the segment that starts at position `start`."""
-        queries = start + self.first, start + self.first + self.length
+        queries = start + self.start, start + self.start + self.length
         return _Rectangle(1, queries, (start + self.low, start + self.high), self.square, self.own)
 
     def touched(self, w: int, queries: _Positions, keys: _Positions) -> range:
         """Return the segments of w positions that have a query in `queries` and a key in `keys`."""
-        after = max((queries[0] - self.first - self.length) // w, (keys[0] - self.high) // w)
-        last = min((queries[1] - 1 - self.first) // w, (keys[1] - 1 - self.low) // w)
+        after = max((queries[0] - self.start - self.length) // w, (keys[0] - self.high) // w)
+        last = min((queries[1] - 1 - self.start) // w, (keys[1] - 1 - self.low) // w)
         return range(after + 1, last + 1)
 
     def whole(self, w: int, queries: _Positions, keys: _Positions) -> range:
         """Return the segments of w positions that have all of their queries in `queries`, and all keys in `keys`."""
-        first = max(-((self.first - queries[0]) // w), -((self.low - keys[0]) // w))
-        last = min((queries[1] - self.first - self.length) // w, (keys[1] - self.high) // w)
-        return range(first, last + 1)
+        first_segment = max(-((self.start - queries[0]) // w), -((self.low - keys[0]) // w))
+        last = min((queries[1] - self.start - self.length) // w, (keys[1] - self.high) // w)
+        return range(first_segment, last + 1)
 
 
 class _Rectangle(NamedTuple):
-    """Queries and keys at positions [first, stop), repeated in `segments` consecutive segments."""
+    """Queries and keys at positions [start, stop), repeated in `segments` consecutive segments."""
 
     segments: int
     queries: _Positions
@@ -259,78 +252,43 @@ class _ShardGeometry(NamedTuple):
     stop: int
     causal: bool
 
+    @property
+    def kv_of(self) -> list[int]:
+        """The key head of each query head."""
+        return [h * self.kv_heads // self.num_heads for h in range(self.num_heads)]
+
     def near(self, level: int, covering: bool, zero_keys: int) -> Iterator[Branch]:
         """Yield a level's calls on near keys. `zero_keys`: length of a sequence whose segments get zero keys, or 0."""
         w, r = level_of(self.pattern, level)
         if zero_keys:
             w = min(w, zero_keys)  # in torchscale, no segment is longer than the sequence
         offsets = self.pattern.offsets(level, self.num_heads)
-        kv_of = [h * self.kv_heads // self.num_heads for h in range(self.num_heads)]
         low = max(self.start, self.pattern.sinks) if level else self.start
         for part in self._rectangles(_zones(self.pattern, level, w, self.causal), w, r, low, self.stop):
-            queries, counts = self._queries(level, w, part.queries)
-            firsts, rows = queries, counts
-            if part.keys != part.queries or self.pattern.queries == "all":
-                firsts, rows = self._tokens(level, w, part.keys)
+            keys = self._level_rows(level, w, part.keys, self.kv_of)
             missing = [0] * self.num_heads  # rows that the segment lacks to have ceil(w / r)
             if zero_keys and not self.causal:
                 missing = [-(-w // r) - rows_before(min(w, zero_keys - part.keys[0] // w * w), o, r) for o in offsets]
-            equal = [(*pair, zeros) if min(pair) else None for *pair, zeros in zip(counts, rows, missing, strict=True)]
-            runs, group = self._runs(r, equal, queries, firsts, kv_of)
-            for heads in runs:
-                yield Branch(
-                    self._query_rows(part.segments, w, heads, counts, r, queries, group),
-                    Rows.of(
-                        heads.of(kv_of),
-                        segments=part.segments,
-                        segment_step=w,
-                        rows=rows[heads.first],
-                        row_step=r,
-                        first_token=firsts[heads.first],
-                        skew=heads.growth(firsts),
-                    ),
-                    causal=part.square and group == 1,
-                    zero_keys=missing[heads.first],
-                    first=covering and part.own,
-                )
+            for branch in self._calls(part.segments, r, self._query_rows(level, w, part.queries), keys, missing):
+                causal = part.square and not branch.queries.row_heads
+                yield branch._replace(causal=causal, covers=covering and part.own)
 
     def far(self, span: FarSpan, index: int, covering: bool) -> Iterator[Branch]:
         """Yield the calls of the shard's queries on the rows of `span`: full attention, never causal."""
         w, r = level_of(self.pattern, span.level)
-        _, offsets, lane_of = lanes(self.pattern, span.level, self.num_heads, self.kv_heads)
-        inside, segment = span.start % w, span.start // w * w
+        of_level, heads, segment = (self.pattern, span.level), (self.num_heads, self.kv_heads), span.start // w * w
+        lane_of = lanes(*of_level, *heads).of_head
         low = max(span.start, self.pattern.sinks) if span.level else span.start
         zones = [
             zone._replace(square=False, own=zone.own and self.holds(span))
             for zone in _zones(self.pattern, span.level, w, self.causal)
         ]
         for part in self._rectangles(zones, w, r, low, span.stop, apart=True):
-            queries, counts = self._queries(span.level, w, part.queries)
-            skipped = [rows_before(inside, o, r) for o in offsets]
-            firsts = [rows_before(part.keys[0] - segment, o, r) - b for o, b in zip(offsets, skipped, strict=True)]
-            stops = [rows_before(part.keys[1] - segment, o, r) - b for o, b in zip(offsets, skipped, strict=True)]
-            rows = [stop - first for first, stop in zip(firsts, stops, strict=True)]
-            pairs = [(count, rows[lane]) for count, lane in zip(counts, lane_of, strict=True)]
-            equal = [pair if min(pair) else None for pair in pairs]
-            of_head = [firsts[lane] for lane in lane_of]
-            runs, group = self._runs(r, equal, queries, of_head, lane_of)
-            for heads in runs:
-                lane = lane_of[heads.first]
-                yield Branch(
-                    self._query_rows(1, w, heads, counts, r, queries, group),
-                    Rows.of(
-                        heads.of(lane_of),
-                        segments=1,
-                        segment_step=w,
-                        rows=rows[lane],
-                        row_step=1,
-                        first_token=firsts[lane],
-                        skew=heads.growth(of_head),
-                    ),
-                    causal=False,
-                    far=index,
-                    first=covering and part.own,
-                )
+            before, start, stop = (lane_rows(*of_level, edge - segment, *heads) for edge in (span.start, *part.keys))
+            first_rows, counts = [start[i] - before[i] for i in lane_of], [stop[i] - start[i] for i in lane_of]
+            keys = HeadRows(lane_of, first_rows, counts, w, 1)
+            for branch in self._calls(1, r, self._query_rows(span.level, w, part.queries), keys):
+                yield branch._replace(far=index, covers=covering and part.own)
 
     def sinks(self, spans: Sequence[FarSpan], turned: Turned | None) -> Iterator[Branch]:
         """Yield the calls that show all sinks to the queries, of any residue, whose first level covers no sink."""
@@ -340,23 +298,17 @@ class _ShardGeometry(NamedTuple):
             return
         begin = max(self.start, segments.start * w)
         if turned:
-            zone = _Zone(first=0, length=w, low=0, high=w, square=True, own=False)
+            zone = _Zone(start=0, length=w, low=0, high=w, square=True, own=False)
             for part in self._rectangles([zone], w, 1, begin, self.stop):
                 row = turned.row + (part.queries[0] // w - segments.start) * n
-                keys = {"segment_step": n, "rows": n, "first_token": row}
-                yield from self.on_rows(part.segments, part.queries, **keys, far=turned.far)
+                yield from self.on_rows(part.queries, row, n, part.segments, segment_step=n, far=turned.far)
             return
         queries, own = (begin, self.stop), min(n, self.start)  # sinks [0, own) lie before the shard
-        given = [(index, span) for index, span in enumerate(spans) if span.level == SINKS]
-        if sum(span.stop - span.start for _, span in given) != own:
-            raise ValueError(
-                f"the sinks [0, {own}) lie before the shard that starts at {self.start}: give them as far keys"
-            )
+        given = spans_of_sinks(spans, own, self.start)
         if own < n:
-            yield from self.on_rows(1, queries, segment_step=w, rows=n - own, first_token=own - self.start)
+            yield from self.on_rows(queries, own - self.start, n - own)
         for index, span in given:
-            rows = span.stop - span.start
-            yield from self.on_rows(1, queries, segment_step=w, rows=rows, first_token=0, far=index)
+            yield from self.on_rows(queries, 0, span.stop - span.start, far=index)
 
     def holds(self, span: FarSpan) -> bool:
         """Return whether the row of the shard, which is a single token, is the last one of the far keys."""
@@ -404,66 +356,62 @@ class _ShardGeometry(NamedTuple):
         even = self.pattern.queries == "all" or w % r == 0
         return sorted([*together, *(_joined(single) if even else single)], key=lambda part: not part.own)
 
-    def _queries(self, level: int, w: int, queries: _Positions) -> tuple[list[int], list[int]]:
-        """Return each head's first query row, as a token of the shard, and its number of query rows."""
-        first, stop = queries
+    def on_rows(
+        self,
+        queries: _Positions,
+        first_token: int,
+        rows: int,
+        segments: int = 1,
+        segment_step: int = 0,
+        far: int | None = None,
+    ) -> Iterator[Branch]:
+        """Yield the calls of the queries at positions `queries` on `rows` neighbouring keys from a token on.
+
+        All heads see all of them. With several `segments`, the keys of the next one are `segment_step` tokens later.
+        """
+        n, w = self.num_heads, self.pattern.segment_lengths[0]
+        of_queries = self._all_rows(w, queries)
+        of_keys = HeadRows(self.kv_of, [first_token] * n, [rows] * n, segment_step or w, 1)
+        for branch in self._calls(segments, 1, of_queries, of_keys):
+            yield branch._replace(far=far)
+
+    def _query_rows(self, level: int, w: int, queries: _Positions) -> HeadRows:
+        """Return the rows at positions `queries` that query the keys of a level."""
         if self.pattern.queries == "all":
-            return [first - self.start] * self.num_heads, [stop - first] * self.num_heads
-        return self._tokens(level, w, queries)
+            return self._all_rows(w, queries)
+        return self._level_rows(level, w, queries, range(self.num_heads))
 
-    def _tokens(self, level: int, w: int, positions: _Positions) -> tuple[list[int], list[int]]:
-        """Return each head's first row of a level, as a token of the shard, and the number of its rows."""
-        base, r = positions[0] // w * w, self.pattern.dilation_rates[level]
-        first, stop = positions[0] - base, positions[1] - base
-        offsets = self.pattern.offsets(level, self.num_heads)
-        before = [rows_before(first, o, r) for o in offsets]
-        firsts = [base - self.start + o + b * r for o, b in zip(offsets, before, strict=True)]
-        return firsts, [rows_before(stop, o, r) - b for o, b in zip(offsets, before, strict=True)]
+    def _all_rows(self, w: int, positions: _Positions) -> HeadRows:
+        n, (start, stop) = self.num_heads, positions
+        return HeadRows(range(n), [start - self.start] * n, [stop - start] * n, w, 1)
 
-    def _query_rows(
-        self, segments: int, w: int, heads: Heads, counts: Sequence[int], r: int, firsts: Sequence[int], group: int
-    ) -> Rows:
-        rows, step = (counts[heads.first], 1 if self.pattern.queries == "all" else r) if group == 1 else (group, 0)
-        return Rows.of(
-            heads,
-            segments=segments,
-            segment_step=w,
-            rows=rows,
-            row_step=step,
-            first_token=firsts[heads.first],
-            skew=heads.growth(firsts),
-            row_heads=int(group > 1),
-        )
+    def _level_rows(self, level: int, w: int, positions: _Positions, heads: Sequence[int]) -> HeadRows:
+        """Return the rows that a level keeps at some positions, for each query head in one of the `heads`."""
+        offsets, r = self.pattern.offsets(level, self.num_heads), self.pattern.dilation_rates[level]
+        return HeadRows.at(*positions, heads, offsets, w, r, self.start)
 
-    def _runs(self, r: int, equal: Sequence[tuple[int, ...] | None], *even: Sequence[int]) -> tuple[list[Heads], int]:
-        """Return runs of heads for one view each, and the number of neighbours that each head stands for.
+    def _calls(
+        self, segments: int, r: int, queries: HeadRows, keys: HeadRows, zero_keys: Sequence[int] | None = None
+    ) -> Iterator[Branch]:
+        """Yield calls of query rows on key rows, in few views, with so many zero keys for each head.
 
         Query heads of one key head are neighbours. If a single token's see the same keys, they become rows of a call.
         """
-        group, values = self.num_heads // self.kv_heads, list(zip(*even, strict=True))
+        group, zeros = self.num_heads // self.kv_heads, zero_keys or [0] * self.num_heads
+        sizes = zip(queries.counts, keys.counts, zeros, strict=True)
+        equal = [of_head if all(of_head[:2]) else None for of_head in sizes]
+        even = list(zip(queries.first_tokens, keys.first_tokens, keys.heads, strict=True))
         steps = (1, r, -(-self.num_heads // r), group, lcm(r, group))
-        heads = [*zip(equal, values, strict=True)]
+        heads = [*zip(equal, even, strict=True)]
         if self.start + 1 < self.stop or heads != [x for x in heads[::group] for _ in range(group)]:
-            return progressions(equal, values, steps), 1
-        runs = progressions(equal[::group], values[::group], steps)
-        return [Heads(number, first * group, step * group) for number, first, step in runs], group
-
-    def on_rows(self, segments: int, queries: _Positions, *, far: int | None = None, **keys: int) -> Iterator[Branch]:
-        """Yield the calls of the queries at positions `queries`, repeated in `segments`, on rows that all heads keep.
-
-        keys: `segment_step`, `rows` and `first_token` of these rows, as in `Rows`.
-        """
-        w, (first, stop) = self.pattern.segment_lengths[0], queries
-        kv_of = [h * self.kv_heads // self.num_heads for h in range(self.num_heads)]
-        every = [first - self.start] * self.num_heads
-        runs, group = self._runs(1, [()] * self.num_heads, kv_of)
-        for heads in runs:
-            yield Branch(
-                self._query_rows(segments, w, heads, [stop - first] * self.num_heads, 1, every, group),
-                Rows.of(heads.of(kv_of), segments=segments, row_step=1, skew=0, **keys),
-                causal=False,
-                far=far,
-            )
+            runs, folded = progressions(equal, even, steps), dict[str, int]()
+        else:
+            runs = progressions(equal[::group], even[::group], steps)
+            runs = [Heads(number, first * group, step * group) for number, first, step in runs]
+            folded = {"rows": group, "row_step": 0, "row_heads": 1} if group > 1 else {}
+        for run in runs:
+            of_queries = queries.view(run, segments)._replace(**folded)
+            yield Branch(of_queries, keys.view(run, segments), causal=False, zero_keys=zeros[run.first])
 
 
 def _zones(pattern: Pattern, level: int, w: int, causal: bool) -> list[_Zone]:

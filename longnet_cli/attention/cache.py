@@ -29,6 +29,7 @@ from .spans import (
     lanes,
     open_spans,
     segment_rows,
+    segment_start,
     sink_segments,
     span_rows,
     span_views,
@@ -85,13 +86,7 @@ class KVCache:
         self._sinks = self._new_rows(pattern.sinks, SINKS)
         self._stored: Tensor | None = None  # k of a token whose rows are there before it is appended
         self._turned: dict[tuple[int, ...], tuple[Tensor, ...]] = {}  # sinks as they were turned last
-        self.past: Past | None = None
-        if pattern.chosen and keep:  # on a GPU, `allocate` may take memory of the host, and means are always needed
-            room = pattern.chosen if pattern.kind(layer) == "first" else keep // pattern.chosen_block
-            room = min(room, keep // pattern.chosen_block)
-            self.past = Past(pattern, blocks or Blocks(allocate, room), keep=keep, layer=layer)
-        elif pattern.chosen:
-            self.past = Past(pattern, blocks, allocate, layer=layer)
+        self.past = Past(pattern, blocks, allocate, keep, layer) if pattern.chosen else None
 
     @property
     def batch(self) -> int:
@@ -160,11 +155,13 @@ class KVCache:
         for span, number, views in held:
             given = [(shard, each.shard, each.segment) for each in views]
             if self.keep or others:
-                w = self.pattern.segment_lengths[max(span.level, 0)]
-                segment = span.start // w * w
+                segment = segment_start(self.pattern, span)
                 if self.keep and span.level != SINKS and segment >= self.position:
                     places = self._levels[span.level]
-                    most = segment_rows(self.pattern, span.level, self.keep)
+                    most, w = (
+                        segment_rows(self.pattern, span.level, self.keep),
+                        self.pattern.segment_lengths[span.level],
+                    )
                     places[segment // w % len(places)] = self._new_rows(most, span.level)
                 for keys in others:
                     if keys.level == span.level and segment <= keys.start < span.stop:
@@ -272,8 +269,7 @@ def _held(
     """Return all spans of `open_spans(pattern, position, own)`, for the shard [start, stop)."""
     held = []
     for span in open_spans(pattern, position, own):
-        w = pattern.segment_lengths[max(span.level, 0)]
-        of_shard = common_span(pattern, span.level, span.start // w * w, start, stop)
+        of_shard = common_span(pattern, span.level, segment_start(pattern, span), start, stop)
         views = tuple(span_views(pattern, of_shard, num_heads, start, kv_heads))
         unseen = own and span.level == SINKS and not sink_segments(pattern, start, stop)
         held.append(_Held(span, 0 if unseen else max(span_rows(pattern, span, num_heads, kv_heads)), views))

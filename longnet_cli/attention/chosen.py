@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from itertools import chain, islice
+from itertools import chain, groupby, islice
 from typing import NamedTuple
 
 import torch
@@ -31,7 +31,7 @@ from .plain_call import Kernel
 from .sinks import Turn
 from .spans import Rows
 from .views import accumulator, strided_view
-from .voting import Unrotated, Voting, slots_of
+from .voting import Unrotated, Voting, group_starts, slots_of
 
 
 class Chosen:
@@ -52,7 +52,7 @@ class Chosen:
     ) -> None:
         self.pattern, self.turn, self.past, self.choices = pattern, turn, past, choices
         self.kind = pattern.kind(choices.layer if choices else None)
-        self.parts = [self._together(part) for part in parts] if self.kind == "first" else parts
+        self.parts = [self._together(part) for part in parts] if self.kind == "sees_block_0" else parts
         self.blocks = GroupBlocks()
 
     @torch.no_grad()
@@ -76,25 +76,20 @@ class Chosen:
             return
         if kept is not None:
             kept[past.position] = self.blocks
-        if self.kind != "first":
+        if self.kind != "sees_block_0":
             self._tell(past, q, k, scale)
 
     def merge(self, kernel: Kernel, scale: float, q: Tensor, k: Tensor, v: Tensor, merge: Merge) -> None:
         """Attend from q to the chosen rows of k and v, and merge the results."""
         for run in self._runs(q):
             q_, *places = (run.queries(x) for x in (q, *merge.places))
-            parts = [call.attend(kernel, scale, q_, (k, v), self.turn) for call in run.calls(kernel, k)]
+            parts = [call.attend(kernel, scale, q_, (k, v)) for call in run.calls(kernel, k)]
             part, lse = (_joined(of_calls) for of_calls in zip(*parts, strict=True))
             del parts
             merge.add(run.branch, places, part.reshape(q_.shape), lse.reshape(q_.shape[:-1]))
 
     def gradients(
-        self,
-        kernel: Kernel,
-        scale: float,
-        tensors: Sequence[Tensor],
-        keys: Sequence[Tensor],
-        of_q: GradientSum,
+        self, kernel: Kernel, scale: float, tensors: Sequence[Tensor], keys: Sequence[Tensor], of_q: GradientSum
     ) -> list[Tensor]:
         """Return the gradients of the chosen rows of k and v, in fp32 or fp64, and add those of q to `of_q`.
 
@@ -106,7 +101,7 @@ class Chosen:
         for run in self._runs(q, backward=True):
             place, *queries = (run.queries(x) for x in (of_q.place, *tensors))
             calls = run.calls(kernel, keys[0])
-            parts = [call.gradients(kernel, scale, queries, keys, self.turn, gradients) for call in calls]
+            parts = [call.gradients(kernel, scale, queries, keys, gradients) for call in calls]
             of_q.add(place, _joined(parts).reshape(queries[1].shape), run.branch.queries, fresh=False)
         return gradients
 
@@ -114,9 +109,8 @@ class Chosen:
         """Tell what was chosen to those who count it."""
         counted: dict[tuple[int, int], list[int]] = defaultdict(list)
         for index, part in enumerate(self.parts):
-            group = part.groups.first // self.pattern.chosen_every * self.pattern.chosen_every
             chooses = part.groups.near > self.pattern.chosen_keys and not part.columns.start
-            if chooses and group >= part.start:  # each group once
+            if chooses and group_starts(self.pattern, part)[0] >= part.start:  # each group once
                 counted[part.rows.start, part.rows.stop].append(index)
             if past.on_choice:
                 past.on_choice(Seen(part, self.blocks[index], partial(self._votes, index, q, k, scale)))
@@ -136,29 +130,24 @@ class Chosen:
 
     def _chosen(self, q: Tensor, k: Tensor, scale: float) -> GroupBlocks:
         """Return the blocks (groups, m) that each part's rows see."""
-        blocks, voting = [self._known(part, q) for part in self.parts], list[list[int]]()
-        for number, known in enumerate(blocks):
-            if known is not None:
-                continue
-            last = self.parts[voting[-1][-1]] if voting and limits_of(q).whole else None
-            if last and (last.rows, last.columns) == (self.parts[number].rows, self.parts[number].columns):
-                voting[-1].append(number)
-            else:
-                voting.append([number])
+        blocks = [self._known(part, q) for part in self.parts]
+        voting = [[number] for number, known in enumerate(blocks) if known is None]
+        if limits_of(q).whole:  # neighbouring parts of a document together, which have the same rows and columns
+            documents = groupby(chain(*voting), key=lambda number: self.parts[number][:2])
+            voting = [[*numbers] for _, numbers in documents]
         means: dict[tuple[int, int], Means] = {}  # by first row and first token of a document
-        shared: list[list[int]] = []
+        shared = self.past if self.past and self.past.shared else None
+        together = [numbers for numbers in voting if shared and self.parts[numbers[0]].start]
         for numbers in voting:
-            if (past := self._past(self.parts[numbers[0]])) and past.shared:
-                shared.append(numbers)
-                continue
-            of_document = self._means_of(numbers, k, means)
-            choices = choose(self.pattern, of_document, self._votings(numbers, q, k, scale), all_at_once)
-            self._keep(numbers, choices, q, blocks)
-        if self.kind == "chooses" and self.past and self.past.shared:  # all ranks choose together
-            votings = [self._votings(numbers, q, k, scale) for numbers in shared]
-            assert self.past.means
-            found = iter(choose(self.pattern, self.past.means, [*chain(*votings)], self.past.runs))
-            for numbers, of_rows in zip(shared, votings, strict=True):
+            if numbers not in together:
+                of_document = self._means_of(numbers, k, means)
+                choices = choose(self.pattern, of_document, self._votings(numbers, q, k, scale), all_at_once)
+                self._keep(numbers, choices, q, blocks)
+        if shared and self.kind == "chooses":  # all ranks choose together
+            votings = [self._votings(numbers, q, k, scale) for numbers in together]
+            assert shared.means
+            found = iter(choose(self.pattern, shared.means, [*chain(*votings)], shared.runs))
+            for numbers, of_rows in zip(together, votings, strict=True):
                 self._keep(numbers, [*islice(found, len(of_rows))], q, blocks)
         return GroupBlocks(some for some in blocks if some is not None)
 
@@ -168,9 +157,7 @@ class Chosen:
         """Take the choices of each row of neighbouring parts apart to `blocks`, by part."""
         parts = [self.parts[number] for number in numbers]
         if past := self._keeper(parts[0], q):
-            _, number, _, near = parts[-1].groups
-            last = parts[-1].groups.first // self.pattern.chosen_every + number - 1
-            last *= self.pattern.chosen_every
+            last, near = group_starts(self.pattern, parts[-1])[-1], parts[-1].groups.near
             past.held = last, [choice.blocks[-1:] for choice in choices]
             past.scanned = slot_of(self.pattern, near, last), [choice.candidates for choice in choices]
         sizes = [part.groups.number for part in parts]
@@ -182,11 +169,10 @@ class Chosen:
         """Return the blocks (groups, m) that a part's rows see, if nobody needs to vote."""
         pattern, past = self.pattern, self._keeper(part, q)
         rows, number = range(part.rows.start, part.rows.stop), part.groups.near // pattern.chosen_block
-        if number <= pattern.chosen or self.kind == "first":
+        if number <= pattern.chosen or self.kind == "sees_block_0":
             seen = torch.arange(number if number <= pattern.chosen else 1, dtype=torch.int32, device=q.device)
             return [seen[None]] * len(rows)
-        group = part.groups.first // pattern.chosen_every * pattern.chosen_every
-        held = past.held if past else None
+        group, held = group_starts(pattern, part)[0], past.held if past else None
         return held[1] if held and held[0] == group and group < part.start else None
 
     def _keeper(self, part: GroupedPart, q: Tensor) -> Past | None:
@@ -212,7 +198,7 @@ class Chosen:
         parts = [self.parts[number] for number in numbers]
         slots, rows, past = slots_of(self.pattern, parts), parts[0].rows, self._keeper(parts[0], q)
         known: Sequence[Tensor | None] = [None] * (rows.stop - rows.start)
-        if past and past.scanned and past.scanned[0] == slots[0].first:
+        if past and past.scanned and past.scanned[0] == slots[0].start:
             known = past.scanned[1]
 
         def of_parts(found: Iterable[Tensor | None]) -> Tensor | None:
@@ -235,16 +221,16 @@ class Chosen:
         ]
 
     def _document(self, part: GroupedPart, row: int, q: Tensor, k: Tensor, scale: float) -> Unrotated:
-        past, size = self._past(part), self.pattern.chosen_block
-        stored = _Stored(size, part, past, row)
+        stored = self._stored(part, row)
+        size, _, past, *_ = stored
 
-        def voters(firsts: range, step: int) -> Tensor:
-            positions = torch.arange(firsts.start, firsts.stop, firsts.step, device=q.device)[:, None]
+        def voters(starts: range, step: int) -> Tensor:
+            positions = torch.arange(starts.start, starts.stop, starts.step, device=q.device)[:, None]
             positions = positions + torch.arange(step - VOTERS, 1, step, device=q.device)
             rows, begin = q[row, part.columns], part.start
-            if past and firsts[0] + step - VOTERS < begin:
+            if past and starts[0] + step - VOTERS < begin:
                 assert past.queries is not None
-                rows = torch.cat([past.queries[row], rows[: max(0, firsts[-1] + 1 - begin)]])
+                rows = torch.cat([past.queries[row], rows[: max(0, starts[-1] + 1 - begin)]])
                 begin -= past.queries.shape[1]
             voting = rows[(positions - begin).clamp(min=0).flatten()]
             return unrotated(voting[None], positions.flatten(), self.turn)[0].unflatten(0, positions.shape) * scale
@@ -257,16 +243,19 @@ class Chosen:
 
         return Unrotated(voters, keys, size * k.shape[2:].numel())
 
+    def _stored(self, part: GroupedPart, row: int) -> _Stored:
+        return _Stored(self.pattern.chosen_block, part, self._past(part), row, self.turn)
+
     def _past(self, part: GroupedPart) -> Past | None:
         """Return the past of the document of a part; only the first document of a shard has any."""
         return self.past if part.start else None
 
     def _together(self, part: GroupedPart) -> GroupedPart:
         """Return the part as one group, if its groups see the first block alone."""
-        first, number, queries, near = part.groups
+        start, number, queries, near = part.groups
         if near <= self.pattern.chosen_keys:
             return part
-        return part._replace(groups=Groups(first, 1, number * queries, near))
+        return part._replace(groups=Groups(start, 1, number * queries, near))
 
     def _runs(self, q: Tensor, *, backward: bool = False) -> Iterator[_GroupRun]:
         """Yield the groups of all parts, as many at a time as have the blocks of the past that they see."""
@@ -278,14 +267,14 @@ class Chosen:
             else:
                 together.append((part, [of_rows]))
         seen = [
-            (_Stored(self.pattern.chosen_block, part, self._past(part), row), _joined(blocks).long())
+            (self._stored(part, row), _joined(blocks).long())
             for part, of_parts in together
             for row, blocks in enumerate(zip(*of_parts, strict=True), part.rows.start)
         ]
         alone = [(stored, blocks) for stored, blocks in seen if not stored.past]
         others = [(stored, blocks) for stored, blocks in seen if stored.past]
         for stored, blocks in alone:
-            yield _GroupRun.of(self.pattern, stored, blocks, q.shape[2], 0)
+            yield _GroupRun.of(self.pattern, stored, blocks, q.shape[2])
         if self.past:
             wanted = [(stored.row, blocks) for stored, blocks in others]
             if self.blocks.asked is None:
@@ -300,7 +289,7 @@ def _follows(first: GroupedPart, so_far: list[list[Tensor]], part: GroupedPart, 
     """Return whether a part's groups are as those of the parts before it, the `first` of which is given, and next."""
     number = sum(len(of_rows[0]) for of_rows in so_far)
     same = (first.rows, first.columns, first.groups.queries) == (part.rows, part.columns, part.groups.queries)
-    next_one = part.groups.first == first.groups.first + number * first.groups.queries
+    next_one = part.groups.start == first.groups.start + number * first.groups.queries
     return same and next_one and blocks[0].shape[1] == so_far[0][0].shape[1]
 
 
@@ -311,15 +300,16 @@ class _Stored(NamedTuple):
     part: GroupedPart
     past: Past | None
     row: int
+    turn: Turn | None
 
     @property
-    def first(self) -> int:
+    def first_block(self) -> int:
         """The first block of which the shard has all tokens."""
         return -(-self.part.start // self.size)
 
     def own(self, x: Tensor) -> Tensor:
         """View the whole blocks of a shard's x (B, N, K, D) as (blocks, tokens of a block, K, D)."""
-        rows = x[self.row, self.part.columns][self.first * self.size - self.part.start :]
+        rows = x[self.row, self.part.columns][self.first_block * self.size - self.part.start :]
         number = len(rows) // self.size
         return rows[: number * self.size].unflatten(0, (number, self.size))
 
@@ -330,7 +320,7 @@ class _Stored(NamedTuple):
             return _TakenBlocks(blocks, None, 0, 0)
         if len(groups) > 1:
             blocks, inverse = blocks.unique(return_inverse=True)
-        edges = blocks.new_tensor([past.blocks.number, self.first])
+        edges = blocks.new_tensor([past.blocks.number, self.first_block])
         return _TakenBlocks(blocks, inverse, *torch.searchsorted(blocks, edges).tolist())
 
     def gathered(self, taken: _TakenBlocks, k: Tensor, v: Tensor, room: Tensor | None = None) -> Tensor:
@@ -344,7 +334,7 @@ class _Stored(NamedTuple):
                 ends = x[self.row, self.part.columns][: self.size - of_past.shape[1]]
                 torch.cat([of_past[self.row], ends], out=into[before])
         if inside < len(blocks):
-            own = blocks[inside:] - self.first
+            own = blocks[inside:] - self.first_block
             for into, x in zip(gathered, (k, v), strict=True):
                 torch.index_select(self.own(x), 0, own, out=into[inside:])
         return gathered if inverse is None else gathered.index_select(1, inverse)
@@ -357,7 +347,7 @@ class _Stored(NamedTuple):
         d, past, (blocks, inverse, before, inside) = d.to(into.dtype), self.past, taken
         if inverse is not None:
             d = d.new_zeros(len(blocks), *d.shape[1:]).index_add_(0, inverse, d)
-        self.own(into).index_add_(0, blocks[inside:] - self.first, d[inside:])
+        self.own(into).index_add_(0, blocks[inside:] - self.first_block, d[inside:])
         if past and before < inside:
             held = past.waiting.shape[2]
             into[self.row, self.part.columns][: self.size - held] += d[before, held:]
@@ -391,16 +381,16 @@ class _GroupRun(NamedTuple):
     distances: Tensor | None
 
     @classmethod
-    def of(cls, pattern: Pattern, stored: _Stored, blocks: Tensor, heads: int, after: int) -> _GroupRun:
+    def of(cls, pattern: Pattern, stored: _Stored, blocks: Tensor, heads: int, after: int = 0) -> _GroupRun:
         """Return the run of groups with these blocks (groups, m), `after` so many queries of a part's first group."""
         part, size, (groups, m) = stored.part, stored.size, blocks.shape
-        first, _, queries, near = part.groups
-        first += after
-        rows = Rows(groups, queries, heads, 0, 1, queries, 1, first - part.start, 0)
+        start, _, queries, near = part.groups
+        start += after
+        rows = Rows(groups, queries, heads, 0, 1, queries, 1, start - part.start, 0)
         distances = None
         if near > m * size:
             (w,), (back,) = pattern.segment_lengths, pattern.look_backs
-            segments = torch.arange(first, first + groups * queries, queries, device=blocks.device) // w
+            segments = torch.arange(start, start + groups * queries, queries, device=blocks.device) // w
             places = torch.arange(-m * size, 0, size, device=blocks.device)
             distances = (segments[:, None] - back) * w + places - blocks * size
         return cls(stored, Branch(rows, rows, causal=False), blocks, distances)
@@ -413,8 +403,8 @@ class _GroupRun(NamedTuple):
         step = max(1, min(most, limits_of(k).gathered // (keys * kv_heads * head_dim * k.element_size())))
         # kept from call to call: memory that a CPU gives back and gets again comes as zeros, page by page
         room = k.new_empty(2, min(step, len(self.blocks)) * self.blocks.shape[1], self.stored.size, *k.shape[2:])
-        for first in range(0, len(self.blocks), step):
-            groups = slice(first, first + step)
+        for start in range(0, len(self.blocks), step):
+            groups = slice(start, start + step)
             blocks = self.blocks[groups]
             distances = None if self.distances is None else self.distances[groups].flatten()
             yield _GroupCall(self.stored, groups, blocks, self.stored.taken(blocks), distances, room)
@@ -435,25 +425,16 @@ class _GroupCall(NamedTuple):
     distances: Tensor | None
     room: Tensor  # for the blocks of one call at a time
 
-    def attend(
-        self, kernel: Kernel, scale: float, q: Tensor, keys: Sequence[Tensor], turn: Turn | None
-    ) -> tuple[Tensor, Tensor]:
+    def attend(self, kernel: Kernel, scale: float, q: Tensor, keys: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Return out and LSE of the groups of q (groups, H, rows, D), folded; keys are k and v (B, N, K, D).
 
         Calls are functions: what one has gathered is free before the next gathers.
         """
         k_, v_ = self.stored.gathered(self.taken, keys[0], keys[1], self.room)
-        k_ = self.turned(k_, turn)
-        return kernel.forward(_folded(q[self.groups], keys[0]), k_, self.in_groups(v_), False, scale)
+        return kernel.forward(_folded(q[self.groups], keys[0]), self.turned(k_), self.in_groups(v_), False, scale)
 
     def gradients(
-        self,
-        kernel: Kernel,
-        scale: float,
-        tensors: Sequence[Tensor],
-        keys: Sequence[Tensor],
-        turn: Turn | None,
-        into: Sequence[Tensor],
+        self, kernel: Kernel, scale: float, tensors: Sequence[Tensor], keys: Sequence[Tensor], into: Sequence[Tensor]
     ) -> Tensor:
         """Return the gradient of queries, folded, and add those of gathered rows to `into` (B, N, K, D).
 
@@ -461,12 +442,12 @@ class _GroupCall(NamedTuple):
         """
         dout, q, out, lse = (_folded(x[self.groups], keys[0]) for x in tensors)
         k_, v_ = self.stored.gathered(self.taken, keys[0], keys[1], self.room)
-        k_ = self.turned(k_, turn)
-        dq, dk, dv = kernel.backward(dout, q, k_, self.in_groups(v_), out, lse[..., 0], False, scale)
+        k_ = self.turned(k_)
+        dq, dk, dv = kernel.backward((dout, q, k_, self.in_groups(v_), out, lse[..., 0]), False, scale)
         del k_, v_
         self.stored.add(into[1], self.in_blocks(dv), self.taken, 1)
         del dv
-        self.stored.add(into[0], self.turned_back(dk, turn), self.taken, 0)
+        self.stored.add(into[0], self.turned_back(dk), self.taken, 0)
         return dq
 
     def in_groups(self, x: Tensor) -> Tensor:
@@ -477,19 +458,19 @@ class _GroupCall(NamedTuple):
         """Return rows (groups, K, keys, D) as (blocks, tokens, K, D)."""
         return x.transpose(1, 2).flatten(0, 1).unflatten(0, (-1, self.stored.size))
 
-    def turned(self, k: Tensor, turn: Turn | None) -> Tensor:
+    def turned(self, k: Tensor) -> Tensor:
         """Return gathered keys (blocks, tokens, K, D), moved to where the groups see them, as (groups, K, keys, D)."""
-        if turn and self.distances is not None:
-            k = turn(k[None], self.distances)[0].to(k.dtype)
+        if self.stored.turn and self.distances is not None:
+            k = self.stored.turn(k[None], self.distances)[0].to(k.dtype)
         return self.in_groups(k)
 
-    def turned_back(self, dk: Tensor, turn: Turn | None) -> Tensor:
+    def turned_back(self, dk: Tensor) -> Tensor:
         """Return the gradient of the argument of `turned`, given that of its result; `turn` is linear."""
-        if turn is None or self.distances is None:
+        if self.stored.turn is None or self.distances is None:
             return self.in_blocks(dk)
         with torch.enable_grad():
             leaf = self.in_blocks(dk).detach().contiguous().requires_grad_()
-            return torch.autograd.grad(self.turned(leaf, turn), leaf, dk)[0]
+            return torch.autograd.grad(self.turned(leaf), leaf, dk)[0]
 
 
 def _folded(x: Tensor, k: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .packing import PackedRows
-from .plain_call import Kernel
+from .plain_call import Gradients, Kernel
 
 
 class CallSizes(NamedTuple):
@@ -34,6 +34,8 @@ class CudaKernel(Kernel):
     Their positional arguments are stable since torch 2.6, names are not.
     """
 
+    device = "cuda"
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
     packs = True
     package = ""
     major: int | None = None  # of the compute capability, if only one has the kernel
@@ -41,10 +43,8 @@ class CudaKernel(Kernel):
     _MAX_SEGMENTS = 65_535  # the batch is a grid dimension
 
     def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-        if device.type != "cuda":
-            return "it runs on a CUDA device"
-        if dtype not in (torch.bfloat16, torch.float16):
-            return f"it has no {dtype}"
+        if refusal := super().refusal(device, dtype, head_dim):
+            return refusal
         if head_dim % 8 or head_dim > 256:
             return f"it needs a head_dim that 8 divides, up to 256, not {head_dim}"
         capability = torch.cuda.get_device_capability(device)
@@ -93,11 +93,11 @@ class CudaKernel(Kernel):
         out, lse = self.attend(q, k, v, sizes, causal, scale)
         return out.transpose(1, 2), lse
 
-    def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        tensors = [*map(self._rows_first, (dout, q, k, v, out)), lse.contiguous()]  # kernels ignore the lse's strides
-        grads = self.gradients(tensors, CallSizes(q.shape[2], k.shape[2]), causal, scale)
+    def backward(self, tensors: Sequence[Tensor], causal: bool, scale: float) -> Gradients:
+        *of_rows, lse = tensors
+        _, q, k, *_ = of_rows
+        given = [*map(self._rows_first, of_rows), lse.contiguous()]  # kernels ignore the lse's strides
+        grads = self.gradients(given, CallSizes(q.shape[2], k.shape[2]), causal, scale)
         dq, dk, dv = (x.transpose(1, 2) for x in grads)
         return dq, dk, dv
 
@@ -108,20 +108,11 @@ class CudaKernel(Kernel):
         return out[:, 0], lse[0]
 
     def backward_packed(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        queries: PackedRows,
-        keys: PackedRows,
-        causal: bool,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        tensors = [*(x[:, None] for x in (dout, q, k, v, out)), lse[None].contiguous()]
-        dq, dk, dv = (x[:, 0] for x in self.gradients(tensors, CallSizes.of(queries, keys), causal, scale))
+        self, tensors: Sequence[Tensor], queries: PackedRows, keys: PackedRows, causal: bool, scale: float
+    ) -> Gradients:
+        *of_rows, lse = tensors
+        given = [*(x[:, None] for x in of_rows), lse[None].contiguous()]
+        dq, dk, dv = (x[:, 0] for x in self.gradients(given, CallSizes.of(queries, keys), causal, scale))
         return dq, dk, dv
 
     def _rows_first(self, x: Tensor) -> Tensor:
@@ -142,14 +133,10 @@ class CudaEfficientKernel(CudaKernel):
     lse has a multiple of 32 rows for each sequence. Packed sequences are (1, rows, 1, head_dim).
     """
 
-    name = "cuda_efficient"
+    name, dtypes = "cuda_efficient", (torch.float32, torch.bfloat16, torch.float16)
 
     def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-        if device.type != "cuda":
-            return "it runs on a CUDA device"
-        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return f"it has no {dtype}"
-        return None
+        return Kernel.refusal(self, device, dtype, head_dim)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, sizes: CallSizes, causal: bool, scale: float

@@ -140,11 +140,7 @@ class _Sinks(NamedTuple):
 
 
 def _sinks(
-    pattern: Pattern,
-    shard: Shard,
-    tokens: int,
-    far_keys: Sequence[FarKeys],
-    turn: Turn | None,
+    pattern: Pattern, shard: Shard, tokens: int, far_keys: Sequence[FarKeys], turn: Turn | None
 ) -> _Sinks | None:
     """Return the sinks that a shard of `tokens` has to turn, or None."""
     if not pattern.sinks or not turn:
@@ -155,7 +151,7 @@ def _sinks(
         return None
     # turned sinks may be kept where one span holds them all, and no other document of the shard has sinks
     holders = [keys for keys in far_keys if keys.level == SINKS]
-    kept = holders[0].turned if len(holders) == 1 and rows.firsts == (0,) else None
+    kept = holders[0].turned if len(holders) == 1 and rows.starts == (0,) else None
     return _Sinks(rows, turn, pattern.sinks, kept)
 
 
@@ -219,7 +215,7 @@ class _MergedBranches(torch.autograd.Function):
 
         there = [*far, *(sinks.turned(k, v, far) if sinks else ())]
         far_first = on_far if any(back) else None
-        grads = merged_backward(plan, scale, dout, q, k, v, out, lse, there, far_first, chosen)
+        grads = merged_backward(plan, scale, (dout, q, k, v, out, lse), there, far_first, chosen)
         if not far_first:
             on_far(grads[3:])
         for d, dx in zip(of_sinks, grads[1:3], strict=False):  # there may be no sinks

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from .cuda_kernels import CudaEfficientKernel, CudaFlashKernel, Flash3Kernel, FlashAttnKernel
-from .packing import PackedRows, Sequences, rows_of
-from .plain_call import Kernel, MathKernel, wide
+from .packing import Sequences, rows_of
+from .plain_call import Gradients, Kernel, MathKernel, wide
 
 
 class CpuFlashKernel(Kernel):
@@ -28,19 +28,12 @@ class CpuFlashKernel(Kernel):
     It reads all keys once for each tile of queries. Rows more than a page apart are copied first, side by side.
     """
 
-    name = "cpu_flash"
+    name, device = "cpu_flash", "cpu"
     takes_counts = True
     _MAX_ELEMENTS = 1 << 21  # bounds the scratch memory of one call: 8 MiB per tensor in fp32
     _STEP = 128  # rows
     _MAX_STEPS = 4, 8  # in a forward, in a backward; with more steps, one call is as fast
     _COPIED, _PAGE = 512, 4096  # queries from which keys are copied, and the bytes of a page
-
-    def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-        if device.type != "cpu":
-            return "it runs on a CPU"
-        if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-            return f"it has no {dtype}"
-        return None
 
     def max_batch(self, heads: int, rows: int, head_dim: int) -> int:
         return max(1, self._MAX_ELEMENTS // (heads * rows * head_dim))
@@ -61,24 +54,18 @@ class CpuFlashKernel(Kernel):
         return out, lse
 
     def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        causal: bool,
-        scale: float,
-        counts: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, tensors: Sequence[Tensor], causal: bool, scale: float, counts: Tensor | None = None
+    ) -> Gradients:
         op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-        dout, q, k, v, out = (wide(x) for x in (dout, q, k, v, out))
+        dout, q, k, v, out, lse = map(wide, tensors)
         k, v = self._side_by_side(q.shape[2], k, v)
         rows, mask = q.shape[2], None if counts is None else counts[None]
         if not causal or (steps := self._steps(rows, counts is not None, self._MAX_STEPS[1])) == [rows]:
-            return op(dout, q, k, v, out, lse, 0.0, causal and counts is None, attn_mask=mask, scale=scale)
-        parts, dk, dv = [], None, None
+            gradients: Gradients = op(
+                dout, q, k, v, out, lse, 0.0, causal and counts is None, attn_mask=mask, scale=scale
+            )
+            return gradients
+        parts, of_all = [], list[Tensor]()
         # the last rows come first: they see all keys, so the other gradients are added to theirs
         for end, *of_rows in reversed(
             [*zip(steps, *(x.split(self._STEP, 2) for x in (dout, q, out, lse)), strict=True)]
@@ -87,13 +74,10 @@ class CpuFlashKernel(Kernel):
             k_, v_, seen = k[:, :, :end], v[:, :, :end], self._seen(q_, end, counts)
             part, *of_keys = op(dout_, q_, k_, v_, out_, lse_, 0.0, False, attn_mask=seen, scale=scale)
             parts.append(part)
-            if dk is None or dv is None:
-                dk, dv = of_keys
-                continue
-            for total, d in zip((dk, dv), of_keys, strict=True):
+            for total, d in zip(of_all, of_keys, strict=False):  # there are none yet for the last rows
                 total[:, :, :end] += d
-        assert dk is not None
-        assert dv is not None
+            of_all = of_all or of_keys
+        dk, dv = of_all
         return torch.cat(parts[::-1], 2), dk, dv
 
     def _side_by_side(self, queries: int, *of_rows: Tensor) -> Iterable[Tensor]:
@@ -146,29 +130,21 @@ def select_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, name:
     return _select(device, dtype, head_dim, name, torch.are_deterministic_algorithms_enabled())
 
 
-def forget_selections() -> None:
-    """Make `select_kernel` probe again: otherwise it remembers its results for the life of the process."""
-    _select.cache_clear()
-
-
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=256)  # results last for the life of the process
 def _select(device: torch.device, dtype: torch.dtype, head_dim: int, name: str | None, always_equal: bool) -> Kernel:
     """Select a kernel; with other algorithms (`always_equal`: deterministic ones), one may fail that did not before."""
-    if name is not None:
-        if name not in KERNELS:
-            raise ValueError(f"unknown attention kernel {name!r}: choose from {', '.join(KERNELS)}")
-        refusal = KERNELS[name].refusal(device, dtype, head_dim)
-        kernel, failure = (KERNELS[name], refusal) if refusal else _probed(KERNELS[name], device, dtype, head_dim)
-        if failure:
+    if name is not None and name not in KERNELS:
+        raise ValueError(f"unknown attention kernel {name!r}: choose from {', '.join(KERNELS)}")
+    for each in [KERNELS[name]] if name else KERNELS.values():
+        refusal = each.refusal(device, dtype, head_dim)
+        kernel, failure = (each, refusal) if refusal else _probed(each, device, dtype, head_dim)
+        if not failure:
+            break
+        if name:
             raise ValueError(f"attention kernel {name!r} cannot run here: {failure}")
-        return _without_failing_packs(kernel, device, dtype, head_dim)
-    for each in KERNELS.values():
-        if each.refusal(device, dtype, head_dim) is None:
-            kernel, failure = _probed(each, device, dtype, head_dim)
-            if failure is None:
-                break
+        if not refusal:
             warnings.warn(f"attention kernel {kernel.name!r} is not used: {failure}", stacklevel=2)
-    if kernel.name == "math" and device.type == "cuda":
+    if not name and kernel.name == "math" and device.type == "cuda":
         warnings.warn(
             f"attention in {dtype} on {device} falls back to plain math, slow and with all scores in memory: "
             "use bf16, fp16 or fp32, or set LONGNET_KERNEL=math to accept that",
@@ -238,7 +214,7 @@ def _view_calls(kernel: Kernel, x: Tensor, scale: float) -> Iterator[tuple[Seque
         whole[:, rows].transpose(1, 2).copy_(part) for whole, part in zip((out, lse), _merged(plain), strict=True)
     ]
     for (k, v, causal), forward in zip(calls, plain, strict=True):
-        backward = (dout, q, k, v, *of_rows, causal, scale)
+        backward = ((dout, q, k, v, *of_rows), causal, scale)
         yield (
             (*kernel.forward(q, k, v, causal, scale), *kernel.backward(*backward)),
             (*forward, *math.backward(*backward)),
@@ -247,27 +223,17 @@ def _view_calls(kernel: Kernel, x: Tensor, scale: float) -> Iterator[tuple[Seque
 
 def _packed_calls(kernel: Kernel, x: Tensor, scale: float) -> Iterator[tuple[Sequence[Tensor], Sequence[Tensor]]]:
     """Yield the same for packed sequences of several lengths, with as many keys as queries and then with others."""
-    math, counts, others = KERNELS["math"], [20, 3, 70], [1, 46, 66]
-    rows = x.flatten(1, 3)
-    q, k, v, dout = rows[:, : sum(counts)]
-    calls = [(k, v, counts, True), (*rows[1:3, -sum(others) :], others, False)]
-    plain = [
-        [math.forward(q_, k_, v_, causal, scale) for q_, k_, v_ in _sequences((q, counts), (k, number), (v, number))]
-        for k, v, number, causal in calls
-    ]
-    out, lse = _joined([_merged(both) for both in zip(*plain, strict=True)])
-    out = out.to(x.dtype)
-    queries = _packed_rows(counts, x)
-    for (k, v, number, causal), forward in zip(calls, plain, strict=True):
-        keys = queries if number is counts else _packed_rows(number, x)
-        each = _sequences((dout, counts), (q, counts), (k, number), (v, number), (out, counts), (lse, counts))
-        backward = [math.backward(d_, q_, k_, v_, o_, l_, causal, scale) for d_, q_, k_, v_, o_, l_ in each]
+    math, rows = KERNELS["math"], x.flatten(1, 3)
+    queries, others = (rows_of(Sequences([0] * 3, [1] * 3, counts), x.device) for counts in ([20, 3, 70], [1, 46, 66]))
+    q, k, v, dout = rows[:, : len(queries.places)]
+    calls = [(k, v, queries, True), (*rows[1:3, -len(others.places) :], others, False)]
+    plain = [math.forward_packed(q, k, v, queries, keys, causal, scale) for k, v, keys, causal in calls]
+    out, lse = _merged(plain)
+    for (k, v, keys, causal), forward in zip(calls, plain, strict=True):
+        backward = ((dout, q, k, v, out.to(x.dtype), lse), queries, keys, causal, scale)
         yield (
-            (
-                *kernel.forward_packed(q, k, v, queries, keys, causal, scale),
-                *kernel.backward_packed(dout, q, k, v, out, lse, queries, keys, causal, scale),
-            ),
-            (*_joined(forward), *_joined(backward)),
+            (*kernel.forward_packed(q, k, v, queries, keys, causal, scale), *kernel.backward_packed(*backward)),
+            (*forward, *math.backward_packed(*backward)),
         )
 
 
@@ -276,17 +242,3 @@ def _merged(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     (out, lse), (other, other_lse) = parts
     merged = torch.logaddexp(lse, other_lse)
     return torch.lerp(out, other, (other_lse - merged).exp()[..., None]), merged
-
-
-def _packed_rows(counts: list[int], x: Tensor) -> PackedRows:
-    return rows_of(Sequences([0] * len(counts), [1] * len(counts), counts), x.device)
-
-
-def _sequences(*packed: tuple[Tensor, list[int]]) -> Iterator[tuple[Tensor, ...]]:
-    """Yield the tensors (1, 1, rows, ..) of each of several packed sequences."""
-    return zip(*([part[None, None] for part in x.split(counts)] for x, counts in packed), strict=True)
-
-
-def _joined(parts: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
-    """Return the tensors of all sequences, packed."""
-    return [torch.cat(of_sequences, 2)[0, 0] for of_sequences in zip(*parts, strict=True)]

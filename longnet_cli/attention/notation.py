@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields, replace
 from itertools import chain
 from typing import Any, NamedTuple
@@ -91,8 +92,10 @@ def is_pattern(text: str) -> bool:
     return bool(_LEVEL.match(text)) or re.split("[:,]", text, maxsplit=1)[0] in _CONSTRUCTORS
 
 
-def read_pattern(written: str | Mapping[str, Any] | None, name: str) -> Pattern | None:
+def read_pattern(written: str | Pattern | Mapping[str, Any] | None, name: str) -> Pattern | None:
     """Return the pattern of a text or of fields, None for None. Raises ConfigError that begins with `name`."""
+    if isinstance(written, Pattern):
+        return written
     try:
         return parse_pattern(written) if isinstance(written, str) else from_fields(written) if written else None
     except (TypeError, ValueError) as error:
@@ -180,7 +183,7 @@ def format_pattern(pattern: Pattern) -> str:
     """
     found = [text + _options(made, pattern, ":" if text in _CONSTRUCTORS else ",") for text, made in _made(pattern)]
     found.append(format_levels(pattern))
-    return min(filter(lambda text: _reads_as(text, pattern), found), key=len, default=found[-1])
+    return min((text for text in found if _parsed(text) == pattern), key=len, default=found[-1])
 
 
 def format_levels(pattern: Pattern) -> str:
@@ -201,11 +204,8 @@ def _made(pattern: Pattern) -> Iterator[tuple[str, Pattern]]:
         length = min(pattern.segment_lengths[-1], 2**63 - 1)
         candidates.append(f"geometric:{format_size(length)}{base_word}{ratio_word}")
     for text in candidates:
-        try:
-            made = parse_pattern(text)
-        except ValueError:  # impossible levels, or a number that no size can express
-            continue
-        if made.levels == pattern.levels:
+        made = _parsed(text)
+        if made and made.levels == pattern.levels:
             yield text, made
 
 
@@ -231,11 +231,11 @@ def _value(value: Any) -> str:
     return "/".join(map(format_size, value[:1] if len({*value}) == 1 else value))
 
 
-def _reads_as(text: str, pattern: Pattern) -> bool:
-    try:
-        return parse_pattern(text) == pattern
-    except ValueError:
-        return False
+def _parsed(text: str) -> Pattern | None:
+    """Return the pattern of a text, None for impossible levels and for a number that no size can express."""
+    with suppress(ValueError):
+        return parse_pattern(text)
+    return None
 
 
 def pattern_fields(pattern: Pattern) -> dict[str, Any]:

@@ -70,9 +70,7 @@ def far_keys(
     positions = span_positions(pattern, span, *sizes)
     rows = max(len(p) for p in positions)
     # a lane with one row fewer repeats a token of the shard there, which is never read
-    index = torch.tensor(
-        [[p[j] - start if j < len(p) else 0 for p in positions] for j in range(rows)], dtype=torch.int64
-    )
+    index = torch.tensor([[*p, *[start] * (rows - len(p))] for p in positions], dtype=torch.int64).T - start
     heads = torch.tensor(lanes(pattern, span.level, *sizes).kv_heads, device=k.device)
-    index = index.reshape(rows, len(positions)).to(k.device)
+    index = index.to(k.device)
     return FarKeys(*span, k[:, index, heads], v[:, index, heads])  # (B, rows, lanes, D)

@@ -12,25 +12,36 @@ fully masked row has no defined lse (no branch has one). Batch and element count
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from .packing import PackedRows
+
+Gradients = tuple[Tensor, Tensor, Tensor]  # dq, dk, dv
+
 
 class Kernel:
-    """The interface of every kernel. `max_batch` bounds the first dimension of a call; callers split larger ones."""
+    """The interface of every kernel. `max_batch` bounds the first dimension of a call; callers split larger ones.
+
+    The tensors of a backward are dout, q, k, v, and the merged out and lse.
+    """
 
     name = ""
+    device: str | None = None  # the type of device that it runs on, if only one has it
+    dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     takes_counts = False  # whether it takes `counts` (heads, rows, keys): the log of how often a key counts, or -inf
-    packs = False  # whether it has these two, which attend within packed sequences of q, k and v (rows, head_dim):
-    forward_packed: Callable[..., tuple[Tensor, Tensor]]  # (q, k, v, queries, keys, causal, scale) -> out, lse (rows,)
-    backward_packed: Callable[..., tuple[Tensor, Tensor, Tensor]]  # dout, q, k, v, out, lse, then as in the forward
+    packs = False  # whether it attends within packed sequences, of q, k, v and out (rows, head_dim) and an lse (rows,):
+    forward_packed: Callable[..., tuple[Tensor, Tensor]]  # (q, k, v, queries, keys, causal, scale) -> out, lse
+    backward_packed: Callable[..., Gradients]  # (tensors, queries, keys, causal, scale) -> dq, dk, dv
     copies_shared = False  # whether it copies key heads that several heads share (of stride 0), on a GPU
 
     def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         """Return why this kernel cannot serve such tensors, or None."""
-        raise NotImplementedError
+        if self.device and device.type != self.device:
+            return f"it runs on a {self.device.upper()} device"
+        return None if dtype in self.dtypes else f"it has no {dtype}"
 
     def max_batch(self, heads: int, rows: int, head_dim: int) -> int:
         raise NotImplementedError
@@ -38,21 +49,19 @@ class Kernel:
     def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
-    def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, tensors: Sequence[Tensor], causal: bool, scale: float) -> Gradients:
         raise NotImplementedError
 
 
 class MathKernel(Kernel):
-    """Plain torch on any device, in any dtype, computed in fp32 or wider. Other kernels are probed against it."""
+    """Plain torch on any device, in any dtype, computed in fp32 or wider. Other kernels are probed against it.
+
+    For that alone, it has packed calls, which take one sequence after the other.
+    """
 
     name = "math"
     takes_counts = True
     _MAX_SCORES = 1 << 26
-
-    def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-        return None
 
     def max_batch(self, heads: int, rows: int, head_dim: int) -> int:
         return max(1, self._MAX_SCORES // (heads * rows * rows))
@@ -65,22 +74,28 @@ class MathKernel(Kernel):
         return (scores - lse[..., None]).exp_() @ wide(v), lse
 
     def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        causal: bool,
-        scale: float,
-        counts: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, tensors: Sequence[Tensor], causal: bool, scale: float, counts: Tensor | None = None
+    ) -> Gradients:
+        dout, q, k, v, out, lse = tensors
         dout, out = wide(dout), wide(out)
         p = (self._scores(q, k, causal, scale, counts) - lse[..., None]).exp_()
         dv = p.mT @ dout
         ds = (dout @ wide(v).mT).sub_((dout * out).sum(-1, keepdim=True)).mul_(p).mul_(scale)
         return ds @ wide(k), ds.mT @ wide(q), dv
+
+    def forward_packed(
+        self, q: Tensor, k: Tensor, v: Tensor, queries: PackedRows, keys: PackedRows, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        each = _sequences((q, k, v), (queries, keys, keys))
+        out, lse = _packed(self.forward(q_, k_, v_, causal, scale) for q_, k_, v_ in each)
+        return out, lse
+
+    def backward_packed(
+        self, tensors: Sequence[Tensor], queries: PackedRows, keys: PackedRows, causal: bool, scale: float
+    ) -> Gradients:
+        each = _sequences(tensors, (queries, queries, keys, keys, queries, queries))
+        dq, dk, dv = _packed(self.backward(of_one, causal, scale) for of_one in each)
+        return dq, dk, dv
 
     def _scores(self, q: Tensor, k: Tensor, causal: bool, scale: float, counts: Tensor | None) -> Tensor:
         scores = (wide(q) @ wide(k).mT).mul_(scale)
@@ -90,6 +105,18 @@ class MathKernel(Kernel):
             n = scores.shape[-1]
             scores.masked_fill_(torch.ones(n, n, dtype=torch.bool, device=q.device).triu_(1), float("-inf"))
         return scores
+
+
+def _sequences(tensors: Sequence[Tensor], rows: Sequence[PackedRows]) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the tensors (1, 1, rows, ..) of each packed sequence."""
+    counts = [of_tensor.edges.diff().tolist() for of_tensor in rows]
+    split = [x[None, None].split(of_tensor, 2) for x, of_tensor in zip(tensors, counts, strict=True)]
+    return zip(*split, strict=True)
+
+
+def _packed(parts: Iterable[tuple[Tensor, ...]]) -> list[Tensor]:
+    """Return the tensors of all sequences, packed."""
+    return [torch.cat(of_sequences, 2)[0, 0] for of_sequences in zip(*parts, strict=True)]
 
 
 def wide(x: Tensor) -> Tensor:

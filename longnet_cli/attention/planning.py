@@ -47,13 +47,14 @@ class Shard(NamedTuple):
         """Return the same shard with its lists of numbers as tuples. Raises ValueError for other than whole numbers."""
         if self.lengths is None and self.documents is None:
             return self
-        return self._replace(
-            lengths=None if self.lengths is None else _whole_numbers("lengths", self.lengths),
-            documents=None if self.documents is None else _whole_numbers("documents", self.documents),
-        )
+        lengths, documents = _whole_numbers("lengths", self.lengths), _whole_numbers("documents", self.documents)
+        return self._replace(lengths=lengths, documents=documents)
 
-    def places(self, batch: int, tokens: int) -> Iterator[BatchPlace]:
-        """Yield the places of a batch with `tokens` per row, if `hashable`. Raises ValueError for wrong lengths."""
+    def places(self, batch: int, tokens: int) -> Iterator[tuple[slice, slice]]:
+        """Yield rows of a batch with `tokens` per row, and the tokens that are one sequence in each of these rows.
+
+        Call it on what `hashable` returns. Raises ValueError for wrong lengths.
+        """
         if self.documents is not None:
             if min(self.documents, default=0) < 1 or sum(self.documents) != tokens:
                 raise ValueError(
@@ -62,11 +63,11 @@ class Shard(NamedTuple):
             stop = 0
             for length in self.documents:
                 start, stop = stop, stop + length
-                yield BatchPlace(slice(0, batch), slice(start, stop))
+                yield slice(0, batch), slice(start, stop)
             return
         lengths = self.lengths
         if lengths is None:
-            yield BatchPlace(slice(0, batch), slice(0, tokens))
+            yield slice(0, batch), slice(0, tokens)
             return
         assert isinstance(lengths, tuple)
         if len(lengths) != batch or not all(0 <= n <= tokens for n in lengths):
@@ -74,17 +75,12 @@ class Shard(NamedTuple):
         for length, rows in groupby(range(batch), key=lengths.__getitem__):  # neighbours of equal length go together
             members = list(rows)
             if length:
-                yield BatchPlace(slice(members[0], members[-1] + 1), slice(0, length))
+                yield slice(members[0], members[-1] + 1), slice(0, length)
 
 
-class BatchPlace(NamedTuple):
-    """Rows of a batch, and their tokens, that one set of calls serves: in each row, these tokens are one sequence."""
-
-    rows: slice
-    tokens: slice
-
-
-def _whole_numbers(name: str, numbers: Sequence[int] | Tensor) -> tuple[int, ...]:
+def _whole_numbers(name: str, numbers: Sequence[int] | Tensor | None) -> tuple[int, ...] | None:
+    if numbers is None:
+        return None
     try:
         return tuple(operator.index(n) for n in (numbers.tolist() if isinstance(numbers, Tensor) else numbers))
     except TypeError:
@@ -95,7 +91,7 @@ def _whole_numbers(name: str, numbers: Sequence[int] | Tensor) -> tuple[int, ...
 class AttentionPlan:
     """All calls of a batch, for a kernel: blocks as views, then packs.
 
-    `covered`: no branch is packed, and the `first` branches reach every row. `squares`: besides, in each `first` branch
+    `covered`: no branch is packed, and the branches that cover reach every row. `squares`: besides, in each of these,
         queries and keys are the same rows of the same heads (H = K). `chosen`: the groups of queries that see chosen
         blocks. `start`: the branch that a forward starts with, without a merge, as it has all heads of a single token.
         `layouts`: those of the views of near rows, as `kernel_calls` has found them.
@@ -109,26 +105,6 @@ class AttentionPlan:
     chosen: Sequence[GroupedPart] = ()
     start: Branch | None = None
     layouts: Layouts = field(default_factory=dict)
-
-    @classmethod
-    def of(
-        cls,
-        kernel: Kernel,
-        blocks: Sequence[Block],
-        batch: int,
-        tokens: int,
-        heads: int,
-        kv_heads: int,
-        chosen: Sequence[GroupedPart] = (),
-    ) -> AttentionPlan:
-        """Plan the calls of some blocks."""
-        views, gathered = packed(blocks, tokens, heads, kv_heads) if kernel.packs else (blocks, [])
-        full = sum((rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns, _ in blocks)
-        covered = not gathered and full == batch * tokens and all(calls and calls[0].first for *_, calls in blocks)
-        even = all(branch.queries == branch.keys for *_, calls in blocks for branch in calls if branch.first)
-        first = blocks[0][2][0] if covered and len(blocks) == tokens == 1 else None
-        start = first if first and first.queries.heads * first.queries.rows == heads and not first.zero_keys else None
-        return cls(kernel, views, gathered, covered, covered and even and heads == kv_heads, chosen, start)
 
 
 def plan_calls(
@@ -189,21 +165,24 @@ def _plan(
             calls = united(pattern, heads, length, shard.causal, kv_heads)
         if calls is None:
             seen = None if row is None else Turned(far=len(spans), row=row)
-            whole = shard.total or 0
-            calls = branches(pattern, heads, start, length, shard.causal, shard.padding, outside, whole, kv_heads, seen)
+            options = shard.causal, shard.padding, outside, shard.total or 0, kv_heads, seen
+            calls = branches(pattern, heads, start, length, *options)
         blocks.append((rows, columns, calls))
         if pattern.chosen:
             groups = groups_of(pattern, start, start + length)
             chosen += [GroupedPart(rows, columns, start, each) for each in groups]
-    return AttentionPlan.of(kernel, blocks, batch, tokens, heads, kv_heads, chosen)
+    views, packs = packed(blocks, tokens, heads, kv_heads) if kernel.packs else (blocks, [])
+    full = sum((rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns, _ in blocks)
+    covered = not packs and full == batch * tokens and all(calls and calls[0].covers for *_, calls in blocks)
+    even = all(branch.queries == branch.keys for *_, calls in blocks for branch in calls if branch.covers)
+    first = blocks[0][2][0] if covered and len(blocks) == tokens == 1 else None
+    whole = first and first.queries.heads * first.queries.rows == heads and not first.zero_keys
+    squares = covered and even and heads == kv_heads
+    return AttentionPlan(kernel, views, packs, covered, squares, chosen, first if whole else None)
 
 
 def _check_tensors(q: _Facts, k: _Facts, v: _Facts) -> None:
-    fits = (
-        len(q.shape) == len(k.shape) == 4
-        and k.shape == v.shape
-        and (*q.shape[:2], q.shape[3]) == (*k.shape[:2], k.shape[3])
-    )
+    fits = len(q.shape) == 4 and k.shape == v.shape and (q.shape[:2], q.shape[3:]) == (k.shape[:2], k.shape[3:])
     if not fits or not k.shape[2] or q.shape[2] % k.shape[2]:
         raise ValueError(
             "q, k and v need one shape (batch, tokens, heads, head_dim), where the heads of k and v may be a divisor, "
@@ -304,34 +283,29 @@ def _single_token(
 def merged_backward(
     plan: AttentionPlan,
     scale: float,
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    tensors: Sequence[Tensor],
     far: Sequence[Tensor],
     on_far: Callable[[Sequence[Tensor]], None] | None = None,
     chosen: Chosen | None = None,
 ) -> list[Tensor]:
-    """Return dq, dk, dv and the gradients of the far tensors (k, v, k, v, ...), from the merged out and LSE.
+    """Return dq, dk, dv and the gradients of the far tensors (k, v, k, v, ...), all in fp32 or fp64.
 
-    All are in fp32 or fp64. With `on_far`, far keys come first, and `on_far` is called once with their gradients,
-    before the gradients of near keys are computed.
+    `tensors` are dout, q, k, v, and the merged out and LSE. With `on_far`, far keys come first, and `on_far` is called
+    once with their gradients, before the gradients of near keys are computed.
     """
-    dout, q, k, v = (unit_stride(x) for x in (dout, q, k, v))
-    sums = _Gradients(plan, q, k, v, far, far_first=on_far is not None)
-    of_queries = (dout, q, out, lse[..., None])
+    dout, q, k, v, out, lse = map(unit_stride, tensors)
+    of_queries, keys = (dout, q, out, lse[..., None]), (k, v)
+    sums = _Gradients(plan, scale, of_queries, keys, far, far_first=on_far is not None)
     with torch.autocast(q.device.type, enabled=False):
         if on_far:
-            sums.add_calls(_only(plan.blocks, far=True), scale, of_queries, (k, v))
+            sums.add_calls(_only(plan.blocks, far=True))
             on_far(sums.of_far)
-            sums.add_calls(_only(plan.blocks, far=False), scale, of_queries, (k, v))
+            sums.add_calls(_only(plan.blocks, far=False))
         else:
-            sums.add_calls(plan.blocks, scale, of_queries, (k, v))
+            sums.add_calls(plan.blocks)
         for pack in plan.packs:
-            sums.add_pack(pack, scale, of_queries, (k, v))
-        of_chosen = chosen.gradients(plan.kernel, scale, of_queries, (k, v), sums.q) if chosen else ()
+            sums.add_pack(pack)
+        of_chosen = chosen.gradients(plan.kernel, scale, of_queries, keys, sums.q) if chosen else ()
     dq, *of_keys = (total.place for total in (sums.q, sums.k, sums.v))
     for index, more in enumerate(of_chosen):
         of_keys[index] = of_keys[index] + more
@@ -358,47 +332,56 @@ class _Gradients:
     """The sums of all calls of a backward pass: of q, k and v, and of far tensors (`of_far`, in fp32 or fp64)."""
 
     def __init__(
-        self, plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor, far: Sequence[Tensor], far_first: bool
+        self,
+        plan: AttentionPlan,
+        scale: float,
+        of_queries: Sequence[Tensor],
+        keys: Sequence[Tensor],
+        far: Sequence[Tensor],
+        far_first: bool,
     ) -> None:
-        """Allocate the sums. `far_first`: far keys come before near ones."""
+        """Allocate the sums. `of_queries` are dout, q, out and lse (B, N, H, 1), `keys` k and v.
+
+        `far_first`: far keys come before near ones.
+        """
+        (_, q, *_), (k, v) = of_queries, keys
         # what the first calls write anyway needs no zeros, if nothing else is added before
         self.q = GradientSum(q, plan.covered and not far_first)
         self.k, self.v = (GradientSum(x, plan.squares and not far_first) for x in (k, v))
-        self.kernel, self.far, self._far_sums = plan.kernel, far, [GradientSum(x) for x in far]
-        self._layouts = plan.layouts
+        self._plan, self._kernel, self._scale = plan, plan.kernel, scale
+        self._of_queries, self._keys, self._far = of_queries, keys, far
+        self._far_sums = [GradientSum(x) for x in far]
         self.of_far = [total.place for total in self._far_sums]
         self._far_first, self._shared_heads = far_first, q.shape[2] != k.shape[2]
 
-    def add_calls(
-        self, blocks: Sequence[Block], scale: float, of_queries: Sequence[Tensor], keys: Sequence[Tensor]
-    ) -> None:
-        """Add the gradients of calls on views; `of_queries` are dout, q, out and lse (B, N, H, 1), `keys` k and v."""
-        query_like, key_like = (*of_queries, self.q.place), (*keys, self.k.place, self.v.place)
-        calls = kernel_calls(blocks, self.kernel, query_like, key_like, self._far_tensors, self._layouts)
+    def add_calls(self, blocks: Sequence[Block]) -> None:
+        """Add the gradients of calls on views."""
+        query_like, key_like = (*self._of_queries, self.q.place), (*self._keys, self.k.place, self.v.place)
+        calls = kernel_calls(blocks, self._kernel, query_like, key_like, self._far_tensors, self._plan.layouts)
         for branch, (dout, q, out, lse, dq), (k, v, *places) in calls:
-            part, *parts = self.kernel.backward(
-                dout, q, k, v, out, lse[..., 0], branch.causal, scale, *_counts(branch, q)
-            )
-            self.q.add(dq, part, branch.queries, fresh=branch.first and not self._far_first)
-            fresh = branch.first and branch.queries == branch.keys and not self._shared_heads
+            tensors = dout, q, k, v, out, lse[..., 0]
+            part, *parts = self._kernel.backward(tensors, branch.causal, self._scale, *_counts(branch, q))
+            self.q.add(dq, part, branch.queries, fresh=branch.covers and not self._far_first)
+            fresh = branch.covers and branch.queries == branch.keys and not self._shared_heads
             of_keys = (self.k, self.v) if branch.far is None else self._far_sums[2 * branch.far : 2 * branch.far + 2]
             for total, place, part in zip(of_keys, places, parts, strict=True):
                 total.add(place, part, branch.keys, fresh)
             del part, parts  # the next call needs the memory
 
-    def add_pack(self, pack: Pack, scale: float, of_queries: Sequence[Tensor], keys: Sequence[Tensor]) -> None:
-        """Add the gradients of a call on gathered rows; the other arguments are as in `add_calls`."""
-        queries, of_keys = pack.rows(of_queries[0].device)
-        dout, q, out, lse = (flat_rows(x)[queries.places] for x in of_queries)
-        k, v = (flat_rows(x)[of_keys.places] for x in keys)
-        parts = self.kernel.backward_packed(dout, q, k, v, out, lse[..., 0], queries, of_keys, pack.causal, scale)
+    def add_pack(self, pack: Pack) -> None:
+        """Add the gradients of a call on gathered rows."""
+        queries, of_keys = pack.rows(self.q.place.device)
+        dout, q, out, lse = (flat_rows(x)[queries.places] for x in self._of_queries)
+        k, v = (flat_rows(x)[of_keys.places] for x in self._keys)
+        tensors = dout, q, k, v, out, lse[..., 0]
+        parts = self._kernel.backward_packed(tensors, queries, of_keys, pack.causal, self._scale)
         for total, rows, part in zip((self.q, self.k, self.v), (queries, of_keys, of_keys), parts, strict=True):
             total.add_rows(rows, part)
 
     def _far_tensors(self, index: int) -> Sequence[Tensor]:
         """Return k and v of far keys, and the sums of their gradients."""
         both = slice(2 * index, 2 * index + 2)
-        return *self.far[both], *self.of_far[both]
+        return *self._far[both], *self.of_far[both]
 
 
 def _counts(branch: Branch, q: Tensor) -> tuple[Tensor, ...]:
@@ -429,5 +412,5 @@ def log_counts(union: Union, dtype: torch.dtype, device: torch.device) -> Tensor
 
 def _tokens(rows: Rows, segment: int, index: int) -> slice:
     """Return the tokens that a view shows of one segment and of its index-th head."""
-    first = rows.first_token + segment * rows.segment_step + index * rows.skew
-    return slice(first, first + (rows.rows - 1) * rows.row_step + 1, rows.row_step)
+    start = rows.first_token + segment * rows.segment_step + index * rows.skew
+    return slice(start, start + (rows.rows - 1) * rows.row_step + 1, rows.row_step)

@@ -15,6 +15,7 @@ import operator
 from collections.abc import Hashable, Iterator, Sequence
 from functools import lru_cache
 from math import lcm
+from operator import itemgetter
 from typing import NamedTuple
 
 from .pattern import Pattern
@@ -40,11 +41,6 @@ class Rows(NamedTuple):
     skew: int
     row_heads: int = 0
 
-    @classmethod
-    def of(cls, heads: Heads, **sizes: int) -> Rows:
-        """Return the rows of these heads; `sizes` are the other fields."""
-        return cls(heads=heads.number, first_head=heads.first, head_step=heads.step, **sizes)
-
 
 class Heads(NamedTuple):
     """An arithmetic progression of `number` heads: first, first + step, ..."""
@@ -60,6 +56,35 @@ class Heads(NamedTuple):
     def of(self, others: Sequence[int]) -> Heads:
         """Return the progression of the values of `others` at these heads, such as the key head of each query head."""
         return Heads(self.number, others[self.first], self.growth(others) if self.number > 1 else self.step)
+
+
+class HeadRows(NamedTuple):
+    """Rows of a segment, in some order of heads: the head that has them, the token of the first one, and their number.
+
+    The rows of a head are `row_step` tokens apart, and those of the next segment `segment_step` tokens later.
+    """
+
+    heads: Sequence[int]
+    first_tokens: Sequence[int]
+    counts: Sequence[int]
+    segment_step: int
+    row_step: int
+
+    @classmethod
+    def at(
+        cls, start: int, stop: int, heads: Sequence[int], offsets: Sequence[int], w: int, r: int, origin: int = 0
+    ) -> HeadRows:
+        """Return the rows at positions [start, stop) of one segment. Tokens count from position `origin`."""
+        segment = start // w * w
+        before, until = ([rows_before(edge - segment, o, r) for o in offsets] for edge in (start, stop))
+        first_tokens = [segment - origin + o + b * r for o, b in zip(offsets, before, strict=True)]
+        return cls(heads, first_tokens, [b - a for a, b in zip(before, until, strict=True)], w, r)
+
+    def view(self, run: Heads, segments: int = 1) -> Rows:
+        """Return the view that shows the rows of a run in this order, in so many segments."""
+        first_token, skew = self.first_tokens[run.first], run.growth(self.first_tokens)
+        sizes = segments, self.segment_step, *run.of(self.heads), self.counts[run.first], self.row_step
+        return Rows(*sizes, first_token, skew)
 
 
 def rows_before(position: int, offset: int, dilation_rate: int) -> int:
@@ -87,11 +112,11 @@ def progressions(
     return best
 
 
-def _runs(equal: Sequence[Hashable | None], even: Sequence[tuple[int, ...]], first: int, step: int) -> Iterator[Heads]:
+def _runs(equal: Sequence[Hashable | None], even: Sequence[tuple[int, ...]], start: int, step: int) -> Iterator[Heads]:
     """Yield the heads first, first + step, ... in runs that are as long as possible."""
-    begin, number = first, 0
+    begin, number = start, 0
     growth: tuple[int, ...] = ()
-    for head in range(first, len(equal), step):
+    for head in range(start, len(equal), step):
         grown = tuple(map(operator.sub, even[head], even[head - step])) if number else ()
         if number and equal[head] == equal[begin] and (grown == growth if number > 1 else min(grown) >= 0):
             number, growth = number + 1, grown
@@ -158,8 +183,8 @@ def far_spans(pattern: Pattern, start: int, stop: int, causal: bool, total: int 
     """
     seen: list[FarSpan] = []
     for level, (w, b) in enumerate(zip(pattern.segment_lengths, pattern.look_backs, strict=True)):
-        first, last = start // w, (stop - 1) // w
-        low, until, after = max(0, first - b) * w, start, stop
+        first_segment, last_segment = start // w, (stop - 1) // w
+        low, until, after = max(0, first_segment - b) * w, start, stop
         if level:
             low, after = max(low, pattern.sinks), max(after, pattern.sinks)
         if pattern.overlap == "once" and level:
@@ -170,7 +195,7 @@ def far_spans(pattern: Pattern, start: int, stop: int, causal: bool, total: int 
             seen += _by_segment(level, w, low, until)
         if not causal:
             assert total is not None
-            seen += _by_segment(level, w, after, min(total, (last + b + 1) * w))
+            seen += _by_segment(level, w, after, min(total, (last_segment + b + 1) * w))
     if pattern.sinks and start and len(sink_segments(pattern, start, stop)):
         seen.append(FarSpan(SINKS, 0, min(pattern.sinks, start)))
     return seen
@@ -189,6 +214,17 @@ def open_spans(pattern: Pattern, start: int, own: int = 0) -> list[FarSpan]:
     return kept
 
 
+def spans_of_sinks(spans: Sequence[FarSpan], number: int, start: int) -> list[tuple[int, FarSpan]]:
+    """Return the spans of level `SINKS` that hold the sinks [0, number) before a shard, in order, and their indices.
+
+    Raises ValueError if they do not hold these, each once.
+    """
+    given = sorted(((index, span) for index, span in enumerate(spans) if span.level == SINKS), key=itemgetter(1))
+    if [0, *(span.stop for _, span in given)] != [*(span.start for _, span in given), number]:
+        raise ValueError(f"the sinks [0, {number}) lie before the shard that starts at {start}: give them as far keys")
+    return given
+
+
 def sink_segments(pattern: Pattern, start: int, stop: int) -> range:
     """Return the first level's segments in [start, stop) that need a call for sinks, as the level covers no sink."""
     w, first = pattern.segment_lengths[0], pattern.look_backs[0] + 1
@@ -196,31 +232,37 @@ def sink_segments(pattern: Pattern, start: int, stop: int) -> range:
 
 
 def _by_segment(level: int, w: int, start: int, stop: int) -> list[FarSpan]:
-    spans = []
-    while start < stop:
-        end = min(stop, (start // w + 1) * w)
-        spans.append(FarSpan(level, start, end))
-        start = end
-    return spans
+    segments = range(start // w * w, stop, w) if start < stop else ()
+    return [FarSpan(level, max(start, segment), min(stop, segment + w)) for segment in segments]
 
 
-def span_rows(pattern: Pattern, span: FarSpan, num_heads: int, kv_heads: int = 0) -> list[int]:
+def segment_start(pattern: Pattern, span: FarSpan) -> int:
+    """Return the position at which the segment of a span starts."""
+    w, _ = level_of(pattern, span.level)
+    return span.start // w * w
+
+
+def lane_rows(pattern: Pattern, level: int, inside: int, num_heads: int, kv_heads: int = 0) -> list[int]:
+    """Return how many rows each lane of a level has in the first `inside` positions of a segment."""
+    _, r = level_of(pattern, level)
+    return [rows_before(inside, o, r) for o in lanes(pattern, level, num_heads, kv_heads).offsets]
+
+
+def lanes_of_span(pattern: Pattern, span: FarSpan, num_heads: int, kv_heads: int = 0, origin: int = 0) -> HeadRows:
+    """Return the rows of `span` in each lane. Tokens count from position `origin`."""
+    (w, r), (heads, offsets, _) = level_of(pattern, span.level), lanes(pattern, span.level, num_heads, kv_heads)
+    return HeadRows.at(span.start, span.stop, heads, offsets, w, r, origin)
+
+
+def span_rows(pattern: Pattern, span: FarSpan, num_heads: int, kv_heads: int = 0) -> Sequence[int]:
     """Return how many rows of `span` each lane has; lanes differ by at most one."""
-    w, r = level_of(pattern, span.level)
-    inside = span.start % w
-    stop = inside + span.stop - span.start
-    offsets = lanes(pattern, span.level, num_heads, kv_heads).offsets
-    return [rows_before(stop, o, r) - rows_before(inside, o, r) for o in offsets]
+    return lanes_of_span(pattern, span, num_heads, kv_heads).counts
 
 
 def span_positions(pattern: Pattern, span: FarSpan, num_heads: int, kv_heads: int = 0) -> list[range]:
     """Return the positions of the rows of `span`, for each lane."""
-    w, r = level_of(pattern, span.level)
-    segment = span.start // w * w
-    offsets = lanes(pattern, span.level, num_heads, kv_heads).offsets
-    firsts = [segment + o + rows_before(span.start - segment, o, r) * r for o in offsets]
-    counts = span_rows(pattern, span, num_heads, kv_heads)
-    return [range(first, first + count * r, r) for first, count in zip(firsts, counts, strict=True)]
+    _, starts, counts, _, r = lanes_of_span(pattern, span, num_heads, kv_heads)
+    return [range(start, start + count * r, r) for start, count in zip(starts, counts, strict=True)]
 
 
 class SpanViews(NamedTuple):
@@ -237,29 +279,19 @@ class SpanViews(NamedTuple):
 
 def span_views(pattern: Pattern, span: FarSpan, num_heads: int, start: int, kv_heads: int = 0) -> Iterator[SpanViews]:
     """Yield views of the rows of `span` for a shard that starts at `start` and holds them; none for an empty span."""
-    w, r = level_of(pattern, span.level)
     if span.start >= span.stop:
         return
-    segment = span.start // w * w
-    heads, offsets, _ = lanes(pattern, span.level, num_heads, kv_heads)
-    before = [rows_before(span.start - segment, o, r) for o in offsets]
-    counts = span_rows(pattern, span, num_heads, kv_heads)
-    firsts = [segment - start + o + b * r for o, b in zip(offsets, before, strict=True)]
+    rows = lanes_of_span(pattern, span, num_heads, kv_heads, start)
+    before = lane_rows(pattern, span.level, span.start - segment_start(pattern, span), num_heads, kv_heads)
     # a view of a segment starts at the same row for all of its lanes: they need equally many rows before it
-    equal = [(count, b) if count else None for count, b in zip(counts, before, strict=True)]
-    even = list(zip(firsts, heads, strict=True))
-    group = num_heads // (kv_heads or num_heads)
-    steps = (1, r, -(-len(heads) // r), len(heads) // len({*heads}), lcm(r, group))
+    equal = [pair if pair[0] else None for pair in zip(rows.counts, before, strict=True)]
+    even = list(zip(rows.first_tokens, rows.heads, strict=True))
+    number, r, group = len(rows.heads), rows.row_step, num_heads // (kv_heads or num_heads)
+    steps = (1, r, -(-number // r), number // len({*rows.heads}), lcm(r, group))
+    packed_rows = rows._replace(heads=range(number), first_tokens=[0] * number, row_step=1)
     for run in progressions(equal, even, steps):
-        first, skew = firsts[run.first], run.growth(firsts)
-        packed = Rows.of(run, segments=1, segment_step=w, rows=counts[run.first], row_step=1, first_token=0, skew=0)
-        yield SpanViews(
-            shard=Rows.of(
-                run.of(heads), segments=1, segment_step=w, rows=packed.rows, row_step=r, first_token=first, skew=skew
-            ),
-            packed=packed,
-            segment=packed._replace(first_token=before[run.first]) if before[run.first] else packed,
-        )
+        packed = packed_rows.view(run)
+        yield SpanViews(rows.view(run), packed, packed._replace(first_token=before[run.first]))
 
 
 def common_span(pattern: Pattern, level: int, segment: int, start: int, stop: int) -> FarSpan:

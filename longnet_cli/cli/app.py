@@ -16,7 +16,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from longnet_cli import __version__
-from longnet_cli.basics.errors import InputWarning, LongNetError, MemoryLimitError, is_out_of_memory
+from longnet_cli.basics.errors import ConfigError, InputWarning, LongNetError, MemoryLimitError, is_out_of_memory
 from longnet_cli.cli.bench import bench
 from longnet_cli.cli.command import Command, CommandGroup, takes_options
 from longnet_cli.cli.convert import convert
@@ -43,6 +43,8 @@ COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
     "Data": (tokenize,),
     "Tools": (pattern, plot, bench, convert),
 }
+
+USAGE_ERROR: Any = typer.BadParameter.__base__  # click's, or that of the copy of click in typer
 
 _python_warning = warnings.showwarning
 
@@ -99,8 +101,7 @@ def run(app: typer.Typer) -> NoReturn:
             end_with_parent()
         else:
             unwind_on_signals()
-        _invoke(app)
-        code = 0
+        code = _invoke(app)
     except BaseException as error:
         code = _explain(error)
     _drop_unwritable_output()
@@ -111,18 +112,18 @@ def run(app: typer.Typer) -> NoReturn:
     sys.exit(code)
 
 
-def _invoke(app: typer.Typer) -> None:
-    """Run the command and flush stdout. Raises SystemExit only for a failure that is already reported."""
+def _invoke(app: typer.Typer) -> int:
+    """Run the command, flush stdout, and return the exit code. Raises what `_explain` explains."""
     try:
-        typer.main.get_command(app).main(prog_name="longnet")
-    except SystemExit as stop:  # typer ends good runs this way too
+        code = typer.main.get_command(app).main(prog_name="longnet", standalone_mode=False)
+    except SystemExit as stop:
         if isinstance(stop.__context__, BrokenPipeError):
             raise stop.__context__ from None  # typer turns it into exit code 1, a failure
-        if stop.code:
-            raise
+        raise
     # A full disk or a closed pipe often shows only here. At interpreter shutdown it could not become one error line.
     if sys.stdout and not sys.stdout.closed:
         sys.stdout.flush()
+    return code or 0
 
 
 def _hold_standard_handles() -> None:
@@ -154,6 +155,10 @@ def _explain(error: BaseException) -> int:
     if isinstance(error, LongNetError):
         _say(str(error))
         return error.exit_code
+    if isinstance(error, USAGE_ERROR):
+        if type(error).__name__ != "NoArgsIsHelpError":  # then the help is already printed
+            _say(f"{error.format_message()} " + (f"(help: {error.ctx.command_path} -h)" if error.ctx else ""))
+        return ConfigError.exit_code
     if _is_lost_rank(error):
         _say("another rank ended, and this one with it")
         return 1

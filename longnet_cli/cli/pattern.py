@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from longnet_cli.basics.sizes import format_bytes, format_count
@@ -43,36 +43,26 @@ class PatternCommand:
 
 def pattern(options: PatternCommand) -> None:
     """Describe patterns: their levels and costs, and what a query sees."""
-    from longnet_cli.jobs.describing import default_length, describe, draw_picture, draw_text, find_subject, legend
+    from longnet_cli.jobs.describing import UPPER_HALF, default_length, describe, draw_picture, draw_text, find_subject
 
     if options.output:
         from longnet_cli.data.outputs import refuse_overwriting
 
         refuse_overwriting("-o", [options.output], also=[name for name in options.patterns if os.path.isfile(name)])
-    subjects = [find_subject(text) for text in options.patterns]
-    subjects = [replace(subject, heads=options.heads or subject.heads) for subject in subjects]
+    given = {name: value for name in ("heads", "causal") if (value := getattr(options, name)) is not None}
+    subjects = [replace(find_subject(text), **given) for text in options.patterns]
     length = options.seq or max(default_length(subject.pattern) for subject in subjects)
-    color = shows_color()
     if options.output:
-        draw_picture(subjects, length, options.output, causal=options.causal)
+        draw_picture(subjects, length, options.output)
     rows = []
     for index, subject in enumerate(subjects):
-        looks_back = subject.causal is not False if options.causal is None else options.causal
-        description = describe(
-            subject.pattern,
-            name=subject.name,
-            seq=length,
-            heads=subject.heads,
-            head_dim=subject.head_dim,
-            causal=looks_back,
-        )
-        rows.append(description.as_dict())
+        description = describe(subject, length)
+        rows.append(asdict(description))
         if options.format == "text":
             if index:
                 print()
             _print(description)
-            marks = {"color": color, "blocks": can_print("\u2580")}
-            print(f"\n{draw_text(subject, length, causal=looks_back, **marks)}\n{legend(subject, **marks)}")
+            print("", *draw_text(subject, length, blocks=shows_color() and can_print(UPPER_HALF)), sep="\n")
     if options.format == "json":
         emit_json(rows)
 
@@ -87,12 +77,11 @@ def _print(shown: Description) -> None:
     for index, level in enumerate(shown.levels):
         shape = f"{index:<5}{level.segment_length:>13,}{level.dilation_rate:>8,}{level.look_back:>11,}"
         print(shape + _costs(level, f"{level.flops_share:.0%}"))
-    if shown.sinks.keys_per_query:
-        print(f"{'sinks':<37}" + _costs(shown.sinks, f"{shown.sinks.flops / (shown.total.flops or 1):.0%}"))
-    if shown.chosen.keys_per_query:
-        print(f"{'chosen':<37}" + _costs(shown.chosen, f"{shown.chosen.flops / (shown.total.flops or 1):.0%}"))
-    print(f"{'total':<37}" + _costs(shown.total, format_count(shown.total.flops)))
-    print(f"{'dense':<37}" + _costs(shown.dense, format_count(shown.dense.flops)))
+    for name, costs in (("sinks", shown.sinks), ("chosen", shown.chosen)):
+        if costs.keys_per_query:
+            print(f"{name:<37}" + _costs(costs, f"{costs.flops / (shown.total.flops or 1):.0%}"))
+    for name, costs in (("total", shown.total), ("dense", shown.dense)):
+        print(f"{name:<37}" + _costs(costs, format_count(costs.flops)))
     if shown.chosen.keys_per_query:
         print()
         print(f"blocks are chosen from the whole past: at the end, a voter is compared with {shown.compared:,} means")

@@ -46,7 +46,8 @@ def plot(options: PlotCommand) -> None:
     Log-probabilities: the text, coloured by the nats of each token; of two
     files, by the nats that the second one saves.
     """
-    from longnet_cli.jobs.plotting import has_columns, metrics_file
+    from longnet_cli.jobs.plotting.recognizing import metrics_file
+    from longnet_cli.jobs.plotting.surprise import has_columns
 
     files, output = options.files, options.output
     if output:
@@ -77,7 +78,8 @@ def _draw_curves(options: PlotCommand) -> None:
 
 
 def _show_surprise(options: PlotCommand) -> None:
-    from longnet_cli.jobs.plotting import draw_surprise, read_surprise, write_surprise
+    from longnet_cli.jobs.plotting.surprise import draw_surprise, read_surprise
+    from longnet_cli.jobs.plotting.surprise_page import write_surprise
 
     if options.show:
         raise ConfigError("--show is for curves: leave it out for a file of log-probabilities")

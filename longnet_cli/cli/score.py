@@ -169,16 +169,18 @@ def _write(
     """Write a row per document to the output, or print it, and write what --token-logprobs and --chosen ask for."""
     from longnet_cli.jobs.chosen_sources import write_chosen
     from longnet_cli.jobs.scoring.token_logprobs import write_token_logprobs
+    from longnet_cli.nets.net import bos_ids
     from longnet_cli.nets.weights import model_origin
 
-    loaded, first, output, words = opened.loaded, opened.ranks.first, options.output, opened.loaded.tokenizer
+    loaded, first, output, words = opened.loaded, opened.ranks.writes, options.output, opened.loaded.tokenizer
     logprobs, top, chosen = options.token_logprobs, bool(options.top), options.chosen
     left_out = count_left_out(inputs.skip_bad, opened.quiet)
     lines = output is None or output.endswith(".jsonl")  # of text or JSON, with the totals
     named = first and (lines or logprobs or chosen)
     origin = model_origin(loaded.net, loaded.origin, loaded.tokenizer_sha256) if named else {}
     format = "jsonl" if output else options.format
-    printed = partial(_printing, format, output, options.context or (None,), origin, left_out)
+    known = {key.removeprefix("longnet."): value for key, value in origin.items()} | {"bos": bos_ids(loaded.bos)}
+    printed = partial(_printing, format, output, options.context or (None,), known, left_out)
     tokens = write_token_logprobs(logprobs, origin, top) if logprobs and first else nullcontext()
     choices = write_chosen(chosen, loaded.net.config.pattern, origin) if chosen and first else nullcontext()
     with tokens as on_tokens, choices as on_choice:
@@ -206,7 +208,7 @@ def _printing(
     format: str,
     output: str | None,
     contexts: Sequence[int | None],
-    origin: dict[str, str],
+    known: dict[str, Any],
     left_out: LeftOut,
     schema: pa.Schema,
 ) -> Iterator[_Printed]:
@@ -218,7 +220,6 @@ def _printing(
         if file:
             printed.print = lambda row: file.write(f"{to_json(row)}\n".encode())
         yield printed
-        known = {key.removeprefix("longnet."): value for key, value in origin.items()}
         printed.end({**known, "n_skipped": left_out.skipped})
 
 

@@ -55,12 +55,14 @@ def launch(
     *,
     sp: int | None = None,
     dp: int | None = None,
-) -> None:
+    dry_run: bool = False,
+) -> int | None:
     """Run this command as `nproc` processes, or as `dp` groups of `sp` processes, and exit with their exit code.
 
-    Without any of these options, or without `nproc` under torchrun, return: the command goes on in this process. Raises
-    ConfigError for `nproc` under torchrun; with several processes, for stdin or a pipe, which they cannot share, and
-    for a Hugging Face model in `folder` that would have to share a sequence.
+    A `dry_run` starts none: return the number of processes that it plans for. Without any of these options, or without
+    `nproc` under torchrun, return: the command goes on in this process. Raises ConfigError for `nproc` under torchrun;
+    with several processes, for stdin or a pipe, which they cannot share, and for a Hugging Face model in `folder` that
+    would have to share a sequence.
     """
     needed = (dp or 1) * (sp or 1)
     if nproc is None and not started_by_torchrun() and needed > 1:
@@ -76,7 +78,8 @@ def launch(
         name = "stdin" if read_once[0] in ("-", "@-") else read_once[0]
         raise ConfigError(f"{name} can be read by one process: save it to a file, which every rank reads for itself")
     if nproc is not None:
-        start_ranks(nproc)
+        start_ranks(nproc, dry_run=dry_run)
+    return nproc
 
 
 def ask_hub(model: str | None, tokenizer: str | None) -> None:
@@ -241,7 +244,7 @@ class Opened(NamedTuple):
         from longnet_cli.running.ranks.ranks import leave
 
         leave()
-        end(left_out, first=self.ranks.first, quiet=self.quiet)
+        end(left_out, first=self.ranks.writes, quiet=self.quiet)
 
 
 class ModelAndInputs:
@@ -298,13 +301,13 @@ class ModelAndInputs:
     def open(self, mesh: Mesh, computing: Computing, *, dry_run: bool, **how: Any) -> Opened:
         """Start the ranks, and load the model on each of them. `how` are more arguments of `ModelFolder.load`."""
         check_spill(computing.spill)
-        launch(mesh.nproc, self.documents.inputs, self.folder, sp=mesh.sp, dp=mesh.dp)
+        planned = launch(mesh.nproc, self.documents.inputs, self.folder, sp=mesh.sp, dp=mesh.dp, dry_run=dry_run)
         from longnet_cli.running.ranks.ranks import join
 
         freeze_imports()
         given = self.documents
-        ranks, where = join(computing.device, sp=mesh.sp, dp=mesh.dp)
-        quiet = computing.quiet or not ranks.first
+        ranks, where = join(computing.device, sp=mesh.sp, dp=mesh.dp, planned=planned)
+        quiet = computing.quiet or not ranks.writes
         before = room(self.folder, computing.dtype, where) if dry_run else None  # the model is loaded
         loaded = self.folder.load(
             device=where,

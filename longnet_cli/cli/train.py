@@ -118,22 +118,21 @@ def train(options: TrainCommand) -> None:
     _check_stage(options)
     read_pattern(options.pattern)  # so that an error names --pattern, not the recipe
     recipe = _recipe(options)
-    launch(
-        options.mesh.nproc, sp=options.mesh.sp, dp=options.mesh.dp
-    )  # now: one process downloads, and refuses what every rank would refuse
+    # now: one process downloads, and refuses what every rank would refuse
+    planned = launch(options.mesh.nproc, sp=options.mesh.sp, dp=options.mesh.dp, dry_run=options.dry_run)
     from longnet_cli.jobs.training.costs import estimate_training, is_too_large, settle_chunk
     from longnet_cli.running.device import keep_freed_memory
     from longnet_cli.running.ranks.ranks import join, leave
 
     freeze_imports()
-    ranks, where = join(options.device, sp=recipe.parallel.sp, dp=recipe.parallel.dp)
+    ranks, where = join(options.device, sp=recipe.parallel.sp, dp=recipe.parallel.dp, planned=planned)
     recipe = settle_chunk(recipe, where, ranks)
-    quiet = options.quiet or not ranks.first
+    quiet = options.quiet or not ranks.writes
     _note_reach(recipe, quiet)
     if options.dry_run:
         estimated = estimate_training(recipe, where, ranks)
         leave()
-        if ranks.first:
+        if ranks.writes:
             show_training(estimated, options.format)
         return
     if is_too_large(recipe, where, ranks):
@@ -142,8 +141,9 @@ def train(options: TrainCommand) -> None:
         keep_freed_memory()
     result = _run(recipe, options, where, ranks, quiet)
     leave()
-    loss = f", loss {result.loss:.4f} nats per token" if result.loss == result.loss else ""
-    tell(f"saved {result.output} after {result.steps:,} steps{loss}", quiet)
+    loss = f", training loss {result.loss:.4f} nats per token" if result.loss == result.loss else ""
+    best = "" if result.best is None else f"; held-out loss {result.best:.4f} at its lowest, of the model in best/"
+    tell(f"saved {result.output} after {result.steps:,} steps{loss}{best}", quiet)
     use = "score it: longnet score --ppl" if recipe.model.causal else "use it: longnet encode"
     tell(f"{use} --model {_path(options.output)} FILE", quiet)
 

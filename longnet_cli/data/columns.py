@@ -229,15 +229,15 @@ class TokenTypes:
     """A check that all inputs hold one type of token: int32 beside int64 mostly means two tokenizers, or a mistake."""
 
     def __init__(self) -> None:
-        self.first: tuple[str, pa.DataType] | None = None
+        self._known: tuple[str, pa.DataType] | None = None  # where the first type was found, and the type
 
     def check(self, table: Table, columns: Columns) -> None:
         """Raise DataError when an earlier input had another type. Text has no type."""
         kind = token_type(columns.type)
         if kind is None or not table.typed:
             return
-        self.first = self.first or (table.where, kind)
-        where, expected = self.first
+        self._known = self._known or (table.where, kind)
+        where, expected = self._known
         if kind != expected:
             raise DataError(
                 f"{table.where}: its tokens are {kind} and those of {where} are {expected}: all inputs need one "

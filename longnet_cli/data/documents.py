@@ -77,31 +77,31 @@ class Document:
         """
         start, stop, _ = slice(start, stop).indices(self._length)
         out = np.empty(max(0, stop - start), np.int64)
-        for done, part, first, ids in self._stretches(start, stop):
-            bad = part.valid is not None and part.valid.slice(first, len(ids)).false_count
+        for done, part, offset, ids in self._stretches(start, stop):
+            bad = part.valid is not None and part.valid.slice(offset, len(ids)).false_count
             if bad or int(np.maximum.reduce(ids.view(self._unsigned))) > self._highest:
-                raise self._refuse(part, first, ids)
+                raise self._refuse(part, offset, ids)
             out[done : done + len(ids)] = ids
         return out
 
     def _stretches(self, start: int, stop: int) -> Iterator[tuple[int, Part, int, np.ndarray]]:
         """Yield the tokens [start, stop), a block of a part at a time.
 
-        A tuple has the number of tokens before, the part, the block's first token in it, and the block's numbers.
+        A tuple has the number of tokens before, the part, the block's offset in it in tokens, and the block's numbers.
         """
         index, place = bisect_right(self._starts, start) - 1, start
         while place < stop:
             part = self.parts[index]
-            first = place - self._starts[index]
-            stored = part.ids[first * self.width : (first + min(stop - place, self.block)) * self.width]
+            offset = place - self._starts[index]
+            stored = part.ids[offset * self.width : (offset + min(stop - place, self.block)) * self.width]
             if not len(stored):
                 index += 1
                 continue
             try:
                 numbers = np.asarray(stored)
             except FileChangedError as error:
-                raise error.at((part.row or 0) + (first if part.flat else 0)) from None
-            yield place - start, part, first, numbers
+                raise error.at((part.row or 0) + (offset if part.flat else 0)) from None
+            yield place - start, part, offset, numbers
             place += len(numbers) // self.width
 
     @cached_property
@@ -127,14 +127,14 @@ class Document:
             total += size
         return total
 
-    def _refuse(self, part: Part, first: int, ids: np.ndarray) -> DataError:
-        """Return the error for the first bad id of `ids`, which start at `first` in `part`."""
+    def _refuse(self, part: Part, start: int, ids: np.ndarray) -> DataError:
+        """Return the error for the first bad id of `ids`, which start at `start` in `part`."""
         bad = ids.view(self._unsigned) > self._highest
         null = np.zeros(len(ids), bool)
         if part.valid is not None:
-            null = ~part.valid.slice(first, len(ids)).to_numpy(zero_copy_only=False)
+            null = ~part.valid.slice(start, len(ids)).to_numpy(zero_copy_only=False)
         index = int(np.flatnonzero(bad | null)[0])
-        offset = first + index
+        offset = start + index
         if part.row is None or self._place is None:
             where = f"{self.where}, offset {offset}"
         elif part.flat:
@@ -218,15 +218,15 @@ class TextPlaces:
         if not self._counts:
             return None, None
         self._count(start)
-        first = self._begun - int(self._inside[self.document.read(start, start + 1)].sum())
+        begin = self._begun - int(self._inside[self.document.read(start, start + 1)].sum())
         self._count(end)
-        return first, self._begun
+        return begin, self._begun
 
     def each(self, start: int, stop: int) -> tuple[np.ndarray | None, np.ndarray | None]:
         """Return the same of each of the tokens [start, stop), two of (n,); None if not known."""
         if self.document.places is not None:
-            first, after = self.document.places[start:stop].T
-            return first, after
+            begin, after = self.document.places[start:stop].T
+            return begin, after
         if not self._counts:
             return None, None
         self._count(start)

@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar
 import pyarrow as pa
 
 from longnet_cli.basics.atomic import is_temporary, locked_folder, remove_leftovers, sync_folder, write_file, writing
-from longnet_cli.basics.errors import ConfigError, DataError
+from longnet_cli.basics.errors import ConfigError, DataError, LongNetError
 from longnet_cli.data import arrow
 from longnet_cli.data.files import StoredFile, read_error
 from longnet_cli.data.manifest import UNFINISHED, LeftOut, Manifest, read_manifest
@@ -63,7 +63,8 @@ class ShardFolder:
     that is finished already gives its own counts to `left_out`. It also gets the digests in `opened` (see `Documents`).
 
     Raises ConfigError for a folder in use, other settings or a folder that cannot be written, DataError for a damaged
-    shard of the earlier run, LongNetError when a write fails. After an error the finished shards stay.
+    shard of the earlier run, LongNetError when a write fails. After an error the finished shards stay; without any, a
+    LongNetError leaves no folder.
     """
 
     def __init__(
@@ -170,6 +171,10 @@ class ShardFolder:
         try:
             if error is not None:
                 self._open.__exit__(kind, error, traceback)
+                if isinstance(error, LongNetError) and not self._manifest.shards:  # nothing is kept
+                    with suppress(OSError):
+                        os.remove(self.folder / UNFINISHED)
+                        os.rmdir(self.folder)
             elif not self._manifest.finished:
                 self.end_shard()
                 self._note_inputs()

@@ -22,12 +22,12 @@ from longnet_cli.data.tokenizer import Tokenizer
 
 
 class ColumnBatch(NamedTuple):
-    """The columns of a batch that starts at row `first`; None, or empty, for a column that the table lacks.
+    """The columns of a batch that starts at row `start`; None, or empty, for a column that the table lacks.
 
     `errors` holds the error of each row that has no document because a value is null, by its index in the batch.
     """
 
-    first: int
+    start: int
     column: pa.Array
     doc_ids: list[Any] | None
     parts: list[Any] | None
@@ -37,7 +37,7 @@ class ColumnBatch(NamedTuple):
 
     def label(self, index: int) -> "Label":
         return Label(
-            self.first + index,
+            self.start + index,
             self.doc_ids[index] if self.doc_ids else None,
             self.parts[index] if self.parts else None,
             {name: column[index] for name, column in self.kept.items()},
@@ -76,7 +76,7 @@ def read_batches(table: Table, columns: Columns, *, in_turn: bool = True) -> Ite
 
     Raises DataError for a table of 0 rows, and for nulls unless the caller raises their `errors` `in_turn`.
     """
-    first = 0
+    start = 0
     for index, batch in enumerate(table.read(columns.names)):
         with reading(f"{table.where}, batch {index}"):
             arrays = {name: pick(batch, name) for name in columns.names}
@@ -88,17 +88,17 @@ def read_batches(table: Table, columns: Columns, *, in_turn: bool = True) -> Ite
         errors: dict[int, DataError] = {}
         for name, rows in [(None, _nulls(column)), *((name, _none(cells)) for name, cells in values.items())]:
             for row in rows:
-                place, what = table.place(first + row), f", {name}" if name else ""
-                problem = table.bad.pop(first + row, None)
+                place, what = table.place(start + row), f", {name}" if name else ""
+                problem = table.bad.pop(start + row, None)
                 said = f"{place}{what}: the value is null" if problem is None else f"{place}: {problem}"
                 errors.setdefault(row, BadRowError(said))
         if errors and not in_turn:
             raise errors[min(errors)]
         ids, parts = (values.get(name) if name else None for name in (columns.doc_id, columns.part))
         names = ids and [None if doc_id is None else str(doc_id) for doc_id in ids]
-        yield ColumnBatch(first, column, names, parts, kept, [arrays[name] for name in columns.coords], errors)
-        first += batch.num_rows
-    if first == 0 and not is_manifest(table.schema):
+        yield ColumnBatch(start, column, names, parts, kept, [arrays[name] for name in columns.coords], errors)
+        start += batch.num_rows
+    if start == 0 and not is_manifest(table.schema):
         raise DataError(f"{table.where}: the table has 0 rows")
 
 
@@ -172,7 +172,7 @@ def list_documents(table: Table, columns: Columns) -> Iterator[DocumentRows]:
             bounds = zip(*(edge.tolist() for edge in list_bounds(batch.column)), strict=True)
             for index, (start, stop) in enumerate(bounds):
                 present = valid.slice(start, stop - start) if valid is not None else None
-                yield batch.label(index), Part(ids[start:stop], present, batch.first + index)
+                yield batch.label(index), Part(ids[start:stop], present, batch.start + index)
 
     yield from group_rows(table, rows())
 
@@ -190,16 +190,15 @@ def flat_documents(table: Table, columns: Columns, eos_id: int | None) -> Iterat
         """Yield (number of EOS ids so far, a stretch of ids without EOS)."""
         count = 0
         for batch in read_batches(table, columns, in_turn=False):
-            first = batch.first
             all_ids, _ = numbers(table, batch.column)  # nulls have been refused
             for block in range(0, len(all_ids), FLAT_BLOCK):
                 ids = all_ids[block : block + FLAT_BLOCK]
                 begin = 0
-                with reading(table.where, row=first + block):
+                with reading(table.where, row=batch.start + block):
                     ends = np.flatnonzero(np.asarray(ids) == eos_id).tolist()
                 for end in [*ends, len(ids)]:
                     if end > begin:
-                        yield count, Part(ids[begin:end], None, first + block + begin, flat=True)
+                        yield count, Part(ids[begin:end], None, batch.start + block + begin, flat=True)
                     count += end < len(ids)
                     begin = end + 1
 

@@ -57,14 +57,14 @@ class Vectors(Document):
         """
         start, stop, _ = slice(start, stop).indices(len(self))
         out = np.empty((max(0, stop - start), self.width), np.float32)
-        for done, part, first, flat in self._stretches(start, stop):
+        for done, part, offset, flat in self._stretches(start, stop):
             numbers = flat.reshape(-1, self.width)
             block = out[done : done + len(numbers)]
             with np.errstate(over="ignore"):  # reported below
                 block[:] = numbers
-            present = None if part.valid is None else part.valid.slice(first * self.width, len(flat))
+            present = None if part.valid is None else part.valid.slice(offset * self.width, len(flat))
             if present is not None and present.false_count:
-                bad = first + present.index(False).as_py() // self.width
+                bad = offset + present.index(False).as_py() // self.width
                 raise DataError(f"{self._row((part.row or 0) + part.flat * bad)}: a number of the vector is null")
             if not (finite := np.isfinite(block)).all():
                 bad, place = (int(indices[0]) for indices in np.nonzero(~finite))
@@ -125,7 +125,7 @@ def _document(table: Table, columns: Columns, group: DocumentRows, tile_size: fl
 
     def parts() -> Iterator[Part]:
         nonlocal width
-        for _, run in groupby(group.values, key=lambda row: (row.batch.first, nested and row.row)):
+        for _, run in groupby(group.values, key=lambda row: (row.batch.start, nested and row.row)):
             part, width, places = _part(table, columns, list(run), width)
             points.extend(places)
             yield part
@@ -145,12 +145,12 @@ def _part(
     `width` is the width of the document's vectors so far.
     """
     nested = is_vectors(columns.type)
-    batch, values, valid, first = run[0]
+    batch, values, valid, start_row = run[0]
 
     def place(vector: int) -> str:
-        return table.place(batch.first + first + (0 if nested else vector))
+        return table.place(batch.start + start_row + (0 if nested else vector))
 
-    vectors, *axes = (column.slice(first, len(run)) for column in (batch.column, *batch.coords))
+    vectors, *axes = (column.slice(start_row, len(run)) for column in (batch.column, *batch.coords))
     if nested:
         (start,), (stop,) = list_bounds(vectors)
         vectors, axes = vectors.values.slice(start, stop - start), [axis.flatten() for axis in axes]
@@ -164,7 +164,7 @@ def _part(
         width = before
     points = [_points(axes, len(vectors), place)] if axes else []
     present = valid if valid is None else valid.slice(start, stop - start)
-    return Part(values[start:stop], present, batch.first + first, flat=not nested), width, points
+    return Part(values[start:stop], present, batch.start + start_row, flat=not nested), width, points
 
 
 def _points(axes: Sequence[pa.Array], count: int, place: Callable[[int], str]) -> np.ndarray:

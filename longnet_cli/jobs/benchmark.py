@@ -250,15 +250,6 @@ class Measurement:
     machine: str | None = None
     date: str | None = None
 
-    @classmethod
-    def of(
-        cls, s: Settings, impl: str, direction: str, seq: int, pattern: Pattern | None = None, **values: Any
-    ) -> Measurement:
-        """Return the row of a case before it is measured: the settings that all rows share, and its own `values`."""
-        shared = {name: getattr(s, name) for name in ("heads", "head_dim", "batch", "causal", "dtype")}
-        levels = format_levels(pattern) if pattern else None  # 2048/1,4096/2
-        return cls(s.op, impl, direction, seq, **{**shared, "device": str(s.device), "pattern": levels, **values})
-
 
 @dataclass(frozen=True)
 class Case:
@@ -274,17 +265,14 @@ class Case:
     start: Callable[[], Callable[..., object]]
     streamed: bool = False
 
-    def measured(self, first: int, last: int, seconds: float, peak: PeakMemory, **values: Any) -> Measurement:
-        """Return the row of positions [first, last), which took `seconds`."""
-        flops = self.flops(last) - self.flops(first)
-        numbers = {
-            "status": "ok",
-            "seconds": seconds,
-            "tokens_per_second": self.row.batch * (last - first) / seconds,
-            "flops_per_second": flops / seconds if flops else None,
-            "peak_rss_bytes": peak.bytes,
-        }
-        return replace(self.row, **{**numbers, **values})
+    def measured(
+        self, begin: int, end: int, peak: PeakMemory, *, seconds: float, status: str = "ok", **values: Any
+    ) -> Measurement:
+        """Return the row of positions [begin, end), which took `seconds`."""
+        flops = self.flops(end) - self.flops(begin)
+        values["tokens_per_second"] = self.row.batch * (end - begin) / seconds
+        values["flops_per_second"] = flops / seconds if flops else None
+        return replace(self.row, status=status, seconds=seconds, peak_rss_bytes=peak.bytes, **values)
 
 
 def attention(s: Settings, impl: str, direction: str, seq: int) -> Case:
@@ -308,12 +296,9 @@ def attention(s: Settings, impl: str, direction: str, seq: int) -> Case:
             forward = 4 * s.head_dim * s.heads * s.batch * tokens**2 // (2 if s.causal else 1)
             return forward * (BACKWARD_FLOPS if backward else 1)
         count = backward_flops if backward else attention_flops
-        return count(pattern, s.heads, s.head_dim, tokens, s.causal, s.batch)
+        return s.batch * count(pattern, s.heads, s.head_dim, tokens, s.causal)
 
-    row = Measurement.of(
-        s, impl, direction, seq, None if dense else pattern, chunk=chunk if streamed else None, cache_bytes=cache,
-        kernel="sdpa" if dense else select_kernel(s.device, dtype, s.head_dim).name,
-    )  # fmt: skip
+    row = _row(s, impl, direction, seq, chunk=chunk if streamed else None, cache_bytes=cache)
     # each implementation gets the layout that it is made for
     shape = (s.batch, s.heads, chunk, s.head_dim) if dense else (s.batch, chunk, s.heads, s.head_dim)
     memory = attention_memory(shape, None if dense else pattern, s.causal, dtype, s.device, backward) + (cache or 0)
@@ -366,7 +351,7 @@ def _kernels_alone(
         for branch, (q_, *others), (k_, v_) in calls:
             if others:
                 out_, lse_, dout_ = others
-                kernel.backward(dout_, q_, k_, v_, out_, lse_[..., 0], branch.causal, scale)
+                kernel.backward((dout_, q_, k_, v_, out_, lse_[..., 0]), branch.causal, scale)
             else:
                 kernel.forward(q_, k_, v_, branch.causal, scale)
 
@@ -393,7 +378,7 @@ def model(s: Settings, impl: str, direction: str, seq: int) -> Case:
     cache = None
     if streamed and not net.stream():  # of a net with a cache of its own, nothing is known
         cache = s.batch * sum(cache_bytes(config, max(seq, *config.pattern.segment_lengths), itemsize))
-    row = _row(s, net, impl, direction, seq, chunk=chunk if streamed else None, cache_bytes=cache)
+    row = _row(s, impl, direction, seq, net, chunk=chunk if streamed else None, cache_bytes=cache)
     transient = transient_memory(config.pattern, config.num_heads, config.head_dim, seq, itemsize, s.device.type)
     memory = sum(forward_memory(net, s.batch * chunk, itemsize, s.batch * chunk, transient).values()) + (cache or 0)
     return Case(row, lambda tokens: s.batch * _forward_flops(config, tokens), memory, start, streamed)
@@ -418,7 +403,7 @@ def train(s: Settings, impl: str, direction: str, seq: int) -> Case:
         forward = _forward_flops(config, tokens) - config.vote_flops(tokens)  # blocks are chosen once
         return s.batch * (config.training_flops([tokens]) + again * forward)
 
-    row = _row(s, net, impl, direction, seq, chunk=chunk if again else None)
+    row = _row(s, impl, direction, seq, net, chunk=chunk if again else None)
     memory = gradient_memory(config, s.batch, seq, chunk, DTYPES[s.dtype].itemsize, s.device.type)
     return Case(row, flops, memory, start)
 
@@ -492,12 +477,18 @@ def _forward_flops(config: NetConfig, tokens: int) -> int:
     return tokens * (config.layer_flops() + config.vocabulary_flops()) + config.attention_flops(tokens)
 
 
-def _row(s: Settings, net: Net, impl: str, direction: str, seq: int, **values: int | None) -> Measurement:
-    c = net.config
-    kernel = select_kernel(s.device, DTYPES[s.dtype], c.head_dim).name if net.dilated else "sdpa"
-    name = None if s.model is None else ModelFolder.find(s.model).origin
-    facts = {"heads": c.num_heads, "head_dim": c.head_dim, "kernel": kernel, "model": name}
-    return Measurement.of(s, impl, direction, seq, c.pattern if net.dilated else None, **facts, **values)
+def _row(s: Settings, impl: str, direction: str, seq: int, net: Net | None = None, **values: Any) -> Measurement:
+    """Return the row of a case before it is measured, by the settings and the `net`, and its own `values`."""
+    facts: dict[str, Any] = {name: getattr(s, name) for name in ("heads", "head_dim", "batch", "causal", "dtype")}
+    dilated, pattern = impl != "dense", s.pattern_for(seq)
+    if net:
+        dilated, pattern = net.dilated, net.config.pattern
+        facts |= {"heads": net.config.num_heads, "head_dim": net.config.head_dim}
+        facts["model"] = None if s.model is None else ModelFolder.find(s.model).origin
+    facts["kernel"] = select_kernel(s.device, DTYPES[s.dtype], facts["head_dim"]).name if dilated else "sdpa"
+    facts["pattern"] = format_levels(pattern) if dilated else None  # 2048/1,4096/2
+    facts |= {"device": str(s.device), "machine": device_name(s.device), "date": _today()}
+    return Measurement(s.op, impl, direction, seq, **facts, **values)
 
 
 CASES: dict[str, Callable[[Settings, str, str, int], Case]] = {  # (settings, impl, direction, seq) -> a case
@@ -510,15 +501,12 @@ _PROBE_SEQ = 2048  # tokens of the run that estimates a long one
 _LONG_FLOPS = 10**11  # a second or so on a slow CPU: a longer run is worth a probe
 _SHORTEST_REACH = 4096  # fewest tokens of a dense run that is measured in place of a longer one
 
-OnStart = Callable[[Case, float | None], None]
-OnTokens = Callable[[int], None]
-
 
 def bench(
     settings: Settings,
     *,
-    on_start: OnStart = lambda case, seconds: None,
-    on_tokens: OnTokens = lambda tokens: None,
+    on_start: Callable[[Case, float | None], None] = lambda case, seconds: None,
+    on_tokens: Callable[[int], None] = lambda tokens: None,
 ) -> Iterator[Measurement]:
     """Measure every case of the settings, row by row.
 
@@ -528,75 +516,66 @@ def bench(
     on_start: called with each case before it runs, and with the estimated seconds of one run, None if unknown.
     on_tokens: called with the number of tokens of each chunk of a streamed run.
     """
-    machine, date = device_name(settings.device), _today()
-    for row in _RunningBench(settings, on_start, on_tokens).rows():
-        yield replace(row, machine=machine, date=date)
+    s, done = settings, list[Measurement]()  # the rows so far, whose rates tell how long the next cases take
+    deadline = time.perf_counter() + (math.inf if s.max_time is None else s.max_time)
 
-
-class _RunningBench:
-    """A benchmark in progress: its deadline, and the rows so far, whose rates tell how long the next cases take."""
-
-    def __init__(self, s: Settings, on_start: OnStart, on_tokens: OnTokens) -> None:
-        self.s, self.on_start, self.on_tokens = s, on_start, on_tokens
-        self.done: list[Measurement] = []
-        self.deadline = time.perf_counter() + (math.inf if s.max_time is None else s.max_time)
-
-    def rows(self) -> Iterator[Measurement]:
-        for seq, direction, impl in product(self.s.seq, self.s.direction, self.s.impl):
-            case = self._case(impl, direction, seq)
-            if time.perf_counter() >= self.deadline:
-                yield replace(case.row, reason="the time is over")
-                continue
-            if case.flops(seq) > _LONG_FLOPS and seq > _PROBE_SEQ and not self._like(case):
-                probe, free = self._case(impl, direction, case.row.chunk or _PROBE_SEQ), free_memory(self.s.device)
-                if free is None or probe.memory_bytes <= free:
-                    self.done.append(measure(probe, self.s.model_copy(update={"repeats": 1}), self.deadline))
-            share, refusal = self._fit(case)
-            if refusal is None:
-                yield from self._run(case)
-                continue
-            yield refusal
-            if impl == "dense" and self._like(case):  # then run a shorter one that fits
-                reach = 1 << max(1, int(0.95 * seq / share)).bit_length() - 1
-                if reach >= max(_SHORTEST_REACH, 2 * max(row.seq for row in self._like(case))):
-                    yield from self._run(self._case(impl, direction, reach))
-
-    def _case(self, impl: str, direction: str, seq: int) -> Case:
-        return CASES[self.s.op](self.s, impl, direction, seq)
-
-    def _run(self, case: Case) -> Iterator[Measurement]:
-        self.on_start(case, self._seconds(case))
-        streamed = measure_stream(case, self.s, self.deadline, self.on_tokens) if case.streamed else None
-        for row in streamed or [measure(case, self.s, self.deadline)]:
-            self.done.append(row)
+    def run(case: Case) -> Iterator[Measurement]:
+        on_start(case, _expected_seconds(case, done))
+        streamed = measure_stream(case, s, deadline, on_tokens) if case.streamed else None
+        for row in streamed or [measure(case, s, deadline)]:
+            done.append(row)
             yield row
 
-    def _fit(self, case: Case) -> tuple[float, Measurement | None]:
-        """Return by how much a dense sequence is too long, and the row that says why the case is not run, or None."""
-        dense = case.row.impl == "dense"
-        free, seconds = free_memory(self.s.device), self._seconds(case)
-        left = self.deadline - time.perf_counter()
-        allowed = min(left, math.inf if self.s.max_dense_time is None else self.s.max_dense_time) if dense else left
-        over_memory = case.memory_bytes / max(1, free) if free is not None else 0.0
-        over_time = seconds / max(1e-9, allowed) if seconds is not None and not case.streamed else 0.0
-        share = max(1.0, over_memory, math.sqrt(over_time))
-        if free is not None and over_memory > 1:
-            reason = f"needs {_gib(case.memory_bytes)} of memory, {_gib(free)} are free"
-            return share, replace(case.row, status="skipped", reason=reason)
-        if over_time > 1:
-            reason = f"would take about {seconds:.3g} s, and {allowed:.3g} s are allowed"
-            return share, replace(case.row, status="skipped" if dense else "stopped", reason=reason)
-        return share, None
+    for seq, direction, impl in product(s.seq, s.direction, s.impl):
+        make = partial(CASES[s.op], s, impl, direction)
+        case = make(seq)
+        if time.perf_counter() >= deadline:
+            yield replace(case.row, reason="the time is over")
+            continue
+        if case.flops(seq) > _LONG_FLOPS and seq > _PROBE_SEQ and not _like(case, done):
+            probe, free = make(case.row.chunk or _PROBE_SEQ), free_memory(s.device)
+            if free is None or probe.memory_bytes <= free:
+                done.append(measure(probe, s.model_copy(update={"repeats": 1}), deadline))
+        share, refusal = _fit(case, s, deadline - time.perf_counter(), done)
+        if refusal is None:
+            yield from run(case)
+            continue
+        yield refusal
+        if impl == "dense" and (like := _like(case, done)):  # then run a shorter one that fits
+            reach = 1 << max(1, int(0.95 * seq / share)).bit_length() - 1
+            if reach >= max(_SHORTEST_REACH, 2 * max(row.seq for row in like)):
+                yield from run(make(reach))
 
-    def _like(self, case: Case) -> list[Measurement]:
-        """Return the rows so far of the same implementation and direction that have a rate."""
-        like = (case.row.impl, case.row.direction)
-        return [row for row in self.done if (row.impl, row.direction) == like and row.flops_per_second]
 
-    def _seconds(self, case: Case) -> float | None:
-        """Estimate the seconds of one run from the best rate: short runs are mostly overhead. None if unknown."""
-        best = max((row.flops_per_second or 0.0 for row in self._like(case)), default=None)
-        return case.flops(case.row.seq) / best if best else None
+def _fit(case: Case, s: Settings, left: float, done: Sequence[Measurement]) -> tuple[float, Measurement | None]:
+    """Return by how much a dense sequence is too long, and the row that says why the case is not run, or None.
+
+    `left` are the seconds until the deadline.
+    """
+    dense, free, seconds = case.row.impl == "dense", free_memory(s.device), _expected_seconds(case, done)
+    allowed = left if s.max_dense_time is None or not dense else min(left, s.max_dense_time)
+    over_memory = case.memory_bytes / max(1, free) if free is not None else 0.0
+    over_time = seconds / max(1e-9, allowed) if seconds is not None and not case.streamed else 0.0
+    share = max(1.0, over_memory, math.sqrt(over_time))
+    if free is not None and over_memory > 1:
+        reason = f"needs {_gib(case.memory_bytes)} of memory, {_gib(free)} are free"
+        return share, replace(case.row, status="skipped", reason=reason)
+    if over_time > 1:
+        reason = f"would take about {seconds:.3g} s, and {allowed:.3g} s are allowed"
+        return share, replace(case.row, status="skipped" if dense else "stopped", reason=reason)
+    return share, None
+
+
+def _like(case: Case, done: Sequence[Measurement]) -> list[Measurement]:
+    """Return the rows so far of the same implementation and direction that have a rate."""
+    like = (case.row.impl, case.row.direction)
+    return [row for row in done if (row.impl, row.direction) == like and row.flops_per_second]
+
+
+def _expected_seconds(case: Case, done: Sequence[Measurement]) -> float | None:
+    """Estimate the seconds of one run from the best rate: short runs are mostly overhead. None if unknown."""
+    best = max((row.flops_per_second or 0.0 for row in _like(case, done)), default=None)
+    return case.flops(case.row.seq) / best if best else None
 
 
 def measure(case: Case, s: Settings, deadline: float) -> Measurement:
@@ -608,12 +587,12 @@ def measure(case: Case, s: Settings, deadline: float) -> Measurement:
             run = case.start()
             while len(seconds) <= s.repeats and (not seconds or time.perf_counter() + seconds[0] <= deadline):
                 seconds.append(_seconds(run, s.device))
-            return case.measured(0, case.row.seq, statistics.median(seconds[1:] or seconds), peak)
+            return case.measured(0, case.row.seq, peak, seconds=statistics.median(seconds[1:] or seconds))
     except (RuntimeError, MemoryError) as error:
         return replace(case.row, status="oom", reason=_out_of_memory(error))
 
 
-def measure_stream(case: Case, s: Settings, deadline: float, on_tokens: OnTokens) -> Iterator[Measurement]:
+def measure_stream(case: Case, s: Settings, deadline: float, on_tokens: Callable[[int], None]) -> Iterator[Measurement]:
     """Run the sequence to its end. Yield a row for each decade of positions as it is passed, then one for the whole.
 
     At the deadline and at Ctrl-C, the run ends as "stopped", with a row of what was measured so far. If memory runs
@@ -624,7 +603,6 @@ def measure_stream(case: Case, s: Settings, deadline: float, on_tokens: OnTokens
     interrupted: KeyboardInterrupt | None = None
     trim_memory(s.device)
     with PeakMemory(s.device) as peak:
-        whole = part = _Clock(0)
         try:
             case.start()(chunk)  # warm-up
             run = case.start()
@@ -637,8 +615,8 @@ def measure_stream(case: Case, s: Settings, deadline: float, on_tokens: OnTokens
                 position += size
                 on_tokens(size)
                 if total > FIRST_DECADE and position in (decade, total):
-                    place = {"start": part.position, "stop": position}
-                    yield case.measured(part.position, position, peak=peak, **place, **part.spent())
+                    begin = part.position
+                    yield case.measured(begin, position, peak, start=begin, stop=position, **part.spent())
                     part, decade = _Clock(position), decade * 10
                 if position < total and time.perf_counter() >= deadline:
                     status, reason = "stopped", f"the time is over after {position} tokens"
@@ -647,8 +625,8 @@ def measure_stream(case: Case, s: Settings, deadline: float, on_tokens: OnTokens
         except (RuntimeError, MemoryError) as error:
             status, reason = "oom", f"{_out_of_memory(error)} after {position} tokens"
         if position:
-            reached = {} if position == total else {"start": 0, "stop": position}
-            yield case.measured(0, position, peak=peak, status=status, reason=reason, **reached, **whole.spent())
+            reached: dict[str, Any] = {} if position == total else {"start": 0, "stop": position}
+            yield case.measured(0, position, peak, status=status, reason=reason, **reached, **whole.spent())
         elif status == "oom":
             yield replace(case.row, status=status, reason=reason)
     if interrupted:
@@ -661,7 +639,7 @@ class _Clock:
     def __init__(self, position: int) -> None:
         self.position, self._began, self._threads = position, time.perf_counter(), time.process_time()
 
-    def spent(self) -> dict[str, float]:
+    def spent(self) -> dict[str, Any]:
         return {"seconds": time.perf_counter() - self._began, "cpu_seconds": time.process_time() - self._threads}
 
 

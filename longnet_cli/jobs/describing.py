@@ -9,8 +9,7 @@ position, for a drawing in characters or as a picture, with one colour per level
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from itertools import zip_longest
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +22,7 @@ from longnet_cli.attention.notation import format_levels, format_pattern, from_f
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.basics.sizes import format_size
 from longnet_cli.hub.model_names import list_models, preset_dir
-from longnet_cli.jobs.plotting import new_figure, save_figure
-from longnet_cli.jobs.plotting.drawing import colored
+from longnet_cli.jobs.plotting.drawing import colored, new_figure, save_figure
 from longnet_cli.models.folder import ModelFolder
 
 if TYPE_CHECKING:
@@ -33,6 +31,7 @@ if TYPE_CHECKING:
 LONGEST = 1 << 60  # tokens
 MOST_PARTS = 1 << 16
 NOTHING = -1  # a cell of a picture that no level shows
+UPPER_HALF, LOWER_HALF, FULL_BLOCK = "\u2580", "\u2584", "\u2588"
 
 
 @dataclass(frozen=True)
@@ -80,19 +79,16 @@ class Description:
     head_dim: int
     causal: bool
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Subject:
-    """A pattern to describe, with the shape of its recipe or model if it has one."""
+    """A pattern to describe, with the shape of its recipe or model if it has one, and how it is used."""
 
     name: str
     pattern: Pattern
     heads: int = 12
     head_dim: int = 64
-    causal: bool | None = None
+    causal: bool = True
 
 
 def find_subject(text: str) -> Subject:
@@ -100,20 +96,18 @@ def find_subject(text: str) -> Subject:
 
     Raises ConfigError of one line, CheckpointError for a model that cannot be read.
     """
-    if is_pattern(text):
+    shipped = sorted({*(path.stem for path in preset_dir().glob("*.toml")), *list_models()})
+    spelt, file = is_pattern(text), text.endswith((".toml", ".json"))
+    path = file or "/" in text
+    if spelt or (not path and text not in shipped):
         try:
             return Subject(text, parse_pattern(text))
         except ValueError as error:
-            raise ConfigError(f"{text}: {error}") from None
-    recipes = {path.stem for path in preset_dir().glob("*.toml")}
-    path = "/" in text or text.endswith((".toml", ".json"))
-    if not path and text not in {*recipes, *list_models()}:
-        try:
-            parse_pattern(text)
-        except ValueError as error:
-            shipped = ", ".join(sorted({*recipes, *list_models()}))
-            raise ConfigError(f"{error}; or name a recipe or a model; these are shipped: {shipped}") from None
-    if text.endswith((".toml", ".json")) or (not path and text not in list_models()):
+            if spelt:
+                raise ConfigError(f"{text}: {error}") from None
+            names = ", ".join(shipped)
+            raise ConfigError(f"{error}; or name a recipe or a model; these are shipped: {names}") from None
+    if file or (not path and text not in list_models()):
         from longnet_cli.jobs.training.recipe import load_recipe  # any tokenizer: a pattern has no vocabulary
 
         return _of_config(text, load_recipe(text, {"data.tokenizer": "bytes"}).model)
@@ -123,11 +117,8 @@ def find_subject(text: str) -> Subject:
     data = folder.config
     try:
         heads = int(data["num_attention_heads"])
-        pattern, size = (
-            from_fields(data["dilated_attention"]),
-            int(data.get("head_dim") or data["hidden_size"] // heads),
-        )
-        return Subject(text, pattern, heads, size)
+        head_dim = int(data.get("head_dim") or data["hidden_size"] // heads)
+        return Subject(text, from_fields(data["dilated_attention"]), heads, head_dim)
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{folder.path}/config.json: no pattern (dilated_attention) that can be read: {error}"
@@ -138,22 +129,13 @@ def _of_config(name: str, config: NetConfig) -> Subject:
     return Subject(name, config.pattern, config.num_heads, config.head_dim, config.causal)
 
 
-def describe(
-    pattern: Pattern,
-    *,
-    name: str | None = None,
-    seq: int | None = None,
-    heads: int = 12,
-    head_dim: int = 64,
-    causal: bool = True,
-) -> Description:
-    """Describe a pattern; `seq` None is `default_length`. Raises ConfigError for one that cannot be used this way."""
+def describe(subject: Subject, seq: int) -> Description:
+    """Describe a pattern for sequences of `seq` tokens. Raises ConfigError for one that cannot be used this way."""
+    pattern, heads, head_dim, causal = subject.pattern, subject.heads, subject.head_dim, subject.causal
     if refusal := pattern.refusal(causal, "exact"):
-        raise ConfigError(f"{name or format_pattern(pattern)}: {refusal}")
-    seq = seq or default_length(pattern)
+        raise ConfigError(f"{subject.name}: {refusal}")
     _refuse_the_boundless(pattern, seq)
-    half = 2 if causal else 1
-    name, written = name or format_pattern(pattern), format_levels(pattern)
+    half, written = 2 if causal else 1, format_levels(pattern)
     if pattern == Pattern.dense():
         pattern = Pattern((seq,), (1,))  # the part of its one segment that the sequence fills
     *flops, of_others = level_flops(pattern, heads, head_dim, seq, causal)
@@ -175,7 +157,7 @@ def describe(
     dense = sum(level_flops(Pattern((seq,), (1,)), heads, head_dim, seq, causal))
     compared = _compared(pattern, seq) if pattern.chosen else 0
     return Description(
-        name=name,
+        name=subject.name,
         pattern=written,
         levels=levels,
         sinks=PatternCosts(pattern.sinks, 0 if pattern.chosen else of_others, pattern.sinks if causal else None),
@@ -231,11 +213,6 @@ def keys_seen(pattern: Pattern, level: int, queries: np.ndarray, seq: int, causa
     return [(low, high)]
 
 
-def _sees_sinks(pattern: Pattern, queries: np.ndarray) -> np.ndarray:
-    """Return a mask of the queries that see the sinks separately, because their first level covers none."""
-    return (queries // pattern.segment_lengths[0] > pattern.look_backs[0]) & (pattern.sinks > 0)
-
-
 def farthest(pattern: Pattern, num_layers: int) -> int | None:
     """Return a distance in tokens that no link through so many layers exceeds; None where content or sinks choose."""
     if pattern.chosen or pattern.sinks:
@@ -279,8 +256,9 @@ def picture(pattern: Pattern, seq: int, size: int, heads: int, causal: bool = Tr
                 seen = (asking < high)[:, None] & (key < np.minimum(high[None], end))
                 drawn[seen & (drawn == NOTHING)] = level
     if pattern.sinks or pattern.chosen:
-        first = low[:, None] if pattern.chosen else pattern.sinks
-        seen = (_sees_sinks(pattern, low) | (pattern.chosen > 0))[:, None] & (low[None] < first)
+        # blocks of all the past; or sinks, by queries whose first level covers none of them
+        asks = pattern.chosen > 0 or low[:, None] // pattern.segment_lengths[0] > pattern.look_backs[0]
+        seen = asks & (low[None] < (low[:, None] if pattern.chosen else pattern.sinks))
         drawn[seen & (drawn == NOTHING)] = len(pattern.levels)
     return drawn
 
@@ -294,34 +272,30 @@ def _next_kept(positions: np.ndarray, w: int, r: int, offset: int) -> np.ndarray
     return np.where(kept < start + w, kept, start + w + offset)
 
 
-_SIZE = 480  # rows and columns of a picture
+_TEXT_SIZE, _PICTURE_SIZE = 32, 480  # rows and columns
 
 
-def draw_text(
-    subject: Subject, seq: int, *, causal: bool, size: int = 32, color: bool = False, blocks: bool = True
-) -> str:
-    """Return the keys that queries see as text: `size` queries down, keys across, each cell with its first level.
+def draw_text(subject: Subject, seq: int, *, blocks: bool) -> Iterator[str]:
+    """Yield the keys that queries see as lines: queries down, keys across, each cell with its first level; a legend.
 
-    With `color` and `blocks`, half blocks show two queries per line. Otherwise each level is a digit or a letter, and
+    With `blocks`, coloured half blocks show two queries per line. Otherwise each level is a digit or a letter, and
     sinks are s.
     """
-    cells = picture(subject.pattern, seq, size, subject.heads, causal).tolist()
+    cells = picture(subject.pattern, seq, _TEXT_SIZE, subject.heads, subject.causal).tolist()
     levels = len(subject.pattern.levels)
-    if not (color and blocks):
-        return "\n".join("".join(_letter(cell, levels) for cell in row).rstrip() for row in cells)
-    return "\n".join(
-        _half_blocks(*pair) for pair in zip_longest(cells[::2], cells[1::2], fillvalue=[NOTHING] * len(cells))
-    )
+    names = [f"level {i}" for i in range(levels)]
+    names += _besides_levels(subject.pattern)
+    if blocks:
+        yield from map(_half_blocks, cells[::2], [*cells[1::2], [NOTHING] * len(cells)])
+        yield "  ".join(f"{colored(i, FULL_BLOCK)} {name}" for i, name in enumerate(names))
+    else:
+        yield from ("".join(_letter(cell, levels) for cell in row).rstrip() for row in cells)
+        yield "  ".join(f"{_letter(i, levels)} {name}" for i, name in enumerate(names))
 
 
-def legend(subject: Subject, *, color: bool = False, blocks: bool = True) -> str:
-    """Return a line that explains the marks of `draw_text`."""
-    names = [f"level {i}" for i in range(len(subject.pattern.levels))]
-    names += ["sinks"] * (subject.pattern.sinks > 0) + ["some, chosen"] * (subject.pattern.chosen > 0)
-    levels = len(subject.pattern.levels)
-    if color and blocks:
-        return "  ".join(colored(i, "\u2588") + f" {name}" for i, name in enumerate(names))
-    return "  ".join(f"{_letter(i, levels)} {name}" for i, name in enumerate(names))
+def _besides_levels(pattern: Pattern) -> list[str]:
+    """Return the names of what queries see besides levels."""
+    return ["sinks"] * (pattern.sinks > 0) + ["some, chosen"] * (pattern.chosen > 0)
 
 
 def _letter(cell: int, levels: int) -> str:
@@ -338,17 +312,17 @@ def _half_blocks(above: Sequence[int], below: Sequence[int]) -> str:
             if top == NOTHING and bottom == NOTHING:
                 yield " "
             elif top == NOTHING:
-                yield colored(bottom, "\u2584")
+                yield colored(bottom, LOWER_HALF)
             else:
-                yield colored(top, "\u2580", None if bottom == NOTHING else bottom)
+                yield colored(top, UPPER_HALF, None if bottom == NOTHING else bottom)
 
     return "".join(cells()).rstrip()
 
 
-def draw_picture(subjects: Sequence[Subject], seq: int, output: str | Path, *, causal: bool | None = None) -> None:
+def draw_picture(subjects: Sequence[Subject], seq: int, output: str | Path) -> None:
     """Write a picture with one panel per pattern, atomically.
 
-    Raises what `plotting.new_figure` raises.
+    Raises what `drawing.new_figure` raises.
     """
     figure = new_figure(output, 4.2 * len(subjects), 4.6)
     from matplotlib import colormaps
@@ -356,8 +330,7 @@ def draw_picture(subjects: Sequence[Subject], seq: int, output: str | Path, *, c
     from matplotlib.patches import Patch
 
     for axes, subject in zip(figure.subplots(1, len(subjects), squeeze=False)[0], subjects, strict=True):
-        looks_back = subject.causal is not False if causal is None else causal
-        cells = picture(subject.pattern, seq, _SIZE, subject.heads, looks_back)
+        cells = picture(subject.pattern, seq, _PICTURE_SIZE, subject.heads, subject.causal)
         levels = len(subject.pattern.levels)
         tones = [to_hex(colormaps["viridis"](i / max(1, levels))) for i in range(levels)]
         colors = ["white", *tones, "crimson"]
@@ -374,7 +347,6 @@ def draw_picture(subjects: Sequence[Subject], seq: int, output: str | Path, *, c
         axes.set_xticks(ticks, names)
         axes.set_yticks(ticks, names)
         marks = [(f"{format_size(w)}, rate {r}", colors[i + 1]) for i, (w, r) in enumerate(subject.pattern.levels)]
-        marks += [("sinks", "crimson")] if subject.pattern.sinks else []
-        marks += [("some, chosen", "crimson")] if subject.pattern.chosen else []
+        marks += [(name, "crimson") for name in _besides_levels(subject.pattern)]
         axes.legend(handles=[Patch(color=c, label=n) for n, c in marks], fontsize=7, loc="upper right", frameon=False)
     save_figure(figure, output, dpi=120)

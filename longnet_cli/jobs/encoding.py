@@ -334,7 +334,7 @@ class Encoder(RowJob):
         before = self.reader.model.start_rows((*bos_ids(facts.bos), *(facts.prefix or ())))
         around = len(before) if facts.closing is None else facts.around
         for window in self.cut.windows(tokens) if tokens else ():
-            yield around + window.stop - window.start, window.last - window.first
+            yield around + window.stop - window.start, window.taken_stop - window.taken
 
     def size(self, tokens: int) -> int:
         return -(-tokens // self.options.span) if self.options.span else 1
@@ -351,13 +351,13 @@ class Encoder(RowJob):
         """Read one document after the other, and give each pooling the states of all layers."""
         with LayerStates(cast(LongNet, self.reader.model)) as states:
             for window in windows:
-                first, stop = {
+                start, stop = {
                     "cls": (0, 1),
                     "mean": (window.wanted, window.stop),
                     "first": (window.wanted, window.wanted + 1),
                     "last": (window.stop - 1, window.stop),
                 }[self.options.pool or ""]
-                states.begin(first, stop)
+                states.begin(start, stop)
                 window.pooling.layers = states.mean
                 yield from self.reader.read([window])
 
@@ -365,28 +365,28 @@ class Encoder(RowJob):
         """Yield the windows of each document, in order, with one pooling or one mean for all of them."""
         cut, pool, span = self.cut, self.options.pool or "", self.options.span
         for sequence in sequences:
-            document, first, after = sequence.document, sequence.first, len(sequence.end_rows)
-            skipped = self._skipped(first)
+            document, before, after = sequence.document, sequence.own_start, len(sequence.end_rows)
+            skipped = self._skipped(before)
             mean = WindowMean() if cut.one_state and span is None else None
-            pooling = Pooling(document, pool, span, first - skipped, after, skipped=skipped)
+            pooling = Pooling(document, pool, span, before - skipped, after, skipped=skipped)
             for number, window in enumerate(cut.windows(len(document))):
                 rows = sequence.window(window.start, window.stop)
-                wanted, taken = first + window.first - window.start, first + window.last - window.start
+                wanted, taken = before + window.taken - window.start, before + window.taken_stop - window.start
                 if cut.one_state:
                     begin, end = window.start, window.stop
                     lead = {"skipped": skipped, "begin": begin, "end": end, "number": number}
-                    pooling = Pooling(document, pool, None, first - skipped, after, **lead)
+                    pooling = Pooling(document, pool, None, before - skipped, after, **lead)
                 wanted = skipped if window.start == 0 or cut.one_state else wanted
                 taken = len(rows) if window.stop == len(document) or cut.one_state else taken
-                yield _PooledWindow(rows, 0, len(rows), wanted, pooling, taken, mean, window.last - window.first)
+                yield _PooledWindow(rows, 0, len(rows), wanted, pooling, taken, mean, window.taken_stop - window.taken)
 
-    def _skipped(self, first: int) -> int:
-        """Return how many rows of a document are not pooled, of `first` rows before its own."""
+    def _skipped(self, before: int) -> int:
+        """Return how many rows of a document are not pooled, of those `before` its own."""
         facts, span = self.facts, self.options.span
         if facts.closing is None:
-            return 0 if self.options.pool == "cls" else first - len(facts.prefix or ())
+            return 0 if self.options.pool == "cls" else before - len(facts.prefix or ())
         skipped = facts.unpooled or 0  # a first span of these alone would have nothing
-        return first if span is not None and span <= skipped - first else skipped
+        return before if span is not None and span <= skipped - before else skipped
 
     def _pooled(self, piece: Piece[_PooledWindow]) -> Iterable[Row]:
         """Return the rows that a piece finishes."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from inspect import Parameter, Signature
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 
+from longnet_cli.attention import Pattern
 from longnet_cli.attention.notation import read_pattern
 from longnet_cli.basics.errors import ConfigError, DataError, InputWarning, LongNetError, NoTokensError
 from longnet_cli.basics.sizes import parse_size
@@ -52,7 +53,7 @@ class Reading:
 
     model: str = "longnet-tiny"
     tokenizer: str | None = None
-    pattern: str | None = None
+    pattern: str | Pattern | None = None
     bos: str | None = None
     device: str = "auto"
     dtype: str = "auto"
@@ -65,7 +66,7 @@ class Reading:
 
     def load(self) -> Loaded:
         """Return the model and its tokenizer, loaded once per process. Raises what `ModelFolder.load` raises."""
-        return _load(self.model, self.tokenizer, self.pattern, self.bos, self.device, self.dtype, self.embeds)
+        return _load(replace(self, chunk=None, column=None, id_column=None, keep=(), skip_bad=False))
 
     def reader(self) -> Reader:
         """Return a reader with the model."""
@@ -142,9 +143,8 @@ def _read(given: Mapping[str, Any], kind: Callable[..., Options], **more: Any) -
     """Return what is asked of a job, and of the reading. Raises TypeError for a name that neither has."""
     sizes = {name: _size(name, value) for name, value in given.items() if name in SIZES}
     chosen = {**given, **sizes, "keep": tuple(given.get("keep", ())), **more}
-    names = {each.name for each in fields(Reading)}
-    of_reading = {name: value for name, value in chosen.items() if name in names}
-    return kind(**{name: value for name, value in chosen.items() if name not in names}), Reading(**of_reading)
+    of_reading = {each.name: chosen.pop(each.name) for each in fields(Reading) if each.name in chosen}
+    return kind(**chosen), Reading(**of_reading)
 
 
 def _size(name: str, size: int | str | None) -> int | None:
@@ -156,14 +156,11 @@ def _size(name: str, size: int | str | None) -> int | None:
 
 
 @cache
-def _load(
-    model: str, tokenizer: str | None, pattern: str | None, bos: str | None, device: str, dtype: str, embeds: bool
-) -> Loaded:
-    parsed = read_pattern(pattern, "pattern")
-    folder = ModelFolder.find(model, gguf=True, embeds=embeds)
-    how: dict[str, Any] = {"dtype": dtype, "tokenizer": tokenizer, "pattern": parsed, "bos": bos}
-    notes: list[str] = []
-    loaded = folder.load(device=select_device(device), on_note=notes.append, **how)
+def _load(how: Reading) -> Loaded:
+    given: dict[str, Any] = {"dtype": how.dtype, "tokenizer": how.tokenizer, "bos": how.bos}
+    pattern, notes = read_pattern(how.pattern, "pattern"), list[str]()
+    folder = ModelFolder.find(how.model, gguf=True, embeds=how.embeds)
+    loaded = folder.load(device=select_device(how.device), on_note=notes.append, pattern=pattern, **given)
     for line in notes if loaded.embedding else ():
         warnings.warn(line, InputWarning, stacklevel=2)
     loaded.net.digest = model_digest(loaded.net)  # once per process, not once per batch

@@ -26,7 +26,7 @@ from torch import Tensor
 from longnet_cli.basics.errors import ConfigError, DataError, NotFiniteError
 from longnet_cli.data.documents import Document
 from longnet_cli.data.tokenizer import TextStream, Tokenizer
-from longnet_cli.jobs.estimating.reading import Extent, ReadingPlan
+from longnet_cli.jobs.estimating.reading import ReadingPlan
 from longnet_cli.jobs.options import check_sampling
 from longnet_cli.nets.net import Bos, InputSequence, Net, bos_ids
 from longnet_cli.running.causal_stream import CausalStream, open_stream
@@ -118,7 +118,10 @@ def generate(
     longer than the model reads; DataError if there is nothing to continue; NotFiniteError for a logit that is
     NaN.
     """
-    _check(model, tokenizer, max_tokens, temperature, top_p, stop, least=0 if stream else 1)
+    _check(model, max_tokens, least=0 if stream else 1)
+    check_sampling(temperature, top_p)
+    if "" in stop or (stop and not tokenizer):
+        raise ConfigError("a stop text needs characters, and a tokenizer")
     if isinstance(prompt, str):
         if tokenizer is None:
             raise ConfigError("a prompt of text needs a tokenizer")
@@ -145,12 +148,12 @@ def plan_generation(
     model: Net, prompts: Iterable[Document], bos: Bos, max_tokens: int, chunk: int, least: int = 1
 ) -> ReadingPlan:
     """Count the reading of prompts, and of the most tokens that continue each. Raises as `generate`."""
-    _check(model, None, max_tokens, 0.0, 1.0, (), least=least)
+    _check(model, max_tokens, least)
     plan, begin = ReadingPlan(model, chunk), time.perf_counter()
     for prompt in prompts:
         model.sequence(prompt, bos).check("give a shorter prompt", skips=False)
         plan.add_document(len(prompt))
-        plan.add([Extent(len(prompt) + len(bos_ids(bos)) + max_tokens, 1 + max_tokens)])
+        plan.add([(len(prompt) + len(bos_ids(bos)) + max_tokens, 1 + max_tokens)])
     plan.seconds = time.perf_counter() - begin
     return plan
 
@@ -254,16 +257,8 @@ class _Generator:
         return Step(token, logprob, text, reason)
 
 
-def _check(
-    model: Net,
-    tokenizer: Tokenizer | None,
-    max_tokens: int,
-    temperature: float,
-    top_p: float,
-    stop: Sequence[str],
-    least: int,
-) -> None:
-    """Raise ConfigError for a model or options with which `generate` cannot work."""
+def _check(model: Net, max_tokens: int, least: int) -> None:
+    """Raise ConfigError for a model that cannot generate, and for fewer than the `least` tokens."""
     if not model.config.causal:
         raise ConfigError("a bidirectional model does not say what comes next: it cannot generate")
     if not model.config.vocab_size:
@@ -272,6 +267,3 @@ def _check(
         raise ConfigError("this model reads a text in one forward only, not token by token: it cannot generate")
     if max_tokens < least:
         raise ConfigError(f"max_tokens must be {least} or more, not {max_tokens}")
-    check_sampling(temperature, top_p)
-    if "" in stop or (stop and not tokenizer):
-        raise ConfigError("a stop text needs characters, and a tokenizer")

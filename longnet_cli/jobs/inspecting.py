@@ -1,10 +1,12 @@
 """The `inspect` job: the contents of files of tokens or text, and all problems in them."""
 
 import math
+from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from longnet_cli.basics.errors import ConfigError, DataError, refuse_web_address
@@ -47,19 +49,10 @@ class Inspection:
         if not self.documents:
             return dict.fromkeys(("min", "mean", "median", "max"))
         ordered = sorted(self.lengths)
-        middle = [(self.documents - 1) // 2, self.documents // 2]
-        medians: list[int] = []
-        before = 0
-        for length in ordered:
-            before += self.lengths[length]
-            while len(medians) < 2 and middle[len(medians)] < before:
-                medians.append(length)
-        return {
-            "min": ordered[0],
-            "mean": round(self.tokens / self.documents, 3),
-            "median": sum(medians) / 2,
-            "max": ordered[-1],
-        }
+        ends = [*accumulate(self.lengths[length] for length in ordered)]  # documents of this length or less
+        middle = [ordered[bisect_right(ends, n)] for n in ((self.documents - 1) // 2, self.documents // 2)]
+        mean = round(self.tokens / self.documents, 3)
+        return {"min": ordered[0], "mean": mean, "median": sum(middle) / 2, "max": ordered[-1]}
 
     def histogram(self) -> list[tuple[int, int, int]]:
         """Return (first, last, documents), the number of documents with first..last tokens: 0, 1, 2..3, 4..7, ..."""

@@ -36,12 +36,12 @@ class Row:
 
 
 class DocumentWindow(NamedTuple):
-    """The tokens [start, stop) of a document, which are read together. The states of [first, last) are taken."""
+    """The tokens [start, stop) of a document, which are read together. The states of [taken, taken_stop) are taken."""
 
     start: int
     stop: int
-    first: int
-    last: int
+    taken: int
+    taken_stop: int
 
 
 def windows_of(tokens: int, size: int, stride: int) -> Iterator[DocumentWindow]:
@@ -50,12 +50,12 @@ def windows_of(tokens: int, size: int, stride: int) -> Iterator[DocumentWindow]:
     The last window is the first one that reaches the end. Where windows overlap, a token takes the state of the one in
     which it is farther from the nearer edge; the document's own ends are no edges, and ties go to the earlier window.
     """
-    first = start = 0
+    taken = start = 0
     while start + size < tokens:
-        last = (2 * start + stride + size - 1) // 2 + 1  # as far from this window's end as from the next one's start
-        yield DocumentWindow(start, start + size, first, last)
-        first, start = last, start + stride
-    yield DocumentWindow(start, tokens, first, tokens)
+        stop = (2 * start + stride + size - 1) // 2 + 1  # as far from this window's end as from the next one's start
+        yield DocumentWindow(start, start + size, taken, stop)
+        taken, start = stop, start + stride
+    yield DocumentWindow(start, tokens, taken, tokens)
 
 
 class Pooling:
@@ -196,6 +196,6 @@ class LayerStates:
     def _add(self, state: int, x: Tensor, inputs: tuple[Any, ...]) -> None:
         """Add hidden states (1, n, dim) of a layer that was called with `inputs`; the third input is its placement."""
         place: Placement = inputs[2]
-        first, last = max(0, self.start - place.start), min(x.shape[1], self.stop - place.start)
-        if first < last:
-            self._sums[state] += x[0, first:last].sum(0, dtype=torch.float64)
+        start, stop = max(0, self.start - place.start), min(x.shape[1], self.stop - place.start)
+        if start < stop:
+            self._sums[state] += x[0, start:stop].sum(0, dtype=torch.float64)

@@ -59,7 +59,7 @@ class ReadText:
         every, size = pattern.chosen_every, pattern.chosen_block
         blocks = np.full((groups.number, pattern.chosen // NAMED), -1)
         self._grow(groups.near)
-        begin = groups.first // every * every - SPAN + 1  # of the first group's tokens
+        begin = groups.start // every * every - SPAN + 1  # of the first group's tokens
         stop = begin + SPAN + (groups.number - 1) * every
         hashes, ends = _ngrams(self._tokens(max(0, begin - 2), stop), min(2, max(0, begin)))
         ends += max(0, begin - 2)
@@ -173,7 +173,7 @@ class NamedBlocks:
         begin = row, part.columns.start
         if begin not in self._texts:
             self._texts[begin] = ReadText([self.tokens[row, part.columns]])
-        key = *begin, part.groups.first
+        key = *begin, part.groups.start
         if key not in self._named:
             blocks = self._texts[begin].named(self.pattern, part.groups)
             self._named[key] = torch.from_numpy(blocks).to(self.tokens.device)

@@ -21,10 +21,9 @@ from torch import Tensor
 
 from longnet_cli.attention import FarKeys, FarSpan, Outside, Past
 from longnet_cli.attention.choosing import Names
-from longnet_cli.attention.spans import common_span, lanes, level_of, open_spans, rows_before, segment_rows, span_views
+from longnet_cli.attention.spans import common_span, lane_rows, open_spans, segment_rows, span_views
 from longnet_cli.attention.views import accumulator, strided_view
 from longnet_cli.nets.config import NetConfig
-from longnet_cli.nets.named_blocks import ReadText, named_blocks
 from longnet_cli.nets.net import Net
 from longnet_cli.running.causal_stream import CausalStream
 from longnet_cli.running.device import precision, random_state, set_random_state
@@ -87,15 +86,9 @@ def backward_in_chunks(
             with precision(dtype, device):
                 stream(tokens[:, part.mine], edges=part.edges)
             on_chunk()
-    named, last = None, chunks[-1]
-    if model.config.pattern.chosen:  # only the last chunk still chooses
-        texts = stream.texts or [ReadText() for _ in range(tokens.shape[0])]
-        for row, text in enumerate(texts):
-            text.append(tokens[row, last.start : last.mine.stop])
-        named = named_blocks(model.config.pattern, tokens[:, last.mine], texts)
-    pasts = [cache.past for cache in stream.caches if cache.past]
-    if not pasts and ranks.sp == 1:  # in a group, the exchange of the only chunk makes them
-        pasts = new_pasts(model.config)
+    last = chunks[-1]  # only this one still chooses
+    named = stream.note(tokens[:, last.start : last.mine.stop]) if pattern.chosen else None
+    pasts = [cache.past for cache in stream.caches if cache.past] or new_pasts(model.config, ranks)
     del stream
     total = torch.zeros((), dtype=torch.float64, device=device)
     gradients = FarGradients(model.config, tokens.shape[1], ranks, allocate)
@@ -115,10 +108,11 @@ def backward_in_chunks(
     return total
 
 
-def new_pasts(config: NetConfig) -> list[Past]:
+def new_pasts(config: NetConfig, ranks: Ranks = ALONE) -> list[Past]:
     """Return the past of a document's first tokens in each layer, which keeps what they choose; [] without a choice."""
+    make = partial(RankPast, group=ranks.group) if ranks.sp > 1 else Past
     layers = range(config.num_layers if config.pattern.chosen else 0)
-    return [Past(config.pattern, keep=1, layer=layer) for layer in layers]
+    return [make(config.pattern, keep=1, layer=layer) for layer in layers]
 
 
 class _Chunk:
@@ -160,10 +154,7 @@ class _Chunk:
             outside = leaves[layer]
             if not self.exchange:
                 return outside
-            if isinstance(outside.past, RankPast):
-                return Outside([*outside.keys, *self.exchange.run(k, v, outside.past)[0]], outside.past)
-            of_chunk = self.exchange(layer, q, k, v)
-            return Outside([*outside.keys, *of_chunk.keys], of_chunk.past)
+            return Outside([*outside.keys, *self.exchange.run(k, v, outside.past)[0]], outside.past)
 
         with precision(dtype, tokens.device):
             hidden = self.model(tokens, start=self.mine.start, far=provide, named=named)
@@ -216,7 +207,7 @@ class FarGradients:
         """
         if start and layer not in self.of_pasts and not past.shared:
             size, last = self.pattern.chosen_block, start
-            if past.kind == "first":
+            if past.kind == "sees_block_0":
                 last = min(last, self.pattern.chosen_keys)
             shape = (2, k.shape[0], -(-last // size) * size, *k.shape[2:])
             self.of_pasts[layer] = self.allocate(shape, dtype=accumulator(k.dtype), device=k.device).zero_()
@@ -270,11 +261,10 @@ class FarGradients:
         """Sum the rows that a chunk from `start` on has of a span over the ranks, in place. Return their places."""
         if self.ranks.sp == 1:
             return slice(None)
-        _, r = level_of(self.pattern, span.level)
-        offsets = lanes(self.pattern, span.level, self.num_heads, k.shape[2]).offsets
-        first = min(rows_before(max(start - span.start, 0), offset, r) for offset in offsets)
-        last = max(rows_before(span.stop - span.start, offset, r) for offset in offsets)
-        of_chunk = rows[:, :, first:last].to(k.device).contiguous()
+        edges = max(start - span.start, 0), span.stop - span.start
+        begins, ends = (lane_rows(self.pattern, span.level, edge, self.num_heads, k.shape[2]) for edge in edges)
+        places = slice(min(begins), max(ends))
+        of_chunk = rows[:, :, places].to(k.device).contiguous()
         dist.all_reduce(of_chunk, group=self.ranks.group)
-        rows[:, :, first:last] = of_chunk
-        return slice(first, last)
+        rows[:, :, places] = of_chunk
+        return places

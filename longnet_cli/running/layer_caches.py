@@ -17,7 +17,7 @@ from torch import Tensor
 
 from longnet_cli.attention import FarKeys, KVCache, Outside, Pattern
 from longnet_cli.attention.notation import parse_pattern
-from longnet_cli.attention.past import Blocks, Seen
+from longnet_cli.attention.past import Seen
 from longnet_cli.nets.named_blocks import NamedBlocks, ReadText, named_blocks
 from longnet_cli.running.mapped import BlockFile, SpillFile, mapped_empty
 from longnet_cli.running.ranks.blocks import RankPast
@@ -87,9 +87,18 @@ class LayerCaches:
 
     def of_layer(self, layer: int, q: Tensor, k: Tensor) -> KVCache:
         """Return the cache of a layer, to which queries q (B, n, H, D) and keys k (B, n, K, D) come."""
-        if layer not in self.by_layer:
-            self.by_layer[layer] = self._new_cache(layer, q, k)
-        return self.by_layer[layer]
+        if layer in self.by_layer:
+            return self.by_layer[layer]
+        blocks = BlockFile(self.file) if self.file else None
+        options: dict[str, Any] = {"kv_heads": k.shape[2], "dtype": k.dtype, "device": k.device, "layer": layer}
+        options |= {"keep": self.keep, "allocate": self.allocate, "blocks": blocks}
+        cache = self.by_layer[layer] = KVCache(self.pattern, len(k), *q.shape[2:], **options)
+        if cache.past and self.ranks.sp > 1:
+            group, room = self.ranks.group, self.room
+            cache.past = RankPast(self.pattern, group, blocks, self.allocate, self.keep, layer, room)
+        if cache.past and self.on_choice:
+            cache.past.on_choice = partial(self.on_choice, layer)
+        return cache
 
     def provide(self, layer: int, q: Tensor, k: Tensor, v: Tensor, exchange: Exchange | None = None) -> Outside:
         """Return what the next tokens see of the past, as a `FarProvider` does; cached rows come to their device.
@@ -175,22 +184,6 @@ class LayerCaches:
             cache.restore(tokens, own)
             if cache.past:
                 cache.past.convert_counts(parse_pattern(facts["longnet.pattern"]).chosen_every)
-
-    def _new_cache(self, layer: int, q: Tensor, k: Tensor) -> KVCache:
-        blocks = BlockFile(self.file) if self.file else None
-        options: dict[str, Any] = {"kv_heads": k.shape[2], "dtype": k.dtype, "device": k.device, "layer": layer}
-        options |= {"keep": self.keep, "allocate": self.allocate, "blocks": blocks}
-        cache = KVCache(self.pattern, len(k), *q.shape[2:], **options)
-        if cache.past and self.ranks.sp > 1:
-            room = min(self.room, self.pattern.chosen) if cache.past.kind == "first" else self.room
-            own = blocks or Blocks(self.allocate, room)
-            allocate = torch.empty if self.keep else self.allocate  # as in a KVCache, for means
-            cache.past = RankPast(
-                self.pattern, self.ranks.group, own, allocate, self.keep, layer, allocate_sums=self.allocate
-            )
-        if cache.past and self.on_choice:
-            cache.past.on_choice = partial(self.on_choice, layer)
-        return cache
 
 
 def _on(device: torch.device, keys: FarKeys) -> FarKeys:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from longnet_cli.attention import SINKS, FarKeys, FarSpan, Outside
-from longnet_cli.attention.spans import common_span, far_spans, lanes, level_of, rows_before, span_rows, span_views
+from longnet_cli.attention.spans import common_span, far_spans, lane_rows, segment_start, span_rows, span_views
 from longnet_cli.attention.views import strided_view
 from longnet_cli.basics.errors import MemoryLimitError
 from longnet_cli.nets.longnet import Block, LongNet, Placement
@@ -108,7 +108,7 @@ class _Layers:
         self.places: dict[tuple[int, int], slice] = {}  # (level, start of a segment) -> its rows in `collected`
         self.rows = 0
         for span in (span for start, stop in self.chunks for span in self._spans(start, stop)):
-            key = (span.level, self._segment(span))
+            key = (span.level, segment_start(self.pattern, span))
             if key not in self.places:
                 whole = common_span(self.pattern, *key, key[1], tokens)
                 count = max(span_rows(self.pattern, whole, model.config.num_heads))
@@ -118,10 +118,6 @@ class _Layers:
     def _spans(self, start: int, stop: int) -> list[FarSpan]:
         """Return the spans that a chunk sees outside itself."""
         return far_spans(self.pattern, start, stop, False, self.tokens)
-
-    def _segment(self, span: FarSpan) -> int:
-        w, _ = level_of(self.pattern, span.level)
-        return span.start // w * w
 
     @property
     def nbytes(self) -> int:
@@ -208,18 +204,16 @@ class _Layers:
         far_keys, heads = [], self.model.config.num_heads
         for span in self._spans(start, stop):
             if count := max(span_rows(self.pattern, span, heads)):
-                segment = self._segment(span)
-                _, r = level_of(self.pattern, span.level)
-                offsets = lanes(self.pattern, span.level, heads).offsets
-                firsts = [rows_before(span.start - segment, offset, r) for offset in offsets]
-                rows = _from_row(collected[:, :, self.places[span.level, segment]], firsts, count)
+                segment = segment_start(self.pattern, span)
+                first_rows = lane_rows(self.pattern, span.level, span.start - segment, heads)
+                rows = _from_row(collected[:, :, self.places[span.level, segment]], first_rows, count)
                 far_keys.append(FarKeys(*span, *rows.to(self.device)))
         return Outside(far_keys)
 
 
-def _from_row(rows: Tensor, firsts: list[int], count: int) -> Tensor:
+def _from_row(rows: Tensor, first_rows: list[int], count: int) -> Tensor:
     """Return `count` rows of (2, 1, rows, H, D) from each head's first row on. Rows past the end are never read."""
-    if min(firsts) == max(firsts):
-        return rows[:, :, firsts[0] : firsts[0] + count]
-    index = (torch.arange(count)[:, None] + torch.tensor(firsts)).clamp_(max=rows.shape[2] - 1)  # (count, H)
-    return rows[:, :, to_device(index, rows.device), torch.arange(len(firsts), device=rows.device)]
+    if min(first_rows) == max(first_rows):
+        return rows[:, :, first_rows[0] : first_rows[0] + count]
+    index = (torch.arange(count)[:, None] + torch.tensor(first_rows)).clamp_(max=rows.shape[2] - 1)  # (count, H)
+    return rows[:, :, to_device(index, rows.device), torch.arange(len(first_rows), device=rows.device)]

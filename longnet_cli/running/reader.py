@@ -77,44 +77,36 @@ class Piece(Generic[W]):
         return self.stop - self.start
 
 
-@dataclass(frozen=True)
-class ReadingStep(Generic[Z]):
-    """Windows that are read at one time. `batches` has the indices of those that share a forward pass, or is None.
+def reading_steps(windows: Iterable[Z], chunk: int, streams: bool) -> Iterator[list[Z]]:
+    """Yield the windows that are read at a time by a net that `streams` or not; only their lengths count.
 
-    If it is None, there is one window, longer than a chunk, which is read chunk by chunk.
+    Short windows wait until they fill a forward pass of `chunk` tokens. A longer window that streams is alone. Every
+    window is in one step, in order. This is the rule for `Reader.read`, and so for all jobs; `--dry-run` counts its
+    steps.
     """
-
-    windows: list[Z]
-    batches: list[list[int]] | None
-
-
-def reading_steps(windows: Iterable[Z], chunk: int, streams: bool) -> Iterator[ReadingStep[Z]]:
-    """Yield the steps in which windows, of which only the lengths count, are read by a net that `streams` or not.
-
-    Short windows wait until they fill a forward pass of `chunk` tokens. Every window is in one step, in order. This is
-    the rule for `Reader.read`, and so for all jobs; `--dry-run` counts its steps.
-    """
-    waiting: list[Z] = []
-    tokens = 0  # that wait
-
-    def together() -> list[ReadingStep[Z]]:
-        nonlocal waiting, tokens
-        # on a CPU, the matrices of a whole chunk leave the cache: a quarter is faster
-        batches = batches_by_length([len(window) for window in waiting], max(1, chunk // 4), chunk // 32)
-        steps = [ReadingStep(waiting, [*batches])] if waiting else []
-        waiting, tokens = [], 0
-        return steps
-
+    step: list[Z] = []
+    tokens = 0
     for window in windows:
-        if len(window) > chunk and streams:
-            yield from together()
-            yield ReadingStep([window], None)
-            continue
-        waiting.append(window)
+        alone = streams and len(window) > chunk
+        if alone and step:
+            yield step
+            step, tokens = [], 0
+        step.append(window)
         tokens += len(window)
         if tokens >= chunk or not tokens:
-            yield from together()
-    yield from together()
+            yield step
+            step, tokens = [], 0
+    if step:
+        yield step
+
+
+def forward_passes(step: Sequence[Sized], chunk: int, streams: bool) -> list[list[int]] | None:
+    """Return the indices of the windows of a step that share a forward pass; None for one that goes chunk by chunk."""
+    lengths = [len(window) for window in step]
+    if streams and max(lengths) > chunk:
+        return None
+    # on a CPU, the matrices of a whole chunk leave the cache: a quarter is faster
+    return [*batches_by_length(lengths, max(1, chunk // 4), chunk // 32)]
 
 
 class Reader:
@@ -166,10 +158,11 @@ class Reader:
         steps = reading_steps(windows, self.chunk, self.model.config.streams)
         return chain.from_iterable(map(self._read, steps))
 
-    def _read(self, step: ReadingStep[W]) -> Iterable[list[Piece[W]]]:
-        if step.batches is not None:
-            return (self._together(step.windows, step.batches),)
-        return self._stream(*step.windows) if self.model.config.causal else self._whole(*step.windows)
+    def _read(self, step: list[W]) -> Iterable[list[Piece[W]]]:
+        batches = forward_passes(step, self.chunk, self.model.config.streams)
+        if batches is not None:
+            return (self._together(step, batches),)
+        return self._stream(*step) if self.model.config.causal else self._whole(*step)
 
     @torch.inference_mode()
     def _together(self, windows: Sequence[W], batches: Sequence[Sequence[int]]) -> list[Piece[W]]:

@@ -27,9 +27,9 @@ CPU, MATH = torch.device("cpu"), kernels.KERNELS["math"]
 @pytest.fixture(autouse=True)
 def _fresh_selection():
     """Selections are remembered for the life of a process; not from one test to the next."""
-    kernels.forget_selections()
+    kernels._select.cache_clear()
     yield
-    kernels.forget_selections()
+    kernels._select.cache_clear()
 
 
 def strided(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -52,7 +52,7 @@ def test_cpu_flash_on_strided_views_and_a_foreign_lse(dtype: torch.dtype, tolera
     assert (lse - expected_lse).norm() <= tolerance * expected_lse.norm()
     merged = (expected_out * 0.5).to(dtype)
     merged_lse = (expected_lse + 0.7).transpose(1, 2).contiguous().transpose(1, 2)  # memory (batch, rows, heads)
-    arguments = (dout, q, k, v, merged, merged_lse, causal, 0.3)
+    arguments = ((dout, q, k, v, merged, merged_lse), causal, 0.3)
     found, expected = kernels.KERNELS["cpu_flash"].backward(*arguments), MATH.backward(*arguments)
     for a, b in zip(found, expected, strict=True):
         assert (a - b).norm() <= tolerance * b.norm()
@@ -66,8 +66,8 @@ def test_cpu_flash_copies_many_rows_that_lie_far_apart() -> None:
     assert next(iter(flash._side_by_side(500, q))) is q
     out, lse = flash.forward(q, k, v, True, 0.1)
     expected = MATH.forward(*(x.double() for x in (q, k, v)), True, 0.1)
-    grads = flash.backward(dout, q, k, v, out, lse, True, 0.1)
-    of_expected = MATH.backward(*(x.double() for x in (dout, q, k, v)), *expected, True, 0.1)
+    grads = flash.backward((dout, q, k, v, out, lse), True, 0.1)
+    of_expected = MATH.backward((*(x.double() for x in (dout, q, k, v)), *expected), True, 0.1)
     for a, b in zip((out, lse, *grads), (*expected, *of_expected), strict=True):
         assert (a - b).norm() <= 1e-6 * b.norm()
 
@@ -87,20 +87,21 @@ def off_by_a_tenth(kernel, *arguments):
     return tuple(1.1 * x for x in type(kernel).backward(kernel, *arguments))
 
 
-def own_lse(kernel, dout, q, k, v, out, lse, *options):
+def own_lse(kernel, tensors, *options):
     """The gradients of a call whose out and lse are its own, not those that are merged with others'."""
-    return type(kernel).backward(kernel, dout, q, k, v, *type(kernel).forward(kernel, q, k, v, *options), *options)
+    own = type(kernel).forward(kernel, *tensors[1:4], *options)
+    return type(kernel).backward(kernel, (*tensors[:4], *own), *options)
 
 
-def whole_tiles(kernel, dout, q, k, v, *options):
-    dq, dk, dv = type(kernel).backward(kernel, dout, q, k, v, *options)
-    dq[:, :, q.shape[2] // 64 * 64 :] = 0
+def whole_tiles(kernel, tensors, *options):
+    dq, dk, dv = type(kernel).backward(kernel, tensors, *options)
+    dq[:, :, dq.shape[2] // 64 * 64 :] = 0
     return dq, dk, dv
 
 
-def head_by_head(kernel, dout, q, k, *options):
-    dq, dk, dv = type(kernel).backward(kernel, dout, q, k, *options)
-    return dq, dk if k.stride(1) else dk / 2, dv
+def head_by_head(kernel, tensors, *options):
+    dq, dk, dv = type(kernel).backward(kernel, tensors, *options)
+    return dq, dk if tensors[2].stride(1) else dk / 2, dv
 
 
 def fails(kernel, *_):
@@ -171,7 +172,7 @@ def test_packed_shapes(name: str) -> None:
     assert (out.shape, lse.shape, lse.dtype) == ((371, 64), (371,), torch.float32)
     if name == "cuda_efficient":
         return  # what torch says of its backward forgets that it takes `out`
-    grads = kernel.backward_packed(dout, q, k, v, out, lse, queries, keys, False, 1.0)
+    grads = kernel.backward_packed((dout, q, k, v, out, lse), queries, keys, False, 1.0)
     assert [d.shape for d in grads] == [(371, 64), (249, 64), (249, 64)]
 
 
@@ -201,7 +202,7 @@ def flash_attn_like(version: str) -> types.ModuleType:
         assert softmax_lse.is_contiguous()
         heads_first = [x.transpose(1, 2) for x in (dout, q, k, v, out)]
         for total, part in zip(
-            (dq, dk, dv), MATH.backward(*heads_first, softmax_lse, causal, softmax_scale), strict=True
+            (dq, dk, dv), MATH.backward((*heads_first, softmax_lse), causal, softmax_scale), strict=True
         ):
             total.copy_(part.transpose(1, 2))
 
@@ -298,7 +299,7 @@ def efficient_backward(
     each = sequences(cu_seqlens_q, cu_seqlens_k, *lengths, of_q, of_k)
     for (dout, q, out_, k, v), lse in zip(each, logsumexp.split(query.shape[0]), strict=True):
         assert lse[..., q.shape[2] :].isinf().all()
-        parts.append(MATH.backward(dout, q, k, v, out_, lse[..., : q.shape[2]], custom_mask_type == 1, scale))
+        parts.append(MATH.backward((dout, q, k, v, out_, lse[..., : q.shape[2]]), custom_mask_type == 1, scale))
     grads = (torch.cat(found, 2).transpose(1, 2).to(query.dtype) for found in zip(*parts, strict=True))
     return *grads, torch.empty(0)
 
@@ -330,7 +331,7 @@ def flash_backward(
     of_q.append((logsumexp[None] if cum_seq_q is not None else logsumexp).transpose(1, 2)[..., None])
     of_k = [x[None] if cum_seq_q is not None else x for x in (key, value)]
     parts = [
-        MATH.backward(dout, q, k, v, out_, lse[..., 0], is_causal, scale)
+        MATH.backward((dout, q, k, v, out_, lse[..., 0]), is_causal, scale)
         for dout, q, out_, lse, k, v in sequences(cum_seq_q, cum_seq_k, max_q, max_k, of_q, of_k)
     ]
     return tuple(torch.cat(found, 2)[one].transpose(-3, -2) for found in zip(*parts, strict=True))

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -64,7 +65,8 @@ class FlashOfAGpu(Kernel):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         return q.new_empty(q.shape), q.new_empty(q.shape[:3])
 
-    def backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, tensors: Sequence[Tensor], *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        _, q, k, v, *_ = tensors
         return torch.empty_like(q), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
@@ -217,6 +219,6 @@ def test_memory_of_a_backward(tokens: int) -> None:
         lse = torch.empty(1, tokens, 12)
         plan = plan_calls(KERNELS["cuda_flash"], q, k, v, Pattern.paper(), Shard())
         with Live(q, k, v, out, dout, lse) as live:
-            grads = merged_backward(plan, 0.125, dout, q, k, v, out, lse, [])
+            grads = merged_backward(plan, 0.125, (dout, q, k, v, out, lse), [])
             grads = [d.to(q.dtype) for d in grads]
     assert live.peak <= 12 * q.nbytes

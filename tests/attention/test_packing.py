@@ -26,7 +26,7 @@ from strategies import (
 from torch import Tensor
 
 from longnet_cli.attention import FarKeys, FarSpan, Pattern, dilated_attention, far_keys, planning
-from longnet_cli.attention.kernels import KERNELS, forget_selections
+from longnet_cli.attention.kernels import KERNELS, _select
 from longnet_cli.attention.planning import Shard, plan_calls
 from longnet_cli.attention.reference import dilated_attention_reference
 
@@ -41,10 +41,10 @@ class Unpacked(PackedMath):
             raise RuntimeError("no kernel image\nfor this device")
         return super().forward_packed(*args, **kwargs)
 
-    def backward_packed(self, dout, q, k, v, *args) -> tuple[Tensor, Tensor, Tensor]:
+    def backward_packed(self, tensors, *args) -> tuple[Tensor, Tensor, Tensor]:
         if self.wrong == "own lse":  # rather than the merged one
-            args = (*self.forward_packed(q, k, v, *args[2:]), *args[2:])
-        dq, dk, dv = super().backward_packed(dout, q, k, v, *args)
+            tensors = (*tensors[:4], *self.forward_packed(*tensors[1:4], *args))
+        dq, dk, dv = super().backward_packed(tensors, *args)
         return dq, 1.1 * dk if self.wrong == "backward_packed" else dk, dv
 
 
@@ -143,10 +143,10 @@ def test_a_kernel_whose_packed_calls_fail_does_not_pack(monkeypatch: pytest.Monk
     kernel.wrong = wrong
     monkeypatch.setitem(KERNELS, "unpacked", kernel)
     inputs, documents = Problem(PAPER_64TH, 1, 90, 6, 8, 0, True, None, seed=1).tensors(4), [30, 41, 19]
-    forget_selections()
+    _select.cache_clear()
     with pytest.warns(UserWarning, match=f"'unpacked' takes documents one by one: packed, {said}") as warned:
         found = run(dilated_attention, inputs, PAPER_64TH, documents=documents, kernel="unpacked")
-    forget_selections()
+    _select.cache_clear()
     assert len(warned) == 1
     assert kernel.packs  # elsewhere, or in another type, it may
     assert_close(found, run(each_alone(documents), inputs, PAPER_64TH), 1e-12)

@@ -126,8 +126,8 @@ def test_flops_are_those_of_the_pairs_that_meet(choice: Choice) -> None:
     pattern = choice.pattern
     counts = key_counts(pattern, choice.heads, choice.tokens, choice.causal, 0, "exact")[0]
     pairs = counts.sum() - (counts.diagonal(0, 1, 2).sum() / 2 if choice.causal else 0)
-    found = attention_flops(pattern, choice.heads, 8, choice.tokens, choice.causal, 2, choice.kv_heads)
-    assert found == 2 * 4 * 8 * pairs
+    found = attention_flops(pattern, choice.heads, 8, choice.tokens, choice.causal)
+    assert found == 4 * 8 * pairs
 
 
 @pytest.mark.parametrize("head_offsets", ["modulo", "grouped"])

@@ -91,9 +91,15 @@ def stop(script: Script, command_env: dict[str, str], tmp_path: Path) -> Callabl
         ([], 2, "Usage: longnet"),
         (["--version"], 0, f"longnet {__version__}\n"),
         (["--versoin"], 2, "--version"),
+        (["score"], 2, "longnet: error: Missing argument 'INPUT'. (help: longnet score -h)\n"),
+        (["score", "x", "--zz"], 2, "longnet: error: No such option: --zz (help: longnet score -h)\n"),
+        (
+            ["score", "x", "--context", "64,,128"], 2,
+            "error: Invalid value for '--context': '64,,128' has an empty size (help: longnet score -h)\n",
+        ),
     ],
-)
-def test_words_before_a_command(run_longnet, words, code, said):
+)  # fmt: skip
+def test_words_of_a_command_line(run_longnet, words, code, said):
     result = run_longnet(*words)
     assert (result.returncode, said in result.stdout + result.stderr) == (code, True)
     assert not result.stderr or code

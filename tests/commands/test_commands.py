@@ -50,6 +50,7 @@ def test_score_compares_contexts(run_longnet: RunLongnet, model: Path, texts: Pa
     assert all({"nll_sum_4", "ppl_8", "by_position_4", "gain"} <= {*row} for row in value["documents"])
     assert {row["n_tokens"] for row in value["totals"]} == {63}
     assert value["total"].keys() >= {"ppl_se", "bpb_se", "ppl_ratio", "ppl_ratio_se", "n_docs", "by_position"}
+    assert value["total"]["bos"] == [256]
     header, *rows = as_text.stdout.splitlines()
     assert header.split() == ["tokens", "ppl", "bpb", "context", "document"]
     assert [row.split()[-1] for row in rows[:6]] == ["a.txt", "a.txt", "b.txt", "b.txt", "total", "total"]

@@ -80,6 +80,7 @@ FAILURES = [  # command, exit code, a part of its line
     ("score x.parquet -m no-such-model", 2, "unknown model 'no-such-model'"),
     ("tokenize x.parquet --resume -o -", 2, "only a folder of shards can be resumed"),
     ("encode x.parquet --resume -o out.arrow", 2, "out.arrow: only a folder of shards can be resumed"),
+    ("encode too-long.parquet -m ./llama -o vectors", 2, "71 tokens, and the model was trained on 64: encode it in"),
     ("encode x.parquet -o taken", 2, "taken exists and is not an empty folder"),
     ("train longnet-tiny --data x.parquet -o x.parquet", 2, "x.parquet is a file, and -o names the folder of a run"),
     ("train longnet-tiny --data x.parquet -o x.parquet/run", 2, "x.parquet is a file, and -o names the folder"),

@@ -221,8 +221,7 @@ def complaint(done: Done) -> str | None:
         return "an exit code that is not documented"
     if "Traceback" in done.stderr or "LONGNET_TRACEBACK" in done.stderr:
         return "an exception that reaches the user"
-    usage = done.stderr.startswith("Usage: ")
-    if done.code and not usage and sum(line.startswith("longnet: error: ") for line in done.stderr.splitlines()) != 1:
+    if done.code and sum(line.startswith("longnet: error: ") for line in done.stderr.splitlines()) != 1:
         return "not one line of error"
     return None
 

@@ -414,6 +414,8 @@ def test_the_commands_of_a_cluster(
         "torchrun --standalone --nproc-per-node 2",
         "torchrun --nnodes 2 --rdzv-backend c10d --rdzv-endpoint HOST:29500 --nproc-per-node 8",
     ]
+    short = run("plan", "--model", "longnet-tiny", "--tokens", "16Ki", "--on", "h100x8")
+    assert "7 of 8 devices have nothing to read" in short
     for tokens in (1 << 12, 1 << 20):
         words = ("--ranks", "32", "--heads", "2", "--head-dim", "8", "--bidirectional")
         row = json.loads(run("exchange", f"geometric:{tokens},base=64", "--tokens", str(tokens), *words))
@@ -436,6 +438,12 @@ def test_a_plan_that_does_not_fit_names_an_option_that_would(
 ) -> None:
     (tmp_path / "own.toml").write_text(MACHINE)
     encoder = tiny_model(tmp_path / "encoder", causal=False, position="rope")
+    for length, said in (("16Mi", ": --spill would"), ("64Mi", ", nor with --spill")):
+        sets = f'train.stages=[{{seq_len="{length}",steps=1}}]', f"train.batch_tokens={length}", "model.position=rope"
+        pattern = "model.pattern=window:1Ki,chosen=32x32,layers=1"
+        words = [word for setting in (*sets, pattern) for word in ("--set", setting)]
+        assert cluster.app(["plan", "longnet-125m", "--on", "h100x1", *words], standalone_mode=False) == 5
+        assert f"none of 2 fits{said}\n" in capsys.readouterr().out
     for model, on, words, said in (
         (encoder, tmp_path / "own.toml", (), "none of 3 fits: --spill would\n"),
         ("longnet-tiny", "h100x1", ("--pattern", "dense"), "none of 1 fits: --pattern window:1Ki would\n"),

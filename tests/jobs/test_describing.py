@@ -26,7 +26,7 @@ from longnet_cli.attention.notation import parse_pattern
 from longnet_cli.attention.reference import key_counts
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.cli.train import _note_reach
-from longnet_cli.jobs.describing import NOTHING, describe, farthest, find_subject, picture
+from longnet_cli.jobs.describing import NOTHING, Subject, default_length, describe, farthest, find_subject, picture
 
 TILED = {"look_back": 1, "overlap": "once"}
 EVEN = [
@@ -45,7 +45,7 @@ ROW = {"segment_length", "dilation_rate", "look_back", "keys_per_query", "flops"
 @pytest.mark.parametrize("causal", [True, False])
 def test_costs_are_the_counted_ones(pattern: Pattern, causal: bool) -> None:
     seq, heads = 1024, 4
-    found = describe(pattern, seq=seq, heads=heads, head_dim=8, causal=causal)
+    found = describe(Subject("", pattern, heads, 8, causal), seq)
     assert found.total.flops == attention_flops(pattern, heads, 8, seq, causal)
     assert found.dense.flops == attention_flops(Pattern((seq,), (1,)), heads, 8, seq, causal)
     assert sum(level.flops for level in found.levels) + found.sinks.flops == found.total.flops
@@ -74,7 +74,7 @@ def test_chosen_blocks() -> None:
     """The keys, what is compared, and what is kept, as the operator has it."""
     pattern = Pattern((128,), (1,), look_back=2, chosen=4, chosen_block=32, chosen_every=4)
     for seq in (60, 384, 700, 20_000, 200_000, 400_011):
-        found = describe(pattern, seq=seq, heads=3, head_dim=4)
+        found = describe(Subject("", pattern, 3, 4), seq)
         attended = compared = 0
         for groups in groups_of(pattern, 0, seq):
             attended += groups.number * groups.queries * min(groups.near, 128)
@@ -83,7 +83,7 @@ def test_chosen_blocks() -> None:
             scanned += min(blocks, 8192) if blocks > 4096 else 0
             scanned += 4 * min(blocks, 4096) if blocks > 256 else 0
             if groups.near > 128:
-                starts = groups.first % 128 == 0  # of a segment, which has one scan
+                starts = groups.start % 128 == 0  # of a segment, which has one scan
                 compared += groups.number * 8 * 8 * min(blocks, 256) + starts * 4 * scanned
         # between two segments, runs of blocks grow in steps
         assert found.chosen.flops == pytest.approx(3 * 4 * (4 * attended + 2 * compared), rel=1e-5)
@@ -99,7 +99,7 @@ def test_chosen_blocks() -> None:
 
 def test_a_billion_tokens() -> None:
     pattern = Pattern.geometric(10**9)
-    found = describe(pattern, heads=2, head_dim=4)
+    found = describe(Subject("", pattern, 2, 4), default_length(pattern))
     assert found.total.flops == attention_flops(pattern, 2, 4, 1 << 30, True)
     assert found.total.keys_per_query == pattern.keys_per_query / 2
     assert found.total.cache_rows == KVCache(pattern, 1, 2, 4).nbytes // (2 * 2 * 4 * 4) == 40960

@@ -13,6 +13,7 @@ import pytest
 from builders import vectors
 from conftest import ROOT, RunLongnet
 
+from longnet_cli.attention import Pattern
 from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.jobs.engines import Reading, encode_batches, score_batches
 
@@ -173,9 +174,11 @@ def test_the_rows_of_a_frame_without_names_are_numbered() -> None:
         score_batches(frame, id_column="name")
 
 
-def test_sizes_may_be_texts() -> None:
+def test_sizes_and_patterns_may_be_texts() -> None:
     for sizes in ("64,0.1k", ("64", "100")):
         assert score_batches(TABLE[:1], context=sizes).equals(score_batches(TABLE[:1], context=(64, 100)))
+    by_pattern = [score_batches(TABLE[:1], pattern=each) for each in ("window:64", Pattern.window(64))]
+    assert by_pattern[0].equals(by_pattern[1])
     assert encode_batches(TABLE[:1], span="0.1k", chunk="1Ki").equals(encode_batches(TABLE[:1], span=100, chunk=1024))
     with pytest.raises(ConfigError, match=r"^context: '1Kx' is not a size: write"):
         score_batches(TABLE, context="64,1Kx")

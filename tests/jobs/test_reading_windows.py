@@ -130,9 +130,9 @@ def test_it_is_a_plain_loop_over_windows(
 def test_every_token_is_in_one_place(size: int, stride: int) -> None:
     for tokens in range(1, 40) if stride <= size else ():
         windows = list(windows_of(tokens, size, stride))
-        taken = [token for window in windows for token in range(window.first, window.last)]
+        taken = [token for window in windows for token in range(window.taken, window.taken_stop)]
         assert taken == list(range(tokens))
-        assert all(w.start <= w.first < w.last <= w.stop <= w.start + size for w in windows)
+        assert all(w.start <= w.taken < w.taken_stop <= w.stop <= w.start + size for w in windows)
         assert [w.start for w in windows] == [i * stride for i in range(len(windows))]
         assert windows[-1].stop == tokens
         assert all(w.start + size < tokens for w in windows[:-1])

@@ -100,6 +100,8 @@ def test_nearest_answers_a_query(
     done = ask()
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[:2] == ["1.000  1, tokens 0 to 6", "       blue whale"]
+    command[5:] = []
+    assert all(map(str.strip, ask().stdout.splitlines()))
 
 
 def write_archives(folder: Path) -> list[Path]:

@@ -22,8 +22,9 @@ from longnet_cli.data.documents import Document
 from longnet_cli.data.outputs import ShardWriter
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.chosen_sources import chosen_schema
-from longnet_cli.jobs.plotting import draw_surprise, read_surprise, surprise_page, write_surprise
-from longnet_cli.jobs.plotting.surprise import Surprise
+from longnet_cli.jobs.plotting import surprise_page
+from longnet_cli.jobs.plotting.surprise import Surprise, draw_surprise, read_surprise
+from longnet_cli.jobs.plotting.surprise_page import write_surprise
 from longnet_cli.jobs.scoring.token_logprobs import write_token_logprobs
 
 # With what would end a script of the page, or stand in the place of its data

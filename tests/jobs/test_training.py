@@ -24,7 +24,7 @@ from longnet_cli.jobs.training.checkpoint import checkpoints_in, read_state
 from longnet_cli.jobs.training.loop import train
 from longnet_cli.jobs.training.metrics import MetricsLog
 from longnet_cli.jobs.training.recipe import Recipe, ScheduleRecipe, load_recipe, parse_overrides
-from longnet_cli.jobs.training.start import build_optimizers, learning_rate
+from longnet_cli.jobs.training.start import build_optimizers
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.nets.longnet import LongNet
 
@@ -120,13 +120,13 @@ def test_given_weights_are_trained_in_fp32(corpus: Path, tmp_path: Path) -> None
 
 def test_learning_rate() -> None:
     schedule = ScheduleRecipe(warmup_steps=10, decay="cosine", final=0.1)
-    rates = [learning_rate(step, 100, 2.0, schedule) for step in range(100)]
+    rates = [schedule.learning_rate(step, 100, 2.0) for step in range(100)]
     assert rates[0] == pytest.approx(0.2)
     assert max(rates) == rates[9] == pytest.approx(2.0)
     assert rates[-1] == pytest.approx(0.2)
     linear = ScheduleRecipe(warmup_steps=0, decay="linear", final=0.0)
-    assert [learning_rate(step, 5, 1.0, linear) for step in range(5)] == pytest.approx([1, 0.75, 0.5, 0.25, 0])
-    assert learning_rate(50, 100, 1.0, ScheduleRecipe(decay="constant", warmup_steps=0)) == 1.0
+    assert [linear.learning_rate(step, 5, 1.0) for step in range(5)] == pytest.approx([1, 0.75, 0.5, 0.25, 0])
+    assert ScheduleRecipe(decay="constant", warmup_steps=0).learning_rate(50, 100, 1.0) == 1.0
 
 
 @pytest.mark.parametrize("power", [1.0, 2.0, 0.5])
@@ -135,7 +135,7 @@ def test_polynomial_decay_is_fairseqs(power: float) -> None:
     schedule = ScheduleRecipe(warmup_steps=10, decay="polynomial", power=power, final=0.1)
     for step in range(10, 100):
         left = 1 - (step - 10) / (99 - 10)
-        assert learning_rate(step, 100, 2.0, schedule) == pytest.approx((2.0 - 0.2) * left**power + 0.2)
+        assert schedule.learning_rate(step, 100, 2.0) == pytest.approx((2.0 - 0.2) * left**power + 0.2)
 
 
 def test_only_matrices_decay(corpus: Path) -> None:
@@ -220,7 +220,7 @@ def test_masked_training_learns_and_hides_the_same_tokens_again(corpus: Path, tm
         "train.objective": "masked",
         "train.stages": [{"seq_len": 64, "steps": 60}],
         "train.evaluate_every": 30,
-        "data.held_out": [str(corpus)],
+        "data.held_out": str(corpus),  # or a list of one
     }
     found = recipe(corpus, **settings)
     assert found.model.vocab_size == 258  # the byte tokenizer's, and the mask
@@ -229,7 +229,7 @@ def test_masked_training_learns_and_hides_the_same_tokens_again(corpus: Path, tm
     assert shares[-1] == 1
     assert shares == 2 * sorted(shares)[::2]  # of two evaluations
     lines = metrics_of(tmp_path / "a")
-    assert lines[-1]["held_out_loss"] < lines[2]["held_out_loss"] < 5
+    assert result.best == lines[-1]["held_out_loss"] < lines[2]["held_out_loss"] < 5
     assert result.loss < lines[0]["loss"] - 1
     few = recipe(corpus, **settings | {"train.stages": [{"seq_len": 64, "steps": 3}]})
     first, again = (train(few, tmp_path / name).loss for name in "bc")
@@ -358,7 +358,7 @@ def test_sizes_are_written_as_everywhere(corpus: Path) -> None:
         ("list.json", "[]", "list.json: not a recipe, which is a table of keys and values"),
         ("recipe.py", "import os", "recipe.py: not TOML: "),
         ("recipe.json", "{", "recipe.json: not JSON: "),
-        ("data.toml", "data = 3\n[train]\n[model]\n", "; data: Input should be "),
+        ("data.toml", "data = 3\n[train]\n[model]\n", "data.toml: model, data and train are tables of keys and values"),
     ],
 )
 def test_files_that_are_no_recipe(tmp_path: Path, name: str, text: str, message: str) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import invoke
 from strategies import document_starts
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -105,19 +106,24 @@ print(json.dumps([found.memory, peak_memory(torch.device("cpu"))]))
 @pytest.mark.ci
 @pytest.mark.full
 @pytest.mark.parametrize(
-    ("seq_len", "chunk", "levels", "steps"),
-    [(256, 2048, ([64, 256], [1, 2]), 2), (4096, 512, ([2048, 4096], [1, 1]), 1)],
-    ids=["sequences side by side", "a sequence in chunks"],
+    ("seq_len", "chunk", "levels", "steps", "held_out"),
+    [
+        (256, 2048, ([64, 256], [1, 2]), 2, False),
+        (4096, 512, ([2048, 4096], [1, 1]), 1, False),
+        (256, 8192, ([64, 256], [1, 2]), 2, True),
+    ],
+    ids=["sequences side by side", "a sequence in chunks", "held-out documents take more than a step"],
 )
 def test_the_peak_is_that_of_a_real_run(
-    seq_len: int, chunk: int, levels: tuple, steps: int, tmp_path: Path, command_env: dict[str, str]
+    seq_len: int, chunk: int, levels: tuple, steps: int, held_out: bool, tmp_path: Path, command_env: dict[str, str]
 ) -> None:
     """A step of more than one chunk, or two steps; the program's own memory, which is measured, is left out of both."""
     data = tmp_path / "data.txt"
     data.write_text("a line of text.\n" * 4096)
     settings = {f"model.{key}": value for key, value in LARGE.items()} | {
         "model.segment_lengths": levels[0], "model.dilation_rates": levels[1], "model.position": "rope",
-        "data.train": [str(data)], "train.chunk": chunk, "train.batch_tokens": 4096,
+        "data.train": [str(data)], "train.chunk": chunk, "train.batch_tokens": 256 if held_out else 4096,
+        "data.held_out": [str(data)] * held_out,
         "train.stages": [{"seq_len": seq_len, "steps": steps}], "train.across_documents": True,
     }  # fmt: skip
     words = [sys.executable, "-c", RUN, json.dumps(settings), tmp_path / "out"]
@@ -127,6 +133,23 @@ def test_the_peak_is_that_of_a_real_run(
     if steps == 1:  # these come with the end of the first step
         del memory["optimizer"], memory["checkpoint"]
     assert sum(memory.values()) == pytest.approx(peak - program, rel=0.2)
+    assert ("evaluation" in memory) is held_out
+
+
+def test_a_dry_run_plans_for_many_ranks_in_one_process(tmp_path: Path) -> None:
+    """It gives each of them its share of a step, and of this CPU."""
+    data = tmp_path / "a.txt"
+    data.write_text("a line of text.\n" * 9)
+
+    def facts(*words: object) -> dict:
+        found = invoke(*words, "--dry-run", "--format", "json")
+        return json.loads(found.stdout)
+
+    train = "train", "longnet-1m", "--data", data, "--set", "data.held_out=[]"
+    alone, shared = facts(*train), facts(*train, "--sp", 64)
+    assert alone["memory_bytes"]["checkpoint"] > shared["memory_bytes"]["checkpoint"] == 0
+    assert shared["matmul_peak"] < alone["matmul_peak"] / 8
+    assert facts("score", data, "--dp", 64)["tokens"] == facts("score", data)["tokens"]
 
 
 def test_gradients_of_old_keys_are_stated(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from longnet_cli.attention.reference import key_counts
 from longnet_cli.attention.spans import lanes, span_positions
 from longnet_cli.basics.errors import LongNetError
 from longnet_cli.jobs.estimating.memory import far_bytes
-from longnet_cli.jobs.training.objective import StoredTokens, backward
+from longnet_cli.jobs.training.objective import backward, stored_tokens
 from longnet_cli.jobs.training.windows import TokenStream, TokenWindows
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet
@@ -278,7 +278,7 @@ def slices_of_stored_windows(chunk: int) -> None:
     expected = [p.grad for p in model.parameters()]
     model.zero_grad()
     document.reads.clear()
-    stored = [StoredTokens(batch, first, 240, torch.device("cpu")) for first in (0, 1)]
+    stored = [stored_tokens(batch, offset, 240, torch.device("cpu")) for offset in (0, 1)]
     starts = [batch.document_starts(row, 240) for row in range(2)]
     part = backward(model, *stored, chunk=chunk, starts=starts, ranks=together())
     dist.all_reduce(part)

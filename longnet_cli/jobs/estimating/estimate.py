@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from longnet_cli.jobs.estimating.memory import reading_memory, spilled_bytes
-from longnet_cli.jobs.estimating.reading import Extent, ReadingPlan, Shape
+from longnet_cli.jobs.estimating.reading import ReadingPlan, Shape
 from longnet_cli.nets.net import Net
 from longnet_cli.running.causal_stream import open_stream
 from longnet_cli.running.chunk_size import fitting_chunk
@@ -90,7 +90,7 @@ def reading_rate(net: Net, plan: ReadingPlan, dtype: str, room: float, *, scores
     in_chunks = plan.in_chunks(plan.chunk) and usual == Shape(1, plan.chunk)
     lengths = [min(plan.longest, steps * tokens)] if in_chunks else [shape.tokens] * steps * shape.rows
     timed = ReadingPlan(net, tokens)
-    timed.add(Extent(length, length) for length in lengths)
+    timed.add((length, length) for length in lengths)
     return timed.flops(scores) / seconds(lengths, SECONDS, scores), shape
 
 
@@ -191,6 +191,7 @@ def estimate_reading(
     `room` is the memory before the net was loaded, `kept` what the job itself keeps of the longest document, in bytes
     by kind. The `reader` is of one group of all `ranks`. `output` says what would happen to the output.
     """
+    ranks = ranks or Ranks()
     net, config, dtype, spill = reader.model, reader.model.config, reader.dtype, bool(reader.spill)
     most_while_loading = peak_memory(reader.device)
     warm_up = min(WARM_UP, config.max_tokens or WARM_UP)
@@ -199,6 +200,7 @@ def estimate_reading(
     program = max(0, resident_memory(reader.device) - weights)
     free = None if room.free is None else max(0, room.free - max(0, program - room.held))
     rate, measured = reading_rate(net, plan, dtype, math.inf if free is None else free - weights, scores=scores)
+    rate = ranks.own(rate, reader.device)
     counted = partial(reading_memory, net, plan, dtype=dtype, ranks=reader.ranks, scores=scores, spill=spill)
 
     def needed(chunk: int) -> dict[str, int]:
@@ -220,7 +222,7 @@ def estimate_reading(
             "flops_per_token": flops / (plan.tokens or 1),
             "tokens": plan.tokens,
             "flops": flops,
-            "seconds": flops / (rate * (ranks or Ranks()).world) + plan.seconds,
+            "seconds": flops / (rate * ranks.world) + plan.seconds,
             "dtype": resolve_dtype(dtype, reader.device),
             "chunk": reader.chunk,
             "spill_bytes": on_disk if spill else 0,

@@ -15,7 +15,6 @@ import time
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -30,7 +29,7 @@ from longnet_cli.data.tables import Text
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.nets.net import Net
 from longnet_cli.running.ranks.portions import portions
-from longnet_cli.running.reader import PORTION_CHUNKS, reading_steps
+from longnet_cli.running.reader import PORTION_CHUNKS, forward_passes, reading_steps
 
 if TYPE_CHECKING:
     from longnet_cli.jobs.row_jobs import RowJob
@@ -44,17 +43,6 @@ class Shape(NamedTuple):
 
     rows: int
     tokens: int
-
-
-@dataclass(frozen=True)
-class Extent:
-    """The tokens of a window, and of these the tokens whose hidden states are wanted."""
-
-    tokens: int
-    wanted: int
-
-    def __len__(self) -> int:
-        return self.tokens
 
 
 class ReadingPlan:
@@ -84,20 +72,26 @@ class ReadingPlan:
         self.documents, self.tokens = self.documents + 1, self.tokens + tokens
         self.longest_document = max(self.longest_document, tokens)
 
-    def add(self, windows: Iterable[Extent]) -> None:
-        """Count windows as one call of `Reader.read` reads them."""
-        for step in reading_steps(windows, self.chunk, self.config.streams):
-            self.wanted += sum(window.wanted for window in step.windows)
-            self.longest = max(self.longest, *map(len, step.windows))
-            if step.batches is None:
-                tokens = len(*step.windows)
+    def add(self, windows: Iterable[tuple[int, int]]) -> None:
+        """Count windows, each as (tokens, tokens whose hidden states are wanted), as one `Reader.read` reads them."""
+
+        def of_lengths() -> Iterator[range]:  # a range has a length, and no memory
+            for tokens, wanted in windows:
+                self.wanted += wanted
+                yield range(tokens)
+
+        for step in reading_steps(of_lengths(), self.chunk, self.config.streams):
+            self.longest = max(self.longest, *map(len, step))
+            batches = forward_passes(step, self.chunk, self.config.streams)
+            if batches is None:
+                tokens = len(*step)
                 self._count(Shape(1, self.chunk), tokens)
                 self._lengths[tokens] += 1
                 self.twice += 0 if self.config.causal or not self._sees_outside(tokens) else tokens
                 continue
-            self.together = max(self.together, sum(map(len, step.windows)))
-            for batch in step.batches:
-                shape = Shape(len(batch), len(step.windows[batch[0]]))
+            self.together = max(self.together, sum(map(len, step)))
+            for batch in batches:
+                shape = Shape(len(batch), len(step[batch[0]]))
                 self._count(shape, shape.rows * shape.tokens)
                 self._lengths[shape.tokens] += shape.rows
 
@@ -171,11 +165,11 @@ def count_documents(
     if job.skips_empty:  # an earlier run has counted only the others
         lengths = islice(filter(None, lengths), done, None)
 
-    def windows(lengths: Iterable[int]) -> Iterator[Extent]:
+    def windows(lengths: Iterable[int]) -> Iterator[tuple[int, int]]:
         for length in lengths:
             plan.add_document(length)
             plan.shard_units += job.size(length)
-            yield from (Extent(*window) for window in job.window_sizes(length))
+            yield from job.window_sizes(length)
             on_progress(length)
 
     for portion in portions(lengths, PORTION_CHUNKS * plan.chunk, length_of=lambda length: length):

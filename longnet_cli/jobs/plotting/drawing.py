@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -35,10 +35,6 @@ class Axis:
     unit: str = ""
     write: Callable[[float], str] = short_number
     at: str = "{}"
-
-    def name(self, value: float) -> str:
-        """Return the name of a place in a sentence."""
-        return self.at.format(self.write(value))
 
     def scale(self, value: float) -> float:
         """Return the place of a value. On a logarithmic scale, it is the logarithm of a positive value."""
@@ -90,21 +86,16 @@ def number(value: Any) -> float | None:
         return None
 
 
-def point(row: Row, x: float | None, key: str, axes: tuple[Axis, Axis], error: str = "") -> list[Point]:
-    """Return the point of a row in a list, which is empty if the axes can show none."""
-    y = number(row.get(key))
-    if x is None or y is None or any(axis.base and value <= 0 for axis, value in zip(axes, (x, y), strict=True)):
-        return []
-    return [Point(x, y, number(row.get(error)))]
-
-
-def merged(panels: Sequence[Panel]) -> list[Panel]:
-    """Merge the panels of each key, in the order of their first ones. Leave out empty curves and empty panels."""
-    keys: dict[str, Panel] = {}
-    for panel in panels:
-        first = keys.setdefault(panel.key, panel._replace(curves=[]))
-        first.curves.extend(curve for curve in panel.curves if curve.points)
-    return [panel for panel in keys.values() if panel.curves]
+def points(rows: Iterable[Row], axes: tuple[Axis, Axis], x_key: str, y_key: str, error_key: str = "") -> list[Point]:
+    """Return the points of rows that the axes can show, in rising order of x: of several at one x, the last."""
+    found: dict[float, Point] = {}
+    for row in rows:
+        x, y = number(row.get(x_key)), number(row.get(y_key))
+        if x is None or y is None:
+            continue
+        if all(value > 0 or not axis.base for axis, value in zip(axes, (x, y), strict=True)):
+            found[x] = Point(x, y, number(row.get(error_key)))
+    return [found[x] for x in sorted(found)]
 
 
 PICTURES = (".png", ".svg", ".pdf")
@@ -195,6 +186,7 @@ def _set_ticks(axis: MatplotlibAxis, kind: Axis) -> None:
         axis.set_major_formatter(FuncFormatter(lambda value, _: kind.write(value)))
 
 
+_NO_DOTS = "\u2800"
 _BRAILLE = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # the bit of each dot, by row and column
 _COLORS = (36, 33, 35, 32, 34, 31)
 _MARGIN = 10  # characters for the numbers on the left
@@ -223,26 +215,23 @@ class _Drawing:
         self.x = sorted((panel.x.scale(point.x), point.x) for point in points)
         edges = [edge for point in points for edge in self._band(point)]
         self.y = min(edges), max(edges)
-        self.cells: dict[tuple[int, int], tuple[int, str | int]] = {}  # (row, column) -> owner, mark or dots
-        for bands in (True, False):
+        self.cells: dict[tuple[int, int], tuple[int, str]] = {}  # (row, column) -> owner, character
+        for draw in (self._draw_errors, self._draw_curve):
             for curve in panel.curves:
-                self._draw(curve, bands)
+                draw(curve, self.names.index(curve.name))
 
     def _band(self, point: Point) -> tuple[float, float]:
         """Return the ends of a value's standard error, on the scale of the axis."""
         scale, error = self.panel.y.scale, point.error or 0.0
         return scale(point.y - error), scale(point.y + error)
 
-    def _draw(self, curve: Curve, bands: bool) -> None:
-        """Draw the standard errors of a curve if `bands`, otherwise the curve itself."""
-        owner = self.names.index(curve.name)
-        if bands:
-            for point in curve.points:
-                if point.error is not None:
-                    x, (low, high) = self._column(point), map(self._row, self._band(point))
-                    for y in range(high, low + 1, 2 if self.dots else 1):
-                        self._mark(x, y, owner, ":")
-            return
+    def _draw_errors(self, curve: Curve, owner: int) -> None:
+        for point in curve.points:
+            low, high = map(self._row, self._band(point))
+            for y in range(high, low + 1, 2 if self.dots else 1) if point.error is not None else ():
+                self._mark(self._column(point), y, owner, ":")
+
+    def _draw_curve(self, curve: Curve, owner: int) -> None:
         scale = self.panel.y.scale
         places = [(self._column(point), self._row(scale(point.y))) for point in curve.points]
         for index, (x, y) in enumerate(_connected(places)):
@@ -258,16 +247,13 @@ class _Drawing:
 
     def _mark(self, x: int, y: int, owner: int, mark: str) -> None:
         cell = y // self.down, x // self.across
-        bit = _BRAILLE[y % 4][x % 2]
-        before, there = self.cells.get(cell, (owner, 0))
-        dots = (there if before == owner and isinstance(there, int) else 0) | bit
-        self.cells[cell] = (owner, dots if self.dots else mark)
+        if self.dots:
+            before, there = self.cells.get(cell, (owner, _NO_DOTS))
+            mark = chr(ord(there if before == owner else _NO_DOTS) | _BRAILLE[y % 4][x % 2])
+        self.cells[cell] = owner, mark
 
     def _cell(self, row: int, column: int) -> str:
-        if (row, column) not in self.cells:
-            return " "
-        owner, there = self.cells[row, column]
-        return self._colored(owner, chr(0x2800 + there) if isinstance(there, int) else there)
+        return self._colored(*self.cells[row, column]) if (row, column) in self.cells else " "
 
     def _colored(self, owner: int, text: str) -> str:
         return colored(owner, text) if self.color else text
@@ -291,9 +277,9 @@ class _Drawing:
     def _last(self, curve: Curve) -> Iterator[str]:
         """Yield the lines that name a curve and its last point: `a dense: 3.65 s at 64Ki tokens`."""
         owner, point = self.names.index(curve.name), curve.points[-1]
-        more = ", extrapolated" if curve.extrapolated else ""
-        error = "" if point.error is None else f" +- {self.panel.y.write(point.error)}"
-        summary = f"{curve.name}{more}: {self.panel.y.write(point.y)}{error} at {self.panel.x.name(point.x)}"
+        more, x, y = ", extrapolated" if curve.extrapolated else "", self.panel.x, self.panel.y
+        error = "" if point.error is None else f" +- {y.write(point.error)}"
+        summary = f"{curve.name}{more}: {y.write(point.y)}{error} at {x.at.format(x.write(point.x))}"
         if len(self.names) == 1:
             yield from textwrap.wrap(summary, self.columns)
             return

@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from longnet_cli.basics.configuration import nearest, parse, read_text
 from longnet_cli.basics.errors import ConfigError, DataError, refuse_web_address
 from longnet_cli.basics.sizes import short_bytes, short_duration, short_size
 
-from .drawing import Axis, Curve, Panel, Point, Row, merged, number, point
+from .drawing import Axis, Curve, Panel, Point, Row, number, points
 
 TOKENS = Axis("tokens in the sequence", base=10, write=short_size, at="{} tokens")
 
@@ -42,13 +42,15 @@ _DIFFERENCES: dict[str, Callable[[Any], str]] = {
 
 
 @dataclass(frozen=True)
-class Bench:
-    """One benchmark: its name and its rows, in the order of the file."""
-
-    KIND: ClassVar[str] = "a row of bench"
+class _NamedRows:
+    """The measured quantity, by its name."""
 
     name: str
     rows: list[Row]
+
+
+class Bench(_NamedRows):
+    """One benchmark: its rows in the order of the file, each with its `length` and `seconds_per_token`."""
 
     @classmethod
     def of(cls, name: str, rows: Iterator[tuple[str, Row]]) -> Bench:
@@ -57,31 +59,31 @@ class Bench:
         for where, row in rows:
             if not isinstance(row.get("impl"), str) or not number(row.get("seq")):
                 raise DataError(f"{where}: not a row of bench: it has no 'impl' and 'seq'")
-            measured.append({**row, "seconds_per_token": _inverse(number(row.get("tokens_per_second")))})
+            rate = number(row.get("tokens_per_second"))
+            measured.append({**row, "length": _length(row), "seconds_per_token": 1 / rate if rate else None})
         return cls(name, measured)
 
-    def panels(self, several: bool) -> Iterator[Panel]:
+    def panels(self, others: Sequence[Bench]) -> Iterator[Panel]:
         """Yield a panel for each quantity, with a curve for each implementation. Other differences are in its name.
 
+        Beside `others`, the file's name is in it too, but for dense attention that none of them has measured.
         Dense attention that was skipped is extrapolated from its longest run: its FLOPs grow with the squared length.
         """
         differing = [key for key in _DIFFERENCES if len({str(row.get(key)) for row in self.rows}) > 1]
+        alone = {"dense"}.difference(row["impl"] for other in others for row in other.rows)
         groups: dict[str, list[Row]] = {}
         for row in self.rows:
+            named = others and row["impl"] not in alone
             words = [str(row["impl"]), *(_DIFFERENCES[key](row[key]) for key in differing if row.get(key) is not None)]
-            groups.setdefault(", ".join([self.name] * several + words), []).append(row)
+            groups.setdefault(", ".join([self.name] * bool(named) + words), []).append(row)
         for key, axis, power in BENCH_PANELS:
             curves = []
             for name, rows in groups.items():
-                points = {p.x: p for row in rows for p in point(row, _length(row), key, (TOKENS, axis))}
-                curves.append(Curve(name, [points[x] for x in sorted(points)]))
-                if power and points and all(row["impl"] == "dense" and row.get("op") == "attention" for row in rows):
-                    curves.append(_extrapolated(curves[-1], rows, power))
+                curves.append(curve := Curve(name, points(rows, (TOKENS, axis), "length", key)))
+                dense = all(row["impl"] == "dense" and row.get("op") == "attention" for row in rows)
+                if power and curve.points and dense:
+                    curves.append(_extrapolated(curve, rows, power))
             yield Panel(key, TOKENS, axis, curves)
-
-
-def _inverse(value: float | None) -> float | None:
-    return 1 / value if value else None
 
 
 def _length(row: Row) -> float | None:
@@ -112,14 +114,8 @@ RUN_PANELS = (
 )
 
 
-@dataclass(frozen=True)
-class Run:
-    """One training run: its name, and its lines of metrics with steps in rising order."""
-
-    KIND: ClassVar[str] = "a line of metrics"
-
-    name: str
-    rows: list[Row]
+class Run(_NamedRows):
+    """One training run: its lines of metrics, with steps in rising order."""
 
     @classmethod
     def of(cls, name: str, rows: Iterator[tuple[str, Row]]) -> Run:
@@ -138,13 +134,10 @@ class Run:
             lines.append(row)
         return cls(name, lines)
 
-    def panels(self, several: bool) -> Iterator[Panel]:
+    def panels(self, others: Sequence[Run]) -> Iterator[Panel]:
         """Yield a panel for each quantity. Its curves are empty if no line has the quantity."""
         for axis, keys in RUN_PANELS:
-            curves = []
-            for key, more in keys:
-                points = [p for row in self.rows for p in point(row, number(row["step"]), key, (STEP, axis))]
-                curves.append(Curve(self.name + more, points))
+            curves = [Curve(self.name + more, points(self.rows, (STEP, axis), "step", key)) for key, more in keys]
             yield Panel(keys[0][0], STEP, axis, curves)
 
 
@@ -160,14 +153,8 @@ LISTS = (
 )
 
 
-@dataclass(frozen=True)
-class Scores:
-    """The results of one `longnet score`: its name and its totals, one for each context."""
-
-    KIND: ClassVar[str] = "a score"
-
-    name: str
-    rows: list[Row]
+class Scores(_NamedRows):
+    """The results of one `longnet score`: its totals, one for each context."""
 
     @classmethod
     def of(cls, name: str, rows: Iterator[tuple[str, Row]]) -> Scores:
@@ -187,25 +174,18 @@ class Scores:
             all_totals[0] = first | all_totals[0]
         return cls(name, all_totals)
 
-    def panels(self, several: bool) -> Iterator[Panel]:
+    def panels(self, others: Sequence[Scores]) -> Iterator[Panel]:
         """Yield a panel for perplexity by context, one for its ratio to the first context, and one for each list."""
         for key, axis, error in TOTALS:
-            points = [
-                p for row in self.rows for p in point(row, number(row.get("context")), key, (CONTEXT, axis), error)
-            ]
-            enough = key == "ppl" or len(points) > 1
-            yield Panel(key, CONTEXT, axis, [Curve(self.name, sorted(points))] if enough else [])
+            found = points(self.rows, (CONTEXT, axis), "context", key, error)
+            yield Panel(key, CONTEXT, axis, [Curve(self.name, found)] if key == "ppl" or len(found) > 1 else [])
         for key, place in LISTS:
             curves = []
             for total in self.rows:
                 context = number(total.get("context"))
-                words = [self.name] if several or context is None else []
+                words = [self.name] if others or context is None else []
                 name = ", ".join(words if context is None else [*words, f"context {short_size(context)}"])
-                rows = total.get(key) or []
-                points = [
-                    p for row in rows for p in point(row, number(row.get("from")), "nll", (place, NATS), "nll_se")
-                ]
-                curves.append(Curve(name, sorted(points)))
+                curves.append(Curve(name, points(total.get(key) or (), (place, NATS), "from", "nll", "nll_se")))
             yield Panel(key, place, NATS, curves)
 
 
@@ -251,18 +231,22 @@ def panels(measured: Sequence[Measured], show: Sequence[str] = ()) -> list[Panel
 
     Raises DataError if there is nothing to draw, ConfigError for a key that no panel has.
     """
-    times = Counter(type(each) for each in measured)
-    every = merged([panel for each in measured for panel in each.panels(times[type(each)] > 1)])
-    if not every:
+    every: dict[str, Panel] = {}
+    for each in measured:
+        others: list[Any] = [other for other in measured if other is not each and type(other) is type(each)]
+        for panel in each.panels(others):
+            curves = every.setdefault(panel.key, panel._replace(curves=[])).curves
+            curves.extend(curve for curve in panel.curves if curve.points)
+    known = {key: panel for key, panel in every.items() if panel.curves}
+    if not known:
         names = ", ".join(each.name for each in measured)
         raise DataError(f"{names}: nothing to draw; of scores, give several contexts, or --by-position")
-    known = {panel.key: panel for panel in every}
     for key in show:
         if key not in known:
             meant = nearest(key, known)
             also = f"did you mean {meant}?" if meant else f"choose from {', '.join(known)}"
             raise ConfigError(f"--show: there is no {key!r} to draw: {also}")
-    return [known[key] for key in show] or every
+    return [known[key] for key in show or known]
 
 
 def title(measured: Sequence[Measured]) -> str:

@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from rich.cells import cell_len
 from longnet_cli.basics.errors import CheckpointError, ConfigError, DataError
 from longnet_cli.data.columns import Wanted
 from longnet_cli.data.formats import open_source
-from longnet_cli.data.kinds import sniff
+from longnet_cli.data.kinds import ARROW_KINDS, sniff
 from longnet_cli.data.names import find_sources
 from longnet_cli.data.tables import Table
 from longnet_cli.data.tokenizer import TextStream, Tokenizer
@@ -56,6 +56,11 @@ class SurpriseDocument:
         """The nats (n,), or those that the second file saves, which are negative where it costs more."""
         return self.nats if self.other_nats is None else self.nats - self.other_nats
 
+    @property
+    def means(self) -> list[float]:
+        """The mean nats in each file."""
+        return [float(nats.mean()) for nats in (self.nats, self.other_nats) if nats is not None]
+
 
 class SeenBlocks(NamedTuple):
     """The blocks that groups of tokens saw, in tokens of the whole page.
@@ -73,6 +78,10 @@ class SeenBlocks(NamedTuple):
     size: int
 
 
+_NONE = np.empty(0, "<u4")
+NO_BLOCKS = SeenBlocks(_NONE, _NONE, _NONE, _NONE, _NONE, 0, 0)
+
+
 @dataclass(frozen=True)
 class Surprise:
     """The documents of one or two files, by the `names` of the files. `tops` are the texts of most likely tokens.
@@ -88,16 +97,13 @@ class Surprise:
 
 def has_columns(path: str) -> bool:
     """Return whether a file, or stdin (-), is Arrow or Parquet: curves are drawn from text."""
-    if path == "-":
-        return isinstance(pipe := getattr(sys.stdin, "buffer", None), BufferedReader) and _has_columns(pipe.peek(8))
-    if not Path(path).is_file():
-        return False
-    with open(path, "rb") as file:
-        return _has_columns(file.read(8))
-
-
-def _has_columns(head: bytes) -> bool:
-    return sniff(head) in ("file", "stream", "parquet")
+    head, pipe = b"", getattr(sys.stdin, "buffer", None)
+    if path == "-" and isinstance(pipe, BufferedReader):
+        head = pipe.peek(8)
+    elif Path(path).is_file():
+        with open(path, "rb") as file:
+            head = file.read(8)
+    return sniff(head) in ARROW_KINDS
 
 
 def read_surprise(names: Sequence[str], tokenizer_name: str | None = None) -> Surprise:
@@ -142,14 +148,14 @@ def _seen(table: Table, documents: Sequence[SurpriseDocument]) -> SeenBlocks:
     The query at position i of a document predicts the i-th token that is scored, and reads the one before. Raises
     ConfigError for parts of documents, DataError for a file of other documents.
     """
-    places, first = dict[str, tuple[int, int]](), 0  # by name, the first token on the page, and the count
+    places, begin = dict[str, tuple[int, int]](), 0  # by name, the first token on the page, and the count
     for document in documents:
         if document.start > 1 or document.doc_id in places:
             raise ConfigError(
                 f"{table.where}: chosen blocks are shown of whole documents (no --last), each with its own name"
             )
-        places[document.doc_id] = first, len(document.pieces)
-        first += len(document.pieces)
+        places[document.doc_id] = begin, len(document.pieces)
+        begin += len(document.pieces)
     size = int((table.schema.metadata or {}).get(b"longnet.chosen_block", b"0"))
     groups: dict[tuple[int, int], Counter[int]] = defaultdict(Counter)
     layers = set[int]()
@@ -164,15 +170,10 @@ def _seen(table: Table, documents: Sequence[SurpriseDocument]) -> SeenBlocks:
             groups[begin + row["start"], begin + stop].update(begin + max(0, b * size - 1) for b in row["blocks"])
     ordered = sorted(groups)
     counts = [sorted(groups[group].items()) for group in ordered]
-    return SeenBlocks(
-        np.array([start for start, _ in ordered], "<u4"),
-        np.array([stop for _, stop in ordered], "<u4"),
-        np.cumsum([0, *map(len, counts)]).astype("<u4"),
-        np.array([block for blocks in counts for block, _ in blocks], "<u4"),
-        np.array([times for blocks in counts for _, times in blocks], "<u2"),
-        len(layers),
-        size,
-    )
+    starts, stops = np.array(ordered, "<u4").reshape(-1, 2).T
+    blocks, times = np.array([*chain(*counts)], "<u4").reshape(-1, 2).T
+    ends = np.cumsum([0, *map(len, counts)]).astype("<u4")
+    return SeenBlocks(starts, stops, ends, blocks, times.astype("<u2"), len(layers), size)
 
 
 def _tokenizer(files: Sequence[LogprobFile], name: str | None) -> Tokenizer:
@@ -318,11 +319,10 @@ def draw_surprise(
 
 
 def _title(document: SurpriseDocument) -> str:
-    mean = f"{document.nats.mean():.3f} nats per token"
-    if document.other_nats is not None:
-        mean += f", {document.other_nats.mean():.3f} in the second file"
-    first = f", from token {document.start} on" if document.start > 1 else ""
-    return f"{document.doc_id}: {len(document.pieces):,} tokens{first}, {mean}"
+    mean, *other = (f"{mean:.3f}" for mean in document.means)
+    where = f", from token {document.start} on" if document.start > 1 else ""
+    said = f"{document.doc_id}: {len(document.pieces):,} tokens{where}, {mean} nats per token"
+    return f"{said}, {other[0]} in the second file" if other else said
 
 
 def _legend(

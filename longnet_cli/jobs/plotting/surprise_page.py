@@ -22,6 +22,7 @@ import base64
 import json
 import re
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from longnet_cli.basics.atomic import write_file
 from longnet_cli.basics.errors import ConfigError
 
 from .drawing import PICTURES, new_figure, save_figure
-from .surprise import Surprise
+from .surprise import NO_BLOCKS, Surprise
 
 PAGE = ".html"
 STEPS = 1000  # of a nat
@@ -90,40 +91,29 @@ def _draw_strip(surprise: Surprise, output: str | Path) -> None:
 
 def _facts(surprise: Surprise) -> dict[str, Any]:
     """Return what a page knows of its documents: names, numbers of tokens, and which lists its data has."""
-    documents = [
-        {"id": each.doc_id, "start": each.start, "tokens": len(each.pieces), "nats": [float(of.mean()) for of in lists]}
-        for each in surprise.documents
-        for lists in [[each.nats] if each.other_nats is None else [each.nats, each.other_nats]]
+    documents, seen = surprise.documents, surprise.seen or NO_BLOCKS
+    each_document = [
+        {"id": each.doc_id, "start": each.start, "tokens": len(each.pieces), "nats": each.means} for each in documents
     ]
-    tokens = sum(len(each.pieces) for each in surprise.documents)
-    lists: dict[str, Any] = {"tokens": tokens, "other": len(surprise.names) > 1, "top": _has_top(surprise)}
-    seen = surprise.seen
-    lists["groups"], lists["blocks"] = (len(seen.starts), len(seen.blocks)) if seen else (0, 0)
-    lists["layers"], lists["size"] = (seen.num_layers, seen.size) if seen else (0, 0)
-    lists["steps"], lists["colors"] = STEPS, COLORS
-    return {"names": surprise.names, "documents": documents, "tops": surprise.tops, **lists}
-
-
-def _has_top(surprise: Surprise) -> bool:
-    return any(each.top is not None for each in surprise.documents)
+    tokens, has_top = sum(len(each.pieces) for each in documents), any(each.top is not None for each in documents)
+    lists = {"tokens": tokens, "other": len(surprise.names) > 1, "top": has_top}
+    lists |= {"groups": len(seen.starts), "blocks": len(seen.blocks), "layers": seen.num_layers, "size": seen.size}
+    facts = {"names": surprise.names, "documents": each_document, "tops": surprise.tops}
+    return {**facts, **lists, "steps": STEPS, "colors": COLORS}
 
 
 def _data(surprise: Surprise) -> bytes:
-    documents = surprise.documents
-    seen = surprise.seen
-    lists = [seen.starts, seen.stops, seen.first, seen.blocks] if seen else []
-    if _has_top(surprise):
-        lists += [np.concatenate([each.top for each in documents if each.top is not None]).astype("<u4")]
+    """Return the lists of a page, one after the other: those that it does not have are empty."""
+    documents, seen = surprise.documents, surprise.seen or NO_BLOCKS
     pieces = [piece.encode("utf-16-le", "replace") for each in documents for piece in each.pieces]
+    lists = [seen.starts, seen.stops, seen.first, seen.blocks]
+    lists += [_joined([each.top for each in documents]).astype("<u4")]
     lists += [np.array([len(piece) // 2 for piece in pieces], "<u2")]
-    lists += [_packed(each.nats for each in documents)]
-    if len(surprise.names) > 1:
-        lists += [_packed(each.other_nats for each in documents)]
-    if _has_top(surprise):
-        lists += [_packed(each.top_nats for each in documents)]
-    lists += [seen.layers] if seen else []
+    for nats in zip(*((each.nats, each.other_nats, each.top_nats) for each in documents), strict=True):
+        lists += [np.rint(_joined(nats) * STEPS).clip(0, 65535).astype("<u2")]
+    lists += [seen.layers]
     return b"".join([*(values.tobytes() for values in lists), b"".join(pieces).decode("utf-16-le").encode()])
 
 
-def _packed(lists: Any) -> np.ndarray:
-    return np.rint(np.concatenate([*lists]) * STEPS).clip(0, 65535).astype("<u2")
+def _joined(lists: Sequence[np.ndarray | None]) -> np.ndarray:
+    return np.concatenate([np.empty(0, np.float32), *(values for values in lists if values is not None)])

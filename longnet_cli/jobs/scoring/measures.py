@@ -71,9 +71,9 @@ class ByPosition:
     seen: np.ndarray = field(default_factory=lambda: np.zeros((64, 2)))
     inside: np.ndarray = field(default_factory=lambda: np.zeros((8, 2)))
 
-    def add(self, first: int, nll: np.ndarray) -> None:
-        """Add the (n,) nats of targets whose inputs are the positions first, first + 1, ... of a window."""
-        i = np.arange(first, first + len(nll))
+    def add(self, start: int, nll: np.ndarray) -> None:
+        """Add the (n,) nats of targets whose inputs are the positions start, start + 1, ... of a window."""
+        i = np.arange(start, start + len(nll))
         places = (np.frexp(i + 1.0)[1] - 1, i % self.segment * 8 // self.segment)  # frexp: exact floor of log2
         for table, place in zip((self.seen, self.inside), places, strict=True):
             table[:, 0] += np.bincount(place, nll, len(table))

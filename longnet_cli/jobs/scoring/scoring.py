@@ -46,14 +46,14 @@ class Cut:
     last: int | None
 
     @property
-    def first(self) -> int:
+    def first_target(self) -> int:
         """The first target of a document: token 0, or token 1 if nothing precedes the document."""
         return 0 if self.bos else 1
 
     def sequence(self, model: Net, document: Document) -> InputSequence[Document]:
         """Return a document as the model reads it. Raises TooLongError for a window that is too long for the model."""
         sequence = model.sequence(document, self.bos)
-        more = max(0, sequence.first - 1)  # ids before the one that predicts the first target
+        more = max(0, sequence.own_start - 1)  # ids before the one that predicts the first target
         fits = max(1, (sequence.limit or 0) - more)
         instead = f"score it in windows (--context {format_size(fits)} --stride {format_size(-(-fits // 2))})"
         return sequence.check(instead, self.longest(len(document)) + more)
@@ -73,7 +73,7 @@ class Cut:
 
         def of_window(window: tuple[int, int, int]) -> tuple[int, int, int]:
             start, stop, counted = window
-            return start + before if start > self.first else 0, stop + before, counted + before
+            return start + before if start > self.first_target else 0, stop + before, counted + before
 
         return map(of_window, self.windows(tokens, context))
 
@@ -82,27 +82,27 @@ class Cut:
 
         The counted targets of all windows make up the document, or its `last` tokens.
         """
-        size = context or max(1, tokens - self.first)
+        size = context or max(1, tokens - self.first_target)
         step = self.stride or size
         look_back = self.stride is not None or self.last is not None
 
         def window(counted: int) -> tuple[int, int, int]:
             stop = min(counted + step, tokens)
-            return max(self.first, stop - size) if look_back else counted, stop, counted
+            return max(self.first_target, stop - size) if look_back else counted, stop, counted
 
-        return map(window, range(tokens - self.last if self.last else self.first, tokens, step))
+        return map(window, range(tokens - self.last if self.last else self.first_target, tokens, step))
 
     def longest(self, tokens: int) -> int:
         """Return the number of targets in the longest window of a document of `tokens` tokens, 0 if it is left out."""
         if self.last and tokens < self.least:
             return 0
-        return max(0, min(tokens - self.first, max(each or tokens for each in self.contexts)))
+        return max(0, min(tokens - self.first_target, max(each or tokens for each in self.contexts)))
 
     @property
     def least(self) -> int:
         """The fewest tokens of a document whose `last` tokens all get windows as long as every context."""
         last = self.last or 0
-        return self.first + max(
+        return self.first_target + max(
             last if size is None else size + last - min(self.stride or size, last) for size in self.contexts
         )
 
@@ -326,7 +326,7 @@ class Scorer(RowJob):
                     yield _ScoredWindow(sequence, start, stop, wanted, tally)
 
     def _tally(self, document: Document, context: int | None, gain: GainTally | None) -> _Tally:
-        expected = max(0, len(document) - self.cut.first)
+        expected = max(0, len(document) - self.cut.first_target)
         n_bytes = document.n_bytes if self.cut.bos else None  # without bos, the first token is not scored
         if self.cut.last:
             expected = self.cut.last
@@ -372,9 +372,9 @@ class Scorer(RowJob):
 
     def _add(self, piece: Piece[_ScoredWindow], nll: np.ndarray, top: Sequence[np.ndarray]) -> None:
         tally = piece.window.tally
-        first = piece.start + 1 - len(self.cut.bos)
+        start = piece.start + 1 - len(self.cut.bos)
         if not np.isfinite(nll).all():
-            token = first + int(np.argmin(np.isfinite(nll)))
+            token = start + int(np.argmin(np.isfinite(nll)))
             advice = "--dtype fp16 overflows, take bf16 or fp32" if self.reader.dtype == "fp16" else ADVICE
             raise NotFiniteError(
                 f"{tally.document.where}: document {tally.document.doc_id!r}: the log-probability of token {token} is "
@@ -387,7 +387,7 @@ class Scorer(RowJob):
         if tally.gain and tally.context is not None:
             tally.gain.add(tally.context, nll)
         if self.on_tokens and len(nll):
-            self.on_tokens(tally.document, first, self._targets(piece), -nll, *top)
+            self.on_tokens(tally.document, start, self._targets(piece), -nll, *top)
 
     @staticmethod
     def _targets(piece: Piece[_ScoredWindow]) -> np.ndarray:

@@ -86,7 +86,7 @@ class Checkpoints:
         partial = self.folder / f".{final.name}.incomplete"  # all ranks know this name
         try:
             with ExitStack() as stack:
-                if self.ranks.first:
+                if self.ranks.writes:
                     for old in self.folder.glob(".step-*.incomplete"):
                         shutil.rmtree(old, ignore_errors=True)
                     # a final one is damaged, also its list of files: no step is written twice otherwise
@@ -94,9 +94,9 @@ class Checkpoints:
                     stack.enter_context(whole_folder(final, temporary=partial))
                 self.ranks.barrier()
                 save_tensors(partial, tensors)
-                if self.ranks.first:
+                if self.ranks.writes:
                     checksums.write_manifest(partial / STATE, STATE_VERSION, facts)
-            if self.ranks.first:
+            if self.ranks.writes:
                 saved = checkpoints_in(self.folder)
                 for old in saved[saved.index(final) + self.keep :]:  # later ones are damaged, and do not count
                     with suppress(CheckpointError, OSError):  # not a checkpoint of ours, which stays
@@ -127,18 +127,13 @@ def newest_whole(folder: Path, ranks: Ranks, on_damaged: Callable[[str], None]) 
     `on_damaged` gets a message about each damaged checkpoint that is skipped. Rank 0 looks, for all ranks. Raises
     CheckpointError when there are checkpoints and all are damaged.
     """
-    newest_first = checkpoints_in(folder)
-    chosen = len(newest_first)
-    if ranks.first:
-        for index, path in enumerate(newest_first):
-            damage = find_damage(path)
-            if damage is None:
-                chosen = index
-                break
-            on_damaged(f"{path} is damaged ({damage}); the one before it is used")
-    chosen = ranks.from_first(chosen)
-    if chosen < len(newest_first):
-        return newest_first[chosen]
+    newest_first, damaged = checkpoints_in(folder), 0
+    while ranks.writes and damaged < len(newest_first) and (damage := find_damage(newest_first[damaged])):
+        on_damaged(f"{newest_first[damaged]} is damaged ({damage}); the one before it is used")
+        damaged += 1
+    damaged = ranks.from_first(damaged)
+    if damaged < len(newest_first):
+        return newest_first[damaged]
     if newest_first:
         raise CheckpointError(
             f"{folder}: all {len(newest_first)} checkpoints are damaged; start again with -o and another folder"
@@ -232,17 +227,16 @@ def restore(checkpoint: Path, model: nn.Module, optimizers: Optimizers, device: 
     CheckpointError for a checkpoint of another net.
     """
     names = tensor_names(checkpoint)
-    for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        for key in _keys(names, f"optimizer.{name}."):
+    trained = {f"optimizer.{name}": p for name, p in model.named_parameters() if p.requires_grad}
+    for saved in names:
+        name, _, key = saved.rpartition(".")
+        if name in trained:
+            p = trained[name]
             value = torch.zeros_like(p.detach()) if key != "step" else torch.zeros((), device=p.device)
             _state_of(p, optimizers)[key] = value
     random = random_state(device)
-    wanted = run_tensors(model, optimizers, random, ranks)
-    if not all(name in names for name in wanted if name.startswith("random.")):
-        wanted = {name: tensor for name, tensor in wanted.items() if not name.startswith("random.")}
-    load_tensors(checkpoint, wanted)
+    known = all(f"random.{ranks.rank}.{index}" in names for index in range(len(random)))
+    load_tensors(checkpoint, run_tensors(model, optimizers, random if known else (), ranks))
     set_random_state(random, device)
 
 
@@ -250,8 +244,3 @@ def _state_of(p: Tensor, optimizers: Optimizers) -> dict[str, Tensor]:
     """Return the state of a parameter in its optimizer: the dict itself, empty before the first step."""
     owner = next(o for o in optimizers if any(p is mine for group in o.param_groups for mine in group["params"]))
     return owner.state[p]
-
-
-def _keys(names: Iterable[str], prefix: str) -> list[str]:
-    rest = (name.removeprefix(prefix) for name in names if name.startswith(prefix))
-    return [key for key in rest if "." not in key]

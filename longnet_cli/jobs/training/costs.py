@@ -11,8 +11,16 @@ from typing import NamedTuple
 
 import torch
 
+from longnet_cli.data.inputs import Inputs
 from longnet_cli.jobs.estimating.estimate import Estimate
-from longnet_cli.jobs.estimating.memory import activation_bytes, far_bytes, itemsize_of, logits_bytes, transient_memory
+from longnet_cli.jobs.estimating.memory import (
+    activation_bytes,
+    cache_bytes,
+    far_bytes,
+    itemsize_of,
+    logits_bytes,
+    transient_memory,
+)
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import LOGITS_LIMIT
@@ -72,7 +80,7 @@ def estimate_training(recipe: Recipe, device: torch.device, ranks: Ranks | None 
     of_passes = [config.training_flops([stage.seq_len], train.predicted) / stage.seq_len for stage in train.stages]
     executed = [step_flops(recipe, stage, ranks).all for stage in train.stages]
     flops = sum(n * per_token for n, per_token in zip(tokens, executed, strict=True))
-    peak = matmul_peak(device, dtype)
+    peak = ranks.own(matmul_peak(device, dtype), device)
     return Estimate(
         memory={"program": program, **memory},
         free=free,
@@ -169,7 +177,8 @@ def training_memory(recipe: Recipe, device: torch.device, ranks: Ranks) -> dict[
     matrices, or of LoRA's. With `parallel.shard` "full", a rank holds its share of all these, and in a step all weights
     and gradients besides. activations, logits, cache, key_gradients: of the stage that takes the most. checkpoint: a
     single process copies its weights and moments, and makes a second copy, the bytes of the file, while it continues to
-    train. With a GPU these two copies are in the host's memory, and not counted.
+    train. With a GPU these two copies are in the host's memory, and not counted. evaluation: what reading the held-out
+    documents takes beyond a step's activations, logits and cache, which are gone by then.
     """
     config, itemsize = recipe.model, itemsize_of(recipe.train.dtype, device)
     trained, layer_matrices = config.trained, config.layer_weights
@@ -180,14 +189,36 @@ def training_memory(recipe: Recipe, device: torch.device, ranks: Ranks) -> dict[
     share = ranks.world if recipe.parallel.shard == "full" else 1
     own_weights, own_gradients = (4 * n // share if share > 1 else 0 for n in (numbers, trained))
     stages = [_stage_memory(recipe, stage, device, ranks) for stage in recipe.train.stages]
+    largest = max(stages, key=lambda kinds: sum(kinds.values()))
+    evaluation = max(0, _evaluation_bytes(recipe, device, ranks) - sum(largest.values()))
     alone = device.type == "cpu" and ranks.world == 1
     return {
         "weights": 4 * numbers + own_weights + copies,
         "gradients": 4 * trained + own_gradients,
         "optimizer": moments // share,
-        **max(stages, key=lambda kinds: sum(kinds.values())),
+        **largest,
         "checkpoint": 2 * (4 * trained + moments) if alone else 0,
+        **({"evaluation": evaluation} if evaluation else {}),
     }
+
+
+def _evaluation_bytes(recipe: Recipe, device: torch.device, ranks: Ranks) -> int:
+    """Return the bytes of one rank, beside the weights, while held-out documents are read; 0 without any.
+
+    They are those of a document of two chunks, or of the text's bytes if these are fewer: no document is opened. As for
+    any reading, they are activations or logits (two numbers each), hidden states and, in a causal net, the cache.
+    """
+    config, chunk, itemsize = recipe.model, recipe.train.chunk, itemsize_of(recipe.train.dtype, device)
+    if not recipe.data.held_out_files:
+        return 0
+    tokens = min(2 * chunk, Inputs(recipe.data.held_out_files).num_bytes() or 2 * chunk)
+    transient = transient_memory(
+        config.pattern, config.num_heads, config.head_dim, tokens, itemsize, device.type, ranks.world
+    )
+    at_once = min(tokens, chunk)
+    activations = config.forward_bytes(at_once) + transient
+    cache = sum(cache_bytes(config, tokens, itemsize, ranks.world)) if config.causal and tokens > chunk else 0
+    return max(activations, logits_bytes(config, at_once) * 2 // 3) + 2 * 4 * config.dim * tokens + cache
 
 
 def _stage_memory(recipe: Recipe, stage: Stage, device: torch.device, ranks: Ranks) -> dict[str, int]:

@@ -50,7 +50,6 @@ from .start import (
     check_memory,
     check_ranks,
     find_checkpoint,
-    learning_rate,
 )
 from .windows import Batch
 
@@ -60,12 +59,16 @@ OnNote = Callable[[str], None]
 
 @dataclass(frozen=True)
 class TrainResult:
-    """The result of a run; `loss` is the last reported mean, nats per token, NaN where nothing was left to do."""
+    """The result of a run; `loss` is the last reported mean, nats per token, NaN where nothing was left to do.
+
+    `best` is the lowest held-out loss, that of the model in best/; None without held-out documents.
+    """
 
     steps: int
     tokens: int
     loss: float
     output: Path
+    best: float | None
 
 
 @dataclass
@@ -114,9 +117,9 @@ def train(
     """
     ranks = ranks or Ranks()
     on_note = on_note or (lambda line: None)
-    run = _TrainingRun(recipe, Path(output), torch.device(device), ranks, tokenizer_differs, peak, on_note)
-    run.on_evaluation = on_evaluation
-    with locked_folder(run.output) if ranks.first else nullcontext():
+    run = _TrainingRun(recipe, Path(output), torch.device(device), ranks, tokenizer_differs, on_note)
+    run.on_evaluation, run.peak = on_evaluation, peak
+    with locked_folder(run.output) if ranks.writes else nullcontext():
         run.resume(resume)
         if on_begin:
             on_begin(run.progress.step, run.log.tokens)
@@ -129,19 +132,12 @@ class _TrainingRun:
 
     signals: Signals  # while it goes
     on_evaluation: Callable[[float], None]
+    peak: float | None
 
     def __init__(
-        self,
-        recipe: Recipe,
-        output: Path,
-        device: torch.device,
-        ranks: Ranks,
-        tokenizer_differs: bool,
-        peak: float | None,
-        on_note: OnNote,
+        self, recipe: Recipe, output: Path, device: torch.device, ranks: Ranks, tokenizer_differs: bool, on_note: OnNote
     ) -> None:
-        self.recipe, self.output, self.device, self.ranks = recipe, output, device, ranks
-        self.peak, self.on_note = peak, on_note
+        self.recipe, self.output, self.device, self.ranks, self.on_note = recipe, output, device, ranks, on_note
         # first, what refuses a recipe before data are read, and then before weights are made
         check_memory(recipe)
         check_kernel(device, recipe.train.dtype, recipe.model.head_dim)
@@ -160,7 +156,7 @@ class _TrainingRun:
         change_layers(self.model, recipe.train)
         torch.manual_seed(recipe.train.seed + ranks.rank)  # the weights are the same on all ranks, dropout is not
         self.progress, self.random = Progress(), random_state(device)
-        self.log = MetricsLog(output / "metrics.jsonl" if ranks.first else None)
+        self.log = MetricsLog(output / "metrics.jsonl" if ranks.writes else None)
         self.trackers: list[Tracker] = []
         self.checkpoints = Checkpoints(output / CHECKPOINTS, ranks, recipe.train.keep)
         self.saved_at = time.monotonic()
@@ -180,10 +176,10 @@ class _TrainingRun:
                 self.checkpoints.saved = self.progress.step
             if self.progress.data:
                 self.data.windows[self._stage_of(self.progress.step)].resume(self.progress.data)
-        if self.ranks.first:
+        if self.ranks.writes:
             write_file(self.output / RECIPE, (self.recipe.model_dump_json(indent=2) + "\n").encode())
         self.log.resume(log, self.progress.reported)
-        if self.ranks.first:
+        if self.ranks.writes:
             settings = self.recipe.model_dump(mode="json")
             self.trackers = open_trackers(self.recipe.train.track, self.output, settings, step=self.progress.reported)
 
@@ -231,7 +227,8 @@ class _TrainingRun:
             for tracker in self.trackers:
                 tracker.close()
         self._end()
-        return TrainResult(self.progress.step, self.log.tokens, line.loss if line else math.nan, self.output)
+        loss = line.loss if line else math.nan
+        return TrainResult(self.progress.step, self.log.tokens, loss, self.output, self.progress.best)
 
     def _batches(self) -> Iterator[tuple[Batch, dict[str, Any]]]:
         """Yield (a batch of windows, the position after it) for each step that is left."""
@@ -268,10 +265,9 @@ class _TrainingRun:
         loss, norm = torch.stack((nll / count, total_norm.double())).tolist()  # the only wait for the device
         self._refuse_divergence(loss, norm, position)
         # the new weights
-        rate = self._learning_rate(self.progress.step)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = recipe.learning_rate(self.progress.step)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         # the new state: a run that resumes goes on from here
@@ -307,9 +303,6 @@ class _TrainingRun:
         """Return the index of the stage that a step (1, 2, ...) belongs to."""
         return bisect_left(list(accumulate(stage.steps for stage in self.recipe.train.stages)), step)
 
-    def _learning_rate(self, step: int) -> float:
-        return learning_rate(step, self.recipe.train.steps, self.recipe.optimizer.lr, self.recipe.schedule)
-
     def _report(self) -> Metrics | None:
         """Evaluate and write a line of metrics for the last step, if they are due and not done yet."""
         train, progress = self.recipe.train, self.progress
@@ -323,7 +316,7 @@ class _TrainingRun:
                 held_out = self._evaluate(stage)
         line = None
         if held_out or last or progress.step % train.log_every == 0:
-            rate, memory = self._learning_rate(progress.step - 1), peak_memory(self.device)
+            rate, memory = self.recipe.learning_rate(progress.step - 1), peak_memory(self.device)
             peak = self.peak * self.ranks.world if self.peak else None
             line = self.log.write(progress.step, rate, stage.seq_len, memory=memory, peak=peak, held_out=held_out)
             for tracker in self.trackers:
@@ -344,15 +337,7 @@ class _TrainingRun:
 
         with whole_weights(self.model):
             try:
-                score = evaluate(
-                    self.model,
-                    self.data.held_out,
-                    self.recipe,
-                    eos_id=self.data.eos_id,
-                    seq_len=stage.seq_len,
-                    ranks=self.ranks,
-                    on_part=on_part,
-                )
+                score = evaluate(self.model, self.data, self.recipe, stage, self.ranks, on_part)
                 loss = score.nll_sum / score.n_tokens
             except NotFiniteError:
                 loss = math.nan
@@ -385,17 +370,14 @@ class _TrainingRun:
 
     def save(self) -> None:
         """Save a checkpoint of the last whole step."""
+        versions = {"longnet": version("longnet-cli"), "torch": torch.__version__, "python": platform.python_version()}
         facts = {
             "progress": asdict(self.progress),
             "log": self.log.state(),
             "recipe": self.recipe.model_dump(mode="json"),
             "tokenizer": self.data.tokenizer.sha256,
             "frozen": self.frozen,
-            "versions": {
-                "longnet": version("longnet-cli"),
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
+            "versions": versions,
         }
         tensors = run_tensors(self.model, self.optimizers, self.random, self.ranks)
         self.checkpoints.save(self.progress.step, tensors, facts)
@@ -403,7 +385,7 @@ class _TrainingRun:
 
     def _write_model(self, folder: Path) -> None:
         state = whole_state(self.model, self.ranks)
-        if self.ranks.first:
+        if self.ranks.writes:
             tokenizer, eos_id = self.data.tokenizer, self.data.eos_id
             self.model.save(folder, tokenizer.to_json(), state, tokenizer.token_of(eos_id))
         self.ranks.barrier()  # otherwise another rank could end, and end this one while it writes

@@ -70,11 +70,7 @@ _TRACKERS = {"tensorboard": _tensorboard, "wandb": _wandb}
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    return {
-        name: value
-        for name, value in values.items()
-        if isinstance(value, int | float) and not isinstance(value, bool) and name != "step"
-    }
+    return {name: value for name, value in values.items() if type(value) in (int, float) and name != "step"}
 
 
 @dataclass(frozen=True)

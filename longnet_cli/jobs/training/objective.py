@@ -34,15 +34,21 @@ from longnet_cli.running.ranks.fsdp import final_backward
 from longnet_cli.running.ranks.ranks import ALONE, Ranks
 from longnet_cli.running.reader import Reader, Window, batches_by_length
 
-from .recipe import Recipe
+from .recipe import Recipe, Stage
+from .start import TrainingData
 from .windows import Batch
 
 
-class _ReadTokens:
-    """`running.chunked_backward.Tokens` that are read when they are indexed."""
+@dataclass(frozen=True)
+class LazyTokens:
+    """`running.chunked_backward.Tokens` that are read when they are indexed.
+
+    `read(row, start, stop)` returns the ids [start, stop) of a row, (stop - start,) int64.
+    """
 
     shape: tuple[int, int]
     device: torch.device
+    read: Callable[[int, int, int], Tensor]
 
     def __getitem__(self, index: tuple[int | slice, slice], /) -> Tensor:
         row, columns = index
@@ -51,38 +57,32 @@ class _ReadTokens:
             return self.read(row, start, stop)
         return torch.stack([self.read(each, start, stop) for each in range(*row.indices(self.shape[0]))])
 
-    def read(self, row: int, start: int, stop: int) -> Tensor:
-        """Return the ids [start, stop) of a row, (stop - start,) int64."""
-        raise NotImplementedError
+
+def stored_tokens(batch: Batch, offset: int, tokens: int, device: torch.device) -> LazyTokens:
+    """Return the ids of a batch's windows: `tokens` of each window, from its token `offset` on."""
+
+    def read(row: int, start: int, stop: int) -> Tensor:
+        return to_device(torch.from_numpy(batch.read(row, offset + start, offset + stop)), device)
+
+    return LazyTokens((batch.shape[0], tokens), device, read)
 
 
-class StoredTokens(_ReadTokens):
-    """The ids of a batch's windows: `tokens` of each window, from its token `first` on."""
-
-    def __init__(self, batch: Batch, first: int, tokens: int, device: torch.device) -> None:
-        self.batch, self.first, self.device = batch, first, device
-        self.shape = (batch.shape[0], tokens)
-
-    def read(self, row: int, start: int, stop: int) -> Tensor:
-        return to_device(torch.from_numpy(self.batch.read(row, self.first + start, self.first + stop)), self.device)
+Run = tuple[int, int, int]  # ids [start, stop) of a row, as (row, start, stop)
 
 
-class RegroupedTokens(_ReadTokens):
-    """Ids (B, N) grouped into new rows (b, n): each row is a list of runs (row, start, stop) in order."""
+def regrouped(tokens: Tokens, rows: list[list[Run]]) -> LazyTokens:
+    """Return ids (B, N) grouped into new rows (b, n): each is a list of runs in order."""
 
-    def __init__(self, tokens: Tokens, rows: list[list[tuple[int, int, int]]]) -> None:
-        self.tokens, self.rows, self.device = tokens, rows, tokens.device
-        self.shape = (len(rows), sum(stop - start for _, start, stop in rows[0]))
+    def read(row: int, start: int, stop: int) -> Tensor:
+        parts, offset = list[Tensor](), 0
+        for source, begin, end in rows[row]:
+            inside = max(begin, begin + start - offset), min(end, begin + stop - offset)
+            if inside[0] < inside[1]:
+                parts.append(tokens[source, slice(*inside)])
+            offset += end - begin
+        return torch.cat(parts) if parts else tokens[0, 0:0]
 
-    def read(self, row: int, start: int, stop: int) -> Tensor:
-        parts: list[Tensor] = []
-        offset = 0
-        for source, first, last in self.rows[row]:
-            begin, end = max(first, first + start - offset), min(last, first + stop - offset)
-            if begin < end:
-                parts.append(self.tokens[source, begin:end])
-            offset += last - first
-        return torch.cat(parts) if parts else self.tokens[0, 0:0]
+    return LazyTokens((len(rows), sum(stop - start for _, start, stop in rows[0])), tokens.device, read)
 
 
 def backward(
@@ -100,7 +100,7 @@ def backward(
 ) -> Tensor:
     """Add the gradients of `scale * sum of nll` to the parameters' `.grad`; return the sum, in nats, float64.
 
-    tokens, targets: (B, N) as for `Net.nll`, tensors or `StoredTokens`; targets may be on the host. Activations of
+    tokens, targets: (B, N) as for `Net.nll`, tensors or `LazyTokens`; targets may be on the host. Activations of
     at most `chunk` tokens exist at one time. `starts` has the positions at which documents start in each row, 0 first
     (`Batch.document_starts`). No token attends to another document, and positions count from the start of the document,
     or of the window where that is later. Without `starts`, a row is one document.
@@ -112,23 +112,13 @@ def backward(
     """
     total = torch.zeros((), dtype=torch.float64, device=tokens.device)
     chunk *= ranks.sp
+    how: dict[str, Any] = {"scale": scale, "dtype": dtype, "ranks": ranks, "allocate": allocate, "on_chunk": on_chunk}
     forwards = list(plan_forwards(starts or [[0]] * tokens.shape[0], tokens.shape[1], chunk))
     for index, forward in enumerate(forwards, 1):
         final = index == len(forwards)
-        ids, wanted = RegroupedTokens(tokens, forward.rows), RegroupedTokens(targets, forward.rows)
+        ids, wanted = regrouped(tokens, forward.rows), regrouped(targets, forward.rows)
         if ids.shape[1] > chunk:
-            total += backward_in_chunks(
-                model,
-                ids,
-                wanted,
-                chunk,
-                scale=scale,
-                dtype=dtype,
-                ranks=ranks,
-                final=final,
-                allocate=allocate,
-                on_chunk=on_chunk,
-            )
+            total += backward_in_chunks(model, ids, wanted, chunk, final=final, **how)
             continue
         loss = _nll(model, ids, wanted, forward.documents, ranks, dtype)
         final_backward(model, final)
@@ -172,12 +162,12 @@ def _nll(
 
 
 class _Forward(NamedTuple):
-    """The tokens of one forward pass: runs (row, start, stop) of the batch, as `RegroupedTokens` takes them.
+    """The tokens of one forward pass, as `regrouped` takes them from the batch.
 
     `documents` has the lengths of the documents where a row has several.
     """
 
-    rows: list[list[tuple[int, int, int]]]
+    rows: list[list[Run]]
     documents: list[int] | None
 
 
@@ -191,37 +181,18 @@ def plan_forwards(starts: Sequence[Sequence[int]], length: int, chunk: int) -> I
     for batch in batches_by_length([length] * len(whole), chunk):
         yield _Forward([[(whole[index], 0, length)] for index in batch], None)
     # the rule of reading sorts by length and pads: here, neighbours stay one run of ids, and nothing is padded
-    mixed = [
-        (row, *edges) for row, begins in enumerate(starts) if len(begins) > 1 for edges in pairwise([*begins, length])
-    ]
-    for group in _filled(mixed, chunk):
-        yield _Forward([_joined(group)], [stop - start for _, start, stop in group])
-
-
-def _joined(pieces: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
-    """Return the same tokens in as few runs as possible: adjacent documents of one window become one run."""
-    runs = [pieces[0]]
-    for row, start, stop in pieces[1:]:
-        if (row, start) == (runs[-1][0], runs[-1][2]):
-            runs[-1] = (row, runs[-1][1], stop)
-        else:
-            runs.append((row, start, stop))
-    return runs
-
-
-def _filled(pieces: list[tuple[int, int, int]], chunk: int) -> Iterator[list[tuple[int, int, int]]]:
-    """Group (row, start, stop) in order so that each group has at most `chunk` tokens, or is one longer piece."""
-    group: list[tuple[int, int, int]] = []
-    size = 0
-    for piece in pieces:
-        length = piece[2] - piece[1]
-        if group and size + length > chunk:
-            yield group
-            group, size = [], 0
-        group.append(piece)
-        size += length
-    if group:
-        yield group
+    runs, lengths, room = list[Run](), list[int](), chunk
+    for row, begins in enumerate(starts):
+        for start, stop in pairwise([*begins, length]) if len(begins) > 1 else ():
+            if lengths and stop - start > room:
+                yield _Forward([runs], lengths)
+                runs, lengths, room = [], [], chunk
+            neighbours = bool(runs) and runs[-1][0] == row  # documents of one window: they are one run
+            runs.append((row, runs.pop()[1] if neighbours else start, stop))
+            lengths.append(stop - start)
+            room -= stop - start
+    if lengths:
+        yield _Forward([runs], lengths)
 
 
 # shares of the chosen tokens that become the mask, or a random token; the rest stay, and are predicted too
@@ -239,10 +210,10 @@ def inputs_and_targets(
     """
     rows, length = batch.shape
     if recipe.train.objective == "causal":
-        ids, nexts = (StoredTokens(batch, first, length - 1, device) for first in (0, 1))
+        ids, nexts = (stored_tokens(batch, offset, length - 1, device) for offset in (0, 1))
         return ids, nexts, rows * (length - 1) * ranks.dp
     seen, targets = mask_tokens(
-        StoredTokens(batch, 0, length - 1, torch.device("cpu"))[:, :],
+        stored_tokens(batch, 0, length - 1, torch.device("cpu"))[:, :],
         recipe.train.mask_rate,
         mask_id=recipe.model.vocab_size - 1,
         eos_id=eos_id,
@@ -282,20 +253,13 @@ def _draw(seed: Sequence[int], tokens: int, mask_id: int) -> tuple[Tensor, Tenso
 
 @torch.no_grad()
 def evaluate(
-    model: Net,
-    documents: Sequence[Document],
-    recipe: Recipe,
-    *,
-    eos_id: int,
-    seq_len: int,
-    ranks: Ranks,
-    on_part: Callable[[int], None],
+    model: Net, data: TrainingData, recipe: Recipe, stage: Stage, ranks: Ranks, on_part: Callable[[int], None]
 ) -> Score:
     """Return the score of held-out documents. A causal net scores each document whole, as `longnet score` does.
 
-    With the masked objective, documents are cut into windows of `seq_len` tokens, and the same tokens are hidden every
-    time. `on_part` gets the tokens of each forward pass, on all ranks. The net ends in training mode, and the random
-    state stays as it was. Raises DataError where no token is hidden.
+    With the masked objective, documents are cut into windows as long as in this stage, and the same tokens are hidden
+    every time. `on_part` gets the tokens of each forward pass, on all ranks. The net ends in training mode, and the
+    random state stays as it was. Raises DataError where no token is hidden.
     """
     reading: dict[str, Any] = {
         "chunk": recipe.train.chunk,
@@ -306,8 +270,8 @@ def evaluate(
     model.eval()
     try:
         if recipe.train.objective == "masked":
-            return _score_masked(Reader(model, **reading), _masked_windows(documents, recipe, eos_id, seq_len))
-        rows = score(model, documents, facts=ModelFacts(eos_id), **reading).read_all().to_pylist()
+            return _score_masked(Reader(model, **reading), _masked_windows(data, recipe, stage))
+        rows = score(model, data.held_out, facts=ModelFacts(data.eos_id), **reading).read_all().to_pylist()
         return reduce(add, (Score(row["nll_sum"], row["n_tokens"], row["n_bytes"]) for row in rows))
     finally:
         model.train()
@@ -320,15 +284,12 @@ class _MaskedWindow(Window):
     targets: Tensor
 
 
-def _masked_windows(
-    documents: Sequence[Document], recipe: Recipe, eos_id: int, seq_len: int
-) -> Iterator[_MaskedWindow]:
-    places = ((document, start) for document in documents for start in range(0, len(document), seq_len))
+def _masked_windows(data: TrainingData, recipe: Recipe, stage: Stage) -> Iterator[_MaskedWindow]:
+    length, rate, mask_id = stage.seq_len, recipe.train.mask_rate, recipe.model.vocab_size - 1
+    places = ((document, start) for document in data.held_out for start in range(0, len(document), length))
     for turn, (document, start) in enumerate(places):
-        ids = torch.from_numpy(document.read(start, start + seq_len))[None]
-        seen, targets = mask_tokens(
-            ids, recipe.train.mask_rate, mask_id=recipe.model.vocab_size - 1, eos_id=eos_id, seeds=[(turn,)]
-        )
+        ids = torch.from_numpy(document.read(start, start + length))[None]
+        seen, targets = mask_tokens(ids, rate, mask_id=mask_id, eos_id=data.eos_id, seeds=[(turn,)])
         hidden = Document(document.doc_id, seen[0].numpy(), None, document.where)
         yield _MaskedWindow(hidden, 0, len(hidden), 0, targets[0])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.hub.model_names import as_stored, find_tokenizer, preset_dir
 from longnet_cli.hub.repository import TOKENIZER
 from longnet_cli.models.folder import ModelFolder
-from longnet_cli.nets.config import LongNetConfig, TransformersConfig
+from longnet_cli.nets.config import LongNetConfig, NetConfig, TransformersConfig
 from longnet_cli.running.chunk_size import TRAINING_CHUNK
 
 if sys.version_info >= (3, 11):
@@ -31,13 +32,14 @@ else:
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Names = Annotated[list[str], BeforeValidator(lambda names: [names] if isinstance(names, str) else names)]
 Size = Annotated[int, BeforeValidator(lambda size: parse_size(size) if isinstance(size, str) else size), Field(gt=0)]
 
 
 class MixedInputs(StrictModel):
     """One source of a mix: inputs as on any command line, and the share of the training windows that is cut from it."""
 
-    inputs: list[str] = Field(min_length=1)
+    inputs: Names = Field(min_length=1)
     weight: float = Field(gt=0)
 
     @cached_property
@@ -53,13 +55,13 @@ class DataRecipe(StrictModel):
     continue. A recipe may leave both out, as most shipped ones do; then `--data` is required.
     """
 
-    train: list[str] | None = Field(default=None, min_length=1)
+    train: Names | None = Field(default=None, min_length=1)
     mix: list[MixedInputs] | None = Field(default=None, min_length=1)
     tokenizer: str = "bytes"
     # put between documents; a flat column is cut into documents at it; None takes the tokenizer's own
     eos: str | int | None = None
     column: str | None = None
-    held_out: list[str] | None = None  # inputs to evaluate with, never trained on
+    held_out: Names | None = None  # inputs to evaluate with, never trained on
 
     @model_validator(mode="after")
     def _one_of_train_and_mix(self) -> DataRecipe:
@@ -109,6 +111,16 @@ class ScheduleRecipe(StrictModel):
         if self.power != 1.0 and self.decay != "polynomial":
             raise ValueError(f'schedule.power is of decay = "polynomial", not of "{self.decay}"')
         return self
+
+    def learning_rate(self, step: int, total: int, peak: float) -> float:
+        """Return the learning rate of a step, 0 .. total - 1."""
+        if step < self.warmup_steps:
+            return peak * (step + 1) / self.warmup_steps
+        if self.decay == "constant":
+            return peak
+        done = (step - self.warmup_steps) / max(1, total - 1 - self.warmup_steps)
+        share = (1 + math.cos(math.pi * done)) / 2 if self.decay == "cosine" else (1 - done) ** self.power
+        return peak * (self.final + (1 - self.final) * share)
 
 
 class Stage(StrictModel):
@@ -216,6 +228,10 @@ class Recipe(StrictModel):
         """The tokens of all steps together."""
         return sum(stage.steps * self.step_tokens(stage) for stage in self.train.stages)
 
+    def learning_rate(self, step: int) -> float:
+        """Return the learning rate of a step, 0, 1, ..."""
+        return self.schedule.learning_rate(step, self.train.steps, self.optimizer.lr)
+
     def step_tokens(self, stage: Stage) -> int:
         """Return the tokens of a step."""
         return self.train.windows(stage) * stage.seq_len
@@ -312,7 +328,7 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any], stored: Sequence
     if not isinstance(data, dict):
         raise ConfigError(f"{where}: not a recipe, which is a table of keys and values")
     for key, value in overrides.items():
-        *parents, name = key.split(".")
+        *parents, leaf = key.split(".")
         table = data
         for parent in parents:
             table = table.setdefault(parent, {})
@@ -320,27 +336,33 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any], stored: Sequence
                 raise ConfigError(f"--set {key}: '{parent}' is a value, not a table")
         for other in SAID_OTHERWISE.get(key, ()):
             table.pop(other, None)
-        table[name] = value
+        table[leaf] = value
+    model, source, train = (data.get(name, {}) for name in ("model", "data", "train"))
+    if not all(isinstance(table, dict) for table in (model, source, train)):
+        raise ConfigError(f"{where}: model, data and train are tables of keys and values")
     with naming("init"):
-        folder = _initial_folder(data, stored)
+        folder = _initial_folder(data.get("init"), model, stored)
     if folder:
         data["init"] = folder.origin
-    given = data.get("data")
-    spec = given.get("tokenizer") if isinstance(given, dict) else None
     with naming("data.tokenizer"):
-        if isinstance(spec, str) and (words := find_tokenizer(as_stored(spec, stored))):
-            data["data"]["tokenizer"] = words.name
+        given = source.get("tokenizer")
+        if isinstance(given, str) and (words := find_tokenizer(as_stored(given, stored))):
+            source["tokenizer"] = words.name
     if folder and folder.of_transformers:
-        return validate(PretrainedRecipe, data | _pretrained(data, folder, where), where)
+        source = {"tokenizer": folder.origin} | source
+        model = _pretrained(model, data.get("lora"), folder, where)
+        return validate(PretrainedRecipe, data | {"model": model, "data": source}, where)
     if folder:
-        data = data | _completed(data, folder, where)
-    model, source, train = (data.get(name) for name in ("model", "data", "train"))
-    if isinstance(model, dict) and "vocab_size" not in model:
-        masked = isinstance(train, dict) and train.get("objective") == "masked"
-        name = source.get("tokenizer", "bytes") if isinstance(source, dict) else "bytes"
+        own = folder.net_config().model_dump(mode="json")
+        if not model.keys().isdisjoint((*PATTERN_FIELDS, "pattern")):  # another pattern replaces all of its own
+            own = {name: value for name, value in own.items() if name not in PATTERN_FIELDS}
+        tokenizer = {"tokenizer": folder.origin} if (folder.path / TOKENIZER).exists() else {}
+        model, source = own | model, tokenizer | source
+        data = data | {"model": model, "data": source}
+    if "model" in data and "vocab_size" not in model:
         with naming("data.tokenizer"):
-            size = Tokenizer.load(str(name)).vocab_size + masked
-        data = data | {"model": model | {"vocab_size": size}}
+            size = Tokenizer.load(str(source.get("tokenizer", "bytes"))).vocab_size
+        data = data | {"model": model | {"vocab_size": size + (train.get("objective") == "masked")}}
     if data.get("lora") is not None:
         raise ConfigError(
             f"{where}: lora is for a Hugging Face model (init): a LongNet trains all of its weights: leave it out"
@@ -357,39 +379,20 @@ def naming(key: str) -> Iterator[None]:
         raise type(error)(f"{key}: {error}") from None
 
 
-def _initial_folder(data: Mapping[str, Any], stored: Sequence[Any]) -> ModelFolder | None:
+def _initial_folder(initial: Any, model: Mapping[str, Any], stored: Sequence[Any]) -> ModelFolder | None:
     """Return the folder of the model that `init` names; None without one, and for a LongNet that is gone by now."""
-    initial, model = data.get("init"), data.get("model")
     if not isinstance(initial, str):
         return None
     try:
         return ModelFolder.find(as_stored(initial, stored))
     except LongNetError:
-        if isinstance(model, dict) and {"dim", "segment_lengths"} <= model.keys():
+        if {"dim", "segment_lengths"} <= model.keys():
             return None  # a resumed run has its weights; a new run reports the missing folder
         raise
 
 
-def _tables(data: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    model, source = data.get("model", {}), data.get("data", {})
-    if not isinstance(model, dict) or not isinstance(source, dict):
-        raise ConfigError(f"{where}: model and data are tables of keys and values")
-    return model, source
-
-
-def _completed(data: Mapping[str, Any], folder: ModelFolder, where: str) -> dict[str, Any]:
-    """Return the tables `model` and `data` of a recipe that trains the LongNet in `folder`, with its values."""
-    model, source = _tables(data, where)
-    own = folder.net_config().model_dump(mode="json")
-    if not model.keys().isdisjoint((*PATTERN_FIELDS, "pattern")):  # another pattern replaces all of its own
-        own = {name: value for name, value in own.items() if name not in PATTERN_FIELDS}
-    tokenizer = {"tokenizer": folder.origin} if (folder.path / TOKENIZER).exists() else {}
-    return {"model": own | model, "data": tokenizer | source}
-
-
-def _pretrained(data: Mapping[str, Any], folder: ModelFolder, where: str) -> dict[str, Any]:
-    """Return the tables `model` and `data` of a recipe that trains the Hugging Face model in `folder`."""
-    model, source = _tables(data, where)
+def _pretrained(model: Mapping[str, Any], lora: Any, folder: ModelFolder, where: str) -> NetConfig:
+    """Return the table `model` of a recipe that trains the Hugging Face model in `folder`, with its facts."""
     written = model.get("pattern")
     if "source" not in model:  # otherwise it is a run's recipe, which has all facts
         if others := [name for name in model if name != "pattern"]:
@@ -400,8 +403,8 @@ def _pretrained(data: Mapping[str, Any], folder: ModelFolder, where: str) -> dic
     elif model.get("as_trained"):
         written = None
     pattern = read_pattern(written, f"{where}: model.pattern")
-    lora = validate(LoraRecipe, data["lora"], f"{where}: lora").model_dump() if data.get("lora") is not None else None
-    return {"model": folder.net_config(pattern, lora), "data": {"tokenizer": folder.origin} | source}
+    adapter = validate(LoraRecipe, lora, f"{where}: lora").model_dump() if lora is not None else None
+    return folder.net_config(pattern, adapter)
 
 
 def parse_overrides(settings: Sequence[str]) -> dict[str, Any]:

@@ -1,12 +1,11 @@
 """The start of a run: its recipe, its folder, its checkpoint, and the parts that are built by the recipe.
 
 Checks of a recipe go beyond its own fields: the memory, the tokenizer, and the ranks that share the work. The parts are
-the data, the model, the optimizers, and the learning rate of each step.
+the data, the model and the optimizers.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from functools import partial, reduce
@@ -35,7 +34,7 @@ from longnet_cli.running.ranks.fsdp import is_sharded
 from longnet_cli.running.ranks.ranks import Ranks
 
 from .checkpoint import STATE, checkpoints_in, find_damage, newest_whole
-from .recipe import OptimizerRecipe, Recipe, ScheduleRecipe, TrainRecipe, load_recipe, naming
+from .recipe import OptimizerRecipe, Recipe, TrainRecipe, load_recipe, naming
 from .windows import TokenStream, TokenWindows
 
 
@@ -132,19 +131,19 @@ def prepare_run(
     if file := next((path for path in (folder, *folder.parents) if path.is_file()), None):
         raise ConfigError(f"{file} is a file, and -o names the folder of a run: name another")
     earlier = _recipe_of_run(folder, resume)
-    own = earlier if recipe is None else None
-    if recipe is None and own is None and not isinstance(resume, bool):
+    named = earlier if recipe is None else recipe
+    if named is None and not isinstance(resume, bool):
         raise ConfigError(f"--resume {resume}: neither a run nor a checkpoint{_LAST}")
-    if recipe is None and own is None and not overrides:
+    if named is None and not overrides:
         raise ConfigError(
             f"nothing to train: there is no run in {output}; name a recipe (`longnet train my-recipe.toml`) or --set "
             "its values"
         )
-    if recipe is None and own is None and not any(map(_names_a_model, overrides)):
+    if named is None and not any(map(_names_a_model, overrides)):
         raise ConfigError(
             "there is no model: give a RECIPE (longnet-1m, or a file such as examples/small.toml) or --init MODEL"
         )
-    loaded = load_recipe(recipe or own, overrides, [_stored(earlier, *keys) for keys in _NAMES] if earlier else ())
+    loaded = load_recipe(named, overrides, [_stored(earlier, *keys) for keys in _NAMES] if earlier else ())
     # then the recipe names it: the order of `running.chunk_size.chunk_of`
     chunk = _stored(earlier, "train", "chunk") if earlier else None
     if not loaded.names_chunk and isinstance(chunk, int) and chunk > 0:
@@ -189,8 +188,8 @@ def _refuse_others(folder: Path) -> None:
 
     A run writes its recipe first, and its recipe is in each checkpoint.
     """
-    runs = [partial(_stored, str(folder / RECIPE))]
-    runs += [partial(_stored, str(path / STATE), "recipe") for path in checkpoints_in(folder / CHECKPOINTS)]
+    runs = [partial(_stored, folder / RECIPE)]
+    runs += [partial(_stored, path / STATE, "recipe") for path in checkpoints_in(folder / CHECKPOINTS)]
     if (folder / WEIGHTS).exists() and not (folder / CHECKPOINTS).exists():
         raise ConfigError(f"{folder} already holds a model: name another folder with -o, or remove it")
     if any(all(isinstance(run(table), dict) for table in ("model", "data", "train")) for run in runs):
@@ -199,10 +198,10 @@ def _refuse_others(folder: Path) -> None:
         raise ConfigError(f"{folder} holds {other}, which no run has written: name another folder with -o")
 
 
-def _stored(recipe: str, *keys: str) -> Any:
+def _stored(recipe: str | Path, *keys: str) -> Any:
     """Return a value in a run's recipe.json, None without it; it is not checked: files that it names may have moved."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        return reduce(getitem, keys, parse(read_text(Path(recipe))))
+        return reduce(getitem, keys, parse(read_text(recipe)))
     return None
 
 
@@ -268,17 +267,10 @@ def build_data(
     if not data.sources:
         raise ConfigError("no training data: give --data INPUT, or set data.train or [[data.mix]] in the recipe")
     streams = [TokenStream(documents(source.files), eos_id) for source in data.sources]
-    weights = [source.weight for source in data.sources]
+    mix = [source.weight for source in data.sources]
+    shared: dict[str, Any] = {"weights": mix, "rank": ranks.dp_rank, "world": ranks.dp}
     windows = [
-        TokenWindows(
-            streams,
-            stage.seq_len,
-            train.windows(stage) // ranks.dp,
-            train.seed + index,
-            weights=weights,
-            rank=ranks.dp_rank,
-            world=ranks.dp,
-        )
+        TokenWindows(streams, stage.seq_len, train.windows(stage) // ranks.dp, train.seed + index, **shared)
         for index, stage in enumerate(train.stages)
     ]
     held_out = documents(data.held_out_files) if data.held_out_files else []
@@ -372,14 +364,3 @@ class _Fp32ForBf16(TorchFunctionMode):
         if func is Tensor.bfloat16:
             return args[0].to(torch.float32, copy=True)
         return func(*args, **(kwargs or {}))
-
-
-def learning_rate(step: int, total: int, peak: float, schedule: ScheduleRecipe) -> float:
-    """Return the learning rate of a step, 0 .. total - 1."""
-    if step < schedule.warmup_steps:
-        return peak * (step + 1) / schedule.warmup_steps
-    if schedule.decay == "constant":
-        return peak
-    done = (step - schedule.warmup_steps) / max(1, total - 1 - schedule.warmup_steps)
-    share = (1 + math.cos(math.pi * done)) / 2 if schedule.decay == "cosine" else (1 - done) ** schedule.power
-    return peak * (schedule.final + (1 - schedule.final) * share)

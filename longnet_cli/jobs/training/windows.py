@@ -117,20 +117,18 @@ class Mix:
         # Proportionate fair scheduling: of the sources that would be less than one window ahead of their share after
         # this window, take the one with the earliest deadline. Meeting every deadline keeps each within one window.
         given = [0] * len(self.shares)
-        before, order = [], []
+        self._turns: list[tuple[int, int]] = []  # of each window, the source, and what that has given before
         for n in range(self.period):
             ready = (s for s, share in enumerate(self.shares) if given[s] * self.period < share * (n + 1))
             source = min(ready, key=lambda s: ((given[s] + 1) * self.period - 1) // self.shares[s])
-            before.append(given[source])
-            order.append(source)
+            self._turns.append((source, given[source]))
             given[source] += 1
-        self._order, self._before = order, before
 
     def source(self, n: int) -> tuple[int, int]:
         """Return the source of window n, and how many of the n windows before it came from that source."""
         periods, rest = divmod(n, self.period)
-        source = self._order[rest]
-        return source, periods * self.shares[source] + self._before[rest]
+        source, before = self._turns[rest]
+        return source, periods * self.shares[source] + before
 
 
 class _Epoch:
@@ -262,12 +260,9 @@ class TokenWindows:
 
     def places(self, first: int, last: int) -> list[str]:
         """Return where the windows first .. last - 1 start: file and row, each once, in order."""
-        places: dict[str, None] = {}
-        for n in range(first, last):
-            source, _, start = self.locate(n)
-            stream = self.sources[source]
-            places[stream.documents[stream.locate(start)].where] = None
-        return list(places)
+        located = (self.locate(n) for n in range(first, last))
+        streams = ((self.sources[source], start) for source, _, start in located)
+        return list(dict.fromkeys(stream.documents[stream.locate(start)].where for stream, start in streams))
 
     def _epoch(self, source: int, epoch: int) -> _Epoch:
         return _Epoch((self.seed, source, epoch), len(self.sources[source]), self.seq_len)

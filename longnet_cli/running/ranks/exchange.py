@@ -25,7 +25,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from copy import copy
 from functools import lru_cache, partial
-from itertools import chain
+from itertools import accumulate, chain
 from math import prod
 from typing import Any, NamedTuple
 
@@ -34,9 +34,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longnet_cli.attention import FarKeys, FarSpan, Outside
+from longnet_cli.attention import FarKeys, FarSpan, Outside, Past
 from longnet_cli.attention.pattern import Pattern
-from longnet_cli.attention.spans import far_spans, lanes, level_of, open_spans, span_positions, span_rows
+from longnet_cli.attention.spans import far_spans, lanes, lanes_of_span, level_of, open_spans, span_rows
 from longnet_cli.attention.views import accumulator
 from longnet_cli.basics.errors import LongNetError
 from longnet_cli.nets.config import NetConfig
@@ -98,6 +98,9 @@ class Exchange(Shards):
         self.sent = [self._parcels(rank, reader) for reader in ranks]
         self.received = [self._parcels(maker, rank) for maker in ranks]
         self.joined = [Parcel(span, 0, self._rows(span), attended) for span, attended in self._wanted[rank]]
+        if not any(parcel.attended for parcel in self.joined):
+            # this rank attends to none, yet the others wait for it in the backward: it must stay in the graph
+            self.joined.append(Parcel(FarSpan(0, self.start, self.start), 0, 0, True))
         self._maps: dict[tuple[int, int, int, torch.device], _Maps] = {}
 
     def of_rank(self, rank: int) -> Exchange:
@@ -116,27 +119,22 @@ class Exchange(Shards):
         past = self._pasts[layer]
         return Outside(self.run(k, v, past)[0], past)
 
-    def run(self, k: Tensor, v: Tensor, past: RankPast | None = None) -> tuple[list[FarKeys], list[FarKeys]]:
+    def run(self, k: Tensor, v: Tensor, past: Past | None = None) -> tuple[list[FarKeys], list[FarKeys]]:
         """Exchange rows as in a call, and return (far keys that the shard attends to, all rows received).
 
-        In the backward pass, gradients of `past` go back to the ranks that made its rows, if they did so in this call.
+        In the backward pass, gradients of `past`, a `RankPast`, go back to the ranks that made its rows, if they did so
+        in this call.
         """
         if not self.needed:
             return [], []
         self._agree(k.shape)
-        there = _Flight()
-        back = _WayBack(self, k, [i for i, parcel in enumerate(self.joined) if parcel.attended])
+        there, back = _Flight(), _WayBack(self, k)
         tensors = _AllToAll.apply(self, there, back, past, k, v)
         got = [
             FarKeys(*parcel.span, tensors[2 * i], tensors[2 * i + 1], there.land, partial(back.take, i))
             for i, parcel in enumerate(self.joined)
         ]
-        attended = [keys for keys, parcel in zip(got, self.joined, strict=True) if parcel.attended]
-        if not attended:
-            # This rank attends to none, yet the others wait for it in the backward: it must stay in the graph.
-            k_, v_ = tensors[-2:]
-            attended = [FarKeys(0, self.start, self.start, k_, v_, there.land, back.nothing)]
-        return attended, got
+        return [keys for keys, parcel in zip(got, self.joined, strict=True) if parcel.attended], got
 
     def _agree(self, like: Sequence[int]) -> None:
         """Compare what ranks send and expect, in a group's first exchange, given the shape of keys (B, n, H, D).
@@ -177,6 +175,10 @@ class Exchange(Shards):
     def lanes(self, parcel: Parcel, kv_heads: int) -> int:
         return len(lanes(self.pattern, parcel.span.level, self.num_heads, kv_heads).offsets)
 
+    def shapes(self, batch: int, kv_heads: int, width: int) -> list[tuple[int, int, int, int]]:
+        """Return the shapes (B, rows, lanes, D) of the joined parcels' keys."""
+        return [(batch, parcel.rows, self.lanes(parcel, kv_heads), width) for parcel in self.joined]
+
     def sizes(self, parcels: Sequence[Sequence[Parcel]], like: Sequence[int]) -> list[int]:
         """Return how many numbers go to, or come from, each rank: k and v of all rows, for keys (B, n, H, D)."""
         batch, _, kv_heads, head_dim = like
@@ -190,13 +192,13 @@ class Exchange(Shards):
         """
         document, end = self.document(self.edges[reader])
         start, stop = (min(edge, end) - document for edge in self.edges[reader : reader + 2])
-        first = max(0, self.edges[0] - document)  # earlier rows are in caches
+        earliest = max(0, self.edges[0] - document)  # earlier rows are in caches
         kept = open_spans(self.pattern, self.edges[-1] - document) if self.cached else []
         seen = far_spans(self.pattern, start, stop, self.causal, end - document) if start < stop else []
         found: dict[tuple[int, int, bool], tuple[FarSpan, bool]] = {}
         for (level, begin, last), attended in chain(((span, False) for span in kept), ((span, True) for span in seen)):
             segment, _ = level_of(self.pattern, level)
-            for side, part in enumerate(((max(begin, first), min(last, start)), (max(begin, stop), last))):
+            for side, part in enumerate(((max(begin, earliest), min(last, start)), (max(begin, stop), last))):
                 if self._rows(span := FarSpan(level, *part)):
                     key = level, begin // segment, bool(side)
                     found[key] = found.get(key, (span, attended))[0], attended  # what is kept holds what is seen
@@ -239,10 +241,10 @@ class _Maps(NamedTuple):
     @classmethod
     def of(cls, exchange: Exchange, batch: int, tokens: int, kv_heads: int, device: torch.device) -> _Maps:
         sent = _sent_rows(exchange, batch, tokens, kv_heads)
-        joined, count = _received_rows(exchange, batch, kv_heads)
-        received, is_read = np.full(count, len(joined)), np.flatnonzero(joined >= 0)
-        received[joined[is_read]] = is_read
-        maps = sent, np.maximum(joined, 0), received
+        received, total = _received_rows(exchange, batch, kv_heads)
+        joined = np.zeros(total + 1, np.int64)
+        joined[received] = np.arange(len(received))
+        maps = sent, joined[:-1], received
         return cls(*(torch.from_numpy(rows).to(device) for rows in maps))
 
 
@@ -251,37 +253,31 @@ def _sent_rows(exchange: Exchange, batch: int, tokens: int, kv_heads: int) -> np
     sent = [np.empty(0, np.int64)]
     sequences = np.arange(batch)[:, None, None] * tokens
     for parcel in chain(*exchange.sent):
-        tokens_of, lane_heads = _tokens(exchange.pattern, parcel, exchange.num_heads, kv_heads)
-        sent.append(((sequences + np.minimum(tokens_of, tokens - 1)) * kv_heads + lane_heads).ravel())
+        of_lanes = lanes_of_span(exchange.pattern, parcel.span, exchange.num_heads, kv_heads, parcel.start)
+        places = np.array(of_lanes.first_tokens) + of_lanes.row_step * np.arange(parcel.rows)[:, None]  # (rows, lanes)
+        sent.append(((sequences + np.minimum(places, tokens - 1)) * kv_heads + np.array(of_lanes.heads)).ravel())
     return np.concatenate(sent)
 
 
 def _received_rows(exchange: Exchange, batch: int, kv_heads: int) -> tuple[np.ndarray, int]:
-    """Return the received row of each row of the joined parcels, -1 where nobody reads it, and how many are received.
+    """Return `_Maps.received`, and the number of rows of the joined parcels.
 
     The parcels of a joined one come in order, so that each of its lanes is filled from its beginning.
     """
-    sources = [np.full((batch, parcel.rows, exchange.lanes(parcel, kv_heads)), -1) for parcel in exchange.joined]
-    filled = [np.zeros(rows.shape[2], np.int64) for rows in sources]  # rows of each lane so far
-    count = 0
+    shapes = exchange.shapes(batch, kv_heads, 1)
+    begins = [0, *accumulate(map(prod, shapes))]
+    filled = [np.zeros(held, np.int64) for _, _, held, _ in shapes]  # rows of each lane so far
+    received = [np.empty(0, np.int64)]
     for parcel in chain(*exchange.received):
         index = next(i for i, whole in enumerate(exchange.joined) if _holds(whole, parcel))
+        _, rows, held, _ = shapes[index]
         of_lanes = np.array(span_rows(exchange.pattern, parcel.span, exchange.num_heads, kv_heads))
-        shape = batch, parcel.rows, len(of_lanes)
-        rows = count + np.arange(batch * parcel.rows * len(of_lanes)).reshape(shape)
-        count += rows.size
-        for lane, (begin, number) in enumerate(zip(filled[index], of_lanes, strict=True)):
-            sources[index][:, begin : begin + number, lane] = rows[:, :number, lane]
+        number, sequences = np.arange(parcel.rows)[:, None], np.arange(batch)[:, None, None] * rows
+        places = begins[index] + (sequences + filled[index] + number) * held + np.arange(held)
+        places[:, number >= of_lanes] = begins[-1]  # a lane with fewer rows
+        received.append(places.ravel())
         filled[index] += of_lanes
-    return np.concatenate([np.empty(0, np.int64), *(rows.ravel() for rows in sources)]), count
-
-
-def _tokens(pattern: Pattern, parcel: Parcel, num_heads: int, kv_heads: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the tokens (rows, lanes) that a parcel takes from its maker's shard, and the key head of each lane."""
-    positions = span_positions(pattern, parcel.span, num_heads, kv_heads)
-    firsts, (_, rate) = np.array([p.start for p in positions]), level_of(pattern, parcel.span.level)
-    rows = firsts + rate * np.arange(parcel.rows)[:, None] - parcel.start
-    return rows, np.array(lanes(pattern, parcel.span.level, num_heads, kv_heads).kv_heads)
+    return np.concatenate(received), begins[-1]
 
 
 def _holds(whole: Parcel, part: Parcel) -> bool:
@@ -312,8 +308,8 @@ class _Flight:
 class _WayBack:
     """The gradients of far rows. They go back to the ranks that made the rows once all attended parcels have theirs."""
 
-    def __init__(self, exchange: Exchange, k: Tensor, attended: Sequence[int]) -> None:
-        self.exchange, self.attended, self.like, self.maps = exchange, attended, k[:, :0].detach(), exchange.maps(k)
+    def __init__(self, exchange: Exchange, k: Tensor) -> None:
+        self.exchange, self.like, self.maps = exchange, k[:, :0].detach(), exchange.maps(k)
         self.sizes = exchange.sizes(exchange.sent, k.shape), exchange.sizes(exchange.received, k.shape)
         self.grads: dict[int, tuple[Tensor, Tensor]] = {}  # of the joined parcels, by index
         self.flight = _Flight()
@@ -321,28 +317,22 @@ class _WayBack:
 
     def take(self, index: int, dk: Tensor, dv: Tensor) -> None:
         self.grads[index] = (dk, dv)
-        if len(self.grads) == len(self.attended):
+        if len(self.grads) == sum(parcel.attended for parcel in self.exchange.joined):
             self.depart()
 
-    def nothing(self, dk: Tensor, dv: Tensor) -> None:
-        self.depart()
-
     def depart(self) -> None:
-        exchange, like = self.exchange, self.like
-        width = like.shape[3]
+        like, (batch, _, kv_heads, width) = self.like, self.like.shape
         of_parcels: list[tuple[Tensor, Tensor]] = []
-        for index, parcel in enumerate(exchange.joined):
-            shape = like.shape[0], parcel.rows, exchange.lanes(parcel, like.shape[2]), width
+        for index, shape in enumerate(self.exchange.shapes(batch, kv_heads, width)):
             none = like.new_zeros(1).expand(shape)
             of_parcels.append(self.grads.get(index, (none, none)))
         self.grads = {}
         sent = like.new_empty(len(self.maps.received), 2, width)
-        if of_parcels:
-            for place, grads in enumerate(zip(*of_parcels, strict=True)):
-                flat = torch.cat([*(d.reshape(-1, width).to(like.dtype) for d in grads), like.new_zeros(1, width)])
-                sent[:, place] = flat[self.maps.received]
+        for place, grads in enumerate(zip(*of_parcels, strict=True)):
+            flat = torch.cat([*(d.reshape(-1, width).to(like.dtype) for d in grads), like.new_zeros(1, width)])
+            sent[:, place] = flat[self.maps.received]
         self.got = like.new_empty(len(self.maps.sent), 2, width)
-        self.flight.start(self.got, sent, self.sizes, exchange.group)
+        self.flight.start(self.got, sent, self.sizes, self.exchange.group)
 
     def land(self, grads: Sequence[Tensor]) -> Tensor:
         """Return the gradients that came back, (rows sent, 2, D).
@@ -350,8 +340,7 @@ class _WayBack:
         If no attention has sent any yet, send `grads`, the gradients of all joined parcels, now.
         """
         if self.got is None:
-            pairs = zip(grads[::2], grads[1::2], strict=True)
-            self.grads = {i: pair for i, pair in enumerate(pairs) if i < len(self.exchange.joined)}
+            self.grads = dict(enumerate(zip(grads[::2], grads[1::2], strict=True)))
             self.depart()
         self.flight.land()
         got, self.got = self.got, None
@@ -360,11 +349,11 @@ class _WayBack:
 
 
 class _AllToAll(torch.autograd.Function):
-    """The map (k, v) -> k and v of every joined parcel, (B, rows, lanes, D) each, and two empty tensors of level 0."""
+    """The map (k, v) -> k and v of every joined parcel, (B, rows, lanes, D) each."""
 
     @staticmethod
     def forward(
-        ctx: Any, exchange: Exchange, flight: _Flight, back: _WayBack, past: RankPast | None, k: Tensor, v: Tensor
+        ctx: Any, exchange: Exchange, flight: _Flight, back: _WayBack, past: Past | None, k: Tensor, v: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.back, ctx.past, ctx.shape, ctx.dtype = back, past, k.shape, k.dtype
         maps, (batch, _, kv_heads, width) = back.maps, k.shape
@@ -380,12 +369,9 @@ class _AllToAll(torch.autograd.Function):
 
         flight.unpack = unpack
         flight.start(got, sent, back.sizes[::-1], exchange.group)
-        shapes = [(batch, parcel.rows, exchange.lanes(parcel, kv_heads), width) for parcel in exchange.joined]
-        parts = [x.split([prod(shape[:3]) for shape in shapes]) if shapes else () for x in joined]
-        pairs = [(k_.view(shape), v_.view(shape)) for k_, v_, shape in zip(*parts, shapes, strict=True)]
-        level = Parcel(FarSpan(0, 0, 0), 0, 0, False)
-        nothing = k.new_empty(2, batch, 0, exchange.lanes(level, kv_heads), width)
-        return *chain(*pairs), *nothing
+        shapes = exchange.shapes(batch, kv_heads, width)
+        parts = [x.split([prod(shape[:3]) for shape in shapes]) for x in joined]
+        return (*chain(*((k_.view(shape), v_.view(shape)) for k_, v_, shape in zip(*parts, shapes, strict=True))),)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -173,8 +173,8 @@ def started_by_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def start_ranks(nproc: int) -> NoReturn:
-    """Run this command again under torchrun, as `nproc` processes, and exit as they do.
+def start_ranks(nproc: int, *, dry_run: bool = False) -> None:
+    """Run this command again under torchrun, as `nproc` processes, and exit as they do; return from a `dry_run`.
 
     Raises ConfigError under torchrun; SystemExit with the exit code of the rank that failed first, or of a signal;
     LongNetError for a rank that could not report its own failure.
@@ -183,6 +183,8 @@ def start_ranks(nproc: int) -> NoReturn:
         raise ConfigError("--nproc starts torchrun, which runs this already: leave it out")
     if nproc > MOST_PROCESSES:
         raise ConfigError(f"{nproc} processes of one machine: start {MOST_PROCESSES} at most (--nproc, --sp, --dp)")
+    if dry_run:
+        return
     arguments, words = [], iter(sys.argv[1:])
     for word in words:
         if word == "--nproc":

@@ -29,7 +29,8 @@ class Ranks:
     """`world` processes as `dp` groups of `sp`. A group's ranks share each sequence; other groups have other sequences.
 
     Rank r is the (r % sp)-th of the (r // sp)-th group. `group` is its own group, None if sp is 1. `everyone` is the
-    group of all `world` processes, None if these are all processes of the job.
+    group of all `world` processes, None if these are all processes of the job. `planned` ranks are no processes yet:
+    one makes a plan for them.
     """
 
     rank: int = 0
@@ -37,10 +38,15 @@ class Ranks:
     sp: int = 1
     group: dist.ProcessGroup | None = None
     everyone: dist.ProcessGroup | None = None
+    planned: bool = False
 
     @property
     def dp(self) -> int:
         return self.world // self.sp
+
+    def own(self, rate: float, device: torch.device) -> float:
+        """Return one rank's share of a rate that this process has measured. On a CPU, planned ranks share it."""
+        return rate / self.world if self.planned and device.type == "cpu" else rate
 
     @property
     def dp_rank(self) -> int:
@@ -59,7 +65,7 @@ class Ranks:
         return slice(edges[self.sp_rank], edges[self.sp_rank + 1])
 
     @property
-    def first(self) -> bool:
+    def writes(self) -> bool:
         """Return whether this rank writes files and prints."""
         return self.rank == 0
 
@@ -93,7 +99,7 @@ class Ranks:
 
     def largest(self, value: float) -> float:
         """Return the largest of all ranks' values. The hosts exchange them, so no rank waits for its device."""
-        if self.world == 1:
+        if self.world == 1 or self.planned:
             return value
         tensor = torch.tensor([value], dtype=torch.float64)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.everyone)
@@ -101,7 +107,7 @@ class Ranks:
 
     def from_first(self, value: int) -> int:
         """Return rank 0's value on all ranks; exact below 2^53."""
-        return int(self.largest(value if self.first else -math.inf))
+        return int(self.largest(value if self.writes else -math.inf))
 
     def barrier(self) -> None:
         """Wait for all ranks, on the hosts: for half an hour, if one of them writes for so long."""
@@ -114,14 +120,16 @@ class Ranks:
 ALONE = Ranks()  # one process
 
 
-def join(device: str = "auto", *, sp: int | None = None, dp: int | None = None) -> tuple[Ranks, torch.device]:
+def join(
+    device: str = "auto", *, sp: int | None = None, dp: int | None = None, planned: int | None = None
+) -> tuple[Ranks, torch.device]:
     """Connect to the other processes that torchrun started, if any; return the ranks and this process's device.
 
-    By default, without `sp` and `dp`, all ranks share each sequence. GPUs, one per process (LOCAL_RANK), communicate by
-    NCCL; hosts by gloo. Raises ConfigError, on every rank and before any work, where dp x sp is not the number of
-    processes.
+    By default, without `sp` and `dp`, all ranks share each sequence. `planned` ranks of this machine are not there, and
+    the process is the first of them. GPUs, one per process (LOCAL_RANK), communicate by NCCL; hosts by gloo. Raises
+    ConfigError, on every rank and before any work, where dp x sp is not the number of processes.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = planned or int(os.environ.get("WORLD_SIZE", "1"))
     sp = sp if sp is not None else world // dp if dp and world % dp == 0 else world
     dp = dp if dp is not None else world // sp if world % sp == 0 else 1
     if sp * dp != world:
@@ -136,11 +144,13 @@ def join(device: str = "auto", *, sp: int | None = None, dp: int | None = None) 
             unwind_on_signals()
         return Ranks(), where
     if where.type == "cuda":
-        where = _own_gpu(os.environ.get("LOCAL_RANK", "0"))
+        where = _own_gpu(str(planned - 1) if planned else os.environ.get("LOCAL_RANK", "0"))
         torch.cuda.set_device(where)
         os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")  # collectives, which a timeout prints
         if torch.version.hip is None:  # there, it hangs
             os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")  # of the groups' communicators and that of all
+    if planned:
+        return Ranks(0, world, sp, planned=True), where
     check_agent()
     _allow_files(2 * world + _FILES)  # gloo connects every rank with all others
     # gloo: hosts agree on what to do next without their GPUs; NCCL guesses its GPU if not told
