@@ -42,14 +42,14 @@ _DIFFERENCES: dict[str, Callable[[Any], str]] = {
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """What was measured, by its name."""
+class _Measurements:
+    """The measurements of one file, by its name."""
 
     name: str
     rows: list[Row]
 
 
-class Bench(_Rows):
+class Bench(_Measurements):
     """One benchmark: its rows in the order of the file, each with its `length` and `seconds_per_token`."""
 
     @classmethod
@@ -111,7 +111,7 @@ RUN_PANELS = (
 )
 
 
-class Run(_Rows):
+class Run(_Measurements):
     """One training run: its lines of metrics, with steps in rising order."""
 
     @classmethod
@@ -150,7 +150,7 @@ LISTS = (
 )
 
 
-class Scores(_Rows):
+class Scores(_Measurements):
     """The results of one `longnet score`: its totals, one for each context."""
 
     @classmethod
