@@ -16,7 +16,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -192,10 +192,10 @@ def locked_folder(folder: Path) -> Iterator[None]:
 
     Raises ConfigError if the folder cannot be created or another process has locked it, LongNetError for a full disk.
     """
-    with _opening(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
+    with ExitStack() as stack:
+        with _opening(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = stack.enter_context(_descriptor(folder))
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -203,8 +203,6 @@ def locked_folder(folder: Path) -> Iterator[None]:
         except OSError:
             pass  # a network file system without locks
         yield
-    finally:
-        os.close(handle)
 
 
 @contextmanager

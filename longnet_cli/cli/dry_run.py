@@ -65,16 +65,6 @@ def show_reading(estimate: Estimate, format: Format, job: str) -> None:
     _show(estimate, format, job, before, after)
 
 
-def _bar(size: float, whole: float) -> str:
-    return "#" * round(BAR * size / whole)
-
-
-def check_sample(sample: int | None) -> None:
-    """Raise ConfigError for fewer texts than an interval needs."""
-    if sample is not None and sample < 2:
-        raise ConfigError("--sample needs 2 texts or more: one says nothing of how they differ")
-
-
 def dry_run(
     opened: Opened,
     inputs: Inputs,
@@ -166,7 +156,9 @@ def check_fits(estimate: Estimate, job: str) -> None:
 
 def _memory(estimate: Estimate) -> list[Row]:
     facts = estimate.facts
-    rows = [(kind, format_bytes(size), _bar(size, estimate.peak)) for kind, size in estimate.memory.items()]
+    rows = [
+        (kind, format_bytes(size), "#" * round(BAR * size / estimate.peak)) for kind, size in estimate.memory.items()
+    ]
     about = f"a process, {facts['dtype']}, chunks of {facts['chunk']:,} tokens"
     rows.append(("peak memory", format_bytes(estimate.peak), about))
     if facts["spill_bytes"]:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.command import SAMPLE, check_pairs
-from longnet_cli.cli.dry_run import Format, check_sample, dry_run
+from longnet_cli.cli.dry_run import Format, dry_run
 from longnet_cli.cli.options import OUTPUT, Computing, Documents, HelpPanel, Mesh, ModelChoice, Running
 from longnet_cli.cli.output import count_left_out
 from longnet_cli.cli.starting import ModelAndInputs
@@ -87,7 +87,6 @@ def encode(options: EncodeCommand) -> None:
     output, running = options.output, options.running
     asked = EncodeOptions(**{each.name: getattr(options, each.name) for each in fields(EncodeOptions)})
     check_pairs([SAMPLE], options)
-    check_sample(running.sample)
     named = ModelAndInputs(options.documents, options.choice, output if running.resume else None, embeds=True)
     where_to = "embeddings are binary, stdout is a terminal: name a file (-o embeddings.arrow) or pipe them"
     for_folder = {"--shard-rows": options.shard_rows, "--shard-format": options.shard_format != "arrow"}

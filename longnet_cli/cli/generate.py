@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -58,9 +59,6 @@ PAIRS = (
     ),
     Excludes("--dry-run", "--format", "prints a table"),
     Excludes("--dry-run", "--state", "estimates what reading a whole prompt takes"),
-    Excludes("--dry-run", "--sp", "estimates one process"),
-    Excludes("--state", "--sp", "is continued by one process"),
-    Excludes("--sources", "--sp", "are told by one process"),
 )
 
 
@@ -195,7 +193,7 @@ def _open(options: GenerateCommand, text: str | None) -> tuple[Opened, Inputs]:
     if processes > 1 and named.folder.of_transformers:
         raise ConfigError(f"{named.folder.name}: a Hugging Face model reads a text in one process, not in {processes}")
     alone = {"--state": options.state, "--sources": options.sources, "--dry-run": options.dry_run}
-    if processes > 1 and (given := [option for option, value in alone.items() if value]):  # under torchrun
+    if processes > 1 and (given := [option for option, value in alone.items() if value]):
         raise ConfigError(f"{given[0]} is for one process, and there are {processes}: start one")
     opened = named.open(Mesh(sp=options.sp), options.computing, dry_run=options.dry_run, chat=options.chat)
     from longnet_cli.running.reader import check_choices
@@ -239,7 +237,7 @@ class _TextGenerator:
         self.max_tokens = default if options.max_tokens is None else options.max_tokens
         begun = (options.chat or options.state) and options.bos is None  # a template has its own start ids
         self.bos_ids = None if begun else loaded.bos
-        self.seed = ranks.from_first(_new_seed()) if options.seed is None else options.seed
+        self.seed = ranks.from_first(secrets.randbelow(1 << 32)) if options.seed is None else options.seed
         as_json = options.format == "jsonl"
         self.origin = model_origin(loaded.net, loaded.origin, loaded.tokenizer_sha256) if as_json else {}
 
@@ -379,12 +377,6 @@ def _look_ahead(documents: Iterator[Document]) -> tuple[Iterator[Document], bool
 
         return chain(ahead, fail()), True
     return chain(ahead, documents), len(ahead) > 1
-
-
-def _new_seed() -> int:
-    import secrets
-
-    return secrets.randbelow(1 << 32)
 
 
 class _Printer:

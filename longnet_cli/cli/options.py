@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
+from longnet_cli.basics.errors import ConfigError
 from longnet_cli.basics.sizes import parse_size, parse_sizes
 from longnet_cli.cli.command import BARE, OTHER
 
@@ -54,15 +55,10 @@ def parse_names(text: str) -> tuple[str, ...]:
     return names
 
 
-def _split(value: str | Sequence[str]) -> list[str]:
-    """Split `dilated,dense` into ["dilated", "dense"]."""
-    return [name.strip() for name in value.split(",")] if isinstance(value, str) else list(value)
-
-
 # What reads the value of an option, by what its help has for one. Sizes are of `HelpPanel.size`.
 PARSERS: dict[str, Callable[[Any], Any]] = {
     "SIZE,...": parse_sizes,
-    "NAME,...": _split,
+    "NAME,...": parse_names,
     "COLUMN,...": parse_names,
     "auto|cpu|cuda[:i]": parse_device,
 }
@@ -189,9 +185,7 @@ class Documents:
     tokenizer_differs: bool = differs_flag()
     column: str | None = column_option()
     id_column: str | None = id_column_option()
-    keep: Sequence[str] | None = INPUT.option(
-        "--keep COLUMN,...", "Carry these columns to the output.", parser=_option_parser(parse_names)
-    )
+    keep: Sequence[str] | None = INPUT.option("--keep COLUMN,...", "Carry these columns to the output.")
     eos: str | None = eos_option()
     bos: str | None = bos_option()
     skip_bad: bool = skip_bad_flag()
@@ -225,6 +219,10 @@ class Running:
         "For --dry-run, tokenize a uniform sample of N texts. All texts are read, and their tokens per byte are "
         "taken to be those of the sample. (default: all)",
     )
+
+    def __post_init__(self) -> None:
+        if self.sample is not None and self.sample < 2:
+            raise ConfigError("--sample needs 2 texts or more: one says nothing of how they differ")
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ class RowWriter:
         if self.format == "csv":
             _write(_csv_line(values))
         elif self.format == "md":
-            _write((self._markdown_head(values) if first else "") + self._markdown_line(values))
+            _write((self._markdown_head(values) if first else "") + self._markdown_line(self._cells(values), values))
         else:
             line = to_json(dict(zip(self.columns, values, strict=True)))
             # the comma goes before the next row, so that a list may end at any time
@@ -91,22 +91,21 @@ class RowWriter:
 
     def _markdown_head(self, values: Sequence[Any]) -> str:
         """Return the header. Columns fit the first row, with 8 characters or more; numbers are aligned to the right."""
-        cells = [self._cell(column, value) for column, value in zip(self.columns, values, strict=True)]
+        cells = self._cells(values)
         self.widths = [max(len(title), len(cell), 8) for title, cell in zip(self.titles, cells, strict=True)]
-        numeric = [isinstance(value, (int, float)) for value in values]
-        names = [
-            title.rjust(width) if right else title.ljust(width)
-            for title, width, right in zip(self.titles, self.widths, numeric, strict=True)
-        ]
-        rules = ["-" * (width - 1) + (":" if right else "-") for width, right in zip(self.widths, numeric, strict=True)]
-        return _markdown_join(names) + _markdown_join(rules)
+        ends = [":" if isinstance(value, (int, float)) else "-" for value in values]
+        rules = ["-" * (width - 1) + end for width, end in zip(self.widths, ends, strict=True)]
+        return self._markdown_line(self.titles, values) + self._markdown_line(rules, values)
 
-    def _markdown_line(self, values: Sequence[Any]) -> str:
-        cells = []
-        for column, value, width in zip(self.columns, values, self.widths, strict=True):
-            cell = self._cell(column, value)
-            cells.append(cell.rjust(width) if isinstance(value, (int, float)) else cell.ljust(width))
-        return _markdown_join(cells)
+    def _markdown_line(self, cells: Sequence[str], values: Sequence[Any]) -> str:
+        aligned = [
+            cell.rjust(width) if isinstance(value, (int, float)) else cell.ljust(width)
+            for cell, width, value in zip(cells, self.widths, values, strict=True)
+        ]
+        return "| " + " | ".join(aligned) + " |\n"
+
+    def _cells(self, values: Sequence[Any]) -> list[str]:
+        return [self._cell(column, value) for column, value in zip(self.columns, values, strict=True)]
 
     def _cell(self, column: str, value: Any) -> str:
         if value is None:
@@ -160,10 +159,6 @@ def _csv_line(values: Sequence[Any]) -> str:
     line = io.StringIO()
     csv.writer(line, lineterminator="\n").writerow(values)
     return line.getvalue()
-
-
-def _markdown_join(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |\n"
 
 
 def can_print(text: str) -> bool:

@@ -147,7 +147,8 @@ def _bar(description: str, meter: _Meter) -> Iterator[Advance]:
     # Rich would redirect stdout to its own console, which is stderr. That is right only for a shared terminal, where
     # rows must appear above the bar.
     console = Console(stderr=True)
-    with Progress(*columns, console=console, redirect_stdout=_stdout_is_terminal()) as shown:
+    shared_terminal = bool(sys.stdout) and sys.stdout.isatty()
+    with Progress(*columns, console=console, redirect_stdout=shared_terminal) as shown:
         task = shown.add_task(description, total=meter.total, completed=meter.done, status="")
 
         def advance(amount: int, **fields: object) -> None:
@@ -158,7 +159,3 @@ def _bar(description: str, meter: _Meter) -> Iterator[Advance]:
             shown.update(task, completed=meter.done, total=meter.total, status=status)
 
         yield advance
-
-
-def _stdout_is_terminal() -> bool:
-    return bool(sys.stdout) and sys.stdout.isatty()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.basics.finite_json import to_json
 from longnet_cli.cli.command import SAMPLE, Excludes, Needs, check_pairs
-from longnet_cli.cli.dry_run import check_sample, dry_run
+from longnet_cli.cli.dry_run import dry_run
 from longnet_cli.cli.options import OUTPUT, Computing, Documents, HelpPanel, Mesh, ModelChoice, Running
 from longnet_cli.cli.output import count_left_out, emit_json, emit_jsonl, printable, tell
 from longnet_cli.cli.starting import ModelAndInputs, Opened
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from longnet_cli.data.inputs import Inputs
     from longnet_cli.data.manifest import LeftOut, Manifest
-    from longnet_cli.jobs.scoring.measures import Score
     from longnet_cli.jobs.scoring.scoring import Scorer
 
 MEASURE = HelpPanel("What to measure")
@@ -140,7 +139,6 @@ def _check(options: ScoreCommand, keys: set[str]) -> None:
     if dry_run and options.format == "jsonl":
         raise ConfigError("--dry-run prints one value: give --format text or json")
     check_pairs(PAIRS if dry_run else (*PAIRS, Excludes("--format", "-o", PRINTED)), options)
-    check_sample(options.running.sample)
     if options.token_logprobs and len(options.context or ()) > 1:
         raise ConfigError("log-probabilities of tokens need one context: give only one")
     if taken := sorted({*(options.documents.keep or ())} & keys):
@@ -244,11 +242,12 @@ class _Printed:
                 self._print_row(row)
 
     def _print_row(self, row: dict[str, Any]) -> None:
-        from longnet_cli.jobs.scoring.measures import Score, column
+        from longnet_cli.jobs.scoring.measures import column
 
         for context in self.contexts:
-            score = Score(row[column("nll_sum", context, self.contexts)], row["n_tokens"], row["n_bytes"])
-            _print_row(row["doc_id"], score, context if len(self.contexts) > 1 else None, header=self.header)
+            of_context = {name: row[column(name, context, self.contexts)] for name in ("ppl", "bpb")}
+            numbers = {"n_tokens": row["n_tokens"], **of_context, "context": context}
+            _print_row(row["doc_id"], numbers, len(self.contexts) > 1, header=self.header)
             self.header = False
 
     def end(self, known: dict[str, Any]) -> None:
@@ -262,8 +261,8 @@ class _Printed:
             longest = max(totals, key=lambda values: values["context"] or 0)
             emit_json({"total": longest, **({"totals": totals} if several else {}), "documents": self.rows})
         else:
-            for score, context in zip(self.total.scores, self.contexts, strict=True):
-                _print_row("total", score, context if several else None)
+            for values in totals:
+                _print_row("total", values, several)
             if several:
                 _print_comparison(totals)
             for values in totals:
@@ -272,12 +271,13 @@ class _Printed:
                 print(f"+- is a standard error, clustered by document ({totals[0]['n_docs']} documents)")
 
 
-def _print_row(name: str, score: Score, context: int | None, *, header: bool = False) -> None:
+def _print_row(name: str, values: dict[str, Any], several: bool, *, header: bool = False) -> None:
     """Print one row. Numbers come first, as in `wc`, so that columns are aligned and no name is cut."""
     if header:
-        print(f"{'tokens':>12} {'ppl':>12} {'bpb':>8}{' context':>10}"[: None if context else 34] + "  document")
-    numbers = f"{score.n_tokens:>12} {_number(score.ppl):>12} {_number(score.bpb):>8}"
-    print(numbers + (f" {context:>9}" if context else "") + f"  {printable(' '.join(name.split()))}", flush=True)
+        print(f"{'tokens':>12} {'ppl':>12} {'bpb':>8}" + f"{'context':>10}" * several + "  document")
+    numbers = f"{values['n_tokens']:>12} {_number(values['ppl']):>12} {_number(values['bpb']):>8}"
+    context = f" {values['context']:>9}" if several else ""
+    print(f"{numbers}{context}  {printable(' '.join(name.split()))}", flush=True)
 
 
 def _print_comparison(totals: list[dict[str, Any]]) -> None:

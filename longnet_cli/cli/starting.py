@@ -23,8 +23,6 @@ from longnet_cli.cli.progress import ExpectedTokens, progress
 from longnet_cli.running.ranks.launch import start_ranks, started_by_torchrun, under_torchrun
 
 if TYPE_CHECKING:
-    import torch
-
     from longnet_cli.data.documents import Document
     from longnet_cli.data.inputs import Inputs
     from longnet_cli.data.manifest import LeftOut, Manifest
@@ -40,22 +38,12 @@ if TYPE_CHECKING:
 def freeze_imports() -> None:
     """Leave all objects out of later collections. Call it after the imports: torch's objects take 0.2 s each time."""
     gc.freeze()
-    atexit.register(_free_triton)
-
-
-def _free_triton() -> None:
-    if "triton" in sys.modules:  # its bindings report what the last collection cannot free
-        gc.unfreeze()
+    # triton's bindings report what the last collection cannot free
+    atexit.register(lambda: gc.unfreeze() if "triton" in sys.modules else None)
 
 
 def launch(
-    nproc: int | None,
-    inputs: Sequence[str] = (),
-    folder: ModelFolder | None = None,
-    *,
-    sp: int | None = None,
-    dp: int | None = None,
-    dry_run: bool = False,
+    mesh: Mesh, inputs: Sequence[str] = (), folder: ModelFolder | None = None, *, dry_run: bool = False
 ) -> int | None:
     """Run this command as `nproc` processes, or as `dp` groups of `sp` processes, and exit with their exit code.
 
@@ -64,11 +52,12 @@ def launch(
     with several processes, for stdin or a pipe, which they cannot share, and for a Hugging Face model in `folder` that
     would have to share a sequence.
     """
-    needed = (dp or 1) * (sp or 1)
+    nproc, sp, dp = mesh.nproc, mesh.sp, mesh.dp or 1
+    needed = dp * (sp or 1)
     if nproc is None and not started_by_torchrun() and needed > 1:
         nproc = needed
     world = int(os.environ.get("WORLD_SIZE", "1")) if under_torchrun() else nproc or 1
-    shared = (sp or world // (dp or 1)) > 1
+    shared = (sp or world // dp) > 1
     if shared and folder and folder.of_transformers:
         raise ConfigError(
             f"{folder.name}: a Hugging Face model reads a document in one process: give every process its own "
@@ -98,15 +87,6 @@ def _is_read_once(item: str) -> bool:
     """Return whether an input is a stream, which only one process can read."""
     stream = item.startswith("/dev/") or (os.path.exists(item) and not (os.path.isfile(item) or os.path.isdir(item)))
     return item in ("-", "@-") or stream
-
-
-def room(folder: ModelFolder, dtype: str, device: torch.device) -> Room:
-    """Return the memory before the model is loaded. Raises MemoryLimitError if its weights do not fit."""
-    from longnet_cli.jobs.estimating.estimate import Room
-
-    before = Room.now(device)
-    folder.check_weights_fit(dtype, device, before.free)
-    return before
 
 
 def check_spill(spill: str | None, net: Net | None = None) -> None:
@@ -301,14 +281,19 @@ class ModelAndInputs:
     def open(self, mesh: Mesh, computing: Computing, *, dry_run: bool, **how: Any) -> Opened:
         """Start the ranks, and load the model on each of them. `how` are more arguments of `ModelFolder.load`."""
         check_spill(computing.spill)
-        planned = launch(mesh.nproc, self.documents.inputs, self.folder, sp=mesh.sp, dp=mesh.dp, dry_run=dry_run)
+        planned = launch(mesh, self.documents.inputs, self.folder, dry_run=dry_run)
         from longnet_cli.running.ranks.ranks import join
 
         freeze_imports()
         given = self.documents
         ranks, where = join(computing.device, sp=mesh.sp, dp=mesh.dp, planned=planned)
         quiet = computing.quiet or not ranks.writes
-        before = room(self.folder, computing.dtype, where) if dry_run else None  # the model is loaded
+        before = None
+        if dry_run:
+            from longnet_cli.jobs.estimating.estimate import Room
+
+            before = Room.now(where)
+            self.folder.check_weights_fit(computing.dtype, where, before.free)
         loaded = self.folder.load(
             device=where,
             dtype=computing.dtype,
@@ -329,15 +314,11 @@ class ModelAndInputs:
         from longnet_cli.data.tokenizer import end_of_text
 
         given, net = self.documents, loaded.net
-        of_tokens = {
-            "--tokenizer": given.tokenizer,
-            "--tokenizer-differs": given.tokenizer_differs,
-            "--eos": given.eos,
-            "--bos": given.bos,
-        }
         reads_vectors = net.row_size is not None
-        if reads_vectors and (unread := [name for name, value in of_tokens.items() if value]):
-            raise ConfigError(f"{self.folder.name} reads vectors, which have no tokens: leave out {', '.join(unread)}")
+        of_tokens = [name for name in ("tokenizer", "tokenizer_differs", "eos", "bos") if getattr(given, name)]
+        if reads_vectors and of_tokens:
+            unread = ", ".join(f"--{name.replace('_', '-')}" for name in of_tokens)
+            raise ConfigError(f"{self.folder.name} reads vectors, which have no tokens: leave out {unread}")
         return Inputs(
             self.sources,
             words,

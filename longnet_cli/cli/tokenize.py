@@ -9,7 +9,7 @@ from longnet_cli.basics.errors import ConfigError
 from longnet_cli.basics.sizes import format_count
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.command import Excludes, check_pairs
-from longnet_cli.cli.options import COMPUTE, INPUT, OUTPUT, HelpPanel, bare_or
+from longnet_cli.cli.options import COMPUTE, INPUT, OUTPUT, HelpPanel, Mesh, bare_or
 from longnet_cli.cli.output import check_output, count_left_out, end, tell
 from longnet_cli.cli.progress import progress
 from longnet_cli.cli.starting import ask_hub, launch
@@ -80,7 +80,7 @@ def tokenize(options: TokenizeCommand) -> None:
     where_to = "token ids are binary, stdout is a terminal: name a folder or a file (-o tokens), or pipe them"
     earlier = check_output(output, where_to, for_folder, resume=options.resume)
     check_pairs([Excludes("--train-vocab", "--dp", "is for one process, which trains the tokenizer first")], options)
-    launch(None, options.inputs, dp=options.dp)
+    launch(Mesh(dp=options.dp), options.inputs)
     _write(options, data, _join(options.dp), earlier)
 
 
@@ -129,8 +129,10 @@ def _write(options: TokenizeCommand, data: Inputs, ranks: Ranks | None, earlier:
 
         leave()
     if result:
+        place = "stdout" if options.output == "-" else options.output
+        place += f" ({len(result.shards)} shards)" if len(result.shards) > 1 else ""
         skipped = f"; {left_out}" if left_out.skipped else ""
-        tell(f"{_counts(result)} -> {_place(options.output, result)}{skipped}", quiet)
+        tell(f"{_counts(result)} -> {place}{skipped}", quiet)
     end(left_out, first=result is not None, quiet=True)  # the line above has the count
 
 
@@ -142,8 +144,3 @@ def _counts(result: TokenizeResult) -> str:
         f"vocabulary {result.tokenizer.vocab_size}",
     ]
     return ", ".join(counts)
-
-
-def _place(output: str, result: TokenizeResult) -> str:
-    shards = f" ({len(result.shards)} shards)" if len(result.shards) > 1 else ""
-    return f"{'stdout' if output == '-' else output}{shards}"

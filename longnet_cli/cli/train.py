@@ -119,7 +119,7 @@ def train(options: TrainCommand) -> None:
     read_pattern(options.pattern)  # so that an error names --pattern, not the recipe
     recipe = _recipe(options)
     # now: one process downloads, and refuses what every rank would refuse
-    planned = launch(options.mesh.nproc, sp=options.mesh.sp, dp=options.mesh.dp, dry_run=options.dry_run)
+    planned = launch(options.mesh, dry_run=options.dry_run)
     from longnet_cli.jobs.training.costs import estimate_training, is_too_large, settle_chunk
     from longnet_cli.running.device import keep_freed_memory
     from longnet_cli.running.ranks.ranks import join, leave
