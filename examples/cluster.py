@@ -686,7 +686,7 @@ def exchange_command(
     facts |= {"formula": 2 * number * heads * head_dim * rows, "balance": float(flops.max() / flops.mean())}
     facts |= exchange_seconds(exchange.of_rank(here.rank), heads, head_dim, here, where) if here.world > 1 else {}
     leave()
-    if here.first:
+    if here.writes:
         print(json.dumps(facts))
 
 
@@ -741,7 +741,7 @@ def calibrate_command(
     lines += [f"devices = {ranks.world}", f"node = {ranks.world}"]
     for table, values in (("measured", rates), ("assumed", assumed)):
         lines += ["", f"[{table}]", *(f"{name} = {value:.4g}" for name, value in values.items())]
-    if ranks.first:
+    if ranks.writes:
         file.write_text("\n".join(lines) + "\n")
         print(f"{ranks.world} x {where.type} -> {file}")
 

@@ -79,7 +79,7 @@ def read_groups(stream: CausalStream, ids: np.ndarray, number: int) -> dict[int,
     for layer, calls in choices.items():
         some = []
         for part, chosen in calls:
-            first = part.groups.first // every * every
+            first = part.groups.start // every * every
             for start, blocks in zip(range(first, first + every * part.groups.number, every), chosen, strict=False):
                 inside = slice(start - begin, start - begin + every)
                 if 1 < len(blocks) < part.groups.near // pattern.chosen_block and 0 <= inside.start <= len(ids) - every:

@@ -98,7 +98,7 @@ def ask(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             lost = max(0, len(ids) - limit)
             document = Document("pass keys", ids[lost:], len(ids) - lost, "pass keys")
             text = net.sequence(document, ModelFolder(folder).bos(tokenizer))
-            first = min(start for _, start, _ in answers) - 1 - lost + text.first
+            first = min(start for _, start, _ in answers) - 1 - lost + text.own_start
             reader = Reader(net, chunk=args.chunk, dtype=args.dtype)
             pieces = [piece for group in reader.read([Window(text, 0, len(text), first)]) for piece in group]
             hidden = torch.cat([piece.hidden for piece in pieces if piece.hidden is not None])
@@ -107,7 +107,7 @@ def ask(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             for distance, start, stop in answers:
                 if start - distance < lost:
                     continue
-                at = slice(start - 1 - lost + text.first - first, stop - 1 - lost + text.first - first)
+                at = slice(start - 1 - lost + text.own_start - first, stop - 1 - lost + text.own_start - first)
                 targets = torch.from_numpy(ids[start:stop].astype(np.int64))
                 nats = -logprobs[at].gather(1, targets[:, None]).mean()
                 found[distance].append((bool((logprobs[at].argmax(-1) == targets).all()), float(nats)))

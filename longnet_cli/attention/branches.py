@@ -56,8 +56,9 @@ class Branch(NamedTuple):
 
     The heads of `queries` are query heads; the heads of `keys` are key heads, or lanes of far keys. Of a single token,
     all query heads of a key head are rows, if they see the same keys. `far` is the index of the far keys, None for near
-    ones. `zero_keys` keys with logit 0 and value 0 join the softmax (`padding="zero_key"`). `first` marks the branches
-    that reach every row of the shard before any other branch does. A call with a `union` computes all levels at once.
+    ones. `zero_keys` keys with logit 0 and value 0 join the softmax (`padding="zero_key"`). `covers` marks
+    the branches that together reach every row of the shard, before any other branch does. A call with a `union`
+    computes all levels at once.
     """
 
     queries: Rows
@@ -65,7 +66,7 @@ class Branch(NamedTuple):
     causal: bool
     far: int | None = None
     zero_keys: int = 0
-    first: bool = False
+    covers: bool = False
     union: Union | None = None
 
 
@@ -122,7 +123,7 @@ def branches(
         if span.level != SINKS:
             calls += shard.far(span, index, span.level == covering)
     calls += shard.sinks(spans, turned)
-    return tuple(sorted(calls, key=lambda branch: not branch.first))
+    return tuple(sorted(calls, key=lambda branch: not branch.covers))
 
 
 @lru_cache(maxsize=256)
@@ -143,7 +144,7 @@ def united(pattern: Pattern, num_heads: int, tokens: int, causal: bool, kv_heads
     shard = _ShardGeometry(pattern, num_heads, kv_heads, 0, tokens, causal)
     union = Union(pattern, num_heads, kv_heads, causal, _table_size(tokens))
     calls = shard.on_rows((0, tokens), 0, tokens)
-    return tuple(branch._replace(causal=causal, first=True, union=union) for branch in calls)
+    return tuple(branch._replace(causal=causal, covers=True, union=union) for branch in calls)
 
 
 def _table_size(tokens: int) -> int:
@@ -187,17 +188,17 @@ def backward_flops(
     return BACKWARD_FLOPS * (attention_flops(pattern, heads, head_dim, tokens, causal, kind) - votes)
 
 
-_Positions = tuple[int, int]  # [first, stop)
+_Positions = tuple[int, int]  # [start, stop)
 
 
 class _Zone(NamedTuple):
     """Queries of one block of each segment, and the keys they see; positions count from the start of the segment.
 
-    Queries are [first, first + length), keys [low, high). `square`: attention is causal, with queries and keys at the
+    Queries are [start, start + length), keys [low, high). `square`: attention is causal, with queries and keys at the
     same positions. `own`: the keys include those at the queries' own positions.
     """
 
-    first: int
+    start: int
     length: int
     low: int
     high: int
@@ -206,24 +207,24 @@ class _Zone(NamedTuple):
 
     def at(self, start: int) -> _Rectangle:
         """Return the zone of the segment that starts at position `start`."""
-        queries = start + self.first, start + self.first + self.length
+        queries = start + self.start, start + self.start + self.length
         return _Rectangle(1, queries, (start + self.low, start + self.high), self.square, self.own)
 
     def touched(self, w: int, queries: _Positions, keys: _Positions) -> range:
         """Return the segments of w positions that have a query in `queries` and a key in `keys`."""
-        after = max((queries[0] - self.first - self.length) // w, (keys[0] - self.high) // w)
-        last = min((queries[1] - 1 - self.first) // w, (keys[1] - 1 - self.low) // w)
+        after = max((queries[0] - self.start - self.length) // w, (keys[0] - self.high) // w)
+        last = min((queries[1] - 1 - self.start) // w, (keys[1] - 1 - self.low) // w)
         return range(after + 1, last + 1)
 
     def whole(self, w: int, queries: _Positions, keys: _Positions) -> range:
         """Return the segments of w positions that have all of their queries in `queries`, and all keys in `keys`."""
-        first = max(-((self.first - queries[0]) // w), -((self.low - keys[0]) // w))
-        last = min((queries[1] - self.first - self.length) // w, (keys[1] - self.high) // w)
-        return range(first, last + 1)
+        first_segment = max(-((self.start - queries[0]) // w), -((self.low - keys[0]) // w))
+        last = min((queries[1] - self.start - self.length) // w, (keys[1] - self.high) // w)
+        return range(first_segment, last + 1)
 
 
 class _Rectangle(NamedTuple):
-    """Queries and keys at positions [first, stop), repeated in `segments` consecutive segments."""
+    """Queries and keys at positions [start, stop), repeated in `segments` consecutive segments."""
 
     segments: int
     queries: _Positions
@@ -270,7 +271,7 @@ class _ShardGeometry(NamedTuple):
                 missing = [-(-w // r) - rows_before(min(w, zero_keys - part.keys[0] // w * w), o, r) for o in offsets]
             for branch in self._calls(part.segments, r, self._query_rows(level, w, part.queries), keys, missing):
                 causal = part.square and not branch.queries.row_heads
-                yield branch._replace(causal=causal, first=covering and part.own)
+                yield branch._replace(causal=causal, covers=covering and part.own)
 
     def far(self, span: FarSpan, index: int, covering: bool) -> Iterator[Branch]:
         """Yield the calls of the shard's queries on the rows of `span`: full attention, never causal."""
@@ -283,11 +284,11 @@ class _ShardGeometry(NamedTuple):
             for zone in _zones(self.pattern, span.level, w, self.causal)
         ]
         for part in self._rectangles(zones, w, r, low, span.stop, apart=True):
-            before, first, stop = (lane_rows(*of_level, edge - segment, *heads) for edge in (span.start, *part.keys))
-            first_rows, counts = [first[i] - before[i] for i in lane_of], [stop[i] - first[i] for i in lane_of]
+            before, start, stop = (lane_rows(*of_level, edge - segment, *heads) for edge in (span.start, *part.keys))
+            first_rows, counts = [start[i] - before[i] for i in lane_of], [stop[i] - start[i] for i in lane_of]
             keys = HeadRows(lane_of, first_rows, counts, w, 1)
             for branch in self._calls(1, r, self._query_rows(span.level, w, part.queries), keys):
-                yield branch._replace(far=index, first=covering and part.own)
+                yield branch._replace(far=index, covers=covering and part.own)
 
     def sinks(self, spans: Sequence[FarSpan], turned: Turned | None) -> Iterator[Branch]:
         """Yield the calls that show all sinks to the queries, of any residue, whose first level covers no sink."""
@@ -297,7 +298,7 @@ class _ShardGeometry(NamedTuple):
             return
         begin = max(self.start, segments.start * w)
         if turned:
-            zone = _Zone(first=0, length=w, low=0, high=w, square=True, own=False)
+            zone = _Zone(start=0, length=w, low=0, high=w, square=True, own=False)
             for part in self._rectangles([zone], w, 1, begin, self.stop):
                 row = turned.row + (part.queries[0] // w - segments.start) * n
                 yield from self.on_rows(part.queries, row, n, part.segments, segment_step=n, far=turned.far)
@@ -381,8 +382,8 @@ class _ShardGeometry(NamedTuple):
         return self._level_rows(level, w, queries, range(self.num_heads))
 
     def _all_rows(self, w: int, positions: _Positions) -> HeadRows:
-        n, (first, stop) = self.num_heads, positions
-        return HeadRows(range(n), [first - self.start] * n, [stop - first] * n, w, 1)
+        n, (start, stop) = self.num_heads, positions
+        return HeadRows(range(n), [start - self.start] * n, [stop - start] * n, w, 1)
 
     def _level_rows(self, level: int, w: int, positions: _Positions, heads: Sequence[int]) -> HeadRows:
         """Return the rows that a level keeps at some positions, for each query head in one of the `heads`."""

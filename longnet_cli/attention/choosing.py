@@ -38,7 +38,7 @@ from torch.nn.functional import pad
 from .groups import GroupedPart, limits_of, stages
 from .past import Means, OfBlocks, Runs
 from .pattern import MEAN_OF, SURE, VOTERS, Pattern
-from .voting import Slot, Unrotated, Voting, batches, best, blocks_before, firsts_of, not_before, scan, votes_for
+from .voting import Slot, Unrotated, Voting, batches, best, blocks_before, group_starts, not_before, scan, votes_for
 
 # (row of the batch, part) -> blocks (groups, n) that the text of each group names, the best first, and -1 for none
 Names = Callable[[int, GroupedPart], Tensor]
@@ -128,23 +128,25 @@ def _choice(voting: Voting, ballots: Sequence[_Ballot], candidates: Tensor | Non
 
 def votes_by_keys(pattern: Pattern, part: GroupedPart, document: Unrotated, some: slice, blocks: Tensor) -> Tensor:
     """Return the votes (groups, m) of some groups of a part for blocks (groups, m), block 0 and others, ascending."""
-    return pad(_exact_votes(document, document.voters(firsts_of(pattern, part)[some], 1), blocks[:, 1:].long()), (1, 0))
+    return pad(
+        _exact_votes(document, document.voters(group_starts(pattern, part)[some], 1), blocks[:, 1:].long()), (1, 0)
+    )
 
 
 def _vote_alike(pattern: Pattern, slot: Slot) -> object:
     """Return what is equal for slots that can vote together: they have all of their groups."""
     every = pattern.chosen_every
-    cut = len(slot.firsts) * every < pattern.scan_every and slot.first  # the shard begins or ends in it
+    cut = len(slot.starts) * every < pattern.scan_every and slot.start  # the shard begins or ends in it
     return bool(stages(pattern, slot.blocks - 1)), cut, pattern.chosen_exact and slot.blocks
 
 
 def _ballots(voting: Voting, candidates: Sequence[Tensor | None]) -> Iterator[_Ballot]:
     """Yield ballots for all groups of a voting, whose slots have these candidates (C,), or None for all blocks."""
     pattern, slots, done, begin = voting.pattern, voting.slots, 0, 0
-    firsts = range(slots[0].firsts[0], slots[-1].firsts[-1] + 1, pattern.chosen_every)
-    voters = voting.document.voters(firsts, 1)
+    starts = range(slots[0].starts[0], slots[-1].starts[-1] + 1, pattern.chosen_every)
+    voters = voting.document.voters(starts, 1)
     for some in batches(slots, partial(_vote_alike, pattern), pattern.scan_every, lambda _: len(slots)):
-        stop, compared = begin + sum(len(slot.firsts) for slot in some), None
+        stop, compared = begin + sum(len(slot.starts) for slot in some), None
         if candidates[done] is not None:
             of_slots = torch.stack([x for x in candidates[done : done + len(some)] if x is not None])
             earlier = None if voting.earlier is None else voting.earlier[begin:stop, 1:].long()
@@ -166,12 +168,12 @@ class _Ballot:
     def compare_all(self, means: Means) -> None:
         """Vote for all blocks but 0 before the slots."""
         number = self.slots[-1].blocks
-        of_blocks = means.first(self.voting.row, number)[:, 1:]
-        before = blocks_before([slot for slot in self.slots for _ in slot.firsts], of_blocks.device)
+        of_blocks = means.of_first(self.voting.row, number)[:, 1:]
+        before = blocks_before([slot for slot in self.slots for _ in slot.starts], of_blocks.device)
         others = not_before(1, number, before)
         step = max(1, limits_of(of_blocks).scores // (VOTERS * self.voting.heads * of_blocks[0, :, :, 0].numel()))
-        for first in range(0, len(self.voters), step):
-            some = slice(first, first + step)
+        for start in range(0, len(self.voters), step):
+            some = slice(start, start + step)
             votes = votes_for(self.voters[some], of_blocks, None if others is None else others[some], power=SURE)
             blocks = torch.arange(1, number, device=votes.device).expand_as(votes)
             self.votes.append(_Votes(blocks, votes))
@@ -181,8 +183,8 @@ class _Ballot:
         by_slot = self.voters.unflatten(0, (len(compared.blocks), -1))
         per_block = max(self.voting.pattern.chosen_block // MEAN_OF * by_slot[0, ..., 0].numel(), numbers)
         step = max(1, limits_of(by_slot).scores // (compared.blocks.shape[1] * per_block))
-        for first in range(slots.start, slots.stop, step):
-            some = slice(first, min(first + step, slots.stop))
+        for start in range(slots.start, slots.stop, step):
+            some = slice(start, min(start + step, slots.stop))
             width = max(compared.numbers[some])
             blocks = compared.blocks[some, :width]
             others = None if compared.others is None else compared.others[some, :, :width]

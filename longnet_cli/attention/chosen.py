@@ -31,7 +31,7 @@ from .plain_call import Kernel
 from .sinks import Turn
 from .spans import Rows
 from .views import accumulator, strided_view
-from .voting import Unrotated, Voting, firsts_of, slots_of
+from .voting import Unrotated, Voting, group_starts, slots_of
 
 
 class Chosen:
@@ -52,7 +52,7 @@ class Chosen:
     ) -> None:
         self.pattern, self.turn, self.past, self.choices = pattern, turn, past, choices
         self.kind = pattern.kind(choices.layer if choices else None)
-        self.parts = [self._together(part) for part in parts] if self.kind == "first" else parts
+        self.parts = [self._together(part) for part in parts] if self.kind == "sees_block_0" else parts
         self.blocks = GroupBlocks()
 
     @torch.no_grad()
@@ -76,7 +76,7 @@ class Chosen:
             return
         if kept is not None:
             kept[past.position] = self.blocks
-        if self.kind != "first":
+        if self.kind != "sees_block_0":
             self._tell(past, q, k, scale)
 
     def merge(self, kernel: Kernel, scale: float, q: Tensor, k: Tensor, v: Tensor, merge: Merge) -> None:
@@ -110,7 +110,7 @@ class Chosen:
         counted: dict[tuple[int, int], list[int]] = defaultdict(list)
         for index, part in enumerate(self.parts):
             chooses = part.groups.near > self.pattern.chosen_keys and not part.columns.start
-            if chooses and firsts_of(self.pattern, part)[0] >= part.start:  # each group once
+            if chooses and group_starts(self.pattern, part)[0] >= part.start:  # each group once
                 counted[part.rows.start, part.rows.stop].append(index)
             if past.on_choice:
                 past.on_choice(Seen(part, self.blocks[index], partial(self._votes, index, q, k, scale)))
@@ -157,7 +157,7 @@ class Chosen:
         """Take the choices of each row of neighbouring parts apart to `blocks`, by part."""
         parts = [self.parts[number] for number in numbers]
         if past := self._keeper(parts[0], q):
-            last, near = firsts_of(self.pattern, parts[-1])[-1], parts[-1].groups.near
+            last, near = group_starts(self.pattern, parts[-1])[-1], parts[-1].groups.near
             past.held = last, [choice.blocks[-1:] for choice in choices]
             past.scanned = slot_of(self.pattern, near, last), [choice.candidates for choice in choices]
         sizes = [part.groups.number for part in parts]
@@ -169,10 +169,10 @@ class Chosen:
         """Return the blocks (groups, m) that a part's rows see, if nobody needs to vote."""
         pattern, past = self.pattern, self._keeper(part, q)
         rows, number = range(part.rows.start, part.rows.stop), part.groups.near // pattern.chosen_block
-        if number <= pattern.chosen or self.kind == "first":
+        if number <= pattern.chosen or self.kind == "sees_block_0":
             seen = torch.arange(number if number <= pattern.chosen else 1, dtype=torch.int32, device=q.device)
             return [seen[None]] * len(rows)
-        group, held = firsts_of(pattern, part)[0], past.held if past else None
+        group, held = group_starts(pattern, part)[0], past.held if past else None
         return held[1] if held and held[0] == group and group < part.start else None
 
     def _keeper(self, part: GroupedPart, q: Tensor) -> Past | None:
@@ -198,7 +198,7 @@ class Chosen:
         parts = [self.parts[number] for number in numbers]
         slots, rows, past = slots_of(self.pattern, parts), parts[0].rows, self._keeper(parts[0], q)
         known: Sequence[Tensor | None] = [None] * (rows.stop - rows.start)
-        if past and past.scanned and past.scanned[0] == slots[0].first:
+        if past and past.scanned and past.scanned[0] == slots[0].start:
             known = past.scanned[1]
 
         def of_parts(found: Iterable[Tensor | None]) -> Tensor | None:
@@ -224,13 +224,13 @@ class Chosen:
         stored = self._stored(part, row)
         size, _, past, *_ = stored
 
-        def voters(firsts: range, step: int) -> Tensor:
-            positions = torch.arange(firsts.start, firsts.stop, firsts.step, device=q.device)[:, None]
+        def voters(starts: range, step: int) -> Tensor:
+            positions = torch.arange(starts.start, starts.stop, starts.step, device=q.device)[:, None]
             positions = positions + torch.arange(step - VOTERS, 1, step, device=q.device)
             rows, begin = q[row, part.columns], part.start
-            if past and firsts[0] + step - VOTERS < begin:
+            if past and starts[0] + step - VOTERS < begin:
                 assert past.queries is not None
-                rows = torch.cat([past.queries[row], rows[: max(0, firsts[-1] + 1 - begin)]])
+                rows = torch.cat([past.queries[row], rows[: max(0, starts[-1] + 1 - begin)]])
                 begin -= past.queries.shape[1]
             voting = rows[(positions - begin).clamp(min=0).flatten()]
             return unrotated(voting[None], positions.flatten(), self.turn)[0].unflatten(0, positions.shape) * scale
@@ -252,10 +252,10 @@ class Chosen:
 
     def _together(self, part: GroupedPart) -> GroupedPart:
         """Return the part as one group, if its groups see the first block alone."""
-        first, number, queries, near = part.groups
+        start, number, queries, near = part.groups
         if near <= self.pattern.chosen_keys:
             return part
-        return part._replace(groups=Groups(first, 1, number * queries, near))
+        return part._replace(groups=Groups(start, 1, number * queries, near))
 
     def _runs(self, q: Tensor, *, backward: bool = False) -> Iterator[_GroupRun]:
         """Yield the groups of all parts, as many at a time as have the blocks of the past that they see."""
@@ -289,7 +289,7 @@ def _follows(first: GroupedPart, so_far: list[list[Tensor]], part: GroupedPart, 
     """Return whether a part's groups are as those of the parts before it, the `first` of which is given, and next."""
     number = sum(len(of_rows[0]) for of_rows in so_far)
     same = (first.rows, first.columns, first.groups.queries) == (part.rows, part.columns, part.groups.queries)
-    next_one = part.groups.first == first.groups.first + number * first.groups.queries
+    next_one = part.groups.start == first.groups.start + number * first.groups.queries
     return same and next_one and blocks[0].shape[1] == so_far[0][0].shape[1]
 
 
@@ -303,13 +303,13 @@ class _Stored(NamedTuple):
     turn: Turn | None
 
     @property
-    def first(self) -> int:
+    def first_block(self) -> int:
         """The first block of which the shard has all tokens."""
         return -(-self.part.start // self.size)
 
     def own(self, x: Tensor) -> Tensor:
         """View the whole blocks of a shard's x (B, N, K, D) as (blocks, tokens of a block, K, D)."""
-        rows = x[self.row, self.part.columns][self.first * self.size - self.part.start :]
+        rows = x[self.row, self.part.columns][self.first_block * self.size - self.part.start :]
         number = len(rows) // self.size
         return rows[: number * self.size].unflatten(0, (number, self.size))
 
@@ -320,7 +320,7 @@ class _Stored(NamedTuple):
             return _TakenBlocks(blocks, None, 0, 0)
         if len(groups) > 1:
             blocks, inverse = blocks.unique(return_inverse=True)
-        edges = blocks.new_tensor([past.blocks.number, self.first])
+        edges = blocks.new_tensor([past.blocks.number, self.first_block])
         return _TakenBlocks(blocks, inverse, *torch.searchsorted(blocks, edges).tolist())
 
     def gathered(self, taken: _TakenBlocks, k: Tensor, v: Tensor, room: Tensor | None = None) -> Tensor:
@@ -334,7 +334,7 @@ class _Stored(NamedTuple):
                 ends = x[self.row, self.part.columns][: self.size - of_past.shape[1]]
                 torch.cat([of_past[self.row], ends], out=into[before])
         if inside < len(blocks):
-            own = blocks[inside:] - self.first
+            own = blocks[inside:] - self.first_block
             for into, x in zip(gathered, (k, v), strict=True):
                 torch.index_select(self.own(x), 0, own, out=into[inside:])
         return gathered if inverse is None else gathered.index_select(1, inverse)
@@ -347,7 +347,7 @@ class _Stored(NamedTuple):
         d, past, (blocks, inverse, before, inside) = d.to(into.dtype), self.past, taken
         if inverse is not None:
             d = d.new_zeros(len(blocks), *d.shape[1:]).index_add_(0, inverse, d)
-        self.own(into).index_add_(0, blocks[inside:] - self.first, d[inside:])
+        self.own(into).index_add_(0, blocks[inside:] - self.first_block, d[inside:])
         if past and before < inside:
             held = past.waiting.shape[2]
             into[self.row, self.part.columns][: self.size - held] += d[before, held:]
@@ -384,13 +384,13 @@ class _GroupRun(NamedTuple):
     def of(cls, pattern: Pattern, stored: _Stored, blocks: Tensor, heads: int, after: int = 0) -> _GroupRun:
         """Return the run of groups with these blocks (groups, m), `after` so many queries of a part's first group."""
         part, size, (groups, m) = stored.part, stored.size, blocks.shape
-        first, _, queries, near = part.groups
-        first += after
-        rows = Rows(groups, queries, heads, 0, 1, queries, 1, first - part.start, 0)
+        start, _, queries, near = part.groups
+        start += after
+        rows = Rows(groups, queries, heads, 0, 1, queries, 1, start - part.start, 0)
         distances = None
         if near > m * size:
             (w,), (back,) = pattern.segment_lengths, pattern.look_backs
-            segments = torch.arange(first, first + groups * queries, queries, device=blocks.device) // w
+            segments = torch.arange(start, start + groups * queries, queries, device=blocks.device) // w
             places = torch.arange(-m * size, 0, size, device=blocks.device)
             distances = (segments[:, None] - back) * w + places - blocks * size
         return cls(stored, Branch(rows, rows, causal=False), blocks, distances)
@@ -403,8 +403,8 @@ class _GroupRun(NamedTuple):
         step = max(1, min(most, limits_of(k).gathered // (keys * kv_heads * head_dim * k.element_size())))
         # kept from call to call: memory that a CPU gives back and gets again comes as zeros, page by page
         room = k.new_empty(2, min(step, len(self.blocks)) * self.blocks.shape[1], self.stored.size, *k.shape[2:])
-        for first in range(0, len(self.blocks), step):
-            groups = slice(first, first + step)
+        for start in range(0, len(self.blocks), step):
+            groups = slice(start, start + step)
             blocks = self.blocks[groups]
             distances = None if self.distances is None else self.distances[groups].flatten()
             yield _GroupCall(self.stored, groups, blocks, self.stored.taken(blocks), distances, room)

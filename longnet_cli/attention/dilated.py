@@ -151,7 +151,7 @@ def _sinks(
         return None
     # turned sinks may be kept where one span holds them all, and no other document of the shard has sinks
     holders = [keys for keys in far_keys if keys.level == SINKS]
-    kept = holders[0].turned if len(holders) == 1 and rows.firsts == (0,) else None
+    kept = holders[0].turned if len(holders) == 1 and rows.starts == (0,) else None
     return _Sinks(rows, turn, pattern.sinks, kept)
 
 

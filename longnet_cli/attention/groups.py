@@ -43,10 +43,10 @@ def limits_of(x: Tensor) -> Limits:
 class Groups(NamedTuple):
     """Neighbouring groups of queries that see equally many blocks: `number` groups of `queries` rows each.
 
-    first: position of the first query. near: position at which the near keys of all groups start.
+    start: position of the first query. near: position at which the near keys of all groups start.
     """
 
-    first: int
+    start: int
     number: int
     queries: int
     near: int
@@ -79,26 +79,26 @@ def groups_of(pattern: Pattern, start: int, stop: int) -> Iterator[Groups]:
     """Yield the groups of queries at positions [start, stop) that see blocks; those that see all blocks are one."""
     w, back, every = pattern.segment_lengths[0], pattern.look_backs[0], pattern.chosen_every
     for segment in range(max(start // w, back + 1), (stop - 1) // w + 1) if start < stop else ():
-        first, last, near = max(start, segment * w), min(stop, (segment + 1) * w), (segment - back) * w
+        begin, end, near = max(start, segment * w), min(stop, (segment + 1) * w), (segment - back) * w
         if near <= pattern.chosen_keys:
-            yield Groups(first, 1, last - first, near)
+            yield Groups(begin, 1, end - begin, near)
             continue
-        begin, end = -(-first // every) * every, last // every * every
-        if first < begin:
-            yield Groups(first, 1, min(begin, last) - first, near)
-        if begin < end:
-            yield Groups(begin, (end - begin) // every, every, near)
-        if max(begin, end) < last:
-            yield Groups(end, 1, last - end, near)
+        first_edge, last_edge = -(-begin // every) * every, end // every * every
+        if begin < first_edge:
+            yield Groups(begin, 1, min(first_edge, end) - begin, near)
+        if first_edge < last_edge:
+            yield Groups(first_edge, (last_edge - first_edge) // every, every, near)
+        if max(first_edge, last_edge) < end:
+            yield Groups(last_edge, 1, end - last_edge, near)
 
 
-def slot_of(pattern: Pattern, near: int, first: int) -> int:
-    """Return the position at which the scan was made for the group that starts at `first`.
+def slot_of(pattern: Pattern, near: int, start: int) -> int:
+    """Return the position at which the scan was made for the group that starts at `start`.
 
     Groups in the same SCAN tokens of a segment, whose near keys start at `near`, share one.
     """
     segment = near + pattern.look_backs[0] * pattern.segment_lengths[0]
-    return segment + (first - segment) // pattern.scan_every * pattern.scan_every
+    return segment + (start - segment) // pattern.scan_every * pattern.scan_every
 
 
 def stages(pattern: Pattern, candidates: float = inf) -> list[ChoiceStage]:
@@ -168,7 +168,7 @@ def chosen_flops(pattern: Pattern, heads: int, head_dim: int, tokens: int, kind:
 
     def attention(segment: int, queries: int) -> int:
         near = (segment - back) * w
-        seen = pattern.chosen_block if kind == "first" and near > pattern.chosen_keys else pattern.chosen_keys
+        seen = pattern.chosen_block if kind == "sees_block_0" and near > pattern.chosen_keys else pattern.chosen_keys
         return 4 * queries * min(near, seen)
 
     whole, rest = divmod(tokens, w)
@@ -179,8 +179,8 @@ def chosen_flops(pattern: Pattern, heads: int, head_dim: int, tokens: int, kind:
 
     def of_document(of_segment: Callable[[int, int], int]) -> int:
         total = of_segment(whole, rest) if whole > back else 0
-        for first, stop in pairwise(steps):
-            total += (stop - first) * (of_segment(first, w) + of_segment(max(first, stop - 1), w)) // 2
+        for segment, stop in pairwise(steps):
+            total += (stop - segment) * (of_segment(segment, w) + of_segment(max(segment, stop - 1), w)) // 2
         return heads * head_dim * total
 
     return ChosenFlops(of_document(votes) if kind == "chooses" else 0, of_document(attention))
@@ -203,11 +203,11 @@ def past_bytes(
         return 0, 0
     mine = tokens if own is None else own
     blocks, means = mine // pattern.chosen_block, 0
-    kept = min(mine, pattern.chosen_keys) if kind == "first" else mine
+    kept = min(mine, pattern.chosen_keys) if kind == "sees_block_0" else mine
     if kind == "chooses":
         planned = (*stages(pattern), ChoiceStage(pattern.chosen_block // MEAN_OF, 0))
         means = sum(stage.compared(blocks) for stage in planned)
         if own is not None:
-            of_all, first = tokens // pattern.chosen_block, first_means(pattern)
-            means += sum(stage.compared(min(of_all, first)) for stage in planned) + max(0, of_all - first) // RUN
+            of_all, shared = tokens // pattern.chosen_block, first_means(pattern)
+            means += sum(stage.compared(min(of_all, shared)) for stage in planned) + max(0, of_all - shared) // RUN
     return kv_heads * head_dim * 2 * itemsize * kept, kv_heads * head_dim * max(4, itemsize) * means

@@ -25,7 +25,7 @@ class Merge:
     """The running out and LSE of all branches, in fp32 or fp64."""
 
     def __init__(self, q: Tensor, covered: bool, start: tuple[Tensor, Tensor] | None = None) -> None:
-        """Allocate out and LSE. `covered`: the `first` branches write every row, so out needs no zeros.
+        """Allocate out and LSE. `covered`: the branches that cover write every row, so out needs no zeros.
 
         `start` is the out and lse of a single token, in the order of heads, that the merge starts with.
         """
@@ -50,7 +50,7 @@ class Merge:
         if branch.zero_keys:  # n keys with score 0 and value 0: a branch with out 0 and lse log n, merged first
             with_zeros = torch.logaddexp(lse, torch.full_like(lse, log(branch.zero_keys)))
             part, lse = part * (lse - with_zeros).exp(), with_zeros
-        if branch.first:
+        if branch.covers:
             out.copy_(part)
             total.copy_(lse)
             return

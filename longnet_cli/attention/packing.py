@@ -32,9 +32,9 @@ _Key = tuple[bool, int, int]  # what branches of a pack have in common, as in `P
 
 
 class Sequences(NamedTuple):
-    """S sequences of rows. Each has `count` rows, `step` apart, from row `first` on."""
+    """S sequences of rows. Each has `count` rows, `step` apart, from its first row on."""
 
-    firsts: list[int]
+    first_rows: list[int]
     steps: list[int]
     counts: list[int]
 
@@ -46,14 +46,14 @@ class Sequences(NamedTuple):
 class Pack:
     """One call of query rows on key rows, sequence by sequence. It has no query row twice.
 
-    `causal` and `zero_keys` are as in `Branch`. A pack is never `first`: it comes after all views.
+    `causal` and `zero_keys` are as in `Branch`. A pack never `covers` rows: it comes after all views.
     """
 
     queries: Sequences
     keys: Sequences
     causal: bool
     zero_keys: int
-    first = False
+    covers = False
     _there: dict[torch.device, tuple[PackedRows, PackedRows]] = field(default_factory=dict)
 
     def rows(self, device: torch.device) -> tuple[PackedRows, PackedRows]:
@@ -75,11 +75,11 @@ class PackedRows(NamedTuple):
 def rows_of(sequences: Sequences, device: torch.device) -> PackedRows:
     """Build the tensors that kernels need. Only three numbers per sequence go to the device, and nothing comes back."""
     total, longest = sum(sequences.counts), max(sequences.counts)
-    firsts, steps, counts = (x.to(device, non_blocking=True) for x in torch.tensor(sequences, dtype=torch.int64))
+    first_rows, steps, counts = (x.to(device, non_blocking=True) for x in torch.tensor(sequences, dtype=torch.int64))
     edges = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     which = torch.repeat_interleave(counts, output_size=total)
     inside = torch.arange(total, device=device) - edges[which]
-    return PackedRows(firsts[which] + steps[which] * inside, edges.to(torch.int32), longest)
+    return PackedRows(first_rows[which] + steps[which] * inside, edges.to(torch.int32), longest)
 
 
 def packed(blocks: Sequence[Block], tokens: int, heads: int, kv_heads: int) -> tuple[list[Block], list[Pack]]:
@@ -122,8 +122,8 @@ class _Taken(NamedTuple):
     """The heads and the range of tokens of a branch's queries."""
 
     heads: frozenset[int]
-    first: int
-    last: int
+    first_token: int
+    last_token: int
 
     @classmethod
     def of(cls, rows: Rows) -> _Taken:
@@ -137,15 +137,16 @@ class _Taken(NamedTuple):
 
     def meets(self, other: _Taken) -> bool:
         """Return whether both may have a query row in common."""
-        return self.first <= other.last and other.first <= self.last and not self.heads.isdisjoint(other.heads)
+        overlap = self.first_token <= other.last_token and other.first_token <= self.last_token
+        return overlap and not self.heads.isdisjoint(other.heads)
 
 
 def _append(into: Sequences, rows: Rows, token: int, heads: int) -> None:
     """Append the sequences that a view shows. Its tokens count from `token`, in a tensor with `heads` heads."""
     for segment in range(rows.segments):
-        first = token + rows.first_token + segment * rows.segment_step
+        start = token + rows.first_token + segment * rows.segment_step
         for head in range(rows.heads):
-            into.firsts.append((first + head * rows.skew) * heads + rows.first_head + head * rows.head_step)
+            into.first_rows.append((start + head * rows.skew) * heads + rows.first_head + head * rows.head_step)
     number = rows.segments * rows.heads
     into.steps.extend([rows.row_step * heads + rows.row_heads] * number)
     into.counts.extend([rows.rows] * number)

@@ -86,7 +86,7 @@ class Means:
         """The means of MEAN_OF keys each."""
         return self.of[self.finest]
 
-    def first(self, row: int, blocks: int, number: int | None = None) -> Tensor:
+    def of_first(self, row: int, blocks: int, number: int | None = None) -> Tensor:
         """Return the means (K, blocks, m, D) of the first blocks, or runs, of a row of the batch.
 
         There are `number` of each block (or RUNS), by default the finest.
@@ -105,31 +105,33 @@ class Means:
         for index, (row, blocks) in enumerate(wanted):
             yield index, slice(0, len(blocks)), partial(taken, self.of[number][row])
 
-    def write(self, rows: slice, first: int, keys: Tensor, turn: Turn | None, number: int | None = None) -> None:
-        """Write the means of blocks from `first` on, in some rows of the batch: keys (rows, tokens, K, D) of theirs.
+    def write(self, rows: slice, first_block: int, keys: Tensor, turn: Turn | None, number: int | None = None) -> None:
+        """Write the means of blocks from `first_block` on, in some rows of the batch, of keys (rows, tokens, K, D).
 
-        The first of them is block `number` of its document, by default `first`.
+        The first of them is block `number` of its document, by default `first_block`.
         """
-        have, needed, size = self.fine.shape[2], first + keys.shape[1] // self._block, self._block
-        before = 0 if number is None else (number - first) * size  # tokens of the document whose means are not here
+        have, needed, size = self.fine.shape[2], first_block + keys.shape[1] // self._block, self._block
+        before = (
+            0 if number is None else (number - first_block) * size
+        )  # tokens of the document whose means are not here
         if have < needed:  # more room than is needed costs no memory as long as nothing is written there
             self._move(self.of, have, max(needed, have * 3 // 2))
         step = max(1, limits_of(keys).unrotated // size)
-        for begin in range(first, needed, step):
+        for begin in range(first_block, needed, step):
             stop = min(begin + step, needed)
-            some = keys[:, (begin - first) * size : (stop - first) * size]
+            some = keys[:, (begin - first_block) * size : (stop - first_block) * size]
             some = unrotated(some, torch.arange(begin * size, stop * size, device=keys.device) + before, turn)
             fine = _mean(some.unflatten(1, (-1, self.finest, MEAN_OF)), 3)
             self.write_finest(rows, begin, fine.movedim(3, 1))
 
-    def write_finest(self, rows: slice, first: int, fine: Tensor) -> None:
-        """Write blocks from `first` on, given their finest means (rows, K, n, means, D)."""
-        stop = first + fine.shape[2]
+    def write_finest(self, rows: slice, first_block: int, fine: Tensor) -> None:
+        """Write blocks from `first_block` on, given their finest means (rows, K, n, means, D)."""
+        stop = first_block + fine.shape[2]
         for number, means in self.of.items():
             if number != RUNS:
-                means[rows, :, first:stop] = _mean(fine.unflatten(3, (number, -1)), 4)
+                means[rows, :, first_block:stop] = _mean(fine.unflatten(3, (number, -1)), 4)
         if RUNS in self.of:
-            begin, end = first // RUN, stop // RUN
+            begin, end = first_block // RUN, stop // RUN
             self.of[RUNS][rows, :, begin:end] = run_means(self.one_each(rows, slice(begin * RUN, end * RUN)))
 
     def one_each(self, rows: slice, blocks: slice) -> Tensor:
@@ -219,12 +221,12 @@ class Blocks:
 
     def take(self, row: int, blocks: Tensor, into: Tensor) -> None:
         """Copy blocks (n,), ascending, of one row of the batch to `into` (k and v, n, tokens of a block, K, D)."""
-        firsts = [0, *accumulate(piece.shape[2] for piece in self._pieces)]
+        starts = [0, *accumulate(piece.shape[2] for piece in self._pieces)]
         several = len(self._pieces) > 1
-        places = torch.searchsorted(blocks, blocks.new_tensor(firsts)).tolist() if several else [0, len(blocks)]
-        for piece, first, (start, stop) in zip(self._pieces, firsts[:-1], pairwise(places), strict=True):
+        places = torch.searchsorted(blocks, blocks.new_tensor(starts)).tolist() if several else [0, len(blocks)]
+        for piece, first_block, (start, stop) in zip(self._pieces, starts[:-1], pairwise(places), strict=True):
             if start < stop:
-                index = (blocks[start:stop] - first if first else blocks[start:stop]).to(piece.device)
+                index = (blocks[start:stop] - first_block if first_block else blocks[start:stop]).to(piece.device)
                 for x, y in zip(into[:, start:stop], piece[:, row], strict=True):
                     if x.device == y.device:
                         torch.index_select(y, 0, index, out=x)
@@ -237,17 +239,17 @@ class Blocks:
 
     def pieces(self) -> Iterator[Tensor]:
         """Yield all blocks, some at a time, as `append` takes them."""
-        first = 0
+        first_block = 0
         for piece in self._pieces:
-            yield piece[:, :, : self.number - first]
-            first += piece.shape[2]
+            yield piece[:, :, : self.number - first_block]
+            first_block += piece.shape[2]
 
     def taken_pieces(self, like: Tensor) -> Iterator[Tensor]:
         """Yield all blocks, some at a time, as `take` gives them; they are like (k and v, B, 0, tokens, K, D)."""
         _, batch, _, *shape = like.shape
         step = max(1, PIECE_BYTES // (2 * batch * prod(shape) * like.itemsize))
-        for first in range(0, self.number, step):
-            blocks = torch.arange(first, min(first + step, self.number), device=like.device)
+        for start in range(0, self.number, step):
+            blocks = torch.arange(start, min(start + step, self.number), device=like.device)
             piece = like.new_empty(2, batch, len(blocks), *shape)
             for row in range(batch):
                 self.take(row, blocks, piece[:, row])
@@ -305,7 +307,7 @@ class Past:
         self.queries: Tensor | None = None
         self.means: Means | None = None
         room = whole if room is None else room
-        self.blocks = blocks or Blocks(allocate, min(room, pattern.chosen) if self.kind == "first" else room)
+        self.blocks = blocks or Blocks(allocate, min(room, pattern.chosen) if self.kind == "sees_block_0" else room)
         self.held: tuple[int, list[Tensor]] | None = None  # a group's first position, and of each row the blocks (1, m)
         self.scanned: tuple[int, list[Tensor]] | None = None  # `groups.slot_of`, and of each row the candidates (C,)
         self._waiting: list[Tensor] = []  # (k and v, B, tokens, K, D), after the stored blocks
@@ -326,7 +328,7 @@ class Past:
     @property
     def kept(self) -> int:
         """The number of first tokens whose keys and values it keeps."""
-        return min(self.position, self.pattern.chosen_keys) if self.kind == "first" else self.position
+        return min(self.position, self.pattern.chosen_keys) if self.kind == "sees_block_0" else self.position
 
     @torch.no_grad()
     def append(self, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -484,7 +486,7 @@ class Past:
         """
         (batch, heads, kv_heads, head_dim), size = like, self.pattern.chosen_block
         pieces = [len_at(saved, f"blocks.{n}", 2) for n in range(sum(name.startswith("blocks.") for name in saved))]
-        kept = min(position, self.pattern.chosen_keys) if self.kind == "first" else position
+        kept = min(position, self.pattern.chosen_keys) if self.kind == "sees_block_0" else position
         shapes: dict[str, Shape] = {
             "waiting": (2, batch, kept - sum(pieces) * size, kv_heads, head_dim),
             "counts": (batch, len_at(saved, "counts", 1)),

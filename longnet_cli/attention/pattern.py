@@ -30,7 +30,7 @@ HeadOffsets = Literal["modulo", "grouped"]
 Overlap = Literal["repeat", "once"]
 Queries = Literal["dilated", "all"]
 Padding = Literal["exact", "zero_key"]
-LayerKind = Literal["chooses", "follows", "first"]  # of a layer with chosen blocks: see `Pattern.kind`
+LayerKind = Literal["chooses", "follows", "sees_block_0"]  # of a layer with chosen blocks: see `Pattern.kind`
 
 # of chosen blocks. Measured on SmolLM2-135M, with passages that are read again: fewer or averaged voters, coarser means
 # and no neighbours find less; twice as many find little more. Rarer scans lose nothing (docs/measurements/finding.md)
@@ -221,7 +221,7 @@ class Pattern:
         None is a layer that belongs to no net, and chooses.
         """
         source = None if layer is None else self.source(layer)
-        return "chooses" if source == layer else "first" if source is None else "follows"
+        return "chooses" if source == layer else "sees_block_0" if source is None else "follows"
 
     def kinds(self, layers: int) -> Counter[LayerKind]:
         """Return how many of a net's layers are of each kind."""

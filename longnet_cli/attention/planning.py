@@ -91,7 +91,7 @@ def _whole_numbers(name: str, numbers: Sequence[int] | Tensor | None) -> tuple[i
 class AttentionPlan:
     """All calls of a batch, for a kernel: blocks as views, then packs.
 
-    `covered`: no branch is packed, and the `first` branches reach every row. `squares`: besides, in each `first` branch
+    `covered`: no branch is packed, and the branches that cover reach every row. `squares`: besides, in each of these,
         queries and keys are the same rows of the same heads (H = K). `chosen`: the groups of queries that see chosen
         blocks. `start`: the branch that a forward starts with, without a merge, as it has all heads of a single token.
         `layouts`: those of the views of near rows, as `kernel_calls` has found them.
@@ -173,8 +173,8 @@ def _plan(
             chosen += [GroupedPart(rows, columns, start, each) for each in groups]
     views, packs = packed(blocks, tokens, heads, kv_heads) if kernel.packs else (blocks, [])
     full = sum((rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns, _ in blocks)
-    covered = not packs and full == batch * tokens and all(calls and calls[0].first for *_, calls in blocks)
-    even = all(branch.queries == branch.keys for *_, calls in blocks for branch in calls if branch.first)
+    covered = not packs and full == batch * tokens and all(calls and calls[0].covers for *_, calls in blocks)
+    even = all(branch.queries == branch.keys for *_, calls in blocks for branch in calls if branch.covers)
     first = blocks[0][2][0] if covered and len(blocks) == tokens == 1 else None
     whole = first and first.queries.heads * first.queries.rows == heads and not first.zero_keys
     squares = covered and even and heads == kv_heads
@@ -361,8 +361,8 @@ class _Gradients:
         for branch, (dout, q, out, lse, dq), (k, v, *places) in calls:
             tensors = dout, q, k, v, out, lse[..., 0]
             part, *parts = self._kernel.backward(tensors, branch.causal, self._scale, *_counts(branch, q))
-            self.q.add(dq, part, branch.queries, fresh=branch.first and not self._far_first)
-            fresh = branch.first and branch.queries == branch.keys and not self._shared_heads
+            self.q.add(dq, part, branch.queries, fresh=branch.covers and not self._far_first)
+            fresh = branch.covers and branch.queries == branch.keys and not self._shared_heads
             of_keys = (self.k, self.v) if branch.far is None else self._far_sums[2 * branch.far : 2 * branch.far + 2]
             for total, place, part in zip(of_keys, places, parts, strict=True):
                 total.add(place, part, branch.keys, fresh)
@@ -412,5 +412,5 @@ def log_counts(union: Union, dtype: torch.dtype, device: torch.device) -> Tensor
 
 def _tokens(rows: Rows, segment: int, index: int) -> slice:
     """Return the tokens that a view shows of one segment and of its index-th head."""
-    first = rows.first_token + segment * rows.segment_step + index * rows.skew
-    return slice(first, first + (rows.rows - 1) * rows.row_step + 1, rows.row_step)
+    start = rows.first_token + segment * rows.segment_step + index * rows.skew
+    return slice(start, start + (rows.rows - 1) * rows.row_step + 1, rows.row_step)

@@ -29,7 +29,7 @@ class SinkRows(NamedTuple):
 
     Documents are left out if none of their segments needs a separate call for sinks.
 
-    firsts: the token of the shard at which each document starts.
+    starts: the token of the shard at which each document starts.
     outside: the number of sinks of the document at token 0 that lie before the shard.
     far: (index, rows) of the far keys that hold these sinks, in order.
     documents: for each segment, the index of its document.
@@ -37,7 +37,7 @@ class SinkRows(NamedTuple):
     rows: maps the token at which a document starts to the document's first row in the result of `spread`.
     """
 
-    firsts: tuple[int, ...]
+    starts: tuple[int, ...]
     outside: int
     far: tuple[tuple[int, int], ...]
     documents: tuple[int, ...]
@@ -47,9 +47,9 @@ class SinkRows(NamedTuple):
     def collect(self, x: Tensor, far: Sequence[Tensor], n: int) -> Tensor:
         """Return the sinks (B, documents, n, K, D) of each document, from a shard's x (B, N, K, D) and far tensors."""
         of_documents = []
-        for first in self.firsts:
-            outside = self.outside if first == 0 else 0
-            own = x[:, first : first + n - outside]
+        for start in self.starts:
+            outside = self.outside if start == 0 else 0
+            own = x[:, start : start + n - outside]
             of_documents.append(torch.cat([*(far[i][:, :rows] for i, rows in self.far), own], 1) if outside else own)
         return torch.stack(of_documents, 1)
 
@@ -74,9 +74,9 @@ class SinkRows(NamedTuple):
 
     def give_own(self, d: Tensor, dx: Tensor) -> None:
         """Add gradients (B, documents, n, K, D) of the collected sinks to the gradients of the shard."""
-        for first, rows in zip(self.firsts, d.unbind(1), strict=True):
-            own = rows[:, self.outside :] if first == 0 else rows
-            dx[:, first : first + own.shape[1]].add_(own)
+        for start, rows in zip(self.starts, d.unbind(1), strict=True):
+            own = rows[:, self.outside :] if start == 0 else rows
+            dx[:, start : start + own.shape[1]].add_(own)
 
 
 def sink_rows(
@@ -87,24 +87,24 @@ def sink_rows(
     Raises ValueError for sinks before the shard that are not given as far keys.
     """
     n, w, b = pattern.sinks, pattern.segment_lengths[0], pattern.look_backs[0]
-    firsts: list[int] = []
+    starts: list[int] = []
     of_segment: list[int] = []
     distances: list[int] = []
     rows: dict[int, int] = {}
     edges = [0]
     for length in [tokens] if documents is None else documents:
         edges.append(edges[-1] + length)
-    for first, stop in pairwise(edges):
-        begin = start if first == 0 else 0
-        segments = sink_segments(pattern, begin, begin + stop - first)
+    for token, stop in pairwise(edges):
+        begin = start if token == 0 else 0
+        segments = sink_segments(pattern, begin, begin + stop - token)
         if segments:
-            rows[first] = len(distances) * n
-            of_segment += [len(firsts)] * len(segments)
+            rows[token] = len(distances) * n
+            of_segment += [len(starts)] * len(segments)
             distances += [(s - b) * w - n for s in segments]
-            firsts.append(first)
+            starts.append(token)
     if not distances:
         return None
-    outside = min(n, start) if 0 in firsts else 0
+    outside = min(n, start) if 0 in starts else 0
     before = spans_of_sinks(spans, outside, start) if outside else []
     far = tuple((index, span.stop - span.start) for index, span in before)
-    return SinkRows(tuple(firsts), outside, far, tuple(of_segment), tuple(distances), rows)
+    return SinkRows(tuple(starts), outside, far, tuple(of_segment), tuple(distances), rows)

@@ -112,11 +112,11 @@ def progressions(
     return best
 
 
-def _runs(equal: Sequence[Hashable | None], even: Sequence[tuple[int, ...]], first: int, step: int) -> Iterator[Heads]:
+def _runs(equal: Sequence[Hashable | None], even: Sequence[tuple[int, ...]], start: int, step: int) -> Iterator[Heads]:
     """Yield the heads first, first + step, ... in runs that are as long as possible."""
-    begin, number = first, 0
+    begin, number = start, 0
     growth: tuple[int, ...] = ()
-    for head in range(first, len(equal), step):
+    for head in range(start, len(equal), step):
         grown = tuple(map(operator.sub, even[head], even[head - step])) if number else ()
         if number and equal[head] == equal[begin] and (grown == growth if number > 1 else min(grown) >= 0):
             number, growth = number + 1, grown
@@ -183,8 +183,8 @@ def far_spans(pattern: Pattern, start: int, stop: int, causal: bool, total: int 
     """
     seen: list[FarSpan] = []
     for level, (w, b) in enumerate(zip(pattern.segment_lengths, pattern.look_backs, strict=True)):
-        first, last = start // w, (stop - 1) // w
-        low, until, after = max(0, first - b) * w, start, stop
+        first_segment, last_segment = start // w, (stop - 1) // w
+        low, until, after = max(0, first_segment - b) * w, start, stop
         if level:
             low, after = max(low, pattern.sinks), max(after, pattern.sinks)
         if pattern.overlap == "once" and level:
@@ -195,7 +195,7 @@ def far_spans(pattern: Pattern, start: int, stop: int, causal: bool, total: int 
             seen += _by_segment(level, w, low, until)
         if not causal:
             assert total is not None
-            seen += _by_segment(level, w, after, min(total, (last + b + 1) * w))
+            seen += _by_segment(level, w, after, min(total, (last_segment + b + 1) * w))
     if pattern.sinks and start and len(sink_segments(pattern, start, stop)):
         seen.append(FarSpan(SINKS, 0, min(pattern.sinks, start)))
     return seen

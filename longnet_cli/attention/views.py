@@ -86,12 +86,12 @@ class _CallLayout(NamedTuple):
         return cls(views, limit, len(size) == 4 and size[0] <= limit)
 
 
-def strided_view(x: Tensor, rows: Rows, first: int = 0, batch: int | None = None) -> Tensor:
+def strided_view(x: Tensor, rows: Rows, first_row: int = 0, batch: int | None = None) -> Tensor:
     """View x (batch, tokens, heads, last dim) as the rows (batch, segments, heads, rows, last dim), without a copy.
 
-    `first` and `batch` select a part of the batch.
+    `first_row` and `batch` select a part of the batch.
     """
-    size, stride, offset = _layout(x, rows, first, x.shape[0] if batch is None else first + batch, 0)
+    size, stride, offset = _layout(x, rows, first_row, x.shape[0] if batch is None else first_row + batch, 0)
     return x.as_strided(size, stride, x.storage_offset() + offset)
 
 
@@ -119,11 +119,11 @@ def _layout_of_call(x: Tensor, rows: Rows, run: slice, column: int, apart: bool 
 
 def _layout(x: Tensor, rows: Rows, start: int, stop: int, column: int) -> tuple[Any, Any, int]:
     """Return size, stride and offset of `strided_view`, for rows [start, stop) of a batch, from token `column` on."""
-    segments, segment_step, heads, first_head, head_step, number, row_step, first, skew, row_heads = rows
+    segments, segment_step, heads, first_head, head_step, number, row_step, first_token, skew, row_heads = rows
     of_batch, token, head, last = x.stride()
     size = (stop - start, segments, heads, number, x.shape[3])
     of_head, of_row = head_step * head + skew * token, row_step * token + row_heads * head
-    offset = start * of_batch + (first + column) * token + first_head * head
+    offset = start * of_batch + (first_token + column) * token + first_head * head
     return size, (of_batch, segment_step * token, of_head, of_row, last), offset
 
 

@@ -21,10 +21,10 @@ from .pattern import NEIGHBOUR, RUN, RUNS, VOTERS, Pattern
 
 
 class Slot(NamedTuple):
-    """Neighbouring groups that share a scan, made at position `first`: their first positions, and the blocks before."""
+    """Neighbouring groups that share a scan, made at position `start`: where they start, and the blocks before."""
 
-    first: int
-    firsts: range
+    start: int
+    starts: range
     blocks: int
 
 
@@ -107,17 +107,17 @@ def best(scores: Tensor, number: int) -> Tensor:
     return places.new_empty(len(scores), number + 1).scatter_(1, places, indices)[:, :number]
 
 
-def firsts_of(pattern: Pattern, part: GroupedPart) -> range:
+def group_starts(pattern: Pattern, part: GroupedPart) -> range:
     """Return the first position of each group of a part, also of tokens before the part."""
     every, groups = pattern.chosen_every, part.groups
-    first = groups.first // every * every
-    return range(first, first + groups.number * every, every)
+    start = groups.start // every * every
+    return range(start, start + groups.number * every, every)
 
 
 def slots_of(pattern: Pattern, parts: Sequence[GroupedPart]) -> list[Slot]:
     """Return the slots of the groups of neighbouring parts."""
     every, slots = pattern.chosen_every, []
-    groups = [(start, part.groups.near) for part in parts for start in firsts_of(pattern, part)]
+    groups = [(start, part.groups.near) for part in parts for start in group_starts(pattern, part)]
     for slot, some in groupby(groups, key=lambda group: slot_of(pattern, group[1], group[0])):
         (start, near), *others = some
         starts = range(start, start + (1 + len(others)) * every, every)
@@ -131,7 +131,7 @@ def batches(
     """Yield neighbouring slots that are alike and `every` tokens apart, as many at a time as `most` allows the last."""
     batch: list[Slot] = []
     for slot in slots:
-        follows = batch and alike(slot) == alike(batch[0]) and slot.first == batch[-1].first + every
+        follows = batch and alike(slot) == alike(batch[0]) and slot.start == batch[-1].start + every
         if batch and (not follows or len(batch) >= most(slot)):
             yield batch
             batch = []
@@ -147,19 +147,19 @@ class Scan:
         self.row, self.slots = voting.row, slots
         self.kept: Tensor | None = None
         self.planned = stages(voting.pattern, slots[0].blocks - 1)
-        firsts = range(slots[0].first, slots[-1].first + 1, voting.pattern.scan_every)
-        self._voters = voting.document.voters(firsts, 2) if self.planned else torch.empty(0)
+        starts = range(slots[0].start, slots[-1].start + 1, voting.pattern.scan_every)
+        self._voters = voting.document.voters(starts, 2) if self.planned else torch.empty(0)
 
     def compare_all(self, stage: ChoiceStage, means: Means) -> None:
         """Keep the best blocks of all by the first stage: of blocks before the slots but 0, or of their runs."""
         number, before = self.slots[-1].blocks, blocks_before(self.slots, means.fine.device)
         if stage.means != RUNS:
-            of_blocks, others = means.first(self.row, number, stage.means)[:, 1:], not_before(1, number, before)
+            of_blocks, others = means.of_first(self.row, number, stage.means)[:, 1:], not_before(1, number, before)
             self.kept = 1 + best(votes_for(self._voters, of_blocks, others), stage.blocks)
             return
         # the first run, whose keys are like no others, and the blocks after the last whole one always stay
         whole, own = number // RUN, torch.arange(RUN, device=self._voters.device)
-        of_runs, others = means.first(self.row, whole, RUNS)[:, 1:], not_before(1, whole, before // RUN)
+        of_runs, others = means.of_first(self.row, whole, RUNS)[:, 1:], not_before(1, whole, before // RUN)
         runs = 1 + best(votes_for(self._voters, of_runs, others), stage.blocks // RUN - 1)
         rest = before // RUN * RUN + own[: number % RUN]
         kept = own[1:], (runs[..., None] * RUN + own).flatten(1), rest
@@ -239,6 +239,6 @@ def blocks_before(slots: Sequence[Slot], device: torch.device) -> Tensor | int:
     return torch.tensor([[slot.blocks] for slot in slots], device=device)
 
 
-def not_before(first: int, stop: int, before: Tensor | int) -> Tensor | None:
-    """Return which of [first, stop) are not below each of the numbers `before` (n, 1): (n, C); None if all are."""
-    return None if isinstance(before, int) else torch.arange(first, stop, device=before.device) >= before
+def not_before(start: int, stop: int, before: Tensor | int) -> Tensor | None:
+    """Return which of [start, stop) are not below each of the numbers `before` (n, 1): (n, C); None if all are."""
+    return None if isinstance(before, int) else torch.arange(start, stop, device=before.device) >= before

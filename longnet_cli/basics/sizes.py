@@ -40,7 +40,7 @@ def parse_sizes(text: str | Sequence[int]) -> list[int]:
     """Parse `8k,32k,1e6` to [8000, 32000, 1000000], in the order written. Raises ValueError as `parse_size` does."""
     items: Sequence[str | int] = text.split(",") if isinstance(text, str) else text
     if "" in items and len(items) > 1:
-        raise ValueError(f"'{text}' has nothing between two commas")
+        raise ValueError(f"'{text}' has an empty size")
     return [parse_size(item) for item in items]
 
 

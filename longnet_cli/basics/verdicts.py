@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ def cache_folder() -> Path:
         return Path(os.devnull)
 
 
+@cache
 def _version(library: str) -> str | None:
     try:
         return version(library)

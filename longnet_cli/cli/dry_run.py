@@ -104,7 +104,7 @@ def dry_run(
             ranks=opened.ranks,
         )
     leave()
-    if opened.ranks.first:
+    if opened.ranks.writes:
         shard = min(shard_size or job.shard_size, plan.shard_units)
         lost = f"{shard:,} {job.shard_unit}, {_duration(estimate.costs['seconds'] * shard / (plan.shard_units or 1))}"
         if "folder" in fate or done:

@@ -273,7 +273,7 @@ class _TextGenerator:
         if watch:
             watch.begin()
         printer = _Printer(document, self.seed if options.temperature else None, options.format, self.origin)
-        first = self.ranks.first
+        first = self.ranks.writes
         if step and number is not None and first:
             print(("\n" if number else "") + f"==> {printable(document.doc_id)} <==", flush=True)
         while step:

@@ -170,7 +170,7 @@ def _write(
     from longnet_cli.nets.net import bos_ids
     from longnet_cli.nets.weights import model_origin
 
-    loaded, first, output, words = opened.loaded, opened.ranks.first, options.output, opened.loaded.tokenizer
+    loaded, first, output, words = opened.loaded, opened.ranks.writes, options.output, opened.loaded.tokenizer
     logprobs, top, chosen = options.token_logprobs, bool(options.top), options.chosen
     left_out = count_left_out(inputs.skip_bad, opened.quiet)
     lines = output is None or output.endswith(".jsonl")  # of text or JSON, with the totals

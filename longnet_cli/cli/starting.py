@@ -213,7 +213,7 @@ class Opened(NamedTuple):
         from longnet_cli.running.ranks.ranks import leave
 
         leave()
-        end(left_out, first=self.ranks.first, quiet=self.quiet)
+        end(left_out, first=self.ranks.writes, quiet=self.quiet)
 
 
 class ModelAndInputs:
@@ -276,7 +276,7 @@ class ModelAndInputs:
         freeze_imports()
         given = self.documents
         ranks, where = join(computing.device, sp=mesh.sp, dp=mesh.dp, planned=planned)
-        quiet = computing.quiet or not ranks.first
+        quiet = computing.quiet or not ranks.writes
         before = None
         if dry_run:
             from longnet_cli.jobs.estimating.estimate import Room

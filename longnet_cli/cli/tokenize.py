@@ -98,7 +98,7 @@ def _write(options: TokenizeCommand, data: Inputs, ranks: Ranks | None, earlier:
     from longnet_cli.jobs.tokenizing import SHARD_TOKENS
     from longnet_cli.jobs.tokenizing import tokenize as run
 
-    quiet = options.quiet or bool(ranks and not ranks.first)
+    quiet = options.quiet or bool(ranks and not ranks.writes)
     done = earlier.totals["bytes"] if earlier else 0
     left_out = count_left_out(options.skip_bad, quiet)
     with progress("tokenizing", total=data.num_bytes(), unit="B", start=done, quiet=quiet) as advance:

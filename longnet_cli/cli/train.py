@@ -120,7 +120,6 @@ def train(options: TrainCommand) -> None:
     recipe = _recipe(options)
     # now: one process downloads, and refuses what every rank would refuse
     planned = launch(options.mesh, dry_run=options.dry_run)
-    from longnet_cli.jobs.describing import out_of_reach
     from longnet_cli.jobs.training.costs import estimate_training, is_too_large, settle_chunk
     from longnet_cli.running.device import keep_freed_memory
     from longnet_cli.running.ranks.ranks import join, leave
@@ -128,14 +127,12 @@ def train(options: TrainCommand) -> None:
     freeze_imports()
     ranks, where = join(options.device, sp=recipe.parallel.sp, dp=recipe.parallel.dp, planned=planned)
     recipe = settle_chunk(recipe, where, ranks)
-    quiet = options.quiet or not ranks.first
-    longest = max(stage.seq_len for stage in recipe.train.stages)
-    if line := out_of_reach(recipe.model.pattern, recipe.model.num_layers, longest):
-        note(line, quiet)
+    quiet = options.quiet or not ranks.writes
+    _note_recipe(recipe, quiet)
     if options.dry_run:
         estimated = estimate_training(recipe, where, ranks)
         leave()
-        if ranks.first:
+        if ranks.writes:
             show_training(estimated, options.format)
         return
     if is_too_large(recipe, where, ranks):
@@ -162,6 +159,18 @@ def _check_stage(options: TrainCommand) -> None:
         if len(stages) == 1:
             own = f" (the recipe's {other} is {stages[0].seq_len if options.steps else stages[0].steps})"
     raise ConfigError(f"{given} and {other} make one stage together: give both{own}")
+
+
+def _note_recipe(recipe: Recipe, quiet: bool) -> None:
+    """Say so if all steps are warm-up, and if a stage's sequences are longer than the pattern links."""
+    from longnet_cli.jobs.describing import out_of_reach
+
+    steps, warmup = recipe.train.steps, recipe.schedule.warmup_steps
+    if steps <= warmup:
+        note(f"all {steps} steps are warm-up: the learning rate rises for schedule.warmup_steps={warmup}", quiet)
+    longest = max(stage.seq_len for stage in recipe.train.stages)
+    if line := out_of_reach(recipe.model.pattern, recipe.model.num_layers, longest):
+        note(line, quiet)
 
 
 def _recipe(options: TrainCommand) -> Recipe:

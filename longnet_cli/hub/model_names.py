@@ -84,10 +84,11 @@ def find_model(name: str, embeds: bool = False) -> Located:
         located = repository.find()
     else:
         path = model_path(name)
-        located = Located(snapshot, str(snapshot)) if (snapshot := snapshot_in(path)) else Located(path, name)
-        if embeds and snapshot and (unknown := unknown_files(snapshot)):
+        snapshot = snapshot_in(path)
+        located = snapshot or Located(path, name)
+        if embeds and snapshot and (unknown := unknown_files(snapshot.path)):
             what = f"does not know whether the model has {unknown}"
-            raise CheckpointError(f"{snapshot}: the cache {what}: name it as ORG/NAME")
+            raise CheckpointError(f"{snapshot.path}: the cache {what}: name it as ORG/NAME")
     if located.path.suffix == ".gguf":
         check_blobs(located.path.parent, [located.path.name])
     else:
@@ -100,10 +101,8 @@ def find_tokenizer(name: str) -> Located | None:
 
     Raises CheckpointError for a tokenizer that is neither here nor can be downloaded.
     """
-    if repository := Repository.of(name, tokenizer=True):
-        return repository.find()
-    snapshot = snapshot_in(Path(name))
-    return Located(snapshot, str(snapshot)) if snapshot else None
+    repository = Repository.of(name, tokenizer=True)
+    return repository.find() if repository else snapshot_in(Path(name))
 
 
 def find_file(repository: str, file: str) -> Located:

@@ -10,20 +10,19 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from threading import Thread
-from typing import TYPE_CHECKING, Any, NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 from longnet_cli.basics.atomic import file_sha256, write_file
 from longnet_cli.basics.configuration import parse, read_text
 from longnet_cli.basics.errors import CheckpointError, LongNetError
-from longnet_cli.basics.verdicts import cache_folder
-
-if TYPE_CHECKING:
-    from types import ModuleType
+from longnet_cli.basics.verdicts import remembered
 
 # Names of the files in a model's folder, and of what stands in them
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
@@ -151,7 +150,10 @@ class Repository:
             snapshot = self._folder / "snapshots" / commit
             with checked_answers(commit, self.name):
                 for file in self._wanted(names, snapshot):  # one by one: threads would keep Ctrl-C waiting
-                    path = hf_hub_download(self.repo, check_name(file, self.name), revision=commit)
+                    if not is_within(file):
+                        what = f"a file {file!r}, which is outside of a snapshot"
+                        raise CheckpointError(f"{self.name}: the hub names {what}: it is not taken")
+                    path = hf_hub_download(self.repo, file, revision=commit)
                     check_sent(Path(path), self.name)
             for name in () if self.file else ({TOKENIZER} if self.tokenizer else {TOKENIZER, *OF_SENTENCES}) - names:
                 (absent := self._folder / ".no_exist" / commit / name).parent.mkdir(parents=True, exist_ok=True)
@@ -227,7 +229,7 @@ class Repository:
         return f"{here}, nor in {constants.HF_HUB_CACHE}, and {why}: {then}, repeat this or {download}"
 
 
-def snapshot_in(folder: Path) -> Path | None:
+def snapshot_in(folder: Path) -> Located | None:
     """Return the snapshot of `main`, or the only one, in the folder of a repository in a cache; None for other folders.
 
     Raises CheckpointError where it is not clear which snapshot is meant.
@@ -235,12 +237,11 @@ def snapshot_in(folder: Path) -> Path | None:
     if not folder.name.startswith("models--") or not (snapshots := folder / "snapshots").is_dir():
         return None
     present, commit = sorted(path for path in snapshots.iterdir() if path.is_dir()), _read_ref(folder, "main")
-    if snapshots / str(commit) in present:
-        return snapshots / str(commit)
-    if len(present) != 1:
+    meant = [path for path in present if path.name == commit] or present
+    if len(meant) != 1:
         names = ", ".join(map(str, present)) or "there is none"
         raise CheckpointError(f"{folder}: its refs/main leads to no snapshot: name a snapshot ({names})")
-    return present[0]
+    return Located(meant[0], str(meant[0]))
 
 
 def _read_ref(folder: Path, revision: str) -> str | None:
@@ -284,22 +285,18 @@ def weight_files(snapshot: Path) -> list[str]:
 
 def _within(seconds: float, ask: Callable[[], Any]) -> Any:
     """Return what `ask` returns. Raises TimeoutError after `seconds`: to look up a host has no limit of its own."""
-    answers: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
+    answer: Future[Any] = Future()
 
     def run() -> None:
         try:
-            answers.put((ask(), None))
+            answer.set_result(ask())
         except BaseException as error:
-            answers.put((None, error))
+            answer.set_exception(error)
 
-    Thread(target=run, daemon=True).start()
-    try:
-        answer, error = answers.get(timeout=seconds)
-    except Empty:
-        raise TimeoutError(f"no answer in {seconds:g} seconds, HF_HUB_DOWNLOAD_TIMEOUT=60 waits longer") from None
-    if error:
-        raise error
-    return answer
+    Thread(target=run, daemon=True).start()  # not a pool's, which a program waits for at its end
+    if not wait([answer], seconds).done:
+        raise TimeoutError(f"no answer in {seconds:g} seconds, HF_HUB_DOWNLOAD_TIMEOUT=60 waits longer")
+    return answer.result()
 
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -320,13 +317,6 @@ def check_commit(named: object, asked: str | None, repo: str) -> str:
 def is_within(name: str) -> bool:
     """Return whether a file's name, which a hub or a folder's file says, stays below the folder."""
     return not (name.startswith("/") or ".." in name.split("/") or "\\" in name or "\0" in name)
-
-
-def check_name(name: str, repo: str) -> str:
-    """Return the name of a file in a repository. Raises CheckpointError for one that may lead out of its folder."""
-    if not is_within(name):
-        raise CheckpointError(f"{repo}: the hub names a file {name!r}, which is outside of a snapshot: it is not taken")
-    return name
 
 
 @contextmanager
@@ -390,13 +380,6 @@ def _damage(path: Path) -> str | None:
     if blob.parent.name != "blobs" or not _SHA256.fullmatch(blob.name) or not blob.is_file():
         return None
     status = blob.stat()
-    state = f"{status.st_dev} {status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
-    note = cache_folder() / "blobs" / blob.name  # in which state of its file a blob was compared
-    with suppress(OSError, ValueError):
-        if note.read_text(encoding="ascii") == state:
-            return None
-    if (digest := file_sha256(blob)) != blob.name:
-        return f"its SHA-256 is {digest:.12}..., and it is named {blob.name:.12}..."
-    with suppress(LongNetError):  # a folder that cannot be written: it is compared again
-        write_file(note, state.encode())
-    return None
+    file = [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+    digest = remembered({"SHA-256 of": file}, partial(file_sha256, blob))
+    return None if digest == blob.name else f"its SHA-256 is {digest:.12}..., and it is named {blob.name:.12}..."

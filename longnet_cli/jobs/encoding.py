@@ -365,7 +365,7 @@ class Encoder(RowJob):
         """Yield the windows of each document, in order, with one pooling or one mean for all of them."""
         cut, pool, span = self.cut, self.options.pool or "", self.options.span
         for sequence in sequences:
-            document, before, after = sequence.document, sequence.first, len(sequence.end_rows)
+            document, before, after = sequence.document, sequence.own_start, len(sequence.end_rows)
             skipped = self._skipped(before)
             mean = WindowMean() if cut.one_state and span is None else None
             pooling = Pooling(document, pool, span, before - skipped, after, skipped=skipped)

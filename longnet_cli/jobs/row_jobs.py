@@ -188,7 +188,7 @@ class RowJob(ABC):
         """Raise the error that has ended `sequences`, and NoTokensError for rows of no `tokens`, on ranks with rows."""
         if self.failure:
             raise self.failure
-        if not tokens and (ranks.first or ranks.dp == 1):
+        if not tokens and (ranks.writes or ranks.dp == 1):
             raise NoTokensError(self.nothing)
 
     def rows(
@@ -277,12 +277,12 @@ def write_rows(
     """
     ranks, left_out, resume = ranks or Ranks(), left_out or LeftOut(), output.resume
     in_folder = is_folder(output.path, resume=resume)
-    earlier = run_to_resume(output.path, resume=resume) if in_folder and ranks.first else None
+    earlier = run_to_resume(output.path, resume=resume) if in_folder and ranks.writes else None
     device = next(model.parameters()).device
     before = earlier.settings.get("chunk") if earlier else None
     chunk = chunk_of(chunk, default_chunk(model.config, device), before, ranks)
     dtype = resolve_dtype(dtype, device)
-    given = inputs.documents(digests=in_folder and ranks.first)
+    given = inputs.documents(digests=in_folder and ranks.writes)
     kept: Sequence[pa.Field] = ()
     documents: Iterator[Document] = iter(given)
     if inputs.keep or output.of_text:  # first_kept waits for the first document
@@ -300,14 +300,14 @@ def write_rows(
 
     if not in_folder:
         least, open_sink = (1, output.sink) if output.sink else (job.batch_rows, partial(ShardWriter, output.path))
-        opened = partial(open_sink, job.schema) if ranks.first else nullcontext
+        opened = partial(open_sink, job.schema) if ranks.writes else nullcontext
         return _write_stream(job, sequences, opened, least, ranks)
     shard_size = job.shard_size if output.shard_size is None else output.shard_size
     if shard_size < 1:
         raise ConfigError(f"shard_{job.shard_unit} must be 1 or more, not {shard_size}")
     settings = _settings(job, inputs, shard_size, ranks)
     folder = None
-    if ranks.first:
+    if ranks.writes:
         about: dict[str, Any] = {"settings": settings, "name": job.shard_name, "format": output.shard_format}
         folder = ShardFolder(output.path, job.schema, **about, resume=resume, left_out=left_out, opened=given.opened)
     with folder or nullcontext():

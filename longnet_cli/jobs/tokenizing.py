@@ -100,7 +100,7 @@ def tokenize(
     if shard_tokens < 1:
         raise ConfigError(f"shard_tokens must be 1 or more, not {shard_tokens}")
     in_folder = is_folder(output, resume=resume)
-    left_out, first = left_out or LeftOut(), ranks is None or ranks.first
+    left_out, first = left_out or LeftOut(), ranks is None or ranks.writes
     if train_vocab is not None and ranks is not None and ranks.world > 1:
         raise ConfigError("a tokenizer is trained by one process: train it first, without --dp")
     # a folder that cannot be resumed is refused here, before a tokenizer is trained

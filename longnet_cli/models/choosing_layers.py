@@ -135,10 +135,10 @@ def _random_text(seed: int, vocabulary: int, read: int, between: int) -> np.ndar
     Tokens are as frequent as words are, by Zipf's law: the first ids of a vocabulary are characters and marks, the next
     ones are frequent.
     """
-    first = min(260, vocabulary // 4)
-    weights = 1 / np.arange(10, 10 + vocabulary - first)
+    common = min(260, vocabulary // 4)
+    weights = 1 / np.arange(10, 10 + vocabulary - common)
     chance = np.random.default_rng(seed)
-    ids = first + chance.choice(len(weights), read + between, p=weights / weights.sum())
+    ids = common + chance.choice(len(weights), read + between, p=weights / weights.sum())
     return np.concatenate([ids, ids[:read]])
 
 
@@ -161,7 +161,7 @@ def _evidence(net: Net, q: Tensor, k: Tensor, turn: Turn | None, again: int) -> 
         logs = (shares.double() ** SURE).mean((0, 2)).clamp(min=1e-36).log().cpu() / SURE
         logs = logs - logs.mean(0, keepdim=True)
         logs = logs - logs.mean(1, keepdim=True)
-        for group, first in enumerate((firsts - again).tolist()):
-            right = {first // size, (first + 1) // size} - {0}
+        for group, begin in enumerate((firsts - again).tolist()):
+            right = {begin // size, (begin + 1) // size} - {0}
             found += [max(float(logs[group, block - 1]) for block in right)] if right else []
     return float(np.mean(found)) if found else 0.0

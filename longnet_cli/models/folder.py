@@ -9,7 +9,7 @@ The small files of a folder are read once, however often they are asked for. Tor
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -129,14 +129,9 @@ class ModelFolder:
         """The metadata in the header of model.safetensors; empty if it cannot be read, which loading reports."""
         from safetensors import SafetensorError, safe_open
 
-        path = self.path / WEIGHTS
-        try:
-            if not path.is_file():
-                return {}
-            with safe_open(path, framework="numpy") as file:
-                return file.metadata() or {}
-        except (OSError, SafetensorError):
-            return {}
+        with suppress(OSError, SafetensorError), safe_open(self.path / WEIGHTS, framework="numpy") as file:
+            return file.metadata() or {}
+        return {}
 
     def tokenizer(self, spec: str | None = None, *, differs: bool = False) -> Tokenizer | None:
         """Return the folder's tokenizer, or the one that `spec` names (see `Tokenizer.load`), or None without either.
@@ -198,8 +193,7 @@ class ModelFolder:
         """
         for settings in (_read(self.path / GENERATION, dict), self.config) if self.of_transformers else ():
             value = settings.get("eos_token_id")
-            ids = {x for x in (value if isinstance(value, list) else [value]) if isinstance(x, int)}
-            if ids:
+            if ids := {x for x in (value if isinstance(value, list) else [value]) if isinstance(x, int)}:
                 return frozenset(ids)
         return frozenset() if tokenizer is None or tokenizer.eos_id is None else frozenset({tokenizer.eos_id})
 
@@ -231,11 +225,7 @@ class ModelFolder:
         return load_config(self.path, pattern)
 
     def net(
-        self,
-        *,
-        pattern: Pattern | None = None,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype | None = None,
+        self, *, pattern: Pattern | None = None, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
     ) -> Net:
         """Load the net, a `Net` in eval mode, on `device`. `pattern` replaces the model's own.
 
@@ -251,7 +241,7 @@ class ModelFolder:
             net = load(self.path, self.config, **how, embeds=self.embeds)
         else:
             net = self.native().from_pretrained(self.path, device, torch.float32, pattern=pattern)
-        if pattern and pattern.chosen and not pattern.chosen_layers:
+        if pattern and pattern.chosen:
             from longnet_cli.models.choosing_layers import let_layers_choose
 
             let_layers_choose(net)
@@ -313,7 +303,7 @@ class ModelFolder:
             on_note(f"{self.name}: converted for this run; longnet convert does it once")
         if device.type == "cpu":
             keep_freed_memory()
-        with self._of_cache(), self._unpacked(kind) as folder:
+        with self._unpacked(kind) as folder:
             words = folder.tokenizer(tokenizer, differs=tokenizer_differs)
             start, ends = folder.bos(words, bos), folder.ends(words)
             template = folder.chat(words) if chat else None
@@ -324,17 +314,13 @@ class ModelFolder:
                 embedding = folder.embedding(model, words, net, on_note)
                 words = words or embedding.words
         of_tokens = bool(net.config.vocab_size)  # otherwise there is no --bos at all
+        why = "its tokenizer's template says what stands before a text" if embedding else "it looks in both directions"
         if bos and (embedding or (bos != NO_BOS and of_tokens and not net.config.causal)):
-            what = (
-                "its tokenizer's template says what stands before a text"
-                if embedding
-                else "it looks in both directions"
-            )
-            raise ConfigError(f"{self.name}: {what}: leave out --bos")
+            raise ConfigError(f"{self.name}: {why}: leave out --bos")
         if not net.config.causal:
             start = None
         check_kernel(device, dtype, net.config.head_dim)
-        if not net.config.vocab_size:
+        if not of_tokens:
             if not vectors:
                 raise ConfigError(f"{self.name}: this model has no vocabulary: it reads vectors, not tokens")
             words = start = None
@@ -407,29 +393,25 @@ class ModelFolder:
             )
 
     @contextmanager
-    def _of_cache(self) -> Iterator[None]:
-        """Add, to the error of a damaged model on a hub, how to download it again."""
-        try:
-            yield
-        except CheckpointError as error:
-            raise CheckpointError(f"{error}{download_again(self.path)}") from None
-
-    @contextmanager
     def _unpacked(self, dtype: str) -> Iterator[ModelFolder]:
         """Yield this folder or, for a GGUF file, a temporary folder with the converted model.
 
-        Weights that are mapped from a temporary folder stay readable after it is deleted.
+        Weights that are mapped from a temporary folder stay readable after it is deleted. The error of a damaged model
+        of a hub then says how to download it again.
         """
-        if not self.is_gguf:
-            yield self
-            return
-        from longnet_cli.models.gguf import convert_gguf
-        from longnet_cli.running.device import DTYPES
+        try:
+            if not self.is_gguf:
+                yield self
+                return
+            from longnet_cli.models.gguf import convert_gguf
+            from longnet_cli.running.device import DTYPES
 
-        with TemporaryDirectory(prefix="longnet-") as place:
-            folder = Path(place) / self.path.stem
-            convert_gguf(self.path, folder, DTYPES.get(dtype))
-            yield ModelFolder(folder, embeds=self.embeds)
+            with TemporaryDirectory(prefix="longnet-") as place:
+                folder = Path(place) / self.path.stem
+                convert_gguf(self.path, folder, DTYPES.get(dtype))
+                yield ModelFolder(folder, embeds=self.embeds)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}{download_again(self.path)}") from None
 
     def _transformers(self) -> ModuleType:
         try:
@@ -459,11 +441,7 @@ class ModelFolder:
                 f"{folder}: pickled weights are never read, since a pickle can run code: save them as safetensors"
             )
         if missing:
-            adapter = (
-                "; save an adapter of peft merged (merge_and_unload)"
-                if (folder / "adapter_config.json").is_file()
-                else ""
-            )
+            adapter = "; save an adapter of peft merged (merge_and_unload)" * (folder / "adapter_config.json").is_file()
             raise CheckpointError(f"{folder}: not a complete model, {' and '.join(missing)} missing{adapter}")
 
 

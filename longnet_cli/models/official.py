@@ -186,7 +186,7 @@ def convert_official(path: Path, output: Path, dtype: torch.dtype | None, given:
     with whole_folder(output) as place:
         net.save_pretrained(place)
         write_file(place / "README.md", contents.card().encode())
-    left_out = f"; left out: {_listed(contents.left_out)}" if contents.left_out else ""
+    left_out = f"; {list_names('left out:', contents.left_out)}" if contents.left_out else ""
     return f"{contents.what} of {net.config.num_parameters():,} parameters{left_out}"
 
 
@@ -287,9 +287,8 @@ class _Contents:
         """Return the text of the folder's README.md."""
         names = ("num_layers", "dim", "num_heads", "segment_lengths", "dilation_rates", "padding")
         settings = [f"- {name}: {getattr(self.config, name)}" for name in names]
-        settings += [f"- left out, because a LongNet has no place for it: {_listed(self.left_out)}"] * bool(
-            self.left_out
-        )
+        if self.left_out:
+            settings.append(list_names("- left out, because a LongNet has no place for it:", self.left_out))
         what, sha256 = self.what[0].upper() + self.what[1:], file_sha256(self.path)
         return CARD.format(what=what, name=self.path.name, sha256=sha256, settings="\n".join(settings))
 
@@ -344,7 +343,3 @@ class _Contents:
                 f"but {list_names('the', [*self.state])}"
             )
         return sizes.most_common(1)[0][0]
-
-
-def _listed(names: Sequence[str]) -> str:
-    return list_names("", names).strip()

@@ -30,8 +30,8 @@ class _Renamed(nn.Module):
     official: ClassVar[dict[str, str]]  # our name of a child -> the official one, in the official order
 
     def __getattr__(self, name: str) -> Any:
-        first, *rest = self.official.get(name, name).split(".")
-        return reduce(getattr, rest, super().__getattr__(first))
+        child, *inner = self.official.get(name, name).split(".")
+        return reduce(getattr, inner, super().__getattr__(child))
 
 
 class OfficialAttention(_Renamed, Attention):

@@ -59,7 +59,7 @@ class ReadText:
         every, size = pattern.chosen_every, pattern.chosen_block
         blocks = np.full((groups.number, pattern.chosen // NAMED), -1)
         self._grow(groups.near)
-        begin = groups.first // every * every - SPAN + 1  # of the first group's tokens
+        begin = groups.start // every * every - SPAN + 1  # of the first group's tokens
         stop = begin + SPAN + (groups.number - 1) * every
         hashes, ends = _ngrams(self._tokens(max(0, begin - 2), stop), min(2, max(0, begin)))
         ends += max(0, begin - 2)
@@ -83,8 +83,8 @@ class ReadText:
         if self._new:
             self._tail = np.concatenate([self._tail, *(ids.cpu().numpy().astype(np.int64) for ids in self._new)])
             self._new = []
-        first = self.length - len(self._tail)
-        return self._tail[start - first : stop - first]
+        begin = self.length - len(self._tail)
+        return self._tail[start - begin : stop - begin]
 
     def _grow(self, stop: int) -> None:
         """Put the tokens before position `stop` into the index."""
@@ -107,13 +107,13 @@ class ReadText:
     def _found(self, grams: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return pairs (index of an n-gram, place) of all n-grams with at most MOST_PLACES places."""
         bounds = [(np.searchsorted(piece, grams), np.searchsorted(piece, grams, "right")) for piece, _ in self._pieces]
-        total = sum((last - first for first, last in bounds), np.zeros(len(grams), np.int64))
+        total = sum((stop - begin for begin, stop in bounds), np.zeros(len(grams), np.int64))
         rare = total <= MOST_PLACES
         which, places = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-        for (first, last), (_, ends) in zip(bounds, self._pieces, strict=True):
-            last = np.where(rare, last, first)
-            which.append(np.repeat(np.arange(len(grams)), last - first))
-            places.append(ends[_ranges(first, last)])
+        for (begin, stop), (_, ends) in zip(bounds, self._pieces, strict=True):
+            stop = np.where(rare, stop, begin)
+            which.append(np.repeat(np.arange(len(grams)), stop - begin))
+            places.append(ends[_ranges(begin, stop)])
         return np.concatenate(which), np.concatenate(places)
 
 
@@ -173,7 +173,7 @@ class NamedBlocks:
         begin = row, part.columns.start
         if begin not in self._texts:
             self._texts[begin] = ReadText([self.tokens[row, part.columns]])
-        key = *begin, part.groups.first
+        key = *begin, part.groups.start
         if key not in self._named:
             blocks = self._texts[begin].named(self.pattern, part.groups)
             self._named[key] = torch.from_numpy(blocks).to(self.tokens.device)

@@ -55,7 +55,7 @@ D = TypeVar("D", bound=DocumentLike)
 
 @dataclass(frozen=True, eq=False)
 class InputSequence(Generic[D]):
-    """The rows that a net reads for a document: `start_rows`, from index `first` on the document's own, `end_rows`.
+    """The rows that a net reads for a document: `start_rows`, from index `own_start` on the document's own, `end_rows`.
 
     `limit` is the most rows that the net reads, None for no limit; `choices` is as in `Net`. `cells`
     (len(document), 2) float32 are read after each vector of the document. Of a `window`, the document's own rows are
@@ -72,13 +72,13 @@ class InputSequence(Generic[D]):
     end: int | None = None
 
     @property
-    def first(self) -> int:
+    def own_start(self) -> int:
         return len(self.start_rows)
 
     @property
     def _last(self) -> int:
         """The index of the first one of `end_rows`."""
-        return self.first + (len(self.document) if self.end is None else self.end) - self.begin
+        return self.own_start + (len(self.document) if self.end is None else self.end) - self.begin
 
     def __len__(self) -> int:
         return self._last + len(self.end_rows)
@@ -89,11 +89,11 @@ class InputSequence(Generic[D]):
 
     def read(self, start: int, stop: int, /) -> np.ndarray:
         """Return the rows [start, stop), (stop - start,) int64 or (stop - start, n) float32."""
-        begin, end = (self.begin + min(max(self.first, row), self._last) - self.first for row in (start, stop))
+        begin, end = (self.begin + min(max(self.own_start, row), self._last) - self.own_start for row in (start, stop))
         rows = self.document.read(begin, end)
         if self.cells is not None:
             rows = np.concatenate((rows, self.cells[begin:end]), 1)
-        before = [self.start_rows[start:stop]] if start < self.first else []
+        before = [self.start_rows[start:stop]] if start < self.own_start else []
         after = [self.end_rows[max(0, start - self._last) : stop - self._last]] if stop > self._last else []
         return np.concatenate((*before, rows, *after)) if before or after else rows
 

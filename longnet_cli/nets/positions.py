@@ -29,7 +29,7 @@ XPOS_SCALE_BASE = 512
 XPOS_GAMMA = 0.4
 XPOS_MAX_SEGMENT_FP16 = 8192  # float16 ends at e^11: zeta^(4096 / 512) is e^10
 
-BLOCK = 65536  # tokens whose float64 phases exist at a time
+TABLE_ROWS = 65536  # tokens whose float64 phases exist at a time
 
 
 class PositionTable(NamedTuple):
@@ -63,8 +63,8 @@ def position_table(
     log_zeta = torch.log((2 * j + XPOS_GAMMA * config.head_dim) / ((1 + XPOS_GAMMA) * config.head_dim))
     q = torch.empty(tokens, 1, half, dtype=kind, device=device)
     k = torch.empty_like(q) if xpos else q
-    for first in range(0, tokens, BLOCK):
-        rows = slice(first, min(first + BLOCK, tokens))
+    for begin in range(0, tokens, TABLE_ROWS):
+        rows = slice(begin, min(begin + TABLE_ROWS, tokens))
         position = torch.arange(start + rows.start, start + rows.stop, dtype=torch.int64, device=device)
         if xpos:
             position = position % longest - longest // 2

@@ -60,8 +60,8 @@ def outside_grid(cells: Tensor, grid: int) -> tuple[int, str] | None:
     if not bad.any():
         return None
     index = int(bad.nonzero()[0])
-    first, second = cells[index].tolist()
-    return index, f"its cell ({first:.0f}, {second:.0f}) is outside the grid of {grid} x {grid}"
+    x, y = cells[index].tolist()
+    return index, f"its cell ({x:.0f}, {y:.0f}) is outside the grid of {grid} x {grid}"
 
 
 def tile_cells(document: Tiles, config: SlideConfig, tile_size: float | None = None) -> np.ndarray:

@@ -14,12 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from longnet_cli.attention import Pattern
 from longnet_cli.attention.notation import format_pattern
 from longnet_cli.basics.atomic import whole_folder
 from longnet_cli.basics.configuration import digest, parse, read_text
@@ -36,9 +37,6 @@ from longnet_cli.hub.repository import (
 from longnet_cli.nets.config import LongNetConfig, parse_config
 from longnet_cli.nets.foreign import foreign_files, foreign_keys, own_keys
 from longnet_cli.nets.net import Net
-
-if TYPE_CHECKING:
-    from longnet_cli.attention import Pattern
 
 # The types that weights can have, and their names in a file of safetensors
 TYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -119,19 +117,15 @@ def save_pretrained(
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     settings = json.loads(model.config.model_dump_json())
     digests = {TENSORS_SHA256: tensor_digest(tensors), CONFIG_SHA256: digest(settings)}
-    if tokenizer_json is not None:
-        digests[TOKENIZER_SHA256] = digest(json.loads(tokenizer_json))
     keys = settings | foreign_keys(model.config, tokenizer_json, eos) | dict(foreign or {})
     data = {CONFIG: keys, **foreign_files(tokenizer_json, eos)}
-    texts: dict[str, str | None] = {
-        name: json.dumps(table, indent=2, ensure_ascii=False) + "\n" for name, table in data.items()
-    }
-    texts[TOKENIZER] = tokenizer_json
+    texts = {name: json.dumps(table, indent=2, ensure_ascii=False) + "\n" for name, table in data.items()}
+    if tokenizer_json is not None:
+        texts[TOKENIZER], digests[TOKENIZER_SHA256] = tokenizer_json, digest(json.loads(tokenizer_json))
     try:
         with whole_folder(folder, last=CONFIG) as place:
             for name, text in texts.items():
-                if text is not None:
-                    (place / name).write_text(text, encoding="utf-8")
+                (place / name).write_text(text, encoding="utf-8")
             with (place / WEIGHTS).open("wb") as file:
                 write_tensors(file, tensors, {"format": "pt", **digests})
     except LongNetError as error:
@@ -216,14 +210,17 @@ def digest_of(config: str, weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def model_origin(model: Net, name: str | None, tokenizer_sha256: str | None) -> dict[str, str]:
+def model_origin(
+    model: Net, name: str | None, tokenizer_sha256: str | None, digests: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """Return the metadata of a model's outputs, without unknown values.
 
-    The keys are `longnet.model` (its name), `longnet.model_sha256`, `longnet.tokenizer_sha256` and `longnet.pattern`.
+    The keys are `longnet.model` (its name), `longnet.model_sha256` or those of other `digests`,
+    `longnet.tokenizer_sha256` and `longnet.pattern`.
     """
     known = {
         "longnet.model": name,
-        "longnet.model_sha256": model_digest(model),
+        **(digests or {"longnet.model_sha256": model_digest(model)}),
         "longnet.tokenizer_sha256": tokenizer_sha256,
         "longnet.pattern": format_pattern(model.config.pattern),
     }

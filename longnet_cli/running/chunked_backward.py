@@ -207,7 +207,7 @@ class FarGradients:
         """
         if start and layer not in self.of_pasts and not past.shared:
             size, last = self.pattern.chosen_block, start
-            if past.kind == "first":
+            if past.kind == "sees_block_0":
                 last = min(last, self.pattern.chosen_keys)
             shape = (2, k.shape[0], -(-last // size) * size, *k.shape[2:])
             self.of_pasts[layer] = self.allocate(shape, dtype=accumulator(k.dtype), device=k.device).zero_()
@@ -262,8 +262,8 @@ class FarGradients:
         if self.ranks.sp == 1:
             return slice(None)
         edges = max(start - span.start, 0), span.stop - span.start
-        first, stop = (lane_rows(self.pattern, span.level, edge, self.num_heads, k.shape[2]) for edge in edges)
-        places = slice(min(first), max(stop))
+        begins, ends = (lane_rows(self.pattern, span.level, edge, self.num_heads, k.shape[2]) for edge in edges)
+        places = slice(min(begins), max(ends))
         of_chunk = rows[:, :, places].to(k.device).contiguous()
         dist.all_reduce(of_chunk, group=self.ranks.group)
         rows[:, :, places] = of_chunk

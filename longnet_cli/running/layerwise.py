@@ -205,15 +205,15 @@ class _Layers:
         for span in self._spans(start, stop):
             if count := max(span_rows(self.pattern, span, heads)):
                 segment = segment_start(self.pattern, span)
-                firsts = lane_rows(self.pattern, span.level, span.start - segment, heads)
-                rows = _from_row(collected[:, :, self.places[span.level, segment]], firsts, count)
+                first_rows = lane_rows(self.pattern, span.level, span.start - segment, heads)
+                rows = _from_row(collected[:, :, self.places[span.level, segment]], first_rows, count)
                 far_keys.append(FarKeys(*span, *rows.to(self.device)))
         return Outside(far_keys)
 
 
-def _from_row(rows: Tensor, firsts: list[int], count: int) -> Tensor:
+def _from_row(rows: Tensor, first_rows: list[int], count: int) -> Tensor:
     """Return `count` rows of (2, 1, rows, H, D) from each head's first row on. Rows past the end are never read."""
-    if min(firsts) == max(firsts):
-        return rows[:, :, firsts[0] : firsts[0] + count]
-    index = (torch.arange(count)[:, None] + torch.tensor(firsts)).clamp_(max=rows.shape[2] - 1)  # (count, H)
-    return rows[:, :, to_device(index, rows.device), torch.arange(len(firsts), device=rows.device)]
+    if min(first_rows) == max(first_rows):
+        return rows[:, :, first_rows[0] : first_rows[0] + count]
+    index = (torch.arange(count)[:, None] + torch.tensor(first_rows)).clamp_(max=rows.shape[2] - 1)  # (count, H)
+    return rows[:, :, to_device(index, rows.device), torch.arange(len(first_rows), device=rows.device)]

@@ -104,16 +104,16 @@ class SpillFile:
 
     def append(self, rest: memoryview) -> int:
         """Write bytes at the end, and return the place of the first one."""
-        first = self.size
+        start = self.size
         while rest:
             with _explained(self.folder, f"{format_bytes(self.size)} of keys and values are written"):
                 done = os.pwrite(self._file.fileno(), rest, self.size)
             self.size, rest = self.size + done, rest[done:]
-        return first
+        return start
 
-    def read(self, first: int, into: Sequence[memoryview]) -> None:
-        """Fill rooms for bytes, one after the other, with the bytes from `first` on."""
-        done = read_into(self._file.fileno(), into, first)
+    def read(self, start: int, into: Sequence[memoryview]) -> None:
+        """Fill rooms for bytes, one after the other, with the bytes from `start` on."""
+        done = read_into(self._file.fileno(), into, start)
         if done != sum(map(len, into)):
             raise OSError(errno.EIO, os.strerror(errno.EIO), f"--spill {self.folder}")
 
@@ -129,9 +129,9 @@ class BlockFile(Blocks):
     def append(self, blocks: Tensor) -> None:
         self._like = blocks[:, :, :0]
         data = blocks.permute(2, 1, 0, 3, 4, 5).cpu().contiguous()  # (n, B, k and v, tokens of a block, K, D)
-        first, size = self._file.append(data.view(torch.uint8).flatten().numpy().data), data[0, 0].nbytes
+        start, size = self._file.append(data.view(torch.uint8).flatten().numpy().data), data[0, 0].nbytes
         rows = range(0, size * data.shape[1], size)
-        self._places += [[block + row for row in rows] for block in range(first, self._file.size, data[0].nbytes)]
+        self._places += [[block + row for row in rows] for block in range(start, self._file.size, data[0].nbytes)]
         self.number = len(self._places)
 
     def take(self, row: int, blocks: Tensor, into: Tensor) -> None:

@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from longnet_cli.attention.notation import format_pattern, parse_pattern
+from longnet_cli.attention.notation import parse_pattern
 from longnet_cli.basics.atomic import (
     find_damage,
     is_temporary,
@@ -35,7 +35,7 @@ from longnet_cli.basics.atomic import (
 )
 from longnet_cli.basics.errors import CheckpointError, ConfigError, DataError
 from longnet_cli.nets.net import Net
-from longnet_cli.nets.weights import TYPE_NAMES, model_digest, write_tensors
+from longnet_cli.nets.weights import TYPE_NAMES, model_digest, model_origin, write_tensors
 
 MANIFEST, PIECE = "manifest.json", re.compile(r"piece-[0-9a-f]{8}-\d{5,}\.safetensors")
 STATE_VERSION = 3
@@ -60,13 +60,7 @@ def reader_facts(model: Net, name: str | None = None, tokenizer_sha256: str | No
     how exactly blocks are chosen (`chosen_every`, `chosen_exact`). So it is not the `longnet.model_sha256` of other
     outputs.
     """
-    known = {
-        "longnet.model": name,
-        READER: model_digest(model, every=False),
-        "longnet.tokenizer_sha256": tokenizer_sha256,
-        "longnet.pattern": format_pattern(model.config.pattern),
-    }
-    return {key: value for key, value in known.items() if value is not None}
+    return model_origin(model, name, tokenizer_sha256, {READER: model_digest(model, every=False)})
 
 
 def check_place(folder: Path) -> None:

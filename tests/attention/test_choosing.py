@@ -52,7 +52,7 @@ def choice_of(
     for part, of_rows in zip(parts, call.blocks, strict=True):
         for row, blocks in enumerate(of_rows):
             for index, group in enumerate(blocks.tolist()):
-                first = part.groups.first + index * every
+                first = part.groups.start + index * every
                 stop = first + part.groups.queries
                 found += [
                     (row, range(start, min(start + every, stop)), group) for start in range(first, stop, every)
@@ -119,7 +119,7 @@ def test_named_blocks_are_seen_before_others(choice: Choice, seed: int) -> None:
 
     def named(row: int, part: GroupedPart) -> Tensor:
         rows = []
-        for first in range(part.groups.first, part.groups.first + part.groups.number * every, every):
+        for first in range(part.groups.start, part.groups.start + part.groups.number * every, every):
             blocks = [*range(1, part.groups.near // pattern.chosen_block)]
             own = names.setdefault((row, first), chance.sample(blocks, chance.randint(0, most)))
             rows.append([*own, *[-1] * (most - len(own))])
@@ -440,5 +440,5 @@ def test_ranks_share_what_a_past_keeps() -> None:
     for kind in get_args(LayerKind):
         rows, means = groups.past_bytes(*sizes, kind)
         own_rows, own_means = groups.past_bytes(*sizes, kind, own=1 << 20)
-        assert kind == "first" or own_rows == rows / 2
+        assert kind == "sees_block_0" or own_rows == rows / 2
         assert means / 2 <= own_means <= means / 1.3

@@ -95,7 +95,7 @@ def stop(script: Script, command_env: dict[str, str], tmp_path: Path) -> Callabl
         (["score", "x", "--zz"], 2, "longnet: error: No such option: --zz (help: longnet score -h)\n"),
         (
             ["score", "x", "--context", "64,,128"], 2,
-            "error: Invalid value for '--context': '64,,128' has nothing between two commas (help: longnet score -h)\n",
+            "error: Invalid value for '--context': '64,,128' has an empty size (help: longnet score -h)\n",
         ),
     ],
 )  # fmt: skip

@@ -38,7 +38,7 @@ def test_the_passages_that_the_answer_chose(
     """
 
     def drawn(voting: Voting) -> Choice:
-        firsts = [first for slot in voting.slots for first in slot.firsts]
+        firsts = [first for slot in voting.slots for first in slot.starts]
         answer = [1, 9 + (firsts[0] // 4 % 2), 12]
         found = [answer if first >= 200 else [1, 2, 3] for first in firsts]
         return chosen_by_hand(torch.tensor(found))
@@ -77,7 +77,7 @@ def test_three_questions_have_three_answers(monkeypatch: pytest.MonkeyPatch) -> 
 
     def drawn(voting: Voting) -> Choice:
         found = []
-        for group in [first // 4 for slot in voting.slots for first in slot.firsts]:
+        for group in [first // 4 for slot in voting.slots for first in slot.starts]:
             hubs = [1, 2] if group % 5 < 3 or group >= 50 else [5, 6]
             found.append([*hubs, own if group >= 50 and group % 3 == 0 else 3 + group % 2])
         return chosen_by_hand(torch.tensor(found))

@@ -25,7 +25,7 @@ from longnet_cli.attention.groups import groups_of
 from longnet_cli.attention.notation import parse_pattern
 from longnet_cli.attention.reference import key_counts
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.cli.train import _note_reach
+from longnet_cli.cli.train import _note_recipe
 from longnet_cli.jobs.describing import NOTHING, Subject, default_length, describe, farthest, find_subject, picture
 
 TILED = {"look_back": 1, "overlap": "once"}
@@ -83,7 +83,7 @@ def test_chosen_blocks() -> None:
             scanned += min(blocks, 8192) if blocks > 4096 else 0
             scanned += 4 * min(blocks, 4096) if blocks > 256 else 0
             if groups.near > 128:
-                starts = groups.first % 128 == 0  # of a segment, which has one scan
+                starts = groups.start % 128 == 0  # of a segment, which has one scan
                 compared += groups.number * 8 * 8 * min(blocks, 256) + starts * 4 * scanned
         # between two segments, runs of blocks grow in steps
         assert found.chosen.flops == pytest.approx(3 * 4 * (4 * attended + 2 * compared), rel=1e-5)
@@ -173,8 +173,9 @@ def test_nothing_is_linked_farther(pattern: Pattern, layers: int) -> None:
 
 
 def test_a_pattern_shorter_than_the_sequences_is_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _note_reach(recipe(tmp_path), quiet=False)
-    said = "links tokens at most 32 apart, and sequences have 64: what is farther is never seen"
-    assert said in capsys.readouterr().err
-    _note_reach(recipe(tmp_path, **{"model.segment_lengths": [16, 64]}), quiet=False)
+    _note_recipe(recipe(tmp_path, **{"schedule.warmup_steps": 500}), quiet=False)
+    said = capsys.readouterr().err
+    assert "links tokens at most 32 apart, and sequences have 64: what is farther is never seen" in said
+    assert "steps are warm-up: the learning rate rises for schedule.warmup_steps=500" in said
+    _note_recipe(recipe(tmp_path, **{"model.segment_lengths": [16, 64]}), quiet=False)
     assert not capsys.readouterr().err

@@ -66,7 +66,7 @@ def test_names_are_those_of_a_plain_count(seed: int, tokens: int, words: int, si
                 continue
             part = GroupedPart(slice(0, 2), slice(0, chunk.shape[1]), start, groups)
             for row in range(2):
-                begin = groups.first // every * every
+                begin = groups.start // every * every
                 for group, blocks in enumerate(named(row, part).tolist()):
                     expected = plainly(ids[row].tolist(), begin + group * every, groups.near, 2, 8)
                     assert blocks == expected + [-1] * (2 - len(expected))

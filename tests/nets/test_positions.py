@@ -9,7 +9,7 @@ from torch import Tensor
 
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.nets.config import LongNetConfig
-from longnet_cli.nets.positions import BLOCK, position_table, rotate, sink_turn
+from longnet_cli.nets.positions import TABLE_ROWS, position_table, rotate, sink_turn
 
 
 def config(position: str, segments: tuple[int, ...] = (64, 256), head_dim: int = 16) -> LongNetConfig:
@@ -75,11 +75,11 @@ def test_xpos_equals_torchscales_formula() -> None:
 
 @pytest.mark.parametrize("position", ["rope", "xpos"])
 def test_any_start_is_a_row_of_the_whole_table(position: str) -> None:
-    tokens = BLOCK + 300  # more than one block of phases
+    tokens = TABLE_ROWS + 300  # more than one block of phases
     whole = position_table(config(position), 0, tokens, "cpu", torch.float32)
-    part = position_table(config(position), BLOCK - 100, 400, "cpu", torch.float32)
-    assert torch.equal(whole.q[BLOCK - 100 :], part.q)
-    assert torch.equal(whole.k[BLOCK - 100 :], part.k)
+    part = position_table(config(position), TABLE_ROWS - 100, 400, "cpu", torch.float32)
+    assert torch.equal(whole.q[TABLE_ROWS - 100 :], part.q)
+    assert torch.equal(whole.k[TABLE_ROWS - 100 :], part.k)
 
 
 def test_xpos_is_finite_at_its_limit() -> None:

@@ -110,7 +110,7 @@ def test_what_is_computed_again_sees_the_blocks_that_it_saw(
 
     def drawn_for(voting: Voting) -> Choice:
         found = []
-        for group, blocks in [(group, slot.blocks) for slot in voting.slots for group in slot.firsts]:
+        for group, blocks in [(group, slot.blocks) for slot in voting.slots for group in slot.starts]:
             asked[group] += 1
             draws = torch.Generator().manual_seed(100 * group + asked[group])
             found.append(1 + torch.randperm(blocks - 1, generator=draws)[:3].sort().values)

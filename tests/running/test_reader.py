@@ -57,7 +57,7 @@ def of_tiles(grid: int) -> tuple[InputSequence, np.ndarray]:
 )
 def test_any_part_of_a_sequence_is_that_part_of_all_its_rows(found, given) -> None:
     sequence, rows = found(given)
-    assert len(sequence) == len(rows) == sequence.first + 5
+    assert len(sequence) == len(rows) == sequence.own_start + 5
     for start in range(len(rows) + 1):
         for stop in range(start, len(rows) + 1):
             part = sequence.read(start, stop)

@@ -53,7 +53,7 @@ class Cut:
     def sequence(self, model: Net, document: Document) -> InputSequence[Document]:
         """Return a document as the model reads it. Raises TooLongError for a window that is too long for the model."""
         sequence = model.sequence(document, self.bos)
-        more = max(0, sequence.first - 1)  # ids before the one that predicts the first target
+        more = max(0, sequence.own_start - 1)  # ids before the one that predicts the first target
         fits = max(1, (sequence.limit or 0) - more)
         instead = f"score it in windows (--context {format_size(fits)} --stride {format_size(-(-fits // 2))})"
         return sequence.check(instead, self.longest(len(document)) + more)

@@ -86,7 +86,7 @@ class Checkpoints:
         partial = self.folder / f".{final.name}.incomplete"  # all ranks know this name
         try:
             with ExitStack() as stack:
-                if self.ranks.first:
+                if self.ranks.writes:
                     for old in self.folder.glob(".step-*.incomplete"):
                         shutil.rmtree(old, ignore_errors=True)
                     # a final one is damaged, also its list of files: no step is written twice otherwise
@@ -94,9 +94,9 @@ class Checkpoints:
                     stack.enter_context(whole_folder(final, temporary=partial))
                 self.ranks.barrier()
                 save_tensors(partial, tensors)
-                if self.ranks.first:
+                if self.ranks.writes:
                     checksums.write_manifest(partial / STATE, STATE_VERSION, facts)
-            if self.ranks.first:
+            if self.ranks.writes:
                 saved = checkpoints_in(self.folder)
                 for old in saved[saved.index(final) + self.keep :]:  # later ones are damaged, and do not count
                     with suppress(CheckpointError, OSError):  # not a checkpoint of ours, which stays
@@ -128,7 +128,7 @@ def newest_whole(folder: Path, ranks: Ranks, on_damaged: Callable[[str], None]) 
     CheckpointError when there are checkpoints and all are damaged.
     """
     newest_first, damaged = checkpoints_in(folder), 0
-    while ranks.first and damaged < len(newest_first) and (damage := find_damage(newest_first[damaged])):
+    while ranks.writes and damaged < len(newest_first) and (damage := find_damage(newest_first[damaged])):
         on_damaged(f"{newest_first[damaged]} is damaged ({damage}); the one before it is used")
         damaged += 1
     damaged = ranks.from_first(damaged)

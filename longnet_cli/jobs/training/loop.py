@@ -119,7 +119,7 @@ def train(
     on_note = on_note or (lambda line: None)
     run = _TrainingRun(recipe, Path(output), torch.device(device), ranks, tokenizer_differs, on_note)
     run.on_evaluation, run.peak = on_evaluation, peak
-    with locked_folder(run.output) if ranks.first else nullcontext():
+    with locked_folder(run.output) if ranks.writes else nullcontext():
         run.resume(resume)
         if on_begin:
             on_begin(run.progress.step, run.log.tokens)
@@ -156,7 +156,7 @@ class _TrainingRun:
         change_layers(self.model, recipe.train)
         torch.manual_seed(recipe.train.seed + ranks.rank)  # the weights are the same on all ranks, dropout is not
         self.progress, self.random = Progress(), random_state(device)
-        self.log = MetricsLog(output / "metrics.jsonl" if ranks.first else None)
+        self.log = MetricsLog(output / "metrics.jsonl" if ranks.writes else None)
         self.trackers: list[Tracker] = []
         self.checkpoints = Checkpoints(output / CHECKPOINTS, ranks, recipe.train.keep)
         self.saved_at = time.monotonic()
@@ -176,10 +176,10 @@ class _TrainingRun:
                 self.checkpoints.saved = self.progress.step
             if self.progress.data:
                 self.data.windows[self._stage_of(self.progress.step)].resume(self.progress.data)
-        if self.ranks.first:
+        if self.ranks.writes:
             write_file(self.output / RECIPE, (self.recipe.model_dump_json(indent=2) + "\n").encode())
         self.log.resume(log, self.progress.reported)
-        if self.ranks.first:
+        if self.ranks.writes:
             settings = self.recipe.model_dump(mode="json")
             self.trackers = open_trackers(self.recipe.train.track, self.output, settings, step=self.progress.reported)
 
@@ -385,7 +385,7 @@ class _TrainingRun:
 
     def _write_model(self, folder: Path) -> None:
         state = whole_state(self.model, self.ranks)
-        if self.ranks.first:
+        if self.ranks.writes:
             tokenizer, eos_id = self.data.tokenizer, self.data.eos_id
             self.model.save(folder, tokenizer.to_json(), state, tokenizer.token_of(eos_id))
         self.ranks.barrier()  # otherwise another rank could end, and end this one while it writes

@@ -151,10 +151,10 @@ class _CurrentPass:
 
     def of(self, rows: AlignedRows, pattern: Pattern, part: LayerCaches | None = None) -> Choices:
         """Return the choices of some rows; `part` is what was read of them before."""
-        if rows.first not in self.choices:
-            ids = None if self.ids is None else rows.of(self.ids)[:, rows.skip if part else rows.first :]
-            self.choices[rows.first] = Choices(part.note(ids) if part else named_blocks(pattern, ids))
-        return self.choices[rows.first]
+        if rows.column not in self.choices:
+            ids = None if self.ids is None else rows.of(self.ids)[:, rows.skip if part else rows.column :]
+            self.choices[rows.column] = Choices(part.note(ids) if part else named_blocks(pattern, ids))
+        return self.choices[rows.column]
 
 
 def _seeing_all(model: PreTrainedModel, ids: Tensor) -> Tensor:
@@ -340,7 +340,7 @@ def _with_memory(call: _Call, kept: LongNetCache, layer: int, rows: AlignedRows)
 
 def _with_keys(call: _Call, rows: AlignedRows) -> Tensor:
     """Return attention (rows, n, H, D) of rows whose earlier keys are given as well."""
-    q, (k, v) = rows.of(call.q)[:, rows.skip :], (rows.of(x)[:, rows.first :] for x in (call.k, call.v))
+    q, (k, v) = rows.of(call.q)[:, rows.skip :], (rows.of(x)[:, rows.column :] for x in (call.k, call.v))
     if rows.start and call.pattern.chosen:
         raise ConfigError(
             f"chosen={call.pattern.chosen}: this cache has lost the queries that choose: pass "

@@ -167,7 +167,7 @@ class LongNetPreTrainedModel(hf.PreTrainedModel):
                 raise ValueError("a LongNet remembers in a LongNetCache(model.config): it takes no other cache")
             cache.expect(given.shape[0])
 
-        def run(rows: AlignedRows) -> Tensor:
+        def hidden_of(rows: AlignedRows) -> Tensor:
             some = rows.of(given)[:, rows.skip :]
             place: dict[str, Any] = {"tokens" if input_ids is not None else "embeddings": some, "start": rows.start}
             if cache is None:
@@ -178,7 +178,7 @@ class LongNetPreTrainedModel(hf.PreTrainedModel):
             part.store()
             return hidden
 
-        out = by_rows(columns, before, given.shape, run)
+        out = by_rows(columns, before, given.shape, hidden_of)
         if cache is not None:
             cache.step(given.shape[1])
         if out is None:  # no row has a token

@@ -40,14 +40,14 @@ from longnet_cli.running.saved_state import READER, read_state, reader_facts, re
 
 
 class AlignedRows(NamedTuple):
-    """Rows of a batch that start at column `first`, and so are at the same position.
+    """Rows of a batch that start at `column`, and so are at the same position.
 
     `members` None means all rows. `skip` new columns come before their first new token, which is at position `start`.
     `lengths` is the number of real tokens of each row in this call; None means all.
     """
 
     members: list[int] | None
-    first: int
+    column: int
     skip: int
     start: int
     lengths: Sequence[int] | None
@@ -90,10 +90,10 @@ def columns_of(tokens: Tensor) -> Tensor | None:
     Returns None if all are tokens. A row without a token starts at L. Padding between tokens raises ValueError.
     """
     counts, columns = tokens.sum(-1), torch.arange(tokens.shape[-1], device=tokens.device)
-    first = tokens.int().argmax(-1).where(counts > 0, tokens.shape[-1])
-    stop = first + counts
-    whole = (tokens == ((columns >= first[:, None]) & (columns < stop[:, None]))).all(-1)
-    spans = torch.stack([first, stop, whole], -1).cpu()
+    begin = tokens.int().argmax(-1).where(counts > 0, tokens.shape[-1])
+    stop = begin + counts
+    whole = (tokens == ((columns >= begin[:, None]) & (columns < stop[:, None]))).all(-1)
+    spans = torch.stack([begin, stop, whole], -1).cpu()
     if not spans[:, 2].all():
         row = int(spans[:, 2].logical_not().nonzero()[0])
         raise ValueError(
@@ -154,15 +154,15 @@ class LongNetCache(hf.DynamicCache):
         """
         new = copy.copy(self)
         new.layers, new._last = [copy.copy(layer) for layer in self.layers], None
-        new._parts = {first: part.fork() for first, part in self._parts.items()}
+        new._parts = {column: part.fork() for column, part in self._parts.items()}
         return new
 
     def part(self, rows: AlignedRows, pattern: Pattern) -> LayerCaches:
         """Return what was read of some rows, to which new tokens come. Raises ValueError if others started there."""
         members = [*range(self._batch)] if rows.members is None else rows.members
-        if rows.first not in self._parts:
-            self._parts[rows.first] = _RowCaches(pattern, members)
-        part = self._parts[rows.first]
+        if rows.column not in self._parts:
+            self._parts[rows.column] = _RowCaches(pattern, members)
+        part = self._parts[rows.column]
         if part.rows != members:
             raise ValueError(_CHANGED)
         part.start = rows.start
@@ -185,11 +185,11 @@ class LongNetCache(hf.DynamicCache):
             if not isinstance(layer, Memory):
                 getattr(layer, how)(argument)
         parts, self._parts, self._batch = self._parts, {}, len(rows)
-        for first, part in parts.items():
+        for column, part in parts.items():
             places = {row: place for place, row in enumerate(part.rows)}
             if mine := [i for i, row in enumerate(rows) if row in places]:
                 part.select([places[rows[i]] for i in mine])
-                part.rows, self._parts[first] = mine, part
+                part.rows, self._parts[column] = mine, part
 
     def reset(self) -> None:
         super().reset()

@@ -41,13 +41,13 @@ STATE_BLOCKS = 1 << 12  # of a piece of a saved state
 
 
 class NewBlocks(NamedTuple):
-    """Blocks that this rank has read: the start of their document, their `first` block there, number, place and keys.
+    """Blocks that this rank has read: the start of their document, their first block there, number, place and keys.
 
     place: that of the first one among the rank's blocks. keys: (B, tokens, K, D).
     """
 
     document: int
-    first: int
+    first_block: int
     number: int
     place: int
     keys: Tensor
@@ -95,14 +95,14 @@ class RankMeans(Means):
 
     def _put(self, blocks: NewBlocks, begin: int, fine: Tensor, runs: Tensor) -> None:
         """Put the means of new blocks into those of their document from block `begin` on: of first blocks, of runs."""
-        own, last, stop = self._share.means, self._last, blocks.first + blocks.number
-        place = blocks.place - blocks.first
-        if blocks.first < (end := min(stop, last)):
-            fine[:, :, blocks.first - begin : end - begin] = own.fine[:, :, blocks.place : end + place]
-        if (first := max(blocks.first, last)) < stop:  # of runs that others have parts of, a sum of these
-            ones = own.one_each(slice(None), slice(first + place, stop + place))
-            means = run_means(pad(ones, (0, 0, first % RUN, -stop % RUN)))
-            at = first // RUN - max(begin, last) // RUN
+        own, last, stop = self._share.means, self._last, blocks.first_block + blocks.number
+        place = blocks.place - blocks.first_block
+        if blocks.first_block < (end := min(stop, last)):
+            fine[:, :, blocks.first_block - begin : end - begin] = own.fine[:, :, blocks.place : end + place]
+        if (beyond := max(blocks.first_block, last)) < stop:  # of runs that others have parts of, a sum of these
+            ones = own.one_each(slice(None), slice(beyond + place, stop + place))
+            means = run_means(pad(ones, (0, 0, beyond % RUN, -stop % RUN)))
+            at = beyond // RUN - max(begin, last) // RUN
             runs[:, :, at : at + means.shape[2]] = means
 
     def _take(self, begin: int, fine: Tensor, runs: Tensor) -> None:
@@ -112,9 +112,9 @@ class RankMeans(Means):
                 self._move(self.of, begin, max(begin + number, min(room * 3 // 2, self._last)))
             self.write_finest(slice(None), begin, fine)
         if number := runs.shape[2]:
-            first = max(begin, self._last) // RUN
-            self.of[RUNS] = pad(self.of[RUNS], (0, 0, 0, 0, 0, first + number - self.of[RUNS].shape[2]))
-            self.of[RUNS][:, :, first:] += runs.to(self.fine.device)
+            first_run = max(begin, self._last) // RUN
+            self.of[RUNS] = pad(self.of[RUNS], (0, 0, 0, 0, 0, first_run + number - self.of[RUNS].shape[2]))
+            self.of[RUNS][:, :, first_run:] += runs.to(self.fine.device)
 
 
 def _among(means: Tensor, keys: Tensor, of_row: int, blocks: Tensor) -> Tensor:
@@ -224,15 +224,15 @@ class RankPast(Past):
             self.share.directory.add(shards.edges)
         self.blocks.number = self.position // size
 
-    def _keep(self, document: int, first: int, rows: Tensor, *, read: bool = True) -> None:
+    def _keep(self, document: int, first_block: int, rows: Tensor, *, read: bool = True) -> None:
         """Keep whole blocks of a document, if others `read` it: rows (k and v, B, tokens, K, D); and their means."""
         size = self.pattern.chosen_block
         number = rows.shape[2] // size
-        if self.kind == "first":
-            number = max(0, min(number, self.pattern.chosen - first))
+        if self.kind == "sees_block_0":
+            number = max(0, min(number, self.pattern.chosen - first_block))
         whole = rows[:, :, : number * size]
         if self.kind == "chooses":
-            self._new.append(NewBlocks(document, first, number, self._means, whole[0]))
+            self._new.append(NewBlocks(document, first_block, number, self._means, whole[0]))
             self._means += number
         if number and read:
             self._kept.append(whole.unflatten(2, (number, size)))
@@ -244,7 +244,7 @@ class RankPast(Past):
         if not new:
             return
         for blocks in new:
-            self.share.means.write(slice(None), blocks.place, blocks.keys, turn, blocks.first)
+            self.share.means.write(slice(None), blocks.place, blocks.keys, turn, blocks.first_block)
         assert isinstance(self.means, RankMeans)
         assert self._entered
         self.means.extend(self._entered, new)
@@ -302,10 +302,10 @@ class RankPast(Past):
         total = torch.zeros(2, *like.shape, dtype=sums.dtype, device=like.device)
         document, _ = shards.document(max(mine, after - 1))  # the one that others read
         size, begin = self.pattern.chosen_block, max(mine, document)
-        first, stop = (begin - document) // size, (after - document) // size
-        if first < stop:
-            place = 0 if begin > mine else int(self.share.directory.find(torch.tensor([first]))[1])
-            rows = sums[:, place : place + stop - first]
+        start, stop = (begin - document) // size, (after - document) // size
+        if start < stop:
+            place = 0 if begin > mine else int(self.share.directory.find(torch.tensor([start]))[1])
+            rows = sums[:, place : place + stop - start]
             own = rows.movedim(2, 0).flatten(2, 3)
             total[:, :, begin - mine : begin - mine + own.shape[2]] = own
             rows.zero_()
@@ -317,7 +317,7 @@ class RankPast(Past):
         It holds some blocks, or one layer's means, at a time. An open group chooses again.
         """
         batch, total, like = len(self.share.like), self.share.directory.blocks, self.share.like
-        self.blocks.number = min(total, self.pattern.chosen) if self.kind == "first" else total
+        self.blocks.number = min(total, self.pattern.chosen) if self.kind == "sees_block_0" else total
         every = torch.arange(self.blocks.number if dist.get_rank(self._group) == 0 else 0, device=like.device)
         counts = torch.zeros(batch, total, dtype=torch.int32, device=like.device)
         if self.counts is not None:
@@ -354,11 +354,11 @@ def _tails(
     begins = [wants[0][0], *shards.edges[1:-1]]
     readers = [wants[-1] if shards.cached else (0, 0), *wants[1:-1]]
     got, most = x.narrow(axis, 0, 0), max(back)
-    if any(first < stop for first, stop in readers):
+    if any(start < stop for start, stop in readers):
         own = x.narrow(axis, max(0, x.shape[axis] - most), min(most, x.shape[axis]))
         own = (torch.cat([held, own], axis) if shards.rank == 0 else own).movedim(axis, 0)
-        first, stop = shards.mine[1] - len(own), shards.mine[1]
-        parts = [own[max(a, first) - first : max(0, min(b, stop) - first)] for a, b in readers]
+        start, stop = shards.mine[1] - len(own), shards.mine[1]
+        parts = [own[max(a, start) - start : max(0, min(b, stop) - start)] for a, b in readers]
         a, b = readers[shards.rank]
         sizes = [max(0, min(b, stop) - max(a, begin)) for begin, stop in zip(begins, shards.edges[1:], strict=True)]
         rows = own.new_empty(sum(sizes), *own.shape[1:])

@@ -84,13 +84,13 @@ class _Deal(Generic[P]):
                         pass
                 else:
                     # all ranks of a group get the same answer
-                    while self.group.any(self.group.first and self._given() + self.ahead <= index):
+                    while self.group.any(self.group.writes and self._given() + self.ahead <= index):
                         yield from self._arrived()
                         time.sleep(PAUSE)
                     self._do(index, portion)
                     mine = self._next()
                 number += 1
-                self.waiting.extend([portion] if self.ranks.first else [])
+                self.waiting.extend([portion] if self.ranks.writes else [])
                 yield from self._arrived()
         except LongNetError as error:
             failure = error
@@ -102,14 +102,14 @@ class _Deal(Generic[P]):
             while self.ranks.dp_rank and self._given() < number:
                 time.sleep(PAUSE)
             raise failure
-        if self.ranks.first:
+        if self.ranks.writes:
             self.store.set("end", "")
         while not self.store.check(["end"]):  # however long it takes: a barrier would time out
             time.sleep(10 * PAUSE)
 
     def _next(self) -> int:
         """Return the index of this group's next portion, which no other group takes."""
-        return self.group.from_first(self.store.add("taken", 1) - 1 if self.group.first else 0)
+        return self.group.from_first(self.store.add("taken", 1) - 1 if self.group.writes else 0)
 
     def _given(self) -> int:
         """Return how many portions rank 0 has given."""
@@ -118,9 +118,9 @@ class _Deal(Generic[P]):
     def _do(self, index: int, portion: P) -> None:
         """Work on a portion, and keep its results, or leave them for rank 0."""
         results = list(self.work(portion))
-        if self.ranks.first:
+        if self.ranks.writes:
             self.own[index] = results
-        elif self.group.first:
+        elif self.group.writes:
             data = _pack(results)
             pieces = range(0, len(data), VALUE_BYTES)
             for piece, start in enumerate(pieces):

@@ -48,8 +48,8 @@ class Shards:
     @property
     def documents(self) -> list[int] | None:
         """Lengths of the documents in this rank's shard; None for a single document."""
-        first, last = self.mine
-        inside = [first, *(cut for cut in self.starts if first < cut < last), last]
+        start, stop = self.mine
+        inside = [start, *(cut for cut in self.starts if start < cut < stop), stop]
         return [b - a for a, b in pairwise(inside)] if len(inside) > 2 else None
 
     @property
@@ -91,18 +91,18 @@ class Directory:
         """Add the blocks whose last tokens are in the shards with these P + 1 edges, unless they are there already."""
         if edges[-1] <= self._stop:
             return
-        for rank, (first, stop) in enumerate(pairwise(edge // self.size for edge in edges)):
-            if first < stop:
-                self._spans.append((first, rank, self.held[rank]))
-                self.held[rank] += stop - first
+        for rank, (first_block, stop) in enumerate(pairwise(edge // self.size for edge in edges)):
+            if first_block < stop:
+                self._spans.append((first_block, rank, self.held[rank]))
+                self.held[rank] += stop - first_block
                 self.blocks = stop
         self._stop, self._table = edges[-1], torch.tensor(self._spans, dtype=torch.int64).view(-1, 3).T.contiguous()
 
     def find(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """Return the owners of blocks (n,), and their places there."""
-        firsts, owners, places = self._table = self._table.to(blocks.device)
-        at = torch.searchsorted(firsts, blocks, right=True) - 1
-        return owners[at], places[at] + blocks - firsts[at]
+        first_blocks, owners, places = self._table = self._table.to(blocks.device)
+        at = torch.searchsorted(first_blocks, blocks, right=True) - 1
+        return owners[at], places[at] + blocks - first_blocks[at]
 
 
 def most_owned(size: int, tokens: int, chunk: int, ranks: int) -> int:

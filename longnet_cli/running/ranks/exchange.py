@@ -192,13 +192,13 @@ class Exchange(Shards):
         """
         document, end = self.document(self.edges[reader])
         start, stop = (min(edge, end) - document for edge in self.edges[reader : reader + 2])
-        first = max(0, self.edges[0] - document)  # earlier rows are in caches
+        earliest = max(0, self.edges[0] - document)  # earlier rows are in caches
         kept = open_spans(self.pattern, self.edges[-1] - document) if self.cached else []
         seen = far_spans(self.pattern, start, stop, self.causal, end - document) if start < stop else []
         found: dict[tuple[int, int, bool], tuple[FarSpan, bool]] = {}
         for (level, begin, last), attended in chain(((span, False) for span in kept), ((span, True) for span in seen)):
             segment, _ = level_of(self.pattern, level)
-            for side, part in enumerate(((max(begin, first), min(last, start)), (max(begin, stop), last))):
+            for side, part in enumerate(((max(begin, earliest), min(last, start)), (max(begin, stop), last))):
                 if self._rows(span := FarSpan(level, *part)):
                     key = level, begin // segment, bool(side)
                     found[key] = found.get(key, (span, attended))[0], attended  # what is kept holds what is seen

@@ -117,7 +117,7 @@ class RankShare:
         for index, (of_batch, some) in enumerate(wanted):
             step, here = max(1, most // (PIECES * some.shape[1])), some < before
             of_some = torch.arange(len(some), device=row.device)[:, None] // step + len(pieces)
-            pieces += [(index, slice(first, min(first + step, len(some)))) for first in range(0, len(some), step)]
+            pieces += [(index, slice(start, min(start + step, len(some)))) for start in range(0, len(some), step)]
             all_keys.append((of_batch * blocks + some)[here])
             all_pieces.append(of_some.expand_as(some)[here])
         keys, runs, begins = _in_runs(torch.cat(all_keys), torch.cat(all_pieces), len(pieces), most)
@@ -135,7 +135,7 @@ class RankShare:
         of_owners, of_asked = runs * ranks + owners, asked[:, 3].bool()
         of_readers = asked[:, 0] * ranks + torch.arange(ranks, device=row.device).repeat_interleave(heard[:, 0])
         by_run, sizes = of_owners.argsort(stable=True), runs.bincount(minlength=every).tolist()
-        of_pieces = [_joined(pieces[first:stop]) for first, stop in pairwise(begins)]
+        of_pieces = [_joined(pieces[start:stop]) for start, stop in pairwise(begins)]
         return Asked(
             of_pieces + [[]] * (every - len(of_pieces)),
             keys[by_run].split(sizes),

@@ -105,7 +105,7 @@ def whole_state(model: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         whole = whole_tensor(tensor)  # one at a time
-        if ranks.first:
+        if ranks.writes:
             state[name] = whole.cpu()
     return state
 

@@ -29,7 +29,8 @@ class Ranks:
     """`world` processes as `dp` groups of `sp`. A group's ranks share each sequence; other groups have other sequences.
 
     Rank r is the (r % sp)-th of the (r // sp)-th group. `group` is its own group, None if sp is 1. `everyone` is the
-    group of all `world` processes, None if these are all processes of the job.
+    group of all `world` processes, None if these are all processes of the job. `planned` ranks are no processes yet:
+    one makes a plan for them.
     """
 
     rank: int = 0
@@ -37,15 +38,11 @@ class Ranks:
     sp: int = 1
     group: dist.ProcessGroup | None = None
     everyone: dist.ProcessGroup | None = None
+    planned: bool = False
 
     @property
     def dp(self) -> int:
         return self.world // self.sp
-
-    @property
-    def planned(self) -> bool:
-        """Return whether these are no processes yet: one makes a plan for them, and all the others agree with it."""
-        return self.world > 1 and not dist.is_initialized()
 
     def own(self, rate: float, device: torch.device) -> float:
         """Return one rank's share of a rate that this process has measured. On a CPU, planned ranks share it."""
@@ -68,7 +65,7 @@ class Ranks:
         return slice(edges[self.sp_rank], edges[self.sp_rank + 1])
 
     @property
-    def first(self) -> bool:
+    def writes(self) -> bool:
         """Return whether this rank writes files and prints."""
         return self.rank == 0
 
@@ -110,7 +107,7 @@ class Ranks:
 
     def from_first(self, value: int) -> int:
         """Return rank 0's value on all ranks; exact below 2^53."""
-        return int(self.largest(value if self.first else -math.inf))
+        return int(self.largest(value if self.writes else -math.inf))
 
     def barrier(self) -> None:
         """Wait for all ranks, on the hosts: for half an hour, if one of them writes for so long."""
@@ -129,9 +126,8 @@ def join(
     """Connect to the other processes that torchrun started, if any; return the ranks and this process's device.
 
     By default, without `sp` and `dp`, all ranks share each sequence. `planned` ranks of this machine are not there, and
-    the process is the first of them. GPUs, one per process (LOCAL_RANK), communicate by
-    NCCL; hosts by gloo. Raises ConfigError, on every rank and before any work, where dp x sp is not the number of
-    processes.
+    the process is the first of them. GPUs, one per process (LOCAL_RANK), communicate by NCCL; hosts by gloo. Raises
+    ConfigError, on every rank and before any work, where dp x sp is not the number of processes.
     """
     world = planned or int(os.environ.get("WORLD_SIZE", "1"))
     sp = sp if sp is not None else world // dp if dp and world % dp == 0 else world
@@ -154,7 +150,7 @@ def join(
         if torch.version.hip is None:  # there, it hangs
             os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")  # of the groups' communicators and that of all
     if planned:
-        return Ranks(0, world, sp), where
+        return Ranks(0, world, sp, planned=True), where
     check_agent()
     _allow_files(2 * world + _FILES)  # gloo connects every rank with all others
     # gloo: hosts agree on what to do next without their GPUs; NCCL guesses its GPU if not told
