@@ -9,9 +9,9 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from inspect import Parameter, Signature
-from typing import Any, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -154,8 +154,7 @@ def _prints(params: Mapping[str, Any]) -> bool:
     return bool(params.get("dry_run")) or params.get("output") in (None, "-")
 
 
-@dataclass(frozen=True)
-class Needs:
+class Needs(NamedTuple):
     """`option` is refused without `other`. With alternatives (`--output|--dry-run`), one of them is enough.
 
     The error is `OPTION WHY: give GIVE`. Without `give`, that is the name of the other one.
@@ -166,24 +165,13 @@ class Needs:
     why: str
     give: str | None = None
 
-    def error(self, given: set[str]) -> str | None:
-        """Return the error if the options `given` break the rule."""
-        broken = self.option in given and not given & {*self.other.split("|")}
-        return f"{self.option} {self.why}: give {self.give or self.other}" if broken else None
 
-
-@dataclass(frozen=True)
-class Excludes:
+class Excludes(NamedTuple):
     """`option` is refused beside `other`. The error is `OPTION WHY: leave out OTHER`."""
 
     option: str
     other: str
     why: str
-
-    def error(self, given: set[str]) -> str | None:
-        """Return the error if the options `given` break the rule."""
-        broken = {self.option, self.other} <= given
-        return f"{self.option} {self.why}: leave out {self.other}" if broken else None
 
 
 SAMPLE = Needs("--sample", "--dry-run", "is for --dry-run, which estimates", "both, or leave it out")
@@ -196,8 +184,10 @@ def check_pairs(pairs: Sequence[Needs | Excludes], options: Any) -> None:
     """
     given = {*_given(options)}
     for pair in pairs:
-        if error := pair.error(given):
-            raise ConfigError(error)
+        beside = not given.isdisjoint(pair.other.split("|"))
+        if pair.option in given and beside is isinstance(pair, Excludes):
+            advice = f"give {pair.give or pair.other}" if isinstance(pair, Needs) else f"leave out {pair.other}"
+            raise ConfigError(f"{pair.option} {pair.why}: {advice}")
 
 
 def _given(options: Any) -> Iterator[str]:

@@ -32,7 +32,7 @@ from longnet_cli.cli.options import (
 )
 from longnet_cli.cli.output import emit_jsonl, note, printable, tell
 from longnet_cli.cli.progress import progress
-from longnet_cli.cli.starting import ModelAndInputs, Opened, StateTeller
+from longnet_cli.cli.starting import ModelAndInputs, Opened, state_teller
 
 if TYPE_CHECKING:
     from longnet_cli.data.chat import ChatTemplate
@@ -145,7 +145,7 @@ def generate(options: GenerateCommand) -> None:
         return
     stream = _stream(options, loaded, ranks)
     more = job.max_tokens + (stream.position if stream else 0)
-    tell_state = StateTeller(loaded.net, options.computing, more=more, sp=ranks.sp, quiet=quiet)
+    tell_state = state_teller(loaded.net, options.computing, more=more, sp=ranks.sp, quiet=quiet)
     if loaded.net.config.pattern.chosen:
         tell_state(max(map(len, stored), default=0))
     for index, document in enumerate(documents):

@@ -97,56 +97,45 @@ def check_spill(spill: str | None, net: Net | None = None) -> None:
         raise ConfigError("--spill is for keys and values of chosen blocks, and the pattern has none: leave it out")
 
 
-class StateTeller:
-    """A line on stderr for what a document keeps while it is read in chunks with chosen blocks: call it before.
+def state_teller(
+    net: Net, computing: Computing, *, contexts: Sequence[int] | None = None, more: int = 0, sp: int = 1, quiet: bool
+) -> Callable[[int], None]:
+    """Return what says on stderr, before a document is read, what it keeps in chunks with chosen blocks, by its tokens.
 
-    The longest one so far has a line, and later one that is twice as long. `more` tokens follow each document. Each is
-    read whole, or at the longest of `contexts`, by `sp` processes.
+    The longest document so far has a line, and later one that is twice as long. `more` tokens follow each document.
+    Each is read whole, or at the longest of `contexts`, by `sp` processes. What is returned raises MemoryLimitError if
+    the part in the folder of --spill is larger than what was free there at first.
     """
+    from longnet_cli.jobs.estimating.memory import cache_bytes, itemsize_of
+    from longnet_cli.running.chunk_size import chunk_of, default_chunk
 
-    def __init__(
-        self,
-        net: Net,
-        computing: Computing,
-        *,
-        contexts: Sequence[int] | None = None,
-        more: int = 0,
-        sp: int = 1,
-        quiet: bool,
-    ) -> None:
-        from longnet_cli.running.chunk_size import chunk_of, default_chunk
+    config, device, spill = net.config, next(net.parameters()).device, computing.spill
+    free = shutil.disk_usage(spill).free if spill else 0
+    chunk = chunk_of(computing.chunk, default_chunk(config, device))
+    said = chunk / 2
 
-        self.config, self.device = net.config, next(net.parameters()).device
-        self.computing, self.contexts, self.more, self.sp, self.quiet = computing, contexts, more, sp, quiet
-        self.free = shutil.disk_usage(computing.spill).free if computing.spill else 0
-        self.chunk = chunk_of(computing.chunk, default_chunk(self.config, self.device))
-        self.said = self.chunk / 2
-
-    def __call__(self, tokens: int) -> None:
-        """Say what a document of so many tokens keeps.
-
-        Raises MemoryLimitError if its part in the folder of --spill is larger than what was free there at first.
-        """
-        if not self.config.pattern.chosen:
+    def tell_state(tokens: int) -> None:
+        nonlocal said
+        if not config.pattern.chosen:
             return
-        from longnet_cli.jobs.estimating.memory import cache_bytes, itemsize_of
-
-        spill = self.computing.spill
-        tokens = min(tokens, max(self.contexts or (tokens,))) + self.more
-        kept = cache_bytes(self.config, tokens, itemsize_of(self.computing.dtype, self.device), self.sp)
+        tokens = min(tokens, max(contexts or (tokens,))) + more
+        kept = cache_bytes(config, tokens, itemsize_of(computing.dtype, device), sp)
         size, blocks = sum(kept), kept.blocks
-        if spill and blocks > self.free and tokens > self.chunk:
+        if spill and blocks > free and tokens > chunk:
             raise MemoryLimitError(
-                f"--spill {spill}: {tokens:,} tokens keep {format_bytes(blocks)} there, and {format_bytes(self.free)} "
-                "are free"
+                f"--spill {spill}: {tokens:,} tokens keep {format_bytes(blocks)} there, and {format_bytes(free)} are "
+                "free"
             )
-        if tokens <= 2 * self.said:
+        if tokens <= 2 * said:
             return
-        self.said = tokens
-        where = f"{format_bytes(size - blocks)} of memory and {format_bytes(blocks)} in {spill}"
-        where = where if spill else f"{format_bytes(size)} of memory"
-        each = f" in each of {self.sp} processes" if self.sp > 1 else ""
-        tell(f"{tokens:,} tokens keep {where} for chosen blocks{each}", self.quiet)
+        said = tokens
+        where = f"{format_bytes(size)} of memory"
+        if spill:
+            where = f"{format_bytes(size - blocks)} of memory and {format_bytes(blocks)} in {spill}"
+        each = f" in each of {sp} processes" if sp > 1 else ""
+        tell(f"{tokens:,} tokens keep {where} for chosen blocks{each}", quiet)
+
+    return tell_state
 
 
 class Opened(NamedTuple):
@@ -186,7 +175,7 @@ class Opened(NamedTuple):
 
         net, quiet, times = self.loaded.net, self.quiet, len(contexts or (None,))
         expected = ExpectedTokens()
-        tell_state = StateTeller(net, computing, contexts=contexts, sp=self.ranks.sp, quiet=quiet)
+        tell_state = state_teller(net, computing, contexts=contexts, sp=self.ranks.sp, quiet=quiet)
 
         def on_document(document: Document, share: float | None) -> None:
             expected.count(times * min(len(document), last or len(document)), share)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass
 from typing import TYPE_CHECKING, Literal
 
-from longnet_cli.basics.errors import ConfigError
 from longnet_cli.basics.sizes import format_count
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.command import Excludes, check_pairs
@@ -90,9 +89,7 @@ def _join(dp: int | None) -> Ranks | None:
         return None
     from longnet_cli.running.ranks.ranks import join
 
-    ranks, _ = join("cpu", sp=1)
-    if dp not in (None, ranks.world):
-        raise ConfigError(f"--dp is {dp}, and there are {ranks.world} processes: leave it out")
+    ranks, _ = join("cpu", sp=1, dp=dp)
     return ranks
 
 
