@@ -67,9 +67,5 @@ def test_lists_keep_their_order():
     assert parse_sizes("64Ki") == [65_536]
     assert parse_sizes("2, 1, 2") == [2, 1, 2]
     for text in ("", ",", "8k,", "8k,,32k", "8k;32k"):
-<<<<<<< HEAD
         with pytest.raises(ValueError, match=r"is not a size|has an empty size"):
-=======
-        with pytest.raises(ValueError, match=r"is not a size|nothing between two commas"):
->>>>>>> cli
             parse_sizes(text)
