@@ -138,7 +138,7 @@ column_option = partial(
     INPUT.option,
     "--column NAME",
     "Read this column, or a field of a struct: doc.body. (default: input_ids, tokens, token_ids or ids, otherwise "
-    "text)",
+    "text, otherwise messages)",
 )
 id_column_option = partial(
     INPUT.option, "--id-column NAME", "Name documents by this column. (default: doc_id, otherwise id)"

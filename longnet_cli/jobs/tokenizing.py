@@ -216,14 +216,9 @@ class _TextPart(NamedTuple):
     def length(self) -> int:
         return len(self.text or "")
 
-
-class _Encoded(NamedTuple):
-    """The next (n,) int32 ids of a document, from `size` bytes of its text. `ends` marks the last ids."""
-
-    doc_id: str
-    ids: np.ndarray
-    size: int
-    ends: bool
+    @property
+    def ends(self) -> bool:
+        return self.text is None
 
 
 @dataclass(frozen=True)
@@ -251,9 +246,8 @@ class _Work:
             from longnet_cli.running.ranks.dealing import deal  # loads torch, which one process does not need
 
             parts = portions(pieces, TEXT_CHARS, length_of=length)
-            for _, batches in deal(parts, lambda part: _as_batches(self._encode(part)), ranks, ahead=2 * ranks.world):
-                for batch in batches:  # on rank 0: the others get nothing
-                    self._take(_of_batch(batch), cast(TokenBatches, rows))
+            for _, batches in deal(parts, self._encode, ranks, ahead=2 * ranks.world):
+                self._take(batches, cast(TokenBatches, rows))  # on rank 0: the others get nothing
         if rows:
             rows.flush()
 
@@ -266,28 +260,37 @@ class _Work:
                 yield _TextPart(text.doc_id, taken[0])
             yield _TextPart(text.doc_id, None)
 
-    def _encode(self, group: Iterable[_TextPart]) -> Iterator[_Encoded]:
-        """Yield the ids of the pieces, in order, and at the end of each document its last ids."""
+    def _encode(self, group: Iterable[_TextPart]) -> list[pa.RecordBatch]:
+        """Return a batch with the ids of each piece, the bytes of its text, and whether its document ends there."""
         pieces = list(group)
+        if not pieces:
+            return []
         encoded = iter(self.tokenizer.encode_pieces([piece.text for piece in pieces if piece.text and not piece.ids]))
         ending = np.array([] if self.eos_id is None else [self.eos_id], np.int32)
-        for piece in pieces:
-            size = len((piece.text or "").encode())
-            if piece.text is None:
-                yield _Encoded(piece.doc_id, ending, 0, True)
-            else:
-                yield _Encoded(piece.doc_id, piece.ids() if piece.ids else next(encoded), size, False)
+        ids = [ending if piece.ends else piece.ids() if piece.ids else next(encoded) for piece in pieces]
+        columns = {
+            "doc_id": pa.array([piece.doc_id for piece in pieces], pa.string()),
+            "ids": pa.LargeListArray.from_arrays(np.cumsum([0, *map(len, ids)]), np.concatenate(ids)),
+            "size": pa.array([len((piece.text or "").encode()) for piece in pieces]),
+            "ends": pa.array([piece.ends for piece in pieces]),
+        }
+        return [pa.record_batch(columns)]
 
-    def _take(self, pieces: Iterable[_Encoded], rows: TokenBatches, check: Callable[[], None] = lambda: None) -> None:
+    def _take(
+        self, batches: Iterable[pa.RecordBatch], rows: TokenBatches, check: Callable[[], None] = lambda: None
+    ) -> None:
         reported = rows.totals["bytes"]
-        for encoded in pieces:
-            check()
-            rows.add(encoded.doc_id, encoded.ids, encoded.size)
-            if encoded.ends:
-                rows.end_document(encoded.doc_id)
-            if rows.totals["bytes"] - reported >= TEXT_CHARS:  # a long text is many parts
-                self._report(rows)
-                reported = rows.totals["bytes"]
+        for doc_ids, lists, *others in (batch.columns for batch in batches):
+            values, bounds = lists.values.to_numpy(), pairwise(lists.offsets.to_numpy())
+            of_pieces = zip(doc_ids.to_pylist(), bounds, *(column.to_pylist() for column in others), strict=True)
+            for doc_id, (start, stop), size, ends in of_pieces:
+                check()
+                rows.add(doc_id, values[start:stop], size)
+                if ends:
+                    rows.end_document(doc_id)
+                if rows.totals["bytes"] - reported >= TEXT_CHARS:  # a long text is many parts
+                    self._report(rows)
+                    reported = rows.totals["bytes"]
         if self.prompt:
             rows.flush()
         self._report(rows)
@@ -295,23 +298,6 @@ class _Work:
     def _report(self, rows: TokenBatches) -> None:
         if self.on_progress:
             self.on_progress(rows.totals["documents"], rows.totals["tokens"], rows.totals["bytes"])
-
-
-def _as_batches(encoded: Iterable[_Encoded]) -> list[pa.RecordBatch]:
-    """Return encoded pieces as one record batch, none without pieces."""
-    rows = list(encoded)
-    if not rows:
-        return []
-    doc_ids, ids, sizes, ends = zip(*rows, strict=True)
-    lists = pa.LargeListArray.from_arrays(np.cumsum([0, *map(len, ids)]), np.concatenate(ids))
-    return [pa.record_batch({"doc_id": pa.array(doc_ids, pa.string()), "ids": lists, "size": sizes, "ends": ends})]
-
-
-def _of_batch(batch: pa.RecordBatch) -> Iterator[_Encoded]:
-    doc_ids, ids, sizes, ends = batch.columns
-    offsets, values = ids.offsets.to_numpy(), ids.values.to_numpy()
-    for row, (start, stop) in enumerate(pairwise(offsets)):
-        yield _Encoded(doc_ids[row].as_py(), values[start:stop], sizes[row].as_py(), ends[row].as_py())
 
 
 PATIENCE = 0.5  # seconds that an item from a slow producer waits for others

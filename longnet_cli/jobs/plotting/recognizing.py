@@ -63,16 +63,19 @@ class Bench(_Measurements):
             measured.append({**row, "length": _length(row), "seconds_per_token": 1 / rate if rate else None})
         return cls(name, measured)
 
-    def panels(self, several: bool) -> Iterator[Panel]:
+    def panels(self, others: Sequence[Bench]) -> Iterator[Panel]:
         """Yield a panel for each quantity, with a curve for each implementation. Other differences are in its name.
 
+        Beside `others`, the file's name is in it too, but for dense attention that none of them has measured.
         Dense attention that was skipped is extrapolated from its longest run: its FLOPs grow with the squared length.
         """
         differing = [key for key in _DIFFERENCES if len({str(row.get(key)) for row in self.rows}) > 1]
+        alone = {"dense"}.difference(row["impl"] for other in others for row in other.rows)
         groups: dict[str, list[Row]] = {}
         for row in self.rows:
+            named = others and row["impl"] not in alone
             words = [str(row["impl"]), *(_DIFFERENCES[key](row[key]) for key in differing if row.get(key) is not None)]
-            groups.setdefault(", ".join([self.name] * several + words), []).append(row)
+            groups.setdefault(", ".join([self.name] * bool(named) + words), []).append(row)
         for key, axis, power in BENCH_PANELS:
             curves = []
             for name, rows in groups.items():
@@ -131,7 +134,7 @@ class Run(_Measurements):
             lines.append(row)
         return cls(name, lines)
 
-    def panels(self, several: bool) -> Iterator[Panel]:
+    def panels(self, others: Sequence[Run]) -> Iterator[Panel]:
         """Yield a panel for each quantity. Its curves are empty if no line has the quantity."""
         for axis, keys in RUN_PANELS:
             curves = [Curve(self.name + more, points(self.rows, (STEP, axis), "step", key)) for key, more in keys]
@@ -171,7 +174,7 @@ class Scores(_Measurements):
             all_totals[0] = first | all_totals[0]
         return cls(name, all_totals)
 
-    def panels(self, several: bool) -> Iterator[Panel]:
+    def panels(self, others: Sequence[Scores]) -> Iterator[Panel]:
         """Yield a panel for perplexity by context, one for its ratio to the first context, and one for each list."""
         for key, axis, error in TOTALS:
             found = points(self.rows, (CONTEXT, axis), "context", key, error)
@@ -180,7 +183,7 @@ class Scores(_Measurements):
             curves = []
             for total in self.rows:
                 context = number(total.get("context"))
-                words = [self.name] if several or context is None else []
+                words = [self.name] if others or context is None else []
                 name = ", ".join(words if context is None else [*words, f"context {short_size(context)}"])
                 curves.append(Curve(name, points(total.get(key) or (), (place, NATS), "from", "nll", "nll_se")))
             yield Panel(key, place, NATS, curves)
@@ -228,10 +231,10 @@ def panels(measured: Sequence[Measured], show: Sequence[str] = ()) -> list[Panel
 
     Raises DataError if there is nothing to draw, ConfigError for a key that no panel has.
     """
-    times = Counter(type(each) for each in measured)
     every: dict[str, Panel] = {}
     for each in measured:
-        for panel in each.panels(times[type(each)] > 1):
+        others: list[Any] = [other for other in measured if other is not each and type(other) is type(each)]
+        for panel in each.panels(others):
             curves = every.setdefault(panel.key, panel._replace(curves=[])).curves
             curves.extend(curve for curve in panel.curves if curve.points)
     known = {key: panel for key, panel in every.items() if panel.curves}
