@@ -1,4 +1,4 @@
-"""What holds in all of the package: no file and no class has the name of another; what is zipped has one length."""
+"""What holds in all of the package: no file and no class has the name of another."""
 
 from __future__ import annotations
 
@@ -22,13 +22,3 @@ def test_no_name_stands_twice() -> None:
             if isinstance(node, ast.ClassDef):
                 places[f"class {node.name.strip('_')}"].add(f"{where}:{node.lineno}")
     assert {name: sorted(found) for name, found in places.items() if len(found) > 1} == {}
-
-
-def test_every_zip_is_strict_or_says_why_not() -> None:
-    """In a comment at its end; ruff wants each to say which it is."""
-    lines = [
-        (file, number, line)
-        for file in PACKAGE.rglob("*.py")
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1)
-    ]
-    assert [line for line in lines if "strict=False" in line[2] and "  # " not in line[2]] == []

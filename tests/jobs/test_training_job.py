@@ -142,8 +142,7 @@ def test_a_dry_run_plans_for_many_ranks_in_one_process(tmp_path: Path) -> None:
     data.write_text("a line of text.\n" * 9)
 
     def facts(*words: object) -> dict:
-        found = invoke(*words, "--dry-run", "--format", "json")
-        return json.loads(found.stdout)
+        return json.loads(invoke(*words, "--dry-run", "--format", "json").stdout)
 
     train = "train", "longnet-1m", "--data", data, "--set", "data.held_out=[]"
     alone, shared = facts(*train), facts(*train, "--sp", 64)
@@ -286,8 +285,7 @@ def test_the_matmul_peak_is_a_rate() -> None:
 
 
 def test_the_command(run_longnet, tmp_path: Path) -> None:
-    stage = ("--seq-len", "1Ki", "--steps", "100", "--set=train.batch_tokens=4096", "--chunk", "1Ki")
-    stage += ("--set=schedule.warmup_steps=10",)
+    stage = "--seq-len 1Ki --steps 100 --set=train.batch_tokens=4096 --chunk 1Ki --set=schedule.warmup_steps=10".split()
     done = run_longnet("train", "longnet-125m", "--dry-run", *stage, "--device", "cpu", "--format", "json")
     assert (done.returncode, done.stderr) == (0, "")
     found = json.loads(done.stdout)
