@@ -285,7 +285,8 @@ def test_the_matmul_peak_is_a_rate() -> None:
 
 
 def test_the_command(run_longnet, tmp_path: Path) -> None:
-    stage = "--seq-len 1Ki --steps 100 --set=train.batch_tokens=4096 --chunk 1Ki --set=schedule.warmup_steps=10".split()
+    stage = ["--seq-len", "1Ki", "--steps", "100", "--chunk", "1Ki"]
+    stage += ["--set=train.batch_tokens=4096", "--set=schedule.warmup_steps=10"]
     done = run_longnet("train", "longnet-125m", "--dry-run", *stage, "--device", "cpu", "--format", "json")
     assert (done.returncode, done.stderr) == (0, "")
     found = json.loads(done.stdout)
