@@ -282,7 +282,7 @@ class Fetches(NamedTuple):
             if not others or not before:
                 continue
             share, first = min(1.0, others / before), position == edges[rank]
-            new_blocks = 1.0 if first else 0.0 if kind == "first" and before > pattern.chosen else NEW_BLOCKS
+            new_blocks = 1.0 if first else 0.0 if kind == "sees_block_0" and before > pattern.chosen else NEW_BLOCKS
             seen = share * new_blocks * seen_blocks(pattern, before, kind)
             blocks, ids = blocks + seen, ids + seen
             for stage, distinct, new in scanned_stages(pattern, before) if kind == "chooses" and total > kept else ():
@@ -303,7 +303,7 @@ class Fetches(NamedTuple):
 
 def seen_blocks(pattern: Pattern, before: int, kind: LayerKind) -> int:
     """Return the distinct blocks that FETCHED queries see of those before them."""
-    return before if before <= pattern.chosen else 1 if kind == "first" else min(before, SEEN_BLOCKS)
+    return before if before <= pattern.chosen else 1 if kind == "sees_block_0" else min(before, SEEN_BLOCKS)
 
 
 def scanned_stages(pattern: Pattern, before: int) -> Iterator[tuple[ChoiceStage, float, float]]:
