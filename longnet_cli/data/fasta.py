@@ -15,24 +15,13 @@ from collections.abc import Iterator
 import pyarrow as pa
 
 from longnet_cli.basics.errors import DataError
-from longnet_cli.data.kinds import FASTA_SUFFIXES, bare_name
 from longnet_cli.data.names import Source
 from longnet_cli.data.tables import Pipe, Table, reading
 
 BATCH_BYTES = 4 << 20  # of the letters in one batch
 SCHEMA = pa.schema([("id", pa.string()), ("text", pa.large_string()), ("description", pa.string())])
 
-_BEGINNING = re.compile(r">.*\n[A-Za-z]+\r?(\n|\Z)")
-
-
-def is_fasta(name: str) -> bool:
-    """Return whether a file with this name, which may be compressed, holds FASTA."""
-    return bare_name(name).endswith(FASTA_SUFFIXES)
-
-
-def begins_like_fasta(text: str) -> bool:
-    """Return whether a text begins with a header, and a line that is all letters."""
-    return _BEGINNING.match(text) is not None
+LIKE_FASTA = re.compile(r">.*\n[A-Za-z]+\r?(\n|\Z)")  # a header, and a line that is all letters
 
 
 def open_fasta(source: Source, pipe: Pipe) -> Table:
@@ -63,18 +52,14 @@ def _batch(rows: list[tuple[str, str, str]]) -> pa.RecordBatch:
 
 def _lines(pipe: Pipe, where: str) -> Iterator[tuple[int, str]]:
     """Yield the number, from 1, and the text of each line, without spaces and tabs around it."""
-    number = 0
-    while True:
-        with reading(where):
-            line = pipe.readline()
-        if not line:
-            return
-        number += 1
-        try:
-            yield number, line.decode("utf-8").strip()
-        except UnicodeDecodeError as error:
-            why = f"not UTF-8: byte {error.start} is 0x{line[error.start]:02x}"
-            raise DataError(f"{where}, line {number}: {why}") from None
+    with reading(where):
+        for number, line in enumerate(iter(pipe.readline, b""), 1):
+            try:
+                text = line.decode("utf-8").strip()
+            except UnicodeDecodeError as error:
+                why = f"not UTF-8: byte {error.start} is 0x{line[error.start]:02x}"
+                raise DataError(f"{where}, line {number}: {why}") from None
+            yield number, text
 
 
 def _records(lines: Iterator[tuple[int, str]], where: str) -> Iterator[tuple[int, str, str]]:
