@@ -75,7 +75,6 @@ class _RowsDataset:
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
-        self.batched = len(dataset.shape) == 3
         self.count, self.width = dataset.shape[-2:]
         self.dtype = dataset.dtype.newbyteorder("=")
 
@@ -98,7 +97,7 @@ class _RowsDataset:
         return f"the file has {present:,} of its {declared:,} chunks" if present < declared else None
 
     def read(self, start: int, stop: int) -> pa.Array:
-        rows = self.dataset[0, start:stop] if self.batched else self.dataset[start:stop]
+        rows = self.dataset[..., start:stop, :]
         return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(rows, self.dtype).ravel()), self.width)
 
 

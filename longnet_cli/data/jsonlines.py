@@ -196,18 +196,14 @@ def _kept_types(pipe: Pipe, where: str, names: Sequence[str]) -> dict[str, pa.Da
     """
     if not names:
         return {}
-    lines: list[bytes] = []
-    begun = time.monotonic()
+    lines, rows, types = list[bytes](), [], {}
+    until = time.monotonic() + PATIENCE
     with suppress(DataError):  # of damaged packed data, which raises it again
-        while sum(map(len, lines)) < LOOK_AHEAD and (line := pipe.readline()):
+        while sum(map(len, lines)) < LOOK_AHEAD and time.monotonic() < until and (line := pipe.readline()):
             lines.append(line)
-            if time.monotonic() - begun > PATIENCE:
-                break
+            with suppress(ValueError):
+                rows.append(_parse(line))
     pipe.unread(b"".join(lines))
-    rows, types = [], {}
-    for line in lines:
-        with suppress(ValueError):
-            rows.append(_parse(line))
     for name in names:
         try:
             kind = pa.array([_value(row, name) for row in rows]).type
@@ -349,9 +345,8 @@ _FORMS: dict[pa.DataType, tuple[str, Callable[[Any, str], Any]]] = {
 
 
 def _batch(rows: list[list[Any]], schema: pa.Schema) -> pa.RecordBatch:
-    return pa.record_batch(
-        [_column([row[i] for row in rows], schema.types[i]) for i in range(len(schema))], schema=schema
-    )
+    columns = [_column([row[i] for row in rows], kind) for i, kind in enumerate(schema.types)]
+    return pa.record_batch(columns, schema=schema)
 
 
 def _column(cells: list[Any], kind: pa.DataType) -> pa.Array:
