@@ -30,7 +30,7 @@ def open_fasta(source: Source, pipe: Pipe) -> Table:
     def batches(columns: list[str]) -> Iterator[pa.RecordBatch]:
         rows: list[tuple[str, str, str]] = []
         size, before = 0, None
-        for number, header, letters in _records(_lines(pipe, source.where), source.where):
+        for number, header, letters in _records(pipe, source.where):
             name, _, description = header.partition(" ")
             if not name or name == before:
                 why = f"the name {name!r} again, and neighbours of one name are one document" if name else "no name"
@@ -50,30 +50,24 @@ def _batch(rows: list[tuple[str, str, str]]) -> pa.RecordBatch:
     return pa.record_batch([*map(list, zip(*rows, strict=True))], schema=SCHEMA)
 
 
-def _lines(pipe: Pipe, where: str) -> Iterator[tuple[int, str]]:
-    """Yield the number, from 1, and the text of each line, without spaces and tabs around it."""
-    with reading(where):
-        for number, line in enumerate(iter(pipe.readline, b""), 1):
-            try:
-                text = line.decode("utf-8").strip()
-            except UnicodeDecodeError as error:
-                why = f"not UTF-8: byte {error.start} is 0x{line[error.start]:02x}"
-                raise DataError(f"{where}, line {number}: {why}") from None
-            yield number, text
-
-
-def _records(lines: Iterator[tuple[int, str]], where: str) -> Iterator[tuple[int, str, str]]:
-    """Yield the number of each record's first line, its header and its letters."""
+def _records(pipe: Pipe, where: str) -> Iterator[tuple[int, str, str]]:
+    """Yield the number of each record's first line, counted from 1, its header and its letters."""
     begun: tuple[int, str] | None = None
     letters: list[str] = []
-    for number, line in lines:
-        if line.startswith(">"):
-            if begun:
-                yield *begun, "".join(letters)
-            begun, letters = (number, line[1:].strip()), []
-        elif line and not line.startswith(";"):  # a comment
-            if begun is None:
-                raise DataError(f"{where}, line {number}: FASTA begins with a name, as in '>chr1': {line[:20]!r}")
-            letters.append(line)
+    with reading(where):
+        for number, data in enumerate(iter(pipe.readline, b""), 1):
+            try:
+                line = data.decode("utf-8").strip()
+            except UnicodeDecodeError as error:
+                why = f"not UTF-8: byte {error.start} is 0x{data[error.start]:02x}"
+                raise DataError(f"{where}, line {number}: {why}") from None
+            if line.startswith(">"):
+                if begun:
+                    yield *begun, "".join(letters)
+                begun, letters = (number, line[1:].strip()), []
+            elif line and not line.startswith(";"):  # a comment
+                if begun is None:
+                    raise DataError(f"{where}, line {number}: FASTA begins with a name, as in '>chr1': {line[:20]!r}")
+                letters.append(line)
     if begun:
         yield *begun, "".join(letters)

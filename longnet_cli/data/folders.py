@@ -51,14 +51,12 @@ def choose_files(folder: str, names: Sequence[str], read: Callable[[str, int | N
             raise DataError(f"{folder}/{manifest}: changed or damaged after it was written")
         return shards, ""
     if "dataset_dict.json" in names:
-        splits = sorted({name.split("/")[0] for name in names if "/" in name})
-        raise _several(folder, splits)
+        raise _several(folder, sorted({name.split("/")[0] for name in names if "/" in name}))
     files = sorted((name for name in names if not any(map(is_hidden, name.split("/")))), key=natural_order)
     written = _written_folders(names)
     files = [file for file in files if not file.startswith(written)] or files
     for suffixes in (kinds.SHARD_SUFFIXES, kinds.JSON_SUFFIXES, kinds.FASTA_SUFFIXES):
-        shards = [file for file in files if kinds.bare_name(file).endswith(suffixes)]
-        if shards:
+        if shards := [file for file in files if kinds.bare_name(file).endswith(suffixes)]:
             shards = [shard for shard in shards if "/" not in shard] or shards
             _refuse_splits(folder, shards)
             return shards, _tell_unread(folder, files, shards)

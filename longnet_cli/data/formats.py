@@ -34,10 +34,9 @@ from longnet_cli.data.tables import BYTE_ORDER_MARK, Pipe, Table, Text, one_line
 
 PARQUET_BATCH_BYTES = 64 << 20
 PARQUET_BATCH_ROWS = 1 << 20  # a row that repeats may take almost no bytes of a file
-TEXT_BUFFER = 1 << 20  # bytes per read of a text
+TEXT_BUFFER = 1 << 20  # bytes per read of a text, or of unpacked data
 TEXT_PART = 16 << 20  # bytes of a text in memory at a time; a longer text is read in parts
 REMOTE_BUFFER = 8 << 20  # bytes per request to a store
-UNPACKED_BUFFER = 1 << 20
 STEP = 1 << 12  # bytes unpacked at a time: so many or fewer are lost before damage
 
 
@@ -86,7 +85,7 @@ def _open_pipe(source: Source, raw: Any, wanted: Wanted, *, unpacked: bool = Fal
     with reading(source.where):
         kind = sniff(pipe.peek(8))
         if not unpacked and (packed := compression(pipe.peek(8))):
-            unpacking = io.BufferedReader(_Unpacked(packed, pipe, source.where), UNPACKED_BUFFER)
+            unpacking = io.BufferedReader(_Unpacked(packed, pipe, source.where), TEXT_BUFFER)
             return _open_pipe(source, unpacking, wanted, unpacked=True)
         if kind == "text":
             return _open_text(source, pipe, wanted)

@@ -77,10 +77,7 @@ class _RowsDataset:
         self.dataset = dataset
         self.count, self.width = dataset.shape[-2:]
         self.dtype = dataset.dtype.newbyteorder("=")
-
-    @property
-    def type(self) -> pa.DataType:
-        return pa.list_(pa.from_numpy_dtype(self.dtype), self.width)
+        self.type = pa.list_(pa.from_numpy_dtype(self.dtype), self.width)
 
     def problem(self) -> str | None:
         """Return what is wrong with the storage of the rows; None if the file has all of them.

@@ -94,8 +94,7 @@ def serve(seconds: int) -> None:
         except Exception as error:  # a template may raise anything
             said = json.dumps({"failure": _described(error, template)})
         signal.alarm(0)
-        sys.stdout.write(said + "\n")
-        sys.stdout.flush()
+        print(said, flush=True)
 
 
 def _render(template: jinja2.Template, variables: dict[str, Any], most: int) -> str:

@@ -165,10 +165,8 @@ class Tokenizer:
         self.vocab_size = max(self._vocab.values(), default=-1) + 1
         if self.vocab_size > MOST_IDS:
             raise ConfigError(f"the tokenizer has an id {self.vocab_size - 1}: {MOST_IDS - 1:,} is the largest")
-        named = [special_token((settings or {}).get(key)) for key in EOS_KEYS]
-        self.eos_id: int | None = next(
-            (self._vocab[name] for name in (*named, *EOS_NAMES) if name in self._vocab), None
-        )
+        names = [*(special_token((settings or {}).get(key)) for key in EOS_KEYS), *EOS_NAMES]
+        self.eos_id: int | None = next((self._vocab[name] for name in names if name in self._vocab), None)
 
     def id_of(self, token: str) -> int | None:
         """Return the id of a token, written as in tokenizer.json; None if it is not in the vocabulary."""
@@ -328,7 +326,7 @@ class Tokenizer:
         if self.is_bytes:
             return TextCutter(parts, lambda text, start: min(start + GROUP, len(text)))
         if self._cut:
-            return cut_text(parts, lambda text: self.encode_pieces([text])[0].tolist(), self._cut)
+            return cut_text(parts, self._ids, self._cut)
         return TextCutter(["".join(parts)], lambda text, _: len(text))
 
     def encode_pieces(self, pieces: Sequence[str]) -> list[np.ndarray]:
@@ -341,6 +339,10 @@ class Tokenizer:
         with library_call():
             encodings = self._inner.encode_batch_fast(pieces, add_special_tokens=False)
         return [np.fromiter(encoding.ids, np.int32, len(encoding.ids)) for encoding in encodings]
+
+    @library_call()
+    def _ids(self, text: str) -> list[int]:
+        return list(self._inner.encode(text, add_special_tokens=False).ids)
 
     def encode_long(self, parts: Iterable[str]) -> Iterator[Part]:
         """Yield the parts of a text that comes in parts: together, its `encode`, without the ids of the prompt.
