@@ -17,8 +17,8 @@ import numpy as np
 import tokenizers
 
 from longnet_cli.basics.configuration import digest, read_text
-from longnet_cli.basics.errors import ConfigError, RefusedError
-from longnet_cli.data.rendering import EndlessError, RenderError, Template
+from longnet_cli.basics.errors import ConfigError
+from longnet_cli.data.rendering import Template
 from longnet_cli.data.tokenizer import SETTINGS, Tokenizer, library_call, read_settings, special_token
 
 TEMPLATE = "chat_template.jinja"
@@ -41,22 +41,22 @@ class ChatTemplate:
     """
 
     def __init__(self, folder: Path, tokenizer: Tokenizer) -> None:
-        self.where, self.tokenizer = str(folder), tokenizer
-        self._settings = read_settings(folder / SETTINGS)
-        template = _template(folder, self._settings)
+        settings = read_settings(folder / SETTINGS)
+        template = _template(folder, settings)
         if template is None:
             raise ConfigError(f"{folder}: no chat template ({TEMPLATE}, or chat_template in {SETTINGS}) for chats")
-        try:
-            self._template = Template(template)
-        except RenderError as error:
-            raise self._error(error) from None
+        self._template, self._named = Template(template, str(folder)), _named_tokens(settings)
+        self.tokenizer = tokenizer
         self._special = [added["content"] for added in tokenizer.added_tokens if added["special"]]
         self._inner = tokenizers.Tokenizer.from_str(tokenizer.to_json())
         self._inner.encode_special_tokens = False
 
     def encode(self, message: str) -> np.ndarray:
-        """Return the prompt in which a user says `message` and an assistant is to answer: (tokens,) int64."""
-        return self._encode(*self._marked([{"role": "user", "content": message}], prompt=True))
+        """Return the prompt in which a user says `message` and an assistant is to answer: (tokens,) int64.
+
+        Raises RefusedError for a message that the template refuses.
+        """
+        return self._encode(*self._render([{"role": "user", "content": message}], prompt=True))
 
     def read_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[str, Callable[[], np.ndarray]]:
         """Return the text of a chat, and a function that returns its ids, (tokens,) int64.
@@ -64,15 +64,15 @@ class ChatTemplate:
         Each message has a `role` and a `content`. The ids leave out the `bos_token` that a template may put first:
         the reader of a document puts its own there. Raises RefusedError for messages that the template refuses.
         """
-        rendered, mark = self._marked(messages, prompt=False)
+        rendered, mark = self._render(messages, prompt=False)
         return rendered.replace(mark, ""), partial(self._encode_chat, rendered, mark)
 
     def _encode_chat(self, rendered: str, mark: str) -> np.ndarray:
         ids = self._encode(rendered, mark)
-        first = self.tokenizer.id_of(special_token(self._settings.get("bos_token")))
-        return ids[1:] if first is not None and len(ids) and ids[0] == first else ids
+        bos = self.tokenizer.id_of(self._named["bos_token"])
+        return ids[1:] if bos is not None and len(ids) and ids[0] == bos else ids
 
-    def _marked(self, messages: Sequence[Mapping[str, str]], *, prompt: bool) -> tuple[str, str]:
+    def _render(self, messages: Sequence[Mapping[str, str]], *, prompt: bool) -> tuple[str, str]:
         """Return the text that the template makes of messages, and the mark that breaks special tokens in them."""
         said = "".join(text for message in messages for text in message.values())
         mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in said)
@@ -81,7 +81,8 @@ class ChatTemplate:
             {key: special.sub(lambda match: match[0][:1] + mark + match[0][1:], text) for key, text in message.items()}
             for message in messages
         ]
-        return self._render(marked, prompt=prompt), mark
+        variables = {"messages": marked, "add_generation_prompt": prompt, "tools": None, "documents": None}
+        return self._template.render(variables | self._named), mark
 
     def _encode(self, rendered: str, mark: str) -> np.ndarray:
         """Return the ids of a rendered text, (tokens,) int64. Marked special tokens are encoded as characters."""
@@ -94,22 +95,6 @@ class ChatTemplate:
                 with library_call():
                     ids += self._inner.encode(part, add_special_tokens=False).ids
         return np.array(ids, np.int64)
-
-    def render(self, message: str) -> str:
-        """Return the text of the prompt. Raises RefusedError for a message that the template refuses."""
-        return self._render([{"role": "user", "content": message}], prompt=True)
-
-    def _render(self, messages: Sequence[Mapping[str, str]], *, prompt: bool) -> str:
-        variables = {"messages": messages, "add_generation_prompt": prompt, "tools": None, "documents": None}
-        try:
-            return self._template.render(variables | _named_tokens(self._settings))
-        except RenderError as error:
-            raise self._error(error) from None
-
-    def _error(self, error: RenderError) -> ConfigError:
-        return (ConfigError if isinstance(error, EndlessError) else RefusedError)(
-            f"{self.where}: the chat template fails: {error}"
-        )
 
 
 def _named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:

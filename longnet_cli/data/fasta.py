@@ -15,24 +15,13 @@ from collections.abc import Iterator
 import pyarrow as pa
 
 from longnet_cli.basics.errors import DataError
-from longnet_cli.data.kinds import FASTA_SUFFIXES, bare_name
 from longnet_cli.data.names import Source
 from longnet_cli.data.tables import Pipe, Table, reading
 
 BATCH_BYTES = 4 << 20  # of the letters in one batch
 SCHEMA = pa.schema([("id", pa.string()), ("text", pa.large_string()), ("description", pa.string())])
 
-_BEGINNING = re.compile(r">.*\n[A-Za-z]+\r?(\n|\Z)")
-
-
-def is_fasta(name: str) -> bool:
-    """Return whether a file with this name, which may be compressed, holds FASTA."""
-    return bare_name(name).endswith(FASTA_SUFFIXES)
-
-
-def begins_like_fasta(text: str) -> bool:
-    """Return whether a text begins with a header, and a line that is all letters."""
-    return _BEGINNING.match(text) is not None
+LIKE_FASTA = re.compile(r">.*\n[A-Za-z]+\r?(\n|\Z)")  # a header, and a line that is all letters
 
 
 def open_fasta(source: Source, pipe: Pipe) -> Table:
@@ -41,7 +30,7 @@ def open_fasta(source: Source, pipe: Pipe) -> Table:
     def batches(columns: list[str]) -> Iterator[pa.RecordBatch]:
         rows: list[tuple[str, str, str]] = []
         size, before = 0, None
-        for number, header, letters in _records(_lines(pipe, source.where), source.where):
+        for number, header, letters in _records(pipe, source.where):
             name, _, description = header.partition(" ")
             if not name or name == before:
                 why = f"the name {name!r} again, and neighbours of one name are one document" if name else "no name"
@@ -61,34 +50,24 @@ def _batch(rows: list[tuple[str, str, str]]) -> pa.RecordBatch:
     return pa.record_batch([*map(list, zip(*rows, strict=True))], schema=SCHEMA)
 
 
-def _lines(pipe: Pipe, where: str) -> Iterator[tuple[int, str]]:
-    """Yield the number, from 1, and the text of each line, without spaces and tabs around it."""
-    number = 0
-    while True:
-        with reading(where):
-            line = pipe.readline()
-        if not line:
-            return
-        number += 1
-        try:
-            yield number, line.decode("utf-8").strip()
-        except UnicodeDecodeError as error:
-            why = f"not UTF-8: byte {error.start} is 0x{line[error.start]:02x}"
-            raise DataError(f"{where}, line {number}: {why}") from None
-
-
-def _records(lines: Iterator[tuple[int, str]], where: str) -> Iterator[tuple[int, str, str]]:
-    """Yield the number of each record's first line, its header and its letters."""
+def _records(pipe: Pipe, where: str) -> Iterator[tuple[int, str, str]]:
+    """Yield the number of each record's first line, counted from 1, its header and its letters."""
     begun: tuple[int, str] | None = None
     letters: list[str] = []
-    for number, line in lines:
-        if line.startswith(">"):
-            if begun:
-                yield *begun, "".join(letters)
-            begun, letters = (number, line[1:].strip()), []
-        elif line and not line.startswith(";"):  # a comment
-            if begun is None:
-                raise DataError(f"{where}, line {number}: FASTA begins with a name, as in '>chr1': {line[:20]!r}")
-            letters.append(line)
+    with reading(where):
+        for number, data in enumerate(iter(pipe.readline, b""), 1):
+            try:
+                line = data.decode("utf-8").strip()
+            except UnicodeDecodeError as error:
+                why = f"not UTF-8: byte {error.start} is 0x{data[error.start]:02x}"
+                raise DataError(f"{where}, line {number}: {why}") from None
+            if line.startswith(">"):
+                if begun:
+                    yield *begun, "".join(letters)
+                begun, letters = (number, line[1:].strip()), []
+            elif line and not line.startswith(";"):  # a comment
+                if begun is None:
+                    raise DataError(f"{where}, line {number}: FASTA begins with a name, as in '>chr1': {line[:20]!r}")
+                letters.append(line)
     if begun:
         yield *begun, "".join(letters)

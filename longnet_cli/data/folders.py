@@ -8,17 +8,7 @@ from os.path import commonprefix
 from pathlib import PurePosixPath
 
 from longnet_cli.basics.errors import ConfigError, DataError, InputWarning
-from longnet_cli.data.kinds import (
-    FASTA_SUFFIXES,
-    HDF5_SUFFIXES,
-    JSON_SUFFIXES,
-    PACKED_SUFFIXES,
-    SHARD_SUFFIXES,
-    bare_name,
-    compression,
-    is_named_text,
-    sniff,
-)
+from longnet_cli.data import kinds
 from longnet_cli.data.manifest import FINISHED, UNFINISHED, manifest_in, manifest_text
 
 # The words by which Hugging Face knows a split in the name of a file
@@ -26,7 +16,7 @@ _SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "te
 _SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev", "eval", "evaluation"), "validation")
 
 MOST_NAMED = 20  # kinds of files that are not read
-_TEXTS = (*JSON_SUFFIXES, ".json", *FASTA_SUFFIXES)
+_TEXTS = (*kinds.JSON_SUFFIXES, ".json", *kinds.FASTA_SUFFIXES)
 
 
 def choose_files(folder: str, names: Sequence[str], read: Callable[[str, int | None], bytes]) -> tuple[list[str], str]:
@@ -61,14 +51,12 @@ def choose_files(folder: str, names: Sequence[str], read: Callable[[str, int | N
             raise DataError(f"{folder}/{manifest}: changed or damaged after it was written")
         return shards, ""
     if "dataset_dict.json" in names:
-        splits = sorted({name.split("/")[0] for name in names if "/" in name})
-        raise _several(folder, splits)
+        raise _several(folder, sorted({name.split("/")[0] for name in names if "/" in name}))
     files = sorted((name for name in names if not any(map(is_hidden, name.split("/")))), key=natural_order)
     written = _written_folders(names)
     files = [file for file in files if not file.startswith(written)] or files
-    for suffixes in (SHARD_SUFFIXES, JSON_SUFFIXES, FASTA_SUFFIXES):
-        shards = [file for file in files if bare_name(file).endswith(suffixes)]
-        if shards:
+    for suffixes in (kinds.SHARD_SUFFIXES, kinds.JSON_SUFFIXES, kinds.FASTA_SUFFIXES):
+        if shards := [file for file in files if kinds.bare_name(file).endswith(suffixes)]:
             shards = [shard for shard in shards if "/" not in shard] or shards
             _refuse_splits(folder, shards)
             return shards, _tell_unread(folder, files, shards)
@@ -79,7 +67,7 @@ def choose_files(folder: str, names: Sequence[str], read: Callable[[str, int | N
             chosen.append(file)
             empty = empty and not head
     if empty:  # beside text, HDF5 files are its data
-        chosen = [file for file in files if bare_name(file).endswith(HDF5_SUFFIXES)] or chosen
+        chosen = [file for file in files if kinds.bare_name(file).endswith(kinds.HDF5_SUFFIXES)] or chosen
     if not chosen:
         raise DataError(f"{folder}: the folder holds nothing readable (Arrow, Parquet, JSON Lines, text or HDF5 files)")
     return chosen, _tell_unread(folder, files, chosen)
@@ -87,20 +75,21 @@ def choose_files(folder: str, names: Sequence[str], read: Callable[[str, int | N
 
 def _tell_unread(folder: str, files: Sequence[str], chosen: Sequence[str]) -> str:
     """Return a sentence that names the files beside the `chosen` ones, and warn with it; empty if there are none."""
-    kinds: dict[str, list[str]] = {}
+    alike: dict[str, list[str]] = {}  # by their suffix
     for file in sorted({*files} - {*chosen}, key=natural_order):
-        kinds.setdefault(PurePosixPath(bare_name(file)).suffix, []).append(file)
-    if not kinds:
+        alike.setdefault(PurePosixPath(kinds.bare_name(file)).suffix, []).append(file)
+    if not alike:
         return ""
-    firsts = [f"{of[0]} and {len(of) - 1} like it" if of[1:] else of[0] for of in kinds.values()]
+    firsts = [f"{of[0]} and {len(of) - 1} like it" if of[1:] else of[0] for of in alike.values()]
     named = ", ".join([*firsts[:MOST_NAMED], *["..."] * (len(firsts) > MOST_NAMED)])
-    readable = [of for kind, of in kinds.items() if kind in (*SHARD_SUFFIXES, *_TEXTS) or is_named_text(of[0])]
+    suffixes = (*kinds.SHARD_SUFFIXES, *_TEXTS)
+    readable = [of for suffix, of in alike.items() if suffix in suffixes or kinds.is_named_text(of[0])]
     unread, how = max(readable, key=len, default=[]), ""
     if unread:
         pattern = f"{folder}/{'**/' * any('/' in file for file in unread)}*{PurePosixPath(unread[0]).suffix}"
         how = f"; '{pattern}' reads files of that kind"
     beside = f"the {len(chosen)} files like {chosen[0]}" if chosen[1:] else chosen[0]
-    count = sum(map(len, kinds.values()))
+    count = sum(map(len, alike.values()))
     what = f"{count} files are" if count > 1 else "1 file is"
     said = f"{what} not read beside {beside}: {named}{how}"
     warnings.warn(f"{folder}: {said}", InputWarning, stacklevel=2)
@@ -112,7 +101,7 @@ def _refuse_splits(folder: str, shards: Sequence[str]) -> None:
     shards_of: dict[str, list[str]] = {}
     for shard in shards:
         top, _, name = shard.rpartition("/")
-        words = [word for word in re.split(r"[-_. 0-9]+|of", bare_name(name).rpartition(".")[0].lower()) if word]
+        words = [word for word in re.split(r"[-_. 0-9]+|of", kinds.bare_name(name).rpartition(".")[0]) if word]
         split = next((_SPLITS[word] for word in (*words[:1], *words[-1:], top.lower()) if word in _SPLITS), None)
         if split:
             shards_of.setdefault(split, []).append(shard)
@@ -153,9 +142,9 @@ def _looks_like_text(name: str, head: bytes) -> bool:
     A compressed file is worth opening if its suffix names the compression, and it is not an archive of many files. A
     file whose suffix names a kind of text is opened, whatever it holds.
     """
-    if compression(head):
-        return name.lower().endswith(PACKED_SUFFIXES) and not bare_name(name).endswith(".tar")
-    return is_named_text(name) or b"\0" not in head or sniff(head) not in ("text", "hdf5")
+    if kinds.compression(head):
+        return name.lower().endswith(kinds.PACKED_SUFFIXES) and not kinds.bare_name(name).endswith(".tar")
+    return kinds.is_named_text(name) or b"\0" not in head or kinds.sniff(head) not in ("text", "hdf5")
 
 
 def natural_order(name: str) -> list[str | int]:

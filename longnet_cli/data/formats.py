@@ -24,20 +24,19 @@ import pyarrow as pa
 from longnet_cli.basics.errors import DataError, InputWarning
 from longnet_cli.data import arrow
 from longnet_cli.data.columns import Wanted
-from longnet_cli.data.fasta import begins_like_fasta, is_fasta, open_fasta
+from longnet_cli.data.fasta import LIKE_FASTA, open_fasta
 from longnet_cli.data.files import StoredFile, no_place
 from longnet_cli.data.hdf5 import open_hdf5
 from longnet_cli.data.jsonlines import open_json_lines
-from longnet_cli.data.kinds import JSON_SUFFIXES, SHARD_SUFFIXES, bare_name, compression, sniff
+from longnet_cli.data.kinds import FASTA_SUFFIXES, JSON_SUFFIXES, SHARD_SUFFIXES, bare_name, compression, sniff
 from longnet_cli.data.names import STDIN, Source
 from longnet_cli.data.tables import BYTE_ORDER_MARK, Pipe, Table, Text, one_line, pick, reading
 
 PARQUET_BATCH_BYTES = 64 << 20
 PARQUET_BATCH_ROWS = 1 << 20  # a row that repeats may take almost no bytes of a file
-TEXT_BUFFER = 1 << 20  # bytes per read of a text
+TEXT_BUFFER = 1 << 20  # bytes per read of a text, or of unpacked data
 TEXT_PART = 16 << 20  # bytes of a text in memory at a time; a longer text is read in parts
 REMOTE_BUFFER = 8 << 20  # bytes per request to a store
-UNPACKED_BUFFER = 1 << 20
 STEP = 1 << 12  # bytes unpacked at a time: so many or fewer are lost before damage
 
 
@@ -48,13 +47,12 @@ def open_source(source: Source, wanted: Wanted) -> Text | Table:
     """
     if source.path is None:
         return _open_pipe(source, sys.stdin.buffer, wanted)
-    if source.filesystem is not None:
-        from longnet_cli.data.remote import open_remote  # imported late: 20 ms that local input does not need
+    with reading(source.where):
+        if source.filesystem is not None:
+            from longnet_cli.data.remote import open_remote  # imported late: 20 ms that local input does not need
 
-        with reading(source.where):
             file = open_remote(source.filesystem, str(source.path), source.where)
             return _open_file(source, io.BufferedReader(file, REMOTE_BUFFER), wanted)
-    with reading(source.where):
         # A named pipe, the shell's <(command), or a kernel file (/proc), whose size is 0.
         if not source.path.is_file() or source.path.stat().st_size == 0:
             return _open_pipe(source, open(source.path, "rb"), wanted)
@@ -67,14 +65,11 @@ def open_source(source: Source, wanted: Wanted) -> Text | Table:
 
 def _open_file(source: Source, stream: Any, wanted: Wanted) -> Text | Table:
     """Open `stream`, a binary file that can seek: a StoredFile, or a buffered one."""
-    head = stream.read(8)
-    kind = sniff(head)
+    kind = sniff(stream.read(8))
     stream.seek(0)
     if kind == "text":
-        pipe = Pipe(io.BufferedReader(stream, TEXT_BUFFER) if isinstance(stream, StoredFile) else stream)
-        if packed := compression(head):
-            return _open_pipe(source, unpack(packed, pipe, source.where), wanted, unpacked=True)
-        return _open_text(source, pipe, wanted)
+        buffered = io.BufferedReader(stream, TEXT_BUFFER) if isinstance(stream, StoredFile) else stream
+        return _open_pipe(source, buffered, wanted)
     if kind == "parquet":
         return _open_parquet(source, stream)
     if kind == "hdf5":
@@ -85,12 +80,13 @@ def _open_file(source: Source, stream: Any, wanted: Wanted) -> Text | Table:
 
 
 def _open_pipe(source: Source, raw: Any, wanted: Wanted, *, unpacked: bool = False) -> Text | Table:
-    """Open a pipe. `unpacked` data is not unpacked again: a file may unpack to itself, for ever."""
+    """Open a pipe, or text in a file. `unpacked` data is not unpacked again: a file may unpack to itself, for ever."""
     pipe = Pipe(raw)
     with reading(source.where):
         kind = sniff(pipe.peek(8))
         if not unpacked and (packed := compression(pipe.peek(8))):
-            return _open_pipe(source, unpack(packed, pipe, source.where), wanted, unpacked=True)
+            unpacking = io.BufferedReader(_Unpacked(packed, pipe, source.where), TEXT_BUFFER)
+            return _open_pipe(source, unpacking, wanted, unpacked=True)
         if kind == "text":
             return _open_text(source, pipe, wanted)
         if kind == "stream":
@@ -114,48 +110,44 @@ def _copy(pipe: Pipe) -> int:
 
 def _open_text(source: Source, pipe: Pipe, wanted: Wanted) -> Text | Table:
     """Open FASTA or JSON Lines, otherwise one document, byte for byte: no newline translation, no normalisation."""
-    if is_fasta(source.name):
+    if bare_name(source.name).endswith(FASTA_SUFFIXES):
         return open_fasta(source, pipe)
     table = open_json_lines(source, pipe, wanted)
     if table:
         return table
     parts = _decoded(pipe, source.where)
-    first = next(parts, None)
-    if first is None:
+    beginning = next(parts, None)
+    if beginning is None:
         is_file = source.path is not None and (source.filesystem is not None or source.path.is_file())
         if not is_file or bare_name(source.name).endswith((*SHARD_SUFFIXES, *JSON_SUFFIXES)):
             raise DataError(f"{source.where}: {'the file is empty (0 bytes)' if is_file else 'nothing came'}")
         return Text(source.name, "", source.where)  # an empty text is a document too
-    if source.path in (None, STDIN) and begins_like_fasta(first):
+    if source.path in (None, STDIN) and LIKE_FASTA.match(beginning):
         line = f"{source.where} looks like FASTA and is read as text: give a file named .fasta"
         warnings.warn(line, InputWarning, stacklevel=2)
-    return Text(source.name, first, source.where, rest=parts)
+    return Text(source.name, beginning, source.where, rest=parts)
 
 
 def _decoded(pipe: Pipe, where: str) -> Iterator[str]:
     """Yield the text in a pipe, in parts of TEXT_PART bytes. Raises DataError for invalid UTF-8 and for a NUL."""
-
-    def read(size: int) -> bytes:
-        with reading(where):
-            return pipe.read(size)
-
-    position, data = 0, read(TEXT_PART)
-    if data.startswith(BYTE_ORDER_MARK):
-        position, data = len(BYTE_ORDER_MARK), data[len(BYTE_ORDER_MARK) :] + read(len(BYTE_ORDER_MARK))
-        if not data:
-            yield ""
-    while data:
-        following = read(TEXT_PART)
-        bad = data.find(b"\0")
-        try:
-            text, used = codecs.utf_8_decode(data, "strict", not following)
-        except UnicodeDecodeError as error:
-            bad = error.start if bad < 0 else min(bad, error.start)
-        if bad >= 0:
-            what = f"the byte at offset {position + bad} is 0x{data[bad]:02x}"
-            raise DataError(f"{where}: neither Arrow, Parquet nor UTF-8 text: {what}")
-        yield text
-        position, data = position + used, data[used:] + following
+    with reading(where):
+        position, data = 0, pipe.read(TEXT_PART)
+        if data.startswith(BYTE_ORDER_MARK):
+            position, data = len(BYTE_ORDER_MARK), data[len(BYTE_ORDER_MARK) :] + pipe.read(len(BYTE_ORDER_MARK))
+            if not data:
+                yield ""
+        while data:
+            following = pipe.read(TEXT_PART)
+            bad = data.find(b"\0")
+            try:
+                text, used = codecs.utf_8_decode(data, "strict", not following)
+            except UnicodeDecodeError as error:
+                bad = error.start if bad < 0 else min(bad, error.start)
+            if bad >= 0:
+                what = f"the byte at offset {position + bad} is 0x{data[bad]:02x}"
+                raise DataError(f"{where}: neither Arrow, Parquet nor UTF-8 text: {what}")
+            yield text
+            position, data = position + used, data[used:] + following
 
 
 def _open_parquet(source: Source, file: Any) -> Table:
@@ -214,12 +206,6 @@ def _leaf_values(column: pa.Array) -> int:
     return (pc.sum(pc.equal(lengths, 0)).as_py() or 0) + _leaf_values(column.flatten())
 
 
-# Not pyarrow.CompressedInputStream, which reads no xz.
-def unpack(kind: str, packed: Any, where: str) -> io.BufferedReader:
-    """Return a file that unpacks a binary file. Reading raises DataError, with `where`, for damaged or cut data."""
-    return io.BufferedReader(_Unpacked(kind, packed, where), UNPACKED_BUFFER)
-
-
 class _Steps(Pipe):
     """A packed file that is read in steps: pyarrow unpacks all that one read has returned before it hands on any."""
 
@@ -227,8 +213,9 @@ class _Steps(Pipe):
         return bytes(self._raw.read(min(size, STEP)))
 
 
+# Not pyarrow.CompressedInputStream, which reads no xz.
 class _Unpacked(io.RawIOBase):
-    """A raw file of unpacked data, with one kind of error for all compressions."""
+    """A raw file that unpacks a binary file. Reading raises DataError, with `where`, for damaged or cut data."""
 
     def __init__(self, kind: str, packed: Any, where: str) -> None:
         self._kind, self._where = kind, where

@@ -75,13 +75,9 @@ class _RowsDataset:
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
-        self.batched = len(dataset.shape) == 3
         self.count, self.width = dataset.shape[-2:]
         self.dtype = dataset.dtype.newbyteorder("=")
-
-    @property
-    def type(self) -> pa.DataType:
-        return pa.list_(pa.from_numpy_dtype(self.dtype), self.width)
+        self.type = pa.list_(pa.from_numpy_dtype(self.dtype), self.width)
 
     def problem(self) -> str | None:
         """Return what is wrong with the storage of the rows; None if the file has all of them.
@@ -98,7 +94,7 @@ class _RowsDataset:
         return f"the file has {present:,} of its {declared:,} chunks" if present < declared else None
 
     def read(self, start: int, stop: int) -> pa.Array:
-        rows = self.dataset[0, start:stop] if self.batched else self.dataset[start:stop]
+        rows = self.dataset[..., start:stop, :]
         return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(rows, self.dtype).ravel()), self.width)
 
 

@@ -25,6 +25,7 @@ PATIENCE = 0.5  # seconds that a line from a slow producer waits for others
 _BEGINNING = re.compile(rb"(\xef\xbb\xbf)?\{|\s")
 _ABSENT = object()  # in place of a value, null or not
 _TEXT, _IDS = pa.large_string(), pa.large_list(pa.int64())
+_NAMES = (str, int)  # types of a document's name, and no bool
 _CHAT = pa.list_(pa.map_(pa.string(), pa.string()))  # of messages with any keys
 _Reader = Callable[[dict[str, Any]], Any]
 
@@ -196,18 +197,16 @@ def _kept_types(pipe: Pipe, where: str, names: Sequence[str]) -> dict[str, pa.Da
     """
     if not names:
         return {}
-    lines: list[bytes] = []
+    lines, rows, types = list[bytes](), [], {}
     begun = time.monotonic()
     with suppress(DataError):  # of damaged packed data, which raises it again
         while sum(map(len, lines)) < LOOK_AHEAD and (line := pipe.readline()):
             lines.append(line)
+            with suppress(ValueError):
+                rows.append(_parse(line))
             if time.monotonic() - begun > PATIENCE:
                 break
     pipe.unread(b"".join(lines))
-    rows, types = [], {}
-    for line in lines:
-        with suppress(ValueError):
-            rows.append(_parse(line))
     for name in names:
         try:
             kind = pa.array([_value(row, name) for row in rows]).type
@@ -245,9 +244,9 @@ def _parse(line: bytes) -> dict[str, Any]:
 
 
 def _column_type(key: str, value: Any, id_column: str | None) -> pa.DataType | None:
-    if key in (*ID_COLUMNS, id_column) and _is_id(value):
+    if key in (*ID_COLUMNS, id_column) and type(value) in _NAMES:
         return pa.string()
-    if key == "part" and _is_id(value) and not isinstance(value, str):
+    if key == "part" and type(value) is int:
         return pa.int64()
     if isinstance(value, str):
         return _TEXT
@@ -256,10 +255,6 @@ def _column_type(key: str, value: Any, id_column: str | None) -> pa.DataType | N
     if isinstance(value, list) and value and all(isinstance(item, dict) and "role" in item for item in value):
         return _CHAT
     return None
-
-
-def _is_id(value: Any) -> bool:
-    return isinstance(value, (str, int)) and not isinstance(value, bool)
 
 
 def _reader(key: str, kind: pa.DataType, kept: bool) -> _Reader:
@@ -332,11 +327,11 @@ def _messages(value: Any, key: str) -> list[list[tuple[str, str]]] | None:
 
 
 def _name(value: Any, key: str) -> str | None:
-    return _text(str(value), key) if _is_id(value) else None
+    return _text(str(value), key) if type(value) in _NAMES else None
 
 
 def _number(value: Any, key: str) -> int | None:
-    return value if _is_id(value) and not isinstance(value, str) and abs(value) < 1 << 63 else None
+    return value if type(value) is int and abs(value) < 1 << 63 else None
 
 
 _FORMS: dict[pa.DataType, tuple[str, Callable[[Any, str], Any]]] = {
@@ -349,9 +344,8 @@ _FORMS: dict[pa.DataType, tuple[str, Callable[[Any, str], Any]]] = {
 
 
 def _batch(rows: list[list[Any]], schema: pa.Schema) -> pa.RecordBatch:
-    return pa.record_batch(
-        [_column([row[i] for row in rows], schema.types[i]) for i in range(len(schema))], schema=schema
-    )
+    columns = [_column([row[i] for row in rows], kind) for i, kind in enumerate(schema.types)]
+    return pa.record_batch(columns, schema=schema)
 
 
 def _column(cells: list[Any], kind: pa.DataType) -> pa.Array:

@@ -207,18 +207,16 @@ def _listed(name: str) -> list[str]:
     where = f"@{name}"
     try:
         data = sys.stdin.buffer.read() if name == "-" else Path(_as_path(name)).read_bytes()
+        if b"\0" in data:
+            items = [_as_text(os.fsdecode(item)) for item in data.split(b"\0") if item]
+        else:
+            items = [line.strip() for line in data.decode("utf-8-sig").splitlines() if line.strip()]
     except OSError as error:
         raise read_error(where, error, "cannot read the list") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: cannot read the list: {error}") from error
     except AttributeError:
         raise DataError("stdin is closed") from None
-    if b"\0" in data:
-        items = [_as_text(os.fsdecode(item)) for item in data.split(b"\0") if item]
-    else:
-        try:
-            lines = data.decode("utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise DataError(f"{where}: cannot read the list: {error}") from error
-        items = [line.strip() for line in lines if line.strip()]
     if not items:
         raise DataError(f"{where}: the list names no input")
     return items

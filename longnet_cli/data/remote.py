@@ -113,9 +113,7 @@ def _telling(uri: str) -> Iterator[None]:
         raise
     except MemoryError as error:
         raise MemoryLimitError(f"{uri}: there is no memory to read it ({one_line(error)})") from error
-    except OSError as error:
-        if error.strerror:
-            raise read_error(uri, error) from error
-        raise DataError(f"{uri}: cannot read: {one_line(error)}") from error
     except Exception as error:
+        if isinstance(error, OSError) and error.strerror:
+            raise read_error(uri, error) from error
         raise DataError(f"{uri}: cannot read: {one_line(error)}") from error

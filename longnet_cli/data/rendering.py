@@ -20,24 +20,23 @@ from typing import IO, Any, NoReturn, cast
 import jinja2
 from jinja2 import ext, nodes, parser, sandbox
 
+from longnet_cli.basics.errors import ConfigError, RefusedError
+
 SECONDS = 20
 MEMORY = 1 << 29  # bytes of address space, and GROWTH for each character that is rendered
 GROWTH = 64
 MOST_TEXT = 1 << 24  # characters of a rendered text, and 16 for each that is given
 
 
-class RenderError(Exception):
-    """An error in a template, or in what it is given, with the line of the template."""
-
-
-class EndlessError(RenderError):
-    """A template that took more time than it may: its process was ended."""
-
-
 class Template:
-    """A Jinja template in a sandbox. Raises RenderError for a template that is no Jinja."""
+    """A Jinja template in a sandbox. `where` is the folder that it is from, in messages.
 
-    def __init__(self, source: str) -> None:
+    Raises RefusedError, with the line of the template, for one that is no Jinja, and for variables with which it fails;
+    ConfigError when it takes more time than it may: its process was ended.
+    """
+
+    def __init__(self, source: str, where: str) -> None:
+        self._fails = f"{where}: the chat template fails"
         root = str(Path(__file__).parents[2])
         path = f"sys.path[:] = [{root!r}, *filter(None, sys.path)]"  # no module of the current folder is run
         serve = f"{path}; from longnet_cli.data.rendering import serve; serve({SECONDS})"
@@ -48,7 +47,7 @@ class Template:
         self._ask(source)
 
     def render(self, variables: Mapping[str, Any]) -> str:
-        """Return the text for these variables, which are JSON. Raises RenderError."""
+        """Return the text for these variables, which are JSON."""
         return self._ask(variables)
 
     def _ask(self, what: Any) -> str:
@@ -59,12 +58,12 @@ class Template:
         except BrokenPipeError:
             answer = b""
         if not answer:
-            self._process.wait()
-            late = self._process.returncode == -signal.SIGALRM
-            raise EndlessError(f"it takes more than {SECONDS} seconds" if late else "its process was killed")
+            late = self._process.wait() == -signal.SIGALRM
+            why = f"it takes more than {SECONDS} seconds" if late else "its process was killed"
+            raise ConfigError(f"{self._fails}: {why}")
         reply = json.loads(answer)
         if "failure" in reply:
-            raise RenderError(reply["failure"])
+            raise RefusedError(f"{self._fails}: {reply['failure']}")
         return str(reply["text"])
 
 
@@ -95,8 +94,7 @@ def serve(seconds: int) -> None:
         except Exception as error:  # a template may raise anything
             said = json.dumps({"failure": _described(error, template)})
         signal.alarm(0)
-        sys.stdout.write(said + "\n")
-        sys.stdout.flush()
+        print(said, flush=True)
 
 
 def _render(template: jinja2.Template, variables: dict[str, Any], most: int) -> str:
@@ -106,19 +104,19 @@ def _render(template: jinja2.Template, variables: dict[str, Any], most: int) -> 
         size += len(part)
         line = _line(template, stream.gi_frame.f_lineno)
         if size > most:
-            raise RenderError(f"it writes more than {most} characters{line}")
+            raise jinja2.TemplateError(f"it writes more than {most} characters{line}")
         try:
             part.encode()
         except UnicodeEncodeError:
-            raise RenderError(f"it writes half of a character (a surrogate){line}") from None
+            raise jinja2.TemplateError(f"it writes half of a character (a surrogate){line}") from None
         parts.append(part)
     return "".join(parts)
 
 
 def _described(error: Exception, template: jinja2.Template | None) -> str:
-    """Return the message of an error, with the line of the template unless the template itself refuses."""
+    """Return the message of an error, with the line of the template unless `_render` or the template refuses."""
     said = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, RenderError) or type(error) is jinja2.TemplateError:
+    if type(error) is jinja2.TemplateError:
         return said
     if isinstance(error, jinja2.TemplateSyntaxError):
         return f"{said} (line {error.lineno})"

@@ -128,24 +128,18 @@ REPLACEMENT = "\ufffd"  # stands for bytes that are no character, or not yet one
 LONGEST_WAIT = 64  # tokens to wait for such bytes to become a character
 
 
-def _is_of_library(error: BaseException) -> bool:
-    """Return whether an error is the library's: a bare Exception, or a panic, which is no Exception.
-
-    It panics over a regular expression that takes too long.
-    """
-    return type(error) is Exception or type(error).__name__ == "PanicException"
-
-
 @contextmanager
-def library_call() -> Iterator[None]:
-    """Raise ConfigError for the library's errors."""
+def library_call(before: str = "the tokenizer fails (", after: str = "): see its tokenizer.json") -> Iterator[None]:
+    """Raise ConfigError for the library's errors, which stand between `before` and `after`.
+
+    They are a bare Exception, or a panic, which is no Exception: over a regular expression that takes too long.
+    """
     try:
         yield
     except BaseException as error:
-        if not _is_of_library(error):
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
-        said = " ".join(str(error).split())
-        raise ConfigError(f"the tokenizer fails ({said}): see its tokenizer.json") from None
+        raise ConfigError(f"{before}{' '.join(str(error).split())}{after}") from None
 
 
 class Tokenizer:
@@ -171,10 +165,8 @@ class Tokenizer:
         self.vocab_size = max(self._vocab.values(), default=-1) + 1
         if self.vocab_size > MOST_IDS:
             raise ConfigError(f"the tokenizer has an id {self.vocab_size - 1}: {MOST_IDS - 1:,} is the largest")
-        named = [special_token((settings or {}).get(key)) for key in EOS_KEYS]
-        self.eos_id: int | None = next(
-            (self._vocab[name] for name in (*named, *EOS_NAMES) if name in self._vocab), None
-        )
+        names = [*(special_token((settings or {}).get(key)) for key in EOS_KEYS), *EOS_NAMES]
+        self.eos_id: int | None = next((self._vocab[name] for name in names if name in self._vocab), None)
 
     def id_of(self, token: str) -> int | None:
         """Return the id of a token, written as in tokenizer.json; None if it is not in the vocabulary."""
@@ -201,8 +193,8 @@ class Tokenizer:
         bare = self._inner.encode("a", add_special_tokens=False).ids
         ids = self._inner.encode("a").ids
         starts = (i for i in range(len(ids)) if bare and ids[i : i + len(bare)] == bare)
-        first = next(starts, None)
-        return ((), ()) if first is None else (tuple(ids[:first]), tuple(ids[first + len(bare) :]))
+        start = next(starts, None)
+        return ((), ()) if start is None else (tuple(ids[:start]), tuple(ids[start + len(bare) :]))
 
     def for_documents(self, prompt: str = "") -> Tokenizer:
         """Return a copy that reads the text of a document as if `prompt` stood before it, and tells places.
@@ -252,13 +244,8 @@ class Tokenizer:
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise ConfigError(f"{path}: cannot read the tokenizer: {reason}{download_again(Path(path))}") from error
-        try:
+        with library_call(f"{path}: not a tokenizer.json: ", download_again(Path(path))):
             inner = tokenizers.Tokenizer.from_str(text)
-        except BaseException as error:
-            if not _is_of_library(error):
-                raise
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"{path}: not a tokenizer.json: {reason}{download_again(Path(path))}") from error
         for part in ("normalizer", "decoder"):
             if (growth := _growth(json.loads(text).get(part))) > MOST_GROWTH:
                 what = f"its {part} may make a text {growth:,.0f} times as long"
@@ -365,8 +352,8 @@ class Tokenizer:
         """
         parts = iter(parts)
         if self._prompt:
-            first = next(filter(None, parts), None)
-            parts = iter(()) if first is None else chain((self._prompt + first,), parts)
+            beginning = next(filter(None, parts), None)
+            parts = iter(()) if beginning is None else chain((self._prompt + beginning,), parts)
         counted = self.splits_special and (self.is_bytes or self._cut is AT_SIGN)  # places, when they are asked for
         placed = self.tells_places and bool(self._prompt or not counted)
         place, skip = -len(self._prompt), len(self.prompt_ids)
@@ -531,22 +518,20 @@ class TextStream:
             known = token_id < self._tokenizer.vocab_size
             return self._decoder.decode(self._tokenizer.bytes_of[token_id] if known else b"")
         self._waiting.append(token_id)
-        text = self._text()
-        return "" if text.endswith(REPLACEMENT) and len(self._waiting) < LONGEST_WAIT else self._out(text)
+        return self._text(final=len(self._waiting) >= LONGEST_WAIT)
 
     def end(self) -> str:
         """Return the rest of the text when no more ids come."""
         if self._tokenizer.bytes_of is not None:
             return self._decoder.decode(b"", final=True)
-        return self._out(self._text())
+        return self._text(final=True)
 
-    def _text(self) -> str:
-        def decode(ids: list[int]) -> str:
-            return self._tokenizer.decode(np.array(ids, np.int64), special=False)
-
-        return decode(self._shown + self._waiting)[len(decode(self._shown)) :]
-
-    def _out(self, text: str) -> str:
+    def _text(self, *, final: bool) -> str:
+        """Return the text of the waiting ids, unless it ends with bytes that may become a character."""
+        both = self._tokenizer.decode(np.array(self._shown + self._waiting, np.int64), special=False)
+        text = both[len(self._tokenizer.decode(np.array(self._shown, np.int64), special=False)) :]
+        if text.endswith(REPLACEMENT) and not final:
+            return ""
         if text:  # otherwise only special tokens came, and these join with nothing
             self._shown = self._waiting
         self._waiting = []

@@ -160,7 +160,6 @@ def test_a_message_goes_into_the_template(model: Path, run_longnet: RunLongnet) 
     words = words_of_chat()
     template = ChatTemplate(model, words)
     ids = template.encode(" Hi <|im_end|>\n").tolist()
-    assert words.decode(ids) == template.render(" Hi <|im_end|>\n")
     assert words.decode(ids) == "<|endoftext|><|im_start|>user\nHi <|im_end|><|im_end|>\n<|im_start|>assistant\n"
     start, end = words.id_of("<|im_start|>"), words.id_of("<|im_end|>")
     assert [token for token in ids if token > 255] == [256, start, end, start]
@@ -223,7 +222,7 @@ def test_a_template_renders_as_transformers_does(model: Path) -> None:
     message = [{"role": "user", "content": "é\n<&>"}]
     expected = fast.apply_chat_template(message, chat_template=text, add_generation_prompt=True, tokenize=False)
     template = ChatTemplate(model.parent / "other", words)
-    assert template.render("é\n<&>") == expected
+    assert words.decode(template.encode("é\n<&>")) == expected
     assert template.encode("é\n<&>").tolist() == fast.encode(expected, add_special_tokens=False)
 
 

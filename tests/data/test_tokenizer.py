@@ -66,7 +66,8 @@ def test_end_of_text_inside_a_document_is_text(trained):
         ids = tokenizer.encode(f"a{END_OF_TEXT}b")
         assert tokenizer.eos_id not in ids
         assert tokenizer.n_bytes(ids) == 2 + len(END_OF_TEXT)
-        assert tokenizer.n_bytes(np.array([tokenizer.eos_id])) == 0
+        assert tokenizer.n_bytes(np.array([tokenizer.eos_id])) == tokenizer.n_bytes(np.array([], np.int32)) == 0
+        assert tokenizer.n_bytes(np.array([97, 300])) is None  # an id outside the vocabulary
 
 
 @pytest.mark.parametrize("pattern", [None, r"\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"])
@@ -145,11 +146,6 @@ def test_training_keeps_every_byte_and_the_size_asked_for():
         Tokenizer.train(CORPUS, 200)
     with pytest.raises(ConfigError, match="a vocabulary of 1000000000000000000 ids cannot be trained: 16,777,216 are"):
         Tokenizer.train(CORPUS, 10**18)
-
-
-def test_an_id_outside_the_vocabulary_has_no_byte_count():
-    assert Tokenizer.bytes().n_bytes(np.array([97, 300])) is None
-    assert Tokenizer.bytes().n_bytes(np.array([], np.int32)) == 0
 
 
 @pytest.mark.parametrize("content", [None, b"not json", b'{"a": 1}', b"\xff\xfe"])
