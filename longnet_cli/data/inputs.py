@@ -42,7 +42,7 @@ from longnet_cli.data.kinds import ARROW_KINDS, compression, sniff
 from longnet_cli.data.manifest import read_manifest
 from longnet_cli.data.names import Source, Sources
 from longnet_cli.data.tables import Table, Text, reading
-from longnet_cli.data.token_columns import BadRowError, flat_documents, list_documents, table_texts
+from longnet_cli.data.token_columns import DocumentRows, flat_documents, list_documents, read_documents, table_texts
 from longnet_cli.data.tokenizer import Tokenizer, fitting
 from longnet_cli.data.vectors import vector_documents
 
@@ -256,15 +256,12 @@ class Inputs:
             groups = flat_documents(table, columns, eos_id)
         else:
             groups = list_documents(table, columns)
-        for group in groups:
-            try:
-                parts, where = collect(group.values), table.place(group.row)
-            except BadRowError as error:
-                if not self.skip_bad:
-                    raise
-                yield Unread(error)
-                continue
-            yield Document(group.doc_id, parts, tokenizer, where, limit=vocab_size, place=table.place, kept=group.kept)
+
+        def read(group: DocumentRows) -> Document:
+            parts, where = collect(group.values), table.place(group.row)
+            return Document(group.doc_id, parts, tokenizer, where, limit=vocab_size, place=table.place, kept=group.kept)
+
+        return read_documents(groups, read, self.skip_bad)
 
 
 class DocumentPass:
