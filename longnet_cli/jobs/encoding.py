@@ -417,12 +417,9 @@ class Encoder(RowJob):
         arrays = [_array(schema.field("embedding").type, rows, each, bool(options.normalize)) for each in vectors]
         if rows[0].layers is not None:
             arrays[1] = pa.FixedSizeListArray.from_arrays(arrays[1], schema.field("layers").type.list_size)
+        cells = ((row.document.doc_id, row.span, row.start, row.end, row.end - row.start) for row in rows)
         columns = [
-            pa.array([row.document.doc_id for row in rows], pa.string()),
-            pa.array([row.span for row in rows], pa.int32()),
-            pa.array([row.start for row in rows], pa.int64()),
-            pa.array([row.end for row in rows], pa.int64()),
-            pa.array([row.end - row.start for row in rows], pa.int64()),
+            pa.array(column, field.type) for column, field in zip(zip(*cells, strict=True), schema, strict=False)
         ]
         kept = kept_columns([row.document for row in rows], self.carried)
         if len(self.carried) < len(self.kept_fields):
