@@ -146,6 +146,7 @@ class ShardWriter:
         self.output = output
         self.schema = schema
         self.rows = 0
+        self._name = "stdout" if str(output) == "-" else str(output)  # in messages
 
     def __enter__(self) -> "ShardWriter":
         with ExitStack() as stack:
@@ -174,10 +175,6 @@ class ShardWriter:
             with suppress(Exception):
                 self._writer.close()
         self._file.__exit__(kind, error, traceback)
-
-    @property
-    def _name(self) -> str:
-        return "stdout" if str(self.output) == "-" else str(self.output)
 
     def _open_writer(self) -> Any:  # each kind has write_batch and close
         if str(self.output) == "-":
@@ -302,11 +299,6 @@ def row_schema(fields: Sequence[pa.Field], kept: Sequence[pa.Field], known: Mapp
         raise ConfigError(f"--keep {min(taken)}: the output has a column of this name")
     metadata = {key: value for key, value in known.items() if value is not None}
     return pa.schema([*fields, *kept], metadata=metadata)
-
-
-def kept_settings(kept: Sequence[pa.Field]) -> dict[str, list[str]]:
-    """Return the settings that record `kept` in a shard folder, for a resumed run to match; empty without columns."""
-    return {"keep": [f"{field.name}: {field.type}" for field in kept]} if kept else {}
 
 
 def kept_columns(carriers: Sequence[Any], fields: Sequence[pa.Field]) -> list[pa.Array]:

@@ -40,8 +40,7 @@ def run_to_resume(folder: str | Path, *, resume: bool) -> Manifest | None:
     place = Path(folder)
     earlier = read_manifest(place)
     if earlier is None:
-        in_use = place.exists() and (not place.is_dir() or not all(map(is_temporary, os.listdir(place))))
-        if in_use:
+        if place.exists() and (not place.is_dir() or not all(map(is_temporary, os.listdir(place)))):
             raise ConfigError(f"{folder} exists and is not an empty folder: name a new one, or remove it first")
         return None
     if not earlier.shards and not earlier.finished:

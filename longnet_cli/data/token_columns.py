@@ -83,10 +83,7 @@ def read_batches(table: Table, columns: Columns, *, in_turn: bool = True) -> Ite
         with reading(f"{table.where}, batch {index}"):
             arrays = {name: pick(batch, name) for name in columns.names}
             column, kept = arrays[columns.documents], {name: _plain(arrays[name]) for name in columns.keep}
-            values: dict[str, list[Any]] = {}
-            for name in (columns.doc_id, columns.part):
-                if name is not None:
-                    values[name] = arrays[name].to_pylist()
+            values = {name: arrays[name].to_pylist() for name in (columns.doc_id, columns.part) if name is not None}
         errors: dict[int, DataError] = {}
         for name, rows in [(None, _nulls(column)), *((name, _none(cells)) for name, cells in values.items())]:
             for row in rows:

@@ -154,14 +154,14 @@ class _Deal(Generic[P]):
         return data
 
 
-def _pack(batches: Batches) -> bytes:
+def _pack(batches: list[pa.RecordBatch]) -> bytes:
     """Return record batches of one schema as an Arrow stream; empty bytes if there are none."""
-    sink, writer = pa.BufferOutputStream(), None
-    for batch in batches:
-        writer = writer or pa.ipc.new_stream(sink, batch.schema)
-        writer.write_batch(batch)
-    if writer:
-        writer.close()
+    if not batches:
+        return b""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batches[0].schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
     return cast(bytes, sink.getvalue().to_pybytes())
 
 
