@@ -108,13 +108,11 @@ def _read_files(inputs: Sources | None, also: Iterable[str | Path | None]) -> It
     if inputs:
         yield from (Path(str(name)[1:]) for name in inputs.names if str(name).startswith("@"))
         yield from (source.path for source in inputs if source.path and not source.filesystem)
-    for path in also:
-        if path is None:
-            continue
-        if Path(path).is_dir():
-            yield from (entry for entry in Path(path).iterdir() if entry.is_file())
+    for path in (Path(name) for name in also if name is not None):
+        if path.is_dir():
+            yield from (entry for entry in path.iterdir() if entry.is_file())
         else:
-            yield Path(path)
+            yield path
 
 
 def _identity(path: str | Path) -> tuple[int, int] | None:
@@ -200,24 +198,18 @@ def _open_output(output: str | Path) -> AbstractContextManager[BinaryIO]:
     if sys.stdout.isatty():
         raise ConfigError("Arrow data is binary and stdout is a terminal: pipe it, or name an output file")
     sys.stdout.flush()
-    return nullcontext(cast(BinaryIO, _Stdout()))
+    return nullcontext(cast(BinaryIO, _Stdout(sys.stdout.fileno(), "wb", closefd=False)))
 
 
-class _Stdout(io.RawIOBase):
+class _Stdout(io.FileIO):
     """Stdout without a buffer: the buffer's lock would crash the interpreter at exit if a thread hangs in a write."""
-
-    def __init__(self) -> None:
-        self._handle = sys.stdout.fileno()
-
-    def writable(self) -> bool:
-        return True
 
     def write(self, data: Any) -> int:
         """Write all of `data`. A raw file may stop half way when a signal comes."""
         rest = memoryview(data).cast("B")
         size = len(rest)
         while rest:
-            rest = rest[os.write(self._handle, rest) :]
+            rest = rest[os.write(self.fileno(), rest) :]
         return size
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import groupby
 from typing import NamedTuple
@@ -188,10 +189,9 @@ def _check_type(table: Table, name: str, lists: int) -> None:
 
 def _tile_size(table: Table) -> float | None:
     written = (table.schema.metadata or {}).get(TILE_SIZE)
-    try:
-        size = None if written is None else float(written)
-    except ValueError:
-        size = 0.0
-    if size is not None and not 0 < size < np.inf:
-        raise DataError(f"{table.where}: {TILE_SIZE.decode()} in its metadata is no size of a tile")
-    return size
+    if written is None:
+        return None
+    with suppress(ValueError):
+        if 0 < (size := float(written)) < np.inf:
+            return size
+    raise DataError(f"{table.where}: {TILE_SIZE.decode()} in its metadata is no size of a tile")

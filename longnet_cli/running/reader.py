@@ -85,8 +85,7 @@ def reading_steps(windows: Iterable[Z], chunk: int, streams: bool) -> Iterator[l
     step: list[Z] = []
     tokens = 0
     for window in windows:
-        alone = streams and len(window) > chunk
-        if alone and step:
+        if step and streams and len(window) > chunk:
             yield step
             step, tokens = [], 0
         step.append(window)

@@ -84,10 +84,9 @@ class Cut:
     @property
     def least(self) -> int:
         """The fewest tokens of a document whose `last` tokens all get windows as long as every context."""
-        last = self.options.last or 0
+        options, last = self.options, self.options.last or 0
         return self.first_target + max(
-            last if size is None else size + last - min(self.options.stride or size, last)
-            for size in self.options.contexts
+            last if size is None else size + last - min(options.stride or size, last) for size in options.contexts
         )
 
 
@@ -355,28 +354,24 @@ class Scorer(RowJob):
 
     def _add_up(self, pieces: Sequence[Piece[_ScoredWindow]], columns: Sequence[Callable[[], Tensor]]) -> None:
         """Add the nats of the pieces' targets to their documents."""
-        parts = [column().split([len(piece) for piece in pieces]) for column in columns]
+        parts = [map(Tensor.numpy, column().split([len(piece) for piece in pieces])) for column in columns]
         for piece, nll, *top in zip(pieces, *parts, strict=True):
-            self._add(piece, nll.numpy(), [column.numpy() for column in top])
-
-    def _add(self, piece: Piece[_ScoredWindow], nll: np.ndarray, top: Sequence[np.ndarray]) -> None:
-        tally = piece.window.tally
-        start = piece.start + 1 - len(self.cut.bos)
-        if not np.isfinite(nll).all():
-            token = start + int(np.argmin(np.isfinite(nll)))
-            advice = "--dtype fp16 overflows, take bf16 or fp32" if self.reader.dtype == "fp16" else ADVICE
-            raise NotFiniteError(
-                f"{tally.document.where}: document {tally.document.doc_id!r}: the log-probability of token {token} is "
-                f"not finite: {advice}"
-            )
-        tally.nll_sum += float(nll.sum(dtype=np.float64))
-        tally.n_tokens += len(nll)
-        if tally.by_position:
-            tally.by_position.add(piece.start - piece.window.start, nll)
-        if tally.gain and tally.context is not None:
-            tally.gain.add(tally.context, nll)
-        if self.on_tokens and len(nll):
-            self.on_tokens(tally.document, start, self._targets(piece), -nll, *top)
+            tally, start = piece.window.tally, piece.start + 1 - len(self.cut.bos)
+            if not np.isfinite(nll).all():
+                token = start + int(np.argmin(np.isfinite(nll)))
+                advice = "--dtype fp16 overflows, take bf16 or fp32" if self.reader.dtype == "fp16" else ADVICE
+                raise NotFiniteError(
+                    f"{tally.document.where}: document {tally.document.doc_id!r}: the log-probability of token {token} "
+                    f"is not finite: {advice}"
+                )
+            tally.nll_sum += float(nll.sum(dtype=np.float64))
+            tally.n_tokens += len(nll)
+            if tally.by_position:
+                tally.by_position.add(piece.start - piece.window.start, nll)
+            if tally.gain and tally.context is not None:
+                tally.gain.add(tally.context, nll)
+            if self.on_tokens and len(nll):
+                self.on_tokens(tally.document, start, self._targets(piece), -nll, *top)
 
     @staticmethod
     def _targets(piece: Piece[_ScoredWindow]) -> np.ndarray:
