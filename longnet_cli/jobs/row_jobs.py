@@ -375,8 +375,7 @@ def _write_folder(
     """Write the rows of the documents that no finished shard has to the first rank's `folder`."""
     if ranks.any(folder is not None and folder.finished):
         return
-    done = ranks.from_first(folder.documents if folder else 0)
-    tokens = ranks.from_first(folder.totals["tokens"] if folder else 0)
+    done, tokens = (ranks.from_first(folder.totals[kind] if folder else 0) for kind in ("documents", "tokens"))
     remaining = folder.unread(sequences()) if folder else islice(sequences(), done, None)
     shards = {"shard": shard_size, "size_of": lambda sequence: job.size(len(sequence.document))}
     for portion, batches in job.rows_by_portion(remaining, ranks, **shards):

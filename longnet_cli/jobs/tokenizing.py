@@ -121,7 +121,7 @@ def tokenize(
         folder = ShardFolder(output, schema, **about, resume=resume, left_out=left_out, opened=given.opened)
     with folder or ShardWriter(output, schema) if writes else nullcontext() as opened:
         rows = TokenBatches(opened, shard_tokens) if opened else None
-        finished, done = bool(folder and folder.finished), folder.documents if folder else 0
+        finished, done = bool(folder and folder.finished), folder.totals["documents"] if folder else 0
         if ranks:
             finished, done = ranks.any(finished), ranks.from_first(done)
         if not finished:
@@ -428,13 +428,11 @@ class TokenBatches:
         self._used = 0  # values, the open document's included
         self._rows: list[tuple[str, int, int]] = []  # ended rows: doc_id, part, end of their values
         self._part = 0  # of the open document
-        self._counts: Counter[str] = Counter()  # not yet written
         self._in_shard = 0  # tokens
 
     def add(self, doc_id: str, ids: np.ndarray, size: int) -> None:
         """Append (tokens,) ids, which stand for `size` bytes of text, to the open document."""
-        self.totals.update(tokens=len(ids), bytes=size)
-        self._counts.update(tokens=len(ids), bytes=size)
+        self._count(tokens=len(ids), bytes=size)
         self._in_shard += len(ids)
         while len(ids):
             if self._used == len(self._values):
@@ -451,8 +449,7 @@ class TokenBatches:
         """End the open document, which may be empty, and the shard if it is full."""
         self._end_row(doc_id)
         self._part = 0
-        self.totals.update(documents=1)
-        self._counts.update(documents=1)
+        self._count(documents=1)
         if self._folder and self._in_shard >= self._shard_tokens:
             self.flush()
             self._folder.end_shard()
@@ -467,12 +464,14 @@ class TokenBatches:
         doc_ids, parts, ends = zip(*self._rows, strict=True)
         end = ends[-1]
         self._output.write(token_batch(self._output.schema, doc_ids, parts, ends, self._values[:end]))
-        if self._folder:
-            self._folder.count(**self._counts)
         self._values[: self._used - end] = self._values[end : self._used].copy()
         self._used -= end
         self._rows.clear()
-        self._counts.clear()
+
+    def _count(self, **counts: int) -> None:
+        self.totals.update(counts)
+        if self._folder:
+            self._folder.count(**counts)
 
     def _end_row(self, doc_id: str) -> None:
         self._rows.append((doc_id, self._part, self._used))
