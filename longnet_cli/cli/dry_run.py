@@ -77,13 +77,13 @@ def dry_run(
     from longnet_cli.jobs.estimating.estimate import estimate_reading
     from longnet_cli.jobs.estimating.reading import count_documents
     from longnet_cli.running.ranks.ranks import leave
-    from longnet_cli.running.reader import share_reader
+    from longnet_cli.running.reader import Reader
 
     assert opened.room  # of every dry run
     computing, sample = options.computing, options.running.sample
     fate, done, earlier = _fate(options.output, options.running.resume)
     chunk, how = computing.chunk or earlier, {"dtype": computing.dtype, "spill": computing.spill}
-    job = make_job(share_reader(opened.loaded.net, chunk=chunk, ranks=opened.ranks, **how))
+    job = make_job(Reader(opened.loaded.net, chunk=chunk, ranks=opened.ranks, **how))
     with progress("counting", total=None, quiet=opened.quiet) as advance:
         plan = count_documents(
             job,

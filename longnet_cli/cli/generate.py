@@ -212,10 +212,10 @@ def _estimate(job: _TextGenerator, documents: Iterable[Document], free: Room) ->
     """Print what reading the prompts and generating the most tokens would take. Raises as `show_reading`."""
     from longnet_cli.jobs.estimating.estimate import estimate_reading, seconds_of_new_token
     from longnet_cli.jobs.generating import plan_generation
-    from longnet_cli.running.reader import share_reader
+    from longnet_cli.running.reader import Reader
 
     net, computing = job.loaded.net, job.options.computing
-    reader = share_reader(net, chunk=computing.chunk, dtype=computing.dtype, spill=computing.spill)
+    reader = Reader(net, chunk=computing.chunk, dtype=computing.dtype, spill=computing.spill)
     save_state = job.options.save_state
     plan = plan_generation(net, documents, job.bos_ids, job.max_tokens, reader.chunk, least=0 if save_state else 1)
     each = seconds_of_new_token(net, computing.dtype)

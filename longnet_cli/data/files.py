@@ -84,9 +84,6 @@ class StoredFile(io.RawIOBase):
         self._position = max(0, start + offset)
         return self._position
 
-    def tell(self) -> int:
-        return self._position
-
     def readable(self) -> bool:
         return True
 

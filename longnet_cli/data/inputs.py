@@ -42,7 +42,7 @@ from longnet_cli.data.kinds import ARROW_KINDS, compression, sniff
 from longnet_cli.data.manifest import read_manifest
 from longnet_cli.data.names import Source, Sources
 from longnet_cli.data.tables import Table, Text, reading
-from longnet_cli.data.token_columns import BadRowError, flat_documents, list_documents, table_texts
+from longnet_cli.data.token_columns import DocumentRows, flat_documents, list_documents, read_documents, table_texts
 from longnet_cli.data.tokenizer import Tokenizer, fitting
 from longnet_cli.data.vectors import vector_documents
 
@@ -56,14 +56,12 @@ def content_digest(source: Source) -> str | None:
     A file of at most WHOLE_TEXT bytes, or WHOLE_TABLE for a table, is read whole. Of a larger one, the digest is of its
     size, both ends (a table's footer) and PIECES pieces. Of a file in a store, it is of the ETag, or size and time.
     """
-    if source.path is None:
-        return None
     if source.filesystem is not None and source.filesystem.type_name != "local":
         from longnet_cli.data.remote import version  # imported late: 20 ms that local input does not need
 
         state = version(source.filesystem, str(source.path))
         return state and hashlib.sha256(state.encode()).hexdigest()[:16]
-    if not source.path.is_file():
+    if source.path is None or not source.path.is_file():
         return None
     with suppress(OSError), open(source.path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -180,7 +178,8 @@ class Inputs:
         Chats are read only with a tokenizer, `words`. With `skip_bad`, a long file is read to its end before its Text
         is yielded, and waits in a file in $TMPDIR.
         """
-        return DocumentPass(self, partial(self._texts, words), digests)
+        inputs = replace(self, names=self.sources, tokenizer=words)
+        return DocumentPass(inputs, partial(inputs.items, form="text"), digests)
 
     def stored(self) -> Iterator[Any]:
         """Yield the documents of `documents` whose lengths are known at once and which can be read a second time.
@@ -197,8 +196,9 @@ class Inputs:
             if isinstance(opened, Table) and stays_in_file(self.columns_of(opened).type):
                 yield from self.documents_of(opened)
 
-    def columns_of(self, table: Table, form: Form = "tokens", *, chats: bool = True) -> Columns:
+    def columns_of(self, table: Table, form: Form = "tokens") -> Columns:
         """Choose the columns of a table that `documents` reads or, with the form `text`, `texts`."""
+        chats = form != "text" or self.tokenizer is not None
         form = "vectors" if self.vectors else form
         return choose_columns(table, self.wanted, form, chats=chats, coords=self.coords)
 
@@ -206,12 +206,12 @@ class Inputs:
         """Return the documents of one opened file, as `documents` does. `types` checks its type of token."""
         return map(self._document, self.items(opened, types))
 
-    def items(self, opened: Text | Table, types: TokenTypes | None = None) -> Iterable[Any]:
-        """Return the items of one opened file, as `untokenized` does."""
+    def items(self, opened: Text | Table, types: TokenTypes | None = None, form: Form = "tokens") -> Iterable[Any]:
+        """Return the items of one opened file, as `untokenized` does or, with the form `text`, `texts`."""
         if isinstance(opened, Text):
             self._check_text(opened)
-            return (opened,)
-        columns = self.columns_of(opened)
+            return (_spooled(opened) if form == "text" and self.skip_bad else opened,)
+        columns = self.columns_of(opened, form)
         if types:
             types.check(opened, columns)
         if self.vectors:
@@ -219,14 +219,6 @@ class Inputs:
         if is_text(columns.type) or is_chat(columns.type):
             return table_texts(opened, columns, self.tokenizer, self.skip_bad)
         return self._ids(opened, columns)
-
-    def _texts(self, words: Tokenizer | None, opened: Text | Table, types: TokenTypes) -> Iterable[Text | Unread]:
-        if isinstance(opened, Text):
-            self._check_text(opened)
-            return (_spooled(opened) if self.skip_bad else opened,)
-        columns = self.columns_of(opened, "text", chats=words is not None)
-        types.check(opened, columns)
-        return table_texts(opened, columns, words, self.skip_bad)
 
     def _check_text(self, text: Text) -> None:
         """Raise DataError where vectors are read, ConfigError where a column is asked for."""
@@ -256,15 +248,12 @@ class Inputs:
             groups = flat_documents(table, columns, eos_id)
         else:
             groups = list_documents(table, columns)
-        for group in groups:
-            try:
-                parts, where = collect(group.values), table.place(group.row)
-            except BadRowError as error:
-                if not self.skip_bad:
-                    raise
-                yield Unread(error)
-                continue
-            yield Document(group.doc_id, parts, tokenizer, where, limit=vocab_size, place=table.place, kept=group.kept)
+
+        def read(group: DocumentRows) -> Document:
+            parts, where = collect(group.values), table.place(group.row)
+            return Document(group.doc_id, parts, tokenizer, where, limit=vocab_size, place=table.place, kept=group.kept)
+
+        return read_documents(groups, read, self.skip_bad)
 
 
 class DocumentPass:

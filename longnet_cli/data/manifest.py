@@ -10,6 +10,7 @@ So a finished folder holds only tables of one schema, and a tool that reads all 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +123,7 @@ class LeftOut:
     skipped = skipped_files = empty = 0
 
     def __init__(self, on_skip: OnSkip | None = None) -> None:
-        self._on_skip = on_skip
-        self.skip: OnSkip | None = self._skip if on_skip else None
+        self.skip: OnSkip | None = partial(self._skip, on_skip) if on_skip else None
 
     def pass_over(self, document: Any) -> None:
         """Count an empty document."""
@@ -144,8 +144,7 @@ class LeftOut:
         counted = [f"{count} {what}{'s' * (count > 1)}" for what, count in counts.items() if count]
         return f"{' and '.join(counted)} left out"
 
-    def _skip(self, document: Any, error: LongNetError) -> None:
+    def _skip(self, on_skip: OnSkip, document: Any, error: LongNetError) -> None:
         self.skipped += 1
         self.skipped_files += getattr(document, "file", False)  # an Unread has it
-        if self._on_skip:
-            self._on_skip(document, error)
+        on_skip(document, error)

@@ -108,13 +108,11 @@ def _read_files(inputs: Sources | None, also: Iterable[str | Path | None]) -> It
     if inputs:
         yield from (Path(str(name)[1:]) for name in inputs.names if str(name).startswith("@"))
         yield from (source.path for source in inputs if source.path and not source.filesystem)
-    for path in also:
-        if path is None:
-            continue
-        if Path(path).is_dir():
-            yield from (entry for entry in Path(path).iterdir() if entry.is_file())
+    for path in (Path(name) for name in also if name is not None):
+        if path.is_dir():
+            yield from (entry for entry in path.iterdir() if entry.is_file())
         else:
-            yield Path(path)
+            yield path
 
 
 def _identity(path: str | Path) -> tuple[int, int] | None:
@@ -146,6 +144,7 @@ class ShardWriter:
         self.output = output
         self.schema = schema
         self.rows = 0
+        self._name = "stdout" if str(output) == "-" else str(output)  # in messages
 
     def __enter__(self) -> "ShardWriter":
         with ExitStack() as stack:
@@ -175,10 +174,6 @@ class ShardWriter:
                 self._writer.close()
         self._file.__exit__(kind, error, traceback)
 
-    @property
-    def _name(self) -> str:
-        return "stdout" if str(self.output) == "-" else str(self.output)
-
     def _open_writer(self) -> Any:  # each kind has write_batch and close
         if str(self.output) == "-":
             return ipc.new_stream(self._sink, self.schema)
@@ -203,24 +198,18 @@ def _open_output(output: str | Path) -> AbstractContextManager[BinaryIO]:
     if sys.stdout.isatty():
         raise ConfigError("Arrow data is binary and stdout is a terminal: pipe it, or name an output file")
     sys.stdout.flush()
-    return nullcontext(cast(BinaryIO, _Stdout()))
+    return nullcontext(cast(BinaryIO, _Stdout(sys.stdout.fileno(), "wb", closefd=False)))
 
 
-class _Stdout(io.RawIOBase):
+class _Stdout(io.FileIO):
     """Stdout without a buffer: the buffer's lock would crash the interpreter at exit if a thread hangs in a write."""
-
-    def __init__(self) -> None:
-        self._handle = sys.stdout.fileno()
-
-    def writable(self) -> bool:
-        return True
 
     def write(self, data: Any) -> int:
         """Write all of `data`. A raw file may stop half way when a signal comes."""
         rest = memoryview(data).cast("B")
         size = len(rest)
         while rest:
-            rest = rest[os.write(self._handle, rest) :]
+            rest = rest[os.write(self.fileno(), rest) :]
         return size
 
 
@@ -302,11 +291,6 @@ def row_schema(fields: Sequence[pa.Field], kept: Sequence[pa.Field], known: Mapp
         raise ConfigError(f"--keep {min(taken)}: the output has a column of this name")
     metadata = {key: value for key, value in known.items() if value is not None}
     return pa.schema([*fields, *kept], metadata=metadata)
-
-
-def kept_settings(kept: Sequence[pa.Field]) -> dict[str, list[str]]:
-    """Return the settings that record `kept` in a shard folder, for a resumed run to match; empty without columns."""
-    return {"keep": [f"{field.name}: {field.type}" for field in kept]} if kept else {}
 
 
 def kept_columns(carriers: Sequence[Any], fields: Sequence[pa.Field]) -> list[pa.Array]:

@@ -40,8 +40,7 @@ def run_to_resume(folder: str | Path, *, resume: bool) -> Manifest | None:
     place = Path(folder)
     earlier = read_manifest(place)
     if earlier is None:
-        in_use = place.exists() and (not place.is_dir() or not all(map(is_temporary, os.listdir(place))))
-        if in_use:
+        if place.exists() and (not place.is_dir() or not all(map(is_temporary, os.listdir(place)))):
             raise ConfigError(f"{folder} exists and is not an empty folder: name a new one, or remove it first")
         return None
     if not earlier.shards and not earlier.finished:
@@ -57,7 +56,7 @@ class ShardFolder:
     """A context manager that writes record batches of one schema to `NAME-00000.arrow` ... (or .parquet) in a folder.
 
     The folder must be new or empty. With `resume` it may also be the folder of an earlier run with the same
-    `settings`, finished or not: `documents` then says how many documents to skip, and `finished` whether nothing is
+    `settings`, finished or not: `totals` then says how many documents to skip, and `finished` whether nothing is
     left to do. Shards are byte for byte the same as without the interruption, if batches depend only on the documents
     since the last `end_shard`. The manifest gets the counts of `left_out`, which a resumed run counts again; a folder
     that is finished already gives its own counts to `left_out`. It also gets the digests in `opened` (see `Documents`).
@@ -95,11 +94,6 @@ class ShardFolder:
         self._opened = () if opened is None else opened  # it grows
 
     @property
-    def documents(self) -> int:
-        """The number of documents in finished shards."""
-        return self._manifest.totals["documents"]
-
-    @property
     def totals(self) -> Counter[str]:
         """The sums of `rows`, `documents` and other counts over all finished shards (see `Manifest.totals`)."""
         return self._manifest.totals
@@ -127,8 +121,9 @@ class ShardFolder:
 
         Raises DataError if those come from files that have changed since they were read, or if there are fewer.
         """
-        given = sum(1 for _ in islice(documents, self.documents))
-        if self.documents:
+        done = self.totals["documents"]
+        given = sum(1 for _ in islice(documents, done))
+        if done:
             both = zip(self._opened, self._manifest.contents, strict=False)  # either may have opened more files
             for (where, now), then in both:
                 if now and then and now != then:
@@ -136,9 +131,9 @@ class ShardFolder:
                         f"{where}: cannot resume: the file has changed since {self.folder} was begun: give the same "
                         "contents, or a new folder"
                     )
-        if given < self.documents:
+        if given < done:
             raise DataError(
-                f"{self.folder}: cannot resume: finished shards hold {self.documents} documents, and the inputs {given}"
+                f"{self.folder}: cannot resume: finished shards hold {done} documents, and the inputs {given}"
             )
         return documents
 

@@ -7,7 +7,7 @@ with one name are one document.
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain, groupby
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +19,8 @@ from longnet_cli.data.files import Part
 from longnet_cli.data.manifest import is_manifest
 from longnet_cli.data.tables import Table, Text, pick, reading, without_views
 from longnet_cli.data.tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 
 class ColumnBatch(NamedTuple):
@@ -81,10 +83,7 @@ def read_batches(table: Table, columns: Columns, *, in_turn: bool = True) -> Ite
         with reading(f"{table.where}, batch {index}"):
             arrays = {name: pick(batch, name) for name in columns.names}
             column, kept = arrays[columns.documents], {name: _plain(arrays[name]) for name in columns.keep}
-            values: dict[str, list[Any]] = {}
-            for name in (columns.doc_id, columns.part):
-                if name is not None:
-                    values[name] = arrays[name].to_pylist()
+            values = {name: arrays[name].to_pylist() for name in (columns.doc_id, columns.part) if name is not None}
         errors: dict[int, DataError] = {}
         for name, rows in [(None, _nulls(column)), *((name, _none(cells)) for name, cells in values.items())]:
             for row in rows:
@@ -121,17 +120,26 @@ def _none(values: list[Any]) -> list[int]:
     return [row for row, value in enumerate(values) if value is None] if None in values else []
 
 
-def group_rows(table: Table, rows: Iterator[tuple[Label, Any]]) -> Iterator[DocumentRows]:
-    """Group (label, value) by document.
+def group_rows(
+    table: Table, columns: Columns, values_of: Callable[[ColumnBatch], Iterable[Any]], whole: str | None = None
+) -> Iterator[DocumentRows]:
+    """Group the rows of a table, each with a value of `values_of`, by document.
 
     Neighbours that share a doc_id are one document. Its parts, where known, must be 0, 1, 2, ... A row that cannot be
-    read, not even its name, belongs to the document that stands on both sides of it.
+    read, not even its name, belongs to the document that stands on both sides of it. With `whole`, all rows are one
+    document of this name.
     """
+
+    def rows() -> Iterator[tuple[Label, Any]]:
+        for batch in read_batches(table, columns):
+            for index, value in enumerate(values_of(batch)):
+                label = batch.label(index)
+                yield label._replace(doc_id=whole) if whole else label, value
 
     def numbered() -> Iterator[tuple[int, tuple[Label, Any]]]:
         number, name = 0, None
         nameless: list[tuple[Label, Any]] = []
-        for label, value in rows:
+        for label, value in rows():
             if label.error and label.doc_id is None and name is not None:
                 nameless.append((label, value))
                 continue
@@ -160,21 +168,34 @@ def group_rows(table: Table, rows: Iterator[tuple[Label, Any]]) -> Iterator[Docu
         yield DocumentRows(doc_id, label.row, values(doc_id, chain(((label, value),), following)), label.kept)
 
 
+def read_documents(
+    groups: Iterable[DocumentRows], read: Callable[[DocumentRows], T], skip_bad: bool
+) -> Iterator[T | Unread]:
+    """Yield what `read` returns for each document. With `skip_bad`, one that raises BadRowError is Unread instead."""
+    for group in groups:
+        try:
+            document: T | Unread = read(group)
+        except BadRowError as error:
+            if not skip_bad:
+                raise
+            document = Unread(error)
+        yield document
+
+
 FLAT_BLOCK = 1 << 22  # ids of a flat column searched for document ends in one go
 
 
 def list_documents(table: Table, columns: Columns) -> Iterator[DocumentRows]:
-    """Yield the documents of a list column, with their parts as values."""
+    """Return the documents of a list column, with their parts as values."""
 
-    def rows() -> Iterator[tuple[Label, Part]]:
-        for batch in read_batches(table, columns):
-            ids, valid = numbers(table, batch.column.values)
-            bounds = zip(*(edge.tolist() for edge in list_bounds(batch.column)), strict=True)
-            for index, (start, stop) in enumerate(bounds):
-                present = valid.slice(start, stop - start) if valid is not None else None
-                yield batch.label(index), Part(ids[start:stop], present, batch.start + index)
+    def parts(batch: ColumnBatch) -> Iterator[Part]:
+        ids, valid = numbers(table, batch.column.values)
+        bounds = zip(*(edge.tolist() for edge in list_bounds(batch.column)), strict=True)
+        for row, (start, stop) in enumerate(bounds, batch.start):
+            present = valid.slice(start, stop - start) if valid is not None else None
+            yield Part(ids[start:stop], present, row)
 
-    yield from group_rows(table, rows())
+    return group_rows(table, columns, parts)
 
 
 def flat_documents(table: Table, columns: Columns, eos_id: int | None) -> Iterator[DocumentRows]:
@@ -213,29 +234,23 @@ def flat_documents(table: Table, columns: Columns, eos_id: int | None) -> Iterat
 
 
 def table_texts(table: Table, columns: Columns, tokenizer: Tokenizer | None, skip_bad: bool) -> Iterator[Text | Unread]:
-    """Yield the documents of a column of text, or of chats as the tokenizer's template writes them.
+    """Return the documents of a column of text, or of chats as the tokenizer's template writes them.
 
     Raises ConfigError for chats without a tokenizer that has a template, DataError for rows that cannot be read; with
     `skip_bad`, such a row is Unread.
     """
     join = _chat_reader(table, columns, tokenizer) if is_chat(columns.type) else None
 
-    def rows() -> Iterator[tuple[Label, Any]]:
-        for batch in read_batches(table, columns):
-            for index, value in enumerate(batch.column):
-                yield batch.label(index), value.as_py()
-
-    for group in group_rows(table, rows()):
+    def read(group: DocumentRows) -> Text:
         place = table.place(group.row)
         try:
             text, ids = join(group.values) if join else ("".join(group.values), None)
-        except (RefusedError, BadRowError) as problem:
-            error = problem if isinstance(problem, BadRowError) else DataError(f"{place}: {problem}")
-            if not skip_bad:
-                raise error from None
-            yield Unread(error)
-        else:
-            yield Text(group.doc_id, text, place, group.kept, ids=ids)
+        except RefusedError as refusal:
+            raise BadRowError(f"{place}: {refusal}") from None
+        return Text(group.doc_id, text, place, group.kept, ids=ids)
+
+    groups = group_rows(table, columns, lambda batch: (value.as_py() for value in batch.column))
+    return read_documents(groups, read, skip_bad)
 
 
 def _chat_reader(

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from itertools import groupby
 from typing import NamedTuple
 
@@ -15,10 +17,10 @@ import pyarrow as pa
 
 from longnet_cli.basics.errors import DataError
 from longnet_cli.data.columns import FLOATS, INTEGERS, Columns, is_list, is_vectors, list_bounds, numbers
-from longnet_cli.data.documents import BLOCK, Document, Unread, collect
-from longnet_cli.data.files import FileChangedError, Part, StoredIds
+from longnet_cli.data.documents import BLOCK, Document, collect
+from longnet_cli.data.files import Part, StoredIds
 from longnet_cli.data.tables import Table
-from longnet_cli.data.token_columns import ColumnBatch, DocumentRows, Label, group_rows, read_batches
+from longnet_cli.data.token_columns import BadRowError, ColumnBatch, DocumentRows, group_rows, read_documents
 
 
 class Vectors(Document):
@@ -92,7 +94,7 @@ class _VectorRow(NamedTuple):
 
 
 def vector_documents(table: Table, columns: Columns, skip_bad: bool) -> Iterator[Document]:
-    """Yield the documents of a column of vectors, a row each, or of lists of vectors, a row per document.
+    """Return the documents of a column of vectors, a row each, or of lists of vectors, a row per document.
 
     In a table that has no column for names, all vectors are one document. Raises DataError for a document that has a
     null, vectors of several sizes, or coordinates that do not fit its vectors; with `skip_bad`, it is Unread.
@@ -101,26 +103,15 @@ def vector_documents(table: Table, columns: Columns, skip_bad: bool) -> Iterator
     for name in columns.coords:
         _check_type(table, name, lists=nested + (name == "coords"))
 
-    def rows() -> Iterator[tuple[Label, _VectorRow]]:
-        for batch in read_batches(table, columns):
-            values, valid = numbers(table, (batch.column.values if nested else batch.column).values)
-            for index in range(len(batch.column)):
-                label = batch.label(index)
-                if not nested and columns.doc_id is None:
-                    label = label._replace(doc_id=table.name)
-                yield label, _VectorRow(batch, values, valid, index)
+    def rows(batch: ColumnBatch) -> Iterator[_VectorRow]:
+        values, valid = numbers(table, (batch.column.values if nested else batch.column).values)
+        return (_VectorRow(batch, values, valid, index) for index in range(len(batch.column)))
 
-    for group in group_rows(table, rows()):
-        try:
-            document: Document = _document(table, columns, group, tile_size)
-        except DataError as error:
-            if not skip_bad or isinstance(error, FileChangedError):
-                raise
-            document = Unread(error)
-        yield document
+    groups = group_rows(table, columns, rows, None if nested or columns.doc_id else table.name)
+    return read_documents(groups, partial(_document, table, columns, tile_size), skip_bad)
 
 
-def _document(table: Table, columns: Columns, group: DocumentRows, tile_size: float | None) -> Vectors:
+def _document(table: Table, columns: Columns, tile_size: float | None, group: DocumentRows) -> Vectors:
     nested, width, points = is_vectors(columns.type), None, list[np.ndarray]()
 
     def parts() -> Iterator[Part]:
@@ -155,12 +146,12 @@ def _part(
         (start,), (stop,) = list_bounds(vectors)
         vectors, axes = vectors.values.slice(start, stop - start), [axis.flatten() for axis in axes]
         if vectors.null_count:
-            raise DataError(f"{place(0)}: the value is null")
+            raise BadRowError(f"{place(0)}: the value is null")
     starts, stops = list_bounds(vectors)
     start, stop, widths = (starts[0], stops[-1], stops - starts) if len(vectors) else (0, 0, stops)
     for before in (*widths[:1].tolist(), *([] if width is None else [width])):
         for other in np.flatnonzero(widths != before)[:1]:
-            raise DataError(f"{place(other)}: its vector has {widths[other]} numbers, those before it have {before}")
+            raise BadRowError(f"{place(other)}: its vector has {widths[other]} numbers, those before it have {before}")
         width = before
     points = [_points(axes, len(vectors), place)] if axes else []
     present = valid if valid is None else valid.slice(start, stop - start)
@@ -171,17 +162,17 @@ def _points(axes: Sequence[pa.Array], count: int, place: Callable[[int], str]) -
     """Return the coordinates of vectors, (`count`, 2) float64, from a column of pairs or from columns x and y."""
     for values in axes:
         if len(values) != count:
-            raise DataError(f"{place(0)}: {count} vectors and {len(values)} coordinates")
+            raise BadRowError(f"{place(0)}: {count} vectors and {len(values)} coordinates")
     if len(axes) == 1:
         import pyarrow.compute as pc  # imported late: 20 ms that text does not need
 
         sizes = pc.fill_null(pc.list_value_length(axes[0]), 0).to_numpy(zero_copy_only=False)
         if (bad := np.flatnonzero(sizes != 2)).size:
-            raise DataError(f"{place(bad[0])}: coords needs two numbers for each vector")
+            raise BadRowError(f"{place(bad[0])}: coords needs two numbers for each vector")
         axes = [axes[0].flatten()]
     points = np.stack([values.to_numpy(zero_copy_only=False).astype(np.float64) for values in axes], 1).reshape(-1, 2)
     if (bad := np.flatnonzero(~np.isfinite(points).all(1))).size:  # a null is NaN here
-        raise DataError(f"{place(bad[0])}: coordinates {points[bad[0]].tolist()} are no place")
+        raise BadRowError(f"{place(bad[0])}: coordinates {points[bad[0]].tolist()} are no place")
     return points
 
 
@@ -198,10 +189,9 @@ def _check_type(table: Table, name: str, lists: int) -> None:
 
 def _tile_size(table: Table) -> float | None:
     written = (table.schema.metadata or {}).get(TILE_SIZE)
-    try:
-        size = None if written is None else float(written)
-    except ValueError:
-        size = 0.0
-    if size is not None and not 0 < size < np.inf:
-        raise DataError(f"{table.where}: {TILE_SIZE.decode()} in its metadata is no size of a tile")
-    return size
+    if written is None:
+        return None
+    with suppress(ValueError):
+        if 0 < (size := float(written)) < np.inf:
+            return size
+    raise DataError(f"{table.where}: {TILE_SIZE.decode()} in its metadata is no size of a tile")

@@ -27,21 +27,13 @@ from longnet_cli.data.outputs import kept_columns, row_schema
 from longnet_cli.data.tables import numpy_dtype
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.options import NO_PREFIX, ONE_STATE, EncodeOptions
-from longnet_cli.jobs.pooling import (
-    SUMMED,
-    DocumentWindow,
-    LayerStates,
-    Pooling,
-    Row,
-    WindowMean,
-    windows_of,
-)
+from longnet_cli.jobs.pooling import SUMMED, DocumentWindow, LayerStates, Pooling, Row, WindowMean, windows_of
 from longnet_cli.jobs.row_jobs import ModelFacts, RowJob
 from longnet_cli.models.folder import Embedding, Loaded, ModelFolder
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import InputSequence, Net, bos_ids
 from longnet_cli.running.ranks.ranks import Ranks
-from longnet_cli.running.reader import Piece, Reader, Window, share_reader
+from longnet_cli.running.reader import Piece, Reader, Window
 
 PLACE_FIELDS = (pa.field("char_start", pa.int64()), pa.field("char_end", pa.int64()))
 
@@ -196,7 +188,7 @@ def encode(
     ConfigError for a document with more tokens than the model reads, MemoryLimitError for hidden states that do not
     fit, NotFiniteError for a vector with NaN or an infinity.
     """
-    encoder = Encoder(share_reader(model, ranks=ranks, **reading), options, facts, kept_fields)
+    encoder = Encoder(Reader(model, ranks=ranks, **reading), options, facts, kept_fields)
     return encoder.rows(documents, stored=stored, ranks=ranks, on_skip=on_skip, on_empty=on_empty)
 
 
@@ -390,15 +382,11 @@ class Encoder(RowJob):
 
     def _pooled(self, piece: Piece[_PooledWindow]) -> Iterable[Row]:
         """Return the rows that a piece finishes."""
-        window = piece.window
-        rows = window.pooling.add(self._hidden(piece)[: max(0, window.taken - piece.start)])
+        window, hidden = piece.window, piece.hidden
+        if hidden is None:  # it is of another rank: zeros that take no memory
+            hidden = torch.zeros(1, 1, device=self.reader.device).expand(len(piece), self.reader.model.config.dim)
+        rows = window.pooling.add(hidden[: max(0, window.taken - piece.start)])
         return chain.from_iterable(map(window.mean.add, rows)) if window.mean else rows
-
-    def _hidden(self, piece: Piece[_PooledWindow]) -> Tensor:
-        """Return the hidden states of a piece, or zeros that take no memory for a piece of another rank."""
-        if piece.hidden is not None:
-            return piece.hidden
-        return torch.zeros(1, 1, device=self.reader.device).expand(len(piece), self.reader.model.config.dim)
 
     def _of_all_ranks(self, rows: list[Row]) -> list[Row]:
         """Return the same rows with vectors summed over all ranks, which is exact because pooling is linear."""
@@ -417,12 +405,9 @@ class Encoder(RowJob):
         arrays = [_array(schema.field("embedding").type, rows, each, bool(options.normalize)) for each in vectors]
         if rows[0].layers is not None:
             arrays[1] = pa.FixedSizeListArray.from_arrays(arrays[1], schema.field("layers").type.list_size)
+        cells = ((row.document.doc_id, row.span, row.start, row.end, row.end - row.start) for row in rows)
         columns = [
-            pa.array([row.document.doc_id for row in rows], pa.string()),
-            pa.array([row.span for row in rows], pa.int32()),
-            pa.array([row.start for row in rows], pa.int64()),
-            pa.array([row.end for row in rows], pa.int64()),
-            pa.array([row.end - row.start for row in rows], pa.int64()),
+            pa.array(column, field.type) for column, field in zip(zip(*cells, strict=True), schema, strict=False)
         ]
         kept = kept_columns([row.document for row in rows], self.carried)
         if len(self.carried) < len(self.kept_fields):

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -152,7 +153,7 @@ class WindowMean:
             yield replace(row, span=0, start=0, vector=(self._sum / self._tokens).float())
 
 
-class LayerStates:
+class LayerStates(ExitStack):
     """A context manager that pools the output of each layer, while the net reads one sequence at a time.
 
         with LayerStates(net) as states:
@@ -163,23 +164,11 @@ class LayerStates:
     """
 
     def __init__(self, net: LongNet) -> None:
-        self.net, self._hooks = net, ExitStack()
+        super().__init__()
+        self.net = net
         self.begin(0, 1)
-
-    def __enter__(self) -> LayerStates:
-        for index, layer in enumerate(self.net.layers):
-            if index == 0:
-                handle = layer.register_forward_pre_hook(lambda layer, inputs: self._add(0, inputs[0], inputs))
-                self._hooks.callback(handle.remove)
-
-            def after(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor, index: int = index) -> None:
-                self._add(index + 1, output, inputs)
-
-            self._hooks.callback(layer.register_forward_hook(after).remove)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._hooks.close()
+        for index, layer in enumerate(net.layers):
+            self.callback(layer.register_forward_hook(partial(self._take, index)).remove)
 
     def begin(self, start: int, stop: int) -> None:
         """Reset the sums. From now on, take the mean over the positions [start, stop) of the next sequence."""
@@ -193,9 +182,13 @@ class LayerStates:
         """Return the mean (num_layers + 1, dim), float64. Of several ranks, each has a part; their sum is the mean."""
         return self._sums / (self.stop - self.start)
 
-    def _add(self, state: int, x: Tensor, inputs: tuple[Any, ...]) -> None:
-        """Add hidden states (1, n, dim) of a layer that was called with `inputs`; the third input is its placement."""
-        place: Placement = inputs[2]
+    def _take(self, index: int, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Take the output of a layer that was called with `inputs`: hidden states (1, n, dim), ..., their placement."""
+        if index == 0:
+            self._add(0, inputs[0], inputs[2])
+        self._add(index + 1, output, inputs[2])
+
+    def _add(self, state: int, x: Tensor, place: Placement) -> None:
         start, stop = max(0, self.start - place.start), min(x.shape[1], self.stop - place.start)
         if start < stop:
             self._sums[state] += x[0, start:stop].sum(0, dtype=torch.float64)

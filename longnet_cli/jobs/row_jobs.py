@@ -27,16 +27,16 @@ from longnet_cli.data.files import FileChangedError
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.manifest import LeftOut, OnSkip
 from longnet_cli.data.names import Apart
-from longnet_cli.data.outputs import ShardWriter, first_kept, is_folder, kept_settings
+from longnet_cli.data.outputs import ShardWriter, first_kept, is_folder
 from longnet_cli.data.shards import ShardFolder, ShardFormat, run_to_resume
 from longnet_cli.nets.net import Bos, InputSequence, Net
 from longnet_cli.nets.weights import model_digest
 from longnet_cli.running.chunk_size import chunk_of, default_chunk
 from longnet_cli.running.device import check_kernel, resolve_dtype
 from longnet_cli.running.ranks.dealing import Batches, deal
-from longnet_cli.running.ranks.portions import Portion
+from longnet_cli.running.ranks.portions import Portion, portions
 from longnet_cli.running.ranks.ranks import Ranks
-from longnet_cli.running.reader import Reader, share_reader
+from longnet_cli.running.reader import PORTION_CHUNKS, Reader
 
 if TYPE_CHECKING:
     from longnet_cli.models.folder import Loaded
@@ -104,9 +104,6 @@ class RowJob(ABC):
     @abstractmethod
     def size(self, tokens: int) -> int:
         """Return how many units of a shard a document of so many tokens fills."""
-
-    def shard_part(self, sequence: InputSequence[Document]) -> int:
-        return self.size(len(sequence.document))
 
     def tell_progress(self, portion: Portion[InputSequence[Document]]) -> None:
         """Report the tokens that another group of ranks has read."""
@@ -182,7 +179,9 @@ class RowJob(ABC):
         self, sequences: Iterable[InputSequence[Document]], ranks: Ranks, **shards: Any
     ) -> Iterator[tuple[Portion[InputSequence[Document]], Batches]]:
         """Return each portion of documents with its rows, as `dealing.deal` deals them out."""
-        return deal(self.reader.portions(sequences, **shards), self.results, ranks, self.tell_progress)
+        length = PORTION_CHUNKS * self.reader.chunk
+        dealt = portions(sequences, length, length_of=lambda sequence: len(sequence.document), **shards)
+        return deal(dealt, self.results, ranks, self.tell_progress)
 
     def end(self, tokens: int, ranks: Ranks) -> None:
         """Raise the error that has ended `sequences`, and NoTokensError for rows of no `tokens`, on ranks with rows."""
@@ -287,7 +286,7 @@ def write_rows(
     documents: Iterator[Document] = iter(given)
     if inputs.keep or output.of_text:  # first_kept waits for the first document
         kept, documents = first_kept(documents, output.of_text)
-    job = make_job(share_reader(model, chunk=chunk, dtype=dtype, ranks=ranks, **reading), kept_fields=kept)
+    job = make_job(Reader(model, chunk=chunk, dtype=dtype, ranks=ranks, **reading), kept_fields=kept)
     apart = Apart() if job.names_apart and inputs.id_column is None else None
 
     def sequences() -> Iterator[InputSequence[Document]]:
@@ -358,7 +357,7 @@ def _settings(job: RowJob, inputs: Inputs, shard_size: int, ranks: Ranks) -> dic
         "model": job.digest[:16],
         "kernel": check_kernel(reader.device, reader.dtype, reader.model.config.head_dim),
         **job.option_settings(),
-        **kept_settings(job.kept_fields),
+        **({"keep": [f"{field.name}: {field.type}" for field in job.kept_fields]} if job.kept_fields else {}),
         "chunk": reader.chunk,
         "dtype": reader.dtype,
         f"shard_{job.shard_unit}": shard_size,
@@ -376,10 +375,10 @@ def _write_folder(
     """Write the rows of the documents that no finished shard has to the first rank's `folder`."""
     if ranks.any(folder is not None and folder.finished):
         return
-    done = ranks.from_first(folder.documents if folder else 0)
-    tokens = ranks.from_first(folder.totals["tokens"] if folder else 0)
+    done, tokens = (ranks.from_first(folder.totals[kind] if folder else 0) for kind in ("documents", "tokens"))
     remaining = folder.unread(sequences()) if folder else islice(sequences(), done, None)
-    for portion, batches in job.rows_by_portion(remaining, ranks, shard=shard_size, size_of=job.shard_part):
+    shards = {"shard": shard_size, "size_of": lambda sequence: job.size(len(sequence.document))}
+    for portion, batches in job.rows_by_portion(remaining, ranks, **shards):
         for batch in batches:
             tokens += tokens_of(batch)
             if folder:

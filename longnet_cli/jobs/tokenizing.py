@@ -14,8 +14,8 @@ import math
 import time
 from _thread import start_new_thread
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from operator import attrgetter
@@ -100,27 +100,28 @@ def tokenize(
     if shard_tokens < 1:
         raise ConfigError(f"shard_tokens must be 1 or more, not {shard_tokens}")
     in_folder = is_folder(output, resume=resume)
-    left_out, first = left_out or LeftOut(), ranks is None or ranks.writes
+    left_out, writes = left_out or LeftOut(), ranks is None or ranks.writes
     if train_vocab is not None and ranks is not None and ranks.world > 1:
         raise ConfigError("a tokenizer is trained by one process: train it first, without --dp")
     # a folder that cannot be resumed is refused here, before a tokenizer is trained
-    earlier = run_to_resume(output, resume=resume) if in_folder and first else None
+    earlier = run_to_resume(output, resume=resume) if in_folder and writes else None
     loaded = _tokenizer(inputs, tokenizer, train_vocab, earlier.tokenizer if earlier else None)
     appended = end_of_text(eos, loaded)
     own, eos_id = loaded.eos_id, loaded.eos_id if appended is None else appended
     loaded = loaded.with_eos(eos_id)
     schema = token_schema(vocab_size=loaded.vocab_size, eos_id=eos_id, tokenizer_sha256=loaded.sha256)
 
-    given = inputs.texts(loaded, digests=in_folder and first)
+    given = inputs.texts(loaded, digests=in_folder and writes)
     texts = _readable(given, left_out.skip, Apart() if inputs.id_column is None else None)
     folder: ShardFolder | None = None
-    if in_folder and first:
+    if in_folder and writes:
         said = appended is not None if appended in (None, own) else str(appended)  # 1 would equal True
         settings = _settings(inputs, loaded, train_vocab, said, shard_tokens)
         about: dict[str, Any] = {"settings": settings, "format": shard_format, "tokenizer": loaded.description}
         folder = ShardFolder(output, schema, **about, resume=resume, left_out=left_out, opened=given.opened)
-    with _rows(folder or ShardWriter(output, schema), shard_tokens) if first else nullcontext() as rows:
-        finished, done = bool(folder and folder.finished), folder.documents if folder else 0
+    with folder or ShardWriter(output, schema) if writes else nullcontext() as opened:
+        rows = TokenBatches(opened, shard_tokens) if opened else None
+        finished, done = bool(folder and folder.finished), folder.totals["documents"] if folder else 0
         if ranks:
             finished, done = ranks.any(finished), ranks.from_first(done)
         if not finished:
@@ -133,18 +134,6 @@ def tokenize(
         loaded.save(beside)
         shards = [Path(output)]
     return TokenizeResult(rows.totals["documents"], rows.totals["tokens"], rows.totals["bytes"], shards, loaded)
-
-
-@contextmanager
-def _rows(output: ShardFolder | ShardWriter, shard_tokens: int) -> Iterator[TokenBatches]:
-    """Open an output, and yield what collects its rows."""
-    with output:
-        if isinstance(output, ShardFolder):
-            yield TokenBatches(output.schema, BATCH_BYTES, output.write, output.totals, output.end_shard, shard_tokens)
-        else:
-            small = str(output.output) == "-" or str(output.output).endswith(".jsonl")
-            size = SMALL_BATCH_BYTES if small else BATCH_BYTES
-            yield TokenBatches(output.schema, size, lambda batch, **counts: output.write(batch))
 
 
 def _settings(
@@ -216,10 +205,6 @@ class _TextPart(NamedTuple):
     def length(self) -> int:
         return len(self.text or "")
 
-    @property
-    def ends(self) -> bool:
-        return self.text is None
-
 
 @dataclass(frozen=True)
 class _Work:
@@ -267,12 +252,12 @@ class _Work:
             return []
         encoded = iter(self.tokenizer.encode_pieces([piece.text for piece in pieces if piece.text and not piece.ids]))
         ending = np.array([] if self.eos_id is None else [self.eos_id], np.int32)
-        ids = [ending if piece.ends else piece.ids() if piece.ids else next(encoded) for piece in pieces]
+        ids = [ending if piece.text is None else piece.ids() if piece.ids else next(encoded) for piece in pieces]
         columns = {
             "doc_id": pa.array([piece.doc_id for piece in pieces], pa.string()),
             "ids": pa.LargeListArray.from_arrays(np.cumsum([0, *map(len, ids)]), np.concatenate(ids)),
             "size": pa.array([len((piece.text or "").encode()) for piece in pieces]),
-            "ends": pa.array([piece.ends for piece in pieces]),
+            "ends": pa.array([piece.text is None for piece in pieces]),
         }
         return [pa.record_batch(columns)]
 
@@ -427,40 +412,34 @@ BATCH_ROWS = 1 << 16
 class TokenBatches:
     """A collector of ids into batches of whole documents. A document larger than a batch gets a batch for each part.
 
+    The batches go to an opened `output`; in a folder, a document that brings a shard to `shard_tokens` ends it.
     `totals` counts documents, tokens and bytes, starting from the totals of an earlier run. The batches depend only
     on the documents since the last `end_shard`, so shards are the same wherever a run resumes.
     """
 
-    def __init__(
-        self,
-        schema: pa.Schema,
-        batch_bytes: int,
-        write: Callable[..., None],
-        totals: Mapping[str, int] | None = None,
-        end_shard: Callable[[], None] | None = None,
-        shard_tokens: int = 0,
-    ) -> None:
-        self.totals = Counter(totals or {})
-        self._schema = schema
-        self._write = write
-        self._end_shard = end_shard
-        self._shard_tokens = shard_tokens
-        dtype = numpy_dtype(schema.field("input_ids").type.value_type)
-        self._values = np.empty(max(1, batch_bytes // dtype.itemsize), dtype)
+    def __init__(self, output: ShardFolder | ShardWriter, shard_tokens: int) -> None:
+        self._output, self._shard_tokens = output, shard_tokens
+        self._folder = output if isinstance(output, ShardFolder) else None
+        self.totals = Counter(self._folder.totals if self._folder else {})
+        name = str(output.output) if isinstance(output, ShardWriter) else ""
+        size = SMALL_BATCH_BYTES if name == "-" or name.endswith(".jsonl") else BATCH_BYTES
+        dtype = numpy_dtype(output.schema.field("input_ids").type.value_type)
+        self._values = np.empty(size // dtype.itemsize, dtype)
         self._used = 0  # values, the open document's included
         self._rows: list[tuple[str, int, int]] = []  # ended rows: doc_id, part, end of their values
         self._part = 0  # of the open document
-        self._counts: Counter[str] = Counter()  # not yet written
         self._in_shard = 0  # tokens
 
     def add(self, doc_id: str, ids: np.ndarray, size: int) -> None:
         """Append (tokens,) ids, which stand for `size` bytes of text, to the open document."""
-        self.totals.update(tokens=len(ids), bytes=size)
-        self._counts.update(tokens=len(ids), bytes=size)
+        self._count(tokens=len(ids), bytes=size)
         self._in_shard += len(ids)
         while len(ids):
             if self._used == len(self._values):
-                self._make_room(doc_id)
+                if not self._rows:  # the open document has filled a batch
+                    self._end_row(doc_id)
+                    self._part += 1
+                self.flush()
             fitting = ids[: len(self._values) - self._used]
             self._values[self._used : self._used + len(fitting)] = fitting
             self._used += len(fitting)
@@ -470,11 +449,10 @@ class TokenBatches:
         """End the open document, which may be empty, and the shard if it is full."""
         self._end_row(doc_id)
         self._part = 0
-        self.totals.update(documents=1)
-        self._counts.update(documents=1)
-        if self._end_shard and self._in_shard >= self._shard_tokens:
+        self._count(documents=1)
+        if self._folder and self._in_shard >= self._shard_tokens:
             self.flush()
-            self._end_shard()
+            self._folder.end_shard()
             self._in_shard = 0
         elif len(self._rows) >= BATCH_ROWS:
             self.flush()
@@ -485,17 +463,15 @@ class TokenBatches:
             return
         doc_ids, parts, ends = zip(*self._rows, strict=True)
         end = ends[-1]
-        self._write(token_batch(self._schema, doc_ids, parts, ends, self._values[:end]), **self._counts)
+        self._output.write(token_batch(self._output.schema, doc_ids, parts, ends, self._values[:end]))
         self._values[: self._used - end] = self._values[end : self._used].copy()
         self._used -= end
         self._rows.clear()
-        self._counts.clear()
 
-    def _make_room(self, doc_id: str) -> None:
-        if not self._rows:  # the open document has filled a batch
-            self._end_row(doc_id)
-            self._part += 1
-        self.flush()
+    def _count(self, **counts: int) -> None:
+        self.totals.update(counts)
+        if self._folder:
+            self._folder.count(**counts)
 
     def _end_row(self, doc_id: str) -> None:
         self._rows.append((doc_id, self._part, self._used))

@@ -24,14 +24,13 @@ from longnet_cli.attention import Outside, Past
 from longnet_cli.attention.past import Seen
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.nets.longnet import LongNet
-from longnet_cli.nets.net import FarProvider, InputSequence, Net, Readable
+from longnet_cli.nets.net import FarProvider, Net, Readable
 from longnet_cli.running.causal_stream import CausalStream, open_stream
 from longnet_cli.running.chunk_size import chunk_of, default_chunk
 from longnet_cli.running.device import precision, to_device
 from longnet_cli.running.layerwise import hidden_in_chunks
 from longnet_cli.running.ranks.edges import whole_blocks
 from longnet_cli.running.ranks.exchange import Exchange
-from longnet_cli.running.ranks.portions import Portion, portions
 from longnet_cli.running.ranks.ranks import Ranks
 
 PORTION_CHUNKS = 4  # full forward passes per portion that is dealt out
@@ -60,7 +59,6 @@ class Window:
 
 OnWindows = Callable[[Sequence[Window], int, Seen], None]  # as `Reader.on_choice`
 W = TypeVar("W", bound=Window)
-S = TypeVar("S", bound=InputSequence[Any])
 Z = TypeVar("Z", bound=Sized)
 
 
@@ -87,8 +85,7 @@ def reading_steps(windows: Iterable[Z], chunk: int, streams: bool) -> Iterator[l
     step: list[Z] = []
     tokens = 0
     for window in windows:
-        alone = streams and len(window) > chunk
-        if alone and step:
+        if step and streams and len(window) > chunk:
             yield step
             step, tokens = [], 0
         step.append(window)
@@ -118,10 +115,10 @@ class Reader:
     states, in memory or, with `spill`, in a file in that folder. A net that does not stream reads any window in one
     forward pass.
 
-    Several `ranks`, which must all read the same windows, share every long window, `chunk` tokens each, and divide the
-    forward passes over short windows. `dtype` is as in `running.device`. On every rank, `on_progress` gets the number
-    of wanted tokens of each forward pass. `on_choice` gets the windows of a forward pass, and what their layers see of
-    chosen blocks, as `running.layer_caches.OnChoice`.
+    With several `ranks`, all have one chunk. Those of a group, which must all read the same windows, share every long
+    window, `chunk` tokens each, and divide the forward passes over short windows. `dtype` is as in `running.device`. On
+    every rank, `on_progress` gets the number of wanted tokens of each forward pass. `on_choice` gets the windows of a
+    forward pass, and what their layers see of chosen blocks, as `running.layer_caches.OnChoice`.
     """
 
     def __init__(
@@ -138,16 +135,11 @@ class Reader:
         """Raise ConfigError for a chunk below 1, and for `on_choice` where nothing is chosen."""
         check_choices(model, on_choice is not None)
         self.model, self.dtype, self.spill = model, dtype, spill
-        self.ranks = ranks or Ranks()
         self.device = next(model.parameters()).device
-        self.chunk = chunk_of(chunk, default_chunk(model.config, self.device), ranks=self.ranks)
+        self.chunk = chunk_of(chunk, default_chunk(model.config, self.device), ranks=ranks)
+        self.ranks = (ranks or Ranks()).of_group()
         self.on_progress = on_progress or (lambda tokens: None)
         self.on_choice = on_choice
-
-    def portions(self, sequences: Iterable[S], **shards: Any) -> Iterator[Portion[S]]:
-        """Cut sequences into portions of several full forward passes, as `portions` does by documents."""
-        length = PORTION_CHUNKS * self.chunk
-        return portions(sequences, length, length_of=lambda sequence: len(sequence.document), **shards)
 
     def read(self, windows: Iterable[W]) -> Iterator[list[Piece[W]]]:
         """Return the wanted hidden states of all windows, in order, as lists of pieces.
@@ -275,13 +267,6 @@ def check_choices(model: Net, wanted: bool = True) -> None:
         raise ConfigError("the pattern has no chosen blocks to tell about: add --pattern finding")
     if wanted and model.stream():
         raise ConfigError("this model keeps a cache of its own, which does not tell what was chosen")
-
-
-def share_reader(model: Net, *, chunk: int | None = None, ranks: Ranks | None = None, **options: Any) -> Reader:
-    """Return a Reader for this rank's group, with the same chunk on all `ranks`. `options` go to `Reader`."""
-    ranks = ranks or Ranks()
-    chunk = chunk_of(chunk, default_chunk(model.config, next(model.parameters()).device), ranks=ranks)
-    return Reader(model, chunk=chunk, ranks=ranks.of_group(), **options)
 
 
 def batches_by_length(lengths: Sequence[int], limit: int, least: int | None = None) -> Iterator[list[int]]:

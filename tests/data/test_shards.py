@@ -46,7 +46,7 @@ def write(
     """Two documents a shard; `fail_at` raises before that document."""
     about = {"settings": SETTINGS | settings, "name": "vectors", "format": format}
     with ShardFolder(place, SCHEMA, **about, resume=resume) as folder:
-        for document in range(folder.documents, documents):
+        for document in range(folder.totals["documents"], documents):
             if document == fail_at:
                 raise KeyboardInterrupt
             folder.write(rows(document), documents=1, tokens=10)
@@ -81,7 +81,7 @@ def test_a_run_resumed_anywhere_gives_the_same_bytes(tmp_path, fail_at):
     assert before == {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in finished}
     again = write(tmp_path / "out", documents=0, resume=True)  # nothing to do
     assert again.finished
-    assert again.documents == 7
+    assert again.totals["documents"] == 7
 
 
 def test_without_resume_only_a_folder_without_finished_shards_is_taken(tmp_path):

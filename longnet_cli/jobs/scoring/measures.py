@@ -183,24 +183,19 @@ class Total:
         return [self._as_dict(index) for index in range(len(self.contexts))]
 
     def _as_dict(self, index: int) -> dict[str, Any]:
-        score, nats = self.scores[index], np.eye(len(self.contexts) + 2)[index]
+        score, clusters, units = self.scores[index], self.clusters, np.eye(len(self.contexts) + 2)
+        nats, more = units[index], units[index] - units[0]
+        ratio = Score(float(more @ clusters.sums), int(clusters.sums[TOKENS]), None).ppl
+        compared = {"ppl_ratio": ratio, "ppl_ratio_se": _times(ratio, clusters.error(more, TOKENS))}
         return {
             **score.as_dict(),
             "context": self.contexts[index],
-            "n_docs": self.clusters.documents,
-            "ppl_se": _times(score.ppl, self.clusters.error(nats, TOKENS)),
-            "bpb_se": None if score.bpb is None else _times(1 / math.log(2), self.clusters.error(nats, BYTES)),
-            **self._compare(index),
+            "n_docs": clusters.documents,
+            "ppl_se": _times(score.ppl, clusters.error(nats, TOKENS)),
+            "bpb_se": None if score.bpb is None else _times(1 / math.log(2), clusters.error(nats, BYTES)),
+            **(compared if index else {}),  # the others are compared with the first context
             **{key: _cluster_rows(parts) for key, parts in self.places[index].items()},
         }
-
-    def _compare(self, index: int) -> dict[str, float | None]:
-        """Return the ratio of ppl at a context to ppl at the first context, which itself has no ratio."""
-        if not index:
-            return {}
-        nats = np.eye(len(self.clusters.sums))[index] - np.eye(len(self.clusters.sums))[0]
-        ratio = Score(float(nats @ self.clusters.sums), int(self.clusters.sums[TOKENS]), None).ppl
-        return {"ppl_ratio": ratio, "ppl_ratio_se": _times(ratio, self.clusters.error(nats, TOKENS))}
 
 
 def column(name: str, context: int | None, contexts: Sequence[int | None]) -> str:

@@ -31,7 +31,7 @@ from longnet_cli.nets.net import LOGITS_LIMIT, InputSequence, Net, bos_ids
 from longnet_cli.running.device import precision, to_device, to_host
 from longnet_cli.running.ranks.portions import Portion
 from longnet_cli.running.ranks.ranks import Ranks
-from longnet_cli.running.reader import Piece, Reader, Window, share_reader
+from longnet_cli.running.reader import Piece, Reader, Window
 
 TABLE = pa.list_(pa.struct([("from", pa.int64()), ("to", pa.int64()), ("n_tokens", pa.int64()), ("nll", pa.float64())]))
 
@@ -41,69 +41,52 @@ class Cut:
     """The cut of documents into windows. The ids of `bos` come before each document."""
 
     bos: tuple[int, ...]
-    contexts: Sequence[int | None]
-    stride: int | None
-    last: int | None
+    options: ScoreOptions
 
     @property
     def first_target(self) -> int:
         """The first target of a document: token 0, or token 1 if nothing precedes the document."""
         return 0 if self.bos else 1
 
-    def sequence(self, model: Net, document: Document) -> InputSequence[Document]:
-        """Return a document as the model reads it. Raises TooLongError for a window that is too long for the model."""
-        sequence = model.sequence(document, self.bos)
-        more = max(0, sequence.own_start - 1)  # ids before the one that predicts the first target
-        fits = max(1, (sequence.limit or 0) - more)
-        instead = f"score it in windows (--context {format_size(fits)} --stride {format_size(-(-fits // 2))})"
-        return sequence.check(instead, self.longest(len(document)) + more)
-
     @property
     def nothing(self) -> str:
         """The error text for documents without a token to score."""
-        if self.last:
+        if self.options.last:
             return f"no token could be scored: no document has {self.least} tokens or more"
         if self.bos:
             return "no token could be scored: every document is empty or left out"
         return "no token could be scored: no document has two tokens, and no end-of-text id can precede the first"
 
     def inputs(self, tokens: int, context: int | None) -> Iterator[tuple[int, int, int]]:
-        """Return (start, stop, wanted) of each window: it reads [start, stop), and targets count from `wanted` on."""
+        """Yield (start, stop, wanted) of each window: it reads [start, stop), and targets count from `wanted` on."""
         before = len(self.bos) - 1  # from a target to its input
-
-        def of_window(window: tuple[int, int, int]) -> tuple[int, int, int]:
-            start, stop, counted = window
-            return start + before if start > self.first_target else 0, stop + before, counted + before
-
-        return map(of_window, self.windows(tokens, context))
+        for start, stop, counted in self.windows(tokens, context):
+            yield start + before if start > self.first_target else 0, stop + before, counted + before
 
     def windows(self, tokens: int, context: int | None) -> Iterator[tuple[int, int, int]]:
-        """Return (start, stop, counted) of each window: at most `context` targets, which count from `counted` on.
+        """Yield (start, stop, counted) of each window: at most `context` targets, which count from `counted` on.
 
         The counted targets of all windows make up the document, or its `last` tokens.
         """
         size = context or max(1, tokens - self.first_target)
-        step = self.stride or size
-        look_back = self.stride is not None or self.last is not None
-
-        def window(counted: int) -> tuple[int, int, int]:
+        step = self.options.stride or size
+        look_back = self.options.stride is not None or self.options.last is not None
+        for counted in range(tokens - self.options.last if self.options.last else self.first_target, tokens, step):
             stop = min(counted + step, tokens)
-            return max(self.first_target, stop - size) if look_back else counted, stop, counted
-
-        return map(window, range(tokens - self.last if self.last else self.first_target, tokens, step))
+            yield max(self.first_target, stop - size) if look_back else counted, stop, counted
 
     def longest(self, tokens: int) -> int:
         """Return the number of targets in the longest window of a document of `tokens` tokens, 0 if it is left out."""
-        if self.last and tokens < self.least:
+        if self.options.last and tokens < self.least:
             return 0
-        return max(0, min(tokens - self.first_target, max(each or tokens for each in self.contexts)))
+        return max(0, min(tokens - self.first_target, max(each or tokens for each in self.options.contexts)))
 
     @property
     def least(self) -> int:
         """The fewest tokens of a document whose `last` tokens all get windows as long as every context."""
-        last = self.last or 0
+        options, last = self.options, self.options.last or 0
         return self.first_target + max(
-            last if size is None else size + last - min(self.stride or size, last) for size in self.contexts
+            last if size is None else size + last - min(options.stride or size, last) for size in options.contexts
         )
 
 
@@ -151,7 +134,7 @@ def score(
     """
     if on_tokens and ranks and ranks.dp > 1:
         raise ConfigError("log-probabilities of tokens are written by one group of ranks: leave out --dp")
-    reader = share_reader(model, ranks=ranks, **reading)
+    reader = Reader(model, ranks=ranks, **reading)
     scorer = Scorer(reader, options, facts, kept_fields, count_bytes, on_tokens, top)
     return scorer.rows(documents, stored=stored, ranks=ranks, on_skip=on_skip)
 
@@ -231,7 +214,7 @@ class Scorer(RowJob):
             raise ConfigError("this model has no vocabulary (vocab_size 0): it cannot score tokens")
         if on_tokens and len(options.contexts) > 1:
             raise ConfigError("log-probabilities of tokens need one context: give only one")
-        self.cut = Cut(bos_ids(facts.bos), options.contexts, options.stride, options.last)
+        self.cut = Cut(bos_ids(facts.bos), options)
         self.nothing = self.cut.nothing
         self.count_bytes, self.on_tokens, self.top = count_bytes, on_tokens, top
         self.open: deque[_Tally] = deque()  # documents whose windows are being read
@@ -266,17 +249,22 @@ class Scorer(RowJob):
         return row_schema(fields, self.kept_fields, known)
 
     def sequence(self, document: Document) -> InputSequence[Document]:
-        return self.cut.sequence(self.reader.model, document)
+        """Return a document as the model reads it. Raises TooLongError for a window that is too long for the model."""
+        sequence = self.reader.model.sequence(document, self.cut.bos)
+        more = max(0, sequence.own_start - 1)  # ids before the one that predicts the first target
+        fits = max(1, (sequence.limit or 0) - more)
+        instead = f"score it in windows (--context {format_size(fits)} --stride {format_size(-(-fits // 2))})"
+        return sequence.check(instead, self.cut.longest(len(document)) + more)
 
     def window_sizes(self, tokens: int) -> Iterator[tuple[int, int]]:
-        if not (self.cut.last and tokens < self.cut.least):
-            for context in self.cut.contexts:
+        if not (self.options.last and tokens < self.cut.least):
+            for context in self.options.contexts:
                 for start, stop, wanted in self.cut.inputs(tokens, context):
                     yield stop - start, stop - wanted
 
     def kept_bytes(self, tokens: int) -> dict[str, int]:
         """Return the bytes of the nats that are kept for the gain."""
-        return {"nats": min(4 * tokens, SPOOL_BYTES) if len(self.cut.contexts) > 1 else 0}
+        return {"nats": min(4 * tokens, SPOOL_BYTES) if len(self.options.contexts) > 1 else 0}
 
     def size(self, tokens: int) -> int:
         return tokens + 1
@@ -295,7 +283,7 @@ class Scorer(RowJob):
 
     def _ended(self) -> Iterator[list[_Tally]]:
         """Take out the documents, in order, that are scored at all contexts."""
-        contexts = len(self.cut.contexts)
+        contexts = len(self.options.contexts)
         while len(self.open) >= contexts and all(self.open[index].ends for index in range(contexts)):
             yield [self.open.popleft() for _ in range(contexts)]
 
@@ -307,17 +295,17 @@ class Scorer(RowJob):
 
     def tell_progress(self, portion: Portion[InputSequence[Document]]) -> None:
         """Report the tokens that another group of ranks has scored."""
-        scored = portion.items * self.cut.last if self.cut.last else portion.length
-        self.reader.on_progress(scored * len(self.cut.contexts))
+        scored = portion.items * self.options.last if self.options.last else portion.length
+        self.reader.on_progress(scored * len(self.options.contexts))
 
     def _windows(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[_ScoredWindow]:
-        contexts = [context for context in self.cut.contexts if context is not None]
+        contexts = [context for context in self.options.contexts if context is not None]
         for sequence in sequences:
             document = sequence.document
-            if self.cut.last and len(document) < self.cut.least:
+            if self.options.last and len(document) < self.cut.least:
                 continue
             gain = GainTally(contexts) if len(contexts) > 1 else None
-            for context in self.cut.contexts:
+            for context in self.options.contexts:
                 tally = self._tally(document, context, gain)
                 self.open.append(tally)
                 if not tally.expected:
@@ -328,8 +316,8 @@ class Scorer(RowJob):
     def _tally(self, document: Document, context: int | None, gain: GainTally | None) -> _Tally:
         expected = max(0, len(document) - self.cut.first_target)
         n_bytes = document.n_bytes if self.cut.bos else None  # without bos, the first token is not scored
-        if self.cut.last:
-            expected = self.cut.last
+        if self.options.last:
+            expected = self.options.last
             ids = document.read(len(document) - expected, len(document))
             n_bytes = self.count_bytes(ids) if self.count_bytes else None
         positions = None
@@ -366,28 +354,24 @@ class Scorer(RowJob):
 
     def _add_up(self, pieces: Sequence[Piece[_ScoredWindow]], columns: Sequence[Callable[[], Tensor]]) -> None:
         """Add the nats of the pieces' targets to their documents."""
-        parts = [column().split([len(piece) for piece in pieces]) for column in columns]
+        parts = [map(Tensor.numpy, column().split([len(piece) for piece in pieces])) for column in columns]
         for piece, nll, *top in zip(pieces, *parts, strict=True):
-            self._add(piece, nll.numpy(), [column.numpy() for column in top])
-
-    def _add(self, piece: Piece[_ScoredWindow], nll: np.ndarray, top: Sequence[np.ndarray]) -> None:
-        tally = piece.window.tally
-        start = piece.start + 1 - len(self.cut.bos)
-        if not np.isfinite(nll).all():
-            token = start + int(np.argmin(np.isfinite(nll)))
-            advice = "--dtype fp16 overflows, take bf16 or fp32" if self.reader.dtype == "fp16" else ADVICE
-            raise NotFiniteError(
-                f"{tally.document.where}: document {tally.document.doc_id!r}: the log-probability of token {token} is "
-                f"not finite: {advice}"
-            )
-        tally.nll_sum += float(nll.sum(dtype=np.float64))
-        tally.n_tokens += len(nll)
-        if tally.by_position:
-            tally.by_position.add(piece.start - piece.window.start, nll)
-        if tally.gain and tally.context is not None:
-            tally.gain.add(tally.context, nll)
-        if self.on_tokens and len(nll):
-            self.on_tokens(tally.document, start, self._targets(piece), -nll, *top)
+            tally, start = piece.window.tally, piece.start + 1 - len(self.cut.bos)
+            if not np.isfinite(nll).all():
+                token = start + int(np.argmin(np.isfinite(nll)))
+                advice = "--dtype fp16 overflows, take bf16 or fp32" if self.reader.dtype == "fp16" else ADVICE
+                raise NotFiniteError(
+                    f"{tally.document.where}: document {tally.document.doc_id!r}: the log-probability of token {token} "
+                    f"is not finite: {advice}"
+                )
+            tally.nll_sum += float(nll.sum(dtype=np.float64))
+            tally.n_tokens += len(nll)
+            if tally.by_position:
+                tally.by_position.add(piece.start - piece.window.start, nll)
+            if tally.gain and tally.context is not None:
+                tally.gain.add(tally.context, nll)
+            if self.on_tokens and len(nll):
+                self.on_tokens(tally.document, start, self._targets(piece), -nll, *top)
 
     @staticmethod
     def _targets(piece: Piece[_ScoredWindow]) -> np.ndarray:

@@ -80,8 +80,7 @@ class _Deal(Generic[P]):
         try:
             for index, portion in enumerate(portions):
                 if index != mine:
-                    for _ in portion:
-                        pass
+                    deque(portion, maxlen=0)  # reads it to its end
                 else:
                     # all ranks of a group get the same answer
                     while self.group.any(self.group.writes and self._given() + self.ahead <= index):
@@ -131,7 +130,7 @@ class _Deal(Generic[P]):
         """Yield the next portions whose results have arrived, on rank 0."""
         while self.waiting and (self.given in self.own or self.store.check([str(self.given)])):
             portion, own = self.waiting[0], self.own.pop(self.given, None)
-            results = _unpack(self._fetch(self.given, portion)) if own is None else own
+            results = self._fetch(self.given, portion) if own is None else own
             self.waiting.popleft()  # only now: if the results are refused, no later portion may take their place
             if own is None:
                 self.on_other(portion)
@@ -139,7 +138,7 @@ class _Deal(Generic[P]):
             self.given += 1
             self.store.add("given", 1)
 
-    def _fetch(self, index: int, portion: Portion[Any]) -> bytes:
+    def _fetch(self, index: int, portion: Portion[Any]) -> Batches:
         """Return and delete the results of a portion. Raises DataError where the other rank read another portion."""
         number, *read = map(int, self.store.get(str(index)).split())
         if read != [portion.items, portion.length]:
@@ -151,19 +150,15 @@ class _Deal(Generic[P]):
         data = b"".join(self.store.get(piece) for piece in pieces)
         for key in [str(index), *pieces]:
             self.store.delete_key(key)
-        return data
+        return pa.ipc.open_stream(data) if data else ()
 
 
-def _pack(batches: Batches) -> bytes:
+def _pack(batches: list[pa.RecordBatch]) -> bytes:
     """Return record batches of one schema as an Arrow stream; empty bytes if there are none."""
-    sink, writer = pa.BufferOutputStream(), None
-    for batch in batches:
-        writer = writer or pa.ipc.new_stream(sink, batch.schema)
-        writer.write_batch(batch)
-    if writer:
-        writer.close()
+    if not batches:
+        return b""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batches[0].schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
     return cast(bytes, sink.getvalue().to_pybytes())
-
-
-def _unpack(data: bytes) -> Batches:
-    return pa.ipc.open_stream(data) if data else ()
