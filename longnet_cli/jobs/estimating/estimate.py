@@ -30,6 +30,7 @@ from longnet_cli.running.device import (
     precision,
     resident_memory,
     resolve_dtype,
+    wait_for,
 )
 from longnet_cli.running.ranks.ranks import Ranks
 from longnet_cli.running.reader import Reader, Window
@@ -59,8 +60,7 @@ def read_noise(net: Net, lengths: Sequence[int], chunk: int, dtype: str, *, scor
             hidden = torch.cat([piece.hidden for piece in pieces if piece.hidden is not None])
             with precision(dtype, device):
                 net.nll(hidden, torch.zeros(len(hidden), dtype=torch.int64, device=device))
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait_for(device)
 
 
 def reading_rate(net: Net, plan: ReadingPlan, dtype: str, room: float, *, scores: bool) -> tuple[float, Shape]:
