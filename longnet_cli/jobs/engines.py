@@ -237,12 +237,7 @@ class _DocumentTable:
     """
 
     def __init__(
-        self,
-        table: pa.Table,
-        where: str,
-        how: Reading,
-        words: Callable[[], Tokenizer | None],
-        numbered: bool = False,
+        self, table: pa.Table, where: str, how: Reading, words: Callable[[], Tokenizer | None], numbered: bool = False
     ) -> None:
         self.table, self.where, self.how, self.words = table, where, how, words
         self.names = table.schema.names
