@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -133,10 +132,11 @@ def _measure(settings: Settings, format: RowFormat, quiet: bool) -> list[Measure
     if format == "md":
         columns = _MARKDOWN.format("stop" if streamed else "").split()
     rows: list[Measurement] = []
-    with ExitStack() as stack:
-        total, unit = (streamed, "tok") if streamed else (cases, "rows")
-        advance = stack.enter_context(progress("bench", total=total, unit=unit, quiet=quiet))
-        out = stack.enter_context(RowWriter(format, columns, human=_HUMAN, titles=_TITLES))
+    total, unit = (streamed, "tok") if streamed else (cases, "rows")
+    with (
+        progress("bench", total=total, unit=unit, quiet=quiet) as advance,
+        RowWriter(format, columns, human=_HUMAN, titles=_TITLES) as out,
+    ):
         for row in measure(settings, on_start=announce, on_tokens=advance):
             rows.append(row)
             values = {column: getattr(row, column) for column in columns}

@@ -107,7 +107,8 @@ class Command(TyperCommand):
         """Run the command. Raises ConfigError for a refused value, LongNetError for a closed stdout."""
         for parameter in self.params:
             name = max(parameter.opts, key=len) if parameter.param_type_name == "option" else str(parameter.metavar)
-            for value in _items(ctx.params.get(parameter.name or "")):
+            given = ctx.params.get(parameter.name or "")
+            for value in given if isinstance(given, list | tuple) else [given]:
                 _check(name, value)
         if ctx.params.get("quiet"):
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of downloads; read when they are imported
@@ -130,14 +131,6 @@ def _mark_bare(words: Sequence[str], optional: set[str]) -> Iterator[str]:
     """Yield the words, with the value BARE for each option of `optional` that is last or before another option."""
     for word, following in zip(words, [*words, "-"][1:], strict=True):
         yield f"{word}={BARE}" if word in optional and following.startswith("-") else word
-
-
-def _items(value: Any) -> Iterator[Any]:
-    if isinstance(value, list | tuple):
-        for item in value:
-            yield from _items(item)
-    else:
-        yield value
 
 
 def _check(name: str, value: Any) -> None:

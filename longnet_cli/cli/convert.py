@@ -60,8 +60,6 @@ def convert(options: ConvertCommand) -> None:
     source, output = options.source, options.output
     if options.update:
         ask_hub(source, None)
-    what = run(
-        source, output, options.dtype, heads=options.heads, segment_lengths=options.segment_lengths,
-        dilation_rates=options.dilation_rates, padding=options.padding,
-    )  # fmt: skip
+    given = {name: getattr(options, name) for name in ("heads", "segment_lengths", "dilation_rates", "padding")}
+    what = run(source, output, options.dtype, **given)
     tell(f"{source}: {what} -> {output}", options.quiet)

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import typer
 
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.command import Command, CommandGroup, takes_options
-from longnet_cli.cli.options import INPUT, OUTPUT
+from longnet_cli.cli.options import INPUT, OUTPUT, Format
 from longnet_cli.cli.output import emit_json, printable
 from longnet_cli.cli.progress import progress
 
 if TYPE_CHECKING:
     from longnet_cli.jobs.inspecting import Inspection
 
-Format = Literal["text", "json"]
 BAR = 40  # characters of the longest bar
 
 data = typer.Typer(name="data", cls=CommandGroup, no_args_is_help=True, help="Look at data before a model does.")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from longnet_cli.basics.errors import ConfigError, MemoryLimitError
 from longnet_cli.basics.sizes import count_of, format_bytes, format_count, format_duration
+from longnet_cli.cli.options import Format
 from longnet_cli.cli.output import emit_json
 from longnet_cli.cli.progress import progress
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from longnet_cli.jobs.row_jobs import RowJob
     from longnet_cli.running.reader import Reader
 
-Format = Literal["text", "json"]
 Row = tuple[str, str, str]  # a name, its value, what it means
 BAR = 30  # characters of a full bar
 YEAR = 365.25 * 86400  # seconds
@@ -139,7 +139,7 @@ def _show(estimate: Estimate, format: Format, job: str, before: Sequence[Row], a
     else:
         parameters = estimate.facts["parameters"]
         rows = [("parameters", format_count(parameters), f"{parameters:,}"), *before]
-        _print([rows, _memory(estimate), after])
+        print(_block(rows), _block(_memory(estimate)), _block(after), sep="\n\n")
     check_fits(estimate, job)
 
 
@@ -169,14 +169,8 @@ def _memory(estimate: Estimate) -> list[Row]:
     return rows
 
 
-def _print(blocks: Sequence[Sequence[Row]]) -> None:
-    lines = (
-        f"{name:<15} {value:>12}  {more}".rstrip() for block in blocks if block for name, value, more in [*block, EMPTY]
-    )
-    print("\n".join(lines).rstrip())
-
-
-EMPTY: Row = ("", "", "")
+def _block(rows: Sequence[Row]) -> str:
+    return "\n".join(f"{name:<15} {value:>12}  {more}".rstrip() for name, value, more in rows)
 
 
 def _duration(seconds: float) -> str:

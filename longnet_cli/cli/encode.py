@@ -8,9 +8,8 @@ from typing import Literal
 
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.command import SAMPLE, check_pairs
-from longnet_cli.cli.dry_run import Format, dry_run
-from longnet_cli.cli.options import OUTPUT, Computing, Documents, HelpPanel, Mesh, ModelChoice, Running
-from longnet_cli.cli.output import count_left_out
+from longnet_cli.cli.dry_run import dry_run
+from longnet_cli.cli.options import OUTPUT, Computing, Documents, Format, HelpPanel, Mesh, ModelChoice, Running
 from longnet_cli.cli.starting import ModelAndInputs
 
 VECTORS = HelpPanel("Vectors")
@@ -100,19 +99,15 @@ def encode(options: EncodeCommand) -> None:
     if opened.room:
         dry_run(opened, inputs, job, "encoding", options, options.shard_rows)
         return
-    left_out = count_left_out(inputs.skip_bad, opened.quiet)
     opened.write(
         inputs,
         job,
-        output,
-        running,
-        options.computing,
+        options,
         earlier,
-        left_out,
         doing="encoding",
         unit="{} vector",
         shard_size=options.shard_rows,
         shard_format=options.shard_format,
         of_text=PLACE_FIELDS,
     )
-    opened.end(left_out)
+    opened.end()

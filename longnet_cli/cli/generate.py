@@ -7,7 +7,7 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -18,18 +18,7 @@ from longnet_cli.basics.sizes import count_of, format_bytes, format_duration
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.command import Excludes, Needs, check_pairs
 from longnet_cli.cli.dry_run import show_reading
-from longnet_cli.cli.options import (
-    COMPUTE,
-    INPUT,
-    OUTPUT,
-    Computing,
-    Documents,
-    HelpPanel,
-    Mesh,
-    ModelChoice,
-    argument,
-    read_pattern,
-)
+from longnet_cli.cli.options import COMPUTE, INPUT, OUTPUT, Computing, Documents, HelpPanel, Mesh, ModelChoice
 from longnet_cli.cli.output import emit_jsonl, note, printable, tell
 from longnet_cli.cli.progress import progress
 from longnet_cli.cli.starting import ModelAndInputs, Opened, state_teller
@@ -48,6 +37,7 @@ if TYPE_CHECKING:
 Format = Literal["text", "jsonl"]
 SAMPLING = HelpPanel("How to choose tokens")
 MAX_TOKENS = 256
+ORIGIN = ("model", "model_sha256", "tokenizer_sha256", "pattern")  # keys of a line of JSON
 
 
 PAIRS = (
@@ -66,7 +56,7 @@ PAIRS = (
 class GenerateCommand:
     """The options of `generate`."""
 
-    prompt: str | None = argument(
+    prompt: str | None = shared.argument(
         "PROMPT",
         "Continue this text. If it is -, or if you give neither PROMPT nor --input nor --state, read stdin.",
         default=None,
@@ -139,7 +129,7 @@ def generate(options: GenerateCommand) -> None:
     loaded, ranks, quiet = opened.loaded, opened.ranks, opened.quiet
     options = replace(options, computing=replace(options.computing, quiet=quiet))
     job = _TextGenerator(options, loaded, ranks)
-    documents, several, stored = _documents(options, inputs, loaded.chat, text)
+    documents, several = _documents(options, inputs, loaded.chat, text)
     if opened.room:
         _estimate(job, documents, opened.room)
         return
@@ -147,7 +137,7 @@ def generate(options: GenerateCommand) -> None:
     more = job.max_tokens + (stream.position if stream else 0)
     tell_state = state_teller(loaded.net, options.computing, more=more, sp=ranks.sp, quiet=quiet)
     if loaded.net.config.pattern.chosen:
-        tell_state(max(map(len, stored), default=0))
+        tell_state(max(map(len, inputs.stored() if text is None else ()), default=0))
     for index, document in enumerate(documents):
         tell_state(len(document))
         forked = stream.fork() if stream and text is None and not save_state else stream
@@ -168,7 +158,7 @@ def _state_pattern(state: str, pattern: str) -> str:
     from longnet_cli.attention.notation import format_pattern, parse_pattern
     from longnet_cli.basics.configuration import parse, read_text
 
-    given = read_pattern(pattern)
+    given = shared.read_pattern(pattern)
     assert given
     try:
         saved = parse_pattern(parse(read_text(Path(state) / "manifest.json"))["longnet.pattern"])
@@ -239,7 +229,8 @@ class _TextGenerator:
         self.bos_ids = None if begun else loaded.bos
         self.seed = ranks.from_first(secrets.randbelow(1 << 32)) if options.seed is None else options.seed
         as_json = options.format == "jsonl"
-        self.origin = model_origin(loaded.net, loaded.origin, loaded.tokenizer_sha256) if as_json else {}
+        known = model_origin(loaded.net, loaded.origin, loaded.tokenizer_sha256) if as_json else {}
+        self.origin = {name: known.get(f"longnet.{name}") for name in ORIGIN}
 
     def run(self, document: Document, stream: CausalStream | None, number: int | None) -> None:
         """Continue a document, after what the `stream` has read, and print it. One of several has a `number`."""
@@ -273,15 +264,15 @@ class _TextGenerator:
         if watch:
             watch.begin()
         printer = _Printer(document, self.seed if options.temperature else None, options.format, self.origin)
-        first = self.ranks.writes
-        if step and number is not None and first:
+        prints = self.ranks.writes
+        if step and number is not None and prints:
             print(("\n" if number else "") + f"==> {printable(document.doc_id)} <==", flush=True)
         while step:
-            if first:
+            if prints:
                 printer.print(step)
             done = step.finish_reason and not options.save_state  # otherwise, the last token is read
             step = None if done else next(steps, None)
-        if first:
+        if prints:
             printer.end(computing.quiet, watch.found(loaded.tokenizer) if watch and loaded.tokenizer else None)
 
 
@@ -305,16 +296,15 @@ def _text(prompt: str | None, inputs: list[str] | None, state: str | None) -> st
 
 def _documents(
     options: GenerateCommand, inputs: Inputs, template: ChatTemplate | None, text: str | None
-) -> tuple[Iterator[Document], bool, Iterable[Document]]:
-    """Return the documents to continue, whether they are several texts to print, which get their names, and those of
-    known lengths (`Inputs.stored`)."""
-    documents, stored = _each_document(inputs, text, template), inputs.stored() if text is None else ()
+) -> tuple[Iterator[Document], bool]:
+    """Return the documents to continue, and whether they are several texts to print, which get their names."""
+    documents = _each_document(inputs, text, template)
     if options.save_state:
-        return _only(documents), False, stored
+        return _only(documents), False
     # the first line of a pipe waits for none
     if options.format == "text" and text is None and inputs.sources.names != ["-"]:
-        return *_look_ahead(documents), stored
-    return documents, False, stored
+        return _look_ahead(documents)
+    return documents, False
 
 
 def _each_document(inputs: Inputs, prompt: str | None, template: ChatTemplate | None) -> Iterator[Document]:
@@ -382,7 +372,7 @@ def _look_ahead(documents: Iterator[Document]) -> tuple[Iterator[Document], bool
 class _Printer:
     """A printer for one prompt: the new text as it comes, or one line of JSON at the end, with its `origin`."""
 
-    def __init__(self, document: Document, seed: int | None, format: Format, origin: dict[str, str]) -> None:
+    def __init__(self, document: Document, seed: int | None, format: Format, origin: Mapping[str, str | None]) -> None:
         self.document, self.seed, self.format, self.origin = document, seed, format, origin
         self.steps: list[Step] = []
         self.number, self.text_ends, self.reason = 0, "", "length"
@@ -413,10 +403,7 @@ class _Printer:
                     "logprobs": [step.logprob for step in self.steps],
                     "finish_reason": self.reason,
                     "seed": self.seed,
-                    **{
-                        key: self.origin.get(f"longnet.{key}")
-                        for key in ("model", "model_sha256", "tokenizer_sha256", "pattern")
-                    },
+                    **self.origin,
                     **({} if sources is None else {"sources": [source._asdict() for source in sources]}),
                 }
             )

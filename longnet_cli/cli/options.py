@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from longnet_cli.attention import Pattern
 
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
+Format = Literal["text", "json"]
 
 
 def parse_device(text: str) -> str:
@@ -100,9 +101,8 @@ class HelpPanel(str):
 def argument(metavar: str, help: str, default: Any = MISSING) -> Any:
     """Return an argument of a command, a field of a dataclass as `option` does: required, unless it has a default."""
     value = ... if default is MISSING else default
-    return field(
-        default=default, metadata={"typer": typer.Argument(value, metavar=metavar, help=help, show_default=False)}
-    )
+    shown = typer.Argument(value, metavar=metavar, help=help, show_default=False)
+    return field(default=default, metadata={"typer": shown})
 
 
 def bare_or(value: str | None, bare: Any, absent: Any = None) -> Any:

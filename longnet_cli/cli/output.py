@@ -15,7 +15,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 import typer
@@ -81,9 +80,7 @@ class RowWriter:
             # the comma goes before the next row, so that a list may end at any time
             _write(line + "\n" if self.format == "jsonl" else ("[\n  " if first else ",\n  ") + line)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         if self.format == "json":
             _write("\n]\n" if self.num_rows else "[]\n")
         elif self.format == "md" and not self.num_rows and error is None:

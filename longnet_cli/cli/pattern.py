@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from longnet_cli.basics.sizes import format_bytes, format_count
-from longnet_cli.cli.options import OUTPUT, HelpPanel, argument
+from longnet_cli.cli.options import OUTPUT, Format, HelpPanel, argument
 from longnet_cli.cli.output import can_print, emit_json, printable, shows_color
 
 if TYPE_CHECKING:
     from longnet_cli.jobs.describing import Description, LevelCosts, PatternCosts
 
-Format = Literal["text", "json"]
 MEASURE = HelpPanel("What to describe")
 
 

@@ -139,11 +139,7 @@ def _bar(description: str, meter: _Meter) -> Iterator[Advance]:
     from rich.progress import BarColumn, Progress, TextColumn
 
     bar = BarColumn(bar_width=BAR)
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        bar,
-        TextColumn("{task.fields[status]}", markup=False),
-    )
+    columns = (TextColumn("{task.description}", markup=False), bar, TextColumn("{task.fields[status]}", markup=False))
     # Rich would redirect stdout to its own console, which is stderr. That is right only for a shared terminal, where
     # rows must appear above the bar.
     console = Console(stderr=True)

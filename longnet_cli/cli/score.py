@@ -13,7 +13,7 @@ from longnet_cli.basics.finite_json import to_json
 from longnet_cli.cli.command import SAMPLE, Excludes, Needs, check_pairs
 from longnet_cli.cli.dry_run import dry_run
 from longnet_cli.cli.options import OUTPUT, Computing, Documents, HelpPanel, Mesh, ModelChoice, Running
-from longnet_cli.cli.output import count_left_out, emit_json, emit_jsonl, printable, tell
+from longnet_cli.cli.output import emit_json, emit_jsonl, printable, tell
 from longnet_cli.cli.starting import ModelAndInputs, Opened
 
 if TYPE_CHECKING:
@@ -170,26 +170,22 @@ def _write(
     from longnet_cli.nets.net import bos_ids
     from longnet_cli.nets.weights import model_origin
 
-    loaded, first, output, words = opened.loaded, opened.ranks.writes, options.output, opened.loaded.tokenizer
+    loaded, writes, output, words = opened.loaded, opened.ranks.writes, options.output, opened.loaded.tokenizer
     logprobs, top, chosen = options.token_logprobs, bool(options.top), options.chosen
-    left_out = count_left_out(inputs.skip_bad, opened.quiet)
     lines = output is None or output.endswith(".jsonl")  # of text or JSON, with the totals
-    named = first and (lines or logprobs or chosen)
+    named = writes and (lines or logprobs or chosen)
     origin = model_origin(loaded.net, loaded.origin, loaded.tokenizer_sha256) if named else {}
     format = "jsonl" if output else options.format
     known = {key.removeprefix("longnet."): value for key, value in origin.items()} | {"bos": bos_ids(loaded.bos)}
-    printed = partial(_printing, format, output, options.context or (None,), known, left_out)
-    tokens = write_token_logprobs(logprobs, origin, top) if logprobs and first else nullcontext()
-    choices = write_chosen(chosen, loaded.net.config.pattern, origin) if chosen and first else nullcontext()
+    printed = partial(_printing, format, output, options.context or (None,), known, opened.left_out)
+    tokens = write_token_logprobs(logprobs, origin, top) if logprobs and writes else nullcontext()
+    choices = write_chosen(chosen, loaded.net.config.pattern, origin) if chosen and writes else nullcontext()
     with tokens as on_tokens, choices as on_choice:
         opened.write(
             inputs,
             partial(job, on_tokens=on_tokens, top=top, count_bytes=words.n_bytes if words else None),
-            output,
-            options.running,
-            options.computing,
+            options,
             earlier,
-            left_out,
             doing="scoring",
             unit="{:,} row",
             contexts=options.context,
@@ -198,7 +194,7 @@ def _write(
             shard_size=options.shard_tokens,
             sink=printed if lines else None,
         )
-    opened.end(left_out)
+    opened.end()
 
 
 @contextmanager

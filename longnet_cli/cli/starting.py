@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from longnet_cli.basics.errors import ConfigError, MemoryLimitError
 from longnet_cli.basics.sizes import format_bytes, format_count
 from longnet_cli.cli.options import Computing, Documents, Mesh, ModelChoice, Running, read_pattern
-from longnet_cli.cli.output import check_output, end, say_what_is_kept, tell
+from longnet_cli.cli.output import check_output, count_left_out, end, say_what_is_kept, tell
 from longnet_cli.cli.progress import ExpectedTokens, progress
 from longnet_cli.running.ranks.launch import start_ranks, started_by_torchrun, under_torchrun
 
@@ -142,22 +142,21 @@ class Opened(NamedTuple):
     """A model, and the ranks that share what it reads.
 
     `room` is the memory before the model was loaded, of a dry run. `quiet` is true for all ranks except the first.
+    `left_out` counts the documents that get no row.
     """
 
     loaded: Loaded
     ranks: Ranks
     room: Room | None
     quiet: bool
+    left_out: LeftOut
 
     def write(
         self,
         inputs: Inputs,
         make_job: Callable[..., RowJob],
-        output: str | None,
-        running: Running,
-        computing: Computing,
+        options: Any,
         earlier: Manifest | None,
-        left_out: LeftOut,
         *,
         doing: str,
         unit: str,
@@ -166,7 +165,7 @@ class Opened(NamedTuple):
         on_choice: OnWindows | None = None,
         **how: Any,
     ) -> None:
-        """Write the rows of a job, with progress on stderr, and say how many rows there are.
+        """Write the rows of a job as the `options` of a command say, with progress, and say how many there are.
 
         `doing` names the job, `unit` is a format for a number of rows. Each token is read at each of `contexts`, or the
         `last` ones of each document. `how` are arguments of `row_jobs.Output`: without an `output`, its sink prints.
@@ -174,7 +173,7 @@ class Opened(NamedTuple):
         from longnet_cli.jobs.row_jobs import Output, write_rows
 
         net, quiet, times = self.loaded.net, self.quiet, len(contexts or (None,))
-        expected = ExpectedTokens()
+        output, computing, expected = options.output, options.computing, ExpectedTokens()
         tell_state = state_teller(net, computing, contexts=contexts, sp=self.ranks.sp, quiet=quiet)
 
         def on_document(document: Document, share: float | None) -> None:
@@ -191,8 +190,8 @@ class Opened(NamedTuple):
                 make_job,
                 net,
                 inputs,
-                Output(output or "-", resume=running.resume, **how),
-                left_out=left_out,
+                Output(output or "-", resume=options.running.resume, **how),
+                left_out=self.left_out,
                 on_stored=tell_state,
                 on_document=on_document,
                 ranks=self.ranks,
@@ -208,12 +207,12 @@ class Opened(NamedTuple):
             tokens = f"{format_count(written['tokens'])} token{'s' * (written['tokens'] != 1)}"
             tell(f"{counts} of {tokens} -> {place}", quiet)
 
-    def end(self, left_out: LeftOut) -> None:
+    def end(self) -> None:
         """Leave the ranks, and say what is left out. If documents are, the first rank exits with code 6."""
         from longnet_cli.running.ranks.ranks import leave
 
         leave()
-        end(left_out, first=self.ranks.writes, quiet=self.quiet)
+        end(self.left_out, first=self.ranks.writes, quiet=self.quiet)
 
 
 class ModelAndInputs:
@@ -224,14 +223,7 @@ class ModelAndInputs:
     a model or a tokenizer that is missing.
     """
 
-    def __init__(
-        self,
-        documents: Documents,
-        choice: ModelChoice,
-        earlier: str | None,
-        *,
-        embeds: bool = False,
-    ) -> None:
+    def __init__(self, documents: Documents, choice: ModelChoice, earlier: str | None, *, embeds: bool = False) -> None:
         from longnet_cli.data.manifest import read_manifest
         from longnet_cli.data.names import Sources
         from longnet_cli.data.tokenizer import Tokenizer
@@ -295,7 +287,7 @@ class ModelAndInputs:
             **how,
         )
         check_spill(computing.spill, loaded.net)
-        return Opened(loaded, ranks, before, quiet)
+        return Opened(loaded, ranks, before, quiet, count_left_out(given.skip_bad, quiet))
 
     def inputs(self, loaded: Loaded, words: Tokenizer | None) -> Inputs:
         """Return the documents as the model reads them, texts by the tokenizer `words`."""

@@ -16,8 +16,8 @@ from longnet_cli.basics.errors import ConfigError, LongNetError
 from longnet_cli.basics.sizes import format_bytes
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.command import Excludes, check_pairs
-from longnet_cli.cli.dry_run import Format, check_fits, show_training
-from longnet_cli.cli.options import COMPUTE, INPUT, OUTPUT, HelpPanel, Mesh, argument, bare_or, read_pattern
+from longnet_cli.cli.dry_run import check_fits, show_training
+from longnet_cli.cli.options import COMPUTE, INPUT, OUTPUT, Format, HelpPanel, Mesh, argument, bare_or, read_pattern
 from longnet_cli.cli.output import note, tell
 from longnet_cli.cli.progress import Advance, progress
 from longnet_cli.cli.starting import ask_hub, freeze_imports, launch

@@ -23,17 +23,7 @@ from typing import Any
 
 from longnet_cli.basics.configuration import nearest, parse, read_text
 from longnet_cli.basics.errors import CheckpointError, ConfigError, refuse_web_address
-from longnet_cli.hub.repository import (
-    COMMIT,
-    CONFIG,
-    Located,
-    Repository,
-    check_blobs,
-    module_files,
-    snapshot_in,
-    unknown_files,
-    weight_files,
-)
+from longnet_cli.hub.repository import COMMIT, CONFIG, Located, Repository, check_blobs, snapshot_in, unknown_files
 
 
 def preset_dir() -> Path:
@@ -89,10 +79,7 @@ def find_model(name: str, embeds: bool = False) -> Located:
         if embeds and snapshot and (unknown := unknown_files(snapshot.path)):
             what = f"does not know whether the model has {unknown}"
             raise CheckpointError(f"{snapshot.path}: the cache {what}: name it as ORG/NAME")
-    if located.path.suffix == ".gguf":
-        check_blobs(located.path.parent, [located.path.name])
-    else:
-        check_blobs(located.path, [*weight_files(located.path), *(name for name, _ in module_files(located.path))])
+    check_blobs(located.path)
     return located
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -361,11 +361,15 @@ def check_sent(path: Path, repo: str) -> None:
         )
 
 
-def check_blobs(folder: Path, names: Iterable[str]) -> None:
-    """Compare files of a snapshot with their blobs' names, each once. Raises CheckpointError for the first damage."""
-    for name in names:
-        if damage := _damage(folder / name):
-            raise CheckpointError(f"{folder / name}: damaged: {damage}{download_again(folder / name)}")
+def check_blobs(model: Path) -> None:
+    """Compare the weights and modules of a snapshot, or its GGUF file, with their blobs' names, each once.
+
+    Raises CheckpointError for the first damage.
+    """
+    names = [*weight_files(model), *(name for name, _ in module_files(model))]
+    for file in [model] if model.suffix == ".gguf" else [model / name for name in names]:
+        if damage := _damage(file):
+            raise CheckpointError(f"{file}: damaged: {damage}{download_again(file)}")
 
 
 def download_again(path: Path) -> str:

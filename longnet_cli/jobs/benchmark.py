@@ -56,13 +56,14 @@ from longnet_cli.running.causal_stream import open_stream
 from longnet_cli.running.chunk_size import BENCH_CHUNK, GPU_BENCH_CHUNK, chunk_of
 from longnet_cli.running.device import (
     DTYPES,
-    PeakMemory,
     check_kernel,
     free_memory,
+    peak_from_now,
     precision,
     resolve_dtype,
     select_device,
     trim_memory,
+    wait_for,
 )
 
 if TYPE_CHECKING:
@@ -266,13 +267,13 @@ class Case:
     streamed: bool = False
 
     def measured(
-        self, begin: int, end: int, peak: PeakMemory, *, seconds: float, status: str = "ok", **values: Any
+        self, begin: int, end: int, peak: Callable[[], int | None], *, seconds: float, status: str = "ok", **values: Any
     ) -> Measurement:
         """Return the row of positions [begin, end), which took `seconds`."""
         flops = self.flops(end) - self.flops(begin)
         values["tokens_per_second"] = self.row.batch * (end - begin) / seconds
         values["flops_per_second"] = flops / seconds if flops else None
-        return replace(self.row, status=status, seconds=seconds, peak_rss_bytes=peak.bytes, **values)
+        return replace(self.row, status=status, seconds=seconds, peak_rss_bytes=peak(), **values)
 
 
 def attention(s: Settings, impl: str, direction: str, seq: int) -> Case:
@@ -583,11 +584,11 @@ def measure(case: Case, s: Settings, deadline: float) -> Measurement:
     seconds: list[float] = []
     try:
         trim_memory(s.device)  # what earlier rows freed would count here
-        with PeakMemory(s.device) as peak:
-            run = case.start()
-            while len(seconds) <= s.repeats and (not seconds or time.perf_counter() + seconds[0] <= deadline):
-                seconds.append(_seconds(run, s.device))
-            return case.measured(0, case.row.seq, peak, seconds=statistics.median(seconds[1:] or seconds))
+        peak = peak_from_now(s.device)
+        run = case.start()
+        while len(seconds) <= s.repeats and (not seconds or time.perf_counter() + seconds[0] <= deadline):
+            seconds.append(_seconds(run, s.device))
+        return case.measured(0, case.row.seq, peak, seconds=statistics.median(seconds[1:] or seconds))
     except (RuntimeError, MemoryError) as error:
         return replace(case.row, status="oom", reason=_out_of_memory(error))
 
@@ -602,33 +603,33 @@ def measure_stream(case: Case, s: Settings, deadline: float, on_tokens: Callable
     position, decade, status, reason = 0, FIRST_DECADE, "ok", None
     interrupted: KeyboardInterrupt | None = None
     trim_memory(s.device)
-    with PeakMemory(s.device) as peak:
-        try:
-            case.start()(chunk)  # warm-up
-            run = case.start()
-            whole = part = _Clock(0)
-            while position < total and status == "ok":
-                # a decade cuts a chunk in two, so that later chunks end where they would have ended
-                size = min(chunk - position % chunk, min(decade, total) - position)
-                run(size)
-                _synchronize(s.device)
-                position += size
-                on_tokens(size)
-                if total > FIRST_DECADE and position in (decade, total):
-                    begin = part.position
-                    yield case.measured(begin, position, peak, start=begin, stop=position, **part.spent())
-                    part, decade = _Clock(position), decade * 10
-                if position < total and time.perf_counter() >= deadline:
-                    status, reason = "stopped", f"the time is over after {position} tokens"
-        except KeyboardInterrupt as error:
-            status, reason, interrupted = "stopped", f"interrupted after {position} tokens", error
-        except (RuntimeError, MemoryError) as error:
-            status, reason = "oom", f"{_out_of_memory(error)} after {position} tokens"
-        if position:
-            reached: dict[str, Any] = {} if position == total else {"start": 0, "stop": position}
-            yield case.measured(0, position, peak, status=status, reason=reason, **reached, **whole.spent())
-        elif status == "oom":
-            yield replace(case.row, status=status, reason=reason)
+    peak = peak_from_now(s.device)
+    try:
+        case.start()(chunk)  # warm-up
+        run = case.start()
+        whole = part = _Clock(0)
+        while position < total and status == "ok":
+            # a decade cuts a chunk in two, so that later chunks end where they would have ended
+            size = min(chunk - position % chunk, min(decade, total) - position)
+            run(size)
+            wait_for(s.device)
+            position += size
+            on_tokens(size)
+            if total > FIRST_DECADE and position in (decade, total):
+                begin = part.position
+                yield case.measured(begin, position, peak, start=begin, stop=position, **part.spent())
+                part, decade = _Clock(position), decade * 10
+            if position < total and time.perf_counter() >= deadline:
+                status, reason = "stopped", f"the time is over after {position} tokens"
+    except KeyboardInterrupt as error:
+        status, reason, interrupted = "stopped", f"interrupted after {position} tokens", error
+    except (RuntimeError, MemoryError) as error:
+        status, reason = "oom", f"{_out_of_memory(error)} after {position} tokens"
+    if position:
+        reached: dict[str, Any] = {} if position == total else {"start": 0, "stop": position}
+        yield case.measured(0, position, peak, status=status, reason=reason, **reached, **whole.spent())
+    elif status == "oom":
+        yield replace(case.row, status=status, reason=reason)
     if interrupted:
         raise interrupted
 
@@ -645,16 +646,11 @@ class _Clock:
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
     """Return the seconds of one run, without the time to free its results."""
-    _synchronize(device)
+    wait_for(device)
     begin = time.perf_counter()
     _ = run()  # kept
-    _synchronize(device)
+    wait_for(device)
     return time.perf_counter() - begin
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _out_of_memory(error: Exception) -> str:

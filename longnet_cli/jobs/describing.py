@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -286,7 +287,8 @@ def draw_text(subject: Subject, seq: int, *, blocks: bool) -> Iterator[str]:
     names = [f"level {i}" for i in range(levels)]
     names += _besides_levels(subject.pattern)
     if blocks:
-        yield from map(_half_blocks, cells[::2], [*cells[1::2], [NOTHING] * len(cells)])
+        for above, below in zip_longest(cells[::2], cells[1::2], fillvalue=[NOTHING] * len(cells)):
+            yield "".join(map(_half_block, above, below)).rstrip()
         yield "  ".join(f"{colored(i, FULL_BLOCK)} {name}" for i, name in enumerate(names))
     else:
         yield from ("".join(_letter(cell, levels) for cell in row).rstrip() for row in cells)
@@ -306,17 +308,10 @@ def _letter(cell: int, levels: int) -> str:
     return "0123456789abcdefghijklmnopqrtuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"[min(cell, 60)]
 
 
-def _half_blocks(above: Sequence[int], below: Sequence[int]) -> str:
-    def cells() -> Iterator[str]:
-        for top, bottom in zip(above, below, strict=True):
-            if top == NOTHING and bottom == NOTHING:
-                yield " "
-            elif top == NOTHING:
-                yield colored(bottom, LOWER_HALF)
-            else:
-                yield colored(top, UPPER_HALF, None if bottom == NOTHING else bottom)
-
-    return "".join(cells()).rstrip()
+def _half_block(above: int, below: int) -> str:
+    if above == NOTHING:
+        return " " if below == NOTHING else colored(below, LOWER_HALF)
+    return colored(above, UPPER_HALF, None if below == NOTHING else below)
 
 
 def draw_picture(subjects: Sequence[Subject], seq: int, output: str | Path) -> None:

@@ -237,12 +237,7 @@ class _DocumentTable:
     """
 
     def __init__(
-        self,
-        table: pa.Table,
-        where: str,
-        how: Reading,
-        words: Callable[[], Tokenizer | None],
-        numbered: bool = False,
+        self, table: pa.Table, where: str, how: Reading, words: Callable[[], Tokenizer | None], numbered: bool = False
     ) -> None:
         self.table, self.where, self.how, self.words = table, where, how, words
         self.names = table.schema.names
@@ -263,13 +258,12 @@ class _DocumentTable:
             row = self.doc_ids.is_null().to_pylist().index(True)
             raise DataError(f"{where}, row {row}, {self.id_column}: the value is null")
         if "part" in self.names and pa.types.is_integer(table.schema.field("part").type):
-            parts = table["part"].to_pylist()
-            row = next((row for row, part in enumerate(parts) if part), None)
-            if row is not None:
-                raise DataError(
-                    f"{where}, row {row}: part {parts[row]} of document {self.doc_ids[row].as_py()!r}: in batches a "
-                    "row is a document: join its parts, or read the files themselves (longnet encode, longnet score)"
-                )
+            for row, part in enumerate(table["part"].to_pylist()):
+                if part:
+                    raise DataError(
+                        f"{where}, row {row}: part {part} of document {self.doc_ids[row].as_py()!r}: in batches a row "
+                        "is a document: join its parts, or read the files themselves (longnet encode, longnet score)"
+                    )
 
     def _plain(self, name: str) -> pa.ChunkedArray:
         with reading(f"{self.where}, {name}"):

@@ -204,16 +204,19 @@ class _Generator:
     on_progress: Callable[[int], None]
 
     def run(self, sequence: InputSequence[Document], max_tokens: int, reads_all: bool) -> Iterator[Step]:
-        logits = None
-        if not len(sequence) and isinstance(self.stream, CausalStream) and self.stream.last_hidden is not None:
-            logits = self._logits(self.stream.last_hidden[0])
+        ranks, logits = ALONE, None
+        if isinstance(self.stream, CausalStream):
+            ranks = self.stream.ranks
+            if not len(sequence) and self.stream.last_hidden is not None:
+                logits = self._logits(self.stream.last_hidden[0])
         for start in range(0, len(sequence), self.chunk):
             stop = min(start + self.chunk, len(sequence))
             logits = self._read(torch.from_numpy(sequence.read(start, stop)))
             self.on_progress(stop - start)
         assert logits is not None
         for number in range(1, max_tokens + 1):
-            token, logprob = self._drawn(logits)
+            token, logprob = self.sampler(logits)
+            token = ranks.of_group().from_first(token)  # another rank's logits may be off by a bit
             step = self._step(token, logprob, number == max_tokens)
             yield step
             if not step.finish_reason or reads_all:
@@ -234,12 +237,6 @@ class _Generator:
     def _logits(self, hidden: Tensor) -> Tensor:
         with precision(self.dtype, hidden.device):
             return self.model.logits(hidden)
-
-    def _drawn(self, logits: Tensor) -> tuple[int, float]:
-        """Draw the next token: the first rank's, as another one's logits may be off by a bit."""
-        token, logprob = self.sampler(logits)
-        ranks = self.stream.ranks if isinstance(self.stream, CausalStream) else ALONE
-        return ranks.of_group().from_first(token), logprob
 
     def _step(self, token: int, logprob: float, last: bool) -> Step:
         ends = token in self.end_ids

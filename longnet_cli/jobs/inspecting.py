@@ -81,7 +81,7 @@ class Inspection:
         }
 
 
-def inspect(inputs: Inputs, *, on_progress: Callable[[int], None] | None = None) -> Inspection:
+def inspect(inputs: Inputs, *, on_progress: Callable[[int], None] = lambda tokens: None) -> Inspection:
     """Read every document of every input; a problem ends its document or its file, never the inspection.
 
     Text without a tokenizer counts one token per byte. `on_progress` gets the tokens of each document. Raises
@@ -100,8 +100,7 @@ def inspect(inputs: Inputs, *, on_progress: Callable[[int], None] | None = None)
             for document, in_bytes in _open(inspection, source, types, inputs):
                 with _noting(inspection):
                     _count(inspection, document, in_bytes)
-                    if on_progress:
-                        on_progress(len(document))
+                    on_progress(len(document))
     if not inspection.documents:
         inspection.n_bytes = None
     return inspection

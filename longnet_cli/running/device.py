@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -79,6 +79,12 @@ def to_host(x: torch.Tensor) -> Callable[[], torch.Tensor]:
         return there
 
     return wait
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until a GPU has done all queued work; a CPU queues none."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def precision(dtype: str, device: torch.device) -> AbstractContextManager:
@@ -152,31 +158,19 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-class PeakMemory:
-    """The peak of memory in use since the block started, in `bytes`: resident memory of the process, or GPU memory.
+def peak_from_now(device: torch.device) -> Callable[[], int | None]:
+    """Return a function that returns the most bytes that this process has held since this call, as `peak_memory`.
 
-    Linux resets its own high-water mark for it. Where the system does not, `bytes` is None.
+    Linux and torch reset their own high-water marks for it. Where the system does not, it returns None.
     """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.known = device, True
-
-    def __enter__(self) -> PeakMemory:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        else:
-            try:
-                Path("/proc/self/clear_refs").write_text("5")
-            except OSError:
-                self.known = False
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Do nothing: the mark can be read at any time."""
-
-    @property
-    def bytes(self) -> int | None:
-        return peak_memory(self.device) if self.known else None
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            return lambda: None
+    return partial(peak_memory, device)
 
 
 def trim_memory(device: torch.device) -> None:
@@ -216,8 +210,7 @@ def matmul_peak(device: torch.device, dtype: str = "auto") -> float:
     while times < 3 or time.perf_counter() < begin + 0.3:
         start = time.perf_counter()
         torch.mm(x, x)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait_for(device)
         if times:  # the first product only warms up threads and libraries
             best = min(best, time.perf_counter() - start)
         times += 1

@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -30,6 +29,7 @@ from longnet_cli.running.device import (
     precision,
     resident_memory,
     resolve_dtype,
+    wait_for,
 )
 from longnet_cli.running.ranks.ranks import Ranks
 from longnet_cli.running.reader import Reader, Window
@@ -59,8 +59,7 @@ def read_noise(net: Net, lengths: Sequence[int], chunk: int, dtype: str, *, scor
             hidden = torch.cat([piece.hidden for piece in pieces if piece.hidden is not None])
             with precision(dtype, device):
                 net.nll(hidden, torch.zeros(len(hidden), dtype=torch.int64, device=device))
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait_for(device)
 
 
 def reading_rate(net: Net, plan: ReadingPlan, dtype: str, room: float, *, scores: bool) -> tuple[float, Shape]:
@@ -201,10 +200,10 @@ def estimate_reading(
     free = None if room.free is None else max(0, room.free - max(0, program - room.held))
     rate, measured = reading_rate(net, plan, dtype, math.inf if free is None else free - weights, scores=scores)
     rate = ranks.own(rate, reader.device)
-    counted = partial(reading_memory, net, plan, dtype=dtype, ranks=reader.ranks, scores=scores, spill=spill)
 
     def needed(chunk: int) -> dict[str, int]:
-        return {kind: size for kind, size in (counted(chunk) | (kept or {})).items() if size}
+        kinds = reading_memory(net, plan, chunk, dtype, reader.ranks, scores=scores, spill=spill) | (kept or {})
+        return {kind: size for kind, size in kinds.items() if size}
 
     memory = {"program": program, **needed(reader.chunk)}
     if most_while_loading > sum(memory.values()):  # for files whose weights were converted to another type

@@ -24,13 +24,7 @@ from longnet_cli.jobs.estimating.memory import (
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import LOGITS_LIMIT
-from longnet_cli.running.chunk_size import (
-    GPU_TRAINING_CHUNK,
-    SHORTEST_CHUNK,
-    TRAINING_CHUNK,
-    chunk_of,
-    fitting_chunk,
-)
+from longnet_cli.running.chunk_size import GPU_TRAINING_CHUNK, SHORTEST_CHUNK, TRAINING_CHUNK, chunk_of, fitting_chunk
 from longnet_cli.running.device import free_memory, matmul_peak, resident_memory, resolve_dtype
 from longnet_cli.running.ranks.ranks import Ranks
 

@@ -22,14 +22,7 @@ from longnet_cli.basics.errors import ConfigError, DataError, LongNetError, NotF
 from longnet_cli.jobs.scoring.scoring import Score
 from longnet_cli.running.device import check_kernel, peak_memory, random_state
 from longnet_cli.running.mapped import MappedMemory
-from longnet_cli.running.ranks.fsdp import (
-    clip_gradients,
-    is_sharded,
-    shard_weights,
-    sum_gradients,
-    whole_state,
-    whole_weights,
-)
+from longnet_cli.running.ranks import fsdp
 from longnet_cli.running.ranks.launch import Signals, noted_signals
 from longnet_cli.running.ranks.ranks import Ranks
 
@@ -90,10 +83,10 @@ def train(
     resume: Resume = True,
     ranks: Ranks | None = None,
     peak: float | None = None,
-    on_begin: Callable[[int, int], None] | None = None,
-    on_step: OnStep | None = None,
+    on_begin: Callable[[int, int], None] = lambda steps, tokens: None,
+    on_step: OnStep = lambda tokens, line: None,
     on_evaluation: Callable[[float], None] = lambda share: None,
-    on_note: Callable[[str], None] | None = None,
+    on_note: OnNote = lambda line: None,
 ) -> TrainResult:
     """Train a model by a recipe and write it to the directory `output`; continue an earlier run where it ended.
 
@@ -116,13 +109,11 @@ def train(
     something cannot be written.
     """
     ranks = ranks or Ranks()
-    on_note = on_note or (lambda line: None)
     run = _TrainingRun(recipe, Path(output), torch.device(device), ranks, tokenizer_differs, on_note)
     run.on_evaluation, run.peak = on_evaluation, peak
     with locked_folder(run.output) if ranks.writes else nullcontext():
         run.resume(resume)
-        if on_begin:
-            on_begin(run.progress.step, run.log.tokens)
+        on_begin(run.progress.step, run.log.tokens)
         with noted_signals(ranks.largest) as signals:
             return run.go(signals, on_step)
 
@@ -151,7 +142,7 @@ class _TrainingRun:
         self.model = build_model(recipe, initial, on_note).to(device).train()
         self.frozen = frozen_digest(self.model)
         if recipe.parallel.shard == "full":
-            shard_weights(self.model, ranks)
+            fsdp.shard_weights(self.model, ranks)
         self.optimizers = build_optimizers(self.model, recipe.optimizer)
         change_layers(self.model, recipe.train)
         torch.manual_seed(recipe.train.seed + ranks.rank)  # the weights are the same on all ranks, dropout is not
@@ -198,7 +189,7 @@ class _TrainingRun:
         if state["frozen"] != self.frozen:
             raise ConfigError(f"{checkpoint} was trained with other weights than those now in {self.recipe.init}")
 
-    def go(self, signals: Signals, on_step: OnStep | None) -> TrainResult:
+    def go(self, signals: Signals, on_step: OnStep) -> TrainResult:
         """Train to the end, or until a signal or a failure."""
         self.signals, line = signals, None
         try:
@@ -209,8 +200,7 @@ class _TrainingRun:
                 try:
                     line = self._report() or line
                 finally:  # also if a signal ends its evaluation: the step is done, and is saved
-                    if on_step:
-                        on_step(tokens, line if line and line.step == self.progress.step else None)
+                    on_step(tokens, line if line and line.step == self.progress.step else None)
                 self.checkpoints.check()
                 if self._save_is_due() | signals.look():
                     self.save()
@@ -258,10 +248,10 @@ class _TrainingRun:
             ranks=ranks,
             allocate=self.allocate,
             # not if groups may have different numbers of chunks, or weights are gathered between chunks
-            on_chunk=self._look if ranks.dp == 1 and not is_sharded(self.model) else None,
+            on_chunk=self._look if ranks.dp == 1 and not fsdp.is_sharded(self.model) else None,
         )
-        sum_gradients(self.model, ranks, nll)
-        total_norm = clip_gradients(self.model, recipe.optimizer.clip)
+        fsdp.sum_gradients(self.model, ranks, nll)
+        total_norm = fsdp.clip_gradients(self.model, recipe.optimizer.clip)
         loss, norm = torch.stack((nll / count, total_norm.double())).tolist()  # the only wait for the device
         self._refuse_divergence(loss, norm, position)
         # the new weights
@@ -326,7 +316,7 @@ class _TrainingRun:
 
     def _evaluate(self, stage: Stage) -> Score:
         """Return the score of the held-out documents. Write best/ if the loss is lower than ever."""
-        read, total, sharded = 0, sum(map(len, self.data.held_out)), is_sharded(self.model)
+        read, total, sharded = 0, sum(map(len, self.data.held_out)), fsdp.is_sharded(self.model)
 
         def on_part(tokens: int) -> None:
             nonlocal read
@@ -335,7 +325,7 @@ class _TrainingRun:
             if not sharded:
                 self._look()
 
-        with whole_weights(self.model):
+        with fsdp.whole_weights(self.model):
             try:
                 score = evaluate(self.model, self.data, self.recipe, stage, self.ranks, on_part)
                 loss = score.nll_sum / score.n_tokens
@@ -384,7 +374,7 @@ class _TrainingRun:
         self.saved_at = time.monotonic()
 
     def _write_model(self, folder: Path) -> None:
-        state = whole_state(self.model, self.ranks)
+        state = fsdp.whole_state(self.model, self.ranks)
         if self.ranks.writes:
             tokenizer, eos_id = self.data.tokenizer, self.data.eos_id
             self.model.save(folder, tokenizer.to_json(), state, tokenizer.token_of(eos_id))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -183,8 +183,7 @@ class MetricsLog:
 
 def _step_of(line: str) -> float:
     """Return the step of a line of metrics; infinity for a line that a kill cut short."""
-    try:
-        step = parse(line)["step"]
-        return step if isinstance(step, int) else float("inf")
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+    with suppress(ValueError, KeyError, TypeError):
+        if isinstance(step := parse(line)["step"], int):
+            return step
+    return float("inf")

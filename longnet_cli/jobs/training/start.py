@@ -341,11 +341,9 @@ def build_optimizers(model: Net, recipe: OptimizerRecipe) -> list[torch.optim.Op
     adamw = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=True)
     if not muon:
         return [adamw]
-    # Muon's updates are scaled to the size of AdamW's, so one learning rate serves both
-    return [
-        _Muon(matrices, lr=recipe.lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"),
-        adamw,
-    ]
+    # its updates are scaled to the size of AdamW's, so one learning rate serves both
+    of_matrices = _Muon(matrices, lr=recipe.lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw")
+    return [of_matrices, adamw]
 
 
 class _Muon(torch.optim.Muon):
