@@ -178,8 +178,7 @@ class Inputs:
         Chats are read only with a tokenizer, `words`. With `skip_bad`, a long file is read to its end before its Text
         is yielded, and waits in a file in $TMPDIR.
         """
-        inputs = replace(self, names=self.sources, tokenizer=words)
-        return DocumentPass(inputs, partial(inputs.items, form="text"), digests)
+        return DocumentPass(self, partial(self.items, form="text", words=words), digests)
 
     def stored(self) -> Iterator[Any]:
         """Yield the documents of `documents` whose lengths are known at once and which can be read a second time.
@@ -196,9 +195,8 @@ class Inputs:
             if isinstance(opened, Table) and stays_in_file(self.columns_of(opened).type):
                 yield from self.documents_of(opened)
 
-    def columns_of(self, table: Table, form: Form = "tokens") -> Columns:
+    def columns_of(self, table: Table, form: Form = "tokens", *, chats: bool = True) -> Columns:
         """Choose the columns of a table that `documents` reads or, with the form `text`, `texts`."""
-        chats = form != "text" or self.tokenizer is not None
         form = "vectors" if self.vectors else form
         return choose_columns(table, self.wanted, form, chats=chats, coords=self.coords)
 
@@ -206,18 +204,25 @@ class Inputs:
         """Return the documents of one opened file, as `documents` does. `types` checks its type of token."""
         return map(self._document, self.items(opened, types))
 
-    def items(self, opened: Text | Table, types: TokenTypes | None = None, form: Form = "tokens") -> Iterable[Any]:
-        """Return the items of one opened file, as `untokenized` does or, with the form `text`, `texts`."""
+    def items(
+        self,
+        opened: Text | Table,
+        types: TokenTypes | None = None,
+        form: Form = "tokens",
+        words: Tokenizer | None = None,
+    ) -> Iterable[Any]:
+        """Return the items of one opened file, as `untokenized` does or, with the form `text`, `texts(words)`."""
+        words = words if form == "text" else self.tokenizer
         if isinstance(opened, Text):
             self._check_text(opened)
             return (_spooled(opened) if form == "text" and self.skip_bad else opened,)
-        columns = self.columns_of(opened, form)
+        columns = self.columns_of(opened, form, chats=form != "text" or words is not None)
         if types:
             types.check(opened, columns)
         if self.vectors:
             return vector_documents(opened, columns, self.skip_bad)
         if is_text(columns.type) or is_chat(columns.type):
-            return table_texts(opened, columns, self.tokenizer, self.skip_bad)
+            return table_texts(opened, columns, words, self.skip_bad)
         return self._ids(opened, columns)
 
     def _check_text(self, text: Text) -> None:
