@@ -6,7 +6,6 @@ import tempfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from itertools import accumulate
 
 import numpy as np
 import pyarrow as pa
@@ -54,8 +53,10 @@ class Document:
         self._limit = limit
         self._place = place
         self.parts = [Part(tokens)] if isinstance(tokens, np.ndarray) else tokens
-        lengths = (len(part.ids) // max(1, self.width) for part in self.parts)
-        *self._starts, self._length = accumulate(lengths, initial=0)  # of each part
+        self._starts = [0]  # of each part, and the end
+        for part in self.parts:
+            self._starts.append(self._starts[-1] + len(part.ids) // max(1, self.width))
+        self._length = self._starts.pop()
 
     def __len__(self) -> int:
         return self._length
