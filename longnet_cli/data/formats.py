@@ -130,24 +130,28 @@ def _open_text(source: Source, pipe: Pipe, wanted: Wanted) -> Text | Table:
 
 def _decoded(pipe: Pipe, where: str) -> Iterator[str]:
     """Yield the text in a pipe, in parts of TEXT_PART bytes. Raises DataError for invalid UTF-8 and for a NUL."""
-    with reading(where):
-        position, data = 0, pipe.read(TEXT_PART)
-        if data.startswith(BYTE_ORDER_MARK):
-            position, data = len(BYTE_ORDER_MARK), data[len(BYTE_ORDER_MARK) :] + pipe.read(len(BYTE_ORDER_MARK))
-            if not data:
-                yield ""
-        while data:
-            following = pipe.read(TEXT_PART)
-            bad = data.find(b"\0")
-            try:
-                text, used = codecs.utf_8_decode(data, "strict", not following)
-            except UnicodeDecodeError as error:
-                bad = error.start if bad < 0 else min(bad, error.start)
-            if bad >= 0:
-                what = f"the byte at offset {position + bad} is 0x{data[bad]:02x}"
-                raise DataError(f"{where}: neither Arrow, Parquet nor UTF-8 text: {what}")
-            yield text
-            position, data = position + used, data[used:] + following
+
+    def read(size: int) -> bytes:
+        with reading(where):
+            return pipe.read(size)
+
+    position, data = 0, read(TEXT_PART)
+    if data.startswith(BYTE_ORDER_MARK):
+        position, data = len(BYTE_ORDER_MARK), data[len(BYTE_ORDER_MARK) :] + read(len(BYTE_ORDER_MARK))
+        if not data:
+            yield ""
+    while data:
+        following = read(TEXT_PART)
+        bad = data.find(b"\0")
+        try:
+            text, used = codecs.utf_8_decode(data, "strict", not following)
+        except UnicodeDecodeError as error:
+            bad = error.start if bad < 0 else min(bad, error.start)
+        if bad >= 0:
+            what = f"the byte at offset {position + bad} is 0x{data[bad]:02x}"
+            raise DataError(f"{where}: neither Arrow, Parquet nor UTF-8 text: {what}")
+        yield text
+        position, data = position + used, data[used:] + following
 
 
 def _open_parquet(source: Source, file: Any) -> Table:
