@@ -100,10 +100,10 @@ def check_spill(spill: str | None, net: Net | None = None) -> None:
 def state_teller(
     net: Net, computing: Computing, *, contexts: Sequence[int] | None = None, more: int = 0, sp: int = 1, quiet: bool
 ) -> Callable[[int], None]:
-    """Return what says on stderr, before a document is read, what it keeps in chunks with chosen blocks, by its tokens.
+    """Return a function of the tokens of a document, which says on stderr what it will keep for chosen blocks.
 
     The longest document so far has a line, and later one that is twice as long. `more` tokens follow each document.
-    Each is read whole, or at the longest of `contexts`, by `sp` processes. What is returned raises MemoryLimitError if
+    Each is read whole, or at the longest of `contexts`, by `sp` processes. The function raises MemoryLimitError if
     the part in the folder of --spill is larger than what was free there at first.
     """
     from longnet_cli.jobs.estimating.memory import cache_bytes, itemsize_of
