@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import tokenizers
+from tokenizers import pre_tokenizers
 
 PIECE = 1 << 16
 LONGEST_PIECE = 1 << 20
@@ -88,14 +89,14 @@ def find_cut(inner: tokenizers.Tokenizer, description: Mapping[str, Any]) -> re.
     if any(not added["special"] or len(added["content"]) > REACH for added in description["added_tokens"]):
         return None  # an added word may straddle a cut
     if description["normalizer"] is None and decodes_bytes(description):
-        words = partial(words_of, inner)
+        words = partial(words_of, inner.pre_tokenizer)
         return AT_SIGN if all(words(f"a{sign}b") == words("a") + words(f"{sign}b") for sign in CUT_BEFORE) else None
     return _cut_of_words(inner, description)
 
 
-def words_of(inner: tokenizers.Tokenizer, text: str) -> list[str]:
-    """Return the words that the pre-tokenizer makes of a text."""
-    return [word for word, _ in inner.pre_tokenizer.pre_tokenize_str(text)]
+def words_of(pre: pre_tokenizers.PreTokenizer, text: str) -> list[str]:
+    """Return the words that a pre-tokenizer makes of a text."""
+    return [word for word, _ in pre.pre_tokenize_str(text)]
 
 
 def decodes_bytes(description: Mapping[str, Any]) -> bool:

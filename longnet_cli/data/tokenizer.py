@@ -288,11 +288,11 @@ class Tokenizer:
         return path / (manifest or TOKENIZER)
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    def train(cls, texts: Iterable[Iterable[str]], vocab_size: int) -> Tokenizer:
         """Train byte-level BPE of at most `vocab_size` ids: `<|endoftext|>` is 0, then the 256 bytes, then the merges.
 
-        A small corpus may give fewer ids than asked for. Raises ConfigError when `vocab_size` has no room for the
-        bytes, or is over MOST_IDS.
+        Each text comes in parts. A small corpus may give fewer ids than asked for. Raises ConfigError when `vocab_size`
+        has no room for the bytes, or is over MOST_IDS.
         """
         if vocab_size < 257:
             raise ConfigError(f"a byte-level vocabulary needs 257 ids or more (256 bytes and {END_OF_TEXT})")
@@ -301,14 +301,16 @@ class Tokenizer:
         inner = tokenizers.Tokenizer(models.BPE())
         inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         inner.decoder = decoders.ByteLevel()
-        words = partial(words_of, inner)
+        # Not the pre-tokenizer of `inner`, which is locked while it trains: to read it then waits for ever.
+        words = partial(words_of, pre_tokenizers.ByteLevel(add_prefix_space=False))
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             special_tokens=[END_OF_TEXT],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        inner.train_from_iterator((cut_text([text], words).take(len(text)) for text in texts), trainer)
+        cutters = (cut_text(parts, words) for parts in texts)
+        inner.train_from_iterator(chain.from_iterable(iter(partial(each.take, GROUP), []) for each in cutters), trainer)
         return cls(inner)
 
     def encode(self, text: str) -> np.ndarray:

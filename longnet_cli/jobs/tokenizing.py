@@ -172,7 +172,7 @@ def _tokenizer(
     if any(str(item) == "-" for item in inputs.sources.names):
         raise ConfigError("training a tokenizer reads the inputs twice, and stdin can be read once: save it to a file")
     texts = (text for text in inputs.texts() if isinstance(text, Text))
-    return Tokenizer.train((part for text in texts for part in text.parts), train_vocab)
+    return Tokenizer.train((text.parts for text in texts), train_vocab)
 
 
 def _readable(texts: Iterable[Text | Unread], on_skip: OnSkip | None, apart: Apart | None) -> Iterator[Text]:

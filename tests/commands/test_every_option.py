@@ -357,7 +357,7 @@ def make_inputs(folder: Path) -> None:
     features, coords = slide(40)
     columns = {"doc_id": ["s"], "features": [features.tolist()], "coords": [coords.tolist()]}
     pq.write_table(pa.table(columns), folder / "slide.parquet")
-    other = Tokenizer.train(texts * 9, 265)
+    other = Tokenizer.train([texts * 9], 265)
     other.save(folder / "other.json")
     for name, changes in (("native", {}), ("init", {"num_layers": 1})):
         net = tiny_net(**{"vocab_size": 280, "position": "rope"} | changes)

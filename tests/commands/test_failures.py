@@ -56,7 +56,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
     tiny_model(folder / "model")
     tiny_model(folder / "encoder", causal=False, position="rope")
-    Tokenizer.train(["some text and more text"] * 9, 265).save(folder / "large.json")
+    Tokenizer.train([["some text and more text"] * 9], 265).save(folder / "large.json")
     (folder / "bad.gz").write_bytes(gzip.compress(b"unreadable " * 1000)[:-4])
     (folder / "long.txt").write_text("x" * 65)
     ids = pa.table({"input_ids": [[1] * 5, [1] * 60, [1] * 70, [1, 300]], "doc_id": [*"abcd"]})

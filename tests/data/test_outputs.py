@@ -221,7 +221,7 @@ def small() -> LongNet:
 
 
 def test_the_tokenizer_of_a_model_is_asked_for_by_content(tmp_path: Path) -> None:
-    own, other = Tokenizer.train(["some text and more text"] * 9, 265), Tokenizer.bytes()
+    own, other = Tokenizer.train([["some text and more text"] * 9], 265), Tokenizer.bytes()
     small().save_pretrained(tmp_path, own.to_json())
     own.save(tmp_path / "copy.json")
     found = ModelFolder(tmp_path).tokenizer()

@@ -37,7 +37,7 @@ CORPUS = [
 
 @pytest.fixture(scope="module")
 def trained() -> Tokenizer:
-    return Tokenizer.train(CORPUS, 300)
+    return Tokenizer.train([CORPUS], 300)
 
 
 def test_byte_ids_are_the_bytes_themselves():
@@ -138,14 +138,14 @@ def test_truncation_and_padding_in_the_file_are_ignored(trained, tmp_path):
 
 
 def test_training_keeps_every_byte_and_the_size_asked_for():
-    tokenizer = Tokenizer.train(CORPUS, 280)
+    tokenizer = Tokenizer.train([CORPUS], 280)
     assert tokenizer.vocab_size == 280
     assert tokenizer.eos_id is not None
     assert len(tokenizer.encode(CORPUS[0])) < len(CORPUS[0])
     with pytest.raises(ConfigError, match="257"):
-        Tokenizer.train(CORPUS, 200)
+        Tokenizer.train([CORPUS], 200)
     with pytest.raises(ConfigError, match="a vocabulary of 1000000000000000000 ids cannot be trained: 16,777,216 are"):
-        Tokenizer.train(CORPUS, 10**18)
+        Tokenizer.train([CORPUS], 10**18)
 
 
 @pytest.mark.parametrize("content", [None, b"not json", b'{"a": 1}', b"\xff\xfe"])

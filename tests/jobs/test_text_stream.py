@@ -27,7 +27,7 @@ def pieces() -> Tokenizer:
     return Tokenizer(inner)
 
 
-TOKENIZERS = {"bytes": Tokenizer.bytes(), "bpe": Tokenizer.train([TEXT * 20], 300), "pieces": pieces()}
+TOKENIZERS = {"bytes": Tokenizer.bytes(), "bpe": Tokenizer.train([[TEXT * 20]], 300), "pieces": pieces()}
 
 
 def streamed(words: Tokenizer, ids: list[int]) -> list[str]:

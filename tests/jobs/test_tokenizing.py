@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pyarrow as pa
@@ -10,12 +11,13 @@ import pytest
 import tokenizers
 from files import write_file
 from processes import contents
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.data import tokenizer as tokenizer_module
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.manifest import read_manifest
-from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.data.tokenizer import END_OF_TEXT, Tokenizer
 from longnet_cli.hub.model_names import model_path
 from longnet_cli.jobs import tokenizing
 from longnet_cli.jobs.tokenizing import tokenize
@@ -52,6 +54,25 @@ def test_written_is_read(corpus, tmp_path, output, train_vocab):
     saved = tmp_path / (output if output == "shards" else f"{output}.tokenizer.json")
     assert Tokenizer.load(saved).sha256 == result.tokenizer.sha256
     assert all(shard.exists() for shard in result.shards)
+
+
+def test_a_vocabulary_is_that_of_whole_texts_however_long(tmp_path: Path, run_longnet) -> None:
+    """In a process with a limit of time: what waits for a lock of the library ends by a kill alone."""
+    random = Random(0)
+    texts = ["".join(random.choices(["the net ", "reads, ", "x1", "wörld\n", "漢字", "it's"], k=50_000)) for _ in "ab"]
+    for name, text in zip("ab", texts, strict=True):
+        (tmp_path / f"{name}.txt").write_bytes(text.encode())
+    done = run_longnet("tokenize", "a.txt", "b.txt", "--train-vocab", "400", "-o", "out", timeout=60)
+    assert done.returncode == 0, done.stderr
+    whole = tokenizers.Tokenizer(models.BPE())
+    whole.pre_tokenizer, whole.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet, special = pre_tokenizers.ByteLevel.alphabet(), [END_OF_TEXT]
+    whole.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
+    )
+    parts = [[text[i : i + 999] for i in range(0, len(text), 999)] for text in texts]
+    for found in (Tokenizer.load(tmp_path / "out"), Tokenizer.train(parts, 400)):
+        assert found.sha256 == Tokenizer(whole).sha256
 
 
 def test_shards_end_at_documents_and_batches_cut_rows(corpus, tmp_path, monkeypatch):
