@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from longnet_cli.running.causal_stream import CausalStream, open_stream
     from longnet_cli.running.chunked_backward import backward_in_chunks
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _MODULES = {
     "attention": "DilatedAttention FarKeys KVCache Pattern dilated_attention far_keys",
