@@ -127,7 +127,6 @@ OPTIONS = {
 --format              stdout     --format json | --format jsonl @ {READING}
 --token-logprobs      files      --token-logprobs x.arrow
 --top                 rows       --top 1 @ {READING} --format jsonl --token-logprobs x.arrow
---chosen              files      --chosen x.arrow @ {READING} --format jsonl {CHOSEN}
 --output              files      -o gains.jsonl | -o gains.arrow @ {READING}
 --shard-tokens        files      --shard-tokens 20 @ {READING} -o out
 --resume              code       --resume @ {READING} -o gains --shard-tokens 20 +gains

@@ -186,9 +186,10 @@ def _open(options: GenerateCommand, text: str | None) -> tuple[Opened, Inputs]:
     if processes > 1 and (given := [option for option, value in alone.items() if value]):
         raise ConfigError(f"{given[0]} is for one process, and there are {processes}: start one")
     opened = named.open(Mesh(sp=options.sp), options.computing, dry_run=options.dry_run, chat=options.chat)
-    from longnet_cli.running.reader import check_choices
+    if options.sources:
+        from longnet_cli.jobs.chosen_sources import check_sources
 
-    check_choices(opened.loaded.net, options.sources)
+        check_sources(opened.loaded.net)
     tokenizer, has_text = opened.loaded.tokenizer, options.prompt is not None or text is not None
     if tokenizer is None and (options.format == "text" or options.stop or options.sources or has_text):
         raise ConfigError(

@@ -18,7 +18,7 @@ class PlotCommand:
     files: list[str] = argument(
         "FILE",
         "Read the folder of a run or its metrics.jsonl, a file of `bench --format jsonl`, of `score --format json` or "
-        "of `score --token-logprobs` (also with one of --chosen), or - for stdin. The content says which.",
+        "of `score --token-logprobs`, or - for stdin. The content says which.",
     )
     tokenizer: str | None = INPUT.option(
         "--tokenizer NAME|PATH",
@@ -87,8 +87,6 @@ def _show_surprise(options: PlotCommand) -> None:
     if options.output:
         write_surprise(surprise, options.output)
         return
-    if surprise.seen:
-        raise ConfigError("chosen blocks are shown in a page: give -o PAGE.html")
     width = shutil.get_terminal_size().columns
     for line in draw_surprise(surprise, width, color=shows_color(), printable=_shown):
         print(line)

@@ -34,12 +34,9 @@ PAIRS: tuple[Needs | Excludes, ...] = (
     Needs("--keep", "-o|--format|--dry-run", "carries columns to rows", "-o, or --format jsonl or json"),
     Excludes("--token-logprobs", "--dp", "is written by one group of ranks"),
     Needs("--top", "--token-logprobs", "adds to a file of log-probabilities", "--token-logprobs FILE"),
-    *(Excludes("--chosen", option, "is written by one process") for option in ("--nproc", "--sp", "--dp")),
-    Excludes("--chosen", "--context", "is for whole documents"),
     Needs("--resume", "-o", "is for a folder of rows", "-o FOLDER"),
     Needs("--shard-tokens", "-o", "is for a folder of rows", "-o FOLDER"),
     Excludes("--token-logprobs", "-o", PRINTED),
-    Excludes("--chosen", "-o", PRINTED),
 )
 
 
@@ -77,11 +74,6 @@ class ScoreCommand:
     top: Literal["1"] | None = OUTPUT.option(
         "--top 1", "Add the most likely token in each place, and its log-probability, to --token-logprobs."
     )
-    chosen: str | None = OUTPUT.option(
-        "--chosen FILE",
-        "Write which chosen blocks each group of tokens sees in each layer, to an .arrow or .parquet file. The "
-        "pattern must have chosen blocks.",
-    )
     output: str | None = OUTPUT.option(
         "--output -o PATH",
         "Write a row per document instead, with what it gains from the longest context: to a new folder of shards, "
@@ -116,13 +108,16 @@ def score(options: ScoreCommand) -> None:
         # so that rows join their input by the column's own name and type
         documents = replace(documents, keep=[documents.id_column, *(documents.keep or ())])
     named = ModelAndInputs(documents, options.choice, output if running.resume else None)
-    outputs = {"--token-logprobs": options.token_logprobs, "--chosen": options.chosen, "-o": output}
+    outputs = {"--token-logprobs": options.token_logprobs, "-o": output}
     where_to = "the rows are binary, stdout is a terminal: name a file (-o gains.parquet) or pipe them"
     for_folder = {"--resume": running.resume, "--shard-tokens": options.shard_tokens}
     earlier = named.check_outputs(outputs, where_to, for_folder, running)
     opened = named.open(options.mesh, options.computing, dry_run=running.dry_run)
     inputs = named.inputs(opened.loaded, opened.loaded.tokenizer)
-    _check_model(options, opened)
+    if options.choice.pattern:
+        from longnet_cli.attention.notation import format_pattern
+
+        tell(f"pattern {format_pattern(opened.loaded.net.config.pattern)}", opened.quiet)
     from longnet_cli.jobs.row_jobs import ModelFacts
     from longnet_cli.jobs.scoring.scoring import Scorer
 
@@ -143,44 +138,28 @@ def _check(options: ScoreCommand, keys: set[str]) -> None:
         raise ConfigError("log-probabilities of tokens need one context: give only one")
     if taken := sorted({*(options.documents.keep or ())} & keys):
         raise ConfigError(f"--keep {taken[0]}: the output has a column of this name")
-    for name, file in (("--token-logprobs", options.token_logprobs), ("--chosen", options.chosen)):
-        if file == "-":
-            raise ConfigError(f"{name} needs a file: stdout carries the scores")
-
-
-def _check_model(options: ScoreCommand, opened: Opened) -> None:
-    """Say which pattern --pattern names. Raises ConfigError if --chosen has nothing to tell."""
-    from longnet_cli.attention.notation import format_pattern
-    from longnet_cli.running.reader import check_choices
-
-    net = opened.loaded.net
-    if options.choice.pattern:
-        tell(f"pattern {format_pattern(net.config.pattern)}", opened.quiet)
-    check_choices(net, options.chosen is not None)
-    if options.chosen and opened.ranks.world > 1:
-        raise ConfigError("--chosen is written by one process: leave out --nproc, --sp and --dp")
+    if options.token_logprobs == "-":
+        raise ConfigError("--token-logprobs needs a file: stdout carries the scores")
 
 
 def _write(
     options: ScoreCommand, opened: Opened, inputs: Inputs, job: Callable[..., Scorer], earlier: Manifest | None
 ) -> None:
-    """Write a row per document to the output, or print it, and write what --token-logprobs and --chosen ask for."""
-    from longnet_cli.jobs.chosen_sources import write_chosen
+    """Write a row per document to the output, or print it, and write what --token-logprobs asks for."""
     from longnet_cli.jobs.scoring.token_logprobs import write_token_logprobs
     from longnet_cli.nets.net import bos_ids
     from longnet_cli.nets.weights import model_origin
 
     loaded, writes, output, words = opened.loaded, opened.ranks.writes, options.output, opened.loaded.tokenizer
-    logprobs, top, chosen = options.token_logprobs, bool(options.top), options.chosen
+    logprobs, top = options.token_logprobs, bool(options.top)
     lines = output is None or output.endswith(".jsonl")  # of text or JSON, with the totals
-    named = writes and (lines or logprobs or chosen)
+    named = writes and (lines or logprobs)
     origin = model_origin(loaded.net, loaded.origin, loaded.tokenizer_sha256) if named else {}
     format = "jsonl" if output else options.format
     known = {key.removeprefix("longnet."): value for key, value in origin.items()} | {"bos": bos_ids(loaded.bos)}
     printed = partial(_printing, format, output, options.context or (None,), known, opened.left_out)
     tokens = write_token_logprobs(logprobs, origin, top) if logprobs and writes else nullcontext()
-    choices = write_chosen(chosen, loaded.net.config.pattern, origin) if chosen and writes else nullcontext()
-    with tokens as on_tokens, choices as on_choice:
+    with tokens as on_tokens:
         opened.write(
             inputs,
             partial(job, on_tokens=on_tokens, top=top, count_bytes=words.n_bytes if words else None),
@@ -190,7 +169,6 @@ def _write(
             unit="{:,} row",
             contexts=options.context,
             last=options.last,
-            on_choice=on_choice,
             shard_size=options.shard_tokens,
             sink=printed if lines else None,
         )

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from longnet_cli.models.folder import Loaded, ModelFolder
     from longnet_cli.nets.net import Net
     from longnet_cli.running.ranks.ranks import Ranks
-    from longnet_cli.running.reader import OnWindows
 
 
 def freeze_imports() -> None:
@@ -162,7 +161,6 @@ class Opened(NamedTuple):
         unit: str,
         contexts: Sequence[int] | None = None,
         last: int | None = None,
-        on_choice: OnWindows | None = None,
         **how: Any,
     ) -> None:
         """Write the rows of a job as the `options` of a command say, with progress, and say how many there are.
@@ -199,7 +197,6 @@ class Opened(NamedTuple):
                 dtype=computing.dtype,
                 spill=computing.spill,
                 on_progress=advance,
-                on_choice=on_choice,
             )
         if written is not None and output is not None:
             counts = f"{unit.format(written['rows'])}{'s' * (written['rows'] != 1)}"
@@ -246,15 +243,14 @@ class ModelAndInputs:
         """Return the manifest of the earlier run that `-o` continues, if any. Of it, see `output.check_output`.
 
         `outputs` are paths by the options that name them. Raises ConfigError for one that is, or holds, a file that the
-        command reads, for one place of two of them, and for a name with the ending of another kind of file.
+        command reads, and for a name with the ending of another kind of file.
         """
-        from longnet_cli.data.outputs import refuse_one_place, refuse_other_suffix, refuse_overwriting
+        from longnet_cli.data.outputs import refuse_other_suffix, refuse_overwriting
 
         for option, path in outputs.items():
             if path is not None:
                 refuse_other_suffix(option, path)
                 refuse_overwriting(option, [path], self.sources, self._files)
-        refuse_one_place(outputs)
         if (output := outputs["-o"]) is None:
             return None
         return check_output(output, where_to, for_folder, resume=running.resume, dry_run=running.dry_run)

@@ -91,19 +91,6 @@ def refuse_overwriting(
             raise ConfigError(f"{shown} {what}, which this command reads: name another output")
 
 
-def refuse_one_place(outputs: Mapping[str, str | Path | None]) -> None:
-    """Raise ConfigError where two options name one output, in whatever spelling: it could hold one of them only.
-
-    `outputs` has the paths by their options; None is ignored.
-    """
-    places: dict[object, str] = {}
-    for option, output in outputs.items():
-        if output is not None:
-            other = places.setdefault(_identity(output) or os.path.realpath(output), option)
-            if other != option:
-                raise ConfigError(f"{option} {output} is the output of {other} as well: name another")
-
-
 def _read_files(inputs: Sources | None, also: Iterable[str | Path | None]) -> Iterator[Path]:
     if inputs:
         yield from (Path(str(name)[1:]) for name in inputs.names if str(name).startswith("@"))

@@ -1,4 +1,4 @@
-"""The sources of an answer, from the blocks that the content chose, and the file that `score --chosen` writes.
+"""The sources of an answer, from the blocks that the content chose.
 
 Sources are passages of what was read that were chosen while the answer was generated, more often than before. The
 evidence for a block is its vote by all of its keys, on average over the tokens of the answer and the layers that
@@ -9,72 +9,29 @@ third of it, are passages.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
 
-from longnet_cli.attention import Pattern
 from longnet_cli.attention.past import Seen
-from longnet_cli.data.outputs import ShardWriter
+from longnet_cli.basics.errors import ConfigError
 from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.nets.net import Net
 from longnet_cli.running.causal_stream import CausalStream
-from longnet_cli.running.reader import OnWindows, Window
-
-BATCH = 1 << 14  # rows per record batch
-
-
-def chosen_schema(metadata: Mapping[str, str] | None = None) -> pa.Schema:
-    """Return the schema of chosen blocks: a row says what the tokens [start, stop) of a document see in a layer.
-
-    Positions count the tokens that the net reads, those before the document included. Block b is the tokens
-    [b n, (b + 1) n), for n in the metadata as `longnet.chosen_block`.
-    """
-    fields = [
-        pa.field("doc_id", pa.string()),
-        pa.field("layer", pa.int32(), nullable=False),
-        pa.field("start", pa.int64(), nullable=False),
-        pa.field("stop", pa.int64(), nullable=False),
-        pa.field("blocks", pa.list_(pa.int32()), nullable=False),
-    ]
-    return pa.schema(fields, metadata=dict(metadata or {}))
-
-
-@contextmanager
-def write_chosen(path: str | Path, pattern: Pattern, metadata: Mapping[str, str] | None = None) -> Iterator[OnWindows]:
-    """Open a file for chosen blocks (see `chosen_schema`), and yield the `on_choice` of `score`."""
-    rows: list[dict[str, Any]] = []
-    size, every = pattern.chosen_block, pattern.chosen_every
-    with ShardWriter(path, chosen_schema({**(metadata or {}), "longnet.chosen_block": str(size)})) as writer:
-
-        def flush() -> None:
-            if rows:
-                writer.write(pa.RecordBatch.from_pylist(rows, schema=writer.schema))
-            rows.clear()
-
-        def on_choice(windows: Sequence[Window], layer: int, seen: Seen) -> None:
-            first, _, queries, _ = seen.part.groups
-            for window, of_row in zip(windows[seen.part.rows], seen.blocks, strict=True):
-                name = window.sequence.document.doc_id  # type: ignore[attr-defined]
-                groups = zip(range(first, len(window), every), of_row.tolist(), strict=False)  # others are padding
-                for start, blocks in groups:
-                    stop = min(start + queries, len(window))  # the rest is padding
-                    rows.append({"doc_id": name, "layer": layer, "start": start, "stop": stop, "blocks": blocks})
-            if len(rows) >= BATCH:
-                flush()
-
-        yield on_choice
-        flush()
-
 
 PASSAGES = 3
 LEAST_SHARE = 1e-3  # so that one choice of a block that nothing chose before says little
 NEIGHBOURING = 1 / 3  # of a passage's most evidence, that a neighbouring block needs to belong to it
+
+
+def check_sources(model: Net) -> None:
+    """Raise ConfigError for a model whose choices of blocks cannot be told."""
+    if not model.config.pattern.chosen:
+        raise ConfigError("the pattern has no chosen blocks to tell about: add --pattern finding")
+    if model.stream():
+        raise ConfigError("this model keeps a cache of its own, which does not tell what was chosen")
 
 
 class Passage(NamedTuple):

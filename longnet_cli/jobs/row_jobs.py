@@ -257,8 +257,8 @@ def write_rows(
     """Write the rows of the documents in `inputs`.
 
     Return how many `rows` and `tokens` the output has. Of several `ranks`, only the first one writes. The others get
-    None. `make_job(reader, kept_fields=...)` returns the job. `chunk`, `dtype`, `spill`, `on_progress` and `on_choice`
-    are as in `running.reader.Reader`.
+    None. `make_job(reader, kept_fields=...)` returns the job. `chunk`, `dtype`, `spill` and `on_progress` are as in
+    `running.reader.Reader`.
 
     On the same CPU with as many threads, a resumed run ends byte for byte as if it had never stopped. Inputs, model and
     options must be the same as in the earlier run. Only a `chunk` of None takes the earlier run's value, because on a

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
@@ -20,12 +19,9 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 from torch import Tensor
 
-from longnet_cli.attention import Outside, Past
-from longnet_cli.attention.past import Seen
-from longnet_cli.basics.errors import ConfigError
 from longnet_cli.nets.longnet import LongNet
-from longnet_cli.nets.net import FarProvider, Net, Readable
-from longnet_cli.running.causal_stream import CausalStream, open_stream
+from longnet_cli.nets.net import Net, Readable
+from longnet_cli.running.causal_stream import open_stream
 from longnet_cli.running.chunk_size import chunk_of, default_chunk
 from longnet_cli.running.device import precision, to_device
 from longnet_cli.running.layerwise import hidden_in_chunks
@@ -57,7 +53,6 @@ class Window:
         return self.stop - self.wanted
 
 
-OnWindows = Callable[[Sequence[Window], int, Seen], None]  # as `Reader.on_choice`
 W = TypeVar("W", bound=Window)
 Z = TypeVar("Z", bound=Sized)
 
@@ -117,8 +112,7 @@ class Reader:
 
     With several `ranks`, all have one chunk. Those of a group, which must all read the same windows, share every long
     window, `chunk` tokens each, and divide the forward passes over short windows. `dtype` is as in `running.device`. On
-    every rank, `on_progress` gets the number of wanted tokens of each forward pass. `on_choice` gets the windows of a
-    forward pass, and what their layers see of chosen blocks, as `running.layer_caches.OnChoice`.
+    every rank, `on_progress` gets the number of wanted tokens of each forward pass.
     """
 
     def __init__(
@@ -130,16 +124,13 @@ class Reader:
         spill: str | Path | None = None,
         ranks: Ranks | None = None,
         on_progress: Callable[[int], None] | None = None,
-        on_choice: OnWindows | None = None,
     ) -> None:
-        """Raise ConfigError for a chunk below 1, and for `on_choice` where nothing is chosen."""
-        check_choices(model, on_choice is not None)
+        """Raise ConfigError for a chunk below 1."""
         self.model, self.dtype, self.spill = model, dtype, spill
         self.device = next(model.parameters()).device
         self.chunk = chunk_of(chunk, default_chunk(model.config, self.device), ranks=ranks)
         self.ranks = (ranks or Ranks()).of_group()
         self.on_progress = on_progress or (lambda tokens: None)
-        self.on_choice = on_choice
 
     def read(self, windows: Iterable[W]) -> Iterator[list[Piece[W]]]:
         """Return the wanted hidden states of all windows, in order, as lists of pieces.
@@ -168,8 +159,6 @@ class Reader:
                 with precision(self.dtype, self.device):
                     # padding is on the right, where a causal net does not see it
                     more: dict[str, Any] = {} if self.model.config.causal else {"lengths": lengths}
-                    if self.on_choice:
-                        more["far"] = self._watched([windows[i] for i in batch])
                     hidden.update(zip(batch, self.model(to_device(padded, self.device), **more), strict=True))
             self.on_progress(sum(windows[i].counted for i in batch))
         return [
@@ -184,22 +173,12 @@ class Reader:
         Reading takes less than a hundredth of the computing time, too little for a thread of its own.
         """
         stream, ranks = open_stream(self.model, self.ranks, self.spill), self.ranks
-        if self.on_choice and isinstance(stream, CausalStream):
-            stream.watch(partial(self.on_choice, [window]))
         for edges in self._chunks(window):
             ids = to_device(self._ids(window, edges[ranks.rank], edges[ranks.rank + 1])[None], self.device)
             inside = [edge - window.start for edge in edges]
             with torch.inference_mode(), precision(self.dtype, self.device):
                 hidden = stream(ids, edges=inside if ranks.group else None)
             yield self._shared(window, edges, hidden[0])
-
-    def _watched(self, windows: Sequence[Window]) -> FarProvider:
-        """Return a function that gives each layer an empty past, which tells what the windows of a batch see."""
-        assert self.on_choice
-        pasts = [Past(self.model.config.pattern, layer=layer) for layer in range(self.model.config.num_layers)]
-        for layer, past in enumerate(pasts):
-            past.on_choice = partial(self.on_choice, windows, layer)
-        return lambda layer, q, k, v: Outside(past=pasts[layer])
 
     def _whole(self, window: W) -> Iterator[list[Piece[W]]]:
         """Read a bidirectional window: in one forward pass if it fits all ranks together, otherwise layer by layer."""
@@ -259,14 +238,6 @@ class Reader:
     @staticmethod
     def _ids(window: Window, start: int, stop: int) -> Tensor:
         return torch.from_numpy(window.sequence.read(start, stop))
-
-
-def check_choices(model: Net, wanted: bool = True) -> None:
-    """Raise ConfigError for a model whose choices of blocks cannot be told, if they are `wanted`."""
-    if wanted and not model.config.pattern.chosen:
-        raise ConfigError("the pattern has no chosen blocks to tell about: add --pattern finding")
-    if wanted and model.stream():
-        raise ConfigError("this model keeps a cache of its own, which does not tell what was chosen")
 
 
 def batches_by_length(lengths: Sequence[int], limit: int, least: int | None = None) -> Iterator[list[int]]:

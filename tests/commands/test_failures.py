@@ -115,8 +115,6 @@ FAILURES = [  # command, exit code, a part of its line
     ("train --pattern windw:1Ki -o run", 2, "--pattern: unknown pattern 'windw': did you mean 'window'?"),
     ("encode x.parquet -m ./encoder --prefix x -o y.arrow", 2, "nothing before a document: leave out --prefix"),
     ("encode x.parquet -m ./encoder --dims 33 -o y.arrow", 2, "--dims 33: a vector of this model has 1 to 16 numbers"),
-    ("score x.parquet -m ./model --chosen y --pattern window:16,chosen=2x8 --dp 2", 2, "leave out --dp"),
-    ("score x.parquet -m ./model --chosen y --pattern window:16,chosen=2x8 --context 64", 2, "is for whole documents"),
     ("score x.parquet --token-logprobs y.arrow --dp 2", 2, "leave out --dp"),
     ("score - --dp 2", 2, "stdin can be read by one process"),
     ("tokenize x.parquet -o t --train-vocab 300 --dp 2", 2, "leave out --dp"),
@@ -152,10 +150,6 @@ FAILURES = [  # command, exit code, a part of its line
         (f"score {name} --keep n,{key} --skip-bad -o out.arrow", 2, f"{name}: there is no column '{key}'; its columns")
         for name in ("x.arrow", "x.stream", "x.parquet", "x.jsonl")
         for key in ("titel", "doc.titel")
-    ),
-    (
-        "score long.txt --pattern finding --token-logprobs out.arrow --chosen ./out.arrow", 2,
-        "--chosen ./out.arrow is the output of --token-logprobs as well: name another",
     ),
     ("score x.parquet --keep n", 2, "--keep carries columns to rows: give -o, or --format"),
     ("score types.arrow --keep ppl --format json", 2, "--keep ppl: the output has a column of this name"),

@@ -211,7 +211,6 @@ def test_the_page_of_formats_lists_every_form():
 ALONE = [
     (["score", "--context", "64,8Ki", "--token-logprobs", "x.arrow"], "log-probabilities of tokens need one context"),
     (["score", "--stride", "5"], "a stride of 5 tokens needs a context"),
-    (["score", "--chosen", "x.arrow", "--nproc", "2"], "--chosen is written by one process: leave out --nproc"),
     (["encode", "-o", "x.arrow", "--pool", "middle"], "there is no pooling 'middle'"),
     (["encode", "-o", "x.arrow", "--span", "5", "--all-layers"], "all layers are given for whole documents"),
     (["generate", "--temperature", "-1"], "temperature must be 0 or more"),

@@ -24,7 +24,6 @@ from longnet_cli.data.names import Sources
 from longnet_cli.data.outputs import (
     ShardWriter,
     is_folder,
-    refuse_one_place,
     refuse_overwriting,
     token_batch,
     token_schema,
@@ -179,19 +178,6 @@ def test_a_file_is_known_by_every_name(files: Path, output: str, inputs: list[st
     with pytest.raises(ConfigError, match=r"^-o .*arrow is .*arrow, which this command reads: name another output$"):
         refuse_overwriting("-o", [output], Sources(inputs))
     refuse_overwriting("-o", ["b.arrow.new", "new"], Sources(inputs))
-
-
-@pytest.mark.parametrize("new", [True, False])
-@pytest.mark.parametrize("spelling", ["x.arrow", "./x.arrow", "up/x.arrow", "folder/../x.arrow", "{}/x.arrow", "link"])
-def test_one_path_is_one_output_in_any_spelling(files: Path, spelling: str, new: bool) -> None:
-    Path("link").symlink_to("x.arrow")
-    if not new:
-        Path("x.arrow").write_text("old")
-    with pytest.raises(ConfigError, match=r"^--chosen .* is the output of --token-logprobs as well: name another$"):
-        refuse_one_place({"--token-logprobs": spelling.format(files), "--chosen": "x.arrow", "-o": None})
-    refuse_one_place({"--token-logprobs": "x.arrow", "--chosen": "y.arrow", "-o": None})
-    with pytest.raises(ConfigError, match="--chosen - is the output of"):
-        refuse_one_place({"--token-logprobs": "-", "--chosen": "-"})
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,13 @@
-"""What was chosen is told: the passages of an answer (`generate --sources`) and the file of `score --chosen`."""
+"""What was chosen is told: the passages of an answer (`generate --sources`)."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
 import pytest
 import torch
-from builders import tiny_llama, tiny_model
+from builders import tiny_model
 from conftest import RunLongnet
 from pattern_nets import native
 from strategies import chosen_by_hand
@@ -127,37 +125,3 @@ def test_the_command(run_longnet: RunLongnet, tmp_path: Path) -> None:
         for source in line["sources"]:
             assert source["text"] == (BOOK + "What?" + line["text"])[source["start"] : source["end"]]
             assert 0 <= source["share_before"] < source["share"] <= 1
-
-
-@pytest.mark.parametrize("build", [tiny_model, tiny_llama])
-def test_the_file_of_chosen_blocks(build: Any, run_longnet: RunLongnet, tmp_path: Path) -> None:
-    """However documents are read, every token of every layer has its blocks, once, and nearly all are the same."""
-    # no two blocks are equal: they would tie, but for rounding
-    text = "".join(f"The key of fox {n * n} is {7919 * n}. " for n in range(14))
-    (tmp_path / "a.txt").write_text(text)
-    (tmp_path / "b.txt").write_text(text[:200])
-    options = {"position": "rope"} if build is tiny_model else {}
-    model = build(tmp_path / "model", **options)
-    found = []
-    for index, chunk in enumerate((4096, 100)):
-        done = run_longnet(
-            "score", "a.txt", "b.txt", "--model", str(model), "--pattern", PATTERN, "--chunk", str(chunk), "--chosen",
-            f"{index}.arrow",
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        table = pa.ipc.open_file(tmp_path / f"{index}.arrow").read_all()
-        assert table.schema.metadata[b"longnet.chosen_block"] == b"8"
-        seen: dict[tuple, list[int]] = {}
-        for row in table.to_pylist():
-            for token in range(row["start"], row["stop"]):
-                assert (row["doc_id"], row["layer"], token) not in seen
-                seen[row["doc_id"], row["layer"], token] = row["blocks"]
-        found.append(seen)
-    assert found[0].keys() == found[1].keys()
-    differing = sum(blocks != found[1][place] for place, blocks in found[0].items())
-    assert differing <= len(found[0]) / 100  # of blocks that nearly tie, rounding may choose the other
-    layers = {layer for _, layer, _ in found[0]}
-    lengths = {"a.txt": len(text), "b.txt": 200}  # the last token is not read, and one comes before
-    places = {(name, layer, token) for name, n in lengths.items() for layer in layers for token in range(32, n)}
-    assert {(Path(name).name, layer, token) for name, layer, token in found[0]} == places
-    assert all(blocks[0] == 0 and len(blocks) == 4 for (*_, token), blocks in found[0].items() if token >= 48)

@@ -12,16 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from builders import tiny_model
 from rich.cells import cell_len
 
 from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.data.documents import Document
-from longnet_cli.data.outputs import ShardWriter
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.jobs.chosen_sources import chosen_schema
 from longnet_cli.jobs.plotting import surprise_page
 from longnet_cli.jobs.plotting.surprise import Surprise, draw_surprise, read_surprise
 from longnet_cli.jobs.plotting.surprise_page import write_surprise
@@ -53,34 +50,16 @@ def write(path: Path, texts: dict[str, str] = TEXTS, scale: float = 1, top: bool
     return str(path)
 
 
-def write_choices(path: Path, rows: list[tuple[str, int, int, int, list[int]]], block: int = 4) -> str:
-    schema = chosen_schema({"longnet.chosen_block": str(block)})
-    with ShardWriter(path, schema) as writer:
-        writer.write(pa.RecordBatch.from_pylist([dict(zip(schema.names, row, strict=True)) for row in rows], schema))
-    return str(path)
-
-
-CHOICES = [("a.py", 0, 0, 8, [0]), ("a.py", 0, 8, 31, [0, 2]), ("a.py", 1, 8, 31, [0, 1]), ("\u4e2d.txt", 1, 0, 9, [0])]
-
-
 def unpack(page: Path) -> tuple[dict[str, Any], dict[str, np.ndarray], str]:
     """The facts of a page, its lists by name and its text, as its script reads them."""
     html = page.read_text(encoding="utf-8")
     held = {name: re.search(f'id="{name}">(.*?)</script>', html, re.DOTALL) for name in ("facts", "data")}
     facts = json.loads(held["facts"][1])
     data, at, lists = zlib.decompress(base64.b64decode(held["data"][1])), 0, {}
-    groups, blocks = facts["groups"], facts["blocks"]
-    sizes = [("starts", groups), ("stops", groups), ("first", groups + 1), ("blocks", blocks)]
-    for name, count in sizes if groups else ():
-        lists[name] = np.frombuffer(data, "<u4", count, at)
-        at += lists[name].nbytes
     wanted = [("top", "<u4")] * facts["top"] + [("lengths", "<u2"), ("nats", "<u2")]
     for name, kind in [*wanted, *[("other", "<u2")] * facts["other"], *[("top_nats", "<u2")] * facts["top"]]:
         lists[name] = np.frombuffer(data, kind, facts["tokens"], at)
         at += lists[name].nbytes
-    if groups:
-        lists["layers"] = np.frombuffer(data, "<u2", blocks, at)
-        at += lists["layers"].nbytes
     return facts, lists, data[at:].decode()
 
 
@@ -134,34 +113,6 @@ def test_two_files_are_compared(tmp_path: Path) -> None:
     assert facts["other"]
     assert facts["top"]
     assert np.abs(lists["nats"].astype(int) - 2 * lists["other"].astype(int)).max() <= 1
-
-
-def test_a_page_holds_the_blocks_that_each_token_saw(tmp_path: Path) -> None:
-    """By their first tokens on the page. A net reads one before the document, so that blocks begin one earlier."""
-    surprise = read_surprise([write(tmp_path / "lp.arrow"), write_choices(tmp_path / "chosen.arrow", CHOICES)])
-    write_surprise(surprise, tmp_path / "p.html")
-    facts, lists, text = unpack(tmp_path / "p.html")
-    tokens = len(TEXTS["a.py"].encode())
-    assert (facts["layers"], facts["size"], facts["names"]) == (2, 4, [str(tmp_path / "lp.arrow")])
-    assert [*zip(lists["starts"].tolist(), lists["stops"].tolist(), strict=True)] == [
-        (0, 8),
-        (8, tokens),
-        (tokens, tokens + 9),
-    ]
-    assert lists["first"].tolist() == [0, 1, 4, 5]
-    assert lists["blocks"].tolist() == [0, 0, 3, 7, tokens]
-    assert lists["layers"].tolist() == [1, 2, 1, 1, 1]
-    assert text.replace("\u25af", "") == "".join(TEXTS.values())
-
-
-def test_blocks_without_their_text_are_refused(tmp_path: Path) -> None:
-    scored, chosen = write(tmp_path / "lp.arrow"), write_choices(tmp_path / "chosen.arrow", CHOICES)
-    for names in ([chosen], [scored, chosen, chosen]):
-        with pytest.raises(ConfigError, match="name one file of chosen blocks, beside one of log-probabilities"):
-            read_surprise(names)
-    other = write_choices(tmp_path / "other.arrow", [("b.py", 0, 0, 8, [0])])
-    with pytest.raises(DataError, match=r"other.arrow: it has tokens of document 'b.py' that the other file lacks"):
-        read_surprise([scored, other])
 
 
 def test_files_of_other_tokens_are_refused(tmp_path: Path) -> None:
@@ -262,9 +213,7 @@ addEventListener("load", async () => {
 def test_a_browser_shows_the_page(tmp_path: Path, dark: bool, width: int) -> None:
     """What is in sight alone is elements; a token tells of itself, and a click on the strip leads to the end."""
     text = "".join(f"line {number} of many\n" for number in range(5000))
-    chosen = write_choices(tmp_path / "chosen.arrow", [("a", 0, 0, 9, [0, 5]), ("a", 1, 0, 9, [5])])
-    names = [write(tmp_path / "lp.arrow", {"a": text}, scale=4), chosen]
-    write_surprise(read_surprise(names), tmp_path / "p.html")
+    write_surprise(read_surprise([write(tmp_path / "lp.arrow", {"a": text}, scale=4)]), tmp_path / "p.html")
     page = (tmp_path / "p.html").read_text(encoding="utf-8")
     (tmp_path / "p.html").write_text(page.replace("</body>", ACT + "</body>"), encoding="utf-8")
     options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"]
@@ -281,5 +230,3 @@ def test_a_browser_shows_the_page(tmp_path: Path, dark: bool, width: int) -> Non
     assert "text\tn\n" in said["about"]
     assert "surprise\t6.667 nats" in said["about"]
     assert "most likely\te" in said["about"]
-    assert "saw\t2 chosen blocks, the most in 2 of 2 layers:" in said["about"]
-    assert "\t\u24231\u2423o\n" in said["about"]  # the block 5: tokens 19 to 22

@@ -1,38 +1,30 @@
 """Documents with the nats of each token, from files of `score --token-logprobs`: where a model is surprised.
 
 files --read_surprise--> documents of pieces and nats --draw_surprise, surprise_page--> a terminal, a page
-
-A file of `score --chosen` beside them says which blocks of the past each group of tokens saw, for the page.
 """
 
 from __future__ import annotations
 
 import sys
 import textwrap
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
-from itertools import chain, zip_longest
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from rich.cells import cell_len
 
 from longnet_cli.basics.errors import CheckpointError, ConfigError, DataError
-from longnet_cli.data.columns import Wanted
-from longnet_cli.data.formats import open_source
 from longnet_cli.data.kinds import ARROW_KINDS, sniff
-from longnet_cli.data.names import find_sources
-from longnet_cli.data.tables import Table
 from longnet_cli.data.tokenizer import TextStream, Tokenizer
 from longnet_cli.jobs.scoring.token_logprobs import Logged, LogprobFile
 
 MOST_TOKENS = 1 << 22  # of all documents; a page of them has some 30 MB
 PART_OF_CHARACTER = "\u25af"  # a token that ends within a character, and so completes none
 _SHA256 = "longnet.tokenizer_sha256"
-_CHOSEN = ["doc_id", "layer", "start", "stop", "blocks"]  # columns of a file of chosen blocks
 
 
 @dataclass(frozen=True)
@@ -62,37 +54,13 @@ class SurpriseDocument:
         return [float(nats.mean()) for nats in (self.nats, self.other_nats) if nats is not None]
 
 
-class SeenBlocks(NamedTuple):
-    """The blocks that groups of tokens saw, in tokens of the whole page.
-
-    Of group i, whose tokens are [starts[i], stops[i]), the blocks are those of [first[i], first[i + 1]): each begins
-    at token `blocks[j]` and was seen in `layers[j]` of `num_layers` layers. A block has `size` tokens.
-    """
-
-    starts: np.ndarray
-    stops: np.ndarray
-    first: np.ndarray
-    blocks: np.ndarray
-    layers: np.ndarray
-    num_layers: int
-    size: int
-
-
-_NONE = np.empty(0, "<u4")
-NO_BLOCKS = SeenBlocks(_NONE, _NONE, _NONE, _NONE, _NONE, 0, 0)
-
-
 @dataclass(frozen=True)
 class Surprise:
-    """The documents of one or two files, by the `names` of the files. `tops` are the texts of most likely tokens.
-
-    `seen` are the chosen blocks that tokens saw, if a file of these was named, too.
-    """
+    """The documents of one or two files, by the `names` of the files. `tops` are the texts of most likely tokens."""
 
     names: list[str]
     documents: list[SurpriseDocument]
     tops: list[str]
-    seen: SeenBlocks | None = None
 
 
 def has_columns(path: str) -> bool:
@@ -109,19 +77,10 @@ def has_columns(path: str) -> bool:
 def read_surprise(names: Sequence[str], tokenizer_name: str | None = None) -> Surprise:
     """Read one file of log-probabilities, or two of the same tokens: what the second one saves is then of interest.
 
-    Beside them, a file of `score --chosen` says what each token saw.
-
     The tokenizer is that of the model in the file's metadata, or the one that `tokenizer_name` names. Raises DataError
     for damaged files, and for two of other tokens; ConfigError for a tokenizer that is missing or another one, for more
     than two files, and for more than MOST_TOKENS tokens.
     """
-    found = [_blocks(name) for name in names]
-    chosen = [table for table in found if table]
-    names = [name for name, table in zip(names, found, strict=True) if not table]
-    if len(chosen) > 1 or (chosen and not names):
-        raise ConfigError(
-            f"{chosen[0].where}: name one file of chosen blocks, beside one of log-probabilities, which has the text"
-        )
     files = [LogprobFile(name) for name in names]
     if len(files) > 2:
         raise ConfigError(f"{len(files)} files of log-probabilities: give one, or two to see their difference")
@@ -131,49 +90,7 @@ def read_surprise(names: Sequence[str], tokenizer_name: str | None = None) -> Su
         _check_same(files, *pair)
     if not documents:
         raise DataError(f"{files[0].where}: it has no tokens")
-    shown = [_document(texts, *logged) for logged in documents]
-    return Surprise(list(names), shown, texts.tops, *(_seen(table, shown) for table in chosen))
-
-
-def _blocks(name: str) -> Table | None:
-    """Return the table of a file of `score --chosen`, None of another one. Stdin (-) is not looked into."""
-    sources = [] if name == "-" else find_sources([name])[0]
-    table = open_source(sources[0], Wanted()) if len(sources) == 1 else None
-    return table if isinstance(table, Table) and {*_CHOSEN} <= {*table.schema.names} else None
-
-
-def _seen(table: Table, documents: Sequence[SurpriseDocument]) -> SeenBlocks:
-    """Return the blocks in a file for the documents of a page.
-
-    The query at position i of a document predicts the i-th token that is scored, and reads the one before. Raises
-    ConfigError for parts of documents, DataError for a file of other documents.
-    """
-    places, begin = dict[str, tuple[int, int]](), 0  # by name, the first token on the page, and the count
-    for document in documents:
-        if document.start > 1 or document.doc_id in places:
-            raise ConfigError(
-                f"{table.where}: chosen blocks are shown of whole documents (no --last), each with its own name"
-            )
-        places[document.doc_id] = begin, len(document.pieces)
-        begin += len(document.pieces)
-    size = int((table.schema.metadata or {}).get(b"longnet.chosen_block", b"0"))
-    groups: dict[tuple[int, int], Counter[int]] = defaultdict(Counter)
-    layers = set[int]()
-    for batch in table.read(_CHOSEN):
-        for row in batch.to_pylist():
-            place = places.get(row["doc_id"])
-            if place is None or row["start"] >= place[1] or not size:
-                raise DataError(f"{table.where}: it has tokens of document {row['doc_id']!r} that the other file lacks")
-            begin, count = place
-            layers.add(row["layer"])
-            stop = min(row["stop"], count)
-            groups[begin + row["start"], begin + stop].update(begin + max(0, b * size - 1) for b in row["blocks"])
-    ordered = sorted(groups)
-    counts = [sorted(groups[group].items()) for group in ordered]
-    starts, stops = np.array(ordered, "<u4").reshape(-1, 2).T
-    blocks, times = np.array([*chain(*counts)], "<u4").reshape(-1, 2).T
-    ends = np.cumsum([0, *map(len, counts)]).astype("<u4")
-    return SeenBlocks(starts, stops, ends, blocks, times.astype("<u2"), len(layers), size)
+    return Surprise(list(names), [_document(texts, *logged) for logged in documents], texts.tops)
 
 
 def _tokenizer(files: Sequence[LogprobFile], name: str | None) -> Tokenizer:

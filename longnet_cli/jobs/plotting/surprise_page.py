@@ -4,13 +4,11 @@ The strip alone is a picture, too.
 
 A page holds its data in two script elements that no browser runs: `facts`, JSON, and `data`, base64 of zlib of
 
-    starts, stops, first, blocks    uint32  of `surprise.SeenBlocks`; if there are chosen blocks
     top        uint32  of each token, the index of the most likely one in `tops`; if the files have it
     lengths    uint16  of each token, UTF-16 units of text
     nats       uint16  of each token, in thousandths
     other      uint16  the same of the second file, if there is one
     top_nats   uint16  the same of the most likely token; if the files have it
-    layers     uint16  of `surprise.SeenBlocks`; if there are chosen blocks
     text       UTF-8   of all documents
 
 little-endian, each list without a gap after the one before. Elements are made for the tokens in sight alone.
@@ -32,7 +30,7 @@ from longnet_cli.basics.atomic import write_file
 from longnet_cli.basics.errors import ConfigError
 
 from .drawing import PICTURES, new_figure, save_figure
-from .surprise import NO_BLOCKS, Surprise
+from .surprise import Surprise
 
 PAGE = ".html"
 STEPS = 1000  # of a nat
@@ -91,27 +89,24 @@ def _draw_strip(surprise: Surprise, output: str | Path) -> None:
 
 def _facts(surprise: Surprise) -> dict[str, Any]:
     """Return what a page knows of its documents: names, numbers of tokens, and which lists its data has."""
-    documents, seen = surprise.documents, surprise.seen or NO_BLOCKS
+    documents = surprise.documents
     each_document = [
         {"id": each.doc_id, "start": each.start, "tokens": len(each.pieces), "nats": each.means} for each in documents
     ]
     tokens, has_top = sum(len(each.pieces) for each in documents), any(each.top is not None for each in documents)
     lists = {"tokens": tokens, "other": len(surprise.names) > 1, "top": has_top}
-    lists |= {"groups": len(seen.starts), "blocks": len(seen.blocks), "layers": seen.num_layers, "size": seen.size}
     facts = {"names": surprise.names, "documents": each_document, "tops": surprise.tops}
     return {**facts, **lists, "steps": STEPS, "colors": COLORS}
 
 
 def _data(surprise: Surprise) -> bytes:
     """Return the lists of a page, one after the other: those that it does not have are empty."""
-    documents, seen = surprise.documents, surprise.seen or NO_BLOCKS
+    documents = surprise.documents
     pieces = [piece.encode("utf-16-le", "replace") for each in documents for piece in each.pieces]
-    lists = [seen.starts, seen.stops, seen.first, seen.blocks]
-    lists += [_joined([each.top for each in documents]).astype("<u4")]
+    lists = [_joined([each.top for each in documents]).astype("<u4")]
     lists += [np.array([len(piece) // 2 for piece in pieces], "<u2")]
     for nats in zip(*((each.nats, each.other_nats, each.top_nats) for each in documents), strict=True):
         lists += [np.rint(_joined(nats) * STEPS).clip(0, 65535).astype("<u2")]
-    lists += [seen.layers]
     return b"".join([*(values.tobytes() for values in lists), b"".join(pieces).decode("utf-16-le").encode()])
 
 

@@ -123,7 +123,7 @@ def score(
 
     Every token is scored exactly once, the first one of a document if the model has a `bos` (`facts`); otherwise the
     number of scored bytes is unknown. `count_bytes` gives the bytes of scored ids, for `last` (None: unknown). `ranks`
-    and `reading` (`chunk`, `dtype`, `spill`, `on_progress`, `on_choice`) are as in `running.reader.Reader`: memory does
+    and `reading` (`chunk`, `dtype`, `spill`, `on_progress`) are as in `running.reader.Reader`: memory does
     not depend on the document's length, without chosen blocks, and none of them changes a number beyond rounding. All
     ranks need the same documents. In one group of ranks, which share each document, all get all rows. Several groups
     divide the documents between them; then rank 0 gets all rows and the others none.
