@@ -48,6 +48,7 @@ test: .venv/.installed-dev
 
 test-rest: .venv/.installed-dev
 	$(RUN_TESTS) -m 'ci and not (slow or gpu)'
+	LONGNET_TEST_DEVICE=emulated $(RUN_TESTS) -m gpu tests/test_gpu.py
 
 test-all: export HYPOTHESIS_PROFILE ?= ci
 test-all:

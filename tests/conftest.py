@@ -26,8 +26,10 @@ settings.register_profile("ci", deadline=None, max_examples=20, derandomize=True
 settings.register_profile("thorough", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
-# Where tests marked `gpu` run; `cpu` tries the tests themselves.
+# Where tests marked `gpu` run; `cpu` tries the tests themselves, `emulated` a GPU's kernels with numbers: emulated.py.
 GPU = os.environ.get("LONGNET_TEST_DEVICE", "cuda")
+if EMULATED := GPU == "emulated":
+    GPU = "cpu"
 
 STARTS = {"command_env", "longnet", "python", "run_longnet", "start"}  # fixtures
 ROOMS_OF_PROCESSES = {"clients", "commands", "docs", "ranks"}  # folders of tests/

@@ -2,6 +2,8 @@
 gradients whole, in chunks and compiled; streams; commands; and two ranks over NCCL, where there are two cards.
 
 pytest -m gpu tests/test_gpu.py       without a GPU, to try the tests: LONGNET_TEST_DEVICE=cpu
+
+LONGNET_TEST_DEVICE=emulated computes the operators of a GPU on a CPU, and tries that each of `MISTAKES` is found.
 """
 
 from __future__ import annotations
@@ -9,7 +11,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -17,23 +20,29 @@ from typing import Any
 import pytest
 import torch
 from builders import job_folder, losses
-from conftest import GPU, RunLongnet
+from conftest import EMULATED, GPU, RunLongnet
+from emulated import emulate, flash_attn_2_6
 from pattern_nets import EOS, draw, error, gradients, net
 from processes import TORCHRUN
 from strategies import PAPER_64TH, document_starts, turn
 from torch import Tensor
 
-from longnet_cli.attention import Pattern, dilated_attention, far_keys, kernels
+from longnet_cli.attention import Pattern, cuda_kernels, dilated_attention, far_keys, kernels, planning
 from longnet_cli.attention.spans import far_spans
 from longnet_cli.jobs.benchmark import Settings, bench
 from longnet_cli.jobs.training.objective import backward
 from longnet_cli.running.causal_stream import CausalStream
-from longnet_cli.running.device import DTYPES, free_memory, precision
+from longnet_cli.running.device import DTYPES, free_memory, precision, resolve_dtype
 from longnet_cli.running.layerwise import hidden_in_chunks
 
-pytestmark = pytest.mark.gpu
+# a kernel that fails its probe, or does not pack, is a failure
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("error:attention kernel")]
+only_emulated = pytest.mark.skipif(not EMULATED, reason="tries the tests themselves")
+own_processes = pytest.mark.skipif(EMULATED, reason="processes of their own have no emulated GPU")
 
 DEVICE, CUDA = torch.device(GPU), GPU != "cpu"
+if EMULATED:
+    emulate()
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 2e-3}  # of attention and its gradients
 OF_NETS = {"fp32": (1e-5, 1e-5), "bf16": (2e-2, 5e-2)}  # of hidden states, of gradients
 TOKENS, HALF = 700, 333
@@ -118,30 +127,117 @@ def exact_attention(name: str, dtype: str) -> list[Tensor]:
     return run(attend, like, dtype, torch.device("cpu"), wide=True)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("kernel", [name for name in kernels.KERNELS if name != "cpu_flash" or not CUDA])
-def test_attention(kernel: str, dtype: str) -> None:
+def refusal(kernel: str, dtype: str, head_dim: int = 64) -> str | None:
+    return kernels.KERNELS[kernel].refusal(DEVICE, DTYPES[dtype], head_dim)
+
+
+def wrong_results(kernel: str, dtype: str, names: Iterable[str] = CASES) -> list[str]:
+    """What is off in these cases; with a kernel that fails its probe, why."""
+    wrong = []
     try:
         kernels.select_kernel(DEVICE, DTYPES[dtype], 64, kernel)
-    except ValueError as refusal:
-        pytest.skip(str(refusal))
-    wrong = []
-    for name in CASES:
-        pattern, like, options = split_options(name)
-        if kernels.KERNELS[kernel].refusal(DEVICE, DTYPES[dtype], like["head_dim"]):
-            continue
-        attend = partial(like["attend"], pattern=pattern, kernel=kernel, **options)
-        found = run(attend, like, dtype, DEVICE, wide=False)
-        exact = exact_attention(name, dtype)
-        floor = 0.1 * max(x.norm().item() for x in exact)  # dq and dk of a single token are zero
-        for what, a, b in zip(("out", "dq", "dk", "dv"), found, exact, strict=True):
-            off = (a - b).norm().item() / max(b.norm().item(), floor)
-            if not off <= TOLERANCE[dtype]:
-                wrong.append(f"{name}: {what} is off by {off:.1e}")
+        for name in names:
+            pattern, like, options = split_options(name)
+            if refusal(kernel, dtype, like["head_dim"]):
+                continue
+            attend = partial(like["attend"], pattern=pattern, kernel=kernel, **options)
+            found = run(attend, like, dtype, DEVICE, wide=False)
+            exact = exact_attention(name, dtype)
+            floor = 0.1 * max(x.norm().item() for x in exact)  # dq and dk of a single token are zero
+            for what, a, b in zip(("out", "dq", "dk", "dv"), found, exact, strict=True):
+                off = (a - b).norm().item() / max(b.norm().item(), floor)
+                if not off <= TOLERANCE[dtype]:
+                    wrong.append(f"{name}: {what} is off by {off:.1e}")
+    except (ValueError, UserWarning) as error:
+        wrong.append(str(error))
+    return wrong
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("kernel", kernels.KERNELS)
+def test_attention(kernel: str, dtype: str) -> None:
+    if EMULATED and kernel == "math":
+        pytest.skip("is the same on every device")
+    if reason := refusal(kernel, dtype):
+        pytest.skip(reason)
+    wrong = wrong_results(kernel, dtype)
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.filterwarnings("error:attention kernel")
+# what is wrong -> a kernel and a type that it is in, and lines of code: what is right, and what is written in its place
+MISTAKES = {
+    "a custom op is asked for its Python signature": (
+        "flash_attn", "bf16", 'getattr(function, "_opoverload", None)', "None",
+    ),
+    "an lse is where flash-attn 2.6 has it": (
+        "flash_attn", "bf16", "results[1] if len(results) == 4 else results[5]", "results[5]",
+    ),
+    "an lse keeps its strides": ("cuda_flash", "bf16", "lse.contiguous()]", "lse]"),
+    "shared key heads are never copied": ("fa3", "bf16", "self.copies_shared and x.stride(1) == 0", "False"),
+    "packed sequences have no edges": ("fa3", "fp16", "if sizes.q_edges is None:", "if sizes:"),
+    "edges are int64": ("cuda_flash", "fp16", "sizes.q_edges, sizes.k_edges", "sizes.q_edges.long(), sizes.k_edges"),
+    "an lse has no rows between sequences": (
+        "cuda_efficient", "fp32", "[_places_in_lse(q_edges, len(q), lse.shape[2])]", "[: len(q)]",
+    ),
+    "rows of padding have keys": ("cuda_efficient", "fp32", 'value=float("inf")', "value=0.0"),
+    "a head_dim stays odd": ("cuda_efficient", "bf16", "if missing else x", "if False else x"),
+    "rows of out lie apart": ("cuda_efficient", "fp16", "out.contiguous()", "out"),
+    "the scale is that of a padded head_dim": ("cuda_efficient", "fp16", ", True, scale=scale", ", True"),
+    "the backward is not causal": ("cuda_efficient", "fp32", "no_rng, no_rng, int(causal)", "no_rng, no_rng, 0"),
+}  # fmt: skip
+
+
+@only_emulated
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_found(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, dtype, right, wrong = MISTAKES[mistake]
+    text, changed = Path(cuda_kernels.__file__).read_text(encoding="utf-8"), dict(vars(cuda_kernels))
+    assert right in text
+    exec(compile(text.replace(right, wrong), mistake, "exec"), changed)
+    for name, function in functions(vars(cuda_kernels)):
+        monkeypatch.setattr(function, "__code__", dict(functions(changed))[name].__code__)
+    with fresh_selection():
+        assert wrong_results(kernel, dtype, ["paper", "documents", "head_dim 20", "every other token"])
+
+
+def functions(names: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield all functions that a module has made, of its classes too, by their full names."""
+    for each in names.values():
+        if getattr(each, "__module__", None) == names["__name__"]:
+            of_class = vars(each).values() if isinstance(each, type) else [each]
+            yield from ((x.__qualname__, x) for x in of_class if hasattr(x, "__code__"))
+
+
+@contextmanager
+def fresh_selection() -> Iterator[None]:
+    """Forget which kernels have passed their probes, and the plans for them, before and after."""
+    for cache in (kernels._select, planning._plan):
+        cache.cache_clear()
+    yield
+    for cache in (kernels._select, planning._plan):
+        cache.cache_clear()
+
+
+@only_emulated
+def test_flash_attn_2_6(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, module in flash_attn_2_6().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    with fresh_selection():
+        assert not wrong_results("flash_attn", "bf16")
+
+
+@only_emulated
+def test_a_card_without_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A T4: efficient attention serves fp16 and fp32, and nothing but plain math serves bf16."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert resolve_dtype("auto", torch.device("cuda")) == "fp32"
+    with fresh_selection():
+        chosen = [kernels.select_kernel(DEVICE, DTYPES[dtype], 64).name for dtype in ("fp32", "fp16", "bf16")]
+        assert chosen == ["cuda_efficient", "cuda_efficient", "math"]
+        assert not wrong_results("cuda_efficient", "fp16")
+
+
 def test_another_card_than_the_current_one() -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two cards")
@@ -157,10 +253,10 @@ def test_what_is_fast_serves() -> None:
     if CUDA and torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("the card has no compute capability 8.0")
     chosen = {dtype: kernels.select_kernel(DEVICE, DTYPES[dtype], 64).name for dtype in TOLERANCE}
-    flash = {"fa3", "flash_attn", "cuda_flash"} if CUDA else {"cpu_flash"}
+    flash = {"fa3", "flash_attn", "cuda_flash"} if CUDA or EMULATED else {"cpu_flash"}
     assert chosen["bf16"] in flash
     assert chosen["fp16"] in flash
-    assert chosen["fp32"] == ("cuda_efficient" if CUDA else "cpu_flash")
+    assert chosen["fp32"] == ("cuda_efficient" if CUDA or EMULATED else "cpu_flash")
 
 
 def test_more_numbers_than_32_bits_count() -> None:
@@ -254,6 +350,7 @@ def test_layer_by_layer(dtype: str, padding: str, spilled: bool, tmp_path: Path)
     assert error(found, exact_hidden(False, padding)) <= OF_NETS[dtype][0]
 
 
+@own_processes
 def test_commands(tmp_path: Path, run_longnet: RunLongnet) -> None:
     """`train` and `score` in fp32 on both devices: the same losses, and the same nats of its model."""
     job_folder(tmp_path)

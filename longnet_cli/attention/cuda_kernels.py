@@ -136,7 +136,10 @@ class CudaEfficientKernel(CudaKernel):
     name, dtypes = "cuda_efficient", (torch.float32, torch.bfloat16, torch.float16)
 
     def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-        return Kernel.refusal(self, device, dtype, head_dim)
+        if refusal := Kernel.refusal(self, device, dtype, head_dim):
+            return refusal
+        old = dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) < (8, 0)
+        return "it needs compute capability 8.0 for bf16" if old else None
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, sizes: CallSizes, causal: bool, scale: float
@@ -152,8 +155,9 @@ class CudaEfficientKernel(CudaKernel):
         return out[0], lse.flatten()[_places_in_lse(q_edges, len(q), lse.shape[2])][None]
 
     def gradients(self, tensors: Sequence[Tensor], sizes: CallSizes, causal: bool, scale: float) -> Sequence[Tensor]:
-        (*of_rows, lse), (rows, keys, q_edges, k_edges) = tensors, sizes
-        width, head_dim = rows + -rows % 32, of_rows[0].shape[-1]
+        (*of_rows, out, lse), (rows, keys, q_edges, k_edges) = tensors, sizes
+        width, head_dim = rows + -rows % 32, out.shape[-1]
+        of_rows.append(out.contiguous())  # in half precision, its rows are read as if they followed each other
         dout, q, k, v, out = (_whole_lines(x if q_edges is None else x[None]) for x in of_rows)
         if q_edges is None:
             padded = torch.nn.functional.pad(lse, (0, width - rows), value=float("inf"))

@@ -46,7 +46,8 @@ def resolve_dtype(name: str, device: torch.device) -> str:
         _warn_of_slow_bf16()
     if name != "auto":
         return name
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if has_bf16 else "fp32"
 
 
 @cache
