@@ -18,6 +18,7 @@ import torch
 from longnet_cli.basics.atomic import whole_folder
 from longnet_cli.basics.errors import CheckpointError, ConfigError
 from longnet_cli.hub.model_names import name_origin
+from longnet_cli.models import gguf_metadata
 from longnet_cli.nets.weights import check_finite
 
 _NEEDED = ("transformers", "gguf", "accelerate")
@@ -42,21 +43,27 @@ def convert_gguf(path: Path, folder: Path, dtype: torch.dtype | None = None, ori
     hf.utils.logging.disable_progress_bar()
     with whole_folder(folder) as place:
         try:
-            tensors = open_gguf(path).tensors
+            reader = open_gguf(path)
+            tensors = reader.tensors
             kinds = {tensor.tensor_type.name for tensor in tensors}
             wide = max(kinds & {"F16", "BF16"}, default="F32")
             chosen = dtype or (_PLAIN[wide] if kinds <= _PLAIN.keys() else torch.bfloat16)
             given = {"gguf_file": path.name, "local_files_only": True}
-            _check_net(hf.AutoConfig.from_pretrained(path.parent, **given), tensors, hf)
+            config = hf.AutoConfig.from_pretrained(path.parent, **given)
+            arch = gguf_metadata.value_of(reader.fields["general.architecture"])
+            config = gguf_metadata.complete(config, reader, gguf_metadata.reads(path, arch))
+            surplus = _check_net(config, arch, tensors, hf)
             with redirect_stderr(io.StringIO()):  # hides a progress bar that no option turns off
                 model, report = hf.AutoModelForCausalLM.from_pretrained(
-                    path.parent, dtype=chosen, output_loading_info=True, **given
+                    path.parent, config=config, dtype=chosen, output_loading_info=True, **given
                 )
             tokenizer = hf.AutoTokenizer.from_pretrained(path.parent, **given)
+            gguf_metadata.split_words(tokenizer, reader)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from None
         except Exception as error:  # readers of a foreign format may raise anything
             raise CheckpointError(f"{path}: transformers cannot read it: {' '.join(str(error).split())}") from None
-        if names := sorted(report["missing_keys"]):
-            raise CheckpointError(f"{path}: weights are missing, {names[0]} among {len(names)}")
+        _check_weights(model, {*report["missing_keys"]}, surplus | {*report["unexpected_keys"]}, path)
         check_finite({name: parameter.detach() for name, parameter in model.named_parameters()}, str(path))
         model.hf_quantizer = None  # the weights are plain now
         if hasattr(model.config, "quantization_config"):
@@ -66,6 +73,22 @@ def convert_gguf(path: Path, folder: Path, dtype: torch.dtype | None = None, ori
         tokenizer.save_pretrained(place)
         _drop_tokens_beyond(place / "tokenizer.json", model.get_input_embeddings().num_embeddings)
     return f"{type(model).__name__}, of {', '.join(sorted(kinds))} weights as {str(chosen).removeprefix('torch.')}"
+
+
+def _check_weights(model: Any, missing: set[str], surplus: set[str], path: Path) -> None:
+    """Raise CheckpointError for weights that are not in the file, and for tensors of the file that have no place.
+
+    Of the biases that a net may have, a layer can lack some: they are set to 0.
+    """
+    if any(getattr(model.config, setting, False) for setting in gguf_metadata.BIASES):
+        for name in [name for name in missing if name.endswith("_proj.bias")]:
+            torch.nn.init.zeros_(model.get_parameter(name))
+            missing.remove(name)
+    if getattr(model.config, "rope_parameters", None):
+        surplus -= gguf_metadata.ROPE_TENSORS  # they are in the configuration
+    for what, names in (("weights are missing", missing), ("the net has no place for weights", surplus)):
+        if names:
+            raise CheckpointError(f"{path}: {what}, {min(names)} among {len(names)}")
 
 
 def open_gguf(path: Path) -> Any:
@@ -98,14 +121,26 @@ def open_gguf(path: Path) -> Any:
     return Bounded(path)
 
 
-def _check_net(config: Any, tensors: list[Any], hf: Any) -> None:
-    """Raise ValueError if the net that the metadata describes has more numbers than the tensors of the file."""
+def _check_net(config: Any, arch: str, tensors: list[Any], hf: Any) -> set[str]:
+    """Return the names of the tensors that have no place in the net that the metadata describes.
+
+    Raises ValueError if it has more numbers than the tensors of the file.
+    """
+    from transformers import modeling_gguf_pytorch_utils as reading
+
     if config.num_hidden_layers > len(tensors):
         raise ValueError(f"it declares {config.num_hidden_layers} layers, and holds {len(tensors)} tensors")
     with torch.device("meta"):
-        wanted = hf.AutoModelForCausalLM.from_config(config).num_parameters()
+        net = hf.AutoModelForCausalLM.from_config(config)
+    wanted = net.num_parameters()
     if wanted > 2 * (held := sum(int(tensor.n_elements) for tensor in tensors)):  # twice: its tables may be shared
         raise ValueError(f"it declares a net of {wanted:,} parameters, and holds {held:,} numbers")
+    if arch in gguf_metadata.quick_readers():
+        return set()  # transformers reports these names itself
+    process = reading.TENSOR_PROCESSORS.get(arch, reading.TensorProcessor)(config=config.to_dict())
+    places = reading.get_gguf_hf_weights_map(net, process)
+    names = {tensor.name for tensor in tensors}
+    return {name for name in names if name not in places and name.removesuffix(".weight") not in places}
 
 
 def _drop_tokens_beyond(path: Path, vocab_size: int) -> None:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,12 +21,15 @@ pytest.importorskip("transformers", reason="transformers is not installed: pip i
 import gguf
 import transformers as hf
 from huggingface_hub import constants
+from huggingface_hub.errors import StrictDataclassError
 from loopback_hub import fill_cache
 from processes import invoke, total
 from tokenizers.pre_tokenizers import ByteLevel
 
 from longnet_cli.basics.errors import CheckpointError, ConfigError
 from longnet_cli.models.folder import ModelFolder
+from longnet_cli.models.gguf import open_gguf
+from longnet_cli.models.gguf_metadata import WITHOUT_EFFECT, complete, reads
 
 HEADS, KEY_HEADS, DIM, FFN, LAYERS = 4, 2, 64, 96, 2
 NAMES = {  # of a layer of llama.cpp's, and of transformers'
@@ -29,31 +37,47 @@ NAMES = {  # of a layer of llama.cpp's, and of transformers'
     "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }  # fmt: skip
+PHI3 = {key: NAMES[key] for key in ("attn_norm", "attn_output", "ffn_norm", "ffn_down")} | {
+    "attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj",
+}  # fmt: skip
 WORDS = ["<s>", "</s>", *sorted(ByteLevel.alphabet()), "th", "the"]
 
 
-def random_llama() -> hf.LlamaForCausalLM:
+def random_net(kind: str = "llama", **more: Any) -> hf.PreTrainedModel:
     torch.manual_seed(0)
-    config = hf.LlamaConfig(
-        vocab_size=len(WORDS), hidden_size=DIM, intermediate_size=FFN, num_hidden_layers=LAYERS,
+    config = hf.AutoConfig.for_model(
+        kind, vocab_size=len(WORDS), hidden_size=DIM, intermediate_size=FFN, num_hidden_layers=LAYERS,
         num_attention_heads=HEADS, num_key_value_heads=KEY_HEADS, max_position_embeddings=128, rms_norm_eps=1e-5,
+        **{"pad_token_id": None} | more,
     )  # fmt: skip
-    return hf.LlamaForCausalLM(config).eval()
+    net = hf.AutoModelForCausalLM.from_config(config).eval()
+    for name, tensor in net.named_parameters():
+        if name.endswith(".bias"):
+            torch.nn.init.normal_(tensor)
+    return net
 
 
-def write_gguf(path: Path, model: hf.LlamaForCausalLM, kind: str = "F32") -> Path:
-    """`model` as llama.cpp holds it: rows of queries and keys in pairs of neighbours, matrices of type `kind`."""
-    writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_block_count(LAYERS)
-    writer.add_context_length(128)
-    writer.add_embedding_length(DIM)
-    writer.add_feed_forward_length(FFN)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KEY_HEADS)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(DIM // HEADS)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(len(WORDS))
+def write_gguf(
+    path: Path,
+    model: hf.PreTrainedModel,
+    kind: str = "F32",
+    keys: Mapping[str, Any] = MappingProxyType({}),
+    tensors: Mapping[str, np.ndarray] = MappingProxyType({}),
+) -> Path:
+    """`model` as llama.cpp holds it: rows of Llama's queries and keys in pairs of neighbours, matrices of type `kind`.
+
+    `keys`, of the architecture or with two dots, and `tensors` are added.
+    """
+    arch = model.config.model_type
+    writer = gguf.GGUFWriter(str(path), arch)
+    own = {
+        "block_count": LAYERS, "context_length": 128, "embedding_length": DIM, "feed_forward_length": FFN,
+        "attention.head_count": HEADS, "attention.head_count_kv": KEY_HEADS, "rope.freq_base": 10000.0,
+        "attention.layer_norm_rms_epsilon": 1e-5, "rope.dimension_count": DIM // HEADS, "vocab_size": len(WORDS),
+    }  # fmt: skip
+    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    for key, value in ({f"{arch}.{key}": value for key, value in own.items()} | keys).items():
+        add[type(value)](key, value)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(WORDS)
     writer.add_token_types([3, 3] + [1] * (len(WORDS) - 2))  # control, normal
@@ -62,15 +86,20 @@ def write_gguf(path: Path, model: hf.LlamaForCausalLM, kind: str = "F32") -> Pat
     writer.add_eos_token_id(1)
     state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     found = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-    found |= {f"blk.{i}.{a}": f"model.layers.{i}.{b}" for i in range(LAYERS) for a, b in NAMES.items()}
-    for name, own in found.items():
-        x = state[f"{own}.weight"]
-        if name.endswith(("attn_q", "attn_k")):
-            heads = HEADS if name.endswith("q") else KEY_HEADS
-            x = x.reshape(heads, 2, -1, DIM).swapaxes(1, 2).reshape(x.shape)
-        x = np.ascontiguousarray(x)
-        type_ = gguf.GGMLQuantizationType[kind if x.ndim == 2 else "F32"]
-        writer.add_tensor(f"{name}.weight", gguf.quants.quantize(x, type_), raw_dtype=type_)
+    names = PHI3 if arch == "phi3" else NAMES
+    found |= {f"blk.{i}.{a}": f"model.layers.{i}.{b}" for i in range(LAYERS) for a, b in names.items()}
+    for name, own_name in found.items():
+        for part in ("weight", "bias"):
+            x = state.get(f"{own_name}.{part}", np.zeros(1))
+            if not x.any():
+                continue
+            if name.endswith(("attn_q", "attn_k")):
+                heads = HEADS if name.endswith("q") else KEY_HEADS
+                x = x.reshape(heads, 2, -1, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
+            type_ = gguf.GGMLQuantizationType[kind if x.ndim == 2 else "F32"]
+            writer.add_tensor(f"{name}.{part}", gguf.quants.quantize(np.ascontiguousarray(x), type_), raw_dtype=type_)
+    for name, x in tensors.items():
+        writer.add_tensor(name, x)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -78,9 +107,87 @@ def write_gguf(path: Path, model: hf.LlamaForCausalLM, kind: str = "F32") -> Pat
     return path
 
 
+def llama3(factor: float, low: float, high: float, original: int) -> tuple[dict, np.ndarray]:
+    """The settings of transformers, and the factors that llama.cpp makes of them, one by one."""
+    factors = []
+    for i in range(DIM // HEADS // 2):
+        wavelength = 2 * math.pi * 10000.0 ** (2 * i / (DIM // HEADS))
+        smooth = (original / wavelength - low) / (high - low)
+        middle = 1 / ((1 - smooth) / factor + smooth)
+        factors.append(1.0 if wavelength < original / high else factor if wavelength > original / low else middle)
+    settings = {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high}
+    return settings | {"original_max_position_embeddings": original}, np.array(factors, np.float32)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+LONG, SHORT = np.linspace(1, 9, 8, dtype=np.float32), np.linspace(1, 2, 8, dtype=np.float32)
+LONGROPE = {
+    "rope_type": "longrope", "long_factor": LONG.tolist(), "short_factor": SHORT.tolist(), "attention_factor": 1.25,
+}  # fmt: skip
+IN_YARN = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.original_context_length": 32}
+SCALED = {  # settings of transformers; keys and tensors of the file
+    "linear": ({"rope_type": "linear", "factor": 4.0}, {"llama.rope.scaling.type": "linear"}, {}),
+    "linear without a type": ({"rope_type": "linear", "factor": 4.0}, {}, {}),
+    "yarn": (YARN, IN_YARN, {}),
+    "yarn with all": (
+        YARN | {"attention_factor": 0.8 * (1 + 0.1 * math.log(4)), "beta_fast": 20.0, "beta_slow": 2.0},
+        IN_YARN | {
+            "llama.rope.scaling.attn_factor": 0.8, "llama.rope.scaling.yarn_beta_fast": 20.0,
+            "llama.rope.scaling.yarn_beta_slow": 2.0, "llama.rope.scaling.finetuned": True,
+        },
+        {},
+    ),
+    **{
+        f"llama 3, {limits}": (settings, {"llama.rope.scaling.original_context_length": limits[-1]}, {
+            "rope_freqs.weight": factors
+        })
+        for limits in ((8.0, 1.0, 4.0, 8192), (32.0, 1.0, 4.0, 64), (8.0, 0.5, 6.0, 64))
+        for settings, factors in [llama3(*limits)]
+    },
+}  # fmt: skip
+
+
+def nats(model: hf.PreTrainedModel) -> torch.Tensor:
+    ids = torch.randint(2, len(WORDS), (1, 120), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return model(ids, labels=ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])
+
+
+@pytest.mark.parametrize("case", [*SCALED, "old", "biases", "phi3"])
+def test_positions_and_biases_are_those_of_the_same_weights_in_transformers(tmp_path: Path, case: str) -> None:
+    """The weights are large, so that each setting shows: without it, tokens are off by more than a tenth of a nat."""
+    if case == "biases":
+        plain, kind, keys, tensors = random_net(), "llama", {}, {}
+        model = random_net(attention_bias=True, mlp_bias=True)
+        for layer in model.model.layers:
+            torch.nn.init.zeros_(layer.self_attn.o_proj.bias)
+    elif case == "phi3":
+        kind, keys = "phi3", {"phi3.rope.scaling.attn_factor": 1.25, "phi3.rope.scaling.original_context_length": 64}
+        keys["tokenizer.ggml.padding_token_id"] = 0
+        tensors = {"rope_factors_long.weight": LONG, "rope_factors_short.weight": SHORT}
+        plain, model = random_net(kind), random_net(kind, rope_parameters=LONGROPE, original_max_position_embeddings=64)
+    else:
+        settings, keys, tensors = SCALED.get(case, ({"rope_type": "linear", "factor": 4.0}, {}, {}))
+        kind, plain, model = "llama", random_net(), random_net(rope_parameters=settings)
+        if not tensors:
+            keys = {f"llama.rope.{'scale_linear' if case == 'old' else 'scaling.factor'}": 4.0, **keys}
+    with torch.no_grad():
+        for net in (plain, model):
+            for name, tensor in net.named_parameters():
+                tensor.mul_(1 if "norm" in name or "bias" in name else 12)
+    source = write_gguf(tmp_path / "model.gguf", model, keys=keys, tensors=tensors)
+    names = {tensor.name for tensor in open_gguf(source).tensors}
+    assert ("blk.1.attn_q.bias" in names, "blk.1.attn_output.bias" in names) == (case == "biases", False)
+    result = invoke("convert", source, "-o", tmp_path / "made")
+    assert result.exit_code == 0, result.output
+    found, wanted = nats(hf.AutoModelForCausalLM.from_pretrained(tmp_path / "made")), nats(model)
+    assert (found - wanted).abs().max() < 2e-4
+    assert (nats(plain) - wanted).abs().max() > 0.1
+
+
 def test_a_file_on_a_hub_has_its_commit_in_the_folder_made_of_it(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    data = write_gguf(tmp_path / "made.gguf", random_llama()).read_bytes()
+    data = write_gguf(tmp_path / "made.gguf", random_net()).read_bytes()
     commit = fill_cache(tmp_path / "hub", "org/llama", {"q.gguf": data})
     assert invoke("convert", "org/llama:q.gguf", "-o", tmp_path / "made").exit_code == 0
     assert json.loads((tmp_path / "made/config.json").read_text())["_name_or_path"] == f"org/llama@{commit}:q.gguf"
@@ -88,7 +195,7 @@ def test_a_file_on_a_hub_has_its_commit_in_the_folder_made_of_it(tmp_path: Path,
 
 def test_a_converted_folder_is_the_model_and_loads_anywhere(tmp_path: Path) -> None:
     """Exactly, where weights are plain; with its tokenizer, in the type that is asked for."""
-    model, folder = random_llama(), tmp_path / "llama"
+    model, folder = random_net(), tmp_path / "llama"
     result = invoke("convert", write_gguf(tmp_path / "model.gguf", model), "-o", folder)
     assert result.exit_code == 0, result.output
     assert result.stderr == f"{tmp_path}/model.gguf: LlamaForCausalLM, of F32 weights as float32 -> {folder}\n"
@@ -107,7 +214,7 @@ def test_a_converted_folder_is_the_model_and_loads_anywhere(tmp_path: Path) -> N
 
 
 def test_quantized_weights_are_written_as_plain_ones(tmp_path: Path) -> None:
-    source = write_gguf(tmp_path / "model.gguf", random_llama(), "Q8_0")
+    source = write_gguf(tmp_path / "model.gguf", random_net(), "Q8_0")
     for dtype, kind in (("auto", torch.bfloat16), ("fp32", torch.float32), ("fp16", torch.float16)):
         result = invoke("convert", source, "-o", tmp_path / dtype, "--dtype", dtype)
         assert f"of F32, Q8_0 weights as {str(kind).removeprefix('torch.')}" in result.stderr
@@ -115,13 +222,13 @@ def test_quantized_weights_are_written_as_plain_ones(tmp_path: Path) -> None:
         assert loaded.dtype is kind
         assert not hasattr(loaded.config, "quantization_config")
     exact = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "fp32").model.layers[0].mlp.up_proj.weight
-    own = random_llama().model.layers[0].mlp.up_proj.weight
+    own = random_net().model.layers[0].mlp.up_proj.weight
     assert 0 < (exact - own).abs().max() <= own.abs().max() / 127
 
 
 def test_a_file_is_a_model(tmp_path: Path) -> None:
     """Converted on the way, in the type it is computed in, with the scores of its folder; nothing stays behind."""
-    source, text = write_gguf(tmp_path / "model.gguf", random_llama()), tmp_path / "text.txt"
+    source, text = write_gguf(tmp_path / "model.gguf", random_net()), tmp_path / "text.txt"
     text.write_text("the moth, then the other")
     assert invoke("convert", source, "-o", tmp_path / "llama", "-q").stderr == ""
     pattern = ["--pattern", "window:8,sinks=2"]
@@ -137,7 +244,7 @@ def test_a_file_is_a_model(tmp_path: Path) -> None:
 
 
 def test_files_that_cannot_be_converted(tmp_path: Path) -> None:
-    source = write_gguf(tmp_path / "model.gguf", random_llama())
+    source = write_gguf(tmp_path / "model.gguf", random_net())
     (tmp_path / "cut.gguf").write_bytes(source.read_bytes()[: 1 << 14])
     (tmp_path / "text.txt").write_text("not a model")
     cases = (
@@ -150,6 +257,77 @@ def test_files_that_cannot_be_converted(tmp_path: Path) -> None:
         assert isinstance(result.exception, CheckpointError), result.output
         assert message in str(result.exception)
         assert not [name for name in _names(tmp_path) if "out" in name]
+
+
+REFUSED = {  # keys and tensors of a file, and what is said
+    "llama.attention.clamp_kqv = 8.0: LlamaConfig has no such setting": {"llama.attention.clamp_kqv": 8.0},
+    "llama.attention.causal = False": {"llama.attention.causal": False},
+    "llama.expert_count = 8": {"llama.expert_count": 8},
+    "llama.rope.dimension_count = 8": {"llama.rope.dimension_count": 8, "llama.attention.key_length": 16},
+    "llama.unheard_of = 1": {"llama.unheard_of": 1},
+    "unheard.of = 1": {"unheard.of": 1},
+    "split.count = 2": {"split.count": 2},
+    "tokenizer.ggml.pre = deepseek-coder: its way to split words": {"tokenizer.ggml.pre": "deepseek-coder"},
+    "rope.scaling (su, factor 4, attn_factor 1, ): transformers has no such rotation": {
+        "llama.rope.scaling.type": "su", "llama.rope.scaling.factor": 4.0,
+    },
+    "rope.scaling (linear, factor 1, attn_factor 1, alpha)": {"llama.rope.scaling.alpha": 2.0},
+    "rope.scaling (yarn, factor 1, attn_factor 1, rope_freqs.weight)": {
+        "llama.rope.scaling.yarn_ext_factor": 0.5, "llama.rope.scaling.type": "yarn", "rope_freqs.weight": SHORT,
+    },
+    "rope_freqs.weight: these factors are no scaling of Llama 3": {"rope_freqs.weight": SHORT},
+    "the net has no place for weights, blk.0.attn_q_norm.weight among 2": {
+        "blk.0.attn_q_norm.weight": SHORT, "evil.weight": SHORT,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("said", REFUSED)
+def test_what_the_net_has_no_place_for_is_refused_by_name(tmp_path: Path, said: str) -> None:
+    keys = {key: value for key, value in REFUSED[said].items() if not isinstance(value, np.ndarray)}
+    source = write_gguf(
+        tmp_path / "model.gguf",
+        random_net(),
+        keys=keys,
+        tensors={key: x for key, x in REFUSED[said].items() if key not in keys},
+    )
+    result = invoke("convert", source, "-o", tmp_path / "out")
+    assert isinstance(result.exception, CheckpointError), result.output
+    assert str(result.exception).startswith(f"{source}: {said}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_key_of_an_architecture_is_read_or_refused_or_known_to_do_nothing(tmp_path: Path) -> None:
+    """With 7 as its value, which the net does not have: what does not show in the settings is one of a few."""
+    groups = [gguf.Keys.LLM, gguf.Keys.Attention, gguf.Keys.Rope, gguf.Keys.SSM, gguf.Keys.Split, gguf.Keys.ClipVision]
+    names = [
+        value for group in groups for value in vars(group).values() if isinstance(value, str) and "{arch}" in value
+    ]
+    model, silent = random_net(), set()
+
+    def settings(**keys: int) -> dict[str, Any]:
+        source = write_gguf(tmp_path / "model.gguf", model, keys=keys)
+        config = hf.AutoConfig.from_pretrained(tmp_path, gguf_file=source.name)
+        return complete(config, open_gguf(source), reads(source, "llama")).to_dict()
+
+    plain = settings()
+    for name in {name.format(arch="llama", dense="dense_2") for name in names}:
+        with suppress(CheckpointError, StrictDataclassError):
+            if settings(**{name: 7}) == plain:
+                silent.add(name.removeprefix("llama."))
+    of_yarn = {f"rope.scaling.{key}" for key in ("yarn_beta_fast", "yarn_beta_slow", "original_context_length")}
+    assert silent == WITHOUT_EFFECT | of_yarn | {"rope.scaling.finetuned"}
+
+
+def test_words_are_split_as_the_file_says(tmp_path: Path) -> None:
+    text = "the 123 moths"
+    splits = {"gpt-2": ["the", " 123", " moths"], "smollm": ["the", " ", "1", "2", "3", " moths"],
+              "llama-bpe": ["the", " ", "123", " moths"]}  # fmt: skip
+    for pre, wanted in splits.items():
+        source = write_gguf(tmp_path / "model.gguf", random_net(), keys={"tokenizer.ggml.pre": pre})
+        assert invoke("convert", source, "-o", tmp_path / pre).exit_code == 0
+        words = hf.AutoTokenizer.from_pretrained(tmp_path / pre).backend_tokenizer.pre_tokenizer
+        assert [word.replace("\u0120", " ") for word, _ in words.pre_tokenize_str(text)] == wanted
 
 
 def _names(folder: Path) -> list[str]:
