@@ -2,8 +2,6 @@
 
     python examples/cluster.py plan longnet-2.7b --on h100x8 --set train.batch_tokens=4Mi    # training by a recipe
     python examples/cluster.py plan --model longnet-tiny --tokens 1Gi --on h100x8            # reading a document
-    python examples/cluster.py exchange geometric:1Gi --tokens 1Gi --ranks 1024              # what ranks send
-    torchrun --standalone --nproc-per-node 2 examples/cluster.py exchange geometric:64Ki --tokens 64Ki    # and its time
     torchrun --standalone --nproc-per-node 2 examples/cluster.py calibrate here.toml         # this machine's rates
 
 All counts of FLOPs and bytes come from the code that runs. Only the division by rates, and what overlaps with what, is
@@ -14,21 +12,19 @@ arithmetic: no GPU and no cluster has run this program.
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import shlex
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -36,9 +32,7 @@ import typer
 
 from longnet_cli.attention import Pattern, dilated_attention
 from longnet_cli.attention.branches import BACKWARD_FLOPS, attention_flops, branches, pairs
-from longnet_cli.attention.groups import ChoiceStage, chosen_flops, first_means, stages
 from longnet_cli.attention.notation import format_pattern, parse_pattern
-from longnet_cli.attention.pattern import MEAN_OF, RUN, LayerKind
 from longnet_cli.attention.spans import common_span, far_spans, open_spans, span_rows
 from longnet_cli.basics.errors import ConfigError, InputWarning, LongNetError
 from longnet_cli.basics.sizes import format_bytes, format_count, format_duration, format_size, parse_size
@@ -49,15 +43,13 @@ from longnet_cli.jobs.training.costs import StepFlops, step_flops, stored_bytes,
 from longnet_cli.jobs.training.recipe import Recipe, Stage, load_recipe, parse_overrides
 from longnet_cli.jobs.training.start import check_ranks
 from longnet_cli.models.folder import ModelFolder
-from longnet_cli.nets.config import LongNetConfig, NetConfig, parse_config
+from longnet_cli.nets.config import LongNetConfig, NetConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import Net
 from longnet_cli.running.chunk_size import GPU_BENCH_CHUNK, SHORTEST_CHUNK, chunk_beside, fitting_chunk
 from longnet_cli.running.device import DTYPES, free_memory, resident_memory, resolve_dtype
-from longnet_cli.running.ranks.edges import even_edges
 from longnet_cli.running.ranks.exchange import Exchange
-from longnet_cli.running.ranks.fetching import RUN_BYTES
-from longnet_cli.running.ranks.ranks import Ranks, join, leave
+from longnet_cli.running.ranks.ranks import Ranks, even_edges, join, leave
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -72,7 +64,7 @@ KNOWN_BY = {  # the tables of a machine in a TOML file: who knows its rates
 }
 RATES = (  # machines.toml says what each is
     "products", "share", "attention", "attention_backward", "bandwidth", "node_link", "network", "message",
-    "collective", "host_link", "disk", "memory", "reserved",
+    "host_link", "disk", "memory", "reserved",
 )  # fmt: skip
 
 
@@ -119,7 +111,7 @@ def find_machine(name: str) -> Machine:
         raise ConfigError(f"--on {name}: {wrong[0]}: each of {', '.join(RATES)} belongs into one table")
     rates = {rate: float(value) for by in known for rate, value in facts[by].items()}
     sizes = facts.get("devices", 1), facts.get("node", 1)
-    if min(*sizes, *(value for rate, value in rates.items() if rate not in ("message", "collective", "reserved"))) <= 0:
+    if min(*sizes, *(value for rate, value in rates.items() if rate not in ("message", "reserved"))) <= 0:
         raise ConfigError(f"--on {name}: devices, node and rates must be positive")
     return Machine(name, facts["device"], facts["dtype"], *sizes, rates, known)
 
@@ -168,9 +160,6 @@ class Shared(NamedTuple):
     """Costs of a chunk that ranks share, per layer, of its busiest rank."""
 
     seconds: float = 0.0  # of an exchange of far rows
-    choosing: float = 0.0  # seconds of fetching what blocks are chosen from, and the chosen ones
-    fetching: float = 0.0  # seconds of fetching the chosen ones alone
-    giving: float = 0.0  # seconds of giving their gradients back
     far: int = 0  # bytes of far rows that its shard attends to
     summed: int = 0  # bytes of gradients that are summed over the ranks
     balance: float = 1.0  # attention FLOPs, relative to the mean of the chunk
@@ -180,15 +169,14 @@ def shared(config: NetConfig, machine: Machine, tokens: int, chunk: int, sp: int
     """Return the costs of sharing the last full chunk of `chunk` tokens per rank, from the plan of a real exchange.
 
     In a causal net the last rank receives the most, in a bidirectional one a rank in the middle. Where the chunk is one
-    of several, gradients of rows that later chunks see are summed. Chosen blocks are those that are expected, in the
-    mean of layers, and nothing hides them.
+    of several, gradients of rows that later chunks see are summed.
     """
     if sp == 1:
         return Shared()
     whole, pattern, rates = min(tokens, chunk * sp), config.pattern, machine.rates
     start = (tokens // whole - 1) * whole
     rank, cut = sp - 1 if config.causal else sp // 2, whole < tokens
-    edges = even_edges(start, whole, sp, pattern.edge_size)
+    edges = even_edges(start, whole, sp)
     exchange = Exchange(config, edges, rank=rank, cached=cut and config.causal)
     shape = 1, 0, config.kv_heads, config.head_dim
     seconds = 0.0
@@ -196,13 +184,6 @@ def shared(config: NetConfig, machine: Machine, tokens: int, chunk: int, sp: int
         inside = sum(n for peer, n in enumerate(numbers) if peer // machine.node == rank // machine.node)
         slower = max(inside / rates["node_link"], (sum(numbers) - inside) / rates["network"])
         seconds = max(seconds, machine.itemsize * slower + rates["message"] * sum(n > 0 for n in numbers))
-    # early blocks are in everyone's past: their ranks send more than one receives, unless chunks deal them out
-    busiest = 1 + sum(1 / reader for reader in range(1, sp)) / max(1, tokens // whole)
-    moved = chosen_bytes(exchange, config, machine.itemsize)
-    calls = chosen_collectives(exchange, config, machine.itemsize)
-    choosing, fetching, giving = (
-        busiest * x / machine.link(sp) + n * rates["collective"] for x, n in zip(moved, calls, strict=True)
-    )
     attended = [parcel for parcel in exchange.joined if parcel.attended]
     far = machine.itemsize * sum(exchange.sizes([attended], shape))
     summed = 0
@@ -212,131 +193,15 @@ def shared(config: NetConfig, machine: Machine, tokens: int, chunk: int, sp: int
             summed += 2 * 4 * config.head_dim * sum(span_rows(pattern, mine, config.num_heads, config.kv_heads))
     flops = shard_flops(config, edges[rank], edges[rank + 1], tokens)
     mean = (config.attention_flops(start + whole) - config.attention_flops(start)) / config.num_layers / sp
-    return Shared(seconds, choosing, fetching, giving, far, summed, max(1.0, flops / mean))
+    return Shared(seconds, far, summed, max(1.0, flops / mean))
 
 
 def shard_flops(config: NetConfig, first: int, last: int, total: int) -> int:
-    """Return the FLOPs of a layer's forward pass over tokens [first, last) of a document: near, far, chosen keys."""
-    pattern, heads, causal = config.pattern, (config.num_heads, config.head_dim), config.causal
+    """Return the FLOPs of a layer's forward pass over tokens [first, last) of a document: near and far keys."""
+    pattern, causal = config.pattern, config.causal
     spans = tuple(far_spans(pattern, first, last, causal, total)) if first < last else ()
     calls = branches(pattern, config.num_heads, first, last - first, causal, "exact", spans, total, config.kv_heads)
-    before, after = (sum(chosen_flops(pattern, *heads, stop)) for stop in (first, last))
-    return 2 * config.head_dim * sum(map(pairs, calls)) + after - before
-
-
-def chosen_bytes(exchange: Exchange, config: NetConfig, itemsize: int) -> tuple[float, float, float]:
-    """Return the bytes that a rank is expected to receive for chosen blocks, in the mean of layers.
-
-    They are those of a forward pass that chooses, of one that sees the same blocks again, and of gradients.
-    """
-    pattern = config.pattern
-    if not pattern.chosen:
-        return 0.0, 0.0, 0.0
-    sizes = pattern, config.kv_heads, config.head_dim, itemsize
-    choosing = fetching = giving = 0.0
-    for kind, layers in pattern.kinds(config.num_layers).items():
-        fetches = Fetches.expected(pattern, exchange.edges, exchange.rank, kind)
-        tails = itemsize * pattern.last_queries * config.dim if kind == "chooses" else 0
-        choosing += layers / config.num_layers * (tails + fetches.received(*sizes))
-        again = fetches._replace(means=0.0, ids=fetches.blocks)
-        fetching += layers / config.num_layers * again.received(*sizes)
-        giving += layers / config.num_layers * fetches.given(*sizes)
-    return choosing, fetching, giving
-
-
-def chosen_collectives(exchange: Exchange, config: NetConfig, itemsize: int) -> tuple[float, float, float]:
-    """Return the collectives for chosen blocks, in the mean of layers, of the same passes as `chosen_bytes`."""
-    found = [0.0, 0.0, 0.0]
-    for kind, layers in config.pattern.kinds(config.num_layers).items() if config.pattern.chosen else ():
-        of_layer = collectives(config.pattern, exchange.edges, config.kv_heads, config.head_dim, itemsize, kind)
-        for index, number in enumerate(of_layer):
-            found[index] += layers / config.num_layers * number
-    return found[0], found[1], found[2]
-
-
-FETCHED = 1024  # queries
-# Measured (docs/measurements/finding.md), of FETCHED neighbouring queries. SEEN_: the distinct blocks that they see;
-# how many times as many candidates, and blocks that remain after an earlier stage, their scans have as one scan. NEW_:
-# the share of each that the FETCHED queries before them have not
-SEEN_BLOCKS, SEEN_CANDIDATES, SEEN_IN_STAGES = 480, 4.0, 2.1
-NEW_BLOCKS, NEW_CANDIDATES, NEW_IN_STAGES = 0.63, 0.42, 0.12
-
-
-class Fetches(NamedTuple):
-    """The expected numbers of blocks and means that a rank fetches of a layer's past, and of ids that it asks for."""
-
-    blocks: float
-    means: float
-    ids: float
-
-    @classmethod
-    def expected(cls, pattern: Pattern, edges: Sequence[int], rank: int, kind: LayerKind = "chooses") -> Fetches:
-        """Return what a rank fetches from others in a forward pass of a document, if shards have these edges."""
-        (w,), (back,), size = pattern.segment_lengths, pattern.look_backs, pattern.chosen_block
-        others, total, kept = edges[rank] // size, edges[-1] // size, first_means(pattern)
-        blocks = means = ids = 0.0
-        if kind == "chooses":  # those that all ranks have, summed over the ranks: each number goes twice
-            means += 2 * (min(total, kept) * size // MEAN_OF + max(0, total - kept) // RUN)
-        for position in range(edges[rank], edges[rank + 1], FETCHED):
-            before = max(0, position // w - back) * w // size
-            if not others or not before:
-                continue
-            share, first = min(1.0, others / before), position == edges[rank]
-            new_blocks = 1.0 if first else 0.0 if kind == "sees_block_0" and before > pattern.chosen else NEW_BLOCKS
-            seen = share * new_blocks * seen_blocks(pattern, before, kind)
-            blocks, ids = blocks + seen, ids + seen
-            for stage, distinct, new in scanned_stages(pattern, before) if kind == "chooses" and total > kept else ():
-                if distinct < before:
-                    asked = share * (1 if first else new) * distinct
-                    means, ids = means + asked * stage.means, ids + asked
-        return cls(blocks, means, ids)
-
-    def received(self, pattern: Pattern, kv_heads: int, head_dim: int, itemsize: int) -> float:
-        """Return the bytes of these blocks, means and ids, with `itemsize` bytes per number of a key."""
-        of_block = 2 * pattern.chosen_block * itemsize
-        return kv_heads * head_dim * (self.blocks * of_block + self.means * max(4, itemsize)) + 24 * self.ids
-
-    def given(self, pattern: Pattern, kv_heads: int, head_dim: int, itemsize: int) -> float:
-        """Return the bytes of the gradients of these blocks."""
-        return self.blocks * 2 * pattern.chosen_block * kv_heads * head_dim * max(4, itemsize)
-
-
-def seen_blocks(pattern: Pattern, before: int, kind: LayerKind) -> int:
-    """Return the distinct blocks that FETCHED queries see of those before them."""
-    return before if before <= pattern.chosen else 1 if kind == "sees_block_0" else min(before, SEEN_BLOCKS)
-
-
-def scanned_stages(pattern: Pattern, before: int) -> Iterator[tuple[ChoiceStage, float, float]]:
-    """Yield the stages of the scans of FETCHED queries, and last their votes.
-
-    Each comes with the number of distinct blocks compared, and the share of them that the queries before have not.
-    """
-    if before <= pattern.chosen:
-        return
-    planned, distinct, new = stages(pattern, before - 1), float(before), 0.0
-    for stage in planned:
-        yield stage, distinct, new
-        last = stage == planned[-1]
-        distinct = min(before, (SEEN_CANDIDATES if last else SEEN_IN_STAGES) * stage.blocks)
-        new = NEW_CANDIDATES if last else NEW_IN_STAGES
-    yield ChoiceStage(pattern.chosen_block // MEAN_OF, 0), distinct, new
-
-
-def collectives(
-    pattern: Pattern, edges: Sequence[int], kv_heads: int, head_dim: int, itemsize: int, kind: LayerKind
-) -> tuple[int, int, int]:
-    """Return the collectives for a layer's chosen blocks: in a forward pass, again without asking, of gradients.
-
-    The last rank, which fetches most, has runs of the expected blocks. A backward pass has those of the last two.
-    """
-    fetches = Fetches.expected(pattern, edges, len(edges) - 2, kind)
-    blocks = fetches.blocks * 2 * pattern.chosen_block * kv_heads * head_dim * itemsize
-    runs, asking = ceil(blocks / RUN_BYTES), 0 if kind == "follows" else 2
-    if kind == "chooses":
-        long = edges[-1] // pattern.chosen_block > first_means(pattern)
-        scans = ceil(fetches.means * kv_heads * head_dim * max(4, itemsize) / RUN_BYTES) + 2 * len(stages(pattern))
-        asking += 2 + scans * long  # the last queries and the first means; stages after the first
-    return asking + runs, runs, runs
+    return 2 * config.head_dim * sum(map(pairs, calls))
 
 
 def moved_bytes(config: NetConfig, itemsize: int) -> tuple[float, int]:
@@ -378,14 +243,12 @@ def seconds_by_part(
     layers, logits = moved_bytes(config, machine.itemsize)
     moved = (work.forwards + back) * layers + (work.logits + back * predicted) * logits
     summing = 2 * (1 - 1 / sp) * costs.summed / machine.link(sp) if back else 0.0
-    again = work.forwards - 1 + bool(back)  # passes in which the same blocks are fetched again
-    chosen = costs.choosing + again * costs.fetching + bool(back) * costs.giving
     open_exchange = sum(times * max(0.0, costs.seconds - cover) for times, cover in covers)
     return {
         "matrix products": of_device * work.products / (rates["products"] * rates["share"]),
         "attention": of_device * costs.balance * (work.forwards * forward + backward),
         "elementwise": of_device * moved / rates["bandwidth"],
-        "exchange": exchanges * (open_exchange + chosen + summing),
+        "exchange": exchanges * (open_exchange + summing),
         HIDDEN: exchanges * sum(times * min(costs.seconds, cover) for times, cover in covers),
     }
 
@@ -474,7 +337,8 @@ def reading_plans(
     """Return plans for reading `documents` of so many tokens, each by one group of devices, in order."""
     config, rates = net.config, machine.rates
     chunk = chunk or chunk_beside(config, int(rates["memory"]) if machine.device == "cuda" else 0)
-    shareable = net.layer_by_layer and tokens > chunk  # one forward pass is one device's
+    # one forward pass is one device's, and so is a document with chosen blocks
+    shareable = net.layer_by_layer and tokens > chunk and not config.pattern.chosen
     read, plans = ReadingPlan(net, chunk), []
     read.add([(tokens, tokens * scores)])
     flops, attention = read.product_flops(scores) / tokens, read.attention_flops() / tokens
@@ -629,95 +493,6 @@ def plan_command(
     show(plans(pattern, spill), machine, "at once", command, others)
 
 
-@app.command("exchange")
-def exchange_command(
-    pattern: Annotated[Pattern, typer.Argument(parser=parse_pattern, help="As in `longnet pattern`.")],
-    tokens: Size,
-    ranks: Size = 64,
-    heads: Size = 12,
-    head_dim: Size = 64,
-    layers: Size = 1,
-    bidirectional: Annotated[bool, typer.Option("--bidirectional")] = False,
-) -> None:
-    """Print what ranks send for one layer's forward pass in bf16, as a line of JSON.
-
-    The plan of every rank is made. received, sent: bytes of the rank that has the most. peers: the most ranks from
-    which a rank receives. far: the most bytes of far rows that a rank holds. chosen: of `received`, the bytes expected
-    for chosen blocks, in the mean of `--layers` layers, some of which may follow others' choices. collectives: of a
-    forward pass of all layers, and of_step: of a training step, with none computed again. formula: bytes by the
-    formula of docs/ranks.md, which counts levels wider than a shard. balance: attention FLOPs of the busiest rank,
-    relative to the mean. Ends with an error if a rank would send other rows than its reader expects.
-
-    Under torchrun, its processes are the ranks, and exchange random numbers. seconds: of far rows, without chosen
-    blocks, forward and backward. seconds_of_all: of all keys and values, which dense attention needs, forward.
-    collective: of one in which each tells each other a number, `collective` in machines.toml.
-    """
-    here, where = join()
-    ranks = here.world if here.world > 1 else ranks
-    causal, edges = not bidirectional, even_edges(0, tokens, ranks, pattern.edge_size)
-    shape, number = (1, 0, heads, head_dim), 2
-    sizes = {"vocab_size": 0, "dim": heads * head_dim, "num_layers": layers, "num_heads": heads, "ffn_dim": 1}
-    config = parse_config({**sizes, "position": "none", "causal": causal}, "exchange", pattern)
-    sends, sent, expected = (np.zeros((ranks, ranks), np.int64) for _ in range(3))  # [maker, reader]
-    held, flops = np.zeros(ranks, np.int64), np.zeros(ranks)
-    exchange = Exchange(config, edges, rank=0)
-    for rank in range(ranks):
-        exchange = exchange.of_rank(rank)
-        sends[rank] = exchange.sizes(exchange.sent, shape)
-        sent[rank] = [hash(tuple(parcels)) for parcels in exchange.sent]
-        expected[:, rank] = [hash(tuple(parcels)) for parcels in exchange.received]
-        held[rank] = sum(exchange.sizes([exchange.joined], shape))
-        flops[rank] = shard_flops(config, edges[rank], edges[rank + 1], tokens)
-    for maker, reader in np.argwhere(sent != expected)[:1]:
-        raise LongNetError(f"{tokens:,} tokens: rank {maker} sends other rows than rank {reader} expects")
-    chosen = np.zeros(ranks)  # bytes
-    for rank in range(ranks) if pattern.chosen else ():
-        exchange = exchange.of_rank(rank)
-        chosen[rank], *_ = chosen_bytes(exchange, config, number)
-        sends[:rank, rank] += round(chosen[rank] / number / max(1, rank))  # evenly from those before it
-    rows = sum(w / r * (1 - tokens / ranks / w) for w, r in pattern.levels if w > tokens / ranks)
-    facts = {"pattern": format_pattern(pattern), "causal": causal, "tokens": tokens, "ranks": ranks}
-    facts |= {"received": int(number * sends.sum(0).max()), "received_mean": float(number * sends.sum(0).mean())}
-    facts |= {"sent": int(number * sends.sum(1).max()), "peers": int((sends > 0).sum(0).max())}
-    facts |= {"far": int(number * held.max()), "chosen": int(chosen.max()), "chosen_mean": float(chosen.mean())}
-    forward, again, back = (config.num_layers * x for x in chosen_collectives(exchange, config, number))
-    facts |= {"collectives": round(forward + layers)}  # with those of far rows
-    facts |= {"collectives_of_step": round(forward + again + back + 2 * layers)}
-    facts |= {"formula": 2 * number * heads * head_dim * rows, "balance": float(flops.max() / flops.mean())}
-    facts |= exchange_seconds(exchange.of_rank(here.rank), heads, head_dim, here, where) if here.world > 1 else {}
-    leave()
-    if here.writes:
-        print(json.dumps(facts))
-
-
-def exchange_seconds(
-    exchange: Exchange, heads: int, head_dim: int, ranks: Ranks, where: torch.device
-) -> dict[str, Any]:
-    """Return the seconds in which all `ranks`, which call it together, exchange keys and values of one layer."""
-    tokens = [b - a for a, b in itertools.pairwise(exchange.edges)]
-    made: dict[str, Any] = {"dtype": torch.bfloat16, "device": where}
-    k, v = (torch.ones(1, tokens[ranks.rank], heads, head_dim, requires_grad=True, **made) for _ in range(2))
-    *shards, own = torch.ones(ranks.world + 1, 2, max(tokens), heads, head_dim, **made)
-
-    def forward() -> list[torch.Tensor]:
-        far, _ = exchange.run(k, v)
-        for keys in far:
-            if keys.ready:
-                keys.ready()
-        return [x for keys in far for x in (keys.k, keys.v)]
-
-    def backward() -> object:
-        return torch.autograd.grad(got, (k, v), grads, retain_graph=True) if got else None
-
-    got = forward()
-    grads = [torch.ones_like(x) for x in got]
-    numbers = torch.zeros(ranks.world, dtype=torch.int64, device=where)
-    small = partial(dist.all_to_all_single, torch.empty_like(numbers), numbers)
-    runs = forward, backward, lambda: dist.all_gather(shards, own), small
-    seconds = [ranks.largest(fastest(run, where, ranks)) for run in runs]
-    return {"seconds": seconds[:2], "seconds_of_all": seconds[2], "collective": seconds[3]}
-
-
 SECONDS = 0.5  # per rate; the fastest run counts, because other work on the machine only slows a run
 TOKENS, DIM, HEADS = 1 << 11, 512, 8  # of products, attention and elementwise operations
 BYTES = 1 << 24  # of a message, and of a file
@@ -736,7 +511,7 @@ def calibrate_command(
     link = rates.get("node_link", rates["bandwidth"])
     assumed = {"network": link, "host_link": rates["bandwidth"]}
     if ranks.world == 1:
-        assumed |= {"message": 0.0, "collective": 0.0, "node_link": link}
+        assumed |= {"message": 0.0, "node_link": link}
     lines = [f'device = "{where.type}"', f'dtype = "{resolve_dtype(dtype, where)}"']
     lines += [f"devices = {ranks.world}", f"node = {ranks.world}"]
     for table, values in (("measured", rates), ("assumed", assumed)):
@@ -773,7 +548,6 @@ def measured_rates(where: torch.device, dtype: str, ranks: Ranks, folder: Path) 
     if ranks.world > 1:
         sent, empty = (torch.ones(n * ranks.world, device=where) for n in (BYTES // 4 // ranks.world, 1))
         got, share = torch.empty_like(sent), BYTES * (ranks.world - 1) / ranks.world
-        rates["collective"] = best(lambda: dist.all_to_all_single(empty.clone(), empty))
         rates["message"] = best(lambda: dist.all_to_all_single(empty.clone(), empty)) / (ranks.world - 1)
         rates["node_link"] = share / best(lambda: dist.all_to_all_single(got, sent))
 

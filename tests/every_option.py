@@ -196,7 +196,6 @@ hello -m ../in/native -n 6 --format jsonl
 --save-state          files      --save-state s
 --dry-run             stdout     --dry-run @ hello -m ../in/native -n 6
 --sources             rows       --sources @ -i ../in/t.txt -m ../in/native -n 6 --format jsonl {CHOSEN}
---sp                  processes  --sp 2
 {DEVICE}
 --dtype               rows       --dtype bf16
 --chunk               memory     --chunk 16Ki | --chunk 1Ki @ -i {LONG} -n 1

@@ -29,28 +29,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from .groups import GroupedPart, limits_of, stages
-from .past import Means, OfBlocks, Runs
-from .pattern import MEAN_OF, SURE, VOTERS, Pattern
+from .past import GroupBlocks, Means
+from .pattern import SURE, VOTERS, Pattern
 from .voting import Slot, Unrotated, Voting, batches, best, blocks_before, group_starts, not_before, scan, votes_for
 
 # (row of the batch, part) -> blocks (groups, n) that the text of each group names, the best first, and -1 for none
 Names = Callable[[int, GroupedPart], Tensor]
-
-
-class GroupBlocks(list[list[Tensor]]):
-    """The blocks that groups see: of each part, and of each of its rows, (groups, m) int32, ascending.
-
-    asked: what ranks have told each other about these blocks (`Past.ask`). Layers that follow a choice share it.
-    """
-
-    asked: Any = None
 
 
 class Choices:
@@ -97,33 +88,15 @@ class Choice(NamedTuple):
     candidates: Tensor
 
 
-def choose(pattern: Pattern, means: Means, votings: Sequence[Voting], runs: Runs) -> list[Choice]:
-    """Return the choices of some votings, whose groups have more blocks before them than they may see.
-
-    With `chosen_exact`, `runs` gives the blocks that are compared by all of their keys, as `Past.runs` does.
-    """
-    candidates = scan(pattern, means, votings)
-    of_votings = [[*_ballots(*both)] for both in zip(votings, candidates, strict=True)]
-    ballots = [*chain(*of_votings)]
-    for ballot in ballots:
-        if ballot.compared is None:
-            ballot.compare_all(means)
-    fewer = [(ballot, ballot.compared) for ballot in ballots if ballot.compared]
-    wanted = [(ballot.voting.row, compared.blocks) for ballot, compared in fewer]
-    for index, some, of_blocks in means.of_wanted(means.finest, wanted):
-        ballot, compared = fewer[index]
-        ballot.compare(compared, some, of_blocks, means.numbers(means.finest))
+def choose(means: Means, voting: Voting) -> Choice:
+    """Return the choice of a voting, whose groups have more blocks before them than they may see."""
+    pattern, candidates = voting.pattern, scan(means, voting)
+    of_groups = [*chain(*(ballot.votes(means) for ballot in _ballots(voting, candidates)))]
     if pattern.chosen_exact:
-        _vote_exactly(pattern, ballots, runs)
-    return [_choice(voting, some, x[-1]) for voting, some, x in zip(votings, of_votings, candidates, strict=True)]
-
-
-def _choice(voting: Voting, ballots: Sequence[_Ballot], candidates: Tensor | None) -> Choice:
-    """Return the choice of the groups of some ballots, the last of which compare these candidates (C,)."""
-    blocks, votes = _side_by_side([votes for ballot in ballots for votes in ballot.votes])
-    if candidates is None:
-        candidates = torch.arange(1, voting.slots[-1].blocks, device=blocks.device)
-    return Choice(_picked(voting.pattern, blocks, votes, voting.named).int(), candidates)
+        _vote_exactly(voting, of_groups)
+    blocks, votes = _side_by_side(of_groups)
+    last = torch.arange(1, voting.slots[-1].blocks, device=blocks.device) if candidates[-1] is None else candidates[-1]
+    return Choice(_picked(pattern, blocks, votes, voting.named).int(), last)
 
 
 def votes_by_keys(pattern: Pattern, part: GroupedPart, document: Unrotated, some: slice, blocks: Tensor) -> Tensor:
@@ -155,41 +128,44 @@ def _ballots(voting: Voting, candidates: Sequence[Tensor | None]) -> Iterator[_B
         done, begin = done + len(some), stop
 
 
-class _Ballot:
-    """The votes of the groups of neighbouring slots, with their voters (groups, VOTERS, H, D).
+class _Ballot(NamedTuple):
+    """The groups of neighbouring slots, with their voters (groups, VOTERS, H, D).
 
     compared: the blocks that they compare, or None for all but 0 before them.
     """
 
-    def __init__(self, voting: Voting, slots: Sequence[Slot], voters: Tensor, compared: _Compared | None) -> None:
-        self.voting, self.slots, self.voters, self.compared = voting, slots, voters, compared
-        self.votes: list[_Votes] = []  # of some groups each
+    voting: Voting
+    slots: Sequence[Slot]
+    voters: Tensor
+    compared: _Compared | None
 
-    def compare_all(self, means: Means) -> None:
-        """Vote for all blocks but 0 before the slots."""
+    def votes(self, means: Means) -> Iterator[_Votes]:
+        """Yield the votes of some groups at a time."""
+        return self._for_all(means) if self.compared is None else self._for_some(means, self.compared)
+
+    def _for_all(self, means: Means) -> Iterator[_Votes]:
         number = self.slots[-1].blocks
-        of_blocks = means.of_first(self.voting.row, number)[:, 1:]
+        of_blocks = means.of_first(means.finest, self.voting.row, number)[:, 1:]
         before = blocks_before([slot for slot in self.slots for _ in slot.starts], of_blocks.device)
         others = not_before(1, number, before)
         step = max(1, limits_of(of_blocks).scores // (VOTERS * self.voting.heads * of_blocks[0, :, :, 0].numel()))
         for start in range(0, len(self.voters), step):
             some = slice(start, start + step)
             votes = votes_for(self.voters[some], of_blocks, None if others is None else others[some], power=SURE)
-            blocks = torch.arange(1, number, device=votes.device).expand_as(votes)
-            self.votes.append(_Votes(blocks, votes))
+            yield _Votes(torch.arange(1, number, device=votes.device).expand_as(votes), votes)
 
-    def compare(self, compared: _Compared, slots: slice, of_blocks: OfBlocks, numbers: int) -> None:
-        """Vote for the blocks that some slots compare, each with so many `numbers` of means."""
-        by_slot = self.voters.unflatten(0, (len(compared.blocks), -1))
-        per_block = max(self.voting.pattern.chosen_block // MEAN_OF * by_slot[0, ..., 0].numel(), numbers)
+    def _for_some(self, means: Means, compared: _Compared) -> Iterator[_Votes]:
+        by_slot, finest = self.voters.unflatten(0, (len(compared.blocks), -1)), means.finest
+        per_block = max(finest * by_slot[0, ..., 0].numel(), means.numbers(finest))
         step = max(1, limits_of(by_slot).scores // (compared.blocks.shape[1] * per_block))
-        for start in range(slots.start, slots.stop, step):
-            some = slice(start, min(start + step, slots.stop))
+        for start in range(0, len(by_slot), step):
+            some = slice(start, start + step)
             width = max(compared.numbers[some])
             blocks = compared.blocks[some, :width]
             others = None if compared.others is None else compared.others[some, :, :width]
-            votes = votes_for(by_slot[some], of_blocks(blocks), others, blocks[:, None], SURE).flatten(0, 1)
-            self.votes.append(_Votes(blocks[:, None].expand(-1, by_slot.shape[1], -1).flatten(0, 1), votes))
+            of_blocks = means.of_blocks(finest, self.voting.row, blocks)
+            votes = votes_for(by_slot[some], of_blocks, others, blocks[:, None], SURE).flatten(0, 1)
+            yield _Votes(blocks[:, None].expand(-1, by_slot.shape[1], -1).flatten(0, 1), votes)
 
 
 class _Votes(NamedTuple):
@@ -244,18 +220,16 @@ class _Compared(NamedTuple):
         return cls(blocks, others.scatter_(2, of_earlier.unflatten(1, earlier.shape[1:]), False), numbers)
 
 
-def _vote_exactly(pattern: Pattern, ballots: Sequence[_Ballot], runs: Runs) -> None:
-    """Replace the votes of ballots by new ones for the best blocks, by all of their keys."""
-    voters = [x for each in ballots for x in each.voters.split([len(some.votes) for some in each.votes])]
-    votings = [each.voting for each in ballots for _ in each.votes]
-    votes = [some for each in ballots for some in each.votes]
-    places = [best(some.votes, min(pattern.chosen_exact, some.votes.shape[1])) for some in votes]
-    blocks = [some.blocks.gather(1, at) for some, at in zip(votes, places, strict=True)]
-    for each in votes:
-        each.votes.zero_()
-    for index, groups in runs([(voting.row, x) for voting, x in zip(votings, blocks, strict=True)]):
-        exact = _exact_votes(votings[index].document, voters[index][groups], blocks[index][groups])
-        votes[index].votes[groups].scatter_(1, places[index][groups], exact)
+def _vote_exactly(voting: Voting, of_groups: Sequence[_Votes]) -> None:
+    """Replace the votes of groups by new ones for the best blocks, by all of their keys."""
+    slots, every, begin = voting.slots, voting.pattern.chosen_every, 0
+    starts = range(slots[0].starts[0], slots[-1].starts[-1] + 1, every)
+    for blocks, votes in of_groups:
+        voters = voting.document.voters(starts[begin : begin + len(votes)], 1)
+        begin += len(votes)
+        places = best(votes, min(voting.pattern.chosen_exact, votes.shape[1]))
+        exact = _exact_votes(voting.document, voters, blocks.gather(1, places))
+        votes.zero_().scatter_(1, places, exact)
 
 
 def _exact_votes(document: Unrotated, voters: Tensor, blocks: Tensor) -> Tensor:

@@ -15,17 +15,17 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from itertools import chain, groupby, islice
+from itertools import chain, groupby
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .branches import Branch
-from .choosing import Choice, GroupBlocks, LayerChoices, choose, votes_by_keys
+from .choosing import Choice, LayerChoices, choose, votes_by_keys
 from .groups import GroupedPart, Groups, limits_of, slot_of
 from .merging import GradientSum, Merge
-from .past import Means, Past, Seen, all_at_once, unrotated
+from .past import GroupBlocks, Means, Past, Seen, unrotated
 from .pattern import VOTERS, Pattern
 from .plain_call import Kernel
 from .sinks import Turn
@@ -53,7 +53,7 @@ class Chosen:
         self.pattern, self.turn, self.past, self.choices = pattern, turn, past, choices
         self.kind = pattern.kind(choices.layer if choices else None)
         self.parts = [self._together(part) for part in parts] if self.kind == "sees_block_0" else parts
-        self.blocks = GroupBlocks()
+        self.blocks: GroupBlocks = []
 
     @torch.no_grad()
     def choose(self, q: Tensor, k: Tensor, scale: float) -> None:
@@ -98,7 +98,7 @@ class Chosen:
         """
         _, q, _, _ = tensors
         gradients = [torch.zeros(x.shape, dtype=accumulator(x.dtype), device=x.device) for x in keys]
-        for run in self._runs(q, backward=True):
+        for run in self._runs(q):
             place, *queries = (run.queries(x) for x in (of_q.place, *tensors))
             calls = run.calls(kernel, keys[0])
             parts = [call.gradients(kernel, scale, queries, keys, gradients) for call in calls]
@@ -136,20 +136,11 @@ class Chosen:
             documents = groupby(chain(*voting), key=lambda number: self.parts[number][:2])
             voting = [[*numbers] for _, numbers in documents]
         means: dict[tuple[int, int], Means] = {}  # by first row and first token of a document
-        shared = self.past if self.past and self.past.shared else None
-        together = [numbers for numbers in voting if shared and self.parts[numbers[0]].start]
         for numbers in voting:
-            if numbers not in together:
-                of_document = self._means_of(numbers, k, means)
-                choices = choose(self.pattern, of_document, self._votings(numbers, q, k, scale), all_at_once)
-                self._keep(numbers, choices, q, blocks)
-        if shared and self.kind == "chooses":  # all ranks choose together
-            votings = [self._votings(numbers, q, k, scale) for numbers in together]
-            assert shared.means
-            found = iter(choose(self.pattern, shared.means, [*chain(*votings)], shared.runs))
-            for numbers, of_rows in zip(together, votings, strict=True):
-                self._keep(numbers, [*islice(found, len(of_rows))], q, blocks)
-        return GroupBlocks(some for some in blocks if some is not None)
+            of_document = self._means_of(numbers, k, means)
+            choices = [choose(of_document, voting) for voting in self._votings(numbers, q, k, scale)]
+            self._keep(numbers, choices, q, blocks)
+        return [some for some in blocks if some is not None]
 
     def _keep(
         self, numbers: Sequence[int], choices: Sequence[Choice], q: Tensor, blocks: list[list[Tensor] | None]
@@ -257,8 +248,8 @@ class Chosen:
             return part
         return part._replace(groups=Groups(start, 1, number * queries, near))
 
-    def _runs(self, q: Tensor, *, backward: bool = False) -> Iterator[_GroupRun]:
-        """Yield the groups of all parts, as many at a time as have the blocks of the past that they see."""
+    def _runs(self, q: Tensor) -> Iterator[_GroupRun]:
+        """Yield the groups of each part and row; on a GPU, those of neighbouring parts that are alike together."""
         whole, together = limits_of(q).whole, list[tuple[GroupedPart, list[list[Tensor]]]]()
         for part, of_rows in zip(self.parts, self.blocks, strict=True):
             moved = together and together[-1][0].groups.near > self.pattern.chosen_keys  # not where all is seen
@@ -266,23 +257,9 @@ class Chosen:
                 together[-1][1].append(of_rows)
             else:
                 together.append((part, [of_rows]))
-        seen = [
-            (self._stored(part, row), _joined(blocks).long())
-            for part, of_parts in together
-            for row, blocks in enumerate(zip(*of_parts, strict=True), part.rows.start)
-        ]
-        alone = [(stored, blocks) for stored, blocks in seen if not stored.past]
-        others = [(stored, blocks) for stored, blocks in seen if stored.past]
-        for stored, blocks in alone:
-            yield _GroupRun.of(self.pattern, stored, blocks, q.shape[2])
-        if self.past:
-            wanted = [(stored.row, blocks) for stored, blocks in others]
-            if self.blocks.asked is None:
-                self.blocks.asked = self.past.ask(wanted)
-            for index, some in self.past.runs(wanted, self.blocks.asked, backward=backward):
-                stored, blocks = others[index]
-                after = some.start * stored.part.groups.queries
-                yield _GroupRun.of(self.pattern, stored, blocks[some], q.shape[2], after)
+        for part, of_parts in together:
+            for row, blocks in enumerate(zip(*of_parts, strict=True), part.rows.start):
+                yield _GroupRun.of(self.pattern, self._stored(part, row), _joined(blocks).long(), q.shape[2])
 
 
 def _follows(first: GroupedPart, so_far: list[list[Tensor]], part: GroupedPart, blocks: list[Tensor]) -> bool:
@@ -381,11 +358,10 @@ class _GroupRun(NamedTuple):
     distances: Tensor | None
 
     @classmethod
-    def of(cls, pattern: Pattern, stored: _Stored, blocks: Tensor, heads: int, after: int = 0) -> _GroupRun:
-        """Return the run of groups with these blocks (groups, m), `after` so many queries of a part's first group."""
+    def of(cls, pattern: Pattern, stored: _Stored, blocks: Tensor, heads: int) -> _GroupRun:
+        """Return the run of a part's groups, with these blocks (groups, m)."""
         part, size, (groups, m) = stored.part, stored.size, blocks.shape
         start, _, queries, near = part.groups
-        start += after
         rows = Rows(groups, queries, heads, 0, 1, queries, 1, start - part.start, 0)
         distances = None
         if near > m * size:

@@ -108,8 +108,7 @@ def _attend(
     sinks = _sinks(pattern, shard, q.shape[1], far_keys, turn)
     selected = select_kernel(q.device, q.dtype, q.shape[-1], kernel)
     plan = plan_calls(selected, q, k, v, pattern, shard, far_keys, sinks.rows if sinks else None)
-    chooses = plan.chosen or (past and past.shared)
-    chosen = Chosen(pattern, plan.chosen, turn, past, choices) if chooses else None
+    chosen = Chosen(pattern, plan.chosen, turn, past, choices) if plan.chosen else None
     call = _ShardCall(plan, q.shape[-1] ** -0.5 if scale is None else scale, far_keys, sinks, chosen)
     far = [x for keys in far_keys for x in (keys.k, keys.v)]
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *far)):

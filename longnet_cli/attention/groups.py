@@ -109,24 +109,13 @@ def stages(pattern: Pattern, candidates: float = inf) -> list[ChoiceStage]:
     return [stage for stage in fitting if candidates > stage.blocks >= fitting[-1].blocks]
 
 
-def first_means(pattern: Pattern) -> int:
-    """Return how many first blocks of a document all ranks have the means of, in whole runs.
-
-    A scan of fewer blocks has no stage of runs, and compares all of these.
-    """
-    stage, *_ = stages(pattern)
-    return (stage.blocks // RUN + 1) * RUN if stage.means == RUNS else 1 << 62
-
-
-def transient_bytes(limits: Limits, *, run: int = 0, wider: int = 2, backward: bool = False) -> int:
+def transient_bytes(limits: Limits) -> int:
     """Return the most bytes that chosen blocks take for a time in one layer, beside its inputs and results.
 
-    run: bytes of a run of blocks that ranks fetch, or 0. Sums of gradients are `wider` than keys, so many times. A call
-    has its keys and values, the keys turned in fp32, and their product; votes have scores, shares, means and a power.
+    A call has its keys and values, the keys turned in fp32, and their product; votes have scores, shares, means and a
+    power.
     """
-    fetched, sums = 3 * run, backward * wider * run  # two runs are there, and one is sent
-    given = fetched + 2 * sums  # those that are given back are copied
-    return max(CALL * limits.gathered + fetched + sums, given, round(4 * VOTES * limits.scores) + fetched)
+    return max(CALL * limits.gathered, round(4 * VOTES * limits.scores))
 
 
 class Comparisons(NamedTuple):
@@ -187,27 +176,14 @@ def chosen_flops(pattern: Pattern, heads: int, head_dim: int, tokens: int, kind:
 
 
 def past_bytes(
-    pattern: Pattern,
-    kv_heads: int,
-    head_dim: int,
-    tokens: int,
-    itemsize: int,
-    kind: LayerKind = "chooses",
-    own: int | None = None,
+    pattern: Pattern, kv_heads: int, head_dim: int, tokens: int, itemsize: int, kind: LayerKind = "chooses"
 ) -> tuple[int, int]:
-    """Return the bytes of one layer's past: of keys and values, `itemsize` per number, and of the mean keys.
-
-    A rank has those of its `own` tokens, and the means that all ranks have.
-    """
+    """Return the bytes of one layer's past: of keys and values, `itemsize` per number, and of the mean keys."""
     if not pattern.chosen:
         return 0, 0
-    mine = tokens if own is None else own
-    blocks, means = mine // pattern.chosen_block, 0
-    kept = min(mine, pattern.chosen_keys) if kind == "sees_block_0" else mine
+    blocks, means = tokens // pattern.chosen_block, 0
+    kept = min(tokens, pattern.chosen_keys) if kind == "sees_block_0" else tokens
     if kind == "chooses":
         planned = (*stages(pattern), ChoiceStage(pattern.chosen_block // MEAN_OF, 0))
         means = sum(stage.compared(blocks) for stage in planned)
-        if own is not None:
-            of_all, shared = tokens // pattern.chosen_block, first_means(pattern)
-            means += sum(stage.compared(min(of_all, shared)) for stage in planned) + max(0, of_all - shared) // RUN
     return kv_heads * head_dim * 2 * itemsize * kept, kv_heads * head_dim * max(4, itemsize) * means

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import accumulate, pairwise
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,9 +28,7 @@ PIECE_BYTES = 1 << 26  # of blocks that are taken at a time from where they are 
 FIRST_BLOCKS = 1 << 6  # blocks in the first piece of memory; each next piece is half of all before, if that is more
 
 Shape = tuple[int, ...]
-OfBlocks = Callable[[Tensor], Tensor]
-Wanted = Sequence[tuple[int, Tensor]]  # rows of a batch, and blocks (n, m) that n groups or slots of each want
-Runs = Callable[[Wanted], Iterator[tuple[int, slice]]]  # `Past.runs`
+GroupBlocks = list[list[Tensor]]  # what groups see: of each part, and of each of its rows, (groups, m) int32, ascending
 
 
 class Seen(NamedTuple):
@@ -45,13 +43,6 @@ class Seen(NamedTuple):
     votes: Callable[[slice], list[Tensor]]
 
 
-def taken(means: Tensor, blocks: Tensor) -> Tensor:
-    """Return the means (slots, K, n, m, D) of some blocks (slots, n); means (K, blocks, m, D)."""
-    of_heads = torch.arange(0, means.shape[:2].numel(), means.shape[1], device=blocks.device)
-    places = blocks[:, None] + of_heads[:, None]
-    return means.view(-1, *means.shape[2:]).index_select(0, places.flatten()).unflatten(0, places.shape)
-
-
 class Means:
     """The mean keys of a document's first blocks, for a batch, un-rotated, in fp32 or fp64.
 
@@ -60,21 +51,15 @@ class Means:
     """
 
     def __init__(
-        self,
-        pattern: Pattern,
-        like: Tensor,
-        blocks: int,
-        allocate: Callable[..., Tensor] = torch.empty,
-        runs: bool = True,
+        self, pattern: Pattern, like: Tensor, blocks: int, allocate: Callable[..., Tensor] = torch.empty
     ) -> None:
-        """Allocate memory for as many blocks of keys like (B, tokens, K, D), and for their `runs`."""
+        """Allocate memory for as many blocks of keys like (B, tokens, K, D)."""
         self._block, self.finest = pattern.chosen_block, pattern.chosen_block // MEAN_OF
         self._allocate = partial(allocate, dtype=accumulator(like.dtype), device=like.device)
         batch, _, heads, head_dim = like.shape
         self.of = {
             number: self._allocate((batch, heads, *_sizes(number, blocks), head_dim))
             for number in {*(stage.means for stage in stages(pattern)), self.finest}
-            if runs or number != RUNS
         }
 
     @property
@@ -86,41 +71,31 @@ class Means:
         """The means of MEAN_OF keys each."""
         return self.of[self.finest]
 
-    def of_first(self, row: int, blocks: int, number: int | None = None) -> Tensor:
-        """Return the means (K, blocks, m, D) of the first blocks, or runs, of a row of the batch.
+    def of_first(self, number: int, row: int, blocks: int) -> Tensor:
+        """Return the means (K, blocks, m, D) of the first blocks, or runs, of a row of the batch: `number` of each."""
+        return self.of[number][row, :, :blocks]
 
-        There are `number` of each block (or RUNS), by default the finest.
-        """
-        return self.of[self.finest if number is None else number][row, :, :blocks]
+    def of_blocks(self, number: int, row: int, blocks: Tensor) -> Tensor:
+        """Return the means (slots, K, n, m, D) of some blocks (slots, n) of a row of the batch: `number` of each."""
+        means = self.of[number][row]
+        of_heads = torch.arange(0, means.shape[:2].numel(), means.shape[1], device=blocks.device)
+        places = blocks[:, None] + of_heads[:, None]
+        return means.view(-1, *means.shape[2:]).index_select(0, places.flatten()).unflatten(0, places.shape)
 
     def numbers(self, number: int) -> int:
         """Return the numbers in the means of one block, if there are `number` of each: K m D."""
         return self.of[number][0, :, :1].numel()
 
-    def of_wanted(self, number: int, wanted: Wanted) -> Iterator[tuple[int, slice, OfBlocks]]:
-        """Yield, for all that are `wanted`, some at a time, an index, some of its n, and their means.
-
-        The means are a function that returns the means (slots, K, c, m, D) of blocks (slots, c) that these want.
-        """
-        for index, (row, blocks) in enumerate(wanted):
-            yield index, slice(0, len(blocks)), partial(taken, self.of[number][row])
-
-    def write(self, rows: slice, first_block: int, keys: Tensor, turn: Turn | None, number: int | None = None) -> None:
-        """Write the means of blocks from `first_block` on, in some rows of the batch, of keys (rows, tokens, K, D).
-
-        The first of them is block `number` of its document, by default `first_block`.
-        """
+    def write(self, rows: slice, first_block: int, keys: Tensor, turn: Turn | None) -> None:
+        """Write the means of blocks from `first_block` on, in some rows of the batch, of keys (rows, tokens, K, D)."""
         have, needed, size = self.fine.shape[2], first_block + keys.shape[1] // self._block, self._block
-        before = (
-            0 if number is None else (number - first_block) * size
-        )  # tokens of the document whose means are not here
         if have < needed:  # more room than is needed costs no memory as long as nothing is written there
-            self._move(self.of, have, max(needed, have * 3 // 2))
+            self._move(have, max(needed, have * 3 // 2))
         step = max(1, limits_of(keys).unrotated // size)
         for begin in range(first_block, needed, step):
             stop = min(begin + step, needed)
             some = keys[:, (begin - first_block) * size : (stop - first_block) * size]
-            some = unrotated(some, torch.arange(begin * size, stop * size, device=keys.device) + before, turn)
+            some = unrotated(some, torch.arange(begin * size, stop * size, device=keys.device), turn)
             fine = _mean(some.unflatten(1, (-1, self.finest, MEAN_OF)), 3)
             self.write_finest(rows, begin, fine.movedim(3, 1))
 
@@ -132,11 +107,8 @@ class Means:
                 means[rows, :, first_block:stop] = _mean(fine.unflatten(3, (number, -1)), 4)
         if RUNS in self.of:
             begin, end = first_block // RUN, stop // RUN
-            self.of[RUNS][rows, :, begin:end] = run_means(self.one_each(rows, slice(begin * RUN, end * RUN)))
-
-    def one_each(self, rows: slice, blocks: slice) -> Tensor:
-        """Return one mean for each of some blocks, (rows, K, blocks, D)."""
-        return _mean(self.of[1 if 1 in self.of else self.finest][rows, :, blocks], -2)
+            one_each = _mean(self.of[1 if 1 in self.of else self.finest][rows, :, begin * RUN : end * RUN], -2)
+            self.of[RUNS][rows, :, begin:end] = _mean(one_each.unflatten(-2, (-1, RUN)), -2)[..., None, :]
 
     def select(self, index: Tensor) -> None:
         self.of = {number: x.index_select(0, index) for number, x in self.of.items()}
@@ -144,22 +116,16 @@ class Means:
     def fork(self, number: int) -> Means:
         """Return a copy of the means of the first `number` blocks."""
         new = copy.copy(self)
-        new.of = {}
-        new._move(self.of, number, max(number, FIRST_BLOCKS))
+        new._move(number, max(number, FIRST_BLOCKS))
         return new
 
-    def _move(self, means: dict[int, Tensor], number: int, room: int) -> None:
+    def _move(self, number: int, room: int) -> None:
         """Move the means of the first `number` blocks to new memory, for `room` blocks."""
-        for n, old in means.items():
+        earlier, self.of = self.of, {}
+        for n, old in earlier.items():
             filled, _ = _sizes(n, number)
-            wider = self._allocate((*old.shape[:2], *_sizes(n, room), old.shape[-1]))
-            wider[:, :, :filled] = old[:, :, :filled]
-            self.of[n] = wider
-
-
-def run_means(means: Tensor) -> Tensor:
-    """Return the means (.., runs, 1, D) of whole runs, given one for each of their blocks (.., blocks, D)."""
-    return _mean(means.unflatten(-2, (-1, RUN)), -2)[..., None, :]
+            self.of[n] = self._allocate((*old.shape[:2], *_sizes(n, room), old.shape[-1]))
+            self.of[n][:, :, :filled] = old[:, :, :filled]
 
 
 def _sizes(number: int, blocks: int) -> tuple[int, int]:
@@ -284,8 +250,6 @@ class Past:
     adds the gradients of the past to `gradients` (k and v, B, tokens, K, D), whole blocks in fp32 or fp64, if not None.
     """
 
-    shared = False  # whether several ranks hold it, who all take part whenever one of them reads it
-
     def __init__(
         self,
         pattern: Pattern,
@@ -293,20 +257,18 @@ class Past:
         allocate: Callable[..., Tensor] = torch.empty,
         keep: int = 0,
         layer: int | None = None,
-        room: int | None = None,
     ) -> None:
-        """Keep blocks in `blocks`, by default in memory for `room` of them at once, by default for those of `keep`."""
+        """Keep blocks in `blocks`, by default in memory, at once for those of `keep` tokens."""
         self.pattern, self.position, self.kind = pattern, 0, pattern.kind(layer)
         self.allocate = torch.empty if keep else allocate  # which may take memory of the host, and means are needed
-        self.choices: dict[int, Any] | None = {} if keep else None  # by position, `choosing.GroupBlocks`
+        self.choices: dict[int, GroupBlocks] | None = {} if keep else None  # by position
         self.gradients: Tensor | None = None
         self.counts: Tensor | None = None
         self.on_choice: Callable[[Seen], None] | None = None
-        whole = keep // pattern.chosen_block
-        self._first_means = whole or FIRST_BLOCKS
+        room = keep // pattern.chosen_block
+        self._first_means = room or FIRST_BLOCKS
         self.queries: Tensor | None = None
         self.means: Means | None = None
-        room = whole if room is None else room
         self.blocks = blocks or Blocks(allocate, min(room, pattern.chosen) if self.kind == "sees_block_0" else room)
         self.held: tuple[int, list[Tensor]] | None = None  # a group's first position, and of each row the blocks (1, m)
         self.scanned: tuple[int, list[Tensor]] | None = None  # `groups.slot_of`, and of each row the candidates (C,)
@@ -379,20 +341,6 @@ class Past:
             into = self.gradients[index, row].unflatten(0, (-1, self.pattern.chosen_block))
             into.index_add_(0, blocks.to(into.device), d.to(into.device))
 
-    def ask(self, wanted: Wanted) -> Any:
-        """Return what `runs` takes as `asked`: what is known of blocks that are `wanted` once or several times."""
-
-    def runs(self, wanted: Wanted, asked: Any = None, *, backward: bool = False) -> Iterator[tuple[int, slice]]:
-        """Yield all that are `wanted`, some at a time: an index, and some of its n, whose blocks can be taken now.
-
-        In a `backward` pass, gradients may be added for these blocks.
-        """
-        yield from all_at_once(wanted)
-
-    def forget_means(self) -> None:
-        """Free the means: everything has been chosen."""
-        self.means = None
-
     def count(self, rows: slice, near: int, chosen: Sequence[Tensor], batch: int) -> None:
         """Count the blocks (groups, m) before position `near` that groups have chosen in each of the `rows`.
 
@@ -440,17 +388,13 @@ class Past:
         if position != self.position:
             new.position, new.queries, new.means = position, None, None
             new.blocks.number = min(position // self.pattern.chosen_block, self.blocks.number)
-            new._waiting = [self._rows_before(new.kept, new.blocks.number)]
+            number, rows = new.blocks.number, self.waiting
+            if number < self.blocks.number:  # the block that is cut at `position`
+                rows = rows.new_empty(*rows.shape[:2], self.pattern.chosen_block, *rows.shape[3:])
+                for row in range(rows.shape[1]):
+                    self.blocks.take(row, torch.tensor([number], device=rows.device), rows[:, row : row + 1])
+            new._waiting = [rows[:, :, : new.kept - number * self.pattern.chosen_block]]
         return new
-
-    def _rows_before(self, position: int, number: int) -> Tensor:
-        """Return the keys and values before `position` that are in none of the first `number` blocks."""
-        rows = self.waiting
-        if number < self.blocks.number:  # the block that is cut at `position`
-            rows = rows.new_empty(*rows.shape[:2], self.pattern.chosen_block, *rows.shape[3:])
-            for row in range(rows.shape[1]):
-                self.blocks.take(row, torch.tensor([number], device=rows.device), rows[:, row : row + 1])
-        return rows[:, :, : position - number * self.pattern.chosen_block]
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         """Yield all that `restore` needs, by name; a part that there is not yet has no numbers."""
@@ -527,11 +471,6 @@ class Past:
                     raise ValueError(f"{name} is no choice of blocks")
                 kept = blocks if name == "held" else blocks.long()
                 setattr(self, name, (int(saved[f"{name}_at"]), [*kept]))
-
-
-def all_at_once(wanted: Wanted) -> Iterator[tuple[int, slice]]:
-    """Yield all that are wanted, as `Past.runs` does where nothing has to be fetched."""
-    yield from ((index, slice(0, len(blocks))) for index, (_, blocks) in enumerate(wanted))
 
 
 def len_at(saved: Mapping[str, Tensor], name: str, axis: int) -> int:

@@ -195,11 +195,6 @@ class Pattern:
         return self.chosen * self.chosen_block
 
     @property
-    def edge_size(self) -> int:
-        """The tokens of a document to whose multiples ranks cut it: those of a chosen block, if there are any."""
-        return self.chosen_block if self.chosen else 1
-
-    @property
     def scan_every(self) -> int:
         """The tokens whose groups have the candidates of one scan: SCAN, in whole groups; one group's if exact."""
         return (1 if self.chosen_exact else max(1, SCAN // self.chosen_every)) * self.chosen_every

@@ -9,14 +9,14 @@ H query heads, K key heads, D head_dim, C blocks or candidates, m means of each.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain, groupby
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .groups import ChoiceStage, GroupedPart, limits_of, slot_of, stages
-from .past import Means, OfBlocks
+from .past import Means
 from .pattern import NEIGHBOUR, RUN, RUNS, VOTERS, Pattern
 
 
@@ -154,58 +154,39 @@ class Scan:
         """Keep the best blocks of all by the first stage: of blocks before the slots but 0, or of their runs."""
         number, before = self.slots[-1].blocks, blocks_before(self.slots, means.fine.device)
         if stage.means != RUNS:
-            of_blocks, others = means.of_first(self.row, number, stage.means)[:, 1:], not_before(1, number, before)
+            of_blocks, others = means.of_first(stage.means, self.row, number)[:, 1:], not_before(1, number, before)
             self.kept = 1 + best(votes_for(self._voters, of_blocks, others), stage.blocks)
             return
         # the first run, whose keys are like no others, and the blocks after the last whole one always stay
         whole, own = number // RUN, torch.arange(RUN, device=self._voters.device)
-        of_runs, others = means.of_first(self.row, whole, RUNS)[:, 1:], not_before(1, whole, before // RUN)
+        of_runs, others = means.of_first(RUNS, self.row, whole)[:, 1:], not_before(1, whole, before // RUN)
         runs = 1 + best(votes_for(self._voters, of_runs, others), stage.blocks // RUN - 1)
         rest = before // RUN * RUN + own[: number % RUN]
         kept = own[1:], (runs[..., None] * RUN + own).flatten(1), rest
         self.kept = torch.cat([x.expand(len(self._voters), -1) for x in kept], 1)
 
-    def candidates(self) -> Sequence[Tensor | None]:
-        """Return what is kept for each slot."""
-        return [None] * len(self.slots) if self.kept is None else self.kept.unbind()
-
-    def best_of(self, some: slice, of_blocks: OfBlocks, numbers: int, most: int) -> Tensor:
-        """Return the `most` best (n, most) of the blocks that some slots keep, each with so many `numbers` of means."""
+    def compare_kept(self, stage: ChoiceStage, means: Means) -> None:
+        """Keep the best of the blocks that are kept, by a later stage."""
         assert self.kept is not None
-        voters, kept = self._voters[some], self.kept[some]
-        step = max(1, limits_of(voters).scores // (kept.shape[1] * numbers))
+        step = max(1, limits_of(self._voters).scores // (self.kept.shape[1] * means.numbers(stage.means)))
         votes = [
-            votes_for(of_slots[:, None], of_blocks(own), blocks=own[:, None])[:, 0]
-            for of_slots, own in zip(voters.split(step), kept.split(step), strict=True)
+            votes_for(voters[:, None], means.of_blocks(stage.means, self.row, own), blocks=own[:, None])[:, 0]
+            for voters, own in zip(self._voters.split(step), self.kept.split(step), strict=True)
         ]
-        return kept.gather(1, best(torch.cat(votes), most))
+        self.kept = self.kept.gather(1, best(torch.cat(votes), stage.blocks))
 
 
-def scan(pattern: Pattern, means: Means, votings: Sequence[Voting]) -> list[list[Tensor | None]]:
-    """Return the candidates (C,) of each slot of some votings, by the votes of its first group.
-
-    None is all blocks but 0. Stages come one after the other, each for all slots: ranks fetch means together.
-    """
-    of_votings = [[*_scans(means, voting)] for voting in votings]
-    scans = [*chain(*of_votings)]
-    for stage in stages(pattern):
-        planned = [each for each in scans if stage in each.planned]
-        for each in planned:
-            if stage == each.planned[0]:
-                each.compare_all(stage, means)
-        if stage.means == RUNS:
-            continue
-        later = [each for each in planned if stage != each.planned[0]]
-        found: list[list[Tensor]] = [[] for _ in later]
-        wanted = [(each.row, each.kept) for each in later if each.kept is not None]
-        for index, some, of_blocks in means.of_wanted(stage.means, wanted):
-            found[index].append(later[index].best_of(some, of_blocks, means.numbers(stage.means), stage.blocks))
-        for each, parts in zip(later, found, strict=True):
-            each.kept = torch.cat(parts)
-    return [
-        [*_known(voting), *chain(*(each.candidates() for each in some))]
-        for voting, some in zip(votings, of_votings, strict=True)
-    ]
+def scan(means: Means, voting: Voting) -> list[Tensor | None]:
+    """Return the candidates (C,) of each slot, by the votes of its first group; None is all blocks but 0."""
+    candidates = _known(voting)
+    for some in _scans(means, voting):
+        for number, stage in enumerate(some.planned):
+            if number:
+                some.compare_kept(stage, means)
+            else:
+                some.compare_all(stage, means)
+        candidates += [None] * len(some.slots) if some.kept is None else some.kept.unbind()
+    return candidates
 
 
 def _scans(means: Means, voting: Voting) -> Iterator[Scan]:

@@ -18,10 +18,11 @@ from longnet_cli.basics.sizes import count_of, format_bytes, format_duration
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.command import Excludes, Needs, check_pairs
 from longnet_cli.cli.dry_run import show_reading
-from longnet_cli.cli.options import COMPUTE, INPUT, OUTPUT, Computing, Documents, HelpPanel, Mesh, ModelChoice
+from longnet_cli.cli.options import INPUT, OUTPUT, Computing, Documents, HelpPanel, Mesh, ModelChoice
 from longnet_cli.cli.output import emit_jsonl, note, printable, tell
 from longnet_cli.cli.progress import progress
 from longnet_cli.cli.starting import ModelAndInputs, Opened, state_teller
+from longnet_cli.running.ranks.launch import under_torchrun
 
 if TYPE_CHECKING:
     from longnet_cli.data.chat import ChatTemplate
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from longnet_cli.jobs.generating import Step
     from longnet_cli.models.folder import Loaded
     from longnet_cli.running.causal_stream import CausalStream
-    from longnet_cli.running.ranks.ranks import Ranks
 
 Format = Literal["text", "jsonl"]
 SAMPLING = HelpPanel("How to choose tokens")
@@ -104,7 +104,6 @@ class GenerateCommand:
         "--dry-run",
         "Read the prompts, print tokens, FLOPs, memory and time, and stop. The exit code is 5 if it does not fit.",
     )
-    sp: int | None = COMPUTE.size("--sp N", "Start N processes (ranks), which share the reading of each text.")
     computing: Computing
 
 
@@ -126,16 +125,15 @@ def generate(options: GenerateCommand) -> None:
         options = replace(options, choice=replace(options.choice, pattern=pattern))
     text, save_state = _text(options.prompt, options.inputs, options.state), options.save_state
     opened, inputs = _open(options, text)
-    loaded, ranks, quiet = opened.loaded, opened.ranks, opened.quiet
-    options = replace(options, computing=replace(options.computing, quiet=quiet))
-    job = _TextGenerator(options, loaded, ranks)
+    loaded, quiet = opened.loaded, opened.quiet
+    job = _TextGenerator(options, loaded)
     documents, several = _documents(options, inputs, loaded.chat, text)
     if opened.room:
         _estimate(job, documents, opened.room)
         return
-    stream = _stream(options, loaded, ranks)
+    stream = _stream(options, loaded)
     more = job.max_tokens + (stream.position if stream else 0)
-    tell_state = state_teller(loaded.net, options.computing, more=more, sp=ranks.sp, quiet=quiet)
+    tell_state = state_teller(loaded.net, options.computing, more=more, quiet=quiet)
     if loaded.net.config.pattern.chosen:
         tell_state(max(map(len, inputs.stored() if text is None else ()), default=0))
     for index, document in enumerate(documents):
@@ -145,9 +143,6 @@ def generate(options: GenerateCommand) -> None:
     if stream and save_state:
         size = stream.save(save_state, name=loaded.origin, tokenizer_sha256=loaded.tokenizer_sha256)
         tell(f"{save_state}: the state after {count_of(stream.position, 'token')}, {format_bytes(size)}", quiet)
-    from longnet_cli.running.ranks.ranks import leave
-
-    leave()
 
 
 def _state_pattern(state: str, pattern: str) -> str:
@@ -179,13 +174,9 @@ def _open(options: GenerateCommand, text: str | None) -> tuple[Opened, Inputs]:
     words = {name: getattr(options, name) for name in ("tokenizer", "tokenizer_differs", "column", "eos", "bos")}
     inputs = (options.inputs or ["-"]) if text is None else []
     named = ModelAndInputs(Documents(inputs, **words), options.choice, None)
-    processes = options.sp or int(os.environ.get("WORLD_SIZE", "1"))
-    if processes > 1 and named.folder.of_transformers:
-        raise ConfigError(f"{named.folder.name}: a Hugging Face model reads a text in one process, not in {processes}")
-    alone = {"--state": options.state, "--sources": options.sources, "--dry-run": options.dry_run}
-    if processes > 1 and (given := [option for option, value in alone.items() if value]):
-        raise ConfigError(f"{given[0]} is for one process, and there are {processes}: start one")
-    opened = named.open(Mesh(sp=options.sp), options.computing, dry_run=options.dry_run, chat=options.chat)
+    if under_torchrun():
+        raise ConfigError("generate is for one process, and torchrun has started several: start one")
+    opened = named.open(Mesh(), options.computing, dry_run=options.dry_run, chat=options.chat)
     if options.sources:
         from longnet_cli.jobs.chosen_sources import check_sources
 
@@ -218,17 +209,17 @@ def _estimate(job: _TextGenerator, documents: Iterable[Document], free: Room) ->
 
 
 class _TextGenerator:
-    """The generation of texts by one model, on one rank of several; the first one prints."""
+    """The generation of texts by one model."""
 
-    def __init__(self, options: GenerateCommand, loaded: Loaded, ranks: Ranks) -> None:
+    def __init__(self, options: GenerateCommand, loaded: Loaded) -> None:
         from longnet_cli.nets.weights import model_origin
 
-        self.options, self.loaded, self.ranks = options, loaded, ranks
+        self.options, self.loaded = options, loaded
         default = 0 if options.save_state else MAX_TOKENS
         self.max_tokens = default if options.max_tokens is None else options.max_tokens
         begun = (options.chat or options.state) and options.bos is None  # a template has its own start ids
         self.bos_ids = None if begun else loaded.bos
-        self.seed = ranks.from_first(secrets.randbelow(1 << 32)) if options.seed is None else options.seed
+        self.seed = secrets.randbelow(1 << 32) if options.seed is None else options.seed
         as_json = options.format == "jsonl"
         known = model_origin(loaded.net, loaded.origin, loaded.tokenizer_sha256) if as_json else {}
         self.origin = {name: known.get(f"longnet.{name}") for name in ORIGIN}
@@ -240,9 +231,10 @@ class _TextGenerator:
         from longnet_cli.running.causal_stream import CausalStream
 
         options, loaded, computing = self.options, self.loaded, self.options.computing
-        if options.sources or self.ranks.sp > 1:
-            stream = stream or CausalStream(loaded.net, ranks=self.ranks, spill=computing.spill)
-        watch = SourceWatch(stream) if options.sources and stream else None
+        watch = None
+        if options.sources:
+            stream = stream or CausalStream(loaded.net, spill=computing.spill)
+            watch = SourceWatch(stream)
         with progress("reading the prompt", total=len(document), quiet=computing.quiet) as advance:
             steps = run(
                 loaded.net,
@@ -265,16 +257,13 @@ class _TextGenerator:
         if watch:
             watch.begin()
         printer = _Printer(document, self.seed if options.temperature else None, options.format, self.origin)
-        prints = self.ranks.writes
-        if step and number is not None and prints:
+        if step and number is not None:
             print(("\n" if number else "") + f"==> {printable(document.doc_id)} <==", flush=True)
         while step:
-            if prints:
-                printer.print(step)
+            printer.print(step)
             done = step.finish_reason and not options.save_state  # otherwise, the last token is read
             step = None if done else next(steps, None)
-        if prints:
-            printer.end(computing.quiet, watch.found(loaded.tokenizer) if watch and loaded.tokenizer else None)
+        printer.end(computing.quiet, watch.found(loaded.tokenizer) if watch and loaded.tokenizer else None)
 
 
 def _text(prompt: str | None, inputs: list[str] | None, state: str | None) -> str | None:
@@ -323,7 +312,7 @@ def _each_document(inputs: Inputs, prompt: str | None, template: ChatTemplate | 
         yield from inputs.documents()
 
 
-def _stream(options: GenerateCommand, loaded: Loaded, ranks: Ranks) -> CausalStream | None:
+def _stream(options: GenerateCommand, loaded: Loaded) -> CausalStream | None:
     """Return a stream that has read --state, or a new one for --save-state; otherwise None. Raises as `load` does."""
     from longnet_cli.running.causal_stream import CausalStream
     from longnet_cli.running.device import DTYPES, resolve_dtype
@@ -343,7 +332,7 @@ def _stream(options: GenerateCommand, loaded: Loaded, ranks: Ranks) -> CausalStr
                 f"{state}: it was saved after a batch of {stream.batch} documents: name one of a document"
             )
         return stream
-    return CausalStream(net, ranks=ranks, spill=spill) if save_state else None
+    return CausalStream(net, spill=spill) if save_state else None
 
 
 def _only(documents: Iterator[Document]) -> Iterator[Document]:

@@ -20,9 +20,10 @@ from longnet_cli.basics.sizes import format_bytes, format_count
 from longnet_cli.cli.options import Computing, Documents, Mesh, ModelChoice, Running, read_pattern
 from longnet_cli.cli.output import check_output, count_left_out, end, say_what_is_kept, tell
 from longnet_cli.cli.progress import ExpectedTokens, progress
-from longnet_cli.running.ranks.launch import start_ranks, started_by_torchrun, under_torchrun
+from longnet_cli.running.ranks.launch import check_shared, start_ranks, started_by_torchrun, under_torchrun
 
 if TYPE_CHECKING:
+    from longnet_cli.attention import Pattern
     from longnet_cli.data.documents import Document
     from longnet_cli.data.inputs import Inputs
     from longnet_cli.data.manifest import LeftOut, Manifest
@@ -41,33 +42,45 @@ def freeze_imports() -> None:
     atexit.register(lambda: gc.unfreeze() if "triton" in sys.modules else None)
 
 
-def launch(
-    mesh: Mesh, inputs: Sequence[str] = (), folder: ModelFolder | None = None, *, dry_run: bool = False
-) -> int | None:
+def launch(mesh: Mesh, inputs: Sequence[str] = (), *, dry_run: bool = False) -> int | None:
     """Run this command as `nproc` processes, or as `dp` groups of `sp` processes, and exit with their exit code.
 
     A `dry_run` starts none: return the number of processes that it plans for. Without any of these options, or without
     `nproc` under torchrun, return: the command goes on in this process. Raises ConfigError for `nproc` under torchrun;
-    with several processes, for stdin or a pipe, which they cannot share, and for a Hugging Face model in `folder` that
-    would have to share a sequence.
+    with several processes, for stdin or a pipe, which they cannot share.
     """
-    nproc, sp, dp = mesh.nproc, mesh.sp, mesh.dp or 1
-    needed = dp * (sp or 1)
-    if nproc is None and not started_by_torchrun() and needed > 1:
-        nproc = needed
-    world = int(os.environ.get("WORLD_SIZE", "1")) if under_torchrun() else nproc or 1
-    shared = (sp or world // dp) > 1
-    if shared and folder and folder.of_transformers:
-        raise ConfigError(
-            f"{folder.name}: a Hugging Face model reads a document in one process: give every process its own "
-            f"documents (--dp {world})"
-        )
+    world = _processes(mesh)
     if world > 1 and (read_once := [item for item in inputs if _is_read_once(item)]):
         name = "stdin" if read_once[0] in ("-", "@-") else read_once[0]
         raise ConfigError(f"{name} can be read by one process: save it to a file, which every rank reads for itself")
-    if nproc is not None:
+    if (nproc := _asked(mesh)) is not None:
         start_ranks(nproc, dry_run=dry_run)
     return nproc
+
+
+def _asked(mesh: Mesh) -> int | None:
+    """Return the number of processes that the options ask for; None for none."""
+    needed = (mesh.dp or 1) * (mesh.sp or 1)
+    return needed if mesh.nproc is None and needed > 1 and not started_by_torchrun() else mesh.nproc
+
+
+def _processes(mesh: Mesh) -> int:
+    return int(os.environ["WORLD_SIZE"]) if under_torchrun() else _asked(mesh) or 1
+
+
+def refuse_sharing(mesh: Mesh, pattern: Callable[[], Pattern], folder: ModelFolder | None = None) -> None:
+    """Raise ConfigError if processes are to share a sequence, and a Hugging Face model or a `pattern` cannot.
+
+    Call it before any rank is started.
+    """
+    sp = mesh.sp or _processes(mesh) // (mesh.dp or 1)
+    if sp > 1 and folder and folder.of_transformers:
+        raise ConfigError(
+            f"{folder.name}: a Hugging Face model reads a document in one process: give every process its own "
+            f"documents (--dp {_processes(mesh)})"
+        )
+    if sp > 1:
+        check_shared(pattern(), sp)
 
 
 def ask_hub(model: str | None, tokenizer: str | None) -> None:
@@ -97,13 +110,13 @@ def check_spill(spill: str | None, net: Net | None = None) -> None:
 
 
 def state_teller(
-    net: Net, computing: Computing, *, contexts: Sequence[int] | None = None, more: int = 0, sp: int = 1, quiet: bool
+    net: Net, computing: Computing, *, contexts: Sequence[int] | None = None, more: int = 0, quiet: bool
 ) -> Callable[[int], None]:
     """Return a function of the tokens of a document, which says on stderr what it will keep for chosen blocks.
 
     The longest document so far has a line, and later one that is twice as long. `more` tokens follow each document.
-    Each is read whole, or at the longest of `contexts`, by `sp` processes. The function raises MemoryLimitError if
-    the part in the folder of --spill is larger than what was free there at first.
+    Each is read whole, or at the longest of `contexts`. The function raises MemoryLimitError if the part in the folder
+    of --spill is larger than what was free there at first.
     """
     from longnet_cli.jobs.estimating.memory import cache_bytes, itemsize_of
     from longnet_cli.running.chunk_size import chunk_of, default_chunk
@@ -118,7 +131,7 @@ def state_teller(
         if not config.pattern.chosen:
             return
         tokens = min(tokens, max(contexts or (tokens,))) + more
-        kept = cache_bytes(config, tokens, itemsize_of(computing.dtype, device), sp)
+        kept = cache_bytes(config, tokens, itemsize_of(computing.dtype, device))
         size, blocks = sum(kept), kept.blocks
         if spill and blocks > free and tokens > chunk:
             raise MemoryLimitError(
@@ -131,8 +144,7 @@ def state_teller(
         where = f"{format_bytes(size)} of memory"
         if spill:
             where = f"{format_bytes(size - blocks)} of memory and {format_bytes(blocks)} in {spill}"
-        each = f" in each of {sp} processes" if sp > 1 else ""
-        tell(f"{tokens:,} tokens keep {where} for chosen blocks{each}", quiet)
+        tell(f"{tokens:,} tokens keep {where} for chosen blocks", quiet)
 
     return tell_state
 
@@ -172,7 +184,7 @@ class Opened(NamedTuple):
 
         net, quiet, times = self.loaded.net, self.quiet, len(contexts or (None,))
         output, computing, expected = options.output, options.computing, ExpectedTokens()
-        tell_state = state_teller(net, computing, contexts=contexts, sp=self.ranks.sp, quiet=quiet)
+        tell_state = state_teller(net, computing, contexts=contexts, quiet=quiet)
 
         def on_document(document: Document, share: float | None) -> None:
             expected.count(times * min(len(document), last or len(document)), share)
@@ -258,7 +270,8 @@ class ModelAndInputs:
     def open(self, mesh: Mesh, computing: Computing, *, dry_run: bool, **how: Any) -> Opened:
         """Start the ranks, and load the model on each of them. `how` are more arguments of `ModelFolder.load`."""
         check_spill(computing.spill)
-        planned = launch(mesh, self.documents.inputs, self.folder, dry_run=dry_run)
+        refuse_sharing(mesh, lambda: self.folder.net_config(self.pattern).pattern, self.folder)
+        planned = launch(mesh, self.documents.inputs, dry_run=dry_run)
         from longnet_cli.running.ranks.ranks import join
 
         freeze_imports()

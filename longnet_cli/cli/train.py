@@ -20,7 +20,7 @@ from longnet_cli.cli.dry_run import check_fits, show_training
 from longnet_cli.cli.options import COMPUTE, INPUT, OUTPUT, Format, HelpPanel, Mesh, argument, bare_or, read_pattern
 from longnet_cli.cli.output import note, tell
 from longnet_cli.cli.progress import Advance, progress
-from longnet_cli.cli.starting import ask_hub, freeze_imports, launch
+from longnet_cli.cli.starting import ask_hub, freeze_imports, launch, refuse_sharing
 from longnet_cli.running.ranks.launch import LAUNCHED
 
 if TYPE_CHECKING:
@@ -119,7 +119,9 @@ def train(options: TrainCommand) -> None:
     read_pattern(options.pattern)  # so that an error names --pattern, not the recipe
     recipe = _recipe(options)
     # now: one process downloads, and refuses what every rank would refuse
-    planned = launch(options.mesh, dry_run=options.dry_run)
+    mesh, parallel = options.mesh, recipe.parallel
+    refuse_sharing(replace(mesh, sp=parallel.sp, dp=parallel.dp), lambda: recipe.model.pattern)
+    planned = launch(mesh, dry_run=options.dry_run)
     from longnet_cli.jobs.training.costs import estimate_training, is_too_large, settle_chunk
     from longnet_cli.running.device import keep_freed_memory
     from longnet_cli.running.ranks.ranks import join, leave

@@ -304,7 +304,7 @@ def attention(s: Settings, impl: str, direction: str, seq: int) -> Case:
     shape = (s.batch, s.heads, chunk, s.head_dim) if dense else (s.batch, chunk, s.heads, s.head_dim)
     memory = attention_memory(shape, None if dense else pattern, s.causal, dtype, s.device, backward) + (cache or 0)
     if not dense:
-        memory += transient_memory(pattern, s.heads, s.head_dim, seq, dtype.itemsize, s.device.type, back=backward)
+        memory += transient_memory(pattern, s.heads, s.head_dim, seq, dtype.itemsize, s.device.type)
     return Case(row, flops, memory, partial(_attention, s, impl, pattern, shape, backward, streamed), streamed)
 
 

@@ -32,7 +32,6 @@ from longnet_cli.nets.net import Bos, InputSequence, Net, bos_ids
 from longnet_cli.running.causal_stream import CausalStream, open_stream
 from longnet_cli.running.chunk_size import chunk_of, default_chunk
 from longnet_cli.running.device import precision
-from longnet_cli.running.ranks.ranks import ALONE
 
 
 class StopTexts:
@@ -204,11 +203,9 @@ class _Generator:
     on_progress: Callable[[int], None]
 
     def run(self, sequence: InputSequence[Document], max_tokens: int, reads_all: bool) -> Iterator[Step]:
-        ranks, logits = ALONE, None
-        if isinstance(self.stream, CausalStream):
-            ranks = self.stream.ranks
-            if not len(sequence) and self.stream.last_hidden is not None:
-                logits = self._logits(self.stream.last_hidden[0])
+        logits = None
+        if not len(sequence) and isinstance(self.stream, CausalStream) and self.stream.last_hidden is not None:
+            logits = self._logits(self.stream.last_hidden[0])
         for start in range(0, len(sequence), self.chunk):
             stop = min(start + self.chunk, len(sequence))
             logits = self._read(torch.from_numpy(sequence.read(start, stop)))
@@ -216,7 +213,6 @@ class _Generator:
         assert logits is not None
         for number in range(1, max_tokens + 1):
             token, logprob = self.sampler(logits)
-            token = ranks.of_group().from_first(token)  # another rank's logits may be off by a bit
             step = self._step(token, logprob, number == max_tokens)
             yield step
             if not step.finish_reason or reads_all:
@@ -230,8 +226,8 @@ class _Generator:
         device = next(self.model.parameters()).device
         tokens = ids.long()[None].to(device)
         with precision(self.dtype, device):
-            last = self.stream.read(tokens) if isinstance(self.stream, CausalStream) else self.stream(tokens)[:, -1]
-        return self._logits(last[0])
+            last = self.stream(tokens)[0, -1]
+        return self._logits(last)
 
     @torch.inference_mode()
     def _logits(self, hidden: Tensor) -> Tensor:

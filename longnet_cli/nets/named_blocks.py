@@ -164,11 +164,6 @@ class NamedBlocks:
         self._texts = {(row, 0): text for row, text in enumerate(texts or ())}  # by row and first column
         self._named: dict[tuple[int, int, int], Tensor] = {}
 
-    @classmethod
-    def of_shard(cls, pattern: Pattern, earlier: Tensor, tokens: Tensor) -> NamedBlocks:
-        """Return the names of a shard's tokens (B, N); `earlier` (B, n) are those of its first document before it."""
-        return cls(pattern, tokens, [ReadText(rows) for rows in zip(earlier, tokens, strict=True)])
-
     def __call__(self, row: int, part: GroupedPart) -> Tensor:
         begin = row, part.columns.start
         if begin not in self._texts:

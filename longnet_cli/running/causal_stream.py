@@ -8,15 +8,12 @@ B batch, n tokens of a chunk.
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from longnet_cli.attention import Outside
@@ -24,11 +21,10 @@ from longnet_cli.basics.errors import ConfigError
 from longnet_cli.nets.net import Net
 from longnet_cli.running.layer_caches import LayerCaches
 from longnet_cli.running.ranks.exchange import Exchange
-from longnet_cli.running.ranks.ranks import ALONE, Ranks
 from longnet_cli.running.saved_state import dtype_name, read_state, reader_facts, restoring, write_state
 
 
-def open_stream(net: Net, ranks: Ranks = ALONE, spill: str | Path | None = None) -> Callable[..., Tensor]:
+def open_stream(net: Net, spill: str | Path | None = None) -> Callable[..., Tensor]:
     """Return a function that reads a causal sequence in chunks (B, n) and returns each chunk's hidden states.
 
     With `spill`, keys and values of chosen blocks are kept in a file in that folder. Raises ConfigError for a net that
@@ -37,7 +33,7 @@ def open_stream(net: Net, ranks: Ranks = ALONE, spill: str | Path | None = None)
     own = net.stream()
     if own and spill and net.config.pattern.chosen:
         raise ConfigError("this model keeps a cache of its own, in memory: leave out --spill")
-    return own or CausalStream(net, ranks=ranks, spill=spill)
+    return own or CausalStream(net, spill=spill)
 
 
 class CausalStream(LayerCaches):
@@ -48,10 +44,10 @@ class CausalStream(LayerCaches):
             hidden = stream(tokens)    # (B, n, dim), as one pass over the whole sequence gives
 
     It computes no gradients. Its state is one KVCache per layer, `cache_bytes` in all, bounded whatever the `position`,
-    except with chosen blocks, which need all keys. The `ranks` of a group share every chunk: each passes its own
-    shard and the chunk's `edges`, and holds the whole state, but for blocks of the past. Cached rows on another device
-    than the net's are copied for each chunk. `options` are those of `LayerCaches`. `last_hidden` (B, dim) is the last
-    token's hidden state, from which the next token can be drawn. Raises ConfigError for a bidirectional net, and what
+    except with chosen blocks, which need all keys. The ranks of a group may share chunks: each passes its own shard and
+    the chunk's `exchange`, and holds the whole state. Cached rows on another device than the net's are copied for each
+    chunk. `options` are those of `LayerCaches`. `last_hidden` (B, dim) is the last token's hidden state, from which the
+    next token can be drawn; None if ranks have shared the chunk. Raises ConfigError for a bidirectional net, and what
     `mapped.SpillFile` raises.
 
         stream.save("book.state")
@@ -69,41 +65,21 @@ class CausalStream(LayerCaches):
 
     @torch.no_grad()
     def __call__(
-        self, tokens: Tensor | None = None, *, embeddings: Tensor | None = None, edges: Sequence[int] | None = None
+        self, tokens: Tensor | None = None, *, embeddings: Tensor | None = None, exchange: Exchange | None = None
     ) -> Tensor:
         """Read the next tokens (B, n), or vectors (B, n, dim) in their place; return hidden (B, n, dim).
 
-        `edges` are the edges of the ranks' shards, as in `exchange.Exchange`; the first one is `position`.
-        Raises ValueError without them for chosen blocks over ranks.
+        With an `exchange`, whose first edge is `position`, they are this rank's shard of the chunk.
         """
-        if self.ranks.sp > 1 and self.pattern.chosen and not edges:
-            raise ValueError("each rank has only its own chosen blocks: give the edges of all ranks' shards")
-        exchange = Exchange(self.model.config, edges, group=self.ranks.group, cached=True) if edges else None
-        start, of_all = exchange.start if exchange else self.position, tokens
-        if exchange and self.pattern.chosen and tokens is not None:
-            of_all = exchange.all_tokens(tokens)
-        named, far = self.note(of_all), partial(self.provide, exchange=exchange)
+        named, far = self.note(tokens), partial(self.provide, exchange=exchange)
+        start = exchange.start if exchange else self.position
         hidden = self.model(tokens, embeddings=embeddings, start=start, far=far, named=named)
         self.store()
-        if edges[0] < edges[-1] if edges else hidden.shape[1]:
-            last = partial(self._last_of_ranks, edges=edges) if edges else _last
-            self.last_hidden, self.last_tokens = last(hidden), None if tokens is None else last(tokens)
+        if exchange:
+            self.last_hidden = self.last_tokens = None
+        elif hidden.shape[1]:
+            self.last_hidden, self.last_tokens = _last(hidden), None if tokens is None else _last(tokens)
         return hidden
-
-    def read(self, tokens: Tensor) -> Tensor:
-        """Read the next tokens (B, n), which all ranks give; return the last one's hidden state (B, dim) to all."""
-        if self.ranks.sp == 1:
-            return _last(self(tokens))
-        edges = self.ranks.edges(self.position, tokens.shape[1], self.pattern.edge_size)
-        self(tokens[:, self.ranks.shard([edge - self.position for edge in edges])], edges=edges)
-        assert self.last_hidden is not None
-        return self.last_hidden
-
-    def _last_of_ranks(self, x: Tensor, edges: Sequence[int]) -> Tensor:
-        """Return the last of x (B, n, ..) to all ranks: that of the last shard, of those with these edges, with any."""
-        last = x[:, -1:].sum(1)  # zeros, if this rank's shard is empty
-        dist.broadcast(last, group=self.ranks.group, group_src=bisect_left(edges, edges[-1]) - 1)
-        return last
 
     def far(self) -> list[Outside]:
         """Return what the next chunk sees of the past, layer by layer."""
@@ -117,9 +93,6 @@ class CausalStream(LayerCaches):
         """
         if self.last_hidden is None:
             raise ConfigError(f"{folder}: a stream is saved after it has read something")
-        if self.ranks.sp_rank:
-            deque(self.state(), maxlen=0)  # the first rank asks for what it writes
-            return 0
         facts = {**reader_facts(self.model, name, tokenizer_sha256), **self.facts}
         facts["last_tokens"] = None if self.last_tokens is None else self.last_tokens.tolist()
         return write_state(Path(folder), facts, self.state())

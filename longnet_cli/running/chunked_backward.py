@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -27,8 +26,6 @@ from longnet_cli.nets.config import NetConfig
 from longnet_cli.nets.net import Net
 from longnet_cli.running.causal_stream import CausalStream
 from longnet_cli.running.device import precision, random_state, set_random_state
-from longnet_cli.running.ranks.blocks import RankPast
-from longnet_cli.running.ranks.edges import most_owned, whole_blocks
 from longnet_cli.running.ranks.exchange import Exchange
 from longnet_cli.running.ranks.fsdp import final_backward
 from longnet_cli.running.ranks.ranks import ALONE, Ranks
@@ -72,23 +69,18 @@ def backward_in_chunks(
     """
     device = tokens.device
     on_chunk = on_chunk or (lambda: None)
-    pattern = model.config.pattern
-    if ranks.sp > 1:
-        chunk = whole_blocks(chunk, pattern.edge_size)
-    room = most_owned(pattern.chosen_block, tokens.shape[1], chunk, ranks.sp) if pattern.chosen else 0
-    stream = CausalStream(model, ranks=ranks, keep=tokens.shape[1], room=room, allocate=allocate)
-    edges = [*range(0, tokens.shape[1], chunk), tokens.shape[1]]
-    chunks = [_Chunk(model, start, stop, ranks) for start, stop in pairwise(edges)]
+    stream = CausalStream(model, keep=tokens.shape[1], allocate=allocate)
+    begins = range(0, tokens.shape[1], chunk)
+    chunks = [_Chunk(model, start, min(start + chunk, tokens.shape[1]), ranks) for start in begins]
     tape = []  # per chunk: the random state that its dropout draws from, its far keys
     for index, part in enumerate(chunks):
         tape.append((random_state(device), [outside.keys for outside in stream.far()]))
         if index < len(chunks) - 1:  # the last one is only computed with its gradient
             with precision(dtype, device):
-                stream(tokens[:, part.mine], edges=part.edges)
+                stream(tokens[:, part.mine], exchange=part.exchange)
             on_chunk()
-    last = chunks[-1]  # only this one still chooses
-    named = stream.note(tokens[:, last.start : last.mine.stop]) if pattern.chosen else None
-    pasts = [cache.past for cache in stream.caches if cache.past] or new_pasts(model.config, ranks)
+    named = stream.note(tokens[:, chunks[-1].mine]) if model.config.pattern.chosen else None  # only it still chooses
+    pasts = [cache.past for cache in stream.caches if cache.past] or new_pasts(model.config)
     del stream
     total = torch.zeros((), dtype=torch.float64, device=device)
     gradients = FarGradients(model.config, tokens.shape[1], ranks, allocate)
@@ -100,7 +92,7 @@ def backward_in_chunks(
         total += part.backward(tokens[:, part.mine], targets[:, part.mine], far, pasts, gradients, scale, dtype, named)
         named = None
         for past in pasts:
-            past.forget_means()  # all has been chosen
+            past.means = None  # all has been chosen
         if not after:
             after = random_state(device)  # after the last chunk, as one forward pass leaves it
         on_chunk()
@@ -108,11 +100,10 @@ def backward_in_chunks(
     return total
 
 
-def new_pasts(config: NetConfig, ranks: Ranks = ALONE) -> list[Past]:
+def new_pasts(config: NetConfig) -> list[Past]:
     """Return the past of a document's first tokens in each layer, which keeps what they choose; [] without a choice."""
-    make = partial(RankPast, group=ranks.group) if ranks.sp > 1 else Past
     layers = range(config.num_layers if config.pattern.chosen else 0)
-    return [make(config.pattern, keep=1, layer=layer) for layer in layers]
+    return [Past(config.pattern, keep=1, layer=layer) for layer in layers]
 
 
 class _Chunk:
@@ -120,11 +111,11 @@ class _Chunk:
 
     def __init__(self, model: Net, start: int, stop: int, ranks: Ranks) -> None:
         self.model, self.start, self.stop = model, start, stop
-        self.edges, self.exchange, self.mine = None, None, slice(start, stop)
+        self.exchange, self.mine = None, slice(start, stop)
         if ranks.sp > 1:
-            self.edges = ranks.edges(start, stop - start, model.config.pattern.edge_size)
-            self.exchange = Exchange(model.config, self.edges, group=ranks.group, cached=True)
-            self.mine = ranks.shard(self.edges)
+            edges = ranks.edges(start, stop - start)
+            self.exchange = Exchange(model.config, edges, group=ranks.group, cached=True)
+            self.mine = slice(*self.exchange.mine)
 
     def backward(
         self,
@@ -144,24 +135,19 @@ class _Chunk:
         def provide(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Outside:
             if layer == len(made):  # otherwise activation checkpointing computes it again
                 made.append((k, v))
-                keys, past = [gradients.leaves(layer, x, k.device) for x in far[layer]], None
-                if pasts:
-                    past = pasts[layer]
-                    if self.exchange and isinstance(past, RankPast) and past.position == self.start:
-                        past.enter(self.exchange, q, k, v)  # the last chunk, which the stream has not read
-                    past = gradients.past(layer, past, self.mine.start, k)
+                keys = [gradients.leaves(layer, x, k.device) for x in far[layer]]
+                past = gradients.past(layer, pasts[layer], self.start, k) if pasts else None
                 leaves.append(Outside(keys, past))
-            outside = leaves[layer]
             if not self.exchange:
-                return outside
-            return Outside([*outside.keys, *self.exchange.run(k, v, outside.past)[0]], outside.past)
+                return leaves[layer]
+            return Outside([*leaves[layer].keys, *self.exchange.run(k, v)[0]])
 
         with precision(dtype, tokens.device):
             hidden = self.model(tokens, start=self.mine.start, far=provide, named=named)
             total = self.model.nll(hidden, targets).sum(dtype=torch.float64)
         roots, grads = [total], [torch.full_like(total, scale)]
         for layer, (k, v) in enumerate(made):
-            from_later_chunks = gradients.hand_over(layer, self.start, self.stop, self.mine.start, k, self.exchange)
+            from_later_chunks = gradients.hand_over(layer, self.start, self.stop, self.mine.start, k)
             if from_later_chunks is not None:
                 for made_here, gradient in zip((k, v), from_later_chunks, strict=True):
                     if made_here.requires_grad:  # otherwise no trained weight made it
@@ -180,8 +166,7 @@ class FarGradients:
     There is one sum per layer, level and segment, (k and v, B, rows, lanes, D), packed as in KVCache, in fp32 (fp64 for
     fp64). With chosen blocks, there is one more per layer, for all tokens before the last chunk. `allocate` makes its
     memory, as torch.empty does. In a group, each rank sums the gradients of its own shards. These sums are reduced over
-    the ranks when the chunk that made the rows asks for them. Chosen blocks are apart: a `RankPast` sums the gradients
-    of the blocks that it has.
+    the ranks when the chunk that made the rows asks for them.
     """
 
     def __init__(self, config: NetConfig, tokens: int, ranks: Ranks, allocate: Callable[..., Tensor]) -> None:
@@ -201,11 +186,11 @@ class FarGradients:
         return replace(keys, k=k, v=v)
 
     def past(self, layer: int, past: Past, start: int, k: Tensor) -> Past:
-        """Return the past of the shard at `start`, which adds the gradients of its rows to their sum.
+        """Return the past of the chunk at `start`, which adds the gradients of its rows to their sum.
 
-        `past` is that of a later shard or of this one; k (B, n, K, D) is the shard's.
+        `past` is that of a later chunk or of this one; k (B, n, K, D) is the chunk's.
         """
-        if start and layer not in self.of_pasts and not past.shared:
+        if start and layer not in self.of_pasts:
             size, last = self.pattern.chosen_block, start
             if past.kind == "sees_block_0":
                 last = min(last, self.pattern.chosen_keys)
@@ -225,19 +210,15 @@ class FarGradients:
         rows = self.sums[key][index, :, : leaf.shape[1]]
         rows.add_(gradient.to(rows.device))
 
-    def hand_over(
-        self, layer: int, start: int, stop: int, begin: int, k: Tensor, exchange: Exchange | None
-    ) -> Tensor | None:
+    def hand_over(self, layer: int, start: int, stop: int, begin: int, k: Tensor) -> Tensor | None:
         """Return what later chunks have added to the gradients of a shard: (k and v, B, n, K, D), or None for nothing.
 
         The shard starts at `begin`, in the chunk [start, stop), and has the shape and the device of `k` (B, n, K, D).
-        Sums that no earlier chunk needs are freed. All ranks of a group must ask, once for each chunk, each with its
-        `exchange`.
+        Sums that no earlier chunk needs are freed. All ranks of a group must ask, once for each chunk.
         """
         total = None
         if layer in self.of_pasts:
-            rows = self.of_pasts[layer][:, :, start:stop][:, :, begin - start : begin - start + k.shape[1]]
-            rows = rows.to(k.device)
+            rows = self.of_pasts[layer][:, :, start:stop].to(k.device)
             total = torch.zeros(2, *k.shape, dtype=rows.dtype, device=k.device)
             total[:, :, : rows.shape[2]] = rows
         for span in open_spans(self.pattern, stop):

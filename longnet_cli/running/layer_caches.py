@@ -20,9 +20,7 @@ from longnet_cli.attention.notation import parse_pattern
 from longnet_cli.attention.past import Seen
 from longnet_cli.nets.named_blocks import NamedBlocks, ReadText, named_blocks
 from longnet_cli.running.mapped import BlockFile, SpillFile, mapped_empty
-from longnet_cli.running.ranks.blocks import RankPast
 from longnet_cli.running.ranks.exchange import Exchange
-from longnet_cli.running.ranks.ranks import ALONE, Ranks
 from longnet_cli.running.saved_state import dtype_name
 
 C = TypeVar("C", bound="LayerCaches")
@@ -33,23 +31,19 @@ class LayerCaches:
     """The KV caches of a net's layers, by layer; each is made with the layer's first keys.
 
     `keep` and `allocate` go to KVCache; for chosen blocks, memory is in maps by default, and with `spill` all keys and
-    values go to one file in that folder. The `ranks` of a group hold the same, but for blocks of the past, which stay
-    with the rank that has read them; `room` is the number of these for which a rank allocates memory at once. With
-    chosen blocks, `ids` has the token ids that were read, (B, n) int32 each, and `texts` those of the rows, unless
-    there were vectors among them.
+    values go to one file in that folder. With chosen blocks, `ids` has the token ids that were read, (B, n) int32 each,
+    and `texts` those of the rows, unless there were vectors among them.
     """
 
     def __init__(
         self,
         pattern: Pattern,
         *,
-        ranks: Ranks = ALONE,
         keep: int = 0,
-        room: int = 0,
         allocate: Callable[..., Tensor] | None = None,
         spill: str | Path | None = None,
     ) -> None:
-        self.pattern, self.ranks, self.keep, self.room = pattern, ranks, keep, room
+        self.pattern, self.keep = pattern, keep
         self.file = SpillFile(spill) if spill and pattern.chosen else None
         self.allocate = allocate or (mapped_empty if pattern.chosen else torch.empty)
         self.by_layer: dict[int, KVCache] = {}
@@ -93,9 +87,6 @@ class LayerCaches:
         options: dict[str, Any] = {"kv_heads": k.shape[2], "dtype": k.dtype, "device": k.device, "layer": layer}
         options |= {"keep": self.keep, "allocate": self.allocate, "blocks": blocks}
         cache = self.by_layer[layer] = KVCache(self.pattern, len(k), *q.shape[2:], **options)
-        if cache.past and self.ranks.sp > 1:
-            group, room = self.ranks.group, self.room
-            cache.past = RankPast(self.pattern, group, blocks, self.allocate, self.keep, layer, room)
         if cache.past and self.on_choice:
             cache.past.on_choice = partial(self.on_choice, layer)
         return cache
@@ -109,8 +100,6 @@ class LayerCaches:
         cache = self.of_layer(layer, q, k)
         near, others = exchange.run(k, v) if exchange else ([], [])
         place: dict[str, Any] = {"start": exchange.start, "stop": exchange.edges[-1]} if exchange else {}
-        if exchange and isinstance(cache.past, RankPast):
-            cache.past.enter(exchange, q, k, v)
         self._late = partial(cache.append, k, v, q=q, others=others, **place)
         kept = cache.far() if exchange else cache.far(k, v)
         return Outside([*(_on(k.device, keys) for keys in kept.keys), *near], cache.past)

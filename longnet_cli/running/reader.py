@@ -25,7 +25,6 @@ from longnet_cli.running.causal_stream import open_stream
 from longnet_cli.running.chunk_size import chunk_of, default_chunk
 from longnet_cli.running.device import precision, to_device
 from longnet_cli.running.layerwise import hidden_in_chunks
-from longnet_cli.running.ranks.edges import whole_blocks
 from longnet_cli.running.ranks.exchange import Exchange
 from longnet_cli.running.ranks.ranks import Ranks
 
@@ -172,12 +171,15 @@ class Reader:
         Nothing here waits for a GPU: while it computes a chunk, the ids of the next chunk are read and sent to it.
         Reading takes less than a hundredth of the computing time, too little for a thread of its own.
         """
-        stream, ranks = open_stream(self.model, self.ranks, self.spill), self.ranks
+        stream, ranks = open_stream(self.model, self.spill), self.ranks
         for edges in self._chunks(window):
             ids = to_device(self._ids(window, edges[ranks.rank], edges[ranks.rank + 1])[None], self.device)
-            inside = [edge - window.start for edge in edges]
+            more: dict[str, Any] = {}
+            if ranks.group:
+                inside = [edge - window.start for edge in edges]
+                more["exchange"] = Exchange(self.model.config, inside, group=ranks.group, cached=True)
             with torch.inference_mode(), precision(self.dtype, self.device):
-                hidden = stream(ids, edges=inside if ranks.group else None)
+                hidden = stream(ids, **more)
             yield self._shared(window, edges, hidden[0])
 
     def _whole(self, window: W) -> Iterator[list[Piece[W]]]:
@@ -216,10 +218,9 @@ class Reader:
 
     def _chunks(self, window: Window) -> list[list[int]]:
         """Return the edges of the ranks' shards, chunk by chunk."""
-        size, start, total = self.model.config.pattern.edge_size, window.start, len(window)
-        chunk = whole_blocks(self.chunk * self.ranks.world, size if self.ranks.world > 1 else 1)
-        chunks = (self.ranks.edges(begin, min(chunk, total - begin), size) for begin in range(0, total, chunk))
-        return [[start + edge for edge in edges] for edges in chunks]
+        chunk = self.chunk * self.ranks.world
+        begins = range(window.start, window.stop, chunk)
+        return [self.ranks.edges(begin, min(chunk, window.stop - begin)) for begin in begins]
 
     def _shared(self, window: W, edges: Sequence[int], hidden: Tensor) -> list[Piece[W]]:
         self.on_progress(max(0, edges[-1] - max(edges[0], window.wanted)))

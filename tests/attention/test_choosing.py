@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import get_args
 from unittest.mock import patch
 
 import pytest
@@ -33,7 +32,6 @@ from longnet_cli.attention import pattern as pattern_module
 from longnet_cli.attention.branches import BACKWARD_FLOPS, attention_flops, backward_flops
 from longnet_cli.attention.chosen import Chosen
 from longnet_cli.attention.groups import GroupedPart, chosen_flops, groups_of
-from longnet_cli.attention.pattern import LayerKind
 from longnet_cli.attention.reference import chosen_blocks, dilated_attention_reference, followed
 from longnet_cli.running.mapped import BlockFile, SpillFile
 
@@ -432,13 +430,3 @@ def test_flops_of_chosen_blocks(tokens: int) -> None:
     both = attention_flops(pattern, 2, 16, tokens, True)
     assert both - attention_flops(Pattern((8,), (1,), look_back=1), 2, 16, tokens, True) == sum(found)
     assert backward_flops(pattern, 2, 16, tokens, True) == BACKWARD_FLOPS * (both - found.votes)
-
-
-def test_ranks_share_what_a_past_keeps() -> None:
-    pattern = Pattern((1024,), (1,), look_back=1, chosen=32, chosen_block=32, chosen_every=16, chosen_layers=(1,))
-    sizes = pattern, 2, 64, 2 << 20, 2
-    for kind in get_args(LayerKind):
-        rows, means = groups.past_bytes(*sizes, kind)
-        own_rows, own_means = groups.past_bytes(*sizes, kind, own=1 << 20)
-        assert kind == "sees_block_0" or own_rows == rows / 2
-        assert means / 2 <= own_means <= means / 1.3

@@ -28,7 +28,6 @@ from longnet_cli.attention.plain_call import Kernel
 from longnet_cli.attention.planning import Shard, merged_backward, plan_calls
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.positions import sink_turn
-from longnet_cli.running.ranks import fetching
 
 # what starts nothing on a GPU
 VIEWS = {"view", "_unsafe_view", "slice", "select", "unsqueeze", "squeeze", "expand", "as_strided", "transpose", "t"}
@@ -167,7 +166,7 @@ class Live(TorchDispatchMode):
 
 @pytest.mark.parametrize("before", [0, 32_768])
 def test_what_chosen_blocks_take_for_a_time(before: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With limits that are a 64th of a GPU's; on one, it is at most 2 GiB, with what ranks fetch."""
+    """With limits that are a 64th of a GPU's; on one, it is at most 2 GiB."""
     less = groups.GPU._replace(gathered=groups.GPU.gathered // 64, scores=groups.GPU.scores // 64)
     monkeypatch.setattr(groups, "CPU", less)
     pattern, tokens, past, heads = Pattern.finding(), 4096, None, (2, 64)
@@ -194,8 +193,7 @@ def test_what_chosen_blocks_take_for_a_time(before: int, monkeypatch: pytest.Mon
         gradients = call.gradients(FlashOfAGpu(), 0.125, (dout, q, out, lse[..., None]), (k, k), total)
     backward.peak -= sum(x.nbytes for x in gradients)  # results
     assert most / 3 < max(choosing_.peak, attending.peak, backward.peak) <= most
-    gpu, run = groups.GPU, fetching.RUN_BYTES
-    assert max(transient_bytes(gpu, run=run, backward=way) for way in (False, True)) <= 2 << 30
+    assert transient_bytes(groups.GPU) <= 2 << 30
 
 
 def test_memory_of_a_forward_and_a_backward() -> None:

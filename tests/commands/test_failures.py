@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import fcntl
 import gzip
+import json
 import mmap
 import os
 import random
@@ -59,6 +60,11 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Tokenizer.train([["some text and more text"] * 9], 265).save(folder / "large.json")
     (folder / "bad.gz").write_bytes(gzip.compress(b"unreadable " * 1000)[:-4])
     (folder / "long.txt").write_text("x" * 65)
+    sizes = {"vocab_size": 257, "dim": 8, "num_layers": 1, "num_heads": 1, "ffn_dim": 8, "position": "rope"}
+    recipe = {"model": sizes | {"pattern": "window:16,chosen=2x16"}, "parallel": {"sp": 2}}
+    recipe |= {"data": {"train": "x.parquet", "tokenizer": "bytes"}, "train": {"stages": [{"seq_len": 64, "steps": 1}]}}
+    (folder / "shared-run").mkdir()
+    (folder / "shared-run/recipe.json").write_text(json.dumps(recipe))
     ids = pa.table({"input_ids": [[1] * 5, [1] * 60, [1] * 70, [1, 300]], "doc_id": [*"abcd"]})
     pq.write_table(ids, folder / "ids.parquet")
     write_file(folder / "ids.arrow", ids)
@@ -124,14 +130,23 @@ FAILURES = [  # command, exit code, a part of its line
     ("convert longnet-nosuch --dtype bf16 -o y", 4, "no such file"),
     ("convert ./llama --dtype bf16 -o y", 2, "already a Hugging Face model folder"),
     ("generate", 3, "stdin: nothing came"),
-    ("generate --sp 2", 2, "stdin can be read by one process"),
-    ("score ids.parquet --sp 1e18", 2, "1000000000000000000 processes of one machine: start 1024 at most"),
+    (
+        "score x.parquet --sp 2", 2,
+        "and 2 are to share a document: give each its own documents (--dp 2), or take a pattern without chosen blocks "
+        "(--pattern window:1Ki)",
+    ),
+    ("encode x.parquet --nproc 4 -o out.arrow", 2, "own documents (--dp 4)"),
+    (
+        "train --init longnet-tiny --data x.parquet --seq-len 64 --steps 1 -o run --nproc 2", 2,
+        "and 2 are to share a document",
+    ),
+    ("train -o shared-run --dry-run", 2, "and 2 are to share a document"),  # by its recipe
+    ("score ids.parquet -m ./model --sp 1e18", 2, "1000000000000000000 processes of one machine: start 1024 at most"),
     ("generate x -i y.txt", 2, "PROMPT and --input are both given"),
     ("generate x --top-p 0.9", 2, "--top-p needs a temperature above 0"),
     ("generate x --seed -1", 2, "--seed -1 is not a number from 0"),
     ("generate x --chat", 2, "no chat template"),
     ("generate -i missing.txt", 3, "missing.txt"),
-    ("generate x --sources --sp 2", 2, "--sources is for one process, and there are 2: start one"),
     ("pattern windw:1Ki", 2, "unknown pattern 'windw': did you mean 'window'?"),
     ("pattern window:1Ki,sinks=2Ki", 2, "window:1Ki,sinks=2Ki: sinks must be from 0 to the first segment length"),
     ("pattern 1Ki/1,4Ki/4,queries=all", 2, '1Ki/1,4Ki/4,queries=all: queries="all" needs overlap="once"'),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from builders import tiny_model, tiny_net
+from builders import tiny_net
 from conftest import RunLongnet
 from processes import Start, invoke, refused
 
@@ -116,33 +116,6 @@ def test_a_prompt_that_is_no_text_is_refused_in_one_line(run_longnet: RunLongnet
     done = run_longnet("generate", "\udcff")
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch("longnet: error: .*PROMPT is not UTF-8.*\n", done.stderr)
-
-
-@pytest.mark.parametrize("option", [["--state", "s"], ["--sources"], ["--dry-run"]])
-def test_what_one_process_does_is_refused_under_torchrun(
-    model: Path, option: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    message = f"{option[0]} is for one process, and there are 2: start one"
-    assert message in str(refused("generate", "x", "-m", f"{model}/", *option))
-
-
-@pytest.mark.ci
-def test_several_processes_read_and_save_what_one_does(run_longnet: RunLongnet, tmp_path: Path) -> None:
-    model = tiny_model(tmp_path / "model", vocab_size=259, position="rope")
-    (tmp_path / "long.txt").write_text(PROMPT * 40)
-    words = ["--model", model, "--pattern", "window:16,chosen=2x8,chosen_every=4", "--format", "jsonl", "-q"]
-    read = ["generate", "-i", "long.txt", "--chunk", "64", "-n", "5", *words]
-    found = []
-    for name, more in (("one", []), ("two", ["--sp", "2"])):
-        done = run_longnet(*read, "--save-state", name, *more)
-        assert done.returncode == 0, done.stderr
-        asked = run_longnet("generate", "on", "--state", name, "-n", "5", *words)
-        assert asked.returncode == 0, asked.stderr
-        found.append([json.loads(each.stdout) for each in (done, asked)])
-    for one, two in zip(*found, strict=True):
-        assert one["tokens"] == two["tokens"]
-        assert two["logprobs"] == pytest.approx(one["logprobs"], abs=1e-4)
 
 
 def test_a_closed_pipe_and_ctrl_c_end_it(model: Path, start: Start) -> None:

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from longnet_cli.attention import Pattern, groups
 from longnet_cli.attention.spans import open_spans
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.jobs.estimating.memory import cache_bytes, saved_bytes, seen_segments
+from longnet_cli.jobs.estimating.memory import saved_bytes, seen_segments
 from longnet_cli.jobs.training.costs import estimate_training, settle_chunk, step_flops, training_memory
 from longnet_cli.jobs.training.objective import plan_forwards
 from longnet_cli.jobs.training.recipe import Recipe, load_recipe
@@ -200,15 +200,6 @@ def test_what_chosen_blocks_take_for_a_time_is_counted(monkeypatch: pytest.Monke
     assert estimate_training(found, CPU).fits
     monkeypatch.setattr("longnet_cli.attention.groups.CPU", groups.GPU)
     assert not estimate_training(found, CPU).fits
-
-
-def test_a_rank_holds_means_of_all_tokens_and_two_runs_of_blocks() -> None:
-    found = recipe(MODEL | CHOOSING, seq_len=8192, chunk=4096)
-    alone, shared = (training_memory(found.with_chunk(8192 // n), CPU, Ranks(0, n, n)) for n in (1, 2))
-    of_all = 2 * 64 * 8192 * 4  # bytes of keys and values
-    assert shared["activations"] - alone["activations"] / 2 > 3 * of_all  # three runs, of keys or of sums
-    choices = 4 * 4 * 2048 // 2
-    assert shared["cache"] == of_all + choices + cache_bytes(found.model, 8192, 4, sp=2).choosing
 
 
 def test_ranks_hold_their_share_beside_what_a_step_gathers() -> None:

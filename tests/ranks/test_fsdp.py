@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -20,7 +18,6 @@ from torch import Tensor
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
-from longnet_cli.attention import Pattern
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.jobs.training.objective import backward
 from longnet_cli.jobs.training.recipe import OptimizerRecipe
@@ -59,12 +56,12 @@ def check_gradients(model: LongNet, expected: LongNet, dtype: torch.dtype, what:
         assert error <= TOLERANCE[dtype][1], f"{what}: {name} is off by {error:.2e}"
 
 
-def steps(dtype: torch.dtype, dp: int, patterns: Sequence[Pattern] = ()) -> None:
+def steps(dtype: torch.dtype, dp: int) -> None:
     """Two optimizer steps each: the second one has weights that the first one changed."""
     ranks = mesh(dp)
     for seed, (sharded, chunked) in enumerate(product([False, True], repeat=2)):
         pick = random.Random(seed + 10 * dtype.itemsize)
-        pattern = patterns[seed % len(patterns)] if patterns else random_pattern(pick)
+        pattern = random_pattern(pick)
         alone, model = (net(pattern).to(dtype) for _ in range(2))
         if sharded:
             shard_weights(model, ranks)
@@ -108,13 +105,6 @@ def steps(dtype: torch.dtype, dp: int, patterns: Sequence[Pattern] = ()) -> None
 )
 def test_steps_are_those_of_one_process(dp: int, sp: int, tmp_path: Path) -> None:
     run_ranks(dp * sp, tmp_path, in_both_types, steps, dp)
-
-
-def test_steps_with_chosen_blocks_are_those_of_one_process(tmp_path: Path) -> None:
-    """Two groups of two, shared weights and whole ones, chunks, documents, layers that are computed again."""
-    small = Pattern((8,), (1,), look_back=1, chosen=4, chosen_block=4, chosen_every=4, chosen_layers=(1,))
-    patterns = small, replace(small, chosen=3, chosen_every=2, chosen_layers=())
-    run_ranks(4, tmp_path, steps, torch.float64, 2, patterns)
 
 
 def counted_collectives() -> None:

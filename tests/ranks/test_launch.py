@@ -40,14 +40,7 @@ def aborting(folder: Path, command_env: dict[str, str]) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join((command_env["PYTHONPATH"], str(folder))), "PYTHON_EXEC": sys.executable}
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
-        [],
-        pytest.param(["--context", "300"], marks=pytest.mark.ci),
-        pytest.param(["--pattern", "window:32,chosen=2x16"], marks=pytest.mark.ci),
-    ],
-)
+@pytest.mark.parametrize("more", [[], pytest.param(["--context", "300"], marks=pytest.mark.ci)])
 def test_scores_are_those_of_one_process(
     more: list[str], folder: Path, run_longnet: RunLongnet, aborting: dict[str, str]
 ) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -105,10 +104,7 @@ def test_what_is_computed_again_sees_the_blocks_that_it_saw(
     """Blocks are drawn at random, others each time that a group asks; the whole graph asks once per group and layer."""
     asked: Counter[int] = Counter()
 
-    def drawn(_: Pattern, means: Any, votings: Sequence[Voting], runs: Any) -> list[Choice]:
-        return [drawn_for(voting) for voting in votings]
-
-    def drawn_for(voting: Voting) -> Choice:
+    def drawn(means: Any, voting: Voting) -> Choice:
         found = []
         for group, blocks in [(group, slot.blocks) for slot in voting.slots for group in slot.starts]:
             asked[group] += 1

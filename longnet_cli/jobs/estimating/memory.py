@@ -25,8 +25,6 @@ from longnet_cli.nets.net import LOGITS_LIMIT, Net
 from longnet_cli.running.device import DTYPES, resolve_dtype
 from longnet_cli.running.layerwise import fits_beside, kept_bytes
 from longnet_cli.running.mapped import aligned
-from longnet_cli.running.ranks.edges import most_owned
-from longnet_cli.running.ranks.fetching import RUN_BYTES
 from longnet_cli.running.ranks.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -39,10 +37,10 @@ def itemsize_of(dtype: str, device: torch.device) -> int:
 
 
 class CacheBytes(NamedTuple):
-    """Bytes that a causal sequence keeps between its chunks; only a rank's own `blocks` can be in a file (`--spill`).
+    """Bytes that a causal sequence keeps between its chunks; only `blocks` can be in a file (`--spill`).
 
     rows: keys and values of the segments that later tokens see, or of all tokens. blocks, choosing: of blocks that may
-    be chosen, and of what chooses them: mean keys, and what was fetched last from other ranks.
+    be chosen, and of the mean keys that choose them.
     """
 
     rows: int
@@ -50,39 +48,28 @@ class CacheBytes(NamedTuple):
     choosing: int = 0
 
 
-def cache_bytes(config: NetConfig, tokens: int, itemsize: int, sp: int = 1) -> CacheBytes:
-    """Return what a stream has allocated after `tokens`, which `sp` ranks share. Training keeps more (`far_bytes`)."""
+def cache_bytes(config: NetConfig, tokens: int, itemsize: int) -> CacheBytes:
+    """Return what a stream has allocated after `tokens`. Training keeps more (`far_bytes`)."""
     number = 2 * config.head_dim * itemsize
     if isinstance(config, TransformersConfig) and config.memory != "segments":
         return CacheBytes((config.num_layers + 1) * config.kv_heads * tokens * number)  # one layer is being copied
     rows = config.num_layers * number * cached_rows(config.pattern, config.num_heads, config.kv_heads, tokens)
     blocks = choosing = 0
     for kind, layers in config.pattern.kinds(config.num_layers).items():
-        sizes = config.kv_heads, config.head_dim, tokens, itemsize, kind
-        of_layer = past_bytes(config.pattern, *sizes, own=-(-tokens // sp) if sp > 1 else None)
+        of_layer = past_bytes(config.pattern, config.kv_heads, config.head_dim, tokens, itemsize, kind)
         blocks, choosing = (total + layers * n for total, n in zip((blocks, choosing), of_layer, strict=True))
     return CacheBytes(rows, blocks, choosing)
 
 
-def transient_memory(
-    pattern: Pattern,
-    heads: int,
-    head_dim: int,
-    tokens: int,
-    itemsize: int,
-    device: str,
-    sp: int = 1,
-    back: bool = False,
-) -> int:
-    """Return the bytes that one layer takes for a time for the chosen blocks of a document, which `sp` ranks share."""
+def transient_memory(pattern: Pattern, heads: int, head_dim: int, tokens: int, itemsize: int, device: str) -> int:
+    """Return the bytes that one layer takes for a time for the chosen blocks of a document."""
     flops = chosen_flops(pattern, heads, head_dim, tokens)
     if not flops.attention:
         return 0
     most = groups.CPU if device == "cpu" else groups.GPU
     gathered = itemsize * flops.attention // (4 * pattern.chosen_every)  # once for each group
     sizes = most._replace(gathered=min(most.gathered, gathered), scores=min(most.scores, flops.votes // 2))
-    run = min(RUN_BYTES, 2 * heads * head_dim * tokens * itemsize) if sp > 1 else 0
-    return transient_bytes(sizes, run=run, wider=max(4, itemsize) // itemsize, backward=back)
+    return transient_bytes(sizes)
 
 
 def forward_memory(net: Net, tokens: int, itemsize: int, predicted: int = 0, transient: int = 0) -> dict[str, int]:
@@ -129,7 +116,7 @@ def gradient_memory(config: NetConfig, batch: int, seq_len: int, chunk: int, ite
     """Return the bytes of weights and gradients, of a chunk's activations and logits, and of what chunks keep."""
     numbers = config.num_parameters() * (8 if itemsize == 4 else 8 + itemsize)  # autocast copies the weights
     saved = batch * chunk * activation_bytes(config, itemsize, device)
-    saved += transient_memory(config.pattern, config.num_heads, config.head_dim, seq_len, itemsize, device, back=True)
+    saved += transient_memory(config.pattern, config.num_heads, config.head_dim, seq_len, itemsize, device)
     kept = batch * sum(far_bytes(config, seq_len, chunk, itemsize))
     return numbers + saved + kept + logits_bytes(config, batch * chunk)
 
@@ -148,13 +135,12 @@ def reading_memory(
     tokens = min(plan.largest, chunk) if config.streams else plan.largest
     together = min(plan.together, 2 * chunk)
     itemsize = itemsize_of(dtype, device)
-    transient = transient_memory(
-        config.pattern, config.num_heads, config.head_dim, plan.longest, itemsize, device.type, ranks.sp
-    )
+    sizes = config.num_heads, config.head_dim, plan.longest, itemsize
+    transient = transient_memory(config.pattern, *sizes, device.type)
     kinds = forward_memory(net, tokens, itemsize, max(tokens, together) * scores, transient)
     kinds["hidden"] = 2 * 4 * config.dim * (2 * chunk if in_chunks else together)
     if in_chunks and config.causal:
-        cache = cache_bytes(config, plan.longest, itemsize, ranks.sp)
+        cache = cache_bytes(config, plan.longest, itemsize)
         kinds["cache"] = sum(cache) - (spillable if spill else 0)
     elif not spill and (device.type == "cpu" or fits_beside(config.forward_bytes(chunk), spillable, device)):
         kinds["hidden"] += spillable
@@ -170,7 +156,7 @@ def spilled_bytes(net: Net, plan: ReadingPlan, chunk: int, dtype: str, ranks: Ra
         return 0
     if net.config.causal:
         itemsize = itemsize_of(dtype, next(net.parameters()).device)
-        return cache_bytes(net.config, plan.longest, itemsize, ranks.sp).blocks
+        return cache_bytes(net.config, plan.longest, itemsize).blocks
     return kept_bytes(cast(LongNet, net), plan.longest, chunk, ranks) if net.layer_by_layer else 0
 
 
@@ -237,11 +223,8 @@ class FarBytes(NamedTuple):
     gradients: int = 0
 
 
-def far_bytes(config: NetConfig, seq_len: int, chunk: int, itemsize: int, sp: int = 1) -> FarBytes:
-    """Return the bytes for one sequence of `seq_len` tokens, with `itemsize` bytes per number of a key.
-
-    `sp` ranks share every chunk.
-    """
+def far_bytes(config: NetConfig, seq_len: int, chunk: int, itemsize: int) -> FarBytes:
+    """Return the bytes for one sequence of `seq_len` tokens, with `itemsize` bytes per number of a key."""
     pattern, size, cut = config.pattern, config.pattern.chosen_block, seq_len > chunk
     stored = passing = gradients = 0
     backs = dict(enumerate(pattern.look_backs)) if cut else {}
@@ -256,20 +239,18 @@ def far_bytes(config: NetConfig, seq_len: int, chunk: int, itemsize: int, sp: in
         sums = aligned(max(4, itemsize) * numbers)
         stored += config.num_layers * (aligned(itemsize * numbers) * seen + sums * at_once)
         passing += (itemsize + 4) * numbers * at_once
-    if pattern.chosen and (cut or sp > 1):
+    if pattern.chosen and cut:
         last = seq_len - 1 - (seq_len - 1) % chunk
         whole, earlier = (n // size * size for n in (seq_len, last + size - 1))
-        own = most_owned(size, seq_len, chunk, sp) * size if sp > 1 else None
         kinds, of_layer = pattern.kinds(config.num_layers), (pattern, config.kv_heads, config.head_dim)
         for kind, layers in kinds.items():
-            kept, means = past_bytes(*of_layer, whole, itemsize, kind, own)
-            sums, _ = past_bytes(*of_layer, earlier, max(4, itemsize), kind, own)
+            kept, means = past_bytes(*of_layer, whole, itemsize, kind)
+            sums, _ = past_bytes(*of_layer, earlier, max(4, itemsize), kind)
             gradients += layers * aligned(sums)
             stored += layers * (aligned(kept) + aligned(sums))
             passing += layers * means
-        passing += kinds["chooses"] * 4 * pattern.chosen * -(-seq_len // pattern.chosen_every) // sp
-    # only chunks store anything: the ranks of one chunk keep all that they share in memory
-    return FarBytes(stored, passing, gradients) if cut else FarBytes(0, stored + passing)
+        passing += kinds["chooses"] * 4 * pattern.chosen * -(-seq_len // pattern.chosen_every)
+    return FarBytes(stored, passing, gradients)
 
 
 def seen_segments(w: int, back: int, chunk: int, seq_len: int) -> int:

@@ -206,12 +206,10 @@ def _evaluation_bytes(recipe: Recipe, device: torch.device, ranks: Ranks) -> int
     if not recipe.data.held_out_files:
         return 0
     tokens = min(2 * chunk, Inputs(recipe.data.held_out_files).num_bytes() or 2 * chunk)
-    transient = transient_memory(
-        config.pattern, config.num_heads, config.head_dim, tokens, itemsize, device.type, ranks.world
-    )
+    transient = transient_memory(config.pattern, config.num_heads, config.head_dim, tokens, itemsize, device.type)
     at_once = min(tokens, chunk)
     activations = config.forward_bytes(at_once) + transient
-    cache = sum(cache_bytes(config, tokens, itemsize, ranks.world)) if config.causal and tokens > chunk else 0
+    cache = sum(cache_bytes(config, tokens, itemsize)) if config.causal and tokens > chunk else 0
     return max(activations, logits_bytes(config, at_once) * 2 // 3) + 2 * 4 * config.dim * tokens + cache
 
 
@@ -226,12 +224,11 @@ def _stage_memory(recipe: Recipe, stage: Stage, device: torch.device, ranks: Ran
     config, train, itemsize = recipe.model, recipe.train, itemsize_of(recipe.train.dtype, device)
     tokens = tokens_at_once(recipe, stage, ranks)
     windows = max(1, tokens * ranks.sp // stage.seq_len)
-    far = far_bytes(config, stage.seq_len, train.chunk * ranks.sp, itemsize, ranks.sp)
+    far = far_bytes(config, stage.seq_len, train.chunk * ranks.sp, itemsize)
     lora = recipe.pretrained.adapter if recipe.pretrained else None
     saved = activation_bytes(config, itemsize, device.type, train.activation_checkpointing, lora)  # per token
-    transient = transient_memory(
-        config.pattern, config.num_heads, config.head_dim, stage.seq_len, itemsize, device.type, ranks.sp, back=True
-    )
+    sizes = config.num_heads, config.head_dim, stage.seq_len, itemsize
+    transient = transient_memory(config.pattern, *sizes, device.type)
     kinds = {
         "activations": tokens * saved + transient,
         "logits": logits_bytes(config, round(tokens * train.predicted)),
@@ -254,4 +251,4 @@ def stored_bytes(recipe: Recipe, device: torch.device, ranks: Ranks) -> int:
     """Return the bytes of far rows and their gradients that one rank stores, in memory or in `train.spill`'s file."""
     itemsize, chunk = itemsize_of(recipe.train.dtype, device), recipe.train.chunk * ranks.sp
     lengths = [stage.seq_len for stage in recipe.train.stages]
-    return max(far_bytes(recipe.model, length, chunk, itemsize, ranks.sp).stored for length in lengths)
+    return max(far_bytes(recipe.model, length, chunk, itemsize).stored for length in lengths)

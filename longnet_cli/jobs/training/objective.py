@@ -19,13 +19,11 @@ import torch
 from torch import Tensor
 
 from longnet_cli.attention import Outside
-from longnet_cli.attention.choosing import Names
 from longnet_cli.basics.errors import DataError
 from longnet_cli.data.documents import Document
 from longnet_cli.jobs.row_jobs import ModelFacts
 from longnet_cli.jobs.scoring.measures import Score
 from longnet_cli.jobs.scoring.scoring import score
-from longnet_cli.nets.named_blocks import NamedBlocks
 from longnet_cli.nets.net import IGNORED, FarProvider, Net
 from longnet_cli.running.chunked_backward import Tokens, backward_in_chunks, new_pasts
 from longnet_cli.running.device import precision, to_device
@@ -139,15 +137,10 @@ def _nll(
     """
     config, shard, start = model.config, slice(None), 0
     far: FarProvider | None = None
-    named: Names | None = None
     if ranks.sp > 1:
         cuts = list(accumulate(documents or ()))
-        edges = ranks.edges(0, tokens.shape[1], config.pattern.edge_size, cuts)
-        far = exchange = Exchange(config, edges, group=ranks.group, cuts=cuts)
-        shard, start, documents = exchange.shard, exchange.start, exchange.documents
-        if config.pattern.chosen:
-            earlier = tokens[:, shard.start - start : shard.start]
-            named = NamedBlocks.of_shard(config.pattern, earlier, tokens[:, shard])
+        far = exchange = Exchange(config, ranks.edges(0, tokens.shape[1]), group=ranks.group, cuts=cuts)
+        shard, start, documents = slice(*exchange.mine), exchange.start, exchange.documents
     elif pasts := new_pasts(config):
         # if activation checkpointing computes a layer again, it sees the same blocks
         far = lambda layer, q, k, v: Outside(past=pasts[layer])  # noqa: E731
@@ -155,7 +148,7 @@ def _nll(
     with precision(dtype, ids.device):
         # before the forward pass: for targets on a GPU, this waits for all queued work. A causal net predicts all.
         chosen = None if config.causal else (targets != IGNORED).nonzero(as_tuple=True)
-        hidden = model(ids, start=start, documents=documents, far=far, named=named)
+        hidden = model(ids, start=start, documents=documents, far=far)
         if chosen:
             hidden, targets = hidden[tuple(to_device(index, ids.device) for index in chosen)], targets[chosen]
         return model.nll(hidden, to_device(targets, ids.device)).sum(dtype=torch.float64)

@@ -11,8 +11,6 @@ sinks, twice that where attention looks both ways, whatever the length of the se
 The backward pass reverses the exchange: gradients of far rows go back to the rank that made the rows, which adds them
 up in fp32. The net is the same as on one device: it is handed far keys.
 
-With chosen blocks, any earlier key may be chosen: `blocks` fetches those that are.
-
 The caller provides the data and handles the parameters' gradients. The same code runs with NCCL on GPUs and with gloo
 on CPUs.
 
@@ -22,10 +20,10 @@ B batch, H heads of keys, D head dim, P ranks.
 from __future__ import annotations
 
 import weakref
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from copy import copy
 from functools import lru_cache, partial
-from itertools import accumulate, chain
+from itertools import accumulate, chain, pairwise
 from math import prod
 from typing import Any, NamedTuple
 
@@ -34,14 +32,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longnet_cli.attention import FarKeys, FarSpan, Outside, Past
+from longnet_cli.attention import FarKeys, FarSpan, Outside
 from longnet_cli.attention.pattern import Pattern
 from longnet_cli.attention.spans import far_spans, lanes, lanes_of_span, level_of, open_spans, span_rows
 from longnet_cli.attention.views import accumulator
 from longnet_cli.basics.errors import LongNetError
 from longnet_cli.nets.config import NetConfig
-from longnet_cli.running.ranks.blocks import RankPast
-from longnet_cli.running.ranks.edges import Shards
+from longnet_cli.running.ranks.launch import check_shared
 
 _agreeing: weakref.WeakSet[Any] = weakref.WeakSet()  # groups whose first exchange is over
 
@@ -58,14 +55,15 @@ class Parcel(NamedTuple):
     attended: bool
 
 
-class Exchange(Shards):
+class Exchange:
     """The exchange of rows between ranks whose shards have these `edges`. Call it once per layer, with its keys.
 
     `edges` are P + 1 positions: rank i holds [edges[i], edges[i + 1]), which may be empty. `cuts` are the positions at
-    which documents start: rows never cross them, and spans count from the start of their document. With `cached`, every
-    rank also gets all rows of the segments that are open at the end, for its KVCache. Raises ValueError for cuts with a
-    bidirectional net: the last document of a shard would need far keys as well as the first; and for edges between
-    shards that cut a chosen block. An error on one rank ends the job: the others would wait for it.
+    which documents start: rows never cross them, and spans count from the start of their document. With `cached`, the
+    shards are a chunk of a document that started at 0, and every rank also gets all rows of the segments that are open
+    at the end, for its KVCache. Raises ConfigError for chosen blocks, and ValueError for cuts with a bidirectional net:
+    the last document of a shard would need far keys as well as the first. An error on one rank ends the job: the others
+    would wait for it.
     """
 
     def __init__(
@@ -78,9 +76,11 @@ class Exchange(Shards):
         cuts: Sequence[int] = (),
         cached: bool = False,
     ) -> None:
-        rank = dist.get_rank(group) if rank is None else rank
-        super().__init__(edges, rank, config.pattern.edge_size, cuts, cached=cached)
+        self.edges, self.cached, self.ranks = list(edges), cached, len(edges) - 1
         self.pattern, self.num_heads, self.causal, self.group = config.pattern, config.num_heads, config.causal, group
+        check_shared(self.pattern, self.ranks)
+        begin = 0 if cached else self.edges[0]
+        self.starts = sorted({begin, *(cut for cut in cuts if self.edges[0] < cut < self.edges[-1])})  # of documents
         if not self.causal and len({*cuts} - {edges[0], edges[-1]}):
             raise ValueError("documents over several ranks are for causal nets")
         self._reach = max(
@@ -88,48 +88,49 @@ class Exchange(Shards):
         )
         # of each reader, the same on every rank: a collective is entered by all or by none
         self._wanted = [self._outside(reader) for reader in range(self.ranks)]
-        self.needed = bool(self.pattern.chosen or any(self._wanted))
-        self._pasts: dict[int, RankPast] = {}  # by layer
-        self._plan(rank)
-
-    def _plan(self, rank: int) -> None:
-        self.rank, ranks = rank, range(self.ranks)
-        self.__dict__.pop("directory", None)
-        self.sent = [self._parcels(rank, reader) for reader in ranks]
-        self.received = [self._parcels(maker, rank) for maker in ranks]
+        self.needed = any(self._wanted)
+        self.rank = rank = dist.get_rank(group) if rank is None else rank
+        self.sent = [self._parcels(rank, reader) for reader in range(self.ranks)]
+        self.received = [self._parcels(maker, rank) for maker in range(self.ranks)]
         self.joined = [Parcel(span, 0, self._rows(span), attended) for span, attended in self._wanted[rank]]
         if not any(parcel.attended for parcel in self.joined):
             # this rank attends to none, yet the others wait for it in the backward: it must stay in the graph
             self.joined.append(Parcel(FarSpan(0, self.start, self.start), 0, 0, True))
         self._maps: dict[tuple[int, int, int, torch.device], _Maps] = {}
 
-    def of_rank(self, rank: int) -> Exchange:
-        """Return the plan of another rank of the group. The two share what they know of each reader's wants."""
-        other = copy(self)
-        other._plan(rank)
-        return other
+    @property
+    def mine(self) -> tuple[int, int]:
+        """The edges of this rank's shard."""
+        return self.edges[self.rank], self.edges[self.rank + 1]
+
+    @property
+    def start(self) -> int:
+        """Position of this rank's first token in its document."""
+        return self.mine[0] - self.document(self.mine[0])[0]
+
+    @property
+    def documents(self) -> list[int] | None:
+        """Lengths of the documents in this rank's shard; None for a single document."""
+        start, stop = self.mine
+        inside = [start, *(cut for cut in self.starts if start < cut < stop), stop]
+        return [b - a for a, b in pairwise(inside)] if len(inside) > 2 else None
+
+    def document(self, position: int) -> tuple[int, int]:
+        """Return the start and the end of the document that holds a position."""
+        index = bisect_right(self.starts, position)
+        return self.starts[index - 1], self.starts[index] if index < len(self.starts) else self.edges[-1]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Outside:
         """Send a layer's keys and values (B, n, H, D); return what the shard sees outside, as a `FarProvider` does."""
-        if not self.pattern.chosen:
-            return Outside(self.run(k, v)[0])
-        if layer not in self._pasts:  # otherwise activation checkpointing computes it again: it sees the same blocks
-            self._pasts[layer] = RankPast(self.pattern, self.group, keep=1, layer=layer)
-            self._pasts[layer].enter(self, q, k, v)
-        past = self._pasts[layer]
-        return Outside(self.run(k, v, past)[0], past)
+        return Outside(self.run(k, v)[0])
 
-    def run(self, k: Tensor, v: Tensor, past: Past | None = None) -> tuple[list[FarKeys], list[FarKeys]]:
-        """Exchange rows as in a call, and return (far keys that the shard attends to, all rows received).
-
-        In the backward pass, gradients of `past`, a `RankPast`, go back to the ranks that made its rows, if they did so
-        in this call.
-        """
+    def run(self, k: Tensor, v: Tensor) -> tuple[list[FarKeys], list[FarKeys]]:
+        """Exchange rows as in a call, and return (far keys that the shard attends to, all rows received)."""
         if not self.needed:
             return [], []
         self._agree(k.shape)
         there, back = _Flight(), _WayBack(self, k)
-        tensors = _AllToAll.apply(self, there, back, past, k, v)
+        tensors = _AllToAll.apply(self, there, back, k, v)
         got = [
             FarKeys(*parcel.span, tensors[2 * i], tensors[2 * i + 1], there.land, partial(back.take, i))
             for i, parcel in enumerate(self.joined)
@@ -145,8 +146,9 @@ class Exchange(Shards):
         if group in _agreeing:
             return
         _agreeing.add(group)
-        ranks = len(self.edges) - 1
-        more = torch.zeros(ranks, ranks, dtype=torch.int64)  # than the reader (column) expects, its maker (row) sends
+        more = torch.zeros(
+            self.ranks, self.ranks, dtype=torch.int64
+        )  # than the reader (column) expects, its maker (row) sends
         more[self.rank] += torch.tensor(self.sizes(self.sent, like))
         more[:, self.rank] -= torch.tensor(self.sizes(self.received, like))
         dist.all_reduce(more, group=self.group)
@@ -156,13 +158,6 @@ class Exchange(Shards):
                 f"rank {maker} of a group sends {more[maker, reader]:+} numbers beside those that rank {reader} "
                 "expects: start all ranks with the same version, model, inputs and options"
             )
-
-    def all_tokens(self, tokens: Tensor) -> Tensor:
-        """Return the tokens (B, n) of all ranks' shards, in order. All ranks call this."""
-        of_all = tokens.new_zeros(tokens.shape[0], self.edges[-1] - self.edges[0])
-        of_all[:, self.shard] = tokens
-        dist.all_reduce(of_all, group=self.group)
-        return of_all
 
     def maps(self, like: Tensor) -> _Maps:
         """Return the indices of rows, for keys of this shape (B, n, H, D). They are the same in all layers."""
@@ -353,9 +348,9 @@ class _AllToAll(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, exchange: Exchange, flight: _Flight, back: _WayBack, past: Past | None, k: Tensor, v: Tensor
+        ctx: Any, exchange: Exchange, flight: _Flight, back: _WayBack, k: Tensor, v: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.back, ctx.past, ctx.shape, ctx.dtype = back, past, k.shape, k.dtype
+        ctx.back, ctx.shape, ctx.dtype = back, k.shape, k.dtype
         maps, (batch, _, kv_heads, width) = back.maps, k.shape
         sent = k.new_empty(len(maps.sent), 2, width)  # k and v of a row side by side: each rank's rows lie together
         for place, x in enumerate((k, v)):
@@ -380,10 +375,7 @@ class _AllToAll(torch.autograd.Function):
         dk, dv = (torch.zeros(ctx.shape, dtype=wide, device=got.device) for _ in range(2))
         for place, d in enumerate((dk, dv)):
             d.view(-1, ctx.shape[3]).index_add_(0, maps.sent, got[:, place].to(wide))
-        if ctx.past:
-            for d, more in zip((dk, dv), ctx.past.hand_back(ctx.back.exchange, dk), strict=True):
-                d += more
-        return None, None, None, None, dk.to(ctx.dtype), dv.to(ctx.dtype)
+        return None, None, None, dk.to(ctx.dtype), dv.to(ctx.dtype)
 
 
 @lru_cache(maxsize=1 << 16)

@@ -19,7 +19,19 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from longnet_cli.attention.notation import format_pattern
+from longnet_cli.attention.pattern import Pattern
 from longnet_cli.basics.errors import ConfigError, LongNetError
+
+
+def check_shared(pattern: Pattern, ranks: int) -> None:
+    """Raise ConfigError for a pattern with chosen blocks, if several ranks are to share a sequence."""
+    if pattern.chosen and ranks > 1:
+        window = format_pattern(Pattern.window(pattern.segment_lengths[0], pattern.look_backs[0]))
+        raise ConfigError(
+            f"blocks are chosen by one process, and {ranks} are to share a document: give each its own documents "
+            f"(--dp {ranks}), or take a pattern without chosen blocks (--pattern {window})"
+        )
 
 
 def unwind_on_signals() -> None:

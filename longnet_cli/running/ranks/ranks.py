@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import resource
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -15,7 +15,6 @@ import torch.distributed as dist
 
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.running.device import select_device
-from longnet_cli.running.ranks.edges import even_edges
 from longnet_cli.running.ranks.launch import started_by_torchrun, unwind_on_signals
 from longnet_cli.running.ranks.watch import check_agent
 
@@ -56,13 +55,9 @@ class Ranks:
     def sp_rank(self) -> int:
         return self.rank % self.sp
 
-    def edges(self, start: int, tokens: int, size: int = 1, cuts: Sequence[int] = ()) -> list[int]:
+    def edges(self, start: int, tokens: int) -> list[int]:
         """Return the sp + 1 edges of the shards of `tokens` positions from `start` on, as `even_edges` does."""
-        return even_edges(start, tokens, self.sp, size, cuts)
-
-    def shard(self, edges: list[int]) -> slice:
-        """Return this rank's positions of the shards with these edges."""
-        return slice(edges[self.sp_rank], edges[self.sp_rank + 1])
+        return even_edges(start, tokens, self.sp)
 
     @property
     def writes(self) -> bool:
@@ -118,6 +113,11 @@ class Ranks:
 
 
 ALONE = Ranks()  # one process
+
+
+def even_edges(start: int, tokens: int, ranks: int) -> list[int]:
+    """Return the P + 1 edges of shards whose lengths differ by at most one token."""
+    return [start + tokens * rank // ranks for rank in range(ranks + 1)]
 
 
 def join(
