@@ -146,7 +146,7 @@ def _select(device: torch.device, dtype: torch.dtype, head_dim: int, name: str |
             warnings.warn(f"attention kernel {kernel.name!r} is not used: {failure}", stacklevel=2)
     if not name and kernel.name == "math" and device.type == "cuda":
         warnings.warn(
-            f"attention in {dtype} on {device} falls back to plain math, slow and with all scores in memory: "
+            f"attention in {dtype} on {device} falls back to plain math, which is slow: "
             "use bf16, fp16 or fp32, or set LONGNET_KERNEL=math to accept that",
             stacklevel=2,
         )

@@ -56,7 +56,8 @@ class Kernel:
 class MathKernel(Kernel):
     """Plain torch on any device, in any dtype, computed in fp32 or wider. Other kernels are probed against it.
 
-    For that alone, it has packed calls, which take one sequence after the other.
+    For that alone, it has packed calls, which take one sequence after the other. Long rows take their keys in blocks,
+    so that at most `_MAX_SCORES` scores are in memory at a time. Calls with `counts` are short.
     """
 
     name = "math"
@@ -69,19 +70,31 @@ class MathKernel(Kernel):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, counts: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        scores = self._scores(q, k, causal, scale, counts)
-        lse = scores.logsumexp(-1)
-        return (scores - lse[..., None]).exp_() @ wide(v), lse
+        for rows, keys, scores in self._blocks(q, k, causal, scale, counts):
+            part_lse = scores.logsumexp(-1)
+            part = scores.sub_(part_lse[..., None]).exp_() @ wide(v[:, :, keys])
+            if not keys.start:
+                out, lse = part, part_lse
+                continue
+            total = lse[:, :, rows]
+            sums = torch.logaddexp(total, part_lse)
+            out[:, :, rows].lerp_(part, (part_lse - sums).exp_()[..., None])
+            total.copy_(sums)
+        return out, lse
 
     def backward(
         self, tensors: Sequence[Tensor], causal: bool, scale: float, counts: Tensor | None = None
     ) -> Gradients:
-        dout, q, k, v, out, lse = tensors
-        dout, out = wide(dout), wide(out)
-        p = (self._scores(q, k, causal, scale, counts) - lse[..., None]).exp_()
-        dv = p.mT @ dout
-        ds = (dout @ wide(v).mT).sub_((dout * out).sum(-1, keepdim=True)).mul_(p).mul_(scale)
-        return ds @ wide(k), ds.mT @ wide(q), dv
+        dout, q, k, v, out, lse = map(wide, tensors)
+        delta, dq = (dout * out).sum(-1, keepdim=True), torch.zeros_like(q)
+        of_keys = list[tuple[Tensor, Tensor]]()
+        for rows, keys, scores in self._blocks(q, k, causal, scale, counts):
+            p = scores.sub_(lse[:, :, rows, None]).exp_()
+            ds = (dout[:, :, rows] @ v[:, :, keys].mT).sub_(delta[:, :, rows]).mul_(p).mul_(scale)
+            dq[:, :, rows] += ds @ k[:, :, keys]
+            of_keys.append((ds.mT @ q[:, :, rows], p.mT @ dout[:, :, rows]))
+        dk, dv = (torch.cat(parts, 2) for parts in zip(*of_keys, strict=True))
+        return dq, dk, dv
 
     def forward_packed(
         self, q: Tensor, k: Tensor, v: Tensor, queries: PackedRows, keys: PackedRows, causal: bool, scale: float
@@ -97,14 +110,20 @@ class MathKernel(Kernel):
         dq, dk, dv = _packed(self.backward(of_one, causal, scale) for of_one in each)
         return dq, dk, dv
 
-    def _scores(self, q: Tensor, k: Tensor, causal: bool, scale: float, counts: Tensor | None) -> Tensor:
-        scores = (wide(q) @ wide(k).mT).mul_(scale)
-        if counts is not None:
-            scores += counts
-        elif causal:
-            n = scores.shape[-1]
-            scores.masked_fill_(torch.ones(n, n, dtype=torch.bool, device=q.device).triu_(1), float("-inf"))
-        return scores
+    def _blocks(
+        self, q: Tensor, k: Tensor, causal: bool, scale: float, counts: Tensor | None
+    ) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Yield the rows that see some keys of a block, these keys, and the scores, block by block."""
+        size = k.shape[2] if counts is not None else max(1, self._MAX_SCORES // q.shape[:3].numel())
+        for first in range(0, k.shape[2], size):
+            rows, keys = slice(first if causal else 0, None), slice(first, first + size)
+            scores = (wide(q[:, :, rows]) @ wide(k[:, :, keys]).mT).mul_(scale)
+            if counts is not None:
+                scores += counts
+            elif causal:
+                unseen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu_(1)
+                scores.masked_fill_(unseen, float("-inf"))
+            yield rows, keys, scores
 
 
 def _sequences(tensors: Sequence[Tensor], rows: Sequence[PackedRows]) -> Iterator[tuple[Tensor, ...]]:

@@ -11,6 +11,8 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from longnet_cli.attention import cuda_kernels, kernels
 
@@ -146,6 +148,32 @@ def test_probing_leaves_the_random_state_alone() -> None:
     state = torch.get_rng_state()
     kernels.select_kernel(CPU, torch.float32, 24)
     assert torch.equal(state, torch.get_rng_state())
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that an operator returns in a tensor."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.numbers = max(self.numbers, *(x.numel() for x in tree_leaves(result) if isinstance(x, Tensor)), 0)
+        return result
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_plain_math_takes_long_rows_in_blocks_of_keys(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v, dout = (strided(1, 2, 300, 8, dtype=torch.float64, seed=s) for s in range(4))
+    results, largest = [], []
+    for most in (1 << 26, 1 << 14):  # scores; with the second, blocks of 27 keys
+        monkeypatch.setattr(type(MATH), "_MAX_SCORES", most)
+        with Largest() as seen:
+            out, lse = MATH.forward(q, k, v, causal, 0.3)
+            results.append((out, lse, *MATH.backward((dout, q, k, v, 0.5 * out, lse + 0.7), causal, 0.3)))
+        largest.append(seen.numbers)
+    for whole, in_blocks in zip(*results, strict=True):
+        assert (whole - in_blocks).norm() <= 1e-13 * whole.norm()
+    assert largest == [2 * 300 * 300, 2 * 300 * 27]
 
 
 def test_cuda_limits() -> None:
