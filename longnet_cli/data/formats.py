@@ -157,7 +157,8 @@ def _decoded(pipe: Pipe, where: str) -> Iterator[str]:
 def _open_parquet(source: Source, file: Any) -> Table:
     import pyarrow.parquet as pq  # imported late: 30 ms that Arrow input does not need
 
-    parquet = pq.ParquetFile(file, page_checksum_verification=True)
+    # Threads of pyarrow would read ahead, and one that still holds `file` when the interpreter ends aborts the process.
+    parquet = pq.ParquetFile(file, page_checksum_verification=True, pre_buffer=False)
     _ = parquet.schema_arrow.names  # raises UnicodeDecodeError for a name that is not UTF-8
     metadata = parquet.metadata
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
@@ -167,7 +168,7 @@ def _open_parquet(source: Source, file: Any) -> Table:
     rows = min(max(1, rows), PARQUET_BATCH_ROWS)
 
     def batches(columns: list[str]) -> Iterator[pa.RecordBatch]:
-        reader = parquet.iter_batches(batch_size=rows, columns=columns)
+        reader = parquet.iter_batches(batch_size=rows, columns=columns, use_threads=False)
         index = seen = values = 0
         while True:
             with reading(f"{source.where}, batch {index}", row=seen):

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from threading import get_ident
 
 import numpy as np
 import pyarrow as pa
@@ -30,8 +31,9 @@ from files import (
 from longnet_cli.basics.errors import ConfigError, DataError, LongNetError
 from longnet_cli.data import documents as documents_module
 from longnet_cli.data import token_columns as id_columns
+from longnet_cli.data.files import StoredFile
 from longnet_cli.data.inputs import Inputs
-from longnet_cli.data.tables import Table
+from longnet_cli.data.tables import Pipe, Table
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -41,6 +43,21 @@ def test_every_format_gives_the_same_documents(tmp_path, name):
     assert [len(document) for document in documents] == [len(ids) for ids in IDS]
     assert [document.n_bytes for document in documents] == [len(text.encode()) for text in TEXTS]
     assert len({document.doc_id for document in documents}) == 3
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_only_the_thread_that_asks_reads_a_file(tmp_path, name, monkeypatch):
+    """A thread of pyarrow that still holds a Python file at the end of the process aborts it."""
+    threads = set()
+    for kind, method in ((StoredFile, "read_at"), (Pipe, "read")):
+        inner = getattr(kind, method)
+        noting = lambda *args, inner=inner: threads.add(get_ident()) or inner(*args)  # noqa: E731
+        monkeypatch.setattr(kind, method, noting)
+    path = FORMATS[name](tmp_path)
+    assert tokens(read(path)) == IDS
+    (tmp_path / "x.zst").write_bytes(pa.compress(path.read_bytes(), "zstd", asbytes=True))
+    assert tokens(read(tmp_path / "x.zst")) == IDS
+    assert threads == {get_ident()}
 
 
 @pytest.mark.parametrize(
