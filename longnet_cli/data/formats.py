@@ -15,8 +15,9 @@ import sys
 import tempfile
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -218,6 +219,36 @@ class _Steps(Pipe):
         return bytes(self._raw.read(min(size, STEP)))
 
 
+class _Members:
+    """The data of the members of a packed file, which `cat a.xz b.xz` joins; `padding` may follow each, by four bytes.
+
+    Python's own classes take a member that is damaged, but for the first, for something else that follows the data.
+    """
+
+    def __init__(self, packed: Any, new: Callable[[], Any], padding: bytes = b"") -> None:
+        self._packed, self._new, self._padding = packed, new, padding
+        self._member = new()
+
+    def read(self, size: int) -> bytes:
+        """Return the next `size` bytes or fewer, b"" at the end. Raises OSError, EOFError, ValueError or LZMAError."""
+        data = b""
+        while not data:
+            packed = self._packed.read(STEP) if self._member.needs_input else b""
+            if self._member.eof:
+                packed, skipped = self._member.unused_data, 0
+                while not (kept := packed.lstrip(self._padding)) and (more := self._packed.read(STEP)):
+                    skipped, packed = skipped + len(packed), more
+                if (skipped + len(packed) - len(kept)) % 4:
+                    raise ValueError("its padding is not of four bytes each")
+                if not kept:
+                    return b""
+                self._member, packed = self._new(), kept
+            elif self._member.needs_input and not packed:
+                raise EOFError("it ends before its end mark")
+            data = self._member.decompress(packed, size)
+        return data
+
+
 # Not pyarrow.CompressedInputStream, which reads no xz.
 class _Unpacked(io.RawIOBase):
     """A raw file that unpacks a binary file. Reading raises DataError, with `where`, for damaged or cut data."""
@@ -227,8 +258,8 @@ class _Unpacked(io.RawIOBase):
         self._damage: DataError | None = None
         file = {
             "gzip": lambda: gzip.GzipFile(fileobj=packed, mode="rb"),
-            "xz": lambda: lzma.LZMAFile(packed),  # noqa: SIM115 (closed with what it reads)
-            "bzip2": lambda: bz2.BZ2File(packed),
+            "xz": lambda: _Members(packed, partial(lzma.LZMADecompressor, lzma.FORMAT_XZ), b"\0"),
+            "bzip2": lambda: _Members(packed, bz2.BZ2Decompressor),
             "zstd": lambda: pa.CompressedInputStream(pa.PythonFile(_Steps(packed), mode="r"), "zstd"),
         }[kind]()
         self._read = getattr(file, "read1", file.read)  # `read` joins steps, and would lose all of them

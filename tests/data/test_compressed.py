@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
 import gzip
 import json
 import lzma
@@ -111,6 +112,30 @@ def test_damage_is_one_line(suffix: str, tmp_path: Path) -> None:
     path.write_bytes(PACKERS[suffix](packed))  # only one skin is taken off: there are files that unpack to themselves
     with pytest.raises(DataError, match="neither Arrow, Parquet nor UTF-8 text"):
         list(Inputs([path], BYTES).documents())
+
+
+@pytest.mark.parametrize("suffix", [".bz2", ".xz"])
+def test_damage_in_a_later_member_is_seen(suffix: str, tmp_path: Path) -> None:
+    """Or it changes nothing. gzip and zstd are read by others' code; zstd has checksums only where its writer asks."""
+    packed, path = PACKERS[suffix](TEXT.encode()), tmp_path / "x"
+    for place in range(len(packed)):
+        data = bytearray(packed * 3)
+        data[len(packed) + place] ^= 1 << place % 8
+        path.write_bytes(data)
+        with contextlib.suppress(DataError):
+            assert texts(path) == [TEXT * 3], place
+    for left in range(1, len(packed)):
+        path.write_bytes(packed * 2 + packed[:left])
+        with pytest.raises(DataError, match="data is damaged or truncated"):
+            texts(path)
+
+
+def test_xz_may_have_padding(tmp_path: Path) -> None:
+    packed = lzma.compress(TEXT.encode())
+    for zeros, good in ((4, True), (8192, True), (3, False), (4097, False)):
+        (tmp_path / "x").write_bytes((packed + bytes(zeros)) * 2)
+        with contextlib.nullcontext() if good else pytest.raises(DataError, match="padding"):
+            assert texts(tmp_path / "x") == [TEXT * 2]
 
 
 def test_a_long_text_goes_through_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
