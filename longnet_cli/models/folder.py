@@ -219,7 +219,8 @@ class ModelFolder:
         as `net` does.
         """
         if self.of_transformers:
-            return self._transformers().read_facts(self.path, self.config, pattern, lora, embeds=self.embeds)
+            how = {"lora": lora, "dtype": self.stored_dtype()} if lora is not None else {}
+            return self._transformers().read_facts(self.path, self.config, pattern, **how, embeds=self.embeds)
         from longnet_cli.nets.weights import load_config
 
         return load_config(self.path, pattern)
@@ -256,16 +257,28 @@ class ModelFolder:
 
         return VectorNet if isinstance(load_config(self.path), SlideConfig) else LongNet
 
+    def stored_dtype(self) -> torch.dtype:
+        """Return the type of a Hugging Face model's weights if all of them are bfloat16 or float16, else float32."""
+        import torch
+        from safetensors import SafetensorError, safe_open
+
+        types = set()
+        for name in weight_files(self.path):
+            with suppress(OSError, SafetensorError), safe_open(self.path / name, framework="numpy") as file:
+                types |= {file.get_slice(each).get_dtype() for each in file.keys()}  # noqa: SIM118 (not a mapping)
+        return {("BF16",): torch.bfloat16, ("F16",): torch.float16}.get((*types,), torch.float32)
+
     def trainable(
         self, config: TransformersConfig, lora: Mapping[str, Any] | None, on_note: Callable[[str], None]
     ) -> Net:
-        """Load a Hugging Face model for training, with the pattern of `config`: float32, on the CPU, not mapped.
+        """Load a Hugging Face model for training, with the pattern of `config`, on the CPU, not mapped.
 
-        `lora` holds the arguments of `add_lora`, or is None to train all weights. `on_note` gets a line if the
-        pattern shows distances that the model has never seen.
-        Raises as `net` does, and ConfigError if the gradient of a long sequence cannot go through the model.
+        Weights are float32. `lora` holds the arguments of `add_lora`, for which matrices have the `stored_dtype`, or
+        is None to train all weights. `on_note` gets a line if the pattern shows distances that the model has never
+        seen. Raises as `net` does, and ConfigError if the gradient of a long sequence cannot go through the model.
         """
-        net = cast("TransformersNet", self.net(pattern=None if config.as_trained else config.pattern))
+        dtype, pattern = None if lora is None else self.stored_dtype(), None if config.as_trained else config.pattern
+        net = cast("TransformersNet", self.net(pattern=pattern, dtype=dtype))
         net.check_trainable()
         if net.too_wide:
             on_note(f"{self.name}: {net.too_wide}")

@@ -60,6 +60,10 @@ class NetConfig:
             """The number of trained parameters: all of the net's, or LoRA's."""
 
         @property
+        def frozen_bytes(self) -> int:
+            """The bytes of the weights that are not trained, in the types that they have in training."""
+
+        @property
         def layer_weights(self) -> int:
             """The number of weights in the matrices of all layers."""
 
@@ -264,6 +268,10 @@ class LongNetConfig(NetConfig, _SizesAndPattern):  # type: ignore[misc, valid-ty
         return self.num_parameters()
 
     @property
+    def frozen_bytes(self) -> int:
+        return 0
+
+    @property
     def kv_heads(self) -> int:
         return self.num_heads
 
@@ -342,6 +350,7 @@ class TransformersConfig(NetConfig, BaseModel):
     pattern: Pattern
     parameters: int
     trained: int  # number of trained parameters: all of the model's, or LoRA's
+    frozen_bytes: int = 0
     layer_weights: int  # parameters in the matrices of all layers
     source: str
 

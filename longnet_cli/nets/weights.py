@@ -48,14 +48,15 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
-def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
+def tensor_digest(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> str:
     """Return the SHA-256, in hex, of the names, types, shapes and bytes of tensors, whatever their order in a file.
 
-    Each tensor is hashed by itself, on all CPU cores. Then the hashes are hashed in the order of the names.
+    With `dtype`, they are first cast to it. Each tensor is hashed by itself, on all CPU cores. Then the hashes are
+    hashed in the order of the names.
     """
 
     def one(name: str) -> bytes:
-        tensor = tensors[name]
+        tensor = tensors[name].to(dtype)
         head = f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode()
         part = hashlib.sha256(head)
         part.update(tensor_bytes(tensor))

@@ -5,6 +5,7 @@ what it leaves is a folder that transformers opens.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -178,23 +179,52 @@ def test_lora_leaves_the_merged_model_and_the_adapter(llama: Path, corpus: Path,
         train(found, tmp_path / "run")
 
 
-def train_on(llama: Path, corpus: Path, runs: list[tuple[Path, int, str, str]]) -> None:
-    for output, dp, shard, pattern in runs:
+@pytest.mark.parametrize("products", ["fp32", "bf16"])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+def test_lora_beside_weights_of_two_bytes_is_that_beside_float32(
+    stored: torch.dtype, products: str, llama: Path, corpus: Path, tmp_path: Path
+) -> None:
+    """The frozen matrices stay in the type of their folder, and the numbers are those of float32 weights."""
+    pytest.importorskip("peft")
+    model, frozen = hf.AutoModelForCausalLM.from_pretrained(llama, dtype=stored), []
+    for folder in (tmp_path / "narrow", tmp_path / "wide"):
+        shutil.copytree(llama, folder)
+        model.save_pretrained(folder)
+        changes = {"lora.rank": 4, "train.dtype": products, "train.stages": [{"seq_len": 96, "steps": 3}]}
+        found = recipe(folder, corpus, **changes)
+        net = ModelFolder(folder).trainable(found.model, found.adapter, print)
+        frozen.append(sum(p.nbytes for p in net.parameters() if not p.requires_grad))
+        assert found.model.frozen_bytes == frozen[-1]
+        train(found, tmp_path / f"{folder.name}-run")
+        model.to(torch.float32)
+    narrow, wide = tmp_path / "narrow-run", tmp_path / "wide-run"
+    assert frozen[0] < 0.51 * frozen[1]
+    assert [line["loss"] for line in metrics_of(narrow)] == [line["loss"] for line in metrics_of(wide)]
+    torch.testing.assert_close(weights(narrow), weights(wide), rtol=0, atol=0)
+
+
+def train_on(llama: Path, corpus: Path, runs: list[tuple[Path, int, str, str, bool]]) -> None:
+    for output, dp, shard, pattern, lora in runs:
         ranks = mesh(dp) if torch.distributed.is_initialized() else Ranks()
         changes = {"parallel.shard": shard, "model.pattern": pattern, "train.stages": [{"seq_len": 96, "steps": 3}]}
-        train(recipe(llama, corpus, **changes), output, ranks=ranks)
+        train(recipe(llama, corpus, **changes, **({"lora.rank": 4} if lora else {})), output, ranks=ranks)
 
 
 @pytest.mark.ci
 def test_two_ranks_are_one(llama: Path, corpus: Path, tmp_path: Path) -> None:
-    alone = [(tmp_path / pattern, 1, "none", pattern) for pattern in (WINDOW, CHOSEN)]
+    hf.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.bfloat16).save_pretrained(llama)  # for LoRA
+    alone = [
+        (tmp_path / f"{pattern}{lora}", 1, "none", pattern, lora) for pattern in (WINDOW, CHOSEN) for lora in (0, 1)
+    ]
     train_on(llama, corpus, alone)
-    settings = [(1, "none", WINDOW), (2, "full", WINDOW), (2, "none", CHOSEN), (2, "full", CHOSEN)]
+    settings = [(1, "none", WINDOW, 0), (2, "full", WINDOW, 0), (2, "none", CHOSEN, 0), (2, "full", CHOSEN, 0)]
+    settings += [(2, "full", WINDOW, 1)]
     runs = [(tmp_path / str(i), *each) for i, each in enumerate(settings)]
     run_ranks(2, tmp_path, train_on, llama, corpus, runs)
-    for output, dp, shard, pattern in runs:
-        torch.testing.assert_close(weights(output), weights(tmp_path / pattern), rtol=2e-4, atol=2e-4)
-        two, one = ([line["grad_norm"] for line in metrics_of(path)] for path in (output, tmp_path / pattern))
+    for output, dp, shard, pattern, lora in runs:
+        single = tmp_path / f"{pattern}{lora}"
+        torch.testing.assert_close(weights(output), weights(single), rtol=2e-4, atol=2e-4)
+        two, one = ([line["grad_norm"] for line in metrics_of(path)] for path in (output, single))
         assert two == pytest.approx(one, rel=1e-3), (dp, shard, pattern)  # AdamW does not see how large gradients are
 
 
@@ -217,6 +247,14 @@ def test_a_first_level_wider_than_the_model_was_trained_is_named(llama: Path, co
         notes: list[str] = []
         train(recipe(llama, corpus, **stage, **{"model.pattern": pattern}), tmp_path / pattern, on_note=notes.append)
         assert notes == named
+
+
+@pytest.mark.parametrize(
+    ("changes", "rate"), [({}, 2e-5), ({"lora.rank": 2}, 2e-4), ({"lora.rank": 2, "optimizer.lr": 1e-3}, 1e-3)]
+)
+def test_a_run_from_a_model_has_the_rate_of_fine_tuning(changes: dict[str, object], rate: float, llama: Path) -> None:
+    stage = {"train.stages": [{"seq_len": 64, "steps": 1}]}
+    assert load_recipe(None, {"init": str(llama), "optimizer.clip": 1.0} | stage | changes).optimizer.lr == rate
 
 
 @pytest.mark.parametrize(

@@ -358,7 +358,7 @@ def test_sizes_are_written_as_everywhere(corpus: Path) -> None:
         ("list.json", "[]", "list.json: not a recipe, which is a table of keys and values"),
         ("recipe.py", "import os", "recipe.py: not TOML: "),
         ("recipe.json", "{", "recipe.json: not JSON: "),
-        ("data.toml", "data = 3\n[train]\n[model]\n", "data.toml: model, data and train are tables of keys and values"),
+        ("data.toml", "data = 3\n[train]\n[model]\n", "data.toml: model, data, train and optimizer are tables"),
     ],
 )
 def test_files_that_are_no_recipe(tmp_path: Path, name: str, text: str, message: str) -> None:

@@ -215,9 +215,9 @@ def run_tensors(model: nn.Module, optimizers: Optimizers, random: Sequence[Tenso
 
 
 def frozen_digest(model: nn.Module) -> str | None:
-    """Return a digest of the weights that are not trained, and so in no checkpoint; None if all are trained."""
+    """Return a digest of the numbers that are not trained, and so in no checkpoint; None if all are trained."""
     frozen = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
-    return tensor_digest(frozen) if frozen else None
+    return tensor_digest(frozen, torch.float32) if frozen else None
 
 
 def restore(checkpoint: Path, model: nn.Module, optimizers: Optimizers, device: torch.device, ranks: Ranks) -> None:

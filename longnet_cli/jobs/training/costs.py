@@ -166,33 +166,40 @@ def step_flops(recipe: Recipe, stage: Stage, ranks: Ranks) -> StepFlops:
 def training_memory(recipe: Recipe, device: torch.device, ranks: Ranks) -> dict[str, int]:
     """Return the bytes of one rank at its peak, by kind.
 
-    weights: 4 bytes per number, and the copy of the matrices that autocast makes. gradients: 4 bytes per trained
+    weights: 4 bytes per number, and the copy of the matrices that autocast makes. Beside LoRA's, they are of the types
+    in which they are kept, and one matrix at a time is cast to the type of products. gradients: 4 bytes per trained
     number. optimizer: 8 bytes per trained number, the two moments of AdamW; Muon has one moment of the layers'
     matrices, or of LoRA's. With `parallel.shard` "full", a rank holds its share of all these, and in a step all weights
     and gradients besides. activations, logits, cache, key_gradients: of the stage that takes the most. checkpoint: a
     single process copies its weights and moments, and makes a second copy, the bytes of the file, while it continues to
-    train. With a GPU these two copies are in the host's memory, and not counted. evaluation: what reading the held-out
-    documents takes beyond a step's activations, logits and cache, which are gone by then.
+    train. With a GPU these two copies are in the host's memory, and not counted. evaluation, merged: what reading the
+    held-out documents, and LoRA's merged weights in float32, take beyond a step's activations, logits and cache, which
+    are gone by then.
     """
     config, itemsize = recipe.model, itemsize_of(recipe.train.dtype, device)
     trained, layer_matrices = config.trained, config.layer_weights
-    numbers = config.num_parameters() + (trained if config.frozen else 0)
-    copies = 0 if itemsize == 4 else itemsize * (layer_matrices + config.vocab_size * config.dim)
+    weights, table = 4 * trained + config.frozen_bytes, config.vocab_size * config.dim
+    copies = 0 if itemsize == 4 else itemsize * (layer_matrices + table)
+    if config.frozen:
+        are_narrow = config.frozen_bytes < 4 * config.num_parameters()
+        copies = itemsize * table if are_narrow is (itemsize == 4) else 0
     of_muon = (trained if config.frozen else layer_matrices) if recipe.optimizer.name == "muon" else 0
     moments = 8 * trained - 4 * of_muon
     share = ranks.world if recipe.parallel.shard == "full" else 1
-    own_weights, own_gradients = (4 * n // share if share > 1 else 0 for n in (numbers, trained))
+    own_weights, own_gradients = (n // share if share > 1 else 0 for n in (weights, 4 * trained))
     stages = [_stage_memory(recipe, stage, device, ranks) for stage in recipe.train.stages]
     largest = max(stages, key=lambda kinds: sum(kinds.values()))
-    evaluation = max(0, _evaluation_bytes(recipe, device, ranks) - sum(largest.values()))
+    merged = 4 * config.num_parameters() if config.frozen and device.type == "cpu" else 0
+    later = {"evaluation": _evaluation_bytes(recipe, device, ranks), "merged": merged}
+    beyond = {kind: size - sum(largest.values()) for kind, size in later.items()}
     alone = device.type == "cpu" and ranks.world == 1
     return {
-        "weights": 4 * numbers + own_weights + copies,
+        "weights": weights + own_weights + copies,
         "gradients": 4 * trained + own_gradients,
         "optimizer": moments // share,
         **largest,
         "checkpoint": 2 * (4 * trained + moments) if alone else 0,
-        **({"evaluation": evaluation} if evaluation else {}),
+        **{kind: size for kind, size in beyond.items() if size > 0 and size == max(beyond.values())},
     }
 
 

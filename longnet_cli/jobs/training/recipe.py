@@ -80,7 +80,7 @@ class DataRecipe(StrictModel):
 
 
 class OptimizerRecipe(StrictModel):
-    """AdamW; weights decay, biases and norms do not. Defaults from the paper's Table 3.
+    """AdamW; weights decay, biases and norms do not. Defaults from the paper's Table 3, but for a run with `init`.
 
     `name = "muon"` gives the matrices of the layers to torch's Muon, at the same learning rate, and leaves embeddings,
     biases and norms to AdamW.
@@ -190,6 +190,7 @@ class ParallelRecipe(StrictModel):
 # tokenizer and the initial model may only be in another place: their contents are compared as well.
 FREE_TO_CHANGE = {
     *("init", "data.train", "data.mix", "data.held_out", "data.column", "data.tokenizer", "parallel"),
+    "model.frozen_bytes",
     *("train.chunk", "train.spill", "train.activation_checkpointing", "train.compile", "train.loss_jump"),
     *("train.log_every", "train.evaluate_every", "train.save_every", "train.save_minutes", "train.keep", "train.track"),
 }
@@ -309,6 +310,8 @@ def _changed(old: Any, new: Any, path: str) -> Iterator[str]:
         yield path
 
 
+TUNING_RATES = {"init": 2e-5, "lora": 2e-4}  # optimizer.lr of a run that starts from a trained model
+
 # keys that say the same in another way: an override of the first removes the others from the recipe
 SAID_OTHERWISE = {"model.pattern": PATTERN_FIELDS, "data.train": ("mix",), "data.mix": ("train",)}
 
@@ -319,7 +322,7 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any], stored: Sequence
     `path` is a TOML file, a run's recipe.json, the name of a recipe that ships in models/, or None for overrides alone.
     A model without `vocab_size` gets its tokenizer's, plus one id for the mask with the masked objective. If `init` is
     a LongNet, `[model]` has its values where the recipe gives none; if it is a Hugging Face model, that model's facts.
-    The tokenizer of `init` is used unless the recipe names another.
+    The tokenizer of `init` is used unless the recipe names another, and so are the `TUNING_RATES`.
     The recipe names a model or a tokenizer on a hub with its commit: that in the names `stored` by an earlier run, if
     one is of the same repository.
     Raises ConfigError, and CheckpointError for an `init` that is no model.
@@ -337,9 +340,11 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any], stored: Sequence
         for other in SAID_OTHERWISE.get(key, ()):
             table.pop(other, None)
         table[leaf] = value
-    model, source, train = (data.get(name, {}) for name in ("model", "data", "train"))
-    if not all(isinstance(table, dict) for table in (model, source, train)):
-        raise ConfigError(f"{where}: model, data and train are tables of keys and values")
+    model, source, train, optimizer = (data.get(name, {}) for name in ("model", "data", "train", "optimizer"))
+    if not all(isinstance(table, dict) for table in (model, source, train, optimizer)):
+        raise ConfigError(f"{where}: model, data, train and optimizer are tables of keys and values")
+    if rates := [rate for key, rate in TUNING_RATES.items() if data.get(key) is not None]:
+        data["optimizer"] = {"lr": rates[-1]} | optimizer
     with naming("init"):
         folder = _initial_folder(data.get("init"), model, stored)
     if folder:

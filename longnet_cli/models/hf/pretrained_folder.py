@@ -207,7 +207,7 @@ def write_folder(
     *,
     dense: bool = False,
 ) -> None:
-    """Write config.json, model.safetensors with the weights `state`, and the tokenizer, to `folder`.
+    """Write config.json, model.safetensors with the float32 weights `state`, and the tokenizer, to `folder`.
 
     `source` is the folder that the model came from. If its tokenizer is the same, the files beside it are copied too.
     `dense` leaves the pattern out of config.json. Raises CheckpointError if the folder cannot be written.
@@ -215,7 +215,7 @@ def write_folder(
     try:
         with whole_folder(folder, last=CONFIG) as made:
             model.save_pretrained(made, state_dict=dict(state), max_shard_size=1 << 62)
-            settings = json.loads((made / CONFIG).read_text(encoding="utf-8"))
+            settings = json.loads((made / CONFIG).read_text(encoding="utf-8")) | {"dtype": "float32"}
             if dense:
                 settings = from_file(settings)
                 settings.pop(_PATTERN, None)

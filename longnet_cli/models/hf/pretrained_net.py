@@ -54,6 +54,7 @@ from longnet_cli.nets.named_blocks import named_blocks
 from longnet_cli.nets.net import FarProvider, Net
 from longnet_cli.nets.weights import check_finite
 from longnet_cli.running.causal_stream import open_stream
+from longnet_cli.running.device import trim_memory
 
 _CACHE_NAMES = ("cache", "past_key_values")  # the argument of forward, and its older name
 _ENCODERS = {"mpnet"}  # which look in both directions, though their modules do not say so
@@ -238,6 +239,7 @@ class TransformersNet(Net):
         inner = {name: tensor for name, tensor in inner.items() if name in own}
         if self._save_adapter:
             self._save_adapter(folder / ADAPTER, inner)
+            trim_memory(next(self.parameters()).device)  # the merged weights are as large as the net, and larger
         weights = merged(self.model, inner)
         write_folder(self.model, folder, weights, tokenizer_json, self.folder, dense=self.config.as_trained)
 
@@ -354,11 +356,13 @@ def read_facts(
     pattern: Pattern | None = None,
     lora: Mapping[str, Any] | None = None,
     *,
+    dtype: torch.dtype = torch.float32,
     embeds: bool = False,
 ) -> TransformersConfig:
     """Read the facts of the model in a folder, as `load_transformers` finds them, but not its weights.
 
-    `trained` counts all parameters or, with `lora` (the arguments of `add_lora`), the parameters of LoRA's matrices.
+    `trained` counts all parameters or, with `lora` (the arguments of `add_lora`), the parameters of LoRA's matrices
+    beside frozen weights of type `dtype`.
 
     Only loading shows whether the layers take far keys. Here, `memory` says that they do if the model is causal.
     Raises ConfigError and CheckpointError as `load_transformers` does.
@@ -372,9 +376,10 @@ def read_facts(
             model = architecture(config)
             facts = _facts(model, not as_trained, as_trained)
             if lora is not None:
-                add_lora(model, **lora)
+                add_lora(model.to(dtype), **lora)
                 trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-                facts = facts.model_copy(update={"trained": trained})
+                frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+                facts = facts.model_copy(update={"trained": trained, "frozen_bytes": frozen})
     except (ConfigError, ValueError) as error:
         raise ConfigError(f"{folder}: {' '.join(str(error).split())}") from None
     return facts.model_copy(update={"memory": "segments"}) if facts.causal else facts

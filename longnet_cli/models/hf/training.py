@@ -1,6 +1,7 @@
 """The training of a Hugging Face model: LoRA, and the bytes that it saves for its backward pass.
 
-With LoRA (arXiv 2106.09685, by peft), only small matrices beside a model's own are trained.
+With LoRA (arXiv 2106.09685, by peft), only small matrices beside a model's own are trained. They are float32. The
+model's own matrices stay in the type in which they are stored, and take part in float32, or in autocast's type.
 
 An adapted matrix is `W + scale B A`. In the names of its weights, W is `X.base_layer.weight`, A and B are
 `X.lora_A.default.weight` and `X.lora_B.default.weight`.
@@ -13,10 +14,12 @@ import warnings
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 import transformers as hf
-from torch import Tensor
+from torch import Tensor, nn
 
 from longnet_cli.attention import Pattern
 from longnet_cli.basics.errors import ConfigError
@@ -38,8 +41,9 @@ def add_lora(
 ) -> Callable[[Path, State], None]:
     """Freeze a model and add LoRA matrices in place: to all of its layers, or only to `target_modules`.
 
-    Returns a function that writes the adapter's folder for peft, given the folder and the model's state dict. Raises
-    ConfigError if peft is missing, or the model has none of the modules.
+    The frozen weights may be of any type (`_compute_wide`); the matrices do not depend on it. Returns a function that
+    writes the adapter's folder for peft, given the folder and the model's state dict. Raises ConfigError if peft is
+    missing, or the model has none of the modules.
     """
     try:
         import peft
@@ -48,6 +52,9 @@ def add_lora(
             f"LoRA needs peft, which cannot be imported ({error}): pip install 'longnet-cli[lora]'"
         ) from None
     options = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "task_type": "CAUSAL_LM"}
+    stored = [(p, p.data) for p in model.parameters()]
+    for p, data in stored:  # peft draws matrices of the type of the weights beside them
+        p.data = torch.zeros((), device=data.device).expand(data.shape)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft uses names that transformers has renamed
@@ -56,6 +63,9 @@ def add_lora(
             )
     except ValueError as error:
         raise ConfigError(f"lora: {' '.join(str(error).split())}") from None
+    for p, data in stored:
+        p.data = data
+    _compute_wide(model)
 
     def save(folder: Path, state: State) -> None:
         named = {f"base_model.model.{name}": tensor for name, tensor in state.items()}
@@ -68,20 +78,67 @@ def add_lora(
     return save
 
 
+class _Product(torch.autograd.Function):
+    """A product with a frozen matrix of any type, in the input's type or in autocast's.
+
+    Both passes cast the matrix anew: no copy of it is kept for the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.dtype, kind = x.dtype, x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (weight,), (gradient,) = ctx.saved_tensors, gradients
+        return (gradient @ weight.to(gradient.dtype)).to(ctx.dtype), None, None
+
+
+class _FrozenLinear(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return _Product.apply(input, self.weight, self.bias)
+
+
+class _FrozenEmbedding(nn.Embedding):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).float()
+
+
+_FROZEN = {nn.Linear: _FrozenLinear, nn.Embedding: _FrozenEmbedding}
+
+
+def _compute_wide(model: hf.PreTrainedModel) -> None:
+    """Let a model whose frozen weights have any type compute in float32, or in autocast's type, in place.
+
+    Matrices of linear layers and of embeddings keep their type. All others, which other code computes with, and vectors
+    become float32.
+    """
+    for module in model.modules():
+        for p in module.parameters(recurse=False):
+            if type(module) not in _FROZEN or p.dim() < 2:
+                p.data = p.data.float()
+    for module in model.modules():
+        if type(module) in _FROZEN and not any(p.requires_grad for p in module.parameters()):
+            module.__class__ = _FROZEN[type(module)]
+
+
 def merged(model: hf.PreTrainedModel, state: State) -> dict[str, Tensor]:
-    """Return the weights of an equivalent model without LoRA, given the whole `state` of this one.
+    """Return the weights of an equivalent model without LoRA in float32, given the whole `state` of this one.
 
     The model itself does not change: adding to a matrix and subtracting again would not restore the same numbers.
     """
     weights = {}
-    for name, tensor in state.items():
+    for name in [name for name in state if ".lora_" not in name]:
         stem, base, rest = name.rpartition(_BASE)
+        wide = state[name].to(torch.float32, copy=bool(base))  # and added to in place, so that no third copy is made
         if base and (a := state.get(stem + _A)) is not None and rest == ".weight":
             layer = model.get_submodule(stem)
             delta = layer.scaling[_NAME] * (state[stem + _B] @ a)
-            tensor = tensor + (delta.T if getattr(layer, "fan_in_fan_out", False) else delta).to(tensor.dtype)
-        if ".lora_" not in name:
-            weights[stem + rest if base else name] = tensor
+            wide += delta.T if getattr(layer, "fan_in_fan_out", False) else delta
+        weights[stem + rest if base else name] = wide
     return weights
 
 
