@@ -33,7 +33,7 @@ REFERENCE = {
     "Models": {
         "longnet_cli": (
             "ModelFolder", "Net", "LongNet", "LongNetConfig", "SlideEncoder", "SlideConfig", "CausalStream",
-            "open_stream", "backward_in_chunks", "from_torchscale", "to_torchscale",
+            "open_stream", "backward_in_chunks", "from_torchscale",
         ),
         "longnet_cli.integrations.transformers": (
             "use_dilated_attention", "use_own_attention", "write_pattern", "LongNetCache",

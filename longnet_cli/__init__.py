@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from longnet_cli.jobs.tokenizing import tokenize
     from longnet_cli.jobs.training.loop import train
     from longnet_cli.models.folder import ModelFolder
-    from longnet_cli.models.official import from_torchscale, to_torchscale
+    from longnet_cli.models.official import from_torchscale
     from longnet_cli.nets.config import LongNetConfig, SlideConfig
     from longnet_cli.nets.longnet import LongNet
     from longnet_cli.nets.net import Net
@@ -67,7 +67,7 @@ _MODULES = {
     "jobs.tokenizing": "tokenize",
     "jobs.training.loop": "train",
     "models.folder": "ModelFolder",
-    "models.official": "from_torchscale to_torchscale",
+    "models.official": "from_torchscale",
     "nets.config": "LongNetConfig SlideConfig",
     "nets.longnet": "LongNet",
     "nets.net": "Net",

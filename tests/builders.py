@@ -24,9 +24,10 @@ from longnet_cli.jobs.row_jobs import ModelFacts
 from longnet_cli.jobs.scoring.measures import TABLES, Gain, Score, column
 from longnet_cli.jobs.scoring.scoring import score
 from longnet_cli.jobs.training.recipe import Recipe, load_recipe
-from longnet_cli.models.official import to_torchscale
+from longnet_cli.models.official_slide import official_name
 from longnet_cli.nets.config import LongNetConfig, SlideConfig
 from longnet_cli.nets.longnet import LongNet
+from longnet_cli.nets.positions import XPOS_GAMMA
 from longnet_cli.nets.slide import SlideEncoder
 
 SIZES = {"vocab_size": 257, "dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 32}
@@ -233,6 +234,19 @@ def slide_encoder(**changes: Any) -> SlideEncoder:
     """A slide encoder of random weights, always the same."""
     torch.manual_seed(0)
     return SlideEncoder(slide_config(**changes)).eval()
+
+
+def to_torchscale(model: LongNet) -> dict[str, Tensor]:
+    """A net as a state dict of torchscale's LongNetDecoder or LongNetEncoder, with all keys for a strict load."""
+    config = model.config
+    state = {official_name(name): tensor for name, tensor in model.state_dict().items()}
+    if config.vocab_size and config.tie_embeddings:
+        state["output_projection.weight"] = state["embed_tokens.weight"]
+    if config.position == "xpos":
+        size = config.head_dim
+        scale = (torch.arange(0, size, 2) + XPOS_GAMMA * size) / ((1 + XPOS_GAMMA) * size)
+        state |= {f"layers.{i}.self_attn.xpos.scale": scale.clone() for i in range(config.num_layers)}
+    return state
 
 
 def official_slide_state(**changes: Tensor) -> dict[str, Tensor]:

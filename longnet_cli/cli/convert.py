@@ -52,7 +52,7 @@ class ConvertCommand:
 def convert(options: ConvertCommand) -> None:
     """Turn a GGUF file into a Hugging Face folder, an official checkpoint into a LongNet, or change a LongNet's type.
 
-    A checkpoint is Prov-GigaPath's slide encoder, a LongNet of torchscale, or the encoder of a LongViT.
+    A checkpoint is Prov-GigaPath's slide encoder, or a LongNet of torchscale.
     A file is recognized by its content. Quantized weights become plain numbers. GGUF needs the extra `gguf`.
     """
     from longnet_cli.jobs.converting import convert as run

@@ -56,9 +56,9 @@ def create_model(
         )
     with torch.device("meta"):
         model = build(in_chans=in_chans, **options)
-    net = slide_net(model.net.config, read_state_dict(path), f"{path}: {model_arch}")
+    net = slide_net(model.config, read_state_dict(path), f"{path}: {model_arch}")
     check_finite(net.state_dict(), str(path))
-    model.take(net.train())
+    model.take(net)
     return model
 
 

@@ -1,6 +1,6 @@
-"""Checkpoints of the official implementations as LongNet folders, and torchscale's state dicts, in both directions.
+"""Checkpoints of the official implementations as LongNet folders, and torchscale's state dicts as nets.
 
-Supported are Prov-GigaPath's slide encoder, torchscale's LongNet encoders and decoders, and the encoder of a LongViT.
+Supported are Prov-GigaPath's slide encoder, and torchscale's LongNet encoders and decoders.
 The names and shapes of the weights tell the kind of net and its sizes. Other settings (heads, segment lengths) are
 given by the user, or taken from the official model.
 """
@@ -28,18 +28,12 @@ from torch import Tensor
 from longnet_cli.basics.atomic import file_sha256, whole_folder, write_file
 from longnet_cli.basics.configuration import validate
 from longnet_cli.basics.errors import CheckpointError, ConfigError
-from longnet_cli.models.official_slide import HEADS, RATES, OfficialAttention, OfficialBlock, OfficialFeedForward
+from longnet_cli.models.official_slide import HEADS, RATES, official_name, slide_name
 from longnet_cli.nets.config import LongNetConfig, SlideConfig
 from longnet_cli.nets.longnet import LongNet
-from longnet_cli.nets.positions import XPOS_GAMMA
 from longnet_cli.nets.slide import VectorNet
 from longnet_cli.nets.weights import TYPE_NAMES, NetT, check_finite, empty_net, list_names
 
-# our name -> torchscale's, of the net, then of a layer
-_MODULES = {"embedding": "embed_tokens", "final_norm": "layer_norm", "output": "output_projection"}
-_MODULES |= OfficialBlock.official
-for _part, _kind in (("attention", OfficialAttention), ("ffn", OfficialFeedForward)):
-    _MODULES |= {f"{_part}.{ours}": f"{_MODULES[_part]}.{theirs}" for ours, theirs in _kind.official.items()}
 _PREFIX = re.compile(r"(model|decoder|encoder)\.")
 DERIVED_BUFFERS = re.compile(r"(.*\.)?(xpos\.scale|version)")  # buffers that the configuration determines
 
@@ -85,35 +79,6 @@ def renamed_net(
     return net.eval()
 
 
-def to_torchscale(model: LongNet) -> dict[str, Tensor]:
-    """Return this net as a state dict of torchscale's LongNetDecoder or LongNetEncoder, for `from_torchscale` as well.
-
-    Keys have no prefix, and tensors share the model's memory. The dict has all keys for a strict load, including xPos's
-    buffers and the output projection, even if that is tied to the embedding. It does not hold the configuration:
-    torchscale always uses head_offsets="grouped", in bidirectional nets padding="zero_key", and has no position="rope".
-    """
-    config = model.config
-    state = {official_name(name): tensor for name, tensor in model.state_dict().items()}
-    if config.vocab_size and config.tie_embeddings:
-        state["output_projection.weight"] = state["embed_tokens.weight"]
-    if config.position == "xpos":
-        size = config.head_dim
-        scale = (torch.arange(0, size, 2) + XPOS_GAMMA * size) / ((1 + XPOS_GAMMA) * size)
-        state |= {f"layers.{i}.self_attn.xpos.scale": scale.clone() for i in range(config.num_layers)}
-    return state
-
-
-def official_name(ours: str) -> str:
-    """Return torchscale's name of one of our tensors."""
-    ((layer, module, kind),) = re.findall(r"^(layers\.\d+\.|)(.+)\.(weight|bias)$", ours)
-    return f"{layer}{_MODULES[module]}.{kind}"
-
-
-def slide_name(ours: str) -> str:
-    """Return the official name of a tensor of our slide encoder's net."""
-    return _SLIDE.get(ours) or f"encoder.{official_name(ours)}"
-
-
 def slide_net(config: LongNetConfig, state: Mapping[str, Tensor], where: str) -> VectorNet:
     """Build the float32 net of a slide encoder with weights that have their official names. Raises CheckpointError."""
     if "cls_token" in state:
@@ -128,17 +93,8 @@ def without_prefix(state: dict[str, Tensor], prefix: re.Pattern[str] = _PREFIX) 
     return state
 
 
-_INSIDE = ("model", "module", "state_dict", "teacher")  # keys of the state dict in training checkpoints
-_SHARED = re.compile(r"(module|model|backbone|slide_encoder|encoder|decoder)\.")
-_SLIDE = {"cls": "cls_token", "project.weight": "patch_embed.proj.weight", "project.bias": "patch_embed.proj.bias"}
-_SLIDE |= {"norm.weight": "norm.weight", "norm.bias": "norm.bias"}  # our name -> theirs, of all but the layers
-_LONGVIT = {  # number of positions (patches of 32 pixels) -> segment lengths
-    1024: (64, 128, 256, 512, 1024),
-    16384: (1024, 2048, 4096, 8192, 16384),
-    65536: (1024, 4096, 8192, 16384, 65536),
-    262144: (1024, 4096, 16384, 65536, 262144),
-    1048576: (1024, 4096, 32768, 262144, 1048576),
-}
+_INSIDE = ("model", "module", "state_dict")  # keys of the state dict in training checkpoints
+_SHARED = re.compile(r"(module|model|slide_encoder|encoder|decoder)\.")
 
 CARD = """# {what}
 
@@ -186,8 +142,7 @@ def convert_official(path: Path, output: Path, dtype: torch.dtype | None, given:
     with whole_folder(output) as place:
         net.save_pretrained(place)
         write_file(place / "README.md", contents.card().encode())
-    left_out = f"; {list_names('left out:', contents.left_out)}" if contents.left_out else ""
-    return f"{contents.what} of {net.config.num_parameters():,} parameters{left_out}"
+    return f"{contents.what} of {net.config.num_parameters():,} parameters"
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -227,10 +182,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             raise CheckpointError(
                 f"{path}: {name} of shape {tuple(tensor.shape)} has not all of its numbers in the file"
             )
-    state = dict(content)
-    if any(name.startswith("backbone.") for name in state):  # a student or a teacher: leave out its head
-        state = {name: tensor for name, tensor in state.items() if name.startswith("backbone.")}
-    return without_prefix(state, _SHARED)
+    return without_prefix(dict(content), _SHARED)
 
 
 def _check_pickle(path: Path) -> None:
@@ -258,41 +210,30 @@ class _Contents:
     """The contents of a state dict: the kind of net, and its sizes."""
 
     def __init__(self, path: Path, state: Mapping[str, Tensor], given: Given) -> None:
-        self.path, self.given = path, given
-        patches, places = state.get("patch_embed.proj.weight"), state.get("pos_embed")
-        images = patches is not None and patches.ndim == 4
-        self.slide = not images and (patches is not None or "cls_token" in state)
-        self.prefix = "encoder." if self.slide or images else ""
-        # a LongNet computes no image patches or positions
-        self.left_out = [name for name in state if images and not name.startswith(self.prefix)]
+        self.path, self.state, self.given = path, state, given
+        self.slide = "patch_embed.proj.weight" in state or "cls_token" in state
+        self.prefix = "encoder." if self.slide else ""
         self.scales = [t for name, t in state.items() if name.endswith("xpos.scale")]
-        self.state = {name: tensor for name, tensor in state.items() if name not in self.left_out}
-        self.decoder = f"{self.prefix}output_projection.weight" in self.state or bool(self.scales)
-        if self.slide:
-            self.what = "a slide encoder as Prov-GigaPath's"
-        elif self.prefix:
-            self.what = "the encoder of a LongViT"
-        else:
-            self.what = f"a LongNet {'decoder' if self.decoder else 'encoder'} of torchscale"
-        self.config = self._config(places.shape[1] if places is not None and places.ndim == 3 else 0)
+        self.decoder = f"{self.prefix}output_projection.weight" in state or bool(self.scales)
+        kind = "decoder" if self.decoder else "encoder"
+        self.what = "a slide encoder as Prov-GigaPath's" if self.slide else f"a LongNet {kind} of torchscale"
+        self.config = self._config()
 
     def build(self) -> LongNet:
         """Return the net with its weights, in float32."""
         where = f"{self.path}: {self.what}"
         if self.slide:
             return slide_net(self.config, self.state, where)
-        return renamed_net(LongNet, self.config, self.state, lambda ours: self.prefix + official_name(ours), where)
+        return renamed_net(LongNet, self.config, self.state, official_name, where)
 
     def card(self) -> str:
         """Return the text of the folder's README.md."""
         names = ("num_layers", "dim", "num_heads", "segment_lengths", "dilation_rates", "padding")
         settings = [f"- {name}: {getattr(self.config, name)}" for name in names]
-        if self.left_out:
-            settings.append(list_names("- left out, because a LongNet has no place for it:", self.left_out))
         what, sha256 = self.what[0].upper() + self.what[1:], file_sha256(self.path)
         return CARD.format(what=what, name=self.path.name, sha256=sha256, settings="\n".join(settings))
 
-    def _config(self, positions: int) -> LongNetConfig:
+    def _config(self) -> LongNetConfig:
         """Return the configuration, from names and shapes, the given values and the official model's defaults."""
         dim, ffn = self._size("self_attn.q_proj.weight"), self._size("ffn.fc1.weight")
         layers = {int(match[1]) for name in self.state if (match := re.match(rf"{self.prefix}layers\.(\d+)\.", name))}
@@ -312,15 +253,14 @@ class _Contents:
             raise CheckpointError(
                 f"{self.path}: a net without norms inside and at its end, as with deepnorm, is not read"
             )
-        heads: int = HEADS
-        lengths: Sequence[int] = _LONGVIT.get(positions, _LONGVIT[1024])
-        rates: Sequence[int] = RATES
+        # of torchscale's nets, only xPos's scales tell a default
+        heads: int = dim // (2 * len(self.scales[0])) if self.scales else 0
+        lengths, rates = tuple[int, ...](), tuple[int, ...]()
         if self.slide:
             patches = self.state.get("patch_embed.proj.weight")
             data["in_features"] = 1536 if patches is None else patches.shape[-1]
-            lengths = SlideConfig.gigapath().segment_lengths
-        elif not self.prefix:  # of torchscale's nets, only xPos's scales tell a default
-            heads, lengths, rates = dim // (2 * len(self.scales[0])) if self.scales else 0, (), ()
+            heads, lengths, rates = HEADS, SlideConfig.gigapath().segment_lengths, RATES
+        else:
             if (table := self.state.get("embed_tokens.weight")) is not None and table.ndim:
                 output = self.state.get("output_projection.weight")
                 data |= {"vocab_size": len(table), "tie_embeddings": output is None or torch.equal(output, table)}
@@ -337,9 +277,8 @@ class _Contents:
         pattern = re.compile(rf"{self.prefix}layers\.\d+\.{re.escape(name)}")
         sizes = Counter(t.shape[0] for n, t in self.state.items() if pattern.fullmatch(n) and t.ndim == 2)
         if not sizes:
-            known = "a slide encoder of Prov-GigaPath, a LongNet of torchscale, or a LongViT"
             raise CheckpointError(
-                f"{self.path}: not {known}: it has no {self.prefix}layers.0.{name}, "
-                f"but {list_names('the', [*self.state])}"
+                f"{self.path}: not a slide encoder of Prov-GigaPath or a LongNet of torchscale: it has no "
+                f"{self.prefix}layers.0.{name}, but {list_names('the', [*self.state])}"
             )
         return sizes.most_common(1)[0][0]

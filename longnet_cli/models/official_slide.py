@@ -1,15 +1,16 @@
 """A slide encoder in the form of Prov-GigaPath's class: its options, outputs, and names of modules and weights.
 
-The net is `nets.slide.VectorNet`. Its modules are registered under their official names, and no weight is copied. So
-hooks, freezing by name, and modules put in another's place act on the net itself.
+The net is `nets.slide.VectorNet`; its modules are built as ours, and then have their official names. So hooks, freezing
+by name, and modules put in another's place act on the net itself.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
-from functools import reduce
-from typing import Any, ClassVar, cast
+from operator import attrgetter
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,32 +18,44 @@ from torch import Tensor, nn
 
 from longnet_cli.basics.configuration import validate
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.nets.config import SlideConfig
+from longnet_cli.nets.config import LongNetConfig, SlideConfig
 from longnet_cli.nets.longnet import Attention, Block, FeedForward
 from longnet_cli.nets.slide import VectorNet
 
 HEADS, RATES, SHORTEST = 16, (1, 2, 4, 8, 16), 1024  # of all official architectures
 
 
-class _Renamed(nn.Module):
-    """A module of ours whose children are registered under official names. Its code finds them under our names."""
+class _Official(nn.Module):
+    """A module of ours whose children have official names, in the official order. Our code finds them by our names."""
 
-    official: ClassVar[dict[str, str]]  # our name of a child -> the official one, in the official order
+    official: ClassVar[dict[str, str]]  # our name of a child -> the official one, with that of a module around it
+
+    def __init__(self, config: LongNetConfig) -> None:
+        super().__init__(config)
+        for ours, theirs in self.official.items():
+            child = getattr(self, ours)
+            delattr(self, ours)
+            around, _, name = theirs.rpartition(".")
+            if around and around not in self._modules:
+                self.add_module(around, _AROUND[around]())
+            setattr(self.get_submodule(around), name, child)
 
     def __getattr__(self, name: str) -> Any:
-        child, *inner = self.official.get(name, name).split(".")
-        return reduce(getattr, inner, super().__getattr__(child))
+        if name in self.official and name not in self._modules and name not in self._parameters:
+            return attrgetter(self.official[name])(self)
+        return super().__getattr__(name)
 
 
-class OfficialAttention(_Renamed, Attention):
+class OfficialAttention(_Official, Attention):
     official: ClassVar = {"k": "k_proj", "v": "v_proj", "q": "q_proj", "out": "out_proj", "inner_norm": "inner_attn_ln"}
 
 
-class OfficialFeedForward(_Renamed, FeedForward):
+class OfficialFeedForward(_Official, FeedForward):
     official: ClassVar = {"fc1": "fc1", "fc2": "fc2", "inner_norm": "ffn_layernorm"}
 
 
-class OfficialBlock(_Renamed, Block):
+class OfficialBlock(_Official, Block):
+    attention_kind, ffn_kind = OfficialAttention, OfficialFeedForward
     official: ClassVar = {
         "attention": "self_attn",
         "attention_norm": "self_attn_layer_norm",
@@ -53,56 +66,25 @@ class OfficialBlock(_Renamed, Block):
     }
 
 
-class OfficialNet(_Renamed, VectorNet):
-    official: ClassVar = {
-        "cls": "cls_token",
-        "project": "patch_embed.proj",
-        "dropout": "encoder.dropout_module",
-        "layers": "encoder.layers",
-        "final_norm": "encoder.layer_norm",
-    }
-
-
 class PatchEmbed(nn.Module):
     """The projection of features (B, N, in_chans) to (B, N, embed_dim)."""
 
-    def __init__(self, proj: nn.Module) -> None:
-        super().__init__()
-        self.proj = proj
+    proj: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(x)
 
 
 class OfficialEncoder(nn.Module):
-    """The LongNet's part of the official tree. `OfficialNet` calls its modules."""
+    """The LongNet's part of the official tree. The net calls its modules."""
 
-    def __init__(self, net: VectorNet) -> None:
-        super().__init__()
-        self.dropout_module, self.layers, self.layer_norm = net.dropout, net.layers, net.final_norm
-        self.num_layers = net.config.num_layers
+    num_layers: int
 
 
-def _rename(module: nn.Module, kind: type[_Renamed]) -> None:
-    """Make a module of ours one of `kind`, with the official names and order of its children."""
-    children = dict(module._modules)
-    module.__class__ = kind
-    module._modules = {theirs: children.pop(ours) for ours, theirs in kind.official.items()} | children
+_AROUND = {"patch_embed": PatchEmbed, "encoder": OfficialEncoder}
 
 
-def _rename_all(net: VectorNet) -> OfficialNet:
-    """Give all parts of a net their official names."""
-    for layer in cast(Sequence[Block], net.layers):
-        _rename(layer.attention, OfficialAttention)
-        _rename(layer.ffn, OfficialFeedForward)
-        _rename(layer, OfficialBlock)
-    net._parameters = {"cls_token": nn.Parameter(net.cls.detach().view(1, 1, -1))}
-    net._modules = {"patch_embed": PatchEmbed(net.project), "encoder": OfficialEncoder(net), "norm": net.norm}
-    net.__class__ = OfficialNet
-    return cast(OfficialNet, net)
-
-
-class LongNetViT(nn.Module):
+class LongNetViT(_Official, VectorNet):
     """A slide encoder with the official class's options, outputs and names of modules and weights.
 
     `tile_size` and `max_wsi_size`, in pixels, choose the segment lengths. Later, set the attribute `tile_size` to the
@@ -117,7 +99,16 @@ class LongNetViT(nn.Module):
     """
 
     activation_checkpointing = True
-    net: OfficialNet  # not a child: its children and parameters are this module's own, in the same dictionaries
+    cls_token: nn.Parameter
+    layer_kind = OfficialBlock
+    official: ClassVar = {
+        "cls": "cls_token",
+        "project": "patch_embed.proj",
+        "dropout": "encoder.dropout_module",
+        "layers": "encoder.layers",
+        "final_norm": "encoder.layer_norm",
+        "norm": "norm",
+    }
 
     def __init__(
         self,
@@ -132,7 +123,6 @@ class LongNetViT(nn.Module):
         drop_path_rate: float = 0.1,
         **options: Any,
     ) -> None:
-        super().__init__()
         if options.get("pretrained"):
             raise ConfigError("pretrained=True names no weights: give create_model their file, or hf_hub:ORG/NAME")
         if options.get("mlp_ratio", 4) != 4:
@@ -149,32 +139,37 @@ class LongNetViT(nn.Module):
             "dropout": dropout,
             "drop_path": drop_path_rate,
         }
-        net = VectorNet(validate(SlideConfig, settings, "LongNetViT"))
-        if not net.cls.is_meta:
-            _draw(net)
-        self.take(net)
+        self._build(validate(SlideConfig, settings, "LongNetViT"))
+        if not self.cls_token.is_meta:
+            _draw(self)
         self.tile_size, self.global_pool = tile_size, global_pool
 
     @classmethod
     def of(cls, net: VectorNet, *, global_pool: bool = False) -> LongNetViT:
         """Return the official form of a net of any sizes, such as `SlideEncoder.from_pretrained(folder).net`.
 
-        The net itself gets the official names.
+        The two share their weights.
         """
         model = cls.__new__(cls)
-        nn.Module.__init__(model)
+        with torch.device("meta"):
+            model._build(net.config)
         model.take(net)
         model.tile_size, model.global_pool = net.config.tile_size, global_pool
         return model.train(net.training)
 
-    def take(self, net: VectorNet) -> None:
-        """Make `net` the one that this module shows."""
-        self.__dict__["net"] = net = _rename_all(net)
-        self._modules, self._parameters = net._modules, net._parameters
-        self.slide_ngrids = net.config.grid
-        self.encoder_name = f"LongNet_{net.config.num_layers}_layers_{net.config.dim}_dim"
+    def _build(self, config: SlideConfig) -> None:
+        super().__init__(config)
+        self.cls_token = nn.Parameter(self.cls_token.detach().view(1, 1, -1))
+        self.encoder.num_layers = config.num_layers
+        self.slide_ngrids = config.grid
+        self.encoder_name = f"LongNet_{config.num_layers}_layers_{config.dim}_dim"
 
-    def forward(
+    def take(self, net: VectorNet) -> None:
+        """Take the weights of a net, without a copy."""
+        state = {slide_name(name): tensor for name, tensor in net.state_dict().items()}
+        self.load_state_dict(state | {"cls_token": net.cls.detach().view(1, 1, -1)}, assign=True)
+
+    def forward(  # type: ignore[override]
         self,
         x: Tensor,
         coords: Tensor,
@@ -187,7 +182,7 @@ class LongNetViT(nn.Module):
         output. `lengths`, which the official class does not have, gives the number of tiles of each
         right-padded row. Raises ValueError for wrong shapes, and for a tile outside the grid, with its coords.
         """
-        return self.net.encode(
+        return self.encode(
             x,
             coords,
             tile_size=self.tile_size,
@@ -216,3 +211,24 @@ def _draw(net: VectorNet) -> None:
     for module in net.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+
+
+# our name -> the official one: of all but the layers, of modules of the net, then of a layer
+_SLIDE = {"cls": "cls_token", "project.weight": "patch_embed.proj.weight", "project.bias": "patch_embed.proj.bias"}
+_SLIDE |= {"norm.weight": "norm.weight", "norm.bias": "norm.bias"}
+_MODULES = {"embedding": "embed_tokens", "final_norm": "layer_norm", "output": "output_projection"}
+_MODULES |= OfficialBlock.official
+for _part, _kind in (("attention", OfficialAttention), ("ffn", OfficialFeedForward)):
+    _MODULES |= {f"{_part}.{ours}": f"{_MODULES[_part]}.{theirs}" for ours, theirs in _kind.official.items()}
+
+
+def official_name(ours: str) -> str:
+    """Return torchscale's name of one of our tensors."""
+    ((layer, module, kind),) = re.findall(r"^(layers\.\d+\.|)(.+)\.(weight|bias)$", ours)
+    return f"{layer}{_MODULES[module]}.{kind}"
+
+
+def slide_name(ours: str) -> str:
+    """Return the official name of a tensor of our slide encoder's net."""
+    return _SLIDE.get(ours) or f"encoder.{official_name(ours)}"

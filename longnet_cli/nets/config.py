@@ -147,7 +147,7 @@ _SizesAndPattern = create_model("_SizesAndPattern", __base__=_NetSizes, **_PATTE
 
 
 class LongNetConfig(NetConfig, _SizesAndPattern):  # type: ignore[misc, valid-type]
-    """The immutable configuration of a LongNet. `vocab_size=0` is a net without embedding (GigaPath, LongViT).
+    """The immutable configuration of a LongNet. `vocab_size=0` is a net without embedding (as GigaPath's).
 
     The fields of `attention.Pattern` are fields here, with the same names, meanings and defaults. In their place you
     may give `pattern`: a `Pattern`, or a text for `parse_pattern`. Pattern fields beyond levels and offsets, and

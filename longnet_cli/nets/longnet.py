@@ -134,12 +134,14 @@ class DropPath(nn.Module):
 class Block(nn.Module):
     """One layer: hidden (B, N, dim) -> hidden (B, N, dim)."""
 
+    attention_kind, ffn_kind = Attention, FeedForward  # `models.official_slide` has others
+
     def __init__(self, config: LongNetConfig) -> None:
         super().__init__()
         self.attention_norm = Norm(config.dim, config.norm_eps)
-        self.attention = Attention(config)
+        self.attention = self.attention_kind(config)
         self.ffn_norm = Norm(config.dim, config.norm_eps)
-        self.ffn = FeedForward(config)
+        self.ffn = self.ffn_kind(config)
         self.dropout = nn.Dropout(config.dropout)
         self.drop_path = DropPath()
 
@@ -162,6 +164,7 @@ class LongNet(Net):
     """
 
     layer_by_layer = True
+    layer_kind = Block
 
     def __init__(self, config: LongNetConfig) -> None:
         super().__init__()
@@ -171,7 +174,7 @@ class LongNet(Net):
         if config.vocab_size:  # an empty table: `init_weights` draws it, and nn.Embedding would draw it before
             table = torch.empty(config.vocab_size, config.dim)
             self.embedding = nn.Embedding(config.vocab_size, config.dim, _weight=table)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(self.layer_kind(config) for _ in range(config.num_layers))
         self.final_norm = nn.LayerNorm(config.dim, config.norm_eps) if config.final_norm else nn.Identity()
         untied = config.vocab_size and not config.tie_embeddings
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False) if untied else None

@@ -92,8 +92,8 @@ def test_names_and_shapes_are_the_official_ones_in_order(arch: str) -> None:
         256,
         True,
     )
-    assert model.net.config.pattern == SlideConfig.gigapath().pattern
-    assert model.net.config.num_heads == 16
+    assert model.config.pattern == SlideConfig.gigapath().pattern
+    assert model.config.num_heads == 16
 
 
 def test_checkpoints_go_both_ways(checkpoint: Path, tmp_path: Path) -> None:
@@ -159,14 +159,14 @@ def test_a_name_on_a_hub_comes_from_the_cache(
 @torch.no_grad()
 def test_tile_size_moves_the_grid_alone_and_tiles_outside_it_are_refused() -> None:
     model, (features, coords) = small(tile_size=128), tiles(80)
-    assert model.net.config.segment_lengths == (1024, 1448, 2048, 2896, 4096)  # of (8192 / 128)^2 = 2^12 tiles
-    assert small(tile_size=256, max_wsi_size=250_000).net.config.segment_lengths == (1024, 4870, 23170, 110217, 524288)
+    assert model.config.segment_lengths == (1024, 1448, 2048, 2896, 4096)  # of (8192 / 128)^2 = 2^12 tiles
+    assert small(tile_size=256, max_wsi_size=250_000).config.segment_lengths == (1024, 4870, 23170, 110217, 524288)
     wanted = model(features, coords // 2, all_layer_embed=True)
     model.tile_size = np.int64(512)  # as in an HDF5 file
     found = model(features, coords * 2, all_layer_embed=True)
     assert len(found) == 3  # of the input, and of two layers
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
-    assert model.net.config.segment_lengths == (1024, 1448, 2048, 2896, 4096)
+    assert model.config.segment_lengths == (1024, 1448, 2048, 2896, 4096)
     model.tile_size = 64
     with pytest.raises(ValueError, match=r"slide 0, tile 2: the tile at \(0, 3584\): its cell \(0, 56\) is outside"):
         model(features, coords)

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders import to_torchscale
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from longnet_cli.basics.errors import CheckpointError
-from longnet_cli.models.official import from_torchscale, to_torchscale
+from longnet_cli.models.official import from_torchscale
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.weights import save_pretrained
