@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import UserDict
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container
 from copy import deepcopy
 from importlib import import_module
 from importlib.util import find_spec
@@ -116,9 +116,14 @@ def complete(config: Any, reader: Any, read: Container[str]) -> Any:
     for setting, pattern in BIASES.items():
         if getattr(config, setting, None) is False and any(re.search(pattern, each.name) for each in reader.tensors):
             changes[setting] = True
+    head_dim = changes.get("head_dim") or getattr(config, "head_dim", None)
+    head_dim = head_dim or config.hidden_size // config.num_attention_heads
+    if hasattr(config, "query_pre_attn_scalar"):  # Gemma's: not in the file, but known of a size
+        of_27b = config.num_hidden_layers in (46, 62)
+        changes["query_pre_attn_scalar"] = config.hidden_size // config.num_attention_heads if of_27b else head_dim
     if getattr(config, "rope_parameters", None):
         factors = {each.name: np.array(each.data) for each in reader.tensors if each.name in ROPE_TENSORS}
-        changes |= _rotation(rope, factors, config, changes)
+        changes |= _rotation(rope, factors, config, head_dim)
     for name, value in rope.items():
         if value:
             raise _refusal(f"{arch}.{name}", value, config)
@@ -170,20 +175,16 @@ def _newer(module: str, name: str) -> dict[str, Any]:
     return dict(getattr(import_module(f"{package}.{module}"), name)) if find_spec(package) else {}
 
 
-def _rotation(
-    rope: dict[str, Any], factors: dict[str, np.ndarray], config: Any, changes: Mapping[str, Any]
-) -> dict[str, Any]:
+def _rotation(rope: dict[str, Any], factors: dict[str, np.ndarray], config: Any, head_dim: int) -> dict[str, Any]:
     """Return the settings that the keys `rope` and the tensors `factors` of a file say; takes these keys out of it.
 
-    `changes` are other changes of `config`. Of layers with a sliding window, only the base is their own.
+    Of layers with a sliding window, only the base is their own.
     """
     ropes = deepcopy(config.rope_parameters)
     full = ropes.get("full_attention", ropes)
     full["rope_theta"] = rope.pop("rope.freq_base", full["rope_theta"])
     if "sliding_attention" in ropes and "rope.freq_base_swa" in rope:
         ropes["sliding_attention"]["rope_theta"] = rope.pop("rope.freq_base_swa")
-    head_dim = changes.get("head_dim") or getattr(config, "head_dim", None)
-    head_dim = head_dim or config.hidden_size // config.num_attention_heads
     turned = rope.get("rope.dimension_count", 0)
     if turned == int(head_dim * full.get("partial_rotary_factor", 1)) or turned == getattr(config, "rotary_dim", None):
         del rope["rope.dimension_count"]
