@@ -156,9 +156,11 @@ class Tokenizer:
 
     def __init__(self, inner: tokenizers.Tokenizer, settings: Mapping[str, Any] | None = None) -> None:
         """Wrap `inner`. `settings` come from a tokenizer_config.json, which may name the end-of-text token."""
-        # A tokenizer.json may say "truncate to 512 tokens" or "pad": neither applies to a document.
+        # A tokenizer.json may say "truncate to 512 tokens", "pad", or "leave out merges by chance": not in a document.
         inner.no_truncation()
         inner.no_padding()
+        if isinstance(inner.model, models.BPE):
+            inner.model.dropout = None
         inner.encode_special_tokens = True
         self._inner = inner
         self._vocab: dict[str, int] = inner.get_vocab(with_added_tokens=True)
