@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from longnet_cli.data.inputs import Inputs
     from longnet_cli.data.tokenizer import Tokenizer
     from longnet_cli.jobs import plotting
+    from longnet_cli.jobs.asking import Answer, ask
     from longnet_cli.jobs.benchmark import Measurement, Settings, bench
     from longnet_cli.jobs.encoding import EncodeFacts, encode
     from longnet_cli.jobs.engines import encode_batches, score_batches
@@ -55,6 +56,7 @@ _MODULES = {
     "data.inputs": "Inputs",
     "data.tokenizer": "Tokenizer",
     "jobs": "plotting",
+    "jobs.asking": "Answer ask",
     "jobs.benchmark": "Measurement Settings bench",
     "jobs.encoding": "EncodeFacts encode",
     "jobs.engines": "encode_batches score_batches",

@@ -23,6 +23,7 @@ copy of `../start/name` is in their folder. A row of a recipe has assignments in
 READING = "../in/t.txt ../in/u.txt -m ../in/native"
 LONG = "../in/long.txt -m ../in/native"
 CHOSEN = "--pattern window:16,chosen=4x8,chosen_every=4"
+ASKED = '../in/t.txt ../in/u.txt "the bear" -m ../in/native'
 RANKS = """
 --nproc    processes  --nproc 2
 --sp       processes  --sp 2
@@ -201,6 +202,28 @@ hello -m ../in/native -n 6 --format jsonl
 --chunk               memory     --chunk 16Ki | --chunk 1Ki @ -i {LONG} -n 1
 --spill               opened     --spill ../in/spill @ -i ../in/t.txt -m ../in/native -n 6 --format jsonl {CHOSEN}
 --quiet               stderr     -q
+""",
+    "ask": f"""
+{ASKED} -n 6 --format json
+--questions           stdout     --questions ../in/questions.jsonl | fox @ ../in/t.txt -m ../in/native -n 6
+--column              rows       --column body @ ../in/rows.jsonl AAA -m ../in/native -n 6 --format json
+--id-column           rows       --id-column name @ ../in/rows.jsonl fox -m ../in/native -n 6 --format json
+--skip-bad            code       --skip-bad @ ../in/bad.jsonl good -m ../in/native -n 1
+--index               files      --index i.sqlite
+--model               rows       -m ../in/init | -m ../in/native @ ../in/t.txt ../in/u.txt "the bear" -n 6 --format json
+--update              asked      --update @ ../in/t.txt lazy -m org/tiny -n 2
+--passages            rows       --passages 1
+--max-tokens          rows       -n 3 | -n 6 @ {ASKED} --format json
+--temperature         rows       --temperature 9 --seed 1
+--top-p               rows       --top-p 0.01 @ {ASKED} -n 6 --format json --temperature 9 --seed 1
+--seed                rows       --seed 2 | --seed 1 @ {ASKED} -n 6 --format json --temperature 9
+--stop                rows       --stop B --stop S --stop T --stop U --stop V @ {ASKED} -n 60 --format json --temperature 9 --seed 1
+--format              stdout     --format json | --format text @ {ASKED} -n 6
+{DEVICE}
+--dtype               rows       --dtype bf16 @ {ASKED} -n 60 --format json
+--chunk               nothing    --chunk 8
+--spill               code       --spill nowhere
+--quiet               stderr     -q @ {ASKED} -n 6
 """,
     "bench": f"""
 --seq 64 --heads 1 --head-dim 8 --repeats 1 --format json

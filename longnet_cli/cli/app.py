@@ -17,6 +17,7 @@ import typer
 
 from longnet_cli import __version__
 from longnet_cli.basics.errors import ConfigError, InputWarning, LongNetError, MemoryLimitError, is_out_of_memory
+from longnet_cli.cli.ask import ask
 from longnet_cli.cli.bench import bench
 from longnet_cli.cli.command import Command, CommandGroup, takes_options
 from longnet_cli.cli.convert import convert
@@ -39,7 +40,7 @@ EPILOG = (
 
 # One function per command, by its panel in the help. Their modules import torch only when they run.
 COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
-    "Models": (score, encode, generate, train),
+    "Models": (score, encode, generate, ask, train),
     "Data": (tokenize,),
     "Tools": (pattern, plot, bench, convert),
 }

@@ -167,6 +167,7 @@ class Excludes(NamedTuple):
     why: str
 
 
+TOP_P = Needs("--top-p", "--temperature", "needs a temperature above 0", "--temperature: 1 is the model's own choice")
 SAMPLE = Needs("--sample", "--dry-run", "is for --dry-run, which estimates", "both, or leave it out")
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
-import secrets
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,10 +14,10 @@ from typing import TYPE_CHECKING, Literal
 from longnet_cli.basics.errors import ConfigError, LongNetError
 from longnet_cli.basics.sizes import count_of, format_bytes, format_duration
 from longnet_cli.cli import options as shared
-from longnet_cli.cli.command import Excludes, Needs, check_pairs
+from longnet_cli.cli.command import TOP_P, Excludes, check_pairs
 from longnet_cli.cli.dry_run import show_reading
-from longnet_cli.cli.options import INPUT, OUTPUT, Computing, Documents, HelpPanel, Mesh, ModelChoice
-from longnet_cli.cli.output import emit_jsonl, note, printable, tell
+from longnet_cli.cli.options import INPUT, OUTPUT, SAMPLING, Computing, Documents, Mesh, ModelChoice, Sampling
+from longnet_cli.cli.output import emit_jsonl, note, printable, tell, write_text
 from longnet_cli.cli.progress import progress
 from longnet_cli.cli.starting import ModelAndInputs, Opened, state_teller
 from longnet_cli.running.ranks.launch import under_torchrun
@@ -35,18 +33,12 @@ if TYPE_CHECKING:
     from longnet_cli.running.causal_stream import CausalStream
 
 Format = Literal["text", "jsonl"]
-SAMPLING = HelpPanel("How to choose tokens")
 MAX_TOKENS = 256
 ORIGIN = ("model", "model_sha256", "tokenizer_sha256", "pattern")  # keys of a line of JSON
 
 
 PAIRS = (
-    Needs(
-        "--top-p",
-        "--temperature",
-        "needs a temperature above 0",
-        "--temperature, which is 1 for the model's own probabilities",
-    ),
+    TOP_P,
     Excludes("--dry-run", "--format", "prints a table"),
     Excludes("--dry-run", "--state", "estimates what reading a whole prompt takes"),
 )
@@ -77,18 +69,7 @@ class GenerateCommand:
     max_tokens: int | None = SAMPLING.size(
         "--max-tokens -n SIZE", f"Generate at most this many tokens. (default: {MAX_TOKENS}, or 0 with --save-state)"
     )
-    temperature: float = SAMPLING.option(
-        "--temperature T",
-        "Draw tokens from softmax(logits / T). At 0, take the likeliest token each time.",
-        default=0.0,
-    )
-    top_p: float | None = SAMPLING.option(
-        "--top-p P", "Draw only from the fewest tokens whose probabilities sum to P. (default: from all)"
-    )
-    seed: int | None = SAMPLING.option(
-        "--seed N", "Seed the draws. Runs with the same seed give the same text. (default: a new one each run)"
-    )
-    stop: list[str] | None = SAMPLING.option("--stop TEXT", "End before this text. You can repeat it.")
+    sampling: Sampling
     format: Format = OUTPUT.option(
         "--format text|jsonl", "Stream the text, or print one line of JSON per prompt.", default="text"
     )
@@ -114,12 +95,7 @@ def generate(options: GenerateCommand) -> None:
     A text ends at the model's end-of-text token, at a --stop text, or after --max-tokens.
     With a window, a token costs the same time and memory at any position.
     """
-    from longnet_cli.jobs.options import check_sampling
-
     check_pairs(PAIRS, options)
-    check_sampling(options.temperature, 1.0 if options.top_p is None else options.top_p)
-    if options.seed is not None and not 0 <= options.seed < 1 << 63:
-        raise ConfigError(f"--seed {options.seed} is not a number from 0 to 2^63 - 1")
     if options.state and options.choice.pattern:
         pattern = _state_pattern(options.state, options.choice.pattern)
         options = replace(options, choice=replace(options.choice, pattern=pattern))
@@ -182,7 +158,7 @@ def _open(options: GenerateCommand, text: str | None) -> tuple[Opened, Inputs]:
 
         check_sources(opened.loaded.net)
     tokenizer, has_text = opened.loaded.tokenizer, options.prompt is not None or text is not None
-    if tokenizer is None and (options.format == "text" or options.stop or options.sources or has_text):
+    if tokenizer is None and (options.format == "text" or options.sampling.stop or options.sources or has_text):
         raise ConfigError(
             f"{options.choice.model}: there is no tokenizer: give --tokenizer, or token ids with --input and --format "
             "jsonl"
@@ -219,7 +195,7 @@ class _TextGenerator:
         self.max_tokens = default if options.max_tokens is None else options.max_tokens
         begun = (options.chat or options.state) and options.bos is None  # a template has its own start ids
         self.bos_ids = None if begun else loaded.bos
-        self.seed = secrets.randbelow(1 << 32) if options.seed is None else options.seed
+        self.seed = options.sampling.own_seed()
         as_json = options.format == "jsonl"
         known = model_origin(loaded.net, loaded.origin, loaded.tokenizer_sha256) if as_json else {}
         self.origin = {name: known.get(f"longnet.{name}") for name in ORIGIN}
@@ -242,11 +218,8 @@ class _TextGenerator:
                 bos=self.bos_ids,
                 tokenizer=loaded.tokenizer,
                 max_tokens=self.max_tokens,
-                temperature=options.temperature,
-                top_p=1.0 if options.top_p is None else options.top_p,
-                seed=self.seed,
                 end_ids=loaded.ends,
-                stop=options.stop or (),
+                **options.sampling.arguments(self.seed),
                 chunk=computing.chunk,
                 dtype=computing.dtype,
                 spill=computing.spill,
@@ -256,7 +229,7 @@ class _TextGenerator:
             step = next(steps, None)
         if watch:
             watch.begin()
-        printer = _Printer(document, self.seed if options.temperature else None, options.format, self.origin)
+        printer = _Printer(document, self.seed if options.sampling.temperature else None, options.format, self.origin)
         if step and number is not None:
             print(("\n" if number else "") + f"==> {printable(document.doc_id)} <==", flush=True)
         while step:
@@ -376,8 +349,7 @@ class _Printer:
             self.steps.append(step)
         elif step.text:
             self.text_ends = step.text[-1]
-            sys.stdout.write(_shown(step.text) if sys.stdout.isatty() else step.text)
-            sys.stdout.flush()
+            write_text(step.text)
 
     def end(self, quiet: bool, sources: list[Passage] | None) -> None:
         """Finish the output, with its sources. Unless `quiet`, also report counts and speed on stderr."""
@@ -414,8 +386,3 @@ class _Printer:
                 f"{count_of(len(self.document), 'token')} read, {self.number} generated, {format_duration(each)} each "
                 f"({self.reason}{drawn})",
             )
-
-
-def _shown(text: str) -> str:
-    """Return text for a terminal, where control characters from a model must have no effect."""
-    return "".join(part if part in "\n\t" else printable(part) for part in re.split(r"([\n\t])", text))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field
 from functools import partial
@@ -118,7 +119,7 @@ def complete_model(incomplete: str) -> list[str]:
 
 
 INPUT, MODEL, PATTERN, OUTPUT = HelpPanel("Input"), HelpPanel("Model"), HelpPanel("Pattern"), HelpPanel("Output")
-COMPUTE, LAST = HelpPanel("Compute"), HelpPanel(OTHER)
+SAMPLING, COMPUTE, LAST = HelpPanel("How to choose tokens"), HelpPanel("Compute"), HelpPanel(OTHER)
 
 # Single options of several commands. Those that always come together are in the dataclasses below.
 inputs_argument = partial(
@@ -154,6 +155,13 @@ bos_option = partial(
     "Put this token before each document, or nothing. (default: what the tokenizer's template or the model says)",
 )
 skip_bad_flag = partial(INPUT.flag, "--skip-bad", "Leave out what cannot be read: exit code 6.")
+model_option = partial(
+    MODEL.option,
+    "--model -m NAME|DIR",
+    "Use a shipped model, a folder (with a slash: ./my-run), a GGUF file, or a model on the Hugging Face hub: "
+    "ORG/NAME, ORG/NAME@REVISION, ORG/NAME:FILE.gguf.",
+    autocompletion=complete_model,
+)
 update_flag = partial(
     MODEL.flag, "--update", "Ask the hub what ORG/NAME is now, instead of taking what was downloaded before."
 )
@@ -195,15 +203,43 @@ class Documents:
 class ModelChoice:
     """The model that a command reads with, and its pattern."""
 
-    model: str = MODEL.option(
-        "--model -m NAME|DIR",
-        "Use a shipped model, a folder (with a slash: ./my-run), a GGUF file, or a model on the Hugging Face hub: "
-        "ORG/NAME, ORG/NAME@REVISION, ORG/NAME:FILE.gguf.",
-        default="longnet-tiny",
-        autocompletion=complete_model,
-    )
+    model: str = model_option(default="longnet-tiny")
     update: bool = update_flag()
     pattern: str | None = pattern_option()
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The choice of each new token, and the end of a text."""
+
+    temperature: float = SAMPLING.option(
+        "--temperature T",
+        "Draw tokens from softmax(logits / T). At 0, take the likeliest token each time.",
+        default=0.0,
+    )
+    top_p: float | None = SAMPLING.option(
+        "--top-p P", "Draw only from the fewest tokens whose probabilities sum to P. (default: from all)"
+    )
+    seed: int | None = SAMPLING.option(
+        "--seed N", "Seed the draws. Runs with the same seed give the same text. (default: a new one each run)"
+    )
+    stop: list[str] | None = SAMPLING.option("--stop TEXT", "End before this text. You can repeat it.")
+
+    def __post_init__(self) -> None:
+        from longnet_cli.jobs.options import check_sampling
+
+        check_sampling(self.temperature, 1.0 if self.top_p is None else self.top_p)
+        if self.seed is not None and not 0 <= self.seed < 1 << 63:
+            raise ConfigError(f"--seed {self.seed} is not a number from 0 to 2^63 - 1")
+
+    def own_seed(self) -> int:
+        """Return the seed that is given, otherwise a new one."""
+        return secrets.randbelow(1 << 32) if self.seed is None else self.seed
+
+    def arguments(self, seed: int) -> dict[str, Any]:
+        """Return the arguments of `jobs.generating.generate`."""
+        top_p = 1.0 if self.top_p is None else self.top_p
+        return {"temperature": self.temperature, "top_p": top_p, "seed": seed, "stop": self.stop or ()}
 
 
 @dataclass(frozen=True)

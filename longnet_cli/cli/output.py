@@ -139,6 +139,12 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(_escape, text)
 
 
+def write_text(text: str) -> None:
+    """Write text from a model to stdout. On a terminal, control characters but newlines and tabs have no effect."""
+    parts = re.split(r"([\n\t])", text) if sys.stdout.isatty() else []
+    _write("".join(part if part in "\n\t" else printable(part) for part in parts) or text)
+
+
 def _escape(match: re.Match[str]) -> str:
     code = ord(match.group())
     if 0xDC80 <= code <= 0xDCFF:  # a byte that is not valid text

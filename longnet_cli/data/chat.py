@@ -17,7 +17,7 @@ import numpy as np
 import tokenizers
 
 from longnet_cli.basics.configuration import digest, read_text
-from longnet_cli.basics.errors import ConfigError
+from longnet_cli.basics.errors import ConfigError, RefusedError
 from longnet_cli.data.rendering import Template
 from longnet_cli.data.tokenizer import SETTINGS, Tokenizer, library_call, read_settings, special_token
 
@@ -51,12 +51,19 @@ class ChatTemplate:
         self._inner = tokenizers.Tokenizer.from_str(tokenizer.to_json())
         self._inner.encode_special_tokens = False
 
-    def encode(self, message: str) -> np.ndarray:
+    def encode(self, message: str, system: str | None = None) -> np.ndarray:
         """Return the prompt in which a user says `message` and an assistant is to answer: (tokens,) int64.
 
-        Raises RefusedError for a message that the template refuses.
+        Before it, `system` says how. It begins the user's message where a template has no such role. Raises
+        RefusedError for a message that the template refuses.
         """
-        return self._encode(*self._render([{"role": "user", "content": message}], prompt=True))
+        messages = [{"role": "system", "content": system}] if system else []
+        try:
+            return self._encode(*self._render([*messages, {"role": "user", "content": message}], prompt=True))
+        except RefusedError:
+            if not system:
+                raise
+            return self.encode(f"{system}\n\n{message}")
 
     def read_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[str, Callable[[], np.ndarray]]:
         """Return the text of a chat, and a function that returns its ids, (tokens,) int64.

@@ -181,7 +181,7 @@ def _mapped(
 
     `make_job(of_text)` returns the job for documents of text, or of ids. `words` returns what tokenizes texts.
     """
-    words, given = cache(words), _tables(batches)
+    words, given = cache(words), tables(batches)
     if isinstance(given, pa.Table):
         numbered = not isinstance(batches, pa.Table | pa.RecordBatch)
         return pa.Table.from_batches(_DocumentTable(given, "table", how, words, numbered).rows(make_job))
@@ -194,7 +194,7 @@ def _mapped(
     return (batch for batch in rows() if batch.num_rows)
 
 
-def _tables(given: Any) -> pa.Table | Iterable[Any]:
+def tables(given: Any) -> pa.Table | Iterable[Any]:
     """Return a table for what has whole Arrow data, an iterable for batches. Raises ConfigError for all else."""
     kind = type(given).__name__
     if kind in _MAKES_A_TABLE:

@@ -202,6 +202,12 @@ class ModelFolder:
         """The token that ends documents, from tokenizer_config.json; None if that names none."""
         return special_token(self._tokenizer_settings.get("eos_token")) or None
 
+    def has_chat(self, tokenizer: Tokenizer | None) -> bool:
+        """Return whether there is a chat template, and a tokenizer for it."""
+        from longnet_cli.data.chat import chat_settings
+
+        return bool(chat_settings(tokenizer))
+
     def chat(self, tokenizer: Tokenizer | None) -> ChatTemplate:
         """Return the chat template. Raises ConfigError without one, and without a tokenizer."""
         from longnet_cli.data.chat import ChatTemplate
@@ -297,13 +303,14 @@ class ModelFolder:
         tokenizer_differs: bool = False,
         pattern: Pattern | None = None,
         bos: str | None = None,
-        chat: bool = False,
+        chat: bool | None = False,
         vectors: bool = False,
         on_note: Callable[[str], None] = lambda line: None,
     ) -> Loaded:
         """Load the model on `device` for `dtype` (--dtype), with `tokenizer` (--tokenizer) or its own.
 
-        `bos` is --bos. If the model `embeds`, the modules of sentence-transformers are loaded too. `on_note` gets
+        `bos` is --bos. `chat` loads the chat template, None the one that there may be. If the model `embeds`, the
+        modules of sentence-transformers are loaded too. `on_note` gets
         a line for each thing that the user should know about the way the model reads documents. Raises ConfigError for
         a tokenizer that is not the model's, unless `tokenizer_differs`; for a tokenizer with more ids than the model;
         for a model that reads vectors, unless `vectors`; for `bos` where nothing is read before a document; for modules
@@ -319,7 +326,7 @@ class ModelFolder:
         with self._unpacked(kind) as folder:
             words = folder.tokenizer(tokenizer, differs=tokenizer_differs)
             start, ends = folder.bos(words, bos), folder.ends(words)
-            template = folder.chat(words) if chat else None
+            template = folder.chat(words) if chat or (chat is None and folder.has_chat(words)) else None
             model = folder.sentence_model() if self.embeds else None
             net = folder.net(pattern=pattern, device=device, dtype=DTYPES[kind])
             embedding = None

@@ -353,6 +353,7 @@ def make_inputs(folder: Path) -> None:
     (folder / "bad.jsonl").write_text('{"text": "good enough"}\n{"text": 5}\n')
     ids = pa.array([*b"some wordsAmore wordsAthe endB"], pa.int32())
     pq.write_table(pa.table({"ids": ids}), folder / "flat.parquet")
+    write_rows(folder / "questions.jsonl", [{"question": "fox"}, {"question": "dog"}])
     write_rows(folder / "metrics.jsonl", [{"step": n, "loss": 5 - n, "lr": 0.1} for n in range(1, 4)])
     features, coords = slide(40)
     columns = {"doc_id": ["s"], "features": [features.tolist()], "coords": [coords.tolist()]}
@@ -364,7 +365,7 @@ def make_inputs(folder: Path) -> None:
         for p in net.parameters():  # initial weights are so small that options would hardly show
             p.data.mul_(4 if p.dim() > 1 else 1)
         net.save_pretrained(folder / name, Tokenizer.bytes().to_json())
-    (folder / "native/chat_template.jinja").write_text("{{ messages[0].content }} Answer: ")
+    (folder / "native/chat_template.jinja").write_text("{{ messages[-1].content }} Answer: ")
     slide_encoder().save_pretrained(folder / "slide")
     torch.save({"model": official_slide_state()}, folder / "slide.pth")
     if find_spec("transformers"):

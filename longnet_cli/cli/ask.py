@@ -1,0 +1,105 @@
+"""`longnet ask`: answers to questions from the passages of any texts that have their words."""
+
+from __future__ import annotations
+
+import os
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from longnet_cli.basics.errors import ConfigError, LongNetError
+from longnet_cli.basics.sizes import count_of
+from longnet_cli.cli import options as shared
+from longnet_cli.cli.command import TOP_P, check_pairs
+from longnet_cli.cli.options import INPUT, MISSING, MODEL, OUTPUT, SAMPLING, Computing, Format, Sampling
+from longnet_cli.cli.output import emit_json, emit_jsonl, tell, write_text
+from longnet_cli.cli.progress import progress
+from longnet_cli.cli.starting import ModelAndInputs
+from longnet_cli.running.ranks.launch import under_torchrun
+
+if TYPE_CHECKING:
+    from longnet_cli.jobs.asking import Answer
+
+FIRST_WORDS = 60  # characters of a source
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskCommand:
+    """The options of `ask`."""
+
+    words: list[str] = shared.argument(
+        "INPUT... QUESTION",
+        "Read the text of files, folders, globs, URIs (s3://...), @list or - for stdin, or a column of Arrow, Parquet "
+        "or JSON Lines. The last word is the question, in quotes.",
+    )
+    questions: str | None = INPUT.option("--questions FILE", "Ask each `question` of this file, not QUESTION.")
+    column: str | None = INPUT.option("--column NAME", "Read this column, or a field of a struct. (default: text)")
+    id_column: str | None = shared.id_column_option()
+    skip_bad: bool = shared.skip_bad_flag()
+    index: str | None = INPUT.option("--index FILE", "Keep the index here. Inputs that stay are read once.")
+    model: str = shared.model_option(default=MISSING)
+    update: bool = shared.update_flag()
+    passages: int = MODEL.option("--passages N", "Let the model read the N best passages at most.", default=3)
+    max_tokens: int = SAMPLING.option("--max-tokens -n N", "Generate at most this many tokens.", default=256)
+    sampling: Sampling
+    format: Format = OUTPUT.option("--format text|json", "Print the answer as it comes, or JSON.", default="text")
+    computing: Computing
+
+
+def ask(options: AskCommand) -> None:
+    """Answer a question from texts of any length: search them, and let a model read the best passages.
+
+    The passages are those that have the words of the question (BM25), of some 200 tokens each; stderr names them.
+    If there are none, nothing is answered, and the exit code is 1.
+    """
+    check_pairs([TOP_P], options)
+    if under_torchrun():
+        raise ConfigError("ask is for one process, and torchrun has started several: start one")
+    names, questions = _inputs_and_questions(options)
+    documents = shared.Documents(names, column=options.column, id_column=options.id_column, skip_bad=options.skip_bad)
+    named = ModelAndInputs(documents, shared.ModelChoice(options.model, options.update), None)
+    opened = named.open(shared.Mesh(), options.computing, dry_run=False, chat=None)
+    from longnet_cli.data.passages import PassageIndex
+    from longnet_cli.jobs.asking import answer
+
+    inputs, quiet = named.inputs(opened.loaded, None), opened.quiet
+    with closing(PassageIndex(options.index)) as index:
+        with progress("indexing", inputs.num_bytes(), "B", quiet=quiet) as advance:
+            index.update(inputs, advance, opened.left_out.skip)
+        found = [(question, index.find(question, options.passages)) for question in questions]
+    several, without = options.questions is not None, sum(not passages for _, passages in found)
+    streams, seed = options.format == "text" and not several, options.sampling.own_seed()
+    how = {name: getattr(options.computing, name) for name in ("chunk", "dtype", "spill")}
+    how |= {"max_tokens": options.max_tokens, **options.sampling.arguments(seed)}
+    for question, passages in found if several or not without else ():
+        answered = answer(opened.loaded, question, passages, write_text if streams else lambda text: None, **how)
+        if streams:
+            write_text("\n")
+            _tell_sources(answered, f", seed {seed}" * bool(options.sampling.temperature), quiet)
+        else:
+            (emit_jsonl if several else emit_json)(answered.row())
+    if without:
+        what = f"{without} of {count_of(len(found), 'question')}"
+        raise LongNetError(f"no passage has a word of {what}, which nothing answers: ask in words that the text has")
+    opened.end()
+
+
+def _inputs_and_questions(options: AskCommand) -> tuple[list[str], list[str]]:
+    """Return the names of the inputs, and the questions. Raises ConfigError for one that is missing, or is a file."""
+    if options.questions is not None:
+        from longnet_cli.data.inputs import Inputs
+
+        texts = Inputs([options.questions], column="question").texts()
+        return options.words, ["".join(text.parts) for text in texts]
+    *names, question = options.words
+    if not names or os.path.exists(question):
+        raise ConfigError(f"{question}: name files, folders or -, and write the question last, in quotes")
+    return names, [question]
+
+
+def _tell_sources(answered: Answer, drawn: str, quiet: bool) -> None:
+    for number, source in enumerate(answered.sources, 1):
+        where = f"{source.doc_id}, characters {source.char_start:,} to {source.char_end:,}"
+        tell(f"source {number}: {where}: {' '.join(source.text.split())[:FIRST_WORDS]} ...", quiet)
+    read = count_of(answered.n_prompt, "token")
+    tell(f"{read} read, {answered.n_tokens} generated ({answered.finish_reason}{drawn})", quiet)

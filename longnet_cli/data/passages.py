@@ -1,0 +1,179 @@
+"""Passages: a text cut where its paragraphs and sentences end, and an index that finds those with a question's words.
+
+    parts of a text --cut--> sentences, paragraphs, or passages of some paragraphs or sentences
+    texts --PassageIndex--> SQLite's full-text search --find--> the best passages by BM25
+
+The index is in memory, or a file that knows its inputs by digests of their contents.
+"""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import count
+from typing import Any, Literal, NamedTuple
+
+from longnet_cli.basics.errors import ConfigError
+from longnet_cli.data.documents import Unread
+from longnet_cli.data.inputs import DocumentPass, Inputs
+from longnet_cli.data.manifest import OnSkip
+from longnet_cli.data.tables import Table, Text
+from longnet_cli.data.text_pieces import TextCutter
+
+PARAGRAPH_END = re.compile(r"\n[^\S\n]*\n\s*")
+# No sentence ends before a small letter, or after an initial or a usual abbreviation. Some writing has no spaces.
+SENTENCE_END = re.compile(
+    PARAGRAPH_END.pattern
+    + r"|(?<!\b[A-Z])(?<!\b[DMS]r)(?<!\bM[rs]s)(?<!\bMs)(?<!\bSt)(?<!\bvs)[.!?\u2026]+[)\]\"'\u201d\u2019\u00bb]*"
+    + r"\s+(?![a-z\u00df-\u00f6\u00f8-\u00ff\u0430-\u044f])"
+    + r"|[\u3002\uff01\uff1f]+[\u300d\u300f\uff09\u201d]*\s*"
+)
+PASSAGE_ENDS = (PARAGRAPH_END, SENTENCE_END, re.compile(r"\n\s*"), re.compile(r"\s+"))  # the first that there is
+
+Unit = Literal["sentence", "paragraph", "passage"]
+ENDS = {"sentence": SENTENCE_END, "paragraph": PARAGRAPH_END}
+SIZES = {"sentence": 1 << 14, "paragraph": 1 << 14, "passage": 800}  # bytes at most; 800 are about 200 tokens of prose
+
+# Writing in which no space ends a word: Thai, Lao, Burmese, Khmer, kana, Chinese characters, hangul
+UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff]+"
+)
+
+
+def cut(parts: Iterable[str], unit: Unit) -> Iterator[str]:
+    """Yield the sentences, paragraphs or passages of a text that comes in parts. Together they are the text.
+
+    White space belongs to what stands before it. None has more than `SIZES[unit]` bytes: a longer sentence or paragraph
+    is cut there. A passage ends in the second half of what fits: with the last paragraph there, otherwise with the last
+    sentence, line or word.
+    """
+    size = SIZES[unit]
+
+    def end_of(text: str, start: int) -> int:
+        window = text[start : start + size].encode()[:size].decode(errors="ignore")
+        if unit != "passage":
+            found = ENDS[unit].search(window)
+            return start + (found.end() if found else len(window))
+        late = ([found.end() for found in kind.finditer(window, len(window) // 2)] for kind in PASSAGE_ENDS)
+        ends = next(filter(None, late), [len(window)])
+        return start + (ends[-1] if start + len(window) < len(text) else len(window))
+
+    cutter = TextCutter(parts, end_of, size)
+    while pieces := cutter.take():
+        yield from pieces
+
+
+class Passage(NamedTuple):
+    """The characters [char_start, char_end) of a document, `text`. `score` is BM25's: higher is better."""
+
+    doc_id: str
+    char_start: int
+    char_end: int
+    score: float
+    text: str
+
+
+# Words are compared by their stems and without accents. Where no space ends a word, any three characters are one.
+TABLES = {"words": "porter unicode61 categories 'L* N* Co M*'", "letters": "trigram"}
+COLUMNS = "file UNINDEXED, number UNINDEXED, doc_id UNINDEXED, char_start UNINDEXED, char_end UNINDEXED, text"
+MARK = 0x6C6E7001  # in the file's header: "lnp" and the version of the tables and of the cut
+
+
+class PassageIndex:
+    """An index of passages in memory, or in the file `path`, which is made if it is not there.
+
+    Raises ConfigError for a file that is no such index, and for a Python whose SQLite has no full-text search.
+    """
+
+    def __init__(self, path: str | None = None) -> None:
+        self._name, self._numbers = path or "the index", count()  # in the order in which passages are added
+        self._places = dict[str, int]()  # of each file among the inputs
+        with self._reporting():
+            self._base = sqlite3.connect(path or ":memory:")
+            self._base.create_function("place", 1, self._places.get)
+            if self._base.execute("PRAGMA application_id").fetchone() == (MARK,):
+                return
+            if self._base.execute("SELECT 1 FROM sqlite_master").fetchone():
+                raise ConfigError(f"{path}: a database, but no index of this version: name another file")
+            made = f"BEGIN; CREATE TABLE files (file PRIMARY KEY, digest); PRAGMA application_id = {MARK}; "
+            for name, words in TABLES.items():
+                made += f'CREATE VIRTUAL TABLE {name} USING fts5({COLUMNS}, tokenize="{words}"); '
+            self._base.executescript(f"{made} COMMIT")
+
+    @contextmanager
+    def _reporting(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            lacks = "; ask needs FTS5 and trigram, which this Python's SQLite lacks" if "no such" in str(error) else ""
+            raise ConfigError(f"{self._name}: {error} (SQLite {sqlite3.sqlite_version}{lacks})") from error
+
+    def close(self) -> None:
+        """Close the file."""
+        self._base.close()
+
+    def update(
+        self, inputs: Inputs, on_bytes: Callable[[int], None] = lambda size: None, on_skip: OnSkip | None = None
+    ) -> None:
+        """Let the index hold the passages of the inputs' texts, and no others. A file that it knows is not read again.
+
+        `on_bytes` gets the size of each new passage, `on_skip` what cannot be read, if the inputs have `skip_bad`.
+        Raises as `Inputs` does; the index is then as it was.
+        """
+        known = dict(self._base.execute("SELECT file, digest FROM files"))
+
+        def read(opened: Text | Table, types: Any) -> Iterable[Any]:
+            file, digest = documents.opened[-1]
+            if digest and known.get(file) == f"{digest} {inputs.wanted}":
+                return ()
+            self._forget([file])
+            return inputs.items(opened, form="text")
+
+        documents = DocumentPass(inputs, read, digests=True)
+        with self._reporting(), self._base:  # one transaction
+            for text in documents:
+                if isinstance(text, Unread) and on_skip:
+                    on_skip(text, text.error)
+                else:
+                    self.add(text, documents.opened[-1][0], on_bytes)
+            digests = {file: f"{digest} {inputs.wanted}" for file, digest in documents.opened}
+            self._places.update({file: place for place, file in enumerate(digests)})
+            self._forget(known.keys() - digests.keys())
+            if digests != known:
+                self._base.execute("DELETE FROM files")
+                self._base.executemany("INSERT INTO files VALUES (?, ?)", digests.items())
+
+    def add(self, text: Text, file: str = "", on_bytes: Callable[[int], None] = lambda size: None) -> None:
+        """Add the passages of a text, which is in a `file` of the inputs. `on_bytes` gets the size of each."""
+        end = 0
+        for piece in cut(text.parts, "passage"):
+            end, passage = end + len(piece), piece.strip()
+            start = end - len(piece.lstrip())
+            table = "letters" if UNSPACED.search(passage) else "words"
+            row = (file, next(self._numbers), text.doc_id, start, start + len(passage), passage)
+            self._base.execute(f"INSERT INTO {table} VALUES (?, ?, ?, ?, ?, ?)", row)
+            on_bytes(len(piece.encode()))
+
+    def _forget(self, files: Iterable[str]) -> None:
+        for file in files:
+            for table in TABLES:
+                self._base.execute(f"DELETE FROM {table} WHERE file = ?", [file])
+
+    def find(self, question: str, most: int) -> list[Passage]:
+        """Return the best passages that have a word of the question, `most` at most, in the order of the texts."""
+        if most < 1:
+            raise ConfigError(f"the passages must be 1 or more, not {most}")
+        words = "".join(sign if unicodedata.category(sign)[0] in "LNM" else " " for sign in question).split()
+        runs = [run[at : at + 3] for run in UNSPACED.findall(question) for at in range(len(run) - 2)]
+        found = list[tuple[Any, ...]]()
+        for table, asked in (("words", words), ("letters", words + runs)):
+            match = " OR ".join(f'"{word}"' for word in dict.fromkeys(asked))
+            query = f"SELECT doc_id, char_start, char_end, -rank, text, place(file), number FROM {table}"
+            query += f" WHERE {table} MATCH ? ORDER BY rank, place(file), number LIMIT ?"
+            with self._reporting():
+                found += self._base.execute(query, (match, most)) if match else ()
+        best = sorted(found, key=lambda row: (-row[3], row[5:]))[:most]
+        return [Passage(*row[:5]) for row in sorted(best, key=lambda row: row[5:])]
