@@ -17,7 +17,9 @@ import pytest
 from forked import Command, Forked
 from hypothesis import settings
 from places import ROOT
-from processes import Start
+from processes import Start, environment
+
+pytest_plugins = ["real_files"]  # the fixtures of tests/real
 
 # "default" and "ci" repeat the same examples, so that a test says the same twice; .ci/run takes "ci", and
 # HYPOTHESIS_PROFILE=thorough hunts for new ones.
@@ -76,6 +78,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("full")
         if ROOMS_OF_CI.intersection(folders):
             item.add_marker("ci")
+        if "real" in folders:
+            item.add_marker("real")
     seconds = json.loads(DURATIONS.read_text(encoding="utf-8"))
     average = sum(seconds.values()) / max(1, len(seconds))
     items.sort(key=lambda item: -seconds.get(file_of(item.nodeid), average))
@@ -108,12 +112,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA device")
-
-
-def environment() -> dict[str, str]:
-    hidden = ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "TTY_COMPATIBLE", "LONGNET_TRACEBACK")
-    env = {name: value for name, value in os.environ.items() if name not in hidden}
-    return env | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), env.get("PYTHONPATH"))))}
 
 
 @pytest.fixture

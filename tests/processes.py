@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from places import ROOT
 from typer.testing import CliRunner, Result
 
 from longnet_cli.basics.errors import LongNetError
@@ -34,6 +35,12 @@ net = ModelFolder(Path(sys.argv[1])).net(dtype=getattr(torch, sys.argv[2]))
 weights = sum(p.numel() * p.element_size() for p in net.parameters())
 print(json.dumps([peak_memory(torch.device("cpu")) - before, weights]))
 """
+
+
+def environment() -> dict[str, str]:
+    hidden = ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "TTY_COMPATIBLE", "LONGNET_TRACEBACK")
+    env = {name: value for name, value in os.environ.items() if name not in hidden}
+    return env | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), env.get("PYTHONPATH"))))}
 
 
 def invoke(*args: str | Path | int) -> Result:

@@ -1,0 +1,222 @@
+"""Models that people have, on texts of the size that people have, beside the libraries of their makers."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.feather as feather
+import pyarrow.parquet as pq
+import pytest
+import tokenizers
+import torch
+from processes import contents
+from real_files import Run
+from safetensors.torch import load_file
+
+
+def score(run: Run, *words: str | Path, **limits: int) -> dict:
+    return json.loads(run("score", *words, "--format", "json", "-q", **limits).stdout)["total"]
+
+
+def nats(model: Path, ids: list[int], bos: list[int]) -> float:
+    """The sum of the losses of the ids in transformers."""
+    from transformers import AutoModelForCausalLM
+
+    net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = net(torch.tensor([bos + ids])).logits[0, max(0, len(bos) - 1) : -1]
+    targets = torch.tensor(ids if bos else ids[1:])
+    return torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+
+
+# The shipped model
+
+
+def test_a_long_text_in_chunks_is_the_text_at_once(run: Run, half_megabyte: Path) -> None:
+    whole = score(run, half_megabyte, "--pattern", "window:1Ki", "--chunk", "64Ki", mib=2500)
+    chunks = score(run, half_megabyte, "--pattern", "window:1Ki", "--chunk", "1000", mib=700)
+    assert math.isclose(whole["nll_sum"], chunks["nll_sum"], rel_tol=1e-6)
+
+
+def test_contexts_of_a_folder_of_rows_resume(run: Run, library: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "files.txt").write_text("\n".join(map(str, library[:40])))
+    words = ("score", "@files.txt", "--context", "256,1Ki", "-o", "rows", "--shard-tokens", "40k", "-q")
+    run(*words, mib=1500, seconds=600)
+    whole = contents(tmp_path / "rows")
+    run(*words, "--resume", mib=900)
+    assert contents(tmp_path / "rows") == whole
+    assert len(whole) > 3
+
+
+def test_a_saved_state_of_a_long_prompt_continues_as_one_run(run: Run, book: str, tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_text(book[:100_000], encoding="utf-8")
+    more = ("--max-tokens", 12, "--format", "jsonl", "-q")
+    one = run("generate", "--input", "prompt.txt", *more, mib=1500).rows[0]
+    run("generate", "--input", "prompt.txt", "--save-state", "state", "-q", mib=1500)
+    assert run("generate", "--state", "state", *more, mib=900).rows[0]["tokens"] == one["tokens"]
+
+
+def test_equal_prompts_are_drawn_apart(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"text": "import "}\n' * 60)
+    words = ("generate", "--input", "prompts.jsonl", "--temperature", "1.3", "--seed", 3, "--max-tokens", 1)
+    tokens = [tuple(row["tokens"]) for row in run(*words, "--format", "jsonl", "-q", mib=700).rows]
+    assert len(set(tokens)) > 10
+
+
+def test_a_run_that_is_stopped_ends_with_the_weights_of_one_that_is_not(start, run: Run, half_megabyte: Path) -> None:
+    from processes import kill_training
+
+    folder = half_megabyte.parent
+    run("tokenize", half_megabyte, "-o", "tokens", "--tokenizer", "longnet-tiny", "-q", mib=300)
+    words = ("examples/small.toml", "--data", folder / "tokens", "--tokenizer", folder / "tokens", "--steps", "30")
+    kill_training(lambda place: start("train", *words, "-o", place, "-q"), folder, kills=3)
+
+
+# SmolLM2-135M-Instruct
+
+
+@pytest.fixture(scope="session")
+def page(book: str) -> str:
+    return book[20_000:24_000]
+
+
+def test_a_gguf_file_its_folder_and_transformers_agree(
+    run: Run, gguf: Path, smollm2: Path, page: str, tmp_path: Path
+) -> None:
+    (tmp_path / "page.txt").write_text(page, encoding="utf-8")
+    folder = score(run, "page.txt", "--model", smollm2, mib=2500)
+    file = score(run, "page.txt", "--model", gguf, "--dtype", "fp32", mib=2500)
+    ids = tokenizers.Tokenizer.from_file(str(smollm2 / "tokenizer.json")).encode(page, add_special_tokens=False).ids
+    expected = nats(smollm2, ids, folder["bos"])
+    assert folder["nll_sum"] == pytest.approx(expected, abs=2e-4 * len(ids))
+    assert file["nll_sum"] == pytest.approx(expected, abs=2e-4 * len(ids))
+
+
+def test_a_scaling_in_a_gguf_file_counts(run: Run, gguf: Path, smollm2: Path, page: str, tmp_path: Path) -> None:
+    """As Llama 3.1 and later have it: without it, numbers are wrong and nothing says so."""
+    import gguf as format
+
+    reader, path = format.GGUFReader(gguf), tmp_path / "scaled.gguf"
+    writer = format.GGUFWriter(path, "llama")
+    for field in reader.fields.values():
+        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+            kinds = [format.GGUFValueType(kind) for kind in field.types]
+            writer.add_key_value(field.name, field.contents(), kinds[0], sub_type=kinds[-1] if kinds[1:] else None)
+    writer.add_rope_scaling_type(format.RopeScalingType.LINEAR)
+    writer.add_rope_scaling_factor(4.0)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    scaled = tmp_path / "scaled"
+    scaled.mkdir()
+    for name in ("model.safetensors", "tokenizer.json"):
+        (scaled / name).symlink_to(smollm2 / name)
+    config = json.loads((smollm2 / "config.json").read_text())
+    theta = config.pop("rope_theta", None) or config.pop("rope_parameters")["rope_theta"]
+    config["rope_parameters"] = {"rope_type": "linear", "factor": 4.0, "rope_theta": theta}
+    (scaled / "config.json").write_text(json.dumps(config))
+    (tmp_path / "page.txt").write_text(page, encoding="utf-8")
+    ours = score(run, "page.txt", "--model", path, "--dtype", "fp32", mib=2500)
+    ids = tokenizers.Tokenizer.from_file(str(smollm2 / "tokenizer.json")).encode(page, add_special_tokens=False).ids
+    assert ours["nll_sum"] == pytest.approx(nats(scaled, ids, ours["bos"]), abs=2e-4 * len(ids))
+
+
+def test_places_of_tokens_are_those_of_the_library(run: Run, smollm2: Path, page: str, tmp_path: Path) -> None:
+    """With the normalizer of Qwen's tokenizer: one character grows as much as another one shrinks."""
+    folder = tmp_path / "nfc"
+    folder.mkdir()
+    for path in smollm2.iterdir():
+        (folder / path.name).symlink_to(path)
+    (folder / "tokenizer.json").unlink()
+    settings = json.loads((smollm2 / "tokenizer.json").read_text()) | {"normalizer": {"type": "NFC"}}
+    (folder / "tokenizer.json").write_text(json.dumps(settings))
+    text = "A line of \u0958 and cafe\u0301, re\u0301sume\u0301, e\u0301.\n" + page[:1500]
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    run("score", "text.txt", "--model", folder, "--token-logprobs", "t.arrow", "-q", mib=2500)
+    row = feather.read_table(tmp_path / "t.arrow").to_pylist()[0]
+    encoding = tokenizers.Tokenizer.from_str(json.dumps(settings)).encode(text, add_special_tokens=False)
+    first = len(encoding.ids) - len(row["input_ids"])
+    assert list(zip(row["char_start"], row["char_end"], strict=True)) == encoding.offsets[first:]
+
+
+def test_greedy_tokens_are_those_of_transformers(run: Run, smollm2: Path, page: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    (tmp_path / "page.txt").write_text(page, encoding="utf-8")
+    words = ("generate", "--input", "page.txt", "--model", smollm2, "--max-tokens", 16, "--bos", "none")
+    ours = run(*words, "--dtype", "fp32", "--format", "jsonl", "-q", mib=2500).rows[0]["tokens"]
+    ids = tokenizers.Tokenizer.from_file(str(smollm2 / "tokenizer.json")).encode(page, add_special_tokens=False).ids
+    net = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+    theirs = net.generate(torch.tensor([ids]), max_new_tokens=16, do_sample=False)[0, len(ids) :].tolist()
+    assert ours == theirs[: len(ours)]
+    assert len(ours) > 3
+
+
+def test_an_adapter_learns_as_with_peft(run: Run, smollm2: Path, book: str, tmp_path: Path) -> None:
+    """The first loss of a window of 800 tokens in chunks of 256 is that of transformers; the plan holds."""
+    (tmp_path / "text.txt").write_text(book[20_000:40_000], encoding="utf-8")
+    words = ["train", "--init", smollm2, "--data", "text.txt", "--seq-len", 800, "--steps", 2, "-o", "run"]
+    words += [
+        value
+        for setting in ("train.chunk=256", "train.batch_tokens=800", "lora.rank=4")
+        for value in ("--set", setting)
+    ]
+    plan = json.loads(run(*words, "--dry-run", "--format", "json", mib=2500).stdout)
+    done = run(*words, "-q", mib=3000)
+    first = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])
+    assert done.peak <= 1.1 * plan["memory"]["total"] / 2**20
+    assert first["step"] == 1
+    assert "adapter_model.safetensors" in contents(tmp_path / "run")
+
+
+# all-MiniLM-L6-v2
+
+
+def test_vectors_of_rows_are_those_of_sentence_transformers(
+    run: Run, minilm: Path, lines: Path, tmp_path: Path
+) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    with pa.CompressedInputStream(str(lines), "zstd") as file:
+        rows = [json.loads(line) for line in file.read().splitlines()][:1500]
+    table = pa.table({"id": [str(row["id"]) for row in rows], "text": [row["doc"]["body"] + " x" for row in rows]})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    run("encode", "rows.parquet", "--model", minilm, "-o", "vectors", "--shard-format", "parquet", "-q", mib=1500)
+    found = pq.read_table(tmp_path / "vectors")
+    ours = np.stack(found["embedding"].to_numpy())
+    theirs = SentenceTransformer(str(minilm)).encode(table["text"].to_pylist())
+    assert found["doc_id"].to_pylist() == table["id"].to_pylist()
+    assert np.abs(ours - theirs).max() < 1e-5
+
+
+def test_spans_of_a_long_text_join_to_the_text(run: Run, minilm: Path, book: str, tmp_path: Path) -> None:
+    text = book[:200_000]
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    run("encode", "text.txt", "--model", minilm, "--span", 200, "-o", "v.arrow", "-q", mib=1500)
+    table = feather.read_table(tmp_path / "v.arrow")
+    starts, ends = table["char_start"].to_pylist(), table["char_end"].to_pylist()
+    assert all(end <= start for end, start in zip(ends[:-1], starts[1:], strict=True))
+    assert not "".join(text[end:start] for end, start in zip(ends[:-1], starts[1:], strict=True)).strip()
+
+
+# The commands that need no text
+
+
+def test_the_rest_of_the_commands(run: Run, half_megabyte: Path, tmp_path: Path) -> None:
+    run("convert", "longnet-tiny", "-o", "half", "--dtype", "bf16", "-q", mib=900)
+    assert load_file(tmp_path / "half/model.safetensors")
+    bench = run("bench", "--seq", "2Ki,8Ki", "--repeats", 1, "--format", "jsonl", mib=2500)
+    assert {row["status"] for row in bench.rows} == {"ok"}
+    (tmp_path / "bench.jsonl").write_text(bench.stdout)
+    words = ("--context", "64,256", "--last", "20k", "--format", "json", "-q")
+    (tmp_path / "score.json").write_text(run("score", half_megabyte, *words, mib=900).stdout)
+    for name in ("bench.jsonl", "score.json"):
+        run("plot", name, "-o", "picture.svg", mib=500)
+        assert (tmp_path / "picture.svg").read_text().startswith("<?xml")
