@@ -1,6 +1,6 @@
 """Predict a label of slides from a frozen slide encoder, then fine-tune the encoder; AUC by cross-validation.
 
-    longnet encode features/*.h5 --model ./gigapath --pool mean --all-layers --no-normalize -o slides.arrow
+    longnet encode features/*.h5 --model ./gigapath --all-layers --no-normalize -o slides.arrow
     python examples/finetune_slides.py probe slides.arrow labels.csv
     python examples/finetune_slides.py tune features labels.csv --model ./gigapath
     python examples/finetune_slides.py make made     # made/features, made/labels.csv, made/encoder: random weights
@@ -110,7 +110,7 @@ class Classifier(nn.Module):
         features, coords, side = (
             x.to(self.head.weight.device) if isinstance(x, Tensor) else x for x in read_slide(path)
         )
-        layers = self.encoder(features, coords, tile_size=side, pool="mean", all_layers=True)
+        layers = self.encoder(features, coords, tile_size=side, all_layers=True)
         return self.head(layers[self.layer, 0])[0]
 
 

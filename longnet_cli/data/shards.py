@@ -32,6 +32,9 @@ ShardFormat = Literal["arrow", "parquet"]
 T = TypeVar("T")
 
 
+_OPTIONS = {"pool", "span", "pattern", "chunk", "dtype"}  # settings that are options, and written as these are
+
+
 def run_to_resume(folder: str | Path, *, resume: bool) -> Manifest | None:
     """Return the manifest of an earlier run that has finished shards in `folder`; None if there is none to resume.
 
@@ -225,9 +228,10 @@ class ShardFolder:
         old, new = earlier.settings, self._manifest.settings
         for name in [*new, *old]:
             if old.get(name) != new.get(name):
+                given = f"--{name} {old[name]}" if name in _OPTIONS and name in old else "the same inputs and options"
                 raise ConfigError(
                     f"{self.folder}: cannot resume: {name} was {old.get(name)!r} and is now {new.get(name)!r}: "
-                    "give the same inputs and options, or a new folder"
+                    f"give {given}, or a new folder"
                 )
 
     def _next_path(self) -> Path:

@@ -121,7 +121,7 @@ def for_model(options: EncodeOptions, folder: ModelFolder, loaded: Loaded) -> tu
         raise ConfigError(f"{folder.name} reads a document in one piece, not in windows: leave out --context, --stride")
     if own is None or loaded.embedding is None:
         prefix = tokenizer.encode(given).tolist() if given and tokenizer else None
-        return options.of_net(net), EncodeFacts(**ModelFacts.of(loaded).__dict__, prefix=prefix)
+        return options.with_defaults(), EncodeFacts(**ModelFacts.of(loaded).__dict__, prefix=prefix)
     if options.normalize is False and "Normalize" in own.modules:
         raise ConfigError(f"{folder.name} scales vectors amid its modules ({own.modules}): leave out --no-normalize")
     most = [limit for limit in (options.context or own.window, net.config.max_tokens) if limit is not None]
@@ -225,7 +225,7 @@ class Encoder(RowJob):
         facts: EncodeFacts = EncodeFacts(),
         kept_fields: Sequence[pa.Field] = (),
     ) -> None:
-        super().__init__(reader, options.of_net(reader.model), facts, kept_fields)
+        super().__init__(reader, options.with_defaults(), facts, kept_fields)
         self._check()
         self.cut = TextCut(self.options, facts)
         self.alone = options.all_layers

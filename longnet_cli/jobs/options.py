@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from longnet_cli.basics.errors import ConfigError
-
-if TYPE_CHECKING:
-    from longnet_cli.nets.net import Net
 
 POOLS = ("cls", "max", "mean", "sqrt", "weighted", "last", "first")
 ONE_STATE = {"cls", "first", "last"}  # poolings that take one state of a sequence
@@ -57,10 +54,9 @@ class EncodeOptions:
         if self.span is not None and self.all_layers:
             raise ConfigError("all layers are given for whole documents: leave out --span, or --all-layers")
 
-    def of_net(self, net: Net) -> EncodeOptions:
+    def with_defaults(self) -> EncodeOptions:
         """Return the options with a pooling, and whether to scale, for a net that has no own ones."""
-        own = "cls" if net.has_cls and self.span is None else "mean"
-        return replace(self, pool=self.pool or own, normalize=self.normalize is not False)
+        return replace(self, pool=self.pool or "mean", normalize=self.normalize is not False)
 
 
 @dataclass(frozen=True)

@@ -212,7 +212,7 @@ class VectorNet(LongNet):
         *,
         tile_size: TileSize = None,
         lengths: Sequence[int] | Tensor | None = None,
-        pool: SlidePool = "cls",
+        pool: SlidePool = "mean",
         all_layers: bool = False,
         again: bool = False,
     ) -> list[Tensor]:
@@ -283,19 +283,19 @@ class SlideEncoder(nn.Module):
         *,
         tile_size: TileSize = None,
         lengths: Sequence[int] | Tensor | None = None,
-        pool: SlidePool = "cls",
+        pool: SlidePool = "mean",
         all_layers: bool = False,
     ) -> Tensor:
         """Return vectors (B, dim) of features (B, N, in_features) and coords (B, N, 2) in pixels.
 
         `tile_size` is the side of a tile in the pixels of `coords`, one number or one for each slide; None is the
         model's own, whatever the coords are. `lengths` gives the number of tiles of each right-padded row, at least 1:
-        each slide comes out as it would alone. `pool` takes the hidden state of CLS or the mean over the tiles; the
-        last norm follows. `all_layers` returns (num_layers + 1, B, dim): one vector for the first layer's input, then
-        one for each layer's output. As in Prov-GigaPath, these skip the LongNet's final norm, so the last one differs
-        from the vector that you get without `all_layers`. A net without a grid takes no coords. In training, dropout
-        applies to the input of the first layer, too. Raises ValueError for wrong shapes, lengths, sides and `pool`, and
-        for tiles outside the grid.
+        each slide comes out as it would alone. `pool` takes the mean over the tiles, or the hidden state of CLS, which
+        Prov-GigaPath's pretraining does not train; the last norm follows. `all_layers` returns (num_layers + 1, B,
+        dim): one vector for the first layer's input, then one for each layer's output. As in Prov-GigaPath, these skip
+        the LongNet's final norm, so the last one differs from the vector that you get without `all_layers`. A net
+        without a grid takes no coords. In training, dropout applies to the input of the first layer, too. Raises
+        ValueError for wrong shapes, lengths, sides and `pool`, and for tiles outside the grid.
         """
         again = self.activation_checkpointing
         vectors = self.net.encode(

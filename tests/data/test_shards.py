@@ -117,7 +117,10 @@ def test_other_settings_are_refused_by_name(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path, fail_at=3)
     before = contents(tmp_path)
-    for settings, message in (({"pool": "last"}, "pool was 'mean' and is now 'last'"), ({"new": 1}, "new was None")):
+    for settings, message in (
+        ({"pool": "last"}, "pool was 'mean' and is now 'last': give --pool mean, or"),
+        ({"new": 1}, "new was None"),
+    ):
         with pytest.raises(ConfigError, match=message):
             write(tmp_path, resume=True, **settings)
     assert contents(tmp_path) == before

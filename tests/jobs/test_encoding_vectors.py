@@ -61,7 +61,7 @@ def model(tmp_path: Path) -> Path:
 
 
 @torch.no_grad()
-def expected(pool: str = "cls", **options: object) -> dict[str, np.ndarray]:
+def expected(pool: str = "mean", **options: object) -> dict[str, np.ndarray]:
     found = {}
     for seed, (name, count) in enumerate(SLIDES.items()):
         x, at = slide(count, seed)
@@ -151,7 +151,7 @@ def test_all_layers(run_longnet: RunLongnet, tmp_path: Path, model: Path, pool: 
     same(vectors(tmp_path / "out.arrow", "layers"), expected(pool, all_layers=True))
 
 
-def test_the_default_is_cls_scaled_to_length_one(run_longnet: RunLongnet, tmp_path: Path, model: Path) -> None:
+def test_the_default_is_the_mean_scaled_to_length_one(run_longnet: RunLongnet, tmp_path: Path, model: Path) -> None:
     done = run_longnet(
         "encode", "-", "--model", model, "-o", tmp_path / "out.arrow", input=stream(slides()), text=False
     )

@@ -33,9 +33,9 @@ def test_golden_slide_encoder(run_longnet: RunLongnet, tmp_path: Path, kind: str
     encoder = SlideEncoder.from_pretrained(tmp_path / "out")
     with torch.no_grad():
         inputs = wanted["features"][None], wanted["coords"][None]
-        torch.testing.assert_close(encoder(*inputs)[0], wanted["cls"], rtol=0, atol=1e-5)
+        torch.testing.assert_close(encoder(*inputs, pool="cls")[0], wanted["cls"], rtol=0, atol=1e-5)
         torch.testing.assert_close(encoder(*inputs, pool="mean")[0], wanted["pooled"], rtol=0, atol=1e-5)
-        layers = encoder(*inputs, all_layers=True)[:, 0]
+        layers = encoder(*inputs, pool="cls", all_layers=True)[:, 0]
         torch.testing.assert_close(layers, wanted["cls_of_layers"], rtol=0, atol=1e-5)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "slide_encoder.pth" in card
