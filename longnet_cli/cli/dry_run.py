@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 from longnet_cli.basics.errors import ConfigError, MemoryLimitError
 from longnet_cli.basics.sizes import count_of, format_bytes, format_count, format_duration
@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from longnet_cli.cli.starting import Opened
     from longnet_cli.data.inputs import Inputs
     from longnet_cli.jobs.estimating.estimate import Estimate
-    from longnet_cli.jobs.row_jobs import RowJob
-    from longnet_cli.running.reader import Reader
+    from longnet_cli.jobs.row_jobs import Output, RowJob
 
 Row = tuple[str, str, str]  # a name, its value, what it means
 BAR = 30  # characters of a full bar
@@ -65,27 +64,19 @@ def show_reading(estimate: Estimate, format: Format, job: str) -> None:
     _show(estimate, format, job, before, after)
 
 
-def dry_run(
-    opened: Opened,
-    inputs: Inputs,
-    make_job: Callable[[Reader], RowJob],
-    doing: str,
-    options: Any,
-    shard_size: int | None,
+def plan(
+    opened: Opened, job: RowJob, inputs: Inputs, output: Output, sample: int | None, format: Literal["text", "json"]
 ) -> None:
-    """Print the estimate of a job that would read `inputs`, and write as the `options` say, or print."""
+    """Print the estimate of a job that would read `inputs` and write to `output`, of a `sample` of texts if given."""
     from longnet_cli.jobs.estimating.estimate import estimate_reading
     from longnet_cli.jobs.estimating.reading import count_documents
     from longnet_cli.running.ranks.ranks import leave
-    from longnet_cli.running.reader import Reader
 
     assert opened.room  # of every dry run
-    computing, sample = options.computing, options.running.sample
-    fate, done, earlier = _fate(options.output, options.running.resume)
-    chunk, how = computing.chunk or earlier, {"dtype": computing.dtype, "spill": computing.spill}
-    job = make_job(Reader(opened.loaded.net, chunk=chunk, ranks=opened.ranks, **how))
+    done = opened.earlier.totals["documents"] if opened.earlier else 0
+    fate = _fate(output, done, opened.refusal)
     with progress("counting", total=None, quiet=opened.quiet) as advance:
-        plan = count_documents(
+        counted = count_documents(
             job,
             inputs.untokenized() if sample else inputs.documents(),
             tokenizer=inputs.tokenizer,
@@ -94,43 +85,34 @@ def dry_run(
             skip_bad=inputs.skip_bad,
             on_progress=advance,
         )
-        estimate = estimate_reading(
-            job.reader,
-            plan,
-            room=opened.room,
-            scores=job.scores,
-            kept=job.kept_bytes(plan.longest_document),
-            output=fate,
-            ranks=opened.ranks,
-        )
+        kept = job.kept_bytes(counted.longest_document)
+        estimate = estimate_reading(job.reader, counted, room=opened.room, scores=job.scores, kept=kept, output=fate)
     leave()
     if opened.ranks.writes:
-        shard = min(shard_size or job.shard_size, plan.shard_units)
-        lost = f"{shard:,} {job.shard_unit}, {_duration(estimate.costs['seconds'] * shard / (plan.shard_units or 1))}"
+        shard = min(output.shard_size or job.shard_size, counted.shard_units)
+        lost = (
+            f"{shard:,} {job.shard_unit}, {_duration(estimate.costs['seconds'] * shard / (counted.shard_units or 1))}"
+        )
         if "folder" in fate or done:
             estimate.costs["output"] += f"; a kill loses at most a shard and a document: {lost}"
-        show_reading(estimate, "json" if options.format == "json" else "text", doing)
+        show_reading(estimate, format, job.doing)
 
 
-def _fate(output: str | None, resume: bool) -> tuple[str, int, int | None]:
-    """Return what would happen to an output, in words, the documents that an earlier run has done, and its chunk."""
+def _fate(output: Output, done: int, refusal: ConfigError | None) -> str:
+    """Return what would happen to an output that holds `done` documents of an earlier run."""
     from longnet_cli.data.outputs import is_folder
-    from longnet_cli.data.shards import run_to_resume
 
-    if output is None:
-        return "printed", 0, None
-    if output == "-":
-        return "an Arrow stream on stdout", 0, None
-    if not is_folder(output):
-        return f"{output}, which {'is replaced' if Path(output).exists() else 'is new'}", 0, None
-    try:
-        earlier = run_to_resume(output, resume=resume)
-    except ConfigError as error:
-        return f"refused: {error}", 0, None
-    if earlier is None:
-        return f"{output}, a new folder of shards", 0, None
-    done = earlier.totals["documents"]
-    return f"{output}, after document {done:,} of an earlier run", done, earlier.settings.get("chunk")
+    if output.path == "-":
+        return "printed" if output.sink else "an Arrow stream on stdout"
+    if not is_folder(output.path):
+        return f"{output.path}, which {'is replaced' if Path(output.path).exists() else 'is new'}"
+    if refusal:
+        return f"refused: {refusal}"
+    return (
+        f"{output.path}, after document {done:,} of an earlier run"
+        if done
+        else f"{output.path}, a new folder of shards"
+    )
 
 
 def _show(estimate: Estimate, format: Format, job: str, before: Sequence[Row], after: Sequence[Row]) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from functools import partial
 from typing import Literal
 
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.command import SAMPLE, check_pairs
-from longnet_cli.cli.dry_run import dry_run
+from longnet_cli.cli.dry_run import plan
 from longnet_cli.cli.options import OUTPUT, Computing, Documents, Format, HelpPanel, Mesh, ModelChoice, Running
-from longnet_cli.cli.starting import ModelAndInputs
+from longnet_cli.cli.starting import open_command
 
 VECTORS = HelpPanel("Vectors")
 
@@ -83,31 +82,19 @@ def encode(options: EncodeCommand) -> None:
     """
     from longnet_cli.jobs.options import EncodeOptions
 
-    output, running = options.output, options.running
     asked = EncodeOptions(**{each.name: getattr(options, each.name) for each in fields(EncodeOptions)})
     check_pairs([SAMPLE], options)
-    named = ModelAndInputs(options.documents, options.choice, output if running.resume else None, embeds=True)
     where_to = "embeddings are binary, stdout is a terminal: name a file (-o embeddings.arrow) or pipe them"
     for_folder = {"--shard-rows": options.shard_rows, "--shard-format": options.shard_format != "arrow"}
-    earlier = named.check_outputs({"-o": output}, where_to, for_folder, running)
-    opened = named.open(options.mesh, options.computing, dry_run=running.dry_run)
-    from longnet_cli.jobs.encoding import PLACE_FIELDS, Encoder, for_model
+    opened = open_command(options, where_to, for_folder, embeds=True)
+    from longnet_cli.jobs.encoding import Encoder, for_model
+    from longnet_cli.jobs.row_jobs import Output
 
-    own, facts = for_model(asked, named.folder, opened.loaded)
-    job = partial(Encoder, options=own, facts=facts)
-    inputs = named.inputs(opened.loaded, facts.tokenizer_for(opened.loaded))
-    if opened.room:
-        dry_run(opened, inputs, job, "encoding", options, options.shard_rows)
-        return
-    opened.write(
-        inputs,
-        job,
-        options,
-        earlier,
-        doing="encoding",
-        unit="{} vector",
-        shard_size=options.shard_rows,
-        shard_format=options.shard_format,
-        of_text=PLACE_FIELDS,
-    )
-    opened.end()
+    own, facts = for_model(asked, opened.folder, opened.loaded)
+    job = Encoder(opened.reader(), own, facts)
+    inputs = opened.inputs(facts.tokenizer_for(opened.loaded))
+    output = Output(options.output, options.shard_rows, options.shard_format, options.running.resume)
+    if options.running.dry_run:
+        plan(opened, job, inputs, output, options.running.sample, options.format)
+    else:
+        opened.run(job, inputs, output)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from longnet_cli.jobs.generating import Step
     from longnet_cli.models.folder import Loaded
     from longnet_cli.running.causal_stream import CausalStream
+    from longnet_cli.running.reader import Reader
 
 Format = Literal["text", "jsonl"]
 MAX_TOKENS = 256
@@ -105,11 +106,11 @@ def generate(options: GenerateCommand) -> None:
     job = _TextGenerator(options, loaded)
     documents, several = _documents(options, inputs, loaded.chat, text)
     if opened.room:
-        _estimate(job, documents, opened.room)
+        _estimate(job, documents, opened.reader(), opened.room)
         return
     stream = _stream(options, loaded)
     more = job.max_tokens + (stream.position if stream else 0)
-    tell_state = state_teller(loaded.net, options.computing, more=more, quiet=quiet)
+    tell_state = state_teller(opened.reader(), more=more, quiet=quiet)
     if loaded.net.config.pattern.chosen:
         tell_state(max(map(len, inputs.stored() if text is None else ()), default=0))
     for index, document in enumerate(documents):
@@ -149,7 +150,7 @@ def _open(options: GenerateCommand, text: str | None) -> tuple[Opened, Inputs]:
     """Return the model, if it can do what the options ask for, and the inputs. Raises as `launch` does."""
     words = {name: getattr(options, name) for name in ("tokenizer", "tokenizer_differs", "column", "eos", "bos")}
     inputs = (options.inputs or ["-"]) if text is None else []
-    named = ModelAndInputs(Documents(inputs, **words), options.choice, None)
+    named = ModelAndInputs(Documents(inputs, **words), options.choice)
     if under_torchrun():
         raise ConfigError("generate is for one process, and torchrun has started several: start one")
     opened = named.open(Mesh(), options.computing, dry_run=options.dry_run, chat=options.chat)
@@ -163,20 +164,17 @@ def _open(options: GenerateCommand, text: str | None) -> tuple[Opened, Inputs]:
             f"{options.choice.model}: there is no tokenizer: give --tokenizer, or token ids with --input and --format "
             "jsonl"
         )
-    return opened, named.inputs(opened.loaded, tokenizer)
+    return opened, opened.inputs(tokenizer)
 
 
-def _estimate(job: _TextGenerator, documents: Iterable[Document], free: Room) -> None:
+def _estimate(job: _TextGenerator, documents: Iterable[Document], reader: Reader, free: Room) -> None:
     """Print what reading the prompts and generating the most tokens would take. Raises as `show_reading`."""
     from longnet_cli.jobs.estimating.estimate import estimate_reading, seconds_of_new_token
     from longnet_cli.jobs.generating import plan_generation
-    from longnet_cli.running.reader import Reader
 
-    net, computing = job.loaded.net, job.options.computing
-    reader = Reader(net, chunk=computing.chunk, dtype=computing.dtype, spill=computing.spill)
-    save_state = job.options.save_state
+    net, save_state = job.loaded.net, job.options.save_state
     plan = plan_generation(net, documents, job.bos_ids, job.max_tokens, reader.chunk, least=0 if save_state else 1)
-    each = seconds_of_new_token(net, computing.dtype)
+    each = seconds_of_new_token(net, reader.dtype)
     plan.seconds += plan.documents * job.max_tokens * each
     most = f"at most {count_of(job.max_tokens, 'token')} of each"
     said = f"{most}, {format_duration(each)} a token (measured after a short prompt)"

@@ -24,7 +24,7 @@ from longnet_cli.basics.finite_json import finite, to_json
 
 if TYPE_CHECKING:
     from longnet_cli.basics.errors import LongNetError
-    from longnet_cli.data.manifest import LeftOut, Manifest
+    from longnet_cli.data.manifest import LeftOut
 
 RowFormat = Literal["md", "json", "jsonl", "csv"]
 
@@ -179,22 +179,21 @@ def shows_color() -> bool:
 
 
 def check_output(
-    output: str, where_to: str, for_folder: Mapping[str, Any], *, resume: bool, dry_run: bool = False
-) -> Manifest | None:
-    """Return the manifest of the earlier run that `resume` continues, if any. A `dry_run` does not look for one.
+    output: str, where_to: str, for_folder: Mapping[str, object], *, resume: bool, dry_run: bool = False
+) -> None:
+    """Raise ConfigError for an output that cannot be written, and for options that do not fit it.
 
     `where_to` is the error for a terminal. `for_folder` maps the names of options for a folder of shards to their
-    values. Raises ConfigError for an output that cannot be written, and for options that do not fit it.
+    values, and `resume` is for one.
     """
     if output == "-" and not dry_run and sys.stdout and sys.stdout.isatty():
         raise ConfigError(where_to)
     from longnet_cli.data.outputs import is_folder
-    from longnet_cli.data.shards import run_to_resume
 
-    for name in (name for name, value in for_folder.items() if value and not is_folder(output)):
+    in_folder = is_folder(output, resume=resume)
+    for name in (name for name, value in for_folder.items() if value and not in_folder):
         why = "one file is what its name says" if name == "--shard-format" else "a single file or stream has no parts"
         raise ConfigError(f"{output}: {name} is for a folder of shards: {why}")
-    return run_to_resume(output, resume=resume) if is_folder(output, resume=resume) and not dry_run else None
 
 
 @contextmanager

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.basics.finite_json import to_json
 from longnet_cli.cli.command import SAMPLE, Excludes, Needs, check_pairs
-from longnet_cli.cli.dry_run import dry_run
+from longnet_cli.cli.dry_run import plan
 from longnet_cli.cli.options import OUTPUT, Computing, Documents, HelpPanel, Mesh, ModelChoice, Running
 from longnet_cli.cli.output import emit_json, emit_jsonl, printable, tell
-from longnet_cli.cli.starting import ModelAndInputs, Opened
+from longnet_cli.cli.starting import Opened, open_command
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from longnet_cli.data.inputs import Inputs
-    from longnet_cli.data.manifest import LeftOut, Manifest
-    from longnet_cli.jobs.scoring.scoring import Scorer
+    from longnet_cli.jobs.scoring.scoring import OnTokens
 
 MEASURE = HelpPanel("What to measure")
 ROW_KEYS = {"kind", "doc_id", "n_tokens", "n_bytes"}
@@ -96,36 +93,38 @@ def score(options: ScoreCommand) -> None:
     """
     from longnet_cli.jobs.options import ScoreOptions
 
-    contexts = options.context or ()
+    contexts, output = options.context or (), options.output
     asked = ScoreOptions(tuple(contexts) or None, options.stride, options.last, options.by_position)
     keys = ROW_KEYS | {*OF_CONTEXTS}
     if len(contexts) > 1:
         keys = ROW_KEYS | GAIN_KEYS | {f"{name}_{context}" for name in OF_CONTEXTS for context in contexts}
     _check(options, keys)
-    documents, output, running = options.documents, options.output, options.running
+    documents = options.documents
     rows = output is not None or options.format != "text"
     if rows and documents.id_column and documents.id_column not in {*keys, *(documents.keep or ())}:
         # so that rows join their input by the column's own name and type
         documents = replace(documents, keep=[documents.id_column, *(documents.keep or ())])
-    named = ModelAndInputs(documents, options.choice, output if running.resume else None)
-    outputs = {"--token-logprobs": options.token_logprobs, "-o": output}
     where_to = "the rows are binary, stdout is a terminal: name a file (-o gains.parquet) or pipe them"
-    for_folder = {"--resume": running.resume, "--shard-tokens": options.shard_tokens}
-    earlier = named.check_outputs(outputs, where_to, for_folder, running)
-    opened = named.open(options.mesh, options.computing, dry_run=running.dry_run)
-    inputs = named.inputs(opened.loaded, opened.loaded.tokenizer)
+    for_folder = {"--resume": options.running.resume, "--shard-tokens": options.shard_tokens}
+    also = {"--token-logprobs": options.token_logprobs}
+    opened = open_command(replace(options, documents=documents), where_to, for_folder, also=also)
+    loaded, words = opened.loaded, opened.loaded.tokenizer
     if options.choice.pattern:
         from longnet_cli.attention.notation import format_pattern
 
-        tell(f"pattern {format_pattern(opened.loaded.net.config.pattern)}", opened.quiet)
-    from longnet_cli.jobs.row_jobs import ModelFacts
+        tell(f"pattern {format_pattern(loaded.net.config.pattern)}", opened.quiet)
+    from longnet_cli.jobs.row_jobs import ModelFacts, Output
     from longnet_cli.jobs.scoring.scoring import Scorer
 
-    job = partial(Scorer, options=asked, facts=ModelFacts.of(opened.loaded))
-    if opened.room:
-        dry_run(opened, inputs, job, "scoring", options, options.shard_tokens)
-    else:
-        _write(options, opened, inputs, job, earlier)
+    job = Scorer(opened.reader(), asked, ModelFacts.of(loaded), words.n_bytes if words else None, top=bool(options.top))
+    inputs = opened.inputs(words)
+    sink = _printing(options, opened) if output is None or output.endswith(".jsonl") else None
+    to = Output(output or "-", options.shard_tokens, resume=options.running.resume, sink=sink)
+    if options.running.dry_run:
+        plan(opened, job, inputs, to, options.running.sample, "json" if options.format == "json" else "text")
+        return
+    with _token_logprobs(options, opened) as job.on_tokens:
+        opened.run(job, inputs, to)
 
 
 def _check(options: ScoreCommand, keys: set[str]) -> None:
@@ -142,57 +141,35 @@ def _check(options: ScoreCommand, keys: set[str]) -> None:
         raise ConfigError("--token-logprobs needs a file: stdout carries the scores")
 
 
-def _write(
-    options: ScoreCommand, opened: Opened, inputs: Inputs, job: Callable[..., Scorer], earlier: Manifest | None
-) -> None:
-    """Write a row per document to the output, or print it, and write what --token-logprobs asks for."""
+def _token_logprobs(options: ScoreCommand, opened: Opened) -> AbstractContextManager[OnTokens | None]:
+    """Return what opens the file of --token-logprobs, on the rank that writes it."""
     from longnet_cli.jobs.scoring.token_logprobs import write_token_logprobs
-    from longnet_cli.nets.net import bos_ids
+
+    if not options.token_logprobs or not opened.ranks.writes:
+        return nullcontext()
+    return write_token_logprobs(options.token_logprobs, _origin(opened), bool(options.top))
+
+
+def _origin(opened: Opened) -> dict[str, str]:
     from longnet_cli.nets.weights import model_origin
 
-    loaded, writes, output, words = opened.loaded, opened.ranks.writes, options.output, opened.loaded.tokenizer
-    logprobs, top = options.token_logprobs, bool(options.top)
-    lines = output is None or output.endswith(".jsonl")  # of text or JSON, with the totals
-    named = writes and (lines or logprobs)
-    origin = model_origin(loaded.net, loaded.origin, loaded.tokenizer_sha256) if named else {}
-    format = "jsonl" if output else options.format
-    known = {key.removeprefix("longnet."): value for key, value in origin.items()} | {"bos": bos_ids(loaded.bos)}
-    printed = partial(_printing, format, output, options.context or (None,), known, opened.left_out)
-    tokens = write_token_logprobs(logprobs, origin, top) if logprobs and writes else nullcontext()
-    with tokens as on_tokens:
-        opened.write(
-            inputs,
-            partial(job, on_tokens=on_tokens, top=top, count_bytes=words.n_bytes if words else None),
-            options,
-            earlier,
-            doing="scoring",
-            unit="{:,} row",
-            contexts=options.context,
-            last=options.last,
-            shard_size=options.shard_tokens,
-            sink=printed if lines else None,
-        )
-    opened.end()
+    return model_origin(opened.loaded.net, opened.loaded.origin, opened.loaded.tokenizer_sha256)
 
 
 @contextmanager
-def _printing(
-    format: str,
-    output: str | None,
-    contexts: Sequence[int | None],
-    known: dict[str, Any],
-    left_out: LeftOut,
-    schema: pa.Schema,
-) -> Iterator[_Printed]:
-    """Yield the sink that prints scores; JSON Lines go to the file `output`, if one is given, whole or not at all."""
+def _printing(options: ScoreCommand, opened: Opened) -> Iterator[_Printed]:
+    """Yield the sink that prints scores; JSON Lines go to the file of -o, if one is given, whole or not at all."""
     from longnet_cli.basics.atomic import atomic_write
+    from longnet_cli.nets.net import bos_ids
 
-    with atomic_write(output) if output else nullcontext() as file:
-        printed = _Printed(format, contexts, emit_jsonl)
+    known = {key.removeprefix("longnet."): value for key, value in _origin(opened).items()}
+    format = "jsonl" if options.output else options.format
+    with atomic_write(options.output) if options.output else nullcontext() as file:
+        printed = _Printed(format, options.context or (None,), emit_jsonl)
         if file:
             printed.print = lambda row: file.write(f"{to_json(row)}\n".encode())
         yield printed
-        printed.end({**known, "n_skipped": left_out.skipped})
+        printed.end({**known, "bos": bos_ids(opened.loaded.bos), "n_skipped": opened.left_out.skipped})
 
 
 class _Printed:

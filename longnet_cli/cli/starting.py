@@ -11,9 +11,10 @@ import gc
 import os
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 from longnet_cli.basics.errors import ConfigError, MemoryLimitError
 from longnet_cli.basics.sizes import format_bytes, format_count
@@ -27,12 +28,14 @@ if TYPE_CHECKING:
     from longnet_cli.data.documents import Document
     from longnet_cli.data.inputs import Inputs
     from longnet_cli.data.manifest import LeftOut, Manifest
+    from longnet_cli.data.names import Sources
     from longnet_cli.data.tokenizer import Tokenizer
     from longnet_cli.jobs.estimating.estimate import Room
-    from longnet_cli.jobs.row_jobs import RowJob
+    from longnet_cli.jobs.row_jobs import Output, RowJob
     from longnet_cli.models.folder import Loaded, ModelFolder
     from longnet_cli.nets.net import Net
     from longnet_cli.running.ranks.ranks import Ranks
+    from longnet_cli.running.reader import Reader
 
 
 def freeze_imports() -> None:
@@ -109,31 +112,26 @@ def check_spill(spill: str | None, net: Net | None = None) -> None:
         raise ConfigError("--spill is for keys and values of chosen blocks, and the pattern has none: leave it out")
 
 
-def state_teller(
-    net: Net, computing: Computing, *, contexts: Sequence[int] | None = None, more: int = 0, quiet: bool
-) -> Callable[[int], None]:
-    """Return a function of the tokens of a document, which says on stderr what it will keep for chosen blocks.
+def state_teller(reader: Reader, *, more: int = 0, quiet: bool) -> Callable[[int], None]:
+    """Return a function of the tokens of a window, which says on stderr what it will keep for chosen blocks.
 
-    The longest document so far has a line, and later one that is twice as long. `more` tokens follow each document.
-    Each is read whole, or at the longest of `contexts`. The function raises MemoryLimitError if the part in the folder
-    of --spill is larger than what was free there at first.
+    The longest window so far has a line, and later one that is twice as long. `more` tokens follow each window. The
+    function raises MemoryLimitError if the part in the folder of --spill is larger than what was free there at first.
     """
     from longnet_cli.jobs.estimating.memory import cache_bytes, itemsize_of
-    from longnet_cli.running.chunk_size import chunk_of, default_chunk
 
-    config, device, spill = net.config, next(net.parameters()).device, computing.spill
+    config, spill = reader.model.config, reader.spill
     free = shutil.disk_usage(spill).free if spill else 0
-    chunk = chunk_of(computing.chunk, default_chunk(config, device))
-    said = chunk / 2
+    said = reader.chunk / 2
 
     def tell_state(tokens: int) -> None:
         nonlocal said
         if not config.pattern.chosen:
             return
-        tokens = min(tokens, max(contexts or (tokens,))) + more
-        kept = cache_bytes(config, tokens, itemsize_of(computing.dtype, device))
+        tokens += more
+        kept = cache_bytes(config, tokens, itemsize_of(reader.dtype, reader.device))
         size, blocks = sum(kept), kept.blocks
-        if spill and blocks > free and tokens > chunk:
+        if spill and blocks > free and tokens > reader.chunk:
             raise MemoryLimitError(
                 f"--spill {spill}: {tokens:,} tokens keep {format_bytes(blocks)} there, and {format_bytes(free)} are "
                 "free"
@@ -149,161 +147,46 @@ def state_teller(
     return tell_state
 
 
-class Opened(NamedTuple):
-    """A model, and the ranks that share what it reads.
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """What a command has opened: a model, documents, and the ranks that share what is read.
 
-    `room` is the memory before the model was loaded, of a dry run. `quiet` is true for all ranks except the first.
-    `left_out` counts the documents that get no row.
+    `earlier` is the run that `-o` continues; of a dry run, `refusal` says why none can be continued or begun, and
+    `room` is the memory before the model was loaded. `quiet` is true for all ranks except the first. `left_out` counts
+    the documents that get no row.
     """
 
+    folder: ModelFolder
     loaded: Loaded
+    documents: Documents
+    sources: Sources
+    computing: Computing
     ranks: Ranks
-    room: Room | None
     quiet: bool
     left_out: LeftOut
+    earlier: Manifest | None
+    refusal: ConfigError | None
+    room: Room | None
 
-    def write(
-        self,
-        inputs: Inputs,
-        make_job: Callable[..., RowJob],
-        options: Any,
-        earlier: Manifest | None,
-        *,
-        doing: str,
-        unit: str,
-        contexts: Sequence[int] | None = None,
-        last: int | None = None,
-        **how: Any,
-    ) -> None:
-        """Write the rows of a job as the `options` of a command say, with progress, and say how many there are.
+    def reader(self) -> Reader:
+        """Return what reads documents with the model, in chunks as the earlier run did."""
+        from longnet_cli.running.reader import Reader
 
-        `doing` names the job, `unit` is a format for a number of rows. Each token is read at each of `contexts`, or the
-        `last` ones of each document. `how` are arguments of `row_jobs.Output`: without an `output`, its sink prints.
-        """
-        from longnet_cli.jobs.row_jobs import Output, write_rows
-
-        net, quiet, times = self.loaded.net, self.quiet, len(contexts or (None,))
-        output, computing, expected = options.output, options.computing, ExpectedTokens()
-        tell_state = state_teller(net, computing, contexts=contexts, quiet=quiet)
-
-        def on_document(document: Document, share: float | None) -> None:
-            expected.count(times * min(len(document), last or len(document)), share)
-            tell_state(len(document))
-
-        known = times * (inputs.num_tokens() or 0) if last is None else 0
-        done = times * earlier.totals["tokens"] if earlier else 0
-        with (
-            say_what_is_kept(output or "-", quiet),
-            progress(doing, total=known or expected.total, start=done, quiet=quiet) as advance,
-        ):
-            written = write_rows(
-                make_job,
-                net,
-                inputs,
-                Output(output or "-", resume=options.running.resume, **how),
-                left_out=self.left_out,
-                on_stored=tell_state,
-                on_document=on_document,
-                ranks=self.ranks,
-                chunk=computing.chunk,
-                dtype=computing.dtype,
-                spill=computing.spill,
-                on_progress=advance,
-            )
-        if written is not None and output is not None:
-            counts = f"{unit.format(written['rows'])}{'s' * (written['rows'] != 1)}"
-            place = "stdout" if output == "-" else output
-            tokens = f"{format_count(written['tokens'])} token{'s' * (written['tokens'] != 1)}"
-            tell(f"{counts} of {tokens} -> {place}", quiet)
-
-    def end(self) -> None:
-        """Leave the ranks, and say what is left out. If documents are, the first rank exits with code 6."""
-        from longnet_cli.running.ranks.ranks import leave
-
-        leave()
-        end(self.left_out, first=self.ranks.writes, quiet=self.quiet)
-
-
-class ModelAndInputs:
-    """The model and the documents that a command names: found by every process, then opened by each rank.
-
-    A run that continues the one in the folder `earlier` takes the same commit of a model on a hub. The model is to make
-    vectors if it `embeds`; otherwise a model that reads vectors is refused. Raises ConfigError and CheckpointError for
-    a model or a tokenizer that is missing.
-    """
-
-    def __init__(self, documents: Documents, choice: ModelChoice, earlier: str | None, *, embeds: bool = False) -> None:
-        from longnet_cli.data.manifest import read_manifest
-        from longnet_cli.data.names import Sources
-        from longnet_cli.data.tokenizer import Tokenizer
-        from longnet_cli.hub.model_names import as_stored
-        from longnet_cli.models.folder import ModelFolder
-
-        model, tokenizer = choice.model, documents.tokenizer
-        if choice.update:
-            ask_hub(model, tokenizer)
-        if earlier and (manifest := read_manifest(earlier)):
-            model = as_stored(model, [manifest.settings.get("model_name")])
-        self.documents, self.pattern, self.embeds = documents, read_pattern(choice.pattern), embeds
-        self.folder = ModelFolder.find(model, gguf=True, embeds=embeds)
-        self._files = [self.folder.path, Tokenizer.find(tokenizer) if tokenizer else None]
-        self.sources = Sources(documents.inputs, skip_bad=documents.skip_bad)
-
-    def check_outputs(
-        self, outputs: Mapping[str, str | None], where_to: str, for_folder: Mapping[str, Any], running: Running
-    ) -> Manifest | None:
-        """Return the manifest of the earlier run that `-o` continues, if any. Of it, see `output.check_output`.
-
-        `outputs` are paths by the options that name them. Raises ConfigError for one that is, or holds, a file that the
-        command reads, and for a name with the ending of another kind of file.
-        """
-        from longnet_cli.data.outputs import refuse_other_suffix, refuse_overwriting
-
-        for option, path in outputs.items():
-            if path is not None:
-                refuse_other_suffix(option, path)
-                refuse_overwriting(option, [path], self.sources, self._files)
-        if (output := outputs["-o"]) is None:
-            return None
-        return check_output(output, where_to, for_folder, resume=running.resume, dry_run=running.dry_run)
-
-    def open(self, mesh: Mesh, computing: Computing, *, dry_run: bool, **how: Any) -> Opened:
-        """Start the ranks, and load the model on each of them. `how` are more arguments of `ModelFolder.load`."""
-        check_spill(computing.spill)
-        refuse_sharing(mesh, lambda: self.folder.net_config(self.pattern).pattern, self.folder)
-        planned = launch(mesh, self.documents.inputs, dry_run=dry_run)
-        from longnet_cli.running.ranks.ranks import join
-
-        freeze_imports()
-        given = self.documents
-        ranks, where = join(computing.device, sp=mesh.sp, dp=mesh.dp, planned=planned)
-        quiet = computing.quiet or not ranks.writes
-        before = None
-        if dry_run:
-            from longnet_cli.jobs.estimating.estimate import Room
-
-            before = Room.now(where)
-            self.folder.check_weights_fit(computing.dtype, where, before.free)
-        loaded = self.folder.load(
-            device=where,
-            dtype=computing.dtype,
-            tokenizer=given.tokenizer,
-            tokenizer_differs=given.tokenizer_differs,
-            pattern=self.pattern,
-            bos=given.bos,
-            vectors=self.embeds,
-            on_note=partial(tell, quiet=quiet),
-            **how,
+        return Reader(
+            self.loaded.net,
+            chunk=self.computing.chunk,
+            earlier_chunk=self.earlier.settings.get("chunk") if self.earlier else None,
+            dtype=self.computing.dtype,
+            spill=self.computing.spill,
+            ranks=self.ranks,
         )
-        check_spill(computing.spill, loaded.net)
-        return Opened(loaded, ranks, before, quiet, count_left_out(given.skip_bad, quiet))
 
-    def inputs(self, loaded: Loaded, words: Tokenizer | None) -> Inputs:
+    def inputs(self, words: Tokenizer | None) -> Inputs:
         """Return the documents as the model reads them, texts by the tokenizer `words`."""
         from longnet_cli.data.inputs import Inputs
         from longnet_cli.data.tokenizer import end_of_text
 
-        given, net = self.documents, loaded.net
+        given, net = self.documents, self.loaded.net
         reads_vectors = net.row_size is not None
         of_tokens = [name for name in ("tokenizer", "tokenizer_differs", "eos", "bos") if getattr(given, name)]
         if reads_vectors and of_tokens:
@@ -316,8 +199,178 @@ class ModelAndInputs:
             given.id_column,
             tuple(given.keep or ()),
             vocab_size=net.config.vocab_size,
-            eos_id=end_of_text(given.eos, loaded.tokenizer),
+            eos_id=end_of_text(given.eos, self.loaded.tokenizer),
             skip_bad=given.skip_bad,
             vectors=reads_vectors,
             coords=net.has_grid,
+        )
+
+    def run(self, job: RowJob, inputs: Inputs, output: Output) -> None:
+        """Write the rows of a job, with progress. Then leave the ranks, and say how many rows there are.
+
+        The last line says what is left out. If documents are, the first rank exits with code 6.
+        """
+        from longnet_cli.jobs.row_jobs import Telling, run
+        from longnet_cli.running.ranks.ranks import leave
+
+        quiet, expected, path = self.quiet, ExpectedTokens(), str(output.path)
+        tell_state = state_teller(job.reader, quiet=quiet)
+
+        def on_document(document: Document, share: float | None) -> None:
+            expected.count(job.counted(len(document)), share)
+            tell_state(job.longest_window(len(document)))
+
+        def counted(totals: Counter[str] | None) -> int:
+            return job.counted(totals["tokens"], totals["documents"]) if totals else 0
+
+        total, done = counted(inputs.totals()) or expected.total, counted(self.earlier.totals if self.earlier else None)
+        with (
+            say_what_is_kept(path, quiet),
+            progress(job.doing, total=total, start=done, quiet=quiet) as advance,
+        ):
+            job.reader.on_progress = advance
+            written = run(job, inputs, output, Telling(self.left_out, tell_state, on_document))
+        if written is not None and (path != "-" or not output.sink):
+            counts = f"{written['rows']:,} {job.row_name}{'s' * (written['rows'] != 1)}"
+            tokens = f"{format_count(written['tokens'])} token{'s' * (written['tokens'] != 1)}"
+            tell(f"{counts} of {tokens} -> {'stdout' if path == '-' else path}", quiet)
+        leave()
+        end(self.left_out, first=self.ranks.writes, quiet=quiet)
+
+
+class ReadingCommand(Protocol):
+    """The options of a command whose job reads documents with a model."""
+
+    @property
+    def documents(self) -> Documents: ...
+    @property
+    def choice(self) -> ModelChoice: ...
+    @property
+    def output(self) -> str | None: ...
+    @property
+    def running(self) -> Running: ...
+    @property
+    def mesh(self) -> Mesh: ...
+    @property
+    def computing(self) -> Computing: ...
+
+
+def open_command(
+    options: ReadingCommand,
+    where_to: str,
+    for_folder: Mapping[str, object],
+    *,
+    embeds: bool = False,
+    also: Mapping[str, str | None] = {},
+) -> Opened:
+    """Return what a command has opened, each rank for itself. What is wrong without a model is refused before.
+
+    For `where_to` and `for_folder`, see `output.check_output`; `also` are other paths that are written, by the names of
+    their options. For `embeds`, see `ModelAndInputs`.
+    """
+    from longnet_cli.data.outputs import is_folder
+    from longnet_cli.data.shards import run_to_resume
+
+    output, running, earlier, refusal = options.output, options.running, None, None
+    try:
+        earlier = run_to_resume(output, resume=running.resume) if output is not None and is_folder(output) else None
+    except ConfigError as error:
+        refusal = error
+    named = ModelAndInputs(options.documents, options.choice, earlier, embeds=embeds)
+    named.check_outputs({"-o": output, **also})
+    if output is not None:
+        check_output(output, where_to, for_folder, resume=running.resume, dry_run=running.dry_run)
+    if refusal and not running.dry_run:
+        raise refusal
+    return named.open(options.mesh, options.computing, earlier, refusal, dry_run=running.dry_run)
+
+
+class ModelAndInputs:
+    """The model and the documents that a command names: found by every process, then opened by each rank.
+
+    A run that continues the `earlier` one takes the same commit of a model on a hub. The model is to make vectors if it
+    `embeds`; otherwise a model that reads vectors is refused. Raises ConfigError and CheckpointError for a model or a
+    tokenizer that is missing.
+    """
+
+    def __init__(
+        self, documents: Documents, choice: ModelChoice, earlier: Manifest | None = None, *, embeds: bool = False
+    ) -> None:
+        from longnet_cli.data.names import Sources
+        from longnet_cli.data.tokenizer import Tokenizer
+        from longnet_cli.hub.model_names import as_stored
+        from longnet_cli.models.folder import ModelFolder
+
+        model, tokenizer = choice.model, documents.tokenizer
+        if choice.update:
+            ask_hub(model, tokenizer)
+        if earlier:
+            model = as_stored(model, [earlier.settings.get("model_name")])
+        self.documents, self.pattern, self.embeds = documents, read_pattern(choice.pattern), embeds
+        self.folder = ModelFolder.find(model, gguf=True, embeds=embeds)
+        self._files = [self.folder.path, Tokenizer.find(tokenizer) if tokenizer else None]
+        self.sources = Sources(documents.inputs, skip_bad=documents.skip_bad)
+
+    def check_outputs(self, outputs: Mapping[str, str | None]) -> None:
+        """Raise ConfigError for paths, by the options that name them, that cannot be written.
+
+        Such a path is, or holds, a file that the command reads, or it has the ending of another kind of file.
+        """
+        from longnet_cli.data.outputs import refuse_other_suffix, refuse_overwriting
+
+        for option, path in outputs.items():
+            if path is not None:
+                refuse_other_suffix(option, path)
+                refuse_overwriting(option, [path], self.sources, self._files)
+
+    def open(
+        self,
+        mesh: Mesh,
+        computing: Computing,
+        earlier: Manifest | None = None,
+        refusal: ConfigError | None = None,
+        *,
+        dry_run: bool,
+        chat: bool = False,
+    ) -> Opened:
+        """Start the ranks, and load the model on each of them. For `chat`, see `ModelFolder.load`."""
+        check_spill(computing.spill)
+        refuse_sharing(mesh, lambda: self.folder.net_config(self.pattern).pattern, self.folder)
+        planned = launch(mesh, self.documents.inputs, dry_run=dry_run)
+        from longnet_cli.running.ranks.ranks import join
+
+        freeze_imports()
+        given = self.documents
+        ranks, where = join(computing.device, sp=mesh.sp, dp=mesh.dp, planned=planned)
+        quiet = computing.quiet or not ranks.writes
+        room = None
+        if dry_run:
+            from longnet_cli.jobs.estimating.estimate import Room
+
+            room = Room.now(where)
+            self.folder.check_weights_fit(computing.dtype, where, room.free)
+        loaded = self.folder.load(
+            device=where,
+            dtype=computing.dtype,
+            tokenizer=given.tokenizer,
+            tokenizer_differs=given.tokenizer_differs,
+            pattern=self.pattern,
+            bos=given.bos,
+            chat=chat,
+            vectors=self.embeds,
+            on_note=lambda line: tell(line, quiet),
+        )
+        check_spill(computing.spill, loaded.net)
+        return Opened(
+            folder=self.folder,
+            loaded=loaded,
+            documents=given,
+            sources=self.sources,
+            computing=computing,
+            ranks=ranks,
+            quiet=quiet,
+            left_out=count_left_out(given.skip_bad, quiet),
+            earlier=earlier,
+            refusal=refusal,
+            room=room,
         )

@@ -65,7 +65,8 @@ def tokenize(options: TokenizeCommand) -> None:
     Every command also reads text. If you read the same data often, tokenize it once.
     """
     from longnet_cli.data.inputs import Inputs
-    from longnet_cli.data.outputs import refuse_overwriting
+    from longnet_cli.data.outputs import is_folder, refuse_overwriting
+    from longnet_cli.data.shards import run_to_resume
     from longnet_cli.data.tokenizer import Tokenizer
     from longnet_cli.jobs.tokenizing import tokenizer_beside
 
@@ -77,7 +78,8 @@ def tokenize(options: TokenizeCommand) -> None:
     refuse_overwriting("-o", [output, *([beside] if beside else [])], data.sources, [Tokenizer.find(options.tokenizer)])
     for_folder = {"--shard-tokens": options.shard_tokens, "--shard-format": options.shard_format != "arrow"}
     where_to = "token ids are binary, stdout is a terminal: name a folder or a file (-o tokens), or pipe them"
-    earlier = check_output(output, where_to, for_folder, resume=options.resume)
+    check_output(output, where_to, for_folder, resume=options.resume)
+    earlier = run_to_resume(output, resume=options.resume) if is_folder(output) else None
     check_pairs([Excludes("--train-vocab", "--dp", "is for one process, which trains the tokenizer first")], options)
     launch(Mesh(dp=options.dp), options.inputs)
     _write(options, data, _join(options.dp), earlier)

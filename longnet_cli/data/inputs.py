@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -135,9 +136,9 @@ class Inputs:
             digest.update(f"{source.name}\0{source.size}\0".encode("utf-8", "surrogateescape"))
         return f"{len(sources)} file{'s' * (len(sources) != 1)}, {digest.hexdigest()[:16]}"
 
-    def num_tokens(self) -> int | None:
-        """Return the number of token ids if all names are folders whose manifests give it, otherwise None."""
-        total = 0
+    def totals(self) -> Counter[str] | None:
+        """Return the numbers of `tokens` and `documents` if all names are folders of tokens, otherwise None."""
+        totals = Counter[str]()
         for folder in self.sources.names:
             try:
                 manifest = read_manifest(folder)
@@ -145,8 +146,8 @@ class Inputs:
                 return None
             if manifest is None or not manifest.finished or manifest.tokenizer is None:
                 return None
-            total += manifest.totals["tokens"]
-        return total
+            totals += manifest.totals
+        return totals
 
     def num_bytes(self) -> int | None:
         """Return the bytes of the files if all are plain text, otherwise None."""

@@ -1,6 +1,6 @@
 """The `encode` job: vectors of documents, or of their spans, pooled from the hidden states after the final norm.
 
-    documents --Reader--> hidden states --Pooling--> rows --> Arrow batches, which `row_jobs.write_rows` writes
+    documents --Reader--> hidden states --Pooling--> rows --> Arrow batches, which `row_jobs.run` writes
 
 Hidden states are pooled piece by piece. Spans of tokens have their places in the text, in characters.
 """
@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
-from typing import Any, cast
+from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
@@ -168,10 +169,13 @@ def encode(
     *,
     stored: Iterable[Document] = (),
     kept_fields: Sequence[pa.Field] = (),
-    ranks: Ranks | None = None,
     on_skip: OnSkip | None = None,
     on_empty: Callable[[Document], None] | None = None,
-    **reading: Any,
+    ranks: Ranks | None = None,
+    chunk: int | None = None,
+    dtype: str = "auto",
+    spill: str | Path | None = None,
+    on_progress: Callable[[int], None] | None = None,
 ) -> pa.RecordBatchReader:
     """Encode `documents` lazily, in order; return a reader of record batches of their rows (`Encoder.schema`).
 
@@ -179,8 +183,8 @@ def encode(
     long for the model, or has invalid ids, ends the run. With `on_skip`, it is passed to `on_skip` and left out
     instead. An empty document has no rows and is passed to `on_empty`. The `stored` documents are the part of
     `documents` whose lengths are cheap to read; without `on_skip`, they are checked before anything else. `kept_fields`
-    are columns that documents carry to the output (`data.outputs`). `ranks` and `reading` (`chunk`, `spill`, `dtype`,
-    `on_progress`) are as in `running.reader.Reader`. All ranks need the same documents. In one group of ranks, which
+    are columns that documents carry to the output (`data.outputs`). `ranks`, `chunk`, `dtype`, `spill` and
+    `on_progress` are as in `running.reader.Reader`. All ranks need the same documents. In one group of ranks, which
     share each document, all get all rows. Several groups divide the documents between them; then rank 0 gets all rows
     and the others none.
 
@@ -188,8 +192,10 @@ def encode(
     ConfigError for a document with more tokens than the model reads, MemoryLimitError for hidden states that do not
     fit, NotFiniteError for a vector with NaN or an infinity.
     """
-    encoder = Encoder(Reader(model, ranks=ranks, **reading), options, facts, kept_fields)
-    return encoder.rows(documents, stored=stored, ranks=ranks, on_skip=on_skip, on_empty=on_empty)
+    reader = Reader(model, chunk=chunk, dtype=dtype, spill=spill, ranks=ranks, on_progress=on_progress)
+    encoder = Encoder(reader, options, facts)
+    encoder.kept_fields = kept_fields
+    return encoder.rows(documents, stored=stored, on_skip=on_skip, on_empty=on_empty)
 
 
 @dataclass(frozen=True)
@@ -210,10 +216,11 @@ class _PooledWindow(Window):
 
 
 class Encoder(RowJob):
-    """The job that `row_jobs.write_rows` needs for the rows of `encode`."""
+    """The job of `encode`: a row for each vector. The arguments are as those of `encode`."""
 
     options: EncodeOptions
     facts: EncodeFacts
+    doing, row_name, text_fields = "encoding", "vector", PLACE_FIELDS
     shard_name, shard_unit, shard_size = "vectors", "rows", 1 << 12
     skips_empty = names_apart = True
     nothing = "there is nothing to encode: every document is empty or left out"
@@ -223,13 +230,11 @@ class Encoder(RowJob):
         reader: Reader,
         options: EncodeOptions = EncodeOptions(),  # noqa: B008
         facts: EncodeFacts = EncodeFacts(),
-        kept_fields: Sequence[pa.Field] = (),
     ) -> None:
-        super().__init__(reader, options.with_defaults(), facts, kept_fields)
+        super().__init__(reader, options.with_defaults(), facts)
         self._check()
         self.cut = TextCut(self.options, facts)
         self.alone = options.all_layers
-        self.carried = [field for field in kept_fields if field not in PLACE_FIELDS]
         self.places: TextPlaces | None = None  # in the document of the last row
 
     def _check(self) -> None:
@@ -409,8 +414,9 @@ class Encoder(RowJob):
         columns = [
             pa.array(column, field.type) for column, field in zip(zip(*cells, strict=True), schema, strict=False)
         ]
-        kept = kept_columns([row.document for row in rows], self.carried)
-        if len(self.carried) < len(self.kept_fields):
+        carried = [field for field in self.kept_fields if field not in PLACE_FIELDS]
+        kept = kept_columns([row.document for row in rows], carried)
+        if len(carried) < len(self.kept_fields):
             places = zip(*map(self._place, rows), strict=True)
             kept = [pa.array(each, pa.int64()) for each in places] + kept
         return pa.record_batch([*columns, *arrays, *kept], schema=schema)

@@ -110,7 +110,9 @@ def encode_batches(batches: Any, **options: Any) -> Any:
     @cache
     def make_job(of_text: bool) -> Encoder:
         own, facts, _ = _encoding(how.model, how.load(), asked)
-        return Encoder(how.reader(), own, facts, PLACE_FIELDS if of_text else ())
+        job = Encoder(how.reader(), own, facts)
+        job.kept_fields = PLACE_FIELDS if of_text else ()
+        return job
 
     return _mapped(batches, how, make_job, lambda: _encoding(how.model, how.load(), asked)[2])
 

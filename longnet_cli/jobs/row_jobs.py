@@ -12,11 +12,11 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import pyarrow as pa
 
@@ -28,14 +28,13 @@ from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.manifest import LeftOut, OnSkip
 from longnet_cli.data.names import Apart
 from longnet_cli.data.outputs import ShardWriter, first_kept, is_folder
-from longnet_cli.data.shards import ShardFolder, ShardFormat, run_to_resume
-from longnet_cli.nets.net import Bos, InputSequence, Net
+from longnet_cli.data.shards import ShardFolder, ShardFormat
+from longnet_cli.jobs.options import EncodeOptions, ScoreOptions
+from longnet_cli.nets.net import Bos, InputSequence
 from longnet_cli.nets.weights import model_digest
-from longnet_cli.running.chunk_size import chunk_of, default_chunk
-from longnet_cli.running.device import check_kernel, resolve_dtype
+from longnet_cli.running.device import check_kernel
 from longnet_cli.running.ranks.dealing import Batches, deal
 from longnet_cli.running.ranks.portions import Portion, portions
-from longnet_cli.running.ranks.ranks import Ranks
 from longnet_cli.running.reader import PORTION_CHUNKS, Reader
 
 if TYPE_CHECKING:
@@ -70,12 +69,17 @@ class ModelFacts:
 class RowJob(ABC):
     """A job that turns documents into rows with a column `n_tokens`, in order, on the ranks of one group.
 
-    `options` and `facts` determine the rows, together with the net and the documents: a dataclass of what was asked
-    for, and what is known of the model. `kept_fields` are columns that documents carry to the output (`data.outputs`).
+    `options` and `facts` determine the rows, together with the net and the documents: what was asked for, and what is
+    known of the model. `kept_fields` are columns that documents carry to the output (`data.outputs`): what runs the job
+    sets them before it asks for the `schema`.
     """
 
     schema: pa.Schema
+    kept_fields: Sequence[pa.Field] = ()
     nothing: str  # the error for rows without any token
+    doing: ClassVar[str]
+    row_name: ClassVar[str]
+    text_fields: ClassVar[Sequence[pa.Field]] = ()  # of a document of text, before those that it carries
     skips_empty: ClassVar[bool] = False  # an empty document has no row
     scores: ClassVar[bool] = False  # it computes logits
     shard_name: ClassVar[str]
@@ -86,8 +90,8 @@ class RowJob(ABC):
     says_no_id_column: ClassVar[bool] = False  # its folders have the setting `id_column` even if it is None
     failure: LongNetError | None = None  # of a document; it is raised after the rows before it
 
-    def __init__(self, reader: Reader, options: Any, facts: ModelFacts, kept_fields: Sequence[pa.Field] = ()) -> None:
-        self.reader, self.options, self.facts, self.kept_fields = reader, options, facts, kept_fields
+    def __init__(self, reader: Reader, options: ScoreOptions | EncodeOptions, facts: ModelFacts) -> None:
+        self.reader, self.options, self.facts = reader, options, facts
 
     @abstractmethod
     def sequence(self, document: Document) -> InputSequence[Document]:
@@ -105,15 +109,23 @@ class RowJob(ABC):
     def size(self, tokens: int) -> int:
         """Return how many units of a shard a document of so many tokens fills."""
 
+    def longest_window(self, tokens: int) -> int:
+        """Return about how many tokens of a document of so many are read in one piece at most."""
+        return tokens
+
+    def counted(self, tokens: int, documents: int = 1) -> int:
+        """Return how many tokens `on_progress` gets of documents of so many tokens in all."""
+        return tokens
+
     def tell_progress(self, portion: Portion[InputSequence[Document]]) -> None:
         """Report the tokens that another group of ranks has read."""
-        self.reader.on_progress(portion.length)
+        self.reader.on_progress(self.counted(portion.length, portion.items))
 
     def kept_bytes(self, tokens: int) -> dict[str, int]:
         """Return the bytes that the job itself keeps of a document of so many tokens, by kind."""
         return {}
 
-    def option_settings(self) -> dict[str, Any]:
+    def option_settings(self) -> dict[str, object]:
         """Return the options that were chosen, and what is known of the model, as settings of a folder."""
         settings = asdict(self.options) | asdict(self.facts)
         return {name: x for name, x in settings.items() if x is not None and x is not False}
@@ -176,18 +188,23 @@ class RowJob(ABC):
             self.failure = error
 
     def rows_by_portion(
-        self, sequences: Iterable[InputSequence[Document]], ranks: Ranks, **shards: Any
+        self, sequences: Iterable[InputSequence[Document]], shard: int | None = None
     ) -> Iterator[tuple[Portion[InputSequence[Document]], Batches]]:
-        """Return each portion of documents with its rows, as `dealing.deal` deals them out."""
-        length = PORTION_CHUNKS * self.reader.chunk
-        dealt = portions(sequences, length, length_of=lambda sequence: len(sequence.document), **shards)
-        return deal(dealt, self.results, ranks, self.tell_progress)
+        """Return each portion of documents with its rows, as `dealing.deal` deals them out. A `shard` ends with one."""
+        dealt = portions(
+            sequences,
+            PORTION_CHUNKS * self.reader.chunk,
+            length_of=lambda sequence: len(sequence.document),
+            shard=shard,
+            size_of=lambda sequence: self.size(len(sequence.document)),
+        )
+        return deal(dealt, self.results, self.reader.all_ranks, self.tell_progress)
 
-    def end(self, tokens: int, ranks: Ranks) -> None:
+    def end(self, tokens: int) -> None:
         """Raise the error that has ended `sequences`, and NoTokensError for rows of no `tokens`, on ranks with rows."""
         if self.failure:
             raise self.failure
-        if not tokens and (ranks.writes or ranks.dp == 1):
+        if not tokens and (self.reader.all_ranks.writes or self.reader.all_ranks.dp == 1):
             raise NoTokensError(self.nothing)
 
     def rows(
@@ -195,7 +212,6 @@ class RowJob(ABC):
         documents: Iterable[Document],
         *,
         stored: Iterable[Document] = (),
-        ranks: Ranks | None = None,
         on_skip: OnSkip | None = None,
         on_empty: Callable[[Document], None] | None = None,
     ) -> pa.RecordBatchReader:
@@ -203,16 +219,15 @@ class RowJob(ABC):
 
         The reader raises NoTokensError at the end if no row has tokens.
         """
-        ranks = ranks or Ranks()
         self.longest(stored if on_skip is None else ())
 
         def batches() -> Iterator[pa.RecordBatch]:
             tokens = 0
-            for _, batches in self.rows_by_portion(self.sequences(documents, on_skip, on_empty), ranks):
+            for _, batches in self.rows_by_portion(self.sequences(documents, on_skip, on_empty)):
                 for batch in batches:
                     tokens += tokens_of(batch)
                     yield batch
-            self.end(tokens, ranks)
+            self.end(tokens)
 
         return pa.RecordBatchReader.from_batches(self.schema, batches())
 
@@ -228,121 +243,113 @@ class Output:
 
     A shard ends with the document that brings it to `shard_size`, in the job's `shard_unit` (None: the job's own size).
     `resume` continues a folder that an earlier run left unfinished, without reading the documents of finished shards
-    again. The columns `of_text` are added to the job's `kept_fields` if the input is text. A `sink(schema)` gets the
-    rows instead of a file or stream, each batch at once.
+    again. A `sink` gets the rows instead of a file or stream, each batch at once.
     """
 
     path: str | Path
     shard_size: int | None = None
     shard_format: ShardFormat = "arrow"
     resume: bool = False
-    of_text: Sequence[pa.Field] = ()
-    sink: Callable[[pa.Schema], AbstractContextManager[Sink]] | None = None
+    sink: AbstractContextManager[Sink] | None = None
 
 
-def write_rows(
-    make_job: Callable[..., RowJob],
-    model: Net,
-    inputs: Inputs,
-    output: Output,
-    *,
-    left_out: LeftOut | None = None,
-    on_stored: Callable[[int], None] = lambda tokens: None,
-    on_document: Callable[[Document, float | None], None] = lambda document, share: None,
-    ranks: Ranks | None = None,
-    chunk: int | None = None,
-    dtype: str = "auto",
-    **reading: Any,
-) -> Counter[str] | None:
-    """Write the rows of the documents in `inputs`.
+@dataclass(frozen=True)
+class Telling:
+    """What a run tells while it goes on. What a function raises ends the run.
 
-    Return how many `rows` and `tokens` the output has. Of several `ranks`, only the first one writes. The others get
-    None. `make_job(reader, kept_fields=...)` returns the job. `chunk`, `dtype`, `spill` and `on_progress` are as in
-    `running.reader.Reader`.
+    `left_out` counts the documents without a row. `on_stored` first gets the longest window, in tokens, of the
+    documents whose length is known at once, if lengths matter to the model. `on_document` gets each document before it
+    is read, and the share of the inputs up to it.
+    """
 
-    On the same CPU with as many threads, a resumed run ends byte for byte as if it had never stopped. Inputs, model and
-    options must be the same as in the earlier run. Only a `chunk` of None takes the earlier run's value, because on a
-    GPU the default depends on the free memory. A resumed run leaves out again what the earlier run left out. The
-    manifest has the counts of `left_out`, and the digests of the inputs: those of finished shards must be the same in a
-    resumed run.
+    left_out: LeftOut = field(default_factory=LeftOut)
+    on_stored: Callable[[int], None] = lambda tokens: None
+    on_document: Callable[[Document, float | None], None] = lambda document, share: None
 
-    `on_stored` first gets the tokens of the longest document whose length is known at once, if lengths matter to the
-    model. `on_document` gets each document before it is read, and the share of the inputs up to it. What they raise
-    ends the run.
+
+def run(job: RowJob, inputs: Inputs, output: Output, told: Telling | None = None) -> Counter[str] | None:
+    """Write the rows that a job makes of the documents in `inputs`.
+
+    Return how many `rows` and `tokens` the output has. Of several ranks, only the first one writes. The others get
+    None.
+
+    On the same CPU with as many threads, a resumed run ends byte for byte as if it had never stopped. Inputs, model,
+    chunk and options must be the same as in the earlier run. A resumed run leaves out again what the earlier run left
+    out. The manifest has the counts of `told.left_out`, and the digests of the inputs: those of finished shards must be
+    the same in a resumed run.
 
     Raises ConfigError for invalid options and for a folder that is in use, DataError for no document or a damaged
     shard, LongNetError when a write fails. After an error there is no output file, and a folder keeps its finished
     shards.
     """
-    ranks, left_out, resume = ranks or Ranks(), left_out or LeftOut(), output.resume
-    in_folder = is_folder(output.path, resume=resume)
-    earlier = run_to_resume(output.path, resume=resume) if in_folder and ranks.writes else None
-    device = next(model.parameters()).device
-    before = earlier.settings.get("chunk") if earlier else None
-    chunk = chunk_of(chunk, default_chunk(model.config, device), before, ranks)
-    dtype = resolve_dtype(dtype, device)
+    ranks, told = job.reader.all_ranks, told or Telling()
+    in_folder = is_folder(output.path, resume=output.resume)
     given = inputs.documents(digests=in_folder and ranks.writes)
-    kept: Sequence[pa.Field] = ()
     documents: Iterator[Document] = iter(given)
-    if inputs.keep or output.of_text:  # first_kept waits for the first document
-        kept, documents = first_kept(documents, output.of_text)
-    job = make_job(Reader(model, chunk=chunk, dtype=dtype, ranks=ranks, **reading), kept_fields=kept)
+    if inputs.keep or job.text_fields:  # first_kept waits for the first document
+        job.kept_fields, documents = first_kept(documents, job.text_fields)
     apart = Apart() if job.names_apart and inputs.id_column is None else None
 
     def sequences() -> Iterator[InputSequence[Document]]:
-        limited = model.config.max_tokens is not None or model.config.pattern.chosen
-        if limited and not left_out.skip:
-            on_stored(job.longest(inputs.stored()))
-        return job.sequences(
-            documents, left_out.skip, left_out.pass_over, lambda document: on_document(document, given.share), apart
+        config, left_out = job.reader.model.config, told.left_out
+        if (config.max_tokens is not None or config.pattern.chosen) and not left_out.skip:
+            told.on_stored(job.longest_window(job.longest(inputs.stored())))
+        yield from job.sequences(
+            documents,
+            left_out.skip,
+            left_out.pass_over,
+            lambda document: told.on_document(document, given.share),
+            apart,
         )
 
     if not in_folder:
-        least, open_sink = (1, output.sink) if output.sink else (job.batch_rows, partial(ShardWriter, output.path))
-        opened = partial(open_sink, job.schema) if ranks.writes else nullcontext
-        return _write_stream(job, sequences, opened, least, ranks)
+        sink = output.sink or ShardWriter(output.path, job.schema)
+        with sink if ranks.writes else nullcontext() as opened:
+            return _write_stream(job, sequences(), opened, 1 if output.sink else job.batch_rows)
     shard_size = job.shard_size if output.shard_size is None else output.shard_size
     if shard_size < 1:
         raise ConfigError(f"shard_{job.shard_unit} must be 1 or more, not {shard_size}")
-    settings = _settings(job, inputs, shard_size, ranks)
-    folder = None
+    settings, folder = _settings(job, inputs, shard_size), None
     if ranks.writes:
-        about: dict[str, Any] = {"settings": settings, "name": job.shard_name, "format": output.shard_format}
-        folder = ShardFolder(output.path, job.schema, **about, resume=resume, left_out=left_out, opened=given.opened)
+        folder = ShardFolder(
+            output.path,
+            job.schema,
+            settings=settings,
+            name=job.shard_name,
+            format=output.shard_format,
+            resume=output.resume,
+            left_out=told.left_out,
+            opened=given.opened,
+        )
     with folder or nullcontext():
-        _write_folder(job, sequences, folder, shard_size, ranks)
+        _write_folder(job, sequences(), folder, shard_size)
     return folder.totals if folder else None
 
 
 def _write_stream(
-    job: RowJob,
-    sequences: Callable[[], Iterator[InputSequence[Document]]],
-    open_sink: Callable[[], AbstractContextManager[Sink | None]],
-    least: int,
-    ranks: Ranks,
+    job: RowJob, sequences: Iterator[InputSequence[Document]], sink: Sink | None, least: int
 ) -> Counter[str] | None:
     """Write the rows to the first rank's sink, `least` or more at a time, and return their counts there."""
     written, waiting = Counter[str](), list[pa.RecordBatch]()
-    with open_sink() as sink:
 
-        def flush() -> None:
-            if sink and waiting:
-                for batch in pa.Table.from_batches(waiting).combine_chunks().to_batches():
-                    sink.write(batch)
-            waiting.clear()
+    def flush() -> None:
+        if sink and waiting:
+            for batch in pa.Table.from_batches(waiting).combine_chunks().to_batches():
+                sink.write(batch)
+        waiting.clear()
 
-        for _, batches in job.rows_by_portion(sequences(), ranks):
-            for batch in batches:
-                written.update(rows=len(batch), tokens=tokens_of(batch))
-                waiting.append(batch)
-                if sum(map(len, waiting)) >= least:
-                    flush()
-        flush()
-        job.end(written["tokens"], ranks)
+    for _, batches in job.rows_by_portion(sequences):
+        for batch in batches:
+            written.update(rows=len(batch), tokens=tokens_of(batch))
+            waiting.append(batch)
+            if sum(map(len, waiting)) >= least:
+                flush()
+    flush()
+    job.end(written["tokens"])
     return written if sink else None
 
 
-def _settings(job: RowJob, inputs: Inputs, shard_size: int, ranks: Ranks) -> dict[str, Any]:
+def _settings(job: RowJob, inputs: Inputs, shard_size: int) -> dict[str, object]:
     """Return what decides the bytes of a folder, which a resumed run must share."""
     from longnet_cli.data.chat import chat_settings  # loads Jinja, which files and streams do not need
 
@@ -361,24 +368,20 @@ def _settings(job: RowJob, inputs: Inputs, shard_size: int, ranks: Ranks) -> dic
         "chunk": reader.chunk,
         "dtype": reader.dtype,
         f"shard_{job.shard_unit}": shard_size,
-        **({"ranks": ranks.sp} if ranks.sp > 1 else {}),  # more ranks sum in another order
+        **({"ranks": reader.ranks.world} if reader.ranks.world > 1 else {}),  # more ranks sum in another order
     }
 
 
 def _write_folder(
-    job: RowJob,
-    sequences: Callable[[], Iterator[InputSequence[Document]]],
-    folder: ShardFolder | None,
-    shard_size: int,
-    ranks: Ranks,
+    job: RowJob, sequences: Iterator[InputSequence[Document]], folder: ShardFolder | None, shard_size: int
 ) -> None:
     """Write the rows of the documents that no finished shard has to the first rank's `folder`."""
+    ranks = job.reader.all_ranks
     if ranks.any(folder is not None and folder.finished):
         return
     done, tokens = (ranks.from_first(folder.totals[kind] if folder else 0) for kind in ("documents", "tokens"))
-    remaining = folder.unread(sequences()) if folder else islice(sequences(), done, None)
-    shards = {"shard": shard_size, "size_of": lambda sequence: job.size(len(sequence.document))}
-    for portion, batches in job.rows_by_portion(remaining, ranks, **shards):
+    remaining = folder.unread(sequences) if folder else islice(sequences, done, None)
+    for portion, batches in job.rows_by_portion(remaining, shard_size):
         for batch in batches:
             tokens += tokens_of(batch)
             if folder:
@@ -387,4 +390,4 @@ def _write_folder(
             folder.count(documents=portion.items)
             if portion.ends_shard:
                 folder.end_shard()
-    job.end(tokens, ranks)
+    job.end(tokens)

@@ -23,7 +23,7 @@ from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import Net, Readable
 from longnet_cli.running.causal_stream import open_stream
 from longnet_cli.running.chunk_size import chunk_of, default_chunk
-from longnet_cli.running.device import precision, to_device
+from longnet_cli.running.device import precision, resolve_dtype, to_device
 from longnet_cli.running.layerwise import hidden_in_chunks
 from longnet_cli.running.ranks.exchange import Exchange
 from longnet_cli.running.ranks.ranks import Ranks
@@ -103,15 +103,16 @@ def forward_passes(step: Sequence[Sized], chunk: int, streams: bool) -> list[lis
 class Reader:
     """A net that reads windows of any length.
 
-    `chunk` is the most tokens of one forward pass; the default is `default_chunk`. Short windows share a forward pass.
+    `chunk` is the most tokens of one forward pass; the default is `earlier_chunk`, that of the run which this one
+    continues, otherwise `default_chunk`. Short windows share a forward pass.
     A longer window goes chunk by chunk, with the same result. A causal net needs no more memory for it, unless its
     pattern has chosen blocks: then it keeps the window's keys and values, and a bidirectional net keeps the hidden
     states, in memory or, with `spill`, in a file in that folder. A net that does not stream reads any window in one
     forward pass.
 
-    With several `ranks`, all have one chunk. Those of a group, which must all read the same windows, share every long
-    window, `chunk` tokens each, and divide the forward passes over short windows. `dtype` is as in `running.device`. On
-    every rank, `on_progress` gets the number of wanted tokens of each forward pass.
+    With several ranks (`all_ranks`), all have one chunk. Those of a group (`ranks`) must read the same windows: they
+    share every long window, `chunk` tokens each, and divide the forward passes over short windows. `dtype` is as in
+    `running.device`. On every rank, `on_progress` gets the number of wanted tokens of each forward pass.
     """
 
     def __init__(
@@ -119,16 +120,19 @@ class Reader:
         model: Net,
         *,
         chunk: int | None = None,
+        earlier_chunk: int | None = None,
         dtype: str = "auto",
         spill: str | Path | None = None,
         ranks: Ranks | None = None,
         on_progress: Callable[[int], None] | None = None,
     ) -> None:
         """Raise ConfigError for a chunk below 1."""
-        self.model, self.dtype, self.spill = model, dtype, spill
+        self.model, self.spill = model, spill
         self.device = next(model.parameters()).device
-        self.chunk = chunk_of(chunk, default_chunk(model.config, self.device), ranks=ranks)
-        self.ranks = (ranks or Ranks()).of_group()
+        self.dtype = resolve_dtype(dtype, self.device)
+        self.chunk = chunk_of(chunk, default_chunk(model.config, self.device), earlier_chunk, ranks)
+        self.all_ranks = ranks or Ranks()
+        self.ranks = self.all_ranks.of_group()
         self.on_progress = on_progress or (lambda tokens: None)
 
     def read(self, windows: Iterable[W]) -> Iterator[list[Piece[W]]]:

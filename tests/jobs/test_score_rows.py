@@ -4,7 +4,6 @@ and that a run that is killed and resumed writes the bytes of one that was not."
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ from longnet_cli.basics.errors import ConfigError, DataError, NoTokensError
 from longnet_cli.data.documents import Document
 from longnet_cli.data.manifest import LeftOut, read_manifest
 from longnet_cli.jobs.options import ScoreOptions
-from longnet_cli.jobs.row_jobs import ModelFacts, Output, write_rows
+from longnet_cli.jobs.row_jobs import ModelFacts, Output, Telling, run
 from longnet_cli.jobs.scoring.measures import GAIN_BLOCK, Clusters
 from longnet_cli.jobs.scoring.scoring import Scorer
 from longnet_cli.nets.longnet import LongNet
@@ -47,7 +46,9 @@ def rows(
     kept: Sequence[pa.Field] = (),
     chunk: int | None = None,
 ) -> pa.Table:
-    return Scorer(Reader(model, chunk=chunk), options, FACTS, kept).rows(documents).read_all()
+    job = Scorer(Reader(model, chunk=chunk), options, FACTS)
+    job.kept_fields = kept
+    return job.rows(documents).read_all()
 
 
 def write(
@@ -56,12 +57,10 @@ def write(
     documents: Iterable[Document],
     keep: tuple[str, ...] = (),
     resume: bool = False,
-    **more: object,
 ) -> LeftOut:
     """A shard ends with the document that brings it to 150 tokens; bad documents are left out."""
     left_out, inputs = LeftOut(lambda document, error: None), MadeInputs((), keep=keep, made=documents)
-    output = Output(place, 150, resume=resume)
-    write_rows(partial(Scorer, options=OPTIONS, facts=FACTS), model, inputs, output, left_out=left_out, **more)
+    run(Scorer(Reader(model), OPTIONS, FACTS), inputs, Output(place, 150, resume=resume), Telling(left_out))
     return left_out
 
 
@@ -185,7 +184,9 @@ def test_kept_columns_stand_behind_the_rows_of_a_resumed_folder_too(model: LongN
     for document, value in zip(documents, values, strict=True):
         document.kept = {"tags": pa.scalar(value, kept[0].type)}
     table = rows(model, documents, kept=kept)
-    assert table.schema == Scorer(Reader(model), OPTIONS, FACTS, kept).schema
+    job = Scorer(Reader(model), OPTIONS, FACTS)
+    job.kept_fields = kept
+    assert table.schema == job.schema
     assert table["tags"].to_pylist() == values
 
     def stopping() -> Iterator[Document]:
@@ -214,4 +215,4 @@ def test_a_kept_value_of_another_type_and_a_name_that_is_taken_are_refused(model
     with pytest.raises(DataError, match=r"b\.txt: 'year' is string, and int64 in the first document"):
         rows(model, documents, kept=[pa.field("year", pa.int64())])
     with pytest.raises(ConfigError, match="--keep gain: the output has a column of this name"):
-        _ = Scorer(Reader(model), OPTIONS, FACTS, [pa.field("gain", pa.float64())]).schema
+        rows(model, [], kept=[pa.field("gain", pa.float64())])

@@ -207,8 +207,8 @@ def test_the_size_of_the_inputs_is_known_when_all_are_text(corpus, tmp_path):
 
 def test_the_tokens_of_folders_are_known(corpus, tmp_path):
     tokens = [tokenize(Inputs([corpus / name]), tmp_path / name[0]).tokens for name in ("a.txt", "b.txt")]
-    assert Inputs([tmp_path / "a", tmp_path / "b"]).num_tokens() == sum(tokens)
-    assert Inputs([tmp_path / "a", corpus]).num_tokens() is Inputs(["-"]).num_tokens() is None
+    assert Inputs([tmp_path / "a", tmp_path / "b"]).totals()["tokens"] == sum(tokens)
+    assert Inputs([tmp_path / "a", corpus]).totals() is Inputs(["-"]).totals() is None
 
 
 def test_a_used_folder_is_refused_and_an_empty_one_taken(corpus, tmp_path, monkeypatch):

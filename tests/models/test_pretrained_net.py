@@ -9,7 +9,6 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -51,10 +50,12 @@ from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.integrations.transformers import use_dilated_attention
 from longnet_cli.jobs.encoding import EncodeFacts, Encoder, encode
 from longnet_cli.jobs.options import EncodeOptions
-from longnet_cli.jobs.row_jobs import Output, write_rows
+from longnet_cli.jobs.row_jobs import Output
+from longnet_cli.jobs.row_jobs import run as write
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.models.hf.pretrained_net import TransformersNet
 from longnet_cli.running.causal_stream import CausalStream, open_stream
+from longnet_cli.running.reader import Reader
 
 OPTIONS = ["--pattern", "8/1,24/3,60/5"]
 TEXT = "Far keys are one more branch, and branches merge. " * 6  # 300 tokens of a byte each
@@ -241,8 +242,8 @@ def test_score_with_options(folder: Path) -> None:
 def test_what_decides_the_vectors_decides_what_can_be_resumed(folder: Path, tmp_path: Path) -> None:
     def run(**options) -> None:
         net = ModelFolder(folder).net(**options)
-        job = partial(Encoder, options=EncodeOptions(), facts=EncodeFacts(256))
-        write_rows(job, net, MadeInputs((), made=[make_document(20)]), Output(tmp_path / "out", resume=True))
+        job = Encoder(Reader(net), EncodeOptions(), EncodeFacts(256))
+        write(job, MadeInputs((), made=[make_document(20)]), Output(tmp_path / "out", resume=True))
 
     run(pattern=LEVELS)
     run(pattern=LEVELS)

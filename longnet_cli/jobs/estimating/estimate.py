@@ -28,10 +28,8 @@ from longnet_cli.running.device import (
     peak_memory,
     precision,
     resident_memory,
-    resolve_dtype,
     wait_for,
 )
-from longnet_cli.running.ranks.ranks import Ranks
 from longnet_cli.running.reader import Reader, Window
 
 SECONDS = 0.5  # that a forward pass takes, or repetitions of a read
@@ -183,14 +181,12 @@ def estimate_reading(
     scores: bool,
     kept: dict[str, int] | None = None,
     output: str = "",
-    ranks: Ranks | None = None,
 ) -> Estimate:
     """Estimate what reading as planned takes, from arithmetic and a short, measured read.
 
     `room` is the memory before the net was loaded, `kept` what the job itself keeps of the longest document, in bytes
-    by kind. The `reader` is of one group of all `ranks`. `output` says what would happen to the output.
+    by kind. `output` says what would happen to the output.
     """
-    ranks = ranks or Ranks()
     net, config, dtype, spill = reader.model, reader.model.config, reader.dtype, bool(reader.spill)
     most_while_loading = peak_memory(reader.device)
     warm_up = min(WARM_UP, config.max_tokens or WARM_UP)
@@ -199,7 +195,7 @@ def estimate_reading(
     program = max(0, resident_memory(reader.device) - weights)
     free = None if room.free is None else max(0, room.free - max(0, program - room.held))
     rate, measured = reading_rate(net, plan, dtype, math.inf if free is None else free - weights, scores=scores)
-    rate = ranks.own(rate, reader.device)
+    rate = reader.all_ranks.own(rate, reader.device)
 
     def needed(chunk: int) -> dict[str, int]:
         kinds = reading_memory(net, plan, chunk, dtype, reader.ranks, scores=scores, spill=spill) | (kept or {})
@@ -210,8 +206,7 @@ def estimate_reading(
         memory["loading"] = most_while_loading - sum(memory.values())
     fitting = fitting_chunk(lambda n: sum(needed(n).values()), reader.chunk, free) if config.streams else None
     flops, on_disk = plan.flops(scores), spilled_bytes(net, plan, reader.chunk, dtype, reader.ranks)
-    slow = reader.device.type == "cpu" and resolve_dtype(dtype, reader.device) == "fp32"
-    instructions = bf16_instructions() if slow else None
+    instructions = bf16_instructions() if reader.device.type == "cpu" and dtype == "fp32" else None
     return Estimate(
         memory=memory,
         free=free,
@@ -221,8 +216,8 @@ def estimate_reading(
             "flops_per_token": flops / (plan.tokens or 1),
             "tokens": plan.tokens,
             "flops": flops,
-            "seconds": flops / (rate * ranks.world) + plan.seconds,
-            "dtype": resolve_dtype(dtype, reader.device),
+            "seconds": flops / (rate * reader.all_ranks.world) + plan.seconds,
+            "dtype": dtype,
             "chunk": reader.chunk,
             "spill_bytes": on_disk if spill else 0,
             "flops_per_second": rate,

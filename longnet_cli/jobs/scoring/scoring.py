@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,6 @@ from longnet_cli.jobs.row_jobs import ModelFacts, RowJob
 from longnet_cli.jobs.scoring.measures import TABLES, ByPosition, Gain, GainTally, Score, column
 from longnet_cli.nets.net import LOGITS_LIMIT, InputSequence, Net, bos_ids
 from longnet_cli.running.device import precision, to_device, to_host
-from longnet_cli.running.ranks.portions import Portion
 from longnet_cli.running.ranks.ranks import Ranks
 from longnet_cli.running.reader import Piece, Reader, Window
 
@@ -113,17 +113,20 @@ def score(
     stored: Iterable[Document] = (),
     kept_fields: Sequence[pa.Field] = (),
     count_bytes: Callable[[np.ndarray], int | None] | None = None,
-    ranks: Ranks | None = None,
     on_skip: OnSkip | None = None,
     on_tokens: OnTokens | None = None,
     top: bool = False,
-    **reading: Any,
+    ranks: Ranks | None = None,
+    chunk: int | None = None,
+    dtype: str = "auto",
+    spill: str | Path | None = None,
+    on_progress: Callable[[int], None] | None = None,
 ) -> pa.RecordBatchReader:
     """Score `documents` lazily, in order; return a reader of record batches of their rows (`Scorer.schema`).
 
     Every token is scored exactly once, the first one of a document if the model has a `bos` (`facts`); otherwise the
-    number of scored bytes is unknown. `count_bytes` gives the bytes of scored ids, for `last` (None: unknown). `ranks`
-    and `reading` (`chunk`, `dtype`, `spill`, `on_progress`) are as in `running.reader.Reader`: memory does
+    number of scored bytes is unknown. `count_bytes` gives the bytes of scored ids, for `last` (None: unknown). `ranks`,
+    `chunk`, `dtype`, `spill` and `on_progress` are as in `running.reader.Reader`: memory does
     not depend on the document's length, without chosen blocks, and none of them changes a number beyond rounding. All
     ranks need the same documents. In one group of ranks, which share each document, all get all rows. Several groups
     divide the documents between them; then rank 0 gets all rows and the others none.
@@ -141,9 +144,10 @@ def score(
     """
     if on_tokens and ranks and ranks.dp > 1:
         raise ConfigError("log-probabilities of tokens are written by one group of ranks: leave out --dp")
-    reader = Reader(model, ranks=ranks, **reading)
-    scorer = Scorer(reader, options, facts, kept_fields, count_bytes, on_tokens, top)
-    return scorer.rows(documents, stored=stored, ranks=ranks, on_skip=on_skip)
+    reader = Reader(model, chunk=chunk, dtype=dtype, spill=spill, ranks=ranks, on_progress=on_progress)
+    scorer = Scorer(reader, options, facts, count_bytes, on_tokens, top)
+    scorer.kept_fields = kept_fields
+    return scorer.rows(documents, stored=stored, on_skip=on_skip)
 
 
 def most_likely(model: Net, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -201,6 +205,7 @@ class Scorer(RowJob):
     """The job of `score`: a row for each document. The arguments are as those of `score`."""
 
     options: ScoreOptions
+    doing, row_name = "scoring", "row"
     shard_name, shard_unit, shard_size = "gains", "tokens", 1 << 22
     batch_rows, says_no_id_column, scores = 1 << 12, True, True
 
@@ -209,12 +214,11 @@ class Scorer(RowJob):
         reader: Reader,
         options: ScoreOptions = ScoreOptions(),  # noqa: B008
         facts: ModelFacts = ModelFacts(),  # noqa: B008
-        kept_fields: Sequence[pa.Field] = (),
         count_bytes: Callable[[np.ndarray], int | None] | None = None,
         on_tokens: OnTokens | None = None,
         top: bool = False,
     ) -> None:
-        super().__init__(reader, options, facts, kept_fields)
+        super().__init__(reader, options, facts)
         if not reader.model.config.causal:
             raise ConfigError("a bidirectional model sees the tokens it would have to predict: it cannot score")
         if not reader.model.config.vocab_size:
@@ -269,6 +273,13 @@ class Scorer(RowJob):
                 for start, stop, wanted in self.cut.inputs(tokens, context):
                     yield stop - start, stop - wanted
 
+    def longest_window(self, tokens: int) -> int:
+        return min(tokens, max(each or tokens for each in self.options.contexts))
+
+    def counted(self, tokens: int, documents: int = 1) -> int:
+        scored = min(tokens, documents * self.options.last) if self.options.last else tokens
+        return scored * len(self.options.contexts)
+
     def kept_bytes(self, tokens: int) -> dict[str, int]:
         """Return the bytes of the nats that are kept for the gain."""
         return {"nats": min(4 * tokens, SPOOL_BYTES) if len(self.options.contexts) > 1 else 0}
@@ -299,11 +310,6 @@ class Scorer(RowJob):
         columns = [pa.array([row.get(field.name) for row in rows], field.type) for field in own]
         kept = kept_columns([tallies[0].document for tallies in documents], self.kept_fields)
         return pa.record_batch([*columns, *kept], schema=self.schema)
-
-    def tell_progress(self, portion: Portion[InputSequence[Document]]) -> None:
-        """Report the tokens that another group of ranks has scored."""
-        scored = portion.items * self.options.last if self.options.last else portion.length
-        self.reader.on_progress(scored * len(self.options.contexts))
 
     def _windows(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[_ScoredWindow]:
         contexts = [context for context in self.options.contexts if context is not None]
