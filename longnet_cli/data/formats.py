@@ -11,7 +11,6 @@ import io
 import lzma
 import os
 import shutil
-import sys
 import tempfile
 import warnings
 import zlib
@@ -31,7 +30,7 @@ from longnet_cli.data.hdf5 import open_hdf5
 from longnet_cli.data.jsonlines import open_json_lines
 from longnet_cli.data.kinds import FASTA_SUFFIXES, JSON_SUFFIXES, SHARD_SUFFIXES, bare_name, compression, sniff
 from longnet_cli.data.names import STDIN, Source
-from longnet_cli.data.tables import BYTE_ORDER_MARK, Pipe, Table, Text, one_line, pick, reading
+from longnet_cli.data.tables import BYTE_ORDER_MARK, Pipe, Stdin, Table, Text, one_line, pick, reading
 
 PARQUET_BATCH_BYTES = 64 << 20
 PARQUET_BATCH_ROWS = 1 << 20  # a row that repeats may take almost no bytes of a file
@@ -47,7 +46,10 @@ def open_source(source: Source, wanted: Wanted) -> Text | Table:
     Raises DataError for an input that is missing, empty, damaged, or neither a table nor UTF-8 text.
     """
     if source.path is None:
-        return _open_pipe(source, sys.stdin.buffer, wanted)
+        stdin = Stdin()
+        pipe = Pipe(io.BufferedReader(stdin, TEXT_BUFFER), stdin)
+        opened = _open_pipe(source, pipe, wanted)
+        return replace(opened, ready=pipe.ready) if isinstance(opened, Table) else opened
     with reading(source.where):
         if source.filesystem is not None:
             from longnet_cli.data.remote import open_remote  # imported late: 20 ms that local input does not need
@@ -56,7 +58,7 @@ def open_source(source: Source, wanted: Wanted) -> Text | Table:
             return _open_file(source, io.BufferedReader(file, REMOTE_BUFFER), wanted)
         # A named pipe, the shell's <(command), or a kernel file (/proc), whose size is 0.
         if not source.path.is_file() or source.path.stat().st_size == 0:
-            return _open_pipe(source, open(source.path, "rb"), wanted)
+            return _open_pipe(source, Pipe(open(source.path, "rb")), wanted)
         stored = StoredFile(source.path, source.where)
         opened = _open_file(source, stored, wanted)
         if isinstance(opened, Table) and opened.format not in ("Parquet", "HDF5"):  # which are not read in order
@@ -70,7 +72,7 @@ def _open_file(source: Source, stream: Any, wanted: Wanted) -> Text | Table:
     stream.seek(0)
     if kind == "text":
         buffered = io.BufferedReader(stream, TEXT_BUFFER) if isinstance(stream, StoredFile) else stream
-        return _open_pipe(source, buffered, wanted)
+        return _open_pipe(source, Pipe(buffered), wanted)
     if kind == "parquet":
         return _open_parquet(source, stream)
     if kind == "hdf5":
@@ -80,14 +82,13 @@ def _open_file(source: Source, stream: Any, wanted: Wanted) -> Text | Table:
     return arrow.open_ipc_stream(source.name, source.where, stream)
 
 
-def _open_pipe(source: Source, raw: Any, wanted: Wanted, *, unpacked: bool = False) -> Text | Table:
+def _open_pipe(source: Source, pipe: Pipe, wanted: Wanted, *, unpacked: bool = False) -> Text | Table:
     """Open a pipe, or text in a file. `unpacked` data is not unpacked again: a file may unpack to itself, for ever."""
-    pipe = Pipe(raw)
     with reading(source.where):
         kind = sniff(pipe.peek(8))
         if not unpacked and (packed := compression(pipe.peek(8))):
             unpacking = io.BufferedReader(_Unpacked(packed, pipe, source.where), TEXT_BUFFER)
-            return _open_pipe(source, unpacking, wanted, unpacked=True)
+            return _open_pipe(source, Pipe(unpacking), wanted, unpacked=True)
         if kind == "text":
             return _open_text(source, pipe, wanted)
         if kind == "stream":

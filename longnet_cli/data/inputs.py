@@ -276,6 +276,7 @@ class DocumentPass:
         self._inputs, self._read, self._digests = inputs, read, digests
         self.opened: list[tuple[str, str | None]] = []
         self._total: int | None = None
+        self._ready: Callable[[], bool] | None = None  # of the file that is read
         self._before = self._size = 0  # bytes of the files before, and of the one that is read
         self._begin = self._end = 0.0  # shares of that file before and after the batch that is read
         self._rows = self._given = 0  # of the batch, and documents given of it
@@ -299,6 +300,10 @@ class DocumentPass:
                     raise
                 yield Unread(error, file=True)
 
+    def ready(self) -> bool:
+        """Return whether the next document is likely to come without waiting for stdin."""
+        return self._ready is None or self._given + 1 < self._rows or self._ready()
+
     @property
     def share(self) -> float | None:
         """The share of the inputs that was given so far, from 0 to 1; None if the size of a file is not known.
@@ -313,8 +318,10 @@ class DocumentPass:
     def _watched(self, opened: Text | Table) -> Text | Table:
         """Return the opened file, whose batches are counted when they are read. A text is one document."""
         if isinstance(opened, Text):
+            self._ready = None
             self._batch(0.0, 1.0, 1)
             return opened
+        self._ready = opened.ready
 
         def read(columns: list[str]) -> Iterator[pa.RecordBatch]:
             rows = 0

@@ -5,7 +5,6 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -54,7 +53,7 @@ def open_json_lines(source: Source, pipe: Pipe, wanted: Wanted) -> Table | None:
     rows = _OpenedLines(source.where, pipe, wanted, pa.schema(list(fields.items())))
     return Table(
         source.name, source.where, rows.schema, rows.batches, "JSON Lines", numbered="line", typed=False, bad=rows.bad,
-        begins=rows.begins,
+        blank=rows.blank, begins=rows.begins,
     )  # fmt: skip
 
 
@@ -94,12 +93,12 @@ def _column_types(row: dict[str, Any], wanted: Wanted, usual: Sequence[str]) -> 
 
 
 class _OpenedLines:
-    """The rows of an opened input. Those in `bad` cannot be read, and at those in `begins` another document begins."""
+    """The rows of an opened input, as `Table` tells of `bad` and `blank` ones, and of those in `begins`."""
 
     def __init__(self, where: str, pipe: Pipe, wanted: Wanted, schema: pa.Schema) -> None:
         self.where, self.pipe, self.wanted, self.schema = where, pipe, wanted, schema
         self.bad: dict[int, str] = {}
-        self.begins: set[int] = set()
+        self.blank, self.begins = list[int](), set[int]()
         self._missing, self._keys = wanted.keep, dict[str, None]()  # columns that no line has so far; keys of all lines
         self._doc_id: Any = None
 
@@ -110,10 +109,11 @@ class _OpenedLines:
         rows: list[list[Any]] = []
         size, begun = 0, time.monotonic()
         try:
-            for number, line in enumerate(_lines(self.pipe)):
+            for number, line in enumerate(self._lines()):
                 rows.append(self._read(number, line, readers, id_column))
                 size += len(line)
-                if self.bad or size >= BATCH_BYTES or time.monotonic() - begun > PATIENCE:
+                late = time.monotonic() - begun > PATIENCE or not self.pipe.ready()
+                if self.bad or size >= BATCH_BYTES or late:
                     yield _batch(rows, schema)
                     rows, size, begun = [], 0, time.monotonic()
         except DataError:  # the rows before it come first, however fast they came
@@ -125,6 +125,16 @@ class _OpenedLines:
             raise ConfigError(f"{self.where}: there is no column {self._missing[0]!r}; its columns are {known}")
         if rows:
             yield _batch(rows, schema)
+
+    def _lines(self) -> Iterator[bytes]:
+        """Yield the lines that are not blank."""
+        number = 0
+        while line := self.pipe.readline():
+            if line.strip():
+                yield line
+                number += 1
+            else:
+                self.blank.append(number)
 
     def _read(self, number: int, line: bytes, readers: Sequence[_Reader], id_column: str) -> list[Any]:
         """Return the cells of a line, nulls for a bad one."""
@@ -178,18 +188,6 @@ def _problem(row: dict[str, Any], names: Sequence[str]) -> str:
     return f"no key {names[0]!r}" if len(names) == 1 else f"no key text, {', '.join(TOKEN_COLUMNS)}"
 
 
-def _lines(pipe: Pipe) -> Iterator[bytes]:
-    """Yield the lines, except blank ones at the end. Earlier blank lines stay, so line numbers are row numbers."""
-    blank = 0
-    while line := pipe.readline():
-        if not line.strip():
-            blank += 1
-            continue
-        yield from repeat(b"", blank)
-        yield line
-        blank = 0
-
-
 def _kept_types(pipe: Pipe, where: str, names: Sequence[str]) -> dict[str, pa.DataType]:
     """Return the types of columns to carry along, by the first lines, which stay in the pipe.
 
@@ -204,7 +202,7 @@ def _kept_types(pipe: Pipe, where: str, names: Sequence[str]) -> dict[str, pa.Da
             lines.append(line)
             with suppress(ValueError):
                 rows.append(_parse(line))
-            if time.monotonic() - begun > PATIENCE:
+            if time.monotonic() - begun > PATIENCE or not pipe.ready():
                 break
     pipe.unread(b"".join(lines))
     for name in names:

@@ -1,6 +1,9 @@
 """Opened inputs: one text, or a table of batches; and a pipe that both can be read from."""
 
+import io
+import select
 import sys
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +18,7 @@ from longnet_cli.data.files import FileChangedError, StoredIds, read_error
 
 TOKEN_COLUMNS = ("input_ids", "tokens", "token_ids", "ids")
 CHAT_COLUMN = "messages"
+MOMENT = 0.02  # seconds in which the writer of a full pipe writes again
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -48,9 +52,11 @@ class Table:
     `pick`). If ids lie unchanged in a file, `read` leaves them there: `stored` gives the place of an array of the
     last batch, or None for an array in memory. `numbered` is the word for a row in messages: rows count from 0, lines
     from 1. `typed` says whether the writer of the file chose the integer types of the schema, which JSON does not
-    have. `bad` gives the reason for rows whose values are null because they could not be read. At a row in `begins`, a
-    document begins, though it has the name of the one before. `share` returns which
-    share of the file the batches so far take, from 0 to 1, when they have so many rows; 0 if it is not known.
+    have. `bad` gives the reason for rows whose values are null because they could not be read, `blank` the rows before
+    which a blank line was skipped. At a row in `begins`, a document begins, though it has the name of the one before;
+    with `rows_alone`, at each. `share` returns which share of the file the batches so far take, from 0 to 1, when they
+    have so many rows; 0 if it is not known. `ready` says of stdin whether more of it, or its end, has come (`Pipe`); it
+    is None of other inputs.
     """
 
     name: str
@@ -62,12 +68,15 @@ class Table:
     numbered: str = "row"
     typed: bool = True
     bad: dict[int, str] = field(default_factory=dict)
+    blank: list[int] = field(default_factory=list)
     begins: set[int] = field(default_factory=set)
+    rows_alone: bool = False
     share: Callable[[int], float] = lambda rows: 0.0
+    ready: Callable[[], bool] | None = None
 
     def place(self, row: int) -> str:
         """Return the file and the row, for a message. `row` counts from 0."""
-        return f"{self.where}, {self.numbered} {row + (self.numbered == 'line')}"
+        return f"{self.where}, {self.numbered} {row + (self.numbered == 'line') + bisect_right(self.blank, row)}"
 
 
 class ColumnPlace(NamedTuple):
@@ -128,16 +137,41 @@ def _without_views(kind: pa.DataType) -> pa.DataType:
     return {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}.get(kind, kind)
 
 
+class Stdin(io.RawIOBase):
+    """Stdin as a raw file below a larger buffer. `count` is the number of bytes that were taken from it."""
+
+    count = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        size = cast(io.BufferedReader, sys.stdin.buffer).readinto1(buffer)
+        self.count += size
+        return size
+
+    def ready(self) -> bool:
+        """Return whether more, or the end, comes within MOMENT."""
+        try:
+            return bool(select.select([sys.stdin.buffer], [], [], MOMENT)[0])
+        except (OSError, ValueError):  # it is no file of the system
+            return True
+
+
 class Pipe:
     """A pipe as a file object whose reads are whole: pyarrow takes a short read for the end of the data."""
 
     closed = False
 
-    def __init__(self, raw: Any) -> None:
-        """Read from `raw`, a buffered binary file: its `readline` must be fast."""
-        self._raw = raw
+    def __init__(self, raw: Any, stdin: Stdin | None = None) -> None:
+        """Read from `raw`, a buffered binary file: its `readline` must be fast. It may be the buffer of `stdin`."""
+        self._raw, self._stdin = raw, stdin
         self._head = b""
         self._position = 0
+
+    def ready(self) -> bool:
+        """Return whether more bytes of stdin, or its end, have come: True of other pipes, where nobody asks."""
+        return self._stdin is None or self._stdin.count > self._position or self._stdin.ready()
 
     def peek(self, size: int) -> bytes:
         """Return the next bytes, fewer only at the end. They stay in the pipe."""

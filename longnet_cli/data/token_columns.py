@@ -17,6 +17,7 @@ from longnet_cli.data.columns import Columns, is_chat, list_bounds, numbers
 from longnet_cli.data.documents import Unread, collect
 from longnet_cli.data.files import Part
 from longnet_cli.data.manifest import is_manifest
+from longnet_cli.data.names import Apart
 from longnet_cli.data.tables import Table, Text, pick, reading, without_views
 from longnet_cli.data.tokenizer import Tokenizer
 
@@ -121,13 +122,18 @@ def _none(values: list[Any]) -> list[int]:
 
 
 def group_rows(
-    table: Table, columns: Columns, values_of: Callable[[ColumnBatch], Iterable[Any]], whole: str | None = None
+    table: Table,
+    columns: Columns,
+    values_of: Callable[[ColumnBatch], Iterable[Any]],
+    whole: str | None = None,
+    apart: Apart | None = None,
 ) -> Iterator[DocumentRows]:
     """Group the rows of a table, each with a value of `values_of`, by document.
 
     Neighbours that share a doc_id are one document. Its parts, where known, must be 0, 1, 2, ... A row that cannot be
     read, not even its name, belongs to the document that stands on both sides of it. With `whole`, all rows are one
-    document of this name.
+    document of this name. A row without a name is a document, for which no other row is waited; with `apart`, which
+    names them, and in a table of `rows_alone`, every row is.
     """
 
     def rows() -> Iterator[tuple[Label, Any]]:
@@ -135,6 +141,9 @@ def group_rows(
             for index, value in enumerate(values_of(batch)):
                 label = batch.label(index)
                 yield label._replace(doc_id=whole) if whole else label, value
+
+    def name_of(label: Label) -> str:
+        return f"{table.name}:{label.row}" if label.doc_id is None else str(label.doc_id)
 
     def numbered() -> Iterator[tuple[int, tuple[Label, Any]]]:
         number, name = 0, None
@@ -161,9 +170,14 @@ def group_rows(
                 )
             yield value
 
+    if apart or table.rows_alone or not (columns.doc_id or whole):
+        for label, value in rows():
+            doc_id = apart.name(name_of(label)) if apart else name_of(label)
+            yield DocumentRows(doc_id, label.row, values(doc_id, iter(((label, value),))), label.kept)
+        return
     for _, members in groupby(numbered(), key=itemgetter(0)):
         label, value = next(members)[1]
-        doc_id = f"{table.name}:{label.row}" if label.doc_id is None else label.doc_id
+        doc_id = name_of(label)
         following = (row for _, row in members)  # noqa: B031 (used once, before the next group)
         yield DocumentRows(doc_id, label.row, values(doc_id, chain(((label, value),), following)), label.kept)
 
@@ -249,7 +263,8 @@ def table_texts(table: Table, columns: Columns, tokenizer: Tokenizer | None, ski
             raise BadRowError(f"{place}: {refusal}") from None
         return Text(group.doc_id, text, place, group.kept, ids=ids)
 
-    groups = group_rows(table, columns, lambda batch: (value.as_py() for value in batch.column))
+    apart = Apart() if table.ready and columns.part is None else None
+    groups = group_rows(table, columns, lambda batch: (value.as_py() for value in batch.column), apart=apart)
     return read_documents(groups, read, skip_bad)
 
 

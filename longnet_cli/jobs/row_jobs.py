@@ -166,8 +166,9 @@ class RowJob(ABC):
         on_empty: Callable[[Document], None] | None = None,
         on_document: Callable[[Document], None] | None = None,
         apart: Apart | None = None,
-    ) -> Iterator[InputSequence[Document]]:
-        """Yield the documents that have rows, as the model reads them.
+        ready: Callable[[], bool] = lambda: True,
+    ) -> Iterator[InputSequence[Document] | None]:
+        """Yield the documents that have rows, as the model reads them; None where the next one is not `ready`.
 
         `on_document` gets each document before any of it is read, and what it raises ends the run. `on_skip` gets those
         that are left out (see `take`), `on_empty` those that are empty. `apart` names the others. A document or a file
@@ -184,11 +185,13 @@ class RowJob(ABC):
                     yield sequence
                 elif sequence is not None and on_empty:
                     on_empty(document)
+                if not ready():
+                    yield None
         except (ConfigError, DataError) as error:
             self.failure = error
 
     def rows_by_portion(
-        self, sequences: Iterable[InputSequence[Document]], shard: int | None = None
+        self, sequences: Iterable[InputSequence[Document] | None], shard: int | None = None
     ) -> Iterator[tuple[Portion[InputSequence[Document]], Batches]]:
         """Return each portion of documents with its rows, as `dealing.deal` deals them out. A `shard` ends with one."""
         dealt = portions(
@@ -290,7 +293,7 @@ def run(job: RowJob, inputs: Inputs, output: Output, told: Telling | None = None
         job.kept_fields, documents = first_kept(documents, job.text_fields)
     apart = Apart() if job.names_apart and inputs.id_column is None else None
 
-    def sequences() -> Iterator[InputSequence[Document]]:
+    def sequences(ready: Callable[[], bool] = lambda: True) -> Iterator[InputSequence[Document] | None]:
         config, left_out = job.reader.model.config, told.left_out
         if (config.max_tokens is not None or config.pattern.chosen) and not left_out.skip:
             told.on_stored(job.longest_window(job.longest(inputs.stored())))
@@ -300,12 +303,13 @@ def run(job: RowJob, inputs: Inputs, output: Output, told: Telling | None = None
             left_out.pass_over,
             lambda document: told.on_document(document, given.share),
             apart,
+            ready,
         )
 
     if not in_folder:
         sink = output.sink or ShardWriter(output.path, job.schema)
         with sink if ranks.writes else nullcontext() as opened:
-            return _write_stream(job, sequences(), opened, 1 if output.sink else job.batch_rows)
+            return _write_stream(job, sequences(given.ready), opened, 1 if output.sink else job.batch_rows)
     shard_size = job.shard_size if output.shard_size is None else output.shard_size
     if shard_size < 1:
         raise ConfigError(f"shard_{job.shard_unit} must be 1 or more, not {shard_size}")
@@ -327,9 +331,12 @@ def run(job: RowJob, inputs: Inputs, output: Output, told: Telling | None = None
 
 
 def _write_stream(
-    job: RowJob, sequences: Iterator[InputSequence[Document]], sink: Sink | None, least: int
+    job: RowJob, sequences: Iterator[InputSequence[Document] | None], sink: Sink | None, least: int
 ) -> Counter[str] | None:
-    """Write the rows to the first rank's sink, `least` or more at a time, and return their counts there."""
+    """Write the rows to the first rank's sink, and return their counts there.
+
+    `least` rows or more are written at a time, or fewer where the input waits.
+    """
     written, waiting = Counter[str](), list[pa.RecordBatch]()
 
     def flush() -> None:
@@ -338,12 +345,14 @@ def _write_stream(
                 sink.write(batch)
         waiting.clear()
 
-    for _, batches in job.rows_by_portion(sequences):
+    for portion, batches in job.rows_by_portion(sequences):
         for batch in batches:
             written.update(rows=len(batch), tokens=tokens_of(batch))
             waiting.append(batch)
             if sum(map(len, waiting)) >= least:
                 flush()
+        if portion.ends_early:
+            flush()
     flush()
     job.end(written["tokens"])
     return written if sink else None
@@ -373,7 +382,7 @@ def _settings(job: RowJob, inputs: Inputs, shard_size: int) -> dict[str, object]
 
 
 def _write_folder(
-    job: RowJob, sequences: Iterator[InputSequence[Document]], folder: ShardFolder | None, shard_size: int
+    job: RowJob, sequences: Iterator[InputSequence[Document] | None], folder: ShardFolder | None, shard_size: int
 ) -> None:
     """Write the rows of the documents that no finished shard has to the first rank's `folder`."""
     ranks = job.reader.all_ranks

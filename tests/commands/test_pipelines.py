@@ -103,35 +103,30 @@ def test_every_way_in(shell, tmp_path: Path) -> None:
     assert all(other == answers[0] for other in answers)
 
 
+@pytest.mark.parametrize("named", [True, False])
 @pytest.mark.parametrize(("command", "number"), [("score", signal.SIGINT), ("encode", signal.SIGTERM)])
-def test_results_come_while_the_input_waits_and_a_signal_ends_the_wait(
-    start: Start, model: Path, command: str, number: signal.Signals
+def test_each_result_comes_before_the_next_row_and_a_signal_ends_the_wait(
+    start: Start, model: Path, command: str, number: signal.Signals, named: bool
 ) -> None:
-    """Two commands in a row: text in JSON Lines goes in, and what it gives comes out though nothing has ended."""
-    first = start("tokenize", "-", "-o", "-", stdin=subprocess.PIPE)
-    options = ["--format", "jsonl"] if command == "score" else []
-    second = start(command, "-", "-m", model, "--chunk", 8, *options, stdin=first.stdout)
-    done = threading.Event()
-
-    def produce() -> None:
-        while not done.wait(0.3):
-            first.stdin.write(b'{"text": "some words to read"}\n')
-            first.stdin.flush()
-
-    producer = threading.Thread(target=produce)
+    """A row of text is a document: nothing waits for another name. Rows that came together are read together."""
+    options = ["--format", "jsonl", "--keep", "n"] if command == "score" else []
+    second = start(command, "-", "-m", model, *options, stdin=subprocess.PIPE)
     timer = threading.Timer(60, second.kill)  # lest the test wait for ever
-    producer.start()
     timer.start()
-    try:
+    row, names = json.dumps({"text": "some words", "n": 1} | ({"id": "a"} if named else {})).encode() + b"\n", []
+    for _ in range(3):
+        second.stdin.write(row)
+        second.stdin.flush()
         if command == "score":
-            assert json.loads(second.stdout.readline())["n_tokens"] == 18
+            names.append(json.loads(second.stdout.readline())["doc_id"])
         else:
-            assert ipc.open_stream(second.stdout).read_next_batch()["n_tokens"][0].as_py() == 18
-        assert first.poll() is None
-        assert second.poll() is None
-    finally:
-        done.set()
-        producer.join()
+            vectors = vectors if names else ipc.open_stream(second.stdout)
+            names += vectors.read_next_batch()["doc_id"].to_pylist()
+    assert names == (["a", "a#1", "a#2"] if named else ["stdin:0", "stdin:1", "stdin:2"])
+    second.stdin.write(20 * row)
+    second.stdin.flush()
+    if command == "encode":
+        assert len(vectors.read_next_batch()) == 19  # the last one may come alone
     second.send_signal(number)
     assert second.wait(20) == 128 + number
     timer.cancel()

@@ -15,16 +15,20 @@ T = TypeVar("T")
 class Portion(Generic[T]):
     """Neighbouring items, to be read once. The attributes are valid when all items have been read.
 
-    `items` is the number of items, `length` their total length. `ends_shard` is true for the last portion of a shard.
+    `items` is the number of items, `length` their total length. `ends_shard` is true for the last portion of a shard,
+    `ends_early` for one that a None among the items has ended.
     """
 
-    def __init__(self, items: Iterator[T], is_full: Callable[[Portion[T], T], bool]) -> None:
+    def __init__(self, items: Iterator[T | None], is_full: Callable[[Portion[T], T], bool]) -> None:
         self._items, self._is_full = items, is_full
         self.items = self.length = 0
-        self.ends_shard = False
+        self.ends_shard = self.ends_early = False
 
     def __iter__(self) -> Iterator[T]:
         for item in self._items:
+            if item is None:
+                self.ends_early = True
+                return
             full = self._is_full(self, item)
             yield item
             if full:
@@ -32,7 +36,7 @@ class Portion(Generic[T]):
 
 
 def portions(
-    items: Iterable[T],
+    items: Iterable[T | None],
     length: int,
     *,
     length_of: Callable[[T], int] = len,  # type: ignore[assignment]
@@ -42,7 +46,8 @@ def portions(
     """Cut items into portions. Read each portion to its end before the next.
 
     A portion ends with the item that brings it to `length`: an item counts for its own length plus 1. It also ends
-    with the item that brings the sum of `size_of` over the shard to `shard`.
+    with the item that brings the sum of `size_of` over the shard to `shard`, and before a None: the items that follow
+    are not there yet.
     """
     remaining = iter(items)
     in_shard = 0
@@ -58,4 +63,5 @@ def portions(
         return portion.ends_shard or portion.length + portion.items >= length
 
     for first in remaining:
-        yield Portion(chain([first], remaining), is_full)
+        if first is not None:
+            yield Portion(chain([first], remaining), is_full)
