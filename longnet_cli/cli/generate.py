@@ -116,7 +116,7 @@ def generate(options: GenerateCommand) -> None:
     for index, document in enumerate(documents):
         tell_state(len(document))
         forked = stream.fork() if stream and text is None and not save_state else stream
-        job.run(document, forked, index if several else None)
+        job.run(document, forked, index, named=several)
     if stream and save_state:
         size = stream.save(save_state, name=loaded.origin, tokenizer_sha256=loaded.tokenizer_sha256)
         tell(f"{save_state}: the state after {count_of(stream.position, 'token')}, {format_bytes(size)}", quiet)
@@ -198,8 +198,11 @@ class _TextGenerator:
         known = model_origin(loaded.net, loaded.origin, loaded.tokenizer_sha256) if as_json else {}
         self.origin = {name: known.get(f"longnet.{name}") for name in ORIGIN}
 
-    def run(self, document: Document, stream: CausalStream | None, number: int | None) -> None:
-        """Continue a document, after what the `stream` has read, and print it. One of several has a `number`."""
+    def run(self, document: Document, stream: CausalStream | None, number: int, *, named: bool) -> None:
+        """Continue a document, the prompt of this `number`, after what the `stream` has read, and print it.
+
+        Its name is printed before the text if it is to be `named`.
+        """
         from longnet_cli.jobs.chosen_sources import SourceWatch
         from longnet_cli.jobs.generating import generate as run
         from longnet_cli.running.causal_stream import CausalStream
@@ -216,6 +219,7 @@ class _TextGenerator:
                 bos=self.bos_ids,
                 tokenizer=loaded.tokenizer,
                 max_tokens=self.max_tokens,
+                number=number,
                 end_ids=loaded.ends,
                 **options.sampling.arguments(self.seed),
                 chunk=computing.chunk,
@@ -228,7 +232,7 @@ class _TextGenerator:
         if watch:
             watch.begin()
         printer = _Printer(document, self.seed if options.sampling.temperature else None, options.format, self.origin)
-        if step and number is not None:
+        if step and named:
             print(("\n" if number else "") + f"==> {printable(document.doc_id)} <==", flush=True)
         while step:
             printer.print(step)

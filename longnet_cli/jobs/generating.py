@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -92,6 +93,7 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    number: int = 0,
     end_ids: Collection[int] = (),
     stop: Sequence[str] = (),
     chunk: int | None = None,
@@ -104,10 +106,11 @@ def generate(
 
     The `prompt` may be a text, for the `tokenizer`.
 
-    At `temperature` 0, each token is the likeliest one, the first if several are equal. Otherwise it is drawn, with
-    `seed`, from the softmax of the logits over the temperature, cut to the fewest tokens whose probabilities sum to
-    `top_p`. Generation ends at one of `end_ids`, whose text is not shown, and at one of the texts `stop`, no part of
-    which is shown. `tokenizer` decodes texts, in whole characters; without it, they are empty.
+    At `temperature` 0, each token is the likeliest one, the first if several are equal. Otherwise it is drawn from the
+    softmax of the logits over the temperature, cut to the fewest tokens whose probabilities sum to `top_p`. The random
+    numbers are those of `seed` and of the `number` of the prompt among several. Generation ends at one of `end_ids`,
+    whose text is not shown, and at one of the texts `stop`, no part of which is shown. `tokenizer` decodes texts, in
+    whole characters; without it, they are empty.
 
     `stream` reads the prompt after all that it has read before. When the iterator ends, it has read the new tokens,
     too, and is ready for the next prompt. With it, the prompt may be empty, and `max_tokens` 0.
@@ -137,7 +140,7 @@ def generate(
     if sequence.limit is not None:
         unread = 0 if stream else 1  # the last new token
         max_tokens = min(max_tokens, sequence.limit - tokens + unread)
-    sampler = Sampler(temperature, top_p, seed)
+    sampler = Sampler(temperature, top_p, seed, number)
     texts, reader = TextStream(tokenizer) if tokenizer else None, stream or open_stream(model, spill=spill)
     generator = _Generator(model, sampler, end_ids, texts, StopTexts(stop), chunk, dtype, reader, on_progress)
     return generator.run(sequence, max_tokens, reads_all=stream is not None)
@@ -161,11 +164,12 @@ class Sampler:
     """A sampler of ids from logits (vocab_size,). Log-probabilities are the model's, before temperature and top_p.
 
     Random numbers are drawn on the CPU, one per token, so a seed gives the same tokens on any device, up to rounding.
+    Those of another prompt, by its `number`, are others.
     """
 
-    def __init__(self, temperature: float, top_p: float, seed: int) -> None:
+    def __init__(self, temperature: float, top_p: float, seed: int, number: int = 0) -> None:
         self.temperature, self.top_p = temperature, top_p
-        self.generator = torch.Generator().manual_seed(seed)
+        self.random = np.random.default_rng((seed, number))
 
     def __call__(self, logits: Tensor) -> tuple[int, float]:
         """Return an id and its log-probability. Raises NotFiniteError if a logit is NaN, or if all are infinite."""
@@ -173,19 +177,23 @@ class Sampler:
         logprobs = logits.log_softmax(-1)
         # The inverse of a smaller temperature is infinite in float32: 0 / 0 would be drawn from.
         draws = self.temperature >= torch.finfo(torch.float32).tiny
-        index = self._draw(logits) if draws else logits.argmax(-1)
-        drawn, logprob = int(index), float(logprobs[index])
+        drawn = self._draw(logits) if draws else int(logits.argmax(-1))
+        logprob = float(logprobs[drawn])
         if logprob != logprob:
             raise NotFiniteError("the model's logits are not finite: its weights are too large, or damaged")
         return drawn, logprob
 
-    def _draw(self, logits: Tensor) -> Tensor:
+    def _draw(self, logits: Tensor) -> int:
+        """Return a drawn id. Nothing is sorted where all ids may be drawn."""
         scores = (logits - logits.max()) / self.temperature
-        probabilities, order = scores.softmax(-1).sort(descending=True, stable=True)
+        probabilities, order = scores.softmax(-1), None
+        if self.top_p < 1:
+            probabilities, order = probabilities.sort(descending=True, stable=True)
         sums = probabilities.cpu().double().cumsum(-1)
-        kept = 1 + int((sums[:-1] < self.top_p).sum())  # the fewest that sum to top_p
-        point = torch.rand((), generator=self.generator, dtype=torch.float64) * sums[kept - 1]
-        return order[min(int(torch.searchsorted(sums, point, right=True)), kept - 1)]
+        total = sums[torch.searchsorted(sums[:-1], self.top_p)]  # of the fewest that sum to top_p
+        place = int(torch.searchsorted(sums, self.random.random() * total, right=True))
+        place = min(place, int(torch.searchsorted(sums[:-1], total)))  # the product may be rounded up to the total
+        return place if order is None else int(order[place])
 
 
 @dataclass(frozen=True)

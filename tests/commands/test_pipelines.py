@@ -114,13 +114,14 @@ def test_each_result_comes_before_the_next_row_and_a_signal_ends_the_wait(
     timer = threading.Timer(60, second.kill)  # lest the test wait for ever
     timer.start()
     row, names = json.dumps({"text": "some words", "n": 1} | ({"id": "a"} if named else {})).encode() + b"\n", []
+    vectors = None
     for _ in range(3):
         second.stdin.write(row)
         second.stdin.flush()
         if command == "score":
             names.append(json.loads(second.stdout.readline())["doc_id"])
         else:
-            vectors = vectors if names else ipc.open_stream(second.stdout)
+            vectors = vectors or ipc.open_stream(second.stdout)
             names += vectors.read_next_batch()["doc_id"].to_pylist()
     assert names == (["a", "a#1", "a#2"] if named else ["stdin:0", "stdin:1", "stdin:2"])
     second.stdin.write(20 * row)

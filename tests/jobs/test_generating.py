@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from builders import tiny_model
+from files import write_lines
 from pattern_nets import WINDOW, WORDS, foreign, generated, native, prompt
+from processes import invoke
 
 from longnet_cli.attention import Pattern
 from longnet_cli.basics.errors import ConfigError, DataError, NotFiniteError
 from longnet_cli.data.documents import Document
 from longnet_cli.jobs.generating import Sampler, Step, generate
+from longnet_cli.nets.longnet import LongNet
 
 
 def text_of(steps: list[Step]) -> str:
@@ -72,6 +78,21 @@ def test_a_seed_gives_the_same_text_in_any_company() -> None:
     generated(model, 20, seed=1, **options)
     assert [x.id for x in generated(model, seed=1, chunk=9, **options)] == [x.id for x in first]
     assert [x.id for x in generated(model, seed=2, **options)] != [x.id for x in first]
+
+
+def test_many_equal_prompts_follow_the_distribution_of_the_model(tmp_path: Path) -> None:
+    """By a chi-squared test. Each prompt has random numbers of its own, which depend on the seed and on its number."""
+    model, text = tiny_model(tmp_path / "model", position="rope"), "the same prompt"
+    path = write_lines(tmp_path / "x.jsonl", [{"text": text}] * 200)
+    words = ["-m", model, "--temperature", 1.3, "-n", 1, "--seed", 7, "--format", "jsonl", "-q"]
+    printed = invoke("generate", "-i", path, *words).stdout
+    net = LongNet.from_pretrained(model)
+    shares = (net.logits(net(torch.tensor([[256, *text.encode()]])))[0, -1].double() / 1.3).softmax(-1).detach()
+    tenth = (shares.cumsum(0) * 10).long().clamp(max=9)  # of the probabilities, by id
+    drawn = torch.bincount(tenth[[json.loads(line)["tokens"][0] for line in printed.splitlines()]], minlength=10)
+    expected = 200 * torch.zeros(10).double().index_add(0, tenth, shares)
+    assert ((drawn - expected) ** 2 / expected).sum() < 27.9  # of 9 degrees of freedom: one in a thousand is above
+    assert invoke("generate", "-i", path, *words).stdout == printed
 
 
 def test_it_ends_at_an_id_at_a_text_and_at_the_last_position() -> None:
