@@ -83,7 +83,7 @@ def read_batches(table: Table, columns: Columns, *, in_turn: bool = True) -> Ite
     for index, batch in enumerate(table.read(columns.names)):
         with reading(f"{table.where}, batch {index}"):
             arrays = {name: pick(batch, name) for name in columns.names}
-            column, kept = arrays[columns.documents], {name: _plain(arrays[name]) for name in columns.keep}
+            column, kept = arrays[columns.documents], {name: plain(arrays[name]) for name in columns.keep}
             values = {name: arrays[name].to_pylist() for name in (columns.doc_id, columns.part) if name is not None}
         errors: dict[int, DataError] = {}
         for name, rows in [(None, _nulls(column)), *((name, _none(cells)) for name, cells in values.items())]:
@@ -102,7 +102,7 @@ def read_batches(table: Table, columns: Columns, *, in_turn: bool = True) -> Ite
         raise DataError(f"{table.where}: the table has 0 rows")
 
 
-def _plain(column: pa.Array) -> pa.Array:
+def plain(column: pa.Array) -> pa.Array:
     """Return the same values in a plain type: no dictionary, extension type or view."""
     column = without_views(column)
     if pa.types.is_dictionary(column.type):
@@ -164,9 +164,11 @@ def group_rows(
             if label.error:
                 raise label.error
             if label.part is not None and label.part != expected:
+                missing = "rows are missing, repeated or out of order"
+                why = "in batches a row is a document" if table.rows_alone else missing
                 raise BadRowError(
                     f"{table.place(label.row)}: part {label.part} of document {doc_id!r} stands where part {expected} "
-                    "should: rows are missing, repeated or out of order"
+                    f"should: {why}"
                 )
             yield value
 

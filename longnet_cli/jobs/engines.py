@@ -17,19 +17,18 @@ from functools import cache
 from inspect import Parameter, Signature
 from typing import Any, TypeVar
 
-import numpy as np
 import pyarrow as pa
 
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.notation import read_pattern
-from longnet_cli.basics.errors import ConfigError, DataError, InputWarning, LongNetError, NoTokensError
+from longnet_cli.basics.errors import ConfigError, DataError, InputWarning, NoTokensError
 from longnet_cli.basics.sizes import parse_size
 from longnet_cli.data.columns import ID_COLUMNS, INTEGERS, is_text
-from longnet_cli.data.documents import Document, Unread
 from longnet_cli.data.inputs import Inputs
-from longnet_cli.data.tables import Table, reading, without_views
+from longnet_cli.data.tables import Table, find_column
+from longnet_cli.data.token_columns import plain
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.jobs.encoding import PLACE_FIELDS, EncodeFacts, Encoder, for_model
+from longnet_cli.jobs.encoding import EncodeFacts, Encoder, for_model
 from longnet_cli.jobs.options import EncodeOptions, ScoreOptions
 from longnet_cli.jobs.row_jobs import ModelFacts, RowJob
 from longnet_cli.jobs.scoring.scoring import Scorer
@@ -40,6 +39,7 @@ from longnet_cli.running.reader import Reader
 
 SIZES = {"span", "stride", "dims", "tile_size", "last", "chunk", "context"}
 Options = TypeVar("Options")
+JobAndWords = Callable[[], tuple[RowJob, Tokenizer | None]]
 
 
 @dataclass(frozen=True)
@@ -107,14 +107,11 @@ def encode_batches(batches: Any, **options: Any) -> Any:
     """
     asked, how = _read(options, EncodeOptions, embeds=True)
 
-    @cache
-    def make_job(of_text: bool) -> Encoder:
-        own, facts, _ = _encoding(how.model, how.load(), asked)
-        job = Encoder(how.reader(), own, facts)
-        job.kept_fields = PLACE_FIELDS if of_text else ()
-        return job
+    def job_and_words() -> tuple[RowJob, Tokenizer | None]:
+        own, facts, words = _encoding(how.model, how.load(), asked)
+        return Encoder(how.reader(), own, facts), words
 
-    return _mapped(batches, how, make_job, lambda: _encoding(how.model, how.load(), asked)[2])
+    return _mapped(batches, how, job_and_words)
 
 
 @_with_options_of(ScoreOptions, Reading)
@@ -133,12 +130,11 @@ def score_batches(batches: Any, **options: Any) -> Any:
     options["context"] = context and tuple(_size("context", size) for size in context)
     asked, how = _read(options, ScoreOptions)
 
-    @cache
-    def make_job(of_text: bool) -> Scorer:
-        words = how.load().tokenizer
-        return Scorer(how.reader(), asked, ModelFacts.of(how.load()), count_bytes=words.n_bytes if words else None)
+    def job_and_words() -> tuple[RowJob, Tokenizer | None]:
+        loaded, words = how.load(), how.load().tokenizer
+        return Scorer(how.reader(), asked, ModelFacts.of(loaded), words.n_bytes if words else None), words
 
-    return _mapped(batches, how, make_job, lambda: how.load().tokenizer)
+    return _mapped(batches, how, job_and_words)
 
 
 def _read(given: Mapping[str, Any], kind: Callable[..., Options], **more: Any) -> tuple[Options, Reading]:
@@ -176,22 +172,16 @@ def _encoding(model: str, loaded: Loaded, asked: EncodeOptions) -> tuple[EncodeO
     return own, facts, facts.tokenizer_for(loaded)
 
 
-def _mapped(
-    batches: Any, how: Reading, make_job: Callable[[bool], RowJob], words: Callable[[], Tokenizer | None]
-) -> Any:
-    """Apply a job to a table or to batches, and return the same kind.
-
-    `make_job(of_text)` returns the job for documents of text, or of ids. `words` returns what tokenizes texts.
-    """
-    words, given = cache(words), tables(batches)
+def _mapped(batches: Any, how: Reading, job_and_words: JobAndWords) -> Any:
+    """Apply a job, with what tokenizes texts for it, to a table or to batches, and return the same kind."""
+    given = tables(batches)
     if isinstance(given, pa.Table):
         numbered = not isinstance(batches, pa.Table | pa.RecordBatch)
-        return pa.Table.from_batches(_DocumentTable(given, "table", how, words, numbered).rows(make_job))
+        return pa.Table.from_batches(_rows(given, "table", how, job_and_words, numbered))
 
     def rows() -> Iterator[pa.RecordBatch]:
         for index, batch in enumerate(given):
-            table = pa.Table.from_batches([_checked_batch(batch)])
-            yield from _DocumentTable(table, f"batch {index}", how, words).rows(make_job)
+            yield from _rows(pa.Table.from_batches([_checked_batch(batch)]), f"batch {index}", how, job_and_words)
 
     return (batch for batch in rows() if batch.num_rows)
 
@@ -232,88 +222,36 @@ _NO_TABLE = (
 _MAKES_A_TABLE = {"LazyFrame": ".collect()", "Series": ".to_frame()", "ChunkedArray": "pyarrow.table"}
 
 
-class _DocumentTable:
-    """A table whose rows are documents. Raises ConfigError and DataError for a table that cannot be read this way.
+def _rows(
+    table: pa.Table, where: str, how: Reading, job_and_words: JobAndWords, numbered: bool = False
+) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of a table whose rows are documents, then an empty batch, so that the schema is known if none are.
 
-    If it is `numbered`, its row numbers are the names of the documents unless a column is.
+    If it is `numbered`, its row numbers are the names of the documents unless a column is. Raises ConfigError and
+    DataError for a table that cannot be read this way.
     """
-
-    def __init__(
-        self, table: pa.Table, where: str, how: Reading, words: Callable[[], Tokenizer | None], numbered: bool = False
-    ) -> None:
-        self.table, self.where, self.how, self.words = table, where, how, words
-        self.names = table.schema.names
-        wanted = [how.id_column] if how.id_column else ID_COLUMNS
-        self.id_column = next((name for name in wanted if name in self.names), "")
-        if not self.id_column and (how.id_column or not numbered):
+    wanted, names = [how.id_column] if how.id_column else ID_COLUMNS, table.schema.names
+    if not {*wanted} & {*names}:
+        if how.id_column or not numbered:
             raise ConfigError(
                 f"{where}: there is no column {' or '.join(map(repr, wanted))} that names the documents: choose one "
-                f"(id_column); its columns are {', '.join(self.names)}"
+                f"(id_column); its columns are {', '.join(names)}"
             )
-        for name in how.keep:
-            if name not in self.names:
-                raise ConfigError(f"{where}: there is no column {name!r}; its columns are {', '.join(self.names)}")
-        names = self._plain(self.id_column) if self.id_column else pa.chunked_array([range(len(table))], pa.int64())
-        self.kept = {name: self._plain(name) for name in how.keep}
-        self.doc_ids = names.cast(pa.string())
-        if self.doc_ids.null_count:
-            row = self.doc_ids.is_null().to_pylist().index(True)
-            raise DataError(f"{where}, row {row}, {self.id_column}: the value is null")
-        if "part" in self.names and pa.types.is_integer(table.schema.field("part").type):
-            for row, part in enumerate(table["part"].to_pylist()):
-                if part:
-                    raise DataError(
-                        f"{where}, row {row}: part {part} of document {self.doc_ids[row].as_py()!r}: in batches a row "
-                        "is a document: join its parts, or read the files themselves (longnet encode, longnet score)"
-                    )
-
-    def _plain(self, name: str) -> pa.ChunkedArray:
-        with reading(f"{self.where}, {name}"):
-            column = self.table[name]
-            return pa.chunked_array(map(without_views, column.chunks or [pa.array([], column.type)]))
-
-    def rows(self, make_job: Callable[[bool], RowJob]) -> Iterator[pa.RecordBatch]:
-        """Yield the rows of all documents, then an empty batch, so that the schema is known if there are none."""
-        documents_table, inputs, of_text = self.inputs()
-        job, taken = make_job(of_text), list[int]()
-        if clash := set(job.schema.names) & set(self.how.keep):
-            raise ConfigError(f"keep {min(clash)}: the output has a column of this name")
-
-        def documents() -> Iterator[Document]:
-            for row, document in enumerate(inputs.documents_of(documents_table) if len(self.table) else ()):
-                if len(document) or isinstance(document, Unread) or not job.skips_empty:
-                    taken.append(row)
-                    yield document
-
-        def skip(document: Document, error: LongNetError) -> None:
-            taken.pop()  # the skipped document is always the last one taken
-
-        def batches() -> Iterator[pa.RecordBatch]:
-            with suppress(NoTokensError):  # there may be tokens in other batches
-                yield from job.rows(documents(), on_skip=skip if self.how.skip_bad else None)
-            yield pa.RecordBatch.from_pylist([], job.schema)
-
-        done = 0  # documents
-        for batch in batches():
-            begins = batch["span"].to_numpy() == 0 if "span" in batch.schema.names else np.ones(len(batch), bool)
-            places = pa.array(np.array(taken, int)[done + np.cumsum(begins) - 1])
-            done += int(np.count_nonzero(begins))
-            doc_ids, *kept = (column.take(places).combine_chunks() for column in (self.doc_ids, *self.kept.values()))
-            fields = [self.table.schema.field(name).with_type(column.type) for name, column in self.kept.items()]
-            schema = pa.schema([*batch.schema, *fields], metadata=batch.schema.metadata)
-            yield pa.record_batch([doc_ids, *batch.columns[1:], *kept], schema=schema)
-
-    def inputs(self) -> tuple[Table, Inputs, bool]:
-        """Return the table of documents, one per row, what reads it, and whether the documents are texts."""
-        own = [index for index, name in enumerate(self.names) if name not in (self.id_column, "doc_id", "part")]
-        table = self.table.select(own)
-        documents = Table(self.where, self.where, table.schema, lambda names: iter(table.select(names).to_batches()))
-        vocab_size, skip_bad = self.how.load().net.config.vocab_size, self.how.skip_bad
-        inputs = Inputs((), self.words(), self.how.column, vocab_size=vocab_size, skip_bad=skip_bad)
-        columns = inputs.columns_of(documents)
-        if columns.type in INTEGERS:
-            raise ConfigError(
-                f"{self.where}: column {columns.documents!r} has one id per row: in batches a row is a document, a "
-                "list of ids or a text"
-            )
-        return documents, inputs, is_text(columns.type)
+        table = table.append_column("doc_id", pa.array(range(len(table)), pa.int64()))
+    (job, words), batches = job_and_words(), table.to_batches()
+    opened = Table(where, where, table.schema, lambda names: iter(batches), rows_alone=True)
+    vocab_size = job.reader.model.config.vocab_size
+    inputs = Inputs((), words, how.column, how.id_column, how.keep, vocab_size=vocab_size, skip_bad=how.skip_bad)
+    columns = inputs.columns_of(opened)
+    if columns.type in INTEGERS:
+        raise ConfigError(
+            f"{where}: column {columns.documents!r} has one id per row: in batches a row is a document, a list of ids "
+            "or a text"
+        )
+    places = {name: find_column(table.schema, name) for name in how.keep}
+    kept = [pa.field(name, plain(pa.nulls(0, place.type)).type) for name, place in places.items() if place]
+    job.kept_fields = [*(job.text_fields if is_text(columns.type) else ()), *kept]
+    with suppress(NoTokensError):  # there may be tokens in other batches
+        documents = inputs.documents_of(opened) if len(table) else ()
+        yield from job.rows(documents, on_skip=(lambda *_: None) if how.skip_bad else None)
+    yield pa.RecordBatch.from_pylist([], job.schema)

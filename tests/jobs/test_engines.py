@@ -81,7 +81,7 @@ def test_batches_without_rows_or_tokens_have_no_vectors() -> None:
         (
             {"id": ["a"], "text": ["a"]},
             {"keep": ("lang",)},
-            "table: there is no column 'lang'; its columns are id, text",
+            "table: there is no column 'lang'; its columns are id: string, text: string",
         ),
         ({"id": ["a"], "body": ["a"]}, {}, "no column named input_ids"),
         ({"id": ["a"], "ids": [1]}, {}, "a row is a document"),
