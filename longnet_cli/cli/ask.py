@@ -57,12 +57,12 @@ def ask(options: AskCommand) -> None:
         raise ConfigError("ask is for one process, and torchrun has started several: start one")
     names, questions = _inputs_and_questions(options)
     documents = shared.Documents(names, column=options.column, id_column=options.id_column, skip_bad=options.skip_bad)
-    named = ModelAndInputs(documents, shared.ModelChoice(options.model, options.update), None)
+    named = ModelAndInputs(documents, shared.ModelChoice(options.model, options.update))
     opened = named.open(shared.Mesh(), options.computing, dry_run=False, chat=None)
     from longnet_cli.data.passages import PassageIndex
     from longnet_cli.jobs.asking import answer
 
-    inputs, quiet = named.inputs(opened.loaded, None), opened.quiet
+    inputs, quiet = opened.inputs(None), opened.quiet
     with closing(PassageIndex(options.index)) as index:
         with progress("indexing", inputs.num_bytes(), "B", quiet=quiet) as advance:
             index.update(inputs, advance, opened.left_out.skip)

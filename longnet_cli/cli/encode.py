@@ -96,5 +96,6 @@ def encode(options: EncodeCommand) -> None:
     output = Output(options.output, options.shard_rows, options.shard_format, options.running.resume)
     if options.running.dry_run:
         plan(opened, job, inputs, output, options.running.sample, options.format)
-    else:
-        opened.run(job, inputs, output)
+        return
+    opened.run(job, inputs, output)
+    opened.end()

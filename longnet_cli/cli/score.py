@@ -125,6 +125,7 @@ def score(options: ScoreCommand) -> None:
         return
     with _token_logprobs(options, opened) as job.on_tokens:
         opened.run(job, inputs, to)
+    opened.end()
 
 
 def _check(options: ScoreCommand, keys: set[str]) -> None:

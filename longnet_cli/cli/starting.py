@@ -206,12 +206,8 @@ class Opened:
         )
 
     def run(self, job: RowJob, inputs: Inputs, output: Output) -> None:
-        """Write the rows of a job, with progress. Then leave the ranks, and say how many rows there are.
-
-        The last line says what is left out. If documents are, the first rank exits with code 6.
-        """
+        """Write the rows of a job, with progress, and say how many there are."""
         from longnet_cli.jobs.row_jobs import Telling, run
-        from longnet_cli.running.ranks.ranks import leave
 
         quiet, expected, path = self.quiet, ExpectedTokens(), str(output.path)
         tell_state = state_teller(job.reader, quiet=quiet)
@@ -234,8 +230,13 @@ class Opened:
             counts = f"{written['rows']:,} {job.row_name}{'s' * (written['rows'] != 1)}"
             tokens = f"{format_count(written['tokens'])} token{'s' * (written['tokens'] != 1)}"
             tell(f"{counts} of {tokens} -> {'stdout' if path == '-' else path}", quiet)
+
+    def end(self) -> None:
+        """Leave the ranks, and say what is left out. If documents are, the first rank exits with code 6."""
+        from longnet_cli.running.ranks.ranks import leave
+
         leave()
-        end(self.left_out, first=self.ranks.writes, quiet=quiet)
+        end(self.left_out, first=self.ranks.writes, quiet=self.quiet)
 
 
 class ReadingCommand(Protocol):
@@ -331,7 +332,7 @@ class ModelAndInputs:
         refusal: ConfigError | None = None,
         *,
         dry_run: bool,
-        chat: bool = False,
+        chat: bool | None = False,
     ) -> Opened:
         """Start the ranks, and load the model on each of them. For `chat`, see `ModelFolder.load`."""
         check_spill(computing.spill)
