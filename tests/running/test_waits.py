@@ -5,6 +5,7 @@ A GPU computes while the host prepares what comes next, until the host asks for 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +23,7 @@ from longnet_cli.data.documents import Document
 from longnet_cli.jobs.scoring import scoring
 from longnet_cli.jobs.training.loop import train
 from longnet_cli.jobs.training.recipe import load_recipe
+from longnet_cli.jobs.training.windows import TokenStream
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.running import reader
@@ -47,7 +49,7 @@ class Asked(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_a_training_step_of_four_chunks_waits_once(tmp_path: Path) -> None:
+def test_a_training_step_of_four_chunks_waits_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = pa.table({"input_ids": pa.array([TOKENS], pa.large_list(pa.int64()))})
     with pa.ipc.new_file(tmp_path / "tokens.arrow", table.schema) as file:
         file.write_table(table)
@@ -60,10 +62,15 @@ def test_a_training_step_of_four_chunks_waits_once(tmp_path: Path) -> None:
         },
     )  # fmt: skip
     counts: list[int] = []
+    reads: list[int] = []  # how often the host had waited before
+    read_into = TokenStream.read_into
     with Asked() as asked:
+        monkeypatch.setattr(TokenStream, "read_into", lambda *x: reads.append(asked.number) or read_into(*x))
         train(recipe, tmp_path / "run", on_step=lambda *_: counts.append(asked.number))
     # the first step also finds the attention kernel
     assert [after - before for before, after in pairwise(counts)] == [1, 1, 1]
+    # eleven reads without fetching: those of the first chunk become one, before the host waits for the step before
+    assert [Counter(reads)[count] for count in counts] == [9, 9, 8, 0]
 
 
 def test_scoring_asks_for_a_chunk_when_the_next_is_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:

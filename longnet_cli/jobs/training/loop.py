@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import platform
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -62,6 +64,29 @@ class TrainResult:
     loss: float
     output: Path
     best: float | None
+
+
+class _Ahead(Iterator[tuple[Batch, dict[str, Any]]]):
+    """Batches, of which the next may be fetched early. What the fetching raises, is raised when its turn comes."""
+
+    def __init__(self, batches: Iterator[tuple[Batch, dict[str, Any]]], tokens: int) -> None:
+        self._batches, self._tokens = batches, tokens
+        self._fetched: list[Future[tuple[Batch, dict[str, Any]]]] = []
+
+    def fetch(self) -> None:
+        """Take the next batch, and read the first `tokens` of its windows."""
+        self._fetched.append(Future())
+        try:
+            batch, position = next(self._batches)
+            batch.fetch(self._tokens)
+            self._fetched[0].set_result((batch, position))
+        except Exception as error:  # also that there is none
+            self._fetched[0].set_exception(error)
+
+    def __next__(self) -> tuple[Batch, dict[str, Any]]:
+        if not self._fetched:
+            self.fetch()
+        return self._fetched.pop().result()
 
 
 @dataclass
@@ -192,11 +217,14 @@ class _TrainingRun:
     def go(self, signals: Signals, on_step: OnStep) -> TrainResult:
         """Train to the end, or until a signal or a failure."""
         self.signals, line = signals, None
+        gc.freeze()  # a collection need not walk the documents, the model and what was imported
         try:
             if self.progress.step:  # the run may have stopped before this step's report
                 line = self._report()
-            for batch, position in self._batches():
-                tokens = self._step(batch, position)
+            # with several ranks, a sequence's first chunk is that of one of them
+            batches = _Ahead(self._batches(), self.recipe.train.chunk + 1 if self.ranks.sp == 1 else 0)
+            for batch, position in batches:
+                tokens = self._step(batch, position, batches.fetch)
                 try:
                     line = self._report() or line
                 finally:  # also if a signal ends its evaluation: the step is done, and is saved
@@ -213,6 +241,7 @@ class _TrainingRun:
             self.save()
             raise DataError(f"{error}; the {self.progress.step} steps before it are saved in {self.output}") from None
         finally:
+            gc.unfreeze()
             self.checkpoints.wait()
             for tracker in self.trackers:
                 tracker.close()
@@ -227,7 +256,7 @@ class _TrainingRun:
             end += stage.steps
             yield from islice(windows, min(stage.steps, max(0, end - self.progress.step)))
 
-    def _step(self, batch: Batch, position: dict[str, Any]) -> int:
+    def _step(self, batch: Batch, position: dict[str, Any], fetch_next: Callable[[], None]) -> int:
         """Run one optimizer step; return the tokens that all ranks read. Nothing changes before the optimizer runs."""
         recipe, train, ranks, eos_id = self.recipe, self.recipe.train, self.ranks, self.data.eos_id
         # what is predicted from what, and where documents start in it
@@ -252,6 +281,7 @@ class _TrainingRun:
         )
         fsdp.sum_gradients(self.model, ranks, nll)
         total_norm = fsdp.clip_gradients(self.model, recipe.optimizer.clip)
+        fetch_next()  # while the device computes
         loss, norm = torch.stack((nll / count, total_norm.double())).tolist()  # the only wait for the device
         self._refuse_divergence(loss, norm, position)
         # the new weights

@@ -69,18 +69,27 @@ class TokenStream:
 
 
 class Batch:
-    """Windows of streams as (rows, tokens) ids, none of them in memory.
+    """Windows of streams as (rows, tokens) ids, none of them in memory but those that are fetched.
 
     `numbers` gives the number of each row's window in the run.
     """
 
     def __init__(self, starts: Sequence[tuple[TokenStream, int]], tokens: int, numbers: Sequence[int]) -> None:
         self.starts, self.shape, self.numbers = starts, (len(starts), tokens), numbers
+        self._fetched = np.empty((len(starts), 0), np.int64)
+
+    def fetch(self, tokens: int) -> None:
+        """Read the first `tokens` of each window before they are asked for."""
+        stop = min(tokens, self.shape[1])
+        self._fetched = np.stack([self.read(row, 0, stop) for row in range(self.shape[0])])
 
     def read(self, row: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Return the ids [start, stop) of a window, (stop - start,) int64. Reads only these, and checks no bounds."""
         stream, position = self.starts[row]
-        out = np.empty((self.shape[1] if stop is None else stop) - start, np.int64)
+        stop = self.shape[1] if stop is None else stop
+        if stop <= self._fetched.shape[1]:
+            return self._fetched[row, start:stop]
+        out = np.empty(stop - start, np.int64)
         if len(out):
             stream.read_into(out, position + start)
         return out
