@@ -117,7 +117,7 @@ def score(options: ScoreCommand) -> None:
     from longnet_cli.jobs.scoring.scoring import Scorer
 
     job = Scorer(opened.reader(), asked, ModelFacts.of(loaded), words.n_bytes if words else None, top=bool(options.top))
-    inputs = opened.inputs(words)
+    inputs = opened.inputs(words.for_documents() if words and options.token_logprobs else words)
     sink = _printing(options, opened) if output is None or output.endswith(".jsonl") else None
     to = Output(output or "-", options.shard_tokens, resume=options.running.resume, sink=sink)
     if options.running.dry_run:

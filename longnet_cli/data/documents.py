@@ -194,17 +194,17 @@ def _spool(arrays: list[np.ndarray]) -> list[np.ndarray]:
 class TextPlaces:
     """The places of spans in the text of one document, in characters; spans come in order.
 
-    A byte-level tokenizer whose tokens are the text's bytes has places by counting: spans then tile the text, and a
-    leading space belongs to the token after it. Counting needs nothing but the ids, so it is done when places are asked
-    for. All other tokenizers (words, SentencePiece, a normalizer that changed the text) have the places that the
-    library gives, which are kept beside the ids.
+    A byte-level tokenizer that `spells` texts has places by counting: spans then tile the text, and a leading space
+    belongs to the token after it. Counting needs nothing but the ids, so it is done when places are asked for. All
+    other tokenizers (words, SentencePiece, a normalizer that may change the text) have the places that the library
+    gives, which are kept beside the ids if the tokenizer `tells_places`.
     """
 
     def __init__(self, document: Document) -> None:
         self.document = document
         self._position = self._begun = 0
         self._counts, words = False, document.tokenizer
-        if words is not None and document.places is None and words.token_bytes is not None:
+        if words is not None and document.places is None and words.spells:
             steps = range(0, len(document), BLOCK)
             sizes = (words.n_bytes(document.read(i, i + BLOCK)) or 0 for i in steps)
             self._counts = sum(sizes) == document.n_bytes  # otherwise the tokenizer dropped some of the text

@@ -27,6 +27,7 @@ AT_SIGN = re.compile(f"(?<=[^\\W\\d_])(?=[{re.escape(CUT_BEFORE)}])")
 # character by character.
 AT_SPACE = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])")
 LOCAL = {"BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Precompiled", "Replace", "StripAccents"}
+SPACES = " {2,}"  # the regular expression of SentencePiece's own `Replace`: no cut is beside several spaces
 # Characters on each side of a cut whose tokens must be the same with and without it. So many are enough: what could
 # join the two sides is a rule about a few characters beside the cut, or a special token, which is no longer than this.
 REACH = 512
@@ -119,8 +120,11 @@ def _cut_of_words(inner: tokenizers.Tokenizer, description: Mapping[str, Any]) -
 
 
 def _steps(normalizer: Any) -> set[str]:
-    """Return the types of the steps of a normalizer of a tokenizer.json."""
+    """Return the types of the steps of a normalizer of a tokenizer.json; for an unbounded `Replace`, its pattern."""
     if not isinstance(normalizer, dict):
         return set()
-    steps = normalizer.get("normalizers")
-    return set().union(*map(_steps, steps)) if isinstance(steps, list) else {str(normalizer.get("type"))}
+    steps, pattern = normalizer.get("normalizers"), normalizer.get("pattern", {})
+    if isinstance(steps, list):
+        return set().union(*map(_steps, steps))
+    unbounded = pattern.get("Regex", SPACES) != SPACES or len(pattern.get("String", "")) > REACH
+    return {str(pattern if unbounded else normalizer.get("type"))}

@@ -358,8 +358,7 @@ class Tokenizer:
         if self._prompt:
             beginning = next(filter(None, parts), None)
             parts = iter(()) if beginning is None else chain((self._prompt + beginning,), parts)
-        counted = self.splits_special and (self.is_bytes or self._cut is AT_SIGN)  # places, when they are asked for
-        placed = self.tells_places and bool(self._prompt or not counted)
+        placed = self.tells_places and bool(self._prompt or not self.spells)
         place, skip = -len(self._prompt), len(self.prompt_ids)
         cutter = self.cutter(parts)
         while pieces := cutter.take(PLACED_GROUP if placed else GROUP):
@@ -492,6 +491,11 @@ class Tokenizer:
             and not pre["add_prefix_space"]
             and all(added["special"] for added in self.added_tokens)
         )
+
+    @property
+    def spells(self) -> bool:
+        """Whether the bytes of a text's ids are the text's, one after the other: then places are counted from ids."""
+        return self.splits_special and (self.is_bytes or self._cut is AT_SIGN)
 
     @cached_property
     @library_call()

@@ -13,10 +13,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pyarrow.ipc as ipc
 import pytest
 import tokenizers
+from builders import tiny_net
 from hypothesis import example, given
 from hypothesis import strategies as st
+from processes import invoke
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from longnet_cli.basics.errors import ConfigError
@@ -110,6 +113,12 @@ def test_a_tokenizer_whose_words_cross_the_cuts_is_not_cut(monkeypatch):
     inner.pre_tokenizer = pre_tokenizers.Metaspace()
     inner.normalizer = normalizers.Prepend("b")  # before all that it is given: each piece would get one
     assert Tokenizer(inner).encode(text).tolist() == inner.encode(text).ids
+    comment = "a <" + " a b" * text_pieces.REACH + "> b"
+    for pattern in (tokenizers.Regex("<.*>"), comment[2:-2]):  # it may be longer than what is seen of it beside a cut
+        inner.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(pattern, "b")])
+        assert Tokenizer(inner).encode(comment).tolist() == inner.encode(comment).ids
+    inner.normalizer = normalizers.Replace(tokenizers.Regex(" {2,}"), " ")  # as most of SentencePiece's kind have
+    assert len(Tokenizer(inner).cutter([comment]).take(len(comment))) > 100
 
 
 @pytest.mark.parametrize("text", ["the cat sat " * 100_000, "漢" * 3_000_000, "ACGT" * 700_000 + " end", "a1" * 99_999])
@@ -324,6 +333,25 @@ def test_places_are_the_tokenizers_offsets(kind: str, pieces: list[str]) -> None
             else:
                 assert place[0] == place[1]
     assert places.of(0, len(found)) == (min(s for s, _ in spoken), max(e for _, e in spoken))
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.ci][: kind != "bytes with NFC"]) for kind in KINDS]
+)
+def test_score_writes_the_place_of_each_token(tmp_path: Path, kind: str) -> None:
+    """Not counted from ids because the normalizer made the text longer and then shorter by as much."""
+    inner, texts = made(kind), [CHANGED, CASES, "the net  reads"]
+    tiny_net(vocab_size=310).save_pretrained(tmp_path / "model", inner.to_str())
+    for index, text in enumerate(texts):
+        (tmp_path / f"{index}.txt").write_text(text)
+    result = invoke(
+        "score", *sorted(tmp_path.glob("*.txt")), "-m", tmp_path / "model", "--token-logprobs", tmp_path / "t.arrow"
+    )
+    assert result.exit_code == 0, result.output
+    for row, text in zip(ipc.open_file(tmp_path / "t.arrow").read_all().to_pylist(), texts, strict=True):
+        places = TextPlaces(document(inner, text))
+        wanted = [places.of(row["start"] + i, row["start"] + i + 1) for i in range(len(row["input_ids"]))]
+        assert [*zip(row["char_start"], row["char_end"], strict=True)] == wanted
 
 
 @pytest.mark.parametrize(
