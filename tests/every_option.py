@@ -65,7 +65,7 @@ OPTIONS = {
     "convert": """
 ../in/native -o out --dtype fp32
 --output              files      -o out | -o other @ ../in/native --dtype fp32
---dtype               types      --dtype fp16 | --dtype fp32 @ ../in/native -o out
+--dtype               types      --dtype float16 | --dtype fp32 @ ../in/native -o out
 --heads               rows       --heads 8 @ ../in/slide.pth -o out
 --segment-lengths     rows       --segment-lengths 16,32,64,128,256 @ ../in/slide.pth -o out
 --dilation-rates      rows       --dilation-rates 1,2,4,8,9 @ ../in/slide.pth -o out
@@ -96,7 +96,7 @@ OPTIONS = {
 --shard               pieces     --shard full @ ../in/recipe.json -o run --nproc 2
 --pattern             rows       --pattern 8/1
 {DEVICE}
---dtype               rows       --dtype bf16
+--dtype               rows       --dtype bfloat16
 --chunk               memory     --chunk 16Ki | --chunk 1Ki @ ../in/recipe.json -o run --data ../in/long.txt --seq-len 16Ki --steps 1
 --spill               opened     --spill ../in/spill @ ../in/recipe.json -o run --chunk 8
 --quiet               stderr     -q
@@ -134,7 +134,7 @@ OPTIONS = {
 --dry-run             stdout     --dry-run @ {READING}
 --sample              stdout     --sample 2 @ ../in/rows.jsonl -m ../in/native --dry-run
 {RANKS}{DEVICE}
---dtype               rows       --dtype bf16
+--dtype               rows       --dtype bfloat16
 --chunk               memory     --chunk 16Ki | --chunk 1Ki @ {LONG}
 --spill               opened     --spill ../in/spill @ {READING} --format jsonl --chunk 32 {CHOSEN}
 --quiet               stderr     -q @ {READING} --format jsonl --pattern window:8

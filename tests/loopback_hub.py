@@ -86,9 +86,9 @@ def loopback_hub() -> Iterator[LoopbackHub]:
                 self.close_connection = True
                 return
             path = self.path.partition("?")[0]
-            if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/revision/([^/]+)", path):
+            if match := re.fullmatch(r"/api/models/((?:[^/]+/)?[^/]+)/revision/([^/]+)", path):
                 self.info(*match.groups())
-            elif match := re.fullmatch(r"/(cdn/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            elif match := re.fullmatch(r"/(cdn/)?((?:[^/]+/)?[^/]+)/resolve/([^/]+)/(.+)", path):
                 self.file(*match.groups())
             else:
                 self.answer(404)

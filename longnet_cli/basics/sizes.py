@@ -1,4 +1,4 @@
-"""Numbers for people: sizes as a person writes them, and counts, bytes and seconds as texts.
+"""Numbers for people: sizes and types as a person writes them, and counts, bytes and seconds as texts.
 
 `1e9`, `1_000_000`, `32k`, `1.5M`, `64Ki`: the letters k, M, G, T are powers of 1000; Ki, Mi, Gi, Ti powers of 1024.
 """
@@ -13,6 +13,7 @@ from fractions import Fraction
 _SIZE = re.compile(r"(\d+(?:_\d+)*(?:\.\d*)?|\.\d+)(?:e\+?(\d{1,2}))?(?:([kmgt])(i?))?", re.ASCII | re.IGNORECASE)
 _BYTES = (" B", " KiB", " MiB", " GiB", " TiB", " PiB", " EiB")
 MAX_SIZE = 2**63 - 1  # what an int64 position can hold
+DTYPES_OF_TORCH = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # and our names of them
 _SIZE_EXAMPLES = "write 1000000, 1_000_000, 1e6, 1M (10^6) or 64Ki (64 x 1024)"
 
 

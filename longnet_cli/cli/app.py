@@ -19,7 +19,7 @@ from longnet_cli import __version__
 from longnet_cli.basics.errors import ConfigError, InputWarning, LongNetError, MemoryLimitError, is_out_of_memory
 from longnet_cli.cli.ask import ask
 from longnet_cli.cli.bench import bench
-from longnet_cli.cli.command import Command, CommandGroup, takes_options
+from longnet_cli.cli.command import USAGE_ERROR, Command, CommandGroup, takes_options
 from longnet_cli.cli.convert import convert
 from longnet_cli.cli.data import data
 from longnet_cli.cli.encode import encode
@@ -44,8 +44,6 @@ COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
     "Data": (tokenize,),
     "Tools": (pattern, plot, bench, convert),
 }
-
-USAGE_ERROR: Any = typer.BadParameter.__base__  # click's, or that of the copy of click in typer
 
 _python_warning = warnings.showwarning
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.basics.sizes import format_bytes, format_count, format_duration
 from longnet_cli.cli import options as shared
-from longnet_cli.cli.options import COMPUTE, OUTPUT, PATTERN, Dtype, HelpPanel, read_pattern
+from longnet_cli.cli.options import COMPUTE, OUTPUT, PATTERN, HelpPanel, read_pattern
 from longnet_cli.cli.output import RowFormat, RowWriter, tell
 from longnet_cli.cli.progress import progress
 
@@ -75,7 +75,7 @@ class BenchCommand:
     vocab: int | None = MODEL.size("--vocab SIZE", "Use a vocabulary of this size, with random weights. (default: 256)")
     format: RowFormat = OUTPUT.option("--format md|json|jsonl|csv", "Print rows in this format.", default="md")
     device: str = shared.device_option()
-    dtype: Dtype = shared.dtype_option()
+    dtype: str = shared.dtype_option()
     chunk: int | None = COMPUTE.size(
         "--chunk SIZE", "Compute this many tokens at a time. (default: all; from 1e6 causal tokens 64Ki, 1Mi on a GPU)"
     )

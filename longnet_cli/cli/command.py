@@ -19,8 +19,15 @@ from typer.core import TyperCommand, TyperGroup
 from longnet_cli.basics.errors import ConfigError, LongNetError
 from longnet_cli.basics.sizes import MAX_SIZE
 
+USAGE_ERROR: Any = typer.BadParameter.__base__  # click's, or that of the copy of click in typer
 OTHER = "Other"  # the last panel
 SIZES = "SIZE: 32k is 32000, 32Ki is 32768."
+# What options of other programs are here: the last word is an option of the command, or else the next one counts.
+ELSEWHERE = {
+    "--batch-size": ("batches are made by --chunk",),
+    **dict.fromkeys(("--max-length", "--max-model-len", "--ctx-size"), ("it is --context", "it is --max-tokens")),
+    "--max-new-tokens": ("it is --max-tokens",),
+}
 BARE = "\0"  # stands for an omitted value: no word of a command line can hold it
 
 
@@ -102,6 +109,11 @@ class Command(TyperCommand):
             raise ConfigError(
                 f"{name} took '{value}' as its value, and no {missing.metavar} is left: write {name} last"
             ) from None
+        except USAGE_ERROR as error:
+            said = ELSEWHERE.get(getattr(error, "option_name", ""), ())
+            for meant in (meant for meant in said if any(meant.split()[-1] in option.opts for option in options)):
+                raise ConfigError(f"there is no {error.option_name} here: {meant}") from None
+            raise
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command. Raises ConfigError for a refused value, LongNetError for a closed stdout."""

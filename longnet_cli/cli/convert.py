@@ -7,7 +7,7 @@ from dataclasses import MISSING, dataclass
 from typing import Literal
 
 from longnet_cli.cli import options as shared
-from longnet_cli.cli.options import OUTPUT, Dtype, HelpPanel, argument
+from longnet_cli.cli.options import OUTPUT, HelpPanel, argument
 from longnet_cli.cli.output import tell
 from longnet_cli.cli.starting import ask_hub
 
@@ -27,7 +27,7 @@ class ConvertCommand:
     output: str = OUTPUT.option(
         "--output -o DIR", "Write the model and its tokenizer to this new folder.", default=MISSING
     )
-    dtype: Dtype = OUTPUT.option(
+    dtype: str = OUTPUT.option(
         "--dtype auto|fp32|bf16|fp16",
         "Write weights of this type; fp32 holds exactly what the file says. (default: the file's own, bf16 if "
         "quantized; required for a LongNet)",

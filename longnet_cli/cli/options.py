@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import typer
 
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.basics.sizes import parse_size, parse_sizes
+from longnet_cli.basics.sizes import DTYPES_OF_TORCH, parse_size, parse_sizes
 from longnet_cli.cli.command import BARE, OTHER
 
 if TYPE_CHECKING:
     from longnet_cli.attention import Pattern
 
-Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 Format = Literal["text", "json"]
 
 
@@ -49,6 +48,13 @@ def _option_parser(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return parse_option
 
 
+def parse_dtype(text: str, names: Sequence[str] = ("auto", "fp32", "bf16", "fp16")) -> str:
+    """Return the name of a type of numbers, which may be written as in torch: float32, bfloat16, float16."""
+    if (name := DTYPES_OF_TORCH.get(text, text)) not in names:
+        raise ValueError(f"'{text}' is none of {', '.join(names)}")
+    return name
+
+
 def parse_names(text: str) -> tuple[str, ...]:
     """Parse `title,meta.url`: names with commas between them, each once."""
     names = tuple(name.strip() for name in text.split(","))
@@ -63,6 +69,8 @@ PARSERS: dict[str, Callable[[Any], Any]] = {
     "NAME,...": parse_names,
     "COLUMN,...": parse_names,
     "auto|cpu|cuda[:i]": parse_device,
+    "auto|fp32|bf16|fp16": parse_dtype,
+    "auto|fp32|bf16": partial(parse_dtype, names=("auto", "fp32", "bf16")),
 }
 
 
@@ -277,7 +285,7 @@ class Computing:
     """The device and the memory that a process computes with."""
 
     device: str = device_option()
-    dtype: Dtype = dtype_option()
+    dtype: str = dtype_option()
     chunk: int | None = COMPUTE.size(
         "--chunk SIZE",
         "Process this many tokens at a time. Fewer need less memory and change no result. (default: what fits the "

@@ -321,7 +321,7 @@ class ModelAndInputs:
 
         for option, path in outputs.items():
             if path is not None:
-                refuse_other_suffix(option, path)
+                refuse_other_suffix(option, path, self.embeds)
                 refuse_overwriting(option, [path], self.sources, self._files)
 
     def open(

@@ -27,10 +27,11 @@ from longnet_cli.data.documents import Document, Unread
 from longnet_cli.data.names import Sources
 
 SHARD_VERSION = 1
-OUTPUT_SUFFIXES = (".arrow", ".feather", ".parquet", ".jsonl")  # names of one file; any other name is a folder
+# Names of one file, the last of vectors; any other name is a folder
+OUTPUT_SUFFIXES = (".arrow", ".feather", ".parquet", ".jsonl", ".npy")
 # Endings of files that we do not write. Any other ending, as in run.v2, may be a folder's.
 _OTHER_SUFFIX = re.compile(
-    r"\.(csv|tsv|txt|json|ndjson|npy|npz|pt|pth|bin|safetensors|h5|hdf5|pkl|pickle|gz|bz2|xz|zst|zip|tar|tgz|7z|ipc|pq|orc"
+    r"\.(csv|tsv|txt|json|ndjson|npz|pt|pth|bin|safetensors|h5|hdf5|pkl|pickle|gz|bz2|xz|zst|zip|tar|tgz|7z|ipc|pq|orc"
     r"|avro|lance|db|sqlite3?|duckdb|xlsx?|html|md|ya?ml|toml|xml|log)",
     re.IGNORECASE,
 )
@@ -55,12 +56,15 @@ def is_folder(output: str | Path, *, resume: bool = False) -> bool:
     return folder
 
 
-def refuse_other_suffix(option: str, output: str | Path) -> None:
-    """Raise ConfigError if an output, unless it exists, has the name of a kind of file that is not written."""
-    suffix = Path(output).suffix
-    other = _OTHER_SUFFIX.fullmatch(suffix) or suffix.lower() in {*OUTPUT_SUFFIXES} - {suffix}
+def refuse_other_suffix(option: str, output: str | Path, vectors: bool = True) -> None:
+    """Raise ConfigError if an output, of `vectors` or not, has the name of a kind of file that is not written.
+
+    A file that exists has any name.
+    """
+    suffix, written = Path(output).suffix, OUTPUT_SUFFIXES if vectors else OUTPUT_SUFFIXES[:-1]
+    other = _OTHER_SUFFIX.fullmatch(suffix) or (suffix not in written and suffix.lower() in OUTPUT_SUFFIXES)
     if other and not Path(output).exists():
-        kinds = f"{', '.join(OUTPUT_SUFFIXES[:-1])} or {OUTPUT_SUFFIXES[-1]}"
+        kinds = f"{', '.join(written[:-1])} or {written[-1]}"
         raise ConfigError(f"{option} {output}: {suffix} is not written: the name of a file ends in {kinds}")
 
 
@@ -121,6 +125,7 @@ class ShardWriter:
     """A context manager that writes record batches of one schema, each as it comes, to a path or to stdout.
 
     `NAME.parquet` is Parquet. `NAME.jsonl` is JSON Lines: one object per row, null for a number that is not finite.
+    `NAME.npy` has the column `embedding` alone, as an array of NumPy.
     Any other name is an uncompressed Arrow IPC file, and `-` an Arrow IPC stream on stdout. After an error nothing is
     left under the final name, and a stream on stdout ends without its end-of-stream marker, so that its reader
     notices. Raises ConfigError when stdout is a terminal or the path cannot be opened, LongNetError when a write
@@ -174,6 +179,8 @@ class ShardWriter:
                 raise ConfigError(f"{self.output}: {problem}") from error
         if str(self.output).endswith(".jsonl"):
             return _JsonLines(self._sink)
+        if str(self.output).endswith(".npy"):
+            return _Vectors(self._sink, self.schema)
         return ipc.new_file(self._sink, self.schema)
 
 
@@ -213,6 +220,30 @@ class _JsonLines:
 
     def close(self) -> None:
         """Do nothing: JSON Lines have no end to write."""
+
+
+class _Vectors:
+    """A writer of the column `embedding` as an array (rows, dim), with the two methods that pyarrow's writers have."""
+
+    def __init__(self, sink: BinaryIO, schema: pa.Schema) -> None:
+        if "embedding" not in schema.names or "layers" in schema.names:
+            raise ConfigError("an array of NumPy (.npy) holds one vector for each row: name an .arrow file")
+        self._sink, self._kind, self._rows = sink, schema.field("embedding").type, 0
+        self._write_header()
+
+    def _write_header(self) -> None:  # it has room for any number of rows
+        dtype = np.dtype(self._kind.value_type.to_pandas_dtype())
+        shape = (self._rows, self._kind.list_size)
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(self._sink, header)
+
+    def write_batch(self, batch: pa.RecordBatch) -> None:
+        self._sink.write(batch["embedding"].flatten().to_numpy().tobytes())
+        self._rows += batch.num_rows
+
+    def close(self) -> None:
+        self._sink.seek(0)
+        self._write_header()
 
 
 def token_schema(*, vocab_size: int, eos_id: int | None, tokenizer_sha256: str | None) -> pa.Schema:

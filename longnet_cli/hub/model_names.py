@@ -1,20 +1,19 @@
 """Models by name: those that ship with `longnet`, with the names of a model folder's files, and those on a hub.
 
-    ORG/NAME                  the branch main
+    ORG/NAME                  the branch main; an old model may have no ORG (gpt2)
     ORG/NAME@REVISION         a branch, a tag or a commit
     ORG/NAME:FILE.gguf        a file of the repository
     PATH/models--ORG--NAME    the folder of a repository in a cache
 
-`Repository.of` takes such a name apart. A path that exists is none. A model of a hub is taken from the cache of
-huggingface_hub (the extra `hf`), without the network, or downloaded into it; `refresh` asks the hub. Only files that
-`longnet` reads are downloaded. The variables of huggingface_hub (HF_HUB_OFFLINE, HF_HOME, ...) hold.
+`_on_hub` takes such a name apart. A path that exists is none, and neither is what ships. A model of a hub is taken from
+the cache of huggingface_hub (the extra `hf`), without the network, or downloaded into it; `refresh` asks the hub. Only
+files that `longnet` reads are downloaded. The variables of huggingface_hub (HF_HUB_OFFLINE, HF_HOME, ...) hold.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
@@ -51,6 +50,12 @@ def model_path(name_or_path: str) -> Path:
     return preset_dir() / name_or_path
 
 
+def _on_hub(name: str, tokenizer: bool = False, *, embeds: bool = False) -> Repository | None:
+    """Return the repository that a name stands for; None for a path that exists, for what ships or looks like it."""
+    own = ("bytes", *list_models(), *(path.stem for path in preset_dir().glob("*.toml")))
+    return None if "/" not in name and nearest(name, own) else Repository.of(name, tokenizer, embeds=embeds)
+
+
 def _unknown(name: str) -> str:
     shipped = list_models()
     match = nearest(name, shipped)
@@ -70,7 +75,7 @@ def find_model(name: str, embeds: bool = False) -> Located:
     there are none. The path may lead to nothing. Raises ConfigError for a name that is not shipped, CheckpointError for
     a model that is neither here nor can be downloaded, and for weights in a cache that are not what they were.
     """
-    if repository := Repository.of(name, embeds=embeds):
+    if repository := _on_hub(name, embeds=embeds):
         located = repository.find()
     else:
         path = model_path(name)
@@ -88,7 +93,7 @@ def find_tokenizer(name: str) -> Located | None:
 
     Raises CheckpointError for a tokenizer that is neither here nor can be downloaded.
     """
-    repository = Repository.of(name, tokenizer=True)
+    repository = _on_hub(name, tokenizer=True)
     return repository.find() if repository else snapshot_in(Path(name))
 
 
@@ -108,7 +113,7 @@ def refresh(model: str | None, tokenizer: str | None) -> None:
 
     Also raises ConfigError if there is no name on a hub among them.
     """
-    named = [Repository.of(name, of) for name, of in ((model, False), (tokenizer, True)) if name]
+    named = [_on_hub(name, of) for name, of in ((model, False), (tokenizer, True)) if name]
     if not any(named):
         raise ConfigError("--update is for a model on a hub, as ORG/NAME, and none is named: leave it out")
     for repository in filter(None, named):
@@ -120,7 +125,7 @@ def as_stored(name: str, stored: Iterable[Any]) -> str:
 
     A commit in `name` is kept.
     """
-    given = Repository.of(name)
+    given = _on_hub(name)
     if given is None or COMMIT.fullmatch(given.revision):
         return name
     repositories = ((known, Repository.of(known)) for known in stored if isinstance(known, str))
@@ -130,7 +135,7 @@ def as_stored(name: str, stored: Iterable[Any]) -> str:
 
 def name_origin(folder: Path, name: str) -> None:
     """Write the name of a model on a hub, with its commit, into the config.json of a folder made from it."""
-    if Repository.of(name):
+    if _on_hub(name):
         settings = {**parse(read_text(folder / CONFIG)), "_name_or_path": name}
         (folder / CONFIG).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -143,6 +148,6 @@ def list_cached() -> list[str]:
         return sorted(
             name.removeprefix("models--").replace("--", "/")
             for name in os.listdir(constants.HF_HUB_CACHE)
-            if re.fullmatch("models--.+--.+", name)
+            if name.startswith("models--")
         )
     return []

@@ -49,7 +49,7 @@ TOKENIZER_SHA256 = "longnet.tokenizer_sha256"
 
 FIRST_ANSWER = 2.5  # seconds to wait for a hub, unless HF_HUB_DOWNLOAD_TIMEOUT is set
 _WORD = r"[A-Za-z0-9_](?:[\w.-]*[\w])?"
-_NAME = re.compile(rf"({_WORD}/{_WORD})(?:@([^@:\s/][^@:\s]*))?(?::([^:]+\.gguf))?", re.ASCII)
+_NAME = re.compile(rf"({_WORD}(?:/{_WORD})?)(?:@([^@:\s/][^@:\s]*))?(?::([^:]+\.gguf))?", re.ASCII)
 _LOCAL = (".json", ".jsonl", ".toml", ".gguf", ".safetensors", ".pth", ".pt", ".bin")  # endings of files, not of models
 
 
@@ -104,7 +104,9 @@ class Repository:
 
     @property
     def _not_here(self) -> str:
-        return f"{self.name}: no folder of that name here"
+        if "/" in self.repo:
+            return f"{self.name}: no folder of that name here"
+        return f"{self.name}: no model of that name ships (a path needs a slash, e.g. ./{self.name})"
 
     @property
     def _folder(self) -> Path:

@@ -18,6 +18,7 @@ import torch
 
 from longnet_cli.attention.kernels import select_kernel
 from longnet_cli.basics.errors import ConfigError, InputWarning
+from longnet_cli.basics.sizes import DTYPES_OF_TORCH
 
 CPU_INFO = Path("/proc/cpuinfo")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -38,10 +39,11 @@ def select_device(name: str = "auto") -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> str:
-    """Resolve `--dtype`: auto is bf16 on a GPU that supports it, otherwise fp32.
+    """Resolve `--dtype`: auto is bf16 on a GPU that supports it, otherwise fp32. Torch's names stand for ours.
 
     Warns once, with InputWarning, of bf16 on a CPU that computes it slowly.
     """
+    name = DTYPES_OF_TORCH.get(name, name)
     if name == "bf16" and device.type == "cpu" and bf16_instructions() == "":
         _warn_of_slow_bf16()
     if name != "auto":

@@ -64,6 +64,18 @@ def test_ids_are_uint16_only_where_the_vocabulary_fits():
         assert set(schema.metadata) == {b"longnet.version", b"longnet.vocab_size"}
 
 
+@pytest.mark.parametrize("kind", [pa.float32(), pa.float16()])
+def test_vectors_are_an_array_of_numpy(tmp_path: Path, kind: pa.DataType) -> None:
+    values = np.arange(3 * 2000, dtype=kind.to_pandas_dtype()).reshape(-1, 3)
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), 3)
+    batch = pa.record_batch({"doc_id": [str(number) for number in range(2000)], "embedding": vectors})
+    with ShardWriter(tmp_path / "x.npy", batch.schema) as writer:
+        for start in (0, 7, 1999):  # the header is as long for 1 row as for 2,000
+            writer.write(batch[start : {0: 7, 7: 1999, 1999: 2000}[start]])
+    found = np.load(tmp_path / "x.npy")
+    assert (found.dtype, found.tobytes()) == (values.dtype, values.tobytes())
+
+
 def test_json_lines_hold_lists_and_null_for_what_json_cannot_write(tmp_path):
     kind = pa.list_(pa.float32(), 2)
     values = pa.array([0.5, float("nan"), float("inf"), -1.0, 2.0, 3.0], pa.float32())
@@ -150,7 +162,7 @@ def test_only_a_name_without_the_ending_of_a_file_is_a_folder(tmp_path):
     for name in ("v", "run.v2", "2026-11-27", "a.b-c", "old.csv"):
         (tmp_path / "old.csv").mkdir(exist_ok=True)
         assert is_folder(tmp_path / name)
-    for name in ("v.csv", "v.TXT", "v.PARQUET", "v.json", "v.jsonl.gz", "v.npy", "v.h5"):
+    for name in ("v.csv", "v.TXT", "v.PARQUET", "v.json", "v.jsonl.gz", "v.npz", "v.h5"):
         with pytest.raises(ConfigError, match="is not written"):
             is_folder(tmp_path / name)
     assert not is_folder(tmp_path / "v.parquet")

@@ -207,6 +207,19 @@ def test_what_a_hub_refuses_is_one_line(run_longnet, hub, tiny):
     assert "--update is for a model on a hub" in refusal(run_longnet("score", "a.txt", "--update"), 2)
 
 
+def test_a_name_without_a_slash_is_asked_for_unless_it_looks_shipped(run_longnet, hub, tiny):
+    commit = hub.push("gpt2", tiny)
+    found = total(run_longnet("score", "a.txt", "-m", "gpt2", "--tokenizer", "gpt2", "--format", "json"))
+    assert found["model"] == f"gpt2@{commit}"
+    said = refusal(run_longnet("score", "a.txt", "-m", "my-run"))
+    assert said.startswith(
+        "my-run: no model of that name ships (a path needs a slash, e.g. ./my-run), and no repository"
+    )
+    asked = len(hub.requests)
+    assert "did you mean 'longnet-tiny'?" in refusal(run_longnet("score", "a.txt", "-m", "longnet-tny"), 2)
+    assert len(hub.requests) == asked
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 

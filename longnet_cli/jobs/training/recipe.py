@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from longnet_cli.attention.notation import PATTERN_FIELDS, read_pattern
 from longnet_cli.basics.configuration import StrictModel, parse, read_text, validate
 from longnet_cli.basics.errors import ConfigError, LongNetError, refuse_web_address
-from longnet_cli.basics.sizes import parse_size
+from longnet_cli.basics.sizes import DTYPES_OF_TORCH, parse_size
 from longnet_cli.data.names import Sources
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.hub.model_names import as_stored, find_tokenizer, preset_dir
@@ -147,7 +147,7 @@ class TrainRecipe(StrictModel):
     batch_tokens: Size = 16384
     chunk: Size = TRAINING_CHUNK
     across_documents: bool = False
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    dtype: Annotated[Literal["auto", "fp32", "bf16"], BeforeValidator(lambda x: DTYPES_OF_TORCH.get(x, x))] = "auto"
     spill: str | None = None  # a folder, instead of memory, for the rows that chunks keep for each other
     activation_checkpointing: bool = False  # compute layers again in the backward pass: saves memory, costs a forward
     compile: bool = False  # each layer, with torch.compile
