@@ -10,7 +10,8 @@ without .h5) and label (0 or 1). First look at `probe`: a linear model of the fr
 `tune` trains the whole encoder anew for each fold, by the recipe that Prov-GigaPath published for PANDA: AdamW, one
 slide at a time, gradients of 32 slides a step, a rate that falls by 0.95 from layer to layer towards the input and
 along a cosine after one epoch of warm-up, dropout 0.1, the mean over the tiles after layer 11. Each slide is predicted
-by a model that has not seen it, and the standard error of the AUC is DeLong's.
+by a model that has not seen it, and the standard error of the AUC is DeLong's. A file that cannot be read ends it, or
+is left out with --skip-bad. A label needs as many slides as there are folds.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import argparse
 import csv
 import math
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +50,10 @@ def folds_of(labels: np.ndarray, folds: int) -> np.ndarray:
     found = np.empty(len(labels), np.int64)
     for label in (0, 1):
         (where,) = np.nonzero(labels == label)
+        if len(where) < (least := max(2, folds)):
+            sys.exit(
+                f"{folds} folds need {least} slides of each label or more, and {len(where)} have the label {label}"
+            )
         found[np.random.default_rng(0).permutation(where)] = np.arange(len(where)) % folds
     return found
 
@@ -93,6 +99,19 @@ def read_slide(path: Path) -> tuple[Tensor, Tensor, float | None]:
         side = file["coords"].attrs.get("patch_size_level0")
         features, coords = torch.from_numpy(file["features"][:]).float(), torch.from_numpy(file["coords"][:])
     return features.reshape(1, -1, features.shape[-1]), coords.reshape(1, -1, 2), None if side is None else float(side)
+
+
+def whole_slides(paths: Iterable[Path], skip_bad: bool) -> Iterator[Path]:
+    """Yield the files that can be read. End the program at another one, or tell about it if it is to be skipped."""
+    for path in paths:
+        try:
+            read_slide(path)
+        except (OSError, KeyError, ValueError) as error:
+            if not skip_bad:
+                sys.exit(f"{path}: cannot be read ({error}): make it anew, or leave it out (--skip-bad)")
+            print(f"{path}: left out ({error})", file=sys.stderr)
+        else:
+            yield path
 
 
 class Classifier(nn.Module):
@@ -203,6 +222,7 @@ def main() -> None:
         each.add_argument("--layer", type=int, default=11, help="take the vectors after this layer")
         each.add_argument("--folds", type=int, default=5)
     of_tiles.add_argument("--model", required=True, help="the folder of a slide encoder")
+    of_tiles.add_argument("--skip-bad", action="store_true", help="leave out files that cannot be read")
     of_tiles.add_argument("--epochs", type=int, default=5)
     of_tiles.add_argument("--rate", type=float, default=2e-3, help="for steps of 256 slides; smaller steps, less")
     of_tiles.add_argument("--slides-per-step", type=int, default=32)
@@ -222,7 +242,8 @@ def main() -> None:
         labels = np.array([known[row["doc_id"]] for row in rows])
         report("linear probe of the frozen encoder", probe(vectors, labels, args.folds), labels)
         return
-    slides = [path for path in sorted(args.features.glob("*.h5")) if path.stem in known]
+    labelled = (path for path in sorted(args.features.glob("*.h5")) if path.stem in known)
+    slides = list(whole_slides(labelled, args.skip_bad))
     labels = np.array([known[path.stem] for path in slides])
     report("fine-tuned encoder", tune(args, slides, labels), labels)
 

@@ -8,7 +8,7 @@ Prints, for each vector, the two that are nearest to it. With --query, prints th
 the same model encodes, each by the best of its spans, and the text of that span: of text files, or of a column that
 --keep carried along (--text NAME). Give the folder that was encoded as --root FOLDER, so that its files are found.
 --words adds the words that query and span share (TF-IDF), which finds more than either alone. The mean of all vectors
-is subtracted if the model was trained to predict tokens: they share a large common part.
+is subtracted, and a line says so, if a model of tokens was not trained to make vectors: they share a large common part.
 """
 
 from __future__ import annotations
@@ -133,7 +133,11 @@ def main() -> None:
     args = parser.parse_args()
     table = read_table(args.vectors)
     vectors, facts, names = vectors_of(table), table.schema.metadata or {}, table["doc_id"].to_pylist()
-    mean = 0.0 if b"longnet.modules" in facts else vectors.mean(0)  # an embedding model's are made to be compared
+    # those of an embedding model, and of a model that itself reads vectors, as slide encoders do, stay as they are
+    centred = b"longnet.modules" not in facts and b"longnet.tokenizer_sha256" in facts
+    mean = vectors.mean(0) if centred else 0.0
+    if centred:
+        print("cosines of vectors without their mean, which all share", file=sys.stderr)
     if args.query is not None:
         query = scaled(encode_query(args.query, facts, vectors.shape[1]), mean)[0]
         found = scaled(vectors, mean) @ query

@@ -133,6 +133,12 @@ def test_labels_of_slides_are_predicted_from_a_frozen_and_from_a_tuned_encoder(
         line = capsys.readouterr().out.splitlines()[-1]
         assert "16 slides, 8 of them positive" in line
         assert float(re.search(r"AUC ([\d.]+), standard error [\d.]+", line)[1]) > 0.8, line
+    cut = tmp_path / "made/features/slide-7.h5"
+    cut.write_bytes(cut.read_bytes()[:2000])
+    for skip, refusal in ((False, rf"{cut}: cannot be read \(.*\): make it anew"), (True, "and 7 have the label 1")):
+        monkeypatch.setattr(sys, "argv", ["x", *command, "--folds", "8", *["--skip-bad"] * skip])
+        with pytest.raises(SystemExit, match=refusal):
+            module.main()
     model = module.Classifier(made["encoder"], 3, 0.1)
     scales = {}
     for (name, _), group in zip(model.named_parameters(), module.groups_of(model, 0.05, 0.5), strict=True):

@@ -99,6 +99,7 @@ def test_nearest_answers_a_query(
     assert run_longnet("encode", *texts, "-o", *vectors).returncode == 0
     done = ask()
     assert done.returncode == 0, done.stderr
+    assert "cosines of vectors without their mean" in done.stderr
     assert done.stdout.splitlines()[:2] == ["1.000  1, tokens 0 to 6", "       blue whale"]
     command[5:] = []
     assert all(map(str.strip, ask().stdout.splitlines()))
