@@ -7,6 +7,8 @@ sequence of noise, and the key comes again `distance` tokens later. Only looking
 A window of w tokens that looks back b segments reaches layers * (1 + b) * w tokens. Distances are multiples of the
 reach of the first pattern.
 
+`--rows docs/recall.jsonl -o docs/recall.png` draws rows again that were measured before.
+
 The net reads each token together with the `--width` - 1 tokens before it, a short convolution. Without one it first has
 to find induction heads, which takes most of the training and says nothing about the pattern.
 
@@ -23,6 +25,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -172,7 +175,7 @@ def draw(rows: list[dict[str, Any]], path: str) -> None:
     """Draw accuracy by distance: a line per pattern through the means over seeds, a dot per seed."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for text in dict.fromkeys(row["pattern"] for row in rows):
         found = defaultdict(list)
@@ -184,15 +187,16 @@ def draw(rows: list[dict[str, Any]], path: str) -> None:
     axes.axvline(rows[0]["reach"], color="0.6", ls=":")
     axes.text(rows[0]["reach"], 1.01, " reach of the first", ha="left", va="bottom", color="0.4")
     axes.axhline(rows[0]["chance"], color="0.6", ls=":")
-    axes.set(xscale="log", xlabel="tokens between a key and its question", ylabel="share answered", ylim=(0, 1.3))
+    axes.set(xscale="log", xlabel="tokens between a key and its question", ylabel="share answered", ylim=(0, 1.08))
     axes.set_xscale("log", base=2)
-    axes.legend(fontsize="small", loc="upper right")
-    figure.savefig(path, dpi=120)
+    figure.legend(fontsize="small", loc="outside lower center", frameon=False)
+    figure.savefig(path, dpi=300)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("patterns", nargs="+", help="as --pattern takes them")
+    parser.add_argument("patterns", nargs="*", help="as --pattern takes them")
+    parser.add_argument("--rows", type=Path, help="draw rows that were written before, too")
     parser.add_argument("-o", "--output", help="draw a picture into this file")
     parser.add_argument("--times", type=float, nargs="+", default=[0.25, 0.5, 1, 2, 4, 16, 64], help="of the reach")
     parser.add_argument("--seeds", type=int, default=1)
@@ -204,13 +208,13 @@ if __name__ == "__main__":
     parser.add_argument("--lr", type=float, default=1e-2)
     parser.add_argument("--batch-tokens", type=int, default=4096)
     args = parser.parse_args()
-    rows = []
+    rows = [json.loads(line) for line in args.rows.read_text().splitlines()] if args.rows else []
     try:
         for text in args.patterns:
             parse_pattern(text)
     except ValueError as error:
         parser.error(str(error))
-    for row in results(args):
+    for row in results(args) if args.patterns else ():
         rows.append(row)
         print(json.dumps(row), flush=True)
     if args.output:
