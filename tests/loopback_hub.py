@@ -17,6 +17,12 @@ def commit_of(files: dict[str, bytes]) -> str:
     return hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()
 
 
+def name_of(name: str, data: bytes) -> str:
+    """The ETag of a file, which names its blob: git's, and of a large file its SHA-256."""
+    large = name.endswith((".safetensors", ".gguf"))
+    return (hashlib.sha256(data) if large else hashlib.sha1(b"blob %d\0" % len(data) + data)).hexdigest()
+
+
 def read_folder(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
@@ -26,7 +32,7 @@ def fill_cache(cache: Path, repo: str, files: dict[str, bytes], revision: str | 
     folder, commit = cache / f"models--{repo.replace('/', '--')}", commit_of(files)
     (folder / "blobs").mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
-        blob = folder / "blobs" / hashlib.sha256(data).hexdigest()
+        blob = folder / "blobs" / name_of(name, data)
         blob.write_bytes(data)
         link = folder / "snapshots" / commit / name
         link.parent.mkdir(parents=True, exist_ok=True)
@@ -125,7 +131,7 @@ def loopback_hub() -> Iterator[LoopbackHub]:
             if name in hub.status:
                 self.answer(hub.status[name])
                 return
-            digest, data = hub.told.get("ETag", hashlib.sha256(data).hexdigest()), hub.sent.get(name, data)
+            digest, data = hub.told.get("ETag", name_of(name, data)), hub.sent.get(name, data)
             if not cdn and name.endswith((".safetensors", ".gguf")):
                 linked = {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(data))}
                 self.answer(302, b"", Location=f"{hub.url}/cdn{self.path}", **known, **linked)

@@ -217,11 +217,19 @@ def _opening(path: str | Path) -> Iterator[None]:
 
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file, in hex. Raises OSError."""
-    sha256 = hashlib.sha256()
+    return _digest(path, hashlib.sha256())
+
+
+def file_git_sha1(path: Path) -> str:
+    """Return the SHA-1 by which git names a file, in hex. Raises OSError."""
+    return _digest(path, hashlib.sha1(b"blob %d\0" % path.stat().st_size))
+
+
+def _digest(path: Path, digest: Any) -> str:
     with path.open("rb") as file:
         while block := file.read(1 << 20):
-            sha256.update(block)
-    return sha256.hexdigest()
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def seal(version: int, content: Mapping[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 What a hub names becomes paths in the cache, and what it sends becomes a model. A commit is 40 hexadecimal digits. A
 file's name stays below its folder. A blob, the file that a name in a snapshot links to, is named by its ETag,
-hexadecimal digits. Where these are 64, they are its SHA-256, which is compared once.
+hexadecimal digits. Where these are 64, they are its SHA-256, where 40, git's SHA-1 of it, which is compared once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from threading import Thread
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from longnet_cli.basics.atomic import file_sha256, write_file
+from longnet_cli.basics.atomic import file_git_sha1, file_sha256, write_file
 from longnet_cli.basics.configuration import parse, read_text
 from longnet_cli.basics.errors import CheckpointError, LongNetError
 from longnet_cli.basics.verdicts import remembered
@@ -302,7 +302,8 @@ def _within(seconds: float, ask: Callable[[], Any]) -> Any:
 
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-_DIGITS, _SHA256 = re.compile(r"[0-9a-fA-F]+"), re.compile(r"[0-9a-f]{64}")
+_DIGITS = re.compile(r"[0-9a-fA-F]+")
+_DIGESTS = {64: ("SHA-256", file_sha256), 40: ("git SHA-1", file_git_sha1)}  # by the digits of a blob's name
 
 
 def check_commit(named: object, asked: str | None, repo: str) -> str:
@@ -354,7 +355,7 @@ def checked_answers(commit: str, repo: str) -> Iterator[None]:
 
 
 def check_sent(path: Path, repo: str) -> None:
-    """Remove a file that a hub has sent, now or earlier, and raise CheckpointError, if its SHA-256 is not its name."""
+    """Remove a file that a hub has sent, now or earlier, and raise CheckpointError, if its digest is not its name."""
     if damage := _damage(path):
         path.resolve().unlink(missing_ok=True)
         path.unlink(missing_ok=True)
@@ -383,9 +384,10 @@ def download_again(path: Path) -> str:
 def _damage(path: Path) -> str | None:
     """Return what is wrong with a file of a cache; None if nothing is, or if nothing is known about it."""
     blob = path.resolve()
-    if blob.parent.name != "blobs" or not _SHA256.fullmatch(blob.name) or not blob.is_file():
+    kind, find = _DIGESTS.get(len(blob.name), ("", None))
+    if blob.parent.name != "blobs" or not find or not _DIGITS.fullmatch(blob.name) or not blob.is_file():
         return None
     status = blob.stat()
     file = [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-    digest = remembered({"SHA-256 of": file}, partial(file_sha256, blob))
-    return None if digest == blob.name else f"its SHA-256 is {digest:.12}..., and it is named {blob.name:.12}..."
+    digest = remembered({f"{kind} of": file}, partial(find, blob))
+    return None if digest == blob.name.lower() else f"its {kind} is {digest:.12}..., and it is named {blob.name:.12}..."

@@ -90,7 +90,7 @@ def test_a_failure_is_one_line_that_names_the_uri(store):
         ("store://bucket/nope.arrow", "no such file or folder"),
         ("store://bucket/*.csv", "no file matches"),
         ("store://bucket/no", "no such file or folder"),
-        ("store://bucket/bad.arrow", "damaged or truncated"),
+        ("store://bucket/bad.arrow", "truncated: the index at the end"),
         ("store://bucket/empty.arrow", "the file is empty"),
     ]:
         with pytest.raises(DataError, match=problem) as caught:

@@ -271,12 +271,12 @@ def test_answers_are_checked_of_a_client_that_is_made_later(hub, tiny):
     assert get_hf_file_metadata(url).etag == "../x"
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json"])
-def test_other_contents_than_a_hub_names_are_refused_and_not_kept(run_longnet, home, hub, tiny, file):
+@pytest.mark.parametrize(("file", "digest"), [("model.safetensors", "SHA-256"), ("tokenizer.json", "git SHA-1")])
+def test_other_contents_than_a_hub_names_are_refused_and_not_kept(run_longnet, home, hub, tiny, file, digest):
     hub.push(TINY, tiny)
     hub.sent[file] = tiny[file][:-1] + b" "
     said = refusal(run_longnet("score", "a.txt", "-m", TINY))
-    assert said.startswith(f"{TINY}: {file} is not what the hub names: its SHA-256 is ")
+    assert said.startswith(f"{TINY}: {file} is not what the hub names: its {digest} is ")
     hub.sent.clear()
     assert run_longnet("score", "a.txt", "-m", TINY).returncode == 0
 
