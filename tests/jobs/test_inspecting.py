@@ -104,7 +104,7 @@ def test_every_problem_is_found_and_what_is_good_is_counted(tmp_path):
             "bad.arrow, row 1, offset 1: token id 999 does not fit",
             "bad.arrow, row 3, offset 0: token id -4 is negative",
             "bad.arrow, row 4, offset 2: the token id is null",
-            "cut.arrow: the data is damaged or truncated",
+            "cut.arrow: truncated: the index at the end of the Arrow file is missing",
             "wide.arrow: its tokens were made by tokenizer bbbbbbbbbbbb, the first by aaaaaaaaaaaa",
             "wide.arrow: its tokens are int64 and those of",
         ],
