@@ -45,7 +45,7 @@ class InspectCommand:
 
 
 def inspect(options: InspectCommand) -> None:
-    """Count documents and tokens, and find everything that is wrong.
+    """Count documents, tokens and vectors, and find everything that is wrong.
 
     The exit code is 3 if anything is wrong.
     """
@@ -77,9 +77,11 @@ def _print(inspection: Inspection) -> None:
 
     row("documents", inspection.documents)
     n_bytes = inspection.byte_tokens
-    unit = "bytes" if n_bytes == inspection.tokens > 0 else "tokens"
+    unit = "bytes" if n_bytes == inspection.tokens > 0 else "vectors" if inspection.vectors else "tokens"
     what = " (bytes)" if unit == "bytes" else f" ({n_bytes} of them bytes)" if n_bytes else ""
     row("tokens", f"{inspection.tokens}{what}")
+    if inspection.vectors:
+        row("vectors", f"{inspection.vectors} of {' or '.join(map(str, inspection.sizes))} numbers")
     row("bytes", inspection.n_bytes)
     if inspection.documents:
         row("length", ", ".join(f"{name} {value:.10g}" for name, value in inspection.length().items()))

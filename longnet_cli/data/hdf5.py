@@ -46,7 +46,9 @@ def open_hdf5(name: str, where: str, file: Any) -> Table:
             raise DataError(f"{where}: its datasets have different numbers of rows: {said}")
         total = next(iter(counts.values()), 0)
         for key, rows in wanted.items():
-            if problem := rows.problem():
+            with _reading(f"{where}: {key}"):
+                problem = rows.problem()
+            if problem:
                 raise DataError(f"{where}: {key}: {problem}")
         row_bytes = sum(rows.width * rows.dtype.itemsize for rows in wanted.values())
         step = max(1, BATCH_BYTES // max(1, row_bytes))
@@ -57,7 +59,7 @@ def open_hdf5(name: str, where: str, file: Any) -> Table:
             arrays["slide_id"] = pa.array([slide] * (stop - start), pa.string())
             yield pa.record_batch([arrays[key] for key in names], names=names)
 
-    return Table(name, where, schema, read, "HDF5")
+    return Table(name, where, schema, read, "HDF5", document=slide)
 
 
 @contextmanager

@@ -74,10 +74,13 @@ class DocumentRows(NamedTuple):
     kept: Mapping[str, pa.Scalar]
 
 
-def read_batches(table: Table, columns: Columns, *, in_turn: bool = True) -> Iterator[ColumnBatch]:
+def read_batches(
+    table: Table, columns: Columns, *, in_turn: bool = True, may_be_empty: bool = False
+) -> Iterator[ColumnBatch]:
     """Yield the columns of each batch, checked for damage.
 
-    Raises DataError for a table of 0 rows, and for nulls unless the caller raises their `errors` `in_turn`.
+    Raises DataError for a table of 0 rows unless it `may_be_empty`, and for nulls unless the caller raises their
+    `errors` `in_turn`.
     """
     start = 0
     for index, batch in enumerate(table.read(columns.names)):
@@ -98,7 +101,7 @@ def read_batches(table: Table, columns: Columns, *, in_turn: bool = True) -> Ite
         names = ids and [None if doc_id is None else str(doc_id) for doc_id in ids]
         yield ColumnBatch(start, column, names, parts, kept, [arrays[name] for name in columns.coords], errors)
         start += batch.num_rows
-    if start == 0 and not is_manifest(table.schema):
+    if start == 0 and not may_be_empty and not is_manifest(table.schema):
         raise DataError(f"{table.where}: the table has 0 rows")
 
 
@@ -137,7 +140,7 @@ def group_rows(
     """
 
     def rows() -> Iterator[tuple[Label, Any]]:
-        for batch in read_batches(table, columns):
+        for batch in read_batches(table, columns, may_be_empty=whole is not None):
             for index, value in enumerate(values_of(batch)):
                 label = batch.label(index)
                 yield label._replace(doc_id=whole) if whole else label, value
@@ -177,11 +180,15 @@ def group_rows(
             doc_id = apart.name(name_of(label)) if apart else name_of(label)
             yield DocumentRows(doc_id, label.row, values(doc_id, iter(((label, value),))), label.kept)
         return
+    empty = True
     for _, members in groupby(numbered(), key=itemgetter(0)):
+        empty = False
         label, value = next(members)[1]
         doc_id = name_of(label)
         following = (row for _, row in members)  # noqa: B031 (used once, before the next group)
         yield DocumentRows(doc_id, label.row, values(doc_id, chain(((label, value),), following)), label.kept)
+    if whole and empty and not is_manifest(table.schema):
+        yield DocumentRows(whole, 0, (), {})
 
 
 def read_documents(

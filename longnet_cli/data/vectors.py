@@ -96,8 +96,9 @@ class _VectorRow(NamedTuple):
 def vector_documents(table: Table, columns: Columns, skip_bad: bool) -> Iterator[Document]:
     """Return the documents of a column of vectors, a row each, or of lists of vectors, a row per document.
 
-    In a table that has no column for names, all vectors are one document. Raises DataError for a document that has a
-    null, vectors of several sizes, or coordinates that do not fit its vectors; with `skip_bad`, it is Unread.
+    In a table that has no column for names, all vectors are one document, which may be empty. Raises DataError for a
+    document that has a null, vectors of several sizes, or coordinates that do not fit its vectors; with `skip_bad`, it
+    is Unread.
     """
     nested, tile_size = is_vectors(columns.type), _tile_size(table)
     for name in columns.coords:
@@ -107,7 +108,8 @@ def vector_documents(table: Table, columns: Columns, skip_bad: bool) -> Iterator
         values, valid = numbers(table, (batch.column.values if nested else batch.column).values)
         return (_VectorRow(batch, values, valid, index) for index in range(len(batch.column)))
 
-    groups = group_rows(table, columns, rows, None if nested or columns.doc_id else table.name)
+    whole = table.document or (None if nested or columns.doc_id else table.name)
+    groups = group_rows(table, columns, rows, whole)
     return read_documents(groups, partial(_document, table, columns, tile_size), skip_bad)
 
 

@@ -1,21 +1,21 @@
-"""The `inspect` job: the contents of files of tokens or text, and all problems in them."""
+"""The `inspect` job: the contents of files of tokens, text or vectors, and all problems in them."""
 
 import math
 from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
 from longnet_cli.basics.errors import ConfigError, DataError, refuse_web_address
-from longnet_cli.data.columns import TokenTypes, token_type
+from longnet_cli.data.columns import Columns, TokenTypes, token_type
 from longnet_cli.data.documents import BLOCK, Document
 from longnet_cli.data.formats import open_source
 from longnet_cli.data.inputs import Inputs, encode_text
 from longnet_cli.data.names import Source, Sources, once
-from longnet_cli.data.tables import Text
+from longnet_cli.data.tables import Table, Text
 from longnet_cli.data.tokenizer import Tokenizer
 
 MAX_PROBLEMS = 1000  # problems whose lines are kept
@@ -26,18 +26,21 @@ class Inspection:
     """The contents of the good documents, and a line for each problem (the first MAX_PROBLEMS of `num_problems`).
 
     `byte_tokens` of the `tokens` are bytes of text, which no other tokenizer has counted. `n_bytes` counts UTF-8 bytes,
-    None where unknown; `low` and `high` are the smallest and largest id. `lengths` counts documents by their tokens: it
-    has at most sqrt(2 x tokens) entries, so memory stays small. `formats`, `token_types` and `metadata` (the files'
+    None where unknown; `low` and `high` are the smallest and largest id. `lengths` counts documents by their tokens or
+    `vectors`: it has at most sqrt(2 x tokens) entries, so memory stays small. `sizes` counts those of vectors by the
+    numbers of a vector. `formats`, `token_types` and `metadata` (the files'
     `longnet.*` keys, each with its values) count files.
     """
 
     documents: int = 0
     tokens: int = 0
     byte_tokens: int = 0
+    vectors: int = 0
     n_bytes: int | None = 0
     low: int | None = None
     high: int | None = None
     lengths: Counter[int] = field(default_factory=Counter)
+    sizes: Counter[int] = field(default_factory=Counter)
     formats: Counter[str] = field(default_factory=Counter)
     token_types: Counter[str] = field(default_factory=Counter)
     metadata: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
@@ -45,13 +48,13 @@ class Inspection:
     num_problems: int = 0
 
     def length(self) -> dict[str, float | None]:
-        """Return the min, mean, median and max number of tokens per document; None for each without documents."""
+        """Return the min, mean, median and max tokens or vectors of a document; None for each without documents."""
         if not self.documents:
             return dict.fromkeys(("min", "mean", "median", "max"))
         ordered = sorted(self.lengths)
         ends = [*accumulate(self.lengths[length] for length in ordered)]  # documents of this length or less
         middle = [ordered[bisect_right(ends, n)] for n in ((self.documents - 1) // 2, self.documents // 2)]
-        mean = round(self.tokens / self.documents, 3)
+        mean = round((self.tokens + self.vectors) / self.documents, 3)
         return {"min": ordered[0], "mean": mean, "median": sum(middle) / 2, "max": ordered[-1]}
 
     def histogram(self) -> list[tuple[int, int, int]]:
@@ -69,6 +72,8 @@ class Inspection:
             "documents": self.documents,
             "tokens": self.tokens,
             "byte_tokens": self.byte_tokens,
+            "vectors": self.vectors,
+            "sizes": dict(self.sizes),
             "n_bytes": self.n_bytes,
             "length": self.length(),
             "histogram": [{"from": low, "to": high, "documents": count} for low, high, count in self.histogram()],
@@ -115,15 +120,26 @@ def _open(inspection: Inspection, source: Source, types: TokenTypes, inputs: Inp
     else:
         inspection.formats[opened.format] += 1
         _note_metadata(inspection, opened.where, opened.schema.metadata or {})
-        columns = inputs.columns_of(opened)
+        inputs, columns = _columns(inputs, opened)
         kind = token_type(columns.type)
-        inspection.token_types[str(kind or "text")] += 1
+        inspection.token_types["vectors" if inputs.vectors else str(kind or "text")] += 1
         with _noting(inspection):
             types.check(opened, columns)
     words = inputs.tokenizer or Tokenizer.bytes()
     for item in inputs.items(opened):
         document = encode_text(item, words, inputs.vocab_size) if isinstance(item, Text) else item
-        yield document, kind is None and words.is_bytes
+        yield document, isinstance(item, Text) and words.is_bytes
+
+
+def _columns(inputs: Inputs, table: Table) -> tuple[Inputs, Columns]:
+    """Return the inputs as they read this table, and its columns: vectors where it has neither ids nor text."""
+    try:
+        return inputs, inputs.columns_of(table)
+    except ConfigError:
+        reads_vectors = replace(inputs, vectors=True)
+        with suppress(ConfigError):
+            return reads_vectors, reads_vectors.columns_of(table)
+        raise
 
 
 def _note_metadata(inspection: Inspection, where: str, metadata: dict[bytes, bytes]) -> None:
@@ -141,16 +157,21 @@ def _note_metadata(inspection: Inspection, where: str, metadata: dict[bytes, byt
 def _count(inspection: Inspection, document: Document, in_bytes: bool) -> None:
     """Read a document to its end, and add it to `inspection` if it is good."""
     low, high = math.inf, -math.inf
-    for start in range(0, len(document), BLOCK):
-        ids = document.read(start, start + BLOCK)
+    step = min(BLOCK, document.block)
+    for start in range(0, len(document), step):
+        ids = document.read(start, start + step)
         low, high = min(low, ids.min()), max(high, ids.max())
     n_bytes = document.n_bytes
     inspection.documents += 1
-    inspection.tokens += len(document)
+    if document.has_vectors:
+        inspection.vectors += len(document)
+        inspection.sizes[document.width] += bool(len(document))
+    else:
+        inspection.tokens += len(document)
     inspection.byte_tokens += len(document) * in_bytes
     inspection.lengths[len(document)] += 1
     inspection.n_bytes = None if n_bytes is None or inspection.n_bytes is None else inspection.n_bytes + n_bytes
-    if len(document):
+    if len(document) and not document.has_vectors:
         inspection.low = int(low if inspection.low is None else min(low, inspection.low))
         inspection.high = int(high if inspection.high is None else max(high, inspection.high))
 

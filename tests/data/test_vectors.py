@@ -118,6 +118,10 @@ def test_what_lies_in_a_file_is_not_read_before_it_is_wanted(tmp_path: Path) -> 
 def test_without_ids_a_file_is_one_document(tmp_path: Path) -> None:
     (found,) = read(write(by_row().drop_columns(["slide_id"]), tmp_path / "slide-7.parquet", 3))
     assert (found.doc_id, len(found)) == ("slide-7.parquet", 20)
+    (empty,) = read(write(by_row().drop_columns(["slide_id"])[:0], tmp_path / "empty.arrow"))
+    assert (empty.doc_id, len(empty)) == ("empty.arrow", 0)
+    with pytest.raises(DataError, match="the table has 0 rows"):  # of which nobody knows the documents
+        read(write(by_row()[:0], tmp_path / "named.arrow"))
     several = read(write(by_document().drop_columns(["doc_id"]), tmp_path / "d.arrow"))
     assert [x.doc_id for x in several] == ["d.arrow:0", "d.arrow:1", "d.arrow:2"]
 
@@ -140,9 +144,12 @@ def test_hdf5(tmp_path: Path, attributes: dict, size: float | None, batched: boo
             file["coords"] = PLACES[name][None] if batched else PLACES[name]
             file["coords"].attrs.update(attributes)
             file["other"] = h5py.ExternalLink("/etc/hostname", "/")
-    found = read(tmp_path)
+    with h5py.File(tmp_path / "d.h5", "w") as file:  # a slide without tissue
+        file["features"], file["coords"] = np.empty((0, WIDTH), np.float32), np.empty((0, 2), int)
+    *found, empty = read(tmp_path)
     check(found)
     assert {x.tile_size for x in found} == {size}
+    assert (empty.doc_id, len(empty)) == ("d", 0)
 
 
 def test_hdf5_that_is_not_one_of_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,6 +170,19 @@ def test_hdf5_that_is_not_one_of_tiles(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(ConfigError, match=r"pip install 'longnet-cli\[h5\]'"):
         read(path)
+
+
+def test_hdf5_with_a_damaged_index_of_chunks(tmp_path: Path) -> None:
+    h5py = pytest.importorskip("h5py")
+    for name in "ab":
+        with h5py.File(tmp_path / f"{name}.h5", "w") as file:
+            file.create_dataset("features", data=SLIDES["a"], chunks=(2, WIDTH))
+    path = tmp_path / "a.h5"
+    path.write_bytes(path.read_bytes().replace(b"TREE\x01", b"TEAR\x01"))
+    with pytest.raises(DataError, match=r"a\.h5: features: the data is damaged or truncated \(.*signature"):
+        read(tmp_path)
+    bad, good = read(tmp_path, skip_bad=True)
+    assert (bad.file, good.doc_id, len(good)) == (True, "b", 7)
 
 
 def test_damaged_hdf5_is_one_line(tmp_path: Path) -> None:

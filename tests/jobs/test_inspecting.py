@@ -1,6 +1,7 @@
 """Proves that `data inspect` counts what is there, finds every fault in one go, and says so in text and in JSON."""
 
 import json
+import math
 import statistics
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from conftest import RunLongnet
 from files import write_file
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import invoke
 
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
@@ -35,6 +37,8 @@ def test_counts_of_good_files(tmp_path):
         "documents": 5,
         "tokens": 15,
         "byte_tokens": 0,
+        "vectors": 0,
+        "sizes": {},
         "n_bytes": 15,
         "length": {"min": 0, "mean": 3.0, "median": 2.0, "max": 8},
         "histogram": [
@@ -62,6 +66,24 @@ def test_text_and_json_lines_count_bytes_without_a_tokenizer(tmp_path):
     assert (found.documents, found.tokens, found.n_bytes, found.num_problems) == (3, 9, 9, 0)
     assert found.formats == {"text": 1, "JSON Lines": 1}
     assert found.byte_tokens == 9
+
+
+def test_vectors_are_read_where_there_is_nothing_else(tmp_path):
+    columns = {"doc_id": list("aab"), "embedding": [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]}
+    path = write_file(tmp_path / "a.arrow", pa.table(columns))
+    found = inspect(Inputs([path]))
+    assert (found.documents, found.tokens, found.byte_tokens, found.num_problems) == (2, 0, 0, 0)
+    assert (found.vectors, found.sizes, found.lengths, found.length()["mean"]) == (3, {2: 2}, {1: 1, 2: 1}, 1.5)
+    shown = invoke("data", "inspect", path).stdout
+    assert "vectors      3 of 2 numbers\n" in shown
+    assert "token types  vectors (1 file)\n" in shown
+    path = write_file(tmp_path / "a.arrow", pa.table(columns | {"text": ["one", "two", "three"]}))
+    assert inspect(Inputs([path])).vectors == 0
+    assert inspect(Inputs([path], column="embedding")).vectors == 3
+    columns["embedding"][1][1] = math.nan
+    found = inspect(Inputs([write_file(tmp_path / "a.arrow", pa.table(columns))]))
+    assert (found.documents, found.num_problems) == (1, 1)
+    assert found.problems[0].endswith("a.arrow, row 1: number 1 of the vector is nan")
 
 
 @given(st.lists(st.integers(0, 40), min_size=1))
