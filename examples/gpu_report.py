@@ -32,11 +32,12 @@ import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+PREDICTED = ROOT / "docs/measurements/gpu_predicted.json"  # from before any GPU had run this
 DTYPES = ("bf16", "fp16", "fp32")
 MODULES = {"longnet": ["-m", "longnet_cli"], "pytest": ["-m", "pytest"], "python": []}  # how Python runs a command
 MOST_SHOWN = 15  # kernels
@@ -266,11 +267,13 @@ def profiled(device_name: str, small: bool) -> list[Row]:
     from torch.profiler import profile
 
     from longnet_cli.attention import Pattern, dilated_attention
+    from longnet_cli.running.device import DTYPES as TYPES
+    from longnet_cli.running.device import resolve_dtype
 
     device = torch.device(device_name)
     cuda, sizes = device.type == "cuda", (1, 2048, 2, 16) if small else (1, 65536, 12, 64)
     draw = torch.Generator(device).manual_seed(0)
-    dtype = torch.bfloat16 if cuda else torch.float32
+    dtype = TYPES[resolve_dtype("auto", device)]
     q, k, v, dout = (torch.randn(sizes, generator=draw, device=device, dtype=dtype) for _ in range(4))
 
     def seconds(passes: int) -> float:
@@ -373,6 +376,32 @@ def show_machine(text: str, machine: Row) -> tuple[list[str], list[str]]:
     return [*lines, "", f"Large matrix products, TFLOP/s: {rates}."], []
 
 
+def judged(title: str, found: list[Row], card: str) -> list[str]:
+    """Return a line for each prediction of this step on such a card: what was found, and whether it is inside."""
+    predicted = json.loads(PREDICTED.read_text(encoding="utf-8"))["cards"]
+    lines = []
+    for row in next((of_card["rows"] for name, of_card in predicted.items() if name in card), []):
+        step, field, low, high = (row.pop(key) for key in ("step", "field", "low", "high"))
+        numbers = [each[field] for each in found if row.items() <= each.items() and each.get(field) is not None]
+        if step == title and numbers:
+            verdict = "inside" if low <= numbers[-1] <= high else "OUTSIDE"
+            what = ", ".join(map(str, (*row.values(), field.replace("_", " "))))
+            lines.append(f"- predicted: {what} {low:.3g} to {high:.3g}; found {numbers[-1]:.3g}: {verdict}")
+    return ["", *lines] if lines else []
+
+
+def with_predictions(step: Step, machine: Row) -> Step:
+    """Return the step with its predictions below what it shows."""
+
+    def show(text: str) -> tuple[list[str], list[str]]:
+        lines, failures = step.show(text)
+        found = [{"dtype": dtype, "flops_per_second": rate} for dtype, rate in machine.get("matmul", {}).items()]
+        found = rows_of(text) if step.bounded else found
+        return lines + judged(step.title, found, machine.get("facts", {}).get("card", "")), failures
+
+    return replace(step, show=show)
+
+
 def steps(small: bool, folder: Path) -> list[Step]:
     """Return the steps to run, in order."""
     device, machine, junit = "cpu" if small else "cuda", Row(), folder / "tests.xml"
@@ -397,7 +426,7 @@ def steps(small: bool, folder: Path) -> list[Step]:
         f"--junitxml={junit}",
     ]
     this, tiny = ["python", "examples/gpu_report.py"], ["--small"] if small else []
-    return [
+    found = [
         Step("The machine", [*this, "--machine", *tiny], 2, lambda text: show_machine(text, machine)),
         Step("Is it right?", [*tests, *(["-k", TRIED] if small else [])], 6, lambda _: show_tests(junit)),
         Step("Where the time goes", [*this, "--profile", *tiny], 1, show_profile),
@@ -405,6 +434,7 @@ def steps(small: bool, folder: Path) -> list[Step]:
         Step("A billion tokens", [*bench, *stream], 2, show_stream, bounded=True),
         Step("Training longnet-125m", [*bench, *train], 2, lambda text: show_training(text, machine), bounded=True),
     ]
+    return [with_predictions(step, machine) for step in found]
 
 
 def report(output: Path, small: bool, minutes: float) -> list[str]:

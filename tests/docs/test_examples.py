@@ -274,6 +274,27 @@ def test_the_report_of_a_gpu_is_whole(
         assert "- " not in parts[title].split("|---")[-1], "a row was not measured"
 
 
+def test_predictions_are_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is an interval within a factor of two, of a number that some step of the report has."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    script = importlib.import_module("gpu_report")
+    steps = {step.title: step for step in script.steps(True, tmp_path)}
+    for card, of_card in json.loads(script.PREDICTED.read_text())["cards"].items():
+        for row in of_card["rows"]:
+            low, high = row.pop("low"), row.pop("high")
+            assert 0 < low < high <= 2 * low
+            step, field = steps[row.pop("step")], row.pop("field")
+            for found, verdict in (
+                (low, "inside"),
+                (high, "inside"),
+                (1.01 * high, "OUTSIDE"),
+                (0.99 * low, "OUTSIDE"),
+            ):
+                lines = script.judged(step.title, [{**row, field: found}], f"1 x NVIDIA {card} 80GB")
+                assert verdict in lines[1]
+    assert script.judged("Attention", [{"seconds": 1.0}], "another card") == []
+
+
 def test_what_the_time_does_not_allow_is_named(tmp_path: Path, command_env: dict[str, str]) -> None:
     done = gpu_report(command_env, "--small", "--minutes", "0", "-o", tmp_path / "gpu.md")
     assert done.returncode == 1
@@ -286,6 +307,19 @@ def test_without_a_gpu_there_is_one_line(tmp_path: Path, command_env: dict[str, 
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "there is no device 'cuda' here" in done.stderr
     assert not (tmp_path / "gpu.md").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_notebook_of_a_first_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Up to where it needs a GPU, and without its installing."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for cell in json.loads((ROOT / "examples/gpu_first_run.ipynb").read_text())["cells"]:
+        if cell["cell_type"] == "code" and not cell["metadata"]:
+            exec("".join(cell["source"]).replace('SOURCE = ""', f"SOURCE = {str(ROOT)!r}"), names)
+    assert capsys.readouterr().out == "There is no GPU.\n"
 
 
 SMALL = {
