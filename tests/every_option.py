@@ -239,8 +239,6 @@ hello -m ../in/native -n 6 --format jsonl
 --batch               rows       --batch 2
 --causal              rows       --bidirectional
 --pattern             rows       --pattern 8/1
---base                rows       --base 16 @ --seq 64 --heads 1 --head-dim 8 --repeats 1 --format json --pattern geometric
---ratio               rows       --ratio 3 @ --seq 64 --heads 1 --head-dim 8 --repeats 1 --format json --base 16
 --model               rows       -m ../in/native @ --seq 64 --op model --repeats 1 --format json
 --layers              rows       --layers 1 @ --seq 64 --op model --heads 1 --head-dim 8 --repeats 1 --format json
 --vocab               rows       --vocab 9999 @ --seq 64 --op model --heads 1 --head-dim 8 --repeats 1 --format json

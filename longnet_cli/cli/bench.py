@@ -1,12 +1,11 @@
-"""`longnet bench`: the speed of dilated attention on this machine, compared with dense attention."""
+"""`longnet bench`: the speed of dilated attention on this machine, beside dense attention and FlexAttention."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 from longnet_cli.basics.errors import ConfigError
@@ -17,7 +16,7 @@ from longnet_cli.cli.output import RowFormat, RowWriter, tell
 from longnet_cli.cli.progress import progress
 
 if TYPE_CHECKING:
-    from longnet_cli.jobs.benchmark import Case, Measurement, Settings
+    from longnet_cli.jobs.benchmark import Case, Measurement
 
 # Markdown is for people: only as many columns as fit 80 characters. Values that all rows share go to stderr, and in
 # the place of the seconds of a row that has none stands its status.
@@ -45,7 +44,7 @@ class BenchCommand:
     )
     op: str = MEASURE.option("--op OP", "Measure attention, model or train.", default="attention")
     impl: Sequence[str] | None = MEASURE.option(
-        "--impl NAME,...", "Run dilated, dense or kernels (dilated without its merge). (default: dilated,dense)"
+        "--impl NAME,...", "Run dilated, dense or flex (FlexAttention). (default: dilated,dense)"
     )
     direction: Sequence[str] | None = MEASURE.option(
         "--direction NAME,...", "Time the forward, or the backward alone. (default: forward; of train, backward)"
@@ -55,7 +54,7 @@ class BenchCommand:
         "--max-time SECONDS", "Stop after this many seconds. (default: 60 without --seq)"
     )
     max_dense_time: float = MEASURE.option(
-        "--max-dense-time SECONDS", "Skip dense runs that would take more seconds than this.", default=60.0
+        "--max-dense-time SECONDS", "Skip dense and flex runs that would take more seconds than this.", default=60.0
     )
     heads: int | None = SHAPE.option("--heads N", "Use N heads. (default: 12, or 2 *)")
     head_dim: int | None = SHAPE.option("--head-dim N", "Set the size of each head. (default: 64, or 32 *)")
@@ -65,11 +64,9 @@ class BenchCommand:
     )
     pattern: str | None = PATTERN.option(
         "--pattern PATTERN",
-        "Use a pattern, as window:1Ki,sinks=4 or 1Ki/1,4Ki/4, or geometric: --base times powers of --ratio. "
-        "(default: paper; geometric from 1e6 tokens)",
+        "Use a pattern, as window:1Ki,sinks=4 or 1Ki/1,4Ki/4. (default: paper; from 1e6 tokens geometric, base=256, on "
+        "a GPU base=2Ki)",
     )
-    base: int | None = PATTERN.size("--base SIZE", "Set the first segment length. (default: 2048, or 256 *)")
-    ratio: int | None = PATTERN.option("--ratio N", "Set the growth per level. (default: 2)")
     model: str | None = MODEL.option("--model -m NAME|DIR", "Measure a saved model. (default: random weights)")
     layers: int | None = MODEL.option("--layers N", "Use N layers, with random weights. (default: 2)")
     vocab: int | None = MODEL.size("--vocab SIZE", "Use a vocabulary of this size, with random weights. (default: 256)")
@@ -86,7 +83,8 @@ def bench(options: BenchCommand) -> None:
     """Measure dilated attention against dense attention, row by row, up to a billion tokens: --seq 1e9.
 
     --op attention runs the operator alone; model, a model's forward pass; train,
-    its loss and gradients.
+    its loss and gradients. --impl flex is torch's FlexAttention with the mask of
+    the pattern, forward only; it needs a C++ compiler.
 
     Rows that would need too much memory or time are skipped and say so.
     Ctrl-C keeps the rows so far.
@@ -95,30 +93,14 @@ def bench(options: BenchCommand) -> None:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("bench measures one process: start it without torchrun")
-    from longnet_cli.jobs.benchmark import machine
-
-    settings = _settings(options)
-    tell(f"{machine(settings)}, {settings.op}, {' and '.join(settings.direction)}, {settings}", options.quiet)
-    rows = _measure(settings, options.format, options.quiet)
-    if options.format == "md":
-        _print_ratios(rows, partial(tell, quiet=options.quiet))
-
-
-def _settings(options: BenchCommand) -> Settings:
-    from longnet_cli.jobs.benchmark import Settings
-
-    given = vars(options) | {"seq": options.seq or (4096, 8192, 16384, 32768)}
-    if options.max_time is None and options.seq is None:
-        given["max_time"] = 60
-    if options.pattern not in ("paper", "geometric"):  # a bare geometric adapts to each length
-        given["pattern"] = read_pattern(options.pattern)
-    return Settings.of(**{name: value for name, value in given.items() if name not in ("format", "quiet")})
-
-
-def _measure(settings: Settings, format: RowFormat, quiet: bool) -> list[Measurement]:
-    """Print each row as soon as it is measured, and return all."""
-    from longnet_cli.jobs.benchmark import Measurement
+    from longnet_cli.jobs.benchmark import Measurement, Settings, machine
     from longnet_cli.jobs.benchmark import bench as measure
+
+    given = vars(options) | {"pattern": read_pattern(options.pattern), "seq": options.seq or (4096, 8192, 16384, 32768)}
+    given["max_time"] = 60 if options.max_time is options.seq is None else options.max_time
+    quiet, format = given.pop("quiet"), given.pop("format")
+    settings = Settings.of(**given)
+    tell(f"{machine(settings)}, {settings.op}, {' and '.join(settings.direction)}, {settings}", quiet)
 
     def announce(case: Case, seconds: float | None) -> None:
         in_all = (seconds or 0.0) * (1 if case.streamed else 1 + settings.repeats)
@@ -126,15 +108,13 @@ def _measure(settings: Settings, format: RowFormat, quiet: bool) -> list[Measure
             about = f"about {format_duration(in_all)} and " if seconds else "about "
             tell(f"{_title(case.row)}: {about}{format_bytes(case.memory_bytes)} of memory", quiet)
 
-    streamed = settings.streamed_tokens
-    cases = len(settings.seq) * len(settings.direction) * len(settings.impl)
     columns = [field.name for field in dataclasses.fields(Measurement)]
     if format == "md":
-        columns = _MARKDOWN.format("stop" if streamed else "").split()
+        columns = _MARKDOWN.format("stop" if any(map(settings.streams, settings.seq)) else "").split()
     rows: list[Measurement] = []
-    total, unit = (streamed, "tok") if streamed else (cases, "rows")
+    tokens = sum(settings.seq) * len(settings.direction) * len(settings.impl)
     with (
-        progress("bench", total=total, unit=unit, quiet=quiet) as advance,
+        progress("bench", total=tokens, quiet=quiet) as advance,
         RowWriter(format, columns, human=_HUMAN, titles=_TITLES) as out,
     ):
         for row in measure(settings, on_start=announce, on_tokens=advance):
@@ -145,8 +125,10 @@ def _measure(settings: Settings, format: RowFormat, quiet: bool) -> list[Measure
             out.write(values)
             if row.reason:
                 tell(f"{_title(row)}: {row.status}, {row.reason}", quiet)
-            advance(0 if streamed else 1, last=_title(row))
-    return rows
+            streamed = row.chunk and row.direction == "forward"  # its chunks are counted already
+            advance(0 if streamed else row.seq, last=_title(row))
+    if format == "md":
+        _tell_ratios(rows, quiet)
 
 
 def _title(row: Measurement) -> str:
@@ -154,10 +136,9 @@ def _title(row: Measurement) -> str:
     return f"{row.impl} {row.direction} at {row.seq}{part}"
 
 
-def _print_ratios(rows: Sequence[Measurement], on_note: Callable[[str], None]) -> None:
-    """Print the ratio of speeds for each measured pair: `dilated is 6.5x dense at 32768, forward`."""
-    seconds = {(row.impl, row.seq, row.direction): row.seconds for row in rows if row.stop is None and row.seconds}
-    for (impl, seq, direction), dilated in seconds.items():
-        dense = seconds.get(("dense", seq, direction))
-        if impl == "dilated" and dense:
-            on_note(f"dilated is {dense / dilated:.3g}x dense at {seq}, {direction}")
+def _tell_ratios(rows: Sequence[Measurement], quiet: bool) -> None:
+    """Tell the ratio of speeds for each measured pair: `dilated is 6.5x dense at 32768, forward`."""
+    ours = {(row.seq, row.direction): row.seconds for row in rows if row.impl == "dilated" and row.stop is None}
+    for row in rows:
+        if row.impl != "dilated" and row.seconds and (seconds := ours.get((row.seq, row.direction))):
+            tell(f"dilated is {row.seconds / seconds:.3g}x {row.impl} at {row.seq}, {row.direction}", quiet)

@@ -2,13 +2,13 @@
 
     Settings, every option once with bounds and default --CASES--> Case --measure, measure_stream--> Measurement, a row
 
-The op `attention` is dilated attention of random q, k, v against dense attention, forward or backward. `model` and
-`train` go from tokens to the loss of each, or to gradients, dilated or dense.
+The op `attention` is dilated attention of random q, k, v, forward or backward, beside dense attention and torch's
+FlexAttention. `model` and `train` go from tokens to the loss of each, or to gradients, dilated or dense.
 
 The `seconds` of a row are the median of `repeats` runs after one warm-up run. If time runs out before the second run,
 they are those of the warm-up. Rates count executed FLOPs, with causal attention as half, and not the FLOPs that dense
-attention would need. A case that would not fit in memory or time is not run: the `status` of its row says so, and its
-`reason` says why.
+attention would need; FlexAttention is credited with those of dilated attention. A case that would not fit in memory or
+time is not run: the `status` of its row says so, and its `reason` says why.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ import datetime
 import math
 import os
 import platform
+import shutil
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -33,45 +35,31 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from longnet_cli.attention import KVCache, Pattern, dilated_attention
-from longnet_cli.attention.branches import BACKWARD_FLOPS, attention_flops, backward_flops, branches
+from longnet_cli.attention.branches import attention_flops, backward_flops
 from longnet_cli.attention.groups import past_bytes
 from longnet_cli.attention.kernels import select_kernel
 from longnet_cli.attention.notation import format_levels, format_pattern
-from longnet_cli.attention.views import kernel_calls
 from longnet_cli.basics.configuration import validate
 from longnet_cli.basics.errors import ConfigError, is_out_of_memory
-from longnet_cli.jobs.estimating.memory import (
-    attention_memory,
-    cache_bytes,
-    forward_memory,
-    gradient_memory,
-    transient_memory,
-)
+from longnet_cli.basics.sizes import format_bytes
+from longnet_cli.jobs.estimating import memory as needs
 from longnet_cli.jobs.training.objective import backward
 from longnet_cli.models.folder import ModelFolder
-from longnet_cli.nets.config import NetConfig, parse_config
+from longnet_cli.nets.config import parse_config
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import Net
+from longnet_cli.nets.weights import load_config
+from longnet_cli.running import device as machines
 from longnet_cli.running.causal_stream import open_stream
 from longnet_cli.running.chunk_size import BENCH_CHUNK, GPU_BENCH_CHUNK, chunk_of
-from longnet_cli.running.device import (
-    DTYPES,
-    check_kernel,
-    free_memory,
-    peak_from_now,
-    precision,
-    resolve_dtype,
-    select_device,
-    trim_memory,
-    wait_for,
-)
+from longnet_cli.running.device import DTYPES, free_memory
 
 if TYPE_CHECKING:
     from longnet_cli.models.hf.pretrained_net import TransformersNet
 
 
 OPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # implementations and directions; defaults come first
-    "attention": (("dilated", "dense", "kernels"), ("forward", "backward")),
+    "attention": (("dilated", "dense", "flex"), ("forward", "backward")),
     "model": (("dilated", "dense"), ("forward",)),
     "train": (("dilated", "dense"), ("backward",)),
 }
@@ -79,7 +67,6 @@ LONG = 10**6  # tokens: from here on, a causal forward pass is streamed, and the
 LONGEST = 1 << 40  # tokens; with the most heads of the largest size, int64 still counts the numbers of a sequence
 
 Size = Annotated[int, Field(ge=1, le=1 << 32)]
-Tokens = Annotated[int, Field(ge=1, le=LONGEST)]
 Seconds = Annotated[float, Field(ge=0)]
 
 
@@ -95,17 +82,18 @@ class Settings(BaseModel):
 
     op: attention (of random queries, keys and values), model (from tokens to their loss) or train (from tokens to
         gradients).
-    impl: dilated (ours), dense (torch's), kernels (the kernel calls of dilated, without the work between them).
-    pattern: "paper", "geometric" (`base` times `ratio`), or levels; None is a saved model's own, or suits the length.
+    impl: dilated (ours), dense (torch's) or flex (torch's FlexAttention with the mask of the pattern, forward: a key
+        that several levels have counts once there).
+    pattern: None is a saved model's own, or suits the length (`pattern_for`).
     chunk: tokens per chunk of longer causal sequences. A forward pass that is cut this way is streamed, see `streams`.
     model: a name or a folder; otherwise the model has `layers`, `vocab` and random weights.
     max_time: seconds for all rows. A streamed run ends then; another run does not start if it is expected to overrun.
-    max_dense_time: seconds; a dense run that would take longer, by the rate of shorter ones, is skipped.
+    max_dense_time: seconds; a run of dense or flex that would take longer, by the rate of shorter ones, is skipped.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, alias_generator=_option)
 
-    seq: tuple[Tokens, ...]
+    seq: tuple[Annotated[int, Field(ge=1, le=LONGEST)], ...]
     op: Literal["attention", "model", "train"] = "attention"
     impl: tuple[str, ...]
     direction: tuple[str, ...]
@@ -113,9 +101,7 @@ class Settings(BaseModel):
     heads: Annotated[int, Field(ge=1, le=1024)]  # limited, as Python loops over heads and layers
     head_dim: Annotated[int, Field(ge=1, le=2048)]
     causal: bool = True
-    pattern: Pattern | str | None = None
-    base: Tokens
-    ratio: Annotated[int, Field(ge=2, le=LONGEST)] = 2
+    pattern: Pattern | None = None
     chunk: Annotated[int, Field(ge=1)] | None = None
     model: str | None = None
     layers: Annotated[int, Field(ge=1, le=256)] = 2
@@ -130,61 +116,61 @@ class Settings(BaseModel):
     def of(cls, **options: Any) -> Settings:
         """Return the settings for these options; None stands for the default. Raises ConfigError.
 
-        The defaults are the paper's 12 heads of 64 and its pattern. From LONG tokens on, the pattern is geometric, and
-        a CPU gets 2 heads of 32 and a first segment of 256: two cores read a billion tokens in half an hour.
+        The defaults are the paper's 12 heads of 64. From LONG tokens on, a CPU gets 2 heads of 32: two cores read a
+        billion tokens in half an hour.
         """
         given = {name: value for name, value in options.items() if value is not None}
-        device = select_device(given.get("device", "auto"))
+        device = machines.select_device(given.get("device", "auto"))
         impls, directions = OPS.get(given.get("op", "attention"), OPS["attention"])
-        small = device.type == "cpu" and max(given["seq"]) >= LONG
-        shape = {"heads": 2, "head_dim": 32, "base": 256} if small else {"heads": 12, "head_dim": 64, "base": 2048}
-        if given.keys() & {"base", "ratio"} and given.setdefault("pattern", "geometric") != "geometric":
-            raise ConfigError("--base and --ratio are of a geometric pattern, not of another")
         own = [_option(name) for name in ("heads", "head_dim", "layers", "vocab") if name in given]
         if "model" in given and own:
             raise ConfigError(f"{', '.join(own)}: a saved model has its own, leave it out or leave out --model")
-        given["dtype"] = resolve_dtype(given.get("dtype", "auto"), device)
-        values = {"impl": impls[:2], "direction": directions[:1], **shape, **given, "device": device}
-        return validate(cls, {_option(name): value for name, value in values.items()}, "longnet bench")
+        given["dtype"] = machines.resolve_dtype(given.get("dtype", "auto"), device)
+        heads, size = (2, 32) if device.type == "cpu" and max(given["seq"]) >= LONG else (12, 64)
+        values = {"impl": impls[:2], "direction": directions[:1], "heads": heads, "head_dim": size, **given}
+        return validate(cls, {_option(name): x for name, x in (values | {"device": device}).items()}, "longnet bench")
 
     @model_validator(mode="after")
     def _check(self) -> Settings:
         """Raise ValueError for settings that cannot be measured, or that the rows would not show."""
-        impls, directions = OPS[self.op]
-        for option, names, known in (("--impl", self.impl, impls), ("--direction", self.direction, directions)):
+        net = self.op != "attention"
+        for option, names, known in zip(
+            ("--impl", "--direction"), (self.impl, self.direction), OPS[self.op], strict=True
+        ):
             if unknown := [name for name in names if name not in known]:
                 raise ValueError(f"{option} of --op {self.op} has no {unknown[0]!r}: choose from {', '.join(known)}")
-        if self._named not in ("paper", "geometric", "given"):
-            raise ValueError(
-                f"--pattern: {self.pattern!r} is unknown: write paper, geometric, or another of `longnet pattern`"
-            )
-        net = self.op in ("model", "train")
         if self.model is not None and not net:
             raise ValueError(f"--op {self.op} has no model: --model is for --op model and train")
         if net and not self.causal:
             raise ValueError(f"--op {self.op} runs causal language models: --bidirectional is for --op attention")
-        for level in (level for seq in self.seq for level in self.pattern_for(seq).levels):
-            if max(level) >= 2 * LONGEST:
-                raise ValueError(
-                    f"a segment of {level[0]} tokens, dilated {level[1]} times, is longer than any sequence"
-                )
-        check_kernel(self.device, self.dtype, self.head_dim)
+        for w, r in (level for seq in self.seq for level in self.pattern_for(seq).levels):
+            if max(w, r) >= 2 * LONGEST:
+                raise ValueError(f"a segment of {w} tokens, dilated {r} times, is longer than any sequence")
+        if "flex" in self.impl:
+            self._check_flex(os.environ.get("CXX", "g++"))
+        machines.check_kernel(self.device, self.dtype, self.head_dim)
         return self
 
-    def pattern_for(self, seq: int, own: Pattern | None = None) -> Pattern:
-        """Return the requested pattern, otherwise the model's `own`, otherwise one that suits `seq` tokens."""
-        if isinstance(self.pattern, Pattern):
-            return Pattern((seq,), (1,)) if self.pattern == Pattern.dense() else self.pattern
-        if self.pattern is None and own is not None:
-            return own
-        return Pattern.paper() if self._named == "paper" else Pattern.geometric(seq, self.base, self.ratio)
+    def _check_flex(self, compiler: str) -> None:
+        cpu = self.device.type == "cpu"
+        if cpu and "backward" in self.direction:
+            raise ValueError("--impl flex has no backward pass on a CPU: leave out --direction backward")
+        if cpu and not shutil.which(compiler):
+            raise ValueError(f"--impl flex needs a C++ compiler, and there is no {compiler}: install one, or set CXX")
+        if self.pattern and self.pattern.chosen:
+            raise ValueError("--impl flex cannot choose blocks by their content: leave out chosen=")
 
-    @property
-    def _named(self) -> str:
-        """The name of the pattern: "paper" or "geometric"; "given" for levels."""
-        if isinstance(self.pattern, Pattern):
-            return "given"
-        return self.pattern or ("geometric" if max(self.seq) >= LONG else "paper")
+    def pattern_for(self, seq: int, own: Pattern | None = None) -> Pattern:
+        """Return the requested pattern, otherwise the model's `own`, otherwise one that suits `seq` tokens.
+
+        That is the paper's or, if some sequence has LONG tokens, a geometric one, on a CPU from 256 on.
+        """
+        if self.pattern == Pattern.dense():
+            return Pattern((seq,), (1,))
+        if self.pattern or own:
+            return self.pattern or cast("Pattern", own)
+        long = max(self.seq) >= LONG
+        return Pattern.geometric(seq, 256 if self.device.type == "cpu" else 2048) if long else Pattern.paper()
 
     def streams(self, seq: int) -> bool:
         """Return whether a causal forward pass is streamed: `seq` exceeds the chunk or, without one, reaches LONG."""
@@ -194,22 +180,13 @@ class Settings(BaseModel):
         """Return the tokens per chunk of a streamed run."""
         return min(seq, chunk_of(self.chunk, GPU_BENCH_CHUNK if self.device.type == "cuda" else BENCH_CHUNK))
 
-    @property
-    def streamed_tokens(self) -> int:
-        """The tokens of all streamed runs."""
-        if self.op not in ("attention", "model") or "dilated" not in self.impl or "forward" not in self.direction:
-            return 0
-        return sum(seq for seq in self.seq if self.streams(seq))
-
     def __str__(self) -> str:
-        """Return the settings that all rows share: `1 x 12 heads x 64, causal, pattern paper`."""
+        """Return the settings that all rows share: `1 x 12 heads x 64, causal, pattern 1Ki/1,4Ki/4`."""
         if self.model is not None:
             return f"{self.batch} x {self.model}"
         shape = f"{self.batch} x {self.heads} heads x {self.head_dim}, {'causal' if self.causal else 'bidirectional'}"
-        layers = f", {self.layers} layers, vocabulary {self.vocab}" if self.op in ("model", "train") else ""
-        growth = f", base {self.base}, ratio {self.ratio}" if self._named == "geometric" else ""
-        pattern = format_pattern(self.pattern) if isinstance(self.pattern, Pattern) else self._named
-        return f"{shape}, pattern {pattern}{growth}{layers}"
+        layers = "" if self.op == "attention" else f", {self.layers} layers, vocabulary {self.vocab}"
+        return f"{shape}, pattern {format_pattern(self.pattern_for(max(self.seq)))}{layers}"
 
 
 @dataclass(frozen=True)
@@ -266,14 +243,11 @@ class Case:
     start: Callable[[], Callable[..., object]]
     streamed: bool = False
 
-    def measured(
-        self, begin: int, end: int, peak: Callable[[], int | None], *, seconds: float, status: str = "ok", **values: Any
-    ) -> Measurement:
+    def measured(self, begin: int, end: int, peak: int | None, *, seconds: float, **values: Any) -> Measurement:
         """Return the row of positions [begin, end), which took `seconds`."""
-        flops = self.flops(end) - self.flops(begin)
-        values["tokens_per_second"] = self.row.batch * (end - begin) / seconds
-        values["flops_per_second"] = flops / seconds if flops else None
-        return replace(self.row, status=status, seconds=seconds, peak_rss_bytes=peak(), **values)
+        rates: dict[str, Any] = {"status": "ok", "tokens_per_second": self.row.batch * (end - begin) / seconds}
+        rates["flops_per_second"] = (self.flops(end) - self.flops(begin)) / seconds or None
+        return replace(self.row, seconds=seconds, peak_rss_bytes=peak, **rates | values)
 
 
 def attention(s: Settings, impl: str, direction: str, seq: int) -> Case:
@@ -283,46 +257,44 @@ def attention(s: Settings, impl: str, direction: str, seq: int) -> Case:
     drawing numbers for 1e9 tokens would take longer than the attention, and the time of attention does not depend on
     its numbers.
     """
-    pattern, dtype = s.pattern_for(seq), DTYPES[s.dtype]
-    dense, backward = impl == "dense", direction == "backward"
-    streamed = impl == "dilated" and not backward and s.streams(seq)
-    chunk = s.chunk_for(seq) if streamed else seq
-    cache = None
+    dense, back, dtype = impl == "dense", direction == "backward", DTYPES[s.dtype]
+    pattern = Pattern((seq,), (1,)) if dense else s.pattern_for(seq)
+    streamed = impl == "dilated" and not back and s.streams(seq)
+    chunk, cache = seq, 0
     if streamed:
         rows = 2 * s.heads * s.head_dim * dtype.itemsize * pattern.cache_rows
         cache = s.batch * (rows + sum(past_bytes(pattern, s.heads, s.head_dim, seq, dtype.itemsize)))
+        chunk = s.chunk_for(seq)
 
     def flops(tokens: int) -> float:
-        if dense:
-            forward = 4 * s.head_dim * s.heads * s.batch * tokens**2 // (2 if s.causal else 1)
-            return forward * (BACKWARD_FLOPS if backward else 1)
-        count = backward_flops if backward else attention_flops
+        count = backward_flops if back else attention_flops
         return s.batch * count(pattern, s.heads, s.head_dim, tokens, s.causal)
 
-    row = _row(s, impl, direction, seq, chunk=chunk if streamed else None, cache_bytes=cache)
+    row = _row(s, impl, direction, seq, None if dense else pattern, chunk=chunk if streamed else None)
     # each implementation gets the layout that it is made for
-    shape = (s.batch, s.heads, chunk, s.head_dim) if dense else (s.batch, chunk, s.heads, s.head_dim)
-    memory = attention_memory(shape, None if dense else pattern, s.causal, dtype, s.device, backward) + (cache or 0)
-    if not dense:
-        memory += transient_memory(pattern, s.heads, s.head_dim, seq, dtype.itemsize, s.device.type)
-    return Case(row, flops, memory, partial(_attention, s, impl, pattern, shape, backward, streamed), streamed)
+    theirs = dense or impl == "flex"
+    shape = (s.batch, s.heads, chunk, s.head_dim) if theirs else (s.batch, chunk, s.heads, s.head_dim)
+    memory = needs.attention_memory(shape, None if theirs else pattern, s.causal, dtype, s.device, back) + cache
+    memory += needs.transient_memory(pattern, s.heads, s.head_dim, seq, dtype.itemsize, s.device.type)
+    start = partial(_attention, s, impl, pattern, shape, back, streamed)
+    return Case(replace(row, cache_bytes=cache or None), flops, memory, start, streamed)
 
 
 def _attention(
-    s: Settings, impl: str, pattern: Pattern, shape: Sequence[int], backward: bool, streamed: bool
+    s: Settings, impl: str, pattern: Pattern, shape: Sequence[int], back: bool, streamed: bool
 ) -> Callable[..., object]:
     """Draw the inputs of attention, and return the run."""
     draw = torch.Generator(s.device).manual_seed(0)
     made: dict[str, Any] = {"generator": draw, "dtype": DTYPES[s.dtype], "device": s.device}
-    q, k, v, *dout = (torch.randn(shape, requires_grad=backward, **made) for _ in range(3 + backward))
-    if impl == "kernels":
-        return _kernels_alone(s, pattern, q, k, v, *dout)
+    q, k, v, *dout = (torch.randn(shape, requires_grad=back, **made) for _ in range(3 + back))
     if streamed:
         return _streamed(s, pattern, q, k, v)
     attend: Callable[[], Tensor] = partial(F.scaled_dot_product_attention, q, k, v, is_causal=s.causal)
     if impl == "dilated":
         attend = partial(dilated_attention, q, k, v, pattern, causal=s.causal)
-    if not backward:
+    elif impl == "flex":
+        attend = partial(flex_attention(pattern, s.heads, shape[2], s.causal, s.device), q, k, v)
+    if not back:
         return attend
     return partial(torch.autograd.grad, attend(), (q, k, v), dout[0].detach(), retain_graph=True)
 
@@ -338,75 +310,83 @@ def _streamed(s: Settings, pattern: Pattern, q: Tensor, k: Tensor, v: Tensor) ->
     return run
 
 
-@torch.no_grad()
-def _kernels_alone(
-    s: Settings, pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, dout: Tensor | None = None
-) -> Callable[[], object]:
-    """Return a run of the kernel calls alone, forward or, given dout, backward, on the views of dilated attention."""
-    kernel, scale = select_kernel(s.device, q.dtype, s.head_dim), s.head_dim**-0.5
-    plan = [(slice(0, s.batch), slice(0, q.shape[1]), branches(pattern, s.heads, 0, q.shape[1], s.causal, "exact", ()))]
-    out, lse = torch.zeros_like(q), torch.zeros(q.shape[:3], device=s.device)[..., None]
-    calls = list(kernel_calls(plan, kernel, (q,) if dout is None else (q, out, lse, dout), (k, v)))
+def flex_attention(
+    pattern: Pattern, heads: int, tokens: int, causal: bool, device: torch.device
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Return torch's FlexAttention with the mask of a pattern, compiled: q, k, v (B, H, N, D) -> the same shape.
 
-    def run() -> None:
-        for branch, (q_, *others), (k_, v_) in calls:
-            if others:
-                out_, lse_, dout_ = others
-                kernel.backward((dout_, q_, k_, v_, out_, lse_[..., 0]), branch.causal, scale)
-            else:
-                kernel.forward(q_, k_, v_, branch.causal, scale)
+    A key that several levels show to a query counts once. A query that sees no key gets zeros.
+    """
+    from torch.nn.attention import flex_attention as flex  # takes a second
 
-    return run
+    offsets = [torch.tensor(pattern.offsets(level, heads), device=device) for level in range(len(pattern.levels))]
+
+    def seen(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        found = (query // pattern.segment_lengths[0] > pattern.look_backs[0]) & (key < pattern.sinks)
+        before = torch.zeros_like(found)
+        for (w, r), back, offset in zip(pattern.levels, pattern.look_backs, offsets, strict=True):
+            covers = (query // w - back <= key // w) & (key // w <= query // w + back)
+            shown = (
+                covers & (key % w % r == offset[head]) & ((key >= pattern.sinks) | (w == pattern.segment_lengths[0]))
+            )
+            asks = (query % w % r == offset[head]) | (pattern.queries == "all")
+            found = found | (shown & asks & ~before)
+            before = covers if pattern.overlap == "once" else before
+        return found & (key <= query) if causal else found
+
+    of_heads = heads if max(pattern.dilation_rates) > 1 else None
+    # not compiled, it would hold ten bytes for each score
+    mask = torch.compile(flex.create_block_mask)(seen, None, of_heads, tokens, tokens, device=device)
+    return partial(torch.compile(flex.flex_attention, dynamic=False), block_mask=mask)
 
 
-def model(s: Settings, impl: str, direction: str, seq: int) -> Case:
-    """Return a case of the forward pass, on random tokens, of a shipped or saved model (`s.model`) or a random one."""
+def of_net(s: Settings, impl: str, direction: str, seq: int) -> Case:
+    """Return a case of a net on random tokens: its forward pass, or the loss and gradients of one sequence.
+
+    Gradients are those of a step without its update, by `s.chunk` tokens if given.
+    """
     net, load = _net(s, impl, seq)
-    config, itemsize = net.config, DTYPES[s.dtype].itemsize
-    streamed = impl == "dilated" and config.streams and s.streams(seq)
-    chunk = s.chunk_for(seq) if streamed else seq
+    config, itemsize, trains = net.config, DTYPES[s.dtype].itemsize, s.op == "train"
+    streamed = impl == "dilated" and not trains and config.streams and s.streams(seq)
+    chunk = s.chunk_for(seq) if streamed else min((trains and s.chunk) or seq, seq)
+    again = trains and chunk < seq  # then the backward pass computes each chunk's forward pass again
 
     def start() -> Callable[..., object]:
-        model, ids = load(), _tokens(s, config, chunk)
+        model = load().train(trains)
+        ids = torch.randint(config.vocab_size, (s.batch, seq if trains else chunk), device=s.device)
         read = open_stream(model) if streamed else model
 
-        def run(tokens: int = chunk) -> Tensor:
-            with torch.inference_mode(), precision(s.dtype, s.device):
-                return model.nll(read(ids[:, :tokens]), ids[:, :tokens])
-
-        return run
-
-    cache = None
-    if streamed and not net.stream():  # of a net with a cache of its own, nothing is known
-        cache = s.batch * sum(cache_bytes(config, max(seq, *config.pattern.segment_lengths), itemsize))
-    row = _row(s, impl, direction, seq, net, chunk=chunk if streamed else None, cache_bytes=cache)
-    transient = transient_memory(config.pattern, config.num_heads, config.head_dim, seq, itemsize, s.device.type)
-    memory = sum(forward_memory(net, s.batch * chunk, itemsize, s.batch * chunk, transient).values()) + (cache or 0)
-    return Case(row, lambda tokens: s.batch * _forward_flops(config, tokens), memory, start, streamed)
-
-
-def train(s: Settings, impl: str, direction: str, seq: int) -> Case:
-    """Return a case of one sequence's loss and gradients, by `s.chunk` tokens if given: a step without its update."""
-    net, load = _net(s, impl, seq)
-    config, chunk = net.config, min(s.chunk or seq, seq)
-    again = chunk < seq  # then the backward pass computes each chunk's forward pass again
-
-    def start() -> Callable[[], object]:
-        model, ids = load().train(), _tokens(s, config, seq)
-
-        def run() -> Tensor:
+        def gradients() -> Tensor:
             model.zero_grad()
             return backward(model, ids, ids, chunk=chunk, scale=1 / ids.numel(), dtype=s.dtype)
 
-        return run
+        def forward(tokens: int = chunk) -> Tensor:
+            with torch.inference_mode(), machines.precision(s.dtype, s.device):
+                return model.nll(read(ids[:, :tokens]), ids[:, :tokens])
+
+        return gradients if trains else forward
 
     def flops(tokens: int) -> float:
-        forward = _forward_flops(config, tokens) - config.vote_flops(tokens)  # blocks are chosen once
-        return s.batch * (config.training_flops([tokens]) + again * forward)
+        forward = tokens * (config.layer_flops() + config.vocabulary_flops()) + config.attention_flops(tokens)
+        # blocks are chosen once
+        training = config.training_flops([tokens]) + again * (forward - config.vote_flops(tokens)) if trains else 0
+        return s.batch * (training or forward)
 
-    row = _row(s, impl, direction, seq, net, chunk=chunk if again else None)
-    memory = gradient_memory(config, s.batch, seq, chunk, DTYPES[s.dtype].itemsize, s.device.type)
-    return Case(row, flops, memory, start)
+    cache = 0
+    if streamed and not net.stream():  # of a net with a cache of its own, nothing is known
+        longest = max(seq, *config.pattern.segment_lengths)
+        cache = s.batch * sum(needs.cache_bytes(config, longest, itemsize))
+    if trains:
+        memory = needs.gradient_memory(config, s.batch, seq, chunk, itemsize, s.device.type)
+    else:
+        sizes = config.num_heads, config.head_dim, seq, itemsize, s.device.type
+        transient = needs.transient_memory(config.pattern, *sizes)
+        memory = sum(needs.forward_memory(net, s.batch * chunk, itemsize, s.batch * chunk, transient).values()) + cache
+    values: dict[str, Any] = {"chunk": chunk if streamed or again else None, "cache_bytes": cache or None}
+    values |= {"heads": config.num_heads, "head_dim": config.head_dim}
+    values["model"] = None if s.model is None else ModelFolder.find(s.model).origin
+    row = _row(s, impl, direction, seq, config.pattern if net.dilated else None, **values)
+    return Case(row, flops, memory, start, streamed)
 
 
 def _net(s: Settings, impl: str, seq: int) -> tuple[Net, Callable[[], Net]]:
@@ -418,24 +398,25 @@ def _net(s: Settings, impl: str, seq: int) -> tuple[Net, Callable[[], Net]]:
     if folder and folder.of_transformers:
         net = _transformers(s, impl, seq, folder)
         return net, lambda: net
-    if folder is None:
-        dim = s.heads * s.head_dim
-        shape = {"dim": dim, "num_layers": s.layers, "num_heads": s.heads, "ffn_dim": 4 * dim, "vocab_size": s.vocab}
-        where, own, config = "a model with random weights", None, {**shape, "position": "rope"}
+    dim, own = s.heads * s.head_dim, folder and folder.net_config()
+    if own and not (own.causal and own.vocab_size):
+        raise ConfigError(f"{s.model}: --op {s.op} runs causal language models")
+    pattern = Pattern((seq,), (1,)) if impl == "dense" else s.pattern_for(seq, own.pattern if own else None)
+    if folder and own:
+        pattern = replace(pattern, head_offsets=own.pattern.head_offsets)  # the weights were trained with these
+        config, load = load_config(folder.path, pattern), partial(folder.net, pattern=pattern, device=s.device)
     else:
-        saved = folder.net_config()
-        where, own, config = str(s.model), saved.pattern, saved.model_dump()
-        if not saved.causal or not saved.vocab_size:
-            raise ConfigError(f"{where}: --op {s.op} runs causal language models")
-    pattern = s.pattern_for(seq, own)
-    if own:
-        pattern = replace(pattern, head_offsets=own.head_offsets)  # the weights were trained with these
-    measured = parse_config(config, where, pattern)  # raises if the pattern does not fit the model's positions
-    if impl == "dense":  # one segment for the whole sequence
-        measured = measured.model_copy(update=vars(Pattern((seq,), (1,))))
+        shape = {"dim": dim, "num_layers": s.layers, "num_heads": s.heads, "ffn_dim": 4 * dim, "vocab_size": s.vocab}
+        config, load = parse_config({**shape, "position": "rope"}, "a model with random weights", pattern), None
     with torch.device("meta"):
-        empty = LongNet(measured)
-    return empty, partial(_with_weights, s, empty)
+        empty = LongNet(config)
+
+    def drawn() -> Net:
+        torch.manual_seed(0)
+        empty.to_empty(device=s.device).init_weights()
+        return empty.eval()
+
+    return empty, load or drawn
 
 
 def _transformers(s: Settings, impl: str, seq: int, folder: ModelFolder) -> TransformersNet:
@@ -460,47 +441,23 @@ def _loaded(path: Path, pattern: Pattern | None, device: torch.device, dtype: st
     return cast("TransformersNet", ModelFolder(path).net(pattern=pattern, device=device, dtype=DTYPES[dtype]))
 
 
-def _with_weights(s: Settings, net: LongNet) -> LongNet:
-    """Return the net with its weights, which are read or drawn."""
-    if s.model is not None:
-        net.load_state_dict(LongNet.from_pretrained(s.model, s.device).state_dict(), assign=True)
-    else:
-        torch.manual_seed(0)
-        net.to_empty(device=s.device).init_weights()
-    return net.eval()
-
-
-def _tokens(s: Settings, config: NetConfig, count: int) -> Tensor:
-    return torch.randint(config.vocab_size, (s.batch, count), device=s.device)
-
-
-def _forward_flops(config: NetConfig, tokens: int) -> int:
-    return tokens * (config.layer_flops() + config.vocabulary_flops()) + config.attention_flops(tokens)
-
-
-def _row(s: Settings, impl: str, direction: str, seq: int, net: Net | None = None, **values: Any) -> Measurement:
-    """Return the row of a case before it is measured, by the settings and the `net`, and its own `values`."""
+def _row(s: Settings, impl: str, direction: str, seq: int, pattern: Pattern | None, **values: Any) -> Measurement:
+    """Return the row of a case before it is measured. `pattern` is None for dense attention."""
     facts: dict[str, Any] = {name: getattr(s, name) for name in ("heads", "head_dim", "batch", "causal", "dtype")}
-    dilated, pattern = impl != "dense", s.pattern_for(seq)
-    if net:
-        dilated, pattern = net.dilated, net.config.pattern
-        facts |= {"heads": net.config.num_heads, "head_dim": net.config.head_dim}
-        facts["model"] = None if s.model is None else ModelFolder.find(s.model).origin
-    facts["kernel"] = select_kernel(s.device, DTYPES[s.dtype], facts["head_dim"]).name if dilated else "sdpa"
-    facts["pattern"] = format_levels(pattern) if dilated else None  # 2048/1,4096/2
-    facts |= {"device": str(s.device), "machine": device_name(s.device), "date": _today()}
-    return Measurement(s.op, impl, direction, seq, **facts, **values)
+    facts |= {"device": str(s.device), "machine": device_name(s.device), "date": _today()} | values
+    kernel = select_kernel(s.device, DTYPES[s.dtype], facts["head_dim"]).name if pattern else "sdpa"
+    facts |= {"kernel": "flex" if impl == "flex" else kernel, "pattern": format_levels(pattern) if pattern else None}
+    return Measurement(s.op, impl, direction, seq, **facts)
 
 
 CASES: dict[str, Callable[[Settings, str, str, int], Case]] = {  # (settings, impl, direction, seq) -> a case
     "attention": attention,
-    "model": model,
-    "train": train,
+    "model": of_net,
+    "train": of_net,
 }
 FIRST_DECADE = 10**6  # tokens: a streamed run reports each power of ten from here on
 _PROBE_SEQ = 2048  # tokens of the run that estimates a long one
 _LONG_FLOPS = 10**11  # a second or so on a slow CPU: a longer run is worth a probe
-_SHORTEST_REACH = 4096  # fewest tokens of a dense run that is measured in place of a longer one
 
 
 def bench(
@@ -511,20 +468,20 @@ def bench(
 ) -> Iterator[Measurement]:
     """Measure every case of the settings, row by row.
 
-    A streamed case has a row for each decade of its positions, then one for the whole. If a dense case would take too
-    long or too much memory, the longest power of two that the limits allow is measured in its place, once.
+    A streamed case has a row for each decade of its positions, then one for the whole.
 
     on_start: called with each case before it runs, and with the estimated seconds of one run, None if unknown.
     on_tokens: called with the number of tokens of each chunk of a streamed run.
     """
-    s, done = settings, list[Measurement]()  # the rows so far, whose rates tell how long the next cases take
+    s, best = settings, defaultdict[tuple[str, str], float](float)  # FLOP/s so far: short runs are mostly overhead
     deadline = time.perf_counter() + (math.inf if s.max_time is None else s.max_time)
 
-    def run(case: Case) -> Iterator[Measurement]:
-        on_start(case, _expected_seconds(case, done))
-        streamed = measure_stream(case, s, deadline, on_tokens) if case.streamed else None
-        for row in streamed or [measure(case, s, deadline)]:
-            done.append(row)
+    def run(case: Case, repeats: int) -> Iterator[Measurement]:
+        machines.trim_memory(s.device)  # what earlier rows freed would count here
+        peak, key = machines.peak_from_now(s.device), (case.row.impl, case.row.direction)
+        stream = measure_stream(case, s.device, peak, deadline, on_tokens) if case.streamed else None
+        for row in stream or [measure(case, s.device, peak, deadline, repeats)]:
+            best[key] = max(best[key], row.flops_per_second or 0.0)
             yield row
 
     for seq, direction, impl in product(s.seq, s.direction, s.impl):
@@ -533,92 +490,76 @@ def bench(
         if time.perf_counter() >= deadline:
             yield replace(case.row, reason="the time is over")
             continue
-        if case.flops(seq) > _LONG_FLOPS and seq > _PROBE_SEQ and not _like(case, done):
-            probe, free = make(case.row.chunk or _PROBE_SEQ), free_memory(s.device)
+        if case.flops(seq) > _LONG_FLOPS and seq > _PROBE_SEQ and not best[impl, direction]:
+            probe, free = replace(make(case.row.chunk or _PROBE_SEQ), streamed=False), free_memory(s.device)
             if free is None or probe.memory_bytes <= free:
-                done.append(measure(probe, s.model_copy(update={"repeats": 1}), deadline))
-        share, refusal = _fit(case, s, deadline - time.perf_counter(), done)
-        if refusal is None:
-            yield from run(case)
+                _ = [*run(probe, 1)]
+        seconds = case.flops(seq) / best[impl, direction] if best[impl, direction] else None
+        if refusal := _refusal(case, s, deadline - time.perf_counter(), seconds):
+            yield refusal
             continue
-        yield refusal
-        if impl == "dense" and (like := _like(case, done)):  # then run a shorter one that fits
-            reach = 1 << max(1, int(0.95 * seq / share)).bit_length() - 1
-            if reach >= max(_SHORTEST_REACH, 2 * max(row.seq for row in like)):
-                yield from run(make(reach))
+        on_start(case, seconds)
+        yield from run(case, s.repeats)
 
 
-def _fit(case: Case, s: Settings, left: float, done: Sequence[Measurement]) -> tuple[float, Measurement | None]:
-    """Return by how much a dense sequence is too long, and the row that says why the case is not run, or None.
-
-    `left` are the seconds until the deadline.
-    """
-    dense, free, seconds = case.row.impl == "dense", free_memory(s.device), _expected_seconds(case, done)
-    allowed = left if s.max_dense_time is None or not dense else min(left, s.max_dense_time)
-    over_memory = case.memory_bytes / max(1, free) if free is not None else 0.0
-    over_time = seconds / max(1e-9, allowed) if seconds is not None and not case.streamed else 0.0
-    share = max(1.0, over_memory, math.sqrt(over_time))
-    if free is not None and over_memory > 1:
-        reason = f"needs {_gib(case.memory_bytes)} of memory, {_gib(free)} are free"
-        return share, replace(case.row, status="skipped", reason=reason)
-    if over_time > 1:
+def _refusal(case: Case, s: Settings, left: float, seconds: float | None) -> Measurement | None:
+    """Return the row that says why the case is not run, or None; `left` are the seconds until the deadline."""
+    ours, free = case.row.impl == "dilated", free_memory(s.device)
+    allowed = left if ours or s.max_dense_time is None else min(left, s.max_dense_time)
+    if free is not None and case.memory_bytes > max(1, free):
+        reason = f"needs {format_bytes(case.memory_bytes)} of memory, {format_bytes(free)} are free"
+        return replace(case.row, status="skipped", reason=reason)
+    if seconds is not None and seconds > allowed and not case.streamed:
         reason = f"would take about {seconds:.3g} s, and {allowed:.3g} s are allowed"
-        return share, replace(case.row, status="skipped" if dense else "stopped", reason=reason)
-    return share, None
+        return replace(case.row, status="stopped" if ours else "skipped", reason=reason)
+    return None
 
 
-def _like(case: Case, done: Sequence[Measurement]) -> list[Measurement]:
-    """Return the rows so far of the same implementation and direction that have a rate."""
-    like = (case.row.impl, case.row.direction)
-    return [row for row in done if (row.impl, row.direction) == like and row.flops_per_second]
-
-
-def _expected_seconds(case: Case, done: Sequence[Measurement]) -> float | None:
-    """Estimate the seconds of one run from the best rate: short runs are mostly overhead. None if unknown."""
-    best = max((row.flops_per_second or 0.0 for row in _like(case, done)), default=None)
-    return case.flops(case.row.seq) / best if best else None
-
-
-def measure(case: Case, s: Settings, deadline: float) -> Measurement:
-    """Run the case: a warm-up, then `s.repeats` runs, or as many as end before the deadline. The median counts."""
+def measure(
+    case: Case, device: torch.device, peak: Callable[[], int | None], deadline: float, repeats: int
+) -> Measurement:
+    """Run the case: a warm-up, then `repeats` runs, or as many as end before the deadline. The median counts."""
     seconds: list[float] = []
     try:
-        trim_memory(s.device)  # what earlier rows freed would count here
-        peak = peak_from_now(s.device)
         run = case.start()
-        while len(seconds) <= s.repeats and (not seconds or time.perf_counter() + seconds[0] <= deadline):
-            seconds.append(_seconds(run, s.device))
-        return case.measured(0, case.row.seq, peak, seconds=statistics.median(seconds[1:] or seconds))
+        while len(seconds) <= repeats and (not seconds or time.perf_counter() + seconds[0] <= deadline):
+            clock = _Clock(device)
+            _ = run()  # kept: the time to free its results is not that of the run
+            seconds.append(clock.spent()["seconds"])
+        return case.measured(0, case.row.seq, peak(), seconds=statistics.median(seconds[1:] or seconds))
     except (RuntimeError, MemoryError) as error:
         return replace(case.row, status="oom", reason=_out_of_memory(error))
 
 
-def measure_stream(case: Case, s: Settings, deadline: float, on_tokens: Callable[[int], None]) -> Iterator[Measurement]:
+def measure_stream(
+    case: Case,
+    device: torch.device,
+    peak: Callable[[], int | None],
+    deadline: float,
+    on_tokens: Callable[[int], None],
+) -> Iterator[Measurement]:
     """Run the sequence to its end. Yield a row for each decade of positions as it is passed, then one for the whole.
 
     At the deadline and at Ctrl-C, the run ends as "stopped", with a row of what was measured so far. If memory runs
     out, it ends in the same way as "oom".
     """
     total, chunk = case.row.seq, case.row.chunk or case.row.seq
-    position, decade, status, reason = 0, FIRST_DECADE, "ok", None
+    position, begin, decade, status, reason = 0, 0, FIRST_DECADE, "ok", None
     interrupted: KeyboardInterrupt | None = None
-    trim_memory(s.device)
-    peak = peak_from_now(s.device)
     try:
         case.start()(chunk)  # warm-up
-        run = case.start()
-        whole = part = _Clock(0)
+        run, whole = case.start(), _Clock(device)
+        part = whole
         while position < total and status == "ok":
             # a decade cuts a chunk in two, so that later chunks end where they would have ended
             size = min(chunk - position % chunk, min(decade, total) - position)
             run(size)
-            wait_for(s.device)
+            machines.wait_for(device)
             position += size
             on_tokens(size)
             if total > FIRST_DECADE and position in (decade, total):
-                begin = part.position
-                yield case.measured(begin, position, peak, start=begin, stop=position, **part.spent())
-                part, decade = _Clock(position), decade * 10
+                yield case.measured(begin, position, peak(), start=begin, stop=position, **part.spent())
+                part, begin, decade = _Clock(device), position, decade * 10
             if position < total and time.perf_counter() >= deadline:
                 status, reason = "stopped", f"the time is over after {position} tokens"
     except KeyboardInterrupt as error:
@@ -627,7 +568,7 @@ def measure_stream(case: Case, s: Settings, deadline: float, on_tokens: Callable
         status, reason = "oom", f"{_out_of_memory(error)} after {position} tokens"
     if position:
         reached: dict[str, Any] = {} if position == total else {"start": 0, "stop": position}
-        yield case.measured(0, position, peak, status=status, reason=reason, **reached, **whole.spent())
+        yield case.measured(0, position, peak(), status=status, reason=reason, **reached, **whole.spent())
     elif status == "oom":
         yield replace(case.row, status=status, reason=reason)
     if interrupted:
@@ -635,22 +576,15 @@ def measure_stream(case: Case, s: Settings, deadline: float, on_tokens: Callable
 
 
 class _Clock:
-    """A clock that starts at a position. It counts seconds, and the CPU seconds of all threads."""
+    """A clock that starts when a device has done all of its work. It counts seconds, and the CPU seconds of threads."""
 
-    def __init__(self, position: int) -> None:
-        self.position, self._began, self._threads = position, time.perf_counter(), time.process_time()
+    def __init__(self, device: torch.device) -> None:
+        machines.wait_for(device)
+        self._device, self._began, self._threads = device, time.perf_counter(), time.process_time()
 
-    def spent(self) -> dict[str, Any]:
+    def spent(self) -> dict[str, float]:
+        machines.wait_for(self._device)
         return {"seconds": time.perf_counter() - self._began, "cpu_seconds": time.process_time() - self._threads}
-
-
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds of one run, without the time to free its results."""
-    wait_for(device)
-    begin = time.perf_counter()
-    _ = run()  # kept
-    wait_for(device)
-    return time.perf_counter() - begin
 
 
 def _out_of_memory(error: Exception) -> str:
@@ -679,7 +613,3 @@ def device_name(device: torch.device) -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return platform.processor() or platform.machine()
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:,.2f} GiB"

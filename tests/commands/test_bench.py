@@ -8,6 +8,8 @@ import pytest
 from processes import invoke
 from typer.testing import Result
 
+from longnet_cli.basics.errors import ConfigError
+
 CONTRACT = {
     "op", "impl", "direction", "seq", "status", "seconds", "tokens_per_second", "flops_per_second",
     "peak_rss_bytes", "cache_bytes",
@@ -60,3 +62,10 @@ def test_skipped_and_stopped_rows_give_their_reason(bench: Bench) -> None:
     result = bench("--seq", "64", "--max-time", "0", "--format", "jsonl")
     assert [row["status"] for row in rows_of(result.stdout)] == ["stopped", "stopped"]
     assert result.exit_code == 0
+
+
+def test_flex_attention_needs_a_compiler(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    result = bench("--seq", "64", "--impl", "flex")
+    assert isinstance(result.exception, ConfigError)
+    assert "needs a C++ compiler, and there is no no-such-compiler" in str(result.exception)

@@ -123,6 +123,7 @@ FAILURES = [  # command, exit code, a part of its line
     ("score x.parquet --dry-run --sample 1", 2, "--sample needs 2 texts or more"),
     ("score x.parquet --dry-run --format jsonl", 2, "give --format text or json"),
     ("score x.parquet -m ./model --pattern windw:1Ki", 2, "--pattern: unknown pattern 'windw': did you mean 'window'?"),
+    ("bench --impl flex --direction backward", 2, "--impl flex has no backward pass on a CPU: leave out --direction"),
     ("bench --pattern windw:1Ki", 2, "--pattern: unknown pattern 'windw': did you mean 'window'?"),
     ("train --pattern windw:1Ki -o run", 2, "--pattern: unknown pattern 'windw': did you mean 'window'?"),
     ("encode x.parquet -m ./encoder --prefix x -o y.arrow", 2, "nothing before a document: leave out --prefix"),
