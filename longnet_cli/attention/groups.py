@@ -7,7 +7,7 @@ from itertools import pairwise
 from math import inf
 from typing import TYPE_CHECKING, NamedTuple
 
-from .pattern import FUNNEL, MEAN_OF, RUN, RUNS, VOTERS, LayerKind, Pattern
+from .pattern import FUNNEL, MEAN_OF, VOTERS, LayerKind, Pattern
 
 if TYPE_CHECKING:  # so that sizes of a pattern are known without torch
     from torch import Tensor
@@ -64,15 +64,11 @@ class GroupedPart(NamedTuple):
 class ChoiceStage(NamedTuple):
     """A stage of a scan: of all candidates, those `blocks` remain that have the best votes for their means.
 
-    means: mean keys per block, or RUNS: one for each RUN blocks.
+    means: mean keys per block.
     """
 
     means: int
     blocks: int
-
-    def compared(self, blocks: int) -> int:
-        """Return the number of means of so many blocks."""
-        return blocks // RUN if self.means == RUNS else blocks * self.means
 
 
 def groups_of(pattern: Pattern, start: int, stop: int) -> Iterator[Groups]:
@@ -104,7 +100,7 @@ def slot_of(pattern: Pattern, near: int, start: int) -> int:
 def stages(pattern: Pattern, candidates: float = inf) -> list[ChoiceStage]:
     """Return the stages of a scan of so many blocks, the coarsest first; none if all of them are candidates."""
     finest = pattern.chosen_block // MEAN_OF
-    fitting = [ChoiceStage(*stage) for stage in FUNNEL if stage[0] == RUNS or finest % stage[0] == 0]
+    fitting = [ChoiceStage(*stage) for stage in FUNNEL if finest % stage[0] == 0]
     fitting[-1] = ChoiceStage(fitting[-1].means, max(FUNNEL[-1][1], 2 * pattern.chosen, 4 * pattern.chosen_exact))
     return [stage for stage in fitting if candidates > stage.blocks >= fitting[-1].blocks]
 
@@ -131,7 +127,7 @@ def comparisons(pattern: Pattern, near: int) -> Comparisons:
         return Comparisons(0, 0)
     scanned, left = 0, near // pattern.chosen_block - 1
     for stage in stages(pattern, left):
-        scanned += stage.compared(left)
+        scanned += stage.means * left
         left = stage.blocks
     exact = min(left, pattern.chosen_exact) * pattern.chosen_block
     return Comparisons(scanned, left * (pattern.chosen_block // MEAN_OF) + exact)
@@ -184,6 +180,5 @@ def past_bytes(
     blocks, means = tokens // pattern.chosen_block, 0
     kept = min(tokens, pattern.chosen_keys) if kind == "sees_block_0" else tokens
     if kind == "chooses":
-        planned = (*stages(pattern), ChoiceStage(pattern.chosen_block // MEAN_OF, 0))
-        means = sum(stage.compared(blocks) for stage in planned)
+        means = blocks * (pattern.chosen_block // MEAN_OF + sum(stage.means for stage in stages(pattern)))
     return kv_heads * head_dim * 2 * itemsize * kept, kv_heads * head_dim * max(4, itemsize) * means

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .groups import GroupedPart, limits_of, stages
-from .pattern import MEAN_OF, RUN, RUNS, Pattern
+from .pattern import MEAN_OF, Pattern
 from .sinks import Turn
 from .views import accumulator
 
@@ -46,8 +46,7 @@ class Seen(NamedTuple):
 class Means:
     """The mean keys of a document's first blocks, for a batch, un-rotated, in fp32 or fp64.
 
-    of: by the number of means per block (`ChoiceStage.means`), the means (B, K, blocks, number, D); for RUNS, one mean
-    per RUN blocks, (B, K, runs, 1, D), of runs that are whole.
+    of: by the number of means per block (`ChoiceStage.means`), the means (B, K, blocks, number, D).
     """
 
     def __init__(
@@ -58,7 +57,7 @@ class Means:
         self._allocate = partial(allocate, dtype=accumulator(like.dtype), device=like.device)
         batch, _, heads, head_dim = like.shape
         self.of = {
-            number: self._allocate((batch, heads, *_sizes(number, blocks), head_dim))
+            number: self._allocate((batch, heads, blocks, number, head_dim))
             for number in {*(stage.means for stage in stages(pattern)), self.finest}
         }
 
@@ -72,7 +71,7 @@ class Means:
         return self.of[self.finest]
 
     def of_first(self, number: int, row: int, blocks: int) -> Tensor:
-        """Return the means (K, blocks, m, D) of the first blocks, or runs, of a row of the batch: `number` of each."""
+        """Return the means (K, blocks, m, D) of the first blocks of a row of the batch: `number` of each."""
         return self.of[number][row, :, :blocks]
 
     def of_blocks(self, number: int, row: int, blocks: Tensor) -> Tensor:
@@ -103,12 +102,7 @@ class Means:
         """Write blocks from `first_block` on, given their finest means (rows, K, n, means, D)."""
         stop = first_block + fine.shape[2]
         for number, means in self.of.items():
-            if number != RUNS:
-                means[rows, :, first_block:stop] = _mean(fine.unflatten(3, (number, -1)), 4)
-        if RUNS in self.of:
-            begin, end = first_block // RUN, stop // RUN
-            one_each = _mean(self.of[1 if 1 in self.of else self.finest][rows, :, begin * RUN : end * RUN], -2)
-            self.of[RUNS][rows, :, begin:end] = _mean(one_each.unflatten(-2, (-1, RUN)), -2)[..., None, :]
+            means[rows, :, first_block:stop] = _mean(fine.unflatten(3, (number, -1)), 4)
 
     def select(self, index: Tensor) -> None:
         self.of = {number: x.index_select(0, index) for number, x in self.of.items()}
@@ -123,14 +117,8 @@ class Means:
         """Move the means of the first `number` blocks to new memory, for `room` blocks."""
         earlier, self.of = self.of, {}
         for n, old in earlier.items():
-            filled, _ = _sizes(n, number)
-            self.of[n] = self._allocate((*old.shape[:2], *_sizes(n, room), old.shape[-1]))
-            self.of[n][:, :, :filled] = old[:, :, :filled]
-
-
-def _sizes(number: int, blocks: int) -> tuple[int, int]:
-    """Return the sizes of the means of so many blocks, `number` per block."""
-    return (blocks // RUN, 1) if number == RUNS else (blocks, number)
+            self.of[n] = self._allocate((*old.shape[:2], room, *old.shape[3:]))
+            self.of[n][:, :, :number] = old[:, :, :number]
 
 
 def _mean(x: Tensor, axis: int) -> Tensor:

@@ -40,10 +40,9 @@ NEIGHBOUR = 0.99  # share of a block's score that the next block has at least: t
 SURE = 3  # power of the shares in a vote
 NAMED = 4  # one block of so many is chosen because the text names it, at most
 SCAN = 128  # tokens for which one scan finds the candidates
-RUN, RUNS = 32, 0  # blocks per mean of a scan's coarsest stage, and how FUNNEL writes it
 # (mean keys per block, blocks that remain): with more candidates than that, a stage of the scan. The last stage leaves
 # the candidates of a scan
-FUNNEL = ((RUNS, 8192), (1, 4096), (4, 256))
+FUNNEL = ((1, 4096), (4, 256))
 MAX_LEVELS = 64  # enough to double from 1 to 2^63; every layer computes every level
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .groups import stages
-from .pattern import MEAN_OF, NEIGHBOUR, RUN, RUNS, SURE, VOTERS, Padding, Pattern
+from .pattern import MEAN_OF, NEIGHBOUR, SURE, VOTERS, Padding, Pattern
 from .sinks import Turn
 
 
@@ -158,13 +158,7 @@ def _voted(
     size, finest = pattern.chosen_block, pattern.chosen_block // MEAN_OF
     candidates = [*range(1, len(keys))]
     for stage in stages(pattern, len(candidates)):
-        if stage.means == RUNS:
-            whole = len(keys) // RUN
-            runs = keys[: whole * RUN].unflatten(0, (whole, RUN)).flatten(1, 2)
-            kept = best(votes(scanners[1::2], [*range(1, whole)], runs, 1), stage.blocks // RUN - 1)
-            candidates = [block for block in candidates if block // RUN in {0, *kept, whole}]
-        else:
-            candidates = best(votes(scanners[1::2], candidates, keys, stage.means), stage.blocks)
+        candidates = best(votes(scanners[1::2], candidates, keys, stage.means), stage.blocks)
     candidates = sorted({*candidates, *before} - {0})
     shares = votes(voters, candidates, keys, finest, SURE)
     if pattern.chosen_exact:

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .groups import ChoiceStage, GroupedPart, limits_of, slot_of, stages
+from .groups import GroupedPart, limits_of, slot_of, stages
 from .past import Means
-from .pattern import NEIGHBOUR, RUN, RUNS, VOTERS, Pattern
+from .pattern import NEIGHBOUR, VOTERS, Pattern
 
 
 class Slot(NamedTuple):
@@ -140,70 +140,39 @@ def batches(
         yield batch
 
 
-class Scan:
-    """The scan of neighbouring slots that are alike: the blocks (slots, n) that are `kept` so far, or None for all."""
-
-    def __init__(self, voting: Voting, slots: Sequence[Slot]) -> None:
-        self.row, self.slots = voting.row, slots
-        self.kept: Tensor | None = None
-        self.planned = stages(voting.pattern, slots[0].blocks - 1)
-        starts = range(slots[0].start, slots[-1].start + 1, voting.pattern.scan_every)
-        self._voters = voting.document.voters(starts, 2) if self.planned else torch.empty(0)
-
-    def compare_all(self, stage: ChoiceStage, means: Means) -> None:
-        """Keep the best blocks of all by the first stage: of blocks before the slots but 0, or of their runs."""
-        number, before = self.slots[-1].blocks, blocks_before(self.slots, means.fine.device)
-        if stage.means != RUNS:
-            of_blocks, others = means.of_first(stage.means, self.row, number)[:, 1:], not_before(1, number, before)
-            self.kept = 1 + best(votes_for(self._voters, of_blocks, others), stage.blocks)
-            return
-        # the first run, whose keys are like no others, and the blocks after the last whole one always stay
-        whole, own = number // RUN, torch.arange(RUN, device=self._voters.device)
-        of_runs, others = means.of_first(RUNS, self.row, whole)[:, 1:], not_before(1, whole, before // RUN)
-        runs = 1 + best(votes_for(self._voters, of_runs, others), stage.blocks // RUN - 1)
-        rest = before // RUN * RUN + own[: number % RUN]
-        kept = own[1:], (runs[..., None] * RUN + own).flatten(1), rest
-        self.kept = torch.cat([x.expand(len(self._voters), -1) for x in kept], 1)
-
-    def compare_kept(self, stage: ChoiceStage, means: Means) -> None:
-        """Keep the best of the blocks that are kept, by a later stage."""
-        assert self.kept is not None
-        step = max(1, limits_of(self._voters).scores // (self.kept.shape[1] * means.numbers(stage.means)))
-        votes = [
-            votes_for(voters[:, None], means.of_blocks(stage.means, self.row, own), blocks=own[:, None])[:, 0]
-            for voters, own in zip(self._voters.split(step), self.kept.split(step), strict=True)
-        ]
-        self.kept = self.kept.gather(1, best(torch.cat(votes), stage.blocks))
-
-
 def scan(means: Means, voting: Voting) -> list[Tensor | None]:
     """Return the candidates (C,) of each slot, by the votes of its first group; None is all blocks but 0."""
-    candidates = _known(voting)
-    for some in _scans(means, voting):
-        for number, stage in enumerate(some.planned):
-            if number:
-                some.compare_kept(stage, means)
-            else:
-                some.compare_all(stage, means)
-        candidates += [None] * len(some.slots) if some.kept is None else some.kept.unbind()
-    return candidates
-
-
-def _scans(means: Means, voting: Voting) -> Iterator[Scan]:
-    """Yield scans of a voting's slots, those left out whose candidates are known."""
-    pattern, limit = voting.pattern, limits_of(means.fine).scores
-
-    def alike(slot: Slot) -> tuple[object, int]:
-        planned = stages(pattern, slot.blocks - 1)
-        return planned, slot.blocks % RUN if planned and planned[0].means == RUNS else 0
+    pattern, candidates, limit = voting.pattern, _known(voting), limits_of(means.fine).scores
 
     def most(slot: Slot) -> int:
         planned = stages(pattern, slot.blocks - 1)
-        compared = planned[0].compared(slot.blocks) if planned else 0
+        compared = planned[0].means * slot.blocks if planned else 0
         return limit // (VOTERS // 2 * voting.heads * compared) if compared else len(voting.slots)
 
-    slots = voting.slots[len(_known(voting)) :]
-    yield from (Scan(voting, some) for some in batches(slots, alike, pattern.scan_every, most))
+    remaining = voting.slots[len(candidates) :]
+    for slots in batches(remaining, lambda slot: stages(pattern, slot.blocks - 1), pattern.scan_every, most):
+        candidates += _scanned(means, voting, slots)
+    return candidates
+
+
+def _scanned(means: Means, voting: Voting, slots: Sequence[Slot]) -> Sequence[Tensor | None]:
+    """Return the candidates of neighbouring slots whose scans have the same stages."""
+    planned = stages(voting.pattern, slots[0].blocks - 1)
+    if not planned:
+        return [None] * len(slots)
+    first, *later = planned
+    voters = voting.document.voters(range(slots[0].start, slots[-1].start + 1, voting.pattern.scan_every), 2)
+    number, before = slots[-1].blocks, blocks_before(slots, means.fine.device)
+    of_blocks, others = means.of_first(first.means, voting.row, number)[:, 1:], not_before(1, number, before)
+    kept = 1 + best(votes_for(voters, of_blocks, others), first.blocks)
+    for stage in later:
+        step = max(1, limits_of(voters).scores // (kept.shape[1] * means.numbers(stage.means)))
+        votes = [
+            votes_for(of_slots[:, None], means.of_blocks(stage.means, voting.row, own), blocks=own[:, None])[:, 0]
+            for of_slots, own in zip(voters.split(step), kept.split(step), strict=True)
+        ]
+        kept = kept.gather(1, best(torch.cat(votes), stage.blocks))
+    return kept.unbind()
 
 
 def _known(voting: Voting) -> list[Tensor | None]:

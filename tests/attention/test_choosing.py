@@ -81,7 +81,6 @@ def test_chooses_what_the_reference_chooses(choice: Choice, scale: float) -> Non
     ("sizes", "tokens", "fewer", "stages"),
     [
         *(((24, 24, every), 500, groups.FUNNEL, ((1, 9), (2, 6))) for every in (1, 2, 3, 4, 6, 12, 24)),
-        ((16, 4, 4), 1300, ((1, 20),), ((groups.RUNS, 96), (1, 20))),  # runs of many blocks are compared first
     ],
 )
 def test_chooses_in_stages_what_the_reference_chooses(
@@ -345,9 +344,9 @@ def test_gradients_of_a_shard_that_starts_anywhere(before: int, lengths: list[in
 def test_an_open_group_chooses_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A decoder's tokens see what the first of their group has chosen, and a scan serves all groups of its slot."""
     chosen_by, scanned = [], []
-    own, narrowed = choosing._picked, voting.Scan.compare_all
+    own, narrowed = choosing._picked, voting._scanned
     monkeypatch.setattr(choosing, "_picked", lambda *args: chosen_by.append(1) or own(*args))
-    monkeypatch.setattr(voting.Scan, "compare_all", lambda *args: scanned.append(1) or narrowed(*args))
+    monkeypatch.setattr(voting, "_scanned", lambda *args: scanned.append(narrowed(*args)) or scanned[-1])
     monkeypatch.setattr(pattern_module, "SCAN", 8)
     q, k, v, _ = Choice(WINDOW, 1, 200, 4, 8, 0, True, None, 1, kv_heads=2).qkv()
     cache = KVCache(WINDOW, 1, 4, 8, kv_heads=2, dtype=q.dtype)
@@ -356,7 +355,8 @@ def test_an_open_group_chooses_once(monkeypatch: pytest.MonkeyPatch) -> None:
             dilated_attention(*part, WINDOW, start=cache.position, far=cache.far())
             cache.append(*part[1:], q=part[0])
     assert len(chosen_by) == len(range(64, 200, 4))
-    assert len(scanned) == len(range(96, 200, 8))  # from nine candidates on
+    scans = [found for found in scanned if found[0] is not None]
+    assert len(scans) == len(range(96, 200, 8))  # from nine candidates on
 
 
 @given(sizes=cuts(), tokens=st.integers(1, 90), spilled=st.booleans(), data=st.data())
@@ -399,7 +399,7 @@ def test_a_cache_holds_all_keys_once_more() -> None:
     kept = cache.far().past
     kept.settle(None)
     keys, queries = 2 * 2 * 8 * 4 * 8 * 64, 4 * 8 * 4 * (128 + 6)
-    assert cache.nbytes - empty == kept.nbytes == keys + keys // 8 + keys // 16 + keys // 16 // 32 + queries
+    assert cache.nbytes - empty == kept.nbytes == keys + keys // 8 + keys // 16 + queries
 
 
 def test_a_cache_needs_queries() -> None:
