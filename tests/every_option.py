@@ -284,7 +284,6 @@ model.sinks                   rows       model.sinks=2 @ {ONCE}
 model.chosen                  rows       model.chosen=2 | model.chosen=3 @ {WINDOW} model.chosen_block=4 model.chosen_every=4
 model.chosen_block            rows       model.chosen_block=8 | model.chosen_block=4 @ {WINDOW} model.chosen=2 model.chosen_every=4
 model.chosen_layers           rows       model.chosen_layers=[0] | model.chosen_layers=[1] @ {WINDOW} model.num_layers=2 model.chosen=2 model.chosen_block=4 model.chosen_every=4
-model.chosen_exact            rows       model.chosen_exact=3 @ {WINDOW} model.chosen=2 model.chosen_block=4 model.chosen_every=4
 model.chosen_every            rows       model.chosen_every=8 | model.chosen_every=4 @ {WINDOW} model.chosen=2 model.chosen_block=8
 model.padding                 rows       model.padding=zero_key @ {MASKED} model.segment_lengths=[5,12]
 model.causal                  rows       {MASKED}

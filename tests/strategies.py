@@ -155,9 +155,9 @@ def chosen_patterns(draw: st.DrawFn) -> Pattern:
     block = 4 * draw(st.integers(1, 4))
     every = draw(st.sampled_from([n for n in range(1, block + 1) if block % n == 0]))
     width, back, number = block * draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 5))
-    layers, exact = draw(st.sampled_from([(), (0,), (1,), (0, 1)])), draw(st.sampled_from([0, 0, number + 2]))
+    layers = draw(st.sampled_from([(), (0,), (1,), (0, 1)]))
     sizes = {"chosen": number, "chosen_block": block, "chosen_every": every}
-    return Pattern((width,), (1,), look_back=back, **sizes, chosen_layers=layers, chosen_exact=exact)
+    return Pattern((width,), (1,), look_back=back, **sizes, chosen_layers=layers)
 
 
 @st.composite

@@ -20,11 +20,10 @@ at all distances. A window begins at a multiple of its length. So distances that
 default ones do, have the same near keys.
 
 The filler is read once per pattern; forked processes read the near text and the passages. In a model of transformers, a
-pattern with chosen blocks reads the passages with every number of `--every` in turn. With `--exact N`, the best N
-blocks are then compared by all of their keys.
+pattern with chosen blocks reads the passages with every number of `--every` in turn.
 
-It writes one line of JSON per pattern, distance and passage: `pattern, distance, passage, every, exact, nats` (per
-token of the second reading), `first` (of the first reading) and `seconds`. The passage "natural" is the filler that
+It writes one line of JSON per pattern, distance and passage: `pattern, distance, passage, every, nats` (per token of
+the second reading), `first` (of the first reading) and `seconds`. The passage "natural" is the filler that
 comes after the near text, for comparison. The table on stderr has the nats, and their means over all other passages.
 """
 
@@ -64,11 +63,10 @@ def nats_of(net: Net, stream: Any, ids: np.ndarray) -> list[float]:
     return net.nll(hidden[0, :-1], tokens[1:]).tolist()
 
 
-def apart(net: Net, stream: Any, read: Callable[[], Any], every: int | None = None, exact: int = 0) -> Any:
+def apart(net: Net, stream: Any, read: Callable[[], Any], every: int | None = None) -> Any:
     """Return what `read()` returns (JSON), but leave the stream as it was: a forked process reads.
 
-    With `every`, a model of transformers chooses blocks every so many tokens there, at last by all keys of `exact`
-    blocks.
+    With `every`, a model of transformers chooses blocks every so many tokens there.
     """
     source, sink = os.pipe()
     child = os.fork()
@@ -77,7 +75,7 @@ def apart(net: Net, stream: Any, read: Callable[[], Any], every: int | None = No
             os.close(source)
             if every:
                 before = net.config.pattern.chosen_every
-                pattern = replace(net.config.pattern, chosen_every=every, chosen_exact=exact)
+                pattern = replace(net.config.pattern, chosen_every=every)
                 write_pattern(net.model.config, pattern)
                 net.config = net.config.model_copy(update={"pattern": pattern})  # which names blocks, and counts them
                 for cache in stream.caches:
@@ -115,9 +113,9 @@ def measure(
         for name, ids in (passages | {NATURAL: natural}).items():
             for every in options.every if pattern.chosen else [None]:
                 begin = time.perf_counter()
-                nats = float(np.mean(apart(net, stream, partial(nats_of, net, stream, ids), every, options.exact)))
+                nats = float(np.mean(apart(net, stream, partial(nats_of, net, stream, ids), every)))
                 row = {"pattern": written, "distance": distance, "passage": name, "every": every}
-                row |= {"exact": options.exact, "nats": nats, "first": first.get(name)}
+                row |= {"nats": nats, "first": first.get(name)}
                 rows.append(row | {"seconds": round(time.perf_counter() - begin, 2)})
         return rows
 
@@ -134,7 +132,7 @@ def table(rows: list[Row]) -> Iterator[str]:
     """Yield lines of Markdown: a row per pattern and way, a column per passage and distance, and for their mean."""
     ways: dict[tuple, dict] = {}
     for row in rows:
-        nats = ways.setdefault((row["pattern"], row["every"], row["exact"]), {})
+        nats = ways.setdefault((row["pattern"], row["every"]), {})
         nats.setdefault(row["distance"], {})[row["passage"]] = row["nats"]
     for of_distance in ways.values():
         for nats in of_distance.values():
@@ -142,8 +140,8 @@ def table(rows: list[Row]) -> Iterator[str]:
     columns = [(distance, name) for distance, nats in next(iter(ways.values()), {}).items() for name in nats]
     yield "| pattern | " + " | ".join(f"{name} at {distance:,}" for distance, name in columns) + " |"
     yield "|---" * (len(columns) + 1) + "|"
-    for (pattern, every, exact), of_distance in ways.items():
-        name = f"`{pattern}`" + (f", every {every}" if every else "") + (f", exact {exact}" if exact else "")
+    for (pattern, every), of_distance in ways.items():
+        name = f"`{pattern}`" + (f", every {every}" if every else "")
         yield f"| {name} | " + " | ".join(f"{of_distance[at][of]:.3f}" for at, of in columns) + " |"
 
 
@@ -157,7 +155,6 @@ def main() -> None:
     parser.add_argument("--distances", type=parse_size, nargs="+", default=[10 << 10, 60 << 10], help="of filler")
     parser.add_argument("--near", type=parse_size, default=2048, help="of these tokens, the last before a passage")
     parser.add_argument("--every", type=int, nargs="+", default=[16, 4, 1], help="chosen_every of the second reading")
-    parser.add_argument("--exact", type=int, default=0, help="blocks that are compared by all keys at last")
     parser.add_argument("--chunk", type=parse_size, default=4096, help="tokens of a forward pass")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of weights and keys")
     options = parser.parse_intermixed_args()

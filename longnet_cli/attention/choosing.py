@@ -15,9 +15,6 @@ its text names and those that its queries vote for:
     names    blocks that come from outside, by `Names`: attention knows no text
     choice   up to a quarter of the blocks by names, the others by votes
 
-With `chosen_exact`, each group has a scan of its own, and the best so many of its candidates get new votes, by all of
-their keys.
-
 Only some layers choose (`Pattern.chosen_layers`). The layers after each of them see the same blocks, and those before
 the first see block 0 alone.
 
@@ -90,27 +87,28 @@ class Choice(NamedTuple):
 
 def choose(means: Means, voting: Voting) -> Choice:
     """Return the choice of a voting, whose groups have more blocks before them than they may see."""
-    pattern, candidates = voting.pattern, scan(means, voting)
-    of_groups = [*chain(*(ballot.votes(means) for ballot in _ballots(voting, candidates)))]
-    if pattern.chosen_exact:
-        _vote_exactly(voting, of_groups)
-    blocks, votes = _side_by_side(of_groups)
+    candidates = scan(means, voting)
+    blocks, votes = _side_by_side([*chain(*(ballot.votes(means) for ballot in _ballots(voting, candidates)))])
     last = torch.arange(1, voting.slots[-1].blocks, device=blocks.device) if candidates[-1] is None else candidates[-1]
-    return Choice(_picked(pattern, blocks, votes, voting.named).int(), last)
+    return Choice(_picked(voting.pattern, blocks, votes, voting.named).int(), last)
 
 
 def votes_by_keys(pattern: Pattern, part: GroupedPart, document: Unrotated, some: slice, blocks: Tensor) -> Tensor:
     """Return the votes (groups, m) of some groups of a part for blocks (groups, m), block 0 and others, ascending."""
-    return pad(
-        _exact_votes(document, document.voters(group_starts(pattern, part)[some], 1), blocks[:, 1:].long()), (1, 0)
-    )
+    others, voters = blocks[:, 1:].long(), document.voters(group_starts(pattern, part)[some], 1)
+    step = max(1, limits_of(blocks).scores // max(1, others.shape[1] * document.block_numbers))
+    votes = [
+        votes_for(own[:, None], document.keys(of_groups), blocks=of_groups[:, None], power=SURE)[:, 0]
+        for own, of_groups in zip(voters.split(step), others.split(step), strict=True)
+    ]
+    return pad(torch.cat(votes), (1, 0))
 
 
 def _vote_alike(pattern: Pattern, slot: Slot) -> object:
     """Return what is equal for slots that can vote together: they have all of their groups."""
     every = pattern.chosen_every
     cut = len(slot.starts) * every < pattern.scan_every and slot.start  # the shard begins or ends in it
-    return bool(stages(pattern, slot.blocks - 1)), cut, pattern.chosen_exact and slot.blocks
+    return bool(stages(pattern, slot.blocks - 1)), cut
 
 
 def _ballots(voting: Voting, candidates: Sequence[Tensor | None]) -> Iterator[_Ballot]:
@@ -218,28 +216,6 @@ class _Compared(NamedTuple):
         others = torch.ones((*earlier.shape[:2], max(numbers)), dtype=torch.bool, device=blocks.device)
         others.scatter_(2, of_candidates[:, None].expand(-1, earlier.shape[1], -1), False)
         return cls(blocks, others.scatter_(2, of_earlier.unflatten(1, earlier.shape[1:]), False), numbers)
-
-
-def _vote_exactly(voting: Voting, of_groups: Sequence[_Votes]) -> None:
-    """Replace the votes of groups by new ones for the best blocks, by all of their keys."""
-    slots, every, begin = voting.slots, voting.pattern.chosen_every, 0
-    starts = range(slots[0].starts[0], slots[-1].starts[-1] + 1, every)
-    for blocks, votes in of_groups:
-        voters = voting.document.voters(starts[begin : begin + len(votes)], 1)
-        begin += len(votes)
-        places = best(votes, min(voting.pattern.chosen_exact, votes.shape[1]))
-        exact = _exact_votes(voting.document, voters, blocks.gather(1, places))
-        votes.zero_().scatter_(1, places, exact)
-
-
-def _exact_votes(document: Unrotated, voters: Tensor, blocks: Tensor) -> Tensor:
-    """Return the votes (groups, n) for blocks (groups, n) of each group, by all of their keys."""
-    step = max(1, limits_of(blocks).scores // max(1, blocks.shape[1] * document.block_numbers))
-    votes = [
-        votes_for(some[:, None], document.keys(own), blocks=own[:, None], power=SURE)[:, 0]
-        for some, own in zip(voters.split(step), blocks.split(step), strict=True)
-    ]
-    return torch.cat(votes)
 
 
 def _picked(pattern: Pattern, blocks: Tensor, votes: Tensor, named: Tensor | None) -> Tensor:

@@ -101,7 +101,7 @@ def stages(pattern: Pattern, candidates: float = inf) -> list[ChoiceStage]:
     """Return the stages of a scan of so many blocks, the coarsest first; none if all of them are candidates."""
     finest = pattern.chosen_block // MEAN_OF
     fitting = [ChoiceStage(*stage) for stage in FUNNEL if finest % stage[0] == 0]
-    fitting[-1] = ChoiceStage(fitting[-1].means, max(FUNNEL[-1][1], 2 * pattern.chosen, 4 * pattern.chosen_exact))
+    fitting[-1] = ChoiceStage(fitting[-1].means, max(FUNNEL[-1][1], 2 * pattern.chosen))
     return [stage for stage in fitting if candidates > stage.blocks >= fitting[-1].blocks]
 
 
@@ -129,8 +129,7 @@ def comparisons(pattern: Pattern, near: int) -> Comparisons:
     for stage in stages(pattern, left):
         scanned += stage.means * left
         left = stage.blocks
-    exact = min(left, pattern.chosen_exact) * pattern.chosen_block
-    return Comparisons(scanned, left * (pattern.chosen_block // MEAN_OF) + exact)
+    return Comparisons(scanned, left * (pattern.chosen_block // MEAN_OF))
 
 
 class ChosenFlops(NamedTuple):

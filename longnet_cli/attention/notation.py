@@ -4,7 +4,7 @@
     geometric:1e9,base=2048,ratio=2          with its size
     window:1Ki,look_back=1,sinks=4           with options of `Pattern`, which go with every constructor
     window:1Ki,chosen=32x32,chosen_every=4   32 blocks of 32 tokens, chosen every 4 tokens
-    finding:layers=5/7/14,exact=128          chosen by these layers, at last by all keys of 128 blocks
+    finding:layers=5/7/14                    chosen by these layers
     pretrained                               a window and sinks, for models that were trained with dense attention
     finding                                  a window and chosen blocks
     dense                                    every key, at any length
@@ -77,7 +77,7 @@ def _chosen(text: str) -> tuple[int, int]:
     return _count(number), parse_size(block) if times else Pattern.chosen_block
 
 
-_WRITTEN = {"chosen_layers": "layers", "chosen_exact": "exact"}  # fields with another name in a text
+_WRITTEN = {"chosen_layers": "layers"}  # fields with another name in a text
 _READERS: dict[str, Callable[[str], Any]] = {"look_back": _counts, "chosen": _chosen}
 _BY_TYPE: dict[type, Callable[[str], Any]] = {int: _count, str: str, tuple: _layers}  # of the default
 _OPTIONS = {

@@ -74,8 +74,6 @@ class Pattern:
         level at rate 1 only.
     chosen_layers: the layers that choose, from 0; the layers after each see the same blocks, and those before the first
         see block 0 alone. With (), every layer chooses.
-    chosen_exact: number of blocks that are compared by all of their keys at last, out of four times as many candidates,
-        which a scan finds for each group. For questions, since it takes long.
 
     Raises ValueError for levels that no attention can have, and for options that do not go together.
     """
@@ -91,7 +89,6 @@ class Pattern:
     chosen_block: int = 32
     chosen_every: int = 16
     chosen_layers: tuple[int, ...] = ()
-    chosen_exact: int = 0
 
     def __post_init__(self) -> None:
         for name in ("segment_lengths", "dilation_rates"):
@@ -195,8 +192,8 @@ class Pattern:
 
     @property
     def scan_every(self) -> int:
-        """The tokens whose groups have the candidates of one scan: SCAN, in whole groups; one group's if exact."""
-        return (1 if self.chosen_exact else max(1, SCAN // self.chosen_every)) * self.chosen_every
+        """The tokens whose groups have the candidates of one scan: SCAN, in whole groups."""
+        return max(1, SCAN // self.chosen_every) * self.chosen_every
 
     @property
     def last_queries(self) -> int:
@@ -252,10 +249,10 @@ class Pattern:
         return tuple(h % r if self.head_offsets == "modulo" else h // group for h in range(num_heads))
 
     def continues(self, saved: Pattern) -> bool:
-        """Return whether a cache of `saved` will do: the same pattern, or one that chooses less often or exactly."""
+        """Return whether a cache of `saved` will do: the same pattern, or one that chooses less often."""
         if not (self.chosen and saved.chosen) or saved.chosen_every % self.chosen_every:
             return self == saved
-        return replace(self, chosen_every=saved.chosen_every, chosen_exact=saved.chosen_exact) == saved
+        return replace(self, chosen_every=saved.chosen_every) == saved
 
     def refusal(self, causal: bool, padding: Padding) -> str | None:
         """Return one line that says why attention cannot have this pattern with these options, or None if it can."""
@@ -307,7 +304,7 @@ class Pattern:
                 )
 
     def _check_chosen(self) -> None:
-        names = ("chosen", "chosen_block", "chosen_every", "chosen_exact")
+        names = ("chosen", "chosen_block", "chosen_every")
         for name in names:
             self._set(name, *_whole_numbers(name, [getattr(self, name)]))
         self._set("chosen_layers", _whole_numbers("chosen_layers", self.chosen_layers))
@@ -335,8 +332,6 @@ class Pattern:
         layers = self.chosen_layers
         if any(a >= b for a, b in pairwise((-1, *layers))):
             raise ValueError(f"chosen_layers needs the numbers of layers from 0 on, ascending, got {layers}")
-        if self.chosen_exact and self.chosen_exact < n:
-            raise ValueError(f"chosen_exact must be 0, or at least chosen, {n}, got {self.chosen_exact}")
 
 
 def _whole_numbers(name: str, numbers: object) -> tuple[int, ...]:

@@ -155,15 +155,12 @@ def _voted(
     def best(scores: Mapping[int, float], number: int) -> list[int]:
         return sorted(sorted(scores, key=lambda block: -scores[block])[:number])  # stable: the earlier one of equals
 
-    size, finest = pattern.chosen_block, pattern.chosen_block // MEAN_OF
+    finest = pattern.chosen_block // MEAN_OF
     candidates = [*range(1, len(keys))]
     for stage in stages(pattern, len(candidates)):
         candidates = best(votes(scanners[1::2], candidates, keys, stage.means), stage.blocks)
     candidates = sorted({*candidates, *before} - {0})
     shares = votes(voters, candidates, keys, finest, SURE)
-    if pattern.chosen_exact:
-        compared = best(shares, pattern.chosen_exact)
-        shares = dict.fromkeys(candidates, 0.0) | votes(voters, compared, keys, size, SURE)
     return [0, *best(shares | dict.fromkeys(named, inf), pattern.chosen - 1)]
 
 

@@ -191,14 +191,13 @@ def load_pretrained(
 def model_digest(model: Net, *, every: bool = True) -> str:
     """Return a SHA-256 of configuration and weights, 64 hex digits: equal for models that compute the same.
 
-    Without `every`, it is equal also for models that choose blocks more often, or more exactly (`chosen_every`,
-    `chosen_exact`).
+    Without `every`, it is equal also for models that choose blocks more often (`chosen_every`).
     """
     if model.digest and every:
         return model.digest
     config = model.config.model_dump_json()
     if model.config.pattern.chosen and not every:  # in the JSON of a Hugging Face model, it stands in a string as well
-        config = re.sub(r', ?\\?"chosen_(every|exact)\\?": ?\d+', "", config)
+        config = re.sub(r', ?\\?"chosen_every\\?": ?\d+', "", config)
     return digest_of(config, model.state_dict())
 
 

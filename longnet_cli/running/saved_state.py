@@ -56,9 +56,8 @@ _SAME = {
 def reader_facts(model: Net, name: str | None = None, tokenizer_sha256: str | None = None) -> dict[str, str]:
     """Return what a state notes of the model that has read it, without unknown values.
 
-    `reader_sha256` is a digest of all that the state depends on: weights and configuration, but not how often and
-    how exactly blocks are chosen (`chosen_every`, `chosen_exact`). So it is not the `longnet.model_sha256` of other
-    outputs.
+    `reader_sha256` is a digest of all that the state depends on: weights and configuration, but not how often blocks
+    are chosen (`chosen_every`). So it is not the `longnet.model_sha256` of other outputs.
     """
     return model_origin(model, name, tokenizer_sha256, {READER: model_digest(model, every=False)})
 

@@ -98,14 +98,6 @@ def test_chooses_in_stages_what_the_reference_chooses(
         assert in_stages != choice_of(*asked)
 
 
-@given(choice=chosen_choices(), exact=st.integers(0, 6))
-def test_compares_all_keys_of_the_best_as_the_reference_does(choice: Choice, exact: int) -> None:
-    pattern = replace(choice.pattern, chosen_exact=choice.pattern.chosen + exact)
-    q, k, *_ = choice.qkv()
-    asked = (q, k, pattern, 1.0, turn if choice.rotary else None)
-    assert choice_of(*asked) == chosen_blocks(*asked)
-
-
 @given(choice=chosen_choices(), seed=st.integers(0, 99))
 def test_named_blocks_are_seen_before_others(choice: Choice, seed: int) -> None:
     """Whether they are candidates or not."""
@@ -257,7 +249,6 @@ def test_bf16(kernel: str) -> None:
         ({"chosen": 0}, "chosen_(block|every) says how blocks are chosen: give their number, chosen"),
         ({"chosen_layers": (3, 3)}, "chosen_layers needs the numbers of layers from 0 on, ascending, got"),
         ({"chosen_layers": (-1, 3)}, "chosen_layers needs the numbers of layers from 0 on, ascending, got"),
-        ({"chosen_exact": 3}, "chosen_exact must be 0, or at least chosen, 4, got 3"),
         (
             {"segment_lengths": (16, 32), "dilation_rates": (1, 1), "look_back": 1},
             "chosen=4 needs a window: one level at rate 1 that looks back",

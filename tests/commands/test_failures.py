@@ -163,6 +163,7 @@ FAILURES = [  # command, exit code, a part of its line
     ("ask ids.parquet first -m ./model", 2, "no column named text with text: choose one (--column)"),
     ("ask x.jsonl -m ./model --questions x.parquet", 2, "there is no column 'question'; its columns are id: int64"),
     ("ask x.jsonl first -m ./encoder", 2, "it cannot generate"),
+    ("pattern finding:exact=128", 2, "finding has no option 'exact'"),
     ("pattern windw:1Ki", 2, "unknown pattern 'windw': did you mean 'window'?"),
     ("pattern window:1Ki,sinks=2Ki", 2, "window:1Ki,sinks=2Ki: sinks must be from 0 to the first segment length"),
     ("pattern 1Ki/1,4Ki/4,queries=all", 2, '1Ki/1,4Ki/4,queries=all: queries="all" needs overlap="once"'),

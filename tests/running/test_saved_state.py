@@ -400,7 +400,7 @@ def test_a_state_tells_which_layers_choose(
     saved = invoke("generate", "words", *options, "finding:64", "--save-state", tmp_path / "state")
     assert saved.exit_code == 0, saved.output
     monkeypatch.setattr(choosing_layers, "layer_evidence", lambda net: pytest.fail("the layers were looked for"))
-    asked = invoke("generate", "more", *options, "finding:64,exact=64", "--state", tmp_path / "state", "-n", 4)
+    asked = invoke("generate", "more", *options, "finding:64,chosen_every=4", "--state", tmp_path / "state", "-n", 4)
     assert asked.exit_code == 0, asked.output
 
 
