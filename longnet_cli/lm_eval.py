@@ -22,12 +22,13 @@ except ImportError as error:
         sys.exit(2)
     raise ImportError(needed) from None
 
-from longnet_cli.attention.notation import read_pattern
+from longnet_cli.attention.notation import OPTIONS, read_pattern
 from longnet_cli.basics.errors import ConfigError, LongNetError
 from longnet_cli.integrations.transformers import use_dilated_attention
 from longnet_cli.models.choosing_layers import let_layers_choose
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.models.hf.pretrained_net import TransformersNet
+from longnet_cli.running.device import DTYPES, resolve_dtype
 
 
 @register_model("longnet")
@@ -35,12 +36,16 @@ class LongNetLM(HFLM):
     """lm-eval's own `hf`, with `pretrained` as in --model: a folder, with a slash, or a name.
 
     `pattern` (a text of `longnet_cli.attention.notation`) replaces the model's own. Without a GPU, the `device` is the
-    CPU. All else is as in `hf`.
+    CPU. `dtype` is as in `score`: float32 on a CPU, whatever the folder has. All else is as in `hf`.
 
-    Raises ConfigError and CheckpointError as the commands do, and ConfigError for a model that predicts no next token.
+    Raises ConfigError and CheckpointError as the commands do, and ConfigError for a model that predicts no next token,
+    and for a pattern that lm-eval has cut at its commas.
     """
 
     def __init__(self, pretrained: str, pattern: str | None = None, device: str | None = None, **options: Any) -> None:
+        if cut := [name for name in options if name in OPTIONS]:
+            whole = f'{{"pretrained": "{pretrained}", "pattern": "{pattern},{cut[0]}={options[cut[0]]}"}}'
+            raise ConfigError(f"{cut[0]}: lm-eval cuts at commas, so write a pattern in JSON: --model_args '{whole}'")
         self.folder, self.pattern = ModelFolder.find(str(pretrained)), read_pattern(pattern, "pattern")
         config = self.folder.net_config(self.pattern)
         if not (config.causal and config.vocab_size):
@@ -48,7 +53,8 @@ class LongNetLM(HFLM):
         device = device or "cuda"  # lm-eval's command says cuda on every machine
         if device.startswith("cuda") and not torch.cuda.is_available():
             device = "cpu"
-        super().__init__(str(self.folder.path), device=device, **options)
+        dtype = DTYPES[resolve_dtype(options.pop("dtype", "auto"), torch.device(device))]
+        super().__init__(str(self.folder.path), device=device, dtype=dtype, **options)
 
     def _create_model(self, *args: Any, **options: Any) -> None:
         if self.pattern and not self.folder.of_transformers:

@@ -80,7 +80,7 @@ def _chosen(text: str) -> tuple[int, int]:
 _WRITTEN = {"chosen_layers": "layers"}  # fields with another name in a text
 _READERS: dict[str, Callable[[str], Any]] = {"look_back": _counts, "chosen": _chosen}
 _BY_TYPE: dict[type, Callable[[str], Any]] = {int: _count, str: str, tuple: _layers}  # of the default
-_OPTIONS = {
+OPTIONS = {
     _WRITTEN.get(name, name): _READERS.get(name) or _BY_TYPE[type(getattr(Pattern, name))]
     for name in _FIELDS
     if name != "chosen_block"  # a part of chosen
@@ -127,7 +127,7 @@ def parse_pattern(text: str) -> Pattern:
     if len(sizes) > bool(constructor.sizes):
         takes = f"takes one {constructor.sizes}" if constructor.sizes else "takes no size"
         raise ValueError(
-            f"{name} {takes}, and '{sizes[-1]}' is one more{_nearest(sizes[-1], constructor.words, _OPTIONS)}"
+            f"{name} {takes}, and '{sizes[-1]}' is one more{_nearest(sizes[-1], constructor.words, OPTIONS)}"
         )
     own = {name: given.pop(name) for name in (*constructor.words, *constructor.fields) if name in given}
     made = constructor.make(*map(parse_size, sizes), **own)
@@ -147,12 +147,12 @@ def _read(name: str, items: Iterable[str], words: Sequence[str]) -> tuple[list[s
         if not equals:
             sizes.append(item)
             continue
-        if key not in words and key not in _OPTIONS:
-            raise ValueError(f"{name} has no option '{key}'{_nearest(key, words, _OPTIONS)}")
+        if key not in words and key not in OPTIONS:
+            raise ValueError(f"{name} has no option '{key}'{_nearest(key, words, OPTIONS)}")
         if key in given:
             raise ValueError(f"{key} is given twice")
         try:
-            given[key] = _OPTIONS.get(key, parse_size)(value)
+            given[key] = OPTIONS.get(key, parse_size)(value)
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from None
     if "chosen" in given:

@@ -9,6 +9,7 @@ from typing import Literal
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.options import OUTPUT, HelpPanel, argument
 from longnet_cli.cli.output import tell
+from longnet_cli.cli.progress import progress
 from longnet_cli.cli.starting import ask_hub
 
 OFFICIAL = HelpPanel("Official checkpoints")
@@ -61,5 +62,6 @@ def convert(options: ConvertCommand) -> None:
     if options.update:
         ask_hub(source, None)
     given = {name: getattr(options, name) for name in ("heads", "segment_lengths", "dilation_rates", "padding")}
-    what = run(source, output, options.dtype, **given)
+    with progress("converting", total=100, unit="parts", quiet=options.quiet, every=5) as advance:
+        what = run(source, output, options.dtype, advance, **given)
     tell(f"{source}: {what} -> {output}", options.quiet)

@@ -120,14 +120,14 @@ class _Meter:
 
 
 def _lines(description: str, meter: _Meter, every: float) -> Advance:
-    due = meter.began + every
+    due, stream = meter.began + every, sys.stderr  # now: a library's bar may take its place while it is silenced
 
     def advance(amount: int, **fields: object) -> None:
         nonlocal due
         meter.advance(amount, **fields)
         if time.monotonic() >= due:
             due = time.monotonic() + every
-            print(f"{description}: {meter.status()}", file=sys.stderr, flush=True)
+            print(f"{description}: {meter.status()}", file=stream, flush=True)
 
     return advance
 
@@ -142,7 +142,7 @@ def _bar(description: str, meter: _Meter) -> Iterator[Advance]:
     columns = (TextColumn("{task.description}", markup=False), bar, TextColumn("{task.fields[status]}", markup=False))
     # Rich would redirect stdout to its own console, which is stderr. That is right only for a shared terminal, where
     # rows must appear above the bar.
-    console = Console(stderr=True)
+    console = Console(file=sys.stderr)
     shared_terminal = bool(sys.stdout) and sys.stdout.isatty()
     with Progress(*columns, console=console, redirect_stdout=shared_terminal) as shown:
         task = shown.add_task(description, total=meter.total, completed=meter.done, status="")

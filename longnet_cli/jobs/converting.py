@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,20 @@ from longnet_cli.nets.weights import check_finite
 from longnet_cli.running.device import DTYPES
 
 
-def convert(source: str | Path, output: str | Path, dtype: str = "auto", **given: Any) -> str:
+def convert(
+    source: str | Path,
+    output: str | Path,
+    dtype: str = "auto",
+    on_percent: Callable[[int], None] = lambda more: None,
+    **given: Any,
+) -> str:
     """Write the model `source` to the new folder `output`. Return a few words about what was done.
 
     `source` is a GGUF file, a checkpoint of the official implementation, or the name or folder of a LongNet, whose
     weights are converted to another type. A GGUF file or a LongNet on a hub is named as in --model, and config.json
     then has its commit (`_name_or_path`). `given` holds values that a checkpoint lacks, as in `official.Given`.
     `dtype` is fp32, bf16, fp16 or auto. auto keeps the file's own type, or takes bf16 if the weights are quantized.
+    `on_percent` is as in `gguf.convert_gguf`.
     Raises CheckpointError for a damaged file or a file of an unknown kind, ConfigError for a folder that is in use, for
     missing libraries, for values `given` to any other kind of model, and for a LongNet without a `dtype`.
     """
@@ -41,7 +49,7 @@ def convert(source: str | Path, output: str | Path, dtype: str = "auto", **given
     if is_gguf(path):
         from longnet_cli.models.gguf import convert_gguf
 
-        return convert_gguf(path, Path(output), DTYPES.get(dtype), origin)
+        return convert_gguf(path, Path(output), DTYPES.get(dtype), origin, on_percent)
     if not path.is_file():
         raise CheckpointError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
     raise CheckpointError(f"{path}: by its first bytes neither a GGUF file nor a checkpoint (PyTorch, safetensors)")

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import io
 import json
+import re
+from collections.abc import Callable
 from contextlib import redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,11 +29,31 @@ _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  #
 _MOST_READS = 1 << 23  # of metadata: a word of a vocabulary takes three. Gemma 3 takes 3.4 million
 
 
-def convert_gguf(path: Path, folder: Path, dtype: torch.dtype | None = None, origin: str | None = None) -> str:
+class _Bar(io.StringIO):
+    """What a progress bar of tqdm writes to. `on_percent` gets how many more percent are done."""
+
+    def __init__(self, on_percent: Callable[[int], None]) -> None:
+        super().__init__()
+        self.on_percent, self.percent = on_percent, 0
+
+    def write(self, text: str) -> int:
+        if percent := re.search(r"(\d+)%\|", text):
+            self.on_percent(int(percent[1]) - self.percent)
+            self.percent = int(percent[1])
+        return len(text)
+
+
+def convert_gguf(
+    path: Path,
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    origin: str | None = None,
+    on_percent: Callable[[int], None] = lambda more: None,
+) -> str:
     """Write the model and the tokenizer of a GGUF file to a new folder: safetensors and JSON, whole or not at all.
 
     `dtype` is the type of the weights. None keeps the file's type, or takes bfloat16 if the weights are quantized.
-    `origin` names the file in config.json, if it is on a hub.
+    `origin` names the file in config.json, if it is on a hub. `on_percent` gets how many more percent are unpacked.
     Returns a description such as `LlamaForCausalLM, of F32, Q4_1 weights as bfloat16`. Raises ConfigError if a library
     is missing or the folder is in use, CheckpointError for a file that transformers cannot read.
     """
@@ -53,7 +75,7 @@ def convert_gguf(path: Path, folder: Path, dtype: torch.dtype | None = None, ori
             arch = gguf_metadata.value_of(reader.fields["general.architecture"])
             config = gguf_metadata.complete(config, reader, gguf_metadata.reads(path, arch))
             surplus = _check_net(config, arch, tensors, hf)
-            with redirect_stderr(io.StringIO()):  # hides a progress bar that no option turns off
+            with redirect_stderr(_Bar(on_percent)):  # no option turns the library's bar off
                 model, report = hf.AutoModelForCausalLM.from_pretrained(
                     path.parent, config=config, dtype=chosen, output_loading_info=True, **given
                 )

@@ -210,6 +210,10 @@ def test_the_page_of_formats_lists_every_form():
 
 ALONE = [
     (["score", "--context", "64,8Ki", "--token-logprobs", "x.arrow"], "log-probabilities of tokens need one context"),
+    (
+        ["score", "--context", "64,8Ki", "--token-logprobs", "x.arrow", "--dry-run"],
+        "log-probabilities of tokens need one",
+    ),
     (["score", "--stride", "5"], "a stride of 5 tokens needs a context"),
     (["encode", "-o", "x.arrow", "--pool", "middle"], "there is no pooling 'middle'"),
     (["encode", "-o", "x.arrow", "--span", "5", "--all-layers"], "all layers are given for whole documents"),

@@ -27,8 +27,9 @@ from processes import invoke, total
 from tokenizers.pre_tokenizers import ByteLevel
 
 from longnet_cli.basics.errors import CheckpointError, ConfigError
+from longnet_cli.cli.progress import progress
 from longnet_cli.models.folder import ModelFolder
-from longnet_cli.models.gguf import open_gguf
+from longnet_cli.models.gguf import convert_gguf, open_gguf
 from longnet_cli.models.gguf_metadata import WITHOUT_EFFECT, complete, reads
 
 HEADS, KEY_HEADS, DIM, FFN, LAYERS = 4, 2, 64, 96, 2
@@ -224,6 +225,17 @@ def test_quantized_weights_are_written_as_plain_ones(tmp_path: Path) -> None:
     exact = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "fp32").model.layers[0].mlp.up_proj.weight
     own = random_net().model.layers[0].mlp.up_proj.weight
     assert 0 < (exact - own).abs().max() <= own.abs().max() / 127
+
+
+def test_progress_is_that_of_the_library(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Also where the library writes its own bar: ours comes out, and nothing else."""
+    source, more = write_gguf(tmp_path / "model.gguf", random_net(), "Q8_0"), list[int]()
+    with progress("converting", total=100, unit="parts", every=0) as advance:
+        convert_gguf(source, tmp_path / "made", on_percent=lambda percent: (more.append(percent), advance(percent)))
+    assert (sum(more), min(more) >= 0) == (100, True)
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == len(more)
+    assert all(line.startswith("converting: ") for line in lines)
 
 
 def test_a_file_is_a_model(tmp_path: Path) -> None:
