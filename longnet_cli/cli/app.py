@@ -24,7 +24,7 @@ from longnet_cli.cli.convert import convert
 from longnet_cli.cli.data import data
 from longnet_cli.cli.encode import encode
 from longnet_cli.cli.generate import generate
-from longnet_cli.cli.output import printable
+from longnet_cli.cli.output import printable, say_last_words
 from longnet_cli.cli.pattern import pattern
 from longnet_cli.cli.plot import plot
 from longnet_cli.cli.score import score
@@ -104,6 +104,7 @@ def run(app: typer.Typer) -> NoReturn:
     except BaseException as error:
         code = _explain(error)
     _drop_unwritable_output()
+    say_last_words()
     if under_torchrun():
         # Skip interpreter shutdown: there, threads of gloo may abort the process, even after a job that went well. A
         # rank that only lost another, or was stopped, would look like the one that failed. All `finally` blocks ran.

@@ -123,6 +123,21 @@ def tell(line: str, quiet: bool = False) -> None:
         print(printable(line), file=sys.stderr, flush=True)
 
 
+_last_words: list[str] = []
+
+
+def tell_last(line: str, quiet: bool = False) -> None:
+    """Print a line as the last of the process, unless `quiet`: when ranks are stopped, libraries print much."""
+    _last_words.extend([line] * (not quiet))
+
+
+def say_last_words() -> None:
+    """Print the lines that were kept for the end."""
+    with suppress(OSError):  # the terminal is gone: the exit code still tells
+        for line in _last_words:
+            tell(f"longnet: {line}")
+
+
 def note(line: str, quiet: bool = False) -> None:
     """Print a note to stderr, unless `quiet` or stderr is closed."""
     tell(f"longnet: note: {line}", quiet)

@@ -18,7 +18,7 @@ from longnet_cli.cli import options as shared
 from longnet_cli.cli.command import Excludes, check_pairs
 from longnet_cli.cli.dry_run import check_fits, show_training
 from longnet_cli.cli.options import COMPUTE, INPUT, OUTPUT, Format, HelpPanel, Mesh, argument, bare_or, read_pattern
-from longnet_cli.cli.output import note, tell
+from longnet_cli.cli.output import note, tell, tell_last
 from longnet_cli.cli.progress import Advance, progress
 from longnet_cli.cli.starting import ask_hub, freeze_imports, launch, refuse_sharing
 from longnet_cli.running.ranks.launch import LAUNCHED
@@ -251,9 +251,9 @@ def _run(recipe: Recipe, options: TrainCommand, where: torch.device, ranks: Rank
             stack.close()
             if done is not None:
                 place, again = options.output, _again(options.output, ranks)
-                print_note(f"stopped after step {done:,}, and saved in {place}: {again} goes on")
+                tell_last(f"stopped after step {done:,}, and saved in {place}: {again} goes on", quiet)
             else:
-                print_note("stopped before a step: nothing new is saved, and the same command starts again")
+                tell_last("stopped before a step: nothing new is saved, and the same command starts again", quiet)
             raise
 
 

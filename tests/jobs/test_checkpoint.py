@@ -408,7 +408,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(start: Start, corpus: Path, tmp_path
     newest = checkpoints_in(tmp_path / "run/checkpoints")[0]
     assert find_damage(newest) is None
     step = read_state(newest)["progress"]["step"]
-    goes_on = f"stopped after step {step:,}, and saved in run: `longnet train -o run` goes on"
+    goes_on = f"longnet: stopped after step {step:,}, and saved in run: `longnet train -o run` goes on"
     assert said.decode().splitlines()[-1] == goes_on
     LongNet.from_pretrained(tmp_path / "run")
 
