@@ -1,27 +1,25 @@
 """The `tokenize` job: text documents in, shards of token ids out, with the tokenizer that made them.
 
-    Inputs.texts --in_two_threads--> Tokenizer.encode_parts -> TokenBatches -> ShardFolder or ShardWriter
-                    or `deal`
+    Inputs.texts --overlapped--> Tokenizer.encode_pieces -> TokenBatches -> ShardFolder or ShardWriter
+                  or `deal`
 
-One thread reads, another one tokenizes, a group of texts at a time. Ids are collected document by document into record
-batches of a given size. Memory holds the largest row of text and one such batch, however large a file of text or the
-corpus is.
+One thread reads and writes, another one tokenizes, a group of texts at a time. Ids are collected document by document
+into record batches of a given size. Memory holds the largest row of text and one such batch, however large a file of
+text or the corpus is.
 """
 
 from __future__ import annotations
 
-import math
-import time
 from _thread import start_new_thread
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from operator import attrgetter
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
@@ -36,7 +34,7 @@ from longnet_cli.data.outputs import OUTPUT_SUFFIXES, ShardWriter, is_folder, to
 from longnet_cli.data.shards import ShardFolder, ShardFormat, run_to_resume
 from longnet_cli.data.tables import numpy_dtype
 from longnet_cli.data.tokenizer import Tokenizer, end_of_text
-from longnet_cli.running.ranks.portions import portions
+from longnet_cli.running.ranks.portions import Portion, portions
 
 if TYPE_CHECKING:
     from longnet_cli.running.ranks.ranks import Ranks
@@ -126,7 +124,7 @@ def tokenize(
             finished, done = ranks.any(finished), ranks.from_first(done)
         if not finished:
             remaining = folder.unread(texts) if folder else islice(texts, done, None)
-            _Work(loaded, appended, str(output) == "-", on_progress).run(remaining, rows, ranks)
+            _Work(loaded, appended, str(output) == "-", given.ready, on_progress).run(remaining, rows, ranks)
     if rows is None:
         return None
     shards = folder.paths if folder else []
@@ -208,42 +206,49 @@ class _TextPart(NamedTuple):
 
 @dataclass(frozen=True)
 class _Work:
-    """The work on texts. `eos_id` ends each document. With `prompt`, each group is written as soon as it is done."""
+    """The work on texts. `eos_id` ends each document. With `prompt`, each group is written as soon as it is done.
+
+    `ready` says whether the next text is there (`DocumentPass`).
+    """
 
     tokenizer: Tokenizer
     eos_id: int | None
     prompt: bool
+    ready: Callable[[], bool]
     on_progress: OnProgress | None
 
     def run(self, texts: Iterator[Text], rows: TokenBatches | None, ranks: Ranks | None) -> None:
-        """Tokenize all texts into the `rows` of rank 0."""
-        length, pieces = attrgetter("length"), self._pieces(texts)
-        if rows and (ranks is None or ranks.world == 1):
-            own = rows
-            in_two_threads(
-                pieces,
-                length,
-                TEXT_CHARS,
-                lambda group, check: self._take(self._encode(group), own, check),
-                abandon=self.prompt,
-            )
-        elif ranks:
+        """Tokenize all texts into the `rows` of rank 0. Those before an error of reading are tokenized first."""
+        failures: list[Exception] = []
+        parts = portions(self._pieces(texts, failures), TEXT_CHARS, length_of=attrgetter("length"))
+        if ranks and ranks.world > 1:
             from longnet_cli.running.ranks.dealing import deal  # loads torch, which one process does not need
 
-            parts = portions(pieces, TEXT_CHARS, length_of=length)
-            for _, batches in deal(parts, self._encode, ranks, ahead=2 * ranks.world):
+            dealt = deal(parts, self._encode, ranks, ahead=2 * ranks.world)
+        else:
+            dealt = overlapped(parts, self._encode)
+        with closing(cast(Generator, dealt)):
+            for _, batches in dealt:
                 self._take(batches, cast(TokenBatches, rows))  # on rank 0: the others get nothing
         if rows:
             rows.flush()
+        for failure in failures:
+            raise failure
 
-    def _pieces(self, texts: Iterator[Text]) -> Iterator[_TextPart]:
-        for text in texts:
-            cutter = self.tokenizer.cutter(() if text.ids else text.parts)
-            if text.ids:
-                yield _TextPart(text.doc_id, text.text, text.ids)
-            while taken := cutter.take():
-                yield _TextPart(text.doc_id, taken[0])
-            yield _TextPart(text.doc_id, None)
+    def _pieces(self, texts: Iterator[Text], failures: list[Exception]) -> Iterator[_TextPart | None]:
+        """Yield the pieces of all texts, and None where the next text is not there yet. Keep an error of reading."""
+        try:
+            for text in texts:
+                cutter = self.tokenizer.cutter(() if text.ids else text.parts)
+                if text.ids:
+                    yield _TextPart(text.doc_id, text.text, text.ids)
+                while taken := cutter.take():
+                    yield _TextPart(text.doc_id, taken[0])
+                yield _TextPart(text.doc_id, None)
+                if not self.ready():
+                    yield None
+        except Exception as error:
+            failures.append(error)
 
     def _encode(self, group: Iterable[_TextPart]) -> list[pa.RecordBatch]:
         """Return a batch with the ids of each piece, the bytes of its text, and whether its document ends there."""
@@ -261,15 +266,12 @@ class _Work:
         }
         return [pa.record_batch(columns)]
 
-    def _take(
-        self, batches: Iterable[pa.RecordBatch], rows: TokenBatches, check: Callable[[], None] = lambda: None
-    ) -> None:
+    def _take(self, batches: Iterable[pa.RecordBatch], rows: TokenBatches) -> None:
         reported = rows.totals["bytes"]
         for doc_ids, lists, *others in (batch.columns for batch in batches):
             values, bounds = lists.values.to_numpy(), pairwise(lists.offsets.to_numpy())
             of_pieces = zip(doc_ids.to_pylist(), bounds, *(column.to_pylist() for column in others), strict=True)
             for doc_id, (start, stop), size, ends in of_pieces:
-                check()
                 rows.add(doc_id, values[start:stop], size)
                 if ends:
                     rows.end_document(doc_id)
@@ -285,125 +287,56 @@ class _Work:
             self.on_progress(rows.totals["documents"], rows.totals["tokens"], rows.totals["bytes"])
 
 
-PATIENCE = 0.5  # seconds that an item from a slow producer waits for others
-ABANDON_SECONDS = 2.0
-
-Item = TypeVar("Item")
-Work = Callable[[Sequence[Item], Callable[[], None]], None]
+Results = TypeVar("Results")
 
 
-class StoppedError(Exception):
-    """A signal to stop work on items that are no longer needed."""
+def overlapped(
+    parts: Iterable[Portion[_TextPart]], work: Callable[[Sequence[_TextPart]], Results]
+) -> Iterator[tuple[Portion[_TextPart], Results]]:
+    """Yield portions with their results, which another thread computes while the next portion is read here.
 
+    A portion that ends early is not kept waiting for the next one. Reading stays in the calling thread, because Ctrl-C
+    wakes only the main thread from waiting for a pipe. An error of the work is raised here, in its turn. When the
+    generator is closed, the portion that is worked on is finished first: the process must not end in the middle.
 
-def in_two_threads(
-    items: Iterator[Item], size: Callable[[Item], int], group_size: int, work: Work[Item], *, abandon: bool = False
-) -> None:
-    """Read `items` here while another thread calls `work(group, check)` on groups of them, in order.
-
-    A group has the items that bring it to `group_size`, or those that came within PATIENCE seconds. Reading stays in
-    the calling thread, because Ctrl-C wakes only the main thread from waiting for a pipe. If reading fails, the items
-    that were read before are still worked on. If reading is interrupted, `check` raises: long work should call it now
-    and then. An error of the work is raised here. With `abandon`, an interrupt waits only ABANDON_SECONDS for the
-    work to end, because work may wait for ever for the reader of a pipe.
+    The threads wait for a SimpleQueue and for nothing else, because a signal's handler may raise between any two lines
+    of the calling thread. Between two lines of threading.Condition or Event, that leaves a lock which nobody releases,
+    or releases one which nobody holds.
     """
-    feed = _Feed(size, group_size)
-    failures: list[BaseException] = []
+    todo: SimpleQueue[Sequence[_TextPart] | None] = SimpleQueue()  # None: no more come
+    done: SimpleQueue[Results | BaseException | None] = SimpleQueue()  # None: the thread has ended
+    begun = deque[Portion[_TextPart]]()
 
     def run() -> None:
-        try:
-            while group := feed.take():
-                work(group, feed.check)
-        except StoppedError:
-            pass
-        except BaseException as error:
-            failures.append(error)
-        finally:
-            feed.end()
+        while (items := todo.get()) is not None:
+            try:
+                done.put(work(items))
+            except BaseException as error:
+                done.put(error)
+        done.put(None)
 
-    start_new_thread(run, ())  # not Thread.start, which waits for an Event: see _Feed
+    def first() -> tuple[Portion[_TextPart], Results]:
+        found = done.get()
+        if isinstance(found, BaseException):
+            raise found
+        return begun.popleft(), cast(Results, found)
+
+    start_new_thread(run, ())  # not Thread.start, which waits for an Event
     try:
-        for item in items:
-            if not feed.put(item):
-                break
-        feed.close()
-        feed.wait_for_end()
-    except Exception:
-        feed.close()
-        feed.wait_for_end()
-        raise
-    except BaseException:
-        feed.close(stop=True)
-        feed.wait_for_end(ABANDON_SECONDS if abandon else math.inf)
-        raise
-    if failures:
-        raise failures[0]
-
-
-class _Feed(Generic[Item]):
-    """The items on their way from the thread that reads to the thread that works.
-
-    Both threads wait for a SimpleQueue and for nothing else, because a signal's handler may raise between any two
-    lines of the reading thread. Between two lines of threading.Condition or Event, that leaves a lock which nobody
-    releases, or releases one which nobody holds.
-    """
-
-    def __init__(self, size: Callable[[Item], int], group_size: int) -> None:
-        self._size_of = size
-        self._group_size = group_size
-        self._items: SimpleQueue[Item | None] = SimpleQueue()  # None: no more come
-        self._taken: SimpleQueue[int] = SimpleQueue()  # the sizes of groups, and 0 at the end of the work
-        self._in_queue = 0  # the size of the items that are put and not yet known to be taken
-        self._stopped = self._ended = False
-
-    def put(self, item: Item) -> bool:
-        """Add an item once there is room. Return False when no more items are wanted."""
-        while self._in_queue >= self._group_size and not self._ended:
-            with suppress(Empty):
-                self._in_queue -= self._taken.get(timeout=1.0)  # a signal right before the call does not end it
-        self._items.put(item)
-        self._in_queue += self._size_of(item)
-        return not self._ended
-
-    def take(self) -> list[Item]:
-        """Return the next group, empty at the end."""
-        group: list[Item] = []
-        size, deadline = 0, math.inf
+        for portion in parts:
+            todo.put(list(portion))
+            begun.append(portion)
+            while len(begun) > (not portion.ends_early):
+                yield first()
+        while begun:
+            yield first()
+    finally:
         with suppress(Empty):
-            while size < self._group_size:
-                item = self._items.get(timeout=None if deadline == math.inf else max(0, deadline - time.monotonic()))
-                if item is None:
-                    self._items.put(None)  # for the next call
-                    break
-                if not group:
-                    deadline = time.monotonic() + PATIENCE
-                group.append(item)
-                size += self._size_of(item)
-        self.check()
-        self._taken.put(size)
-        return group
-
-    def close(self, *, stop: bool = False) -> None:
-        """Accept no more items. With `stop`, end the work on earlier items too."""
-        self._stopped = self._stopped or stop
-        self._items.put(None)
-
-    def check(self) -> None:
-        """Raise StoppedError once stopped."""
-        if self._stopped:
-            raise StoppedError
-
-    def end(self) -> None:
-        """Say that the work has ended."""
-        self._ended = True
-        self._taken.put(0)
-
-    def wait_for_end(self, seconds: float = math.inf) -> None:
-        """Wait until the work has ended, or for so many seconds."""
-        deadline = time.monotonic() + seconds
-        while not self._ended and (left := deadline - time.monotonic()) > 0:
-            with suppress(Empty):
-                self._taken.get(timeout=min(left, 1.0))  # an interrupted get may have lost what it got: look again
+            while True:
+                todo.get_nowait()
+        todo.put(None)
+        while done.get() is not None:
+            pass
 
 
 BATCH_ROWS = 1 << 16
