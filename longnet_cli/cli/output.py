@@ -205,10 +205,10 @@ def check_output(
         raise ConfigError(where_to)
     from longnet_cli.data.outputs import is_folder
 
-    in_folder = is_folder(output, resume=resume)
-    for name in (name for name, value in for_folder.items() if value and not in_folder):
+    for name in (name for name, value in for_folder.items() if value and not is_folder(output)):
         why = "one file is what its name says" if name == "--shard-format" else "a single file or stream has no parts"
         raise ConfigError(f"{output}: {name} is for a folder of shards: {why}")
+    is_folder(output, resume=resume)  # raises ConfigError
 
 
 @contextmanager

@@ -135,8 +135,8 @@ def group_rows(
 
     Neighbours that share a doc_id are one document. Its parts, where known, must be 0, 1, 2, ... A row that cannot be
     read, not even its name, belongs to the document that stands on both sides of it. With `whole`, all rows are one
-    document of this name. A row without a name is a document, for which no other row is waited; with `apart`, which
-    names them, and in a table of `rows_alone`, every row is.
+    document of this name. With `apart`, which names them, and in a table of `rows_alone`, every row is a document. For
+    these, and for rows of stdin without names, no other row is waited.
     """
 
     def rows() -> Iterator[tuple[Label, Any]]:
@@ -175,7 +175,7 @@ def group_rows(
                 )
             yield value
 
-    if apart or table.rows_alone or not (columns.doc_id or whole):
+    if apart or table.rows_alone or (table.ready and not (columns.doc_id or whole)):
         for label, value in rows():
             doc_id = apart.name(name_of(label)) if apart else name_of(label)
             yield DocumentRows(doc_id, label.row, values(doc_id, iter(((label, value),))), label.kept)
