@@ -32,7 +32,7 @@ from longnet_cli.jobs.options import check_sampling
 from longnet_cli.nets.net import Bos, InputSequence, Net, bos_ids
 from longnet_cli.running.causal_stream import CausalStream, open_stream
 from longnet_cli.running.chunk_size import chunk_of, default_chunk
-from longnet_cli.running.device import precision
+from longnet_cli.running.device import precision, runs_ahead
 
 
 class StopTexts:
@@ -222,10 +222,13 @@ class _Generator:
         for number in range(1, max_tokens + 1):
             token, logprob = self.sampler(logits)
             step = self._step(token, logprob, number == max_tokens)
+            new, goes_on = torch.tensor([token]), not step.finish_reason
+            if ahead := goes_on and runs_ahead(logits.device):  # it computes while the caller writes the text
+                logits = self._read(new)
             yield step
-            if not step.finish_reason or reads_all:
-                logits = self._read(torch.tensor([token]))
-            if step.finish_reason:
+            if not ahead and (goes_on or reads_all):
+                logits = self._read(new)
+            if not goes_on:
                 return
 
     @torch.inference_mode()

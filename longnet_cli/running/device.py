@@ -84,6 +84,11 @@ def to_host(x: torch.Tensor) -> Callable[[], torch.Tensor]:
     return wait
 
 
+def runs_ahead(device: torch.device) -> bool:
+    """Return whether the host goes on while the device computes."""
+    return device.type == "cuda"
+
+
 def wait_for(device: torch.device) -> None:
     """Wait until a GPU has done all queued work; a CPU queues none."""
     if device.type == "cuda":

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from longnet_cli.data.documents import Document
+from longnet_cli.jobs import generating
 from longnet_cli.jobs.scoring import scoring
 from longnet_cli.jobs.training.loop import train
 from longnet_cli.jobs.training.recipe import load_recipe
@@ -27,6 +28,7 @@ from longnet_cli.jobs.training.windows import TokenStream
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.running import reader
+from longnet_cli.running.causal_stream import CausalStream
 
 MODEL: dict[str, Any] = {
     "vocab_size": 257, "dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 32, "position": "rope",
@@ -99,3 +101,19 @@ def test_scoring_asks_for_a_chunk_when_the_next_is_on_its_way(monkeypatch: pytes
         "read", "computed", "waited",
     ]  # fmt: skip
     assert asked.number == events.count("waited")  # and then, numpy for what has come
+
+
+@pytest.mark.parametrize("reads_all", [False, True])
+@pytest.mark.parametrize("ahead", [False, True], ids=["a CPU", "a GPU"])
+def test_a_gpu_computes_the_next_token_while_one_is_written(
+    ahead: bool, reads_all: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU, a token is shown first. Of the last one, nothing comes after but what the stream has to read."""
+    monkeypatch.setattr(generating, "runs_ahead", lambda device: ahead)
+    net, events = LongNet(LongNetConfig(**MODEL)), list[str]()
+    stream, prompt = CausalStream(net) if reads_all else None, Document("a", TOKENS[:5], None, "a")
+    net.register_forward_hook(lambda *_: events.append("computed"))
+    for _ in generating.generate(net, prompt, bos=256, tokenizer=None, max_tokens=3, stream=stream):
+        events.append("written")
+    of_tokens = ["computed", "written"] if ahead else ["written", "computed"]
+    assert events == ["computed", *of_tokens, *of_tokens, "written", *(["computed"] if reads_all else [])]
