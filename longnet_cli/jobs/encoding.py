@@ -28,7 +28,17 @@ from longnet_cli.data.outputs import kept_columns, row_schema
 from longnet_cli.data.tables import numpy_dtype
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.options import NO_PREFIX, ONE_STATE, EncodeOptions
-from longnet_cli.jobs.pooling import SUMMED, DocumentWindow, LayerStates, Pooling, Row, WindowMean, windows_of
+from longnet_cli.jobs.pooling import (
+    SHORT,
+    SUMMED,
+    DocumentWindow,
+    LayerStates,
+    Pooling,
+    Row,
+    WindowMean,
+    pool_together,
+    windows_of,
+)
 from longnet_cli.jobs.row_jobs import ModelFacts, RowJob
 from longnet_cli.models.folder import Embedding, Loaded, ModelFolder
 from longnet_cli.nets.longnet import LongNet
@@ -340,6 +350,7 @@ class Encoder(RowJob):
         head, windows = torch.inference_mode()(self.reader.model.head), self._windows(sequences)
         for pieces in self._layer_by_layer(windows) if self.options.all_layers else self.reader.read(windows):
             with torch.inference_mode():
+                self._pool_together(pieces)
                 rows = self._of_all_ranks(list(chain.from_iterable(map(self._pooled, pieces))))
             if rows:
                 yield self._record_batch(rows, head)
@@ -384,6 +395,13 @@ class Encoder(RowJob):
             return 0 if self.options.pool == "cls" else before - len(facts.prefix or ())
         skipped = facts.unpooled or 0  # a first span of these alone would have nothing
         return before if span is not None and span <= skipped - before else skipped
+
+    def _pool_together(self, pieces: Sequence[Piece[_PooledWindow]]) -> None:
+        """Pool the whole documents among the pieces in a few calls. A CPU adds long ones faster one by one."""
+        limit = SHORT if self.reader.device.type == "cpu" else self.reader.chunk
+        read = [(x.window.pooling, x.hidden) for x in pieces if x.hidden is not None and len(x.hidden) <= limit]
+        if whole := [(pooling, hidden) for pooling, hidden in read if pooling.ends_with(hidden)]:
+            pool_together(*zip(*whole, strict=True))
 
     def _pooled(self, piece: Piece[_PooledWindow]) -> Iterable[Row]:
         """Return the rows that a piece finishes."""

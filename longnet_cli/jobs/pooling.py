@@ -8,7 +8,7 @@ outputs of layers --> LayerStates --> a mean of each, for `encode --all-layers`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,8 +20,11 @@ from torch import Tensor, nn
 from longnet_cli.data.documents import Document
 from longnet_cli.jobs.options import ONE_STATE
 from longnet_cli.nets.longnet import LongNet, Placement
+from longnet_cli.running.device import to_device
 
-SUMMED = {*ONE_STATE, "mean", "sqrt", "weighted"}  # poolings of a whole that are the sums of those of its parts
+SUMS = {"mean", "sqrt", "weighted"}
+SHORT = 16  # tokens up to which a CPU pools documents faster together than one by one
+SUMMED = ONE_STATE | SUMS  # poolings of a whole that are the sums of those of its parts
 
 
 @dataclass(frozen=True)
@@ -86,10 +89,19 @@ class Pooling:
         self.length = span or self.end - begin
         self.position = begin - before  # the next token; less than `begin` before the document
         self.layers: Callable[[], Tensor | None] = lambda: None
+        self.vector: Tensor | None = None  # of the whole document, if it is known: see `pool_together`
         self._reset(skipped)
+
+    def ends_with(self, hidden: Tensor) -> bool:
+        """Return whether these states (n, dim) are all that is pooled, for one vector, by sums alone."""
+        whole = self.length >= self.end - self.begin and not self._count
+        return whole and SUMS.issuperset(self.pools) and len(hidden) == self.end + self.after - self.position > 0
 
     def add(self, hidden: Tensor) -> Iterator[Row]:
         """Take the next hidden states (n, dim)."""
+        if self.vector is not None:
+            yield Row(self.document, self.number, self.begin, self.end, self.vector, self.layers())
+            return
         while len(hidden):
             place = min(max(self.begin, self.position), self.end - 1) - self.begin
             index = place // self.length
@@ -119,21 +131,42 @@ class Pooling:
                 sums[pool] = torch.maximum(sums[pool], most) if pool in sums else most
             else:
                 if pool == "weighted":
-                    weights = torch.arange(1, len(part) + 1, dtype=torch.float64, device=part.device) + self._weight
-                    new = weights @ part.double()
+                    new = to_device(self.weights(len(part)), part.device) @ part.double()
                 else:
                     new = part.sum(0, dtype=torch.float64)
                 sums[pool] = sums[pool] + new if pool in sums else new
         self._count, self._weight = self._count + len(part), self._weight + len(part)
 
+    def weights(self, tokens: int) -> Tensor:
+        """Return the weights of the next tokens if they are `weighted`, float64 on the host."""
+        return torch.arange(1, tokens + 1, dtype=torch.float64) + self._weight
+
+    def divisors(self, more: int = 0) -> list[float]:
+        """Return what the sums are divided by, for each pooling, after `more` tokens."""
+        count, last, skipped = self._count + more, self._weight + more, self._weight - self._count
+        of = {"mean": count, "sqrt": count**0.5, "weighted": (last * (last + 1) - skipped * (skipped + 1)) / 2}
+        return [of.get(pool, 1) for pool in self.pools]
+
     def _vector(self) -> Tensor:
-        last, skipped = self._weight, self._weight - self._count
-        divisors = {
-            "mean": self._count,
-            "sqrt": self._count**0.5,
-            "weighted": (last * (last + 1) - skipped * (skipped + 1)) / 2,
-        }
-        return torch.cat([(self._sums[pool] / divisors.get(pool, 1)).float() for pool in self.pools])
+        sums = zip(self.pools, self.divisors(), strict=True)
+        return torch.cat([(self._sums[pool] / divisor).float() for pool, divisor in sums])
+
+
+def pool_together(poolings: Sequence[Pooling], states: Sequence[Tensor]) -> None:
+    """Give poolings that end with their states (n, dim) their vectors, in as many calls as one document needs."""
+    counts, device = [len(x) for x in states], states[0].device
+    rows, sizes = torch.cat([*states]).double(), to_device(torch.tensor(counts), device)
+    all_divisors = [pooling.divisors(n) for pooling, n in zip(poolings, counts, strict=True)]
+    vectors = []
+    for pool, divisors in zip(poolings[0].pools, zip(*all_divisors, strict=True), strict=True):
+        weighed = rows
+        if pool == "weighted":
+            weights = [pooling.weights(n) for pooling, n in zip(poolings, counts, strict=True)]
+            weighed = rows * to_device(torch.cat(weights), device)[:, None]
+        sums = torch.segment_reduce(weighed, "sum", lengths=sizes, axis=0)
+        vectors.append((sums / to_device(torch.tensor(divisors, dtype=torch.float64), device)[:, None]).float())
+    for pooling, vector in zip(poolings, torch.cat(vectors, 1), strict=True):
+        pooling.vector = vector
 
 
 class WindowMean:

@@ -23,7 +23,7 @@ from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.manifest import read_manifest
 from longnet_cli.jobs.encoding import EncodeFacts, Encoder, encode
 from longnet_cli.jobs.options import POOLS, EncodeOptions
-from longnet_cli.jobs.pooling import SUMMED, Pooling
+from longnet_cli.jobs.pooling import SUMMED, Pooling, pool_together
 from longnet_cli.jobs.row_jobs import Output, run
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet
@@ -74,6 +74,23 @@ def test_ranks_share_poolings_that_add(model: LongNet, pool: str) -> None:
         reader.ranks = Ranks(world=2, sp=2)
         with pytest.raises(ConfigError, match=f"--pool {pool} of a document is not shared by ranks"):
             Encoder(reader, EncodeOptions(pool=f"mean+{pool}"))
+
+
+@pytest.mark.parametrize("pool", ["mean", "sqrt", "weighted", "weighted+mean"])
+def test_whole_documents_are_pooled_together(pool: str) -> None:
+    """To the same bits, also if they have a prefix that is not pooled, one that is, and an end."""
+    around = {"skipped": 1, "before": 2, "after": 3}
+    states = [torch.randn(n + 5, 8, generator=torch.Generator().manual_seed(n)) for n in (1, 6, 15)]
+    alone, together = ([Pooling(make_document(len(x) - 5), pool, None, **around) for x in states] for _ in range(2))
+    assert [x.ends_with(hidden) for x, hidden in zip(together, states, strict=True)] == [True] * 3
+    assert not together[2].ends_with(states[2][1:])
+    assert not Pooling(make_document(15), pool, 5, **around).ends_with(states[2])
+    assert not Pooling(make_document(15), f"{pool}+last", None, **around).ends_with(states[2])
+    pool_together(together, states)
+    for poolings in zip(alone, together, states, strict=True):
+        one, other = (next(pooling.add(poolings[2])) for pooling in poolings[:2])
+        assert torch.equal(one.vector, other.vector)
+        assert (one.span, one.start, one.end) == (other.span, other.start, other.end)
 
 
 @pytest.mark.full
