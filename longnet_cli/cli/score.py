@@ -221,6 +221,7 @@ class _Printed:
                 _print_losses(values)
             if several or "by_position" in totals[0]:
                 print(f"+- is a standard error, clustered by document ({totals[0]['n_docs']} documents)")
+            print(f"model {printable(known['model'])}")
 
 
 def _print_row(name: str, values: dict[str, Any], several: bool, *, header: bool = False) -> None:

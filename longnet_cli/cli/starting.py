@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 from longnet_cli.basics.errors import ConfigError, MemoryLimitError
 from longnet_cli.basics.sizes import format_bytes, format_count
 from longnet_cli.cli.options import Computing, Documents, Mesh, ModelChoice, Running, read_pattern
-from longnet_cli.cli.output import check_output, count_left_out, end, say_what_is_kept, tell
+from longnet_cli.cli.output import check_output, count_left_out, end, note, say_what_is_kept, tell
 from longnet_cli.cli.progress import ExpectedTokens, progress
 from longnet_cli.running.ranks.launch import check_shared, start_ranks, started_by_torchrun, under_torchrun
 
@@ -211,8 +211,11 @@ class Opened:
 
         quiet, expected, path = self.quiet, ExpectedTokens(), str(output.path)
         tell_state = state_teller(job.reader, quiet=quiet)
+        try_text = _trial_of(self.loaded) if self.folder.name == ModelChoice.model and not quiet else None
 
         def on_document(document: Document, share: float | None) -> None:
+            if try_text:
+                try_text(document)
             expected.count(job.counted(len(document)), share)
             tell_state(job.longest_window(len(document)))
 
@@ -226,6 +229,8 @@ class Opened:
         ):
             job.reader.on_progress = advance
             written = run(job, inputs, output, Telling(self.left_out, tell_state, on_document))
+        if try_text:
+            try_text(None)
         if written is not None and (path != "-" or not output.sink):
             counts = f"{written['rows']:,} {job.row_name}{'s' * (written['rows'] != 1)}"
             tokens = f"{format_count(written['tokens'])} token{'s' * (written['tokens'] != 1)}"
@@ -237,6 +242,41 @@ class Opened:
 
         leave()
         end(self.left_out, first=self.ranks.writes, quiet=self.quiet)
+
+
+TRIED, MOST = 4096, 2.0  # tokens that are tried, and bits per byte of a text that suits a model
+
+
+def _trial_of(loaded: Loaded) -> Callable[[Document | None], None]:
+    """Return what takes documents, then None, and notes once that their text does not suit the default model."""
+    import numpy as np
+
+    from longnet_cli.data.documents import Document
+    from longnet_cli.jobs.row_jobs import ModelFacts
+    from longnet_cli.jobs.scoring.scoring import score
+
+    ids, left, words = list[int](), TRIED, loaded.tokenizer
+
+    def take(document: Document | None) -> None:
+        nonlocal left
+        if document is not None and left > 0:
+            ids.extend(document.read(0, min(left, len(document))).tolist())
+            left = TRIED - len(ids)
+        if not (words and ids and (left == 0 or document is None)):
+            return
+        first = np.array(ids)
+        (row,) = (
+            score(loaded.net, [Document("", first, words.n_bytes(first), "")], facts=ModelFacts.of(loaded))
+            .read_all()
+            .to_pylist()
+        )
+        ids.clear()
+        left = -1
+        if (row["bpb"] or 0) > MOST:
+            why = "it was made for other text, so name a model with --model"
+            note(f"{loaded.origin}, the default model, takes {row['bpb']:.1f} bits per byte here: {why}")
+
+    return take
 
 
 class ReadingCommand(Protocol):

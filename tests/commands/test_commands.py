@@ -4,14 +4,17 @@ Whatever goes wrong is one line on stderr and the documented exit code; whatever
 """
 
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 import pytest
 from builders import scores, tiny_model
 from conftest import RunLongnet
+from places import ROOT
 
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
@@ -80,11 +83,29 @@ def test_score_formats_agree_with_the_library(run_longnet: RunLongnet, model: Pa
     lines = [{"kind": "document", **row} for row in value["documents"]] + [{"kind": "total", **value["total"]}]
     assert [*map(json.loads, as_lines.stdout.splitlines())] == lines
 
-    header, *lines = as_text.stdout.splitlines()
-    assert header.split() == ["tokens", "ppl", "bpb", "document"]
+    header, *lines, last = as_text.stdout.splitlines()
+    assert (header.split(), last) == (["tokens", "ppl", "bpb", "document"], f"model {model}")
     assert [line.split()[-1] for line in lines] == [*TEXTS, "total"]
     assert len({line.index(line.split()[-1]) for line in [header, *lines]}) == 1  # straight columns
     assert lines[-1].split() == ["63", *(f"{value['total'][name]:.3f}" for name in ("ppl", "bpb")), "total"]
+
+
+def test_text_that_does_not_suit_the_default_model_is_noted(run_longnet: RunLongnet, tmp_path: Path) -> None:
+    """Over the first 4,096 tokens, so not if code comes first; and never for a model that is named."""
+    shutil.copy(ROOT / "README.md", tmp_path / "prose.txt")
+    (tmp_path / "code.py").write_text(Path(__file__).read_text() * 2)
+    tiny_model(tmp_path / "own")
+    for command in (["score"], ["encode", "-o", "v.npy"]):
+        for inputs, noted in (
+            (["prose.txt"], True),
+            (["code.py", "prose.txt"], False),
+            (["prose.txt", "-m./own"], False),
+        ):
+            done = run_longnet(*command, *inputs)
+            assert done.returncode == 0, done.stderr
+            assert ("longnet-tiny, the default model, takes" in done.stderr) == noted, (command, inputs)
+    vectors = np.load(tmp_path / "v.npy")
+    assert (vectors.shape, vectors.dtype) == ((1, 16), np.float32)
 
 
 # --- encode ----------------------------------------------------------------------------------------------
