@@ -326,6 +326,7 @@ train.seed                    rows       train.seed=1
 train.loss_jump               code       train.loss_jump=1e-9 @ optimizer.lr=1.0
 train.log_every               rows       train.log_every=2
 train.evaluate_every          rows       train.evaluate_every=2 @ data.held_out=[../in/u.txt]
+train.held_out_context        rows       train.held_out_context=8 @ data.held_out=[../in/u.txt]
 train.save_every              files      train.save_every=1 @ train.keep=9
 train.save_minutes            files      train.save_minutes=1e-9 @ train.keep=9
 train.keep                    files      train.keep=3 @ train.save_every=1

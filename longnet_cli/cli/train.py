@@ -127,7 +127,13 @@ def train(options: TrainCommand) -> None:
     from longnet_cli.running.ranks.ranks import join, leave
 
     freeze_imports()
-    ranks, where = join(options.device, sp=recipe.parallel.sp, dp=recipe.parallel.dp, planned=planned)
+    try:
+        ranks, where = join(options.device, sp=recipe.parallel.sp, dp=recipe.parallel.dp, planned=planned)
+    except ConfigError:
+        if options.recipe is not None:
+            raise
+        # a run that goes on may have recorded other numbers of processes than there are now
+        ranks, where = join(options.device, sp=options.mesh.sp, dp=options.mesh.dp, planned=planned)
     recipe = settle_chunk(recipe, where, ranks)
     quiet = options.quiet or not ranks.writes
     _note_recipe(recipe, quiet)

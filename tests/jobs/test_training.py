@@ -12,12 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 import tokenizers
 import torch
-from builders import LONG, metrics_of, recipe, tiny_net
+from builders import LONG, metrics_of, recipe, scores, tiny_net
 from processes import refused
 
 from longnet_cli.attention import Pattern
 from longnet_cli.basics.atomic import locked_folder
 from longnet_cli.basics.errors import ConfigError, DataError, LongNetError, MemoryLimitError
+from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.training import metrics
 from longnet_cli.jobs.training.checkpoint import checkpoints_in, read_state
@@ -254,6 +255,22 @@ def test_bad_data_costs_no_step(tmp_path: Path) -> None:
         train(found, tmp_path / "out")
     (saved,) = checkpoints_in(tmp_path / "out/checkpoints")
     assert f"the {read_state(saved)['progress']['step']} steps" in str(error.value)
+
+
+@pytest.mark.parametrize("context", [None, 24])
+def test_held_out_documents_are_whole_or_in_windows_as_of_score(
+    context: int | None, corpus: Path, tmp_path: Path
+) -> None:
+    settings = {"data.held_out": [str(corpus)], "train.held_out_context": context}
+    for every, dear in ((1, True), (500, False)):
+        notes, stages = list[str](), [{"seq_len": 32, "steps": 1}]
+        changes = settings | {"train.evaluate_every": every, "train.stages": stages}
+        train(recipe(corpus, **changes), tmp_path / str(every), on_note=notes.append)
+        assert [("an evaluation takes" in line) for line in notes] == [True] * dear
+    model, documents = LongNet.from_pretrained(tmp_path / "1"), Inputs([corpus], Tokenizer.bytes()).documents()
+    found = [each.score for each in scores(model, documents, bos=256, context=context)]
+    expected = sum(score.nll_sum for score in found) / sum(score.n_tokens for score in found)
+    assert metrics_of(tmp_path / "1")[-1]["held_out_loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_held_out_data_without_a_token_is_refused_at_the_begin(corpus: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ The memory is one rank's, as if everything were held at one time. This is true w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -119,6 +120,22 @@ def _needed_bytes(recipe: Recipe, device: torch.device, ranks: Ranks, chunk: int
     return sum(training_memory(recipe.with_chunk(chunk), device, ranks).values())
 
 
+def costly_evaluation(recipe: Recipe, lengths: Sequence[int]) -> str | None:
+    """Return a line if held-out documents of these lengths cost more FLOPs than the steps between two evaluations."""
+    config, train = recipe.model, recipe.train
+    step = min(config.training_flops([stage.seq_len], train.predicted) * train.windows(stage) for stage in train.stages)
+    size = train.held_out_context or (
+        train.stages[0].seq_len if train.objective == "masked" else max(lengths, default=1)
+    )
+    windows = [min(size, tokens - start) for tokens in lengths for start in range(0, tokens, size)]
+    per_token = config.layer_flops() + train.predicted * config.vocabulary_flops()
+    times = (sum(map(config.attention_flops, windows)) + sum(windows) * per_token) / (step * train.evaluate_every)
+    if times <= 1:
+        return None
+    between = f"{times:.1f} times the FLOPs of the {train.evaluate_every} steps between two"
+    return f"an evaluation takes {between}: raise train.evaluate_every, or cut documents (train.held_out_context)"
+
+
 class StepFlops(NamedTuple):
     """FLOPs per token that a step executes, by kind; `forwards` and `logits` count the forward passes, of both kinds.
 
@@ -212,7 +229,8 @@ def _evaluation_bytes(recipe: Recipe, device: torch.device, ranks: Ranks) -> int
     config, chunk, itemsize = recipe.model, recipe.train.chunk, itemsize_of(recipe.train.dtype, device)
     if not recipe.data.held_out_files:
         return 0
-    tokens = min(2 * chunk, Inputs(recipe.data.held_out_files).num_bytes() or 2 * chunk)
+    most = recipe.train.held_out_context or 2 * chunk
+    tokens = min(most, 2 * chunk, Inputs(recipe.data.held_out_files).num_bytes() or most)
     transient = transient_memory(config.pattern, config.num_heads, config.head_dim, tokens, itemsize, device.type)
     at_once = min(tokens, chunk)
     activations = config.forward_bytes(at_once) + transient

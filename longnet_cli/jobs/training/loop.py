@@ -29,7 +29,7 @@ from longnet_cli.running.ranks.launch import Signals, noted_signals
 from longnet_cli.running.ranks.ranks import Ranks
 
 from .checkpoint import Checkpoints, checkpoints_in, frozen_digest, read_state, restore, run_tensors
-from .costs import stored_bytes
+from .costs import costly_evaluation, stored_bytes
 from .metrics import Metrics, MetricsLog, Tracker, open_trackers
 from .objective import backward, evaluate, inputs_and_targets
 from .recipe import Recipe, Stage
@@ -164,6 +164,8 @@ class _TrainingRun:
         # a LongNet's weights are all in the checkpoint
         initial = recipe.init if recipe.pretrained or not checkpoints_in(output / CHECKPOINTS) else None
         self.data = build_data(recipe, ranks, initial, tokenizer_differs)
+        if line := costly_evaluation(recipe, [*map(len, self.data.held_out)]):
+            on_note(line)
         self.model = build_model(recipe, initial, on_note).to(device).train()
         self.frozen = frozen_digest(self.model)
         if recipe.parallel.shard == "full":

@@ -21,6 +21,7 @@ from torch import Tensor
 from longnet_cli.attention import Outside
 from longnet_cli.basics.errors import DataError
 from longnet_cli.data.documents import Document
+from longnet_cli.jobs.options import ScoreOptions
 from longnet_cli.jobs.row_jobs import ModelFacts
 from longnet_cli.jobs.scoring.measures import Score
 from longnet_cli.jobs.scoring.scoring import score
@@ -248,10 +249,10 @@ def _draw(seed: Sequence[int], tokens: int, mask_id: int) -> tuple[Tensor, Tenso
 def evaluate(
     model: Net, data: TrainingData, recipe: Recipe, stage: Stage, ranks: Ranks, on_part: Callable[[int], None]
 ) -> Score:
-    """Return the score of held-out documents. A causal net scores each document whole, as `longnet score` does.
+    """Return the score of held-out documents, whole or in windows of `train.held_out_context`, as of `longnet score`.
 
-    With the masked objective, documents are cut into windows as long as in this stage, and the same tokens are hidden
-    every time. `on_part` gets the tokens of each forward pass, on all ranks. The net ends in training mode, and the
+    With the masked objective, windows are by default as long as in this stage, and the same tokens are hidden every
+    time. `on_part` gets the tokens of each forward pass, on all ranks. The net ends in training mode, and the
     random state stays as it was. Raises DataError where no token is hidden.
     """
     reading: dict[str, Any] = {
@@ -264,7 +265,9 @@ def evaluate(
     try:
         if recipe.train.objective == "masked":
             return _score_masked(Reader(model, **reading), _masked_windows(data, recipe, stage))
-        rows = score(model, data.held_out, facts=ModelFacts(data.eos_id), **reading).read_all().to_pylist()
+        context = recipe.train.held_out_context
+        how = ScoreOptions((context,) if context else None), ModelFacts(data.eos_id)
+        rows = score(model, data.held_out, *how, **reading).read_all().to_pylist()
         return reduce(add, (Score(row["nll_sum"], row["n_tokens"], row["n_bytes"]) for row in rows))
     finally:
         model.train()
@@ -278,7 +281,8 @@ class _MaskedWindow(Window):
 
 
 def _masked_windows(data: TrainingData, recipe: Recipe, stage: Stage) -> Iterator[_MaskedWindow]:
-    length, rate, mask_id = stage.seq_len, recipe.train.mask_rate, recipe.model.vocab_size - 1
+    length, rate = recipe.train.held_out_context or stage.seq_len, recipe.train.mask_rate
+    mask_id = recipe.model.vocab_size - 1
     places = ((document, start) for document in data.held_out for start in range(0, len(document), length))
     for turn, (document, start) in enumerate(places):
         ids = torch.from_numpy(document.read(start, start + length))[None]

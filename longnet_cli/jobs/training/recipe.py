@@ -155,6 +155,7 @@ class TrainRecipe(StrictModel):
     loss_jump: float = Field(default=5.0, gt=0)  # a run stops so many nats per token above its lowest mean
     log_every: int = Field(default=10, gt=0)
     evaluate_every: int = Field(default=500, gt=0)  # steps, where there is data.held_out
+    held_out_context: Size | None = None  # the windows in which held-out documents are read; otherwise whole
     save_every: int = Field(default=500, gt=0)  # steps between checkpoints
     save_minutes: float | None = Field(default=None, gt=0)  # most minutes between checkpoints
     keep: int = Field(default=2, gt=0)  # how many of the newest checkpoints stay
@@ -193,6 +194,7 @@ FREE_TO_CHANGE = {
     "model.frozen_bytes",
     *("train.chunk", "train.spill", "train.activation_checkpointing", "train.compile", "train.loss_jump"),
     *("train.log_every", "train.evaluate_every", "train.save_every", "train.save_minutes", "train.keep", "train.track"),
+    "train.held_out_context",
 }
 
 
