@@ -1,15 +1,20 @@
 """Chat templates, which turn messages into the text of a prompt or of a whole chat.
 
 A template is Jinja source in the model's folder. It runs in Jinja's sandbox, within limits of time and memory: it sees
-only the messages, the special tokens and the time, and can change nothing. Only the template itself can write special
-tokens: text in a message that looks like one is encoded as its characters, as in any document.
+only the messages, the special tokens and the time, and can change nothing.
+
+Only the template itself can write special tokens: text in a message that looks like one is encoded as its characters,
+as in any document. For this, a private-use character that is in no message, the mark, stands before what is hidden: the
+first character of a special token in a message, until the template's own special tokens are found; and each of these
+when the text is encoded, by a tokenizer that knows them by these names alone. So no normalizer makes one of other text.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +24,11 @@ import tokenizers
 from longnet_cli.basics.configuration import digest, read_text
 from longnet_cli.basics.errors import ConfigError, RefusedError
 from longnet_cli.data.rendering import Template
+from longnet_cli.data.text_pieces import decodes_bytes
 from longnet_cli.data.tokenizer import SETTINGS, Tokenizer, library_call, read_settings, special_token
 
 TEMPLATE = "chat_template.jinja"
+NAMED, HIDDEN = 0xF0000, 0x100000  # private-use characters after a mark, for special tokens, and for hidden characters
 
 
 def chat_settings(tokenizer: Tokenizer | None) -> dict[str, str]:
@@ -48,8 +55,10 @@ class ChatTemplate:
         self._template, self._named = Template(template, str(folder)), _named_tokens(settings)
         self.tokenizer = tokenizer
         self._special = [added["content"] for added in tokenizer.added_tokens if added["special"]]
-        self._inner = tokenizers.Tokenizer.from_str(tokenizer.to_json())
-        self._inner.encode_special_tokens = False
+        self._first = sorted({text[0] for text in self._special})
+        longest = "|".join(map(re.escape, sorted(self._special, key=len, reverse=True))) or "(?!)"
+        self._said = {*template, *"".join(self._special)}
+        self._any, self._start = re.compile(longest), re.compile(f"(?={longest}).", re.DOTALL)
 
     def encode(self, message: str, system: str | None = None) -> np.ndarray:
         """Return the prompt in which a user says `message` and an assistant is to answer: (tokens,) int64.
@@ -72,7 +81,7 @@ class ChatTemplate:
         the reader of a document puts its own there. Raises RefusedError for messages that the template refuses.
         """
         rendered, mark = self._render(messages, prompt=False)
-        return rendered.replace(mark, ""), partial(self._encode_chat, rendered, mark)
+        return self._shown(rendered, mark), partial(self._encode_chat, rendered, mark)
 
     def _encode_chat(self, rendered: str, mark: str) -> np.ndarray:
         ids = self._encode(rendered, mark)
@@ -80,28 +89,66 @@ class ChatTemplate:
         return ids[1:] if bos is not None and len(ids) and ids[0] == bos else ids
 
     def _render(self, messages: Sequence[Mapping[str, str]], *, prompt: bool) -> tuple[str, str]:
-        """Return the text that the template makes of messages, and the mark that breaks special tokens in them."""
-        said = "".join(text for message in messages for text in message.values())
-        mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in said)
-        special = re.compile("|".join(map(re.escape, sorted(self._special, key=len, reverse=True))) or "(?!)")
-        marked = [
-            {key: special.sub(lambda match: match[0][:1] + mark + match[0][1:], text) for key, text in message.items()}
-            for message in messages
-        ]
-        variables = {"messages": marked, "add_generation_prompt": prompt, "tools": None, "documents": None}
+        """Return the text that the template makes of messages, and the mark that hides special tokens in them."""
+        said = self._said.union(*(text for message in messages for text in message.values()))
+        mark = next((mark for mark in map(chr, range(0xE000, 0xF900)) if mark not in said), None)
+        if mark is None:
+            raise RefusedError("the messages have all private-use characters, of which one must be free")
+        hidden = [{key: self._start.sub(partial(self._hide, mark), text) for key, text in m.items()} for m in messages]
+        variables = {"messages": hidden, "add_generation_prompt": prompt, "tools": None, "documents": None}
         return self._template.render(variables | self._named), mark
 
+    def _hide(self, mark: str, found: re.Match[str]) -> str:
+        return mark + chr(HIDDEN + self._first.index(found[0]))
+
+    def _shown(self, rendered: str, mark: str) -> str:
+        """Return a text with the characters that are hidden in it."""
+        hidden = f"{mark}([{chr(HIDDEN)}-\U0010ffff])"
+        return re.sub(hidden, lambda found: self._first[ord(found[1]) - HIDDEN], rendered)
+
     def _encode(self, rendered: str, mark: str) -> np.ndarray:
-        """Return the ids of a rendered text, (tokens,) int64. Marked special tokens are encoded as characters."""
-        broken = "|".join(re.escape(text[:1] + mark + text[1:]) for text in self._special)
-        ids: list[int] = []
-        for part in re.split(f"({broken or '(?!)'})", rendered):
-            if mark in part:
-                ids += self.tokenizer.encode(part.replace(mark, "")).tolist()
-            else:
-                with library_call():
-                    ids += self._inner.encode(part, add_special_tokens=False).ids
-        return np.array(ids, np.int64)
+        """Return the ids of a rendered text, (tokens,) int64, with the special tokens that the template wrote."""
+        with library_call():
+            inner, names, contents = _renamed(self.tokenizer, mark)
+            text = self._shown(self._any.sub(lambda found: names[found[0]], rendered), mark)
+            written = {name: content for content, name in names.items()}
+            while True:  # a token of whole words, for one, is none within a word: its name is lost
+                encoding = inner.encode(text, add_special_tokens=False)
+                places = zip(encoding.ids, encoding.offsets, strict=True)
+                seen = {text.find(names[contents[i]], *place) for i, place in places if i in contents}
+                if not (lost := {found.start() for found in re.finditer(mark, text)} - seen):
+                    break
+                for start in sorted(lost, reverse=True):  # of a template that cuts texts, a mark may be alone
+                    name = text[start : start + 2]
+                    text = text[:start] + written.get(name, name[1:]) + text[start + 2 :]
+        ids = (self.tokenizer.id_of(contents[i]) if i in contents else i for i in encoding.ids)
+        return np.array([*ids], np.int64)
+
+
+@lru_cache(maxsize=1)
+def _renamed(tokenizer: Tokenizer, mark: str) -> tuple[tokenizers.Tokenizer, dict[str, str], dict[int | None, str]]:
+    """Return the tokenizer with other names for its special tokens, these names, and of which token each id is.
+
+    The names are special tokens only: a special token that is also in the vocabulary is no word of a text any more.
+    """
+    data = json.loads(tokenizer.to_json())
+    special = [added for added in data["added_tokens"] if added["special"]]
+    names = {added["content"]: mark + chr(NAMED + index) for index, added in enumerate(special)}
+    for added in special:
+        added["content"] = name = names[added["content"]]
+        if tokenizer.normalizer and name not in tokenizer.normalizer.normalize_str(name):
+            added["normalized"] = False  # otherwise nothing would be left of the name
+    model = data["model"]
+    merged = {part for pair in model.get("merges", ()) for part in (*pair, "".join(pair))}
+    words = {} if decodes_bytes(data) else {text: name for text, name in names.items() if text not in merged}
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {words.get(text, text): index for text, index in model["vocab"].items()}
+    else:
+        model["vocab"] = [[words.get(text, text), score] for text, score in model["vocab"]]
+    if model.get("unk_token"):
+        model["unk_token"] = words.get(model["unk_token"], model["unk_token"])
+    inner = tokenizers.Tokenizer.from_str(json.dumps(data))
+    return inner, names, {inner.token_to_id(name): text for text, name in names.items()}
 
 
 def _named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 A document is never anything but text: `<|endoftext|>` written inside one is encoded as its characters. So the byte
 count of a document's tokens is the byte count of its text, and no document can forge a boundary. Embedding models are
-the exception (`splits_special`): their vectors are those of transformers, which takes it for the token.
+the exception (`splits_special`): their vectors are those of transformers, which takes it for the token. So is a
+tokenizer that has the token as a word of its vocabulary, too, as Unigram may.
 
 Special tokens are the end of a text, those that options name, and those that tokenizer_config.json names.
 """
@@ -426,6 +427,11 @@ class Tokenizer:
     def token_of(self, token_id: int) -> str:
         """Return a token as tokenizer.json writes it; empty for an unknown id. The inverse of `id_of`."""
         return self._inner.id_to_token(token_id) or ""
+
+    @property
+    def normalizer(self) -> Any:
+        """The library's object that changes a text before it is split; None if there is none."""
+        return self._inner.normalizer
 
     @property
     def added_tokens(self) -> list[dict[str, Any]]:
