@@ -349,6 +349,10 @@ class ModelFolder:
                 f"{tokenizer or self.path / TOKENIZER}: the tokenizer has {words.vocab_size} ids and the model "
                 f"{net.config.vocab_size}: they do not belong together"
             )
+        before = start if isinstance(start, tuple) else () if start is None else (start,)
+        if outside := [x for x in before if not 0 <= x < net.config.vocab_size]:
+            what = f"it reads the id {outside[0]} before a text, and its vocabulary has {net.config.vocab_size}"
+            raise ConfigError(f"{self.name}: {what}: give --bos")
         if net.note and (net.config.causal or net.dilated or not embedding):  # otherwise it reads windows
             on_note(f"{self.name}: {net.note}")
         return Loaded(net, words, start, ends, template, self.origin, embedding)

@@ -41,7 +41,7 @@ from hf_models import (
     qwen3,
     rotary,
 )
-from processes import invoke, refused
+from processes import invoke, refused, total
 
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.cache import cached_rows
@@ -297,7 +297,16 @@ def spoilt(folder: Path, tmp_path: Path) -> Callable[..., Path]:
         ({"model_type": "hyena"}, r"does not know the architecture LlamaForCausalLM \(model_type hyena\)"),
         ({"architectures": ["HyenaForCausalLM"]}, "does not know the architecture HyenaForCausalLM"),
         ({"hidden_size": "many"}, "config.json: "),
-        ({"num_hidden_layers": 1_000_000_000}, "num_hidden_layers is 1000000000: 10,000 are the most"),
+        ({"num_hidden_layers": 1_000_000_000}, "num_hidden_layers is 1000000000: .* 10,000 are the most"),
+        ({"num_hidden_layers": "2"}, 'num_hidden_layers is "2": it must be a whole number'),
+        ({"num_key_value_heads": 0}, "config.json: num_key_value_heads is 0: it must be positive"),
+        ({"text_config": 3}, "config.json: text_config is 3: it must be an object"),
+        ({"text_config": {"model_type": 3}}, "config.json: model_type is 3: it must be a text"),
+        ({"architectures": 3}, "config.json: architectures is 3: it must be a list of names"),
+        ({"model_type": []}, r"config.json: model_type is \[\]: it must be a text"),
+        ({"pad_token_id": 257}, "AssertionError: Padding_idx must be within num_embeddings"),
+        ({"rope_parameters": {"rope_type": [1], "rope_theta": 1e4}}, "unhashable"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": None, "rope_theta": 1e4}}, "NoneType"),
         ({"architectures": ["BertModel"]}, "does not know the architecture BertModel"),
         ({"architectures": ["pipeline"]}, "does not know the architecture pipeline"),
         ({"dilated_attention": {"segment_lengths": [8], "dilation_rates": []}}, "one entry per level"),
@@ -315,6 +324,17 @@ def test_configurations_that_are_refused(spoilt: Callable[..., Path], changes: d
         ModelFolder(place).net()
     assert str(place) in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+def test_settings_beside_the_model(spoilt: Callable[..., Path], folder: Path) -> None:
+    """What transformers would return does not matter; an id before each text does."""
+    place, text = spoilt(return_dict="", output_attentions=True, torchscript=True), folder / "text.txt"
+    assert total(text, "-m", place)["nll_sum"] == total(text, "-m", folder)["nll_sum"]
+    assert invoke("generate", "hello", "-m", place, "-n", "2").exit_code == 0
+    assert "it reads the id -1 before a text" in str(refused("score", text, "-m", spoilt(bos_token_id=-1)))
+    (place / "generation_config.json").write_text("null")
+    for more in ([], ["--dry-run"]):
+        assert "generation_config.json: not a JSON object" in str(refused("score", text, "-m", place, *more))
 
 
 def test_an_index_that_leads_out_of_the_folder_is_refused(tmp_path: Path) -> None:

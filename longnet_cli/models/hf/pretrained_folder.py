@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,8 @@ from torch import Tensor
 from longnet_cli.attention import Pattern
 from longnet_cli.basics.atomic import whole_folder
 from longnet_cli.basics.configuration import digest, parse, read_text
-from longnet_cli.basics.errors import CheckpointError, ConfigError, LongNetError
-from longnet_cli.hub.repository import BESIDE_TOKENIZER, CONFIG, TOKENIZER
+from longnet_cli.basics.errors import CheckpointError, ConfigError, LongNetError, is_out_of_memory
+from longnet_cli.hub.repository import BESIDE_TOKENIZER, CONFIG, GENERATION, TOKENIZER
 
 DILATED_TYPE = "import longnet_cli.integrations.transformers"
 ATTENTION_NAME = "dilated"  # the name of the attention
@@ -83,12 +84,13 @@ def read_architecture(folder: Path, settings: Mapping[str, Any], embeds: bool = 
     If it `embeds`, the class is that of AutoModel. Code of the folder's own (auto_map) is never run. Raises ConfigError
     where transformers has no class.
     """
-    data = from_file(_without_attention(settings))
-    if isinstance(layers := data.get("num_hidden_layers"), int) and layers > MOST_LAYERS:
-        raise ConfigError(f"{folder}/config.json: num_hidden_layers is {layers}: {MOST_LAYERS:,} are the most")
+    _check_settings(folder / CONFIG, settings)
+    if (generation := folder / GENERATION).is_file() and not isinstance(_json(generation), dict):
+        raise ConfigError(f"{generation}: not a JSON object: remove it, or write one again")
+    data = {key: x for key, x in from_file(_without_attention(settings)).items() if key not in _OF_CALLS}
     kind, name, code = data.get("model_type"), (data.get("architectures") or [None])[0], data.pop("auto_map", None)
     own = hf.CONFIG_MAPPING[kind] if kind in hf.CONFIG_MAPPING else None  # noqa: SIM401 (`get` loads no class)
-    architecture: Any = hf.MODEL_MAPPING.get(own, None) if embeds else getattr(hf, str(name), None)
+    architecture: Any = own and hf.MODEL_MAPPING.get(own, None) if embeds else getattr(hf, str(name), None)
     known = own and isinstance(architecture, type) and issubclass(architecture, hf.PreTrainedModel)
     if not known or not (
         architecture.config_class is own or embeds or hf.MODEL_FOR_CAUSAL_LM_MAPPING.get(own, None) is architecture
@@ -96,10 +98,61 @@ def read_architecture(folder: Path, settings: Mapping[str, Any], embeds: bool = 
         what = f"does not know the architecture {name} (model_type {kind})"
         instead = ", and code of the folder's own (auto_map) is never run" if code else ""
         raise ConfigError(f"{folder}: transformers {hf.__version__} {what}{instead}")
+    with refusing_settings(folder / CONFIG):
+        config = hf.CONFIG_MAPPING[kind].from_dict(with_infinities(data))
+        config.get_text_config().to_dict()  # as others will ask it
+        return config, architecture
+
+
+@contextmanager
+def refusing_settings(where: Path) -> Iterator[None]:
+    """Turn what transformers raises for the settings of a folder into one line: its classes check as they like."""
     try:
-        return hf.CONFIG_MAPPING[kind].from_dict(with_infinities(data)), architecture
-    except Exception as error:  # a class checks its values as it likes
-        raise ConfigError(f"{folder}/config.json: {' '.join(str(error).split())}") from None
+        yield
+    except Exception as error:
+        if is_out_of_memory(error) or (isinstance(error, LongNetError) and not isinstance(error, ConfigError)):
+            raise
+        says_little = type(error).__module__ == "builtins" and not isinstance(error, ValueError)
+        kind = f"{type(error).__name__}: " if says_little else ""
+        raise ConfigError(f"{where}: {kind}{' '.join(str(error).split())}") from None
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+# keys of config.json that are read by us, or that many classes read without a look: a test, and what it asks for
+_KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "model_type": (lambda x: isinstance(x, str), "a text"),
+    "architectures": (lambda x: isinstance(x, list) and all(isinstance(name, str) for name in x), "a list of names"),
+    "text_config": (lambda x: isinstance(x, dict), "an object"),
+    "num_hidden_layers": (
+        lambda x: _is_whole(x) and x <= MOST_LAYERS,
+        f"a whole number, and {MOST_LAYERS:,} are the most",
+    ),
+    **dict.fromkeys(
+        ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
+        (lambda x: not _is_whole(x) or x > 0, "positive"),
+    ),
+}
+_OF_CALLS = ("return_dict", "torchscript", "output_attentions", "output_hidden_states")  # what a call returns
+
+
+def _json(path: Path) -> Any:
+    try:
+        return parse(read_text(path))
+    except (OSError, ValueError):
+        return None
+
+
+def _check_settings(where: Path, settings: Mapping[str, Any]) -> None:
+    """Raise ConfigError for the first key of a config.json, or of its text_config, that has an impossible value."""
+    for key, (test, needed) in _KEYS.items():
+        if settings.get(key) is not None and not test(settings[key]):
+            shown = json.dumps(settings[key])
+            raise ConfigError(f"{where}: {key} is {shown:.60}: it must be {needed}")
+    if settings.get("text_config"):
+        _check_settings(where, settings["text_config"])
 
 
 def _without_attention(data: Any) -> Any:

@@ -34,7 +34,7 @@ from longnet_cli.attention import Outside, Pattern
 from longnet_cli.attention.choosing import Choices, Names
 from longnet_cli.attention.notation import format_pattern
 from longnet_cli.attention.sinks import Turn
-from longnet_cli.basics.errors import CheckpointError, ConfigError
+from longnet_cli.basics.errors import CheckpointError, ConfigError, is_out_of_memory
 from longnet_cli.models.hf.attention import (
     ATTENTION_NAME,
     check_taken,
@@ -45,7 +45,12 @@ from longnet_cli.models.hf.attention import (
     write_pattern,
 )
 from longnet_cli.models.hf.longnet_cache import LongNetCache
-from longnet_cli.models.hf.pretrained_folder import ADAPTER, read_architecture, write_folder
+from longnet_cli.models.hf.pretrained_folder import (
+    ADAPTER,
+    read_architecture,
+    refusing_settings,
+    write_folder,
+)
 from longnet_cli.models.hf.rotary import FLOAT32_POSITIONS, check_ropes, make_phases_exact
 from longnet_cli.models.hf.training import State, add_lora, merged
 from longnet_cli.models.hf.trying import body, first_position, settings_of, why_not
@@ -317,18 +322,21 @@ def load_transformers(
     as_trained = pattern is None and not getattr(config, "dilated_attention", None)
     if as_trained:
         pattern = Pattern.dense()
-    try:
-        model, report = architecture.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # reported below, by name
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: cannot be loaded: {' '.join(str(error).split())}") from None
+    with refusing_settings(folder):
+        try:
+            model, report = architecture.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # reported below, by name
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+            if is_out_of_memory(error):
+                raise
+            raise CheckpointError(f"{folder}: cannot be loaded: {' '.join(str(error).split())}") from None
     poolers = [name for name in report["missing_keys"] if embeds and name.startswith(_POOLER)]
     for name in poolers:  # instead of random numbers, which would be in the model's digest
         model.get_parameter(name).data.zero_()
@@ -369,19 +377,16 @@ def read_facts(
     """
     config, architecture = read_architecture(folder, settings, embeds)
     as_trained = pattern is None and not getattr(config, "dilated_attention", None)
-    try:
+    with refusing_settings(folder), torch.device("meta"):
         if not as_trained and pattern is not None:
             write_pattern(config, pattern)
-        with torch.device("meta"):
-            model = architecture(config)
-            facts = _facts(model, not as_trained, as_trained)
-            if lora is not None:
-                add_lora(model.to(dtype), **lora)
-                trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-                frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
-                facts = facts.model_copy(update={"trained": trained, "frozen_bytes": frozen})
-    except (ConfigError, ValueError) as error:
-        raise ConfigError(f"{folder}: {' '.join(str(error).split())}") from None
+        model = architecture(config)
+        facts = _facts(model, not as_trained, as_trained)
+        if lora is not None:
+            add_lora(model.to(dtype), **lora)
+            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+            facts = facts.model_copy(update={"trained": trained, "frozen_bytes": frozen})
     return facts.model_copy(update={"memory": "segments"}) if facts.causal else facts
 
 
