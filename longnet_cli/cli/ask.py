@@ -68,14 +68,14 @@ def ask(options: AskCommand) -> None:
             index.update(inputs, advance, opened.left_out.skip)
         found = [(question, index.find(question, options.passages)) for question in questions]
     several, without = options.questions is not None, sum(not passages for _, passages in found)
-    streams, seed = options.format == "text" and not several, options.sampling.own_seed()
-    how = {name: getattr(options.computing, name) for name in ("chunk", "dtype", "spill")}
-    how |= {"max_tokens": options.max_tokens, **options.sampling.arguments(seed)}
-    for question, passages in found if several or not without else ():
-        answered = answer(opened.loaded, question, passages, write_text if streams else lambda text: None, **how)
+    streams, how = options.format == "text" and not several, options.sampling.arguments()
+    how |= {name: getattr(options.computing, name) for name in ("chunk", "dtype", "spill")}
+    write = write_text if streams else lambda text: None
+    for number, (question, passages) in enumerate(found if several or not without else ()):
+        answered = answer(opened.loaded, question, passages, write, max_tokens=options.max_tokens, number=number, **how)
         if streams:
             write_text("\n")
-            _tell_sources(answered, f", seed {seed}" * bool(options.sampling.temperature), quiet)
+            _tell_sources(answered, f", seed {how['seed']}" * bool(options.sampling.temperature), quiet)
         else:
             (emit_jsonl if several else emit_json)(answered.row())
     if without:

@@ -193,7 +193,7 @@ class _TextGenerator:
         self.max_tokens = default if options.max_tokens is None else options.max_tokens
         begun = (options.chat or options.state) and options.bos is None  # a template has its own start ids
         self.bos_ids = None if begun else loaded.bos
-        self.seed = options.sampling.own_seed()
+        self.sampling = options.sampling.arguments()
         as_json = options.format == "jsonl"
         known = model_origin(loaded.net, loaded.origin, loaded.tokenizer_sha256) if as_json else {}
         self.origin = {name: known.get(f"longnet.{name}") for name in ORIGIN}
@@ -221,7 +221,7 @@ class _TextGenerator:
                 max_tokens=self.max_tokens,
                 number=number,
                 end_ids=loaded.ends,
-                **options.sampling.arguments(self.seed),
+                **self.sampling,
                 chunk=computing.chunk,
                 dtype=computing.dtype,
                 spill=computing.spill,
@@ -231,7 +231,8 @@ class _TextGenerator:
             step = next(steps, None)
         if watch:
             watch.begin()
-        printer = _Printer(document, self.seed if options.sampling.temperature else None, options.format, self.origin)
+        seed = self.sampling["seed"] if options.sampling.temperature else None
+        printer = _Printer(document, seed, options.format, self.origin)
         if step and named:
             print(("\n" if number else "") + f"==> {printable(document.doc_id)} <==", flush=True)
         while step:

@@ -240,14 +240,11 @@ class Sampling:
         if self.seed is not None and not 0 <= self.seed < 1 << 63:
             raise ConfigError(f"--seed {self.seed} is not a number from 0 to 2^63 - 1")
 
-    def own_seed(self) -> int:
-        """Return the seed that is given, otherwise a new one."""
-        return secrets.randbelow(1 << 32) if self.seed is None else self.seed
-
-    def arguments(self, seed: int) -> dict[str, Any]:
-        """Return the arguments of `jobs.generating.generate`."""
-        top_p = 1.0 if self.top_p is None else self.top_p
-        return {"temperature": self.temperature, "top_p": top_p, "seed": seed, "stop": self.stop or ()}
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of `jobs.generating.generate`, with a new seed if none is given."""
+        seed, top_p = self.seed, self.top_p
+        drawn = {"top_p": 1.0 if top_p is None else top_p, "seed": secrets.randbelow(1 << 32) if seed is None else seed}
+        return {"temperature": self.temperature, "stop": self.stop or (), **drawn}
 
 
 @dataclass(frozen=True)

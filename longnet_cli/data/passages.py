@@ -11,8 +11,8 @@ from __future__ import annotations
 import re
 import sqlite3
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import count
 from typing import Any, Literal, NamedTuple
 
@@ -89,27 +89,29 @@ class PassageIndex:
     """
 
     def __init__(self, path: str | None = None) -> None:
-        self._name, self._numbers = path or "the index", count()  # in the order in which passages are added
+        self._path, self._numbers = path or ":memory:", count()  # in the order in which passages are added
         self._places = dict[str, int]()  # of each file among the inputs
-        with self._reporting():
-            self._base = sqlite3.connect(path or ":memory:")
-            self._base.create_function("place", 1, self._places.get)
-            if self._base.execute("PRAGMA application_id").fetchone() == (MARK,):
-                return
-            if self._base.execute("SELECT 1 FROM sqlite_master").fetchone():
-                raise ConfigError(f"{path}: a database, but no index of this version: name another file")
-            made = f"BEGIN; CREATE TABLE files (file PRIMARY KEY, digest); PRAGMA application_id = {MARK}; "
-            for name, words in TABLES.items():
-                made += f'CREATE VIRTUAL TABLE {name} USING fts5({COLUMNS}, tokenize="{words}"); '
-            self._base.executescript(f"{made} COMMIT")
+        if self._run("PRAGMA application_id") == [(MARK,)]:
+            return
+        if self._run("SELECT 1 FROM sqlite_master"):
+            raise ConfigError(f"{path}: a database, but no index of this version: name another file")
+        tables = (f'{name} USING fts5({COLUMNS}, tokenize="{words}")' for name, words in TABLES.items())
+        made = (f"CREATE VIRTUAL TABLE {table}" for table in tables)
+        for query in ("BEGIN", "CREATE TABLE files (file, digest)", *made, f"PRAGMA application_id = {MARK}", "COMMIT"):
+            self._run(query)
 
-    @contextmanager
-    def _reporting(self) -> Iterator[None]:
+    @cached_property
+    def _base(self) -> sqlite3.Connection:
+        base = sqlite3.connect(self._path, isolation_level=None)
+        base.create_function("place", 1, self._places.get)
+        return base
+
+    def _run(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
         try:
-            yield
+            return self._base.execute(query, values).fetchall()
         except sqlite3.Error as error:
             lacks = "; ask needs FTS5 and trigram, which this Python's SQLite lacks" if "no such" in str(error) else ""
-            raise ConfigError(f"{self._name}: {error} (SQLite {sqlite3.sqlite_version}{lacks})") from error
+            raise ConfigError(f"{self._path}: {error} (SQLite {sqlite3.sqlite_version}{lacks})") from error
 
     def close(self) -> None:
         """Close the file."""
@@ -123,28 +125,27 @@ class PassageIndex:
         `on_bytes` gets the size of each new passage, `on_skip` what cannot be read, if the inputs have `skip_bad`.
         Raises as `Inputs` does; the index is then as it was.
         """
-        known = dict(self._base.execute("SELECT file, digest FROM files"))
+        known = dict(self._run("SELECT file, digest FROM files"))
 
         def read(opened: Text | Table, types: Any) -> Iterable[Any]:
             file, digest = documents.opened[-1]
-            if digest and known.get(file) == f"{digest} {inputs.wanted}":
+            stamp = f"{digest} {inputs.wanted}"
+            if digest and known.get(file) == stamp:
                 return ()
-            self._forget([file])
+            self._forget({file} & known.keys())
+            self._run("INSERT INTO files VALUES (?, ?)", (file, stamp))
             return inputs.items(opened, form="text")
 
         documents = DocumentPass(inputs, read, digests=True)
-        with self._reporting(), self._base:  # one transaction
-            for text in documents:
-                if isinstance(text, Unread) and on_skip:
-                    on_skip(text, text.error)
-                else:
-                    self.add(text, documents.opened[-1][0], on_bytes)
-            digests = {file: f"{digest} {inputs.wanted}" for file, digest in documents.opened}
-            self._places.update({file: place for place, file in enumerate(digests)})
-            self._forget(known.keys() - digests.keys())
-            if digests != known:
-                self._base.execute("DELETE FROM files")
-                self._base.executemany("INSERT INTO files VALUES (?, ?)", digests.items())
+        self._run("BEGIN")  # what is not committed is undone when the file is closed
+        for text in documents:
+            if isinstance(text, Unread) and on_skip:
+                on_skip(text, text.error)
+            else:
+                self.add(text, documents.opened[-1][0], on_bytes)
+        self._places.update({file: place for place, (file, _) in enumerate(documents.opened)})
+        self._forget(known.keys() - self._places.keys())
+        self._run("COMMIT")
 
     def add(self, text: Text, file: str = "", on_bytes: Callable[[int], None] = lambda size: None) -> None:
         """Add the passages of a text, which is in a `file` of the inputs. `on_bytes` gets the size of each."""
@@ -154,13 +155,13 @@ class PassageIndex:
             start = end - len(piece.lstrip())
             table = "letters" if UNSPACED.search(passage) else "words"
             row = (file, next(self._numbers), text.doc_id, start, start + len(passage), passage)
-            self._base.execute(f"INSERT INTO {table} VALUES (?, ?, ?, ?, ?, ?)", row)
+            self._run(f"INSERT INTO {table} VALUES (?, ?, ?, ?, ?, ?)", row)
             on_bytes(len(piece.encode()))
 
     def _forget(self, files: Iterable[str]) -> None:
         for file in files:
-            for table in TABLES:
-                self._base.execute(f"DELETE FROM {table} WHERE file = ?", [file])
+            for table in (*TABLES, "files"):
+                self._run(f"DELETE FROM {table} WHERE file = ?", [file])
 
     def find(self, question: str, most: int) -> list[Passage]:
         """Return the best passages that have a word of the question, `most` at most, in the order of the texts."""
@@ -173,7 +174,6 @@ class PassageIndex:
             match = " OR ".join(f'"{word}"' for word in dict.fromkeys(asked))
             query = f"SELECT doc_id, char_start, char_end, -rank, text, place(file), number FROM {table}"
             query += f" WHERE {table} MATCH ? ORDER BY rank, place(file), number LIMIT ?"
-            with self._reporting():
-                found += self._base.execute(query, (match, most)) if match else ()
+            found += self._run(query, (match, most)) if match else ()
         best = sorted(found, key=lambda row: (-row[3], row[5:]))[:most]
         return [Passage(*row[:5]) for row in sorted(best, key=lambda row: row[5:])]

@@ -39,6 +39,9 @@ def test_an_answer_goes_to_stdout_and_its_sources_to_stderr(model: Path, run_lon
     assert row.pop("n_prompt") > len(passage)
     assert row.pop("sources")[0].items() >= {"doc_id": "a.txt", "text": passage}.items()
     assert row == {"question": QUESTION, "model": str(model), "n_tokens": 9, "finish_reason": "length"}
+    for text in (f"A shed. {TEXT}", TEXT):  # what comes from a pipe is never taken for what is known
+        piped = run_longnet(*words[:1], "-", *words[2:], "--index", "i.sqlite", "--format", "json", input=text)
+        assert all(text[each["char_start"] :].startswith(each["text"]) for each in json.loads(piped.stdout)["sources"])
     quiet = run_longnet(*words[:1], "-", *words[2:], "-q", "--passages", "1", input=TEXT)
     assert (quiet.stdout, quiet.stderr) == (done.stdout, "")
     drawn = run_longnet(*words, "--temperature", "9", "--format", "text")
