@@ -55,8 +55,8 @@ class EncodeCommand:
     )
     output: str = OUTPUT.option(
         "--output -o PATH",
-        "Write a new folder of shards, one .arrow, .parquet or .jsonl file, or - for an Arrow stream on stdout. An "
-        "existing file is replaced when the new one is whole.",
+        "Write a new folder of shards, one .arrow, .parquet, .jsonl or .npy file, or - for an Arrow stream on stdout. "
+        "An existing file is replaced when the new one is whole.",
         default="-",
     )
     embedding_dtype: Literal["float32", "float16"] = OUTPUT.option(

@@ -13,10 +13,11 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from longnet_cli.basics.errors import ConfigError, MemoryLimitError
+from longnet_cli.basics.errors import ConfigError, LongNetError, MemoryLimitError
 from longnet_cli.basics.sizes import format_bytes, format_count
 from longnet_cli.cli.options import Computing, Documents, Mesh, ModelChoice, Running, read_pattern
 from longnet_cli.cli.output import check_output, count_left_out, end, note, say_what_is_kept, tell
@@ -260,21 +261,18 @@ def _trial_of(loaded: Loaded) -> Callable[[Document | None], None]:
     def take(document: Document | None) -> None:
         nonlocal left
         if document is not None and left > 0:
-            ids.extend(document.read(0, min(left, len(document))).tolist())
+            with suppress(LongNetError):  # the job itself refuses it, or leaves it out
+                ids.extend(document.read(0, min(left, len(document))).tolist() if len(document) else ())
             left = TRIED - len(ids)
-        if not (words and ids and (left == 0 or document is None)):
+        if not ids or (left > 0 and document is not None):
             return
-        first = np.array(ids)
-        (row,) = (
-            score(loaded.net, [Document("", first, words.n_bytes(first), "")], facts=ModelFacts.of(loaded))
-            .read_all()
-            .to_pylist()
-        )
+        text, left = np.array(ids), 0
         ids.clear()
-        left = -1
-        if (row["bpb"] or 0) > MOST:
-            why = "it was made for other text, so name a model with --model"
-            note(f"{loaded.origin}, the default model, takes {row['bpb']:.1f} bits per byte here: {why}")
+        if words and (size := words.n_bytes(text)):
+            rows = score(loaded.net, [Document("", text, size, "")], facts=ModelFacts.of(loaded)).read_all()
+            if (bits := rows["bpb"][0].as_py()) > MOST:
+                why = "it was made for other text, so name a model with --model"
+                note(f"{loaded.origin}, the default model, takes {bits:.1f} bits per byte here: {why}")
 
     return take
 
