@@ -72,7 +72,8 @@ PATTERNS = {
     "dense": "16Ki/1",
 }
 SCRATCH = {"scratch-window": "window:1Ki", "scratch-levels": LEVELS}
-TRUNK_STEPS, STEPS = 750, 96  # of 8,192 tokens in windows of 1,024, and of one window of WINDOW
+TRUNK_WINDOW, TRUNK_TOKENS, TRUNK_STEPS = 1024, 8192, 750  # windows, steps of so many tokens
+STEPS = 96  # of each pattern, of one window of WINDOW
 MODEL = {"vocab_size": 4096, "dim": 128, "num_layers": 4, "num_heads": 4, "ffn_dim": 480, "position": "rope"}
 
 KINDS = ("prose", "python")
@@ -159,7 +160,7 @@ def train_net(folder: Path, seed: int, name: str, pattern: str, initial: Path | 
     settings |= {"optimizer.name": "muon", "optimizer.weight_decay": 0.1, "optimizer.clip": 1.0}
     settings |= {"schedule.decay": "linear", "train.seed": seed, "train.dtype": "bf16", "train.chunk": WINDOW}
     settings |= {"train.save_minutes": 5.0, "train.save_every": 100}
-    whole = TRUNK_STEPS * 8192 // WINDOW + STEPS
+    whole = TRUNK_STEPS * TRUNK_TOKENS // WINDOW + STEPS
     if initial:
         settings |= {"init": str(initial), "train.batch_tokens": WINDOW, "optimizer.lr": 1.5e-3}
         settings |= {"train.stages": [{"seq_len": WINDOW, "steps": STEPS}]}
@@ -168,8 +169,8 @@ def train_net(folder: Path, seed: int, name: str, pattern: str, initial: Path | 
         settings |= {f"model.{key}": value for key, value in MODEL.items()}
         settings |= {"optimizer.lr": 3e-3, "schedule.warmup_steps": 40}
         trunk = name == "trunk"
-        stage = {"seq_len": 1024, "steps": TRUNK_STEPS} if trunk else {"seq_len": WINDOW, "steps": whole}
-        settings |= {"train.batch_tokens": 8192 if trunk else WINDOW, "train.stages": [stage]}
+        stage = {"seq_len": TRUNK_WINDOW, "steps": TRUNK_STEPS} if trunk else {"seq_len": WINDOW, "steps": whole}
+        settings |= {"train.batch_tokens": TRUNK_TOKENS if trunk else WINDOW, "train.stages": [stage]}
         settings |= {"schedule.final": 0.3 if trunk else 0.02}
     began = time.process_time()
     train(load_recipe(None, settings), folder / str(seed) / name)
@@ -299,7 +300,7 @@ def measure(folder: Path, seed: int, names: Sequence[str]) -> None:
         pattern = {**PATTERNS, **SCRATCH}[name]
         initial = folder / str(seed) / "trunk" if name in PATTERNS else None
         if initial:
-            train_net(folder, seed, "trunk", "1Ki/1", None)
+            train_net(folder, seed, "trunk", f"{TRUNK_WINDOW}/1", None)
         with mapped_positions() if name == "mapped" else nullcontext():
             seconds = train_net(folder, seed, name, pattern, initial)
             net = LongNet.from_pretrained(folder / str(seed) / name).eval()

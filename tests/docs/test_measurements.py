@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +16,8 @@ from builders import SIZES, tiny_llama
 from places import ROOT, imported
 from processes import invoke
 
-from longnet_cli import LongNet, LongNetConfig, parse_pattern
+from longnet_cli import LongNet, LongNetConfig, LongNetError, parse_pattern
+from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.nets.longnet import Placement
 
 pytestmark = pytest.mark.ci
@@ -47,6 +50,28 @@ def test_a_measurement_prints_its_rows(name: str, tmp_path: Path, command_env: d
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(found) == rows
     assert all(np.isfinite([x for x in row.values() if isinstance(x, float)]).all() for row in found)
+
+
+def test_a_long_document_has_the_sources_of_wheels_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+    script, document, lines = imported(FOLDER / "long_document.py"), tmp_path / "long.txt", "x = 2\n" * 99
+    for wheel in ("b-1.whl", "a-2.whl"):
+        with zipfile.ZipFile(tmp_path / wheel, "w") as archive:
+            archive.writestr(f"{wheel[0]}/two.py", lines)
+            archive.writestr(f"{wheel[0]}/one.py", "")
+            archive.writestr(f"{wheel[0]}/data.txt", "left out")
+    facts = script.join(500, document, [*map(str, tmp_path.glob("*.whl"))])
+    text = "".join(f"# {name}/two.py\n{lines}\n" for name in "ab")
+    assert document.read_text() == text
+    assert facts["packages"] == ["a", "b"]
+    assert facts["tokens"] == 2 * len(Tokenizer.load("longnet-tiny").encode(text[: len(text) // 2]))
+    with pytest.raises(LongNetError, match="fewer than 10,000"):
+        script.join(10_000, document, [str(tmp_path / "a-2.whl")])
+
+    total = json.loads(invoke("score", document, "--token-logprobs", tmp_path / "t.arrow", "--format", "json").stdout)
+    parts = [*script.parts(str(tmp_path / "t.arrow"))]
+    nats = sum(math.log(part["ppl"]) * (part["stop"] - part["start"]) for part in parts)
+    assert (len(parts), nats) == (10, pytest.approx(total["total"]["nll_sum"], rel=1e-5))
 
 
 def test_losses_by_recall_are_sums_over_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,3 +134,39 @@ def test_mapped_levels_are_one_softmax_over_compressed_distances(monkeypatch: py
     both = ((y, *torch.autograd.grad((y * weight).sum(), inputs)) for y in (found, by_definition))
     for mine, other in zip(*both, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)  # its tables are in complex64
+
+
+def test_a_seed_of_small_nets_has_rows_for_each_pattern_and_a_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+    dilation = imported(FOLDER / "dilation.py")
+    levels = "8/1,32/2,look_back=1,overlap=once,queries=all"
+    model = {"vocab_size": 257, "dim": 16, "num_layers": 1, "num_heads": 2, "ffn_dim": 16, "position": "rope"}
+    small = {"WINDOW": 64, "CONTEXTS": (16, 64), "POSITIONS": (0, 32, 64), "RECALL": (1, 8, 64), "MODEL": model}
+    small |= {"PATTERNS": {"window": "window:16", "mapped": levels}, "SCRATCH": {"scratch-window": "window:16"}}
+    small |= {"TRUNK_WINDOW": 32, "TRUNK_TOKENS": 64, "TRUNK_STEPS": 2, "STEPS": 2, "ROWS": tmp_path / "rows.jsonl"}
+    for name, value in small.items():
+        monkeypatch.setattr(dilation, name, value)
+    for kind in dilation.KINDS:
+        for part in ("train", "held-out"):
+            lines = [json.dumps({"id": str(i), "text": f"{kind} of {i}, {part}. " * 20}) for i in range(3)]
+            (tmp_path / f"{kind}-{part}.jsonl").write_text("\n".join(lines))
+            invoke("tokenize", tmp_path / f"{kind}-{part}.jsonl", "-o", tmp_path / f"{kind}-{part}")
+    Tokenizer.bytes().save(tmp_path / "mix" / "tokenizer.json")
+
+    dilation.measure(tmp_path, 0, ["window", "mapped", "scratch-window"])
+    dilation.measure(tmp_path, 0, ["window"])  # is there already
+    rows = dilation.rows()
+    assert [(row["pattern"], row["text"]) for row in rows] == [
+        (name, kind) for name in ("window", "mapped", "scratch-window") for kind in dilation.KINDS
+    ]
+    for row in rows:
+        whole = row["nats"]["64"]
+        assert row["documents"] == ["0", "1", "2"]
+        assert np.sum(row["position"], 1) == pytest.approx(whole, abs=0.01)
+        assert np.sum(row["recall"], 1) == pytest.approx(whole, abs=0.01)
+        assert np.sum(row["recall_tokens"], 1).tolist() == [64] * 3
+    table = "\n".join(dilation.table())
+    assert "| prose | mapped | 1 |" in table
+    assert table.count("| python | scratch-window |") == 4
