@@ -48,7 +48,6 @@ from longnet_cli.models.folder import ModelFolder
 from longnet_cli.nets.config import parse_config
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import Net
-from longnet_cli.nets.weights import load_config
 from longnet_cli.running import device as machines
 from longnet_cli.running.causal_stream import open_stream
 from longnet_cli.running.chunk_size import BENCH_CHUNK, GPU_BENCH_CHUNK, chunk_of
@@ -392,53 +391,45 @@ def of_net(s: Settings, impl: str, direction: str, seq: int) -> Case:
 def _net(s: Settings, impl: str, seq: int) -> tuple[Net, Callable[[], Net]]:
     """Return the net of a row, and a function that returns it with its weights.
 
-    A LongNet is on the meta device until then. A Hugging Face model has its weights from the start.
+    A saved model has its weights from the start. Dense attention of a Hugging Face model is that of transformers.
     """
-    folder = ModelFolder.find(s.model) if s.model is not None else None
-    if folder and folder.of_transformers:
-        net = _transformers(s, impl, seq, folder)
-        return net, lambda: net
-    dim, own = s.heads * s.head_dim, folder and folder.net_config()
-    if own and not (own.causal and own.vocab_size):
-        raise ConfigError(f"{s.model}: --op {s.op} runs causal language models")
-    pattern = Pattern((seq,), (1,)) if impl == "dense" else s.pattern_for(seq, own.pattern if own else None)
-    if folder and own:
-        pattern = replace(pattern, head_offsets=own.pattern.head_offsets)  # the weights were trained with these
-        config, load = load_config(folder.path, pattern), partial(folder.net, pattern=pattern, device=s.device)
-    else:
+    dense, dim = Pattern((seq,), (1,)), s.heads * s.head_dim
+    if s.model is None:
         shape = {"dim": dim, "num_layers": s.layers, "num_heads": s.heads, "ffn_dim": 4 * dim, "vocab_size": s.vocab}
-        config, load = parse_config({**shape, "position": "rope"}, "a model with random weights", pattern), None
-    with torch.device("meta"):
-        empty = LongNet(config)
-
-    def drawn() -> Net:
-        torch.manual_seed(0)
-        empty.to_empty(device=s.device).init_weights()
-        return empty.eval()
-
-    return empty, load or drawn
-
-
-def _transformers(s: Settings, impl: str, seq: int, folder: ModelFolder) -> TransformersNet:
-    """Return a Hugging Face model with the requested pattern, otherwise its own; dense has transformers' attention."""
-    own = "dilated_attention" in folder.config
-    pattern = Pattern.dense() if impl == "dense" else None if own and s.pattern is None else s.pattern_for(seq)
-    net = _loaded(folder.path, pattern, s.device, s.dtype)
-    if impl == "dense":
-        net = net.as_it_comes()
-    if not net.config.causal or net.model.get_output_embeddings() is None:
-        raise ConfigError(f"{s.model}: --op model runs causal language models")
-    limit = net.config.max_tokens
-    if limit is not None and seq > limit:
-        raise ConfigError(f"{s.model}: --seq {seq}, and the model has {limit} positions")
-    if s.op == "train":
+        pattern = dense if impl == "dense" else s.pattern_for(seq)
+        config = parse_config({**shape, "position": "rope"}, "a model with random weights", pattern)
+        with torch.device("meta"):
+            empty = LongNet(config)
+        return empty, partial(_with_weights, empty, s.device)
+    folder = ModelFolder.find(s.model)
+    own, theirs = folder.net_config(), folder.of_transformers
+    if theirs and s.op == "train":
         raise ConfigError(f"{s.model}: --op train measures LongNets; a Hugging Face model trains by itself")
-    return net
+    pattern = s.pattern_for(seq, None if theirs and "dilated_attention" not in folder.config else own.pattern)
+    if impl == "dense":
+        pattern = Pattern.dense() if theirs else dense
+    elif not theirs:
+        pattern = replace(pattern, head_offsets=own.pattern.head_offsets)  # the weights were trained with these
+    net = _loaded(folder.path, pattern, s.device, s.dtype)
+    headless = theirs and cast("TransformersNet", net).model.get_output_embeddings() is None
+    if not own.causal or not own.vocab_size or headless:
+        raise ConfigError(f"{s.model}: --op {s.op} runs causal language models")
+    if theirs and impl == "dense":
+        net = cast("TransformersNet", net).as_it_comes()
+    if (limit := net.config.max_tokens) is not None and seq > limit:
+        raise ConfigError(f"{s.model}: --seq {seq}, and the model has {limit} positions")
+    return net, lambda: net
+
+
+def _with_weights(net: LongNet, device: torch.device) -> Net:
+    torch.manual_seed(0)
+    net.to_empty(device=device).init_weights()
+    return net.eval()
 
 
 @lru_cache(maxsize=1)  # only one: the next row needs another attention
-def _loaded(path: Path, pattern: Pattern | None, device: torch.device, dtype: str) -> TransformersNet:
-    return cast("TransformersNet", ModelFolder(path).net(pattern=pattern, device=device, dtype=DTYPES[dtype]))
+def _loaded(path: Path, pattern: Pattern | None, device: torch.device, dtype: str) -> Net:
+    return ModelFolder(path).net(pattern=pattern, device=device, dtype=DTYPES[dtype])
 
 
 def _row(s: Settings, impl: str, direction: str, seq: int, pattern: Pattern | None, **values: Any) -> Measurement:
