@@ -34,7 +34,7 @@ def emit_json(value: Any) -> None:
     _write(to_json(value, indent=2) + "\n")
 
 
-def emit_jsonl(value: Any) -> None:
+def emit_jsonl(value: object) -> None:
     """Write one line of JSON to stdout."""
     _write(to_json(value) + "\n")
 
@@ -86,7 +86,7 @@ class RowWriter:
         elif self.format == "md" and not self.num_rows and error is None:
             _write(self._markdown_head([None] * len(self.columns)))
 
-    def _markdown_head(self, values: Sequence[Any]) -> str:
+    def _markdown_head(self, values: Sequence[object]) -> str:
         """Return the header. Columns fit the first row, with 8 characters or more; numbers are aligned to the right."""
         cells = self._cells(values)
         self.widths = [max(len(title), len(cell), 8) for title, cell in zip(self.titles, cells, strict=True)]
@@ -94,17 +94,17 @@ class RowWriter:
         rules = ["-" * (width - 1) + end for width, end in zip(self.widths, ends, strict=True)]
         return self._markdown_line(self.titles, values) + self._markdown_line(rules, values)
 
-    def _markdown_line(self, cells: Sequence[str], values: Sequence[Any]) -> str:
+    def _markdown_line(self, cells: Sequence[str], values: Sequence[object]) -> str:
         aligned = [
             cell.rjust(width) if isinstance(value, (int, float)) else cell.ljust(width)
             for cell, width, value in zip(cells, self.widths, values, strict=True)
         ]
         return "| " + " | ".join(aligned) + " |\n"
 
-    def _cells(self, values: Sequence[Any]) -> list[str]:
+    def _cells(self, values: Sequence[object]) -> list[str]:
         return [self._cell(column, value) for column, value in zip(self.columns, values, strict=True)]
 
-    def _cell(self, column: str, value: Any) -> str:
+    def _cell(self, column: str, value: object) -> str:
         if value is None:
             return ""
         if column in self.human:
@@ -173,7 +173,7 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
-def _csv_line(values: Sequence[Any]) -> str:
+def _csv_line(values: Sequence[object]) -> str:
     line = io.StringIO()
     csv.writer(line, lineterminator="\n").writerow(values)
     return line.getvalue()

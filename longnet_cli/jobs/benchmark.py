@@ -432,7 +432,7 @@ def _loaded(path: Path, pattern: Pattern | None, device: torch.device, dtype: st
     return ModelFolder(path).net(pattern=pattern, device=device, dtype=DTYPES[dtype])
 
 
-def _row(s: Settings, impl: str, direction: str, seq: int, pattern: Pattern | None, **values: Any) -> Measurement:
+def _row(s: Settings, impl: str, direction: str, seq: int, pattern: Pattern | None, **values: object) -> Measurement:
     """Return the row of a case before it is measured. `pattern` is None for dense attention."""
     facts: dict[str, Any] = {name: getattr(s, name) for name in ("heads", "head_dim", "batch", "causal", "dtype")}
     facts |= {"device": str(s.device), "machine": device_name(s.device), "date": _today()} | values

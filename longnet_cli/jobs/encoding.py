@@ -244,7 +244,6 @@ class Encoder(RowJob):
         super().__init__(reader, options.with_defaults(), facts)
         self._check()
         self.cut = TextCut(self.options, facts)
-        self.alone = options.all_layers
         self.places: TextPlaces | None = None  # in the document of the last row
 
     def _check(self) -> None:

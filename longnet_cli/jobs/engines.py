@@ -73,7 +73,7 @@ class Reading:
         return Reader(self.load().net, chunk=self.chunk, dtype=self.dtype)
 
 
-def _with_options_of(*kinds: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _with_options_of(*kinds: type) -> Callable[[Callable[..., object]], Callable[..., object]]:
     """Give a function the signature of one that takes the fields of these dataclasses as keyword arguments."""
     given = [
         Parameter(each.name, Parameter.KEYWORD_ONLY, default=each.default, annotation=each.type)
@@ -82,7 +82,7 @@ def _with_options_of(*kinds: type) -> Callable[[Callable[..., Any]], Callable[..
         if each.name != "embeds"
     ]
 
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+    def decorate(function: Callable[..., object]) -> Callable[..., object]:
         function.__signature__ = Signature([Parameter("batches", Parameter.POSITIONAL_OR_KEYWORD), *given])  # type: ignore[attr-defined]
         return function
 
@@ -208,7 +208,7 @@ def tables(given: Any) -> pa.Table | Iterable[Any]:
     return given
 
 
-def _checked_batch(batch: Any) -> pa.RecordBatch:
+def _checked_batch(batch: object) -> pa.RecordBatch:
     if not isinstance(batch, pa.RecordBatch):
         raise ConfigError(_NO_TABLE.format(f"{type(batch).__name__} among its batches", "pyarrow.table"))
     return batch

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import Any
 
 from longnet_cli.basics.errors import ConfigError, DataError, refuse_web_address
 from longnet_cli.data.columns import Columns, TokenTypes, token_type
@@ -66,7 +65,7 @@ class Inspection:
         last = max(buckets, default=-1)
         return [((1 << bits) // 2, max((1 << bits) - 1, 0), buckets[bits]) for bits in range(first, last + 1)]
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Return a dict with the keys of the machine format."""
         return {
             "documents": self.documents,

@@ -136,7 +136,7 @@ def tokenize(
 
 def _settings(
     inputs: Inputs, tokenizer: Tokenizer, train_vocab: int | None, eos: bool | str, shard_tokens: int
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Return what decides the bytes of a folder, which a resumed run must share."""
     from longnet_cli.data.chat import chat_settings  # loads Jinja, which files and streams do not need
 

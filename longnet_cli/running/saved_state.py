@@ -89,7 +89,7 @@ def _left(folder: Path) -> set[str]:
     return {name for place in places for name in _listed(place) or ()}
 
 
-def write_state(folder: Path, facts: Mapping[str, Any], tensors: Iterable[tuple[str, Tensor]]) -> int:
+def write_state(folder: Path, facts: Mapping[str, object], tensors: Iterable[tuple[str, Tensor]]) -> int:
     """Write a state, in place of the one that the folder holds; return its bytes.
 
     Raises ConfigError for a folder that holds anything else or that another process writes to; LongNetError for a full

@@ -231,7 +231,7 @@ def estimate_reading(
     )
 
 
-def _counts(plan: ReadingPlan) -> dict[str, Any]:
+def _counts(plan: ReadingPlan) -> dict[str, object]:
     """Return what is read. If only some texts were tokenized, half of their 95 % interval lies on either side."""
     sample = plan.sample if plan.sample and plan.sample.bytes else None
     error = sample.error if sample else math.inf

@@ -141,7 +141,7 @@ def draw_picture(panels: Sequence[Panel], output: str | Path, title: str = "") -
     save_figure(figure, output, dpi=150)
 
 
-def _draw(axes: Axes, panel: Panel) -> dict[str, Any]:
+def _draw(axes: Axes, panel: Panel) -> dict[str, object]:
     """Draw a panel; return a line of each curve by the words for it in a legend."""
     colors = {name: f"C{index % 10}" for index, name in enumerate(panel.names)}
     lines = {curve.name: _draw_curve(axes, panel, curve, colors[curve.name]) for curve in reversed(panel.curves)}
@@ -155,7 +155,7 @@ def _draw(axes: Axes, panel: Panel) -> dict[str, Any]:
     return {f"{name} (dashed: extrapolated)" if name in dashed else name: lines[name] for name in panel.names}
 
 
-def _draw_curve(axes: Axes, panel: Panel, curve: Curve, color: str) -> Any:
+def _draw_curve(axes: Axes, panel: Panel, curve: Curve, color: str) -> object:
     x, y, known = zip(*curve.points, strict=True)
     errors = [math.nan if error is None else error for error in known]
     style: dict[str, Any] = {"linewidth": 1.2, "color": color, "linestyle": "--" if curve.extrapolated else "-"}

@@ -282,7 +282,7 @@ def _rows(file: Path, text: str) -> Iterator[tuple[str, Row]]:
             yield f"{file}: row {at}", row
 
 
-def _lines(file: Path, lines: Sequence[str], whole: ValueError) -> Iterator[tuple[int, Any]]:
+def _lines(file: Path, lines: Sequence[str], whole: ValueError) -> Iterator[tuple[int, object]]:
     """Yield the number and the value of each line. `whole` is the error of the lines as one value."""
     for at, line in enumerate(lines, 1):
         try:

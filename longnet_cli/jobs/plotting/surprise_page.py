@@ -22,7 +22,6 @@ import re
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -87,7 +86,7 @@ def _draw_strip(surprise: Surprise, output: str | Path) -> None:
     save_figure(figure, output, dpi=150)
 
 
-def _facts(surprise: Surprise) -> dict[str, Any]:
+def _facts(surprise: Surprise) -> dict[str, object]:
     """Return what a page knows of its documents: names, numbers of tokens, and which lists its data has."""
     documents = surprise.documents
     each_document = [

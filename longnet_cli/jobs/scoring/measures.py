@@ -182,7 +182,7 @@ class Total:
         """Return a dict for each context, with the keys of the machine formats."""
         return [self._as_dict(index) for index in range(len(self.contexts))]
 
-    def _as_dict(self, index: int) -> dict[str, Any]:
+    def _as_dict(self, index: int) -> dict[str, object]:
         score, clusters, units = self.scores[index], self.clusters, np.eye(len(self.contexts) + 2)
         nats, more = units[index], units[index] - units[0]
         ratio = Score(float(more @ clusters.sums), int(clusters.sums[TOKENS]), None).ppl

@@ -181,7 +181,7 @@ class _Tally:
         return self.n_tokens == compared == self.expected
 
 
-def _row(tallies: Sequence[_Tally]) -> dict[str, Any]:
+def _row(tallies: Sequence[_Tally]) -> dict[str, object]:
     """Return the row of a document, from its tallies at all contexts. Columns that it lacks are null."""
     first, contexts = tallies[0], [tally.context for tally in tallies]
     row: dict[str, Any] = {"doc_id": first.document.doc_id}

@@ -83,7 +83,7 @@ class _Ahead(Iterator[tuple[Batch, dict[str, Any]]]):
         except Exception as error:  # also that there is none
             self._fetched[0].set_exception(error)
 
-    def __next__(self) -> tuple[Batch, dict[str, Any]]:
+    def __next__(self) -> tuple[Batch, dict[str, object]]:
         if not self._fetched:
             self.fetch()
         return self._fetched.pop().result()
@@ -251,7 +251,7 @@ class _TrainingRun:
         loss = line.loss if line else math.nan
         return TrainResult(self.progress.step, self.log.tokens, loss, self.output, self.progress.best)
 
-    def _batches(self) -> Iterator[tuple[Batch, dict[str, Any]]]:
+    def _batches(self) -> Iterator[tuple[Batch, dict[str, object]]]:
         """Yield (a batch of windows, the position after it) for each step that is left."""
         end = 0
         for stage, windows in zip(self.recipe.train.stages, self.data.windows, strict=True):

@@ -27,7 +27,7 @@ class Tracker(NamedTuple):
 
 
 def open_trackers(
-    names: Sequence[str], output: str | Path, settings: Mapping[str, Any], *, step: int = 0
+    names: Sequence[str], output: str | Path, settings: Mapping[str, object], *, step: int = 0
 ) -> list[Tracker]:
     """Return the trackers of `train.track`, for a run in the folder `output` with the recipe `settings`.
 
@@ -44,7 +44,7 @@ def open_trackers(
     return trackers
 
 
-def _tensorboard(output: Path, settings: Mapping[str, Any], start: int) -> Tracker:
+def _tensorboard(output: Path, settings: Mapping[str, object], start: int) -> Tracker:
     """Open event files in `output`/tensorboard, for `tensorboard --logdir`."""
     from torch.utils.tensorboard import SummaryWriter
 
@@ -57,7 +57,7 @@ def _tensorboard(output: Path, settings: Mapping[str, Any], start: int) -> Track
     return Tracker(log, writer.close)
 
 
-def _wandb(output: Path, settings: Mapping[str, Any], start: int) -> Tracker:
+def _wandb(output: Path, settings: Mapping[str, object], start: int) -> Tracker:
     """Open a Weights & Biases run, as WANDB_PROJECT, WANDB_MODE and others set it, with the recipe as its config."""
     import wandb
 

@@ -304,7 +304,7 @@ def _extend(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) 
     return same == first and bool(rest) and rest[0]["seq_len"] == last["seq_len"] and rest[0]["steps"] >= last["steps"]
 
 
-def _changed(old: Any, new: Any, path: str) -> Iterator[str]:
+def _changed(old: object, new: object, path: str) -> Iterator[str]:
     if path not in FREE_TO_CHANGE and isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in {**old, **new}:
             yield from _changed(old.get(key), new.get(key), f"{path}.{key}" if path else key)
@@ -318,7 +318,7 @@ TUNING_RATES = {"init": 2e-5, "lora": 2e-4}  # optimizer.lr of a run that starts
 SAID_OTHERWISE = {"model.pattern": PATTERN_FIELDS, "data.train": ("mix",), "data.mix": ("train",)}
 
 
-def load_recipe(path: str | None, overrides: Mapping[str, Any], stored: Sequence[Any] = ()) -> Recipe:
+def load_recipe(path: str | None, overrides: Mapping[str, object], stored: Sequence[object] = ()) -> Recipe:
     """Read a recipe, apply `overrides` ({"optimizer.lr": 1e-3}) and check the whole.
 
     `path` is a TOML file, a run's recipe.json, the name of a recipe that ships in models/, or None for overrides alone.
@@ -386,7 +386,7 @@ def naming(key: str) -> Iterator[None]:
         raise type(error)(f"{key}: {error}") from None
 
 
-def _initial_folder(initial: Any, model: Mapping[str, Any], stored: Sequence[Any]) -> ModelFolder | None:
+def _initial_folder(initial: object, model: Mapping[str, object], stored: Sequence[object]) -> ModelFolder | None:
     """Return the folder of the model that `init` names; None without one, and for a LongNet that is gone by now."""
     if not isinstance(initial, str):
         return None
@@ -414,7 +414,7 @@ def _pretrained(model: Mapping[str, Any], lora: Any, folder: ModelFolder, where:
     return folder.net_config(pattern, adapter)
 
 
-def parse_overrides(settings: Sequence[str]) -> dict[str, Any]:
+def parse_overrides(settings: Sequence[str]) -> dict[str, object]:
     """Parse `["optimizer.lr=1e-3", "data.tokenizer=bytes"]`: values are TOML, or text where that fails.
 
     Text keeps its spaces, unless there is one before the equals sign, as in `data.tokenizer = bytes`.

@@ -113,7 +113,7 @@ def _names_a_model(key: str) -> bool:
 
 def prepare_run(
     recipe: str | None,
-    overrides: Mapping[str, Any],
+    overrides: Mapping[str, object],
     output: str | Path,
     *,
     resume: Resume = True,
@@ -198,7 +198,7 @@ def _refuse_others(folder: Path) -> None:
         raise ConfigError(f"{folder} holds {other}, which no run has written: name another folder with -o")
 
 
-def _stored(recipe: str | Path, *keys: str) -> Any:
+def _stored(recipe: str | Path, *keys: str) -> object:
     """Return a value in a run's recipe.json, None without it; it is not checked: files that it names may have moved."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         return reduce(getitem, keys, parse(read_text(recipe)))

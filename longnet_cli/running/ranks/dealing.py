@@ -138,7 +138,7 @@ class _Deal(Generic[P]):
             self.given += 1
             self.store.add("given", 1)
 
-    def _fetch(self, index: int, portion: Portion[Any]) -> Batches:
+    def _fetch(self, index: int, portion: Portion[object]) -> Batches:
         """Return and delete the results of a portion. Raises DataError where the other rank read another portion."""
         number, *read = map(int, self.store.get(str(index)).split())
         if read != [portion.items, portion.length]:
