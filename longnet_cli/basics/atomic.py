@@ -15,7 +15,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -133,13 +133,26 @@ def write_file(path: str | Path, data: bytes) -> None:
         file.write(data)
 
 
+def missing_folders(path: Path) -> list[Path]:
+    """Return a folder and those around it that do not exist, the innermost first."""
+    return [place for place in (path, *path.parents) if not place.exists()]
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove these folders, up to the first that is missing or not empty."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
 @contextmanager
 def whole_folder(path: str | Path, last: str | None = None, temporary: Path | None = None) -> Iterator[Path]:
     """Create a temporary folder to fill. When the block ends without an error, `path` holds its files, on the disk.
 
     Without `last`, the temporary folder is renamed to `path`, which must not exist or be an empty folder. With `last`,
     `path` may hold files: those of the same names are replaced, the largest first, and `last` at the end. So a new
-    folder that has the file `last` is whole. `temporary` is a name to use for the temporary folder.
+    folder that has the file `last` is whole. `temporary` is a name to use for the temporary folder. All files get the
+    mode of new ones: some libraries write files for their owner alone.
 
     Raises ConfigError if `path` is in use, or if the folder cannot be created; LongNetError for a full disk or a failed
     write.
@@ -161,6 +174,8 @@ def whole_folder(path: str | Path, last: str | None = None, temporary: Path | No
             files = sorted(temporary.iterdir(), key=lambda file: (file.name == last, -file.stat().st_size))
             for file in files:
                 with _descriptor(file) as opened:
+                    if file.is_file():
+                        os.fchmod(opened, temporary.stat().st_mode & 0o666)
                     os.fsync(opened)
             for made in files if last else [temporary]:
                 os.replace(made, target / made.name if last else target)
@@ -190,10 +205,12 @@ def _descriptor(path: Path) -> Iterator[int]:
 def locked_folder(folder: Path) -> Iterator[None]:
     """Create a folder and lock it against a second writer. The lock ends with the block, or when the process ends.
 
+    Folders that were made, and that the block leaves empty, are removed.
     Raises ConfigError if the folder cannot be created or another process has locked it, LongNetError for a full disk.
     """
     with ExitStack() as stack:
         with _opening(folder):
+            stack.callback(remove_empty, missing_folders(folder))
             folder.mkdir(parents=True, exist_ok=True)
             handle = stack.enter_context(_descriptor(folder))
         try:

@@ -53,7 +53,7 @@ def launch(mesh: Mesh, inputs: Sequence[str] = (), *, dry_run: bool = False) -> 
     `nproc` under torchrun, return: the command goes on in this process. Raises ConfigError for `nproc` under torchrun;
     with several processes, for stdin or a pipe, which they cannot share.
     """
-    world = _processes(mesh)
+    world = processes(mesh)
     if world > 1 and (read_once := [item for item in inputs if _is_read_once(item)]):
         name = "stdin" if read_once[0] in ("-", "@-") else read_once[0]
         raise ConfigError(f"{name} can be read by one process: save it to a file, which every rank reads for itself")
@@ -68,7 +68,8 @@ def _asked(mesh: Mesh) -> int | None:
     return needed if mesh.nproc is None and needed > 1 and not started_by_torchrun() else mesh.nproc
 
 
-def _processes(mesh: Mesh) -> int:
+def processes(mesh: Mesh) -> int:
+    """Return the number of processes that there are, or that the options ask for."""
     return int(os.environ["WORLD_SIZE"]) if under_torchrun() else _asked(mesh) or 1
 
 
@@ -77,11 +78,11 @@ def refuse_sharing(mesh: Mesh, pattern: Callable[[], Pattern], folder: ModelFold
 
     Call it before any rank is started.
     """
-    sp = mesh.sp or _processes(mesh) // (mesh.dp or 1)
+    sp = mesh.sp or processes(mesh) // (mesh.dp or 1)
     if sp > 1 and folder and folder.of_transformers:
         raise ConfigError(
             f"{folder.name}: a Hugging Face model reads a document in one process: give every process its own "
-            f"documents (--dp {_processes(mesh)})"
+            f"documents (--dp {processes(mesh)})"
         )
     if sp > 1:
         check_shared(pattern(), sp)

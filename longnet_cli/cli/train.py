@@ -20,8 +20,8 @@ from longnet_cli.cli.dry_run import check_fits, show_training
 from longnet_cli.cli.options import COMPUTE, INPUT, OUTPUT, Format, HelpPanel, Mesh, argument, bare_or, read_pattern
 from longnet_cli.cli.output import note, tell, tell_last
 from longnet_cli.cli.progress import Advance, progress
-from longnet_cli.cli.starting import ask_hub, freeze_imports, launch, refuse_sharing
-from longnet_cli.running.ranks.launch import LAUNCHED
+from longnet_cli.cli.starting import ask_hub, freeze_imports, launch, processes, refuse_sharing
+from longnet_cli.running.ranks.launch import LAUNCHED, divide
 
 if TYPE_CHECKING:
     import torch
@@ -121,19 +121,14 @@ def train(options: TrainCommand) -> None:
     # now: one process downloads, and refuses what every rank would refuse
     mesh, parallel = options.mesh, recipe.parallel
     refuse_sharing(replace(mesh, sp=parallel.sp, dp=parallel.dp), lambda: recipe.model.pattern)
+    sp, dp = _divided(recipe, options)
     planned = launch(mesh, dry_run=options.dry_run)
     from longnet_cli.jobs.training.costs import estimate_training, is_too_large, settle_chunk
     from longnet_cli.running.device import keep_freed_memory
     from longnet_cli.running.ranks.ranks import join, leave
 
     freeze_imports()
-    try:
-        ranks, where = join(options.device, sp=recipe.parallel.sp, dp=recipe.parallel.dp, planned=planned)
-    except ConfigError:
-        if options.recipe is not None:
-            raise
-        # a run that goes on may have recorded other numbers of processes than there are now
-        ranks, where = join(options.device, sp=options.mesh.sp, dp=options.mesh.dp, planned=planned)
+    ranks, where = join(options.device, sp=sp, dp=dp, planned=planned)
     recipe = settle_chunk(recipe, where, ranks)
     quiet = options.quiet or not ranks.writes
     _note_recipe(recipe, quiet)
@@ -154,6 +149,25 @@ def train(options: TrainCommand) -> None:
     tell(f"saved {result.output} after {result.steps:,} steps{loss}{best}", quiet)
     use = "score it: longnet score --ppl" if recipe.model.causal else "use it: longnet encode"
     tell(f"{use} --model {_path(options.output)} FILE", quiet)
+
+
+def _divided(recipe: Recipe, options: TrainCommand) -> tuple[int, int]:
+    """Return sp and dp of the processes that there are or are to be. Raises ConfigError if they cannot share a step."""
+    world = processes(options.mesh)
+    try:
+        sp, dp = divide(world, recipe.parallel.sp, recipe.parallel.dp)
+    except ConfigError:
+        if options.recipe is not None:
+            raise
+        # a run that goes on may have recorded other numbers of processes than there are now
+        sp, dp = divide(world, options.mesh.sp, options.mesh.dp)
+    if world > 1:
+        from longnet_cli.jobs.training.start import check_windows
+        from longnet_cli.running.ranks.ranks import Ranks
+
+        for stage in recipe.train.stages:
+            check_windows(Ranks(0, world, sp), stage.seq_len, recipe.train.windows(stage))
+    return sp, dp
 
 
 def _check_stage(options: TrainCommand) -> None:

@@ -14,6 +14,10 @@ from longnet_cli.data.files import read_error
 from longnet_cli.data.folders import choose_files, natural_order
 from longnet_cli.data.tables import one_line
 
+# Google's library repeats a failed request for 15 minutes: too long to say that there is no network. That is right for
+# reading, so that a long read outlives a short failure.
+LIMIT = "retry_limit_seconds=3"
+
 
 # Not fsspec alone: pyarrow reads s3:// and gs:// without another package.
 def connect(uri: str) -> tuple[fs.FileSystem, str]:
@@ -46,14 +50,16 @@ def find_remote(uri: str) -> tuple[fs.FileSystem, list[tuple[str, str, str]]]:
     magic = re.search(r"[^/]*[*]", address)
     base = address[: magic.start()].rstrip("/") if magic else address
     with _telling(uri):
-        filesystem, path = connect(f"{base}?{query}" if query else base)
-        info = filesystem.get_file_info(path)
+        limit = LIMIT if base.startswith(("gs://", "gcs://")) and "retry_limit_seconds" not in query else ""
+        filesystem, path = connect("?".join(filter(None, (base, query))))
+        asked = connect(f"{base}?{'&'.join(filter(None, (query, limit)))}")[0] if limit else filesystem
+        info = asked.get_file_info(path)
         if info.type == fs.FileType.File and not magic:
             return filesystem, [(path, info.base_name, address)]
-        files = _files_below(filesystem, path) if info.type == fs.FileType.Directory else []
+        files = _files_below(asked, path) if info.type == fs.FileType.Directory else []
 
         def read(name: str, size: int | None) -> bytes:
-            with filesystem.open_input_stream(f"{path}/{name}") as file:
+            with asked.open_input_stream(f"{path}/{name}") as file:
                 return bytes(file.read(size))
 
         if magic:
@@ -116,4 +122,5 @@ def _telling(uri: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.strerror:
             raise read_error(uri, error) from error
-        raise DataError(f"{uri}: cannot read: {one_line(error)}") from error
+        said = one_line(error).partition(" error_info=")[0]  # of Google's library, which says all twice
+        raise DataError(f"{uri}: cannot read: {said}") from error

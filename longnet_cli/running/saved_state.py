@@ -29,7 +29,9 @@ from longnet_cli.basics.atomic import (
     find_damage,
     is_temporary,
     locked_folder,
+    missing_folders,
     read_manifest,
+    remove_empty,
     whole_folder,
     write_manifest,
 )
@@ -65,9 +67,9 @@ def reader_facts(model: Net, name: str | None = None, tokenizer_sha256: str | No
 def check_place(folder: Path) -> None:
     """Raise ConfigError for a folder that cannot be made, or that holds anything else than a state."""
     try:
-        if not folder.exists():
+        if new := missing_folders(folder):
             folder.mkdir(parents=True)
-            folder.rmdir()
+            remove_empty(new)
         elif _listed(folder) is None and {*filterfalse(is_temporary, os.listdir(folder))} - _left(folder):
             raise ConfigError(f"{folder}: neither an empty folder nor a state: name a new one")
     except OSError as error:

@@ -107,6 +107,15 @@ FAILURES = [  # command, exit code, a part of its line
     (f"train --resume {'a' * 10_000}", 2, "aaa: File name too long"),
     (f"train recipe.toml --resume {'a' * 10_000}", 2, "aaa: File name too long"),
     ("train -o run", 2, "there is no run in run"),
+    (
+        "train longnet-tiny --pattern window:8 --data x.parquet --seq-len 32 --steps 1 -o run --nproc 1k", 2,
+        "1000 ranks cannot share a window of 32 tokens: --sp 32 or less would fit",
+    ),
+    (
+        "train longnet-tiny --pattern window:8 --data x.parquet --seq-len 32 --steps 1 -o run --nproc 4 --sp 3", 2,
+        "dp x sp is 1 x 3, which needs 3 processes, and there are 4",
+    ),
+    ("generate x -m ./model --save-state new/state --state nonsense", 2, "nonsense"),
     ("tokenize x.parquet --shard-tokens 9 -o out.arrow", 2, "--shard-tokens is for a folder of shards"),
     ("score x.parquet --token-logprobs -", 2, "--token-logprobs needs a file"),
     ("score x.parquet --token-logprobs v.jsonl.gz", 2, "--token-logprobs v.jsonl.gz: .gz is not written"),

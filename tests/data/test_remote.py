@@ -3,6 +3,8 @@
 The store is a local folder behind a pyarrow filesystem.
 """
 
+import re
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -80,6 +82,16 @@ def test_folders_and_globs_are_as_on_a_disk(store):
     assert [source.name for source in Inputs(["store://bucket/p*.arrow?region=x"]).sources] == names[:2]
     assert len(Inputs(["store://bucket/**/*.arrow"]).sources.found) == 4
     assert read("store://bucket/part*.arrow") == IDS * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("uri", ["gs://longnet-no-bucket/x", "gs://longnet-no-bucket/*", "s3://longnet-no-bucket/x"])
+def test_a_store_that_is_not_reached_is_told_soon(uri):
+    """Without a network, or a bucket of that name: Google's library goes on trying for 15 minutes."""
+    begun = time.monotonic()
+    with pytest.raises(DataError, match=rf"^{re.escape(uri)}: ") as caught:
+        read(uri)
+    assert (time.monotonic() - begun < 15, len(str(caught.value)) < 700) == (True, True)
 
 
 def test_a_failure_is_one_line_that_names_the_uri(store):

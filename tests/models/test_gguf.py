@@ -201,6 +201,7 @@ def test_a_converted_folder_is_the_model_and_loads_anywhere(tmp_path: Path) -> N
     assert result.exit_code == 0, result.output
     assert result.stderr == f"{tmp_path}/model.gguf: LlamaForCausalLM, of F32 weights as float32 -> {folder}\n"
     assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= {*_names(folder)}
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
     loaded = hf.AutoModelForCausalLM.from_pretrained(folder)
     assert loaded.dtype is torch.float32
     for name, tensor in model.state_dict().items():

@@ -363,6 +363,9 @@ def test_a_full_disk_leaves_the_old_state(small_disk: Path) -> None:
         stream.save(small_disk / "state")
     assert states(small_disk / "state") == old
     assert len([*(small_disk / "state").iterdir()]) == len(old)
+    with pytest.raises(LongNetError, match="cannot write: No space left on device"):
+        stream.save(small_disk / "new/state")
+    assert not (small_disk / "new").exists()
 
 
 def test_the_command(run_longnet: RunLongnet, tmp_path: Path) -> None:

@@ -24,6 +24,22 @@ from longnet_cli.attention.pattern import Pattern
 from longnet_cli.basics.errors import ConfigError, LongNetError
 
 
+def divide(world: int, sp: int | None, dp: int | None) -> tuple[int, int]:
+    """Return sp and dp of `world` processes; without both, all ranks share each sequence.
+
+    Raises ConfigError where dp x sp is not the number of processes.
+    """
+    sp = sp if sp is not None else world // dp if dp and world % dp == 0 else world
+    dp = dp if dp is not None else world // sp if world % sp == 0 else 1
+    if sp * dp != world:
+        fits = ", ".join(f"{world // n} x {n}" for n in range(1, world + 1) if world % n == 0)
+        raise ConfigError(
+            f"dp x sp is {dp} x {sp}, which needs {dp * sp} processes, and there are {world}: {fits} would fit; "
+            "start more with --nproc or torchrun"
+        )
+    return sp, dp
+
+
 def check_shared(pattern: Pattern, ranks: int) -> None:
     """Raise ConfigError for a pattern with chosen blocks, if several ranks are to share a sequence."""
     if pattern.chosen and ranks > 1:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.running.device import select_device
-from longnet_cli.running.ranks.launch import started_by_torchrun, unwind_on_signals
+from longnet_cli.running.ranks.launch import divide, started_by_torchrun, unwind_on_signals
 from longnet_cli.running.ranks.watch import check_agent
 
 TIMEOUT = timedelta(minutes=30)  # of a collective of hosts: rank 0 may write a checkpoint while the others wait
@@ -130,14 +130,7 @@ def join(
     ConfigError, on every rank and before any work, where dp x sp is not the number of processes.
     """
     world = planned or int(os.environ.get("WORLD_SIZE", "1"))
-    sp = sp if sp is not None else world // dp if dp and world % dp == 0 else world
-    dp = dp if dp is not None else world // sp if world % sp == 0 else 1
-    if sp * dp != world:
-        fits = ", ".join(f"{world // n} x {n}" for n in range(1, world + 1) if world % n == 0)
-        raise ConfigError(
-            f"dp x sp is {dp} x {sp}, which needs {dp * sp} processes, and there are {world}: {fits} would fit; "
-            "start more with --nproc or torchrun"
-        )
+    sp, _ = divide(world, sp, dp)
     where = select_device(device)
     if world == 1:
         if started_by_torchrun():
