@@ -11,8 +11,9 @@
 `seed` is one unit of work: a trunk, dense in blocks of 1,024, and each pattern of PATTERNS that goes on from it with
 the same windows in the same order. It appends a row per pattern and kind of text to dilation.jsonl beside this script,
 and leaves out patterns whose rows are there. A seed takes an hour and a half of one core. If it is killed, the same
-command goes on. With names of patterns after the seed, it trains these alone, so two processes can share a seed once
-its trunk is there. `seed FOLDER 0 scratch-window scratch-levels` trains the controls, which have no trunk.
+command goes on. With names after the seed, it trains these patterns alone, so two processes can share a seed once its
+trunk is there, which `seed runs/dilation 1 trunk` makes. `seed runs/dilation 0 scratch-window scratch-levels` trains
+the controls, which have no trunk.
 
 The data are pinned: `data` refuses tokens other than those measured (TOKENS). Half of the windows is English prose,
 half is Python source. A held-out document is chosen by a hash of its name.
@@ -154,7 +155,13 @@ def tokens_of(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def train_net(folder: Path, seed: int, name: str, pattern: str, initial: Path | None) -> float:
-    """Train a net, or finish its training, in `folder`/`seed`/`name`. Return the CPU seconds of this process."""
+    """Train a net, or finish its training, in `folder`/`seed`/`name`. Return its CPU seconds since the last resume.
+
+    A file of the folder holds these when it is done, so that two processes can take a trunk that is.
+    """
+    done = folder / str(seed) / name / "cpu_seconds"
+    if done.exists():
+        return float(done.read_text())
     tokens = {"data.mix": [{"inputs": [str(folder / f"{kind}-train")], "weight": 1} for kind in KINDS]}
     settings: dict[str, Any] = {"model.pattern": pattern, "data.tokenizer": str(folder / "mix"), **tokens}
     settings |= {"optimizer.name": "muon", "optimizer.weight_decay": 0.1, "optimizer.clip": 1.0}
@@ -174,7 +181,8 @@ def train_net(folder: Path, seed: int, name: str, pattern: str, initial: Path | 
         settings |= {"schedule.final": 0.3 if trunk else 0.02}
     began = time.process_time()
     train(load_recipe(None, settings), folder / str(seed) / name)
-    return time.process_time() - began
+    done.write_text(str(time.process_time() - began))
+    return float(done.read_text())
 
 
 @torch.inference_mode()
@@ -294,13 +302,17 @@ def rows() -> list[dict[str, Any]]:
 
 def measure(folder: Path, seed: int, names: Sequence[str]) -> None:
     """Train and evaluate nets of a seed, and append their rows."""
+    if unknown := {*names} - {"trunk", *PATTERNS, *SCRATCH}:
+        raise LongNetError(f"no pattern {', '.join(unknown)}: choose from {', '.join([*PATTERNS, *SCRATCH])}")
     for name in names:
         if any((row["seed"], row["pattern"]) == (seed, name) for row in rows()):
             continue
-        pattern = {**PATTERNS, **SCRATCH}[name]
-        initial = folder / str(seed) / "trunk" if name in PATTERNS else None
+        initial = None if name in SCRATCH else folder / str(seed) / "trunk"
         if initial:
             train_net(folder, seed, "trunk", f"{TRUNK_WINDOW}/1", None)
+        if name == "trunk":
+            continue
+        pattern = {**PATTERNS, **SCRATCH}[name]
         with mapped_positions() if name == "mapped" else nullcontext():
             seconds = train_net(folder, seed, name, pattern, initial)
             net = LongNet.from_pretrained(folder / str(seed) / name).eval()
@@ -404,7 +416,7 @@ if __name__ == "__main__":
     of_seed = commands.add_parser("seed")
     of_seed.add_argument("folder", type=Path)
     of_seed.add_argument("seed", type=int)
-    of_seed.add_argument("patterns", nargs="*", metavar="PATTERN")
+    of_seed.add_argument("patterns", nargs="*", metavar="PATTERN", help=", ".join(["trunk", *PATTERNS, *SCRATCH]))
     commands.add_parser("table")
     args = parser.parse_args()
     try:
