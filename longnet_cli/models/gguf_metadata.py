@@ -170,9 +170,10 @@ def quick_readers() -> dict[str, Callable[..., dict[str, Any]]]:
 
 
 def _newer(module: str, name: str) -> dict[str, Any]:
-    """Return a table that transformers has since 5.24; empty before."""
+    """Return a table that only newer versions of transformers have; empty with others."""
     package = "transformers.integrations.gguf"
-    return dict(getattr(import_module(f"{package}.{module}"), name)) if find_spec(package) else {}
+    there = find_spec(package) and find_spec(f"{package}.{module}")
+    return dict(getattr(import_module(f"{package}.{module}"), name)) if there else {}
 
 
 def _rotation(rope: dict[str, Any], factors: dict[str, np.ndarray], config: Any, head_dim: int) -> dict[str, Any]:
@@ -254,12 +255,12 @@ def split_words(tokenizer: Any, reader: Any) -> None:
     said = {key: value_of(reader.fields[key]) for key in (MODEL, PRE, PREFIX) if key in reader.fields}
     words, pre = tokenizer.backend_tokenizer, said.get(PRE)
     if said.get(MODEL) == "gpt2":
-        known = _newer("gguf_tokenizer_mapping", "GGUF_PRE_TOKENIZER_SPLITS") or {pre}
+        known = _newer("gguf_tokenizer_mapping", "GGUF_PRE_TOKENIZER_SPLITS") or {"qwen2"}
         if pre in DIGITS_APART:
             each = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
             words.pre_tokenizer = pre_tokenizers.Sequence(each)
         elif pre not in AS_GPT_2 | {*known}:
-            raise CheckpointError(f"{PRE} = {pre}: its way to split words is not known")
+            raise CheckpointError(f"{PRE} = {pre}: its way to split words is not known to this transformers")
     elif said.get(MODEL) == "llama" and (wanted := said.get(PREFIX)) is not None:
         first = tokenizer.convert_ids_to_tokens(words.encode("a", add_special_tokens=False).ids[0])
         if first.startswith("\u2581") != wanted:

@@ -30,7 +30,7 @@ from longnet_cli.basics.errors import CheckpointError, ConfigError
 from longnet_cli.cli.progress import progress
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.models.gguf import convert_gguf, open_gguf
-from longnet_cli.models.gguf_metadata import WITHOUT_EFFECT, complete, reads
+from longnet_cli.models.gguf_metadata import WITHOUT_EFFECT, complete, quick_readers, reads
 
 HEADS, KEY_HEADS, DIM, FFN, LAYERS = 4, 2, 64, 96, 2
 NAMES = {  # of a layer of llama.cpp's, and of transformers'
@@ -336,7 +336,7 @@ def test_words_are_split_as_the_file_says(tmp_path: Path) -> None:
     text = "the 123 moths"
     splits = {"gpt-2": ["the", " 123", " moths"], "smollm": ["the", " ", "1", "2", "3", " moths"],
               "llama-bpe": ["the", " ", "123", " moths"]}  # fmt: skip
-    for pre, wanted in splits.items():
+    for pre, wanted in splits.items() if quick_readers() else [*splits.items()][:2]:  # an older one has no more
         source = write_gguf(tmp_path / "model.gguf", random_net(), keys={"tokenizer.ggml.pre": pre})
         assert invoke("convert", source, "-o", tmp_path / pre).exit_code == 0
         words = hf.AutoTokenizer.from_pretrained(tmp_path / pre).backend_tokenizer.pre_tokenizer
