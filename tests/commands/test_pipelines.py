@@ -103,35 +103,41 @@ def test_every_way_in(shell, tmp_path: Path) -> None:
     assert all(other == answers[0] for other in answers)
 
 
-@pytest.mark.parametrize("named", [True, False])
-@pytest.mark.parametrize(("command", "number"), [("score", signal.SIGINT), ("encode", signal.SIGTERM)])
+@pytest.mark.parametrize(("form", "named"), [("lines", True), ("lines", False), ("arrow", True)])
+@pytest.mark.parametrize(
+    ("command", "number"), [("score", signal.SIGINT), ("encode", signal.SIGTERM), ("tokenize", signal.SIGINT)]
+)
 def test_each_result_comes_before_the_next_row_and_a_signal_ends_the_wait(
-    start: Start, model: Path, command: str, number: signal.Signals, named: bool
+    start: Start, model: Path, command: str, number: signal.Signals, form: str, named: bool
 ) -> None:
     """A row of text is a document: nothing waits for another name. Rows that came together are read together."""
-    options = ["--format", "jsonl", "--keep", "n"] if command == "score" else []
-    second = start(command, "-", "-m", model, *options, stdin=subprocess.PIPE)
+    options = {"score": ["-m", model, "--format", "jsonl", "--keep", "n"], "encode": ["-m", model]}
+    second = start(command, "-", *options.get(command, ["-o", "-"]), stdin=subprocess.PIPE)
     timer = threading.Timer(60, second.kill)  # lest the test wait for ever
     timer.start()
-    row, names = json.dumps({"text": "some words", "n": 1} | ({"id": "a"} if named else {})).encode() + b"\n", []
-    vectors = None
+    row, names, results = {"text": "some words", "n": 1} | ({"id": "a"} if named else {}), [], None
+    batch = pa.RecordBatch.from_pylist([row])
+    stream = ipc.new_stream(second.stdin, batch.schema) if form == "arrow" else None
     for _ in range(3):
-        second.stdin.write(row)
+        if stream:
+            stream.write_batch(batch)
+        else:
+            second.stdin.write(json.dumps(row).encode() + b"\n")
         second.stdin.flush()
         if command == "score":
             names.append(json.loads(second.stdout.readline())["doc_id"])
         else:
-            vectors = vectors or ipc.open_stream(second.stdout)
-            names += vectors.read_next_batch()["doc_id"].to_pylist()
+            results = results or ipc.open_stream(second.stdout)
+            names += results.read_next_batch()["doc_id"].to_pylist()
     assert names == (["a", "a#1", "a#2"] if named else ["stdin:0", "stdin:1", "stdin:2"])
-    second.stdin.write(20 * row)
-    second.stdin.flush()
-    if command == "encode":
-        assert len(vectors.read_next_batch()) == 19  # the last one may come alone
+    if results and not stream:
+        second.stdin.write(20 * (json.dumps(row).encode() + b"\n"))
+        second.stdin.flush()
+        assert len(results.read_next_batch()) == 19  # the last one may come alone
     second.send_signal(number)
     assert second.wait(20) == 128 + number
     timer.cancel()
-    assert second.stderr.read().startswith(b"stopped: ")
+    assert command == "tokenize" or second.stderr.read().startswith(b"stopped: ")
     assert not second.stdout.read().endswith(b"\xff\xff\xff\xff\0\0\0\0")  # which would say that this was all
 
 
