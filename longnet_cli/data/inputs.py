@@ -42,7 +42,7 @@ from longnet_cli.data.formats import open_source
 from longnet_cli.data.kinds import ARROW_KINDS, compression, sniff
 from longnet_cli.data.manifest import read_manifest
 from longnet_cli.data.names import Source, Sources
-from longnet_cli.data.tables import Table, Text, reading
+from longnet_cli.data.tables import Stdin, Table, Text, reading
 from longnet_cli.data.token_columns import DocumentRows, flat_documents, list_documents, read_documents, table_texts
 from longnet_cli.data.tokenizer import Tokenizer, fitting
 from longnet_cli.data.vectors import vector_documents
@@ -276,7 +276,7 @@ class DocumentPass:
         self._inputs, self._read, self._digests = inputs, read, digests
         self.opened: list[tuple[str, str | None]] = []
         self._total: int | None = None
-        self._ready: Callable[[], bool] | None = None  # of the file that is read
+        self._ready: Callable[[], bool] | None = None  # of stdin, which is read now or next
         self._before = self._size = 0  # bytes of the files before, and of the one that is read
         self._begin = self._end = 0.0  # shares of that file before and after the batch that is read
         self._rows = self._given = 0  # of the batch, and documents given of it
@@ -287,7 +287,8 @@ class DocumentPass:
         self._total = None if None in sizes else sum(size or 0 for size in sizes)
         for error in self._inputs.sources.missing:
             yield Unread(error, file=True)
-        for source, size in zip(sources, sizes, strict=True):
+        for source, size, following in zip(sources, sizes, [*sources[1:], None], strict=True):
+            self._ready = Stdin().ready if following and following.path is None else None
             self.opened.append((source.where, content_digest(source) if self._digests else None))
             self._before, self._size = self._before + self._size, size or 0
             self._batch(0.0, 0.0, 0)
@@ -318,10 +319,9 @@ class DocumentPass:
     def _watched(self, opened: Text | Table) -> Text | Table:
         """Return the opened file, whose batches are counted when they are read. A text is one document."""
         if isinstance(opened, Text):
-            self._ready = None
             self._batch(0.0, 1.0, 1)
             return opened
-        self._ready = opened.ready
+        self._ready = opened.ready or self._ready
 
         def read(columns: list[str]) -> Iterator[pa.RecordBatch]:
             rows = 0
