@@ -52,8 +52,9 @@ def model_path(name_or_path: str) -> Path:
 
 def _on_hub(name: str, tokenizer: bool = False, *, embeds: bool = False) -> Repository | None:
     """Return the repository that a name stands for; None for a path that exists, for what ships or looks like it."""
-    own = ("bytes", *list_models(), *(path.stem for path in preset_dir().glob("*.toml")))
-    return None if "/" not in name and nearest(name, own) else Repository.of(name, tokenizer, embeds=embeds)
+    own = (*list_models(), *(path.stem for path in preset_dir().glob("*.toml")))
+    local = nearest(name, own) or (tokenizer and "@" not in name)  # a tokenizer may be a folder here, without a slash
+    return None if "/" not in name and local else Repository.of(name, tokenizer, embeds=embeds)
 
 
 def _unknown(name: str) -> str:

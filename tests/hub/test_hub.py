@@ -209,7 +209,7 @@ def test_what_a_hub_refuses_is_one_line(run_longnet, hub, tiny):
 
 def test_a_name_without_a_slash_is_asked_for_unless_it_looks_shipped(run_longnet, hub, tiny):
     commit = hub.push("gpt2", tiny)
-    found = total(run_longnet("score", "a.txt", "-m", "gpt2", "--tokenizer", "gpt2", "--format", "json"))
+    found = total(run_longnet("score", "a.txt", "-m", "gpt2", "--tokenizer", f"gpt2@{commit}", "--format", "json"))
     assert found["model"] == f"gpt2@{commit}"
     said = refusal(run_longnet("score", "a.txt", "-m", "my-run"))
     assert said.startswith(
