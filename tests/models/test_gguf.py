@@ -332,6 +332,15 @@ def test_every_key_of_an_architecture_is_read_or_refused_or_known_to_do_nothing(
     assert silent == WITHOUT_EFFECT | of_yarn | {"rope.scaling.finetuned"}
 
 
+def test_gemma_has_the_caps_of_its_file_and_the_scale_that_follows_from_its_heads(tmp_path: Path) -> None:
+    keys = {"attention.key_length": 32, "rope.dimension_count": 32, "final_logit_softcapping": 20.0}
+    model = random_net("gemma2", head_dim=32)
+    source = write_gguf(tmp_path / "model.gguf", model, keys={f"gemma2.{key}": value for key, value in keys.items()})
+    config = hf.AutoConfig.from_pretrained(tmp_path, gguf_file=source.name)
+    found = complete(config, open_gguf(source), reads(source, "gemma2"))
+    assert (found.head_dim, found.query_pre_attn_scalar, found.final_logit_softcapping) == (32, 32, 20.0)
+
+
 def test_words_are_split_as_the_file_says(tmp_path: Path) -> None:
     text = "the 123 moths"
     splits = {"gpt-2": ["the", " 123", " moths"], "smollm": ["the", " ", "1", "2", "3", " moths"],
