@@ -17,9 +17,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.ipc as ipc
 
-from longnet_cli.basics.atomic import seal, unseal
 from longnet_cli.basics.configuration import read_text
 from longnet_cli.basics.errors import DataError, LongNetError
+from longnet_cli.basics.sealed import seal, unseal
 from longnet_cli.data.files import read_error
 from longnet_cli.data.tables import one_line
 

@@ -19,9 +19,10 @@ from threading import Thread
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from longnet_cli.basics.atomic import file_git_sha1, file_sha256, write_file
+from longnet_cli.basics.atomic import write_file
 from longnet_cli.basics.configuration import parse, read_text
 from longnet_cli.basics.errors import CheckpointError, LongNetError
+from longnet_cli.basics.sealed import file_git_sha1, file_sha256
 from longnet_cli.basics.verdicts import remembered
 
 # Names of the files in a model's folder, and of what stands in them

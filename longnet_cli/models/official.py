@@ -25,9 +25,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from longnet_cli.basics.atomic import file_sha256, whole_folder, write_file
+from longnet_cli.basics.atomic import whole_folder, write_file
 from longnet_cli.basics.configuration import validate
 from longnet_cli.basics.errors import CheckpointError, ConfigError
+from longnet_cli.basics.sealed import file_sha256
 from longnet_cli.models.official_slide import HEADS, RATES, official_name, slide_name
 from longnet_cli.nets.config import LongNetConfig, SlideConfig
 from longnet_cli.nets.longnet import LongNet

@@ -25,17 +25,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from longnet_cli.attention.notation import parse_pattern
-from longnet_cli.basics.atomic import (
-    find_damage,
-    is_temporary,
-    locked_folder,
-    missing_folders,
-    read_manifest,
-    remove_empty,
-    whole_folder,
-    write_manifest,
-)
+from longnet_cli.basics.atomic import is_temporary, locked_folder, missing_folders, remove_empty, whole_folder
 from longnet_cli.basics.errors import CheckpointError, ConfigError, DataError
+from longnet_cli.basics.sealed import find_mismatch, read_sealed, write_sealed
 from longnet_cli.nets.net import Net
 from longnet_cli.nets.weights import TYPE_NAMES, model_digest, model_origin, write_tensors
 
@@ -79,7 +71,7 @@ def check_place(folder: Path) -> None:
 def _listed(folder: Path) -> set[str] | None:
     """Return the pieces that the manifest of a state lists, with those it replaced; None without such a manifest."""
     with suppress(CheckpointError, OSError, TypeError):
-        saved = read_manifest(folder / MANIFEST, STATE_VERSION)
+        saved = read_sealed(folder / MANIFEST, STATE_VERSION)
         if saved.get("kind") == KIND:
             return {name for name in [*saved["files"], *saved.get("replaced", {})] if PIECE.fullmatch(name)}
     return None
@@ -107,7 +99,7 @@ def write_state(folder: Path, facts: Mapping[str, object], tensors: Iterable[tup
                 with (place / f"{name}-{number:05}.safetensors").open("wb") as file:
                     write_tensors(file, piece, {})
             size = sum(path.stat().st_size for path in place.iterdir())
-            write_manifest(place / MANIFEST, STATE_VERSION, {"kind": KIND, **facts, "replaced": sorted(old)})
+            write_sealed(place / MANIFEST, STATE_VERSION, {"kind": KIND, **facts, "replaced": sorted(old)})
         _remove(folder, old)
     return size
 
@@ -127,7 +119,7 @@ def read_state(folder: Path, facts: Mapping[str, Any]) -> tuple[dict[str, Any], 
     if not path.is_file():
         raise ConfigError(f"{folder}: no state, {MANIFEST} is missing")
     try:
-        saved = read_manifest(path, STATE_VERSION)
+        saved = read_sealed(path, STATE_VERSION)
         if saved.get("kind") != KIND:
             raise ConfigError(f"{folder}: no state, {MANIFEST} is of another kind")
         _check_facts(saved)
@@ -139,7 +131,7 @@ def read_state(folder: Path, facts: Mapping[str, Any]) -> tuple[dict[str, Any], 
                 model = saved.get("longnet.model")
                 names = {"name": f", {model}" if model else "", "by": f" by {model}" if model else ""}
                 raise ConfigError(f"{folder}: {why.format(saved=known, given=given, **names)}")
-        if damage := find_damage(path, STATE_VERSION):
+        if damage := find_mismatch(path, STATE_VERSION):
             raise CheckpointError(damage)
         tensors: dict[str, Tensor] = {}
         for name in saved["files"]:

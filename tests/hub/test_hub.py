@@ -18,7 +18,7 @@ from safetensors.torch import load, save
 
 from longnet_cli.basics.errors import CheckpointError
 from longnet_cli.hub.repository import PROMPTS, checked_answers
-from longnet_cli.jobs.training.checkpoint import read_state
+from longnet_cli.jobs.training.checkpoint import read_checkpoint
 
 TEXT = "A document to read, of some length. " * 4
 TINY = "org/tiny"
@@ -180,7 +180,7 @@ def test_a_moved_branch_is_taken_with_update_and_a_resumed_run_keeps_its_commit(
     recipe = json.loads((tmp_path / "run/recipe.json").read_text())
     assert (recipe["init"], recipe["data"]["tokenizer"]) == (first, first)
     (checkpoint,) = tmp_path.glob("run/checkpoints/step-00000002")
-    assert read_state(checkpoint)["recipe"]["init"] == first
+    assert read_checkpoint(checkpoint)["recipe"]["init"] == first
 
 
 REFUSED = {

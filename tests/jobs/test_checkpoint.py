@@ -21,11 +21,11 @@ from builders import recipe_with_checkpoints as recipe
 from processes import Start, kill_training, wait_for
 from safetensors.torch import load_file
 
-from longnet_cli.basics.atomic import write_manifest
 from longnet_cli.basics.errors import CheckpointError, ConfigError, LongNetError
+from longnet_cli.basics.sealed import write_sealed
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.training import loop
-from longnet_cli.jobs.training.checkpoint import Checkpoints, checkpoints_in, find_damage, read_state, save_tensors
+from longnet_cli.jobs.training.checkpoint import Checkpoints, checkpoints_in, find_damage, read_checkpoint, save_tensors
 from longnet_cli.jobs.training.loop import train
 from longnet_cli.jobs.training.recipe import Recipe
 from longnet_cli.jobs.training.start import prepare_run
@@ -83,7 +83,7 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_bytes(
             Stop(patch, moment, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)[attempt % 3])
             with pytest.raises((KeyboardInterrupt, SystemExit)):
                 train(found, run)
-        steps.add(read_state(checkpoints_in(run / "checkpoints")[0])["progress"]["step"])
+        steps.add(read_checkpoint(checkpoints_in(run / "checkpoints")[0])["progress"]["step"])
         LongNet.from_pretrained(run)
         train(found, run)
         assert (run / "model.safetensors").read_bytes() == weights
@@ -127,7 +127,7 @@ def test_a_step_whose_evaluation_is_stopped_is_told(
     steps: list[int] = []
     with pytest.raises(KeyboardInterrupt):
         train(recipe(corpus), tmp_path / "run", on_step=lambda tokens, line: steps.append(tokens))
-    assert read_state(checkpoints_in(tmp_path / "run/checkpoints")[0])["progress"]["step"] == len(steps) == 4
+    assert read_checkpoint(checkpoints_in(tmp_path / "run/checkpoints")[0])["progress"]["step"] == len(steps) == 4
 
 
 def test_a_later_damaged_checkpoint_does_not_push_out_the_one_just_written(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(stopped: Made,
 def test_all_damaged(stopped: Made) -> None:
     found, run, _ = stopped
     newest, older = checkpoints_in(run / "checkpoints")
-    write_manifest(newest / "state.json", 1, {})
+    write_sealed(newest / "state.json", 1, {})
     (older / "state.json").write_text("{}")
     assert find_damage(newest) == "state.json: it was changed or damaged after it was written, or is not of version 2"
     with pytest.raises(CheckpointError, match="all 2 checkpoints are damaged"):
@@ -407,7 +407,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(start: Start, corpus: Path, tmp_path
     assert b"Traceback" not in said
     newest = checkpoints_in(tmp_path / "run/checkpoints")[0]
     assert find_damage(newest) is None
-    step = read_state(newest)["progress"]["step"]
+    step = read_checkpoint(newest)["progress"]["step"]
     goes_on = f"longnet: stopped after step {step:,}, and saved in run: `longnet train -o run` goes on"
     assert said.decode().splitlines()[-1] == goes_on
     LongNet.from_pretrained(tmp_path / "run")

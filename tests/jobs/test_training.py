@@ -21,7 +21,7 @@ from longnet_cli.basics.errors import ConfigError, DataError, LongNetError, Memo
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.training import metrics
-from longnet_cli.jobs.training.checkpoint import checkpoints_in, read_state
+from longnet_cli.jobs.training.checkpoint import checkpoints_in, read_checkpoint
 from longnet_cli.jobs.training.loop import train
 from longnet_cli.jobs.training.metrics import MetricsLog
 from longnet_cli.jobs.training.recipe import Recipe, ScheduleRecipe, load_recipe, parse_overrides
@@ -207,7 +207,7 @@ def test_a_diverging_run_says_where_and_keeps_the_last_weights(corpus: Path, tmp
     assert "\n" not in str(error.value)
     assert str(error.value).endswith(f"--init {tmp_path / 'wild'}")
     (saved,) = checkpoints_in(tmp_path / "wild/checkpoints")
-    assert f"step {read_state(saved)['progress']['step'] + 1} " in str(error.value)
+    assert f"step {read_checkpoint(saved)['progress']['step'] + 1} " in str(error.value)
     with pytest.raises(LongNetError, match="the loss jumps at step"):
         train(
             recipe(corpus, **{"train.loss_jump": 1e-9, "train.log_every": 1, "train.stages": LONG}), tmp_path / "jumpy"
@@ -254,7 +254,7 @@ def test_bad_data_costs_no_step(tmp_path: Path) -> None:
     ) as error:
         train(found, tmp_path / "out")
     (saved,) = checkpoints_in(tmp_path / "out/checkpoints")
-    assert f"the {read_state(saved)['progress']['step']} steps" in str(error.value)
+    assert f"the {read_checkpoint(saved)['progress']['step']} steps" in str(error.value)
 
 
 @pytest.mark.parametrize("context", [None, 24])

@@ -227,7 +227,7 @@ def test_epochs_differ_in_phase_and_order_and_so_do_seeds_and_sources():
 
 
 def test_the_order_is_pinned(monkeypatch: pytest.MonkeyPatch):
-    # A checkpoint of today must resume on the numpy of tomorrow. A change here needs another STATE_VERSION.
+    # A checkpoint of today must resume on the numpy of tomorrow. A change here needs another POSITION_VERSION.
     windows = TokenWindows([stream(200), stream(40)], 16, 1, seed=7, weights=[0.75, 0.25])
     assert positions(windows, 16) == [
         (0, 0, 39), (0, 0, 119), (0, 0, 183), (1, 0, 0), (0, 0, 167), (0, 0, 151), (0, 0, 7), (1, 0, 16),

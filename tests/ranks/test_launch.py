@@ -24,7 +24,7 @@ from files import write_file
 from processes import TORCHRUN, kill_training, processes_of, wait_for
 
 from longnet_cli.data.manifest import read_manifest
-from longnet_cli.jobs.training.checkpoint import checkpoints_in, find_damage, read_state
+from longnet_cli.jobs.training.checkpoint import checkpoints_in, find_damage, read_checkpoint
 
 TRAIN = ["-m", "longnet_cli", "train"]
 
@@ -148,7 +148,7 @@ def test_a_killed_rank_ends_the_job_and_the_next_run_goes_on_until_sigterm(
     assert stderr.splitlines()[1:] == ["longnet: error: rank 1 was killed (SIGKILL), and the job with it"]
     newest = checkpoints_in(folder / "run/checkpoints")[0]
     assert find_damage(newest) is None
-    saved = read_state(newest)["progress"]["step"]
+    saved = read_checkpoint(newest)["progress"]["step"]
     reached = (folder / "run/metrics.jsonl").read_text().count("\n")
     assert saved <= reached
 
@@ -161,7 +161,7 @@ def test_a_killed_rank_ends_the_job_and_the_next_run_goes_on_until_sigterm(
     assert "longnet: error" not in stderr
     steps = [line["step"] for line in metrics_of(folder / "run")]
     assert steps == list(range(1, len(steps) + 1))
-    assert read_state(checkpoints_in(folder / "run/checkpoints")[0])["progress"]["step"] == len(steps)
+    assert read_checkpoint(checkpoints_in(folder / "run/checkpoints")[0])["progress"]["step"] == len(steps)
 
 
 @pytest.mark.parametrize("start", [[], pytest.param(TORCHRUN, marks=pytest.mark.slow)], ids=["nproc", "torchrun"])

@@ -12,7 +12,7 @@ from builders import assert_same_model, metrics_of, write_corpus
 from builders import recipe_with_checkpoints as recipe
 from many_ranks import mesh, run_ranks
 
-from longnet_cli.jobs.training.checkpoint import checkpoints_in, read_state
+from longnet_cli.jobs.training.checkpoint import checkpoints_in, read_checkpoint
 from longnet_cli.jobs.training.loop import train
 from longnet_cli.running.ranks.ranks import Ranks
 
@@ -80,7 +80,7 @@ def test_stopped_and_resumed_over_ranks(dp: int, sp: int, shard: str, corpus: Pa
     assert_same_model(tmp_path / "many/best", tmp_path / "alone/best", 1e-3)
 
     newest = checkpoints_in(tmp_path / "stopped/checkpoints")[0]
-    assert read_state(newest)["progress"]["step"] == 5
+    assert read_checkpoint(newest)["progress"]["step"] == 5
     train(recipe(corpus, **SETTINGS), tmp_path / "alone again", resume=str(newest))  # on one process
     for found, wanted in zip(losses(tmp_path / "alone again"), expected[5:], strict=True):
         assert found == pytest.approx(wanted, rel=1e-4)

@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 from strategies import chosen_patterns, cuts, split
 
 from longnet_cli.attention import Pattern, past
-from longnet_cli.basics.atomic import read_manifest, write_manifest
 from longnet_cli.basics.errors import ConfigError, DataError, LongNetError
+from longnet_cli.basics.sealed import read_sealed, write_sealed
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.generating import generate
 from longnet_cli.models import choosing_layers
@@ -148,15 +148,15 @@ def test_a_cache_of_transformers_goes_on_as_if_nothing_had_happened(build: str, 
     assert [each.get_seq_length() for each in caches] == [200] * 4
     with pytest.raises(ConfigError, match="saved by another model: its weights"):
         LongNetCache.load(tmp_path / "state", make(2.0))
-    facts = read_manifest(tmp_path / "state/manifest.json", STATE_VERSION)
+    facts = read_sealed(tmp_path / "state/manifest.json", STATE_VERSION)
     for sizes in (5, {}, {**facts["sizes"], "batch": 10**9}, {**facts["sizes"], "head_dim": "8"}):
-        write_manifest(tmp_path / "state/manifest.json", STATE_VERSION, {**facts, "sizes": sizes})
+        write_sealed(tmp_path / "state/manifest.json", STATE_VERSION, {**facts, "sizes": sizes})
         with pytest.raises(DataError, match=r"not a state that LongNetCache\.save has written"):
             LongNetCache.load(tmp_path / "state", model)
-    write_manifest(tmp_path / "state/manifest.json", STATE_VERSION, facts | {"sizes": {**facts["sizes"], "batch": 3}})
+    write_sealed(tmp_path / "state/manifest.json", STATE_VERSION, facts | {"sizes": {**facts["sizes"], "batch": 3}})
     with pytest.raises(DataError, match="a damaged state: "):
         LongNetCache.load(tmp_path / "state", model)
-    write_manifest(tmp_path / "state/manifest.json", STATE_VERSION, facts)
+    write_sealed(tmp_path / "state/manifest.json", STATE_VERSION, facts)
     if build == "llama":
         other = use_dilated_attention(make(), Pattern.window(32))
         with pytest.raises(ConfigError, match=r"it was saved with the pattern .*, and this is window:32: name both"):
@@ -239,7 +239,7 @@ def test_a_folder_of_something_else_stays_as_it_is(tmp_path: Path) -> None:
     for number, manifest in enumerate(manifests):
         folder = tmp_path / str(number)
         folder.mkdir()
-        write_manifest(folder / "manifest.json", STATE_VERSION, {"kind": "another kind"})
+        write_sealed(folder / "manifest.json", STATE_VERSION, {"kind": "another kind"})
         if manifest:
             (folder / "manifest.json").write_text(manifest)
             (folder / "piece-0.safetensors").write_text("mine")
@@ -266,7 +266,7 @@ def test_a_forged_state_is_refused(tmp_path: Path) -> None:
     for part in draw(1, 105).split(35, 1):  # the last group is open: its choice is held
         stream(part)
     stream.save(folder)
-    facts = read_manifest(folder / "manifest.json", STATE_VERSION)
+    facts = read_sealed(folder / "manifest.json", STATE_VERSION)
     tensors = {name: x for file in folder.glob("*.safetensors") for name, x in load_file(file).items()}
     assert {name.partition(".")[2] for name in tensors if tensors[name].numel()} >= {"held", "counts", "fine"}
 
@@ -274,7 +274,7 @@ def test_a_forged_state_is_refused(tmp_path: Path) -> None:
         shutil.rmtree(forged, ignore_errors=True)
         forged.mkdir()
         save_file({name: x.contiguous() for name, x in tensors.items()}, forged / "piece.safetensors")
-        write_manifest(forged / "manifest.json", STATE_VERSION, {**facts, **changed})
+        write_sealed(forged / "manifest.json", STATE_VERSION, {**facts, **changed})
         CausalStream.load(model, forged)
 
     forge({}, tensors)
@@ -327,7 +327,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         stream.save(folder / "manifest.json")
     with pytest.raises(ConfigError, match="no state, manifest"):
         CausalStream.load(model, tmp_path)
-    write_manifest(folder / "manifest.json", 2, {"kind": "longnet state"})
+    write_sealed(folder / "manifest.json", 2, {"kind": "longnet state"})
     with pytest.raises(DataError, match=rf"manifest\.json: it was changed .*, or is not of version {STATE_VERSION}$"):
         CausalStream.load(model, folder)
 

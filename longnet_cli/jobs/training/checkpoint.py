@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from longnet_cli.basics import atomic as checksums
+from longnet_cli.basics import sealed
 from longnet_cli.basics.atomic import whole_folder
 from longnet_cli.basics.errors import CheckpointError, LongNetError
 from longnet_cli.nets.weights import sort_metadata, tensor_digest
@@ -32,7 +32,7 @@ from longnet_cli.running.device import random_state, set_random_state
 from longnet_cli.running.ranks.ranks import Ranks
 
 STATE = "state.json"
-STATE_VERSION = 2
+CHECKPOINT_VERSION = 2
 CHECKPOINT_NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -95,12 +95,12 @@ class Checkpoints:
                 self.ranks.barrier()
                 save_tensors(partial, tensors)
                 if self.ranks.writes:
-                    checksums.write_manifest(partial / STATE, STATE_VERSION, facts)
+                    sealed.write_sealed(partial / STATE, CHECKPOINT_VERSION, facts)
             if self.ranks.writes:
                 saved = checkpoints_in(self.folder)
                 for old in saved[saved.index(final) + self.keep :]:  # later ones are damaged, and do not count
                     with suppress(CheckpointError, OSError):  # not a checkpoint of ours, which stays
-                        _remove(old, [*read_state(old)["files"], STATE])
+                        _remove(old, [*read_checkpoint(old)["files"], STATE])
         except Exception as error:  # any error: in a thread it would be lost, and the run without checkpoints
             cause = error.__cause__ or error
             reason = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
@@ -143,12 +143,12 @@ def newest_whole(folder: Path, ranks: Ranks, on_damaged: Callable[[str], None]) 
 
 def find_damage(checkpoint: Path) -> str | None:
     """Compare all files of a checkpoint with their sizes and SHA-256; return what is wrong, or None."""
-    return checksums.find_damage(checkpoint / STATE, STATE_VERSION)
+    return sealed.find_mismatch(checkpoint / STATE, CHECKPOINT_VERSION)
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
+def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
     """Read state.json. Raises CheckpointError for other content than was written, OSError for a missing file."""
-    return checksums.read_manifest(checkpoint / STATE, STATE_VERSION)
+    return sealed.read_sealed(checkpoint / STATE, CHECKPOINT_VERSION)
 
 
 def tensor_names(checkpoint: Path) -> set[str]:

@@ -28,7 +28,7 @@ from longnet_cli.running.ranks import fsdp
 from longnet_cli.running.ranks.launch import Signals, noted_signals
 from longnet_cli.running.ranks.ranks import Ranks
 
-from .checkpoint import Checkpoints, checkpoints_in, frozen_digest, read_state, restore, run_tensors
+from .checkpoint import Checkpoints, checkpoints_in, frozen_digest, read_checkpoint, restore, run_tensors
 from .costs import costly_evaluation, stored_bytes
 from .metrics import Metrics, MetricsLog, Tracker, open_trackers
 from .objective import backward, evaluate, inputs_and_targets
@@ -185,7 +185,7 @@ class _TrainingRun:
         if checkpoint is None and (self.output / RECIPE).exists():
             self.on_note(f"{self.output}: a run that has saved no checkpoint, so it starts again (train.save_every)")
         if checkpoint:
-            state = read_state(checkpoint)
+            state = read_checkpoint(checkpoint)
             self._refuse_other(state, checkpoint)
             restore(checkpoint, self.model, self.optimizers, self.device, self.ranks)
             self.progress, log = Progress(**state["progress"]), state["log"]

@@ -25,7 +25,7 @@ import numpy as np
 from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.data.documents import Document
 
-STATE_VERSION = 2
+POSITION_VERSION = 2
 
 BLOCK_TOKENS = 1 << 17  # read from one place of a file: half a megabyte of int32, long enough for a sequential read
 DIGEST_TOKENS = 256  # tokens at the start of a stream that its digest covers
@@ -227,7 +227,7 @@ class TokenWindows:
                 )
         self.mix = Mix(weights)
         self.identity = {
-            "version": STATE_VERSION,
+            "version": POSITION_VERSION,
             "seed": seed,
             "seq_len": seq_len,
             "weights": self.mix.shares,
@@ -282,8 +282,8 @@ class TokenWindows:
         Raises ConfigError for a state of another version, seed, seq_len or mix, DataError where the data changed.
         """
         step = state.get("step")
-        if state.get("version") != STATE_VERSION or not isinstance(step, int) or step < 0:
-            raise ConfigError(f"not a data position of version {STATE_VERSION}: {dict(state)}")
+        if state.get("version") != POSITION_VERSION or not isinstance(step, int) or step < 0:
+            raise ConfigError(f"not a data position of version {POSITION_VERSION}: {dict(state)}")
         for key, mine in self.identity.items():
             if state.get(key) == mine:
                 continue

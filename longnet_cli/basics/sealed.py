@@ -1,0 +1,96 @@
+"""Manifests that say what a folder is: JSON of a version and facts, sealed by a digest of its own.
+
+That of a checkpoint of a run or a state of a stream also has the size and SHA-256 of every other file in the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from longnet_cli.basics.atomic import write_file
+from longnet_cli.basics.configuration import digest, parse, read_text
+from longnet_cli.basics.errors import CheckpointError
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hex. Raises OSError."""
+    return _digest(path, hashlib.sha256())
+
+
+def file_git_sha1(path: Path) -> str:
+    """Return the SHA-1 by which git names a file, in hex. Raises OSError."""
+    return _digest(path, hashlib.sha1(b"blob %d\0" % path.stat().st_size))
+
+
+def _digest(path: Path, digest: Any) -> str:
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def seal(version: int, content: Mapping[str, Any]) -> str:
+    """Return a manifest: JSON of its version and content, which ends with a digest of both."""
+    sealed = json.loads(json.dumps({"version": version, **content}))  # as it will be read back
+    return json.dumps({**sealed, "digest": digest(sealed)}, indent=1) + "\n"
+
+
+def unseal(text: str, version: int) -> dict[str, Any]:
+    """Return the content of what `seal` has made. Raises ValueError if it was changed, or is of another version."""
+    with suppress(ValueError, KeyError, TypeError, AttributeError):
+        content = parse(text)
+        if content.pop("digest") == digest(content) and content.pop("version") == version:
+            return content
+    raise ValueError(f"it was changed or damaged after it was written, or is not of version {version}")
+
+
+def write_sealed(path: Path, version: int, facts: Mapping[str, Any]) -> None:
+    """Write the manifest of the folder that it is in, and flush the folder. Raises OSError and LongNetError."""
+    files = {
+        file.name: {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+        for file in sorted(path.parent.iterdir())
+        if file != path
+    }
+    write_file(path, seal(version, {**facts, "files": files}).encode())  # also flushes the folder
+
+
+def read_sealed(path: Path, version: int) -> dict[str, Any]:
+    """Return facts and files. Raises CheckpointError if they are not what was written, OSError if missing.
+
+    The files are beside the manifest: no name of one leads elsewhere.
+    """
+    try:
+        state = unseal(read_text(path), version)
+        if not all(map(_is_file_of, state["files"].items())):
+            raise ValueError("it lists what is no file beside it")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path.name}: {error}") from None
+    return state
+
+
+def _is_file_of(item: tuple[str, Any]) -> bool:
+    """Return whether an item of a manifest's files has a plain name, a size and a digest."""
+    name, known = item
+    plain = name not in ("", ".", "..") and "/" not in name and "\0" not in name
+    return plain and type(known["bytes"]) is int and isinstance(known["sha256"], str)
+
+
+def find_mismatch(path: Path, version: int) -> str | None:
+    """Compare the files of a manifest with their sizes and SHA-256; return what is wrong, or None."""
+    try:
+        for name, known in read_sealed(path, version)["files"].items():
+            size = (path.parent / name).stat().st_size
+            if size != known["bytes"]:
+                return f"{name} has {size:,} bytes of {known['bytes']:,}"
+            if file_sha256(path.parent / name) != known["sha256"]:
+                return f"the SHA-256 of {name} is not the one it was saved with"
+    except OSError as error:
+        return f"{Path(error.filename or path.parent).name}: {error.strerror}"
+    except CheckpointError as error:
+        return str(error)
+    return None
