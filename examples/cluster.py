@@ -36,7 +36,6 @@ from longnet_cli.attention.notation import format_pattern, parse_pattern
 from longnet_cli.attention.spans import common_span, far_spans, open_spans, span_rows
 from longnet_cli.basics.errors import ConfigError, InputWarning, LongNetError
 from longnet_cli.basics.sizes import format_bytes, format_count, format_duration, format_size, parse_size
-from longnet_cli.jobs.describing import out_of_reach
 from longnet_cli.jobs.estimating.memory import reading_memory, spilled_bytes
 from longnet_cli.jobs.estimating.reading import ReadingPlan
 from longnet_cli.jobs.training.costs import StepFlops, step_flops, stored_bytes, training_memory
@@ -468,8 +467,7 @@ def plan_command(
         command = ["train", recipe, "-o", "run", *more, *sets]
         others = {} if found.train.spill else {"--spill": partial(training_plans, spilled, machine)}
         show(training_plans(found, machine), machine, "a step", command, others)
-        longest = max(stage.seq_len for stage in found.train.stages)
-        if line := out_of_reach(found.model.pattern, found.model.num_layers, longest):
+        for line in found.notes():
             print(line)
         return
     if recipe is not None or model is None or tokens is None:

@@ -248,6 +248,14 @@ class Pattern:
         group = -(-num_heads // r)
         return tuple(h % r if self.head_offsets == "modulo" else h // group for h in range(num_heads))
 
+    def farthest(self, layers: int) -> int | None:
+        """Return a distance in tokens that no link through so many layers exceeds; None if content or sinks choose."""
+        if self.chosen or self.sinks:
+            return None
+        if not any(self.look_backs):
+            return max(self.segment_lengths)  # shorter segments lie within longer ones
+        return layers * max(w * (1 + back) for w, back in zip(self.segment_lengths, self.look_backs, strict=True))
+
     def continues(self, saved: Pattern) -> bool:
         """Return whether a cache of `saved` will do: the same pattern, or one that chooses less often."""
         if not (self.chosen and saved.chosen) or saved.chosen_every % self.chosen_every:

@@ -131,8 +131,9 @@ def train(options: TrainCommand) -> None:
     ranks, where = join(options.device, sp=sp, dp=dp, planned=planned)
     recipe = settle_chunk(recipe, where, ranks)
     quiet = options.quiet or not ranks.writes
-    _note_recipe(recipe, quiet)
     if options.dry_run:
+        for line in recipe.notes():
+            note(line, quiet)
         estimated = estimate_training(recipe, where, ranks)
         leave()
         if ranks.writes:
@@ -181,18 +182,6 @@ def _check_stage(options: TrainCommand) -> None:
         if len(stages) == 1:
             own = f" (the recipe's {other} is {stages[0].seq_len if options.steps else stages[0].steps})"
     raise ConfigError(f"{given} and {other} make one stage together: give both{own}")
-
-
-def _note_recipe(recipe: Recipe, quiet: bool) -> None:
-    """Say so if all steps are warm-up, and if a stage's sequences are longer than the pattern links."""
-    from longnet_cli.jobs.describing import out_of_reach
-
-    steps, warmup = recipe.train.steps, recipe.schedule.warmup_steps
-    if steps <= warmup:
-        note(f"all {steps} steps are warm-up: the learning rate rises for schedule.warmup_steps={warmup}", quiet)
-    longest = max(stage.seq_len for stage in recipe.train.stages)
-    if line := out_of_reach(recipe.model.pattern, recipe.model.num_layers, longest):
-        note(line, quiet)
 
 
 def _recipe(options: TrainCommand) -> Recipe:

@@ -1,7 +1,7 @@
 """File formats, known by contents: Arrow IPC file or stream, Parquet, HDF5, JSON Lines, UTF-8 text; by name, FASTA.
 
-Any of them may be compressed: the unpacked data is then read as from a pipe. A new format is one more case in
-`_open_file` and `_open_pipe`. Every failure is one line that names the file and the batch.
+Any of them may be compressed: the unpacked data is then read as from a pipe. A new format is one more case of
+`open_source`, in `_open_file` and `_open_pipe`. Every failure is one line that names the file and the batch.
 """
 
 import bz2

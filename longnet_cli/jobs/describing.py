@@ -214,25 +214,6 @@ def keys_seen(pattern: Pattern, level: int, queries: np.ndarray, seq: int, causa
     return [(low, high)]
 
 
-def farthest(pattern: Pattern, num_layers: int) -> int | None:
-    """Return a distance in tokens that no link through so many layers exceeds; None where content or sinks choose."""
-    if pattern.chosen or pattern.sinks:
-        return None
-    if not any(pattern.look_backs):
-        return max(pattern.segment_lengths)  # shorter segments lie within longer ones
-    levels = zip(pattern.segment_lengths, pattern.look_backs, strict=True)
-    return num_layers * max(w * (1 + back) for w, back in levels)
-
-
-def out_of_reach(pattern: Pattern, num_layers: int, tokens: int) -> str | None:
-    """Return a line about a pattern whose links are shorter than a sequence of so many tokens; None for others."""
-    reach = farthest(pattern, num_layers)
-    if reach is None or reach >= tokens:
-        return None
-    said = f"pattern {format_pattern(pattern)} links tokens at most {reach:,} apart"
-    return f"{said}, and sequences have {tokens:,}: what is farther is never seen"
-
-
 def picture(pattern: Pattern, seq: int, size: int, heads: int, causal: bool = True) -> np.ndarray:
     """Return a picture of the level by which each query sees each key: rows are queries, columns are keys.
 

@@ -216,7 +216,7 @@ def test_a_run_without_a_checkpoint_says_that_it_starts_again(stopped: Made, tmp
     shutil.copy(run / "recipe.json", tmp_path / "a")  # what a run leaves that is killed at once
     notes: list[str] = []
     train(found, tmp_path / "a", on_note=notes.append)
-    assert notes == [f"{tmp_path / 'a'}: a run that has saved no checkpoint, so it starts again (train.save_every)"]
+    assert f"{tmp_path / 'a'}: a run that has saved no checkpoint, so it starts again (train.save_every)" in notes
     assert (tmp_path / "a/model.safetensors").read_bytes() == weights
 
 

@@ -25,8 +25,7 @@ from longnet_cli.attention.groups import groups_of
 from longnet_cli.attention.notation import parse_pattern
 from longnet_cli.attention.reference import key_counts
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.cli.train import _note_recipe
-from longnet_cli.jobs.describing import NOTHING, Subject, default_length, describe, farthest, find_subject, picture
+from longnet_cli.jobs.describing import NOTHING, Subject, default_length, describe, find_subject, picture
 
 TILED = {"look_back": 1, "overlap": "once"}
 EVEN = [
@@ -168,14 +167,12 @@ def test_nothing_is_linked_farther(pattern: Pattern, layers: int) -> None:
     with torch.no_grad():
         changed = (model(ids) != model(torch.cat([ids[:, :1] + 1, ids[:, 1:]], 1))).any(2)[0]
     distance = int(changed.nonzero().max())
-    reach = farthest(pattern, layers)
+    reach = pattern.farthest(layers)
     assert reach / 3 < distance <= reach
 
 
-def test_a_pattern_shorter_than_the_sequences_is_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _note_recipe(recipe(tmp_path, **{"schedule.warmup_steps": 500}), quiet=False)
-    said = capsys.readouterr().err
-    assert "links tokens at most 32 apart, and sequences have 64: what is farther is never seen" in said
-    assert "steps are warm-up: the learning rate rises for schedule.warmup_steps=500" in said
-    _note_recipe(recipe(tmp_path, **{"model.segment_lengths": [16, 64]}), quiet=False)
-    assert not capsys.readouterr().err
+def test_a_recipe_notes_a_long_warm_up_and_a_pattern_shorter_than_the_sequences(tmp_path: Path) -> None:
+    warm_up, short = recipe(tmp_path, **{"schedule.warmup_steps": 500}).notes()
+    assert "links tokens at most 32 apart, and sequences have 64: what is farther is never seen" in short
+    assert "steps are warm-up: the learning rate rises for schedule.warmup_steps=500" in warm_up
+    assert not recipe(tmp_path, **{"model.segment_lengths": [16, 64]}).notes()

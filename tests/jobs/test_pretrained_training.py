@@ -246,7 +246,7 @@ def test_a_first_level_wider_than_the_model_was_trained_is_named(llama: Path, co
         stage = {"train.stages": [{"seq_len": 96, "steps": 1}], "data.held_out": None}
         notes: list[str] = []
         train(recipe(llama, corpus, **stage, **{"model.pattern": pattern}), tmp_path / pattern, on_note=notes.append)
-        assert notes == named
+        assert [line for line in notes if "are warm-up" not in line] == named
 
 
 @pytest.mark.parametrize(

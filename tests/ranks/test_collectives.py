@@ -22,7 +22,7 @@ from longnet_cli.running.chunked_backward import backward_in_chunks
 from longnet_cli.running.ranks.exchange import Exchange
 from longnet_cli.running.ranks.ranks import even_edges
 
-PATTERN = Pattern((64, 512, 4096), (1, 4, 16))
+PATTERN = Pattern((64, 512, 1 << 17), (1, 4, 512))  # the last level goes on over all shards
 NAMES = [
     "all_to_all_single", "all_reduce", "all_gather", "all_gather_into_tensor", "broadcast", "send", "recv", "isend",
     "irecv", "batch_isend_irecv", "barrier",

@@ -127,7 +127,7 @@ def train(
     share each sequence, `train.chunk` tokens each, and the groups share the sequences of a step; rank 0 writes. `peak`,
     the `matmul_peak` of a rank, is for the MFU. Prints nothing: `on_begin` gets the steps and tokens that are done
     already, `on_evaluation` the share of the held-out tokens that an evaluation has read, `on_note` a line about each
-    damaged checkpoint.
+    damaged checkpoint, and those of `Recipe.notes` for a new run.
 
     Raises ConfigError for a model, tokenizer or checkpoint that does not fit the recipe, DataError for too little data,
     CheckpointError when all checkpoints are damaged, LongNetError when the loss is no longer finite or jumps, or when
@@ -138,6 +138,8 @@ def train(
     run.on_evaluation, run.peak = on_evaluation, peak
     with locked_folder(run.output) if ranks.writes else nullcontext():
         run.resume(resume)
+        for line in () if run.progress.step else recipe.notes():
+            on_note(line)
         on_begin(run.progress.step, run.log.tokens)
         with noted_signals(ranks.largest) as signals:
             return run.go(signals, on_step)

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from longnet_cli.attention.notation import PATTERN_FIELDS, read_pattern
+from longnet_cli.attention.notation import PATTERN_FIELDS, format_pattern, read_pattern
 from longnet_cli.basics.configuration import StrictModel, parse, read_text, validate
 from longnet_cli.basics.errors import ConfigError, LongNetError, refuse_web_address
 from longnet_cli.basics.sizes import DTYPES_OF_TORCH, parse_size
@@ -234,6 +234,18 @@ class Recipe(StrictModel):
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of a step, 0, 1, ..."""
         return self.schedule.learning_rate(step, self.train.steps, self.optimizer.lr)
+
+    def notes(self) -> list[str]:
+        """Return a line if all steps are warm-up, and one if sequences are longer than the pattern links."""
+        steps, warmup, lines = self.train.steps, self.schedule.warmup_steps, list[str]()
+        if steps <= warmup:
+            lines.append(f"all {steps} steps are warm-up: the learning rate rises for schedule.warmup_steps={warmup}")
+        longest = max(stage.seq_len for stage in self.train.stages)
+        reach = self.model.pattern.farthest(self.model.num_layers)
+        if reach is not None and reach < longest:
+            links = f"pattern {format_pattern(self.model.pattern)} links tokens at most {reach:,} apart"
+            lines.append(f"{links}, and sequences have {longest:,}: what is farther is never seen")
+        return lines
 
     def step_tokens(self, stage: Stage) -> int:
         """Return the tokens of a step."""
