@@ -33,7 +33,7 @@ import typer
 from longnet_cli.attention import Pattern, dilated_attention
 from longnet_cli.attention.branches import BACKWARD_FLOPS, attention_flops, branches, pairs
 from longnet_cli.attention.notation import format_pattern, parse_pattern
-from longnet_cli.attention.spans import common_span, far_spans, open_spans, span_rows
+from longnet_cli.attention.spans import Layout, common_span, far_spans, open_spans
 from longnet_cli.basics.errors import ConfigError, InputWarning, LongNetError
 from longnet_cli.basics.sizes import format_bytes, format_count, format_duration, format_size, parse_size
 from longnet_cli.jobs.estimating.memory import reading_memory, spilled_bytes
@@ -189,7 +189,7 @@ def shared(config: NetConfig, machine: Machine, tokens: int, chunk: int, sp: int
     if cut and config.causal:
         for level, begin, end in open_spans(pattern, start + whole):
             mine = common_span(pattern, level, begin, start, end)
-            summed += 2 * 4 * config.head_dim * sum(span_rows(pattern, mine, config.num_heads, config.kv_heads))
+            summed += 2 * 4 * config.head_dim * sum(Layout(pattern, config.num_heads, config.kv_heads).counts(mine))
     flops = shard_flops(config, edges[rank], edges[rank + 1], tokens)
     mean = (config.attention_flops(start + whole) - config.attention_flops(start)) / config.num_layers / sp
     return Shared(seconds, far, summed, max(1.0, flops / mean))
@@ -199,7 +199,8 @@ def shard_flops(config: NetConfig, first: int, last: int, total: int) -> int:
     """Return the FLOPs of a layer's forward pass over tokens [first, last) of a document: near and far keys."""
     pattern, causal = config.pattern, config.causal
     spans = tuple(far_spans(pattern, first, last, causal, total)) if first < last else ()
-    calls = branches(pattern, config.num_heads, first, last - first, causal, "exact", spans, total, config.kv_heads)
+    layout = Layout(pattern, config.num_heads, config.kv_heads)
+    calls = branches(layout, first, last - first, causal, "exact", spans, total)
     return 2 * config.head_dim * sum(map(pairs, calls))
 
 

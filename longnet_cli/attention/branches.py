@@ -37,9 +37,8 @@ from .spans import (
     FarSpan,
     HeadRows,
     Heads,
+    Layout,
     Rows,
-    lane_rows,
-    lanes,
     level_of,
     progressions,
     rows_before,
@@ -76,9 +75,7 @@ class Union(NamedTuple):
     A key that three levels show to a query counts three times, so log 3 is added to its score.
     """
 
-    pattern: Pattern
-    num_heads: int
-    kv_heads: int
+    layout: Layout
     causal: bool
     tokens: int
 
@@ -93,25 +90,23 @@ class Turned(NamedTuple):
 # layers and repeated runs ask for the same calls again, chunks of a long sequence never do; a plan takes 40 KB
 @lru_cache(maxsize=256)
 def branches(
-    pattern: Pattern,
-    num_heads: int,
+    layout: Layout,
     start: int,
     tokens: int,
     causal: bool,
     padding: Padding,
     spans: tuple[FarSpan, ...],
     total: int = 0,
-    kv_heads: int = 0,
     turned: Turned | None = None,
 ) -> tuple[Branch, ...]:
     """Return every attention call of a shard: on near keys, level by level, then on far keys, then on sinks.
 
     `spans` are the spans of the far keys, in the caller's order. Only `padding="zero_key"` uses `total`, the length of
-    the whole sequence, or 0 if the sequence ends with the shard. `kv_heads` 0 means `num_heads`. Sinks are the shard's
-    own first rows and the spans of level `SINKS`, unless they are `turned`. Raises ValueError for far keys that the
-    shard cannot attend to, and for sinks that are not given.
+    the whole sequence, or 0 if the sequence ends with the shard. Sinks are the shard's own first rows and the spans of
+    level `SINKS`, unless they are `turned`. Raises ValueError for far keys that the shard cannot attend to, and for
+    sinks that are not given.
     """
-    shard = _ShardGeometry(pattern, num_heads, kv_heads or num_heads, start, start + tokens, causal)
+    pattern, shard = layout.pattern, _ShardGeometry(layout, start, start + tokens, causal)
     covering = next((i for i, r in enumerate(pattern.dilation_rates) if r == 1), None)
     calls: list[Branch] = []
     for level in range(len(pattern.levels)):
@@ -127,7 +122,7 @@ def branches(
 
 
 @lru_cache(maxsize=256)
-def united(pattern: Pattern, num_heads: int, tokens: int, causal: bool, kv_heads: int) -> tuple[Branch, ...] | None:
+def united(layout: Layout, tokens: int, causal: bool) -> tuple[Branch, ...] | None:
     """Return the attention calls of a sequence as the union of its levels, in place of `branches`, or None.
 
     The union is used only if some level shows every key to every query anyway, if the table of counts is within
@@ -135,14 +130,13 @@ def united(pattern: Pattern, num_heads: int, tokens: int, causal: bool, kv_heads
     to scores. On one CPU thread, 8 heads of the paper's pattern then take 1 / 1.6 of the time for 1,024 tokens, forward
     and backward, and 1 / 2.5 for 200.
     """
-    whole = any(w >= tokens > 1 and r == 1 for w, r in pattern.levels)
-    if not whole or num_heads * _table_size(tokens) ** 2 > UNION_LIMIT:
+    whole = any(w >= tokens > 1 and r == 1 for w, r in layout.pattern.levels)
+    if not whole or layout.num_heads * _table_size(tokens) ** 2 > UNION_LIMIT:
         return None
-    apart = branches(pattern, num_heads, 0, tokens, causal, "exact", (), 0, kv_heads)
-    if num_heads * tokens**2 * (2 - causal) >= sum(map(pairs, apart)):
+    apart = branches(layout, 0, tokens, causal, "exact", ())
+    if layout.num_heads * tokens**2 * (2 - causal) >= sum(map(pairs, apart)):
         return None
-    shard = _ShardGeometry(pattern, num_heads, kv_heads, 0, tokens, causal)
-    union = Union(pattern, num_heads, kv_heads, causal, _table_size(tokens))
+    shard, union = _ShardGeometry(layout, 0, tokens, causal), Union(layout, causal, _table_size(tokens))
     calls = shard.on_rows((0, tokens), 0, tokens)
     return tuple(branch._replace(causal=causal, covers=True, union=union) for branch in calls)
 
@@ -173,7 +167,7 @@ def level_flops(
     pattern: Pattern, heads: int, head_dim: int, tokens: int, causal: bool, kind: LayerKind = "chooses"
 ) -> list[int]:
     """Return the share of each level in `attention_flops`, and last that of calls on sinks alone or chosen blocks."""
-    shard = _ShardGeometry(pattern, heads, heads, 0, tokens, causal)
+    shard = _ShardGeometry(Layout(pattern, heads, heads), 0, tokens, causal)
     parts = [*(shard.near(level, False, 0) for level in range(len(pattern.levels))), shard.sinks((), None)]
     flops = [2 * head_dim * sum(map(pairs, part)) for part in parts]
     flops[-1] += sum(chosen_flops(pattern, heads, head_dim, tokens, kind))
@@ -245,17 +239,23 @@ class _Rectangle(NamedTuple):
 class _ShardGeometry(NamedTuple):
     """The positions [start, stop) of a sequence, and the calls that their queries need."""
 
-    pattern: Pattern
-    num_heads: int
-    kv_heads: int
+    layout: Layout
     start: int
     stop: int
     causal: bool
 
     @property
+    def pattern(self) -> Pattern:
+        return self.layout.pattern
+
+    @property
+    def num_heads(self) -> int:
+        return self.layout.num_heads
+
+    @property
     def kv_of(self) -> list[int]:
         """The key head of each query head."""
-        return [h * self.kv_heads // self.num_heads for h in range(self.num_heads)]
+        return [h * self.layout.kv_heads // self.num_heads for h in range(self.num_heads)]
 
     def near(self, level: int, covering: bool, zero_keys: int) -> Iterator[Branch]:
         """Yield a level's calls on near keys. `zero_keys`: length of a sequence whose segments get zero keys, or 0."""
@@ -276,15 +276,15 @@ class _ShardGeometry(NamedTuple):
     def far(self, span: FarSpan, index: int, covering: bool) -> Iterator[Branch]:
         """Yield the calls of the shard's queries on the rows of `span`: full attention, never causal."""
         w, r = level_of(self.pattern, span.level)
-        of_level, heads, segment = (self.pattern, span.level), (self.num_heads, self.kv_heads), span.start // w * w
-        lane_of = lanes(*of_level, *heads).of_head
+        segment, lane_of = span.start // w * w, self.layout.lanes(span.level).of_head
         low = max(span.start, self.pattern.sinks) if span.level else span.start
         zones = [
             zone._replace(square=False, own=zone.own and self.holds(span))
             for zone in _zones(self.pattern, span.level, w, self.causal)
         ]
         for part in self._rectangles(zones, w, r, low, span.stop, apart=True):
-            before, start, stop = (lane_rows(*of_level, edge - segment, *heads) for edge in (span.start, *part.keys))
+            edges = span.start, *part.keys
+            before, start, stop = (self.layout.rows_before(span.level, edge - segment) for edge in edges)
             first_rows, counts = [start[i] - before[i] for i in lane_of], [stop[i] - start[i] for i in lane_of]
             keys = HeadRows(lane_of, first_rows, counts, w, 1)
             for branch in self._calls(1, r, self._query_rows(span.level, w, part.queries), keys):
@@ -397,7 +397,7 @@ class _ShardGeometry(NamedTuple):
 
         Query heads of one key head are neighbours. If a single token's see the same keys, they become rows of a call.
         """
-        group, zeros = self.num_heads // self.kv_heads, zero_keys or [0] * self.num_heads
+        group, zeros = self.num_heads // self.layout.kv_heads, zero_keys or [0] * self.num_heads
         sizes = zip(queries.counts, keys.counts, zeros, strict=True)
         equal = [of_head if all(of_head[:2]) else None for of_head in sizes]
         even = list(zip(queries.first_tokens, keys.first_tokens, keys.heads, strict=True))

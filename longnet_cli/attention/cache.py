@@ -24,15 +24,13 @@ from .pattern import Pattern
 from .spans import (
     SINKS,
     FarSpan,
+    Layout,
     SpanViews,
     common_span,
-    lanes,
     open_spans,
     segment_rows,
     segment_start,
     sink_segments,
-    span_rows,
-    span_views,
 )
 from .views import accumulator, strided_view
 
@@ -74,7 +72,8 @@ class KVCache:
         blocks: Blocks | None = None,
         layer: int | None = None,
     ) -> None:
-        self.pattern, self.num_heads, self.kv_heads, self.keep = pattern, num_heads, kv_heads or num_heads, keep
+        self.pattern, self.keep = pattern, keep
+        self.layout = Layout(pattern, num_heads, kv_heads or num_heads)
         self.position, self.dtype = 0, dtype
         self._sizes, self._allocate = (batch, head_dim), partial(allocate, dtype=dtype, device=device)
         # each level's segments, keys and values (2 B, rows, lanes, D): segment s is in place s mod (1 + look_back), and
@@ -109,7 +108,7 @@ class KVCache:
         """
         kept = self.keep or (torch.is_grad_enabled() and any(x.requires_grad for x in shard))
         own, position = int(not kept and bool(shard) and shard[0].shape[1] == 1), self.position
-        held = _held(self.pattern, self.num_heads, self.kv_heads, position, own, position, position + own)
+        held = _held(self.layout, position, own, position, position + own)
         if own:
             self._stored = shard[0]
             self._store((torch.cat(shard),), held)  # as one tensor, in fewer operations
@@ -146,7 +145,7 @@ class KVCache:
             self.past.append(q, k, v)
         if k is not self._stored:
             with torch.no_grad():
-                held = _held(self.pattern, self.num_heads, self.kv_heads, stop, 0, start, start + k.shape[1])
+                held = _held(self.layout, stop, 0, start, start + k.shape[1])
                 self._store((k, v), held, list(others))
         self.position, self._stored = stop, None
 
@@ -165,7 +164,7 @@ class KVCache:
                     places[segment // w % len(places)] = self._new_rows(most, span.level)
                 for keys in others:
                     if keys.level == span.level and segment <= keys.start < span.stop:
-                        taken = span_views(self.pattern, keys.span, self.num_heads, 0, self.kv_heads)
+                        taken = self.layout.views(keys.span, 0)
                         given += [((keys.k, keys.v), each.packed, each.segment) for each in taken]
             for tensors, there, here in given:
                 rows, batch = self._rows(span, number), tensors[0].shape[0]
@@ -192,7 +191,7 @@ class KVCache:
     def state(self) -> Iterator[tuple[str, Tensor]]:
         """Yield all that `restore` needs, by name: tensors that are valid until the next `append`."""
         for number, span in enumerate(open_spans(self.pattern, self.position)):
-            counts = span_rows(self.pattern, span, self.num_heads, self.kv_heads)
+            counts = self.layout.counts(span)
             rows = torch.stack(_halves(self._rows(span), max(counts)))
             for lane, count in enumerate(counts):
                 rows[:, :, count:, lane] = 0  # no key, but whatever was in memory
@@ -216,10 +215,10 @@ class KVCache:
     def _check(self, position: int, saved: Mapping[str, Tensor]) -> None:
         shapes: dict[str, Shape] = {}
         for number, span in enumerate(open_spans(self.pattern, position)):
-            counts = span_rows(self.pattern, span, self.num_heads, self.kv_heads)
+            counts = self.layout.counts(span)
             shapes[f"rows.{number}"] = (2, self.batch, max(counts), len(counts), self.head_dim)
         if self.past:
-            shapes |= self.past.shapes(position, saved, (self.batch, self.num_heads, self.kv_heads, self.head_dim))
+            shapes |= self.past.shapes(position, saved, (self.batch, *self.layout[1:], self.head_dim))
         types = {"fine": accumulator(self.dtype), "counts": torch.int32, "held": torch.int32, "held_at": torch.int64}
         types |= {"scanned": torch.int32, "scanned_at": torch.int64}
         if other := saved.keys() ^ shapes.keys():
@@ -233,7 +232,7 @@ class KVCache:
 
     def _new_rows(self, number: int, level: int) -> Tensor:
         """Allocate memory for `number` rows, (2 B, rows, lanes, D), where the rows of a lane are neighbours."""
-        (batch, head_dim), held = self._sizes, len(lanes(self.pattern, level, self.num_heads, self.kv_heads).offsets)
+        (batch, head_dim), held = self._sizes, len(self.layout.lanes(level).offsets)
         return self._allocate((2 * batch, held, number, head_dim)).transpose(1, 2)
 
     def _rows(self, span: FarSpan, number: int = 0) -> Tensor:
@@ -263,16 +262,14 @@ class _Held(NamedTuple):
 
 
 @lru_cache(maxsize=16)  # all layers of a step ask for the same
-def _held(
-    pattern: Pattern, num_heads: int, kv_heads: int, position: int, own: int, start: int, stop: int
-) -> tuple[_Held, ...]:
+def _held(layout: Layout, position: int, own: int, start: int, stop: int) -> tuple[_Held, ...]:
     """Return all spans of `open_spans(pattern, position, own)`, for the shard [start, stop)."""
-    held = []
+    pattern, held = layout.pattern, list[_Held]()
     for span in open_spans(pattern, position, own):
         of_shard = common_span(pattern, span.level, segment_start(pattern, span), start, stop)
-        views = tuple(span_views(pattern, of_shard, num_heads, start, kv_heads))
+        views = tuple(layout.views(of_shard, start))
         unseen = own and span.level == SINKS and not sink_segments(pattern, start, stop)
-        held.append(_Held(span, 0 if unseen else max(span_rows(pattern, span, num_heads, kv_heads)), views))
+        held.append(_Held(span, 0 if unseen else max(layout.counts(span)), views))
     return tuple(held)
 
 
@@ -288,16 +285,17 @@ def _selected(rows: Tensor, index: Tensor) -> Tensor:
     return rows.transpose(1, 2).index_select(0, both).transpose(1, 2)
 
 
-def cached_rows(pattern: Pattern, num_heads: int, kv_heads: int = 0, tokens: int = sys.maxsize) -> int:
+def cached_rows(layout: Layout, tokens: int = sys.maxsize) -> int:
     """Return the rows of keys that a cache has allocated after `tokens`, by default the most that it ever allocates.
 
     That is `pattern.cache_rows` for each head, if no lane is shared.
     """
-    rows = pattern.sinks * (kv_heads or num_heads)
+    pattern = layout.pattern
+    rows = pattern.sinks * layout.kv_heads
     for level, ((w, r), back) in enumerate(zip(pattern.levels, pattern.look_backs, strict=True)):
         whole = -(-w // r)
         have = min(whole, FIRST_ROWS)
         while have < segment_rows(pattern, level, tokens):
             have = min(whole, 2 * have)
-        rows += (1 + back) * have * len(lanes(pattern, level, num_heads, kv_heads).offsets)
+        rows += (1 + back) * have * len(layout.lanes(level).offsets)
     return rows

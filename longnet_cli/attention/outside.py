@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .past import Past
 from .pattern import Pattern
-from .spans import FarSpan, lanes, span_positions
+from .spans import FarSpan, Layout
 
 
 @dataclass(eq=False)  # a frozen one takes longer to make, and every layer makes some per token
@@ -19,8 +19,8 @@ class FarKeys:
     """Keys and values from outside the shard: one level's rows at positions [start, stop) of one segment.
 
     k, v: (batch, rows, lanes, head_dim). Row j of a lane is its j-th row in [start, stop). Lanes are heads, except that
-    query heads which read the same rows of one key head share a lane (`spans.lanes`). Two lanes differ by at most one
-    row (`span_positions`); a row that a lane lacks is never read. The caller may take k and v from a cache, another
+    query heads which read the same rows of one key head share a lane (`spans.Layout`). Two lanes differ by at most one
+    row; a row that a lane lacks is never read. The caller may take k and v from a cache, another
     rank or a file; gradients flow into them.
 
     For level `SINKS`, positions are among the first `pattern.sinks`, and k is rotated for them like any other key.
@@ -66,11 +66,11 @@ def far_keys(
     """
     if not start <= span.start < span.stop <= start + k.shape[1]:
         raise ValueError(f"the shard [{start}, {start + k.shape[1]}) does not hold [{span.start}, {span.stop})")
-    sizes = num_heads or k.shape[2], k.shape[2]
-    positions = span_positions(pattern, span, *sizes)
+    layout = Layout(pattern, num_heads or k.shape[2], k.shape[2])
+    positions = layout.positions(span)
     rows = max(len(p) for p in positions)
     # a lane with one row fewer repeats a token of the shard there, which is never read
     index = torch.tensor([[*p, *[start] * (rows - len(p))] for p in positions], dtype=torch.int64).T - start
-    heads = torch.tensor(lanes(pattern, span.level, *sizes).kv_heads, device=k.device)
+    heads = torch.tensor(layout.lanes(span.level).kv_heads, device=k.device)
     index = index.to(k.device)
     return FarKeys(*span, k[:, index, heads], v[:, index, heads])  # (B, rows, lanes, D)

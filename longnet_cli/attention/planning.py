@@ -27,7 +27,7 @@ from .packing import Block, Pack, packed
 from .pattern import Padding, Pattern
 from .plain_call import Kernel
 from .sinks import SinkRows
-from .spans import SINKS, FarSpan, Rows, span_rows
+from .spans import SINKS, FarSpan, Layout, Rows
 from .views import FarTensors, Layouts, accumulator, kernel_calls, unit_stride, view
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -154,7 +154,7 @@ def _plan(
     _check_shard(shard, pattern, q.shape[1], spans)
     for i, span in enumerate(spans):
         _check_far(span, of_far[2 * i : 2 * i + 2], q, k, pattern)
-    (batch, tokens, heads, _), kv_heads = q.shape, k.shape[2]
+    (batch, tokens, heads, _), layout = q.shape, Layout(pattern, q.shape[2], k.shape[2])
     blocks, sinks, chosen = [], dict(turned), []
     for rows, columns in shard.places(batch, tokens):
         # only the first document may have started before the shard
@@ -162,22 +162,22 @@ def _plan(
         length, row = columns.stop - columns.start, sinks.get(columns.start)
         calls = None
         if kernel.takes_counts and shard.padding == "exact" and start == 0 and not outside and row is None:
-            calls = united(pattern, heads, length, shard.causal, kv_heads)
+            calls = united(layout, length, shard.causal)
         if calls is None:
             seen = None if row is None else Turned(far=len(spans), row=row)
-            options = shard.causal, shard.padding, outside, shard.total or 0, kv_heads, seen
-            calls = branches(pattern, heads, start, length, *options)
+            options = shard.causal, shard.padding, outside, shard.total or 0, seen
+            calls = branches(layout, start, length, *options)
         blocks.append((rows, columns, calls))
         if pattern.chosen:
             groups = groups_of(pattern, start, start + length)
             chosen += [GroupedPart(rows, columns, start, each) for each in groups]
-    views, packs = packed(blocks, tokens, heads, kv_heads) if kernel.packs else (blocks, [])
+    views, packs = packed(blocks, tokens, heads, layout.kv_heads) if kernel.packs else (blocks, [])
     full = sum((rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns, _ in blocks)
     covered = not packs and full == batch * tokens and all(calls and calls[0].covers for *_, calls in blocks)
     even = all(branch.queries == branch.keys for *_, calls in blocks for branch in calls if branch.covers)
     first = blocks[0][2][0] if covered and len(blocks) == tokens == 1 else None
     whole = first and first.queries.heads * first.queries.rows == heads and not first.zero_keys
-    squares = covered and even and heads == kv_heads
+    squares = covered and even and heads == layout.kv_heads
     return AttentionPlan(kernel, views, packs, covered, squares, chosen, first if whole else None)
 
 
@@ -217,7 +217,7 @@ def _check_far(span: FarSpan, of_span: Sequence[_Facts], q: _Facts, k: _Facts, p
     level, start, stop = span
     if level != SINKS and not 0 <= level < len(pattern.levels):
         raise ValueError(f"far keys name level {level} of {len(pattern.levels)}")
-    rows = span_rows(pattern, span, q.shape[2], k.shape[2])
+    rows = Layout(pattern, q.shape[2], k.shape[2]).counts(span)
     needed = (len(rows), q.shape[3])
     for shape, dtype, device in of_span:
         fits = len(shape) == 4 and (shape[0], *shape[2:]) == (q.shape[0], *needed) and shape[1] >= max(rows)
@@ -396,10 +396,10 @@ def _counts(branch: Branch, q: Tensor) -> tuple[Tensor, ...]:
 @lru_cache(maxsize=4)
 def log_counts(union: Union, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return (H, tokens, tokens): the log of how often a key counts, once for each level that shows it; or -inf."""
-    pattern, heads, kv_heads, causal, tokens = union
+    layout, causal, tokens = union
     with torch.inference_mode(False):  # the cached table outlives the caller's inference mode
-        counts = torch.zeros(heads, tokens, tokens, dtype=dtype, device=device)
-        for branch in branches(pattern, heads, 0, tokens, causal, "exact", (), 0, kv_heads):
+        counts = torch.zeros(layout.num_heads, tokens, tokens, dtype=dtype, device=device)
+        for branch in branches(layout, 0, tokens, causal, "exact", ()):
             seen = counts.new_ones(branch.queries.rows, branch.keys.rows)
             seen = seen.tril_() if branch.causal else seen
             for segment in range(branch.queries.segments):

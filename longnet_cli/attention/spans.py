@@ -151,16 +151,6 @@ class Lanes(NamedTuple):
     of_head: tuple[int, ...]
 
 
-@lru_cache(maxsize=1 << 10)  # decoding asks several times per layer and token
-def lanes(pattern: Pattern, level: int, num_heads: int, kv_heads: int = 0) -> Lanes:
-    """Return the lanes of a level for `num_heads` query heads on `kv_heads` key heads (0: as many)."""
-    group = num_heads // (kv_heads or num_heads)
-    offsets = (0,) * num_heads if level == SINKS else pattern.offsets(level, num_heads)
-    places: dict[tuple[int, int], int] = {}
-    of_head = [places.setdefault((h // group, offset), len(places)) for h, offset in enumerate(offsets)]
-    return Lanes(tuple(head for head, _ in places), tuple(offset for _, offset in places), tuple(of_head))
-
-
 def level_of(pattern: Pattern, level: int) -> tuple[int, int]:
     """(segment length, dilation rate) of a span's level; sinks lie in one segment, at rate 1."""
     if level == SINKS:
@@ -242,29 +232,6 @@ def segment_start(pattern: Pattern, span: FarSpan) -> int:
     return span.start // w * w
 
 
-def lane_rows(pattern: Pattern, level: int, inside: int, num_heads: int, kv_heads: int = 0) -> list[int]:
-    """Return how many rows each lane of a level has in the first `inside` positions of a segment."""
-    _, r = level_of(pattern, level)
-    return [rows_before(inside, o, r) for o in lanes(pattern, level, num_heads, kv_heads).offsets]
-
-
-def lanes_of_span(pattern: Pattern, span: FarSpan, num_heads: int, kv_heads: int = 0, origin: int = 0) -> HeadRows:
-    """Return the rows of `span` in each lane. Tokens count from position `origin`."""
-    (w, r), (heads, offsets, _) = level_of(pattern, span.level), lanes(pattern, span.level, num_heads, kv_heads)
-    return HeadRows.at(span.start, span.stop, heads, offsets, w, r, origin)
-
-
-def span_rows(pattern: Pattern, span: FarSpan, num_heads: int, kv_heads: int = 0) -> Sequence[int]:
-    """Return how many rows of `span` each lane has; lanes differ by at most one."""
-    return lanes_of_span(pattern, span, num_heads, kv_heads).counts
-
-
-def span_positions(pattern: Pattern, span: FarSpan, num_heads: int, kv_heads: int = 0) -> list[range]:
-    """Return the positions of the rows of `span`, for each lane."""
-    _, starts, counts, _, r = lanes_of_span(pattern, span, num_heads, kv_heads)
-    return [range(start, start + count * r, r) for start, count in zip(starts, counts, strict=True)]
-
-
 class SpanViews(NamedTuple):
     """The rows of a span for some lanes, as three views: of a shard, of packed far keys, of a segment's packed rows.
 
@@ -277,21 +244,60 @@ class SpanViews(NamedTuple):
     segment: Rows
 
 
-def span_views(pattern: Pattern, span: FarSpan, num_heads: int, start: int, kv_heads: int = 0) -> Iterator[SpanViews]:
-    """Yield views of the rows of `span` for a shard that starts at `start` and holds them; none for an empty span."""
-    if span.start >= span.stop:
-        return
-    rows = lanes_of_span(pattern, span, num_heads, kv_heads, start)
-    before = lane_rows(pattern, span.level, span.start - segment_start(pattern, span), num_heads, kv_heads)
-    # a view of a segment starts at the same row for all of its lanes: they need equally many rows before it
-    equal = [pair if pair[0] else None for pair in zip(rows.counts, before, strict=True)]
-    even = list(zip(rows.first_tokens, rows.heads, strict=True))
-    number, r, group = len(rows.heads), rows.row_step, num_heads // (kv_heads or num_heads)
-    steps = (1, r, -(-number // r), number // len({*rows.heads}), lcm(r, group))
-    packed_rows = rows._replace(heads=range(number), first_tokens=[0] * number, row_step=1)
-    for run in progressions(equal, even, steps):
-        packed = packed_rows.view(run)
-        yield SpanViews(rows.view(run), packed, packed._replace(first_token=before[run.first]))
+class Layout(NamedTuple):
+    """A pattern over `num_heads` query heads on `kv_heads` key heads, a divisor of these: the lanes, and their rows."""
+
+    pattern: Pattern
+    num_heads: int
+    kv_heads: int
+
+    def lanes(self, level: int) -> Lanes:
+        """Return the lanes of a level."""
+        return _lanes(self, level)
+
+    def rows_before(self, level: int, inside: int) -> list[int]:
+        """Return how many rows each lane of a level has in the first `inside` positions of a segment."""
+        _, r = level_of(self.pattern, level)
+        return [rows_before(inside, o, r) for o in self.lanes(level).offsets]
+
+    def of_span(self, span: FarSpan, origin: int = 0) -> HeadRows:
+        """Return the rows of `span` in each lane. Tokens count from position `origin`."""
+        (w, r), (heads, offsets, _) = level_of(self.pattern, span.level), self.lanes(span.level)
+        return HeadRows.at(span.start, span.stop, heads, offsets, w, r, origin)
+
+    def counts(self, span: FarSpan) -> Sequence[int]:
+        """Return how many rows of `span` each lane has; lanes differ by at most one."""
+        return self.of_span(span).counts
+
+    def positions(self, span: FarSpan) -> list[range]:
+        """Return the positions of the rows of `span`, for each lane."""
+        _, starts, counts, _, r = self.of_span(span)
+        return [range(start, start + count * r, r) for start, count in zip(starts, counts, strict=True)]
+
+    def views(self, span: FarSpan, start: int) -> Iterator[SpanViews]:
+        """Yield views of the rows of `span` for a shard that starts at `start` and holds them; none if it is empty."""
+        if span.start >= span.stop:
+            return
+        rows = self.of_span(span, start)
+        before = self.rows_before(span.level, span.start - segment_start(self.pattern, span))
+        # a view of a segment starts at the same row for all of its lanes: they need equally many rows before it
+        equal = [pair if pair[0] else None for pair in zip(rows.counts, before, strict=True)]
+        even = list(zip(rows.first_tokens, rows.heads, strict=True))
+        number, r, group = len(rows.heads), rows.row_step, self.num_heads // self.kv_heads
+        steps = (1, r, -(-number // r), number // len({*rows.heads}), lcm(r, group))
+        packed_rows = rows._replace(heads=range(number), first_tokens=[0] * number, row_step=1)
+        for run in progressions(equal, even, steps):
+            packed = packed_rows.view(run)
+            yield SpanViews(rows.view(run), packed, packed._replace(first_token=before[run.first]))
+
+
+@lru_cache(maxsize=1 << 10)  # decoding asks several times per layer and token
+def _lanes(layout: Layout, level: int) -> Lanes:
+    group = layout.num_heads // layout.kv_heads
+    offsets = (0,) * layout.num_heads if level == SINKS else layout.pattern.offsets(level, layout.num_heads)
+    places: dict[tuple[int, int], int] = {}
+    of_head = [places.setdefault((h // group, offset), len(places)) for h, offset in enumerate(offsets)]
+    return Lanes(tuple(head for head, _ in places), tuple(offset for _, offset in places), tuple(of_head))
 
 
 def common_span(pattern: Pattern, level: int, segment: int, start: int, stop: int) -> FarSpan:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from longnet_cli.attention import FarKeys, FarSpan, Outside, Past
 from longnet_cli.attention.choosing import Names
-from longnet_cli.attention.spans import common_span, lane_rows, open_spans, segment_rows, span_views
+from longnet_cli.attention.spans import Layout, common_span, open_spans, segment_rows
 from longnet_cli.attention.views import accumulator, strided_view
 from longnet_cli.nets.config import NetConfig
 from longnet_cli.nets.net import Net
@@ -170,7 +170,8 @@ class FarGradients:
     """
 
     def __init__(self, config: NetConfig, tokens: int, ranks: Ranks, allocate: Callable[..., Tensor]) -> None:
-        self.pattern, self.num_heads, self.tokens = config.pattern, config.num_heads, tokens
+        self.pattern, self.tokens = config.pattern, tokens
+        self.layout = Layout(config.pattern, config.num_heads, config.kv_heads)
         self.ranks, self.allocate = ranks, allocate
         self.sums: dict[Key, Tensor] = {}
         self.of_pasts: dict[int, Tensor] = {}  # by layer: (k and v, B, tokens, K, D)
@@ -230,7 +231,7 @@ class FarGradients:
             if total is None:
                 total = torch.zeros(2, *k.shape, dtype=rows.dtype, device=k.device)
             mine = common_span(self.pattern, span.level, span.start, begin, begin + k.shape[1])
-            for views in span_views(self.pattern, mine, self.num_heads, begin, k.shape[2]):
+            for views in self.layout.views(mine, begin):
                 for into, out in zip(total, rows, strict=True):
                     strided_view(into, views.shard).add_(strided_view(out, views.segment).to(k.device))
             if self.ranks.sp_rank:
@@ -243,7 +244,7 @@ class FarGradients:
         if self.ranks.sp == 1:
             return slice(None)
         edges = max(start - span.start, 0), span.stop - span.start
-        begins, ends = (lane_rows(self.pattern, span.level, edge, self.num_heads, k.shape[2]) for edge in edges)
+        begins, ends = (self.layout.rows_before(span.level, edge) for edge in edges)
         places = slice(min(begins), max(ends))
         of_chunk = rows[:, :, places].to(k.device).contiguous()
         dist.all_reduce(of_chunk, group=self.ranks.group)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from longnet_cli.attention import SINKS, FarKeys, FarSpan, Outside
-from longnet_cli.attention.spans import common_span, far_spans, lane_rows, segment_start, span_rows, span_views
+from longnet_cli.attention.spans import Layout, common_span, far_spans, segment_start
 from longnet_cli.attention.views import strided_view
 from longnet_cli.basics.errors import MemoryLimitError
 from longnet_cli.nets.longnet import Block, LongNet, Placement
@@ -96,6 +96,7 @@ class _Layers:
     def __init__(self, model: LongNet, tokens: int, chunk: int, dtype: str, ranks: Ranks) -> None:
         self.model, self.pattern, self.tokens, self.dtype = model, model.config.pattern, tokens, dtype
         self.device, self.ranks = next(model.parameters()).device, ranks
+        self.layout = Layout(self.pattern, model.config.num_heads, model.config.num_heads)
         self.chunks = [(start, min(start + chunk, tokens)) for start in range(0, tokens, chunk)]
         self.mine: list[tuple[int, int, slice, int]] = []  # start, stop, place in `hidden`, tokens of the turn
         held = 0
@@ -111,7 +112,7 @@ class _Layers:
             key = (span.level, segment_start(self.pattern, span))
             if key not in self.places:
                 whole = common_span(self.pattern, *key, key[1], tokens)
-                count = max(span_rows(self.pattern, whole, model.config.num_heads))
+                count = max(self.layout.counts(whole))
                 self.places[key] = slice(self.rows, self.rows + count)
                 self.rows += count
 
@@ -189,23 +190,23 @@ class _Layers:
 
     def _collect(self, collected: Tensor, start: int, k: Tensor, v: Tensor) -> None:
         """Copy the chunk's rows to all `places` that hold some of them."""
-        tokens, heads = k.shape[1:3]
+        tokens = k.shape[1]
         levels = [(level, w) for level, (w, _) in enumerate(self.pattern.levels)]
         for level, w in [*levels, (SINKS, self.tokens)]:  # all sinks lie in one segment, the sequence
             for segment in range(start // w * w, start + tokens, w):
                 if place := self.places.get((level, segment)):
                     span = common_span(self.pattern, level, segment, start, start + tokens)
-                    for views in span_views(self.pattern, span, heads, start):
+                    for views in self.layout.views(span, start):
                         for rows, x in zip(collected[:, :, place], (k, v), strict=True):
                             strided_view(rows, views.segment).copy_(strided_view(x, views.shard))
 
     def _far(self, collected: Tensor, start: int, stop: int) -> Outside:
         """Return the collected rows that the chunk sees."""
-        far_keys, heads = [], self.model.config.num_heads
+        far_keys = []
         for span in self._spans(start, stop):
-            if count := max(span_rows(self.pattern, span, heads)):
+            if count := max(self.layout.counts(span)):
                 segment = segment_start(self.pattern, span)
-                first_rows = lane_rows(self.pattern, span.level, span.start - segment, heads)
+                first_rows = self.layout.rows_before(span.level, span.start - segment)
                 rows = _from_row(collected[:, :, self.places[span.level, segment]], first_rows, count)
                 far_keys.append(FarKeys(*span, *rows.to(self.device)))
         return Outside(far_keys)

@@ -12,7 +12,7 @@ from strategies import Choice, Problem, choices, problems
 
 from longnet_cli.attention.branches import branches
 from longnet_cli.attention.pattern import Pattern
-from longnet_cli.attention.spans import SINKS, FarSpan, Rows, far_spans, rows_before, span_positions
+from longnet_cli.attention.spans import SINKS, FarSpan, Layout, Rows, far_spans, rows_before
 
 
 def tokens_of(rows: Rows) -> dict[tuple[int, int], list[int]]:
@@ -31,7 +31,7 @@ def test_near_views_are_the_definition(problem: Problem) -> None:
     """Head h of level (w, r) keeps position p iff (p mod w) mod r is its offset, each segment on its own."""
     pattern, start, heads = problem.pattern, problem.start, problem.heads
     found: Counter[tuple[int, tuple[int, ...]]] = Counter()
-    for branch in branches(pattern, heads, start, problem.tokens, problem.causal, "exact", ()):
+    for branch in branches(Layout(pattern, heads, heads), start, problem.tokens, problem.causal, "exact", ()):
         assert branch.queries == branch.keys
         for (head, _), tokens in tokens_of(branch.queries).items():
             found[head, tuple(start + t for t in tokens)] += 1
@@ -52,7 +52,7 @@ def test_span_positions_are_the_definition(problem: Problem) -> None:
         span = FarSpan(level, problem.start, min(problem.start + problem.tokens, (problem.start // w + 1) * w))
         for offset, positions in zip(
             problem.pattern.offsets(level, problem.heads),
-            span_positions(problem.pattern, span, problem.heads),
+            Layout(problem.pattern, problem.heads, problem.heads).positions(span),
             strict=True,
         ):
             assert list(positions) == [p for p in range(span.start, span.stop) if p % w % r == offset]
@@ -115,7 +115,7 @@ def test_offsets() -> None:
 def test_few_calls(head_offsets: str) -> None:
     """12 heads, whole segments: the paper's pattern takes 12 calls, not the 25 of a call an offset."""
     paper = Pattern(Pattern.paper().segment_lengths, Pattern.paper().dilation_rates, head_offsets)
-    assert len(branches(paper, 12, 0, 65_536, True, "exact", ())) == 12
+    assert len(branches(Layout(paper, 12, 12), 0, 65_536, True, "exact", ())) == 12
 
 
 def test_rows_before() -> None:

@@ -21,7 +21,7 @@ from longnet_cli.attention.cache import cached_rows
 from longnet_cli.attention.merging import apart
 from longnet_cli.attention.notation import parse_pattern
 from longnet_cli.attention.reference import dilated_attention_reference, key_counts
-from longnet_cli.attention.spans import far_spans, lanes
+from longnet_cli.attention.spans import Layout, far_spans
 from longnet_cli.attention.views import strided_view
 
 
@@ -38,10 +38,9 @@ def test_every_choice_equals_the_reference(choice: Choice, dtype: torch.dtype, t
 def test_gradients_are_added_to_views_without_overlap(choice: Choice) -> None:
     """Where two numbers of a view are one place, a sum of several threads is wrong, now and then."""
     places = torch.arange(choice.tokens * choice.kv_heads).view(1, choice.tokens, choice.kv_heads, 1)
-    start, kv_heads = choice.start, choice.kv_heads
+    start, layout = choice.start, Layout(choice.pattern, choice.heads, choice.kv_heads)
     spans = (FarSpan(SINKS, 0, min(start, choice.pattern.sinks)),)
-    options = (choice.heads, start, choice.tokens, choice.causal, "exact", spans, 0, kv_heads)
-    for branch in branches(choice.pattern, *options):
+    for branch in branches(layout, start, choice.tokens, choice.causal, "exact", spans):
         view = strided_view(places, branch.keys)[0]
         for into, part in apart(view, torch.zeros(view.shape), branch.keys):
             assert into.shape == part.shape
@@ -112,7 +111,7 @@ def test_any_shards_with_their_cache_equal_the_whole(choice: Choice, sizes: list
         parts.append(dilated_attention(*part, pattern, start=cache.position, far=far, **turning(choice)))
         cache.append(*part[1:])
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-12, atol=1e-12)
-    rows = cached_rows(pattern, choice.heads, choice.kv_heads)
+    rows = cached_rows(Layout(pattern, choice.heads, choice.kv_heads))
     most = 2 * choice.batch * choice.head_dim * q.itemsize * rows
     assert cache.nbytes <= most if keep else cache.nbytes == size == most
     if keep:  # the far keys given out on the way are still what they were
@@ -137,7 +136,7 @@ def test_a_grouped_model_holds_and_sends_what_its_heads_share_once(head_offsets:
     caches = {kv: KVCache(pattern, 1, 12, 8, kv_heads=kv) for kv in (12, 3)}
     for cache in caches.values():
         for _ in range(3):
-            k = torch.randn(1, 200, cache.kv_heads, 8)
+            k = torch.randn(1, 200, cache.layout.kv_heads, 8)
             cache.append(k, k)
 
     def numbers(kv: int, level: int) -> int:
@@ -148,7 +147,7 @@ def test_a_grouped_model_holds_and_sends_what_its_heads_share_once(head_offsets:
     shared = {"modulo": 12, "grouped": 6}[
         head_offsets
     ]  # key head 1 has query heads 4 to 7, of offsets 0 to 3, or 1 and 2
-    assert len(lanes(pattern, 1, 12, 3).offsets) == shared
+    assert len(Layout(pattern, 12, 3).lanes(1).offsets) == shared
     assert numbers(3, 1) == numbers(12, 1) * shared // 12
     sizes = {kv: 128 * kv + 128 * (12 if kv == 12 else shared) + 4 * kv for kv in (12, 3)}
     assert {kv: cache.nbytes for kv, cache in caches.items()} == {kv: 2 * 8 * 4 * rows for kv, rows in sizes.items()}

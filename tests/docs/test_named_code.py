@@ -73,4 +73,4 @@ def test_named_code_exists() -> None:
 
 def test_a_name_that_is_gone_is_seen() -> None:
     assert all(map(is_dead, ("pattern.lanes", "measures.Bigrams", "attention/no_module.py")))
-    assert not any(map(is_dead, ("spans.lanes", "Pattern.window", "attention/spans.py", "config.json", "torch.save")))
+    assert not any(map(is_dead, ("spans.Layout", "Pattern.window", "attention/spans.py", "config.json", "torch.save")))

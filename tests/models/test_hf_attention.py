@@ -48,6 +48,7 @@ from hf_models import (
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.cache import cached_rows
 from longnet_cli.attention.reference import dilated_attention_reference
+from longnet_cli.attention.spans import Layout
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.models.hf.attention import dilated_attention_forward, pattern_of, use_dilated_attention
 from longnet_cli.models.hf.longnet_cache import LongNetCache
@@ -207,9 +208,9 @@ def test_a_bounded_cache_is_bounded_and_follows_beams() -> None:
     found = net.generate(ids(30), past_key_values=cache, num_return_sequences=2, **options)
     assert torch.equal(found, net.generate(ids(30), num_return_sequences=2, **options))
     layers = net.config.num_hidden_layers
-    assert cache.nbytes == 6 * layers * 4 * 2 * 8 * cached_rows(FAR, 12, 4)
+    assert cache.nbytes == 6 * layers * 4 * 2 * 8 * cached_rows(Layout(FAR, 12, 4))
     cache.batch_select_indices(torch.tensor([4, 0]))
-    assert cache.nbytes == 2 * layers * 4 * 2 * 8 * cached_rows(FAR, 12, 4)
+    assert cache.nbytes == 2 * layers * 4 * 2 * 8 * cached_rows(Layout(FAR, 12, 4))
 
 
 def test_padding_on_both_sides_is_as_alone() -> None:

@@ -45,6 +45,7 @@ from processes import invoke, refused, total
 
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.cache import cached_rows
+from longnet_cli.attention.spans import Layout
 from longnet_cli.basics.errors import CheckpointError, ConfigError
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.integrations.transformers import use_dilated_attention
@@ -116,7 +117,7 @@ def test_a_stream_is_the_whole(model: Callable[[], hf.PreTrainedModel], pattern:
     stream = open_stream(net)
     assert isinstance(stream, CausalStream)
     assert_stream_is_whole(stream, net)
-    rows = cached_rows(pattern, c.num_heads, c.kv_heads)
+    rows = cached_rows(Layout(pattern, c.num_heads, c.kv_heads))
     if pattern not in (Pattern.dense(), FOLLOWED):  # which remember all
         assert stream.cache_bytes == 4 * 2 * 2 * c.num_layers * c.head_dim * rows
 
@@ -266,7 +267,7 @@ def test_bench_compares_dense_and_dilated(folder: Path, tmp_path: Path) -> None:
     streamed = invoke(*arguments, "--seq", "128", *OPTIONS, "--chunk", "50", "--impl", "dilated")
     row = json.loads(streamed.stdout)
     assert (row["status"], row["chunk"]) == ("ok", 50)
-    assert row["cache_bytes"] == 4 * 2 * SMALL["num_hidden_layers"] * 8 * cached_rows(LEVELS, 6, 2)
+    assert row["cache_bytes"] == 4 * 2 * SMALL["num_hidden_layers"] * 8 * cached_rows(Layout(LEVELS, 6, 2))
     cached = TransformersNet(use_dilated_attention(mixed(), LEVELS))
     cached.model.save_pretrained(tmp_path / "mixed")
     arguments[4] = tmp_path / "mixed"

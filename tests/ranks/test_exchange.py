@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from longnet_cli.attention import Pattern, dilated_attention
 from longnet_cli.attention.notation import parse_pattern
 from longnet_cli.attention.reference import key_counts
-from longnet_cli.attention.spans import lanes, span_positions
+from longnet_cli.attention.spans import Layout
 from longnet_cli.basics.errors import LongNetError
 from longnet_cli.jobs.estimating.memory import far_bytes
 from longnet_cli.jobs.training.objective import backward, stored_tokens
@@ -368,7 +368,7 @@ def test_ranks_receive_what_their_queries_see(pattern: str, causal: bool) -> Non
     config = LongNetConfig(
         vocab_size=1, dim=8, num_layers=1, num_heads=heads, ffn_dim=1, position="none", causal=causal, pattern=levels
     )
-    counts = key_counts(levels, heads, tokens, causal, 0, "exact")[0]
+    counts, layout = key_counts(levels, heads, tokens, causal, 0, "exact")[0], Layout(levels, heads, heads)
     plans = [Exchange(config, edges, rank=rank) for rank in range(11)]
     for plan in plans:
         a, b = edges[plan.rank], edges[plan.rank + 1]
@@ -376,8 +376,8 @@ def test_ranks_receive_what_their_queries_see(pattern: str, causal: bool) -> Non
         seen[:, a:b] = False
         got = seen.new_zeros(seen.shape)
         for parcel in (parcel for parcels in plan.received for parcel in parcels):
-            of_lanes = lanes(levels, parcel.span.level, heads).kv_heads
-            for head, places in zip(of_lanes, span_positions(levels, parcel.span, heads), strict=True):
+            of_lanes = layout.lanes(parcel.span.level).kv_heads
+            for head, places in zip(of_lanes, layout.positions(parcel.span), strict=True):
                 got[head, list(places)] = True
         assert not (seen & ~got).any(), f"rank {plan.rank} lacks rows"
         assert plan.received == [maker.sent[plan.rank] for maker in plans]

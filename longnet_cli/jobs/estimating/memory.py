@@ -18,7 +18,7 @@ from longnet_cli.attention.branches import branches
 from longnet_cli.attention.cache import cached_rows
 from longnet_cli.attention.groups import chosen_flops, past_bytes, transient_bytes
 from longnet_cli.attention.kernels import select_kernel
-from longnet_cli.attention.spans import SINKS, lanes, segment_rows
+from longnet_cli.attention.spans import SINKS, Layout, segment_rows
 from longnet_cli.nets.config import LongNetConfig, NetConfig, TransformersConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import LOGITS_LIMIT, Net
@@ -53,7 +53,7 @@ def cache_bytes(config: NetConfig, tokens: int, itemsize: int) -> CacheBytes:
     number = 2 * config.head_dim * itemsize
     if isinstance(config, TransformersConfig) and config.memory != "segments":
         return CacheBytes((config.num_layers + 1) * config.kv_heads * tokens * number)  # one layer is being copied
-    rows = config.num_layers * number * cached_rows(config.pattern, config.num_heads, config.kv_heads, tokens)
+    rows = config.num_layers * number * cached_rows(Layout(config.pattern, config.num_heads, config.kv_heads), tokens)
     blocks = choosing = 0
     for kind, layers in config.pattern.kinds(config.num_layers).items():
         of_layer = past_bytes(config.pattern, config.kv_heads, config.head_dim, tokens, itemsize, kind)
@@ -105,7 +105,7 @@ def attention_memory(
     (batch, tokens, heads, head_dim), largest = shape, 0
     kernel = select_kernel(device, dtype, head_dim)
     scores = kernel.name == "math"  # two matrices of scores; flash kernels need only (rows, head_dim) tensors
-    for queries, keys, *_ in branches(pattern, heads, 0, tokens, causal, "exact", ()):
+    for queries, keys, *_ in branches(Layout(pattern, heads, heads), 0, tokens, causal, "exact", ()):
         calls = min(kernel.max_batch(queries.heads, queries.rows, head_dim), batch * queries.segments)
         width = max(keys.rows, head_dim) if scores else head_dim
         largest = max(largest, calls * queries.heads * queries.rows * width)
@@ -226,10 +226,11 @@ class FarBytes(NamedTuple):
 def far_bytes(config: NetConfig, seq_len: int, chunk: int, itemsize: int) -> FarBytes:
     """Return the bytes for one sequence of `seq_len` tokens, with `itemsize` bytes per number of a key."""
     pattern, size, cut = config.pattern, config.pattern.chosen_block, seq_len > chunk
+    layout = Layout(pattern, config.num_heads, config.kv_heads)
     stored = passing = gradients = 0
     backs = dict(enumerate(pattern.look_backs)) if cut else {}
     for level in (SINKS, *backs) if pattern.sinks and cut else backs:
-        held = len(lanes(pattern, level, config.num_heads, config.kv_heads).offsets)
+        held = len(layout.lanes(level).offsets)
         numbers = 2 * segment_rows(pattern, level, seq_len) * held * config.head_dim
         seen = at_once = 1
         if level != SINKS:

@@ -47,7 +47,7 @@ from longnet_cli.attention import FarKeys, LayerChoices, Outside, Pattern, dilat
 from longnet_cli.attention.choosing import Choices
 from longnet_cli.attention.notation import from_fields
 from longnet_cli.attention.sinks import Turn
-from longnet_cli.attention.spans import far_spans, lanes, level_of, span_positions
+from longnet_cli.attention.spans import Layout, far_spans, level_of
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.models.hf.auto_longnet import LongNetPreTrainedModel  # registers its classes
 from longnet_cli.models.hf.longnet_cache import CACHE, AlignedRows, LongNetCache, by_rows, columns_of
@@ -405,17 +405,18 @@ def _cached(k: Tensor, v: Tensor, pattern: Pattern, num_heads: int, start: int) 
     """
     far_keys = []
     batch, stop, key_heads, head_dim = k.shape
+    layout = Layout(pattern, num_heads, key_heads)
     for span in far_spans(pattern, start, stop, True):
         w, r = level_of(pattern, span.level)
         if r == 1:
             far_keys.append(FarKeys(*span, k[:, span.start : span.stop], v[:, span.start : span.stop]))
             continue
-        positions = span_positions(pattern, span, num_heads, key_heads)
+        positions = layout.positions(span)
         if not (rows := max(map(len, positions))):
             continue
         asked = {p % w % r for p in range(start, min(stop, start + 2 * r))}  # the offsets of all new tokens
         packed = k.new_empty(2, batch, len(positions), rows, head_dim)
-        heads, offsets, _ = lanes(pattern, span.level, num_heads, key_heads)
+        heads, offsets, _ = layout.lanes(span.level)
         for lane, places in enumerate(positions):
             if offsets[lane] in asked or pattern.queries == "all":
                 for i, x in enumerate((k, v)):

@@ -205,8 +205,8 @@ class LongNetCache(hf.DynamicCache):
         if len(self._parts) != 1 or not part or len(part.by_layer) < len(self.layers):
             raise ConfigError(f"{folder}: a cache is saved after it has read rows without padding, in dilated layers")
         cache = part.by_layer[0]
-        sizes = {"batch": cache.batch, "num_heads": cache.num_heads, "head_dim": cache.head_dim}
-        facts = {**_origin(model, part.pattern), **part.facts, "sizes": sizes, "kv_heads": cache.kv_heads}
+        sizes = {"batch": cache.batch, "num_heads": cache.layout.num_heads, "head_dim": cache.head_dim}
+        facts = {**_origin(model, part.pattern), **part.facts, "sizes": sizes, "kv_heads": cache.layout.kv_heads}
         return write_state(Path(folder), facts, part.state())
 
     @classmethod

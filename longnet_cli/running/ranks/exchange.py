@@ -33,8 +33,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longnet_cli.attention import FarKeys, FarSpan, Outside
-from longnet_cli.attention.pattern import Pattern
-from longnet_cli.attention.spans import far_spans, lanes, lanes_of_span, level_of, open_spans, span_rows
+from longnet_cli.attention.spans import Layout, far_spans, level_of, open_spans
 from longnet_cli.attention.views import accumulator
 from longnet_cli.basics.errors import LongNetError
 from longnet_cli.nets.config import NetConfig
@@ -167,8 +166,11 @@ class Exchange:
             self._maps[key] = _Maps.of(self, *key)
         return self._maps[key]
 
+    def layout(self, kv_heads: int) -> Layout:
+        return Layout(self.pattern, self.num_heads, kv_heads)
+
     def lanes(self, parcel: Parcel, kv_heads: int) -> int:
-        return len(lanes(self.pattern, parcel.span.level, self.num_heads, kv_heads).offsets)
+        return len(self.layout(kv_heads).lanes(parcel.span.level).offsets)
 
     def shapes(self, batch: int, kv_heads: int, width: int) -> list[tuple[int, int, int, int]]:
         """Return the shapes (B, rows, lanes, D) of the joined parcels' keys."""
@@ -218,7 +220,7 @@ class Exchange:
 
     def _rows(self, span: FarSpan) -> int:
         """Return the rows of the lane that has the most."""
-        return _most_rows(self.pattern, span, self.num_heads) if span.start < span.stop else 0
+        return _most_rows(self.layout(self.num_heads), span) if span.start < span.stop else 0
 
 
 class _Maps(NamedTuple):
@@ -248,7 +250,7 @@ def _sent_rows(exchange: Exchange, batch: int, tokens: int, kv_heads: int) -> np
     sent = [np.empty(0, np.int64)]
     sequences = np.arange(batch)[:, None, None] * tokens
     for parcel in chain(*exchange.sent):
-        of_lanes = lanes_of_span(exchange.pattern, parcel.span, exchange.num_heads, kv_heads, parcel.start)
+        of_lanes = exchange.layout(kv_heads).of_span(parcel.span, parcel.start)
         places = np.array(of_lanes.first_tokens) + of_lanes.row_step * np.arange(parcel.rows)[:, None]  # (rows, lanes)
         sent.append(((sequences + np.minimum(places, tokens - 1)) * kv_heads + np.array(of_lanes.heads)).ravel())
     return np.concatenate(sent)
@@ -266,7 +268,7 @@ def _received_rows(exchange: Exchange, batch: int, kv_heads: int) -> tuple[np.nd
     for parcel in chain(*exchange.received):
         index = next(i for i, whole in enumerate(exchange.joined) if _holds(whole, parcel))
         _, rows, held, _ = shapes[index]
-        of_lanes = np.array(span_rows(exchange.pattern, parcel.span, exchange.num_heads, kv_heads))
+        of_lanes = np.array(exchange.layout(kv_heads).counts(parcel.span))
         number, sequences = np.arange(parcel.rows)[:, None], np.arange(batch)[:, None, None] * rows
         places = begins[index] + (sequences + filled[index] + number) * held + np.arange(held)
         places[:, number >= of_lanes] = begins[-1]  # a lane with fewer rows
@@ -379,5 +381,5 @@ class _AllToAll(torch.autograd.Function):
 
 
 @lru_cache(maxsize=1 << 16)
-def _most_rows(pattern: Pattern, span: FarSpan, num_heads: int) -> int:
-    return max(span_rows(pattern, span, num_heads))
+def _most_rows(layout: Layout, span: FarSpan) -> int:
+    return max(layout.counts(span))
