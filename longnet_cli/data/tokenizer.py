@@ -31,11 +31,12 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from longnet_cli.basics.atomic import write_file
 from longnet_cli.basics.configuration import digest, parse, read_text
 from longnet_cli.basics.errors import ConfigError, RefusedError, refuse_web_address
+from longnet_cli.basics.model_files import END_OF_TEXT, TOKENIZER
 from longnet_cli.data.files import Part
 from longnet_cli.data.manifest import FINISHED, manifest_in, read_manifest
 from longnet_cli.data.text_pieces import AT_SIGN, TextCutter, cut_text, decodes_bytes, find_cut, words_of
 from longnet_cli.hub.model_names import find_tokenizer, list_models, preset_dir
-from longnet_cli.hub.repository import END_OF_TEXT, TOKENIZER, download_again
+from longnet_cli.hub.repository import download_again
 
 SETTINGS = "tokenizer_config.json"  # what transformers writes beside a tokenizer.json
 

@@ -22,7 +22,8 @@ from typing import Any
 
 from longnet_cli.basics.configuration import nearest, parse, read_text
 from longnet_cli.basics.errors import CheckpointError, ConfigError, refuse_web_address
-from longnet_cli.hub.repository import COMMIT, CONFIG, Located, Repository, check_blobs, snapshot_in, unknown_files
+from longnet_cli.basics.model_files import CONFIG
+from longnet_cli.hub.repository import COMMIT, Located, Repository, check_blobs, snapshot_in, unknown_files
 
 
 def preset_dir() -> Path:

@@ -9,8 +9,8 @@ from typing import Any
 
 from longnet_cli.basics.atomic import whole_folder
 from longnet_cli.basics.errors import CheckpointError, ConfigError, refuse_web_address
+from longnet_cli.basics.model_files import BESIDE_TOKENIZER, TOKENIZER
 from longnet_cli.hub.model_names import find_model, list_models, name_origin
-from longnet_cli.hub.repository import BESIDE_TOKENIZER, TOKENIZER
 from longnet_cli.models.folder import ModelFolder, is_gguf
 from longnet_cli.models.official import Given, convert_official, is_checkpoint
 from longnet_cli.nets.weights import check_finite

@@ -18,9 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from longnet_cli.basics.configuration import digest, parse, read_text
 from longnet_cli.basics.errors import CheckpointError, ConfigError, MemoryLimitError
-from longnet_cli.data.tokenizer import SETTINGS, Tokenizer, special_token, token_id
-from longnet_cli.hub.model_names import find_model
-from longnet_cli.hub.repository import (
+from longnet_cli.basics.model_files import (
     CONFIG,
     GENERATION,
     MODEL_TYPE,
@@ -29,11 +27,10 @@ from longnet_cli.hub.repository import (
     TOKENIZER,
     TOKENIZER_SHA256,
     WEIGHTS,
-    Located,
-    download_again,
-    is_within,
-    weight_files,
 )
+from longnet_cli.data.tokenizer import SETTINGS, Tokenizer, special_token, token_id
+from longnet_cli.hub.model_names import find_model
+from longnet_cli.hub.repository import Located, download_again, is_within, weight_files
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.hub.repository import END_OF_TEXT, MODEL_TYPE, MODULES, TRANSFORMER_CONFIGS
+from longnet_cli.basics.model_files import END_OF_TEXT, MODEL_TYPE, MODULES, TRANSFORMER_CONFIGS
 from longnet_cli.nets.config import LongNetConfig, NetConfig
 
 TOKENIZER_CONFIG, SENTENCES = "tokenizer_config.json", TRANSFORMER_CONFIGS[0]

@@ -25,15 +25,8 @@ from longnet_cli.attention.notation import format_pattern
 from longnet_cli.basics.atomic import whole_folder
 from longnet_cli.basics.configuration import digest, parse, read_text
 from longnet_cli.basics.errors import CheckpointError, ConfigError, LongNetError
+from longnet_cli.basics.model_files import CONFIG, CONFIG_SHA256, TENSORS_SHA256, TOKENIZER, TOKENIZER_SHA256, WEIGHTS
 from longnet_cli.hub.model_names import find_model
-from longnet_cli.hub.repository import (
-    CONFIG,
-    CONFIG_SHA256,
-    TENSORS_SHA256,
-    TOKENIZER,
-    TOKENIZER_SHA256,
-    WEIGHTS,
-)
 from longnet_cli.nets.config import LongNetConfig, parse_config
 from longnet_cli.nets.foreign import foreign_files, foreign_keys, own_keys
 from longnet_cli.nets.net import Net

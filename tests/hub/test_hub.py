@@ -17,7 +17,8 @@ from processes import wait_for
 from safetensors.torch import load, save
 
 from longnet_cli.basics.errors import CheckpointError
-from longnet_cli.hub.repository import PROMPTS, checked_answers
+from longnet_cli.basics.model_files import PROMPTS
+from longnet_cli.hub.repository import checked_answers
 from longnet_cli.jobs.training.checkpoint import read_checkpoint
 
 TEXT = "A document to read, of some length. " * 4

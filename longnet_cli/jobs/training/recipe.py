@@ -16,11 +16,11 @@ from pydantic import BeforeValidator, Field, model_validator
 from longnet_cli.attention.notation import PATTERN_FIELDS, format_pattern, read_pattern
 from longnet_cli.basics.configuration import StrictModel, parse, read_text, validate
 from longnet_cli.basics.errors import ConfigError, LongNetError, refuse_web_address
+from longnet_cli.basics.model_files import TOKENIZER
 from longnet_cli.basics.sizes import DTYPES_OF_TORCH, parse_size
 from longnet_cli.data.names import Sources
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.hub.model_names import as_stored, find_tokenizer, preset_dir
-from longnet_cli.hub.repository import TOKENIZER
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.nets.config import LongNetConfig, NetConfig, TransformersConfig
 from longnet_cli.running.chunk_size import TRAINING_CHUNK

@@ -20,12 +20,12 @@ from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 from longnet_cli.basics.configuration import parse, read_text
 from longnet_cli.basics.errors import CheckpointError, ConfigError, DataError, MemoryLimitError
+from longnet_cli.basics.model_files import CONFIG, TOKENIZER, WEIGHTS
 from longnet_cli.data.documents import Document
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.names import Sources
 from longnet_cli.data.outputs import refuse_overwriting
 from longnet_cli.data.tokenizer import NO_END, Tokenizer
-from longnet_cli.hub.repository import CONFIG, TOKENIZER, WEIGHTS
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import Net

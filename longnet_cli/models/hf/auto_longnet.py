@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, MaskedLMOutput
 
 from longnet_cli.basics.errors import CheckpointError
-from longnet_cli.hub.repository import MODEL_TYPE
+from longnet_cli.basics.model_files import MODEL_TYPE
 from longnet_cli.models.hf.longnet_cache import AlignedRows, LongNetCache, Memory, by_rows, columns_of
 from longnet_cli.nets.config import LongNetConfig, parse_config
 from longnet_cli.nets.foreign import TRANSFORMERS_KEYS, architecture, own_keys

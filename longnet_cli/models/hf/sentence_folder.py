@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from longnet_cli.basics.configuration import parse, read_text
 from longnet_cli.basics.errors import CheckpointError, ConfigError
+from longnet_cli.basics.model_files import CONFIG, MODULES, PROMPTS, TOKENIZER, TRANSFORMER_CONFIGS, WEIGHTS
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.hub.repository import CONFIG, MODULES, PROMPTS, TOKENIZER, TRANSFORMER_CONFIGS, WEIGHTS, is_within
+from longnet_cli.hub.repository import is_within
 from longnet_cli.nets.weights import check_finite
 
 # the names of poolings: the library's, in the order in which it joins them, and its older keys
