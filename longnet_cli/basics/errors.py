@@ -71,3 +71,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+def one_line(said: object) -> str:
+    """Return what a text or an error says, in one line."""
+    return " ".join(str(said).split())

@@ -7,7 +7,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from longnet_cli.basics.errors import ConfigError, LongNetError
+from longnet_cli.basics.errors import ConfigError, LongNetError, one_line
 from longnet_cli.basics.sizes import count_of
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.command import TOP_P, check_pairs
@@ -100,6 +100,6 @@ def _inputs_and_questions(options: AskCommand) -> tuple[list[str], list[str]]:
 def _tell_sources(answered: Answer, drawn: str, quiet: bool) -> None:
     for number, source in enumerate(answered.sources, 1):
         where = f"{source.doc_id}, characters {source.char_start:,} to {source.char_end:,}"
-        tell(f"source {number}: {where}: {' '.join(source.text.split())[:FIRST_WORDS]} ...", quiet)
+        tell(f"source {number}: {where}: {one_line(source.text)[:FIRST_WORDS]} ...", quiet)
     read = count_of(answered.n_prompt, "token")
     tell(f"{read} read, {answered.n_tokens} generated ({answered.finish_reason}{drawn})", quiet)

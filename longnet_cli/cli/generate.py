@@ -11,7 +11,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from longnet_cli.basics.errors import ConfigError, LongNetError
+from longnet_cli.basics.errors import ConfigError, LongNetError, one_line
 from longnet_cli.basics.sizes import count_of, format_bytes, format_duration
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.command import TOP_P, Excludes, check_pairs
@@ -377,7 +377,7 @@ class _Printer:
         if sources is not None and self.format == "text":
             for number, source in enumerate(sources, 1):
                 where = f"characters {source.start:,} to {source.end:,}, {source.share:.0%} of the choices"
-                tell(f"source {number}: {where} ({source.share_before:.0%} before): {' '.join(source.text.split())}")
+                tell(f"source {number}: {where} ({source.share_before:.0%} before): {one_line(source.text)}")
             if not sources:
                 tell("no sources: nothing was chosen more than before")
         if not quiet and not self.number:

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from longnet_cli.basics.errors import ConfigError
+from longnet_cli.basics.errors import ConfigError, one_line
 from longnet_cli.basics.finite_json import to_json
 from longnet_cli.cli.command import SAMPLE, Excludes, Needs, check_pairs
 from longnet_cli.cli.dry_run import plan
@@ -230,7 +230,7 @@ def _print_row(name: str, values: dict[str, Any], several: bool, *, header: bool
         print(f"{'tokens':>12} {'ppl':>12} {'bpb':>8}" + f"{'context':>10}" * several + "  document")
     numbers = f"{values['n_tokens']:>12} {_number(values['ppl']):>12} {_number(values['bpb']):>8}"
     context = f" {values['context']:>9}" if several else ""
-    print(f"{numbers}{context}  {printable(' '.join(name.split()))}", flush=True)
+    print(f"{numbers}{context}  {printable(one_line(name))}", flush=True)
 
 
 def _print_comparison(totals: list[dict[str, Any]]) -> None:

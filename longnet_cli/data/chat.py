@@ -22,7 +22,7 @@ import numpy as np
 import tokenizers
 
 from longnet_cli.basics.configuration import digest, read_text
-from longnet_cli.basics.errors import ConfigError, RefusedError
+from longnet_cli.basics.errors import ConfigError, RefusedError, one_line
 from longnet_cli.data.rendering import Template
 from longnet_cli.data.text_pieces import decodes_bytes
 from longnet_cli.data.tokenizer import SETTINGS, Tokenizer, library_call, read_settings, special_token
@@ -162,7 +162,7 @@ def _template(folder: Path, settings: dict[str, Any]) -> str | None:
         try:
             return read_text(folder / TEMPLATE)
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{folder / TEMPLATE}: cannot be read: {' '.join(str(error).split())}") from None
+            raise ConfigError(f"{folder / TEMPLATE}: cannot be read: {one_line(error)}") from None
     template = settings.get("chat_template")
     if isinstance(template, list):
         template = {x.get("name"): x.get("template") for x in template if isinstance(x, dict)}.get("default")

@@ -30,7 +30,7 @@ from longnet_cli.data.hdf5 import open_hdf5
 from longnet_cli.data.jsonlines import open_json_lines
 from longnet_cli.data.kinds import FASTA_SUFFIXES, JSON_SUFFIXES, SHARD_SUFFIXES, bare_name, compression, sniff
 from longnet_cli.data.names import STDIN, Source
-from longnet_cli.data.tables import BYTE_ORDER_MARK, Pipe, Stdin, Table, Text, one_line, pick, reading
+from longnet_cli.data.tables import BYTE_ORDER_MARK, Pipe, Stdin, Table, Text, first_line, pick, reading
 
 PARQUET_BATCH_BYTES = 64 << 20
 PARQUET_BATCH_ROWS = 1 << 20  # a row that repeats may take almost no bytes of a file
@@ -277,7 +277,7 @@ class _Unpacked(io.RawIOBase):
         except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException, ValueError) as error:
             if isinstance(error, OSError) and error.errno is not None and error.strerror:
                 raise  # an error of the disk
-            said = f"{self._where}: the {self._kind} data is damaged or truncated ({one_line(error)})"
+            said = f"{self._where}: the {self._kind} data is damaged or truncated ({first_line(error)})"
             self._damage = DataError(said)
             raise self._damage from error
         out[: len(data)] = data

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from longnet_cli.basics.errors import ConfigError, DataError
-from longnet_cli.data.tables import Table, one_line, reading
+from longnet_cli.data.tables import Table, first_line, reading
 
 BATCH_BYTES = 16 << 20
 MOST_CHUNK_BYTES = 1 << 30  # HDF5 unpacks a chunk whole, whatever its size in the file
@@ -69,7 +69,7 @@ def _reading(what: str, row: int | None = None) -> Iterator[None]:
         try:
             yield
         except (KeyError, RuntimeError, AttributeError) as error:
-            raise ValueError(one_line(error)) from error
+            raise ValueError(first_line(error)) from error
 
 
 class _RowsDataset:

@@ -14,7 +14,7 @@ from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.data.columns import ID_COLUMNS, Wanted
 from longnet_cli.data.kinds import JSON_SUFFIXES, bare_name
 from longnet_cli.data.names import Source
-from longnet_cli.data.tables import BYTE_ORDER_MARK, CHAT_COLUMN, TOKEN_COLUMNS, Pipe, Table, one_line
+from longnet_cli.data.tables import BYTE_ORDER_MARK, CHAT_COLUMN, TOKEN_COLUMNS, Pipe, Table, first_line
 
 BATCH_BYTES = 4 << 20  # of the lines in one batch
 LOOK_AHEAD = 1 << 20  # bytes of lines that decide the types of carried columns
@@ -209,7 +209,7 @@ def _kept_types(pipe: Pipe, where: str, names: Sequence[str]) -> dict[str, pa.Da
         try:
             kind = pa.array([_value(row, name) for row in rows]).type
         except (pa.ArrowException, OverflowError, TypeError) as error:
-            raise DataError(f"{where}: the values of {name!r} are not of one type: {one_line(error)}") from None
+            raise DataError(f"{where}: the values of {name!r} are not of one type: {first_line(error)}") from None
         types[name] = _TEXT if pa.types.is_null(kind) else kind
     return types
 
@@ -235,7 +235,7 @@ def _parse(line: bytes) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at character {error.pos}") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or deeply nested brackets
-        raise ValueError(f"not JSON: {one_line(error)}") from error
+        raise ValueError(f"not JSON: {first_line(error)}") from error
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
     return value
@@ -301,7 +301,7 @@ def _ids(value: Any, key: str) -> pa.Array | None:
     try:
         ids = pa.array(value)
     except (pa.ArrowException, OverflowError, ValueError, TypeError) as error:
-        raise ValueError(f"{key!r} holds something that is not a token id: {one_line(error)}") from error
+        raise ValueError(f"{key!r} holds something that is not a token id: {first_line(error)}") from error
     if pa.types.is_null(ids.type):
         ids = ids.cast(pa.int64())
     if ids.type != pa.int64():

@@ -21,7 +21,7 @@ from longnet_cli.basics.configuration import read_text
 from longnet_cli.basics.errors import DataError, LongNetError
 from longnet_cli.basics.sealed import seal, unseal
 from longnet_cli.data.files import read_error
-from longnet_cli.data.tables import one_line
+from longnet_cli.data.tables import first_line
 
 UNFINISHED = "_unfinished.json"
 FINISHED = ("_manifest.arrow", "_manifest.parquet")
@@ -80,7 +80,7 @@ def read_manifest(folder: str | Path) -> Manifest | None:
         except OSError as error:
             raise read_error(str(path), error) from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise DataError(f"{path}: not a manifest of shards ({one_line(error)})") from error
+            raise DataError(f"{path}: not a manifest of shards ({first_line(error)})") from error
     return None
 
 

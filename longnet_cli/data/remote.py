@@ -12,7 +12,7 @@ import pyarrow.fs as fs
 from longnet_cli.basics.errors import ConfigError, DataError, LongNetError, MemoryLimitError
 from longnet_cli.data.files import read_error
 from longnet_cli.data.folders import choose_files, natural_order
-from longnet_cli.data.tables import one_line
+from longnet_cli.data.tables import first_line
 
 # Google's library repeats a failed request for 15 minutes: too long to say that there is no network. That is right for
 # reading, so that a long read outlives a short failure.
@@ -35,9 +35,9 @@ def connect(uri: str) -> tuple[fs.FileSystem, str]:
 
         filesystem, path = url_to_fs(uri)
     except ImportError as error:
-        raise ConfigError(f"{uri}: {scheme}:// needs a package: pip install fsspec ({one_line(error)})") from error
+        raise ConfigError(f"{uri}: {scheme}:// needs a package: pip install fsspec ({first_line(error)})") from error
     except ValueError as error:
-        raise ConfigError(f"{uri}: no filesystem is known for {scheme}:// ({one_line(error)})") from error
+        raise ConfigError(f"{uri}: no filesystem is known for {scheme}:// ({first_line(error)})") from error
     return fs.PyFileSystem(fs.FSSpecHandler(filesystem)), path
 
 
@@ -118,9 +118,9 @@ def _telling(uri: str) -> Iterator[None]:
     except LongNetError:
         raise
     except MemoryError as error:
-        raise MemoryLimitError(f"{uri}: there is no memory to read it ({one_line(error)})") from error
+        raise MemoryLimitError(f"{uri}: there is no memory to read it ({first_line(error)})") from error
     except Exception as error:
         if isinstance(error, OSError) and error.strerror:
             raise read_error(uri, error) from error
-        said = one_line(error).partition(" error_info=")[0]  # of Google's library, which says all twice
+        said = first_line(error).partition(" error_info=")[0]  # of Google's library, which says all twice
         raise DataError(f"{uri}: cannot read: {said}") from error

@@ -20,7 +20,7 @@ from typing import IO, Any, NoReturn, cast
 import jinja2
 from jinja2 import ext, nodes, parser, sandbox
 
-from longnet_cli.basics.errors import ConfigError, RefusedError
+from longnet_cli.basics.errors import ConfigError, RefusedError, one_line
 
 SECONDS = 20
 MEMORY = 1 << 29  # bytes of address space, and GROWTH for each character that is rendered
@@ -115,7 +115,7 @@ def _render(template: jinja2.Template, variables: dict[str, Any], most: int) -> 
 
 def _described(error: Exception, template: jinja2.Template | None) -> str:
     """Return the message of an error, with the line of the template unless `_render` or the template refuses."""
-    said = " ".join(str(error).split()) or type(error).__name__
+    said = one_line(error) or type(error).__name__
     if type(error) is jinja2.TemplateError:
         return said
     if isinstance(error, jinja2.TemplateSyntaxError):

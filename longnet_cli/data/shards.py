@@ -26,7 +26,7 @@ from longnet_cli.data import arrow
 from longnet_cli.data.files import StoredFile, read_error
 from longnet_cli.data.manifest import UNFINISHED, LeftOut, Manifest, read_manifest
 from longnet_cli.data.outputs import ShardWriter
-from longnet_cli.data.tables import one_line
+from longnet_cli.data.tables import first_line
 
 ShardFormat = Literal["arrow", "parquet"]
 T = TypeVar("T")
@@ -265,5 +265,5 @@ def _check_shard(path: Path, schema: pa.Schema, rows: int | None) -> None:
     except (OSError, ValueError, pa.ArrowException, DataError) as error:
         if isinstance(error, OSError) and not isinstance(told := read_error(str(path), error), DataError):
             raise told from error
-        reason = one_line(error).removeprefix(f"{path}, ").removeprefix(f"{path}: ")
+        reason = first_line(error).removeprefix(f"{path}, ").removeprefix(f"{path}: ")
         raise DataError(f"{path}: cannot resume: a finished shard is missing or damaged ({reason})") from error

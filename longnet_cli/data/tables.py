@@ -231,19 +231,19 @@ def reading(what: str, row: int | None = None) -> Iterator[None]:
         raise error if row is None else error.at(row) from None
     except MemoryError as error:  # also pyarrow's own; a damaged size may ask for any amount
         reason = "it needs more memory than there is, or its data is damaged"
-        raise MemoryLimitError(f"{what}: {reason} ({one_line(error)})") from error
+        raise MemoryLimitError(f"{what}: {reason} ({first_line(error)})") from error
     except pa.ArrowNotImplementedError as error:
-        raise DataError(f"{what}: pyarrow does not read this ({one_line(error)})") from error
+        raise DataError(f"{what}: pyarrow does not read this ({first_line(error)})") from error
     # pyarrow also raises ValueError for a name that is not UTF-8, and OverflowError for a size past 2^63
     except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError) as error:
         if isinstance(error, OSError) and error.errno is not None and error.strerror:
             if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError)):
                 raise DataError(f"{what}: {error.strerror}") from error
             raise read_error(what, error) from error
-        raise DataError(f"{what}: the data is damaged or truncated ({one_line(error)})") from error
+        raise DataError(f"{what}: the data is damaged or truncated ({first_line(error)})") from error
 
 
-def one_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of an error's message that is not blank, otherwise the error's type; no errno."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror

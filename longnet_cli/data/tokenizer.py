@@ -30,7 +30,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from longnet_cli.basics.atomic import write_file
 from longnet_cli.basics.configuration import digest, parse, read_text
-from longnet_cli.basics.errors import ConfigError, RefusedError, refuse_web_address
+from longnet_cli.basics.errors import ConfigError, RefusedError, one_line, refuse_web_address
 from longnet_cli.basics.model_files import END_OF_TEXT, TOKENIZER
 from longnet_cli.data.files import Part
 from longnet_cli.data.manifest import FINISHED, manifest_in, read_manifest
@@ -107,7 +107,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{path}: cannot be read: {one_line(error)}") from None
     return settings if isinstance(settings, dict) else {}
 
 
@@ -141,7 +141,7 @@ def library_call(before: str = "the tokenizer fails (", after: str = "): see its
     except BaseException as error:
         if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
-        raise ConfigError(f"{before}{' '.join(str(error).split())}{after}") from None
+        raise ConfigError(f"{before}{one_line(error)}{after}") from None
 
 
 class Tokenizer:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from longnet_cli.basics.atomic import write_file
 from longnet_cli.basics.configuration import parse, read_text
-from longnet_cli.basics.errors import CheckpointError, LongNetError
+from longnet_cli.basics.errors import CheckpointError, LongNetError, one_line
 from longnet_cli.basics.model_files import (
     BESIDE_TOKENIZER,
     CONFIG,
@@ -208,7 +208,7 @@ class Repository:
             return f"{here}, and {hub} {refused} ({code} {error.server_message or ''}".rstrip() + f"){what}"
         if isinstance(error, OSError) and error.strerror and not isinstance(error, ConnectionError | TimeoutError):
             return f"{here}, and the cache {constants.HF_HUB_CACHE} cannot be written: {error.strerror}"
-        said = " ".join(str(error).split()) or type(error).__name__
+        said = one_line(error) or type(error).__name__
         if answered:
             return f"{self.name}: the download broke off ({said}): the same command continues it"
         if isinstance(error, errors.OfflineModeIsEnabled):

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
-from longnet_cli.basics.errors import ConfigError, DataError, refuse_web_address
+from longnet_cli.basics.errors import ConfigError, DataError, one_line, refuse_web_address
 from longnet_cli.data.columns import Columns, TokenTypes, token_type
 from longnet_cli.data.documents import BLOCK, Document
 from longnet_cli.data.formats import open_source
@@ -183,4 +183,4 @@ def _noting(inspection: Inspection) -> Iterator[None]:
     except (ConfigError, DataError) as error:
         inspection.num_problems += 1
         if len(inspection.problems) < MAX_PROBLEMS:
-            inspection.problems.append(" ".join(str(error).split()))
+            inspection.problems.append(one_line(error))

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from longnet_cli.basics.atomic import whole_folder
-from longnet_cli.basics.errors import CheckpointError, ConfigError
+from longnet_cli.basics.errors import CheckpointError, ConfigError, one_line
 from longnet_cli.hub.model_names import name_origin
 from longnet_cli.models import gguf_metadata
 from longnet_cli.nets.weights import check_finite
@@ -84,7 +84,7 @@ def convert_gguf(
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from None
         except Exception as error:  # readers of a foreign format may raise anything
-            raise CheckpointError(f"{path}: transformers cannot read it: {' '.join(str(error).split())}") from None
+            raise CheckpointError(f"{path}: transformers cannot read it: {one_line(error)}") from None
         _check_weights(model, {*report["missing_keys"]}, surplus | {*report["unexpected_keys"]}, path)
         check_finite({name: parameter.detach() for name, parameter in model.named_parameters()}, str(path))
         model.hf_quantizer = None  # the weights are plain now

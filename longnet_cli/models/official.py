@@ -27,7 +27,7 @@ from torch import Tensor
 
 from longnet_cli.basics.atomic import whole_folder, write_file
 from longnet_cli.basics.configuration import validate
-from longnet_cli.basics.errors import CheckpointError, ConfigError
+from longnet_cli.basics.errors import CheckpointError, ConfigError, one_line
 from longnet_cli.basics.sealed import file_sha256
 from longnet_cli.models.official_slide import HEADS, RATES, official_name, slide_name
 from longnet_cli.nets.config import LongNetConfig, SlideConfig
@@ -169,7 +169,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             f"{path}: not a plain state dict ({reason}): save its state_dict(), or safetensors"
         ) from None
     except Exception as error:  # a damaged pickle may fail in any way
-        raise CheckpointError(f"{path}: damaged or not a checkpoint ({' '.join(str(error).split())[:80]})") from None
+        raise CheckpointError(f"{path}: damaged or not a checkpoint ({one_line(error)[:80]})") from None
     for name in _INSIDE:
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]

@@ -24,7 +24,7 @@ from longnet_cli.attention import Pattern
 from longnet_cli.attention.notation import format_pattern
 from longnet_cli.basics.atomic import whole_folder
 from longnet_cli.basics.configuration import digest, parse, read_text
-from longnet_cli.basics.errors import CheckpointError, ConfigError, LongNetError
+from longnet_cli.basics.errors import CheckpointError, ConfigError, LongNetError, one_line
 from longnet_cli.basics.model_files import CONFIG, CONFIG_SHA256, TENSORS_SHA256, TOKENIZER, TOKENIZER_SHA256, WEIGHTS
 from longnet_cli.hub.model_names import find_model
 from longnet_cli.nets.config import LongNetConfig, parse_config
@@ -123,7 +123,7 @@ def save_pretrained(
             with (place / WEIGHTS).open("wb") as file:
                 write_tensors(file, tensors, {"format": "pt", **digests})
     except LongNetError as error:
-        raise CheckpointError(f"{folder}: cannot write the model: {_one_line(error.__cause__ or error)}") from None
+        raise CheckpointError(f"{folder}: cannot write the model: {one_line(error.__cause__ or error)}") from None
 
 
 def load_config(directory: str | PathLike[str], pattern: Pattern | None = None) -> LongNetConfig:
@@ -175,7 +175,7 @@ def load_pretrained(
             # a copy, not the mapped file, which another process might write to
             tensors = {name: tensor.to(device, dtype or tensor.dtype, copy=True) for name, tensor in stored.items()}
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: damaged or not a safetensors file: {_one_line(error)}") from None
+        raise CheckpointError(f"{path}: damaged or not a safetensors file: {one_line(error)}") from None
     check_finite(tensors, str(path))
     model.load_state_dict(tensors, assign=True)
     return model.eval()
@@ -257,7 +257,7 @@ def _own_config(path: Path) -> Any:
         raise CheckpointError(f"{path.parent}: not a model directory, {CONFIG} is missing") from None
     except (OSError, ValueError) as error:  # ValueError: not JSON, not UTF-8
         reason = error.strerror if isinstance(error, OSError) else error
-        raise CheckpointError(f"{path}: cannot be read: {_one_line(reason)}") from None
+        raise CheckpointError(f"{path}: cannot be read: {one_line(reason)}") from None
 
 
 def list_names(what: str, names: Sequence[str]) -> str:
@@ -297,7 +297,3 @@ def sort_metadata(path: Path) -> None:
 
 def _header(header: Mapping[str, Any]) -> bytes:
     return json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split())

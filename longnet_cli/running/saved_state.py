@@ -26,7 +26,7 @@ from torch import Tensor
 
 from longnet_cli.attention.notation import parse_pattern
 from longnet_cli.basics.atomic import is_temporary, locked_folder, missing_folders, remove_empty, whole_folder
-from longnet_cli.basics.errors import CheckpointError, ConfigError, DataError
+from longnet_cli.basics.errors import CheckpointError, ConfigError, DataError, one_line
 from longnet_cli.basics.sealed import find_mismatch, read_sealed, write_sealed
 from longnet_cli.nets.net import Net
 from longnet_cli.nets.weights import TYPE_NAMES, model_digest, model_origin, write_tensors
@@ -138,7 +138,7 @@ def read_state(folder: Path, facts: Mapping[str, Any]) -> tuple[dict[str, Any], 
             with safe_open(folder / name, framework="pt") as file:
                 tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
     except (CheckpointError, OSError, SafetensorError) as error:
-        raise DataError(f"{folder}: a damaged state: {' '.join(str(error).split())}") from None
+        raise DataError(f"{folder}: a damaged state: {one_line(error)}") from None
     return saved, tensors
 
 

@@ -48,7 +48,7 @@ from longnet_cli.attention.choosing import Choices
 from longnet_cli.attention.notation import from_fields
 from longnet_cli.attention.sinks import Turn
 from longnet_cli.attention.spans import Layout, far_spans, level_of
-from longnet_cli.basics.errors import ConfigError
+from longnet_cli.basics.errors import ConfigError, one_line
 from longnet_cli.models.hf.auto_longnet import LongNetPreTrainedModel  # registers its classes
 from longnet_cli.models.hf.longnet_cache import CACHE, AlignedRows, LongNetCache, by_rows, columns_of
 from longnet_cli.models.hf.pretrained_folder import ATTENTION_NAME, mark, register, unmark
@@ -111,7 +111,7 @@ def use_dilated_attention(model: PreTrainedModel, pattern: Pattern | None = None
         with suppress(ValueError):
             model.set_attn_implementation(earlier)
         if isinstance(error, ValueError):  # transformers refuses an attention that the model does not support
-            raise ConfigError(" ".join(str(error).split())) from None
+            raise ConfigError(one_line(error)) from None
         raise
     if earlier != ATTENTION_NAME:
         setattr(model, _OWN, earlier)

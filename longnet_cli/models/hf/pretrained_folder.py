@@ -32,7 +32,7 @@ from torch import Tensor
 from longnet_cli.attention import Pattern
 from longnet_cli.basics.atomic import whole_folder
 from longnet_cli.basics.configuration import digest, parse, read_text
-from longnet_cli.basics.errors import CheckpointError, ConfigError, LongNetError, is_out_of_memory
+from longnet_cli.basics.errors import CheckpointError, ConfigError, LongNetError, is_out_of_memory, one_line
 from longnet_cli.basics.model_files import BESIDE_TOKENIZER, CONFIG, GENERATION, TOKENIZER
 
 DILATED_TYPE = "import longnet_cli.integrations.transformers"
@@ -114,7 +114,7 @@ def refusing_settings(where: Path) -> Iterator[None]:
             raise
         says_little = type(error).__module__ == "builtins" and not isinstance(error, ValueError)
         kind = f"{type(error).__name__}: " if says_little else ""
-        raise ConfigError(f"{where}: {kind}{' '.join(str(error).split())}") from None
+        raise ConfigError(f"{where}: {kind}{one_line(error)}") from None
 
 
 def _is_whole(value: Any) -> bool:

@@ -34,7 +34,7 @@ from longnet_cli.attention import Outside, Pattern
 from longnet_cli.attention.choosing import Choices, Names
 from longnet_cli.attention.notation import format_pattern
 from longnet_cli.attention.sinks import Turn
-from longnet_cli.basics.errors import CheckpointError, ConfigError, is_out_of_memory
+from longnet_cli.basics.errors import CheckpointError, ConfigError, is_out_of_memory, one_line
 from longnet_cli.models.hf.attention import (
     ATTENTION_NAME,
     check_taken,
@@ -336,7 +336,7 @@ def load_transformers(
         except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
             if is_out_of_memory(error):
                 raise
-            raise CheckpointError(f"{folder}: cannot be loaded: {' '.join(str(error).split())}") from None
+            raise CheckpointError(f"{folder}: cannot be loaded: {one_line(error)}") from None
     poolers = [name for name in report["missing_keys"] if embeds and name.startswith(_POOLER)]
     for name in poolers:  # instead of random numbers, which would be in the model's digest
         model.get_parameter(name).data.zero_()
@@ -355,7 +355,7 @@ def load_transformers(
         net.folder = folder
         return net
     except (ConfigError, ValueError) as error:  # transformers raises ValueError for a class with its own attention
-        raise ConfigError(f"{folder}: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{folder}: {one_line(error)}") from None
 
 
 def read_facts(

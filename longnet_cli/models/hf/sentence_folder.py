@@ -24,7 +24,7 @@ from tokenizers import normalizers
 from torch import Tensor, nn
 
 from longnet_cli.basics.configuration import parse, read_text
-from longnet_cli.basics.errors import CheckpointError, ConfigError
+from longnet_cli.basics.errors import CheckpointError, ConfigError, one_line
 from longnet_cli.basics.model_files import CONFIG, MODULES, PROMPTS, TOKENIZER, TRANSFORMER_CONFIGS, WEIGHTS
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.hub.repository import is_within
@@ -167,7 +167,7 @@ def _odd_values(folder: Path) -> Iterator[None]:
     try:
         yield
     except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        said = " ".join(str(error).split())[:200]
+        said = one_line(error)[:200]
         raise CheckpointError(f"{folder}: what it says for sentence-transformers cannot be read: {said}") from None
 
 
@@ -193,7 +193,7 @@ def read_words(folder: Path, lowercase: bool) -> Tokenizer:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         inner = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     except Exception as error:  # the library raises exceptions of many kinds
-        raise CheckpointError(f"{folder}: its tokenizer cannot be read: {' '.join(str(error).split())[:300]}") from None
+        raise CheckpointError(f"{folder}: its tokenizer cannot be read: {one_line(error)[:300]}") from None
     if "token_type_ids" in tokenizer.model_input_names and any(inner.encode("a").type_ids):
         raise ConfigError(f"{folder}: its tokenizer gives a text several types of token (token_type_ids): one is read")
     words = lowercased(Tokenizer(inner)) if lowercase else Tokenizer(inner)
@@ -271,7 +271,7 @@ def _loaded(module: nn.Module, folder: Path, prefix: str = "") -> nn.Module:
         pickled = "; pickled weights are never read, since a pickle can run code" if any(folder.glob("*.bin")) else ""
         raise CheckpointError(f"{path} is missing: its module needs it{pickled}") from None
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: cannot be loaded: {' '.join(str(error).split())}") from None
+        raise CheckpointError(f"{path}: cannot be loaded: {one_line(error)}") from None
     check_finite(weights, str(path))
     return module.eval().requires_grad_(False)
 
@@ -338,7 +338,7 @@ def _json(path: Path, default: Any = ...) -> Any:
             return default
         raise CheckpointError(f"{path} is missing, and {MODULES} names it") from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+        raise CheckpointError(f"{path}: cannot be read: {one_line(error)}") from None
     if path.name != MODULES and not isinstance(data, dict):
         raise CheckpointError(f"{path}: a table of settings is needed")
     return data

@@ -22,7 +22,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 from longnet_cli.attention import Pattern
-from longnet_cli.basics.errors import ConfigError
+from longnet_cli.basics.errors import ConfigError, one_line
 from longnet_cli.models.hf.attention import ATTENTION_NAME, write_pattern
 from longnet_cli.models.hf.pretrained_folder import with_infinities
 from longnet_cli.models.hf.trying import hidden_states
@@ -62,7 +62,7 @@ def add_lora(
                 model, peft.LoraConfig(**options, target_modules=target_modules or "all-linear")
             )
     except ValueError as error:
-        raise ConfigError(f"lora: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"lora: {one_line(error)}") from None
     for p, data in stored:
         p.data = data
     _compute_wide(model)

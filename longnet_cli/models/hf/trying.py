@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from longnet_cli.basics.configuration import digest
-from longnet_cli.basics.errors import InputWarning, LongNetError
+from longnet_cli.basics.errors import InputWarning, LongNetError, one_line
 from longnet_cli.basics.verdicts import remembered
 from longnet_cli.nets.weights import tensor_digest
 
@@ -122,7 +122,7 @@ def _try(model: PreTrainedModel, form: str, run: Run, expected: Run) -> str | No
     except (LongNetError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a model's code fails as it likes
-        said = " ".join(str(error).split())
+        said = one_line(error)
         return f"{architecture} cannot be run {form} ({type(error).__name__}: {said[:160]})"
     if (seconds := time.monotonic() - begun) >= _LONG:
         line = f"{architecture} was tried {form}, on {count} tokens in {seconds:.0f} s; the answer is kept"
