@@ -287,7 +287,7 @@ class DocumentPass:
         self._total = None if None in sizes else sum(size or 0 for size in sizes)
         for error in self._inputs.sources.missing:
             yield Unread(error, file=True)
-        for source, size, following in zip(sources, sizes, [*sources[1:], None], strict=True):
+        for source, size, following in zip(sources, sizes, [*sources[1:], None], strict=False):
             self._ready = Stdin().ready if following and following.path is None else None
             self.opened.append((source.where, content_digest(source) if self._digests else None))
             self._before, self._size = self._before + self._size, size or 0
