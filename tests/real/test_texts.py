@@ -39,6 +39,7 @@ def test_a_vocabulary_of_a_text_of_megabytes_is_that_of_the_library(run: Run, bo
     assert np.array_equal(ids_of(tmp_path), theirs.encode(book).ids)
 
 
+@pytest.mark.slow
 def test_tokens_of_a_folder_are_those_of_the_library(run: Run, library: list[Path], tmp_path: Path) -> None:
     (tmp_path / "files.txt").write_text("\n".join(map(str, library)))
     run("tokenize", "@files.txt", "-o", "tokens", "--tokenizer", "longnet-tiny", "--shard-tokens", "500k", mib=300)
