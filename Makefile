@@ -21,7 +21,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Workers take file after file, in the order of tests/conftest.py. PYTEST is for more options.
 RUN_TESTS = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses 4 \
   --dist loadfile --no-loadscope-reorder $(PYTEST)
-NOT_OF_CI = --ignore=tests/clients# whose imports take seconds
+NOT_OF_CI = --ignore=tests/clients --ignore=tests/real# whose imports take seconds
 
 .PHONY: demo docs/demo.svg docs/surprise.png test test-rest test-all real quick matrix gpu wheels docs lint check wheel-check clean
 
@@ -48,7 +48,7 @@ test: .venv/.installed-dev
 	$(RUN_TESTS) $(NOT_OF_CI) -m 'not (slow or gpu or ci)'
 
 test-rest: .venv/.installed-dev
-	$(RUN_TESTS) -m 'ci and not (slow or gpu)'
+	$(RUN_TESTS) -m 'ci and not (slow or gpu or real)'
 	LONGNET_TEST_DEVICE=emulated $(RUN_TESTS) -m gpu tests/test_gpu.py
 
 test-all: export HYPOTHESIS_PROFILE ?= ci
