@@ -46,6 +46,7 @@ OPTIONS = {
 --resume              code       --resume @ ../in/t.txt ../in/u.txt -o tokens --shard-tokens 20 +tokens
 --column              rows       --column body
 --id-column           rows       --id-column name
+--keep                rows       --keep name
 --skip-bad            code       --skip-bad @ ../in/bad.jsonl -o out.jsonl
 --tokenizer           rows       --tokenizer longnet-tiny
 --update              asked      --update @ ../in/t.txt -o out.jsonl --tokenizer org/tiny

@@ -189,6 +189,7 @@ device_option = partial(COMPUTE.option, "--device auto|cpu|cuda[:i]", "Compute o
 dtype_option = partial(
     COMPUTE.option, "--dtype auto|fp32|bf16|fp16", "Compute matrix products in this precision.", default="auto"
 )
+keep_option = partial(INPUT.option, "--keep COLUMN,...", "Carry these columns to the output.")
 quiet_flag = partial(LAST.flag, "--quiet -q", "Show no progress, only errors.")
 
 
@@ -201,7 +202,7 @@ class Documents:
     tokenizer_differs: bool = differs_flag()
     column: str | None = column_option()
     id_column: str | None = id_column_option()
-    keep: Sequence[str] | None = INPUT.option("--keep COLUMN,...", "Carry these columns to the output.")
+    keep: Sequence[str] | None = keep_option()
     eos: str | None = eos_option()
     bos: str | None = bos_option()
     skip_bad: bool = skip_bad_flag()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -41,6 +42,7 @@ class TokenizeCommand:
     resume: bool = shared.resume_flag()
     column: str | None = INPUT.option("--column NAME", "Read this column. (default: text, otherwise messages)")
     id_column: str | None = shared.id_column_option()
+    keep: Sequence[str] | None = shared.keep_option()
     skip_bad: bool = shared.skip_bad_flag()
     tokenizer: str = TOKENS.option(
         "--tokenizer NAME|PATH",
@@ -74,7 +76,8 @@ def tokenize(options: TokenizeCommand) -> None:
     if options.update:
         ask_hub(None, options.tokenizer)
     beside = tokenizer_beside(output)
-    data = Inputs(options.inputs, column=options.column, id_column=options.id_column, skip_bad=options.skip_bad)
+    names = options.column, options.id_column, tuple(options.keep or ())
+    data = Inputs(options.inputs, None, *names, skip_bad=options.skip_bad)
     refuse_overwriting("-o", [output, *([beside] if beside else [])], data.sources, [Tokenizer.find(options.tokenizer)])
     for_folder = {"--shard-tokens": options.shard_tokens, "--shard-format": options.shard_format != "arrow"}
     where_to = "token ids are binary, stdout is a terminal: name a folder or a file (-o tokens), or pipe them"

@@ -3,7 +3,7 @@
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -49,7 +49,8 @@ def open_json_lines(source: Source, pipe: Pipe, wanted: Wanted) -> Table | None:
     if not fields:
         beside = f" ({source.beside})" if source.beside else ""
         raise DataError(f"{source.where}, line 1: not JSON Lines of documents: {problem}{beside}")
-    fields |= _kept_types(pipe, source.where, [name for name in wanted.keep if name not in (*fields, wanted.column)])
+    names = [name for name in wanted.keep if name != wanted.column and fields.get(name, pa.string()) == pa.string()]
+    fields |= _kept_types(pipe, source.where, names, fields)
     rows = _OpenedLines(source.where, pipe, wanted, pa.schema(list(fields.items())))
     return Table(
         source.name, source.where, rows.schema, rows.batches, "JSON Lines", numbered="line", typed=False, bad=rows.bad,
@@ -188,10 +189,13 @@ def _problem(row: dict[str, Any], names: Sequence[str]) -> str:
     return f"no key {names[0]!r}" if len(names) == 1 else f"no key text, {', '.join(TOKEN_COLUMNS)}"
 
 
-def _kept_types(pipe: Pipe, where: str, names: Sequence[str]) -> dict[str, pa.DataType]:
+def _kept_types(
+    pipe: Pipe, where: str, names: Sequence[str], fields: Mapping[str, pa.DataType]
+) -> dict[str, pa.DataType]:
     """Return the types of columns to carry along, by the first lines, which stay in the pipe.
 
-    Raises DataError for values of different types.
+    Of `fields`, which name documents, these are the columns of integers alone. Raises DataError for values of different
+    types.
     """
     if not names:
         return {}
@@ -209,8 +213,11 @@ def _kept_types(pipe: Pipe, where: str, names: Sequence[str]) -> dict[str, pa.Da
         try:
             kind = pa.array([_value(row, name) for row in rows]).type
         except (pa.ArrowException, OverflowError, TypeError) as error:
+            if name in fields:  # names may be of two types
+                continue
             raise DataError(f"{where}: the values of {name!r} are not of one type: {first_line(error)}") from None
-        types[name] = _TEXT if pa.types.is_null(kind) else kind
+        if name not in fields or pa.types.is_integer(kind):
+            types[name] = _TEXT if pa.types.is_null(kind) else kind
     return types
 
 

@@ -2,7 +2,9 @@
 
     _unfinished.json    while more shards are to come; readers refuse the folder
     _manifest.arrow     (or _manifest.parquet) when all are there: a table with the schema of the shards and 0 rows,
-                        whose metadata has the same JSON under `longnet.manifest`
+                        with the same JSON under `longnet.manifest` in the metadata of a batch (or of the file)
+
+The metadata of the schema has the key alone: a schema stands in its file twice, and the JSON has the tokenizer.
 
 So a finished folder holds only tables of one schema, and a tool that reads all its files reads the data set.
 """
@@ -27,7 +29,7 @@ UNFINISHED = "_unfinished.json"
 FINISHED = ("_manifest.arrow", "_manifest.parquet")
 MANIFEST_VERSION = 1
 LEFT_OUT = ("skipped", "skipped_files", "empty")  # counts of documents that no shard has
-_KEY = b"longnet.manifest"
+KEY = b"longnet.manifest"
 
 
 @dataclass
@@ -60,9 +62,10 @@ class Manifest:
         content = {"settings": self.settings, "totals": dict(self.totals), "shards": self.shards}
         return seal(MANIFEST_VERSION, content | {name: value for name, value in known.items() if value})
 
-    def known_to(self, schema: pa.Schema) -> pa.Schema:
-        """Return a schema with the manifest in its metadata: that of the table without rows."""
-        return schema.with_metadata({**(schema.metadata or {}), _KEY: self.to_json()})
+
+def marked(schema: pa.Schema) -> pa.Schema:
+    """Return the schema of a manifest, a table without rows, whose batch or file has the JSON under KEY."""
+    return schema.with_metadata({**(schema.metadata or {}), KEY: ""})
 
 
 def read_manifest(folder: str | Path) -> Manifest | None:
@@ -89,17 +92,17 @@ def manifest_text(name: str, data: bytes) -> str:
     if name.endswith(".json"):
         return data.decode()
     if name.endswith(".arrow"):
-        schema = ipc.open_file(pa.BufferReader(data)).schema
+        metadata = ipc.open_file(pa.BufferReader(data)).get_batch_with_custom_metadata(0).custom_metadata
     else:
         import pyarrow.parquet as pq  # imported late: 30 ms that IPC does not need
 
-        schema = pq.read_schema(pa.BufferReader(data))
-    return str((schema.metadata or {})[_KEY].decode())
+        metadata = pq.read_metadata(pa.BufferReader(data)).metadata
+    return str((metadata or {})[KEY].decode())
 
 
 def is_manifest(schema: pa.Schema) -> bool:
     """Return whether a table is a manifest, by its metadata."""
-    return _KEY in (schema.metadata or {})
+    return KEY in (schema.metadata or {})
 
 
 def manifest_in(names: Iterable[str]) -> str | None:

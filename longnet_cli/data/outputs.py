@@ -153,6 +153,15 @@ class ShardWriter:
             self._sink.flush()
         self.rows += batch.num_rows
 
+    def describe(self, metadata: Mapping[bytes, str]) -> None:
+        """Store metadata once, unlike that of the schema: of a batch without rows, or of a Parquet file."""
+        with writing(self._name):
+            if isinstance(self._writer, ipc.RecordBatchFileWriter):
+                empty = pa.record_batch([pa.nulls(0, kind) for kind in self.schema.types], schema=self.schema)
+                self._writer.write_batch(empty, custom_metadata=metadata)
+            else:
+                self._writer.add_key_value_metadata(metadata)
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
@@ -246,15 +255,18 @@ class _Vectors:
         self._write_header()
 
 
-def token_schema(*, vocab_size: int, eos_id: int | None, tokenizer_sha256: str | None) -> pa.Schema:
+def token_schema(
+    *, vocab_size: int, eos_id: int | None, tokenizer_sha256: str | None, kept: Sequence[pa.Field] = ()
+) -> pa.Schema:
     """Return the schema of a token shard.
 
-    Its columns are `doc_id: string`, `part: int32 not null` and `input_ids: large_list<uint16 or int32> not null`. A
+    Its columns are `doc_id: string`, `part: int32 not null` and `input_ids: large_list<uint16 or int32> not null`, and
+    then the `kept` ones. Raises ConfigError for a kept one of these names. A
     document is one row, or neighbouring rows of one doc_id with `part` 0, 1, 2 ... Ids are uint16 where the
     vocabulary fits, which halves the file. The metadata keys are `longnet.*`, with numbers in decimal; unknown values
     are left out.
     """
-    known: Mapping[str, object] = {
+    known = {
         "longnet.version": SHARD_VERSION,
         "longnet.tokenizer_sha256": tokenizer_sha256,
         "longnet.vocab_size": vocab_size,
@@ -266,19 +278,24 @@ def token_schema(*, vocab_size: int, eos_id: int | None, tokenizer_sha256: str |
         pa.field("part", pa.int32(), nullable=False),
         pa.field("input_ids", pa.large_list(ids), nullable=False),
     ]
-    return pa.schema(fields, metadata={key: str(value) for key, value in known.items() if value is not None})
+    return row_schema(fields, kept, {key: None if value is None else str(value) for key, value in known.items()})
 
 
 def token_batch(
-    schema: pa.Schema, doc_ids: Sequence[str], parts: Sequence[int], ends: Sequence[int], values: np.ndarray
+    schema: pa.Schema,
+    doc_ids: Sequence[str],
+    parts: Sequence[int],
+    ends: Sequence[int],
+    values: np.ndarray,
+    kept: Sequence[pa.Array] = (),
 ) -> pa.RecordBatch:
     """Make one batch for a schema from `token_schema`: row i has the ids values[ends[i-1]:ends[i]].
 
-    `values` is (tokens,) of the schema's id type; the batch is a view of it.
+    `values` is (tokens,) of the schema's id type; the batch is a view of it. `kept` are its other columns.
     """
     offsets = pa.array(np.array([0, *ends], np.int64))
     ids = pa.LargeListArray.from_arrays(offsets, pa.array(values), type=schema.field("input_ids").type)
-    return pa.record_batch([pa.array(doc_ids, pa.string()), pa.array(parts, pa.int32()), ids], schema=schema)
+    return pa.record_batch([pa.array(doc_ids, pa.string()), pa.array(parts, pa.int32()), ids, *kept], schema=schema)
 
 
 def first_kept(

@@ -24,7 +24,7 @@ from longnet_cli.basics.atomic import is_temporary, locked_folder, remove_leftov
 from longnet_cli.basics.errors import ConfigError, DataError, LongNetError
 from longnet_cli.data import arrow
 from longnet_cli.data.files import StoredFile, read_error
-from longnet_cli.data.manifest import UNFINISHED, LeftOut, Manifest, read_manifest
+from longnet_cli.data.manifest import KEY, UNFINISHED, LeftOut, Manifest, marked, read_manifest
 from longnet_cli.data.outputs import ShardWriter
 from longnet_cli.data.tables import first_line
 
@@ -177,8 +177,8 @@ class ShardFolder:
                 self.end_shard()
                 self._note_inputs()
                 self._manifest.left_out = self._left_out.counts()
-                with ShardWriter(self.folder / f"_manifest{self._suffix}", self._manifest.known_to(self.schema)):
-                    pass
+                with ShardWriter(self.folder / f"_manifest{self._suffix}", marked(self.schema)) as writer:
+                    writer.describe({KEY: self._manifest.to_json()})
                 with writing(self.folder):
                     os.remove(self.folder / UNFINISHED)
                     sync_folder(self.folder)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from _thread import start_new_thread
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
@@ -30,7 +30,15 @@ from longnet_cli.data.formats import Text
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.manifest import LeftOut, OnSkip
 from longnet_cli.data.names import Apart
-from longnet_cli.data.outputs import OUTPUT_SUFFIXES, ShardWriter, is_folder, token_batch, token_schema
+from longnet_cli.data.outputs import (
+    OUTPUT_SUFFIXES,
+    ShardWriter,
+    first_kept,
+    is_folder,
+    kept_columns,
+    token_batch,
+    token_schema,
+)
 from longnet_cli.data.shards import ShardFolder, ShardFormat, run_to_resume
 from longnet_cli.data.tables import numpy_dtype
 from longnet_cli.data.tokenizer import Tokenizer, end_of_text
@@ -47,6 +55,7 @@ TEXT_CHARS = 4 << 20  # characters of text encoded together
 
 # Called with (documents, tokens, bytes) so far, including an earlier run
 OnProgress = Callable[[int, int, int], None]
+Row = tuple[str, tuple[pa.Scalar, ...]]  # a document's name, and the values that it carries along
 
 
 @dataclass(frozen=True)
@@ -84,7 +93,8 @@ def tokenize(
     file (with `NAME.tokenizer.json` beside it), or `-`, a stream on stdout of small batches that do not wait for a slow
     input. A shard ends with the document that brings it to `shard_tokens`. `eos` appends a token to every document: the
     token with this name or this id, or the tokenizer's own end of text (True). Chats need the template in the
-    tokenizer's folder. `train_vocab` first trains a byte-level BPE of that size on the same inputs.
+    tokenizer's folder. Each row has the columns that the inputs carry along (`keep`). `train_vocab` first trains a
+    byte-level BPE of that size on the same inputs.
 
     `resume` continues a folder that an earlier run with the same inputs and options left unfinished. The result is byte
     for byte as if the run had never stopped, and finished shards are not tokenized again. A file or a row that cannot
@@ -107,14 +117,18 @@ def tokenize(
     appended = end_of_text(eos, loaded)
     own, eos_id = loaded.eos_id, loaded.eos_id if appended is None else appended
     loaded = loaded.with_eos(eos_id)
-    schema = token_schema(vocab_size=loaded.vocab_size, eos_id=eos_id, tokenizer_sha256=loaded.sha256)
 
     given = inputs.texts(loaded, digests=in_folder and writes)
-    texts = _readable(given, left_out.skip, Apart() if inputs.id_column is None else None)
+    texts: Iterator[Any] = _readable(given, left_out.skip, Apart() if inputs.id_column is None else None)
+    kept: list[pa.Field] = []
+    if inputs.keep:  # first_kept waits for the first document
+        kept, texts = first_kept(texts)
+    schema = token_schema(vocab_size=loaded.vocab_size, eos_id=eos_id, tokenizer_sha256=loaded.sha256, kept=kept)
     folder: ShardFolder | None = None
     if in_folder and writes:
         said = appended is not None if appended in (None, own) else str(appended)  # 1 would equal True
         settings = _settings(inputs, loaded, train_vocab, said, shard_tokens)
+        settings |= {"keep": [f"{field.name}: {field.type}" for field in kept]} if kept else {}
         about: dict[str, Any] = {"settings": settings, "format": shard_format, "tokenizer": loaded.description}
         folder = ShardFolder(output, schema, **about, resume=resume, left_out=left_out, opened=given.opened)
     with folder or ShardWriter(output, schema) if writes else nullcontext() as opened:
@@ -124,7 +138,7 @@ def tokenize(
             finished, done = ranks.any(finished), ranks.from_first(done)
         if not finished:
             remaining = folder.unread(texts) if folder else islice(texts, done, None)
-            _Work(loaded, appended, str(output) == "-", given.ready, on_progress).run(remaining, rows, ranks)
+            _Work(loaded, appended, kept, str(output) == "-", given.ready, on_progress).run(remaining, rows, ranks)
     if rows is None:
         return None
     shards = folder.paths if folder else []
@@ -193,10 +207,15 @@ def _readable(texts: Iterable[Text | Unread], on_skip: OnSkip | None, apart: Apa
 
 
 class _TextPart(NamedTuple):
-    """A piece of a document's text; None is its end. A chat is one piece, which returns its `ids`."""
+    """A piece of a document's text; None is its end. A chat is one piece, which returns its `ids`.
+
+    `where` is the document's file and row, `kept` the values that it carries along.
+    """
 
     doc_id: str
-    text: str | None
+    where: str
+    kept: Mapping[str, pa.Scalar]
+    text: str | None = None
     ids: Callable[[], np.ndarray] | None = None
 
     @property
@@ -208,11 +227,13 @@ class _TextPart(NamedTuple):
 class _Work:
     """The work on texts. `eos_id` ends each document. With `prompt`, each group is written as soon as it is done.
 
+    `kept` are the columns that documents carry along.
     `ready` says whether the next text is there (`DocumentPass`).
     """
 
     tokenizer: Tokenizer
     eos_id: int | None
+    kept: Sequence[pa.Field]
     prompt: bool
     ready: Callable[[], bool]
     on_progress: OnProgress | None
@@ -240,11 +261,12 @@ class _Work:
         try:
             for text in texts:
                 cutter = self.tokenizer.cutter(() if text.ids else text.parts)
+                end = _TextPart(text.doc_id, text.where, text.kept)
                 if text.ids:
-                    yield _TextPart(text.doc_id, text.text, text.ids)
+                    yield end._replace(text=text.text, ids=text.ids)
                 while taken := cutter.take():
-                    yield _TextPart(text.doc_id, taken[0])
-                yield _TextPart(text.doc_id, None)
+                    yield end._replace(text=taken[0])
+                yield end
                 if not self.ready():
                     yield None
         except Exception as error:
@@ -264,17 +286,20 @@ class _Work:
             "size": pa.array([len((piece.text or "").encode()) for piece in pieces]),
             "ends": pa.array([piece.text is None for piece in pieces]),
         }
+        named = zip(self.kept, kept_columns(pieces, self.kept), strict=True)
+        columns |= {f"kept {field.name}": column for field, column in named}
         return [pa.record_batch(columns)]
 
     def _take(self, batches: Iterable[pa.RecordBatch], rows: TokenBatches) -> None:
         reported = rows.totals["bytes"]
-        for doc_ids, lists, *others in (batch.columns for batch in batches):
+        for doc_ids, lists, sizes, all_ends, *kept in (batch.columns for batch in batches):
             values, bounds = lists.values.to_numpy(), pairwise(lists.offsets.to_numpy())
-            of_pieces = zip(doc_ids.to_pylist(), bounds, *(column.to_pylist() for column in others), strict=True)
-            for doc_id, (start, stop), size, ends in of_pieces:
-                rows.add(doc_id, values[start:stop], size)
+            of_pieces = zip(doc_ids.to_pylist(), bounds, sizes.to_pylist(), all_ends.to_pylist(), strict=True)
+            for index, (doc_id, (start, stop), size, ends) in enumerate(of_pieces):
+                row = doc_id, tuple(column[index] for column in kept)
+                rows.add(row, values[start:stop], size)
                 if ends:
-                    rows.end_document(doc_id)
+                    rows.end_document(row)
                 if rows.totals["bytes"] - reported >= TEXT_CHARS:  # a long text is many parts
                     self._report(rows)
                     reported = rows.totals["bytes"]
@@ -359,18 +384,18 @@ class TokenBatches:
         dtype = numpy_dtype(output.schema.field("input_ids").type.value_type)
         self._values = np.empty(size // dtype.itemsize, dtype)
         self._used = 0  # values, the open document's included
-        self._rows: list[tuple[str, int, int]] = []  # ended rows: doc_id, part, end of their values
+        self._rows: list[tuple[Row, int, int]] = []  # ended rows, with their part and the end of their values
         self._part = 0  # of the open document
         self._in_shard = 0  # tokens
 
-    def add(self, doc_id: str, ids: np.ndarray, size: int) -> None:
+    def add(self, row: Row, ids: np.ndarray, size: int) -> None:
         """Append (tokens,) ids, which stand for `size` bytes of text, to the open document."""
         self._count(tokens=len(ids), bytes=size)
         self._in_shard += len(ids)
         while len(ids):
             if self._used == len(self._values):
                 if not self._rows:  # the open document has filled a batch
-                    self._end_row(doc_id)
+                    self._end_row(row)
                     self._part += 1
                 self.flush()
             fitting = ids[: len(self._values) - self._used]
@@ -378,9 +403,9 @@ class TokenBatches:
             self._used += len(fitting)
             ids = ids[len(fitting) :]
 
-    def end_document(self, doc_id: str) -> None:
+    def end_document(self, row: Row) -> None:
         """End the open document, which may be empty, and the shard if it is full."""
-        self._end_row(doc_id)
+        self._end_row(row)
         self._part = 0
         self._count(documents=1)
         if self._folder and self._in_shard >= self._shard_tokens:
@@ -394,9 +419,14 @@ class TokenBatches:
         """Write the rows that have ended, and move the open row to the front."""
         if not self._rows:
             return
-        doc_ids, parts, ends = zip(*self._rows, strict=True)
-        end = ends[-1]
-        self._output.write(token_batch(self._output.schema, doc_ids, parts, ends, self._values[:end]))
+        named, parts, ends = zip(*self._rows, strict=True)
+        end, schema = ends[-1], self._output.schema
+        doc_ids, *kept = zip(*((doc_id, *values) for doc_id, values in named), strict=True)
+        columns = [
+            pa.concat_arrays([pa.nulls(0, field.type), *(pa.repeat(value, 1) for value in values)])
+            for field, values in zip([*schema][3:], kept, strict=True)
+        ]
+        self._output.write(token_batch(schema, doc_ids, parts, ends, self._values[:end], columns))
         self._values[: self._used - end] = self._values[end : self._used].copy()
         self._used -= end
         self._rows.clear()
@@ -406,5 +436,5 @@ class TokenBatches:
         if self._folder:
             self._folder.count(**counts)
 
-    def _end_row(self, doc_id: str) -> None:
-        self._rows.append((doc_id, self._part, self._used))
+    def _end_row(self, row: Row) -> None:
+        self._rows.append((row, self._part, self._used))

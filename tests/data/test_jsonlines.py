@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import RunLongnet
-from files import BYTES, pipe, read, tokens
+from files import BYTES, pipe, read, tokens, write_lines
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -157,6 +157,14 @@ def test_a_document_that_lacks_a_part_is_left_out_alone(tmp_path):
     (tmp_path / "x.jsonl").write_text("\n".join(lines))
     first, second = Inputs([tmp_path / "x.jsonl"], BYTES, skip_bad=True).documents()
     assert ("line 2: part 2 of document 'a' stands where" in str(first.error), second.doc_id) == (True, "b")
+
+
+@pytest.mark.parametrize(("names", "kind"), [([1, 2], "int64"), (["1", "2"], "string"), ([1, "2"], "string")])
+def test_kept_names_are_integers_where_all_are(tmp_path, names, kind):
+    path = write_lines(tmp_path / "x.jsonl", [{"id": name, "text": "a"} for name in names])
+    found = list(Inputs([path], keep=("id",)).texts())
+    assert [text.doc_id for text in found] == ["1", "2"]
+    assert {str(text.kept["id"].type) for text in found} == {kind}
 
 
 def test_a_number_and_a_text_are_two_names(tmp_path):

@@ -7,6 +7,7 @@ from random import Random
 import numpy as np
 import pyarrow as pa
 import pyarrow.ipc as ipc
+import pyarrow.parquet as pq
 import pytest
 import tokenizers
 from files import write_file
@@ -88,6 +89,38 @@ def test_shards_end_at_documents_and_batches_cut_rows(corpus, tmp_path, monkeypa
     assert table["part"].to_pylist() == [0, *range(len(batches) - 1)]
     assert documents(tmp_path / "out", result.tokenizer) == TEXTS
     assert reader.schema.metadata[b"longnet.tokenizer_sha256"].decode() == result.tokenizer.sha256
+
+
+def test_kept_columns_are_in_every_row_of_a_document(tmp_path, monkeypatch):
+    """With their types, in shards that resume; a document of several rows has them in each."""
+    monkeypatch.setattr(tokenizing, "BATCH_BYTES", 64)
+    table = pa.table(
+        {"id": [7, 8, 9], "text": ["one", "two " * 50, ""], "n": [[1], None, [2, 3]], "x": ["a", "b", "c"]}
+    )
+    inputs = Inputs([write_file(tmp_path / "in.arrow", table)], keep=("n", "id"))
+    for place in ("out", "out.parquet"):
+        result = tokenize(inputs, tmp_path / place, shard_tokens=20)
+        found = [
+            document.kept for document in Inputs([tmp_path / place], Tokenizer.bytes(), keep=("n", "id")).documents()
+        ]
+        assert [(kept["n"].as_py(), kept["id"].as_py()) for kept in found] == [([1], 7), (None, 8), ([2, 3], 9)]
+        assert found[0]["id"].type == pa.int64()
+    rows = pq.read_table(result.shards[0]).to_pylist()
+    assert [(row["doc_id"], row["id"]) for row in rows] == [("7", 7), *[("8", 8)] * (len(rows) - 2), ("9", 9)]
+    assert len(rows) > 4
+    with pytest.raises(ConfigError, match=r"keep was \['n: list<item: int64>', 'id: int64'\] and is now None"):
+        tokenize(Inputs(inputs.names), tmp_path / "out", shard_tokens=20, resume=True)
+    write_file(tmp_path / "in.arrow", table.rename_columns(["id", "text", "part", "x"]))
+    with pytest.raises(ConfigError, match="--keep part: the output has a column of this name"):
+        tokenize(Inputs(inputs.names, keep=("part",)), tmp_path / "other")
+
+
+@pytest.mark.parametrize("suffix", ["arrow", "parquet"])
+def test_a_manifest_has_the_tokenizer_once(corpus, tmp_path, suffix):
+    tokenizer = tokenize(Inputs([corpus]), tmp_path / "out", train_vocab=280, shard_format=suffix).tokenizer
+    size = len(read_manifest(tmp_path / "out").to_json())
+    assert size > len(tokenizer.to_json()) > 5000
+    assert (tmp_path / f"out/_manifest.{suffix}").stat().st_size < size + 4000
 
 
 def test_documents_of_one_name_stay_apart(tmp_path):
