@@ -17,11 +17,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from longnet_cli.attention.notation import format_pattern
-from longnet_cli.attention.pattern import Pattern
 from longnet_cli.basics.errors import ConfigError, LongNetError
+
+if TYPE_CHECKING:
+    from longnet_cli.attention import Pattern
 
 
 def divide(world: int, sp: int | None, dp: int | None) -> tuple[int, int]:
@@ -43,7 +44,10 @@ def divide(world: int, sp: int | None, dp: int | None) -> tuple[int, int]:
 def check_shared(pattern: Pattern, ranks: int) -> None:
     """Raise ConfigError for a pattern with chosen blocks, if several ranks are to share a sequence."""
     if pattern.chosen and ranks > 1:
-        window = format_pattern(Pattern.window(pattern.segment_lengths[0], pattern.look_backs[0]))
+        # not above: a rank imports this module before it sees the end of its parent
+        from longnet_cli.attention.notation import format_pattern
+
+        window = format_pattern(type(pattern).window(pattern.segment_lengths[0], pattern.look_backs[0]))
         raise ConfigError(
             f"blocks are chosen by one process, and {ranks} are to share a document: give each its own documents "
             f"(--dp {ranks}), or take a pattern without chosen blocks (--pattern {window})"
