@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from longnet_cli.data.chat import ChatTemplate
     from longnet_cli.data.documents import Document
     from longnet_cli.data.inputs import Inputs
-    from longnet_cli.jobs.chosen_sources import Passage
+    from longnet_cli.jobs.chosen_sources import ChosenPassage
     from longnet_cli.jobs.estimating.estimate import Room
     from longnet_cli.jobs.generating import Step
     from longnet_cli.models.folder import Loaded
@@ -354,7 +354,7 @@ class _Printer:
             self.text_ends = step.text[-1]
             write_text(step.text)
 
-    def end(self, quiet: bool, sources: list[Passage] | None) -> None:
+    def end(self, quiet: bool, sources: list[ChosenPassage] | None) -> None:
         """Finish the output, with its sources. Unless `quiet`, also report counts and speed on stderr."""
         if self.format == "jsonl":
             emit_jsonl(

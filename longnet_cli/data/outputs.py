@@ -189,7 +189,7 @@ class ShardWriter:
         if str(self.output).endswith(".jsonl"):
             return _JsonLines(self._sink)
         if str(self.output).endswith(".npy"):
-            return _Vectors(self._sink, self.schema)
+            return _NumpyArray(self._sink, self.schema)
         return ipc.new_file(self._sink, self.schema)
 
 
@@ -231,7 +231,7 @@ class _JsonLines:
         """Do nothing: JSON Lines have no end to write."""
 
 
-class _Vectors:
+class _NumpyArray:
     """A writer of the column `embedding` as an array (rows, dim), with the two methods that pyarrow's writers have."""
 
     def __init__(self, sink: BinaryIO, schema: pa.Schema) -> None:

@@ -34,7 +34,7 @@ def check_sources(model: Net) -> None:
         raise ConfigError("this model keeps a cache of its own, which does not tell what was chosen")
 
 
-class Passage(NamedTuple):
+class ChosenPassage(NamedTuple):
     """A passage: characters [start, end) of all text read, its share of the answer's choices, and of those before."""
 
     start: int
@@ -64,7 +64,7 @@ class SourceWatch:
         total = sum(np.pad(x.cpu().numpy(), (0, longest - len(x))) for x in counts)
         self._before = total / (len(counts) * self._choosers(longest).clip(1)) if longest else np.zeros(0)
 
-    def found(self, tokenizer: Tokenizer) -> list[Passage]:
+    def found(self, tokenizer: Tokenizer) -> list[ChosenPassage]:
         """Return up to PASSAGES passages, the most telling one first; [] if all that was read was always seen."""
         if not self._seen or self._before is None:
             return []
@@ -72,7 +72,7 @@ class SourceWatch:
         number = max(int(seen.max()) + 1, len(self._before))
         share, vote = (np.bincount(seen, weights, number) / len(self._seen) for weights in (None, votes))
         before = np.pad(self._before, (0, number - len(self._before)))
-        more, passages = np.where(share > before, -vote * np.log(before.clip(LEAST_SHARE, 1)), 0), list[Passage]()
+        more, passages = np.where(share > before, -vote * np.log(before.clip(LEAST_SHARE, 1)), 0), list[ChosenPassage]()
         ids, size = torch.cat(self.stream.ids, 1)[0].cpu().numpy(), self.pattern.chosen_block
         while len(passages) < PASSAGES and more.max() > 0:
             best = int(more.argmax())
@@ -83,7 +83,7 @@ class SourceWatch:
                 last += 1
             start = len(tokenizer.decode(ids[: first * size], special=False).rstrip("\ufffd"))  # of a cut character
             text = tokenizer.decode(ids[: (last + 1) * size], special=False).rstrip("\ufffd")
-            passages.append(Passage(start, len(text), float(share[best]), float(before[best]), text[start:]))
+            passages.append(ChosenPassage(start, len(text), float(share[best]), float(before[best]), text[start:]))
             more[first : last + 1] = 0
         return passages
 
