@@ -115,7 +115,9 @@ def test_flex_attention_has_the_mask_of_the_pattern(causal: bool) -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 3, 200, 16)
     texts = (
-        ["16/1,64/4,look_back=1,overlap=once,queries=all,sinks=2", "1Ki/1"] if causal else ["16/1,64/4,overlap=once"]
+        ["16/1,64/4,look_back=1,overlap=once,queries=all,sinks=2", "1Ki/1"]
+        if causal
+        else ["16/1,64/2,192/3,overlap=once"]
     )
     for pattern in map(parse_pattern, texts):
         theirs = flex_attention(pattern, 3, 200, causal, torch.device("cpu"))(q, k, v).transpose(1, 2)
