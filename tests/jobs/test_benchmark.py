@@ -111,7 +111,7 @@ def fake_op(monkeypatch: pytest.MonkeyPatch) -> FakeOp:
 @pytest.mark.ci
 @pytest.mark.parametrize("causal", [True, False])
 def test_flex_attention_has_the_mask_of_the_pattern(causal: bool) -> None:
-    """A compiler makes it. The one is right where no key counts twice, the other for the levels of the paper."""
+    """A compiler makes it. No key of these patterns counts twice."""
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 3, 200, 16)
     texts = (
