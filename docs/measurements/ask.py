@@ -28,7 +28,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -167,14 +167,21 @@ class Asked:
     """A text as an index, the same passages for rank-bm25, and a model that answers, also as transformers opens it."""
 
     def __init__(self, loaded: Loaded, text: str, dtype: str) -> None:
-        from rank_bm25 import BM25Okapi
-        from transformers import AutoModelForCausalLM
-
         self.loaded, self.dtype, self.index = loaded, dtype, PassageIndex()
         self.index.add(Text("text", text, "text"))
         self.passages = [piece.strip() for piece in cut([text], "passage")]
-        self.bm25 = BM25Okapi([words_of(each) for each in self.passages])
-        self.other = AutoModelForCausalLM.from_pretrained(loaded.origin, dtype=DTYPES[dtype])
+
+    @cached_property
+    def bm25(self) -> Any:
+        from rank_bm25 import BM25Okapi
+
+        return BM25Okapi([words_of(each) for each in self.passages])
+
+    @cached_property
+    def other(self) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(self.loaded.origin, dtype=DTYPES[self.dtype])
 
     def passages_of(self, method: str, question: Question, count: int) -> list[Passage]:
         """Return the passages that a method lets the model read."""
@@ -212,11 +219,11 @@ def nats_and_exact(logits: torch.Tensor, answer: np.ndarray) -> tuple[float, boo
     return float(nats), logits.argmax(-1).tolist() == answer.tolist()
 
 
-def ask(asked: Asked, ways: dict[str, list[Question]], counts: Sequence[int]) -> Iterator[Row]:
+def ask(asked: Asked, ways: dict[str, list[Question]], counts: Sequence[int], kinds: Sequence[str]) -> Iterator[Row]:
     """Yield a row per way of asking and method that makes a prompt of passages."""
     words = asked.loaded.tokenizer
     assert words
-    methods = [(kind, count) for count in counts for kind in (OURS, OTHERS)] + [(RIGHT, 4)]
+    methods = [(kind, count) for count in counts for kind in kinds] + [(RIGHT, 4)]
     for way, questions in ways.items():
         for kind, count in methods:
             answers, found, began = [], 0, time.process_time()
@@ -259,9 +266,11 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
     words = folder.tokenizer()
     text = Path(options.text).read_text(encoding="utf-8")
     text = words.decode(words.encode(text[: 8 * options.tokens])[: options.tokens])
-    text = hide(text[: text.rindex("\n") + 1], lines, options.seed)
+    text = hide(text[: text.rfind("\n") + 1 or None], lines, options.seed)
     load = partial(folder.load, device=torch.device("cpu"), dtype=options.dtype, chat=None)
-    yield from ask(Asked(load(), text, options.dtype), ways, options.passages)
+    yield from ask(
+        Asked(load(), text, options.dtype), ways, options.passages, [OURS] if options.alone else [OURS, OTHERS]
+    )
     for written in options.pattern:
         loaded = load(pattern=parse_pattern(written))
         start = loaded.net.start_rows(folder.bos(words))
@@ -287,6 +296,7 @@ def main() -> None:
     parser.add_argument("--text", required=True, metavar="FILE", help="prose")
     parser.add_argument("--tokens", type=parse_size, default=32_000, help="of the prose that are taken")
     parser.add_argument("--passages", type=int, nargs="*", default=[1, 2, 3, 4], help="that the model reads at most")
+    parser.add_argument("--alone", action="store_true", help="leave out rank-bm25 and transformers")
     parser.add_argument("--pattern", nargs="+", default=[], help="that reads the whole text")
     parser.add_argument("--dtype", default="fp32", choices=DTYPES)
     parser.add_argument("--seed", type=int, default=0)

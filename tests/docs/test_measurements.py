@@ -25,6 +25,7 @@ FOLDER = ROOT / "docs/measurements"
 WINDOW, CHOSEN = "window:64,sinks=4", "window:64,chosen=2x32"
 # of each script: its arguments in a folder with a Llama and texts, and how many rows it prints
 SCRIPTS = {
+    "ask.py": (f"./llama --text a.txt --tokens 500 --passages 1 --alone --pattern {WINDOW}", 15),  # ways and methods
     "choice_recall.py": (f"./llama {CHOSEN} --text a.txt b.txt --tokens 5K --groups 2", 2),  # layers
     "passage.py": (
         f"./llama {CHOSEN} --passages a.txt --filler b.txt --tokens 50 --distances 300 --near 9 --every 4",

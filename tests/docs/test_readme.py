@@ -34,7 +34,10 @@ from longnet_cli.jobs.training.recipe import (
 from longnet_cli.nets.config import LongNetConfig
 
 # Pages whose Python blocks run as they are, where a package is installed
-COMPLETE = {"README": "torch", "patterns": "torch", "surprise": "polars", "embeddings": "sentence_transformers"}
+COMPLETE = {
+    "README": "torch", "ask": "transformers", "patterns": "torch", "surprise": "polars",
+    "embeddings": "sentence_transformers",
+}  # fmt: skip
 TESTED_ELSEWHERE = {"clients.md", "vectors.md"}  # by slow tests of their own: they need what the tests do not install
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "models").rglob("*.md"))]
 
