@@ -258,7 +258,8 @@ def evaluate(
     reading: dict[str, Any] = {
         "chunk": recipe.train.chunk,
         "dtype": recipe.train.dtype,
-        "ranks": ranks.all_in_one(),
+        # One process chooses blocks: each rank then reads all documents.
+        "ranks": ALONE if model.config.pattern.chosen else ranks.all_in_one(),
         "on_progress": on_part,
     }
     model.eval()
