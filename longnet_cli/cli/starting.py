@@ -151,7 +151,7 @@ def state_teller(reader: Reader, *, more: int = 0, quiet: bool) -> Callable[[int
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
-    """What a command has opened: a model, documents, and the ranks that share what is read.
+    """The things that a command has opened: a model, documents, and the ranks that share what is read.
 
     `earlier` is the run that `-o` continues; of a dry run, `refusal` says why none can be continued or begun, and
     `room` is the memory before the model was loaded. `quiet` is true for all ranks except the first. `left_out` counts

@@ -501,7 +501,7 @@ class Tokenizer:
 
     @property
     def spells(self) -> bool:
-        """Whether the bytes of a text's ids are the text's, one after the other: then places are counted from ids."""
+        """True if the bytes of a text's ids are the text's, one after the other: then places are counted from ids."""
         return self.splits_special and (self.is_bytes or self._cut is AT_SIGN)
 
     @cached_property

@@ -258,7 +258,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Telling:
-    """What a run tells while it goes on. What a function raises ends the run.
+    """Functions that a run calls while it goes on. What one raises ends the run.
 
     `left_out` counts the documents without a row. `on_stored` first gets the longest window, in tokens, of the
     documents whose length is known at once, if lengths matter to the model. `on_document` gets each document before it

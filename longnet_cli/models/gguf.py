@@ -30,7 +30,7 @@ _MOST_READS = 1 << 23  # of metadata: a word of a vocabulary takes three. Gemma 
 
 
 class _Bar(io.StringIO):
-    """What a progress bar of tqdm writes to. `on_percent` gets how many more percent are done."""
+    """A file for a progress bar of tqdm to write to. `on_percent` gets how many more percent are done."""
 
     def __init__(self, on_percent: Callable[[int], None]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What the metadata of a GGUF file says of its net and tokenizer, beyond what transformers takes from it.
+"""The metadata of a GGUF file, of its net and of its tokenizer, beyond what transformers takes from it.
 
 transformers reads some keys of a file and drops all others, such as the scaling of rotary positions. Here, a key is
 read by transformers, read by us (SETTINGS, and all of `rope.`), or without effect. Any other refuses the file by its

@@ -107,7 +107,19 @@ def test_words_of_a_command_line(run_longnet, words, code, said):
 
 def test_help_lists_commands_by_what_they_are_for(run_longnet):
     found = re.findall(r"^\W+ (\w+)  +[A-Z]", run_longnet("--help").stdout, re.MULTILINE)
-    assert found == ["score", "encode", "generate", "train", "tokenize", "data", "pattern", "plot", "bench", "convert"]
+    assert found == [
+        "score",
+        "encode",
+        "generate",
+        "ask",
+        "train",
+        "tokenize",
+        "data",
+        "pattern",
+        "plot",
+        "bench",
+        "convert",
+    ]
 
 
 @pytest.mark.parametrize("command", [["score"], ["data", "inspect"], []])
