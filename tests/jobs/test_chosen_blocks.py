@@ -41,7 +41,7 @@ def test_the_passages_that_the_answer_chose(
         found = [answer if first >= 200 else [1, 2, 3] for first in firsts]
         return chosen_by_hand(torch.tensor(found))
 
-    monkeypatch.setattr(chosen, "choose", lambda pattern, means, votings, runs: [*map(drawn, votings)])
+    monkeypatch.setattr(chosen, "choose", lambda means, voting: drawn(voting))
     monkeypatch.setattr(chosen, "votes_by_keys", lambda *given: torch.where(given[-1] == 12, vote, 1))
     net = native(Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4))
     stream = CausalStream(net)
@@ -80,7 +80,7 @@ def test_three_questions_have_three_answers(monkeypatch: pytest.MonkeyPatch) -> 
             found.append([*hubs, own if group >= 50 and group % 3 == 0 else 3 + group % 2])
         return chosen_by_hand(torch.tensor(found))
 
-    monkeypatch.setattr(chosen, "choose", lambda pattern, means, votings, runs: [*map(drawn, votings)])
+    monkeypatch.setattr(chosen, "choose", lambda means, voting: drawn(voting))
     monkeypatch.setattr(chosen, "votes_by_keys", lambda *given: torch.ones(given[-1].shape))
     net = native(Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4))
     text = "".join(chr(97 + i // 8) for i in range(200))  # a letter per block

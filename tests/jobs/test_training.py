@@ -266,7 +266,7 @@ def test_held_out_documents_are_whole_or_in_windows_as_of_score(
         notes, stages = list[str](), [{"seq_len": 32, "steps": 1}]
         changes = settings | {"train.evaluate_every": every, "train.stages": stages}
         train(recipe(corpus, **changes), tmp_path / str(every), on_note=notes.append)
-        assert [("an evaluation takes" in line) for line in notes] == [True] * dear
+        assert sum("an evaluation takes" in line for line in notes) == dear
     model, documents = LongNet.from_pretrained(tmp_path / "1"), Inputs([corpus], Tokenizer.bytes()).documents()
     found = [each.score for each in scores(model, documents, bos=256, context=context)]
     expected = sum(score.nll_sum for score in found) / sum(score.n_tokens for score in found)
