@@ -78,16 +78,14 @@ def test_chosen_blocks() -> None:
         for groups in groups_of(pattern, 0, seq):
             attended += groups.number * groups.queries * min(groups.near, 128)
             blocks = groups.near // 32 - 1
-            scanned = blocks // 32 if blocks > 8192 else 0
-            scanned += min(blocks, 8192) if blocks > 4096 else 0
+            scanned = blocks if blocks > 4096 else 0
             scanned += 4 * min(blocks, 4096) if blocks > 256 else 0
             if groups.near > 128:
                 starts = groups.start % 128 == 0  # of a segment, which has one scan
                 compared += groups.number * 8 * 8 * min(blocks, 256) + starts * 4 * scanned
-        # between two segments, runs of blocks grow in steps
         assert found.chosen.flops == pytest.approx(3 * 4 * (4 * attended + 2 * compared), rel=1e-5)
     assert found.total.flops == sum(level.flops for level in found.levels) + found.chosen.flops
-    last = (399_744 // 32 // 32 + 8192 + 4 * 4096) // 32 + 8 * 256
+    last = (399_744 // 32 - 1 + 4 * 4096) // 32 + 8 * 256
     assert (found.chosen.keys_per_query, found.chosen.cache_rows, found.compared) == (128, 400_011, last)
     assert found.read_bytes == 4 * 4 * (found.compared + 2 * 128) // 4
     assert found.total.cache_rows == 3 * 128 + 400_011
