@@ -218,7 +218,7 @@ hello -m ../in/native -n 6 --format jsonl
 --temperature         rows       --temperature 9 --seed 1
 --top-p               rows       --top-p 0.01 @ {ASKED} -n 6 --format json --temperature 9 --seed 1
 --seed                rows       --seed 2 | --seed 1 @ {ASKED} -n 6 --format json --temperature 9
---stop                rows       --stop B --stop S --stop T --stop U --stop V @ {ASKED} -n 60 --format json --temperature 9 --seed 1
+--stop                rows       --stop B --stop S --stop T --stop U --stop V --stop t --stop H --stop M --stop F @ {ASKED} -n 60 --format json --temperature 9 --seed 1
 --format              stdout     --format json | --format text @ {ASKED} -n 6
 {DEVICE}
 --dtype               rows       --dtype bf16 @ {ASKED} -n 60 --format json
