@@ -51,6 +51,7 @@ from longnet_cli import LongNet, LongNetConfig, LongNetError
 from longnet_cli.attention.branches import _ShardGeometry
 from longnet_cli.attention.kernels import select_kernel
 from longnet_cli.attention.planning import AttentionPlan, merged_backward, merged_forward
+from longnet_cli.attention.spans import Layout
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.names import Sources
 from longnet_cli.data.tokenizer import Tokenizer
@@ -258,11 +259,11 @@ def _level_tables(config: LongNetConfig, documents: tuple[int, ...]) -> list[Pos
 def _level_plans(config: LongNetConfig, documents: tuple[int, ...], dtype: torch.dtype) -> list[AttentionPlan]:
     """Return a plan for each level alone."""
     kernel = select_kernel(torch.device("cpu"), dtype, config.head_dim)
-    heads, plans = config.num_heads, []
+    layout, plans = Layout(config.pattern, config.num_heads, config.num_heads), []
     for level in range(len(config.pattern.levels)):
         blocks = []
         for start, stop in pairwise((0, *accumulate(documents))):
-            shard = _ShardGeometry(config.pattern, heads, heads, 0, stop - start, True)
+            shard = _ShardGeometry(layout, 0, stop - start, True)
             calls = sorted(shard.near(level, level == 0, 0), key=lambda branch: not branch.covers)
             blocks.append((slice(0, 1), slice(start, stop), tuple(calls)))
         plans.append(AttentionPlan(kernel, blocks))
