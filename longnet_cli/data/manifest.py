@@ -5,6 +5,7 @@
                         with the same JSON under `longnet.manifest` in the metadata of a batch (or of the file)
 
 The metadata of the schema has the key alone: a schema stands in its file twice, and the JSON has the tokenizer.
+Folders written before this was so have the JSON there, and are read.
 
 So a finished folder holds only tables of one schema, and a tool that reads all its files reads the data set.
 """
@@ -92,7 +93,9 @@ def manifest_text(name: str, data: bytes) -> str:
     if name.endswith(".json"):
         return data.decode()
     if name.endswith(".arrow"):
-        metadata = ipc.open_file(pa.BufferReader(data)).get_batch_with_custom_metadata(0).custom_metadata
+        table = ipc.open_file(pa.BufferReader(data))
+        of_schema = table.schema.metadata or {}
+        metadata = of_schema if of_schema.get(KEY) else table.get_batch_with_custom_metadata(0).custom_metadata
     else:
         import pyarrow.parquet as pq  # imported late: 30 ms that IPC does not need
 
