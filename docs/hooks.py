@@ -44,8 +44,8 @@ REFERENCE = {
     "Jobs": {
         "longnet_cli": (
             "tokenize", "train", "score", "ScoreOptions", "ModelFacts", "Score", "Total", "encode", "EncodeOptions",
-            "EncodeFacts", "generate", "ask", "Answer", "encode_batches", "score_batches", "bench", "Settings",
-            "Measurement", "inspect",
+            "EncodeFacts", "generate", "ask", "Answer", "embed", "encode_batches", "score_batches", "bench",
+            "Settings", "Measurement", "inspect",
         ),
     },
     "Plots": {"longnet_cli.jobs.plotting": ("read", "panels", "draw_text", "draw_picture")},

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from longnet_cli.jobs.asking import Answer, ask
     from longnet_cli.jobs.benchmark import Measurement, Settings, bench
     from longnet_cli.jobs.encoding import EncodeFacts, encode
-    from longnet_cli.jobs.engines import encode_batches, score_batches
+    from longnet_cli.jobs.engines import embed, encode_batches, score_batches
     from longnet_cli.jobs.generating import generate
     from longnet_cli.jobs.inspecting import inspect
     from longnet_cli.jobs.options import EncodeOptions, ScoreOptions
@@ -59,7 +59,7 @@ _MODULES = {
     "jobs.asking": "Answer ask",
     "jobs.benchmark": "Measurement Settings bench",
     "jobs.encoding": "EncodeFacts encode",
-    "jobs.engines": "encode_batches score_batches",
+    "jobs.engines": "embed encode_batches score_batches",
     "jobs.generating": "generate",
     "jobs.inspecting": "inspect",
     "jobs.options": "EncodeOptions ScoreOptions",

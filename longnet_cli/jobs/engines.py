@@ -1,5 +1,6 @@
-"""Vectors and scores of Arrow record batches, for engines that map a function over them: Ray Data, Spark and others.
+"""Vectors of texts; and vectors and scores of Arrow record batches, for engines that map a function over them.
 
+    vectors = embed(texts, model="org/name")                           a numpy array, a row for each text
     dataset.map_batches(encode_batches, batch_format="pyarrow")        Ray Data: a table in, a table out
     frame.mapInArrow(encode, schema)                                   Spark: an iterator in, an iterator out
 
@@ -17,6 +18,7 @@ from functools import cache
 from inspect import Parameter, Signature
 from typing import Any, TypeVar
 
+import numpy as np
 import pyarrow as pa
 
 from longnet_cli.attention import Pattern
@@ -25,7 +27,7 @@ from longnet_cli.basics.errors import ConfigError, DataError, InputWarning, NoTo
 from longnet_cli.basics.sizes import parse_size
 from longnet_cli.data.columns import ID_COLUMNS, INTEGERS, is_text
 from longnet_cli.data.inputs import Inputs
-from longnet_cli.data.tables import Table, find_column
+from longnet_cli.data.tables import Table, find_column, numpy_dtype
 from longnet_cli.data.token_columns import plain
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.encoding import EncodeFacts, Encoder, for_model
@@ -87,6 +89,24 @@ def _with_options_of(*kinds: type) -> Callable[[Callable[..., object]], Callable
         return function
 
     return decorate
+
+
+def embed(texts: Iterable[str], *, model: str, **options: Any) -> np.ndarray:
+    """Return the vectors of texts, (texts, dim): one row for each, NaN for a text without tokens.
+
+    `options` are those of `encode_batches` but for `span` and `keep`: without `pool` and `prefix`, the model's own. The
+    dtype is float32, unless `embedding_dtype` says float16. With `skip_bad`, a text that the model cannot read is NaN.
+    Raises ConfigError for what is no list of texts, and what `encode_batches` raises.
+    """
+    given = [*texts]
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in given):
+        raise ConfigError("a list of texts is needed, each a str: [text] for one, encode_batches for a table")
+    named = pa.table({"doc_id": pa.array(range(len(given)), pa.int64()), "text": pa.array(given, pa.large_string())})
+    rows: Any = encode_batches(named, model=model, span=None, keep=(), **options)
+    found = rows["embedding"].combine_chunks()
+    vectors = np.full((len(given), found.type.list_size), np.nan, numpy_dtype(found.type.value_type))
+    vectors[rows["doc_id"].to_numpy().astype(int)] = found.flatten().to_numpy().reshape(-1, vectors.shape[1])
+    return vectors
 
 
 @_with_options_of(EncodeOptions, Reading)

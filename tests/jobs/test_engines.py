@@ -15,7 +15,7 @@ from conftest import ROOT, RunLongnet
 
 from longnet_cli.attention import Pattern
 from longnet_cli.basics.errors import ConfigError, DataError
-from longnet_cli.jobs.engines import Reading, encode_batches, score_batches
+from longnet_cli.jobs.engines import Reading, embed, encode_batches, score_batches
 
 TEXTS = ["one two three " * 40, "x", "", "def f():\n    return 1\n" * 30, "four five " * 20]
 TABLE = pa.table({"id": [7, 8, 9, 10, 11], "text": TEXTS, "lang": ["a", None, "c", "d", "e"]})
@@ -116,6 +116,18 @@ def test_whatever_passes_arrow_data_on_is_a_table() -> None:
 def test_a_list_of_texts_is_a_table() -> None:
     for function in (encode_batches, score_batches):
         assert function(TEXTS[3:]).equals(function(Frame()).set_column(0, "doc_id", [["0", "1"]]))
+
+
+def test_a_text_has_its_row_of_an_array() -> None:
+    made = embed(TEXTS, model="longnet-tiny", dims=8)
+    assert (made.dtype, made.shape) == (np.float32, (5, 8))
+    assert np.isnan(made[2]).all()
+    np.testing.assert_allclose(made[[0, 1, 3, 4]], vectors(encode_batches(TEXTS, dims=8)), atol=1e-6)
+    for none in ([], [""]):
+        assert embed(none, model="longnet-tiny").shape == (len(none), 256)
+    for given in ("one text", ["a", None]):
+        with pytest.raises(ConfigError, match="a list of texts is needed"):
+            embed(given, model="longnet-tiny")
 
 
 def test_views_of_text_are_carried_along() -> None:
