@@ -34,7 +34,7 @@ docs/demo.svg: .venv/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" script -qec "stty cols 127; bash examples/demo.sh" /dev/null > build/demo.txt
 	$(BIN)/python examples/draw_terminal.py $@ < build/demo.txt
 
-# The page of docs/surprise.md, in a browser: CHROMIUM draws it.
+# The page of two contexts in docs/score.md, in a browser: CHROMIUM draws it.
 CHROMIUM ?= chromium
 docs/surprise.png: .venv/.installed
 	mkdir -p build

@@ -35,7 +35,7 @@ from longnet_cli.nets.config import LongNetConfig
 
 # Pages whose Python blocks run as they are, where a package is installed
 COMPLETE = {
-    "README": "torch", "ask": "transformers", "patterns": "torch", "surprise": "polars",
+    "README": "torch", "ask": "transformers", "patterns": "torch", "score": "polars",
     "embeddings": "sentence_transformers",
 }  # fmt: skip
 TESTED_ELSEWHERE = {"clients.md", "vectors.md"}  # by slow tests of their own: they need what the tests do not install

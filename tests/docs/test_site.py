@@ -34,8 +34,8 @@ def test_every_option_is_in_the_reference() -> None:
     [
         ("index.md", "docs/ranks.md#weights", "ranks.md#weights"),
         ("index.md", "models/README.md", "models/index.md"),
-        ("what-context-buys.md", "../models/longnet-tiny/README.md", "models/longnet-tiny.md"),
-        ("models/longnet-tiny.md", "../../docs/what-context-buys.md", "../what-context-buys.md"),
+        ("finding.md", "../models/longnet-tiny/README.md", "models/longnet-tiny.md"),
+        ("models/longnet-tiny.md", "../../docs/finding.md", "../finding.md"),
         ("models/longnet-tiny.md", "../longnet-tiny.toml", "longnet-tiny.toml"),
         ("measurements/results.md", "../recall.png", "../recall.png"),
         ("finding.md", "https://arxiv.org/x", "https://arxiv.org/x"),
