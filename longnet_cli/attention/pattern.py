@@ -33,7 +33,7 @@ Padding = Literal["exact", "zero_key"]
 LayerKind = Literal["chooses", "follows", "sees_block_0"]  # of a layer with chosen blocks: see `Pattern.kind`
 
 # of chosen blocks. Measured on SmolLM2-135M, with passages that are read again: fewer or averaged voters, coarser means
-# and no neighbours find less; twice as many find little more. Rarer scans lose nothing (docs/measurements/finding.md)
+# and no neighbours find less; twice as many find little more. Rarer scans lose nothing
 VOTERS = 8  # positions whose queries choose, those that end with the group's first
 MEAN_OF = 4  # keys per mean that a query is compared with at last
 NEIGHBOUR = 0.99  # share of a block's score that the next block has at least: text goes on there
