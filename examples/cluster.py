@@ -1,4 +1,4 @@
-"""Plan a run for machines that one does not have: memory and time, for every way to share it. docs/cluster.md
+"""Plan a run for machines that one does not have: memory and time, for every way to share it. docs/ranks.md
 
     python examples/cluster.py plan longnet-2.7b --on h100x8 --set train.batch_tokens=4Mi    # training by a recipe
     python examples/cluster.py plan --model longnet-tiny --tokens 1Gi --on h100x8            # reading a document
