@@ -26,8 +26,8 @@ PAGES = {
 REFERENCE = {
     "Attention": {
         "longnet_cli": (
-            "Pattern", "parse_pattern", "format_pattern", "dilated_attention", "far_keys", "FarKeys", "KVCache",
-            "DilatedAttention", "dilated_attention_reference",
+            "dilated_attention", "DilatedAttention", "dilated_attention_reference", "KVCache", "far_keys", "FarKeys",
+            "parse_pattern", "format_pattern", "Pattern",
         ),
     },
     "Models": {
