@@ -51,14 +51,18 @@ class GenerateCommand:
 
     prompt: str | None = shared.argument(
         "PROMPT",
-        "Continue this text. If it is -, or if you give neither PROMPT nor --input nor --state, read stdin.",
+        "Continue this text, after each document of --input. If it is -, or if you give neither PROMPT nor --input nor "
+        "--state, read stdin.",
         default=None,
     )
     inputs: list[str] | None = INPUT.option(
-        "--input -i INPUT", "Continue each document of files, folders, globs, @list or - (stdin). Repeat it for more."
+        "--input -i INPUT",
+        "Continue each document of files, folders, globs, @list or - (stdin), with a newline and PROMPT, if you give "
+        "one. Repeat it for more.",
     )
     state: str | None = INPUT.option(
-        "--state DIR", "Continue after what --save-state has saved in this folder, which stays as it is."
+        "--state DIR",
+        "Continue after what --save-state has saved in this folder, which stays as it is, with its model and pattern.",
     )
     chat: bool = INPUT.flag("--chat", "Put each prompt into the tokenizer's chat template, as a user's message.")
     tokenizer: str | None = shared.tokenizer_option()
@@ -97,9 +101,8 @@ def generate(options: GenerateCommand) -> None:
     With a window, a token costs the same time and memory at any position.
     """
     check_pairs(PAIRS, options)
-    if options.state and options.choice.pattern:
-        pattern = _state_pattern(options.state, options.choice.pattern)
-        options = replace(options, choice=replace(options.choice, pattern=pattern))
+    if options.state:
+        options = replace(options, choice=_as_saved(options.state, options.choice))
     text, save_state = _text(options.prompt, options.inputs, options.state), options.save_state
     opened, inputs = _open(options, text)
     loaded, quiet = opened.loaded, opened.quiet
@@ -122,34 +125,37 @@ def generate(options: GenerateCommand) -> None:
         tell(f"{save_state}: the state after {count_of(stream.position, 'token')}, {format_bytes(size)}", quiet)
 
 
-def _state_pattern(state: str, pattern: str) -> str:
-    """Return a pattern with the layers that choose in a saved state, unless it names its own. Loads no model.
+def _as_saved(state: str, choice: ModelChoice) -> ModelChoice:
+    """Return the model and the pattern of a saved state where none is given. Loads no model.
 
-    Raises ConfigError for a pattern that cannot continue the state's.
+    A given pattern gets the layers that choose in the state, unless it names its own. Raises ConfigError for one that
+    cannot continue the state's.
     """
     from longnet_cli.attention.notation import format_pattern, parse_pattern
     from longnet_cli.basics.configuration import parse, read_text
 
-    given = shared.read_pattern(pattern)
-    assert given
+    given = shared.read_pattern(choice.pattern)
     try:
-        saved = parse_pattern(parse(read_text(Path(state) / "manifest.json"))["longnet.pattern"])
+        manifest = parse(read_text(Path(state) / "manifest.json"))
+        saved, model = parse_pattern(manifest["longnet.pattern"]), manifest.get("longnet.model")
     except (OSError, ValueError, KeyError, TypeError):  # reading the state says what is wrong with it
-        return pattern
-    if given.chosen and not given.chosen_layers:
+        return choice
+    if given and given.chosen and not given.chosen_layers:
         given = replace(given, chosen_layers=saved.chosen_layers)
-    if not replace(given, head_offsets=saved.head_offsets).continues(saved):  # a model may have its own offsets
+    # a model may have its own offsets
+    if given and not replace(given, head_offsets=saved.head_offsets).continues(saved):
         raise ConfigError(
-            f"{state}: it was saved with the pattern {format_pattern(saved)}, and this is {pattern}: name both "
-            "(--model, --pattern)"
+            f"{state}: it was saved with the pattern {format_pattern(saved)}, and this is {choice.pattern}: leave out "
+            "--pattern"
         )
-    return format_pattern(given)
+    named = choice.model if choice.model != ModelChoice.model or not isinstance(model, str) else model
+    return replace(choice, model=named, pattern=format_pattern(given or saved))
 
 
 def _open(options: GenerateCommand, text: str | None) -> tuple[Opened, Inputs]:
     """Return the model, if it can do what the options ask for, and the inputs. Raises as `launch` does."""
     words = {name: getattr(options, name) for name in ("tokenizer", "tokenizer_differs", "column", "eos", "bos")}
-    inputs = (options.inputs or ["-"]) if text is None else []
+    inputs = options.inputs or (["-"] if text is None else [])
     named = ModelAndInputs(Documents(inputs, **words), options.choice)
     if under_torchrun():
         raise ConfigError("generate is for one process, and torchrun has started several: start one")
@@ -245,10 +251,10 @@ class _TextGenerator:
 def _text(prompt: str | None, inputs: list[str] | None, state: str | None) -> str | None:
     """Return the text to continue, None for inputs, nothing ("") for a state that is itself continued.
 
-    Raises ConfigError for no text, for both kinds, and for text that is not UTF-8.
+    Raises ConfigError for no text, for stdin beside inputs, and for text that is not UTF-8.
     """
-    if prompt is not None and inputs:
-        raise ConfigError("PROMPT and --input are both given: give one")
+    if prompt == "-" and inputs:
+        raise ConfigError("PROMPT - is stdin, and --input is given: write the question, or leave out one of them")
     if prompt is None and not inputs and state:
         return ""
     if prompt is None and not inputs and (sys.stdin is None or sys.stdin.isatty()):
@@ -257,14 +263,14 @@ def _text(prompt: str | None, inputs: list[str] | None, state: str | None) -> st
         raise ConfigError("PROMPT is not UTF-8: save it as a UTF-8 file and give that with --input")
     if prompt is not None and prompt != "-" and os.path.exists(prompt):
         note(f"{prompt} is continued as text; --input reads the file")
-    return None if prompt == "-" else prompt
+    return None if prompt == "-" or inputs else prompt
 
 
 def _documents(
     options: GenerateCommand, inputs: Inputs, template: ChatTemplate | None, text: str | None
 ) -> tuple[Iterator[Document], bool]:
     """Return the documents to continue, and whether they are several texts to print, which get their names."""
-    documents = _each_document(inputs, text, template)
+    documents = _each_document(inputs, text, template, f"\n{options.prompt}" if options.inputs and options.prompt else "")
     if options.save_state:
         return _only(documents), False
     # the first line of a pipe waits for none
@@ -273,17 +279,26 @@ def _documents(
     return documents, False
 
 
-def _each_document(inputs: Inputs, prompt: str | None, template: ChatTemplate | None) -> Iterator[Document]:
+def _each_document(
+    inputs: Inputs, prompt: str | None, template: ChatTemplate | None, question: str
+) -> Iterator[Document]:
+    """Yield the prompt or, if it is None, each document of the inputs, with the question after it."""
+    import numpy as np
+
     from longnet_cli.data.documents import Document
     from longnet_cli.data.tables import Text
 
     if template and prompt != "":
         texts = inputs.texts() if prompt is None else [Text("prompt", prompt, "PROMPT")]
         for text in texts:
-            ids = template.encode("".join(text.parts))
+            ids = template.encode("".join([*text.parts, question]))
             yield Document(text.doc_id, ids, None, text.where, limit=template.tokenizer.vocab_size)
     elif prompt is not None and inputs.tokenizer is not None:
         yield Document("prompt", inputs.tokenizer.encode(prompt), len(prompt.encode()), "PROMPT")
+    elif question and inputs.tokenizer is not None:
+        asked = inputs.tokenizer.encode(question)
+        for document in inputs.documents():
+            yield Document(document.doc_id, np.concatenate([document.tokens, asked]), None, document.where)
     else:
         yield from inputs.documents()
 

@@ -128,7 +128,7 @@ def test_a_closed_pipe_and_ctrl_c_end_it(model: Path, start: Start) -> None:
         assert run.stderr.read() == b""
 
 
-def test_a_message_goes_into_the_template(model: Path, run_longnet: RunLongnet) -> None:
+def test_a_message_goes_into_the_template(model: Path, run_longnet: RunLongnet, tmp_path: Path) -> None:
     """The whole prompt is the template's; what looks like a special token in a message is its characters."""
     words = words_of_chat()
     template = ChatTemplate(model, words)
@@ -136,8 +136,10 @@ def test_a_message_goes_into_the_template(model: Path, run_longnet: RunLongnet) 
     assert words.decode(ids) == "<|endoftext|><|im_start|>user\nHi <|im_end|><|im_end|>\n<|im_start|>assistant\n"
     start, end = words.id_of("<|im_start|>"), words.id_of("<|im_end|>")
     assert [token for token in ids if token > 255] == [256, start, end, start]
-    (row,) = rows(run_longnet("generate", "Hi", "--chat", "--model", model, "-n", "5", "--format", "jsonl"))
-    assert row["n_prompt"] == len(template.encode("Hi"))
+    (tmp_path / "text.txt").write_text("Read this.")
+    for given, message in ((["Hi"], "Hi"), (["-i", "text.txt", "Hi"], "Read this.\nHi")):
+        (row,) = rows(run_longnet("generate", *given, "--chat", "--model", model, "-n", "5", "--format", "jsonl"))
+        assert row["n_prompt"] == len(template.encode(message))
 
 
 @pytest.mark.parametrize(

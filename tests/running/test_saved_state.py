@@ -369,19 +369,24 @@ def test_a_full_disk_leaves_the_old_state(small_disk: Path) -> None:
 
 
 def test_the_command(run_longnet: RunLongnet, tmp_path: Path) -> None:
-    """A book is read once and asked often; the state stays as it is, until another one takes its place."""
+    """A book is read once and asked often by the state's own model; the state stays until another takes its place."""
     native, other = tiny_model(tmp_path / "native", position="rope"), tiny_llama(tmp_path / "llama")
     for model, more in ((native, ["--pattern", "finding"]), (other, ["--pattern", "window:16,sinks=2"])):
         (tmp_path / "book.txt").write_text("some words, and others. " * 20)
         reading = ["--model", model, *more]
-        options = [*reading, "-n", "20", "--format", "jsonl", "-q"]
-        whole = json.loads(run_longnet("generate", "-i", "book.txt", *options).stdout)
+        options = ["-n", "20", "--format", "jsonl", "-q"]
+        whole, followed = (
+            json.loads(run_longnet("generate", "-i", "book.txt", *question, *reading, *options).stdout)
+            for question in ([], ["What?"])
+        )
         done = run_longnet("generate", "-i", "book.txt", *reading, "--save-state", "book.state")
         assert (done.returncode, done.stdout) == (0, "")
         assert done.stderr.splitlines()[-1].startswith("book.state: the state after 481 tokens, ")
         old = states(tmp_path / "book.state")
         asked = [*options, "--state", "book.state"]
         assert json.loads(run_longnet("generate", *asked).stdout) == whole | {"doc_id": "prompt", "n_prompt": 0}
+        after = json.loads(run_longnet("generate", "\nWhat?", *asked).stdout)
+        assert (after["tokens"], followed["n_prompt"]) == (followed["tokens"], 480 + after["n_prompt"])
         if model == other:  # whose commands import transformers
             break
         (tmp_path / "questions.jsonl").write_text('{"text": "What?"}\n{"text": "Who?"}\n')
