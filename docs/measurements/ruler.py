@@ -199,7 +199,7 @@ def answer(net: Net, stream: Any, tokenizer: Tokenizer, question: Question) -> l
         places.append(slice(start - 1, start - 1 + len(ids)))
         parts.append(ids)
     ids = torch.from_numpy(np.concatenate(parts).astype(np.int64))
-    watch = SourceWatch(stream) if net.config.pattern.chosen else None
+    watch = SourceWatch(stream, tokenizer) if net.config.pattern.chosen else None
     with torch.inference_mode():
         hidden = [stream(ids[None, : len(parts[0])])]
         if watch:
@@ -207,7 +207,7 @@ def answer(net: Net, stream: Any, tokenizer: Tokenizer, question: Question) -> l
         hidden.append(stream(ids[None, len(parts[0]) :]))
         logprobs = net.logits(torch.cat(hidden, 1)[0, :-1]).float().log_softmax(-1)
     nats, right = -logprobs.gather(1, ids[1:, None])[:, 0], logprobs.argmax(-1) == ids[1:]
-    said = [passage.text for passage in watch.found(tokenizer)] if watch else []
+    said = [passage.text for passage in watch.found()] if watch else []
     shown = [any(value.strip() in text for text in said) for value in question.values]
     return [
         (bool(right[at].all()), float(nats[at].sum()), at.stop - at.start, source)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -149,7 +149,8 @@ def _as_saved(state: str, choice: ModelChoice) -> ModelChoice:
             "--pattern"
         )
     named = choice.model if choice.model != ModelChoice.model or not isinstance(model, str) else model
-    return replace(choice, model=named, pattern=format_pattern(given or saved))
+    as_trained = not given and manifest.get("as_trained")
+    return replace(choice, model=named, pattern=None if as_trained else format_pattern(given or saved))
 
 
 def _open(options: GenerateCommand, text: str | None) -> tuple[Opened, Inputs]:
@@ -209,24 +210,17 @@ class _TextGenerator:
 
         Its name is printed before the text if it is to be `named`.
         """
-        from longnet_cli.jobs.chosen_sources import SourceWatch
         from longnet_cli.jobs.generating import generate as run
-        from longnet_cli.running.causal_stream import CausalStream
 
-        options, loaded, computing = self.options, self.loaded, self.options.computing
-        watch = None
-        if options.sources:
-            stream = stream or CausalStream(loaded.net, spill=computing.spill)
-            watch = SourceWatch(stream)
+        options, computing = self.options, self.options.computing
         with progress("reading the prompt", total=len(document), quiet=computing.quiet) as advance:
             steps = run(
-                loaded.net,
+                self.loaded,
                 document,
+                sources=options.sources,
                 bos=self.bos_ids,
-                tokenizer=loaded.tokenizer,
                 max_tokens=self.max_tokens,
                 number=number,
-                end_ids=loaded.ends,
                 **self.sampling,
                 chunk=computing.chunk,
                 dtype=computing.dtype,
@@ -235,17 +229,15 @@ class _TextGenerator:
                 on_progress=advance,
             )
             step = next(steps, None)
-        if watch:
-            watch.begin()
         seed = self.sampling["seed"] if options.sampling.temperature else None
-        printer = _Printer(document, seed, options.format, self.origin)
+        printer = _Printer(document, seed, options, self.origin)
         if step and named:
             print(("\n" if number else "") + f"==> {printable(document.doc_id)} <==", flush=True)
         while step:
             printer.print(step)
             done = step.finish_reason and not options.save_state  # otherwise, the last token is read
             step = None if done else next(steps, None)
-        printer.end(computing.quiet, watch.found(loaded.tokenizer) if watch and loaded.tokenizer else None)
+        printer.end()
 
 
 def _text(prompt: str | None, inputs: list[str] | None, state: str | None) -> str | None:
@@ -270,7 +262,9 @@ def _documents(
     options: GenerateCommand, inputs: Inputs, template: ChatTemplate | None, text: str | None
 ) -> tuple[Iterator[Document], bool]:
     """Return the documents to continue, and whether they are several texts to print, which get their names."""
-    documents = _each_document(inputs, text, template, f"\n{options.prompt}" if options.inputs and options.prompt else "")
+    documents = _each_document(
+        inputs, text, template, f"\n{options.prompt}" if options.inputs and options.prompt else ""
+    )
     if options.save_state:
         return _only(documents), False
     # the first line of a pipe waits for none
@@ -353,24 +347,28 @@ def _look_ahead(documents: Iterator[Document]) -> tuple[Iterator[Document], bool
 class _Printer:
     """A printer for one prompt: the new text as it comes, or one line of JSON at the end, with its `origin`."""
 
-    def __init__(self, document: Document, seed: int | None, format: Format, origin: Mapping[str, str | None]) -> None:
-        self.document, self.seed, self.format, self.origin = document, seed, format, origin
+    def __init__(
+        self, document: Document, seed: int | None, options: GenerateCommand, origin: Mapping[str, str | None]
+    ) -> None:
+        self.document, self.seed, self.format, self.origin = document, seed, options.format, origin
+        self.quiet, self.tells_sources = options.computing.quiet, options.sources
         self.steps: list[Step] = []
+        self.sources: Sequence[ChosenPassage] = ()
         self.number, self.text_ends, self.reason = 0, "", "length"
         self.began = time.monotonic()
 
     def print(self, step: Step) -> None:
         """Print the next token, or keep it for the line of JSON."""
         self.number += 1
-        self.reason = step.finish_reason or self.reason
+        self.reason, self.sources = step.finish_reason or self.reason, step.sources
         if self.format == "jsonl":
             self.steps.append(step)
         elif step.text:
             self.text_ends = step.text[-1]
             write_text(step.text)
 
-    def end(self, quiet: bool, sources: list[ChosenPassage] | None) -> None:
-        """Finish the output, with its sources. Unless `quiet`, also report counts and speed on stderr."""
+    def end(self) -> None:
+        """Finish the output, with the sources that are asked for, and report counts and speed on stderr."""
         if self.format == "jsonl":
             emit_jsonl(
                 {
@@ -384,20 +382,20 @@ class _Printer:
                     "finish_reason": self.reason,
                     "seed": self.seed,
                     **self.origin,
-                    **({} if sources is None else {"sources": [source._asdict() for source in sources]}),
+                    **({"sources": [source._asdict() for source in self.sources]} if self.tells_sources else {}),
                 }
             )
         elif self.number and self.text_ends != "\n":
             print(flush=True)
-        if sources is not None and self.format == "text":
-            for number, source in enumerate(sources, 1):
+        if self.tells_sources and self.format == "text":
+            for number, source in enumerate(self.sources, 1):
                 where = f"characters {source.start:,} to {source.end:,}, {source.share:.0%} of the choices"
                 tell(f"source {number}: {where} ({source.share_before:.0%} before): {one_line(source.text)}")
-            if not sources:
+            if not self.sources:
                 tell("no sources: nothing was chosen more than before")
-        if not quiet and not self.number:
+        if not self.quiet and not self.number:
             tell(f"{count_of(len(self.document), 'token')} read")
-        elif not quiet:
+        elif not self.quiet:
             each = (time.monotonic() - self.began) / max(1, self.number - 1)
             drawn = "" if self.seed is None else f", seed {self.seed}"
             tell(

@@ -60,15 +60,19 @@ class ChatTemplate:
         self._said = {*template, *"".join(self._special)}
         self._any, self._start = re.compile(longest), re.compile(f"(?={longest}).", re.DOTALL)
 
-    def encode(self, message: str, system: str | None = None) -> np.ndarray:
+    def encode(self, message: str | Sequence[Mapping[str, str]], system: str | None = None) -> np.ndarray:
         """Return the prompt in which a user says `message` and an assistant is to answer: (tokens,) int64.
 
-        Before it, `system` says how. It begins the user's message where a template has no such role. Raises
-        RefusedError for a message that the template refuses.
+        Before it, `system` says how. It begins the user's message where a template has no such role. In place of one
+        message there may be several, each with a `role` and a `content`. Raises RefusedError for what the template
+        refuses, and for what are no messages.
         """
+        said = [{"role": "user", "content": message}] if isinstance(message, str) else [*message]
+        if not all(isinstance(each, Mapping) and all(isinstance(x, str) for x in each.values()) for each in said):
+            raise RefusedError("a message is a mapping with a role and a content, which are texts")
         messages = [{"role": "system", "content": system}] if system else []
         try:
-            return self._encode(*self._render([*messages, {"role": "user", "content": message}], prompt=True))
+            return self._encode(*self._render([*messages, *said], prompt=True))
         except RefusedError:
             if not system:
                 raise

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from functools import cache
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -22,9 +21,8 @@ from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.passages import Passage, PassageIndex
 from longnet_cli.data.tables import Text
 from longnet_cli.jobs.engines import tables
-from longnet_cli.jobs.generating import FinishReason, generate
-from longnet_cli.models.folder import Loaded, ModelFolder
-from longnet_cli.running.device import select_device
+from longnet_cli.jobs.generating import FinishReason, generate, load_model
+from longnet_cli.models.folder import Loaded
 
 SYSTEM = "Answer the question from the passages."
 PLAIN_STOP = ("\n\n", "\nQuestion:")  # after an answer without a chat template, which a text would follow
@@ -68,10 +66,9 @@ def answer(
     if not found:
         return Answer(question, None, [], loaded.origin, 0, 0, None)
     asked, sources = prompt(loaded, question, found, max_tokens)
-    bos, stops = (None, stop) if loaded.chat else (loaded.bos, (*stop, *PLAIN_STOP))
-    how |= {"max_tokens": max_tokens, "stop": stops, "end_ids": loaded.ends, "tokenizer": loaded.tokenizer}
+    how |= {"bos": None, "stop": stop} if loaded.chat else {"stop": (*stop, *PLAIN_STOP)}
     said, tokens, reason = "", 0, None
-    for step in generate(loaded.net, asked, bos=bos, **how):
+    for step in generate(loaded, asked, max_tokens=max_tokens, **how):
         text, reason = step.text if said else step.text.lstrip(), step.finish_reason
         said, tokens = said + text, tokens + 1
         on_text(text)
@@ -89,11 +86,6 @@ def prompt(loaded: Loaded, question: str, found: Sequence[Passage], max_tokens: 
         if not passages[1:] or most is None or len(ids) + max_tokens < most:  # one may stand before them
             return Document("question", ids, None, "the question with its best passage"), passages
         passages.remove(min(passages, key=lambda passage: passage.score))
-
-
-@cache
-def _load(model: str, device: str, dtype: str) -> Loaded:
-    return ModelFolder.find(model, gguf=True).load(device=select_device(device), dtype=dtype, chat=None)
 
 
 def ask(
@@ -118,4 +110,4 @@ def ask(
             for name, text in zip(names, table["text"].to_pylist(), strict=True):
                 index.add(Text(str(name), text or "", "table"))
         found = index.find(question, passages)
-    return answer(_load(model, device, dtype), question, found, dtype=dtype, **how)
+    return answer(load_model(model, device, dtype), question, found, dtype=dtype, **how)

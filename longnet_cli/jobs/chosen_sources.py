@@ -47,8 +47,8 @@ class ChosenPassage(NamedTuple):
 class SourceWatch:
     """A watch over the choices of one stream, row 0. Call `begin` when the prompt is read; `found` at the end."""
 
-    def __init__(self, stream: CausalStream) -> None:
-        self.stream, self.pattern = stream, stream.model.config.pattern
+    def __init__(self, stream: CausalStream, tokenizer: Tokenizer) -> None:
+        self.stream, self.tokenizer, self.pattern = stream, tokenizer, stream.model.config.pattern
         # by layer: the blocks that the last token sees, and their votes; it predicts the first token of the answer
         self._last: dict[int, tuple[Tensor, Tensor]] = {}
         self._seen: list[tuple[Tensor, Tensor]] = []  # of the answer: those of each token and layer
@@ -64,7 +64,7 @@ class SourceWatch:
         total = sum(np.pad(x.cpu().numpy(), (0, longest - len(x))) for x in counts)
         self._before = total / (len(counts) * self._choosers(longest).clip(1)) if longest else np.zeros(0)
 
-    def found(self, tokenizer: Tokenizer) -> list[ChosenPassage]:
+    def found(self) -> list[ChosenPassage]:
         """Return up to PASSAGES passages, the most telling one first; [] if all that was read was always seen."""
         if not self._seen or self._before is None:
             return []
@@ -81,8 +81,10 @@ class SourceWatch:
                 first -= 1
             while last + 1 < number and more[last + 1] >= least:
                 last += 1
-            start = len(tokenizer.decode(ids[: first * size], special=False).rstrip("\ufffd"))  # of a cut character
-            text = tokenizer.decode(ids[: (last + 1) * size], special=False).rstrip("\ufffd")
+            start = len(
+                self.tokenizer.decode(ids[: first * size], special=False).rstrip("\ufffd")
+            )  # of a cut character
+            text = self.tokenizer.decode(ids[: (last + 1) * size], special=False).rstrip("\ufffd")
             passages.append(ChosenPassage(start, len(text), float(share[best]), float(before[best]), text[start:]))
             more[first : last + 1] = 0
         return passages

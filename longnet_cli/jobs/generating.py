@@ -15,10 +15,11 @@ Text comes as its tokens come: never half a character, and nothing from a stop t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -27,12 +28,14 @@ from torch import Tensor
 from longnet_cli.basics.errors import ConfigError, DataError, NotFiniteError
 from longnet_cli.data.documents import Document
 from longnet_cli.data.tokenizer import TextStream, Tokenizer
+from longnet_cli.jobs.chosen_sources import ChosenPassage, SourceWatch, check_sources
 from longnet_cli.jobs.estimating.reading import ReadingPlan
 from longnet_cli.jobs.options import check_sampling
+from longnet_cli.models.folder import Loaded, ModelFolder
 from longnet_cli.nets.net import Bos, InputSequence, Net, bos_ids
 from longnet_cli.running.causal_stream import CausalStream, open_stream
 from longnet_cli.running.chunk_size import chunk_of, default_chunk
-from longnet_cli.running.device import precision, runs_ahead
+from longnet_cli.running.device import precision, runs_ahead, select_device
 
 
 class StopTexts:
@@ -74,27 +77,36 @@ class Step(NamedTuple):
     """One new token: its id, its log-probability under the model in nats, and the text that it completes.
 
     `finish_reason` says why the token is the last: an end-of-text id, a stop text, or the number of tokens. For any
-    other token it is None.
+    other token it is None. The last one has the `sources`, if they are asked for.
     """
 
     id: int
     logprob: float
     text: str
     finish_reason: FinishReason | None
+    sources: Sequence[ChosenPassage] = ()
+
+
+@cache
+def load_model(name: str, device: str = "auto", dtype: str = "auto") -> Loaded:
+    """Return the model that --model would name, with the chat template that it may have: loaded once per process."""
+    return ModelFolder.find(name, gguf=True).load(device=select_device(device), dtype=dtype, chat=None)
 
 
 def generate(
-    model: Net,
-    prompt: Document | str,
+    model: str | Loaded | Net,
+    prompt: Document | str | Sequence[Mapping[str, str]],
     *,
-    bos: Bos,
-    tokenizer: Tokenizer | None,
+    chat: bool = False,
+    sources: bool = False,
+    bos: Bos | Literal["own"] = "own",
+    tokenizer: Tokenizer | None = None,
     max_tokens: int = 256,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
     number: int = 0,
-    end_ids: Collection[int] = (),
+    end_ids: Collection[int] | None = None,
     stop: Sequence[str] = (),
     chunk: int | None = None,
     dtype: str = "auto",
@@ -104,7 +116,11 @@ def generate(
 ) -> Iterator[Step]:
     """Yield up to `max_tokens` tokens that continue `bos` and `prompt`, each as soon as it is known.
 
-    The `prompt` may be a text, for the `tokenizer`.
+    The `model` is named, and loaded once, or it is what `ModelFolder.load` returns. Then `tokenizer` and `end_ids` are
+    its own unless they are given, and so is `bos` where no chat and no `stream` has begun. A net alone needs `bos`.
+
+    The `prompt` may be a text, for the `tokenizer`. With `chat`, it is a user's message in the model's chat template;
+    so are several messages, each with a `role` and a `content`.
 
     At `temperature` 0, each token is the likeliest one, the first if several are equal. Otherwise it is drawn from the
     softmax of the logits over the temperature, cut to the fewest tokens whose probabilities sum to `top_p`. The random
@@ -113,24 +129,34 @@ def generate(
     whole characters; without it, they are empty.
 
     `stream` reads the prompt after all that it has read before. When the iterator ends, it has read the new tokens,
-    too, and is ready for the next prompt. With it, the prompt may be empty, and `max_tokens` 0.
+    too, and is ready for the next prompt. With it, the prompt may be empty, and `max_tokens` 0. With `sources`, the
+    last token has the passages that the answer chose more than what was read before it did, as `--sources`.
 
     `chunk`, `dtype` and `spill` are as in `running.reader.Reader`. `on_progress` gets the number of prompt tokens that
-    each forward pass has read. Raises ConfigError for a model that cannot generate, invalid options, and a prompt
-    longer than the model reads; DataError if there is nothing to continue; NotFiniteError for a logit that is
-    NaN.
+    each forward pass has read. Raises ConfigError for a model that cannot generate, invalid options, a chat without a
+    template, and a prompt longer than the model reads; DataError if there is nothing to continue; NotFiniteError for a
+    logit that is NaN.
     """
-    _check(model, max_tokens, least=0 if stream else 1)
+    loaded = load_model(model, dtype=dtype) if isinstance(model, str) else model
+    if not isinstance(loaded, Loaded):
+        if bos == "own":
+            raise ConfigError("a net alone does not say what it reads before a text: give bos, or a model by its name")
+        loaded = Loaded(loaded, None, None, frozenset(), None, "")
+    net, tokenizer = loaded.net, tokenizer or loaded.tokenizer
+    chats = chat or not isinstance(prompt, str | Document)
+    begun = chats or (stream is not None and stream.position)
+    before = bos if bos != "own" else None if begun else loaded.bos
+    _check(net, max_tokens, least=0 if stream else 1)
     check_sampling(temperature, top_p)
-    if "" in stop or (stop and not tokenizer):
-        raise ConfigError("a stop text needs characters, and a tokenizer")
-    if isinstance(prompt, str):
-        if tokenizer is None:
-            raise ConfigError("a prompt of text needs a tokenizer")
-        ids = tokenizer.encode(prompt)
-        prompt = Document("prompt", ids, None, "the prompt")
-    chunk = chunk_of(chunk, default_chunk(model.config, next(model.parameters()).device))
-    sequence = model.sequence(prompt, bos)
+    if "" in stop or ((stop or sources) and not tokenizer):
+        raise ConfigError("a stop text needs characters, and a tokenizer, as sources do")
+    if chats or not isinstance(prompt, Document):
+        words: Any = loaded.chat if chats else tokenizer
+        if words is None:
+            raise ConfigError(f"a prompt of text needs a tokenizer{', and a chat template' * chats}")
+        prompt = Document("prompt", words.encode(prompt), None, "the prompt")
+    chunk = chunk_of(chunk, default_chunk(net.config, next(net.parameters()).device))
+    sequence = net.sequence(prompt, before)
     tokens = len(sequence) + (stream.position if stream else 0)
     if not tokens:
         raise DataError(
@@ -140,10 +166,14 @@ def generate(
     if sequence.limit is not None:
         unread = 0 if stream else 1  # the last new token
         max_tokens = min(max_tokens, sequence.limit - tokens + unread)
-    sampler = Sampler(temperature, top_p, seed, number)
-    texts, reader = TextStream(tokenizer) if tokenizer else None, stream or open_stream(model, spill=spill)
-    generator = _Generator(model, sampler, end_ids, texts, StopTexts(stop), chunk, dtype, reader, on_progress)
-    return generator.run(sequence, max_tokens, reads_all=stream is not None)
+    sampler, texts = Sampler(temperature, top_p, seed, number), TextStream(tokenizer) if tokenizer else None
+    ends, reader, watch = loaded.ends if end_ids is None else end_ids, stream or open_stream(net, spill=spill), None
+    if sources:
+        check_sources(net)
+        reader = stream or CausalStream(net, spill=spill)
+        watch = SourceWatch(reader, cast(Tokenizer, tokenizer))
+    how = texts, StopTexts(stop), chunk, dtype, reader, watch, on_progress
+    return _Generator(net, sampler, ends, *how).run(sequence, max_tokens, reads_all=stream is not None)
 
 
 def plan_generation(
@@ -208,6 +238,7 @@ class _Generator:
     chunk: int
     dtype: str
     stream: Callable[..., Tensor]
+    watch: SourceWatch | None
     on_progress: Callable[[int], None]
 
     def run(self, sequence: InputSequence[Document], max_tokens: int, reads_all: bool) -> Iterator[Step]:
@@ -219,6 +250,8 @@ class _Generator:
             logits = self._read(torch.from_numpy(sequence.read(start, stop)))
             self.on_progress(stop - start)
         assert logits is not None
+        if self.watch:
+            self.watch.begin()
         for number in range(1, max_tokens + 1):
             token, logprob = self.sampler(logits)
             step = self._step(token, logprob, number == max_tokens)
@@ -258,7 +291,7 @@ class _Generator:
             if self.stops.reached:
                 reason = "stop"
             text += self.stops.end()
-        return Step(token, logprob, text, reason)
+        return Step(token, logprob, text, reason, self.watch.found() if self.watch and reason else ())
 
 
 def _check(model: Net, max_tokens: int, least: int) -> None:

@@ -95,6 +95,7 @@ class CausalStream(LayerCaches):
             raise ConfigError(f"{folder}: a stream is saved after it has read something")
         facts = {**reader_facts(self.model, name, tokenizer_sha256), **self.facts}
         facts["last_tokens"] = None if self.last_tokens is None else self.last_tokens.tolist()
+        facts["as_trained"] = getattr(self.model.config, "as_trained", False)  # then --state takes no pattern
         return write_state(Path(folder), facts, self.state())
 
     @classmethod

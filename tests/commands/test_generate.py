@@ -14,9 +14,10 @@ from builders import tiny_net
 from conftest import RunLongnet
 from processes import Start, invoke, refused
 
-from longnet_cli.basics.errors import ConfigError
+from longnet_cli.basics.errors import ConfigError, RefusedError
 from longnet_cli.data.chat import ChatTemplate
 from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.jobs.generating import generate, load_model
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.weights import model_digest
@@ -140,6 +141,16 @@ def test_a_message_goes_into_the_template(model: Path, run_longnet: RunLongnet, 
     for given, message in ((["Hi"], "Hi"), (["-i", "text.txt", "Hi"], "Read this.\nHi")):
         (row,) = rows(run_longnet("generate", *given, "--chat", "--model", model, "-n", "5", "--format", "jsonl"))
         assert row["n_prompt"] == len(template.encode(message))
+        for said in (message, [{"role": "user", "content": message}]):
+            assert [step.id for step in generate(f"{model}/", said, chat=True, max_tokens=5)] == row["tokens"]
+    (row,) = rows(run_longnet("generate", "Hi", "--model", model, "-n", "5", "--format", "jsonl"))
+    loaded = load_model(f"{model}/")
+    steps = [*generate(loaded, "Hi", max_tokens=5)]
+    assert [step.id for step in steps] == row["tokens"]
+    (ended,) = generate(loaded._replace(ends=frozenset({steps[0].id})), "Hi", max_tokens=5)
+    assert ended.finish_reason == "eos"
+    with pytest.raises(RefusedError, match="a message is a mapping with a role and a content"):
+        generate(loaded, ["Hi"])
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,14 +54,11 @@ def test_the_passages_that_the_answer_chose(
         stream.save(tmp_path / "state")
         stream = CausalStream.load(net, tmp_path / "state")
         stream.fork()(torch.from_numpy(ids[180:]).long()[None])  # which counts for itself alone
-    watch = SourceWatch(stream)
-    steps = generate(net, Document("d", ids[180:], None, "d"), bos=None, tokenizer=WORDS, stream=stream, max_tokens=17)
-    first = next(steps)
-    watch.begin()
-    assert [first, *steps][-1].finish_reason == "length"
-    found = watch.found(WORDS)
-    found = found if vote == 1 else found[::-1]
-    assert [(round(each.share * 18), each.share_before) for each in found] == [(17, 0), (9, 0)]
+    how: dict[str, Any] = {"bos": None, "tokenizer": WORDS, "max_tokens": 17, "sources": True}
+    *others, last = generate(net, Document("d", ids[180:], None, "d"), stream=stream, **how)
+    assert (last.finish_reason, [*filter(None, (step.sources for step in others))]) == ("length", [])
+    found = last.sources if vote == 1 else last.sources[::-1]
+    assert [(round(each.share * 17), each.share_before) for each in found] == [(16, 0), (8, 0)]
     counts = [cache.past.counts[0] for cache in stream.caches if cache.past and cache.past.counts is not None]
     assert [x[1].item() for x in counts] == 2 * [
         (216 - 64) // 4 + 1
@@ -87,13 +85,9 @@ def test_three_questions_have_three_answers(monkeypatch: pytest.MonkeyPatch) -> 
     read, found = CausalStream(net), {}
     read(torch.from_numpy(WORDS.encode(text)).long()[None])
     for own in (9, 13, 17):
-        stream = read.fork()
-        watch, question = SourceWatch(stream), Document("d", WORDS.encode("what"), None, "d")
-        steps = generate(net, question, bos=None, tokenizer=WORDS, stream=stream, max_tokens=60)
-        next(steps)
-        watch.begin()
-        assert len([*steps]) == 59
-        found[own] = [each.text for each in watch.found(WORDS)]
+        how: dict[str, Any] = {"bos": None, "tokenizer": WORDS, "max_tokens": 60, "sources": True}
+        *_, last = generate(net, "what", stream=read.fork(), **how)
+        found[own] = [each.text for each in last.sources]
     assert [first for first, *_ in found.values()] == [8 * chr(97 + own) for own in found]
 
 
@@ -104,7 +98,7 @@ def test_a_question_that_chooses_more_often_counts_in_its_own_groups(tmp_path: P
     stream(ids[:, :512])
     stream.save(tmp_path)
     stream = CausalStream.load(finer, tmp_path)
-    watch = SourceWatch(stream)
+    watch = SourceWatch(stream, WORDS)
     stream(ids[:, 512:])
     watch.begin()
     assert watch._before[0] == 1  # every group sees the first block

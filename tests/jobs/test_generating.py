@@ -125,6 +125,10 @@ def test_it_ends_at_an_id_at_a_text_and_at_the_last_position() -> None:
         ({"stop": [""]}, "a stop text needs characters"),
         ({"stop": ["a"], "tokenizer": None}, "a stop text needs characters, and a tokenizer"),
         ({"chunk": 0}, "chunk must be 1 or more"),
+        ({"sources": True}, "the pattern has no chosen blocks"),
+        ({"sources": True, "tokenizer": None}, "a tokenizer, as sources do"),
+        ({"chat": True}, "a prompt of text needs a tokenizer, and a chat template"),
+        ({"bos": "own"}, "a net alone does not say what it reads before a text"),
     ],
 )
 def test_options_that_are_refused(options: dict[str, Any], message: str) -> None:
