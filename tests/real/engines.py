@@ -1,0 +1,34 @@
+"""The examples for Ray and Spark on the real engines: their vectors are those of the command. `make engines` runs it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.feather as feather
+import pyarrow.parquet as pq
+import pytest
+from places import ROOT
+from processes import environment
+from real_files import Run
+
+
+@pytest.mark.parametrize("script", ["ray_encode.py", "spark_encode.py"])
+def test_vectors_are_those_of_the_command(script: str, run: Run, library: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "corpus").mkdir()
+    rows = [(str(path), path.read_text(encoding="utf-8")[:1000] or "x") for path in library]
+    for shard in range(4):
+        names, texts = zip(*rows[shard:400:4], strict=True)
+        pq.write_table(pa.table({"doc_id": names, "text": texts}), tmp_path / f"corpus/{shard}.parquet")
+    run("encode", "corpus", "-o", "ours.arrow", "-q", mib=1500)
+    command = [sys.executable, ROOT / "examples" / script, "corpus", "theirs"]
+    subprocess.run(command, cwd=tmp_path, env=environment(), timeout=600, check=True)
+    ours = feather.read_table(tmp_path / "ours.arrow").sort_by("doc_id")
+    theirs = pq.read_table(tmp_path / "theirs").sort_by("doc_id")
+    assert theirs["doc_id"].to_pylist() == ours["doc_id"].to_pylist()
+    assert len(ours) == 400
+    vectors = [np.stack(table["embedding"].to_numpy()) for table in (ours, theirs)]
+    np.testing.assert_allclose(*vectors, atol=1e-5)
