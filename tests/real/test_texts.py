@@ -84,7 +84,8 @@ def test_a_stream_is_answered_line_by_line(command: str, named: bool, library: l
             process.stdin.write(json.dumps(row).encode() + b"\n")
             process.stdin.flush()
             if command == "score":
-                got = json.loads(process.stdout.readline())["doc_id"]
+                assert (line := process.stdout.readline()), "no answer before the next line"
+                got = json.loads(line)["doc_id"]
             else:
                 rows = rows or ipc.open_stream(process.stdout)
                 got = rows.read_next_batch()["doc_id"][0].as_py()
