@@ -140,3 +140,8 @@ def wheel(package: str) -> Path:
             packed.extractall(partial := folder.with_suffix(".partial"))
         partial.rename(folder)
     return folder
+
+
+def score(run: Run, *words: str | Path, **limits: int) -> dict:
+    """What `score` says of all documents together."""
+    return json.loads(run("score", *words, "--format", "json", "-q", **limits).stdout)["total"]

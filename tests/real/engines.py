@@ -1,4 +1,4 @@
-"""The examples for Ray and Spark on the real engines: their vectors are those of the command. `make engines` runs it."""
+"""The examples for Ray and Spark give the vectors of the command, on these engines: `make engines`."""
 
 from __future__ import annotations
 

@@ -84,7 +84,8 @@ def test_a_stream_is_answered_line_by_line(command: str, named: bool, library: l
             process.stdin.write(json.dumps(row).encode() + b"\n")
             process.stdin.flush()
             if command == "score":
-                assert (line := process.stdout.readline()), "no answer before the next line"
+                line = process.stdout.readline()
+                assert line, "no answer before the next line"
                 got = json.loads(line)["doc_id"]
             else:
                 rows = rows or ipc.open_stream(process.stdout)
