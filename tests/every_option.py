@@ -156,7 +156,7 @@ OPTIONS = {
 --pool                rows       --pool last
 --prefix              rows       --prefix "to find: "
 --dims                rows       --dims 4
---span                rows       --span 16
+--span                rows       --span 16 | --span sentence
 --context             rows       --context 16 @ ../in/t.txt -m ../in/encoder -o out.jsonl
 --stride              rows       --stride 8 @ ../in/t.txt -m ../in/encoder -o out.jsonl --context 16
 --normalize           rows       --no-normalize

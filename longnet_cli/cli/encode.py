@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from longnet_cli.cli import options as shared
@@ -30,9 +30,10 @@ class EncodeCommand:
         "Read this before each document, as a part of it. (default: the model's prompt for documents)",
     )
     dims: int | None = VECTORS.size("--dims N", "Keep the first N numbers of each vector. (default: all)")
-    span: int | None = VECTORS.size(
-        "--span SIZE",
-        "Make one vector per this many tokens. Each has the whole document as context. (default: one per document)",
+    span: str | None = VECTORS.option(
+        "--span SIZE|UNIT",
+        "Make one vector per this many tokens, or per sentence, paragraph or passage of a text. Each has the whole "
+        "document as context. (default: one per document)",
     )
     context: int | None = VECTORS.size(
         "--context SIZE",
@@ -92,7 +93,7 @@ def encode(options: EncodeCommand) -> None:
 
     own, facts = for_model(asked, opened.folder, opened.loaded)
     job = Encoder(opened.reader(), own, facts)
-    inputs = opened.inputs(facts.tokenizer_for(opened.loaded))
+    inputs = replace(opened.inputs(facts.tokenizer_for(opened.loaded)), unit=job.unit)
     output = Output(options.output, options.shard_rows, options.shard_format, options.running.resume)
     if options.running.dry_run:
         plan(opened, job, inputs, output, options.running.sample, options.format)

@@ -63,9 +63,17 @@ def parse_names(text: str) -> tuple[str, ...]:
     return names
 
 
+def parse_span(text: str) -> int | str:
+    """Return the name of a unit of a text, or a size."""
+    from longnet_cli.jobs.options import UNITS
+
+    return text if text in UNITS else parse_size(text)
+
+
 # What reads the value of an option, by what its help has for one. Sizes are of `HelpPanel.size`.
 PARSERS: dict[str, Callable[[Any], Any]] = {
     "SIZE,...": parse_sizes,
+    "SIZE|UNIT": parse_span,
     "NAME,...": parse_names,
     "COLUMN,...": parse_names,
     "auto|cpu|cuda[:i]": parse_device,

@@ -40,15 +40,17 @@ class Document:
         kept: Mapping[str, pa.Scalar] | None = None,
         tokenizer: Tokenizer | None = None,
         places: np.ndarray | None = None,
+        ends: Sequence[int] | None = None,
     ) -> None:
         """Make a document of `tokens`: an integer array, or parts whose rows `place` can name.
 
         `n_bytes` is the size of its UTF-8 text, or a tokenizer that can compute it. Ids must be less than `limit`.
         `kept` holds the values of columns that are carried along. `tokenizer` made the ids from a text; it is None if
-        there was none. `places` are those of its tokens in the text, if they are kept (see `TextPlaces`).
+        there was none. `places` are those of its tokens in the text, if they are kept (see `TextPlaces`). `ends` are
+        the characters after the units of the text, if it was cut into some.
         """
         self.doc_id, self.kept, self.tokenizer, self.places = doc_id, kept or {}, tokenizer, places
-        self.where = where
+        self.where, self.ends = where, ends
         self._n_bytes = n_bytes
         self._limit = limit
         self._place = place
@@ -233,6 +235,16 @@ class TextPlaces:
         ids = self.document.read(start, stop)
         after = self._begun + np.cumsum(self._begin[ids])
         return after - self._begin[ids] - self._inside[ids], after
+
+    def tokens_before(self, characters: Sequence[int]) -> np.ndarray | None:
+        """Return how many tokens end before each of the characters, in order, or at it; None if not known."""
+        found = np.zeros(len(characters), np.int64)
+        for start in range(0, len(self.document), BLOCK):
+            _, after = self.each(start, min(start + BLOCK, len(self.document)))
+            if after is None:
+                return None
+            found += np.searchsorted(after, characters, "right")
+        return found
 
     def _count(self, stop: int) -> None:
         """Count the characters that begin before token `stop`."""

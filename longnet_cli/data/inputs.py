@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -45,6 +46,7 @@ from longnet_cli.data.names import Source, Sources
 from longnet_cli.data.tables import Stdin, Table, Text, reading
 from longnet_cli.data.token_columns import DocumentRows, flat_documents, list_documents, read_documents, table_texts
 from longnet_cli.data.tokenizer import Tokenizer, fitting
+from longnet_cli.data.units import Unit, note_ends
 from longnet_cli.data.vectors import vector_documents
 
 WHOLE_TEXT, WHOLE_TABLE = 1 << 30, 1 << 23  # a resumed run reads all of a text again, and passes over tables
@@ -98,6 +100,8 @@ class Inputs:
     `doc_id` are a document, and a table without such a column is one. Or a row is a document, a list of vectors.
     Coordinates are in a column `coords` of pairs, or in `x` and `y`; without `coords` they are not read.
 
+    With a `unit`, each document of a text knows where its sentences, paragraphs or passages end.
+
     Reading raises ConfigError for a missing tokenizer or column, for no input, for stdin given twice, and for a
     tokenizer other than the one that made the tokens; DataError for missing, empty or damaged data and for inputs with
     different types of token. With `skip_bad`, each file and row that would raise DataError becomes an `Unread`
@@ -114,6 +118,7 @@ class Inputs:
     skip_bad: bool = False
     vectors: bool = False
     coords: bool = True
+    unit: Unit | None = None
 
     def __post_init__(self) -> None:
         if self.eos_id is not None:
@@ -239,7 +244,7 @@ class Inputs:
             )
 
     def _document(self, item: Text | Document) -> Document:
-        return encode_text(item, self.tokenizer, self.vocab_size) if isinstance(item, Text) else item
+        return encode_text(item, self.tokenizer, self.vocab_size, self.unit) if isinstance(item, Text) else item
 
     def _ids(self, table: Table, columns: Columns) -> Iterator[Document]:
         tokenizer, vocab_size, eos_id = self.tokenizer, self.vocab_size, self.eos_id
@@ -380,14 +385,19 @@ def _spooled(text: Text) -> Text:
     return replace(text, rest=waiting)
 
 
-def encode_text(text: Text, tokenizer: Tokenizer | None, limit: int | None) -> Document:
-    """Return a text as ids; `Unread` for one that the tokenizer refuses. Raises ConfigError without a tokenizer."""
+def encode_text(text: Text, tokenizer: Tokenizer | None, limit: int | None, unit: Unit | None = None) -> Document:
+    """Return a text as ids, with the ends of its units if it is cut; `Unread` for one that the tokenizer refuses.
+
+    Raises ConfigError without a tokenizer.
+    """
     if tokenizer is None:
         raise ConfigError(f"{text.where}: this is text: give a tokenizer (bytes, or a tokenizer.json)")
     if text.ids:
         return Document(text.doc_id, text.ids(), tokenizer, text.where, limit=limit, kept=text.kept)
+    ends = array("q")
+    parts = note_ends(text.parts, unit, ends) if unit else text.parts
     try:
-        encoded = collect(tokenizer.encode_long(text.parts)) or [Part(np.empty(0, np.int32))]
+        encoded = collect(tokenizer.encode_long(parts)) or [Part(np.empty(0, np.int32))]
     except RefusedError as error:
         return Unread(DataError(f"{text.where}: {error}"))
     places = [part.places for part in encoded if part.places is not None]
@@ -400,4 +410,5 @@ def encode_text(text: Text, tokenizer: Tokenizer | None, limit: int | None) -> D
         kept=text.kept,
         tokenizer=tokenizer,
         places=np.concatenate(places) if places else None,
+        ends=ends if unit else None,
     )

@@ -1,7 +1,6 @@
-"""Passages: a text cut where its paragraphs and sentences end, and an index that finds those with a question's words.
+"""Passages of texts, and an index that finds those with a question's words.
 
-    parts of a text --cut--> sentences, paragraphs, or passages of some paragraphs or sentences
-    texts --PassageIndex--> SQLite's full-text search --find--> the best passages by BM25
+    texts --units.cut--> passages --PassageIndex--> SQLite's full-text search --find--> the best passages by BM25
 
 The index is in memory, or a file that knows its inputs by digests of their contents.
 """
@@ -11,59 +10,22 @@ from __future__ import annotations
 import re
 import sqlite3
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from itertools import count
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.data.documents import Unread
 from longnet_cli.data.inputs import DocumentPass, Inputs
 from longnet_cli.data.manifest import OnSkip
 from longnet_cli.data.tables import Table, Text
-from longnet_cli.data.text_pieces import TextCutter
-
-PARAGRAPH_END = re.compile(r"\n[^\S\n]*\n\s*")
-# No sentence ends before a small letter, or after an initial or a usual abbreviation. Some writing has no spaces.
-SENTENCE_END = re.compile(
-    PARAGRAPH_END.pattern
-    + r"|(?<!\b[A-Z])(?<!\b[DMS]r)(?<!\bM[rs]s)(?<!\bMs)(?<!\bSt)(?<!\bvs)[.!?\u2026]+[)\]\"'\u201d\u2019\u00bb]*"
-    + r"\s+(?![a-z\u00df-\u00f6\u00f8-\u00ff\u0430-\u044f])"
-    + r"|[\u3002\uff01\uff1f]+[\u300d\u300f\uff09\u201d]*\s*"
-)
-PASSAGE_ENDS = (PARAGRAPH_END, SENTENCE_END, re.compile(r"\n\s*"), re.compile(r"\s+"))  # the first that there is
-
-Unit = Literal["sentence", "paragraph", "passage"]
-ENDS = {"sentence": SENTENCE_END, "paragraph": PARAGRAPH_END}
-SIZES = {"sentence": 1 << 14, "paragraph": 1 << 14, "passage": 800}  # bytes at most; 800 are about 200 tokens of prose
+from longnet_cli.data.units import cut
 
 # Writing in which no space ends a word: Thai, Lao, Burmese, Khmer, kana, Chinese characters, hangul
 UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff]+"
 )
-
-
-def cut(parts: Iterable[str], unit: Unit) -> Iterator[str]:
-    """Yield the sentences, paragraphs or passages of a text that comes in parts. Together they are the text.
-
-    White space belongs to what stands before it. None has more than `SIZES[unit]` bytes: a longer sentence or paragraph
-    is cut there. A passage ends in the second half of what fits: with the last paragraph there, otherwise with the last
-    sentence, line or word.
-    """
-    size = SIZES[unit]
-
-    def end_of(text: str, start: int) -> int:
-        window = text[start : start + size].encode()[:size].decode(errors="ignore")
-        if unit != "passage":
-            found = ENDS[unit].search(window)
-            return start + (found.end() if found else len(window))
-        late = ([found.end() for found in kind.finditer(window, len(window) // 2)] for kind in PASSAGE_ENDS)
-        ends = next(filter(None, late), [len(window)])
-        return start + (ends[-1] if start + len(window) < len(text) else len(window))
-
-    cutter = TextCutter(parts, end_of, size)
-    while pieces := cutter.take():
-        yield from pieces
 
 
 class Passage(NamedTuple):

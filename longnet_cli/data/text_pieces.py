@@ -7,7 +7,7 @@ of PIECE characters. A text is cut where its tokenizer starts a new word, which 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -43,6 +43,9 @@ class TextCutter:
     def __init__(self, parts: Iterable[str], end_of: Callable[[str, int], int], ahead: int = 0) -> None:
         self._parts, self._end_of, self._ahead = iter(parts), end_of, ahead
         self._text, self._start = "", 0
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._next, "")
 
     def take(self, size: int = 1) -> list[str]:
         """Return the next pieces, which together have `size` characters or more; fewer at the end, and then none."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import cast
 
@@ -27,6 +27,7 @@ from longnet_cli.data.manifest import OnSkip
 from longnet_cli.data.outputs import kept_columns, row_schema
 from longnet_cli.data.tables import numpy_dtype
 from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.data.units import Unit
 from longnet_cli.jobs.options import NO_PREFIX, ONE_STATE, EncodeOptions
 from longnet_cli.jobs.pooling import (
     SHORT,
@@ -87,7 +88,7 @@ class TextCut:
     """
 
     def __init__(self, options: EncodeOptions, facts: EncodeFacts) -> None:
-        context, stride, span = options.context, options.stride, options.span
+        context, stride, span = options.context, options.stride, options.span_tokens
         self.room = room = None if context is None else context - facts.around
         self.one_state = room is not None and not ONE_STATE.isdisjoint((options.pool or "").split("+"))
         spans = self.one_state and span is not None  # each span is a window
@@ -101,12 +102,12 @@ class TextCut:
             raise ConfigError(f"--stride {stride}: {what}: leave it out" + ", or give --context" * (room is None))
         if room is not None and (stride or 1) > room:
             raise ConfigError(f"--stride {stride}: a window holds {room} tokens of a document: give as many, or less")
-        if room is not None and spans and (span or 0) > room:
+        if room is not None and spans and isinstance(options.span, int) and options.span > room:
             raise ConfigError(
                 f"--span {span}: with --pool {options.pool}, a span is a window, which holds {room} tokens of a "
                 "document: give as many, or less"
             )
-        self.size = (span if spans else room) or 0
+        self.size = min(room or 0, span or 0) if spans else room or 0
         self.stride = stride or self.size
 
     def windows(self, tokens: int) -> Iterator[DocumentWindow]:
@@ -244,6 +245,7 @@ class Encoder(RowJob):
         super().__init__(reader, options.with_defaults(), facts)
         self._check()
         self.cut = TextCut(self.options, facts)
+        self.unit = cast(Unit, options.span) if isinstance(options.span, str) else None
         self.places: TextPlaces | None = None  # in the document of the last row
 
     def _check(self) -> None:
@@ -316,6 +318,8 @@ class Encoder(RowJob):
         DataError for a document that has nothing to pool.
         """
         facts, net = self.facts, self.reader.model
+        if self.unit and document.ends is None:
+            raise ConfigError(f"{document.where}: this is no text with a {self.unit}: give texts, or --span 256")
         opening, closing = bos_ids(facts.bos), tuple(facts.closing or ())
         if facts.closing is not None and document.tokenizer is None and 0 < len(opening + closing) <= len(document):
             ends = document.read(0, len(opening)), document.read(len(document) - len(closing), len(document))
@@ -343,7 +347,23 @@ class Encoder(RowJob):
             yield around + window.stop - window.start, window.taken_stop - window.taken
 
     def size(self, tokens: int) -> int:
-        return -(-tokens // self.options.span) if self.options.span else 1
+        return -(-tokens // self.options.span_tokens) if self.options.span_tokens else 1
+
+    def _ends(self, document: Document) -> Sequence[int]:
+        """Return the tokens before which the spans of a document end; the last may be after its end.
+
+        A token belongs to the unit of a text in which it ends. Raises ConfigError if nobody knows where that is.
+        """
+        tokens, span, room = len(document), self.options.span, self.cut.room
+        if not isinstance(span, str):
+            return range(span or tokens, tokens + (span or tokens), span or tokens)
+        found = TextPlaces(document).tokens_before(document.ends or ())
+        if found is None:
+            raise ConfigError(f"{document.where}: its tokens have no places in the text: give a size (--span 256)")
+        found[-1] = tokens
+        ends = [0, *np.unique(found[found > 0]).tolist()]
+        most = room if room and self.cut.one_state else tokens
+        return [stop for start, end in pairwise(ends) for stop in (*range(start + most, end, most), end)]
 
     def results(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[pa.RecordBatch]:
         head, windows = torch.inference_mode()(self.reader.model.head), self._windows(sequences)
@@ -370,30 +390,33 @@ class Encoder(RowJob):
 
     def _windows(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[_PooledWindow]:
         """Yield the windows of each document, in order, with one pooling or one mean for all of them."""
-        cut, pool, span = self.cut, self.options.pool or "", self.options.span
+        cut, pool = self.cut, self.options.pool or ""
         for sequence in sequences:
             document, before, after = sequence.document, sequence.own_start, len(sequence.end_rows)
-            skipped = self._skipped(before)
-            mean = WindowMean() if cut.one_state and span is None else None
-            pooling = Pooling(document, pool, span, before - skipped, after, skipped=skipped)
-            for number, window in enumerate(cut.windows(len(document))):
+            ends = self._ends(document)
+            skipped = self._skipped(before, ends[0])
+            mean = WindowMean() if cut.one_state and self.options.span is None else None
+            pooling = Pooling(document, pool, ends, before - skipped, after, skipped=skipped)
+            windows = cut.windows(len(document))
+            if cut.one_state and self.unit:
+                windows = (DocumentWindow(start, end, start, end) for start, end in pairwise((0, *ends)))
+            for number, window in enumerate(windows):
                 rows = sequence.window(window.start, window.stop)
                 wanted, taken = before + window.taken - window.start, before + window.taken_stop - window.start
                 if cut.one_state:
-                    begin, end = window.start, window.stop
-                    lead = {"skipped": skipped, "begin": begin, "end": end, "number": number}
-                    pooling = Pooling(document, pool, None, before - skipped, after, **lead)
+                    lead = {"skipped": skipped, "begin": window.start, "number": number}
+                    pooling = Pooling(document, pool, [window.stop], before - skipped, after, **lead)
                 wanted = skipped if window.start == 0 or cut.one_state else wanted
                 taken = len(rows) if window.stop == len(document) or cut.one_state else taken
                 yield _PooledWindow(rows, 0, len(rows), wanted, pooling, taken, mean, window.taken_stop - window.taken)
 
-    def _skipped(self, before: int) -> int:
-        """Return how many rows of a document are not pooled, of those `before` its own."""
-        facts, span = self.facts, self.options.span
+    def _skipped(self, before: int, first: int) -> int:
+        """Return how many rows of a document are not pooled, of those `before` its own and the `first` span's."""
+        facts = self.facts
         if facts.closing is None:
             return 0 if self.options.pool == "cls" else before - len(facts.prefix or ())
         skipped = facts.unpooled or 0  # a first span of these alone would have nothing
-        return before if span is not None and span <= skipped - before else skipped
+        return before if self.options.span is not None and first <= skipped - before else skipped
 
     def _pool_together(self, pieces: Sequence[Piece[_PooledWindow]]) -> None:
         """Pool the whole documents among the pieces in a few calls. A CPU adds long ones faster one by one."""

@@ -31,7 +31,7 @@ from longnet_cli.data.tables import Table, find_column, numpy_dtype
 from longnet_cli.data.token_columns import plain
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.encoding import EncodeFacts, Encoder, for_model
-from longnet_cli.jobs.options import EncodeOptions, ScoreOptions
+from longnet_cli.jobs.options import UNITS, EncodeOptions, ScoreOptions
 from longnet_cli.jobs.row_jobs import ModelFacts, RowJob
 from longnet_cli.jobs.scoring.scoring import Scorer
 from longnet_cli.models.folder import Loaded, ModelFolder
@@ -165,10 +165,13 @@ def _read(given: Mapping[str, Any], kind: Callable[..., Options], **more: Any) -
     return kind(**chosen), Reading(**of_reading)
 
 
-def _size(name: str, size: int | str | None) -> int | None:
-    """Return a size that may be a text, such as `64Ki`. Raises ConfigError, with the option's name, for other texts."""
+def _size(name: str, size: int | str | None) -> int | str | None:
+    """Return a size that may be a text, such as `64Ki`, or the unit of a span.
+
+    Raises ConfigError, with the option's name, for other texts.
+    """
     try:
-        return parse_size(size) if isinstance(size, str) else size
+        return parse_size(size) if isinstance(size, str) and not (name == "span" and size in UNITS) else size
     except ValueError as error:
         raise ConfigError(f"{name}: {error}") from None
 
@@ -261,7 +264,8 @@ def _rows(
     (job, words), batches = job_and_words(), table.to_batches()
     opened = Table(where, where, table.schema, lambda names: iter(batches), rows_alone=True)
     vocab_size = job.reader.model.config.vocab_size
-    inputs = Inputs((), words, how.column, how.id_column, how.keep, vocab_size=vocab_size, skip_bad=how.skip_bad)
+    given: dict[str, Any] = {"vocab_size": vocab_size, "skip_bad": how.skip_bad, "unit": job.unit}
+    inputs = Inputs((), words, how.column, how.id_column, how.keep, **given)
     columns = inputs.columns_of(opened)
     if columns.type in INTEGERS:
         raise ConfigError(

@@ -8,6 +8,7 @@ from typing import Literal
 
 from longnet_cli.basics.errors import ConfigError
 
+UNITS = {"sentence": 25, "paragraph": 100, "passage": 150}  # of a text, and about as many tokens of prose
 POOLS = ("cls", "max", "mean", "sqrt", "weighted", "last", "first")
 ONE_STATE = {"cls", "first", "last"}  # poolings that take one state of a sequence
 NO_PREFIX = "none"
@@ -24,9 +25,9 @@ class EncodeOptions:
     hidden state of the CLS that a slide encoder puts before them, or another of `POOLS`, or several, joined by
     `+`. The text `prefix` is read before each document, and pooled with its first span; NO_PREFIX is an empty one.
     `normalize` scales a vector to length 1, after the first `dims` numbers of it are kept. With `span`, a document has
-    a row for every `span` tokens. `all_layers` adds the column `layers`: such a vector of the first layer's input, and
-    of each layer's output. `tile_size` is the side of a tile in the pixels of its coordinates. It overrides the
-    document's and model's values.
+    a row for every `span` tokens, or for each of the `UNITS` of its text. `all_layers` adds the column `layers`: such a
+    vector of the first layer's input, and of each layer's output. `tile_size` is the side of a tile in the pixels of
+    its coordinates. It overrides the document's and model's values.
 
     An embedding model reads windows of `context` rows or fewer, and one begins every `stride` tokens of the document
     (None: no overlap). Without `context`, the model reads a document in one piece. Where the pooling takes one state of
@@ -36,7 +37,7 @@ class EncodeOptions:
     pool: str | None = None
     prefix: str | None = None
     dims: int | None = None
-    span: int | None = None
+    span: int | str | None = None
     context: int | None = None
     stride: int | None = None
     normalize: bool | None = None
@@ -46,13 +47,20 @@ class EncodeOptions:
 
     def __post_init__(self) -> None:
         for name in ("span", "stride"):
-            if (value := getattr(self, name)) is not None and value < 1:
+            if isinstance(value := getattr(self, name), int) and value < 1:
                 raise ConfigError(f"{name} must be 1 or more, not {value}")
+        if isinstance(self.span, str) and self.span not in UNITS:
+            raise ConfigError(f"span must be a size, or one of {', '.join(UNITS)}, not {self.span!r}")
         for pool in self.pool.split("+") if self.pool is not None else ():
             if pool not in POOLS:
                 raise ConfigError(f"there is no pooling {pool!r}: choose from {', '.join(POOLS)}, joined by +")
         if self.span is not None and self.all_layers:
             raise ConfigError("all layers are given for whole documents: leave out --span, or --all-layers")
+
+    @property
+    def span_tokens(self) -> int | None:
+        """The tokens of a span, about as many for a unit of a text."""
+        return UNITS[self.span] if isinstance(self.span, str) else self.span
 
     def with_defaults(self) -> EncodeOptions:
         """Return the options with a pooling, and whether to scale, for a net that has no own ones."""

@@ -8,6 +8,7 @@ outputs of layers --> LayerStates --> a mean of each, for `encode --all-layers`
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -63,30 +64,28 @@ def windows_of(tokens: int, size: int, stride: int) -> Iterator[DocumentWindow]:
 
 
 class Pooling:
-    """The pooling of the tokens [begin, end) of a document: takes hidden states in order, yields the finished rows.
+    """The pooling of a document's tokens from `begin` on: takes hidden states in order, yields the finished rows.
 
-    `pool` names one or several of POOLS, joined by `+`: their results are joined too. A span ends every `span` tokens
-    and with the tokens; the first one has number `number`. The first span also has the states of `before` tokens that
-    stand before the document, the last one those of `after` tokens that stand behind it. `skipped` tokens that are not
-    pooled stand before them all; `weighted` counts them.
+    `pool` names one or several of POOLS, joined by `+`: their results are joined too. Spans end before the tokens
+    `ends`, the last one with the document; the first one has number `number`. The first span also has the states of
+    `before` tokens that stand before the document, the last one those of `after` tokens that stand behind it. `skipped`
+    tokens that are not pooled stand before them all; `weighted` counts them.
     """
 
     def __init__(
         self,
         document: Document,
         pool: str,
-        span: int | None,
+        ends: Sequence[int],
         before: int = 0,
         after: int = 0,
         *,
         skipped: int = 0,
         begin: int = 0,
-        end: int | None = None,
         number: int = 0,
     ) -> None:
         self.document, self.pools, self.number = document, pool.split("+"), number
-        self.begin, self.end, self.after = begin, len(document) if end is None else end, after
-        self.length = span or self.end - begin
+        self.begin, self.ends, self.end, self.after = begin, ends, min(ends[-1], len(document)), after
         self.position = begin - before  # the next token; less than `begin` before the document
         self.layers: Callable[[], Tensor | None] = lambda: None
         self.vector: Tensor | None = None  # of the whole document, if it is known: see `pool_together`
@@ -94,7 +93,7 @@ class Pooling:
 
     def ends_with(self, hidden: Tensor) -> bool:
         """Return whether these states (n, dim) are all that is pooled, for one vector, by sums alone."""
-        whole = self.length >= self.end - self.begin and not self._count
+        whole = self.ends[0] >= self.end and not self._count
         return whole and SUMS.issuperset(self.pools) and len(hidden) == self.end + self.after - self.position > 0
 
     def add(self, hidden: Tensor) -> Iterator[Row]:
@@ -103,10 +102,9 @@ class Pooling:
             yield Row(self.document, self.number, self.begin, self.end, self.vector, self.layers())
             return
         while len(hidden):
-            place = min(max(self.begin, self.position), self.end - 1) - self.begin
-            index = place // self.length
-            start = self.begin + index * self.length
-            end = min(start + self.length, self.end)
+            index = bisect_right(self.ends, min(max(self.begin, self.position), self.end - 1))
+            start = self.ends[index - 1] if index else self.begin
+            end = min(self.ends[index], self.end)
             stop = end + self.after * (end == self.end)
             part, hidden = hidden[: stop - self.position], hidden[stop - self.position :]
             self.position += len(part)

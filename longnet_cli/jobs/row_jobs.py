@@ -29,6 +29,7 @@ from longnet_cli.data.manifest import LeftOut, OnSkip
 from longnet_cli.data.names import Apart
 from longnet_cli.data.outputs import ShardWriter, first_kept, is_folder
 from longnet_cli.data.shards import ShardFolder, ShardFormat
+from longnet_cli.data.units import Unit
 from longnet_cli.jobs.options import EncodeOptions, ScoreOptions
 from longnet_cli.nets.net import Bos, InputSequence
 from longnet_cli.nets.weights import model_digest
@@ -86,6 +87,7 @@ class RowJob(ABC):
     shard_unit: ClassVar[str]  # what is counted to fill a shard
     shard_size: ClassVar[int]
     batch_rows: ClassVar[int] = 1  # a file or a stream has batches of this many rows or more
+    unit: Unit | None = None  # of a text, that has a row
     names_apart: ClassVar[bool] = False  # neighbouring documents of one name get names of their own in an output
     says_no_id_column: ClassVar[bool] = False  # its folders have the setting `id_column` even if it is None
     failure: LongNetError | None = None  # of a document; it is raised after the rows before it

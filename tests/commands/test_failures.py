@@ -158,6 +158,7 @@ FAILURES = [  # command, exit code, a part of its line
     ),
     ("train -o shared-run --dry-run", 2, "and 2 are to share a document"),  # by its recipe
     ("score ids.parquet -m ./model --sp 1e18", 2, "1000000000000000000 processes of one machine: start 1024 at most"),
+    ("encode ids.parquet --span sentence -o out.arrow", 2, "ids.parquet, row 0: this is no text with a sentence"),
     ("generate - -i y.txt", 2, "PROMPT - is stdin, and --input is given"),
     ("generate x --top-p 0.9", 2, "--top-p needs a temperature above 0"),
     ("generate x --seed -1", 2, "--seed -1 is not a number from 0"),

@@ -21,8 +21,10 @@ from longnet_cli.basics.errors import ConfigError, DataError, MemoryLimitError
 from longnet_cli.data.documents import Document
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.manifest import read_manifest
+from longnet_cli.data.units import cut
 from longnet_cli.jobs.encoding import EncodeFacts, Encoder, encode
-from longnet_cli.jobs.options import POOLS, EncodeOptions
+from longnet_cli.jobs.engines import encode_batches
+from longnet_cli.jobs.options import POOLS, UNITS, EncodeOptions
 from longnet_cli.jobs.pooling import SUMMED, Pooling, pool_together
 from longnet_cli.jobs.row_jobs import Output, run
 from longnet_cli.nets.config import LongNetConfig
@@ -66,7 +68,7 @@ def test_ragged_documents_equal_each_alone(model: LongNet, pool: str) -> None:
 def test_ranks_share_poolings_that_add(model: LongNet, pool: str) -> None:
     """Of a document that ranks share, each pools its own states, and zeros in place of the others'."""
     states, own = torch.randn(6, 4), torch.tensor([1.0, 0, 0, 1, 1, 0])[:, None]
-    whole, *parts = (next(Pooling(make_document(6), pool, None).add(part)).vector for part in
+    whole, *parts = (next(Pooling(make_document(6), pool, [6]).add(part)).vector for part in
                      (states, states * own, states * (1 - own)))  # fmt: skip
     assert torch.allclose(sum(parts), whole) == (pool in SUMMED)
     if pool not in SUMMED:
@@ -81,11 +83,13 @@ def test_whole_documents_are_pooled_together(pool: str) -> None:
     """To the same bits, also if they have a prefix that is not pooled, one that is, and an end."""
     around = {"skipped": 1, "before": 2, "after": 3}
     states = [torch.randn(n + 5, 8, generator=torch.Generator().manual_seed(n)) for n in (1, 6, 15)]
-    alone, together = ([Pooling(make_document(len(x) - 5), pool, None, **around) for x in states] for _ in range(2))
+    alone, together = (
+        [Pooling(make_document(len(x) - 5), pool, [len(x) - 5], **around) for x in states] for _ in range(2)
+    )
     assert [x.ends_with(hidden) for x, hidden in zip(together, states, strict=True)] == [True] * 3
     assert not together[2].ends_with(states[2][1:])
-    assert not Pooling(make_document(15), pool, 5, **around).ends_with(states[2])
-    assert not Pooling(make_document(15), f"{pool}+last", None, **around).ends_with(states[2])
+    assert not Pooling(make_document(15), pool, range(5, 20, 5), **around).ends_with(states[2])
+    assert not Pooling(make_document(15), f"{pool}+last", [15], **around).ends_with(states[2])
     pool_together(together, states)
     for poolings in zip(alone, together, states, strict=True):
         one, other = (next(pooling.add(poolings[2])) for pooling in poolings[:2])
@@ -128,6 +132,17 @@ def test_a_span_is_the_pool_of_its_own_tokens(model: LongNet) -> None:
         hidden = model(torch.tensor([before + document.tokens.tolist()]))[0, len(before) :]
     expected = [hidden[a : a + 10].mean(0) for a in (0, 10, 20)]
     np.testing.assert_allclose(vectors(table), torch.stack(expected), atol=1e-5)
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_a_unit_of_a_text_has_the_mean_of_its_tokens(unit: Any) -> None:
+    text = "Der Fuchs! L\u00e4uft \u2014 weit. Wohin? \u6f22\u5b57\u3002\u6b21\u3002\n\nNobody knows: gone.   \n\n" * 12
+    tokens, rows = (encode_batches([text], span=span, normalize=False).to_pydict() for span in (1, unit))
+    places = zip(rows["char_start"], rows["char_end"], strict=True)
+    assert [text[start:end].strip() for start, end in places] == [piece.strip() for piece in cut([text], unit)]
+    assert rows["start"] == [0, *rows["end"][:-1]]
+    for start, end, vector in zip(rows["start"], rows["end"], rows["embedding"], strict=True):
+        np.testing.assert_allclose(np.mean(tokens["embedding"][start:end], 0), vector, atol=1e-5)
 
 
 def test_spans_go_out_while_the_rest_comes_in() -> None:

@@ -6,6 +6,7 @@ import json
 import math
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +22,8 @@ pytest.importorskip("transformers", reason="transformers is not installed: pip i
 import transformers as hf
 from sentence_models import WORDS, save_model, word_pieces
 
-from longnet_cli import encode_batches
+from longnet_cli import embed, encode_batches
+from longnet_cli.data.units import cut
 from longnet_cli.jobs.pooling import windows_of
 
 # not importorskip: importing it takes five seconds, which only the worker that runs these tests needs to spend
@@ -42,6 +44,20 @@ def mean_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def cls_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("cls") / "model", prompts={"document": PROMPT}, window=20, pool="cls")
+
+
+@pytest.mark.parametrize("unit", ["sentence", "paragraph"])
+def test_a_unit_is_a_window_where_a_pooling_takes_one_state(cls_model: Path, unit: str) -> None:
+    """Each has the vector of its text alone. What is longer than a window is cut."""
+    text = "The net reads. The document makes an vector, long!\n\nWith the window: is the token in an net? " * 3
+    how: dict[str, Any] = {"model": str(cls_model), "prefix": "none"}
+    rows = encode_batches([text], span=unit, **how)
+    pieces = [text[row["char_start"] : row["char_end"]] for row in rows.to_pylist()]
+    if unit == "sentence":
+        assert pieces == [piece.strip() for piece in cut([text], "sentence")]
+    else:
+        assert rows["n_tokens"].to_pylist() == [12, 18, 5, 18, 5, 11]
+    np.testing.assert_allclose(embed(pieces, **how), np.stack(rows["embedding"].to_numpy()), atol=1e-6)
 
 
 def plain_loop(folder: Path, ids: list[int], room: int, stride: int, span: int | None, cls: bool) -> np.ndarray:
