@@ -5,7 +5,7 @@
     apt-get download bible-kjv bible-kjv-text && for x in bible-kjv*.deb; do dpkg -x $x kjv; done
     kjv/usr/bin/bible -f -p kjv/usr/lib exo19:1-rev22:21 > kjv.txt
     python docs/measurements/ask.py runs/real/smollm2 --text kjv.txt --tokens 128k
-    python docs/measurements/ask.py runs/real/smollm2 --text kjv.txt --tokens 32k --pattern finding:chosen_every=4
+    python docs/measurements/ask.py runs/real/smollm2 --text kjv.txt --passages --pattern finding:chosen_every=4
 
 The first `--tokens` of the text get 55 facts, evenly, in any order, each on a line of its own. They are asked in five
 ways: a code in the same words and in other words, a word in the same words and in other words, and three numbers of one
@@ -38,8 +38,9 @@ import torch
 
 from longnet_cli import CausalStream, LongNetError, ModelFolder, Tokenizer, parse_pattern
 from longnet_cli.basics.sizes import parse_size
-from longnet_cli.data.passages import Passage, PassageIndex, cut
+from longnet_cli.data.passages import Passage, PassageIndex
 from longnet_cli.data.tables import Text
+from longnet_cli.data.units import cut
 from longnet_cli.jobs.asking import SYSTEM, prompt
 from longnet_cli.models.folder import Loaded
 from longnet_cli.running.device import precision
