@@ -380,7 +380,7 @@ def of_net(s: Settings, impl: str, direction: str, seq: int) -> Case:
     else:
         sizes = config.num_heads, config.head_dim, seq, itemsize, s.device.type
         transient = needs.transient_memory(config.pattern, *sizes)
-        memory = sum(needs.forward_memory(net, s.batch * chunk, itemsize, s.batch * chunk, transient).values()) + cache
+        memory = sum(needs.forward_memory(net, s.batch * chunk, s.dtype, s.batch * chunk, transient).values()) + cache
     values: dict[str, Any] = {"chunk": chunk if streamed or again else None, "cache_bytes": cache or None}
     values |= {"heads": config.num_heads, "head_dim": config.head_dim}
     values["model"] = None if s.model is None else ModelFolder.find(s.model).origin

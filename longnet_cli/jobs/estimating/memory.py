@@ -1,4 +1,4 @@
-"""The memory that a job needs: bytes by kind, counted from the configuration of its net. Nothing is allocated.
+"""The memory that a job needs: bytes by kind. What a forward pass holds is measured, all else is counted.
 
 A job's peak is the sum of its kinds, as if everything were held at one time. The chunk that fits, `--dry-run`,
 refusals, `bench` and `examples/cluster.py` count with these functions; tests compare them with real runs.
@@ -19,7 +19,8 @@ from longnet_cli.attention.cache import cached_rows
 from longnet_cli.attention.groups import chosen_flops, past_bytes, transient_bytes
 from longnet_cli.attention.kernels import select_kernel
 from longnet_cli.attention.spans import SINKS, Layout, segment_rows
-from longnet_cli.nets.config import LongNetConfig, NetConfig, TransformersConfig
+from longnet_cli.jobs.estimating.measuring import reading_bytes, training_bytes
+from longnet_cli.nets.config import NetConfig, TransformersConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import LOGITS_LIMIT, Net
 from longnet_cli.running.device import DTYPES, resolve_dtype
@@ -72,7 +73,7 @@ def transient_memory(pattern: Pattern, heads: int, head_dim: int, tokens: int, i
     return transient_bytes(sizes)
 
 
-def forward_memory(net: Net, tokens: int, itemsize: int, predicted: int = 0, transient: int = 0) -> dict[str, int]:
+def forward_memory(net: Net, tokens: int, dtype: str, predicted: int = 0, transient: int = 0) -> dict[str, int]:
     """Return the bytes of weights, and of a forward pass without gradients of which some tokens have logits.
 
     Autocast copies the matrices. Logits take the place of the activations, which are gone by then. These include what
@@ -80,8 +81,9 @@ def forward_memory(net: Net, tokens: int, itemsize: int, predicted: int = 0, tra
     """
     config = net.config
     weights = sum(x.numel() * x.element_size() for x in (*net.parameters(), *net.buffers()))
+    itemsize = itemsize_of(dtype, next(net.parameters()).device)
     cast_to = itemsize if itemsize < next(net.parameters()).itemsize else 0
-    activations = config.forward_bytes(tokens) + transient
+    activations = tokens * reading_bytes(net, dtype) + transient
     return {
         "weights": weights + cast_to * config.layer_weights,
         "activations": activations,
@@ -115,7 +117,7 @@ def attention_memory(
 def gradient_memory(config: NetConfig, batch: int, seq_len: int, chunk: int, itemsize: int, device: str) -> int:
     """Return the bytes of weights and gradients, of a chunk's activations and logits, and of what chunks keep."""
     numbers = config.num_parameters() * (8 if itemsize == 4 else 8 + itemsize)  # autocast copies the weights
-    saved = batch * chunk * activation_bytes(config, itemsize, device)
+    saved = batch * chunk * activation_bytes(config, itemsize)
     saved += transient_memory(config.pattern, config.num_heads, config.head_dim, seq_len, itemsize, device)
     kept = batch * sum(far_bytes(config, seq_len, chunk, itemsize))
     return numbers + saved + kept + logits_bytes(config, batch * chunk)
@@ -137,7 +139,7 @@ def reading_memory(
     itemsize = itemsize_of(dtype, device)
     sizes = config.num_heads, config.head_dim, plan.longest, itemsize
     transient = transient_memory(config.pattern, *sizes, device.type)
-    kinds = forward_memory(net, tokens, itemsize, max(tokens, together) * scores, transient)
+    kinds = forward_memory(net, tokens, dtype, max(tokens, together) * scores, transient)
     kinds["hidden"] = 2 * 4 * config.dim * (2 * chunk if in_chunks else together)
     if in_chunks and config.causal:
         cache = cache_bytes(config, plan.longest, itemsize)
@@ -169,45 +171,10 @@ def logits_bytes(config: NetConfig, tokens: int) -> int:
     return 12 * min(tokens * config.vocab_size, LOGITS_LIMIT)
 
 
-def activation_bytes(
-    config: NetConfig, itemsize: int, device: str, again: bool = False, lora: dict | None = None
-) -> int:
-    """Return the bytes per token that all layers save for the backward pass, and that one layer's backward adds.
-
-    With `again` (`train.activation_checkpointing`), all layers but one save only their input. The other arguments are
-    those of `saved_bytes`.
-    """
-    layer, others = saved_bytes(config, itemsize, device, lora)
-    layers = layer + (config.num_layers - 1) * (4 * config.dim if again else layer)
-    return layers + others + itemsize * (config.ffn_dim + 2 * config.dim)
-
-
-def saved_bytes(config: NetConfig, itemsize: int, device: str, lora: dict | None = None) -> tuple[int, int]:
-    """Return the bytes that a token saves for the backward pass: in each layer, and outside the layers.
-
-    `itemsize` is the bytes per number of matrix products, `device` is "cpu" or "cuda". `lora` holds the arguments of
-    `models.hf.training.add_lora`, which raises ConfigError for wrong ones. Of a LongNet, these are the tensors that
-    `nets/longnet.py` saves: the residual stream, norms and lse are float32. Of another net, they are measured.
-    """
-    if not isinstance(config, LongNetConfig):
-        from longnet_cli.models.hf.training import measured_bytes  # imports transformers
-
-        source = cast(TransformersConfig, config).source
-        return measured_bytes(source, json.dumps(lora), "fp32" if itemsize == 4 else "bf16")
-    d, f, s = config.dim, config.ffn_dim, itemsize
-    inner = 2 * s if device == "cpu" else 8  # mean and deviation of an inner norm: of its input's type on a CPU
-    attention = 4 * d + 8 + s * d  # its input, mean and deviation of that; the normed input
-    attention += 4 * s * d + 4 * config.num_heads  # q, k, v, out; lse
-    ffn = 4 * d + 8 + s * d + s * f  # the same, and the input of gelu
-    if config.norm == "subln":
-        attention += s * d + inner  # the normed output
-        ffn += 2 * s * f + inner  # the norm's input and output
-    else:
-        ffn += s * f  # the output of gelu
-    dropout = 2 * d * (s if device == "cpu" else 1) if config.dropout else 0
-    embedded = 8 + 4 * d + 8 + s * d  # the ids; the input of the last norm, its mean and deviation, its output
-    tables = {"none": 0, "rope": 1, "xpos": 2}[config.position] * 4 * config.head_dim
-    return attention + ffn + dropout, embedded + tables
+def activation_bytes(config: NetConfig, itemsize: int, again: bool = False, lora: dict | None = None) -> int:
+    """Return the bytes per token that a forward and backward pass of all layers holds, as `training_bytes` measures."""
+    layer, others = training_bytes(config, "fp32" if itemsize == 4 else "bf16", json.dumps(lora), again)
+    return config.num_layers * layer + others
 
 
 class FarBytes(NamedTuple):

@@ -1,18 +1,21 @@
 """The estimate of `longnet train --dry-run`: parameters, memory by kind, FLOPs and time of a recipe.
 
-All but the time is arithmetic, on what `estimating.memory` counts of a net; nothing of the recipe's size is allocated.
-The memory is one rank's, as if everything were held at one time. This is true whenever a step has more than one chunk.
+What a token takes in a step is measured (`estimating.measuring`); all else is counted, and nothing of the recipe's size
+is allocated. The memory is one rank's, as if everything were held at one time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import NamedTuple
 
 import torch
 
+from longnet_cli.basics.errors import LongNetError
 from longnet_cli.data.inputs import Inputs
+from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.estimating.estimate import Estimate
 from longnet_cli.jobs.estimating.memory import (
     activation_bytes,
@@ -32,6 +35,7 @@ from longnet_cli.running.ranks.ranks import Ranks
 from .recipe import OptimizerRecipe, Recipe, Stage
 from .start import build_optimizers, check_ranks
 
+GAPS = 2  # bytes of logits on a CPU, relative to those in use: the heap is kept, and cannot reuse all that is freed
 EFFICIENCY = 0.4  # share of the measured matmul peak that a training step is assumed to reach
 
 
@@ -64,9 +68,9 @@ def estimate_training(recipe: Recipe, device: torch.device, ranks: Ranks | None 
     ranks, config, train = ranks or Ranks(), recipe.model, recipe.train
     check_ranks(recipe, ranks)
     dtype = resolve_dtype(train.dtype, device)
-    _load_all(device)
-    program, free = resident_memory(device), free_memory(device)
     memory = training_memory(recipe, device, ranks)
+    with _all_loaded(recipe, device):
+        program, free = resident_memory(device), free_memory(device)
     # a chunk of a bidirectional net cannot be shorter than a window
     longest = max(stage.seq_len for stage in train.stages)
     shortest = SHORTEST_CHUNK if config.causal else -(-longest // ranks.sp)
@@ -105,8 +109,9 @@ def _advice(memory: dict[str, int], causal: bool) -> str:
     return "no chunk fits: choose a smaller model (model.dim, model.num_layers) or a larger device"
 
 
-def _load_all(device: torch.device) -> None:
-    """Train a tiny net for one step. On first use, torch loads a hundred MiB: its optimizers and much more."""
+@contextmanager
+def _all_loaded(recipe: Recipe, device: torch.device) -> Iterator[None]:
+    """Hold the tokenizer, after a step of a tiny net. On first use, torch loads a hundred MiB: optimizers and more."""
     config = LongNetConfig(
         vocab_size=1, dim=8, num_layers=1, num_heads=1, ffn_dim=8, segment_lengths=(8,), dilation_rates=(1,)
     )
@@ -114,6 +119,13 @@ def _load_all(device: torch.device) -> None:
     net.nll(net(ids), ids).sum().backward()
     for optimizer in build_optimizers(net, OptimizerRecipe()):
         optimizer.step()
+    del net, ids, optimizer
+    tokenizer = None
+    with suppress(LongNetError):  # which is said when training starts
+        tokenizer = Tokenizer.load(recipe.data.tokenizer)
+        tokenizer.encode("some words")  # it makes tables for the first text
+    yield
+    del tokenizer
 
 
 def _needed_bytes(recipe: Recipe, device: torch.device, ranks: Ranks, chunk: int) -> int:
@@ -185,13 +197,14 @@ def training_memory(recipe: Recipe, device: torch.device, ranks: Ranks) -> dict[
 
     weights: 4 bytes per number, and the copy of the matrices that autocast makes. Beside LoRA's, they are of the types
     in which they are kept, and one matrix at a time is cast to the type of products. gradients: 4 bytes per trained
-    number. optimizer: 8 bytes per trained number, the two moments of AdamW; Muon has one moment of the layers'
-    matrices, or of LoRA's. With `parallel.shard` "full", a rank holds its share of all these, and in a step all weights
-    and gradients besides. activations, logits, cache, key_gradients: of the stage that takes the most. checkpoint: a
-    single process copies its weights and moments, and makes a second copy, the bytes of the file, while it continues to
-    train. With a GPU these two copies are in the host's memory, and not counted. evaluation, merged: what reading the
-    held-out documents, and LoRA's merged weights in float32, take beyond a step's activations, logits and cache, which
-    are gone by then.
+    number; the vocabulary's twice where a step has several forward passes. optimizer: 8 bytes per trained number, the
+    two moments of AdamW; Muon has one moment of the layers' matrices, or of LoRA's. With `parallel.shard` "full", a
+    rank holds its share of all these, and in a step all weights and gradients besides. activations, logits, cache,
+    key_gradients: of the stage that takes the most. checkpoint: a single process copies its weights and moments, and
+    torch makes two more copies, the bytes of tensors and of the file, in a thread, which has a heap of its own. If the
+    run goes on after its first checkpoint, the first copy exists during a step, too. With a GPU the copies are in the
+    host's memory, and not counted. evaluation, merged: what reading the held-out documents, and LoRA's merged weights
+    in float32, take beyond a step's activations, logits and cache, which are gone by then.
     """
     config, itemsize = recipe.model, itemsize_of(recipe.train.dtype, device)
     trained, layer_matrices = config.trained, config.layer_weights
@@ -206,16 +219,19 @@ def training_memory(recipe: Recipe, device: torch.device, ranks: Ranks) -> dict[
     own_weights, own_gradients = (n // share if share > 1 else 0 for n in (weights, 4 * trained))
     stages = [_stage_memory(recipe, stage, device, ranks) for stage in recipe.train.stages]
     largest = max(stages, key=lambda kinds: sum(kinds.values()))
+    rows = max(recipe.train.windows(stage) // ranks.dp * stage.seq_len for stage in recipe.train.stages)
+    # the gradient of the table, while another chunk's is added to it
+    added = 4 * table if rows > recipe.train.chunk * ranks.sp and not config.frozen else 0
     merged = 4 * config.num_parameters() if config.frozen and device.type == "cpu" else 0
     later = {"evaluation": _evaluation_bytes(recipe, device, ranks), "merged": merged}
     beyond = {kind: size - sum(largest.values()) for kind, size in later.items()}
-    alone = device.type == "cpu" and ranks.world == 1
+    alone, goes_on = device.type == "cpu" and ranks.world == 1, recipe.train.save_every < recipe.train.steps
     return {
         "weights": weights + own_weights + copies,
-        "gradients": 4 * trained + own_gradients,
+        "gradients": 4 * trained + own_gradients + added,
         "optimizer": moments // share,
         **largest,
-        "checkpoint": 2 * (4 * trained + moments) if alone else 0,
+        "checkpoint": (2 + goes_on) * (4 * trained + moments) if alone else 0,
         **{kind: size for kind, size in beyond.items() if size > 0 and size == max(beyond.values())},
     }
 
@@ -235,28 +251,28 @@ def _evaluation_bytes(recipe: Recipe, device: torch.device, ranks: Ranks) -> int
     at_once = min(tokens, chunk)
     activations = config.forward_bytes(at_once) + transient
     cache = sum(cache_bytes(config, tokens, itemsize)) if config.causal and tokens > chunk else 0
-    return max(activations, logits_bytes(config, at_once) * 2 // 3) + 2 * 4 * config.dim * tokens + cache
+    return max(activations, logits_bytes(config, at_once)) + 2 * 4 * config.dim * tokens + cache
 
 
 def _stage_memory(recipe: Recipe, stage: Stage, device: torch.device, ranks: Ranks) -> dict[str, int]:
     """Return the bytes of one rank that depend on the length of a stage's windows, by kind.
 
-    activations: what all layers save for the tokens of a forward pass, and what is transient in one. logits: of tokens
-    that are predicted. cache: rows that pass from chunk to chunk, of each window of the forward pass, and rows that are
-    stored for the backward pass. key_gradients: of blocks that are chosen. With `train.spill`, what is stored is on a
-    disk.
+    activations: of all layers, for the tokens of a forward pass, with what is transient in one. logits: of tokens that
+    are predicted, with `GAPS`. cache: rows that pass from chunk to chunk, of each window of the forward pass, and rows
+    that are stored for the backward pass. key_gradients: of blocks that are chosen. With `train.spill`, what is stored
+    is on a disk.
     """
     config, train, itemsize = recipe.model, recipe.train, itemsize_of(recipe.train.dtype, device)
     tokens = tokens_at_once(recipe, stage, ranks)
     windows = max(1, tokens * ranks.sp // stage.seq_len)
     far = far_bytes(config, stage.seq_len, train.chunk * ranks.sp, itemsize)
     lora = recipe.pretrained.adapter if recipe.pretrained else None
-    saved = activation_bytes(config, itemsize, device.type, train.activation_checkpointing, lora)  # per token
+    saved = activation_bytes(config, itemsize, train.activation_checkpointing, lora)  # per token
     sizes = config.num_heads, config.head_dim, stage.seq_len, itemsize
     transient = transient_memory(config.pattern, *sizes, device.type)
     kinds = {
         "activations": tokens * saved + transient,
-        "logits": logits_bytes(config, round(tokens * train.predicted)),
+        "logits": logits_bytes(config, round(tokens * train.predicted)) * (GAPS if device.type == "cpu" else 1),
         "cache": windows * far.passing + (0 if train.spill else far.stored - far.gradients),
     }
     if config.pattern.chosen:

@@ -53,7 +53,7 @@ from longnet_cli.models.hf.pretrained_folder import (
 )
 from longnet_cli.models.hf.rotary import FLOAT32_POSITIONS, check_ropes, make_phases_exact
 from longnet_cli.models.hf.training import State, add_lora, merged
-from longnet_cli.models.hf.trying import body, first_position, settings_of, why_not
+from longnet_cli.models.hf.trying import body, first_position, layers_of, settings_of, why_not
 from longnet_cli.nets.config import TransformersConfig
 from longnet_cli.nets.named_blocks import named_blocks
 from longnet_cli.nets.net import FarProvider, Net
@@ -215,7 +215,7 @@ class TransformersNet(Net):
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
-        return [*_layers(self.model, self.config.num_layers)]
+        return [*layers_of(self.model, self.config.num_layers)]
 
     def check_trainable(self) -> None:
         """Raise ConfigError for a model through which the gradient of a long sequence cannot go.
@@ -427,12 +427,6 @@ def _positions(model: hf.PreTrainedModel) -> int | None:
     return limit and limit - first_position(model)
 
 
-def _layers(model: hf.PreTrainedModel, number: int) -> nn.ModuleList:
-    """Return the layers, first to last; an empty list if they are not in one list."""
-    lists = (x for x in body(model).modules() if isinstance(x, nn.ModuleList))
-    return next((x for x in lists if len(x) == number), nn.ModuleList())
-
-
 def _facts(model: hf.PreTrainedModel, dilated: bool, as_trained: bool) -> TransformersConfig:
     config = model.config
     name = type(model).__name__
@@ -463,7 +457,7 @@ def _facts(model: hf.PreTrainedModel, dilated: bool, as_trained: bool) -> Transf
         pattern=pattern_of(config) if dilated else Pattern.dense(),
         parameters=parameters,
         trained=parameters,
-        layer_weights=sum(p.numel() for p in _layers(model, num_layers).parameters() if p.dim() >= 2),
+        layer_weights=sum(p.numel() for p in layers_of(model, num_layers).parameters() if p.dim() >= 2),
         source=json.dumps(settings_of(config)),
     )
 

@@ -1,4 +1,4 @@
-"""The training of a Hugging Face model: LoRA, and the bytes that it saves for its backward pass.
+"""The training of a Hugging Face model: LoRA, and a model without weights on which memory is measured.
 
 With LoRA (arXiv 2106.09685, by peft), only small matrices beside a model's own are trained. They are float32. The
 model's own matrices stay in the type in which they are stored, and take part in float32, or in autocast's type.
@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,7 @@ from longnet_cli.attention import Pattern
 from longnet_cli.basics.errors import ConfigError, one_line
 from longnet_cli.models.hf.attention import ATTENTION_NAME, write_pattern
 from longnet_cli.models.hf.pretrained_folder import with_infinities
-from longnet_cli.models.hf.trying import hidden_states
-from longnet_cli.running.device import precision
+from longnet_cli.models.hf.trying import layers_of
 
 _NAME = "default"  # peft's name for a model's first adapter
 _BASE, _A, _B = ".base_layer", f".lora_A.{_NAME}.weight", f".lora_B.{_NAME}.weight"
@@ -142,22 +140,12 @@ def merged(model: hf.PreTrainedModel, state: State) -> dict[str, Tensor]:
     return weights
 
 
-_TOKENS = 64  # of a measured pass
+def unwritten(source: str, layers: int, lora: dict | None) -> tuple[hf.PreTrainedModel, nn.ModuleList]:
+    """Return a model of so many layers in training mode, and these layers; its weights are never written to.
 
-
-@lru_cache  # called for every chunk that might fit
-def measured_bytes(source: str, lora: str, dtype: str) -> tuple[int, int]:
-    """Return (bytes per layer, other bytes) that a token saves for the backward pass; `dtype` as in `running.device`.
-
-    `source` and `lora` are JSON: the model's configuration, and the arguments of `add_lora`, or null. Models of one
-    and of two layers are made in memory that is never written to, so they take almost no space. Tensors that do not
-    grow with the tokens (weights, their casts) are not counted.
+    `source` is the model's configuration as JSON, `lora` has the arguments of `add_lora`, if any.
     """
-    one, two = (_a_token(json.loads(source), layers, json.loads(lora), dtype) for layers in (1, 2))
-    return two - one, 2 * one - two
-
-
-def _a_token(settings: dict, layers: int, lora: dict | None, dtype: str) -> int:
+    settings = json.loads(source)
     config = hf.CONFIG_MAPPING[settings["model_type"]].from_dict(with_infinities(settings))
     config.num_hidden_layers = layers
     if kinds := getattr(config, "layer_types", None):
@@ -169,20 +157,4 @@ def _a_token(settings: dict, layers: int, lora: dict | None, dtype: str) -> int:
     model.set_attn_implementation(ATTENTION_NAME)  # its weights are no numbers: nothing can be tried
     if lora is not None:
         add_lora(model, **lora)
-    few, many = (_saved(model, tokens, dtype) for tokens in (_TOKENS, 2 * _TOKENS))
-    return (many - few) // _TOKENS
-
-
-def _saved(model: hf.PreTrainedModel, tokens: int, dtype: str) -> int:
-    """Return the bytes of all storages that a forward pass over `tokens` tokens saves."""
-    kept: dict[int, Tensor] = {}
-
-    def keep(x: Tensor) -> Tensor:
-        kept[x.untyped_storage().data_ptr()] = x  # kept alive, so that its address is not reused
-        return x
-
-    ids = torch.zeros(1, tokens, dtype=torch.int64)
-    with precision(dtype, ids.device), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        hidden = hidden_states(model, ids)
-        del hidden
-    return sum(x.untyped_storage().nbytes() for x in kept.values())
+    return model, layers_of(model, layers)

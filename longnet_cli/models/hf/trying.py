@@ -47,6 +47,12 @@ def body(model: PreTrainedModel) -> Any:
     return next((x for x in model.children() if isinstance(x, PreTrainedModel)), model) if inner is model else inner
 
 
+def layers_of(model: PreTrainedModel, number: int) -> nn.ModuleList:
+    """Return the layers, first to last; an empty list if they are not in one list."""
+    lists = (x for x in body(model).modules() if isinstance(x, nn.ModuleList))
+    return next((x for x in lists if len(x) == number), nn.ModuleList())
+
+
 def first_position(model: PreTrainedModel) -> int:
     """Return the position of a first token: RoBERTa's positions start after the padding's, all others at 0."""
     for name, table in model.named_modules():
