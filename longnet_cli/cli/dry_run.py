@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -44,13 +43,10 @@ def show_reading(estimate: Estimate, format: Format, job: str) -> None:
         longest += f", and the model reads {estimate.too_long:,}"
     if facts["left_out"]:
         longest += f"; left out: {facts['left_out']:,}"
-    counted, tokens = "counted", facts["tokens"]
-    if facts["sampled"] is not None:
-        most = (facts["tokens_interval"] or [0, math.inf])[1]
-        counted = f"+- {most / (tokens or 1) - 1:.1%} (95 %), estimated from {facts['sampled']:,} texts"
+    counted = "counted" if facts["sampled"] is None else f"estimated from {facts['sampled']:,} texts"
     before = [
         ("documents", f"{facts['documents']:,}", longest),
-        ("tokens", format_count(tokens), counted),
+        ("tokens", format_count(facts["tokens"]), counted),
         ("read", format_count(facts["tokens_read"]), "tokens in all forwards, with contexts and padding"),
     ]
     rate = f"at {format_count(facts['flops_per_second'])} FLOP/s (measured, a forward of {rows:,} x {length:,} tokens)"

@@ -1,5 +1,5 @@
 """What `score --dry-run` and `encode --dry-run` say is what the job does: forwards, FLOPs and the cache exactly, the
-peak of real runs within 10 %, and the tokens of a sample within its interval.
+peak of real runs within 10 %, and a sample of all texts has all tokens.
 """
 
 from __future__ import annotations
@@ -254,20 +254,6 @@ def some_texts(words: Tokenizer, number: int, seed: int) -> list[Text]:
     return found
 
 
-def test_a_sample_knows_how_far_it_may_be_off(words: Tokenizer) -> None:
-    inside = 0
-    for seed in range(60):
-        found = some_texts(words, 200, seed)
-        sample = Sample(40, words)
-        for text in found:
-            sample.add(text)
-        tokens = sum(len(words.encode(text.text)) for text in found)
-        assert sum(sample.bytes) == sum(len(text.text.encode()) for text in found)
-        assert 0 < sample.error < 0.5 * tokens
-        inside += abs(sample.tokens_per_byte * sum(sample.bytes) - tokens) <= sample.error
-    assert 52 <= inside <= 60  # of 57 that are expected of many
-
-
 def test_a_sample_takes_the_memory_of_its_texts(words: Tokenizer) -> None:
     tracemalloc.start()
     sample = Sample(10**9, words)
@@ -275,7 +261,7 @@ def test_a_sample_takes_the_memory_of_its_texts(words: Tokenizer) -> None:
         sample.add(text)
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert (sample.sampled, sample.error, most < 1 << 24) == (5, 0.0, True)
+    assert (sample.sampled, most < 1 << 24) == (5, True)
 
 
 def test_a_sample_of_all_is_exact(words: Tokenizer) -> None:
@@ -283,11 +269,8 @@ def test_a_sample_of_all_is_exact(words: Tokenizer) -> None:
     job = partial(Scorer, options=ScoreOptions(), facts=ModelFacts(0))
     all_of_them = estimated(net, job, found, sample=20, tokenizer=words)  # type: ignore[arg-type]
     assert all_of_them.facts["sampled"] == 20
-    assert all_of_them.facts["tokens_interval"] == [all_of_them.facts["tokens"]] * 2
     assert all_of_them.facts["tokens"] == pytest.approx(sum(len(words.encode(text.text)) for text in found), abs=10)
     few = estimated(net, job, found, sample=5, tokenizer=words)  # type: ignore[arg-type]
-    low, high = few.facts["tokens_interval"]
-    assert low < few.facts["tokens"] < high
     assert (few.facts["sampled"], few.facts["documents"]) == (5, 20)
 
 
@@ -310,7 +293,7 @@ def test_the_command_writes_nothing_and_says_what_it_would(run_longnet: RunLongn
     (tmp_path / "long.txt").unlink()
     table = run_longnet("score", "@list", "--context", "16,64", "-o", "gains.parquet", "--dry-run", "--sample", "2")
     assert (table.returncode, table.stderr) == (0, "")
-    assert "(95 %), estimated from 2 texts" in table.stdout
+    assert "estimated from 2 texts" in table.stdout
     assert table.stdout.endswith("gains.parquet, which is new\n")
     assert {path.name for path in tmp_path.iterdir()} == before
     windows = ["score", "@list", "--context", "64", "--dry-run", "--format", "json"]

@@ -16,7 +16,7 @@ from processes import invoke
 from strategies import document_starts
 from torch.utils.flop_counter import FlopCounterMode
 
-from longnet_cli.attention import Pattern, groups
+from longnet_cli.attention import Pattern
 from longnet_cli.attention.spans import open_spans
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.jobs.estimating import measuring
@@ -135,57 +135,6 @@ def test_a_dry_run_plans_for_many_ranks_in_one_process(tmp_path: Path) -> None:
     assert facts("score", data, "--dp", 64)["tokens"] == facts("score", data)["tokens"]
 
 
-def test_gradients_of_old_keys_are_stated(tmp_path: Path) -> None:
-    """Of all tokens before the last chunk, in whole blocks: in memory, or in the file of --spill."""
-    model = MODEL | {"segment_lengths": (32,), "dilation_rates": (1,), "look_back": 1, "position": "rope"}
-    model |= {"chosen": 4, "chosen_block": 16, "chosen_every": 4}
-    train = {"chunk": 60, "seq_len": 256, "batch_tokens": 256}
-    kept = estimate_training(recipe(model, **train), CPU)
-    spilled = estimate_training(recipe(model, **train, spill=str(tmp_path)), CPU)
-    assert kept.memory["key_gradients"] == 2 * 4 * MODEL["dim"] * 240
-    assert spilled.memory["key_gradients"] == 0
-    moved = kept.memory["cache"] - spilled.memory["cache"] + kept.memory["key_gradients"]
-    assert spilled.facts["spill_bytes"] == moved > 2 * 4 * MODEL["dim"] * (256 + 240)
-    assert "key_gradients" not in estimate_training(recipe(MODEL, **train), CPU).memory
-
-
-def test_what_a_chunk_and_a_cache_take() -> None:
-    small, large = (training_memory(recipe(MODEL, chunk=n), CPU, ALONE)
-                    for n in (128, 256))  # fmt: skip
-    assert large["activations"] == 2 * small["activations"]
-    assert large["logits"] == 2 * small["logits"]
-    # only segments of 256 are cut by chunks of 128: four of them kept, the gradients of one on their way, and beside
-    # them what one layer makes of its keys and values
-    assert small["cache"] == 2 * 64 * 128 * (4 * 4 + 4 + 8)
-    assert large["cache"] == 0
-    # three chunks look back at a segment of 64, one with gradients on their way; and four sinks
-    looking = MODEL | {"segment_lengths": (64,), "dilation_rates": (1,), "look_back": 1, "sinks": 4, "position": "rope"}
-    found = [training_memory(recipe(looking, chunk=256, spill=spill), CPU, ALONE) for spill in (None, "disk")]
-    passing = 2 * 64 * 8 * (64 + 4)
-    assert found[0]["cache"] == 2 * 64 * (4 * (3 * 64 + 4) + 4 * (64 + 4)) + passing
-    assert found[1] == found[0] | {"cache": passing}
-    whole = training_memory(recipe(MODEL, chunk=1024), CPU, ALONE)
-    assert whole["cache"] == 0
-    two = Ranks(0, 2, 2)
-    shared = training_memory(recipe(MODEL, chunk=512), CPU, two)
-    assert shared == whole | {kind: whole[kind] // 2 for kind in ("activations", "logits")} | {"checkpoint": 0}
-
-
-CHOOSING = {"segment_lengths": (64,), "dilation_rates": (1,), "look_back": 1, "position": "rope", "chosen": 4}
-CHOOSING |= {"chosen_block": 16, "chosen_every": 4}
-
-
-def test_what_chosen_blocks_take_for_a_time_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With what a GPU has at a time, a job of a CPU does not fit any more."""
-    found = recipe(MODEL | CHOOSING, seq_len=4096, chunk=4096)
-    monkeypatch.setattr("longnet_cli.jobs.training.costs.free_memory", lambda device: free)
-    free = 0
-    free = estimate_training(found, CPU).beyond
-    assert estimate_training(found, CPU).fits
-    monkeypatch.setattr("longnet_cli.attention.groups.CPU", groups.GPU)
-    assert not estimate_training(found, CPU).fits
-
-
 def test_ranks_hold_their_share_beside_what_a_step_gathers() -> None:
     one = recipe(MODEL, chunk=1024, batch_tokens=1024)
     shared = one.model_copy(update={"parallel": one.parallel.model_copy(update={"shard": "full"})})
@@ -243,16 +192,6 @@ def test_short_documents_have_little_attention() -> None:
     config = LongNetConfig(**MODEL)
     whole, apart = config.training_flops([512]), config.training_flops([32] * 16)
     assert apart == 16 * config.training_flops([32]) < whole
-
-
-def test_muon_keeps_one_number_for_a_matrix() -> None:
-    adamw, muon = (
-        estimate_training(load_recipe("longnet-125m", {"optimizer.name": name}), CPU).memory
-        for name in ("adamw", "muon")
-    )
-    assert adamw["optimizer"] == 8 * 162_160_896
-    assert adamw["checkpoint"] == 36 * 162_160_896  # weights and moments, three times
-    assert adamw["optimizer"] - muon["optimizer"] == 4 * 12 * 12 * 768**2
 
 
 def test_the_matmul_peak_is_a_rate() -> None:

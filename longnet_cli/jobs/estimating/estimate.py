@@ -211,7 +211,14 @@ def estimate_reading(
         memory=memory,
         free=free,
         hint=f"this CPU has {instructions}: try --dtype bf16, which is often faster" if instructions else "",
-        counts=_counts(plan) | {"parameters": config.num_parameters()},
+        counts={
+            "documents": plan.documents,
+            "left_out": plan.left_out,
+            "longest": plan.longest_document,
+            "sampled": plan.sample.sampled if plan.sample and plan.sample.bytes else None,
+            "tokens_read": plan.read,
+            "parameters": config.num_parameters(),
+        },
         costs={
             "flops_per_token": flops / (plan.tokens or 1),
             "tokens": plan.tokens,
@@ -229,21 +236,6 @@ def estimate_reading(
         measured=measured,
         too_long=config.max_tokens if plan.longest > (config.max_tokens or math.inf) else None,
     )
-
-
-def _counts(plan: ReadingPlan) -> dict[str, object]:
-    """Return what is read. If only some texts were tokenized, half of their 95 % interval lies on either side."""
-    sample = plan.sample if plan.sample and plan.sample.bytes else None
-    error = sample.error if sample else math.inf
-    interval = [max(0.0, plan.tokens - error), plan.tokens + error]
-    return {
-        "documents": plan.documents,
-        "left_out": plan.left_out,
-        "longest": plan.longest_document,
-        "sampled": sample.sampled if sample else None,
-        "tokens_interval": None if math.isinf(error) else interval,
-        "tokens_read": plan.read,
-    }
 
 
 def _advice(largest: str, streams: bool, spillable: bool) -> str:

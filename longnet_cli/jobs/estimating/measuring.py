@@ -120,8 +120,9 @@ def _step(config: NetConfig, layers: int, dtype: str, lora: dict | None, again: 
 
 
 def _unwritten(config: LongNetConfig, layers: int) -> LongNet:
-    """Return a net of so many layers on the CPU, without a choice of blocks: what that takes is counted by itself."""
-    plain = {name: getattr(Pattern, name) for name in PATTERN_FIELDS if name.startswith("chosen")}
+    """Return a net of so many layers and one token on the CPU. It chooses no blocks: what that takes is counted."""
+    plain = {"num_layers": layers, "vocab_size": min(1, config.vocab_size)}
+    plain |= {name: getattr(Pattern, name) for name in PATTERN_FIELDS if name.startswith("chosen")}
     with torch.device("meta"):
-        net = LongNet(config.model_copy(update=plain | {"num_layers": layers}))
+        net = LongNet(config.model_copy(update=plain))
     return net.to_empty(device="cpu")

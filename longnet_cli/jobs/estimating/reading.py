@@ -10,7 +10,6 @@ where documents differ in length but are alike in tokens per byte.
 
 from __future__ import annotations
 
-import math
 import time
 from array import array
 from collections import Counter
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
     from longnet_cli.jobs.row_jobs import RowJob
 
 SEED = 0  # every run draws the same documents
-NORMAL = 1.96  # standard errors to either side: 95 % of a normal distribution
 
 
 class Shape(NamedTuple):
@@ -247,23 +245,3 @@ class Sample:
     def seconds_of_all(self) -> float:
         """The time that tokenizing all texts would take, in seconds."""
         return self.seconds * sum(self.bytes) / (self._tokenized or 1)
-
-    @property
-    def error(self) -> float:
-        """Half the width of the 95 % interval around the tokens of all texts; 0 where all are in the sample.
-
-        It comes from the linearised standard error of a ratio, for a sample without replacement (Cochran, Sampling
-        Techniques). Each residual is relative to the ratio of the other texts, as in a jackknife, because a long text
-        pulls the ratio towards itself. A normal distribution is assumed, which suits samples of 30 and more. The
-        interval is too narrow where a few texts hold most of the bytes, and infinite where one holds all.
-        """
-        number, texts = self.sampled, len(self.bytes)
-        if number == texts:
-            return 0.0
-        tokens, size = np.array(self._drawn, float).T
-        shares = size / (size.sum() or 1)
-        if shares.max() == 1:
-            return math.inf
-        residuals = (tokens - self.tokens_per_byte * size) / (1 - shares)
-        spread = float(residuals @ residuals) * (1 - number / texts)
-        return NORMAL * math.sqrt(spread) / float(size.sum() or 1) * sum(self.bytes)
