@@ -35,6 +35,11 @@ class _Held(TorchDispatchMode):
         self.moments: list[int] = []
         self._sizes: dict[int, int] = {}  # by the address of a storage
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: torch would import its compiler, which takes a second, to leave this out of compiled code."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
@@ -125,4 +130,6 @@ def _unwritten(config: LongNetConfig, layers: int) -> LongNet:
     plain |= {name: getattr(Pattern, name) for name in PATTERN_FIELDS if name.startswith("chosen")}
     with torch.device("meta"):
         net = LongNet(config.model_copy(update=plain))
-    return net.to_empty(device="cpu")
+    unwritten = {name: torch.empty(x.shape) for name, x in net.state_dict().items()}
+    net.load_state_dict(unwritten, assign=True)  # `to_empty` would import half of torch
+    return net
