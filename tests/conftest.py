@@ -142,7 +142,8 @@ def python(forked: Forked) -> Path:
 def run_longnet(tmp_path: Path, command_env: dict[str, str], longnet: Path) -> RunLongnet:
     """`run_longnet("score", "-", input=...)` runs the command in an empty folder; text=False for bytes.
 
-    `fresh` is for what forked.py cannot do: for one, what Python reads when it starts.
+    It fails where the exit code is not `code`. `fresh` is for what forked.py cannot do: for one, what Python reads when
+    it starts.
     """
 
     def run(
@@ -153,8 +154,9 @@ def run_longnet(tmp_path: Path, command_env: dict[str, str], longnet: Path) -> R
         cwd: Path = tmp_path,
         timeout: float = 120,
         fresh: bool = False,
+        code: int | None = None,
     ) -> subprocess.CompletedProcess:
-        return subprocess.run(
+        done = subprocess.run(
             [*([sys.executable, "-m", "longnet_cli"] if fresh else [longnet]), *map(str, args)],
             input=input if input is not None else ("" if text else b""),
             capture_output=True,
@@ -164,6 +166,8 @@ def run_longnet(tmp_path: Path, command_env: dict[str, str], longnet: Path) -> R
             timeout=timeout,
             check=False,
         )
+        assert code in (None, done.returncode), done.stderr
+        return done
 
     return run
 

@@ -43,9 +43,11 @@ def environment() -> dict[str, str]:
     return env | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), env.get("PYTHONPATH"))))}
 
 
-def invoke(*args: str | Path | int) -> Result:
-    """The command in this process, where its libraries are loaded already."""
-    return CliRunner().invoke(app, [*map(str, args)])
+def invoke(*args: str | Path | int, code: int | None = None) -> Result:
+    """The command in this process, where its libraries are loaded; it must end with `code`, if that is given."""
+    result = CliRunner().invoke(app, [*map(str, args)])
+    assert code in (None, result.exit_code), result.output
+    return result
 
 
 def refused(*args: str | Path | int) -> LongNetError:
@@ -59,9 +61,7 @@ def refused(*args: str | Path | int) -> LongNetError:
 
 def total(*args: str | Path | int, code: int = 0) -> dict:
     """What `score` says of all documents together."""
-    result = invoke("score", *args, "--format", "json")
-    assert result.exit_code == code, result.output
-    return json.loads(result.stdout)["total"]
+    return json.loads(invoke("score", *args, "--format", "json", code=code).stdout)["total"]
 
 
 def contents(folder: Path) -> dict[str, bytes]:

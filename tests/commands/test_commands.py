@@ -101,8 +101,7 @@ def test_text_that_does_not_suit_the_default_model_is_noted(run_longnet: RunLong
             (["code.py", "prose.txt"], False),
             (["prose.txt", "-m./own"], False),
         ):
-            done = run_longnet(*command, *inputs)
-            assert done.returncode == 0, done.stderr
+            done = run_longnet(*command, *inputs, code=0)
             assert ("longnet-tiny, the default model, takes" in done.stderr) == noted, (command, inputs)
     vectors = np.load(tmp_path / "v.npy")
     assert (vectors.shape, vectors.dtype) == ((1, 16), np.float32)

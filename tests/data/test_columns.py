@@ -194,8 +194,7 @@ def test_json_says_of_what_type_it_is_in_its_first_lines(tmp_path: Path) -> None
 def test_bytes_are_base64_in_json_lines(tmp_path: Path, run_longnet: RunLongnet) -> None:
     ends = pa.RunEndEncodedArray.from_arrays(pa.array([2], pa.int32()), pa.array(["x"]))
     write_file(tmp_path / "x.arrow", pa.table({"text": ["one", "two"], "ends": ends, "bytes": [b"\xff\0", b"\\xff"]}))
-    done = run_longnet("encode", "x.arrow", "--keep", "ends,bytes", "-o", "out.jsonl")
-    assert done.returncode == 0, done.stderr
+    run_longnet("encode", "x.arrow", "--keep", "ends,bytes", "-o", "out.jsonl", code=0)
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [(row["ends"], base64.b64decode(row["bytes"])) for row in rows] == [("x", b"\xff\0"), ("x", b"\\xff")]
 
@@ -210,8 +209,7 @@ def test_score_and_encode_carry_columns_to_their_rows(tmp_path: Path, run_longne
     assert [(row["day"], row["tag"]) for row in rows[:2]] == [("2026-11-26", "a"), (None, "b")]
     assert not {"day", "tag"} & rows[2].keys()
     for output in ("out.arrow", "out.parquet", "folder"):
-        done = run_longnet("encode", "x.parquet", "--keep", "day,tag,list", "--span", "1", "-o", output)
-        assert done.returncode == 0, done.stderr
+        run_longnet("encode", "x.parquet", "--keep", "day,tag,list", "--span", "1", "-o", output, code=0)
         (file,) = (tmp_path / output).glob("v*.arrow") if output == "folder" else [tmp_path / output]
         found = pq.read_table(file) if output == "out.parquet" else ipc.open_file(file).read_all()
         rows = found.select(["doc_id", "day", "tag", "list"]).to_pylist()
@@ -242,7 +240,6 @@ def test_a_finished_folder_says_what_its_run_left_out(tmp_path: Path, run_longne
 
 def test_empty_documents_are_counted_and_passed_over(tmp_path: Path, run_longnet: RunLongnet) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": ""}\n{"text": "b"}\n')
-    done = run_longnet("encode", "a.jsonl", "-o", "vectors")
-    assert done.returncode == 0, done.stderr
+    done = run_longnet("encode", "a.jsonl", "-o", "vectors", code=0)
     assert done.stderr.endswith("longnet: note: 1 document empty\n")
     assert dict(read_manifest(tmp_path / "vectors").totals) == {"empty": 1, "rows": 2, "documents": 2, "tokens": 2}

@@ -186,8 +186,7 @@ def first() -> dict[str, list]:
 def test_each_form_scores_the_same(form: str, first: dict[str, list], tmp_path: Path, run_longnet: RunLongnet) -> None:
     FORMS[form](tmp_path / form)
     columns = [] if form == "texts" else ["--keep", "n", "--id-column", "text"]
-    done = run_longnet("score", form, "--format", "json", "--chunk", "100", *columns)
-    assert done.returncode == 0, done.stderr
+    done = run_longnet("score", form, "--format", "json", "--chunk", "100", *columns, code=0)
     found = json.loads(done.stdout)
     documents = [(row["doc_id"], row.get("n")) for row in found["documents"]]
     assert documents == ([*zip(SCORED, range(5), strict=True)] if columns else [(f"d{n}", None) for n in range(5)])

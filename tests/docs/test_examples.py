@@ -41,8 +41,7 @@ pytestmark = pytest.mark.ci
 
 
 def longnet(*arguments: str | Path) -> None:
-    done = invoke(*arguments)
-    assert done.exit_code == 0, done.output
+    invoke(*arguments, code=0)
 
 
 def test_the_standard_library_is_split_by_the_hash_of_a_path(tmp_path: Path) -> None:

@@ -372,8 +372,7 @@ def sentences(made_sentences: Path, command_env: dict[str, str], home: Path, tmp
 
 
 def encoded(run_longnet, tmp_path: Path, model: Path | str) -> list:
-    done = run_longnet("encode", "a.txt", "-m", model, "-o", "v.arrow")
-    assert done.returncode == 0, done.stderr
+    run_longnet("encode", "a.txt", "-m", model, "-o", "v.arrow", code=0)
     return pa.ipc.open_file(tmp_path / "v.arrow").read_all()["embedding"].to_pylist()
 
 
@@ -417,6 +416,5 @@ def test_a_cache_that_knows_of_no_modules_is_read_offline(run_longnet, tmp_path,
     absent.parent.mkdir(parents=True)
     absent.touch()
     command_env["HF_HUB_OFFLINE"] = "1"
-    done = run_longnet("encode", "a.txt", "-m", TEXTS, "-o", "v.arrow")
-    assert done.returncode == 0, done.stderr
+    done = run_longnet("encode", "a.txt", "-m", TEXTS, "-o", "v.arrow", code=0)
     assert "there is no modules.json: the vector is the mean over all tokens" in done.stderr

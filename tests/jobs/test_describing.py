@@ -111,8 +111,7 @@ def test_the_command_loads_no_torch_for_a_pattern() -> None:
 
 
 def test_json_has_the_keys_of_the_contract() -> None:
-    result = invoke("pattern", "paper", "window:1Ki,sinks=4", "longnet-tiny", "--format", "json")
-    assert result.exit_code == 0, result.output
+    result = invoke("pattern", "paper", "window:1Ki,sinks=4", "longnet-tiny", "--format", "json", code=0)
     rows = json.loads(result.stdout)
     assert [row["pattern"] for row in rows[1:]] == ["1024/1,look_back=1,sinks=4", TINY]
     assert all(row.keys() == KEYS and all(level.keys() == ROW for level in row["levels"]) for row in rows)
@@ -141,8 +140,7 @@ def test_a_model_of_transformers(tmp_path: Path) -> None:
 def test_a_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     file = tmp_path / "x.png"
-    result = invoke("pattern", "window:8,sinks=2", "paper", "--seq", "64", "-o", str(file))
-    assert result.exit_code == 0, result.output
+    result = invoke("pattern", "window:8,sinks=2", "paper", "--seq", "64", "-o", str(file), code=0)
     assert file.read_bytes().startswith(b"\x89PNG")
     assert "s sinks" in result.stdout
 

@@ -81,10 +81,9 @@ def test_golden_through_every_format(run_longnet: RunLongnet, tmp_path: Path) ->
     h5py = pytest.importorskip("h5py")
     state, wanted, theirs = read_golden("slide_encoder_zero_key")
     save_file(state, tmp_path / "slide_encoder.safetensors")
-    done = run_longnet(
-        "convert", tmp_path / "slide_encoder.safetensors", "-o", tmp_path / "model", *level_options(theirs)
+    run_longnet(
+        "convert", tmp_path / "slide_encoder.safetensors", "-o", tmp_path / "model", *level_options(theirs), code=0
     )
-    assert done.returncode == 0, done.stderr
     table = tiles(wanted["features"], wanted["coords"], "slide")
     pq.write_table(table, tmp_path / "slide.parquet")
     with h5py.File(tmp_path / "slide.h5", "w") as file:
@@ -94,8 +93,7 @@ def test_golden_through_every_format(run_longnet: RunLongnet, tmp_path: Path) ->
         for pool, name in (("cls", "cls"), ("mean", "pooled")):
             words = f"--all-layers --model ./model --pool {pool} --no-normalize -o out.arrow".split()
             path = source if source == "-" else tmp_path / source
-            done = run_longnet("encode", path, *words, input=stream(table) if source == "-" else b"", text=False)
-            assert done.returncode == 0, done.stderr
+            run_longnet("encode", path, *words, input=stream(table) if source == "-" else b"", text=False, code=0)
             same(vectors(tmp_path / "out.arrow"), {"slide": wanted[name].numpy()}, 1e-4)
             if pool == "cls":
                 found = vectors(tmp_path / "out.arrow", "layers")["slide"]
@@ -111,8 +109,7 @@ def test_python_agrees_with_the_command_about_tiles_of_512_pixels(
     with h5py.File(tmp_path / "slide.h5", "w") as file:
         file["features"], file["coords"] = features.numpy(), coords.numpy()
         file["coords"].attrs["patch_size_level0"] = 512
-    done = run_longnet("encode", tmp_path / "slide.h5", *["--model", "./model", "--no-normalize", "-o", "out.arrow"])
-    assert done.returncode == 0, done.stderr
+    run_longnet("encode", tmp_path / "slide.h5", *["--model", "./model", "--no-normalize", "-o", "out.arrow"], code=0)
     encoder = SlideEncoder.from_pretrained(model)
     with torch.no_grad():
         found = encoder(features[None], coords[None], tile_size=512)
@@ -145,17 +142,15 @@ def test_chunks_and_batches_are_each_slide_alone(
 def test_all_layers(run_longnet: RunLongnet, tmp_path: Path, model: Path, pool: str, chunk: str) -> None:
     write_file(tmp_path / "slides.arrow", slides(), 1000)
     options = ["--model", model, "--pool", pool, "--no-normalize", "--all-layers", "-o", tmp_path / "out.arrow"]
-    done = run_longnet("encode", tmp_path / "slides.arrow", *options, "--chunk", chunk)
-    assert done.returncode == 0, done.stderr
+    run_longnet("encode", tmp_path / "slides.arrow", *options, "--chunk", chunk, code=0)
     same(vectors(tmp_path / "out.arrow"), expected(pool))
     same(vectors(tmp_path / "out.arrow", "layers"), expected(pool, all_layers=True))
 
 
 def test_the_default_is_the_mean_scaled_to_length_one(run_longnet: RunLongnet, tmp_path: Path, model: Path) -> None:
-    done = run_longnet(
-        "encode", "-", "--model", model, "-o", tmp_path / "out.arrow", input=stream(slides()), text=False
+    run_longnet(
+        "encode", "-", "--model", model, "-o", tmp_path / "out.arrow", input=stream(slides()), text=False, code=0
     )
-    assert done.returncode == 0, done.stderr
     same(vectors(tmp_path / "out.arrow"), {name: x / np.linalg.norm(x) for name, x in expected().items()})
 
 
@@ -163,8 +158,7 @@ def test_two_ranks_are_one(run_longnet: RunLongnet, tmp_path: Path, model: Path)
     pq.write_table(slides(), tmp_path / "slides.parquet")
     # of chunks of 40 tokens, the longest slide takes two turns, layer by layer; others, one forward of both ranks
     options = ["--model", model, "--chunk", "40", "--no-normalize", "--all-layers", "--nproc", "2"]
-    done = run_longnet("encode", tmp_path / "slides.parquet", *options, "-o", tmp_path / "out.arrow", timeout=300)
-    assert done.returncode == 0, done.stderr
+    run_longnet("encode", tmp_path / "slides.parquet", *options, "-o", tmp_path / "out.arrow", timeout=300, code=0)
     same(vectors(tmp_path / "out.arrow"), expected())
     same(vectors(tmp_path / "out.arrow", "layers"), expected(all_layers=True))
 
@@ -172,8 +166,7 @@ def test_two_ranks_are_one(run_longnet: RunLongnet, tmp_path: Path, model: Path)
 def test_vectors_of_vectors(run_longnet: RunLongnet, tmp_path: Path) -> None:
     """What `encode --span` writes is read by a net without coordinates, and by a LongNet without a vocabulary."""
     (tmp_path / "book.txt").write_text("a long way from here " * 60)
-    done = run_longnet("encode", tmp_path / "book.txt", "--span", "16", "-o", tmp_path / "chunks.arrow")
-    assert done.returncode == 0, done.stderr
+    run_longnet("encode", tmp_path / "book.txt", "--span", "16", "-o", tmp_path / "chunks.arrow", code=0)
     chunks = ipc.open_file(tmp_path / "chunks.arrow").read_all()["embedding"]
     x = torch.tensor(chunks.to_pylist())
     encoder = slide_encoder(in_features=x.shape[1], grid=0, position="rope")
@@ -187,8 +180,7 @@ def test_vectors_of_vectors(run_longnet: RunLongnet, tmp_path: Path) -> None:
     for name, vector in wanted.items():
         for chunk in ("8", "1Ki"):
             words = ["--model", tmp_path / name, "--no-normalize", "--chunk", chunk, "-o", tmp_path / "out.arrow"]
-            done = run_longnet("encode", tmp_path / "chunks.arrow", *words)
-            assert done.returncode == 0, done.stderr
+            run_longnet("encode", tmp_path / "chunks.arrow", *words, code=0)
             same(vectors(tmp_path / "out.arrow"), {"book.txt": vector.numpy()})
 
 
@@ -196,8 +188,7 @@ def test_spans_of_a_slide(run_longnet: RunLongnet, tmp_path: Path, model: Path) 
     x, at = slide(50)
     pq.write_table(tiles(x, at, "s"), tmp_path / "s.parquet")
     options = ["--model", model, "--span", "20", "--no-normalize", "-o", tmp_path / "out.parquet", "--chunk", "16"]
-    done = run_longnet("encode", tmp_path / "s.parquet", *options)
-    assert done.returncode == 0, done.stderr
+    run_longnet("encode", tmp_path / "s.parquet", *options, code=0)
     found = pq.read_table(tmp_path / "out.parquet")
     assert found["end"].to_pylist() == [20, 40, 50]
     encoder = slide_encoder()
@@ -213,8 +204,7 @@ def test_tiles_that_share_a_cell_are_told(run_longnet: RunLongnet, tmp_path: Pat
     at = torch.tensor([[first * 8, second * 8] for first in range(20) for second in range(20)])
     pq.write_table(tiles(torch.randn(400, 6), at, "s"), tmp_path / "s.parquet")
     words = ["encode", tmp_path / "s.parquet", "--model", model, "-o", tmp_path / "out.arrow"]
-    done = run_longnet(*words)
-    assert done.returncode == 0, done.stderr
+    done = run_longnet(*words, code=0)
     line = "the 400 tiles of 's' fall into 1 cell of 256 pixels: a tile of 8 would fit (--tile-size)"
     assert line in done.stderr
     assert done.stderr.endswith(f"\n1 vector of 400 tokens -> {tmp_path / 'out.arrow'}\n")
@@ -359,6 +349,5 @@ def test_models_of_tokens_read_no_vectors_and_the_other_way_round(
 
 
 def test_convert_writes_a_slide_encoder_in_another_type(run_longnet: RunLongnet, tmp_path: Path, model: Path) -> None:
-    done = run_longnet("convert", model, "-o", tmp_path / "half", "--dtype", "bf16")
-    assert done.returncode == 0, done.stderr
+    run_longnet("convert", model, "-o", tmp_path / "half", "--dtype", "bf16", code=0)
     assert next(SlideEncoder.from_pretrained(tmp_path / "half", dtype=None).parameters()).dtype is torch.bfloat16

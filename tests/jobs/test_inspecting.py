@@ -162,8 +162,7 @@ def test_the_command_in_text_and_json(run_longnet: RunLongnet, tmp_path: Path) -
     own = run_longnet("data", "inspect", "t.txt", "--tokenizer", "longnet-tiny").stdout
     assert "bytes)" not in own
     assert f"\n{'tokens':>27} {'documents':>12}\n" in own
-    value = run_longnet("data", "inspect", "-", "--format", "json", input="hello")
-    assert value.returncode == 0
+    value = run_longnet("data", "inspect", "-", "--format", "json", input="hello", code=0)
     assert json.loads(value.stdout) == inspect(Inputs([write_text(tmp_path / "b.txt", "hello")])).as_dict()
 
 

@@ -400,19 +400,16 @@ def test_the_command(corpus: Path, tmp_path: Path, run_longnet, monkeypatch: pyt
     found = recipe(corpus, **{"train.stages": [{"seq_len": 32, "steps": 5}]})
     recipe_file = tmp_path / "small.json"
     recipe_file.write_text(found.model_dump_json())
-    done = run_longnet("train", recipe_file, "-o", "run", "--set", "train.log_every=1", "--dtype", "fp32")
-    assert done.returncode == 0, done.stderr
+    done = run_longnet("train", recipe_file, "-o", "run", "--set", "train.log_every=1", "--dtype", "fp32", code=0)
     assert done.stdout == ""
     assert "saved run after 5 steps" in done.stderr
     assert (tmp_path / "run/model.safetensors").exists()
     weights = (tmp_path / "run/model.safetensors").read_bytes()
     assert json.loads((tmp_path / "run/recipe.json").read_text())["train"]["dtype"] == "fp32"
-    again = run_longnet("train", "-o", "run", "--resume")
-    assert again.returncode == 0, again.stderr
+    again = run_longnet("train", "-o", "run", "--resume", code=0)
     assert "all steps are done already" in again.stderr
     assert (tmp_path / "run/model.safetensors").read_bytes() == weights
-    elsewhere = run_longnet("train", "-o", "elsewhere", "--resume", "run")
-    assert elsewhere.returncode == 0, elsewhere.stderr
+    run_longnet("train", "-o", "elsewhere", "--resume", "run", code=0)
     assert (tmp_path / "elsewhere/model.safetensors").read_bytes() == weights
     begun = run_longnet("train", "-o", "run", "--init", "./elsewhere")
     assert "all steps are done already; --init is ignored" in begun.stderr

@@ -28,8 +28,7 @@ def test_golden_slide_encoder(run_longnet: RunLongnet, tmp_path: Path, kind: str
         save_file(state, path)
     else:
         torch.save({"model": state, "epoch": 3}, path, _use_new_zipfile_serialization=kind == "pth")
-    result = run_longnet("convert", path, "-o", tmp_path / "out", *level_options(theirs))
-    assert result.returncode == 0, result.stderr
+    run_longnet("convert", path, "-o", tmp_path / "out", *level_options(theirs), code=0)
     encoder = SlideEncoder.from_pretrained(tmp_path / "out")
     with torch.no_grad():
         inputs = wanted["features"][None], wanted["coords"][None]
@@ -48,8 +47,7 @@ def test_golden_torchscale(run_longnet: RunLongnet, tmp_path: Path, name: str) -
     side = name.partition("_")[0]
     torch.save({f"{side}.{key}": tensor for key, tensor in state.items()}, tmp_path / "net.pt")
     heads = [] if theirs["xpos"] else ["--heads", str(theirs["heads"])]  # its scales say them
-    result = run_longnet("convert", tmp_path / "net.pt", "-o", tmp_path / "out", *heads, *level_options(theirs))
-    assert result.returncode == 0, result.stderr
+    run_longnet("convert", tmp_path / "net.pt", "-o", tmp_path / "out", *heads, *level_options(theirs), code=0)
     net = LongNet.from_pretrained(tmp_path / "out")
     with torch.no_grad():
         if side == "decoder":
@@ -62,8 +60,7 @@ def test_golden_torchscale(run_longnet: RunLongnet, tmp_path: Path, name: str) -
 def test_the_official_models_are_known(run_longnet: RunLongnet, tmp_path: Path) -> None:
     """Prov-GigaPath's heads and pattern need not be given."""
     torch.save({"model": official_slide_state()}, tmp_path / "slide.pth")
-    result = run_longnet("convert", tmp_path / "slide.pth", "-o", tmp_path / "slide", "--dtype", "bf16")
-    assert result.returncode == 0, result.stderr
+    run_longnet("convert", tmp_path / "slide.pth", "-o", tmp_path / "slide", "--dtype", "bf16", code=0)
     config = SlideEncoder.from_pretrained(tmp_path / "slide", dtype=None).config
     assert config.pattern == SlideConfig.gigapath().pattern
     assert (config.num_heads, config.in_features, config.padding) == (16, 6, "zero_key")

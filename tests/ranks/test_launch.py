@@ -110,8 +110,7 @@ def test_a_rank_with_bad_data_ends_the_job_and_says_where(
 def test_a_run_goes_on_with_any_number_of_processes(folder: Path, run_longnet: RunLongnet) -> None:
     for steps, words in enumerate(([folder / "recipe.toml", "--dp", "2"], [], ["--sp", "2"], []), 1):
         stage = f"train.stages=[{{seq_len=256, steps={steps}}}]"
-        done = run_longnet("train", *words, "-o", folder / "run", "--set", stage, "--set", "train.log_every=1")
-        assert done.returncode == 0, done.stderr
+        done = run_longnet("train", *words, "-o", folder / "run", "--set", stage, "--set", "train.log_every=1", code=0)
     assert [line["step"] for line in metrics_of(folder / "run")] == [1, 2, 3, 4]
     done = run_longnet("train", folder / "recipe.toml", "-o", folder / "run", "--set", "parallel.dp=2")
     assert "which needs 2 processes, and there are 1" in done.stderr  # a recipe that is named is meant

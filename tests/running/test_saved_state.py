@@ -405,11 +405,9 @@ def test_a_state_tells_which_layers_choose(
 ) -> None:
     """They were looked for by the command that saved it, and a finer pattern may read on."""
     options = ["--model", build(tmp_path / "model"), "--pattern"]
-    saved = invoke("generate", "words", *options, "finding:64", "--save-state", tmp_path / "state")
-    assert saved.exit_code == 0, saved.output
+    invoke("generate", "words", *options, "finding:64", "--save-state", tmp_path / "state", code=0)
     monkeypatch.setattr(choosing_layers, "layer_evidence", lambda net: pytest.fail("the layers were looked for"))
-    asked = invoke("generate", "more", *options, "finding:64,chosen_every=4", "--state", tmp_path / "state", "-n", 4)
-    assert asked.exit_code == 0, asked.output
+    invoke("generate", "more", *options, "finding:64,chosen_every=4", "--state", tmp_path / "state", "-n", 4, code=0)
 
 
 def test_the_state_of_several_prompts_is_refused(tmp_path: Path) -> None:
