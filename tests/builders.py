@@ -280,6 +280,12 @@ def slide(tiles: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return torch.randn(tiles, 6, generator=random), coords
 
 
+def slide_table(tiles: int, width: int = 6, name: str = "s") -> pa.Table:
+    """A slide as one row."""
+    features, coords = slide(tiles)
+    return pa.table({"doc_id": [name], "features": [features[:, :width].tolist()], "coords": [coords.tolist()]})
+
+
 def read_golden(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
     """The state dict, the other tensors and the configuration of a golden file. Without it, the test is skipped."""
     path = GOLDEN / f"{name}.safetensors"

@@ -63,13 +63,6 @@ def test_a_folder_of_vectors_is_resumed_with_its_pattern(model: Path, text: Path
     assert "pattern was '16/1' and is now '8/1,32/2'" in str(refused(*command, "--resume"))
 
 
-def test_a_pattern_for_other_positions_is_one_line(text: Path, tmp_path: Path) -> None:
-    xpos = parse_config({**SHAPE, "position": "xpos", "pattern": "8/1"}, "x")
-    LongNet(xpos).save_pretrained(tmp_path / "xpos")
-    Tokenizer.bytes().save(tmp_path / "xpos/tokenizer.json")
-    assert 'use position="rope"' in str(refused("score", text, "--model", tmp_path / "xpos", "--pattern", "8/1,12/1"))
-
-
 def test_recipes_say_patterns_too() -> None:
     recipe = {**{f"model.{key}": value for key, value in SHAPE.items()}, **STAGES}
     found = load_recipe(None, {**recipe, "model.pattern": "geometric:64,base=16"})

@@ -30,24 +30,6 @@ def test_the_column_can_be_chosen(tmp_path):
     assert [text.text for text in Inputs([path]).texts()] == ["aa"]
 
 
-@pytest.mark.parametrize(
-    ("columns", "column"),
-    [
-        ({"body": ["a"], "n": [1]}, None),
-        ({"input_ids": [[1]], "tokens": [[1]]}, None),
-        ({"text": ["a"], "ids": [1]}, None),
-        ({"input_ids": [["a"]]}, None),
-        ({"text": ["a"]}, "nope"),
-        ({"text": ["a"], "x": [1.5]}, "x"),
-    ],
-)
-def test_an_unclear_column_is_an_error_that_lists_them(tmp_path, columns, column):
-    path = write_file(tmp_path / "x.arrow", pa.table(columns))
-    with pytest.raises(ConfigError, match=r"x\.arrow.*its columns are \w+: ") as caught:
-        read(path, column=column)
-    assert all(name in str(caught.value) for name in columns)
-
-
 def test_string_tokens_beside_input_ids_are_not_ids(tmp_path):
     path = write_file(tmp_path / "x.arrow", pa.table({"tokens": [["a"]], "input_ids": [[1]]}))
     assert tokens(read(path)) == [[1]]
@@ -73,12 +55,6 @@ def test_a_name_of_several_columns_is_refused_where_it_is_used(tmp_path, write, 
         read(write(tmp_path / "x", table))
     unused = pa.Table.from_arrays([ids, others, others], names=["input_ids", "n", "n"])
     assert tokens(read(write(tmp_path / "y", unused))) == [[1], [2]]
-
-
-def test_a_null_in_a_dictionary_is_named(tmp_path):
-    texts = pa.DictionaryArray.from_arrays(pa.array([0, 1], pa.int8()), pa.array(["a", None]))
-    with pytest.raises(DataError, match="row 1: the value is null"):
-        read(write_file(tmp_path / "x.arrow", pa.table({"text": texts})))
 
 
 BYTES = Tokenizer.bytes()
@@ -167,15 +143,6 @@ def test_views_of_text_are_carried_along(tmp_path: Path) -> None:
     file = write_file(tmp_path / "x.arrow", pa.table({"text": views, "enum": enum, "pairs": [[1], [2]]}))
     kept = [found[2] for found in read_kept(file, keep=("text", "enum", "pairs"))]
     assert kept == [{"text": "a", "enum": "b", "pairs": [1]}, {"text": "b", "enum": "a", "pairs": [2]}]
-
-
-def test_a_stream_of_ids_carries_nothing_along(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"ids": [1, 2, 256, 3], "n": [1, 2, 3, 4]}), tmp_path / "x.parquet")
-    with pytest.raises(ConfigError, match="'ids' is one stream of ids, in which a document has no row for 'n'"):
-        read_kept(tmp_path / "x.parquet", keep=("n",))
-    (tmp_path / "x.txt").write_text("plain")
-    with pytest.raises(ConfigError, match="column 'n' is asked for, and this is plain text"):
-        read_kept(tmp_path / "x.txt", keep=("n",))
 
 
 def test_json_says_of_what_type_it_is_in_its_first_lines(tmp_path: Path) -> None:

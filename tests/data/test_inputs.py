@@ -216,41 +216,11 @@ def test_list_offsets_outside_the_data_do_not_crash(tmp_path):
         read(path)
 
 
-@pytest.mark.parametrize(
-    ("column", "place"),
-    [
-        (pa.array([[1], None], pa.list_(pa.int32())), "row 1"),
-        (pa.array([[1], [2, None]], pa.list_(pa.int32())), "row 1, offset 1"),
-        (pa.array([[1, 2], None], pa.list_(pa.int32(), 2)), "row 1"),
-        (pa.array([1, None]), "row 1"),
-        (pa.array(["a", None]), "row 1: the value is null"),
-        (pa.array([None, "b"]), "row 0: the value is null"),
-        (pa.array([[1], [2, 300]], pa.list_(pa.int64())), "row 1, offset 1: token id 300 .* 257"),
-        (pa.array([[1], [], [2, -1]], pa.list_(pa.int16())), "row 2, offset 1: token id -1 is negative"),
-        (pa.array([1, 2, 257]), "row 2, offset 0: token id 257"),
-    ],
-)
-def test_nulls_and_ids_outside_the_vocabulary_are_named(tmp_path, column, place):
-    path = write_file(
-        tmp_path / "x.arrow", pa.table({"text" if pa.types.is_string(column.type) else "ids": column}), rows=1
-    )
-    with pytest.raises(DataError, match=rf"x\.arrow, {place}"):
-        tokens(read(path, vocab_size=257))
-
-
 @pytest.mark.parametrize("kind", [pa.dictionary(pa.int32(), pa.string()), pa.string_view(), pa.large_string()])
 def test_doc_ids_of_every_kind_of_text_join_rows(tmp_path, kind):
     doc_ids = pa.array(["a", "a", "b"], kind)  # pyarrow 17 casts no text to a view
     path = write_file(tmp_path / "x.arrow", pa.table({"text": ["x", "y", "z"], "doc_id": doc_ids}))
     assert [document.doc_id for document in read(path)] == ["a", "b"]
-
-
-def test_bad_doc_ids_are_named(tmp_path):
-    with pytest.raises(DataError, match="row 0, doc_id: the value is null"):
-        read(write_file(tmp_path / "y.arrow", pa.table({"text": ["a", "b"], "doc_id": [None, "b"]})))
-    path = write_file(tmp_path / "x.arrow", pa.table({"text": ["x", "y"], "doc_id": [0.5, 0.5]}))
-    with pytest.raises(DataError, match=r"x\.arrow: doc_id has type double: text or whole numbers are needed"):
-        read(path)
 
 
 def test_a_parquet_column_may_have_a_dot_in_its_name(tmp_path):
@@ -271,27 +241,6 @@ def test_what_is_not_text_is_an_error_that_names_the_byte(tmp_path, data, offset
     with pytest.raises(DataError, match=rf"a\.txt: neither Arrow, Parquet nor UTF-8 text.* offset {offset} ") as caught:
         read(tmp_path / "a.txt")
     assert "\n" not in str(caught.value)
-
-
-def test_nothing_to_read_is_an_error(tmp_path):
-    (tmp_path / "empty.arrow").touch()
-    (tmp_path / "folder").mkdir()
-    no_rows = write_file(tmp_path / "x.arrow", token_table(pa.list_(pa.int32())).slice(0, 0))
-    for item, problem in [
-        (tmp_path / "empty.arrow", "empty"),
-        (tmp_path / "missing.txt", "no such file"),
-        (tmp_path / "*.csv", "no file matches"),
-        (tmp_path / "folder", "nothing readable"),
-        (f"@{tmp_path / 'missing.txt'}", "cannot read the list"),
-        (no_rows, "0 rows"),
-    ]:
-        with pytest.raises(DataError, match=problem):
-            read(item)
-    with pytest.raises(ConfigError):
-        read()
-    with pytest.raises(ConfigError, match="only once"):
-        read("-", "-")
-    assert "nothing came" in pipe(b"")
 
 
 # --- documents of parts, types, tokenizers ---------------------------------------------------------------------------

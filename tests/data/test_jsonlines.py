@@ -14,46 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import RunLongnet
-from files import BYTES, pipe, read, tokens, write_lines
+from files import BYTES, pipe, read, write_lines
 from hypothesis import given
 from hypothesis import strategies as st
 
 from longnet_cli.basics.errors import DataError, InputWarning
 from longnet_cli.data.inputs import Inputs
-
-
-@pytest.mark.parametrize(
-    ("lines", "problem"),
-    [
-        ('{"text": "a"}\n{"text": 1}\n', "line 2: 'text' is not text"),
-        ('{"text": "a"}\n{"txt": "a"}\n', "line 2: there is no 'text'"),
-        ('{"text": "a"}\n{"text": null}\n', "line 2: 'text' is null"),
-        ('{"text": "a"}\n\n \n{"text": "b"}\n\n{"text": 1}\n', "line 6: 'text' is not text"),
-        ('{"text": "a"}\n{"text": "b', r"line 2: not JSON: .*\(the last line is not whole"),
-        ('{"text": "a"}\n["b"]\n', "line 2: not a JSON object"),
-        ('{"text": "a"}\n{"text": "\\ud800"}\n', "line 2: 'text' holds half of a surrogate pair at character 0"),
-        ('{"text": "a", "id": 1}\n{"text": "a", "id": 1.5}\n', "line 2: 'id' is not text or an integer"),
-        ('{"ids": [1]}\n{"ids": [1, 2.0]}\n', "line 2: 'ids' holds something that is not a token id"),
-        ('{"ids": [1]}\n{"ids": [true, 1]}\n', "line 2: 'ids' holds something that is not a token id"),
-        ('{"ids": [1]}\n{"ids": ["1"]}\n', "line 2: 'ids' holds something that is not a token id"),
-        ('{"ids": [1]}\n{"ids": [1e99]}\n', "line 2: 'ids' holds something that is not a token id"),
-        (f'{{"ids": [1]}}\n{{"ids": [{10**30}]}}\n', "line 2: 'ids' holds something that is not a token id"),
-        ('{"ids": [1]}\n{"ids": [2, null]}\n', "line 2, offset 1: the token id is null"),
-        ('{"ids": [1]}\n{"ids": [2, 3, -4]}\n', "line 2, offset 2: token id -4 is negative"),
-        ('{"ids": [1]}\n{"ids": [257]}\n', "line 2, offset 0: token id 257 does not fit"),
-        ('{"ids": [1]}\n' + "[" * 100_000, "line 2: not JSON"),
-        ('{"body": "a"}\n', r"x\.jsonl, line 1: not JSON Lines of documents: no key text"),
-        ('{"text": "a"}\n{"text": "\udcff"}\n', "line 2: not UTF-8: byte 10 is 0xff"),
-        ("hello", r"x\.jsonl, line 1: not JSON Lines of documents: not JSON"),
-        ('{"text": null}\n', r"x\.jsonl, line 1: not JSON Lines of documents: 'text' is null"),
-        ('{"text": null}\n{"text": "a"}\n', r"x\.jsonl, line 1: 'text' is null"),
-    ],
-)
-def test_bad_lines_are_named(tmp_path, lines, problem):
-    (tmp_path / "x.jsonl").write_text(lines, errors="surrogateescape")
-    with pytest.raises(DataError, match=problem) as caught:
-        tokens(read(tmp_path / "x.jsonl"))
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -229,22 +195,6 @@ def test_lines_of_any_length_are_joined(sequences: list[str], width: int) -> Non
         path = Path(folder, "x.fa")
         path.write_text("\n".join(lines) + "\n")
         assert records(path) == [(f"r{number}", letters) for number, letters in enumerate(sequences)]
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("ACGT\n>x\n", "a.fa, line 1: FASTA begins with a name"),
-        (">x\nA\n>x\nC\n", "a.fa, line 3: the name 'x' again"),
-        (">\nA\n", "a.fa, line 1: no name"),
-        (">x\nAC\udcffGT\n", "a.fa, line 2: not UTF-8: byte 2 is 0xff"),
-    ],
-)
-def test_what_is_no_record_is_one_line(text: str, said: str, tmp_path: Path) -> None:
-    (tmp_path / "a.fa").write_text(text, errors="surrogateescape")
-    with pytest.raises(DataError, match=said) as error:
-        records(tmp_path / "a.fa")
-    assert "\n" not in str(error.value)
 
 
 def test_a_folder_gives_its_records_and_no_index_beside_them(tmp_path: Path) -> None:

@@ -20,11 +20,6 @@ from longnet_cli.data import names as names_module
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.names import find_sources
 from longnet_cli.data.tables import reading
-from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.jobs.inspecting import inspect
-from longnet_cli.jobs.plotting import read
-from longnet_cli.jobs.training.recipe import load_recipe
-from longnet_cli.models.folder import ModelFolder
 
 
 def names(*inputs: Any) -> list[str]:
@@ -226,26 +221,6 @@ def test_a_file_that_several_paths_reach_is_read_once(tmp_path, monkeypatch, run
     done = run_longnet("data", "inspect", "a.txt", "b.txt", "--format", "json")
     assert json.loads(done.stdout)["documents"] == 1
     assert done.stderr == "longnet: note: b.txt, which is a.txt, is read once, though it is named more than once\n"
-
-
-@pytest.mark.parametrize("address", ["http://example.org/a.txt", "https://example.org/*.arrow", "HTTPS://x"])
-def test_web_addresses_are_refused_wherever_an_input_is_named(tmp_path, address):
-    (tmp_path / "list").write_text(f"{address}\n")
-    ways = {
-        "input": lambda: names(address),
-        "list": lambda: names(f"@{tmp_path}/list"),
-        "inspect": lambda: inspect(Inputs([address])),
-        "tokenizer": lambda: Tokenizer.load(address),
-        "model": lambda: ModelFolder.find(address),
-        "recipe": lambda: load_recipe(address, {}),
-        "run": lambda: read(address),
-    }
-    for way, call in ways.items():
-        with pytest.raises(
-            ConfigError, match="web addresses are not read: download it first, or `curl -L URL"
-        ) as caught:
-            call()
-        assert str(caught.value).startswith(address), way
 
 
 @pytest.mark.parametrize(

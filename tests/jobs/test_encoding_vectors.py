@@ -16,7 +16,6 @@ import torch
 from builders import level_options, read_golden, slide, slide_encoder
 from conftest import RunLongnet
 from files import write_file
-from processes import refused
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -215,43 +214,6 @@ def test_tiles_that_share_a_cell_are_told(run_longnet: RunLongnet, tmp_path: Pat
     assert not np.allclose(vectors(tmp_path / "out.arrow")["s"], before)
 
 
-def changed(**columns: object) -> pa.Table:
-    table = slides()
-    for name, column in columns.items():
-        table = (
-            table.drop_columns([name])
-            if column is None
-            else table.set_column(table.column_names.index(name), name, column)
-        )
-    return table
-
-
-@pytest.mark.parametrize(
-    ("columns", "words", "code", "line"),
-    [
-        ({"coords": None}, [], 3, "row 0: document 's1' has no coordinates, which the model needs"),
-        (
-            {"features": tiles(torch.zeros(242, 5), None, "")["features"]},
-            [],
-            3,
-            "have 5 numbers, and the model reads 6",
-        ),
-        ({}, ["--tile-size", "32"], 3, "is outside the grid of 50 x 50 of 32 pixels"),
-        ({}, ["--eos", "0"], 2, "reads vectors, which have no tokens: leave out --eos"),
-        ({}, ["--bos", "0", "--tokenizer", "bytes"], 2, "leave out --tokenizer, --bos"),
-        ({}, ["--tokenizer", "bytes", "--tokenizer-differs"], 2, "leave out --tokenizer, --tokenizer-differs"),
-        ({}, ["--span", "8", "--pool", "cls"], 2, "a span has no CLS of its own"),
-        ({}, ["--span", "8", "--all-layers"], 2, "leave out --span, or --all-layers"),
-        ({}, ["--column", "coords"], 2, "column 'coords' does not hold vectors"),
-    ],
-)
-def test_what_is_refused(tmp_path: Path, model: Path, columns: dict, words: list[str], code: int, line: str) -> None:
-    pq.write_table(changed(**columns), tmp_path / "slides.parquet")
-    error = refused("encode", tmp_path / "slides.parquet", "--model", model, "-o", tmp_path / "out.arrow", *words)
-    assert (error.exit_code, line in str(error)) == (code, True), error
-    assert not (tmp_path / "out.arrow").exists()
-
-
 def edited(nested: bool, name: str, tile: int | None, value: object) -> pa.Table:
     """The slides, a row each or a row per tile. In s2, one tile or all of it has another value."""
     kinds = {"features": pa.list_(pa.float32()), "coords": pa.list_(pa.int64())}
@@ -328,24 +290,6 @@ def test_files_of_vectors_that_cannot_be_read_are_left_out(
     for sample in ([], ["--sample", "2"]):
         found = json.loads(run_longnet(*words, "--skip-bad", "--dry-run", "--format", "json", *sample).stdout)
         assert (found["documents"], found["left_out"], found["tokens"]) == (3, 2, 111)
-
-
-def test_models_of_tokens_read_no_vectors_and_the_other_way_round(
-    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    pq.write_table(slides(), tmp_path / "slides.parquet")
-    (tmp_path / "text.txt").write_text("text")
-    for words, code, line in (
-        (["encode", "slides.parquet", "-o", "x.arrow"], 2, "no column named input_ids"),
-        (["encode", "text.txt", "-o", "x.arrow", "--pool", "cls"], 2, "this model has no CLS"),
-        (["encode", "text.txt", "-o", "x.arrow", "--tile-size", "8"], 2, "this model has no grid of tiles"),
-        (["encode", "text.txt", "-o", "x.arrow", "--model", model], 3, "this is text, and the model reads vectors"),
-        (["score", "text.txt", "--model", model], 2, "it reads vectors, not tokens"),
-        (["generate", "text", "--model", model], 2, "it reads vectors, not tokens"),
-    ):
-        error = refused(*words)
-        assert (error.exit_code, line in str(error)) == (code, True), error
 
 
 def test_convert_writes_a_slide_encoder_in_another_type(run_longnet: RunLongnet, tmp_path: Path, model: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from builders import make_document, scores, tiny_net
 
-from longnet_cli.basics.errors import ConfigError, DataError
+from longnet_cli.basics.errors import DataError
 from longnet_cli.data.documents import Document
 from longnet_cli.jobs.scoring.measures import ByPosition, Total
 from longnet_cli.nets.longnet import LongNet
@@ -180,22 +180,6 @@ def test_few_and_empty_documents(sums: np.ndarray) -> None:
     (unknown,) = total.as_dicts()
     assert (unknown["bpb"], unknown["bpb_se"]) == (None, None)
     assert unknown["ppl_se"] == 0
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"context": [8, 8]}, "each context may be given once"),
-        ({"context": [8, 4], "stride": 6}, "a stride of 6 tokens needs a context of 6 or more, not 4"),
-        ({"stride": 6}, "a stride of 6 tokens needs a context"),
-        ({"last": 0}, "last must be 1 or more"),
-        ({"context": 0}, "context must be 1 or more"),
-        ({"context": [8, 4], "on_tokens": print}, "need one context"),
-    ],
-)
-def test_options_that_contradict_each_other(model: LongNet, options: dict, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        scores(model, [], bos=BOS, **options)
 
 
 def test_no_document_is_long_enough(model: LongNet) -> None:

@@ -12,7 +12,7 @@ import pytest
 from files import write_lines
 from places import ROOT
 
-from longnet_cli.basics.errors import ConfigError, DataError
+from longnet_cli.basics.errors import DataError
 from longnet_cli.jobs.plotting import Curve, Panel, Point, draw_picture, draw_text, panels, read, read_all, title
 
 DOCS = ROOT / "docs"
@@ -112,49 +112,6 @@ def test_rows_of_bench_in_every_form(tmp_path: Path) -> None:
     for index, text in enumerate(forms):
         (tmp_path / f"{index}.json").write_text(text)
         assert by_key(tmp_path / f"{index}.json")["seconds"].curves[0].points == [Point(64, 1.0)]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"step": 1}\nnonsense\n{"step": 2}\n', "row 2: not JSON"),
-        ('{"step": 1}\n[2]\n', "row 2: not a line of metrics"),
-        ('{"loss": 1}\n', "row 1: not a line of metrics"),
-        ('{"step": "1"}\n', "row 1: not a line of metrics"),
-        ("", "no line of metrics yet"),
-        ('{"step"', "no line of metrics yet"),
-        ("\udcff", "not UTF-8"),
-        (None, "No such file"),
-        ('{\n "total": {\n', "row 3: not JSON"),
-        ('{"total": 3}\n', "row 1: not a score"),
-        ('{"doc_id": "a", "nats_64": 3.0}\n', "row 1: nats_64 is what score wrote before it wrote nll_sum"),
-        ('{"totals": [{"by_position": [3]}], "total": {}}\n', "row 1: not a score"),
-        ('{"total": {"by_position": {"a": 1}}}\n', "row 1: not a score"),
-        ('{"kind": "document"}\n', "nothing to draw"),
-        ('{"total": {"ppl": 3.0, "context": null}}\n', "several contexts, or --by-position"),
-        ('{"impl": "dense"}\n', "row 1: not a row of bench"),
-        ('{"impl": "dense", "seq": 1}\n{"step": 1}\n', "row 2: not a row of bench"),
-        ('{"other": 1}\n', "row 1: not a line of metrics, nor of bench or score"),
-        ("| op | impl |\n", "expected the metrics of a run, `bench --format jsonl` or `score --format json`"),
-        ('{"impl": "x", "seq": 1, "seconds": 1' + "0" * 400 + "}\n", "nothing to draw"),
-    ],
-)
-def test_what_is_none_of_them_is_named(tmp_path: Path, text: str | None, message: str) -> None:
-    """Neither metrics of a run, nor rows of `bench`, nor scores."""
-    file = tmp_path / "file.json"
-    if text is not None:
-        file.write_bytes(text.encode("utf-8", "surrogateescape"))
-    with pytest.raises(DataError, match=re.escape(message)) as error:
-        panels([read(file)])
-    assert str(error.value).startswith((str(file), "file: "))
-    assert "\n" not in str(error.value)
-
-
-def test_show_names_the_nearest() -> None:
-    with pytest.raises(ConfigError, match="no 'second' to draw: did you mean seconds"):
-        panels([read(BILLION)], ["second"])
-    with pytest.raises(ConfigError, match="choose from seconds, seconds_per_token, peak_rss_bytes"):
-        panels([read(BILLION)], ["loss"])
 
 
 @pytest.mark.parametrize("color", [True, False])

@@ -247,26 +247,11 @@ def test_a_used_folder_is_refused_and_an_empty_one_taken(corpus, tmp_path, monke
     (tmp_path / "empty").mkdir()
     tokenize(Inputs([corpus]), tmp_path / "empty")
     monkeypatch.setattr(Tokenizer, "train", None)  # which may take long, so this is said before
+    with pytest.raises(ConfigError, match="-o is empty"):
+        tokenize(Inputs([corpus]), "")
     with pytest.raises(ConfigError, match="holds a finished data set"):
         tokenize(Inputs([corpus]), tmp_path / "empty", train_vocab=300)
     for resume in (False, True):
         for place in (corpus, corpus / "a.txt"):
             with pytest.raises(ConfigError, match="not an empty folder"):
                 tokenize(Inputs([corpus]), place, train_vocab=300, resume=resume)
-
-
-def test_options_that_do_not_fit_together(corpus, tmp_path):
-    with pytest.raises(ConfigError, match="stdin"):
-        tokenize(Inputs(["-"]), tmp_path / "out", train_vocab=300)
-    with pytest.raises(ConfigError, match="not both"):
-        tokenize(Inputs([corpus]), tmp_path / "out", train_vocab=300, tokenizer=Tokenizer.bytes())
-    with pytest.raises(ConfigError, match="shard_tokens"):
-        tokenize(Inputs([corpus]), tmp_path / "out", shard_tokens=0)
-    with pytest.raises(ConfigError, match="-o is empty"):
-        tokenize(Inputs([corpus]), "")
-    no_end = Tokenizer(tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0}, merges=[])))
-    with pytest.raises(ConfigError, match="--eos"):
-        tokenize(Inputs([corpus]), tmp_path / "out", tokenizer=no_end, eos=True)
-    write_file(tmp_path / "ids.arrow", pa.table({"input_ids": [[1]]}))
-    with pytest.raises(ConfigError, match="input_ids"):
-        tokenize(Inputs([tmp_path / "ids.arrow"]), tmp_path / "out")

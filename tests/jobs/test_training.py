@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -331,59 +330,10 @@ def test_activation_checkpointing_changes_no_number(corpus: Path, tmp_path: Path
         assert losses[-1] == pytest.approx(losses[-2], rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        ({"optimizer.ler": 1}, "unknown key 'optimizer.ler': did you mean 'optimizer.lr'?"),
-        ({"train.seq_len": 1}, "unknown key 'train.seq_len'"),
-        ({"train.objective": "contrast"}, "train.objective: Input should be 'causal' or 'masked' (got 'contrast')"),
-        ({"model.dim": 15}, "not divisible"),
-        ({"model.causal": False, "model.position": "rope"}, 'set train.objective = "masked"'),
-        ({"train.objective": "masked"}, 'set train.objective = "causal"'),
-        ({"train.stages": []}, "train.stages"),
-        ({"data.train": []}, "data.train"),
-        ({"model.vocab_size": 256}, "model.vocab_size = 256 is less than the tokenizer needs, 257"),
-        ({"optimizer.lr.x": 1}, "is a value, not a table"),
-        ({"optimizer.lr": float("inf")}, "optimizer.lr: Input should be a finite number"),
-        ({"train.loss_jump": float("nan")}, "train.loss_jump"),
-        ({"optimizer.betas": [2, 0.9]}, "optimizer.betas.0: Input should be less than 1"),
-        ({"model.rope_theta": float("inf")}, "model.rope_theta: Input should be a finite number"),
-        ({"model.vocab_size": 0}, "model.vocab_size = 0"),
-        ({"schedule.decay": "cosin"}, "schedule.decay"),
-        ({"train.seed": 2**64}, "train.seed"),
-        ({"train.chunk": "32kb"}, "train.chunk: '32kb' is not a size"),
-        ({"train.batch_tokens": 0}, "train.batch_tokens: Input should be greater than 0"),
-        ({"schedule.power": 2}, 'schedule.power is of decay = "polynomial", not of "cosine"'),
-    ],
-)
-def test_wrong_recipes(corpus: Path, tmp_path: Path, overrides: dict, message: str) -> None:
-    with pytest.raises(ConfigError) as error:
-        train(recipe(corpus, **overrides), tmp_path / "out")
-    assert message in str(error.value)
-    assert "\n" not in str(error.value)
-
-
 def test_sizes_are_written_as_everywhere(corpus: Path) -> None:
     stages = [{"seq_len": "16Ki", "steps": 1}]
     train = recipe(corpus, **{"train.chunk": "32k", "train.batch_tokens": "1e6", "train.stages": stages}).train
     assert (train.chunk, train.batch_tokens, train.stages[0].seq_len) == (32000, 10**6, 16384)
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("list.json", "[]", "list.json: not a recipe, which is a table of keys and values"),
-        ("recipe.py", "import os", "recipe.py: not TOML: "),
-        ("recipe.json", "{", "recipe.json: not JSON: "),
-        ("data.toml", "data = 3\n[train]\n[model]\n", "data.toml: model, data, train and optimizer are tables"),
-    ],
-)
-def test_files_that_are_no_recipe(tmp_path: Path, name: str, text: str, message: str) -> None:
-    (tmp_path / name).write_text(text)
-    with pytest.raises(ConfigError) as error:
-        load_recipe(str(tmp_path / name), {})
-    assert message in str(error.value)
-    assert "vocab_size" not in str(error.value)
 
 
 def test_overrides_are_toml_or_text() -> None:
@@ -396,7 +346,7 @@ def test_overrides_are_toml_or_text() -> None:
         parse_overrides(["optimizer.lr"])
 
 
-def test_the_command(corpus: Path, tmp_path: Path, run_longnet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command(corpus: Path, tmp_path: Path, run_longnet) -> None:
     found = recipe(corpus, **{"train.stages": [{"seq_len": 32, "steps": 5}]})
     recipe_file = tmp_path / "small.json"
     recipe_file.write_text(found.model_dump_json())
@@ -413,18 +363,4 @@ def test_the_command(corpus: Path, tmp_path: Path, run_longnet, monkeypatch: pyt
     assert (tmp_path / "elsewhere/model.safetensors").read_bytes() == weights
     begun = run_longnet("train", "-o", "run", "--init", "./elsewhere")
     assert "all steps are done already; --init is ignored" in begun.stderr
-    shutil.rmtree(tmp_path / "elsewhere/checkpoints")
-    monkeypatch.chdir(tmp_path)
-    for words, said in (
-        (["run", "--no-resume"], "already holds a run"),
-        (["elsewhere", "--init", "./run"], "already holds a model"),
-        (["run2", "--column", "words"], "column 'words' is asked for"),
-        (
-            ["run2", "--steps", "5"],
-            "--steps and --seq-len make one stage together: give both (the recipe's --seq-len is 32)",
-        ),
-        (["run2", "--seq-len", "64"], "give both (the recipe's --steps is 5)"),
-    ):
-        error = refused("train", recipe_file, "-o", *words)
-        assert (error.exit_code, said in str(error)) == (2, True), error
-    assert not (tmp_path / "run2").exists()
+    assert "already holds a run" in str(refused("train", recipe_file, "-o", tmp_path / "run", "--no-resume"))
