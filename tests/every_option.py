@@ -18,6 +18,9 @@ The first line of a command is what its runs have in common; `@` gives a row ano
 
 and the rows are the same, unless they are what differs. Runs start in a folder beside `../in` and `../start`; of `+name`, a
 copy of `../start/name` is in their folder. A row of a recipe has assignments instead of options.
+
+`SAME` has what changes no number. Of each block, all commands give the rows of documents of the first one, or of the steps
+of a run; `*` stands for the first one, and `<` for what its stdin is.
 """
 
 READING = "../in/t.txt ../in/u.txt -m ../in/native"
@@ -339,4 +342,88 @@ lora.rank                     rows       lora.rank=4 @ {LORA}
 lora.alpha                    rows       lora.alpha=1.0 @ {LORA}
 lora.dropout                  rows       lora.dropout=0.9 @ {LORA}
 lora.target_modules           rows       lora.target_modules=[q_proj] @ {LORA}
+"""
+
+TEXTS = "../in/t.txt ../in/u.txt"
+GAINS = "-m ../in/native --context 16,64 --by-position --keep name"
+SAME = f"""
+score ../in/rows.jsonl {GAINS} --format jsonl
+* --chunk 7
+* --dp 2
+score - <../in/rows.jsonl {GAINS} --format jsonl
+score ../in/rows.parquet {GAINS} --format jsonl
+score ../in/rows.jsonl {GAINS} --format json
+score ../in/rows.jsonl {GAINS} -o out.jsonl
+score ../in/rows.jsonl {GAINS} -o out.parquet
+score ../in/rows.jsonl {GAINS} -o out --shard-tokens 20
+score ../in/rows.jsonl {GAINS} -o out --shard-tokens 20 --dp 2
+
+score {READING} --format jsonl
+* --chunk 7
+* --sp 2
+score ../in/ids.arrow -m ../in/native --format jsonl
+score - <../in/ids.arrow -m ../in/native --format jsonl
+score {READING} -o gains --shard-tokens 20 --resume +gains
+
+score {READING} --format jsonl {CHOSEN}
+* --chunk 7
+* --chunk 7 --spill ../in/spill
+
+score ../in/kept.parquet -m ../in/native --keep maps,large,times,bytes --format jsonl
+* --chunk 7 --dp 2
+
+score ../in/rows.jsonl -m ../in/llama --format jsonl
+* --chunk 7
+* --dp 2
+
+encode {READING} --span 10 -o out.jsonl
+* --chunk 7
+* --chunk 101
+* --sp 2
+* --dp 2
+encode {READING} --span 10 -o out.parquet
+encode {READING} --span 10 -o out --shard-rows 3
+encode {READING} --span 10 -o out --shard-rows 3 --chunk 32 --dp 2 --sp 2
+
+encode {READING} --pool mean+last+first --no-normalize -o out.jsonl
+* --chunk 1
+* --chunk 101
+
+encode {TEXTS} -m ../in/both --span 10 --pool mean+last+first --no-normalize -o out.jsonl
+* --chunk 7
+* --chunk 7 --spill ../in/spill
+
+encode {TEXTS} -m ../in/both -o out.jsonl
+* --chunk 40 --sp 2
+* --chunk 1000 --sp 2
+
+encode ../in/slide.parquet -m ../in/slide --all-layers --no-normalize -o out.jsonl
+* --chunk 37
+* --chunk 37 --spill ../in/spill
+* --chunk 40 --nproc 2
+
+encode ../in/slide.parquet -m ../in/slide --pool cls -o out.jsonl
+* --chunk 37
+
+tokenize ../in/rows.jsonl --keep name -o out.jsonl
+tokenize - <../in/rows.jsonl --keep name -o out.jsonl
+tokenize ../in/rows.parquet --keep name -o out.parquet
+tokenize ../in/rows.jsonl --keep name -o out --shard-tokens 20
+tokenize ../in/rows.jsonl --keep name -o out --shard-tokens 20 --dp 2
+
+encode {READING} -o vectors --shard-rows 1
+* --resume +vectors
+
+tokenize {TEXTS} -o tokens --shard-tokens 20
+* --resume +tokens
+
+train ../in/recipe.json -o run
+* --chunk 8
+* --chunk 8 --spill ../in/spill
+* --sp 2
+* --dp 2
+* --nproc 2 --shard full
+
+train ../in/recipe.json -o run --chunk 8 --set model.dropout=0.1
+* --set train.activation_checkpointing=true
 """

@@ -2,6 +2,7 @@
 
 Either it changes the rows, or it leaves them as they are and changes something else, which is seen: files, streams,
 exit codes, memory, processes. The table has exactly the options that the app has, and the keys that a recipe has.
+Another table there has the ways to the same rows: chunks, disks, ranks, shards, formats, pipes.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import typer
-from builders import official_slide_state, slide, slide_encoder, tiny_llama, tiny_net
+from builders import official_slide_state, slide_encoder, slide_table, tiny_llama, tiny_net
 from conftest import environment
-from every_option import OPTIONS, RECIPE
-from files import write_rows
+from every_option import OPTIONS, RECIPE, SAME
+from files import write_file, write_rows
 from forked import Forked
 from loopback_hub import LoopbackHub, fill_cache, loopback_hub, read_folder
 from pydantic import BaseModel
@@ -49,6 +50,7 @@ EXTRAS = {"p.svg": "matplotlib", "[tensorboard]": "tensorboard", "lora.": "peft"
 EXTRAS |= {"org/tiny": "huggingface_hub"}
 LEAST = {"memory": 10 << 10, "cpu": 0.3}  # KiB, seconds
 APART = 1e-3  # relative; numbers that are closer are rounded in another way
+CLOSE = 1e-5  # numbers of another cut into chunks or ranks are this close
 MEASURED = re.compile(r"seconds|_per_second|peak_|mfu|bytes_per")
 
 # Runs commands in one process, each in its folder, and writes what they did.
@@ -212,18 +214,18 @@ def flat(value: Any) -> Iterator[Any]:
             yield {key: x for key, x in row.items() if key != "kind" and not MEASURED.search(key)} | flops
 
 
-def apart(one: Any, other: Any) -> bool:
+def apart(one: Any, other: Any, near: float = APART) -> bool:
     """Whether they differ by more than rounding."""
     if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() != other.keys() or any(apart(one[key], other[key]) for key in one)
+        return one.keys() != other.keys() or any(apart(one[key], other[key], near) for key in one)
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
         if len(one) != len(other):
             return True
         if one and all(isinstance(x, float) for x in (*one, *other)):
-            return bool(np.linalg.norm(np.subtract(one, other)) > APART * np.linalg.norm(one))
-        return any(apart(x, y) for x, y in zip(one, other, strict=True))
+            return bool(np.linalg.norm(np.subtract(one, other)) > near * np.linalg.norm(one))
+        return any(apart(x, y, near) for x, y in zip(one, other, strict=True))
     if isinstance(one, float) and isinstance(other, float):
-        return abs(one - other) > APART * max(abs(one), abs(other))
+        return abs(one - other) > near * max(abs(one), abs(other))
     return one != other
 
 
@@ -242,13 +244,14 @@ class Runs:
         folder.mkdir()
         for word in [word for word in words if word.startswith("+")]:
             shutil.copytree(self.folder / "start" / word[1:], folder / word[1:])
-        args = [word for word in words if not word.startswith("+")]
+        given = [word[1:] for word in words if word.startswith("<")]
+        args = [word for word in words if not word.startswith(("+", "<"))]
         if recipe is not None:
             for word in [word for word in args if "=" in word]:
                 assign(recipe, word)
             (folder / "recipe.json").write_text(json.dumps(recipe))
             args = ["train", "recipe.json", "-o", "run", *(word for word in args[1:] if "=" not in word)]
-        return {"folder": str(folder), "args": args}
+        return {"folder": str(folder), "args": args, "stdin": str(folder / given[0]) if given else os.devnull}
 
     def together(self, jobs: list[dict[str, Any]], **env: str) -> list[Outcome]:
         """Run the jobs one after the other in one process."""
@@ -266,14 +269,14 @@ class Runs:
         folder, most = Path(job["folder"]), 0
         mine, theirs = pty.openpty()
         env = self.env | {"TERM": "xterm", "COLUMNS": "80"}
-        with (folder.parent / f"{folder.name}.out").open("w+") as out:
+        with (folder.parent / f"{folder.name}.out").open("w+") as out, open(job["stdin"]) as given:
             command = [self.forked.longnet, *job["args"]]
-            process = subprocess.Popen(command, cwd=folder, env=env, stdout=out, stderr=theirs)
+            process = subprocess.Popen(command, cwd=folder, env=env, stdin=given, stdout=out, stderr=theirs)
             os.close(theirs)
             os.set_blocking(mine, False)
             shown = b""
             while (code := process.poll()) is None:
-                most = max(most, sum(os.path.samefile(place, folder) for place in working_folders()))
+                most = max(most, sum(place == str(folder.resolve()) for place in working_folders()))
                 shown += read_terminal(mine)
                 time.sleep(0.02)
             shown += read_terminal(mine)
@@ -350,17 +353,22 @@ def make_inputs(folder: Path) -> None:
         for n, line in enumerate(lines)
     ]
     write_rows(folder / "rows.jsonl", rows)
+    write_rows(folder / "rows.parquet", rows)
+    ids = [[*text.encode()] for text in texts]
+    write_file(folder / "ids.arrow", pa.table({"doc_id": ["t.txt", "u.txt"], "input_ids": ids}))
+    kept = {"maps": pa.array([[("a", 1)], None], pa.map_(pa.string(), pa.int64())), "bytes": [b"\xff\0", None]}
+    kept |= {"large": pa.array([2**64 - 1, None], pa.uint64()), "times": pa.array([0, None], pa.timestamp("s"))}
+    pq.write_table(pa.table({"doc_id": ["a", "b"], "input_ids": ids, **kept}), folder / "kept.parquet")
     (folder / "bad.jsonl").write_text('{"text": "good enough"}\n{"text": 5}\n')
     ids = pa.array([*b"some wordsAmore wordsAthe endB"], pa.int32())
     pq.write_table(pa.table({"ids": ids}), folder / "flat.parquet")
     write_rows(folder / "questions.jsonl", [{"question": "fox"}, {"question": "dog"}])
     write_rows(folder / "metrics.jsonl", [{"step": n, "loss": 5 - n, "lr": 0.1} for n in range(1, 4)])
-    features, coords = slide(40)
-    columns = {"doc_id": ["s"], "features": [features.tolist()], "coords": [coords.tolist()]}
-    pq.write_table(pa.table(columns), folder / "slide.parquet")
+    slides = [slide_table(tiles, name=name) for name, tiles in {"s": 40, "t": 131, "u": 1}.items()]
+    pq.write_table(pa.concat_tables(slides), folder / "slide.parquet")
     other = Tokenizer.train([texts * 9], 265)
     other.save(folder / "other.json")
-    for name, changes in (("native", {}), ("init", {"num_layers": 1})):
+    for name, changes in (("native", {}), ("init", {"num_layers": 1}), ("both", {"causal": False})):
         net = tiny_net(**{"vocab_size": 280, "position": "rope"} | changes)
         for p in net.parameters():  # initial weights are so small that options would hardly show
             p.data.mul_(4 if p.dim() > 1 else 1)
@@ -427,15 +435,19 @@ def missed(row: Row, one: Outcome, other: Outcome) -> str | None:
     return None
 
 
+def starts_ranks(words: list[str]) -> bool:
+    return not {"--nproc", "--sp", "--dp"}.isdisjoint(words)
+
+
 def kind_of(row: Row) -> str:
     """How the runs of a row are run."""
-    if row.differs in REAL or {"--nproc", "--sp", "--dp"}.intersection(row.one):
+    if row.differs in REAL or starts_ranks(row.one):
         return "real"
     return "alone" if row.differs in ALONE else "asked" if row.differs == "asked" else "together"
 
 
-def extras_of(row: Row) -> list[str]:
-    return [extra for word, extra in EXTRAS.items() if word in shlex.join(row.one)]
+def extras_of(line: str) -> list[str]:
+    return [extra for word, extra in EXTRAS.items() if word in line]
 
 
 @pytest.mark.parametrize(
@@ -448,7 +460,11 @@ def extras_of(row: Row) -> list[str]:
 @pytest.mark.parametrize("command", TABLE)
 def test_every_option_does_something(command: str, kinds_of_runs: tuple[str, ...], runs: Runs) -> None:
     """All rows that fail are said together. What several rows run is run once. Processes of their own are slow."""
-    rows = [row for row in TABLE[command] if kind_of(row) in kinds_of_runs and all(map(find_spec, extras_of(row)))]
+    rows = [
+        row
+        for row in TABLE[command]
+        if kind_of(row) in kinds_of_runs and all(map(find_spec, extras_of(shlex.join(row.one))))
+    ]
     kinds = {(kind_of(row), shlex.join(words)): words for row in rows for words in (row.one, row.other)}
     found: dict[tuple[str, str], Outcome] = {}
     for kind in dict.fromkeys(kind for kind, _ in kinds):
@@ -465,3 +481,27 @@ def test_every_option_does_something(command: str, kinds_of_runs: tuple[str, ...
         found |= zip(lines, outcomes, strict=True)
     said = [missed(row, *(found[kind_of(row), shlex.join(words)] for words in (row.one, row.other))) for row in rows]
     assert not [*filter(None, said)], "\n".join(filter(None, said))
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("block", SAME.strip().split("\n\n"), ids=lambda block: block.partition("\n")[0])
+def test_ways_to_the_same_rows(block: str, runs: Runs) -> None:
+    for extra in extras_of(block):
+        pytest.importorskip(extra)
+    first, *others = block.split("\n")
+    ways = {line: shlex.split(line.replace("*", first, 1)) for line in (first, *others)}
+    jobs = {line: runs.prepare(words) for line, words in ways.items()}
+    real = [line for line, words in ways.items() if starts_ranks(words) or "-" in words]
+    alike = [line for line in ways if line not in real]
+    found = dict(zip(alike, runs.together([jobs[line] for line in alike]), strict=True))
+    found |= {line: runs.real(jobs[line]) for line in real}
+    assert not {line: each.error + each.stderr for line, each in found.items() if each.code}
+    rows = {line: documents(each) for line, each in found.items()}
+    assert rows[first]
+    assert not {line: rows[line] for line in others if apart(rows[line], rows[first], CLOSE)}, rows[first]
+
+
+def documents(outcome: Outcome) -> list[dict[str, Any]]:
+    """The rows of documents, or all where there are none."""
+    rows = [row for kind in ("file", "stdout") for row in outcome.rows.get(kind, [])]
+    return [row for row in rows if "doc_id" in row] or rows

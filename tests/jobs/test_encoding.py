@@ -4,7 +4,7 @@ out is the Arrow table that DESIGN.md promises."""
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
-from itertools import chain, product
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -95,29 +95,6 @@ def test_whole_documents_are_pooled_together(pool: str) -> None:
         one, other = (next(pooling.add(poolings[2])) for pooling in poolings[:2])
         assert torch.equal(one.vector, other.vector)
         assert (one.span, one.start, one.end) == (other.span, other.start, other.end)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize(
-    ("pool", "chunk", "span"),
-    [
-        ("mean", 1, 10),
-        *product(["mean", "last", "first"], [7], [None, 10, 1000]),
-        *product(["mean", "last", "first"], [101], [1, 10]),
-    ],
-)
-def test_neither_chunk_nor_spill_changes_a_number(
-    model: LongNet, tmp_path: Path, pool: str, chunk: int, span: int | None
-) -> None:
-    documents = [make_document(length, str(length)) for length in (100, 3, 165, 1)]
-    options = EncodeOptions(pool=pool, span=span, normalize=False)
-    seen: list[int] = []
-    spill = None if model.config.causal else tmp_path
-    reader = encode(model, documents, options, EncodeFacts(BOS), chunk=chunk, spill=spill, on_progress=seen.append)
-    table, expected = reader.read_all(), encode(model, documents, options, EncodeFacts(BOS), chunk=10_000).read_all()
-    assert table.drop_columns(["embedding"]) == expected.drop_columns(["embedding"])
-    np.testing.assert_allclose(vectors(table), vectors(expected), atol=1e-5)
-    assert sum(seen) == 269
 
 
 def test_a_span_is_the_pool_of_its_own_tokens(model: LongNet) -> None:

@@ -119,8 +119,6 @@ def test_python_agrees_with_the_command_about_tiles_of_512_pixels(
     ("words", "pool"),
     [
         ([], "mean"),
-        (["--chunk", "37"], "cls"),
-        (["--chunk", "37", "--spill", "."], "mean"),
         (["--chunk", "100"], "cls"),
     ],
 )
@@ -137,29 +135,11 @@ def test_chunks_and_batches_are_each_slide_alone(
     assert table.schema.metadata[b"longnet.pooling"] == pool.encode()
 
 
-@pytest.mark.parametrize(("pool", "chunk"), [("cls", "37"), ("mean", "37"), ("cls", "1Ki")])
-def test_all_layers(run_longnet: RunLongnet, tmp_path: Path, model: Path, pool: str, chunk: str) -> None:
-    write_file(tmp_path / "slides.arrow", slides(), 1000)
-    options = ["--model", model, "--pool", pool, "--no-normalize", "--all-layers", "-o", tmp_path / "out.arrow"]
-    run_longnet("encode", tmp_path / "slides.arrow", *options, "--chunk", chunk, code=0)
-    same(vectors(tmp_path / "out.arrow"), expected(pool))
-    same(vectors(tmp_path / "out.arrow", "layers"), expected(pool, all_layers=True))
-
-
 def test_the_default_is_the_mean_scaled_to_length_one(run_longnet: RunLongnet, tmp_path: Path, model: Path) -> None:
     run_longnet(
         "encode", "-", "--model", model, "-o", tmp_path / "out.arrow", input=stream(slides()), text=False, code=0
     )
     same(vectors(tmp_path / "out.arrow"), {name: x / np.linalg.norm(x) for name, x in expected().items()})
-
-
-def test_two_ranks_are_one(run_longnet: RunLongnet, tmp_path: Path, model: Path) -> None:
-    pq.write_table(slides(), tmp_path / "slides.parquet")
-    # of chunks of 40 tokens, the longest slide takes two turns, layer by layer; others, one forward of both ranks
-    options = ["--model", model, "--chunk", "40", "--no-normalize", "--all-layers", "--nproc", "2"]
-    run_longnet("encode", tmp_path / "slides.parquet", *options, "-o", tmp_path / "out.arrow", timeout=300, code=0)
-    same(vectors(tmp_path / "out.arrow"), expected())
-    same(vectors(tmp_path / "out.arrow", "layers"), expected(all_layers=True))
 
 
 def test_vectors_of_vectors(run_longnet: RunLongnet, tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """Proves that a row of `score -o` is what `score` says of each token: means, the gain, its error and the share of many;
 and that a run that is killed and resumed writes the bytes of one that was not."""
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from pathlib import Path
@@ -9,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
-import pyarrow.parquet as pq
 import pytest
 import torch
 from builders import MadeInputs, make_document, scores, tiny_net
@@ -145,25 +143,11 @@ def test_nothing_to_score_is_said_at_the_end(model: LongNet, tmp_path: Path) -> 
         write(model, tmp_path / "out", [make_document(0)])
 
 
-def test_the_command_writes_what_it_prints(run_longnet: RunLongnet, tmp_path: Path) -> None:
-    """The same keys and values on stdout, in a file of JSON Lines and as columns; totals in JSON Lines alone."""
-    for name, size in (("a.txt", 30), ("b.txt", 400)):
-        (tmp_path / name).write_text("one two three, " * size)
-    words = ("a.txt", "b.txt", "--context", "256,64,1Ki", "--by-position", "-q")
-    for output in ("gains.parquet", "gains.jsonl", "gains"):
-        done = run_longnet("score", *words, "-o", output)
-        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    printed = run_longnet("score", *words, "--format", "jsonl").stdout
-    assert (tmp_path / "gains.jsonl").read_text() == printed
-    rows = [json.loads(line) for line in printed.splitlines()]
-    assert [row.pop("kind") for row in rows] == ["document"] * 2 + ["total"] * 3
-    shard = pa.ipc.open_file(tmp_path / "gains/gains-00000.arrow").read_all()
-    assert pq.read_table(tmp_path / "gains.parquet").to_pylist() == shard.to_pylist() == rows[:2]
-    for row in rows[:2]:
-        assert row["gain"] == pytest.approx((row["nll_sum_64"] - row["nll_sum_1024"]) / row["n_tokens"])
-        assert row["ppl_64"] == pytest.approx(np.exp(row["nll_sum_64"] / row["n_tokens"]))
-    for total in rows[2:]:
-        assert total["nll_sum"] == pytest.approx(sum(row[f"nll_sum_{total['context']}"] for row in rows[:2]))
+def test_a_file_of_json_lines_is_what_is_printed(run_longnet: RunLongnet, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one two three, " * 30)
+    words = ("score", "a.txt", "--context", "256,64", "--by-position", "-q")
+    assert run_longnet(*words, "-o", "gains.jsonl").stdout == ""
+    assert (tmp_path / "gains.jsonl").read_text() == run_longnet(*words, "--format", "jsonl", code=0).stdout
 
 
 @pytest.mark.parametrize("output", ["x.jsonl", "x.parquet"])

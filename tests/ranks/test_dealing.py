@@ -15,11 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.ipc as ipc
 import pytest
 import torch
 import torch.distributed as dist
-from builders import tiny_llama, tiny_model
+from builders import tiny_model
 from conftest import RunLongnet
 from files import write_file, write_lines
 from hypothesis import given
@@ -169,43 +168,6 @@ def test_shards_are_the_bytes_of_one_process(name: str, folder: Path, run_both: 
     assert contents(folder / "alone") == contents(folder / "many")
     assert len(contents(folder / "alone")) > 3
     assert many.stderr == alone.stderr.replace("alone", "many")
-
-
-@pytest.mark.ci
-def test_printed_scores_are_those_of_one_process(folder: Path, run_both: Callable[..., list]) -> None:
-    """And the values of many types that documents carry along."""
-    table = ipc.open_file(folder / "docs.arrow").read_all()
-    kept = {
-        "m": pa.array([[("a", 1)], None] * 31, pa.map_(pa.string(), pa.int64())),
-        "u": pa.array([2**64 - 1, None] * 31, pa.uint64()),
-        "t": pa.array([0, None] * 31, pa.timestamp("s")),
-        "b": pa.array([b"\xff\x00", None] * 31),
-    }
-    table = pa.table({"doc_id": table["doc_id"], "input_ids": table["input_ids"], **kept})
-    write_file(folder / "kept.arrow", table)
-    command = ["score", "kept.arrow", "-m", "./net", "--chunk", "128", "--context", "16,64", "--format", "jsonl"]
-    alone, many = run_both(*command, "--by-position", "--keep", "m,u,t,b")
-    assert many.stdout == alone.stdout, many.stderr
-    assert len(alone.stdout.splitlines()) == 62 + 2
-
-
-def test_a_hugging_face_model_gives_each_process_its_own_documents(folder: Path, run_both: Callable[..., list]) -> None:
-    tiny_llama(folder / "llama")
-    command = ["score", "docs.arrow", "-m", "./llama", "--bos", "none", "--chunk", "256", "--format", "jsonl"]
-    alone, many = run_both(*command)
-    assert many.stdout == alone.stdout, many.stderr
-    assert len(alone.stdout.splitlines()) == 63
-
-
-@pytest.mark.ci
-def test_groups_may_share_documents(folder: Path, run_both: Callable[..., list]) -> None:
-    alone, many = run_both(*COMMANDS["encode"], writes=True, mesh=("--dp", "2", "--sp", "2"))
-    assert (alone.returncode, many.returncode) == (0, 0), many.stderr
-    for name in ("vectors-00000.arrow", "vectors-00001.arrow"):
-        a, b = (ipc.open_file(folder / place / name).read_all() for place in ("alone", "many"))
-        assert a.drop_columns(["embedding"]) == b.drop_columns(["embedding"])
-        vectors = [torch.tensor(table["embedding"].to_pylist()) for table in (a, b)]
-        torch.testing.assert_close(*vectors, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("skip_bad", [True, pytest.param(False, marks=pytest.mark.ci)])

@@ -17,13 +17,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.ipc as ipc
 import pytest
-import torch
 from builders import job_folder, metrics_of
 from conftest import RunLongnet
 from files import write_file
 from processes import TORCHRUN, kill_training, processes_of, wait_for
 
-from longnet_cli.data.manifest import read_manifest
 from longnet_cli.jobs.training.checkpoint import checkpoints_in, find_damage, read_checkpoint
 
 TRAIN = ["-m", "longnet_cli", "train"]
@@ -65,30 +63,6 @@ def _columns(path: Path) -> list[tuple[int, float, int, float]]:
     table = ipc.open_file(path).read_all()
     lists = (table[name].to_pylist() for name in ("input_ids", "logprobs", "top_ids", "top_logprobs"))
     return [token for row in zip(*lists, strict=True) for token in zip(*row, strict=True)]
-
-
-# one of the encoder's documents fits both ranks' chunks, others are longer
-@pytest.mark.parametrize(
-    ("name", "chunk", "place"),
-    [pytest.param("decoder", "100", "vectors", marks=pytest.mark.ci), ("encoder", "1000", "many.arrow")],
-)
-def test_vectors_are_those_of_one_process(
-    name: str, chunk: str, place: str, folder: Path, run_longnet: RunLongnet
-) -> None:
-    command = ["encode", folder / "texts", "-m", f"{folder}/{name}", "--chunk", chunk, "--span", "500"]
-    alone = run_longnet(*command, "-o", folder / "alone.arrow")
-    shards = ["--shard-rows", "3"] if place == "vectors" else []
-    many = run_longnet(*command, *shards, "-o", folder / place, "--nproc", "2")
-    assert many.returncode == alone.returncode == 0, many.stderr
-    paths = sorted((folder / place).glob("v*.arrow")) or [folder / place]
-    assert len(paths) == (3 if shards else 1)
-    a = ipc.open_file(folder / "alone.arrow").read_all()
-    b = pa.concat_tables([ipc.open_file(path).read_all() for path in paths])
-    if shards:
-        assert read_manifest(folder / place).totals["documents"] == 5
-    assert a.drop_columns(["embedding"]) == b.drop_columns(["embedding"])
-    vectors = [torch.tensor(table["embedding"].to_pylist()) for table in (a, b)]
-    torch.testing.assert_close(*vectors, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.ci
