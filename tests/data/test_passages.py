@@ -26,6 +26,7 @@ PROSE = st.lists(st.sampled_from(["A word. ", "Who? ", "說。", "no end ", "x" 
 @given(words=PROSE, cuts=st.lists(st.integers(0, 99_999), max_size=4))
 @example(words=["x" * 300] * 99, cuts=[5])
 @example(words=["\n"] * 2000 + ["Who? "], cuts=[])
+@example(words=["x" * 300, "x" * 300, "A word. ", "no end ", "x" * 300], cuts=[])  # a small letter begins no sentence
 def test_pieces_are_the_text_and_end_where_it_ends(unit: Unit, words: list[str], cuts: list[int]) -> None:
     """None is too long. One that could go on ends with a sentence or paragraph, unless none ends (late) in it."""
     text = "".join(words)
@@ -36,7 +37,7 @@ def test_pieces_are_the_text_and_end_where_it_ends(unit: Unit, words: list[str],
     assert "".join(pieces) == text
     assert all(0 < len(piece.encode()) <= SIZES[unit] for piece in pieces)
     paragraph = r"\n\s*\n\s*"
-    end = paragraph if unit == "paragraph" else rf"(?<!\bMr)(?<!\bJ)[.?]\s+|。\s*|{paragraph}"
+    end = paragraph if unit == "paragraph" else rf"(?<!\bMr)(?<!\bJ)[.?]\s+(?![a-zé])|。\s*|{paragraph}"
     for piece, following in pairwise(pieces):
         longer = len((piece + following).encode()) > SIZES[unit]
         ended = re.search(rf"({end})\Z", piece)
