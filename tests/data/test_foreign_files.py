@@ -17,7 +17,7 @@ import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 import pytest
 from conftest import RunLongnet
-from files import tokens, write_file, write_stream
+from files import tokens
 
 from longnet_cli.basics.errors import DataError
 from longnet_cli.data.inputs import Inputs
@@ -147,19 +147,12 @@ TABLE = pa.table({"id": [f"d{index}" for index in range(len(SCORED))], "text": S
 LINES = "".join(json.dumps(row) + "\n" for row in TABLE.to_pylist()).encode()
 
 
-def text_files(path: Path) -> None:
-    path.mkdir()
-    for name, text in zip(TABLE["id"].to_pylist(), SCORED, strict=True):
-        (path / name).write_text(text, encoding="utf-8")
-
-
 def library(name: str) -> Any:
     return pytest.importorskip(name)
 
 
 FORMS: dict[str, Callable[[Path], object]] = {
-    "ipc.arrow": lambda path: write_file(path, TABLE),
-    "stream.arrow": lambda path: write_stream(path, TABLE),
+    "lines.jsonl": lambda path: path.write_bytes(LINES),
     "datasets": lambda path: (
         library("datasets").Dataset.from_dict(TABLE.to_pydict()).save_to_disk(str(path), num_shards=2)
     ),
@@ -168,10 +161,8 @@ FORMS: dict[str, Callable[[Path], object]] = {
     "polars.parquet": lambda path: library("polars").from_arrow(TABLE).write_parquet(path),
     "duckdb.parquet": lambda path: library("duckdb").from_arrow(TABLE).write_parquet(str(path)),
     "pandas.feather": lambda path: library("pandas").DataFrame(TABLE.to_pydict()).to_feather(path),
-    "lines.jsonl": lambda path: path.write_bytes(LINES),
     "lines.jsonl.gz": lambda path: path.write_bytes(gzip.compress(LINES)),
     "lines.jsonl.zst": lambda path: path.write_bytes(library("zstandard").ZstdCompressor().compress(LINES)),
-    "texts": text_files,
 }
 
 
@@ -185,10 +176,9 @@ def first() -> dict[str, list]:
 @pytest.mark.parametrize("form", FORMS)
 def test_each_form_scores_the_same(form: str, first: dict[str, list], tmp_path: Path, run_longnet: RunLongnet) -> None:
     FORMS[form](tmp_path / form)
-    columns = [] if form == "texts" else ["--keep", "n", "--id-column", "text"]
+    columns = ["--keep", "n", "--id-column", "text"]
     done = run_longnet("score", form, "--format", "json", "--chunk", "100", *columns, code=0)
     found = json.loads(done.stdout)
-    documents = [(row["doc_id"], row.get("n")) for row in found["documents"]]
-    assert documents == ([*zip(SCORED, range(5), strict=True)] if columns else [(f"d{n}", None) for n in range(5)])
+    assert [(row["doc_id"], row["n"]) for row in found["documents"]] == [*zip(SCORED, range(5), strict=True)]
     numbers = [[row["nll_sum"], row["n_tokens"], row["n_bytes"]] for row in (*found["documents"], found["total"])]
     assert numbers == first.setdefault("numbers", numbers)

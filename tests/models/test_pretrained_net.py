@@ -47,7 +47,6 @@ from longnet_cli.attention import Pattern
 from longnet_cli.attention.cache import cached_rows
 from longnet_cli.attention.spans import Layout
 from longnet_cli.basics.errors import CheckpointError, ConfigError
-from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.integrations.transformers import use_dilated_attention
 from longnet_cli.jobs.encoding import EncodeFacts, Encoder, encode
 from longnet_cli.jobs.options import EncodeOptions
@@ -204,14 +203,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("llama")
     tiny_llama(place, **SMALL, num_key_value_heads=2)
     (place / "text.txt").write_text(TEXT, encoding="utf-8")
-    return place
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("bert")
-    hf.BertModel(hf.BertConfig(**SMALL, max_position_embeddings=320)).save_pretrained(place)
-    Tokenizer.bytes().save(place / "tokenizer.json")
     return place
 
 
@@ -381,13 +372,11 @@ def test_weights_that_are_refused(spoilt: Callable[..., Path], folder: Path) -> 
     assert "pickled weights are never read" in str(error)
 
 
-def test_options_that_are_refused(spoilt: Callable[..., Path], folder: Path, encoder: Path) -> None:
+def test_a_model_without_a_tokenizer_is_refused(spoilt: Callable[..., Path], folder: Path) -> None:
     text, place = folder / "text.txt", spoilt()
     (place / "tokenizer.json").unlink()
     error = refused("score", text, "--model", place, *OPTIONS)
     assert (error.exit_code, "tokenizer" in str(error)) == (2, True)
-    assert "in one process" in str(refused("score", text, "--model", folder, *OPTIONS, "--nproc", "2"))
-    assert "bidirectional" in str(refused("score", text, "--model", encoder, *OPTIONS))
 
 
 @pytest.mark.ci
