@@ -73,7 +73,9 @@ def transient_memory(pattern: Pattern, heads: int, head_dim: int, tokens: int, i
     return transient_bytes(sizes)
 
 
-def forward_memory(net: Net, tokens: int, dtype: str, predicted: int = 0, transient: int = 0) -> dict[str, int]:
+def forward_memory(
+    net: Net, tokens: int, dtype: str, predicted: int = 0, transient: int = 0, *, once: bool = False
+) -> dict[str, int]:
     """Return the bytes of weights, and of a forward pass without gradients of which some tokens have logits.
 
     Autocast copies the matrices. Logits take the place of the activations, which are gone by then. These include what
@@ -87,7 +89,7 @@ def forward_memory(net: Net, tokens: int, dtype: str, predicted: int = 0, transi
     return {
         "weights": weights + cast_to * config.layer_weights,
         "activations": activations,
-        "logits": max(0, logits_bytes(config, predicted) - activations),
+        "logits": max(0, logits_bytes(config, predicted, 2 if once else 3) - activations),
     }
 
 
@@ -139,7 +141,7 @@ def reading_memory(
     itemsize = itemsize_of(dtype, device)
     sizes = config.num_heads, config.head_dim, plan.longest, itemsize
     transient = transient_memory(config.pattern, *sizes, device.type)
-    kinds = forward_memory(net, tokens, dtype, max(tokens, together) * scores, transient)
+    kinds = forward_memory(net, tokens, dtype, max(tokens, together) * scores, transient, once=plan.read <= tokens)
     kinds["hidden"] = 2 * 4 * config.dim * (2 * chunk if in_chunks else together)
     if in_chunks and config.causal:
         cache = cache_bytes(config, plan.longest, itemsize)
@@ -162,13 +164,13 @@ def spilled_bytes(net: Net, plan: ReadingPlan, chunk: int, dtype: str, ranks: Ra
     return kept_bytes(cast(LongNet, net), plan.longest, chunk, ranks) if net.layer_by_layer else 0
 
 
-def logits_bytes(config: NetConfig, tokens: int) -> int:
-    """Return the bytes of three float32 numbers for each logit.
+def logits_bytes(config: NetConfig, tokens: int, numbers: int = 3) -> int:
+    """Return the bytes of so many float32 numbers for each logit.
 
-    In training, they are the log-softmax, its gradient and the logits' gradient. Without gradients, they are the logits
-    and the log-softmax, and real runs take up to one more.
+    In training, three: the log-softmax, its gradient and the logits' gradient. Without gradients, two: the logits and
+    the log-softmax; and one more for gaps in the heap if there is a pass after the first.
     """
-    return 12 * min(tokens * config.vocab_size, LOGITS_LIMIT)
+    return 4 * numbers * min(tokens * config.vocab_size, LOGITS_LIMIT)
 
 
 def activation_bytes(config: NetConfig, itemsize: int, again: bool = False, lora: dict | None = None) -> int:
