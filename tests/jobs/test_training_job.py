@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -56,6 +57,12 @@ def test_what_a_token_takes_is_measured_in_a_few_layers(dtype: str, again: bool)
     s, d, f = 4 if dtype == "fp32" else 2, MODEL["dim"], MODEL["ffn_dim"]
     kept = (8 + 7 * s) * d + 3 * s * f + 16 + 4 * s + 4 * MODEL["num_heads"]  # by hand; of both norms, their statistics
     assert layer == (4 * d if again else kept)
+
+
+def test_a_kernel_for_gpus_is_named_and_a_cpu_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LONGNET_KERNEL", "cuda_flash")
+    assert training_bytes(LongNetConfig(**MODEL | {"dim": 32}), "fp32", "null", False)[0] > 0
+    assert os.environ["LONGNET_KERNEL"] == "cuda_flash"
 
 
 def test_flops_are_those_that_torch_counts() -> None:

@@ -6,8 +6,10 @@ The layers' weights are memory that is never written to, so even those of a larg
 from __future__ import annotations
 
 import json
+import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import Any, cast
 
@@ -66,7 +68,18 @@ def bytes_per_token(run: Callable[[int], object], tokens: int = TOKENS) -> int:
     return max(more - less for less, more in zip(few, many, strict=True)) // tokens
 
 
+@contextmanager
+def _any_kernel() -> Iterator[None]:
+    """Let a CPU choose its attention kernel, though LONGNET_KERNEL may name a GPU's, on which the job will run."""
+    name = os.environ.pop("LONGNET_KERNEL", None)
+    try:
+        yield
+    finally:
+        os.environ.update({"LONGNET_KERNEL": name} if name else {})
+
+
 @lru_cache(maxsize=1)  # asked for every chunk that might fit
+@_any_kernel()
 def reading_bytes(net: Net, dtype: str) -> int:
     """Return the bytes that a token takes in a forward pass without gradients; `dtype` as in `running.device`."""
     if next(net.parameters()).is_meta:
@@ -84,6 +97,7 @@ def reading_bytes(net: Net, dtype: str) -> int:
 
 
 @lru_cache
+@_any_kernel()
 def training_bytes(config: NetConfig, dtype: str, lora: str, again: bool) -> tuple[int, int]:
     """Return the bytes that a token takes in a forward and backward pass without logits: (of each layer, others).
 
