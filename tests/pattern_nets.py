@@ -25,8 +25,10 @@ WORDS = Tokenizer.bytes()
 
 
 def net(pattern: Pattern, position: str = "rope", *, layers: int = 2, heads: int = 4, **more) -> LongNet:
-    """Random weights, always the same."""
+    """Random weights, always the same. "rope_by_level" is "rope" where the pattern cannot have it."""
     torch.manual_seed(0)
+    if position == "rope_by_level" and (pattern.sinks or pattern.overlap == "repeat" or not more.get("causal", True)):
+        position = "rope"
     return LongNet(
         LongNetConfig(
             vocab_size=50,

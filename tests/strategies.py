@@ -79,11 +79,14 @@ class Choice(Problem):
 
     kv_heads: int = 1
     rotary: bool = False
+    by_level: bool = False  # whether each level has its own queries, keys and values
 
     def qkv(self, dtype: torch.dtype = torch.float64) -> list[Tensor]:
         """q, k, v, dout; q and k rotated, if they are, for positions from `start` on."""
-        q, k, v, dout = self.tensors(4)
-        k, v = k[:, :, : self.kv_heads], v[:, :, : self.kv_heads]
+        levels = len(self.pattern.levels) if self.by_level else 1
+        dout, *of_levels = self.tensors(1 + 3 * levels)
+        q, k, v = (torch.stack(of_levels[i::3], 2) if self.by_level else of_levels[i] for i in range(3))
+        k, v = k[..., : self.kv_heads, :], v[..., : self.kv_heads, :]
         if self.rotary:
             q, k = (turn(x[:, None], torch.tensor([0]), self.start)[:, 0] for x in (q, k))
         return [x.to(dtype) for x in (q, k, v, dout)]
@@ -145,7 +148,8 @@ def choices(draw: st.DrawFn, causal: bool | None = None) -> Choice:
         lengths=draw(st.none() | st.tuples(*[st.integers(0, tokens)] * batch)),
         seed=draw(st.integers(0, 2**31)),
         kv_heads=kv_heads,
-        rotary=draw(st.booleans()),
+        rotary=(by := draw(st.sampled_from(["nothing", "turn", "level"]))) == "turn",
+        by_level=by == "level" and not pattern.sinks,
     )
 
 

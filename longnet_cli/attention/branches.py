@@ -55,9 +55,9 @@ class Branch(NamedTuple):
 
     The heads of `queries` are query heads; the heads of `keys` are key heads, or lanes of far keys. Of a single token,
     all query heads of a key head are rows, if they see the same keys. `far` is the index of the far keys, None for near
-    ones. `zero_keys` keys with logit 0 and value 0 join the softmax (`padding="zero_key"`). `covers` marks
-    the branches that together reach every row of the shard, before any other branch does. A call with a `union`
-    computes all levels at once.
+    ones. `zero_keys` keys with logit 0 and value 0 join the softmax (`padding="zero_key"`). `covers` marks the branches
+    that together reach every row of the shard, before any other branch does. A call with a `union` computes all levels
+    at once; any other has a `level`, sinks and chosen blocks that of 0.
     """
 
     queries: Rows
@@ -67,6 +67,7 @@ class Branch(NamedTuple):
     zero_keys: int = 0
     covers: bool = False
     union: Union | None = None
+    level: int = 0
 
 
 class Union(NamedTuple):
@@ -271,7 +272,7 @@ class _ShardGeometry(NamedTuple):
                 missing = [-(-w // r) - rows_before(min(w, zero_keys - part.keys[0] // w * w), o, r) for o in offsets]
             for branch in self._calls(part.segments, r, self._query_rows(level, w, part.queries), keys, missing):
                 causal = part.square and not branch.queries.row_heads
-                yield branch._replace(causal=causal, covers=covering and part.own)
+                yield branch._replace(causal=causal, covers=covering and part.own, level=level)
 
     def far(self, span: FarSpan, index: int, covering: bool) -> Iterator[Branch]:
         """Yield the calls of the shard's queries on the rows of `span`: full attention, never causal."""
@@ -288,7 +289,7 @@ class _ShardGeometry(NamedTuple):
             first_rows, counts = [start[i] - before[i] for i in lane_of], [stop[i] - start[i] for i in lane_of]
             keys = HeadRows(lane_of, first_rows, counts, w, 1)
             for branch in self._calls(1, r, self._query_rows(span.level, w, part.queries), keys):
-                yield branch._replace(far=index, covers=covering and part.own)
+                yield branch._replace(far=index, covers=covering and part.own, level=span.level)
 
     def sinks(self, spans: Sequence[FarSpan], turned: Turned | None) -> Iterator[Branch]:
         """Yield the calls that show all sinks to the queries, of any residue, whose first level covers no sink."""

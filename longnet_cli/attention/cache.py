@@ -32,7 +32,7 @@ from .spans import (
     segment_start,
     sink_segments,
 )
-from .views import accumulator, strided_view
+from .views import accumulator, of_level, strided_view
 
 FIRST_ROWS = 1 << 14  # rows of a segment that are allocated at first; their number doubles on demand
 
@@ -169,7 +169,7 @@ class KVCache:
             for tensors, there, here in given:
                 rows, batch = self._rows(span, number), tensors[0].shape[0]
                 for i, x in enumerate(tensors):
-                    strided_view(rows, here, i * batch, batch).copy_(strided_view(x, there))
+                    strided_view(rows, here, i * batch, batch).copy_(strided_view(of_level(x, span.level), there))
 
     def select(self, rows: Sequence[int]) -> None:
         """Reorder the batch, in new memory: row i becomes what row `rows[i]` was."""

@@ -51,6 +51,9 @@ def dilated_attention(
 ) -> Tensor:
     """Attend from q (B, N, H, D) to k, v (B, N, K, D) by `pattern`; return (B, N, H, D) like q. Differentiable.
 
+    Each level may have its own queries, keys and values, as rotary positions by level need (`nets.positions`): then q,
+    k and v are (B, N, levels, heads, D), and the pattern has no sinks and no chosen blocks. The softmax is one.
+
     Query head h reads key head h // (H / K). The shard is positions [start, start + tokens) of its sequence, any
     start, any length. A query that takes part in no level gets zeros.
 

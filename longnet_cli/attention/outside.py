@@ -12,6 +12,7 @@ from torch import Tensor
 from .past import Past
 from .pattern import Pattern
 from .spans import FarSpan, Layout
+from .views import of_level
 
 
 @dataclass(eq=False)  # a frozen one takes longer to make, and every layer makes some per token
@@ -61,12 +62,14 @@ def far_keys(
 ) -> FarKeys:
     """Take the rows of `span` from k and v (batch, tokens, key heads, head_dim) of a shard that starts at `start`.
 
+    k and v may also be (batch, tokens, levels, key heads, head_dim).
     `num_heads` is the number of query heads, by default that of key heads. Differentiable. Raises ValueError for a
     span that the shard does not hold in full.
     """
     if not start <= span.start < span.stop <= start + k.shape[1]:
         raise ValueError(f"the shard [{start}, {start + k.shape[1]}) does not hold [{span.start}, {span.stop})")
-    layout = Layout(pattern, num_heads or k.shape[2], k.shape[2])
+    layout = Layout(pattern, num_heads or k.shape[-2], k.shape[-2])
+    k, v = (of_level(x, span.level) for x in (k, v))
     positions = layout.positions(span)
     rows = max(len(p) for p in positions)
     # a lane with one row fewer repeats a token of the shard there, which is never read

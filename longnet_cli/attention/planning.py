@@ -28,7 +28,7 @@ from .pattern import Padding, Pattern
 from .plain_call import Kernel
 from .sinks import SinkRows
 from .spans import SINKS, FarSpan, Layout, Rows
-from .views import FarTensors, Layouts, accumulator, kernel_calls, unit_stride, view
+from .views import FarTensors, Layouts, accumulator, kernel_calls, of_level, unit_stride, view
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -150,18 +150,20 @@ def _plan(
     the rows of turned sinks, as `SinkRows.rows`.
     """
     q, k, v, *of_far = (_Facts(*x) for x in tensors)
-    _check_tensors(q, k, v)
+    _check_tensors(q, k, v, pattern)
     _check_shard(shard, pattern, q.shape[1], spans)
     for i, span in enumerate(spans):
         _check_far(span, of_far[2 * i : 2 * i + 2], q, k, pattern)
-    (batch, tokens, heads, _), layout = q.shape, Layout(pattern, q.shape[2], k.shape[2])
+    (batch, tokens), heads, by_level = q.shape[:2], q.shape[-2], len(q.shape) == 5
+    layout = Layout(pattern, heads, k.shape[-2])
     blocks, sinks, chosen = [], dict(turned), []
+    unites = kernel.takes_counts and not by_level and shard.padding == "exact"
     for rows, columns in shard.places(batch, tokens):
         # only the first document may have started before the shard
         start, outside = (shard.start, spans) if columns.start == 0 else (0, ())
         length, row = columns.stop - columns.start, sinks.get(columns.start)
         calls = None
-        if kernel.takes_counts and shard.padding == "exact" and start == 0 and not outside and row is None:
+        if unites and start == 0 and not outside and row is None:
             calls = united(layout, length, shard.causal)
         if calls is None:
             seen = None if row is None else Turned(far=len(spans), row=row)
@@ -171,7 +173,8 @@ def _plan(
         if pattern.chosen:
             groups = groups_of(pattern, start, start + length)
             chosen += [GroupedPart(rows, columns, start, each) for each in groups]
-    views, packs = packed(blocks, tokens, heads, layout.kv_heads) if kernel.packs else (blocks, [])
+    packs_calls = kernel.packs and not by_level
+    views, packs = packed(blocks, tokens, heads, layout.kv_heads) if packs_calls else (blocks, [])
     full = sum((rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns, _ in blocks)
     covered = not packs and full == batch * tokens and all(calls and calls[0].covers for *_, calls in blocks)
     even = all(branch.queries == branch.keys for *_, calls in blocks for branch in calls if branch.covers)
@@ -181,12 +184,17 @@ def _plan(
     return AttentionPlan(kernel, views, packs, covered, squares, chosen, first if whole else None)
 
 
-def _check_tensors(q: _Facts, k: _Facts, v: _Facts) -> None:
-    fits = len(q.shape) == 4 and k.shape == v.shape and (q.shape[:2], q.shape[3:]) == (k.shape[:2], k.shape[3:])
-    if not fits or not k.shape[2] or q.shape[2] % k.shape[2]:
+def _check_tensors(q: _Facts, k: _Facts, v: _Facts, pattern: Pattern) -> None:
+    sizes = [(*x.shape[:-2], *x.shape[-1:]) for x in (q, k)]
+    fits = len(q.shape) in (4, 5) and k.shape == v.shape and sizes[0] == sizes[1]
+    if not fits or not k.shape[-2] or q.shape[-2] % k.shape[-2]:
         raise ValueError(
             "q, k and v need one shape (batch, tokens, heads, head_dim), where the heads of k and v may be a divisor, "
             f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if len(q.shape) == 5 and (q.shape[2] != len(pattern.levels) or pattern.sinks or pattern.chosen):
+        raise ValueError(
+            f"q, k and v of {q.shape[2]} levels need a pattern of so many, without sinks and blocks, got {pattern}"
         )
     if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
         raise ValueError(f"q, k and v need one dtype and device, got {q.dtype}, {k.dtype}, {v.dtype}")
@@ -217,8 +225,8 @@ def _check_far(span: FarSpan, of_span: Sequence[_Facts], q: _Facts, k: _Facts, p
     level, start, stop = span
     if level != SINKS and not 0 <= level < len(pattern.levels):
         raise ValueError(f"far keys name level {level} of {len(pattern.levels)}")
-    rows = Layout(pattern, q.shape[2], k.shape[2]).counts(span)
-    needed = (len(rows), q.shape[3])
+    rows = Layout(pattern, q.shape[-2], k.shape[-2]).counts(span)
+    needed = (len(rows), q.shape[-1])
     for shape, dtype, device in of_span:
         fits = len(shape) == 4 and (shape[0], *shape[2:]) == (q.shape[0], *needed) and shape[1] >= max(rows)
         if not fits or dtype != q.dtype or device != q.device:
@@ -250,7 +258,7 @@ def merged_forward(
         merge = _single_token(plan, plan.start, scale, q, k, v, far)
         blocks = [(rows, columns, calls[1:]) for rows, columns, calls in blocks if len(calls) > 1]
     else:
-        merge = Merge(q, plan.covered)
+        merge = Merge(of_level(q, 0), plan.covered)
     if blocks:  # after a single token's first call, there are often no others
         calls = kernel_calls(blocks, kernel, (q, *merge.places), (k, v), far, plan.layouts)
         for branch, (q_, *places), (k_, v_) in calls:
@@ -271,6 +279,7 @@ def _single_token(
     plan: AttentionPlan, branch: Branch, scale: float, q: Tensor, k: Tensor, v: Tensor, far: FarTensors | None
 ) -> Merge:
     """Return a merge that starts with the result of `branch`, which has all heads of a single token."""
+    q, k, v = (of_level(x, branch.level) for x in (q, k, v))
     k, v = (k, v) if branch.far is None or not far else far(branch.far)
     rows = plan.blocks[0][0]
     q_, k_, v_ = (
@@ -346,13 +355,14 @@ class _Gradients:
         """
         (_, q, *_), (k, v) = of_queries, keys
         # what the first calls write anyway needs no zeros, if nothing else is added before
-        self.q = GradientSum(q, plan.covered and not far_first)
-        self.k, self.v = (GradientSum(x, plan.squares and not far_first) for x in (k, v))
+        alone = not far_first and q.dim() == 4  # of several levels, only one covers
+        self.q = GradientSum(q, plan.covered and alone)
+        self.k, self.v = (GradientSum(x, plan.squares and alone) for x in (k, v))
         self._plan, self._kernel, self._scale = plan, plan.kernel, scale
         self._of_queries, self._keys, self._far = of_queries, keys, far
         self._far_sums = [GradientSum(x) for x in far]
         self.of_far = [total.place for total in self._far_sums]
-        self._far_first, self._shared_heads = far_first, q.shape[2] != k.shape[2]
+        self._far_first, self._shared_heads = far_first, q.shape[-2] != k.shape[-2]
 
     def add_calls(self, blocks: Sequence[Block]) -> None:
         """Add the gradients of calls on views."""

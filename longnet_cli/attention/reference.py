@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import inf
 
 import torch
@@ -30,12 +30,14 @@ def dilated_attention_reference(
 ) -> Tensor:
     """Return dilated attention of (batch, tokens, heads, head_dim) tensors, in O(tokens^2) memory; differentiable.
 
+    Or of (batch, tokens, levels, heads, head_dim), without sinks, chosen blocks and padding.
+
     A key counts once for every level at which the query sees it (a multiset, paper Eq. 9-10). k and v may have fewer
     heads. Sinks are the first rows given, and blocks are chosen among the rows given, so `start` must be 0 with sinks
     or chosen blocks. A choice has no gradient. `choice` gives another one than `chosen_blocks` makes.
     """
     if lengths is not None:
-        out = q * 0  # zeros, and in the graph even where every length is 0
+        out = q.sum(2) * 0 if q.dim() == 5 else q * 0  # zeros, and in the graph even where every length is 0
         for b, n in enumerate(torch.as_tensor(lengths).tolist()):
             if n:
                 q_, k_, v_ = (x[b : b + 1, :n] for x in (q, k, v))
@@ -45,6 +47,15 @@ def dilated_attention_reference(
                 out = out.index_put((torch.tensor(b), torch.arange(n)), alone[0])
         return out
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if q.dim() == 5:
+        k, v = (x.repeat_interleave(q.shape[3] // x.shape[3], 3) for x in (k, v))
+        of_levels = level_counts(pattern, q.shape[3], q.shape[1], causal, start, padding)
+        counts = torch.stack([of_level for of_level, _ in of_levels], -2)  # (heads, queries, levels, keys)
+        scores = torch.einsum("bnlhd,bmlhd->bhnlm", q, k) * scale
+        logits = scores + counts.to(q).masked_fill(counts == 0, 1).log().masked_fill(counts == 0, float("-inf"))
+        covered = counts.flatten(-2).any(-1, keepdim=True)
+        weights = torch.where(covered, logits.flatten(-2), 0.0).softmax(-1) * covered
+        return torch.einsum("bhnlm,bmlhd->bnhd", weights.unflatten(-1, scores.shape[-2:]), v)
     if choice is None:
         choice = chosen_blocks(q, k, pattern, scale, turn) if pattern.chosen else []
     k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
@@ -175,8 +186,18 @@ def key_counts(
     """Return how often each query sees each key, (heads, tokens, tokens), and zero keys, (heads, tokens, 1)."""
     position = torch.arange(start, start + tokens)
     query, key = position[:, None], position[None, :]
-    counts = torch.zeros(heads, tokens, tokens, dtype=torch.int64)
-    zeros = torch.zeros(heads, tokens, 1, dtype=torch.int64)
+    w, b = pattern.segment_lengths[0], pattern.look_backs[0]
+    of_levels = zip(*level_counts(pattern, heads, tokens, causal, start, padding), strict=True)
+    counts, zeros = (torch.stack(each).sum(0) for each in of_levels)
+    return counts + ((query // w > b) & (key < pattern.sinks)), zeros
+
+
+def level_counts(
+    pattern: Pattern, heads: int, tokens: int, causal: bool, start: int, padding: Padding
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield for each level what `key_counts` sums, without sinks."""
+    position = torch.arange(start, start + tokens)
+    query, key = position[:, None], position[None, :]
     covered = torch.zeros(tokens, tokens, dtype=torch.bool)  # by the level before
     for level, (w, r) in enumerate(pattern.levels):
         if padding == "zero_key":
@@ -187,12 +208,13 @@ def key_counts(
         may = may & (key >= pattern.sinks) if level else may
         may = may & (key <= query) if causal else may
         covered = covers
+        counts = torch.zeros(heads, tokens, tokens, dtype=torch.int64)
+        zeros = torch.zeros(heads, tokens, 1, dtype=torch.int64)
         for head, offset in enumerate(pattern.offsets(level, heads)):
             sampled = inside % r == offset
             asks = torch.ones_like(sampled) if pattern.queries == "all" else sampled
             seen = asks[:, None] & sampled[None, :] & may
-            counts[head] += seen
+            counts[head] = seen
             if padding == "zero_key" and not causal:  # each segment is padded to ceil(w / r) rows per head
-                zeros[head, :, 0] += asks * (-(-w // r) - seen.sum(-1))
-    w, b = pattern.segment_lengths[0], pattern.look_backs[0]
-    return counts + ((query // w > b) & (key < pattern.sinks)), zeros
+                zeros[head, :, 0] = asks * (-(-w // r) - seen.sum(-1))
+        yield counts, zeros

@@ -32,18 +32,23 @@ def kernel_calls(
 ) -> Iterator[KernelCall]:
     """Yield every kernel call of some blocks, as views (batch, heads, rows, last dim) of the tensors, in a fixed order.
 
+    Each tensor is (B, N, heads, last dim), or (B, N, levels, heads, last dim), of which a call sees its own level.
     `far` returns as many tensors for far keys as `key_like` has. It is called right before a call that needs them.
     `layouts` are kept from one call to the next, if they are the plan's.
     """
-    near = *query_like, *key_like
-    known = {} if layouts is None else layouts.setdefault(tuple([(x.stride(), x.shape[3]) for x in near]), {})
-    begins = [x.storage_offset() for x in near]
-    queries = len(query_like)
+    tensors, queries = (*query_like, *key_like), len(query_like)
+    known = {} if layouts is None else layouts.setdefault(tuple([(x.stride(), x.shape[-1]) for x in tensors]), {})
+    of_levels: dict[int, tuple[list[Tensor], list[Any]]] = {}  # the tensors of a level, and where they begin
     for run, columns, calls in blocks:
         for branch in calls:
+            level = branch.level if key_like[0].dim() == 5 else 0
+            if level not in of_levels:
+                of_one = [of_level(x, level) for x in tensors]
+                of_levels[level] = of_one, [x.storage_offset() for x in of_one]
+            near, begins = of_levels[level]
             key = id(branch), run.start, run.stop, columns.start
             if (layout := known.get(key)) is None:
-                layout = known[key] = _CallLayout.of(branch, run, columns.start, kernel, query_like, key_like)
+                layout = known[key] = _CallLayout.of(branch, run, columns.start, kernel, near[:queries], near[queries:])
             shown = zip(near, layout.views, begins, strict=False)  # of far keys, only the queries are near
             views = [x.as_strided(size, stride, begin + offset) for x, (size, stride, offset), begin in shown]
             if branch.far is not None:
@@ -84,6 +89,11 @@ class _CallLayout(NamedTuple):
         limit = kernel.max_batch(branch.queries.heads, rows, query_like[0].shape[-1])
         size = views[0][0]
         return cls(views, limit, len(size) == 4 and size[0] <= limit)
+
+
+def of_level(x: Tensor, level: int) -> Tensor:
+    """Return x (batch, tokens, heads, last dim) as it is, and of (batch, tokens, levels, heads, last dim) one level."""
+    return x if x.dim() == 4 else x[:, :, level]
 
 
 def strided_view(x: Tensor, rows: Rows, first_row: int = 0, batch: int | None = None) -> Tensor:

@@ -158,7 +158,7 @@ class LongNetConfig(NetConfig, _SizesAndPattern):  # type: ignore[misc, valid-ty
 
     padding: Padding = "exact"
     causal: bool = True
-    position: Literal["xpos", "rope", "none"] = "xpos"
+    position: Literal["xpos", "rope", "rope_by_level", "none"] = "xpos"
     rope_theta: float = Field(default=10000.0, gt=1.0)
     norm: Literal["subln", "pre"] = "subln"
     final_norm: bool = True
@@ -232,6 +232,12 @@ class LongNetConfig(NetConfig, _SizesAndPattern):  # type: ignore[misc, valid-ty
             raise ValueError(refusal)
         if self.position == "xpos":
             self._check_xpos()
+        apart = len(self.segment_lengths) == 1 or (self.overlap == "once" and not self.sinks)
+        if self.position == "rope_by_level" and not (self.causal and apart):
+            raise ValueError(
+                'position="rope_by_level" needs causal=true and, with several levels, overlap="once" and no sinks; '
+                'use position="rope"'
+            )
         return self
 
     def _check_xpos(self) -> None:

@@ -76,10 +76,14 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.dim, config.dim)
 
     def project(self, x: Tensor, table: PositionTable | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Project normed hidden states (B, N, dim) to rotated q and k, and v, each (B, N, H, D)."""
+        """Project normed hidden states (B, N, dim) to rotated q and k, and v, each (B, N, H, D).
+
+        With positions by level, each is (B, N, levels, H, D); that of v is a view.
+        """
         heads = (self.config.num_heads, self.config.head_dim)
         q, k, v = (linear(x).unflatten(-1, heads) for linear in (self.q, self.k, self.v))
-        return *rotate(q, k, table), v
+        q, k = rotate(q, k, table)
+        return q, k, v if k.dim() == 4 else v[:, :, None].expand_as(k)
 
     def forward(self, x: Tensor, table: PositionTable | None, place: Placement, far: LayerProvider | None) -> Tensor:
         q, k, v = self.project(x, table)

@@ -1,4 +1,4 @@
-"""Rotary positions, plain (RoPE, arXiv 2104.09864) and with xPos decay (arXiv 2212.10554), for any number of tokens.
+"""Rotary positions for any number of tokens: RoPE (arXiv 2104.09864), by level, and with xPos decay (arXiv 2212.10554).
 
 A pair of features (2j, 2j+1) is one complex number, as in torchscale (`rotate_every_two`). A position turns it by
 the phase pos * theta^(-2j/D). xPos also scales it: q by zeta_j^(pos/512), and k by the inverse. Both are one complex
@@ -8,6 +8,10 @@ still resolves 1e-7 rad at 1e9.
 xPos counts from the middle of the widest segment that holds the token. The keys of a softmax share a segment, and only
 differences of positions enter a score, so this changes only the range of the exponents. For sequences of up to one such
 segment, scores equal torchscale's, whose table is centred in the whole sequence and ends in NaN past 72,000 tokens.
+
+By level, a key of a level with dilation rate r is seen 1 position further away for every r tokens, from the distance
+on at which the level begins. So the keys of a level are as near to each other as those of a window, and a query meets
+few distances that are rare in training. This is what Self-Extend (arXiv 2401.01325) does beyond a window.
 
 N tokens, H heads, D head dim.
 """
@@ -33,7 +37,10 @@ TABLE_ROWS = 65536  # tokens whose float64 phases exist at a time
 
 
 class PositionTable(NamedTuple):
-    """Complex factors (tokens, 1, D/2) of queries and of keys; for RoPE, both are the same tensor."""
+    """Complex factors (tokens, 1, D/2) of queries and of keys; for RoPE, both are the same tensor.
+
+    By level, there are factors for each, (tokens, levels, 1, D/2).
+    """
 
     q: Tensor
     k: Tensor
@@ -50,7 +57,7 @@ def position_table(
     """
     if config.position == "none":
         return None
-    xpos, longest = config.position == "xpos", max(config.segment_lengths)
+    xpos, longest, levels = config.position == "xpos", max(config.segment_lengths), _levels(config)
     if xpos and dtype is torch.float16 and longest > XPOS_MAX_SEGMENT_FP16:
         raise ConfigError(
             f'position="xpos" overflows float16 in segments longer than {XPOS_MAX_SEGMENT_FP16}, got {longest}; '
@@ -61,30 +68,54 @@ def position_table(
     frequencies = _frequencies(config, device)
     j = torch.arange(half, dtype=torch.float64, device=device)
     log_zeta = torch.log((2 * j + XPOS_GAMMA * config.head_dim) / ((1 + XPOS_GAMMA) * config.head_dim))
-    q = torch.empty(tokens, 1, half, dtype=kind, device=device)
-    k = torch.empty_like(q) if xpos else q
+    q = torch.empty(tokens, *([len(levels)] if levels else []), 1, half, dtype=kind, device=device)
+    k = torch.empty_like(q) if xpos or levels else q
     for begin in range(0, tokens, TABLE_ROWS):
         rows = slice(begin, min(begin + TABLE_ROWS, tokens))
         position = torch.arange(start + rows.start, start + rows.stop, dtype=torch.int64, device=device)
         if xpos:
-            position = position % longest - longest // 2
-        phase = (position.double()[:, None] * frequencies).remainder_(2 * math.pi)[:, None]  # (rows, 1, D/2)
-        if xpos:
-            exponent = (position.double() / XPOS_SCALE_BASE)[:, None, None] * log_zeta
+            places = (position % longest - longest // 2).double()
+            phase = (places[:, None] * frequencies).remainder_(2 * math.pi)[:, None]  # (rows, 1, D/2)
+            exponent = (places / XPOS_SCALE_BASE)[:, None, None] * log_zeta
             q[rows] = torch.polar(exponent.exp(), phase)
             k[rows] = torch.polar(exponent.neg_().exp_(), phase)
+        elif levels:
+            rates, shifts = torch.tensor(levels, dtype=torch.float64, device=device).T
+            seen_at = position[:, None] / rates
+            k[rows], q[rows] = (_factors(x[..., None], frequencies) for x in (seen_at, seen_at + shifts))
         else:
-            q[rows] = torch.polar(torch.ones_like(phase), phase)
+            q[rows] = _factors(position.double()[:, None], frequencies)
     return PositionTable(q, k)
+
+
+def _levels(config: LongNetConfig) -> list[tuple[float, float]]:
+    """Return the dilation rate of each level, and how much further away its keys are seen; [] if positions are plain.
+
+    A query at p and a key at t are (p - t) / rate + shift apart. A level begins where the one before has seen enough:
+    its `look_back` segments away.
+    """
+    pattern = config.pattern
+    if config.position != "rope_by_level" or len(pattern.levels) == 1:
+        return []
+    begins = [0, *(b * w for w, b in zip(pattern.segment_lengths, pattern.look_backs, strict=True))]
+    levels, seen_at = [], 0.0
+    for level, rate in enumerate(pattern.dilation_rates):
+        if level:
+            seen_at += (begins[level] - begins[level - 1]) / pattern.dilation_rates[level - 1]
+        levels.append((float(rate), seen_at - begins[level] / rate))
+    return levels
 
 
 def rotate(q: Tensor, k: Tensor, table: PositionTable | None) -> tuple[Tensor, Tensor]:
     """Turn queries and keys (batch, tokens, H, D), strided views allowed, by their positions; dtypes are kept.
 
+    By level, return (batch, tokens, levels, H, D).
     The product is float32 (float64 for float64 inputs), also under autocast, and its backward saves only the table.
     """
     if table is None:
         return q, k
+    if table.q.dim() == 4:
+        q, k = q[:, :, None], k[:, :, None]
     return _turn(q, table.q), _turn(k, table.k)
 
 
@@ -93,13 +124,18 @@ def sink_turn(config: LongNetConfig) -> Turn | None:
 
     None without rope. xPos would also scale keys, so it has neither (`LongNetConfig`).
     """
-    return partial(_turn_by, config) if config.position == "rope" else None
+    return partial(_turn_by, config) if config.position in ("rope", "rope_by_level") else None
 
 
 def _turn_by(config: LongNetConfig, k: Tensor, distances: Tensor) -> Tensor:
-    phase = (distances.double()[:, None] * _frequencies(config, k.device)).remainder_(2 * math.pi)  # (S, D/2)
-    factors = torch.polar(torch.ones_like(phase), phase)[:, None, None]
+    factors = _factors(distances.double()[:, None], _frequencies(config, k.device))[:, None]  # (S, 1, 1, D/2)
     return _turn(k, factors if k.dtype is torch.float64 else factors.to(torch.complex64))
+
+
+def _factors(positions: Tensor, frequencies: Tensor) -> Tensor:
+    """Return the complex factors (..., 1, D/2) of positions (..., 1) in float64."""
+    phase = (positions * frequencies).remainder_(2 * math.pi)[..., None, :]
+    return torch.polar(torch.ones_like(phase), phase)
 
 
 def _frequencies(config: LongNetConfig, device: torch.device | str) -> Tensor:

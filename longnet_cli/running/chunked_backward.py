@@ -21,7 +21,7 @@ from torch import Tensor
 from longnet_cli.attention import FarKeys, FarSpan, Outside, Past
 from longnet_cli.attention.choosing import Names
 from longnet_cli.attention.spans import Layout, common_span, open_spans, segment_rows
-from longnet_cli.attention.views import accumulator, strided_view
+from longnet_cli.attention.views import accumulator, of_level, strided_view
 from longnet_cli.nets.config import NetConfig
 from longnet_cli.nets.net import Net
 from longnet_cli.running.causal_stream import CausalStream
@@ -214,7 +214,8 @@ class FarGradients:
     def hand_over(self, layer: int, start: int, stop: int, begin: int, k: Tensor) -> Tensor | None:
         """Return what later chunks have added to the gradients of a shard: (k and v, B, n, K, D), or None for nothing.
 
-        The shard starts at `begin`, in the chunk [start, stop), and has the shape and the device of `k` (B, n, K, D).
+        The shard starts at `begin`, in the chunk [start, stop), and has the shape and the device of `k` (B, n, K, D),
+        or (B, n, levels, K, D).
         Sums that no earlier chunk needs are freed. All ranks of a group must ask, once for each chunk.
         """
         total = None
@@ -233,7 +234,8 @@ class FarGradients:
             mine = common_span(self.pattern, span.level, span.start, begin, begin + k.shape[1])
             for views in self.layout.views(mine, begin):
                 for into, out in zip(total, rows, strict=True):
-                    strided_view(into, views.shard).add_(strided_view(out, views.segment).to(k.device))
+                    mine_of_level = strided_view(of_level(into, span.level), views.shard)
+                    mine_of_level.add_(strided_view(out, views.segment).to(k.device))
             if self.ranks.sp_rank:
                 # some of these rows may belong to the chunk before: its all-reduce must add this sum once, from rank 0
                 rows[:, :, of_chunk] = 0

@@ -84,9 +84,9 @@ class LayerCaches:
         if layer in self.by_layer:
             return self.by_layer[layer]
         blocks = BlockFile(self.file) if self.file else None
-        options: dict[str, Any] = {"kv_heads": k.shape[2], "dtype": k.dtype, "device": k.device, "layer": layer}
+        options: dict[str, Any] = {"kv_heads": k.shape[-2], "dtype": k.dtype, "device": k.device, "layer": layer}
         options |= {"keep": self.keep, "allocate": self.allocate, "blocks": blocks}
-        cache = self.by_layer[layer] = KVCache(self.pattern, len(k), *q.shape[2:], **options)
+        cache = self.by_layer[layer] = KVCache(self.pattern, len(k), *q.shape[-2:], **options)
         if cache.past and self.on_choice:
             cache.past.on_choice = partial(self.on_choice, layer)
         return cache

@@ -5,8 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from pattern_nets import net
 from torch import Tensor
 
+from longnet_cli.attention.notation import parse_pattern
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.positions import TABLE_ROWS, position_table, rotate, sink_turn
@@ -71,6 +73,22 @@ def test_xpos_equals_torchscales_formula() -> None:
 
     theirs = torch.einsum("bnhd,bmhd->hnm", turned(q) * decay[:, None], turned(k) / decay[:, None]).tril()
     torch.testing.assert_close(torch.einsum("bnhd,bmhd->hnm", ours_q, ours_k).tril(), theirs, rtol=0, atol=1e-12)
+
+
+def test_by_level_a_row_of_a_level_is_one_position() -> None:
+    """Beyond a window of 64 positions, every fourth is one, and beyond 256, which are seen at 112, every sixteenth."""
+    q = drawn(1, torch.float64, head_dim=8).expand(-1, 1024, -1, -1)
+    levels = parse_pattern("64/1,256/4,1Ki/16,look_back=1,overlap=once,queries=all")
+    by_level = net(levels, "rope_by_level", heads=2, layers=1).config
+    of_levels, plain = (
+        rotate(q, q, position_table(each, 0, 1024, "cpu", torch.float64))
+        for each in (by_level, by_level.model_copy(update={"position": "rope"}))
+    )
+    at = torch.einsum("hd,mhd->mh", plain[0][0, -1], plain[1][0]).flip(0)  # the score at each distance
+    for level, (begin, seen_at, rate) in enumerate([(0, 0, 1), (64, 64, 4), (256, 112, 16)]):
+        scores = torch.einsum("hd,mhd->mh", of_levels[0][0, -1, level], of_levels[1][0, :, level]).flip(0)
+        rows = scores[begin::rate]
+        torch.testing.assert_close(rows, at[seen_at : seen_at + len(rows)], rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("position", ["rope", "xpos"])

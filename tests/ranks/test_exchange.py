@@ -58,8 +58,11 @@ def attention_in_shards(dtype: torch.dtype, problems: int) -> None:
         cuts = sorted({pick.randint(0, tokens - 1) for _ in range(pick.choice([0, 0, 1, 3]) if causal else 0)} | {0})
         documents = [b - a for a, b in zip(cuts, [*cuts[1:], tokens], strict=True)]
         generator = torch.Generator().manual_seed(seed)
-        q, k, v, dout = torch.randn(4, batch, tokens, heads, 8, generator=generator, dtype=torch.float64).to(dtype)
-        k, v = k[:, :, :kv_heads], v[:, :, :kv_heads]
+        by_level = not rotary and not pattern.sinks and pick.random() < 0.5
+        levels = [len(pattern.levels)] if by_level else []
+        shape = (4, batch, tokens, *levels, heads, 8)
+        q, k, v, dout = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        k, v, dout = k[..., :kv_heads, :], v[..., :kv_heads, :], dout[:, :, 0] if by_level else dout
         whole = [x.clone().requires_grad_() for x in (q, k, v)]
         out = dilated_attention(*whole, pattern, causal=causal, documents=documents, **rotary)
         expected = [out.detach(), *torch.autograd.grad(out, whole, dout)]
@@ -233,7 +236,7 @@ def training_in_shards(dtype: torch.dtype) -> None:
         causal = seed not in (4, 5)
         if not causal:  # whose windows are read at once
             pattern, chunk = random_pattern(pick, causal=False), tokens
-        model = net(pattern, causal=causal).to(dtype)
+        model = net(pattern, "rope_by_level", causal=causal).to(dtype)
         for layer in model.layers if seed % 2 else ():  # as `train.activation_checkpointing` does
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         ids, targets = draw(batch, tokens, seed).clamp_(max=EOS - 1), draw(batch, tokens, seed + 9)

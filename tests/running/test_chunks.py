@@ -39,7 +39,7 @@ def asked(pattern: Pattern, position: str, dtype: torch.dtype, **sizes: int) -> 
 
 @TWICE
 @given(
-    position=st.sampled_from(["rope", "none", "xpos"]),
+    position=st.sampled_from(["rope", "rope_by_level", "none", "xpos"]),
     dtype=st.sampled_from([*TOLERANCE]),
     pattern=CAUSAL | chosen_patterns(),
     heads=st.integers(1, 6),
@@ -64,7 +64,7 @@ def test_any_chunks_give_the_logits_of_the_whole(
 
 @TWICE
 @given(
-    position=st.sampled_from(["rope", "none", "xpos"]),
+    position=st.sampled_from(["rope", "rope_by_level", "none", "xpos"]),
     dtype=st.sampled_from([*TOLERANCE]),
     pattern=CAUSAL | chosen_patterns(),
     batch=st.integers(1, 2),

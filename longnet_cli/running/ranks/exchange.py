@@ -95,7 +95,7 @@ class Exchange:
         if not any(parcel.attended for parcel in self.joined):
             # this rank attends to none, yet the others wait for it in the backward: it must stay in the graph
             self.joined.append(Parcel(FarSpan(0, self.start, self.start), 0, 0, True))
-        self._maps: dict[tuple[int, int, int, torch.device], _Maps] = {}
+        self._maps: dict[tuple[torch.Size, torch.device], _Maps] = {}
 
     @property
     def mine(self) -> tuple[int, int]:
@@ -159,9 +159,11 @@ class Exchange:
             )
 
     def maps(self, like: Tensor) -> _Maps:
-        """Return the indices of rows, for keys of this shape (B, n, H, D). They are the same in all layers."""
-        batch, tokens, kv_heads, _ = like.shape
-        key = batch, tokens, kv_heads, like.device
+        """Return the indices of rows, for keys of this shape: (B, n, H, D), or (B, n, levels, H, D).
+
+        They are the same in all layers.
+        """
+        key = like.shape, like.device
         if key not in self._maps:
             self._maps[key] = _Maps.of(self, *key)
         return self._maps[key]
@@ -178,7 +180,7 @@ class Exchange:
 
     def sizes(self, parcels: Sequence[Sequence[Parcel]], like: Sequence[int]) -> list[int]:
         """Return how many numbers go to, or come from, each rank: k and v of all rows, for keys (B, n, H, D)."""
-        batch, _, kv_heads, head_dim = like
+        batch, kv_heads, head_dim = like[0], *like[-2:]
         of_row = 2 * batch * head_dim
         return [of_row * sum(parcel.rows * self.lanes(parcel, kv_heads) for parcel in of_rank) for of_rank in parcels]
 
@@ -236,23 +238,27 @@ class _Maps(NamedTuple):
     received: Tensor
 
     @classmethod
-    def of(cls, exchange: Exchange, batch: int, tokens: int, kv_heads: int, device: torch.device) -> _Maps:
-        sent = _sent_rows(exchange, batch, tokens, kv_heads)
-        received, total = _received_rows(exchange, batch, kv_heads)
+    def of(cls, exchange: Exchange, like: Sequence[int], device: torch.device) -> _Maps:
+        sent = _sent_rows(exchange, like[0], like[1], prod(like[2:-2]), like[-2])
+        received, total = _received_rows(exchange, like[0], like[-2])
         joined = np.zeros(total + 1, np.int64)
         joined[received] = np.arange(len(received))
         maps = sent, joined[:-1], received
         return cls(*(torch.from_numpy(rows).to(device) for rows in maps))
 
 
-def _sent_rows(exchange: Exchange, batch: int, tokens: int, kv_heads: int) -> np.ndarray:
-    """Return `_Maps.sent`. A lane with one row fewer sends an arbitrary row, which nobody reads."""
+def _sent_rows(exchange: Exchange, batch: int, tokens: int, levels: int, kv_heads: int) -> np.ndarray:
+    """Return `_Maps.sent`. A lane with one row fewer sends an arbitrary row, which nobody reads.
+
+    `levels` is 1 where all levels have the same keys.
+    """
     sent = [np.empty(0, np.int64)]
     sequences = np.arange(batch)[:, None, None] * tokens
     for parcel in chain(*exchange.sent):
         of_lanes = exchange.layout(kv_heads).of_span(parcel.span, parcel.start)
         places = np.array(of_lanes.first_tokens) + of_lanes.row_step * np.arange(parcel.rows)[:, None]  # (rows, lanes)
-        sent.append(((sequences + np.minimum(places, tokens - 1)) * kv_heads + np.array(of_lanes.heads)).ravel())
+        of_level = (sequences + np.minimum(places, tokens - 1)) * levels + (parcel.span.level if levels > 1 else 0)
+        sent.append((of_level * kv_heads + np.array(of_lanes.heads)).ravel())
     return np.concatenate(sent)
 
 
@@ -318,7 +324,7 @@ class _WayBack:
             self.depart()
 
     def depart(self) -> None:
-        like, (batch, _, kv_heads, width) = self.like, self.like.shape
+        like, batch, (kv_heads, width) = self.like, len(self.like), self.like.shape[-2:]
         of_parcels: list[tuple[Tensor, Tensor]] = []
         for index, shape in enumerate(self.exchange.shapes(batch, kv_heads, width)):
             none = like.new_zeros(1).expand(shape)
@@ -353,7 +359,7 @@ class _AllToAll(torch.autograd.Function):
         ctx: Any, exchange: Exchange, flight: _Flight, back: _WayBack, k: Tensor, v: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.back, ctx.shape, ctx.dtype = back, k.shape, k.dtype
-        maps, (batch, _, kv_heads, width) = back.maps, k.shape
+        maps, batch, (kv_heads, width) = back.maps, len(k), k.shape[-2:]
         sent = k.new_empty(len(maps.sent), 2, width)  # k and v of a row side by side: each rank's rows lie together
         for place, x in enumerate((k, v)):
             torch.index_select(x.reshape(-1, width), 0, maps.sent, out=sent[:, place])
@@ -376,7 +382,7 @@ class _AllToAll(torch.autograd.Function):
         wide = accumulator(ctx.dtype)
         dk, dv = (torch.zeros(ctx.shape, dtype=wide, device=got.device) for _ in range(2))
         for place, d in enumerate((dk, dv)):
-            d.view(-1, ctx.shape[3]).index_add_(0, maps.sent, got[:, place].to(wide))
+            d.view(-1, ctx.shape[-1]).index_add_(0, maps.sent, got[:, place].to(wide))
         return None, None, None, dk.to(ctx.dtype), dv.to(ctx.dtype)
 
 
