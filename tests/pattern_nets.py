@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,10 +26,11 @@ WORDS = Tokenizer.bytes()
 
 
 def net(pattern: Pattern, position: str = "rope", *, layers: int = 2, heads: int = 4, **more) -> LongNet:
-    """Random weights, always the same. "rope_by_level" is "rope" where the pattern cannot have it."""
+    """Random weights, always the same. "rope_by_level" takes sinks away, and is "rope" where the pattern refuses it."""
     torch.manual_seed(0)
-    if position == "rope_by_level" and (pattern.sinks or pattern.overlap == "repeat" or not more.get("causal", True)):
-        position = "rope"
+    if position == "rope_by_level":
+        pattern = replace(pattern, sinks=0)
+        position = "rope" if pattern.overlap == "repeat" or not more.get("causal", True) else position
     return LongNet(
         LongNetConfig(
             vocab_size=50,

@@ -5,7 +5,7 @@ a problem is run, and how close two results are.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from hypothesis import strategies as st
@@ -136,6 +136,9 @@ def choices(draw: st.DrawFn, causal: bool | None = None) -> Choice:
     """Every option of a pattern, with any numbers of heads."""
     causal = draw(st.booleans()) if causal is None else causal
     pattern = draw(patterns_with_options(causal))
+    moved = draw(st.sampled_from(["by level", "by turn", "by level", "nothing"]))
+    if moved == "by level":
+        pattern = replace(pattern, sinks=0)
     batch, tokens, kv_heads = draw(st.integers(1, 3)), draw(st.integers(1, 150)), draw(st.integers(1, 4))
     return Choice(
         pattern=pattern,
@@ -148,8 +151,8 @@ def choices(draw: st.DrawFn, causal: bool | None = None) -> Choice:
         lengths=draw(st.none() | st.tuples(*[st.integers(0, tokens)] * batch)),
         seed=draw(st.integers(0, 2**31)),
         kv_heads=kv_heads,
-        rotary=(by := draw(st.sampled_from(["nothing", "turn", "level"]))) == "turn",
-        by_level=by == "level" and not pattern.sinks,
+        rotary=moved == "by turn",
+        by_level=moved == "by level",
     )
 
 
