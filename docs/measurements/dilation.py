@@ -30,28 +30,22 @@ import gzip
 import hashlib
 import json
 import math
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from functools import lru_cache
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from by_recall import distances
-from torch import Tensor
 
-from longnet_cli import LongNet, LongNetConfig, LongNetError
-from longnet_cli.attention.branches import _ShardGeometry
-from longnet_cli.attention.kernels import select_kernel
-from longnet_cli.attention.planning import AttentionPlan, merged_backward, merged_forward
-from longnet_cli.attention.spans import Layout
+from longnet_cli import LongNet, LongNetError
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.names import Sources
 from longnet_cli.data.tokenizer import Tokenizer
@@ -59,8 +53,6 @@ from longnet_cli.jobs.benchmark import device_name
 from longnet_cli.jobs.scoring.measures import Clusters
 from longnet_cli.jobs.training.loop import train
 from longnet_cli.jobs.training.recipe import load_recipe
-from longnet_cli.nets.longnet import Attention, Placement
-from longnet_cli.nets.positions import PositionTable, rotate
 
 WINDOW = 16384
 LEVELS = "512/1,2Ki/4,8Ki/16,look_back=1,overlap=once,queries=all"
@@ -68,7 +60,7 @@ PATTERNS = {
     "window": "window:1Ki",
     "levels": LEVELS,
     "blocks": "1Ki/1",
-    "mapped": LEVELS,  # distances beyond the first level divided by the rate of the level, see `mapped_positions`
+    "mapped": LEVELS,  # with positions by level: a step of a level is one position
     "chosen": "window:512,chosen=32x32,chosen_every=32,layers=2",
     "paper": "1Ki/1,4Ki/2,16Ki/4",
     "dense": "16Ki/1",
@@ -186,6 +178,15 @@ def train_net(folder: Path, seed: int, name: str, pattern: str, initial: Path | 
     return float(done.read_text())
 
 
+def by_level(trunk: Path) -> Path:
+    """Return a copy of a trunk with positions by level, which are the same in blocks."""
+    copy = shutil.copytree(trunk, trunk.with_name("trunk-by-level"), dirs_exist_ok=True)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"position": "rope_by_level"}))
+    LongNet.from_pretrained(copy, verify=False).save_pretrained(copy)
+    return copy
+
+
 @torch.inference_mode()
 def evaluate(net: LongNet, folder: Path, kind: str) -> dict[str, Any]:
     """Return the measures of a row over the held-out documents of a kind that have WINDOW tokens."""
@@ -213,89 +214,6 @@ def evaluate(net: LongNet, folder: Path, kind: str) -> dict[str, Any]:
     return measures
 
 
-@contextmanager
-def mapped_positions() -> Iterator[None]:
-    """Let every net see keys of level i at distance / r_i beyond what the levels before it cover: a prototype.
-
-    Each level is attention of its own, with queries and keys turned by their own tables; levels merge by their
-    log-sum-exp. It takes whole sequences from position 0, as training in one chunk and `evaluate` have them.
-    """
-    before = Attention.forward
-    Attention.forward = _mapped_forward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        Attention.forward = before  # type: ignore[method-assign]
-
-
-def _mapped_forward(self: Attention, x: Tensor, table: PositionTable | None, place: Placement, far: Any) -> Tensor:
-    if far or place.start or place.lengths is not None or len(x) > 1:
-        raise LongNetError("mapped positions are of one whole sequence at a time")
-    documents = tuple(place.documents or (x.shape[1],))
-    heads = (self.config.num_heads, self.config.head_dim)
-    q, k, v = (linear(x).unflatten(-1, heads) for linear in (self.q, self.k, self.v))
-    turned = [y for level in _level_tables(self.config, documents) for y in rotate(q, k, level)]
-    mixed = _MappedLevels.apply(_level_plans(self.config, documents, q.dtype), v, *turned)
-    return self.out(self.inner_norm(mixed.flatten(-2)))
-
-
-@lru_cache(maxsize=4)
-def _level_tables(config: LongNetConfig, documents: tuple[int, ...]) -> list[PositionTable]:
-    """Return the factors of queries and keys at each level."""
-    half, tables = config.head_dim // 2, []
-    frequencies = config.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
-    position = torch.cat([torch.arange(n, dtype=torch.float64) for n in documents])
-    reached, seen_at, rate_before = 0, 0.0, 1  # a key `reached` tokens back, where a level begins, is seen at `seen_at`
-    for rate, begin in zip(config.dilation_rates, (0, *config.segment_lengths), strict=False):
-        seen_at += (begin - reached) / rate_before
-        reached, rate_before = begin, rate
-        places = position / rate + seen_at - reached / rate, position / rate
-        q, k = (torch.polar(torch.ones(len(x), 1, half).double(), (x[:, None] * frequencies)[:, None]) for x in places)
-        tables.append(PositionTable(q.to(torch.complex64), k.to(torch.complex64)))
-    return tables
-
-
-@lru_cache(maxsize=4)
-def _level_plans(config: LongNetConfig, documents: tuple[int, ...], dtype: torch.dtype) -> list[AttentionPlan]:
-    """Return a plan for each level alone."""
-    kernel = select_kernel(torch.device("cpu"), dtype, config.head_dim)
-    layout, plans = Layout(config.pattern, config.num_heads, config.num_heads), []
-    for level in range(len(config.pattern.levels)):
-        blocks = []
-        for start, stop in pairwise((0, *accumulate(documents))):
-            shard = _ShardGeometry(layout, 0, stop - start, True)
-            calls = sorted(shard.near(level, level == 0, 0), key=lambda branch: not branch.covers)
-            blocks.append((slice(0, 1), slice(start, stop), tuple(calls)))
-        plans.append(AttentionPlan(kernel, blocks))
-    return plans
-
-
-class _MappedLevels(torch.autograd.Function):
-    """Attention of several levels, each with queries and keys of its own, as one softmax."""
-
-    @staticmethod
-    def forward(ctx: Any, plans: Sequence[AttentionPlan], v: Tensor, *turned: Tensor) -> Tensor:
-        v, *turned = (x.contiguous() for x in (v, *turned))
-        scale = v.shape[-1] ** -0.5
-        parts = [merged_forward(plan, scale, *turned[2 * i : 2 * i + 2], v) for i, plan in enumerate(plans)]
-        lse = torch.stack([lse for _, lse in parts]).logsumexp(0)
-        out = sum(part.float() * (of_part - lse).exp()[..., None] for part, of_part in parts).to(v.dtype)
-        ctx.plans, ctx.scale = plans, scale
-        ctx.save_for_backward(v, out, lse, *turned)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        v, out, lse, *turned = ctx.saved_tensors
-        dv, grads = torch.zeros_like(v, dtype=torch.float32), []
-        for i, plan in enumerate(ctx.plans):
-            q, k = turned[2 * i : 2 * i + 2]
-            dq, dk, of_values = merged_backward(plan, ctx.scale, (dout, q, k, v, out, lse), ())
-            grads += [dq.to(q.dtype), dk.to(k.dtype)]
-            dv += of_values
-        return None, dv.to(v.dtype), *grads
-
-
 def rows() -> list[dict[str, Any]]:
     """Return the rows that are measured already."""
     return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
@@ -313,11 +231,12 @@ def measure(folder: Path, seed: int, names: Sequence[str]) -> None:
             train_net(folder, seed, "trunk", f"{TRUNK_WINDOW}/1", None)
         if name == "trunk":
             continue
+        if initial and name == "mapped":
+            initial = by_level(initial)
         pattern = {**PATTERNS, **SCRATCH}[name]
-        with mapped_positions() if name == "mapped" else nullcontext():
-            seconds = train_net(folder, seed, name, pattern, initial)
-            net = LongNet.from_pretrained(folder / str(seed) / name).eval()
-            results = [{"text": kind, **evaluate(net, folder, kind)} for kind in KINDS]
+        seconds = train_net(folder, seed, name, pattern, initial)
+        net = LongNet.from_pretrained(folder / str(seed) / name).eval()
+        results = [{"text": kind, **evaluate(net, folder, kind)} for kind in KINDS]
         sizes = net.config
         facts = {
             "seed": seed,

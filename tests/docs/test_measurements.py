@@ -6,19 +6,16 @@ import json
 import math
 import subprocess
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from builders import SIZES, tiny_llama
+from builders import tiny_llama
 from places import ROOT, imported
 from processes import invoke
 
-from longnet_cli import LongNet, LongNetConfig, LongNetError, parse_pattern
+from longnet_cli import LongNetError
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.nets.longnet import Placement
 
 pytestmark = pytest.mark.ci
 FOLDER = ROOT / "docs/measurements"
@@ -96,45 +93,6 @@ def test_losses_by_recall_are_sums_over_tokens(tmp_path: Path, monkeypatch: pyte
         nats = np.array([float(line[2 + at]) for line in lines])
         assert nats @ tokens == pytest.approx(each["nll_sum"], abs=tokens.sum() * 1e-3)
     assert {line[4].partition(" +- ")[2] for line in lines} == {"0.000"}  # two equal documents
-
-
-def test_mapped_levels_are_one_softmax_over_compressed_distances(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The prototype of docs/measurements/dilation.py, with two documents in a row, against a table of all scores."""
-    monkeypatch.syspath_prepend(FOLDER)
-    dilation = imported(FOLDER / "dilation.py")
-    pattern = parse_pattern("16/1,64/4,256/16,look_back=1,overlap=once,queries=all")
-    torch.manual_seed(0)
-    net = LongNet(LongNetConfig(**SIZES, pattern=pattern, position="rope")).double()
-    attention, documents = net.layers[0].attention, (300, 401)
-    heads, size = net.config.num_heads, net.config.head_dim
-    x = torch.randn(1, sum(documents), net.config.dim, dtype=torch.float64, requires_grad=True)
-
-    def expected() -> Iterator[torch.Tensor]:
-        for part in x[0].split(documents):
-            q, k, v = (linear(part).unflatten(-1, (heads, size)) for linear in (attention.q, attention.k, attention.v))
-            place = torch.arange(len(part))
-            scores, stop = torch.full((heads, len(part), len(part)), -torch.inf, dtype=torch.float64), place + 1
-            for (w, r), reached, seen_at in zip(pattern.levels, (0, 16, 64), (0, 16, 28), strict=True):
-                distance = (place[:, None] - place - reached) / r + seen_at
-                phases = distance[..., None].double() * 10000.0 ** (-2 * torch.arange(size // 2).double() / size)
-                pairs = [torch.view_as_complex(each.unflatten(-1, (-1, 2))) for each in (q, k)]
-                turned = torch.polar(torch.ones_like(phases), phases)
-                of_level = torch.einsum("ihc,jhc,ijc->hij", pairs[0], pairs[1].conj(), turned).real / size**0.5
-                start = (place // w - 1).clamp(min=0) * w
-                seen = (place >= start[:, None]) & (place < stop[:, None])
-                kept = place % r == torch.tensor(pattern.offsets(pattern.levels.index((w, r)), heads))[:, None]
-                scores = torch.where(seen & kept[:, None], of_level, scores)
-                stop = start
-            yield torch.einsum("hij,jhc->ihc", scores.softmax(-1), v).flatten(1)
-
-    by_definition = attention.out(attention.inner_norm(torch.cat([*expected()])[None]))
-    with dilation.mapped_positions():
-        found = attention(x, net.positions(x, 0, documents), Placement(documents=documents), None)
-    weight = torch.randn(found.shape, dtype=torch.float64)
-    inputs = [x, attention.q.weight, attention.k.weight, attention.v.weight]
-    both = ((y, *torch.autograd.grad((y * weight).sum(), inputs)) for y in (found, by_definition))
-    for mine, other in zip(*both, strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)  # its tables are in complex64
 
 
 def test_a_seed_of_small_nets_has_rows_for_each_pattern_and_a_table(

@@ -1,6 +1,7 @@
 """Proves that phases are right at a billion tokens, that scores depend on distances only, and that types are kept."""
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 from longnet_cli.attention.notation import parse_pattern
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.nets.config import LongNetConfig
+from longnet_cli.nets.longnet import Placement
 from longnet_cli.nets.positions import TABLE_ROWS, position_table, rotate, sink_turn
 
 
@@ -75,20 +77,39 @@ def test_xpos_equals_torchscales_formula() -> None:
     torch.testing.assert_close(torch.einsum("bnhd,bmhd->hnm", ours_q, ours_k).tril(), theirs, rtol=0, atol=1e-12)
 
 
-def test_by_level_a_row_of_a_level_is_one_position() -> None:
-    """Beyond a window of 64 positions, every fourth is one, and beyond 256, which are seen at 112, every sixteenth."""
-    q = drawn(1, torch.float64, head_dim=8).expand(-1, 1024, -1, -1)
-    levels = parse_pattern("64/1,256/4,1Ki/16,look_back=1,overlap=once,queries=all")
-    by_level = net(levels, "rope_by_level", heads=2, layers=1).config
-    of_levels, plain = (
-        rotate(q, q, position_table(each, 0, 1024, "cpu", torch.float64))
-        for each in (by_level, by_level.model_copy(update={"position": "rope"}))
-    )
-    at = torch.einsum("hd,mhd->mh", plain[0][0, -1], plain[1][0]).flip(0)  # the score at each distance
-    for level, (begin, seen_at, rate) in enumerate([(0, 0, 1), (64, 64, 4), (256, 112, 16)]):
-        scores = torch.einsum("hd,mhd->mh", of_levels[0][0, -1, level], of_levels[1][0, :, level]).flip(0)
-        rows = scores[begin::rate]
-        torch.testing.assert_close(rows, at[seen_at : seen_at + len(rows)], rtol=0, atol=1e-11)
+def test_levels_with_their_own_positions_are_one_softmax_over_compressed_distances() -> None:
+    """Two documents in a row, against a table of all scores."""
+    pattern = parse_pattern("16/1,64/4,256/16,look_back=1,overlap=once,queries=all")
+    model = net(pattern, "rope_by_level", layers=1).double()
+    attention, documents = model.layers[0].attention, (300, 401)
+    heads, size = model.config.num_heads, model.config.head_dim
+    x = torch.randn(1, sum(documents), model.config.dim, dtype=torch.float64, requires_grad=True)
+
+    def expected() -> Iterator[torch.Tensor]:
+        for part in x[0].split(documents):
+            q, k, v = (linear(part).unflatten(-1, (heads, size)) for linear in (attention.q, attention.k, attention.v))
+            place = torch.arange(len(part))
+            scores, stop = torch.full((heads, len(part), len(part)), -torch.inf, dtype=torch.float64), place + 1
+            for (w, r), reached, seen_at in zip(pattern.levels, (0, 16, 64), (0, 16, 28), strict=True):
+                distance = (place[:, None] - place - reached) / r + seen_at
+                phases = distance[..., None].double() * 10000.0 ** (-2 * torch.arange(size // 2).double() / size)
+                pairs = [torch.view_as_complex(each.unflatten(-1, (-1, 2))) for each in (q, k)]
+                turned = torch.polar(torch.ones_like(phases), phases)
+                of_level = torch.einsum("ihc,jhc,ijc->hij", pairs[0], pairs[1].conj(), turned).real / size**0.5
+                start = (place // w - 1).clamp(min=0) * w
+                seen = (place >= start[:, None]) & (place < stop[:, None])
+                kept = place % r == torch.tensor(pattern.offsets(pattern.levels.index((w, r)), heads))[:, None]
+                scores = torch.where(seen & kept[:, None], of_level, scores)
+                stop = start
+            yield torch.einsum("hij,jhc->ihc", scores.softmax(-1), v).flatten(1)
+
+    by_definition = attention.out(attention.inner_norm(torch.cat([*expected()])[None]))
+    found = attention(x, model.positions(x, 0, documents), Placement(documents=documents), None)
+    weight = torch.randn(found.shape, dtype=torch.float64)
+    inputs = [x, attention.q.weight, attention.k.weight, attention.v.weight]
+    both = ((y, *torch.autograd.grad((y * weight).sum(), inputs)) for y in (found, by_definition))
+    for mine, other in zip(*both, strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("position", ["rope", "xpos"])
