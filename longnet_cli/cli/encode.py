@@ -32,8 +32,8 @@ class EncodeCommand:
     dims: int | None = VECTORS.size("--dims N", "Keep the first N numbers of each vector. (default: all)")
     span: str | None = VECTORS.option(
         "--span SIZE|UNIT",
-        "Make one vector per this many tokens, or per sentence, paragraph or passage of a text. Each has the whole "
-        "document as context. (default: one per document)",
+        "Make one vector per this many tokens, or per sentence, paragraph or passage of a text. Its context is "
+        "all that is read with it. (default: one per document)",
     )
     context: int | None = VECTORS.size(
         "--context SIZE",

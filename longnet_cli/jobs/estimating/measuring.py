@@ -29,7 +29,7 @@ from longnet_cli.running.device import precision
 TOKENS = 16  # of a measured pass, and half of those of another one
 
 
-class _Held(TorchDispatchMode):
+class _BytesInUse(TorchDispatchMode):
     """The bytes of all tensors that were made in this context and are still in use: `moments`, after each operation."""
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ def bytes_per_token(run: Callable[[int], object], tokens: int = TOKENS) -> int:
     """
     moments = []
     for number in (tokens, 2 * tokens):
-        with _Held() as held:
+        with _BytesInUse() as held:
             run(number)
         moments.append(held.moments)
     few, many = moments
