@@ -48,14 +48,7 @@ def dilated_attention_reference(
         return out
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if q.dim() == 5:
-        k, v = (x.repeat_interleave(q.shape[3] // x.shape[3], 3) for x in (k, v))
-        of_levels = level_counts(pattern, q.shape[3], q.shape[1], causal, start, padding)
-        counts = torch.stack([of_level for of_level, _ in of_levels], -2)  # (heads, queries, levels, keys)
-        scores = torch.einsum("bnlhd,bmlhd->bhnlm", q, k) * scale
-        logits = scores + counts.to(q).masked_fill(counts == 0, 1).log().masked_fill(counts == 0, float("-inf"))
-        covered = counts.flatten(-2).any(-1, keepdim=True)
-        weights = torch.where(covered, logits.flatten(-2), 0.0).softmax(-1) * covered
-        return torch.einsum("bhnlm,bmlhd->bnhd", weights.unflatten(-1, scores.shape[-2:]), v)
+        return _by_level(q, k, v, [*level_counts(pattern, q.shape[3], q.shape[1], causal, start, padding)], scale)
     if choice is None:
         choice = chosen_blocks(q, k, pattern, scale, turn) if pattern.chosen else []
     k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
@@ -90,6 +83,17 @@ def dilated_attention_reference(
     covered = counts.any(dim=-1, keepdim=True)  # (batch, heads, tokens, 1): queries that take part in some level
     weights = torch.where(covered, logits, 0.0).softmax(-1) * covered
     return torch.einsum("bhnm,bmhd->bnhd", weights[..., :-1], v)
+
+
+def _by_level(q: Tensor, k: Tensor, v: Tensor, of_levels: Sequence[tuple[Tensor, Tensor]], scale: float) -> Tensor:
+    """Return attention of (batch, tokens, levels, heads, head_dim) tensors to the keys of all levels."""
+    k, v = (x.repeat_interleave(q.shape[3] // x.shape[3], 3) for x in (k, v))
+    counts = torch.stack([of_level for of_level, _ in of_levels], -2)  # (heads, queries, levels, keys)
+    scores = torch.einsum("bnlhd,bmlhd->bhnlm", q, k) * scale
+    logits = scores + counts.to(q).masked_fill(counts == 0, 1).log().masked_fill(counts == 0, float("-inf"))
+    covered = counts.flatten(-2).any(-1, keepdim=True)
+    weights = torch.where(covered, logits.flatten(-2), 0.0).softmax(-1) * covered
+    return torch.einsum("bhnlm,bmlhd->bnhd", weights.unflatten(-1, scores.shape[-2:]), v)
 
 
 Choice = list[tuple[int, range, list[int]]]  # of each group: row of the batch, its queries, the blocks that they see
