@@ -137,11 +137,7 @@ def generate(
     template, and a prompt longer than the model reads; DataError if there is nothing to continue; NotFiniteError for a
     logit that is NaN.
     """
-    loaded = load_model(model, dtype=dtype) if isinstance(model, str) else model
-    if not isinstance(loaded, Loaded):
-        if bos == "own":
-            raise ConfigError("a net alone does not say what it reads before a text: give bos, or a model by its name")
-        loaded = Loaded(loaded, None, None, frozenset(), None, "")
+    loaded = _loaded(model, dtype, bos)
     net, tokenizer = loaded.net, tokenizer or loaded.tokenizer
     chats = chat or not isinstance(prompt, str | Document)
     begun = chats or (stream is not None and stream.position)
@@ -151,10 +147,7 @@ def generate(
     if "" in stop or ((stop or sources) and not tokenizer):
         raise ConfigError("a stop text needs characters, and a tokenizer, as sources do")
     if chats or not isinstance(prompt, Document):
-        words: Any = loaded.chat if chats else tokenizer
-        if words is None:
-            raise ConfigError(f"a prompt of text needs a tokenizer{', and a chat template' * chats}")
-        prompt = Document("prompt", words.encode(prompt), None, "the prompt")
+        prompt = _prompt(loaded.chat if chats else tokenizer, prompt, chats)
     chunk = chunk_of(chunk, default_chunk(net.config, next(net.parameters()).device))
     sequence = net.sequence(prompt, before)
     tokens = len(sequence) + (stream.position if stream else 0)
@@ -174,6 +167,23 @@ def generate(
         watch = SourceWatch(reader, cast(Tokenizer, tokenizer))
     how = texts, StopTexts(stop), chunk, dtype, reader, watch, on_progress
     return _Generator(net, sampler, ends, *how).run(sequence, max_tokens, reads_all=stream is not None)
+
+
+def _loaded(model: str | Loaded | Net, dtype: str, bos: Bos | Literal["own"]) -> Loaded:
+    """Return the model with what belongs to it. A net alone has nothing, and needs `bos`: raises ConfigError."""
+    loaded = load_model(model, dtype=dtype) if isinstance(model, str) else model
+    if isinstance(loaded, Loaded):
+        return loaded
+    if bos == "own":
+        raise ConfigError("a net alone does not say what it reads before a text: give bos, or a model by its name")
+    return Loaded(loaded, None, None, frozenset(), None, "")
+
+
+def _prompt(words: Any, prompt: object, chats: bool) -> Document:
+    """Return a prompt in the ids of `words`, a tokenizer or a chat template. Raises ConfigError without it."""
+    if words is None:
+        raise ConfigError(f"a prompt of text needs a tokenizer{', and a chat template' * chats}")
+    return Document("prompt", words.encode(prompt), None, "the prompt")
 
 
 def plan_generation(
