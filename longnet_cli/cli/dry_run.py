@@ -127,8 +127,8 @@ def check_fits(estimate: Estimate, job: str) -> None:
         from longnet_cli.jobs.estimating.estimate import largest
 
         raise MemoryLimitError(
-            f"{job} needs {format_bytes(estimate.beyond)}, the largest part for {largest(estimate.memory)}, and "
-            f"{format_bytes(estimate.free)} are free; {estimate.advice}"
+            f"{job} needs {format_bytes(estimate.beyond)} besides the program, the largest part for "
+            f"{largest(estimate.memory)}, and {format_bytes(estimate.free)} are free; {estimate.advice}"
         )
 
 
@@ -142,8 +142,8 @@ def _memory(estimate: Estimate) -> list[Row]:
     if facts["spill_bytes"]:
         rows.append(("spill file", format_bytes(facts["spill_bytes"]), "on a disk"))
     if estimate.free is not None:
-        fits = "besides the program" if estimate.fits else "it does not fit"
-        rows.append(("free", format_bytes(estimate.free), fits))
+        needed = "" if estimate.fits else f", and {format_bytes(estimate.beyond)} are needed: it does not fit"
+        rows.append(("free", format_bytes(estimate.free), f"besides the program{needed}"))
     return rows
 
 

@@ -222,6 +222,8 @@ def test_what_cannot_fit_is_refused_with_what_to_change(run_longnet) -> None:
     done = run_longnet("train", "longnet-2.7b", "--dry-run", "--device", "cpu", "--set", "model.num_layers=9999")
     assert done.returncode == 5
     assert "it does not fit" in done.stdout
+    needed = re.search("training needs (.*) besides the program, ", line)[1]
+    assert f" besides the program, and {needed} are needed: it does not fit\n" in done.stdout
     (line,) = done.stderr.splitlines()
     assert "the largest part for activations, and " in line
     assert line.endswith("no chunk fits: choose a smaller model (model.dim, model.num_layers) or a larger device")
