@@ -115,8 +115,9 @@ def _show(estimate: Estimate, format: Format, job: str, before: Sequence[Row], a
     if format == "json":
         emit_json(estimate.facts)
     else:
-        parameters = estimate.facts["parameters"]
-        rows = [("parameters", format_count(parameters), f"{parameters:,}"), *before]
+        parameters, trained = estimate.facts["parameters"], estimate.facts.get("trained")
+        of_lora = f", frozen; LoRA trains {trained:,}" if trained not in (parameters, None) else ""
+        rows = [("parameters", format_count(parameters), f"{parameters:,}{of_lora}"), *before]
         print(_block(rows), _block(_memory(estimate)), _block(after), sep="\n\n")
     check_fits(estimate, job)
 

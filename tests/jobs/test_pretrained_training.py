@@ -23,6 +23,7 @@ from longnet_cli.attention.notation import parse_pattern
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.jobs.estimating.memory import far_bytes
 from longnet_cli.jobs.training.checkpoint import checkpoints_in, tensor_names
+from longnet_cli.jobs.training.costs import estimate_training
 from longnet_cli.jobs.training.loop import train
 from longnet_cli.jobs.training.objective import backward
 from longnet_cli.jobs.training.recipe import PretrainedRecipe, Recipe, load_recipe
@@ -195,6 +196,9 @@ def test_lora_beside_weights_of_two_bytes_is_that_beside_float32(
         net = ModelFolder(folder).trainable(found.model, found.adapter, print)
         frozen.append(sum(p.nbytes for p in net.parameters() if not p.requires_grad))
         assert found.model.frozen_bytes == frozen[-1]
+        trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+        counts = estimate_training(found, torch.device("cpu")).counts
+        assert counts == {"parameters": model.num_parameters(), "trained": trained}
         train(found, tmp_path / f"{folder.name}-run")
         model.to(torch.float32)
     narrow, wide = tmp_path / "narrow-run", tmp_path / "wide-run"

@@ -83,7 +83,7 @@ def estimate_training(recipe: Recipe, device: torch.device, ranks: Ranks | None 
     return Estimate(
         memory={"program": program, **memory},
         free=free,
-        counts={"parameters": config.num_parameters()},
+        counts={"parameters": config.num_parameters(), "trained": config.trained},
         costs={
             "flops_per_token": sum(n * each for n, each in zip(tokens, of_passes, strict=True)) / sum(tokens),
             "tokens": sum(tokens),
