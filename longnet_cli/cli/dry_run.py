@@ -29,7 +29,8 @@ def show_training(estimate: Estimate, format: Format) -> None:
     peak = f"{facts['efficiency']:.0%} (assumed) of {format_count(facts['matmul_peak'])} FLOP/s"
     after = [
         ("FLOPs per token", format_count(facts["flops_per_token"]), "forward and backward"),
-        ("tokens", format_count(facts["tokens"]), f"{format_count(facts['flops'])} FLOPs in all"),
+        ("tokens", format_count(facts["tokens"]), facts["steps"]),
+        ("FLOPs", format_count(facts["flops"]), ""),
         ("time", _duration(facts["seconds"]), f"at {peak} (measured, {facts['dtype']})"),
     ]
     _show(estimate, format, "training", [], after)

@@ -47,7 +47,11 @@ class TrainCommand:
     settings: list[str] | None = RECIPE.option(
         "--set KEY=VALUE", "Set values of the recipe, one per --set: optimizer.lr=1e-3."
     )
-    seq_len: int | None = RECIPE.size("--seq-len SIZE", "Train in one stage, at this context length.")
+    seq_len: int | None = RECIPE.size(
+        "--seq-len SIZE",
+        "Train in one stage, at this context length. A step has as many sequences as train.batch_tokens holds "
+        "(--set train.batch_tokens=1Ki; default: the recipe's, otherwise 16Ki).",
+    )
     steps: int | None = RECIPE.size("--steps N", "Take N steps in that stage. A larger N extends a run.")
     initial: str | None = RECIPE.option(
         "--init NAME|DIR", "Start from this model, its tokenizer and sizes, as in --model of score."
@@ -216,8 +220,7 @@ def _run(recipe: Recipe, options: TrainCommand, where: torch.device, ranks: Rank
     print_note = partial(tell, quiet=quiet)
     total = recipe.tokens
     on_ranks = f" on {ranks.dp} x {ranks.sp} ranks" if ranks.world > 1 else ""
-    all_steps = f"{recipe.train.steps:,} steps, {total:,} tokens"
-    print_note(f"training {recipe.model.trained:,} parameters for {all_steps}{on_ranks}")
+    print_note(f"training {recipe.model.trained:,} parameters: {recipe.steps_in_words}, {total:,} in all{on_ranks}")
     with ExitStack() as stack:
         shown: dict[str, str | None] = {}
         done: int | None = None  # steps; until it is known, there is nothing to save

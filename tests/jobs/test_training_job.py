@@ -213,7 +213,7 @@ def test_the_command(run_longnet, tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     found = json.loads(done.stdout)
     assert found["parameters"] == found["trained"] == 162_160_896
-    assert found["tokens"] == 100 * 4096
+    assert (found["tokens"], found["steps"]) == (100 * 4096, "100 steps of 4 x 1,024 tokens (train.batch_tokens)")
     assert found["peak_bytes"] == sum(found["memory_bytes"].values())
     assert not list(tmp_path.iterdir())  # it writes nothing
 

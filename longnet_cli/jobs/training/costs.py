@@ -87,6 +87,7 @@ def estimate_training(recipe: Recipe, device: torch.device, ranks: Ranks | None 
         costs={
             "flops_per_token": sum(n * each for n, each in zip(tokens, of_passes, strict=True)) / sum(tokens),
             "tokens": sum(tokens),
+            "steps": recipe.steps_in_words,
             "flops": flops,
             "seconds": flops / (peak * EFFICIENCY * ranks.world),
             "dtype": dtype,

@@ -247,6 +247,13 @@ class Recipe(StrictModel):
             lines.append(f"{links}, and sequences have {longest:,}: what is farther is never seen")
         return lines
 
+    @property
+    def steps_in_words(self) -> str:
+        """What the steps read, by stage: `3 steps of 64 x 256 tokens (train.batch_tokens)`."""
+        windows = self.train.windows
+        stages = (f"{s.steps:,} steps of {windows(s):,} x {s.seq_len:,} tokens" for s in self.train.stages)
+        return f"{', then '.join(stages)} (train.batch_tokens)"
+
     def step_tokens(self, stage: Stage) -> int:
         """Return the tokens of a step."""
         return self.train.windows(stage) * stage.seq_len
