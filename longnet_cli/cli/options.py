@@ -64,10 +64,8 @@ def parse_names(text: str) -> tuple[str, ...]:
 
 
 def parse_span(text: str) -> int | str:
-    """Return the name of a unit of a text, or a size."""
-    from longnet_cli.jobs.options import UNITS
-
-    return text if text in UNITS else parse_size(text)
+    """Return a size, or a word, of which `EncodeOptions` knows whether it is a unit of a text."""
+    return parse_size(text) if text[:1].isdigit() else text
 
 
 # What reads the value of an option, by what its help has for one. Sizes are of `HelpPanel.size`.

@@ -308,6 +308,8 @@ FAILURES = [  # command, exit code, a part of its line; and what the file holds 
     ("score a.fa", 3, "a.fa, line 2: not UTF-8: byte 2 is 0xff", ">x\nAC\udcffGT\n"),
     ("tokenize - --train-vocab 300 -o out", 2, "stdin"),
     ("tokenize x.parquet --train-vocab 300 --tokenizer longnet-tiny -o out", 2, "not both"),
+    ("tokenize x.parquet --train-vocab 300 --tokenizer bytes -o out", 2, "not both"),
+    ("encode x.parquet --span word -o out", 2, "span must be a size, or one of sentence, paragraph, passage, not"),
     ("tokenize x.parquet --tokenizer no-end.json --eos -o out", 2, "--eos"),
     ("tokenize ids.parquet -o out", 2, "input_ids"),
     (f"{SLIDE} --tile-size 32", 3, "is outside the grid of 50 x 50 of 32 pixels"),
