@@ -272,8 +272,9 @@ def _trial_of(loaded: Loaded) -> Callable[[Document | None], None]:
         if words and (size := words.n_bytes(text)):
             rows = score(loaded.net, [Document("", text, size, "")], facts=ModelFacts.of(loaded)).read_all()
             if (bits := rows["bpb"][0].as_py()) > MOST:
-                why = "it was made for other text, so name a model with --model"
-                note(f"{loaded.origin}, the default model, takes {bits:.1f} bits per byte here: {why}")
+                takes = f"{loaded.origin}, the default model, takes {bits:.1f} bits per byte"
+                why = "which are not the Python source that it knows: for such text, give --model"
+                note(f"{takes} of the first {len(text):,} tokens, {why}")
 
     return take
 
