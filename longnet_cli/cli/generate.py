@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from longnet_cli.basics.errors import ConfigError, LongNetError, one_line
-from longnet_cli.basics.sizes import count_of, format_bytes, format_duration
+from longnet_cli.basics.sizes import DTYPES_OF_TORCH, count_of, format_bytes, format_duration
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.command import TOP_P, Excludes, check_pairs
 from longnet_cli.cli.dry_run import show_reading
@@ -62,7 +62,8 @@ class GenerateCommand:
     )
     state: str | None = INPUT.option(
         "--state DIR",
-        "Continue after what --save-state has saved in this folder, which stays as it is, with its model and pattern.",
+        "Continue after what --save-state has saved in this folder, with its model, pattern and dtype. It stays as it "
+        "is.",
     )
     chat: bool = INPUT.flag("--chat", "Put each prompt into the tokenizer's chat template, as a user's message.")
     tokenizer: str | None = shared.tokenizer_option()
@@ -102,7 +103,7 @@ def generate(options: GenerateCommand) -> None:
     """
     check_pairs(PAIRS, options)
     if options.state:
-        options = replace(options, choice=_as_saved(options.state, options.choice))
+        options = _as_saved(options, options.state)
     text, save_state = _text(options.prompt, options.inputs, options.state), options.save_state
     opened, inputs = _open(options, text)
     loaded, quiet = opened.loaded, opened.quiet
@@ -125,8 +126,8 @@ def generate(options: GenerateCommand) -> None:
         tell(f"{save_state}: the state after {count_of(stream.position, 'token')}, {format_bytes(size)}", quiet)
 
 
-def _as_saved(state: str, choice: ModelChoice) -> ModelChoice:
-    """Return the model and the pattern of a saved state where none is given. Loads no model.
+def _as_saved(options: GenerateCommand, state: str) -> GenerateCommand:
+    """Return the options with the model, pattern and dtype of a saved state where none is given. Loads no model.
 
     A given pattern gets the layers that choose in the state, unless it names its own. Raises ConfigError for one that
     cannot continue the state's.
@@ -134,12 +135,14 @@ def _as_saved(state: str, choice: ModelChoice) -> ModelChoice:
     from longnet_cli.attention.notation import format_pattern, parse_pattern
     from longnet_cli.basics.configuration import parse, read_text
 
+    choice, computing = options.choice, options.computing
     given = shared.read_pattern(choice.pattern)
     try:
         manifest = parse(read_text(Path(state) / "manifest.json"))
         saved, model = parse_pattern(manifest["longnet.pattern"]), manifest.get("longnet.model")
+        dtype = DTYPES_OF_TORCH.get(manifest.get("dtype"), "auto") if computing.dtype == "auto" else computing.dtype
     except (OSError, ValueError, KeyError, TypeError):  # reading the state says what is wrong with it
-        return choice
+        return options
     if given and given.chosen and not given.chosen_layers:
         given = replace(given, chosen_layers=saved.chosen_layers)
     # a model may have its own offsets
@@ -148,9 +151,10 @@ def _as_saved(state: str, choice: ModelChoice) -> ModelChoice:
             f"{state}: it was saved with the pattern {format_pattern(saved)}, and this is {choice.pattern}: leave out "
             "--pattern"
         )
-    named = choice.model if choice.model != ModelChoice.model or not isinstance(model, str) else model
     as_trained = not given and manifest.get("as_trained")
-    return replace(choice, model=named, pattern=None if as_trained else format_pattern(given or saved))
+    pattern = None if as_trained else format_pattern(given or saved)
+    choice = replace(choice, model=choice.model or (model if isinstance(model, str) else None), pattern=pattern)
+    return replace(options, choice=choice, computing=replace(computing, dtype=dtype))
 
 
 def _open(options: GenerateCommand, text: str | None) -> tuple[Opened, Inputs]:
@@ -168,7 +172,7 @@ def _open(options: GenerateCommand, text: str | None) -> tuple[Opened, Inputs]:
     tokenizer, has_text = opened.loaded.tokenizer, options.prompt is not None or text is not None
     if tokenizer is None and (options.format == "text" or options.sampling.stop or options.sources or has_text):
         raise ConfigError(
-            f"{options.choice.model}: there is no tokenizer: give --tokenizer, or token ids with --input and --format "
+            f"{options.choice.name}: there is no tokenizer: give --tokenizer, or token ids with --input and --format "
             "jsonl"
         )
     return opened, opened.inputs(tokenizer)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from longnet_cli.attention import Pattern
 
 Format = Literal["text", "json"]
+DEFAULT_MODEL = "longnet-tiny"
 
 
 def parse_device(text: str) -> str:
@@ -86,18 +87,20 @@ class HelpPanel(str):
     A panel appears where its first option does.
     """
 
-    def option(self, names: str, help: str, *, default: Any = None, **more: Any) -> Any:
+    def option(self, names: str, help: str, *, default: Any = None, absent: str | None = None, **more: Any) -> Any:
         """Return an option: `model: str = MODEL.option("--model -m NAME", "Use this model.", default="longnet-tiny")`.
 
         After its `names` stands what the help has for a value. The help ends with the default, or with what happens
-        without the option: "(default: all)". MISSING is no default: the option is required. An option of several values
-        is a Sequence, because typer reads `list[int]` as an option that is given once for each item.
+        without the option: "(default: all)". MISSING is no default: the option is required. None with a value `absent`
+        tells that value from a given one. An option of several values is a Sequence, because typer reads `list[int]` as
+        an option that is given once for each item.
         """
         *flags, last = names.split()
         metavar = None if last.startswith("-") else last
         flags += [last] if metavar is None else []
-        said = "(default: " in help or default in (None, MISSING) or isinstance(default, bool)
-        help = help if said else f"{help} (default: {default})"
+        shown = absent or default
+        said = "(default: " in help or shown in (None, MISSING) or isinstance(shown, bool)
+        help = help if said else f"{help} (default: {shown})"
         look: dict[str, Any] = {"metavar": metavar, "help": help, "show_default": False, "rich_help_panel": str(self)}
         if metavar in PARSERS:
             more["parser"] = _option_parser(PARSERS[metavar])
@@ -216,11 +219,15 @@ class Documents:
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """The model that a command reads with, and its pattern."""
+    """The model that a command reads with, None for DEFAULT_MODEL, and its pattern."""
 
-    model: str = model_option(default="longnet-tiny")
+    model: str | None = model_option(absent=DEFAULT_MODEL)
     update: bool = update_flag()
     pattern: str | None = pattern_option()
+
+    @property
+    def name(self) -> str:
+        return self.model or DEFAULT_MODEL
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,7 @@ class Opened:
 
     `earlier` is the run that `-o` continues; of a dry run, `refusal` says why none can be continued or begun, and
     `room` is the memory before the model was loaded. `quiet` is true for all ranks except the first. `left_out` counts
-    the documents that get no row.
+    the documents that get no row. `named` is false for the default model.
     """
 
     folder: ModelFolder
@@ -169,6 +169,7 @@ class Opened:
     earlier: Manifest | None
     refusal: ConfigError | None
     room: Room | None
+    named: bool
 
     def reader(self) -> Reader:
         """Return what reads documents with the model, in chunks as the earlier run did."""
@@ -213,7 +214,7 @@ class Opened:
 
         quiet, expected, path = self.quiet, ExpectedTokens(), str(output.path)
         tell_state = state_teller(job.reader, quiet=quiet)
-        try_text = _trial_of(self.loaded) if self.folder.name == ModelChoice.model and not quiet else None
+        try_text = None if self.named or quiet else _trial_of(self.loaded)
 
         def on_document(document: Document, share: float | None) -> None:
             if try_text:
@@ -342,12 +343,13 @@ class ModelAndInputs:
         from longnet_cli.hub.model_names import as_stored
         from longnet_cli.models.folder import ModelFolder
 
-        model, tokenizer = choice.model, documents.tokenizer
+        model, tokenizer = choice.name, documents.tokenizer
         if choice.update:
             ask_hub(model, tokenizer)
         if earlier:
             model = as_stored(model, [earlier.settings.get("model_name")])
         self.documents, self.pattern, self.embeds = documents, read_pattern(choice.pattern), embeds
+        self.named = choice.model is not None
         self.folder = ModelFolder.find(model, gguf=True, embeds=embeds)
         self._files = [self.folder.path, Tokenizer.find(tokenizer) if tokenizer else None]
         self.sources = Sources(documents.inputs, skip_bad=documents.skip_bad)
@@ -414,4 +416,5 @@ class ModelAndInputs:
             earlier=earlier,
             refusal=refusal,
             room=room,
+            named=self.named,
         )

@@ -44,10 +44,10 @@ class TokenizeCommand:
     id_column: str | None = shared.id_column_option()
     keep: Sequence[str] | None = shared.keep_option()
     skip_bad: bool = shared.skip_bad_flag()
-    tokenizer: str = TOKENS.option(
+    tokenizer: str | None = TOKENS.option(
         "--tokenizer NAME|PATH",
         "Use bytes (one id per byte), a tokenizer.json, or a model's: shipped, or ORG/NAME on the hub.",
-        default="bytes",
+        absent="bytes",
     )
     update: bool = shared.update_flag()
     train_vocab: int | None = TOKENS.size(
@@ -78,7 +78,8 @@ def tokenize(options: TokenizeCommand) -> None:
     beside = tokenizer_beside(output)
     names = options.column, options.id_column, tuple(options.keep or ())
     data = Inputs(options.inputs, None, *names, skip_bad=options.skip_bad)
-    refuse_overwriting("-o", [output, *([beside] if beside else [])], data.sources, [Tokenizer.find(options.tokenizer)])
+    words = options.tokenizer and Tokenizer.find(options.tokenizer)
+    refuse_overwriting("-o", [output, *([beside] if beside else [])], data.sources, [words])
     for_folder = {"--shard-tokens": options.shard_tokens, "--shard-format": options.shard_format != "arrow"}
     where_to = "token ids are binary, stdout is a terminal: name a folder or a file (-o tokens), or pipe them"
     check_output(output, where_to, for_folder, resume=options.resume)

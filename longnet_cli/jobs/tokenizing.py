@@ -77,7 +77,7 @@ def tokenize(
     inputs: Inputs,
     output: str | Path,
     *,
-    tokenizer: str | Path | Tokenizer = "bytes",
+    tokenizer: str | Path | Tokenizer | None = None,
     train_vocab: int | None = None,
     shard_tokens: int = SHARD_TOKENS,
     shard_format: ShardFormat = "arrow",
@@ -93,8 +93,8 @@ def tokenize(
     file (with `NAME.tokenizer.json` beside it), or `-`, a stream on stdout of small batches that do not wait for a slow
     input. A shard ends with the document that brings it to `shard_tokens`. `eos` appends a token to every document: the
     token with this name or this id, or the tokenizer's own end of text (True). Chats need the template in the
-    tokenizer's folder. Each row has the columns that the inputs carry along (`keep`). `train_vocab` first trains a
-    byte-level BPE of that size on the same inputs.
+    tokenizer's folder. Each row has the columns that the inputs carry along (`keep`). Without a `tokenizer`, ids are
+    bytes; `train_vocab` first trains a byte-level BPE of that size on the same inputs.
 
     `resume` continues a folder that an earlier run with the same inputs and options left unfinished. The result is byte
     for byte as if the run had never stopped, and finished shards are not tokenized again. A file or a row that cannot
@@ -172,12 +172,12 @@ def tokenizer_beside(output: str | Path) -> Path | None:
 
 
 def _tokenizer(
-    inputs: Inputs, tokenizer: str | Path | Tokenizer, train_vocab: int | None, earlier: dict[str, str] | None
+    inputs: Inputs, tokenizer: str | Path | Tokenizer | None, train_vocab: int | None, earlier: dict[str, str] | None
 ) -> Tokenizer:
-    """Return the given tokenizer, or the one that an `earlier` run trained (`Tokenizer.description`), or train one."""
+    """Return the given tokenizer, bytes for None; with `train_vocab`, a new one, or that of an `earlier` run."""
     if train_vocab is None:
-        return tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.load(tokenizer)
-    if tokenizer != "bytes":
+        return tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.load(tokenizer or "bytes")
+    if tokenizer is not None:
         raise ConfigError("give a tokenizer or train one, not both")
     if earlier is not None:
         return Tokenizer.from_description(earlier)

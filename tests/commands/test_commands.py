@@ -99,6 +99,7 @@ def test_text_that_does_not_suit_the_default_model_is_noted(run_longnet: RunLong
         for inputs, noted in (
             (["prose.txt"], True),
             (["code.py", "prose.txt"], False),
+            (["prose.txt", "-mlongnet-tiny"], False),
             (["prose.txt", "-m./own"], False),
         ):
             done = run_longnet(*command, *inputs, code=0)

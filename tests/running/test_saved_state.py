@@ -371,7 +371,7 @@ def test_a_full_disk_leaves_the_old_state(small_disk: Path) -> None:
 def test_the_command(run_longnet: RunLongnet, tmp_path: Path) -> None:
     """A book is read once and asked often by the state's own model; the state stays until another takes its place."""
     native, other = tiny_model(tmp_path / "native", position="rope"), tiny_llama(tmp_path / "llama")
-    for model, more in ((native, ["--pattern", "finding"]), (other, [])):
+    for model, more in ((native, ["--pattern", "finding"]), (other, ["--dtype", "bf16"])):
         (tmp_path / "book.txt").write_text("some words, and others. " * 20)
         reading = ["--model", model, *more]
         options = ["-n", "20", "--format", "jsonl", "-q"]
@@ -387,6 +387,7 @@ def test_the_command(run_longnet: RunLongnet, tmp_path: Path) -> None:
         assert json.loads(run_longnet("generate", *asked).stdout) == whole | {"doc_id": "prompt", "n_prompt": 0}
         after = json.loads(run_longnet("generate", "\nWhat?", *asked).stdout)
         assert (after["tokens"], followed["n_prompt"]) == (followed["tokens"], 480 + after["n_prompt"])
+        assert "it was saved " in run_longnet("generate", *asked, "-m", "longnet-tiny").stderr  # the default, if given
         if model == other:  # whose commands import transformers
             break
         (tmp_path / "questions.jsonl").write_text('{"text": "What?"}\n{"text": "Who?"}\n')
