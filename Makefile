@@ -6,6 +6,7 @@
 #   make quick     run what one runs between two edits: no commands, no ranks
 #   make real      use each command as people do, with real models and texts of megabytes: before a release
 #   make engines   run the examples for Ray and Spark on Ray and Spark
+#   make figures   measure what the pages show, in hours; make figures/NAME measures one
 #   make check     what CI checks
 #   make clean     remove everything that was made here
 #   make matrix    run all tests with the oldest and the newest libraries that are allowed
@@ -24,7 +25,7 @@ RUN_TESTS = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n au
   --dist loadfile --no-loadscope-reorder $(PYTEST)
 NOT_OF_CI = --ignore=tests/clients --ignore=tests/real# whose imports take seconds
 
-.PHONY: demo docs/demo.svg docs/surprise.png test test-rest test-all real engines quick matrix gpu wheels docs lint check wheel-check clean
+.PHONY: figures demo docs/demo.svg docs/surprise.png test test-rest test-all real engines quick matrix gpu wheels docs lint check wheel-check clean
 
 demo: .venv/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
@@ -44,6 +45,12 @@ docs/surprise.png: .venv/.installed
 	cd build && ../$(BIN)/longnet plot near.arrow whole.arrow -o surprise.html
 	$(CHROMIUM) --headless --no-sandbox --disable-gpu --hide-scrollbars --virtual-time-budget=5000 \
 	  --window-size=960,520 --screenshot=$@ build/surprise.html
+
+figures: .venv/.installed-dev
+	$(BIN)/python docs/measurements/figures.py run --all
+
+figures/%: .venv/.installed-dev
+	$(BIN)/python docs/measurements/figures.py run $*
 
 test: .venv/.installed-dev
 	$(RUN_TESTS) $(NOT_OF_CI) -m 'not (slow or gpu or ci)'

@@ -256,7 +256,7 @@ def measure(folder: Path, seed: int, names: Sequence[str]) -> None:
 
 
 def table() -> Iterator[str]:
-    """Yield lines of Markdown: perplexity by context, and three tables relative to the first pattern.
+    """Yield lines of Markdown: a summary, perplexity by context, and three tables relative to the first pattern.
 
     A standard error is over documents, whose differences are means over seeds, and over seeds if there are several.
     """
@@ -264,7 +264,15 @@ def table() -> Iterator[str]:
     for row in sorted(rows(), key=lambda row: row["seed"]):
         found.setdefault((row["text"], row["pattern"]), []).append(row)
     names = [name for name in (*PATTERNS, *SCRATCH) if (KINDS[0], name) in found]
-    yield "| text | pattern | seeds | keys | MFLOPs per token | " + " | ".join(f"ppl, {c:,}" for c in CONTEXTS) + " |"
+    columns = [(KINDS[0], 0), (KINDS[0], -1), *((KINDS[1], at) for at in range(len(CONTEXTS)))]
+    yield (
+        "| ppl / that of the window | seeds | " + " | ".join(f"{kind}, {CONTEXTS[at]:,}" for kind, at in columns) + " |"
+    )
+    yield "|---" * (2 + len(columns)) + "|"
+    for name in names[1:]:
+        cells = [_ratio(found[kind, name], found[kind, names[0]], _by_context, at) for kind, at in columns]
+        yield f"| {name} | {len(found[KINDS[0], name])} | " + " | ".join(cells) + " |"
+    yield "\n| text | pattern | seeds | keys | MFLOPs per token | " + " | ".join(f"ppl, {c:,}" for c in CONTEXTS) + " |"
     yield "|---" * (5 + len(CONTEXTS)) + "|"
     for kind in KINDS:
         for name in names:

@@ -1,0 +1,139 @@
+"""Numbers on pages are those of docs/figures, whose entries a runner wrote: `check` finds what is not, and `draw` what
+no longer comes out.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from places import ROOT, imported
+
+SCRIPT = """import json
+PATTERNS = ["window:16", "16/1,64/4"]
+print(json.dumps({"name": "a", "tokens": 1234567, "ppl": 6.8244, "ppl_se": 0.4855, "bytes": 3 << 20, "seconds": 1.5}))
+print(json.dumps({"name": "b", "tokens": 100, "ppl": 7.25, "ppl_se": 0.5, "bytes": 2_600_000, "ratio": 0.7724}))
+"""
+FIGURES = """[small]
+run = "OMP_NUM_THREADS=1 python measure.py || longnet pattern window:1Ki --format json"
+timed = "seconds"
+cheap = true
+"""
+PAGE = """# A page
+
+<!-- figure: small -->
+
+| net | tokens | ppl | +- | MB |
+|---|---|---|---|---|
+| a, fp32 | 1,234,567 | 6.82 | 0.5 | 3.1 |
+| `b` of 2 GiB | 100 | 7.25 | 0.50 | 2.6 |
+
+<!-- figure: small -->
+It has 22.8 % less, at 6.824 +- 0.486.
+"""
+
+
+@pytest.fixture
+def figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The runner, in a small tree that it has measured."""
+    module = imported(ROOT / "docs/measurements/figures.py")
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    (tmp_path / "docs/figures").mkdir(parents=True)
+    (tmp_path / "docs/figures/figures.toml").write_text(FIGURES)
+    (tmp_path / "measure.py").write_text(SCRIPT)
+    (tmp_path / "README.md").write_text(PAGE.replace(" of 2 GiB", ""))
+    (tmp_path / "docs/rows.jsonl").write_text('{"pattern": "window:16"}\n')
+    module.run("small")
+    assert [*module.check()] == []
+    return module
+
+
+def test_pages_have_the_numbers_of_their_entries() -> None:
+    figures = imported(ROOT / "docs/measurements/figures.py")
+    assert [*figures.check()] == []
+
+
+def marked() -> Iterator[tuple[str, str]]:
+    figures = imported(ROOT / "docs/measurements/figures.py")
+    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "models").rglob("*.md")):
+        yield from figures.MARKER.findall(page.read_text(encoding="utf-8"))
+
+
+def test_a_wrong_digit_on_a_page_is_found() -> None:
+    """Each last digit of each number that stands under a marker, made one larger; a few fall on another figure."""
+    figures = imported(ROOT / "docs/measurements/figures.py")
+    entries, tried, found = figures.entries(), 0, 0
+    for names, text in marked():
+        of_block, block = [entries[name] for name in names.split()], text.removeprefix("```")
+        for number in figures.NUMBER.finditer(block):
+            end = number.end(1)
+            if block[: number.start()].count("`") % 2 or len(number[1].strip(".0")) < 2:
+                continue
+            changed = block[: end - 1] + str((int(block[end - 1]) + 1) % 10) + block[end:]
+            tried += 1
+            found += bool([*figures.wrong_numbers(text.removesuffix(block) + changed, of_block)])
+    assert found > 0.9 * tried > 0, (found, tried)
+
+
+BROKEN = {
+    "a digit of a table": ("README.md", "6.82 |", "6.83 |", "README.md: 6.83 is not in small"),
+    "a number of another row": ("README.md", "| 100 |", "| 1,234,567 |", "README.md: 1,234,567 is not in small"),
+    "a share": ("README.md", "22.8 %", "23.8 %", "README.md: 23.8 % is not in small"),
+    "an error": ("README.md", "0.486", "0.468", "README.md: 0.468 is not in small"),
+    "a marker without an entry": ("README.md", "figure: small", "figure: large", "no entry docs/figures/large"),
+    "a script that has changed": ("measure.py", "16/1,64", "16/1,32", "small.json: measure.py has changed"),
+    "an option that is gone": ("docs/figures/small.json", "--format json", "--base 2", "No such option: --base"),
+    "a command that is gone": ("docs/figures/small.json", "longnet pattern", "longnet paint", "no command paint"),
+    "a legend": ("measure.py", '"window:16"', '"nested:16"', "small.json: nested:16"),
+    "a pattern of rows": ("docs/rows.jsonl", "window", "nested", "docs/rows.jsonl: nested:16"),
+    "a command that is another": ("docs/figures/figures.toml", "1Ki", "2Ki", "its command is not that of figures.toml"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_broken_is_named(name: str, figures: ModuleType, tmp_path: Path) -> None:
+    path, old, new, message = BROKEN[name]
+    text = (tmp_path / path).read_text()
+    assert old in text
+    (tmp_path / path).write_text(text.replace(old, new, 1))
+    if path.endswith("small.json"):  # both, so that only the command is at fault
+        toml = tmp_path / "docs/figures/figures.toml"
+        toml.write_text(toml.read_text().replace(old, new, 1))
+    found = [*figures.check()]
+    assert [each for each in found if message in each], found
+
+
+def test_a_script_that_is_gone_is_named(figures: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "measure.py").unlink()
+    assert [*figures.check()] == ["docs/figures/small.json: measure.py is gone"]
+
+
+def test_a_run_agrees_within_its_errors(figures: ModuleType, tmp_path: Path) -> None:
+    script = tmp_path / "measure.py"
+    assert [*figures.draw("0")] == []
+    script.write_text(SCRIPT.replace('seconds": 1.5', 'seconds": 9.5').replace("6.8244", "6.9"))
+    assert [*figures.draw("0")] == []  # a timing, and a value within its error
+    for old, new in (("6.8244", "7.4"), ("1234567", "1234568"), ("0.7724", "0.7725"), ('"b"', '"c"')):
+        script.write_text(SCRIPT.replace(old, new))
+        assert len([*figures.draw("0")]) == 1, new
+
+
+@pytest.mark.ci
+def test_three_figures_come_out_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawn by the commit: over some commits, all of the cheap ones."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    assert [*imported(ROOT / "docs/measurements/figures.py").draw(commit)] == []
+
+
+def test_entries_say_how_they_were_measured(figures: ModuleType, tmp_path: Path) -> None:
+    entry = json.loads((tmp_path / "docs/figures/small.json").read_text())
+    assert entry["threads"] == 1
+    assert entry["files"] == {"measure.py": figures.sha256(tmp_path / "measure.py")}
+    assert entry["rows"][0]["tokens"] == 1234567
+    assert {"command", "output_sha256", "commit", "machine", "torch", "date", "cpu_seconds"} < {*entry}
