@@ -36,8 +36,7 @@ from longnet_cli.attention.notation import format_pattern, parse_pattern
 from longnet_cli.attention.spans import Layout, common_span, far_spans, open_spans
 from longnet_cli.basics.errors import ConfigError, InputWarning, LongNetError
 from longnet_cli.basics.sizes import format_bytes, format_count, format_duration, format_size, parse_size
-from longnet_cli.jobs.estimating.memory import reading_memory, spilled_bytes
-from longnet_cli.jobs.estimating.reading import ReadingPlan
+from longnet_cli.jobs.estimating.estimate import ReadingPlan, reading_memory, spilled_bytes
 from longnet_cli.jobs.training.costs import StepFlops, step_flops, stored_bytes, training_memory
 from longnet_cli.jobs.training.recipe import Recipe, Stage, load_recipe, parse_overrides
 from longnet_cli.jobs.training.start import check_ranks
@@ -45,10 +44,10 @@ from longnet_cli.models.folder import ModelFolder
 from longnet_cli.nets.config import LongNetConfig, NetConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import Net
-from longnet_cli.running.chunk_size import GPU_BENCH_CHUNK, SHORTEST_CHUNK, chunk_beside, fitting_chunk
 from longnet_cli.running.device import DTYPES, free_memory, resident_memory, resolve_dtype
 from longnet_cli.running.ranks.exchange import Exchange
 from longnet_cli.running.ranks.ranks import Ranks, even_edges, join, leave
+from longnet_cli.running.reader import GPU_BENCH_CHUNK, SHORTEST_CHUNK, chunk_beside, fitting_chunk
 
 if sys.version_info >= (3, 11):
     import tomllib

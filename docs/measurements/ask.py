@@ -40,7 +40,7 @@ from longnet_cli import CausalStream, LongNetError, ModelFolder, Tokenizer, pars
 from longnet_cli.basics.sizes import parse_size
 from longnet_cli.data.passages import Passage, PassageIndex
 from longnet_cli.data.tables import Text
-from longnet_cli.data.units import cut
+from longnet_cli.data.text_pieces import cut
 from longnet_cli.jobs.asking import SYSTEM, prompt
 from longnet_cli.models.folder import Loaded
 from longnet_cli.running.device import precision

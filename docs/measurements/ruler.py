@@ -38,7 +38,7 @@ from passage import apart
 
 from longnet_cli import ConfigError, LongNetError, ModelFolder, Net, Tokenizer, open_stream, parse_pattern
 from longnet_cli.basics.sizes import parse_size
-from longnet_cli.jobs.chosen_sources import SourceWatch
+from longnet_cli.jobs.generating import SourceWatch
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
 WORDS = """

@@ -10,11 +10,9 @@ from .pattern import Level, Pattern
 from .spans import SINKS, FarSpan
 
 if TYPE_CHECKING:
-    from .cache import KVCache
+    from .cache import FarKeys, KVCache, Outside, far_keys
     from .choosing import LayerChoices
-    from .dilated import dilated_attention
-    from .module import DilatedAttention
-    from .outside import FarKeys, Outside, far_keys
+    from .dilated import DilatedAttention, dilated_attention
     from .past import Past
 
 __all__ = [
@@ -33,14 +31,14 @@ __all__ = [
 ]
 
 _MODULES = {
-    "DilatedAttention": "module",
-    "FarKeys": "outside",
+    "DilatedAttention": "dilated",
+    "FarKeys": "cache",
     "KVCache": "cache",
     "LayerChoices": "choosing",
-    "Outside": "outside",
+    "Outside": "cache",
     "Past": "past",
     "dilated_attention": "dilated",
-    "far_keys": "outside",
+    "far_keys": "cache",
 }
 
 

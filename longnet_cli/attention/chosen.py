@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .branches import Branch
-from .choosing import Choice, LayerChoices, choose, votes_by_keys
+from .choosing import Choice, LayerChoices, Unrotated, Voting, choose, group_starts, slots_of, votes_by_keys
 from .groups import GroupedPart, Groups, limits_of, slot_of
 from .merging import GradientSum, Merge
 from .past import GroupBlocks, Means, Past, Seen, unrotated
@@ -31,7 +31,6 @@ from .plain_call import Kernel
 from .sinks import Turn
 from .spans import Rows
 from .views import accumulator, strided_view
-from .voting import Unrotated, Voting, group_starts, slots_of
 
 
 class Chosen:

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from .branches import Branch, Turned, Union, branches, united
+from .cache import FarKeys
 from .chosen import Chosen
 from .groups import GroupedPart, groups_of
 from .merging import GradientSum, Merge, flat_rows
-from .outside import FarKeys
 from .packing import Block, Pack, packed
 from .pattern import Padding, Pattern
 from .plain_call import Kernel

@@ -65,8 +65,7 @@ def plan(
     opened: Opened, job: RowJob, inputs: Inputs, output: Output, sample: int | None, format: Literal["text", "json"]
 ) -> None:
     """Print the estimate of a job that would read `inputs` and write to `output`, of a `sample` of texts if given."""
-    from longnet_cli.jobs.estimating.estimate import estimate_reading
-    from longnet_cli.jobs.estimating.reading import count_documents
+    from longnet_cli.jobs.estimating.estimate import count_documents, estimate_reading
     from longnet_cli.running.ranks.ranks import leave
 
     assert opened.room  # of every dry run

@@ -26,9 +26,8 @@ if TYPE_CHECKING:
     from longnet_cli.data.chat import ChatTemplate
     from longnet_cli.data.documents import Document
     from longnet_cli.data.inputs import Inputs
-    from longnet_cli.jobs.chosen_sources import ChosenPassage
     from longnet_cli.jobs.estimating.estimate import Room
-    from longnet_cli.jobs.generating import Step
+    from longnet_cli.jobs.generating import ChosenPassage, Step
     from longnet_cli.models.folder import Loaded
     from longnet_cli.running.causal_stream import CausalStream
     from longnet_cli.running.reader import Reader
@@ -166,7 +165,7 @@ def _open(options: GenerateCommand, text: str | None) -> tuple[Opened, Inputs]:
         raise ConfigError("generate is for one process, and torchrun has started several: start one")
     opened = named.open(Mesh(), options.computing, dry_run=options.dry_run, chat=options.chat)
     if options.sources:
-        from longnet_cli.jobs.chosen_sources import check_sources
+        from longnet_cli.jobs.generating import check_sources
 
         check_sources(opened.loaded.net)
     tokenizer, has_text = opened.loaded.tokenizer, options.prompt is not None or text is not None

@@ -78,8 +78,7 @@ def _draw_curves(options: PlotCommand) -> None:
 
 
 def _show_surprise(options: PlotCommand) -> None:
-    from longnet_cli.jobs.plotting.surprise import draw_surprise, read_surprise
-    from longnet_cli.jobs.plotting.surprise_page import write_surprise
+    from longnet_cli.jobs.plotting.surprise import draw_surprise, read_surprise, write_surprise
 
     if options.show:
         raise ConfigError("--show is for curves: leave it out for a file of log-probabilities")

@@ -1,22 +1,61 @@
-"""The data files of a folder, local or in a store: the shards of a data set in its order, or every text."""
+"""The data files of a folder, local or in a store: the shards of a data set in its order, or every text.
+
+Kinds of files are known by their first bytes and by their names.
+"""
 
 import json
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from mimetypes import MimeTypes
 from os.path import commonprefix
 from pathlib import PurePosixPath
 
 from longnet_cli.basics.errors import ConfigError, DataError, InputWarning
-from longnet_cli.data import kinds
 from longnet_cli.data.manifest import FINISHED, UNFINISHED, manifest_in, manifest_text
+
+SHARD_SUFFIXES = (".parquet", ".pq", ".arrow", ".arrows", ".ipc", ".feather")
+JSON_SUFFIXES = (".jsonl", ".ndjson")
+HDF5_SUFFIXES = (".h5", ".hdf5")
+FASTA_SUFFIXES = (".fa", ".fasta", ".fna", ".ffn", ".faa")
+PACKED_SUFFIXES = (".gz", ".zst", ".xz", ".bz2")
+ARROW_KINDS = ("file", "stream", "parquet")  # results of `sniff` for tables with typed columns
+
+_KINDS = MimeTypes()  # without those of the system, which differ
+_PACKED = {b"\x1f\x8b\x08": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\0": "xz", b"BZh": "bzip2"}
+_MAGIC = {b"ARROW1\0\0": "file", b"\xff\xff\xff\xff": "stream", b"\x89HDF\r\n\x1a\n": "hdf5", b"PAR1": "parquet"}
+
+
+def sniff(head: bytes) -> str:
+    """Return `file`, `stream` (Arrow IPC), `parquet`, `hdf5` or `text`, by at least the first 8 bytes."""
+    return next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), "text")
+
+
+def compression(head: bytes) -> str | None:
+    """Return the compression of an input, by at least its first 8 bytes; None if it is not compressed."""
+    if head[1:4] == b"\x2a\x4d\x18" and head[0] >> 4 == 5:  # a skippable frame, with which pzstd's files start
+        return "zstd"
+    return next((name for magic, name in _PACKED.items() if head.startswith(magic)), None)
+
+
+def bare_name(name: str) -> str:
+    """Return the name of a file in lower case, without the suffix of its compression: `a.jsonl` for `A.jsonl.GZ`."""
+    name = name.lower()
+    return next((name.removesuffix(suffix) for suffix in PACKED_SUFFIXES if name.endswith(suffix)), name)
+
+
+def is_named_text(name: str) -> bool:
+    """Return whether the suffix of a file names a kind of text."""
+    bare = bare_name(name)
+    return (_KINDS.guess_type(bare)[0] or "").startswith("text/") or bare.endswith((".md", ".rst"))
+
 
 # The words by which Hugging Face knows a split in the name of a file
 _SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 _SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev", "eval", "evaluation"), "validation")
 
 MOST_NAMED = 20  # kinds of files that are not read
-_TEXTS = (*kinds.JSON_SUFFIXES, ".json", *kinds.FASTA_SUFFIXES)
+_TEXTS = (*JSON_SUFFIXES, ".json", *FASTA_SUFFIXES)
 
 
 def choose_files(folder: str, names: Sequence[str], read: Callable[[str, int | None], bytes]) -> tuple[list[str], str]:
@@ -55,8 +94,8 @@ def choose_files(folder: str, names: Sequence[str], read: Callable[[str, int | N
     files = sorted((name for name in names if not any(map(is_hidden, name.split("/")))), key=natural_order)
     written = _written_folders(names)
     files = [file for file in files if not file.startswith(written)] or files
-    for suffixes in (kinds.SHARD_SUFFIXES, kinds.JSON_SUFFIXES, kinds.FASTA_SUFFIXES):
-        if shards := [file for file in files if kinds.bare_name(file).endswith(suffixes)]:
+    for suffixes in (SHARD_SUFFIXES, JSON_SUFFIXES, FASTA_SUFFIXES):
+        if shards := [file for file in files if bare_name(file).endswith(suffixes)]:
             shards = [shard for shard in shards if "/" not in shard] or shards
             _refuse_splits(folder, shards)
             return shards, _tell_unread(folder, files, shards)
@@ -67,7 +106,7 @@ def choose_files(folder: str, names: Sequence[str], read: Callable[[str, int | N
             chosen.append(file)
             empty = empty and not head
     if empty:  # beside text, HDF5 files are its data
-        chosen = [file for file in files if kinds.bare_name(file).endswith(kinds.HDF5_SUFFIXES)] or chosen
+        chosen = [file for file in files if bare_name(file).endswith(HDF5_SUFFIXES)] or chosen
     if not chosen:
         raise DataError(f"{folder}: the folder holds nothing readable (Arrow, Parquet, JSON Lines, text or HDF5 files)")
     return chosen, _tell_unread(folder, files, chosen)
@@ -77,13 +116,13 @@ def _tell_unread(folder: str, files: Sequence[str], chosen: Sequence[str]) -> st
     """Return a sentence that names the files beside the `chosen` ones, and warn with it; empty if there are none."""
     alike: dict[str, list[str]] = {}  # by their suffix
     for file in sorted({*files} - {*chosen}, key=natural_order):
-        alike.setdefault(PurePosixPath(kinds.bare_name(file)).suffix, []).append(file)
+        alike.setdefault(PurePosixPath(bare_name(file)).suffix, []).append(file)
     if not alike:
         return ""
     firsts = [f"{of[0]} and {len(of) - 1} like it" if of[1:] else of[0] for of in alike.values()]
     named = ", ".join([*firsts[:MOST_NAMED], *["..."] * (len(firsts) > MOST_NAMED)])
-    suffixes = (*kinds.SHARD_SUFFIXES, *_TEXTS)
-    readable = [of for suffix, of in alike.items() if suffix in suffixes or kinds.is_named_text(of[0])]
+    suffixes = (*SHARD_SUFFIXES, *_TEXTS)
+    readable = [of for suffix, of in alike.items() if suffix in suffixes or is_named_text(of[0])]
     unread, how = max(readable, key=len, default=[]), ""
     if unread:
         pattern = f"{folder}/{'**/' * any('/' in file for file in unread)}*{PurePosixPath(unread[0]).suffix}"
@@ -101,7 +140,7 @@ def _refuse_splits(folder: str, shards: Sequence[str]) -> None:
     shards_of: dict[str, list[str]] = {}
     for shard in shards:
         top, _, name = shard.rpartition("/")
-        words = [word for word in re.split(r"[-_. 0-9]+|of", kinds.bare_name(name).rpartition(".")[0]) if word]
+        words = [word for word in re.split(r"[-_. 0-9]+|of", bare_name(name).rpartition(".")[0]) if word]
         split = next((_SPLITS[word] for word in (*words[:1], *words[-1:], top.lower()) if word in _SPLITS), None)
         if split:
             shards_of.setdefault(split, []).append(shard)
@@ -142,9 +181,9 @@ def _looks_like_text(name: str, head: bytes) -> bool:
     A compressed file is worth opening if its suffix names the compression, and it is not an archive of many files. A
     file whose suffix names a kind of text is opened, whatever it holds.
     """
-    if kinds.compression(head):
-        return name.lower().endswith(kinds.PACKED_SUFFIXES) and not kinds.bare_name(name).endswith(".tar")
-    return kinds.is_named_text(name) or b"\0" not in head or kinds.sniff(head) not in ("text", "hdf5")
+    if compression(head):
+        return name.lower().endswith(PACKED_SUFFIXES) and not bare_name(name).endswith(".tar")
+    return is_named_text(name) or b"\0" not in head or sniff(head) not in ("text", "hdf5")
 
 
 def natural_order(name: str) -> list[str | int]:

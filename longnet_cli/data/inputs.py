@@ -39,14 +39,14 @@ from longnet_cli.data.columns import (
 )
 from longnet_cli.data.documents import Document, Unread, collect
 from longnet_cli.data.files import FileChangedError, Part, no_place
+from longnet_cli.data.folders import ARROW_KINDS, compression, sniff
 from longnet_cli.data.formats import open_source
-from longnet_cli.data.kinds import ARROW_KINDS, compression, sniff
 from longnet_cli.data.manifest import read_manifest
 from longnet_cli.data.names import Source, Sources
 from longnet_cli.data.tables import Stdin, Table, Text, reading
+from longnet_cli.data.text_pieces import Unit, note_ends
 from longnet_cli.data.token_columns import DocumentRows, flat_documents, list_documents, read_documents, table_texts
 from longnet_cli.data.tokenizer import Tokenizer, fitting
-from longnet_cli.data.units import Unit, note_ends
 from longnet_cli.data.vectors import vector_documents
 
 WHOLE_TEXT, WHOLE_TABLE = 1 << 30, 1 << 23  # a resumed run reads all of a text again, and passes over tables

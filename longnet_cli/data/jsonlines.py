@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.data.columns import ID_COLUMNS, Wanted
-from longnet_cli.data.kinds import JSON_SUFFIXES, bare_name
+from longnet_cli.data.folders import JSON_SUFFIXES, bare_name
 from longnet_cli.data.names import Source
 from longnet_cli.data.tables import BYTE_ORDER_MARK, CHAT_COLUMN, TOKEN_COLUMNS, Pipe, Table, first_line
 

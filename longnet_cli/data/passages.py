@@ -1,6 +1,6 @@
 """Passages of texts, and an index that finds those with a question's words.
 
-    texts --units.cut--> passages --PassageIndex--> SQLite's full-text search --find--> the best passages by BM25
+    texts --text_pieces.cut--> passages --PassageIndex--> SQLite's full-text search --find--> the best passages by BM25
 
 The index is in memory, or a file that knows its inputs by digests of their contents.
 """
@@ -20,7 +20,7 @@ from longnet_cli.data.documents import Unread
 from longnet_cli.data.inputs import DocumentPass, Inputs
 from longnet_cli.data.manifest import OnSkip
 from longnet_cli.data.tables import Table, Text
-from longnet_cli.data.units import cut
+from longnet_cli.data.text_pieces import cut
 
 # Writing in which no space ends a word: Thai, Lao, Burmese, Khmer, kana, Chinese characters, hangul
 UNSPACED = re.compile(

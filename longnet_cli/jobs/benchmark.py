@@ -50,8 +50,8 @@ from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import Net
 from longnet_cli.running import device as machines
 from longnet_cli.running.causal_stream import open_stream
-from longnet_cli.running.chunk_size import BENCH_CHUNK, GPU_BENCH_CHUNK, chunk_of
 from longnet_cli.running.device import DTYPES, free_memory
+from longnet_cli.running.reader import BENCH_CHUNK, GPU_BENCH_CHUNK, chunk_of
 
 if TYPE_CHECKING:
     from longnet_cli.models.hf.pretrained_net import TransformersNet

@@ -26,8 +26,8 @@ from longnet_cli.data.documents import Document, TextPlaces
 from longnet_cli.data.manifest import OnSkip
 from longnet_cli.data.outputs import kept_columns, row_schema
 from longnet_cli.data.tables import numpy_dtype
+from longnet_cli.data.text_pieces import Unit
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.data.units import Unit
 from longnet_cli.jobs.options import NO_PREFIX, ONE_STATE, EncodeOptions
 from longnet_cli.jobs.pooling import (
     SHORT,

@@ -29,13 +29,12 @@ from longnet_cli.data.manifest import LeftOut, OnSkip
 from longnet_cli.data.names import Apart
 from longnet_cli.data.outputs import ShardWriter, first_kept, is_folder
 from longnet_cli.data.shards import ShardFolder, ShardFormat
-from longnet_cli.data.units import Unit
+from longnet_cli.data.text_pieces import Unit
 from longnet_cli.jobs.options import EncodeOptions, ScoreOptions
 from longnet_cli.nets.net import Bos, InputSequence
 from longnet_cli.nets.weights import model_digest
 from longnet_cli.running.device import check_kernel
-from longnet_cli.running.ranks.dealing import Batches, deal
-from longnet_cli.running.ranks.portions import Portion, portions
+from longnet_cli.running.ranks.dealing import Batches, Portion, deal, portions
 from longnet_cli.running.reader import PORTION_CHUNKS, Reader
 
 if TYPE_CHECKING:

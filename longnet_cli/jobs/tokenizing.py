@@ -42,7 +42,7 @@ from longnet_cli.data.outputs import (
 from longnet_cli.data.shards import ShardFolder, ShardFormat, run_to_resume
 from longnet_cli.data.tables import numpy_dtype
 from longnet_cli.data.tokenizer import Tokenizer, end_of_text
-from longnet_cli.running.ranks.portions import Portion, portions
+from longnet_cli.running.ranks.dealing import Portion, portions
 
 if TYPE_CHECKING:
     from longnet_cli.running.ranks.ranks import Ranks

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from longnet_cli.attention import Outside
+from longnet_cli.attention.choosing import shares_of
 from longnet_cli.attention.notation import PATTERN_FIELDS, format_pattern
 from longnet_cli.attention.past import Means, unrotated
 from longnet_cli.attention.pattern import SURE, VOTERS
 from longnet_cli.attention.sinks import Turn
-from longnet_cli.attention.voting import shares_of
 from longnet_cli.basics.errors import InputWarning
 from longnet_cli.basics.verdicts import remembered
 from longnet_cli.nets.net import Net

@@ -1,27 +1,189 @@
 """Causal sequences longer than memory, read chunk by chunk: each layer's KVCache carries on what later chunks see.
 
 Every way to cut a sequence gives the same numbers, up to rounding. `running/chunked_backward.py` goes back the same
-way. Bidirectional nets are in `running/layerwise.py`.
+way. Bidirectional nets are in `running/layerwise.py`. The state of a net that has read is its LayerCaches: each layer's
+KVCache, the ids, and the texts of rows that began together. `CausalStream` is one, with its net; a `LongNetCache` has
+one for each group of rows that start at the same column.
 
 B batch, n tokens of a chunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from longnet_cli.attention import Outside
+from longnet_cli.attention import FarKeys, KVCache, Outside, Pattern
+from longnet_cli.attention.notation import parse_pattern
+from longnet_cli.attention.past import Seen
 from longnet_cli.basics.errors import ConfigError
+from longnet_cli.nets.named_blocks import NamedBlocks, ReadText, named_blocks
 from longnet_cli.nets.net import Net
-from longnet_cli.running.layer_caches import LayerCaches
+from longnet_cli.running.mapped import BlockFile, SpillFile, mapped_empty
 from longnet_cli.running.ranks.exchange import Exchange
 from longnet_cli.running.saved_state import dtype_name, read_state, reader_facts, restoring, write_state
+
+C = TypeVar("C", bound="LayerCaches")
+OnChoice = Callable[[int, Seen], None]  # layer, and what it sees
+
+
+class LayerCaches:
+    """The KV caches of a net's layers, by layer; each is made with the layer's first keys.
+
+    `keep` and `allocate` go to KVCache; for chosen blocks, memory is in maps by default, and with `spill` all keys and
+    values go to one file in that folder. With chosen blocks, `ids` has the token ids that were read, (B, n) int32 each,
+    and `texts` those of the rows, unless there were vectors among them.
+    """
+
+    def __init__(
+        self,
+        pattern: Pattern,
+        *,
+        keep: int = 0,
+        allocate: Callable[..., Tensor] | None = None,
+        spill: str | Path | None = None,
+    ) -> None:
+        self.pattern, self.keep = pattern, keep
+        self.file = SpillFile(spill) if spill and pattern.chosen else None
+        self.allocate = allocate or (mapped_empty if pattern.chosen else torch.empty)
+        self.by_layer: dict[int, KVCache] = {}
+        self.ids: list[Tensor] = []
+        self.texts: list[ReadText] = []
+        self.on_choice: OnChoice | None = None
+        self._late: Callable[[], None] | None = None  # stores the keys of the layer before
+
+    @property
+    def caches(self) -> list[KVCache]:
+        return [*self.by_layer.values()]
+
+    @property
+    def position(self) -> int:
+        """The number of tokens so far."""
+        return next((cache.position for cache in self.by_layer.values()), 0)
+
+    @property
+    def cache_bytes(self) -> int:
+        return sum(cache.nbytes for cache in self.caches)
+
+    def note(self, tokens: Tensor | None) -> NamedBlocks | None:
+        """Note the next tokens (B, n), None for vectors, before layers see them. Return the blocks that they name."""
+        if not self.pattern.chosen:
+            return None
+        if tokens is None or tokens.is_floating_point():
+            self.texts = []
+            return None
+        self.ids.append(tokens.int())
+        if not self.by_layer:
+            self.texts = [ReadText() for _ in tokens]
+        for text, row in zip(self.texts, tokens, strict=bool(self.texts)):
+            text.append(row)
+        return named_blocks(self.pattern, tokens, self.texts) if self.texts else None
+
+    def of_layer(self, layer: int, q: Tensor, k: Tensor) -> KVCache:
+        """Return the cache of a layer, to which queries q (B, n, H, D) and keys k (B, n, K, D) come."""
+        if layer in self.by_layer:
+            return self.by_layer[layer]
+        blocks = BlockFile(self.file) if self.file else None
+        options: dict[str, Any] = {"kv_heads": k.shape[-2], "dtype": k.dtype, "device": k.device, "layer": layer}
+        options |= {"keep": self.keep, "allocate": self.allocate, "blocks": blocks}
+        cache = self.by_layer[layer] = KVCache(self.pattern, len(k), *q.shape[-2:], **options)
+        if cache.past and self.on_choice:
+            cache.past.on_choice = partial(self.on_choice, layer)
+        return cache
+
+    def provide(self, layer: int, q: Tensor, k: Tensor, v: Tensor, exchange: Exchange | None = None) -> Outside:
+        """Return what the next tokens see of the past, as a `FarProvider` does; cached rows come to their device.
+
+        Their keys are stored when the next layer asks, or in `store`. With an `exchange`, they are a rank's shard.
+        """
+        self.store()  # only now: this may overwrite far keys that the layer before has just read
+        cache = self.of_layer(layer, q, k)
+        near, others = exchange.run(k, v) if exchange else ([], [])
+        place: dict[str, Any] = {"start": exchange.start, "stop": exchange.edges[-1]} if exchange else {}
+        self._late = partial(cache.append, k, v, q=q, others=others, **place)
+        kept = cache.far() if exchange else cache.far(k, v)
+        return Outside([*(_on(k.device, keys) for keys in kept.keys), *near], cache.past)
+
+    def store(self) -> None:
+        """Store the keys of the last layer that `provide` was called for."""
+        if self._late:
+            self._late()
+        self._late = None
+
+    def watch(self, on_choice: OnChoice) -> None:
+        """Call `on_choice` from now on with what each layer sees of chosen blocks."""
+        self.on_choice = on_choice
+        for layer, cache in self.by_layer.items():
+            if cache.past:
+                cache.past.on_choice = partial(on_choice, layer)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Reorder the batch: row i becomes what row `rows[i]` was."""
+        for cache in self.caches:
+            cache.select(rows)
+        self.ids = [torch.cat(self.ids, 1)[rows]] if self.ids else []
+        self.texts = [self.texts[row].fork() for row in rows] if self.texts else []
+
+    def fork(self: C) -> C:
+        """Return another one that has read the same tokens: what one reads from now on is not in the other.
+
+        Blocks of the past are shared; other rows are copied.
+        """
+        new = copy.copy(self)
+        new.by_layer, new.ids = {layer: cache.fork() for layer, cache in self.by_layer.items()}, [*self.ids]
+        new.texts = [text.fork() for text in self.texts]
+        return new
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The facts in a saved state about the tensors in `state`. There must be a cache."""
+        return {"dtype": dtype_name(self.caches[0].dtype), "tokens": self.position}
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield all that `restore` needs beside the facts, by name: tensors that are valid until more is read."""
+        if self.ids:
+            yield "ids", torch.cat(self.ids, 1)
+        for layer, cache in self.by_layer.items():
+            for name, tensor in cache.state():
+                yield f"{layer}.{name}", tensor
+
+    def restore(
+        self,
+        facts: Mapping[str, Any],
+        saved: Mapping[str, Tensor],
+        layers: int,
+        sizes: Sequence[int],
+        device: torch.device,
+    ) -> None:
+        """Become, if new, what has saved such `facts` and tensors, which may have others beside them.
+
+        `sizes` are B, H, K and D. Raises ValueError for what is no state of so many `layers`.
+        """
+        (batch, heads, kv_heads, head_dim), tokens = sizes, facts["tokens"]
+        ids, like = saved.get("ids"), {"dtype": getattr(torch, facts["dtype"]), "device": device}
+        if ids is not None:
+            if ids.dtype != torch.int32 or ids.dim() != 2 or len(ids) != batch or ids.shape[1] > tokens:
+                raise ValueError(f"ids has shape {tuple(ids.shape)}, for {batch} x {tokens} tokens")
+            self.ids = [ids.to(device)]
+            self.texts = [ReadText([row]) for row in ids] if ids.shape[1] == tokens else []
+        q, k = (torch.empty(batch, 0, number, head_dim, **like) for number in (heads, kv_heads))
+        for layer in range(layers):
+            begin, cache = f"{layer}.", self.of_layer(layer, q, k)
+            own = {name.removeprefix(begin): x.to(device) for name, x in saved.items() if name.startswith(begin)}
+            cache.restore(tokens, own)
+            if cache.past:
+                cache.past.convert_counts(parse_pattern(facts["longnet.pattern"]).chosen_every)
+
+
+def _on(device: torch.device, keys: FarKeys) -> FarKeys:
+    return keys if keys.k.device == device else replace(keys, k=keys.k.to(device), v=keys.v.to(device))
 
 
 def open_stream(net: Net, spill: str | Path | None = None) -> Callable[..., Tensor]:

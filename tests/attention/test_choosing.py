@@ -26,7 +26,6 @@ from longnet_cli.attention import (
     dilated_attention,
     groups,
     past,
-    voting,
 )
 from longnet_cli.attention import pattern as pattern_module
 from longnet_cli.attention.branches import BACKWARD_FLOPS, attention_flops, backward_flops
@@ -335,9 +334,9 @@ def test_gradients_of_a_shard_that_starts_anywhere(before: int, lengths: list[in
 def test_an_open_group_chooses_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A decoder's tokens see what the first of their group has chosen, and a scan serves all groups of its slot."""
     chosen_by, scanned = [], []
-    own, narrowed = choosing._picked, voting._scanned
+    own, narrowed = choosing._picked, choosing._scanned
     monkeypatch.setattr(choosing, "_picked", lambda *args: chosen_by.append(1) or own(*args))
-    monkeypatch.setattr(voting, "_scanned", lambda *args: scanned.append(narrowed(*args)) or scanned[-1])
+    monkeypatch.setattr(choosing, "_scanned", lambda *args: scanned.append(narrowed(*args)) or scanned[-1])
     monkeypatch.setattr(pattern_module, "SCAN", 8)
     q, k, v, _ = Choice(WINDOW, 1, 200, 4, 8, 0, True, None, 1, kv_heads=2).qkv()
     cache = KVCache(WINDOW, 1, 4, 8, kv_heads=2, dtype=q.dtype)

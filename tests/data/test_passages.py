@@ -17,7 +17,7 @@ from longnet_cli.basics.errors import ConfigError
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.passages import PassageIndex
 from longnet_cli.data.tables import Text
-from longnet_cli.data.units import SIZES, Unit, cut
+from longnet_cli.data.text_pieces import SIZES, Unit, cut
 
 PROSE = st.lists(st.sampled_from(["A word. ", "Who? ", "說。", "no end ", "x" * 300, "\n", "\n \n", "é", "Mr. J. Ox "]))
 

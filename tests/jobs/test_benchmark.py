@@ -12,8 +12,8 @@ from torch import Tensor
 
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.branches import attention_flops
+from longnet_cli.attention.cache import Outside
 from longnet_cli.attention.notation import format_levels, parse_pattern
-from longnet_cli.attention.outside import Outside
 from longnet_cli.attention.spans import far_spans
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.hub.model_names import model_path

@@ -14,12 +14,10 @@ from pattern_nets import native
 from strategies import chosen_by_hand
 
 from longnet_cli.attention import Pattern, chosen
-from longnet_cli.attention.choosing import Choice
-from longnet_cli.attention.voting import Voting
+from longnet_cli.attention.choosing import Choice, Voting
 from longnet_cli.data.documents import Document
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.jobs.chosen_sources import SourceWatch
-from longnet_cli.jobs.generating import generate
+from longnet_cli.jobs.generating import SourceWatch, generate
 from longnet_cli.running.causal_stream import CausalStream
 
 WORDS = Tokenizer.bytes()

@@ -21,7 +21,7 @@ from longnet_cli.basics.errors import ConfigError, DataError, MemoryLimitError
 from longnet_cli.data.documents import Document
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.manifest import read_manifest
-from longnet_cli.data.units import cut
+from longnet_cli.data.text_pieces import cut
 from longnet_cli.jobs.encoding import EncodeFacts, Encoder, encode
 from longnet_cli.jobs.engines import encode_batches
 from longnet_cli.jobs.options import POOLS, UNITS, EncodeOptions

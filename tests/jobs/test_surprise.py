@@ -19,9 +19,7 @@ from rich.cells import cell_len
 from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.data.documents import Document
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.jobs.plotting import surprise_page
-from longnet_cli.jobs.plotting.surprise import Surprise, draw_surprise, read_surprise
-from longnet_cli.jobs.plotting.surprise_page import write_surprise
+from longnet_cli.jobs.plotting.surprise import COLORS, Surprise, draw_surprise, read_surprise, write_surprise
 from longnet_cli.jobs.scoring.token_logprobs import write_token_logprobs
 
 # With what would end a script of the page, or stand in the place of its data
@@ -88,14 +86,16 @@ def test_a_picture_is_the_strip(
     """The mean of each stretch in the page's colours, with the documents at their first tokens."""
     pytest.importorskip("matplotlib")
     figures = []
-    monkeypatch.setattr(surprise_page, "save_figure", lambda figure, *to, **how: figures.append(figure))
+    monkeypatch.setattr(
+        "longnet_cli.jobs.plotting.surprise.save_figure", lambda figure, *to, **how: figures.append(figure)
+    )
     names = [write(tmp_path / f"{scale}.arrow", {"a": "abcd" * 16, "b": "xyz" * 32}, scale) for scale in (3, 1)][:files]
     write_surprise(read_surprise(names), tmp_path / "p.svg")
     axes = figures[0].get_axes()[0]  # the other one is the bar of colours
     (strip,) = axes.get_images()
     nats = nats_of(np.frombuffer(b"abcd" * 16 + b"xyz" * 32, np.uint8)).reshape(10, 16)
     np.testing.assert_allclose(strip.get_array(), scale * nats, rtol=1e-6)
-    assert "#" + bytes(strip.cmap(1.0, bytes=True)[:3]).hex() == surprise_page.COLORS[kind][-1]
+    assert "#" + bytes(strip.cmap(1.0, bytes=True)[:3]).hex() == COLORS[kind][-1]
     assert (axes.get_yticks().tolist(), [each.get_text() for each in axes.get_yticklabels()]) == ([0, 64], ["a", "b"])
     with pytest.raises(ConfigError, match=r"\.html, or a picture of its strip: \.png, \.svg, \.pdf"):
         write_surprise(read_surprise(names), tmp_path / "p.gif")

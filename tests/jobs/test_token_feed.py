@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from longnet_cli.jobs.tokenizing import overlapped
-from longnet_cli.running.ranks.portions import portions
+from longnet_cli.running.ranks.dealing import portions
 
 
 def groups(items: Iterator[int], work=list) -> Iterator[list[int]]:

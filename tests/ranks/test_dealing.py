@@ -28,8 +28,7 @@ from processes import contents, processes_of, wait_for
 
 from longnet_cli.basics.errors import DataError
 from longnet_cli.running.ranks import dealing
-from longnet_cli.running.ranks.dealing import deal
-from longnet_cli.running.ranks.portions import Portion, portions
+from longnet_cli.running.ranks.dealing import Portion, deal, portions
 from longnet_cli.running.ranks.ranks import Ranks
 
 

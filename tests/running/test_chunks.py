@@ -17,14 +17,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from longnet_cli.attention import Pattern, chosen
-from longnet_cli.attention.choosing import Choice
-from longnet_cli.attention.voting import Voting
+from longnet_cli.attention.choosing import Choice, Voting
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.jobs.training.objective import backward
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.running.causal_stream import CausalStream
-from longnet_cli.running.chunk_size import default_chunk
 from longnet_cli.running.chunked_backward import backward_in_chunks
+from longnet_cli.running.reader import default_chunk
 
 NESTED = Pattern((16, 32, 128), (1, 3, 8))  # xPos needs segments that nest
 TWICE = settings(max_examples=2 * settings.default.max_examples)  # of patterns with chosen blocks and without

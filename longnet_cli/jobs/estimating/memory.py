@@ -1,5 +1,8 @@
 """The memory that a job needs: bytes by kind. What a forward pass holds is measured, all else is counted.
 
+To measure, a few tokens go through a few layers of a net. The layers' weights are memory that is never written to, so
+even those of a large net take next to none.
+
 A job's peak is the sum of its kinds, as if everything were held at one time. The chunk that fits, `--dry-run`,
 refusals, `bench` and `examples/cluster.py` count with these functions; tests compare them with real runs.
 """
@@ -8,28 +11,153 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, cast
+import os
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache, partial
+from typing import Any, NamedTuple, cast
 
 import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from longnet_cli.attention import Pattern, groups
 from longnet_cli.attention.branches import branches
 from longnet_cli.attention.cache import cached_rows
 from longnet_cli.attention.groups import chosen_flops, past_bytes, transient_bytes
 from longnet_cli.attention.kernels import select_kernel
+from longnet_cli.attention.notation import PATTERN_FIELDS
 from longnet_cli.attention.spans import SINKS, Layout, segment_rows
-from longnet_cli.jobs.estimating.measuring import reading_bytes, training_bytes
-from longnet_cli.nets.config import NetConfig, TransformersConfig
+from longnet_cli.nets.config import LongNetConfig, NetConfig, TransformersConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import LOGITS_LIMIT, Net
-from longnet_cli.running.device import DTYPES, resolve_dtype
-from longnet_cli.running.layerwise import fits_beside, kept_bytes
+from longnet_cli.running.device import DTYPES, precision, resolve_dtype
 from longnet_cli.running.mapped import aligned
-from longnet_cli.running.ranks.ranks import Ranks
 
-if TYPE_CHECKING:
-    from longnet_cli.jobs.estimating.reading import ReadingPlan
+TOKENS = 16  # of a measured pass, and half of those of another one
+
+
+class _BytesInUse(TorchDispatchMode):
+    """The bytes of all tensors that were made in this context and are still in use: `moments`, after each operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moments: list[int] = []
+        self._sizes: dict[int, int] = {}  # by the address of a storage
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: torch would import its compiler, which takes a second, to leave this out of compiled code."""
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and (key := x.untyped_storage()._cdata) not in self._sizes:
+                self._sizes[key] = x.untyped_storage().nbytes()
+                weakref.finalize(x.untyped_storage(), self._sizes.pop, key)
+        self.moments.append(sum(self._sizes.values()))
+        return out
+
+
+def bytes_per_token(run: Callable[[int], object], tokens: int = TOKENS) -> int:
+    """Return the bytes that one more token of `run(tokens)` takes, at the moment at which it takes the most.
+
+    What does not grow with the tokens (gradients of weights, their casts) is not counted.
+    """
+    moments = []
+    for number in (tokens, 2 * tokens):
+        with _BytesInUse() as held:
+            run(number)
+        moments.append(held.moments)
+    few, many = moments
+    if len(few) != len(many):  # more tokens may take other operations
+        return (max(many) - max(few)) // tokens
+    return max(more - less for less, more in zip(few, many, strict=True)) // tokens
+
+
+@contextmanager
+def _any_kernel() -> Iterator[None]:
+    """Let a CPU choose its attention kernel, though LONGNET_KERNEL may name a GPU's, on which the job will run."""
+    name = os.environ.pop("LONGNET_KERNEL", None)
+    try:
+        yield
+    finally:
+        os.environ.update({"LONGNET_KERNEL": name} if name else {})
+
+
+@lru_cache(maxsize=1)  # asked for every chunk that might fit
+@_any_kernel()
+def reading_bytes(net: Net, dtype: str) -> int:
+    """Return the bytes that a token takes in a forward pass without gradients; `dtype` as in `running.device`."""
+    if next(net.parameters()).is_meta:
+        net = _unwritten(cast(LongNetConfig, net.config), 1).eval()
+
+    @torch.inference_mode()
+    def read(tokens: int) -> None:
+        ids = net.inputs_like((1, tokens))
+        with precision(dtype, ids.device):
+            net(ids)
+
+    most = max(2, net.config.max_tokens or 2 * TOKENS)
+    read(2)  # the first pass loads libraries, and tries attention kernels
+    return bytes_per_token(read, min(TOKENS, most // 2))
+
+
+@lru_cache
+@_any_kernel()
+def training_bytes(config: NetConfig, dtype: str, lora: str, again: bool) -> tuple[int, int]:
+    """Return the bytes that a token takes in a forward and backward pass without logits: (of each layer, others).
+
+    `lora` has the arguments of `models.hf.training.add_lora` as JSON, or null. With `again`, layers compute their
+    activations again (`train.activation_checkpointing`). Raises ConfigError for wrong arguments of LoRA.
+    """
+    one, two = (bytes_per_token(_step(config, layers, dtype, json.loads(lora), again)) for layers in (1, 2))
+    return two - one, 2 * one - two
+
+
+def _step(config: NetConfig, layers: int, dtype: str, lora: dict | None, again: bool) -> Callable[[int], None]:
+    forward: Callable[[Tensor], Tensor]
+    if isinstance(config, TransformersConfig):
+        from longnet_cli.models.hf.training import unwritten  # imports transformers
+        from longnet_cli.models.hf.trying import hidden_states
+
+        net, blocks = unwritten(config.source, layers, lora)
+        forward = partial(hidden_states, net)
+    else:
+        net = forward = _unwritten(cast(LongNetConfig, config), layers)
+        blocks = net.layers
+    for module in net.modules():
+        if isinstance(module, nn.Embedding):  # its gradient is as large as the table; what follows has one all the same
+            module.requires_grad_(False)
+            module.register_forward_hook(lambda module, args, embedded: embedded.requires_grad_())
+    for block in blocks if again else ():
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    for p in net.parameters():
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+
+    def step(tokens: int) -> None:
+        with precision(dtype, torch.device("cpu")):
+            hidden = forward(torch.zeros(1, tokens, dtype=torch.int64))
+        hidden.backward(hidden.detach())
+
+    step(TOKENS)  # as in `reading_bytes`
+    return step
+
+
+def _unwritten(config: LongNetConfig, layers: int) -> LongNet:
+    """Return a net of so many layers and one token on the CPU. It chooses no blocks: what that takes is counted."""
+    plain = {"num_layers": layers, "vocab_size": min(1, config.vocab_size)}
+    plain |= {name: getattr(Pattern, name) for name in PATTERN_FIELDS if name.startswith("chosen")}
+    with torch.device("meta"):
+        net = LongNet(config.model_copy(update=plain))
+    unwritten = {name: torch.empty(x.shape) for name, x in net.state_dict().items()}
+    net.load_state_dict(unwritten, assign=True)  # `to_empty` would import half of torch
+    return net
 
 
 def itemsize_of(dtype: str, device: torch.device) -> int:
@@ -123,45 +251,6 @@ def gradient_memory(config: NetConfig, batch: int, seq_len: int, chunk: int, ite
     saved += transient_memory(config.pattern, config.num_heads, config.head_dim, seq_len, itemsize, device)
     kept = batch * sum(far_bytes(config, seq_len, chunk, itemsize))
     return numbers + saved + kept + logits_bytes(config, batch * chunk)
-
-
-def reading_memory(
-    net: Net, plan: ReadingPlan, chunk: int, dtype: str, ranks: Ranks, *, scores: bool, spill: bool
-) -> dict[str, int]:
-    """Return the bytes of one rank that reads windows as planned, in chunks of so many tokens.
-
-    hidden: float32 hidden states that wait, in pieces and joined: of windows that are read together, or of two chunks
-    of a longer one. In a bidirectional net also all that `spilled_bytes` counts, unless they are on a disk or, because
-    a GPU has no room, in the host's memory. cache: of the longest window in a causal net, without what is on a disk.
-    """
-    config, device = net.config, next(net.parameters()).device
-    in_chunks, spillable = plan.in_chunks(chunk), spilled_bytes(net, plan, chunk, dtype, ranks)
-    tokens = min(plan.largest, chunk) if config.streams else plan.largest
-    together = min(plan.together, 2 * chunk)
-    itemsize = itemsize_of(dtype, device)
-    sizes = config.num_heads, config.head_dim, plan.longest, itemsize
-    transient = transient_memory(config.pattern, *sizes, device.type)
-    kinds = forward_memory(net, tokens, dtype, max(tokens, together) * scores, transient, once=plan.read <= tokens)
-    kinds["hidden"] = 2 * 4 * config.dim * (2 * chunk if in_chunks else together)
-    if in_chunks and config.causal:
-        cache = cache_bytes(config, plan.longest, itemsize)
-        kinds["cache"] = sum(cache) - (spillable if spill else 0)
-    elif not spill and (device.type == "cpu" or fits_beside(config.forward_bytes(chunk), spillable, device)):
-        kinds["hidden"] += spillable
-    return kinds
-
-
-def spilled_bytes(net: Net, plan: ReadingPlan, chunk: int, dtype: str, ranks: Ranks) -> int:
-    """Return the bytes of one rank's file of `--spill`; 0 if no window is read in chunks.
-
-    A bidirectional net keeps hidden states there between its layers, a causal one the blocks that are chosen from.
-    """
-    if not plan.in_chunks(chunk):
-        return 0
-    if net.config.causal:
-        itemsize = itemsize_of(dtype, next(net.parameters()).device)
-        return cache_bytes(net.config, plan.longest, itemsize).blocks
-    return kept_bytes(cast(LongNet, net), plan.longest, chunk, ranks) if net.layer_by_layer else 0
 
 
 def logits_bytes(config: NetConfig, tokens: int, numbers: int = 3) -> int:

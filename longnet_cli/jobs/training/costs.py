@@ -1,6 +1,6 @@
 """The estimate of `longnet train --dry-run`: parameters, memory by kind, FLOPs and time of a recipe.
 
-What a token takes in a step is measured (`estimating.measuring`); all else is counted, and nothing of the recipe's size
+What a token takes in a step is measured (`estimating.memory`); all else is counted, and nothing of the recipe's size
 is allocated. The memory is one rank's, as if everything were held at one time.
 """
 
@@ -28,9 +28,9 @@ from longnet_cli.jobs.estimating.memory import (
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import LOGITS_LIMIT
-from longnet_cli.running.chunk_size import GPU_TRAINING_CHUNK, SHORTEST_CHUNK, TRAINING_CHUNK, chunk_of, fitting_chunk
 from longnet_cli.running.device import free_memory, matmul_peak, resident_memory, resolve_dtype
 from longnet_cli.running.ranks.ranks import Ranks
+from longnet_cli.running.reader import GPU_TRAINING_CHUNK, SHORTEST_CHUNK, TRAINING_CHUNK, chunk_of, fitting_chunk
 
 from .recipe import OptimizerRecipe, Recipe, Stage
 from .start import build_optimizers, check_ranks

@@ -23,7 +23,7 @@ from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.hub.model_names import as_stored, find_tokenizer, preset_dir
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.nets.config import LongNetConfig, NetConfig, TransformersConfig
-from longnet_cli.running.chunk_size import TRAINING_CHUNK
+from longnet_cli.running.reader import TRAINING_CHUNK
 
 if sys.version_info >= (3, 11):
     import tomllib

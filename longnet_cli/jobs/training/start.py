@@ -144,7 +144,7 @@ def prepare_run(
             "there is no model: give a RECIPE (longnet-1m, or a file such as examples/small.toml) or --init MODEL"
         )
     loaded = load_recipe(named, overrides, [_stored(earlier, *keys) for keys in _NAMES] if earlier else ())
-    # then the recipe names it: the order of `running.chunk_size.chunk_of`
+    # then the recipe names it: the order of `running.reader.chunk_of`
     chunk = _stored(earlier, "train", "chunk") if earlier else None
     if not loaded.names_chunk and isinstance(chunk, int) and chunk > 0:
         loaded = loaded.with_chunk(chunk)

@@ -55,7 +55,7 @@ from longnet_cli.models.hf.pretrained_folder import ATTENTION_NAME, mark, regist
 from longnet_cli.models.hf.rotary import make_phases_exact, turns
 from longnet_cli.models.hf.trying import body, hidden_states, why_not
 from longnet_cli.nets.named_blocks import named_blocks
-from longnet_cli.running.layer_caches import LayerCaches
+from longnet_cli.running.causal_stream import LayerCaches
 
 _TURN = "_dilated_turn"  # attribute of an attention module: the `Turn` of its sinks and chosen blocks, or None
 _PATTERN = "_dilated_pattern"  # attribute of an attention module: its config, what that says, and the `Pattern`

@@ -31,7 +31,7 @@ from longnet_cli.nets.foreign import TRANSFORMERS_KEYS, architecture, own_keys
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.weights import list_names, save_pretrained
 from longnet_cli.running.causal_stream import CausalStream
-from longnet_cli.running.chunk_size import default_chunk
+from longnet_cli.running.reader import default_chunk
 
 
 class LongNetHFConfig(hf.PretrainedConfig):

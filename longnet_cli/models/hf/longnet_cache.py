@@ -35,7 +35,7 @@ from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.models.hf.trying import settings_of
 from longnet_cli.nets.net import Net
 from longnet_cli.nets.weights import digest_of
-from longnet_cli.running.layer_caches import LayerCaches
+from longnet_cli.running.causal_stream import LayerCaches
 from longnet_cli.running.saved_state import READER, read_state, reader_facts, restoring, write_state
 
 
