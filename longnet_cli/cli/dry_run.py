@@ -11,6 +11,7 @@ from longnet_cli.basics.sizes import count_of, format_bytes, format_count, forma
 from longnet_cli.cli.options import Format
 from longnet_cli.cli.output import emit_json
 from longnet_cli.cli.progress import progress
+from longnet_cli.jobs.options import UNITS
 
 if TYPE_CHECKING:
     from longnet_cli.cli.starting import Opened
@@ -86,9 +87,9 @@ def plan(
     leave()
     if opened.ranks.writes:
         shard = min(output.shard_size or job.shard_size, counted.shard_units)
-        lost = (
-            f"{shard:,} {job.shard_unit}, {_duration(estimate.costs['seconds'] * shard / (counted.shard_units or 1))}"
-        )
+        guess = f" (guessed: {UNITS[inputs.unit]} tokens to a {inputs.unit})" if inputs.unit else ""
+        seconds = _duration(estimate.costs["seconds"] * shard / (counted.shard_units or 1))
+        lost = f"{shard:,} {job.shard_unit}{guess}, {seconds}"
         if "folder" in fate or done:
             estimate.costs["output"] += f"; a kill loses at most a shard and a document: {lost}"
         show_reading(estimate, format, job.doing)

@@ -289,6 +289,8 @@ def test_the_command_writes_nothing_and_says_what_it_would(run_longnet: RunLongn
     (tmp_path / "long.txt").write_text("word " * 9000)
     spans = run_longnet("encode", "long.txt", "-o", "vectors", "--span", "1", "--dry-run", "--format", "json")
     assert json.loads(spans.stdout)["output"].startswith(kept.format("4,096"))  # a shard
+    units = run_longnet("encode", "long.txt", "-o", "vectors", "--span", "passage", "--dry-run", "--format", "json")
+    assert " rows (guessed: 150 tokens to a passage), " in json.loads(units.stdout)["output"]
     (tmp_path / "long.txt").unlink()
     table = run_longnet("score", "@list", "--context", "16,64", "-o", "gains.parquet", "--dry-run", "--sample", "2")
     assert (table.returncode, table.stderr) == (0, "")
