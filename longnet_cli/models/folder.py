@@ -317,7 +317,7 @@ class ModelFolder:
 
         kind = resolve_dtype(dtype, device)
         if self.is_gguf:
-            on_note(f"{self.name}: converted for this run; longnet convert does it once")
+            on_note(f"{self.name}: converted for this run alone: `longnet convert {self.name} -o DIR` does it once")
         if device.type == "cpu":
             keep_freed_memory()
         with self._unpacked(kind) as folder:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Callable
-from contextlib import redirect_stderr
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -63,9 +64,10 @@ def convert_gguf(
 
     hf.utils.logging.set_verbosity_error()
     hf.utils.logging.disable_progress_bar()
-    with whole_folder(folder) as place:
+    with whole_folder(folder) as place, ExitStack() as stack:
         try:
-            reader = open_gguf(path)
+            reader = stack.enter_context(_read_once(path))
+            on_percent(0)
             tensors = reader.tensors
             kinds = {tensor.tensor_type.name for tensor in tensors}
             wide = max(kinds & {"F16", "BF16"}, default="F32")
@@ -95,6 +97,23 @@ def convert_gguf(
         tokenizer.save_pretrained(place)
         _drop_tokens_beyond(place / "tokenizer.json", model.get_input_embeddings().num_embeddings)
     return f"{type(model).__name__}, of {', '.join(sorted(kinds))} weights as {str(chosen).removeprefix('torch.')}"
+
+
+@contextmanager
+def _read_once(path: Path) -> Iterator[Any]:
+    """Return gguf's reader of a file, which transformers gets too: it reads a file three times, for many seconds each.
+
+    The table of names, which it makes for each module of the net, is made once as well.
+    """
+    import gguf
+
+    own = gguf.GGUFReader, gguf.get_tensor_name_map
+    reader = open_gguf(path)
+    gguf.GGUFReader, gguf.get_tensor_name_map = lambda path: reader, cache(own[1])
+    try:
+        yield reader
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = own
 
 
 def _check_weights(model: Any, missing: set[str], surplus: set[str], path: Path) -> None:

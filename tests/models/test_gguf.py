@@ -226,12 +226,16 @@ def test_quantized_weights_are_written_as_plain_ones(tmp_path: Path) -> None:
     assert 0 < (exact - own).abs().max() <= own.abs().max() / 127
 
 
-def test_progress_is_that_of_the_library(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Also where the library writes its own bar: ours comes out, and nothing else."""
+def test_progress_is_that_of_the_library(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the library writes its own bar: ours comes out, and nothing else. The file is read once."""
     source, more = write_gguf(tmp_path / "model.gguf", random_net(), "Q8_0"), list[int]()
+    own, reads = gguf.GGUFReader.__init__, list[Any]()
+    monkeypatch.setattr(gguf.GGUFReader, "__init__", lambda self, *given: own(self, reads.append(given) or given[0]))
     with progress("converting", total=100, unit="parts", every=0) as advance:
         convert_gguf(source, tmp_path / "made", on_percent=lambda percent: (more.append(percent), advance(percent)))
-    assert (sum(more), min(more) >= 0) == (100, True)
+    assert (sum(more), min(more) >= 0, len(reads)) == (100, True, 1)
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == len(more)
     assert all(line.startswith("converting: ") for line in lines)
@@ -244,7 +248,7 @@ def test_a_file_is_a_model(tmp_path: Path) -> None:
     assert invoke("convert", source, "-o", tmp_path / "llama", "-q").stderr == ""
     pattern = ["--pattern", "window:8,sinks=2"]
     found = invoke("score", text, "-m", source, "--format", "json", *pattern)
-    assert "converted for this run" in found.stderr
+    assert f"`longnet convert {source} -o DIR` does it once" in found.stderr
     of_folder = total(text, "-m", tmp_path / "llama", *pattern)
     assert json.loads(found.stdout)["total"] == of_folder | {"model": str(source)}
     assert invoke("encode", text, "-m", source, "-o", tmp_path / "out.arrow").exit_code == 0
