@@ -374,7 +374,8 @@ def draw(results: list[Path], task: str, output: Path) -> None:
         for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
             if row["task"] == task and not row.get("centred"):
                 curves[Path(row["method"]).name].append(Point(row["bytes"], row["recall_1"], row["se"]))
-    x, y = Axis("bytes read of each text", base=2), Axis(f"recall at 1, {task}", write=lambda share: f"{share:.2f}")
+    x = Axis("bytes read of each text", base=2, write="{:,.0f}".format)
+    y = Axis(f"recall at 1, {task}", write=lambda share: f"{share:.2f}")
     draw_picture([Panel("recall_1", x, y, [Curve(name, sorted(points)) for name, points in curves.items()])], output)
 
 

@@ -27,6 +27,8 @@ from longnet_cli.jobs.plotting.drawing import colored, new_figure, save_figure
 from longnet_cli.models.folder import ModelFolder
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from longnet_cli.nets.config import NetConfig
 
 LONGEST = 1 << 60  # tokens
@@ -214,16 +216,22 @@ def keys_seen(pattern: Pattern, level: int, queries: np.ndarray, seq: int, causa
     return [(low, high)]
 
 
-def picture(pattern: Pattern, seq: int, size: int, heads: int, causal: bool = True) -> np.ndarray:
+def picture(
+    pattern: Pattern, seq: int, size: int, heads: int, causal: bool = True, first_key: int | None = None
+) -> np.ndarray:
     """Return a picture of the level by which each query sees each key: rows are queries, columns are keys.
 
     The picture is (n, n) with n at most `size`. A cell stands for neighbouring queries and neighbouring keys. It holds
     the first level by which some head of one of the queries sees one of the keys. If only sinks are seen, it holds the
-    number of levels, and also if the key may be chosen; if nothing is seen, NOTHING.
+    number of levels, and also if the key may be chosen; if nothing is seen, NOTHING. With `first_key`, it is of the
+    last `size` queries and of the `size` keys from this one on, each a cell of its own.
     """
     size = min(size, seq)
     edges = np.array([seq * i // size for i in range(size + 1)])
-    low, high = edges[:-1], edges[1:]
+    keys = queries = edges
+    if first_key is not None:
+        keys, queries = np.arange(size + 1) + first_key, np.arange(size + 1) + seq - size
+    low, high = queries[:-1], queries[1:]
     drawn = np.full((size, size), NOTHING)
     for level, (w, r) in enumerate(pattern.levels):
         offsets = {*pattern.offsets(level, heads)}
@@ -234,13 +242,13 @@ def picture(pattern: Pattern, seq: int, size: int, heads: int, causal: bool = Tr
             for begin, end in keys_seen(pattern, level, asking[:, None], seq, causal):
                 if causal and (level == 0 or pattern.overlap == "repeat"):
                     end = np.maximum(end, np.where(asking < high, high, 0)[:, None])  # the cell's last query
-                key = _next_kept(np.maximum(low[None], begin), w, r, offset)
-                seen = (asking < high)[:, None] & (key < np.minimum(high[None], end))
+                key = _next_kept(np.maximum(keys[None, :-1], begin), w, r, offset)
+                seen = (asking < high)[:, None] & (key < np.minimum(keys[None, 1:], end))
                 drawn[seen & (drawn == NOTHING)] = level
     if pattern.sinks or pattern.chosen:
         # blocks of all the past; or sinks, by queries whose first level covers none of them
         asks = pattern.chosen > 0 or low[:, None] // pattern.segment_lengths[0] > pattern.look_backs[0]
-        seen = asks & (low[None] < (low[:, None] if pattern.chosen else pattern.sinks))
+        seen = asks & (keys[None, :-1] < (low[:, None] if pattern.chosen else pattern.sinks))
         drawn[seen & (drawn == NOTHING)] = len(pattern.levels)
     return drawn
 
@@ -254,7 +262,7 @@ def _next_kept(positions: np.ndarray, w: int, r: int, offset: int) -> np.ndarray
     return np.where(kept < start + w, kept, start + w + offset)
 
 
-_TEXT_SIZE, _PICTURE_SIZE = 32, 480  # rows and columns
+_TEXT_SIZE, _PICTURE_SIZE, _INSET_SIZE = 32, 480, 64  # rows and columns
 
 
 def draw_text(subject: Subject, seq: int, *, blocks: bool) -> Iterator[str]:
@@ -296,11 +304,11 @@ def _half_block(above: int, below: int) -> str:
 
 
 def draw_picture(subjects: Sequence[Subject], seq: int, output: str | Path) -> None:
-    """Write a picture with one panel per pattern, atomically.
+    """Write a picture with one panel per pattern, atomically. An inset shows single tokens if a level is dilated.
 
     Raises what `drawing.new_figure` raises.
     """
-    figure = new_figure(output, 4.2 * len(subjects), 4.6)
+    figure = new_figure(output, 4.2 * len(subjects), 4.5)
     from matplotlib import colormaps
     from matplotlib.colors import ListedColormap, to_hex
     from matplotlib.patches import Patch
@@ -324,5 +332,26 @@ def draw_picture(subjects: Sequence[Subject], seq: int, output: str | Path) -> N
         axes.set_yticks(ticks, names)
         marks = [(f"{format_size(w)}, rate {r}", colors[i + 1]) for i, (w, r) in enumerate(subject.pattern.levels)]
         marks += [(name, "crimson") for name in _besides_levels(subject.pattern)]
-        axes.legend(handles=[Patch(color=c, label=n) for n, c in marks], fontsize=7, loc="upper right", frameon=False)
-    save_figure(figure, output, dpi=120)
+        handles = [Patch(color=c, label=n) for n, c in marks]
+        axes.legend(
+            handles=handles, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3, frameon=False
+        )
+        if subject.causal and seq > 4 * _INSET_SIZE and max(subject.pattern.dilation_rates) > 1:
+            _draw_inset(axes, subject, seq, colors[levels])
+    save_figure(figure, output)
+
+
+def _draw_inset(axes: Axes, subject: Subject, seq: int, color: str) -> None:
+    """Draw single tokens of the widest level into the empty half: what head 0 sees in a colour, other heads in grey."""
+    from matplotlib.colors import ListedColormap
+
+    pattern = subject.pattern
+    first_key = int(keys_seen(pattern, len(pattern.levels) - 1, np.array([seq - _INSET_SIZE]), seq, True)[0][0][0])
+    one, every = (picture(pattern, seq, _INSET_SIZE, heads, first_key=first_key) for heads in (1, subject.heads))
+    inset = axes.inset_axes((0.54, 0.48, 0.44, 0.44), xticks=[], yticks=[])
+    extent = (first_key, first_key + _INSET_SIZE, seq, seq - _INSET_SIZE)
+    seen = 1 * (every != NOTHING) + (one != NOTHING)
+    inset.imshow(seen, ListedColormap(["white", "0.75", color]), vmin=0, vmax=2, extent=extent, interpolation="nearest")
+    inset.set_title(
+        f"{_INSET_SIZE} x {_INSET_SIZE} tokens, at the widest level:\nhead 0, and in grey the others", fontsize=6, pad=3
+    )

@@ -67,6 +67,9 @@ def test_a_picture_has_what_the_reference_counts(choice: Choice) -> None:
     counts = key_counts(choice.pattern, choice.heads, seq, choice.causal, 0, "exact")[0].numpy() > 0
     cells = picture(choice.pattern, seq, seq, choice.heads, choice.causal)
     assert ((cells != NOTHING) == counts.any(0)).all()
+    size, first = (seq + 1) // 2, seq // 3
+    part = picture(choice.pattern, seq, size, choice.heads, choice.causal, first_key=first)
+    assert (part == cells[seq - size :, first : first + size]).all()
 
 
 def test_chosen_blocks() -> None:

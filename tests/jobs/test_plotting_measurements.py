@@ -135,7 +135,8 @@ def test_a_picture_says_what_of_which_machine(tmp_path: Path, monkeypatch: pytes
     )
     measured = read_all([BILLION, TINY])
     draw_picture(panels(measured, ["seconds", "seconds_per_token", "ppl"]), tmp_path / "all.png", title(measured))
-    assert figures[0].get_suptitle() == "longnet-tiny, AMD EPYC, 2 cores, 2026-11-24"
+    said = "one attention layer of 2 heads x 32, longnet-tiny, AMD EPYC, 2 cores, 2026-11-24"
+    assert figures[0].get_suptitle().replace("\n", " ") == said
     time, each, ppl = figures[0].get_axes()
     assert [name.get_text() for name in time.get_legend().get_texts()] == ["dilated", "dense (dashed: extrapolated)"]
     assert (time.get_ylabel(), each.get_legend(), ppl.get_legend()) == ("time, seconds", None, None)

@@ -117,10 +117,10 @@ def new_figure(output: str | Path, width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def save_figure(figure: Figure, output: str | Path, dpi: int) -> None:
-    """Write a figure, whole or not at all."""
+def save_figure(figure: Figure, output: str | Path) -> None:
+    """Write a figure, whole or not at all, in 300 dots per inch."""
     picture = io.BytesIO()
-    figure.savefig(picture, format=Path(output).suffix.lower()[1:], dpi=dpi)
+    figure.savefig(picture, format=Path(output).suffix.lower()[1:], dpi=300)
     write_file(output, picture.getvalue())
 
 
@@ -138,7 +138,7 @@ def draw_picture(panels: Sequence[Panel], output: str | Path, title: str = "") -
             axes.legend(lines.values(), lines, frameon=False, fontsize="small")
             legend = panel.names
     figure.align_ylabels()
-    save_figure(figure, output, dpi=150)
+    save_figure(figure, output)
 
 
 def _draw(axes: Axes, panel: Panel) -> dict[str, object]:

@@ -250,9 +250,11 @@ def panels(measured: Sequence[Measured], show: Sequence[str] = ()) -> list[Panel
 
 
 def title(measured: Sequence[Measured]) -> str:
-    """Return what a picture is of: the models, machines and dates in the files, or else the names of the files."""
+    """Return what a picture is of: a layer, models, machines and dates in the files, or else the names of the files."""
     rows = [row for each in measured for row in each.rows]
-    said = dict.fromkeys(str(row[key]) for key in ("model", "machine", "date") for row in rows if row.get(key))
+    attention = (row for row in rows if row.get("op") == "attention")
+    said = dict.fromkeys(f"one attention layer of {row['heads']} heads x {row['head_dim']}" for row in attention)
+    said |= dict.fromkeys(str(row[key]) for key in ("model", "machine", "date") for row in rows if row.get(key))
     return ", ".join(said or dict.fromkeys(each.name for each in measured))
 
 

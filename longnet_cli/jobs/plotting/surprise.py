@@ -361,7 +361,7 @@ def _draw_strip(surprise: Surprise, output: str | Path) -> None:
     axes.set_xticks([])
     figure.colorbar(strip, label="nats that the second file saves" if gains else "nats per token")
     figure.suptitle(" and ".join(surprise.names), fontsize="small")
-    save_figure(figure, output, dpi=150)
+    save_figure(figure, output)
 
 
 def _facts(surprise: Surprise) -> dict[str, object]:
