@@ -9,8 +9,8 @@ separate windows of the length that the model was trained on. Every other patter
 It writes one line of JSON per pattern, document and range of positions: `pattern, document, from, to` (the number of
 tokens before), `tokens, nats` (their sum), `seconds` of CPU time (interpolated inside chunks), `keys` (per query, on
 average over the whole document) and `peak_bytes` (of the process that scored all documents with this pattern). The
-table on stderr has the nats per token of each document and the perplexity relative to the first pattern, with its
-standard error over documents.
+table on stderr has the nats per token of each document and of all, and the perplexity relative to the first pattern,
+with its standard error over documents. With a file of such lines in place of the model, it prints their table.
 """
 
 from __future__ import annotations
@@ -79,33 +79,45 @@ def measure(folder: str, pattern: str, paths: list[str], limit: int | None, dtyp
     return [{**row, "peak_bytes": peak} for row in rows]
 
 
-def table(rows: list[Row], patterns: list[str]) -> Iterator[str]:
-    """Yield lines of Markdown: a row per pattern, a column per document, and the perplexity relative to the first."""
-    documents = list(dict.fromkeys(row["document"] for row in rows))
-    means = {(p, d): _mean(rows, p, d) for p in patterns for d in documents}
-    yield "| pattern | keys | " + " | ".join(documents) + " | ppl / first | +- |"
-    yield "|---" * (len(documents) + 4) + "|"
+def table(rows: list[Row]) -> Iterator[str]:
+    """Yield lines of Markdown: a row per pattern, over the documents of the first one; its error is over these."""
+    patterns = list(dict.fromkeys(row["pattern"] for row in rows))
+    documents = list(dict.fromkeys(row["document"] for row in rows if row["pattern"] == patterns[0]))
+    found = {(p, d): _sums(rows, p, d) for p in patterns for d in documents}
+    yield "| pattern | keys | " + " | ".join(documents) + " | nats per token | ppl / first | +- | peak MiB |"
+    yield "|---" * (len(documents) + 6) + "|"
+    firsts = np.array([found[patterns[0], d] for d in documents])
     for p in patterns:
-        keys = max(row["keys"] for row in rows if row["pattern"] == p)
-        more = np.array([means[p, d] - means[patterns[0], d] for d in documents])
+        sums = np.array([found[p, d] for d in documents])  # (documents, 3)
+        nats, keys = sums[:, :2].sum(0) / sums[:, 2].sum()
+        more = (sums[:, 0] - firsts[:, 0]) / sums[:, 2]
         error = more.std(ddof=1) / math.sqrt(len(more)) if len(more) > 1 else math.nan
-        nats = " | ".join(f"{means[p, d]:.4f}" for d in documents)
-        yield f"| `{p}` | {keys:,} | {nats} | {math.exp(more.mean()):.4f} | {math.exp(more.mean()) * error:.4f} |"
+        ratio = math.exp((sums[:, 0] - firsts[:, 0]).sum() / sums[:, 2].sum())
+        peak = max(row["peak_bytes"] for row in rows if row["pattern"] == p and row["document"] in documents)
+        each = " | ".join(f"{mean:.4f}" for mean in sums[:, 0] / sums[:, 2])
+        yield f"| `{p}` | {keys:,.0f} | {each} | {nats:.4f} | {ratio:.4f} | {ratio * error:.4f} | {peak / 2**20:,.0f} |"
 
 
-def _mean(rows: list[Row], pattern: str, document: str) -> float:
+def _sums(rows: list[Row], pattern: str, document: str) -> tuple[float, float, int]:
+    """Return the nats, the keys and the number of all tokens of a document."""
     found = [row for row in rows if row["pattern"] == pattern and row["document"] == document]
-    return sum(row["nats"] for row in found) / sum(row["tokens"] for row in found)
+    tokens = [row["tokens"] for row in found]
+    keys = sum(row["keys"] * n for row, n in zip(found, tokens, strict=True))
+    return sum(row["nats"] for row in found), keys, sum(tokens)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a Hugging Face model folder")
-    parser.add_argument("words", nargs="+", metavar="FILE|PATTERN", help="documents and patterns")
+    parser.add_argument("model", help="a Hugging Face model folder; or a file of rows, whose table is printed")
+    parser.add_argument("words", nargs="*", metavar="FILE|PATTERN", help="documents and patterns")
     parser.add_argument("--tokens", type=parse_size, help="read only so many tokens of each document")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--chunk", type=parse_size, default=4096, help="tokens that are in memory at once")
     options = parser.parse_intermixed_args()
+    if Path(options.model).is_file():
+        lines = Path(options.model).read_text(encoding="utf-8").splitlines()
+        print(*table([json.loads(line) for line in lines]), sep="\n")
+        return
     paths = [word for word in options.words if Path(word).is_file()]
     patterns = [word for word in options.words if word not in paths]
     if not paths or not patterns:
@@ -128,7 +140,7 @@ def main() -> None:
         for row in found:
             print(json.dumps(row), flush=True)
         rows += found
-    print(*table(rows, patterns), sep="\n", file=sys.stderr)
+    print(*table(rows), sep="\n", file=sys.stderr)
 
 
 if __name__ == "__main__":
