@@ -17,6 +17,7 @@ from longnet_cli.data.names import Source
 from longnet_cli.data.tables import BYTE_ORDER_MARK, CHAT_COLUMN, TOKEN_COLUMNS, Pipe, Table, first_line
 
 BATCH_BYTES = 4 << 20  # of the lines in one batch
+MOST_NAMED = 20  # keys in an error
 LOOK_AHEAD = 1 << 20  # bytes of lines that decide the types of carried columns
 HEAD_LINES, HEAD_BYTES = 100, 16 << 20  # of the lines that tell whether an input is JSON Lines
 PATIENCE = 0.5  # seconds that a line from a slow producer waits for others
@@ -186,7 +187,8 @@ def _problem(row: dict[str, Any], names: Sequence[str]) -> str:
     if key:
         null = _value(row, key) is None
         return f"{key!r} is {'null' if null else 'neither text, a list of token ids nor a chat'}"
-    return f"no key {names[0]!r}" if len(names) == 1 else f"no key text, {', '.join(TOKEN_COLUMNS)}"
+    missing = repr(names[0]) if len(names) == 1 else f"text, {', '.join(TOKEN_COLUMNS)}"
+    return f"no key {missing}; its keys are {', '.join([*row][:MOST_NAMED]) or 'none'}: choose one (--column)"
 
 
 def _kept_types(

@@ -297,7 +297,10 @@ FAILURES = [  # command, exit code, a part of its line; and what the file holds 
     (LINES, 3, "line 2, offset 2: token id -4 is negative", '{"ids": [1]}\n{"ids": [2, 3, -4]}\n'),
     (LINES, 3, "line 2, offset 0: token id 257 does not fit", '{"ids": [1]}\n{"ids": [257]}\n'),
     (LINES, 3, "line 2: not JSON", '{"ids": [1]}\n' + "[" * 100_000),
-    (LINES, 3, "given.jsonl, line 1: not JSON Lines of documents: no key text", '{"body": "a"}\n'),
+    (
+        LINES, 3, "no key text, input_ids, tokens, token_ids, ids; its keys are body, n: choose one (--column)",
+        '{"body": "a", "n": 1}\n',
+    ),
     (LINES, 3, "line 2: not UTF-8: byte 10 is 0xff", '{"text": "a"}\n{"text": "\udcff"}\n'),
     (LINES, 3, "given.jsonl, line 1: not JSON Lines of documents: not JSON", "hello"),
     (LINES, 3, "given.jsonl, line 1: not JSON Lines of documents: 'text' is null", '{"text": null}\n'),
