@@ -91,14 +91,15 @@ def _with_options_of(*kinds: type) -> Callable[[Callable[..., object]], Callable
     return decorate
 
 
-def embed(texts: Iterable[str], *, model: str, **options: Any) -> np.ndarray:
+def embed(texts: Iterable[str] | pa.Array | pa.ChunkedArray, *, model: str, **options: Any) -> np.ndarray:
     """Return the vectors of texts, (texts, dim): one row for each, NaN for a text without tokens.
 
-    `options` are those of `encode_batches` but for `span` and `keep`: without `pool` and `prefix`, the model's own. The
-    dtype is float32, unless `embedding_dtype` says float16. With `skip_bad`, a text that the model cannot read is NaN.
-    Raises ConfigError for what is no list of texts, and what `encode_batches` raises.
+    The texts may be a column of Arrow. `options` are those of `encode_batches` but for `span` and `keep`: without
+    `pool` and `prefix`, the model's own. The dtype is float32, unless `embedding_dtype` says float16. With `skip_bad`,
+    a text that the model cannot read is NaN. Raises ConfigError for what is no list of texts, and what `encode_batches`
+    raises.
     """
-    given = [*texts]
+    given = texts.to_pylist() if isinstance(texts, pa.Array | pa.ChunkedArray) else [*texts]
     if isinstance(texts, str) or not all(isinstance(text, str) for text in given):
         raise ConfigError("a list of texts is needed, each a str: [text] for one, encode_batches for a table")
     named = pa.table({"doc_id": pa.array(range(len(given)), pa.int64()), "text": pa.array(given, pa.large_string())})
