@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from longnet_cli.basics.errors import ConfigError, one_line
 from longnet_cli.basics.finite_json import to_json
+from longnet_cli.basics.sizes import count_of
 from longnet_cli.cli.command import SAMPLE, Excludes, Needs, check_pairs
 from longnet_cli.cli.dry_run import plan
 from longnet_cli.cli.options import OUTPUT, Computing, Documents, HelpPanel, Mesh, ModelChoice, Running
@@ -220,7 +221,7 @@ class _Printed:
             for values in totals:
                 _print_losses(values)
             if several or "by_position" in totals[0]:
-                print(f"+- is a standard error, clustered by document ({totals[0]['n_docs']} documents)")
+                print(f"+- is a standard error, clustered by document ({count_of(totals[0]['n_docs'], 'document')})")
             print(f"model {printable(known['model'])}")
 
 
