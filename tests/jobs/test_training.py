@@ -90,6 +90,10 @@ def test_it_starts_from_given_weights(corpus: Path, tmp_path: Path) -> None:
     other = train(recipe(corpus, **pattern, init=str(tmp_path / "first")), tmp_path / "other pattern")
     assert other.loss != again.loss
     assert other.loss < first.loss + 0.5
+    positions = {"model.pattern": "16/1,64/4,look_back=1,overlap=once", "model.position": "rope_by_level"}
+    by_level = train(recipe(corpus, **positions, init=str(tmp_path / "first")), tmp_path / "other positions")
+    assert by_level.loss < first.loss + 0.5
+    assert LongNet.from_pretrained(tmp_path / "other positions").config.position == "rope_by_level"
     with pytest.raises(ConfigError, match=r"differs from the recipe in model\.ffn_dim"):
         train(recipe(corpus, **{"model.ffn_dim": 64, "init": str(tmp_path / "first")}), tmp_path / "other")
 

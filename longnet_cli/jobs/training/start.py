@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
+from longnet_cli.attention.notation import PATTERN_FIELDS
 from longnet_cli.basics.configuration import parse, read_text
 from longnet_cli.basics.errors import CheckpointError, ConfigError, DataError, MemoryLimitError
 from longnet_cli.basics.model_files import CONFIG, TOKENIZER, WEIGHTS
@@ -295,7 +296,8 @@ def _before_documents(recipe: Recipe, tokenizer: Tokenizer) -> int:
 def build_model(recipe: Recipe, initial: str | None, on_note: Callable[[str], None]) -> Net:
     """Return the net, with the weights of the model `initial`, or with random ones.
 
-    `on_note` gets lines for the user. Raises ConfigError where `initial` is another net than the recipe's.
+    `on_note` gets lines for the user. Raises ConfigError where `initial` is another net than the recipe's; its
+    pattern and positions, which have no weights, may differ.
     """
     torch.manual_seed(recipe.train.seed)
     if pretrained := recipe.pretrained:
@@ -303,11 +305,14 @@ def build_model(recipe: Recipe, initial: str | None, on_note: Callable[[str], No
     if initial is None:
         return LongNet(recipe.model)
     folder = ModelFolder.find(initial)
-    model = folder.native().from_pretrained(folder.path, pattern=recipe.model.pattern)
-    if model.config != recipe.model:
-        fields = type(recipe.model).model_fields
-        changed = [name for name in fields if getattr(model.config, name) != getattr(recipe.model, name)]
+    own = folder.native().from_pretrained(folder.path)
+    without_weights = {*PATTERN_FIELDS, "position"}
+    fields = type(recipe.model).model_fields.keys() - without_weights
+    if changed := sorted(name for name in fields if getattr(own.config, name) != getattr(recipe.model, name)):
         raise ConfigError(f"{initial} differs from the recipe in model.{', model.'.join(changed)}")
+    with torch.device("meta"):
+        model = type(own)(recipe.model)
+    model.load_state_dict(own.state_dict(), assign=True)
     return model
 
 
