@@ -26,11 +26,11 @@ WORDS = Tokenizer.bytes()
 
 
 def net(pattern: Pattern, position: str = "rope", *, layers: int = 2, heads: int = 4, **more) -> LongNet:
-    """Random weights, always the same. "rope_by_level" takes sinks away, and is "rope" where the pattern refuses it."""
+    """Random weights, always the same. "rope_by_level" takes sinks away, and is "rope" in a net that is not causal."""
     torch.manual_seed(0)
     if position == "rope_by_level":
         pattern = replace(pattern, sinks=0)
-        position = "rope" if pattern.overlap == "repeat" or not more.get("causal", True) else position
+        position = position if more.get("causal", True) else "rope"
     return LongNet(
         LongNetConfig(
             vocab_size=50,

@@ -232,11 +232,9 @@ class LongNetConfig(NetConfig, _SizesAndPattern):  # type: ignore[misc, valid-ty
             raise ValueError(refusal)
         if self.position == "xpos":
             self._check_xpos()
-        apart = len(self.segment_lengths) == 1 or (self.overlap == "once" and not self.sinks)
-        if self.position == "rope_by_level" and not (self.causal and apart):
+        if self.position == "rope_by_level" and not (self.causal and (len(pattern.levels) == 1 or not self.sinks)):
             raise ValueError(
-                'position="rope_by_level" needs causal=true and, with several levels, overlap="once" and no sinks; '
-                'use position="rope"'
+                'position="rope_by_level" needs causal=true and, with several levels, no sinks; use position="rope"'
             )
         return self
 

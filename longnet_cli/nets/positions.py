@@ -91,13 +91,14 @@ def position_table(
 def _levels(config: LongNetConfig) -> list[tuple[float, float]]:
     """Return the dilation rate of each level, and how much further away its keys are seen; [] if positions are plain.
 
-    A query at p and a key at t are (p - t) / rate + shift apart. A level begins where the one before has seen enough:
-    its `look_back` segments away.
+    A query at p and a key at t are (p - t) / rate + shift apart. With overlap="once", a level begins where the one
+    before has seen enough, its `look_back` segments away; with "repeat", each level begins at the query.
     """
     pattern = config.pattern
     if config.position != "rope_by_level" or len(pattern.levels) == 1:
         return []
-    begins = [0, *(b * w for w, b in zip(pattern.segment_lengths, pattern.look_backs, strict=True))]
+    apart = pattern.overlap == "once"
+    begins = [0, *(apart * b * w for w, b in zip(pattern.segment_lengths, pattern.look_backs, strict=True))]
     levels, seen_at = [], 0.0
     for level, rate in enumerate(pattern.dilation_rates):
         if level:

@@ -77,9 +77,13 @@ def test_xpos_equals_torchscales_formula() -> None:
     torch.testing.assert_close(torch.einsum("bnhd,bmhd->hnm", ours_q, ours_k).tril(), theirs, rtol=0, atol=1e-12)
 
 
-def test_levels_with_their_own_positions_are_one_softmax_over_compressed_distances() -> None:
+@pytest.mark.parametrize(
+    ("options", "reached", "seen_at"),
+    [("look_back=1,overlap=once,queries=all", (0, 16, 64), (0, 16, 28)), ("look_back=1", (0, 0, 0), (0, 0, 0))],
+)
+def test_levels_with_their_own_positions_are_one_softmax_over_compressed_distances(options, reached, seen_at) -> None:
     """Two documents in a row, against a table of all scores."""
-    pattern = parse_pattern("16/1,64/4,256/16,look_back=1,overlap=once,queries=all")
+    pattern = parse_pattern(f"16/1,64/4,256/16,{options}")
     model = net(pattern, "rope_by_level", layers=1).double()
     attention, documents = model.layers[0].attention, (300, 401)
     heads, size = model.config.num_heads, model.config.head_dim
@@ -89,19 +93,21 @@ def test_levels_with_their_own_positions_are_one_softmax_over_compressed_distanc
         for part in x[0].split(documents):
             q, k, v = (linear(part).unflatten(-1, (heads, size)) for linear in (attention.q, attention.k, attention.v))
             place = torch.arange(len(part))
-            scores, stop = torch.full((heads, len(part), len(part)), -torch.inf, dtype=torch.float64), place + 1
-            for (w, r), reached, seen_at in zip(pattern.levels, (0, 16, 64), (0, 16, 28), strict=True):
-                distance = (place[:, None] - place - reached) / r + seen_at
+            scores, stop = [], place + 1
+            for (w, r), begin, seen in zip(pattern.levels, reached, seen_at, strict=True):
+                distance = (place[:, None] - place - begin) / r + seen
                 phases = distance[..., None].double() * 10000.0 ** (-2 * torch.arange(size // 2).double() / size)
                 pairs = [torch.view_as_complex(each.unflatten(-1, (-1, 2))) for each in (q, k)]
                 turned = torch.polar(torch.ones_like(phases), phases)
                 of_level = torch.einsum("ihc,jhc,ijc->hij", pairs[0], pairs[1].conj(), turned).real / size**0.5
                 start = (place // w - 1).clamp(min=0) * w
-                seen = (place >= start[:, None]) & (place < stop[:, None])
                 kept = place % r == torch.tensor(pattern.offsets(pattern.levels.index((w, r)), heads))[:, None]
-                scores = torch.where(seen & kept[:, None], of_level, scores)
-                stop = start
-            yield torch.einsum("hij,jhc->ihc", scores.softmax(-1), v).flatten(1)
+                asks = torch.ones_like(kept) if pattern.queries == "all" else kept
+                visible = (place >= start[:, None]) & (place < stop[:, None]) & kept[:, None] & asks[..., None]
+                scores.append(of_level.masked_fill(~visible, -torch.inf))
+                stop = start if pattern.overlap == "once" else stop
+            weights = torch.cat(scores, -1).softmax(-1).unflatten(-1, (len(scores), -1)).sum(2)
+            yield torch.einsum("hij,jhc->ihc", weights, v).flatten(1)
 
     by_definition = attention.out(attention.inner_norm(torch.cat([*expected()])[None]))
     found = attention(x, model.positions(x, 0, documents), Placement(documents=documents), None)
