@@ -12,9 +12,9 @@ reach of the first pattern.
 The net reads each token together with the `--width` - 1 tokens before it, a short convolution. Without one it first has
 to find induction heads, which takes most of the training and says nothing about the pattern.
 
-It writes one line of JSON per pattern, seed and distance: `pattern, seed, distance, reach, accuracy, chance, keys` (per
-query, on average over the second half of a sequence), `seen` (the share of positions at that distance that some head of
-a query sees; null for chosen blocks, which the content decides) and `seconds` of training.
+It writes one line of JSON per pattern, seed and distance: `pattern, position, seed, distance, reach, accuracy, chance,
+keys` (per query, on average over the second half of a sequence), `seen` (the share of positions at that distance that
+some head of a query sees; null for chosen blocks, which the content decides) and `seconds` of training.
 """
 
 from __future__ import annotations
@@ -87,8 +87,9 @@ def train(pattern: Pattern, args: argparse.Namespace, seed: int, longest: int) -
     """Train on sequences of SHORT to `longest` tokens, with distances of all sizes."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    sizes = {"num_layers": args.layers, "num_heads": args.heads, "dim": args.dim, "ffn_dim": 2 * args.dim}
-    net = Recaller(LongNetConfig(vocab_size=KEYS + VALUES + 1, position="rope", pattern=pattern, **sizes), args.width)
+    sizes: dict[str, Any] = {"num_layers": args.layers, "num_heads": args.heads, "dim": args.dim, "ffn_dim": 2 * args.dim}
+    sizes |= {"vocab_size": KEYS + VALUES + 1, "position": args.position}
+    net = Recaller(LongNetConfig(pattern=pattern, **sizes), args.width)
     matrices = [p for p in net.net.layers.parameters() if p.dim() == 2]
     others = [p for p in net.parameters() if all(p is not each for each in matrices)]
     optimizers = [
@@ -160,6 +161,7 @@ def results(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 tokens = max(SHORT, int(1.25 * distance))
                 yield {
                     "pattern": text,
+                    "position": args.position,
                     "seed": seed,
                     "distance": distance,
                     "reach": reach,
@@ -199,6 +201,7 @@ if __name__ == "__main__":
     parser.add_argument("--rows", type=Path, help="draw rows that were written before, too")
     parser.add_argument("-o", "--output", help="draw a picture into this file")
     parser.add_argument("--times", type=float, nargs="+", default=[0.25, 0.5, 1, 2, 4, 16, 64], help="of the reach")
+    parser.add_argument("--position", choices=["rope", "rope_by_level"], default="rope")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--layers", type=int, default=2)
