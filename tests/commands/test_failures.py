@@ -118,7 +118,7 @@ FAILURES = [  # command, exit code, a part of its line; and what the file holds 
         "train --data x.parquet --seq-len 256 --steps 5 --pattern window:8 -o run", 2,
         "there is no model: give a RECIPE (longnet-1m,",
     ),
-    ("train none", 2, "longnet-tiny; a path ends in .toml"),
+    ("train none", 2, "longnet-tiny-chosen; a path ends in .toml"),
     ("train other/my.toml", 2, "no recipe 'other/my.toml': no such file. Shipped recipes: "),
     (f"train --resume {'a' * 10_000}", 2, "aaa: File name too long"),
     (f"train recipe.toml --resume {'a' * 10_000}", 2, "aaa: File name too long"),

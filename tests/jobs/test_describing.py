@@ -36,7 +36,7 @@ EVEN = [
 ]
 KEYS = {"name", "pattern", "levels", "sinks", "chosen", "compared", "read_bytes", "total", "dense", "seq", "heads",
         "head_dim", "causal"}  # fmt: skip
-TINY = "1024/1,look_back=1,chosen=32x32,chosen_every=32,layers=2"  # of longnet-tiny
+TINY = "512/1,2048/4,8192/16,look_back=1,overlap=once,queries=all"  # of longnet-tiny
 ROW = {"segment_length", "dilation_rate", "look_back", "keys_per_query", "flops", "flops_share", "cache_rows"}
 
 
