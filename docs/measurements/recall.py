@@ -87,9 +87,9 @@ def train(pattern: Pattern, args: argparse.Namespace, seed: int, longest: int) -
     """Train on sequences of SHORT to `longest` tokens, with distances of all sizes."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    sizes: dict[str, Any] = {"num_layers": args.layers, "num_heads": args.heads, "dim": args.dim, "ffn_dim": 2 * args.dim}
-    sizes |= {"vocab_size": KEYS + VALUES + 1, "position": args.position}
-    net = Recaller(LongNetConfig(pattern=pattern, **sizes), args.width)
+    sizes = {"num_layers": args.layers, "num_heads": args.heads, "dim": args.dim, "ffn_dim": 2 * args.dim}
+    config = LongNetConfig(vocab_size=KEYS + VALUES + 1, position=args.position, pattern=pattern, **sizes)
+    net = Recaller(config, args.width)
     matrices = [p for p in net.net.layers.parameters() if p.dim() == 2]
     others = [p for p in net.parameters() if all(p is not each for each in matrices)]
     optimizers = [
