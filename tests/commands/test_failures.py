@@ -391,6 +391,7 @@ FAILURES = [  # command, exit code, a part of its line; and what the file holds 
     (f"{SET} model.causal=false --set model.position=rope", 2, 'set train.objective = "masked"'),
     (f"{SET} train.objective=masked", 2, 'set train.objective = "causal"'),
     (f"{SET} train.stages=[]", 2, "train.stages"),
+    (f"{SET} data.train=[x.parquet]", 2, "data.train=[x.parquet]: texts in a list or a table have quotes: ['a', 'b']"),
     (f"{SET} data.train=[]", 2, "data.train"),
     (f"{SET} model.vocab_size=256", 2, "model.vocab_size = 256 is less than the tokenizer needs, 257"),
     (f"{SET} optimizer.lr.x=1", 2, "is a value, not a table"),

@@ -446,6 +446,8 @@ def parse_overrides(settings: Sequence[str]) -> dict[str, object]:
         try:
             overrides[key.strip()] = parse(f"value = {text}", tomllib.loads)["value"]
         except ValueError:
+            if text[:1] + text[-1:] in ("[]", "{}"):
+                raise ConfigError(f"--set {setting}: texts in a list or a table have quotes: ['a', 'b']") from None
             overrides[key.strip()] = text.strip() if key.endswith(" ") else text
     return overrides
 
