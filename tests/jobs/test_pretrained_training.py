@@ -235,11 +235,13 @@ def test_two_ranks_are_one(llama: Path, corpus: Path, tmp_path: Path) -> None:
 def test_a_model_without_a_pattern_trains_dense_as_far_as_it_was_trained(
     llama: Path, corpus: Path, tmp_path: Path
 ) -> None:
-    plain = {"model.pattern": None}
+    plain: dict[str, object] = {"model.pattern": None}
     with pytest.raises(ConfigError, match=r"reads up to 64 tokens.* needs 96: set model\.pattern"):
         recipe(llama, corpus, **plain)
-    found = recipe(llama, corpus, **plain, **{"train.stages": [{"seq_len": 64, "steps": 2}], "data.held_out": None})
-    train(found, tmp_path / "run")
+    plain |= {"train.stages": [{"seq_len": 64, "steps": 2}]}
+    with pytest.raises(ConfigError, match=r"data\.held_out: .* reads 64 at most: set train\.held_out_context=64"):
+        train(recipe(llama, corpus, **plain), tmp_path / "run")
+    train(recipe(llama, corpus, **plain, **{"train.held_out_context": 64}), tmp_path / "run")
     assert "dilated_attention" not in json.loads((tmp_path / "run/config.json").read_text())
     assert ModelFolder(tmp_path / "run").net().config.as_trained
 

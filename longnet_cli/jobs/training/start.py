@@ -277,6 +277,10 @@ def build_data(
     held_out = documents(data.held_out_files) if data.held_out_files else []
     if data.held_out_files and not any(map(len, held_out)):
         raise DataError(f"data.held_out, {', '.join(map(str, data.held_out_files.names))}: every document is empty")
+    longest, most = max(map(len, held_out), default=0), recipe.model.max_tokens
+    if most and min(longest, train.held_out_context or longest) > most:  # rather than at the first evaluation
+        why = f"data.held_out: a document has {longest:,} tokens, and the model reads {most} at most"
+        raise ConfigError(f"{why}: set train.held_out_context={most}")
     return TrainingData(tokenizer, eos_id, windows, held_out)
 
 
