@@ -1,4 +1,7 @@
-"""`longnet convert` of official checkpoints: the golden tensors come out, and what does not fit is named."""
+"""`longnet convert` of official checkpoints: the golden tensors come out, and what does not fit is named.
+
+Of a LongNet, it writes the same model, in another type of weights. GGUF files are in test_gguf.py.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from conftest import RunLongnet
 from safetensors.torch import save_file
 from torch import nn
 
+from longnet_cli.hub.model_names import model_path
 from longnet_cli.nets.config import SlideConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.slide import SlideEncoder
@@ -107,3 +111,17 @@ def test_a_damaged_file(run_longnet: RunLongnet, tmp_path: Path) -> None:
     (tmp_path / "cut.pth").write_bytes(data[: len(data) // 2])
     result = run_longnet("convert", tmp_path / "cut.pth", "-o", tmp_path / "out")
     assert (result.returncode, result.stderr.count("\n")) == (4, 1)
+
+
+def test_a_longnet_is_written_with_other_weights(run_longnet: RunLongnet, tmp_path: Path) -> None:
+    """longnet-tiny is stored in bfloat16: in float32 it is twice as large, and back again it is the same files."""
+    wide, half = tmp_path / "wide", tmp_path / "half"
+    for source, output, dtype in (("longnet-tiny", wide, "fp32"), (wide, half, "bf16")):
+        result = run_longnet("convert", source, "-o", output, "--dtype", dtype, code=0)
+    assert "as bfloat16" in result.stderr
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        assert (half / name).read_bytes() == (model_path("longnet-tiny") / name).read_bytes()
+    assert 1.9 < (wide / "model.safetensors").stat().st_size / (half / "model.safetensors").stat().st_size < 2
+    stored = LongNet.from_pretrained(wide, dtype=None).state_dict()
+    for name, tensor in LongNet.from_pretrained("longnet-tiny").state_dict().items():
+        assert torch.equal(stored[name], tensor)

@@ -58,29 +58,22 @@ class Cut:
         return "no token could be scored: no document has two tokens, and no end-of-text id can precede the first"
 
     def inputs(self, tokens: int, context: int | None) -> Iterator[tuple[int, int, int]]:
-        """Return (start, stop, wanted) of each window: it reads [start, stop), and targets count from `wanted` on."""
+        """Yield (start, stop, wanted) of each window: it reads [start, stop), and targets count from `wanted` on."""
         before = len(self.bos) - 1  # from a target to its input
-
-        def of_window(window: tuple[int, int, int]) -> tuple[int, int, int]:
-            start, stop, counted = window
-            return start + before if start > self.first_target else 0, stop + before, counted + before
-
-        return map(of_window, self.windows(tokens, context))
+        for start, stop, counted in self.windows(tokens, context):
+            yield start + before if start > self.first_target else 0, stop + before, counted + before
 
     def windows(self, tokens: int, context: int | None) -> Iterator[tuple[int, int, int]]:
-        """Return (start, stop, counted) of each window: at most `context` targets, which count from `counted` on.
+        """Yield (start, stop, counted) of each window: at most `context` targets, which count from `counted` on.
 
         The counted targets of all windows make up the document, or its `last` tokens.
         """
         size = context or max(1, tokens - self.first_target)
         step = self.options.stride or size
         look_back = self.options.stride is not None or self.options.last is not None
-
-        def window(counted: int) -> tuple[int, int, int]:
+        for counted in range(tokens - self.options.last if self.options.last else self.first_target, tokens, step):
             stop = min(counted + step, tokens)
-            return max(self.first_target, stop - size) if look_back else counted, stop, counted
-
-        return map(window, range(tokens - self.options.last if self.options.last else self.first_target, tokens, step))
+            yield max(self.first_target, stop - size) if look_back else counted, stop, counted
 
     def longest(self, tokens: int) -> int:
         """Return the number of targets in the longest window of a document of `tokens` tokens, 0 if it is left out."""
