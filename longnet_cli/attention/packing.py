@@ -27,7 +27,7 @@ MAX_SEQUENCES = 1 << 14  # per call: they are a dimension of the kernel's grid
 # memory that way. A backward pass may have 2^31 numbers: up to 256 per row, for these rows and 128 more per sequence
 MAX_ROWS = 6 << 20
 
-Block = tuple[slice, slice, tuple[Branch, ...]]  # rows and tokens of a batch, and the calls of each row
+PlacedCalls = tuple[slice, slice, tuple[Branch, ...]]  # rows and tokens of a batch, and the calls of each row
 _Key = tuple[bool, int, int]  # what branches of a pack have in common, as in `Pack`, and a number
 
 
@@ -82,15 +82,17 @@ def rows_of(sequences: Sequences, device: torch.device) -> PackedRows:
     return PackedRows(first_rows[which] + steps[which] * inside, edges.to(torch.int32), longest)
 
 
-def packed(blocks: Sequence[Block], tokens: int, heads: int, kv_heads: int) -> tuple[list[Block], list[Pack]]:
-    """Divide the branches of several blocks of a batch (B, `tokens`) into blocks of views, and packs."""
-    if len(blocks) < 2:
-        return list(blocks), []
-    views: list[Block] = []
+def packed(
+    placed: Sequence[PlacedCalls], tokens: int, heads: int, kv_heads: int
+) -> tuple[list[PlacedCalls], list[Pack]]:
+    """Divide the calls of several places of a batch (B, `tokens`) into calls on views, and packs."""
+    if len(placed) < 2:
+        return list(placed), []
+    views: list[PlacedCalls] = []
     groups: dict[_Key, tuple[Sequences, Sequences]] = defaultdict(
         lambda: (Sequences([], [], []), Sequences([], [], []))
     )
-    for rows, columns, calls in blocks:
+    for rows, columns, calls in placed:
         left = []
         taken: dict[_Key, list[_Taken]] = defaultdict(list)
         for branch in calls:

@@ -23,7 +23,7 @@ from .cache import FarKeys
 from .chosen import Chosen
 from .groups import GroupedPart, groups_of
 from .merging import GradientSum, Merge, flat_rows
-from .packing import Block, Pack, packed
+from .packing import Pack, PlacedCalls, packed
 from .pattern import Padding, Pattern
 from .plain_call import Kernel
 from .sinks import SinkRows
@@ -89,7 +89,7 @@ def _whole_numbers(name: str, numbers: Sequence[int] | Tensor | None) -> tuple[i
 
 @dataclass(frozen=True, eq=False)
 class AttentionPlan:
-    """All calls of a batch, for a kernel: blocks as views, then packs.
+    """All calls of a batch, for a kernel: `placed` ones on views, then packs.
 
     `covered`: no branch is packed, and the branches that cover reach every row. `squares`: besides, in each of these,
         queries and keys are the same rows of the same heads (H = K). `chosen`: the groups of queries that see chosen
@@ -98,7 +98,7 @@ class AttentionPlan:
     """
 
     kernel: Kernel
-    blocks: Sequence[Block]
+    placed: Sequence[PlacedCalls]
     packs: Sequence[Pack] = ()
     covered: bool = False
     squares: bool = False
@@ -156,7 +156,7 @@ def _plan(
         _check_far(span, of_far[2 * i : 2 * i + 2], q, k, pattern)
     (batch, tokens), heads, by_level = q.shape[:2], q.shape[-2], len(q.shape) == 5
     layout = Layout(pattern, heads, k.shape[-2])
-    blocks, sinks, chosen = [], dict(turned), []
+    placed, sinks, chosen = [], dict(turned), []
     unites = kernel.takes_counts and not by_level and shard.padding == "exact"
     for rows, columns in shard.places(batch, tokens):
         # only the first document may have started before the shard
@@ -169,16 +169,16 @@ def _plan(
             seen = None if row is None else Turned(far=len(spans), row=row)
             options = shard.causal, shard.padding, outside, shard.total or 0, seen
             calls = branches(layout, start, length, *options)
-        blocks.append((rows, columns, calls))
+        placed.append((rows, columns, calls))
         if pattern.chosen:
             groups = groups_of(pattern, start, start + length)
             chosen += [GroupedPart(rows, columns, start, each) for each in groups]
     packs_calls = kernel.packs and not by_level
-    views, packs = packed(blocks, tokens, heads, layout.kv_heads) if packs_calls else (blocks, [])
-    full = sum((rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns, _ in blocks)
-    covered = not packs and full == batch * tokens and all(calls and calls[0].covers for *_, calls in blocks)
-    even = all(branch.queries == branch.keys for *_, calls in blocks for branch in calls if branch.covers)
-    first = blocks[0][2][0] if covered and len(blocks) == tokens == 1 else None
+    views, packs = packed(placed, tokens, heads, layout.kv_heads) if packs_calls else (placed, [])
+    full = sum((rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns, _ in placed)
+    covered = not packs and full == batch * tokens and all(calls and calls[0].covers for *_, calls in placed)
+    even = all(branch.queries == branch.keys for *_, calls in placed for branch in calls if branch.covers)
+    first = placed[0][2][0] if covered and len(placed) == tokens == 1 else None
     whole = first and first.queries.heads * first.queries.rows == heads and not first.zero_keys
     squares = covered and even and heads == layout.kv_heads
     return AttentionPlan(kernel, views, packs, covered, squares, chosen, first if whole else None)
@@ -253,14 +253,14 @@ def merged_forward(
         with torch.autocast(q.device.type, enabled=False):  # kernels choose their own precision
             return merged_forward(plan, scale, q, k, v, far, chosen)
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
-    kernel, blocks = plan.kernel, plan.blocks
+    kernel, placed = plan.kernel, plan.placed
     if plan.start:
         merge = _single_token(plan, plan.start, scale, q, k, v, far)
-        blocks = [(rows, columns, calls[1:]) for rows, columns, calls in blocks if len(calls) > 1]
+        placed = [(rows, columns, calls[1:]) for rows, columns, calls in placed if len(calls) > 1]
     else:
         merge = Merge(of_level(q, 0), plan.covered)
-    if blocks:  # after a single token's first call, there are often no others
-        calls = kernel_calls(blocks, kernel, (q, *merge.places), (k, v), far, plan.layouts)
+    if placed:  # after a single token's first call, there are often no others
+        calls = kernel_calls(placed, kernel, (q, *merge.places), (k, v), far, plan.layouts)
         for branch, (q_, *places), (k_, v_) in calls:
             out, lse = kernel.forward(q_, k_, v_, branch.causal, scale, *_counts(branch, q_))
             merge.add(branch, places, out, lse)
@@ -281,7 +281,7 @@ def _single_token(
     """Return a merge that starts with the result of `branch`, which has all heads of a single token."""
     q, k, v = (of_level(x, branch.level) for x in (q, k, v))
     k, v = (k, v) if branch.far is None or not far else far(branch.far)
-    rows = plan.blocks[0][0]
+    rows = plan.placed[0][0]
     q_, k_, v_ = (
         view(x, shown, rows, 0, True) for x, shown in ((q, branch.queries), (k, branch.keys), (v, branch.keys))
     )
@@ -307,11 +307,11 @@ def merged_backward(
     sums = _Gradients(plan, scale, of_queries, keys, far, far_first=on_far is not None)
     with torch.autocast(q.device.type, enabled=False):
         if on_far:
-            sums.add_calls(_only(plan.blocks, far=True))
+            sums.add_calls(_only(plan.placed, far=True))
             on_far(sums.of_far)
-            sums.add_calls(_only(plan.blocks, far=False))
+            sums.add_calls(_only(plan.placed, far=False))
         else:
-            sums.add_calls(plan.blocks)
+            sums.add_calls(plan.placed)
         for pack in plan.packs:
             sums.add_pack(pack)
         of_chosen = chosen.gradients(plan.kernel, scale, of_queries, keys, sums.q) if chosen else ()
@@ -329,11 +329,11 @@ def refuse_capture(q: Tensor) -> None:
         )
 
 
-def _only(blocks: Sequence[Block], far: bool) -> list[Block]:
-    """Return the calls of blocks on far keys alone, or on near keys alone."""
+def _only(placed: Sequence[PlacedCalls], far: bool) -> list[PlacedCalls]:
+    """Return the calls on far keys alone, or on near keys alone."""
     return [
         (rows, columns, tuple(branch for branch in calls if (branch.far is not None) == far))
-        for rows, columns, calls in blocks
+        for rows, columns, calls in placed
     ]
 
 
@@ -364,10 +364,10 @@ class _Gradients:
         self.of_far = [total.place for total in self._far_sums]
         self._far_first, self._shared_heads = far_first, q.shape[-2] != k.shape[-2]
 
-    def add_calls(self, blocks: Sequence[Block]) -> None:
+    def add_calls(self, placed: Sequence[PlacedCalls]) -> None:
         """Add the gradients of calls on views."""
         query_like, key_like = (*self._of_queries, self.q.place), (*self._keys, self.k.place, self.v.place)
-        calls = kernel_calls(blocks, self._kernel, query_like, key_like, self._far_tensors, self._plan.layouts)
+        calls = kernel_calls(placed, self._kernel, query_like, key_like, self._far_tensors, self._plan.layouts)
         for branch, (dout, q, out, lse, dq), (k, v, *places) in calls:
             tensors = dout, q, k, v, out, lse[..., 0]
             part, *parts = self._kernel.backward(tensors, branch.causal, self._scale, *_counts(branch, q))

@@ -12,25 +12,25 @@ import torch
 from torch import Tensor
 
 from .branches import Branch
-from .packing import Block
+from .packing import PlacedCalls
 from .plain_call import Kernel
 from .spans import Rows
 
 KernelCall = tuple[Branch, list[Tensor], list[Tensor]]  # query-like and key-like views
 FarTensors = Callable[[int], Sequence[Tensor]]  # index of far keys -> their key-like tensors, once they are there
-# strides and width of all tensors -> (branch, rows and first column of its block) -> the layouts of a call's views
+# strides and width of all tensors -> (branch, rows and first column of its place) -> the layouts of a call's views
 Layouts = dict[tuple[Any, ...], dict[tuple[int, int, int, int], "_CallLayout"]]
 
 
 def kernel_calls(
-    blocks: Sequence[Block],
+    placed: Sequence[PlacedCalls],
     kernel: Kernel,
     query_like: Sequence[Tensor],
     key_like: Sequence[Tensor],
     far: FarTensors | None = None,
     layouts: Layouts | None = None,
 ) -> Iterator[KernelCall]:
-    """Yield every kernel call of some blocks, as views (batch, heads, rows, last dim) of the tensors, in a fixed order.
+    """Yield every kernel call of some places, as views (batch, heads, rows, last dim) of the tensors, in a fixed order.
 
     Each tensor is (B, N, heads, last dim), or (B, N, levels, heads, last dim), of which a call sees its own level.
     `far` returns as many tensors for far keys as `key_like` has. It is called right before a call that needs them.
@@ -39,7 +39,7 @@ def kernel_calls(
     tensors, queries = (*query_like, *key_like), len(query_like)
     known = {} if layouts is None else layouts.setdefault(tuple([(x.stride(), x.shape[-1]) for x in tensors]), {})
     of_levels: dict[int, tuple[list[Tensor], list[Any]]] = {}  # the tensors of a level, and where they begin
-    for run, columns, calls in blocks:
+    for run, columns, calls in placed:
         for branch in calls:
             level = branch.level if key_like[0].dim() == 5 else 0
             if level not in of_levels:
@@ -62,7 +62,7 @@ def kernel_calls(
 
 
 class _CallLayout(NamedTuple):
-    """The layouts of a branch's views in one block, without those of far keys, and how many rows a call takes.
+    """The layouts of a branch's views in one place, without those of far keys, and how many rows a call takes.
 
     views: size, stride and offset of each. single: one call takes all.
     """

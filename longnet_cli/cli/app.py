@@ -95,7 +95,7 @@ def run(app: typer.Typer) -> NoReturn:
     _hold_standard_handles()
     try:
         if started_by_torchrun():
-            from longnet_cli.running.ranks.watch import end_with_parent
+            from longnet_cli.running.ranks.launch import end_with_parent
 
             end_with_parent()
         else:

@@ -14,7 +14,7 @@ from longnet_cli.basics.errors import DataError
 from longnet_cli.data.files import FileChangedError, Part, no_place
 from longnet_cli.data.tokenizer import Tokenizer
 
-BLOCK = 1 << 18  # tokens per step of a pass over a document: 2 MB of int64, which stay in the CPU cache
+STEP = 1 << 18  # tokens per step of a pass over a document: 2 MB of int64, which stay in the CPU cache
 SPOOL_BYTES = 256 << 20  # bytes of one document's ids in memory; more go to a file in $TMPDIR
 
 
@@ -25,7 +25,7 @@ class Document:
     tokens in a file reads none of them.
     """
 
-    block, width = BLOCK, 1  # tokens per step of a pass, numbers per token
+    step, width = STEP, 1  # tokens per step of a pass, numbers per token
     has_vectors = False  # in place of ids
 
     def __init__(
@@ -87,15 +87,15 @@ class Document:
         return out
 
     def _stretches(self, start: int, stop: int) -> Iterator[tuple[int, Part, int, np.ndarray]]:
-        """Yield the tokens [start, stop), a block of a part at a time.
+        """Yield the tokens [start, stop), a step in a part at a time.
 
-        A tuple has the number of tokens before, the part, the block's offset in it in tokens, and the block's numbers.
+        A tuple has the number of tokens before, the part, the step's offset in it in tokens, and its numbers.
         """
         index, place = bisect_right(self._starts, start) - 1, start
         while place < stop:
             part = self.parts[index]
             offset = place - self._starts[index]
-            stored = part.ids[offset * self.width : (offset + min(stop - place, self.block)) * self.width]
+            stored = part.ids[offset * self.width : (offset + min(stop - place, self.step)) * self.width]
             if not len(stored):
                 index += 1
                 continue
@@ -122,8 +122,8 @@ class Document:
         if not isinstance(self._n_bytes, Tokenizer):
             return self._n_bytes
         total = 0
-        for start in range(0, len(self), BLOCK):
-            size = self._n_bytes.n_bytes(self.read(start, start + BLOCK))
+        for start in range(0, len(self), STEP):
+            size = self._n_bytes.n_bytes(self.read(start, start + STEP))
             if size is None:
                 return None
             total += size
@@ -207,8 +207,8 @@ class TextPlaces:
         self._position = self._begun = 0
         self._counts, words = False, document.tokenizer
         if words is not None and document.places is None and words.spells:
-            steps = range(0, len(document), BLOCK)
-            sizes = (words.n_bytes(document.read(i, i + BLOCK)) or 0 for i in steps)
+            steps = range(0, len(document), STEP)
+            sizes = (words.n_bytes(document.read(i, i + STEP)) or 0 for i in steps)
             self._counts = sum(sizes) == document.n_bytes  # otherwise the tokenizer dropped some of the text
             self._begin, self._inside = words.characters
 
@@ -239,8 +239,8 @@ class TextPlaces:
     def tokens_before(self, characters: Sequence[int]) -> np.ndarray | None:
         """Return how many tokens end before each of the characters, in order, or at it; None if not known."""
         found = np.zeros(len(characters), np.int64)
-        for start in range(0, len(self.document), BLOCK):
-            _, after = self.each(start, min(start + BLOCK, len(self.document)))
+        for start in range(0, len(self.document), STEP):
+            _, after = self.each(start, min(start + STEP, len(self.document)))
             if after is None:
                 return None
             found += np.searchsorted(after, characters, "right")
@@ -249,6 +249,6 @@ class TextPlaces:
     def _count(self, stop: int) -> None:
         """Count the characters that begin before token `stop`."""
         while self._position < stop:
-            ids = self.document.read(self._position, min(stop, self._position + BLOCK))
+            ids = self.document.read(self._position, min(stop, self._position + STEP))
             self._begun += int(self._begin[ids].sum())
             self._position += len(ids)

@@ -205,7 +205,7 @@ def read_documents(
         yield document
 
 
-FLAT_BLOCK = 1 << 22  # ids of a flat column searched for document ends in one go
+FLAT_STEP = 1 << 22  # ids of a flat column searched for document ends in one go
 
 
 def list_documents(table: Table, columns: Columns) -> Iterator[DocumentRows]:
@@ -235,14 +235,14 @@ def flat_documents(table: Table, columns: Columns, eos_id: int | None) -> Iterat
         count = 0
         for batch in read_batches(table, columns, in_turn=False):
             all_ids, _ = numbers(table, batch.column)  # nulls have been refused
-            for block in range(0, len(all_ids), FLAT_BLOCK):
-                ids = all_ids[block : block + FLAT_BLOCK]
+            for step in range(0, len(all_ids), FLAT_STEP):
+                ids = all_ids[step : step + FLAT_STEP]
                 begin = 0
-                with reading(table.where, row=batch.start + block):
+                with reading(table.where, row=batch.start + step):
                     ends = np.flatnonzero(np.asarray(ids) == eos_id).tolist()
                 for end in [*ends, len(ids)]:
                     if end > begin:
-                        yield count, Part(ids[begin:end], None, batch.start + block + begin, flat=True)
+                        yield count, Part(ids[begin:end], None, batch.start + step + begin, flat=True)
                     count += end < len(ids)
                     begin = end + 1
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from longnet_cli.basics.errors import DataError
 from longnet_cli.data.columns import FLOATS, INTEGERS, Columns, is_list, is_vectors, list_bounds, numbers
-from longnet_cli.data.documents import BLOCK, Document, collect
+from longnet_cli.data.documents import STEP, Document, collect
 from longnet_cli.data.files import Part, StoredIds
 from longnet_cli.data.tables import Table
 from longnet_cli.data.token_columns import BadRowError, ColumnBatch, DocumentRows, group_rows, read_documents
@@ -45,7 +45,7 @@ class Vectors(Document):
     ) -> None:
         """Make a document of `parts`, with `width` numbers per vector. In a `flat` part, each vector is a row."""
         self.width, self.coords, self.tile_size, self._row = width, coords, tile_size, place
-        self.block = max(1, BLOCK // max(1, width))
+        self.step = max(1, STEP // max(1, width))
         super().__init__(doc_id, parts, None, where, kept=kept)
 
     def __repr__(self) -> str:

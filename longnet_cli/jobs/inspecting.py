@@ -10,7 +10,7 @@ from itertools import accumulate
 
 from longnet_cli.basics.errors import ConfigError, DataError, one_line, refuse_web_address
 from longnet_cli.data.columns import Columns, TokenTypes, token_type
-from longnet_cli.data.documents import BLOCK, Document
+from longnet_cli.data.documents import STEP, Document
 from longnet_cli.data.formats import open_source
 from longnet_cli.data.inputs import Inputs, encode_text
 from longnet_cli.data.names import Source, Sources, once
@@ -156,7 +156,7 @@ def _note_metadata(inspection: Inspection, where: str, metadata: dict[bytes, byt
 def _count(inspection: Inspection, document: Document, in_bytes: bool) -> None:
     """Read a document to its end, and add it to `inspection` if it is good."""
     low, high = math.inf, -math.inf
-    step = min(BLOCK, document.block)
+    step = min(STEP, document.step)
     for start in range(0, len(document), step):
         ids = document.read(start, start + step)
         low, high = min(low, ids.min()), max(high, ids.max())

@@ -147,8 +147,8 @@ class RowJob(ABC):
             if isinstance(document, Unread):
                 raise document.error
             sequence = self.sequence(document)
-            for start in range(0, len(document) if on_skip and reads else 0, document.block):
-                document.read(start, start + document.block)
+            for start in range(0, len(document) if on_skip and reads else 0, document.step):
+                document.read(start, start + document.step)
         except (ConfigError, DataError) as error:
             if on_skip is None or isinstance(error, FileChangedError):
                 raise

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from longnet_cli.basics.configuration import validate
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.nets.config import LongNetConfig, SlideConfig
-from longnet_cli.nets.longnet import Attention, Block, FeedForward
+from longnet_cli.nets.longnet import Attention, FeedForward, Layer
 from longnet_cli.nets.slide import VectorNet
 
 HEADS, RATES, SHORTEST = 16, (1, 2, 4, 8, 16), 1024  # of all official architectures
@@ -54,7 +54,7 @@ class OfficialFeedForward(_Official, FeedForward):
     official: ClassVar = {"fc1": "fc1", "fc2": "fc2", "inner_norm": "ffn_layernorm"}
 
 
-class OfficialBlock(_Official, Block):
+class OfficialBlock(_Official, Layer):
     attention_kind, ffn_kind = OfficialAttention, OfficialFeedForward
     official: ClassVar = {
         "attention": "self_attn",

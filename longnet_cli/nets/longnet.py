@@ -1,4 +1,4 @@
-"""The net: MAGNETO blocks (arXiv 2210.06423) around dilated attention (arXiv 2307.02486). It knows of no ranks.
+"""The net: MAGNETO layers (arXiv 2210.06423) around dilated attention (arXiv 2307.02486). It knows of no ranks.
 
     x + out(LN(attention(LN x)))        x + fc2(LN(gelu(fc1(LN x))))        inner LNs only for norm="subln"
 
@@ -135,7 +135,7 @@ class DropPath(nn.Module):
         return f"p={self.p:g}"
 
 
-class Block(nn.Module):
+class Layer(nn.Module):
     """One layer: hidden (B, N, dim) -> hidden (B, N, dim)."""
 
     attention_kind, ffn_kind = Attention, FeedForward  # `models.official_slide` has others
@@ -168,7 +168,7 @@ class LongNet(Net):
     """
 
     layer_by_layer = True
-    layer_kind = Block
+    layer_kind = Layer
 
     def __init__(self, config: LongNetConfig) -> None:
         super().__init__()
@@ -288,7 +288,7 @@ class LongNet(Net):
         return F.linear(hidden, output.weight)
 
     @property
-    def blocks(self) -> Sequence[nn.Module]:
+    def layer_modules(self) -> Sequence[nn.Module]:
         return [*self.layers]
 
     def save(self, folder: Path, tokenizer_json: str, state: Mapping[str, Tensor], eos: str | None = None) -> None:

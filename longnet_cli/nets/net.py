@@ -186,7 +186,7 @@ class Net(nn.Module):
         return None
 
     @property
-    def blocks(self) -> Sequence[nn.Module]:
+    def layer_modules(self) -> Sequence[nn.Module]:
         """The layers, first to last: each maps hidden states (B, N, dim) to hidden states (B, N, dim)."""
         raise NotImplementedError
 

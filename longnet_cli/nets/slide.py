@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from longnet_cli.attention import Pattern
 from longnet_cli.basics.errors import ConfigError, DataError, InputWarning
 from longnet_cli.nets.config import LongNetConfig, SlideConfig
-from longnet_cli.nets.longnet import Block, LongNet, Placement
+from longnet_cli.nets.longnet import Layer, LongNet, Placement
 from longnet_cli.nets.net import Bos, D, DocumentLike, InputSequence
 from longnet_cli.nets.weights import load_pretrained, save_pretrained
 
@@ -164,7 +164,7 @@ class VectorNet(LongNet):
         self.cls = nn.Parameter(torch.empty(config.dim))
         self.dropout = nn.Dropout(config.dropout)  # of the first layer's input
         self.norm = nn.LayerNorm(config.dim, HEAD_EPS)
-        for index, layer in enumerate(cast(Sequence[Block], self.layers)):
+        for index, layer in enumerate(cast(Sequence[Layer], self.layers)):
             layer.drop_path.p = config.drop_path * index / max(1, config.num_layers - 1)
         if not self.cls.is_meta:
             nn.init.xavier_uniform_(self.project.weight)

@@ -25,7 +25,7 @@ from longnet_cli.attention import SINKS, FarKeys, FarSpan, Outside
 from longnet_cli.attention.spans import Layout, common_span, far_spans, segment_start
 from longnet_cli.attention.views import strided_view
 from longnet_cli.basics.errors import MemoryLimitError
-from longnet_cli.nets.longnet import Block, LongNet, Placement
+from longnet_cli.nets.longnet import Layer, LongNet, Placement
 from longnet_cli.running.device import DTYPES, free_memory, precision, resolve_dtype, to_device
 from longnet_cli.running.mapped import MappedMemory, aligned
 from longnet_cli.running.ranks.ranks import Ranks
@@ -61,8 +61,12 @@ def hidden_in_chunks(
     if run.device.type != "cpu" and fits_beside(model.config.forward_bytes(chunk), run.nbytes, run.device):
         allocate = partial(torch.empty, device=run.device)
     else:
-        if spill is None:
-            _check_memory(run.nbytes)
+        free = free_memory(torch.device("cpu"))
+        if spill is None and free is not None and run.nbytes > free:
+            raise MemoryLimitError(
+                f"the hidden states take {run.nbytes / 2**30:.1f} GiB and {free / 2**30:.1f} GiB of memory are free: "
+                "keep them on a disk, with --spill FOLDER"
+            )
         allocate = MappedMemory(run.nbytes, spill).empty
     yield from run.hidden(read, allocate, on_chunk)
 
@@ -76,15 +80,6 @@ def fits_beside(forward: int, size: int, device: torch.device) -> bool:
     """Return whether a device has room for `size` bytes beside twice the bytes of a chunk's `forward` pass."""
     free = free_memory(device)
     return free is not None and size + 2 * forward <= free
-
-
-def _check_memory(size: int) -> None:
-    free = free_memory(torch.device("cpu"))
-    if free is not None and size > free:
-        raise MemoryLimitError(
-            f"the hidden states take {size / 2**30:.1f} GiB and {free / 2**30:.1f} GiB of memory are free: "
-            "keep them on a disk, with --spill FOLDER"
-        )
 
 
 class _Layers:
@@ -140,9 +135,11 @@ class _Layers:
                 hidden[:, place] = self.model.embed(to_device(read(start, stop), self.device))
         collected: Tensor | None = None  # (2, 1, rows, H, D), k and v, of one layer at a time
         if self.rows:
-            shape = (2, 1, self.rows, config.num_heads, config.head_dim)
-            collected = allocate(shape, dtype=self._dtype_of_keys())
-        for index, layer in enumerate(cast(Iterable[Block], self.model.layers)):
+            # not that of keys which were made: a rank may have no chunk to compute any from
+            name = resolve_dtype(self.dtype, self.device)
+            dtype = hidden.dtype if name == "fp32" else DTYPES[name]
+            collected = allocate((2, 1, self.rows, config.num_heads, config.head_dim), dtype=dtype)
+        for index, layer in enumerate(cast(Iterable[Layer], self.model.layers)):
             if collected is not None:
                 if self.ranks.world > 1:
                     collected.zero_()
@@ -160,11 +157,6 @@ class _Layers:
                 else:
                     hidden[:, place] = x
 
-    def _dtype_of_keys(self) -> torch.dtype:
-        """Return the dtype of keys and values, also on a rank that has no chunk to compute any from."""
-        name = resolve_dtype(self.dtype, self.device)
-        return next(self.model.parameters()).dtype if name == "fp32" else DTYPES[name]
-
     def _add_up(self, collected: Tensor) -> None:
         """Give every rank all rows. Each row was made by one rank, and is zero on the others."""
         if self.ranks.world > 1:
@@ -174,14 +166,14 @@ class _Layers:
                 rows.copy_(sums)
 
     @torch.no_grad()
-    def _keys(self, layer: Block, x: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    def _keys(self, layer: Layer, x: Tensor, start: int) -> tuple[Tensor, Tensor]:
         x = x.to(self.device)
         with precision(self.dtype, self.device):
             _, k, v = layer.attention.project(layer.attention_norm(x), self.model.positions(x, start))
         return k, v
 
     @torch.no_grad()
-    def _compute(self, layer: Block, x: Tensor, start: int, far: Outside, last: bool) -> Tensor:
+    def _compute(self, layer: Layer, x: Tensor, start: int, far: Outside, last: bool) -> Tensor:
         x = x.to(self.device)
         with precision(self.dtype, self.device):
             place = Placement(start, total=self.tokens)

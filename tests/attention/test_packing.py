@@ -116,7 +116,7 @@ def test_calls_on_a_gpu_hardly_grow_with_the_number_of_documents(kernel: str) ->
 
 def calls(kernel: str, x: Tensor, causal: bool = True, lengths=None, documents=None) -> int:
     plan = plan_calls(KERNELS[kernel], x, x, x, Pattern.paper(), Shard(0, lengths, documents, causal=causal))
-    return sum(len(found) for *_, found in plan.blocks) + len(plan.packs)
+    return sum(len(found) for *_, found in plan.placed) + len(plan.packs)
 
 
 def test_what_is_kept_for_packed_rows_goes_with_their_plan() -> None:
@@ -156,7 +156,7 @@ def test_a_document_that_fits_the_first_segment_is_one_call_on_a_cpu() -> None:
     x = torch.empty(1, 2000, 6, 32)
     shard = Shard(documents=[300, 1024, 676])
     plan = plan_calls(KERNELS["cpu_flash"], x, x, x, Pattern((1024, 4096), (1, 4)), shard)
-    assert [len(found) for *_, found in plan.blocks] == [1, 1, 1]
+    assert [len(found) for *_, found in plan.placed] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -158,7 +158,7 @@ def test_slices_of_columns_keep_to_their_rows(kind):
 
 
 def test_blocks_do_not_show_in_a_flat_stream(tmp_path, monkeypatch):
-    monkeypatch.setattr(id_columns, "FLAT_BLOCK", 3)
+    monkeypatch.setattr(id_columns, "FLAT_STEP", 3)
     documents = read(FORMATS["flat column"](tmp_path))
     assert tokens(documents) == IDS
     assert [document.where.split(", ")[1] for document in documents] == ["row 1", "row 7", "row 23"]

@@ -103,7 +103,7 @@ def test_blocks_do_not_show(tmp_path, monkeypatch):
     ids = np.random.default_rng(0).integers(3, 250, 1000).tolist()
     write(tmp_path / "a.arrow", [ids])
     whole = inspect(Inputs([tmp_path], BYTES))
-    monkeypatch.setattr(inspecting, "BLOCK", 7)
+    monkeypatch.setattr(inspecting, "STEP", 7)
     assert inspect(Inputs([tmp_path], BYTES)) == whole
     assert (whole.low, whole.high) == (min(ids), max(ids))
 

@@ -28,7 +28,7 @@ from longnet_cli.jobs.training.windows import LONGEST_PERIOD, Batch, Mix, TokenS
 from longnet_cli.running.ranks.ranks import Ranks
 
 EOS = -1  # no document holds it
-SHIPPED = {name: getattr(module, name) for name in ("BLOCK_TOKENS", "POOL_BLOCKS")}
+SHIPPED = {name: getattr(module, name) for name in ("RUN_TOKENS", "POOL_RUNS")}
 
 lengths = st.lists(st.integers(0, 30), min_size=1, max_size=25)
 
@@ -52,11 +52,11 @@ def positions(windows: TokenWindows, count: int) -> list[tuple[int, int, int]]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_blocks() -> Iterator[None]:
+def small_runs() -> Iterator[None]:
     """Blocks of 64 tokens and pools of 3 of them, so that small streams have several."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "BLOCK_TOKENS", 64)
-        patch.setattr(module, "POOL_BLOCKS", 3)
+        patch.setattr(module, "RUN_TOKENS", 64)
+        patch.setattr(module, "POOL_RUNS", 3)
         yield
 
 

@@ -27,9 +27,8 @@ from processes import TORCHRUN, kill_training, processes_of, wait_for
 
 from longnet_cli.basics.errors import LongNetError
 from longnet_cli.jobs.training.checkpoint import checkpoints_in, find_damage, read_checkpoint
-from longnet_cli.running.ranks.launch import Signals, noted_signals
+from longnet_cli.running.ranks.launch import Signals, check_agent, noted_signals
 from longnet_cli.running.ranks.ranks import Ranks
-from longnet_cli.running.ranks.watch import check_agent
 
 TRAIN = ["-m", "longnet_cli", "train"]
 
@@ -260,7 +259,7 @@ def test_a_signal_of_any_rank_decides() -> None:
 PARENT = """
 import ctypes, os, signal, sys, time
 from longnet_cli.running.ranks.launch import unwind_on_signals
-from longnet_cli.running.ranks.watch import end_with_parent
+from longnet_cli.running.ranks.launch import end_with_parent
 
 def block(library):
     "For ever, and no signal interrupts it."

@@ -322,7 +322,7 @@ def build_model(recipe: Recipe, initial: str | None, on_note: Callable[[str], No
 
 def change_layers(model: Net, train: TrainRecipe) -> None:
     """Compile the layers, and let them compute their activations again, as the recipe says."""
-    for layer in model.blocks:
+    for layer in model.layer_modules:
         if train.compile:
             layer.forward = torch.compile(layer.forward)
         if train.activation_checkpointing:
@@ -336,7 +336,7 @@ def build_optimizers(model: Net, recipe: OptimizerRecipe) -> list[torch.optim.Op
     sharded weights.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    of_layers = {id(p) for block in model.blocks for p in block.parameters()}
+    of_layers = {id(p) for layer in model.layer_modules for p in layer.parameters()}
     tables = [p for p in trained if p.dim() >= 2 and id(p) not in of_layers]
     matrices = [p for p in trained if p.dim() >= 2 and id(p) in of_layers]
     vectors = [p for p in trained if p.dim() < 2]

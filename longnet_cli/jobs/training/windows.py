@@ -27,9 +27,9 @@ from longnet_cli.data.documents import Document
 
 POSITION_VERSION = 2
 
-BLOCK_TOKENS = 1 << 17  # read from one place of a file: half a megabyte of int32, long enough for a sequential read
+RUN_TOKENS = 1 << 17  # read from one place of a file: half a megabyte of int32, long enough for a sequential read
 DIGEST_TOKENS = 256  # tokens at the start of a stream that its digest covers
-POOL_BLOCKS = 16  # blocks from all over the stream whose windows are shuffled together
+POOL_RUNS = 16  # runs of windows from all over the stream whose windows are shuffled together
 LONGEST_PERIOD = 10_000  # most windows in the period of a mix, whose table is made in some 10 ms
 
 
@@ -143,36 +143,36 @@ class Mix:
 class _Epoch:
     """The windows of one source in one epoch: where they start, in the order they are visited.
 
-    The windows are numbered along the stream and grouped in blocks of neighbours. First the blocks are shuffled, then
-    all windows within each pool of POOL_BLOCKS blocks. So a batch is drawn from all over the stream, while reads fall
-    on few places at a time, each read from end to end. Memory: a number per block and a number per window of a pool.
+    The windows are numbered along the stream and grouped in runs of neighbours. First the runs are shuffled, then
+    all windows within each pool of POOL_RUNS runs. So a batch is drawn from all over the stream, while reads fall
+    on few places at a time, each read from end to end. Memory: a number per run and a number per window of a pool.
     """
 
     def __init__(self, key: tuple[int, int, int], stream_len: int, seq_len: int) -> None:
         """`key` is (seed, source, epoch); `stream_len` is seq_len + 1 or more."""
         self.key, self.seq_len = key, seq_len
         self.windows, rest = divmod(stream_len - 1, seq_len)
-        self.block = max(1, BLOCK_TOKENS // seq_len)
+        self.run = max(1, RUN_TOKENS // seq_len)
         bits = self._bits()
         self.phase = int(bits.random_raw()) % (rest + 1)
-        self.blocks = _shuffled(bits, -(-self.windows // self.block))
-        last = np.flatnonzero(self.blocks == len(self.blocks) - 1)[0]
-        sizes = np.full(len(self.blocks), self.block)
-        sizes[last] = self.windows - self.block * (len(self.blocks) - 1)
-        self.ends = np.cumsum(sizes)  # of the blocks in the order they are visited, in windows
+        self.runs = _shuffled(bits, -(-self.windows // self.run))
+        last = np.flatnonzero(self.runs == len(self.runs) - 1)[0]
+        sizes = np.full(len(self.runs), self.run)
+        sizes[last] = self.windows - self.run * (len(self.runs) - 1)
+        self.ends = np.cumsum(sizes)  # of the runs in the order they are visited, in windows
         self._pool, self._members = -1, np.empty(0, np.int64)
 
     def start(self, position: int) -> int:
         """Return where in the stream the window visited at `position` (0 .. windows - 1) starts."""
-        pool, place = divmod(position, self.block * POOL_BLOCKS)
+        pool, place = divmod(position, self.run * POOL_RUNS)
         if pool != self._pool:
             first = position - place
-            members = _shuffled(self._bits(pool), min(self.block * POOL_BLOCKS, self.windows - first))
+            members = _shuffled(self._bits(pool), min(self.run * POOL_RUNS, self.windows - first))
             self._pool, self._members = pool, first + members
         visited = int(self._members[place])
         index = int(self.ends.searchsorted(visited, side="right"))
-        in_block = visited - (int(self.ends[index - 1]) if index else 0)
-        return self.phase + (int(self.blocks[index]) * self.block + in_block) * self.seq_len
+        in_run = visited - (int(self.ends[index - 1]) if index else 0)
+        return self.phase + (int(self.runs[index]) * self.run + in_run) * self.seq_len
 
     def _bits(self, *more: int) -> np.random.PCG64:
         seed, *spawn_key = self.key

@@ -76,7 +76,7 @@ class LongNetPreTrainedModel(hf.PreTrainedModel):
 
     config_class = LongNetHFConfig
     base_model_prefix = "longnet"  # names no attribute: weights keep a LongNet's own names
-    _no_split_modules = ("Block",)
+    _no_split_modules = ("Layer",)
     causal: bool | None = None  # whether a class with logits is for causal nets
 
     def __init__(self, config: LongNetHFConfig) -> None:

@@ -214,7 +214,7 @@ class TransformersNet(Net):
         return output(hidden)
 
     @property
-    def blocks(self) -> Sequence[nn.Module]:
+    def layer_modules(self) -> Sequence[nn.Module]:
         return [*layers_of(self.model, self.config.num_layers)]
 
     def check_trainable(self) -> None:
@@ -225,7 +225,7 @@ class TransformersNet(Net):
         name = type(self.model).__name__
         if not self.config.causal:
             raise ConfigError(f"{name} looks in both directions: only causal decoders are trained")
-        if self.config.memory != "segments" or not self.blocks:
+        if self.config.memory != "segments" or not self.layer_modules:
             raise ConfigError(f"{name} cannot be trained: not all of its layers take far keys")
         weight = next(self.parameters())
         self.logits(weight.new_zeros(1, self.config.dim))

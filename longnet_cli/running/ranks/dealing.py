@@ -113,11 +113,9 @@ def deal(
     An error in reading or in `work` is raised after rank 0 has given all earlier portions. Raises DataError where the
     ranks read different portions.
     """
-
-    def dealt(portion: P) -> tuple[P, Batches]:
-        return portion, work(portion)
-
-    return map(dealt, portions) if ranks.dp == 1 else _Deal(ranks, work, on_other, ahead).results(portions)
+    if ranks.dp == 1:
+        return ((portion, work(portion)) for portion in portions)
+    return _Deal(ranks, work, on_other, ahead).results(portions)
 
 
 class _Deal(Generic[P]):

@@ -145,9 +145,8 @@ class Exchange:
         if group in _agreeing:
             return
         _agreeing.add(group)
-        more = torch.zeros(
-            self.ranks, self.ranks, dtype=torch.int64
-        )  # than the reader (column) expects, its maker (row) sends
+        # by how much more a maker (row) sends than its reader (column) expects
+        more = torch.zeros(self.ranks, self.ranks, dtype=torch.int64)
         more[self.rank] += torch.tensor(self.sizes(self.sent, like))
         more[:, self.rank] -= torch.tensor(self.sizes(self.received, like))
         dist.all_reduce(more, group=self.group)

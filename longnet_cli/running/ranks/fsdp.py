@@ -1,12 +1,12 @@
 """The weights of a net on all ranks of a job: whole on every rank, or sharded over them (FSDP2).
 
     step          first forward          ...    last backward             optimizer
-    each block    its weights gathered   held   gradients summed, shared  on this rank's share
+    each layer    its weights gathered   held   gradients summed, shared  on this rank's share
                   (one all-gather)              out (one reduce-scatter)
 
 Between steps a rank of P has 1/P of the weights, gradients and optimizer states. During a step it has the whole weights
 and gradients: with AdamW in fp32 that is 8 + 12/P bytes per parameter at the peak, not 16. In exchange, a step has only
-one all-gather and one reduce-scatter per block, however many chunks and documents it has. Ranks whose batches are cut
+one all-gather and one reduce-scatter per layer, however many chunks and documents it has. Ranks whose batches are cut
 into different numbers of forward passes still run the same collectives.
 
 Every function here works with whole and with sharded weights, and with one process. All ranks must call it together.
@@ -42,7 +42,7 @@ def shard_weights(model: Net, ranks: Ranks) -> None:
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(next(model.parameters()).device.type, (ranks.world,), mesh_dim_names=("ranks",))
-    for module in (*model.blocks, model):  # the root takes what is in no block: tables and the final norm
+    for module in (*model.layer_modules, model):  # the root takes what is in no layer: tables and the final norm
         fully_shard(module, mesh=mesh, reshard_after_forward=False)
     for part in _parts(model):
         part.set_gradient_divide_factor(1.0)  # no mean: the loss is scaled by the tokens of all ranks
@@ -116,5 +116,5 @@ def whole_tensor(tensor: Tensor) -> Tensor:
 
 
 def _parts(model: nn.Module) -> list[FSDPModule]:
-    """Return the sharded modules, root first, then the blocks; none for a net that is not sharded."""
+    """Return the sharded modules, root first, then the layers; none for a net that is not sharded."""
     return [cast("FSDPModule", part) for part in model.modules() if is_sharded(part)]

@@ -1,14 +1,20 @@
 """`--nproc`: this command again, as several processes under torchrun; and the signals that stop or report.
 
 Signals unwind a command. A run notes them, and acts on them only where its state is consistent. `--nproc` passes
-SIGUSR1 on to its ranks; torchrun passes on the signals that stop them.
+SIGUSR1 on to its ranks; torchrun passes on the signals that stop them. How ranks end with each other is left to
+torchrun, too; how one ends whose parent has ended is here:
+
+    before the ranks have met   there is nothing to lose: SIGINT and SIGTERM kill, and so does the end of the parent
+    from then on                they unwind, and `train` saves
 """
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
+import socket
 import stat
 import sys
 import threading
@@ -254,3 +260,36 @@ def start_ranks(nproc: int, *, dry_run: bool = False) -> None:
             raise LongNetError(f"rank {rank} was killed ({name}), and the job with it") from None
         raise SystemExit(first.exitcode) from None
     raise SystemExit(0)
+
+
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+
+
+def end_with_parent() -> None:
+    """Have the kernel send SIGTERM to this process when its parent ends, and let SIGINT kill it like that.
+
+    Call it from the main thread, before anything slow. Raises SystemExit if the parent has ended already.
+    """
+    parent = int(os.environ.get(LAUNCHED) or os.getppid())
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        raise SystemExit(128 + signal.SIGTERM)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def check_agent() -> None:
+    """Raise LongNetError if the torchrun that started this rank ended before `end_with_parent` could see it.
+
+    Ranks find each other through a store in torchrun itself, and would try to reach it for half an hour.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        socket.create_connection(place, timeout=10).close()
+    except ConnectionRefusedError:
+        raise LongNetError("the torchrun that started this rank has ended") from None
+    except OSError:
+        pass  # torch says what is wrong with the network

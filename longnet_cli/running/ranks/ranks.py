@@ -15,8 +15,7 @@ import torch.distributed as dist
 
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.running.device import select_device
-from longnet_cli.running.ranks.launch import divide, started_by_torchrun, unwind_on_signals
-from longnet_cli.running.ranks.watch import check_agent
+from longnet_cli.running.ranks.launch import check_agent, divide, started_by_torchrun, unwind_on_signals
 
 TIMEOUT = timedelta(minutes=30)  # of a collective of hosts: rank 0 may write a checkpoint while the others wait
 GPU_TIMEOUT = timedelta(minutes=10)  # of one of GPUs: a rank whose GPU hangs is ended by its timeout alone
