@@ -98,12 +98,13 @@ class ChatTemplate:
         mark = next((mark for mark in map(chr, range(0xE000, 0xF900)) if mark not in said), None)
         if mark is None:
             raise RefusedError("the messages have all private-use characters, of which one must be free")
-        hidden = [{key: self._start.sub(partial(self._hide, mark), text) for key, text in m.items()} for m in messages]
+
+        def hide(found: re.Match[str]) -> str:
+            return mark + chr(HIDDEN + self._first.index(found[0]))
+
+        hidden = [{key: self._start.sub(hide, text) for key, text in m.items()} for m in messages]
         variables = {"messages": hidden, "add_generation_prompt": prompt, "tools": None, "documents": None}
         return self._template.render(variables | self._named), mark
-
-    def _hide(self, mark: str, found: re.Match[str]) -> str:
-        return mark + chr(HIDDEN + self._first.index(found[0]))
 
     def _shown(self, rendered: str, mark: str) -> str:
         """Return a text with the characters that are hidden in it."""

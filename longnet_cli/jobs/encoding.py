@@ -450,10 +450,8 @@ class Encoder(RowJob):
         arrays = [_array(schema.field("embedding").type, rows, each, bool(options.normalize)) for each in vectors]
         if rows[0].layers is not None:
             arrays[1] = pa.FixedSizeListArray.from_arrays(arrays[1], schema.field("layers").type.list_size)
-        cells = ((row.document.doc_id, row.span, row.start, row.end, row.end - row.start) for row in rows)
-        columns = [
-            pa.array(column, field.type) for column, field in zip(zip(*cells, strict=True), schema, strict=False)
-        ]
+        cells = [(row.document.doc_id, row.span, row.start, row.end, row.end - row.start) for row in rows]
+        columns = [pa.array([cell[i] for cell in cells], schema.field(i).type) for i in range(5)]
         carried = [field for field in self.kept_fields if field not in PLACE_FIELDS]
         kept = kept_columns([row.document for row in rows], carried)
         if len(carried) < len(self.kept_fields):

@@ -21,8 +21,8 @@ from longnet_cli.jobs.encoding import EncodeFacts, encode
 from longnet_cli.jobs.generating import generate
 from longnet_cli.jobs.options import EncodeOptions
 from longnet_cli.nets.config import LongNetConfig
-from longnet_cli.nets.foreign import TRANSFORMERS_KEYS
 from longnet_cli.nets.longnet import LongNet
+from longnet_cli.nets.weights import TRANSFORMERS_KEYS
 
 BYTES = Tokenizer.bytes()
 CACHE = "cache" if "cache" in hf.modeling_outputs.CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"

@@ -125,16 +125,16 @@ def _step(config: NetConfig, layers: int, dtype: str, lora: dict | None, again: 
         from longnet_cli.models.hf.training import unwritten  # imports transformers
         from longnet_cli.models.hf.trying import hidden_states
 
-        net, layer_modules = unwritten(config.source, layers, lora)
+        net, modules = unwritten(config.source, layers, lora)
         forward = partial(hidden_states, net)
     else:
         net = forward = _unwritten(cast(LongNetConfig, config), layers)
-        layer_modules = net.layer_modules
+        modules = net.layers
     for module in net.modules():
         if isinstance(module, nn.Embedding):  # its gradient is as large as the table; what follows has one all the same
             module.requires_grad_(False)
             module.register_forward_hook(lambda module, args, embedded: embedded.requires_grad_())
-    for layer in layer_modules if again else ():
+    for layer in modules if again else ():
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     for p in net.parameters():
         if p.requires_grad:

@@ -27,9 +27,8 @@ from longnet_cli.basics.errors import CheckpointError
 from longnet_cli.basics.model_files import MODEL_TYPE
 from longnet_cli.models.hf.longnet_cache import AlignedRows, LongNetCache, Memory, by_rows, columns_of
 from longnet_cli.nets.config import LongNetConfig, parse_config
-from longnet_cli.nets.foreign import TRANSFORMERS_KEYS, architecture, own_keys
 from longnet_cli.nets.longnet import LongNet
-from longnet_cli.nets.weights import list_names, save_pretrained
+from longnet_cli.nets.weights import TRANSFORMERS_KEYS, architecture, list_names, own_keys, save_pretrained
 from longnet_cli.running.causal_stream import CausalStream
 from longnet_cli.running.reader import default_chunk
 
