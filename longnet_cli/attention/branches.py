@@ -54,16 +54,16 @@ class Branch(NamedTuple):
     """One attention call: query rows of the shard against key rows of the shard (near) or of far keys.
 
     The heads of `queries` are query heads; the heads of `keys` are key heads, or lanes of far keys. Of a single token,
-    all query heads of a key head are rows, if they see the same keys. `far` is the index of the far keys, None for near
-    ones. `zero_keys` keys with logit 0 and value 0 join the softmax (`padding="zero_key"`). `covers` marks the branches
-    that together reach every row of the shard, before any other branch does. A call with a `union` computes all levels
-    at once; any other has a `level`, sinks and chosen blocks that of 0.
+    all query heads of a key head are rows, if they see the same keys. `far_index` is the index of the far keys, None
+    for near ones. `zero_keys` keys with logit 0 and value 0 join the softmax (`padding="zero_key"`). `covers` marks the
+    branches that together reach every row of the shard, before any other branch does. A call with a `union` computes
+    all levels at once; any other has a `level`, sinks and chosen blocks that of 0.
     """
 
     queries: Rows
     keys: Rows
     causal: bool
-    far: int | None = None
+    far_index: int | None = None
     zero_keys: int = 0
     covers: bool = False
     union: Union | None = None
@@ -82,9 +82,9 @@ class Union(NamedTuple):
 
 
 class Turned(NamedTuple):
-    """Sinks that were turned for each of the `sink_segments`: packed rows of far keys `far`, from row `row` on."""
+    """Sinks that were turned for each of the `sink_segments`: packed rows from `row` on, of far keys by their index."""
 
-    far: int
+    far_index: int
     row: int
 
 
@@ -113,12 +113,12 @@ def branches(
     for level in range(len(pattern.levels)):
         zero_keys = (total or start + tokens) if padding == "zero_key" else 0
         if not any(span.level == level and shard.holds(span) for span in spans):
-            calls += shard.near(level, level == covering, zero_keys)
+            calls += shard.near_calls(level, level == covering, zero_keys)
     for index, span in enumerate(spans):
         shard.check(span)
         if span.level != SINKS:
-            calls += shard.far(span, index, span.level == covering)
-    calls += shard.sinks(spans, turned)
+            calls += shard.far_calls(span, index, span.level == covering)
+    calls += shard.sink_calls(spans, turned)
     return tuple(sorted(calls, key=lambda branch: not branch.covers))
 
 
@@ -149,7 +149,7 @@ def _table_size(tokens: int) -> int:
 
 def pairs(branch: Branch) -> int:
     """Return twice the number of scores of a branch; a causal branch has half of its square, and so has one token."""
-    half = branch.causal or (branch.far is None and branch.queries.row_heads)
+    half = branch.causal or (branch.far_index is None and branch.queries.row_heads)
     return branch.queries.segments * branch.queries.heads * branch.queries.rows * branch.keys.rows * (1 if half else 2)
 
 
@@ -169,7 +169,7 @@ def level_flops(
 ) -> list[int]:
     """Return the share of each level in `attention_flops`, and last that of calls on sinks alone or chosen blocks."""
     shard = _ShardGeometry(Layout(pattern, heads, heads), 0, tokens, causal)
-    parts = [*(shard.near(level, False, 0) for level in range(len(pattern.levels))), shard.sinks((), None)]
+    parts = [*(shard.near_calls(level, False, 0) for level in range(len(pattern.levels))), shard.sink_calls((), None)]
     flops = [2 * head_dim * sum(map(pairs, part)) for part in parts]
     flops[-1] += sum(chosen_flops(pattern, heads, head_dim, tokens, kind))
     return flops
@@ -258,7 +258,7 @@ class _ShardGeometry(NamedTuple):
         """The key head of each query head."""
         return [h * self.layout.kv_heads // self.num_heads for h in range(self.num_heads)]
 
-    def near(self, level: int, covering: bool, zero_keys: int) -> Iterator[Branch]:
+    def near_calls(self, level: int, covering: bool, zero_keys: int) -> Iterator[Branch]:
         """Yield a level's calls on near keys. `zero_keys`: length of a sequence whose segments get zero keys, or 0."""
         w, r = level_of(self.pattern, level)
         if zero_keys:
@@ -274,7 +274,7 @@ class _ShardGeometry(NamedTuple):
                 causal = part.square and not branch.queries.row_heads
                 yield branch._replace(causal=causal, covers=covering and part.own, level=level)
 
-    def far(self, span: FarSpan, index: int, covering: bool) -> Iterator[Branch]:
+    def far_calls(self, span: FarSpan, index: int, covering: bool) -> Iterator[Branch]:
         """Yield the calls of the shard's queries on the rows of `span`: full attention, never causal."""
         w, r = level_of(self.pattern, span.level)
         segment, lane_of = span.start // w * w, self.layout.lanes(span.level).of_head
@@ -289,9 +289,9 @@ class _ShardGeometry(NamedTuple):
             first_rows, counts = [start[i] - before[i] for i in lane_of], [stop[i] - start[i] for i in lane_of]
             keys = HeadRows(lane_of, first_rows, counts, w, 1)
             for branch in self._calls(1, r, self._query_rows(span.level, w, part.queries), keys):
-                yield branch._replace(far=index, covers=covering and part.own, level=span.level)
+                yield branch._replace(far_index=index, covers=covering and part.own, level=span.level)
 
-    def sinks(self, spans: Sequence[FarSpan], turned: Turned | None) -> Iterator[Branch]:
+    def sink_calls(self, spans: Sequence[FarSpan], turned: Turned | None) -> Iterator[Branch]:
         """Yield the calls that show all sinks to the queries, of any residue, whose first level covers no sink."""
         w, n = self.pattern.segment_lengths[0], self.pattern.sinks
         segments = sink_segments(self.pattern, self.start, self.stop)
@@ -302,14 +302,14 @@ class _ShardGeometry(NamedTuple):
             zone = _Zone(start=0, length=w, low=0, high=w, square=True, own=False)
             for part in self._rectangles([zone], w, 1, begin, self.stop):
                 row = turned.row + (part.queries[0] // w - segments.start) * n
-                yield from self.on_rows(part.queries, row, n, part.segments, segment_step=n, far=turned.far)
+                yield from self.on_rows(part.queries, row, n, part.segments, segment_step=n, far_index=turned.far_index)
             return
         queries, own = (begin, self.stop), min(n, self.start)  # sinks [0, own) lie before the shard
         given = spans_of_sinks(spans, own, self.start)
         if own < n:
             yield from self.on_rows(queries, own - self.start, n - own)
         for index, span in given:
-            yield from self.on_rows(queries, 0, span.stop - span.start, far=index)
+            yield from self.on_rows(queries, 0, span.stop - span.start, far_index=index)
 
     def holds(self, span: FarSpan) -> bool:
         """Return whether the row of the shard, which is a single token, is the last one of the far keys."""
@@ -364,7 +364,7 @@ class _ShardGeometry(NamedTuple):
         rows: int,
         segments: int = 1,
         segment_step: int = 0,
-        far: int | None = None,
+        far_index: int | None = None,
     ) -> Iterator[Branch]:
         """Yield the calls of the queries at positions `queries` on `rows` neighbouring keys from a token on.
 
@@ -374,7 +374,7 @@ class _ShardGeometry(NamedTuple):
         of_queries = self._all_rows(w, queries)
         of_keys = HeadRows(self.kv_of, [first_token] * n, [rows] * n, segment_step or w, 1)
         for branch in self._calls(segments, 1, of_queries, of_keys):
-            yield branch._replace(far=far)
+            yield branch._replace(far_index=far_index)
 
     def _query_rows(self, level: int, w: int, queries: _Positions) -> HeadRows:
         """Return the rows at positions `queries` that query the keys of a level."""

@@ -121,10 +121,10 @@ def _attend(
     plan = plan_calls(selected, q, k, v, pattern, shard, far_keys, sinks.rows if sinks else None)
     chosen = Chosen(pattern, plan.chosen, turn, past, choices) if plan.chosen else None
     call = _ShardCall(plan, q.shape[-1] ** -0.5 if scale is None else scale, far_keys, sinks, chosen)
-    far = [x for keys in far_keys for x in (keys.k, keys.v)]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *far)):
-        return _MergedBranches.apply(call, q, k, v, *far)
-    return call.forward(q, k, v, far)[0]
+    far_rows = [x for keys in far_keys for x in (keys.k, keys.v)]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *far_rows)):
+        return _MergedBranches.apply(call, q, k, v, *far_rows)
+    return call.forward(q, k, v, far_rows)[0]
 
 
 class _Sinks(NamedTuple):
@@ -135,14 +135,14 @@ class _Sinks(NamedTuple):
     number: int
     kept: dict[tuple[int, ...], tuple[Tensor, ...]] | None  # by distances
 
-    def collect(self, k: Tensor, v: Tensor, far: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        return self.rows.collect(k, far[::2], self.number), self.rows.collect(v, far[1::2], self.number)
+    def collect(self, k: Tensor, v: Tensor, far_rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        return self.rows.collect(k, far_rows[::2], self.number), self.rows.collect(v, far_rows[1::2], self.number)
 
-    def turned(self, k: Tensor, v: Tensor, far: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def turned(self, k: Tensor, v: Tensor, far_rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return k and v of the sinks as every segment sees them, packed."""
         if self.kept is not None and self.rows.distances in self.kept:
             return self.kept[self.rows.distances]
-        both = tuple(unit_stride(x) for x in self.rows.spread(*self.collect(k, v, far), self.turn))
+        both = tuple(unit_stride(x) for x in self.rows.spread(*self.collect(k, v, far_rows), self.turn))
         if self.kept is not None:
             self.kept.clear()
             self.kept[self.rows.distances] = both
@@ -174,16 +174,16 @@ class _ShardCall(NamedTuple):
     sinks: _Sinks | None
     chosen: Chosen | None
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, far: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, far_rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Return out and LSE of all branches, as `merged_forward` does."""
         waiting = [keys.ready for keys in self.far_keys if keys.ready]
-        there = [unit_stride(x) for x in far]
+        there = [unit_stride(x) for x in far_rows]
 
         def arrived(index: int) -> list[Tensor]:
             while waiting:
                 waiting.pop()()
             if self.sinks and 2 * index == len(there):
-                there.extend(self.sinks.turned(k, v, far))
+                there.extend(self.sinks.turned(k, v, far_rows))
             return there[2 * index : 2 * index + 2]
 
         merged = merged_forward(self.plan, self.scale, q, k, v, arrived, self.chosen)
@@ -197,9 +197,9 @@ class _MergedBranches(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: _ShardCall, q: Tensor, k: Tensor, v: Tensor, *far: Tensor) -> Tensor:
-        q, k, v, *far_tensors = (unit_stride(x) for x in (q, k, v, *far))
-        out, lse = call.forward(q, k, v, far_tensors)
-        ctx.save_for_backward(q, k, v, out, lse, *far_tensors)
+        q, k, v, *far_rows = (unit_stride(x) for x in (q, k, v, *far))
+        out, lse = call.forward(q, k, v, far_rows)
+        ctx.save_for_backward(q, k, v, out, lse, *far_rows)
         # the far keys themselves would keep tensors that autograd has saved already
         ctx.call, ctx.back = call._replace(far_keys=()), [keys.back for keys in call.far_keys]
         return out
@@ -207,7 +207,7 @@ class _MergedBranches(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, *far = ctx.saved_tensors
+        q, k, v, out, lse, *far_rows = ctx.saved_tensors
         refuse_capture(q)
         plan, scale, _, sinks, chosen = ctx.call
         back: list[Callable[[Tensor, Tensor], object] | None] = ctx.back
@@ -216,14 +216,14 @@ class _MergedBranches(torch.autograd.Function):
         def on_far(dfar: Sequence[Tensor]) -> None:
             nonlocal of_sinks
             if sinks:
-                of_sinks = sinks.rows.gradients(*sinks.collect(k, v, far), sinks.turn, *dfar[-2:])
+                of_sinks = sinks.rows.gradients(*sinks.collect(k, v, far_rows), sinks.turn, *dfar[-2:])
                 for i, d in enumerate(of_sinks):
                     sinks.rows.give_far(d, dfar[i::2])
             for i, tell in enumerate(back):
                 if tell:
                     tell(dfar[2 * i], dfar[2 * i + 1])
 
-        there = [*far, *(sinks.turned(k, v, far) if sinks else ())]
+        there = [*far_rows, *(sinks.turned(k, v, far_rows) if sinks else ())]
         far_first = on_far if any(back) else None
         grads = merged_backward(plan, scale, (dout, q, k, v, out, lse), there, far_first, chosen)
         if not far_first:
@@ -231,7 +231,7 @@ class _MergedBranches(torch.autograd.Function):
         for d, dx in zip(of_sinks, grads[1:3], strict=False):  # there may be no sinks
             assert sinks is not None
             sinks.rows.give_own(d, dx)
-        inputs = zip(grads, (q, k, v, *far), strict=False)  # turned sinks, at the end, have given theirs
+        inputs = zip(grads, (q, k, v, *far_rows), strict=False)  # turned sinks, at the end, have given theirs
         return None, *(d.to(x.dtype) for d, x in inputs)
 
 

@@ -97,7 +97,7 @@ def packed(
         taken: dict[_Key, list[_Taken]] = defaultdict(list)
         for branch in calls:
             if (
-                branch.far is not None
+                branch.far_index is not None
                 or branch.queries.heads
                 * branch.queries.segments
                 * (branch.queries.rows * branch.keys.rows)

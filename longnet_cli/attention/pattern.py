@@ -105,9 +105,9 @@ class Pattern:
                 "segment lengths and dilation rates must be at least 1, "
                 f"got {self.segment_lengths} and {self.dilation_rates}"
             )
-        for name, choices in (("head_offsets", HeadOffsets), ("overlap", Overlap), ("queries", Queries)):
-            if getattr(self, name) not in get_args(choices):
-                allowed = " or ".join(f'"{choice}"' for choice in get_args(choices))
+        for name, literal in (("head_offsets", HeadOffsets), ("overlap", Overlap), ("queries", Queries)):
+            if getattr(self, name) not in get_args(literal):
+                allowed = " or ".join(f'"{choice}"' for choice in get_args(literal))
                 raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
         levels = len(self.segment_lengths)
         back = (self.look_back,) * levels if isinstance(self.look_back, int) else self.look_back

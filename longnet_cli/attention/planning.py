@@ -166,7 +166,7 @@ def _plan(
         if unites and start == 0 and not outside and row is None:
             calls = united(layout, length, shard.causal)
         if calls is None:
-            seen = None if row is None else Turned(far=len(spans), row=row)
+            seen = None if row is None else Turned(far_index=len(spans), row=row)
             options = shard.causal, shard.padding, outside, shard.total or 0, seen
             calls = branches(layout, start, length, *options)
         placed.append((rows, columns, calls))
@@ -280,7 +280,7 @@ def _single_token(
 ) -> Merge:
     """Return a merge that starts with the result of `branch`, which has all heads of a single token."""
     q, k, v = (of_level(x, branch.level) for x in (q, k, v))
-    k, v = (k, v) if branch.far is None or not far else far(branch.far)
+    k, v = (k, v) if branch.far_index is None or not far else far(branch.far_index)
     rows = plan.placed[0][0]
     q_, k_, v_ = (
         view(x, shown, rows, 0, True) for x, shown in ((q, branch.queries), (k, branch.keys), (v, branch.keys))
@@ -332,7 +332,7 @@ def refuse_capture(q: Tensor) -> None:
 def _only(placed: Sequence[PlacedCalls], far: bool) -> list[PlacedCalls]:
     """Return the calls on far keys alone, or on near keys alone."""
     return [
-        (rows, columns, tuple(branch for branch in calls if (branch.far is not None) == far))
+        (rows, columns, tuple(branch for branch in calls if (branch.far_index is not None) == far))
         for rows, columns, calls in placed
     ]
 
@@ -373,7 +373,8 @@ class _Gradients:
             part, *parts = self._kernel.backward(tensors, branch.causal, self._scale, *_counts(branch, q))
             self.q.add(dq, part, branch.queries, fresh=branch.covers and not self._far_first)
             fresh = branch.covers and branch.queries == branch.keys and not self._shared_heads
-            of_keys = (self.k, self.v) if branch.far is None else self._far_sums[2 * branch.far : 2 * branch.far + 2]
+            i = branch.far_index
+            of_keys = (self.k, self.v) if i is None else self._far_sums[2 * i : 2 * i + 2]
             for total, place, part in zip(of_keys, places, parts, strict=True):
                 total.add(place, part, branch.keys, fresh)
             del part, parts  # the next call needs the memory

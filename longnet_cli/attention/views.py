@@ -51,10 +51,10 @@ def kernel_calls(
                 layout = known[key] = _CallLayout.of(branch, run, columns.start, kernel, near[:queries], near[queries:])
             shown = zip(near, layout.views, begins, strict=False)  # of far keys, only the queries are near
             views = [x.as_strided(size, stride, begin + offset) for x, (size, stride, offset), begin in shown]
-            if branch.far is not None:
+            if branch.far_index is not None:
                 assert far is not None
-                views += [view(x, branch.keys, run, 0) for x in far(branch.far)]
-            if layout.single and branch.far is None:
+                views += [view(x, branch.keys, run, 0) for x in far(branch.far_index)]
+            if layout.single and branch.far_index is None:
                 yield branch, views[:queries], views[queries:]
             else:
                 for call in _batched(views, layout.limit):
@@ -82,7 +82,7 @@ class _CallLayout(NamedTuple):
         key_like: Sequence[Tensor],
     ) -> _CallLayout:
         shown = [(x, branch.queries) for x in query_like]
-        if branch.far is None:
+        if branch.far_index is None:
             shown += [(x, branch.keys) for x in key_like]
         views = [_layout_of_call(x, rows, run, column) for x, rows in shown]
         rows = max(branch.queries.rows, branch.keys.rows)

@@ -57,7 +57,7 @@ D = TypeVar("D", bound=DocumentLike)
 class InputSequence(Generic[D]):
     """The rows that a net reads for a document: `start_rows`, from index `own_start` on the document's own, `end_rows`.
 
-    `limit` is the most rows that the net reads, None for no limit; `choices` is as in `Net`. `cells`
+    `limit` is the most rows that the net reads, None for no limit; `alternatives` is as in `Net`. `cells`
     (len(document), 2) float32 are read after each vector of the document. Of a `window`, the document's own rows are
     those of [begin, end), None for all.
     """
@@ -65,7 +65,7 @@ class InputSequence(Generic[D]):
     document: D
     start_rows: np.ndarray
     limit: int | None
-    choices: str
+    alternatives: str
     cells: np.ndarray | None = None
     end_rows: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     begin: int = 0
@@ -104,8 +104,8 @@ class InputSequence(Generic[D]):
         """
         tokens = len(self) if tokens is None else tokens
         if self.limit is not None and tokens > self.limit:
-            has = f"was trained on {self.limit}" if self.choices else f"has {self.limit} positions"
-            instead += f", or give {self.choices}" if self.choices else ""
+            has = f"was trained on {self.limit}" if self.alternatives else f"has {self.limit} positions"
+            instead += f", or give {self.alternatives}" if self.alternatives else ""
             instead += "; --skip-bad leaves such documents out" if skips else ""
             raise TooLongError(f"{self.document.where}: {tokens} tokens, and the model {has}", instead)
         return self
@@ -125,7 +125,7 @@ class Net(nn.Module):
 
     config: NetConfig
     note: str | None = None  # one line for users about how the net reads documents
-    choices: str = ""  # options for users with too long a sequence, besides shorter ones
+    alternatives: str = ""  # options for users with too long a sequence, besides shorter ones
     dilated: bool = True  # whether its attention is ours
     has_cls: bool = False  # whether an extra row, CLS, comes before each sequence
     has_grid: bool = False  # whether the vectors that it reads lie in a grid
@@ -164,7 +164,7 @@ class Net(nn.Module):
             )
         start_rows = self.start_rows(bos) if closing is None else np.array(bos_ids(bos), np.int64)
         end_rows = np.array(closing or (), np.int64)
-        return InputSequence(document, start_rows, self.config.max_tokens, self.choices, end_rows=end_rows)
+        return InputSequence(document, start_rows, self.config.max_tokens, self.alternatives, end_rows=end_rows)
 
     def inputs_like(self, shape: tuple[int, int]) -> Tensor:
         """Return inputs of the shape (B, N), on the net's device, to measure with: random ids, or vectors of zeros."""

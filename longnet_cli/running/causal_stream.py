@@ -72,8 +72,8 @@ class LayerCaches:
     def cache_bytes(self) -> int:
         return sum(cache.nbytes for cache in self.caches)
 
-    def note(self, tokens: Tensor | None) -> NamedBlocks | None:
-        """Note the next tokens (B, n), None for vectors, before layers see them. Return the blocks that they name."""
+    def name_blocks(self, tokens: Tensor | None) -> NamedBlocks | None:
+        """Return the blocks that the next tokens (B, n), None for vectors, name. Call it before layers see them."""
         if not self.pattern.chosen:
             return None
         if tokens is None or tokens.is_floating_point():
@@ -233,7 +233,7 @@ class CausalStream(LayerCaches):
 
         With an `exchange`, whose first edge is `position`, they are this rank's shard of the chunk.
         """
-        named, far = self.note(tokens), partial(self.provide, exchange=exchange)
+        named, far = self.name_blocks(tokens), partial(self.provide, exchange=exchange)
         start = exchange.start if exchange else self.position
         hidden = self.model(tokens, embeddings=embeddings, start=start, far=far, named=named)
         self.store()

@@ -79,7 +79,9 @@ def backward_in_chunks(
             with precision(dtype, device):
                 stream(tokens[:, part.mine], exchange=part.exchange)
             on_chunk()
-    named = stream.note(tokens[:, chunks[-1].mine]) if model.config.pattern.chosen else None  # only it still chooses
+    named = None
+    if model.config.pattern.chosen:  # only the last chunk still chooses
+        named = stream.name_blocks(tokens[:, chunks[-1].mine])
     pasts = [cache.past for cache in stream.caches if cache.past] or new_pasts(model.config)
     del stream
     total = torch.zeros((), dtype=torch.float64, device=device)

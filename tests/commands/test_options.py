@@ -88,7 +88,7 @@ def test_what_is_no_device(text):
 def test_a_command_gets_its_defaults_and_its_options(show):
     defaults = json.loads(show("in.arrow").stdout)
     assert (defaults["documents"]["inputs"], defaults["documents"]["keep"]) == (["in.arrow"], None)
-    assert (defaults["seq"], defaults["limit"], defaults["choice"]["model"]) == ([8192, 32768], None, "longnet-tiny")
+    assert (defaults["seq"], defaults["limit"], defaults["choice"]["model"]) == ([8192, 32768], None, None)
     computing = {"device": "auto", "dtype": "auto", "chunk": None, "spill": None, "quiet": False}
     assert defaults["computing"] == computing
 

@@ -286,8 +286,8 @@ class _TrainingRun:
         fsdp.sum_gradients(self.model, ranks, nll)
         total_norm = fsdp.clip_gradients(self.model, recipe.optimizer.clip)
         fetch_next()  # while the device computes
-        loss, norm = torch.stack((nll / count, total_norm.double())).tolist()  # the only wait for the device
-        self._refuse_divergence(loss, norm, position)
+        loss, grad_norm = torch.stack((nll / count, total_norm.double())).tolist()  # the only wait for the device
+        self._refuse_divergence(loss, grad_norm, position)
         # the new weights
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -301,13 +301,13 @@ class _TrainingRun:
         documents = [stop - start for row in starts for start, stop in pairwise([*row, length])]
         flops = recipe.model.training_flops(documents, train.predicted)
         seen = rows * length * ranks.dp
-        self.log.add(seen, flops * ranks.dp, loss, norm)  # other groups' documents are assumed to be alike
+        self.log.add(seen, flops * ranks.dp, loss, grad_norm)  # other groups' documents are assumed to be alike
         return seen
 
-    def _refuse_divergence(self, loss: float, norm: float, position: dict[str, Any]) -> None:
+    def _refuse_divergence(self, loss: float, grad_norm: float, position: dict[str, Any]) -> None:
         """Save, and raise LongNetError, before a step that would spoil the weights."""
         limit = math.inf if self.log.lowest is None else self.log.lowest + self.recipe.train.loss_jump
-        finite = math.isfinite(loss) and math.isfinite(norm)
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if finite and loss <= limit:
             return
         self._end()
@@ -318,9 +318,9 @@ class _TrainingRun:
         others = f" and {len(places) - 3} more" if len(places) > 3 else ""
         raise LongNetError(
             f"the loss {'jumps' if finite else 'is not finite'} at step {self.progress.step + 1} (loss {loss:.4g}, "
-            f"gradient norm {norm:.4g}), in windows {first} to {last - 1}, from {', '.join(places[:3])}{others}; the "
-            f"state before that step is saved in {self.output}: lower optimizer.lr or lengthen schedule.warmup_steps, "
-            f"and start another run with --init {where}"
+            f"gradient norm {grad_norm:.4g}), in windows {first} to {last - 1}, from {', '.join(places[:3])}{others}; "
+            f"the state before that step is saved in {self.output}: lower optimizer.lr or lengthen "
+            f"schedule.warmup_steps, and start another run with --init {where}"
         )
 
     def _stage_of(self, step: int) -> int:

@@ -153,7 +153,7 @@ class _CurrentPass:
         """Return the choices of some rows; `part` is what was read of them before."""
         if rows.column not in self.choices:
             ids = None if self.ids is None else rows.of(self.ids)[:, rows.skip if part else rows.column :]
-            self.choices[rows.column] = Choices(part.note(ids) if part else named_blocks(pattern, ids))
+            self.choices[rows.column] = Choices(part.name_blocks(ids) if part else named_blocks(pattern, ids))
         return self.choices[rows.column]
 
 

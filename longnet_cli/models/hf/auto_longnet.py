@@ -172,7 +172,7 @@ class LongNetPreTrainedModel(hf.PreTrainedModel):
             if cache is None:
                 return self.net(**place, lengths=rows.lengths)
             part = cache.part(rows, self.net.config.pattern)
-            named = part.note(None if input_ids is None else some)
+            named = part.name_blocks(None if input_ids is None else some)
             hidden = self.net(**place, lengths=rows.lengths, far=part.provide, named=named)
             part.store()
             return hidden

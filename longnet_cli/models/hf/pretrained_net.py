@@ -116,7 +116,7 @@ class TransformersNet(Net):
                     "pretrained" if limit >= _reach(Pattern.pretrained()) else f"window:{max(4, limit // 2)},sinks=4"
                 )
                 finding = ", --pattern finding (finds what was read long ago)"
-                self.choices = (
+                self.alternatives = (
                     f"--pattern {window} (a window and 4 sinks){finding * (limit >= _reach(Pattern.finding()))} or "
                     "--pattern dense (farther than trained)"
                 )
