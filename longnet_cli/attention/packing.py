@@ -96,23 +96,18 @@ def packed(
         left = []
         taken: dict[_Key, list[_Taken]] = defaultdict(list)
         for branch in calls:
-            if (
-                branch.far_index is not None
-                or branch.queries.heads
-                * branch.queries.segments
-                * (branch.queries.rows * branch.keys.rows)
-                * (rows.stop - rows.start)
-                >= LARGE
-            ):
+            queries = branch.queries
+            scores = queries.heads * queries.segments * queries.rows * branch.keys.rows * (rows.stop - rows.start)
+            if branch.far_index is not None or scores >= LARGE:
                 left.append(branch)
                 continue
-            mine, place = _Taken.of(branch.queries), 0
+            mine, place = _Taken.of(queries), 0
             key = (branch.causal, branch.zero_keys, place)
             while any(map(mine.meets, taken[key])):
                 place += 1
                 key = (*key[:2], place)
             taken[key].append(mine)
-            for into, part, width in zip(groups[key], (branch.queries, branch.keys), (heads, kv_heads), strict=True):
+            for into, part, width in zip(groups[key], (queries, branch.keys), (heads, kv_heads), strict=True):
                 for row in range(rows.start, rows.stop):
                     _append(into, part, row * tokens + columns.start, width)
         if left:

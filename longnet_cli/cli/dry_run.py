@@ -105,11 +105,7 @@ def _fate(output: Output, done: int, refusal: ConfigError | None) -> str:
         return f"{output.path}, which {'is replaced' if Path(output.path).exists() else 'is new'}"
     if refusal:
         return f"refused: {refusal}"
-    return (
-        f"{output.path}, after document {done:,} of an earlier run"
-        if done
-        else f"{output.path}, a new folder of shards"
-    )
+    return f"{output.path}, {f'after document {done:,} of an earlier run' if done else 'a new folder of shards'}"
 
 
 def _show(estimate: Estimate, format: Format, job: str, before: Sequence[Row], after: Sequence[Row]) -> None:

@@ -33,6 +33,7 @@ from longnet_cli.data.names import Apart
 from longnet_cli.data.outputs import (
     OUTPUT_SUFFIXES,
     ShardWriter,
+    array_of,
     first_kept,
     is_folder,
     kept_columns,
@@ -422,10 +423,7 @@ class TokenBatches:
         named, parts, ends = zip(*self._rows, strict=True)
         end, schema = ends[-1], self._output.schema
         doc_ids, *kept = zip(*((doc_id, *values) for doc_id, values in named), strict=True)
-        columns = [
-            pa.concat_arrays([pa.nulls(0, field.type), *(pa.repeat(value, 1) for value in values)])
-            for field, values in zip([*schema][3:], kept, strict=True)
-        ]
+        columns = [array_of(values, field.type) for field, values in zip([*schema][3:], kept, strict=True)]
         self._output.write(token_batch(schema, doc_ids, parts, ends, self._values[:end], columns))
         self._values[: self._used - end] = self._values[end : self._used].copy()
         self._used -= end

@@ -29,8 +29,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from longnet_cli.basics.errors import CheckpointError, ConfigError
 from longnet_cli.cli.progress import progress
 from longnet_cli.models.folder import ModelFolder
-from longnet_cli.models.gguf import convert_gguf, open_gguf
-from longnet_cli.models.gguf_metadata import WITHOUT_EFFECT, complete, quick_readers, reads
+from longnet_cli.models.gguf import WITHOUT_EFFECT, complete, convert_gguf, open_gguf, quick_readers, reads
 
 HEADS, KEY_HEADS, DIM, FFN, LAYERS = 4, 2, 64, 96, 2
 NAMES = {  # of a layer of llama.cpp's, and of transformers'

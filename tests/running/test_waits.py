@@ -1,17 +1,12 @@
 """How often the host waits for the device, counted on a CPU: once in a training step, once a chunk, late, in scoring.
 
 A GPU computes while the host prepares what comes next, until the host asks for a number.
-
-Every step between tokens and numbers is also run on fake tensors of a GPU: shapes, types and devices, and no number. A
-tensor left on the CPU is found as on a real GPU, whose operators refuse two devices. Gradients of fake GPU tensors need
-a driver; without a GPU, the meta device shows the same.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,28 +16,19 @@ import pyarrow as pa
 import pytest
 import torch
 from builders import scores
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from longnet_cli.attention import dilated, planning
-from longnet_cli.attention.cuda_kernels import CudaFlashKernel
 from longnet_cli.data.documents import Document
 from longnet_cli.jobs import generating
 from longnet_cli.jobs.scoring import scoring
 from longnet_cli.jobs.training.loop import train
-from longnet_cli.jobs.training.objective import backward
-from longnet_cli.jobs.training.recipe import OptimizerRecipe, load_recipe
-from longnet_cli.jobs.training.start import build_optimizers
+from longnet_cli.jobs.training.recipe import load_recipe
 from longnet_cli.jobs.training.windows import TokenStream
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet
-from longnet_cli.nets.net import IGNORED
-from longnet_cli.running import chunked_backward, layerwise, reader
+from longnet_cli.running import reader
 from longnet_cli.running.causal_stream import CausalStream
-from longnet_cli.running.chunked_backward import backward_in_chunks
-from longnet_cli.running.layerwise import _Layers, hidden_in_chunks
-from longnet_cli.running.ranks.ranks import Ranks
 
 MODEL: dict[str, Any] = {
     "vocab_size": 257, "dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 32, "position": "rope",
@@ -52,7 +38,7 @@ TOKENS = np.random.default_rng(0).integers(256, size=5000)
 
 
 class Asked(TorchFunctionMode):
-    """Counts the calls that ask a tensor for its numbers; that no operator does by itself is tested below."""
+    """Counts the calls that ask a tensor for its numbers; that no operator does by itself is in test_fake_devices."""
 
     NAMES = frozenset(["item", "tolist", "cpu", "numpy", "nonzero", "equal", "__bool__", "__int__", "__float__"])
 
@@ -131,95 +117,3 @@ def test_a_gpu_computes_the_next_token_while_one_is_written(
         events.append("written")
     of_tokens = ["computed", "written"] if ahead else ["written", "computed"]
     assert events == ["computed", *of_tokens, *of_tokens, "written", *(["computed"] if reads_all else [])]
-
-
-FAKE = torch.cuda.is_available()
-GPU = torch.device("cuda", 0) if FAKE else torch.device("meta")
-HOST = torch.device("cpu") if FAKE else GPU
-
-
-@pytest.fixture(autouse=True)
-def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A machine with a GPU, whatever it really has: tensors are fake, and its flash kernel is there."""
-    monkeypatch.setattr(dilated, "select_kernel", lambda *_: CudaFlashKernel())
-    monkeypatch.setattr(chunked_backward, "random_state", lambda device: [])
-    monkeypatch.setattr(chunked_backward, "set_random_state", lambda state, device: None)
-    if not FAKE:  # there is no autocast on the meta device
-        monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
-        monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
-    planning._plan.cache_clear()  # plans keep tensors: none of a real device here, nor fake ones afterwards
-    with FakeTensorMode() if FAKE else nullcontext():
-        yield
-    planning._plan.cache_clear()
-
-
-def net(causal: bool = True, **options) -> LongNet:
-    config = LongNetConfig(
-        vocab_size=64, dim=64, num_layers=2, num_heads=4, ffn_dim=96, position="rope", causal=causal,
-        segment_lengths=(16, 64), dilation_rates=(1, 4), **options,
-    )  # fmt: skip
-    net = LongNet(config)
-    for module in net.modules():  # as `net.to` would, which cannot swap fake parameters
-        for name, weight in [*module.named_parameters(recurse=False)]:
-            setattr(module, name, nn.Parameter(torch.empty(weight.shape, dtype=torch.bfloat16, device=GPU)))
-    return net
-
-
-def ids(rows: int, tokens: int) -> Tensor:
-    return torch.zeros(rows, tokens, dtype=torch.int64, device=GPU)
-
-
-@pytest.mark.parametrize("options", [{}, {"look_back": 1, "sinks": 4}], ids=["paper", "sinks"])
-def test_forward_nll_backward_and_optimizer(options: dict) -> None:
-    model = net(**options)
-    # torch's fused AdamW refuses the meta device
-    optimizers = build_optimizers(model, OptimizerRecipe()) if FAKE else [torch.optim.AdamW(model.parameters())]
-    total = backward(model, ids(2, 100), ids(2, 100), chunk=300, starts=[[0], [0, 30, 77]])
-    assert (total.device, total.dtype) == (GPU, torch.float64)
-    assert all(p.grad is not None and p.grad.device == GPU for p in model.parameters())
-    for optimizer in optimizers:
-        optimizer.step()
-
-
-@pytest.mark.parametrize("options", [{}, {"look_back": 1, "sinks": 4}], ids=["paper", "sinks"])
-def test_streaming_and_chunked_backward(options: dict) -> None:
-    model = net(**options)
-    stream = CausalStream(model)
-    for tokens in (40, 7, 1, 100):
-        hidden = stream(ids(2, tokens))
-        assert (hidden.device, hidden.shape) == (GPU, (2, tokens, 64))
-    assert backward_in_chunks(model, ids(1, 150), ids(1, 150), 40).device == GPU
-
-
-def test_masked_targets_on_the_host_are_found_there() -> None:
-    """Asking a GPU which tokens are hidden would wait for it in every forward."""
-    targets = torch.full((2, 100), IGNORED)
-    targets[:, ::7] = 1
-    assert backward(net(causal=False), ids(2, 100), targets, chunk=100).device == GPU
-
-
-def test_layer_by_layer_on_the_device_reads_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there is room, hidden states stay there, and so do the rows that chunks see of each other."""
-    made: list[torch.device] = []
-    monkeypatch.setattr(layerwise, "free_memory", lambda device: made.append(device) or 1 << 40)
-    parts = list(hidden_in_chunks(net(causal=False), ids_at, 150, 40))
-    assert [(part.device, part.shape[1]) for part in parts] == [(GPU, 40), (GPU, 40), (GPU, 40), (GPU, 30)]
-    assert made == [GPU]  # nobody asked how much of the host's is free
-
-
-def ids_at(start: int, stop: int) -> Tensor:
-    return ids(1, stop - start)
-
-
-def test_padded_rows_and_layer_by_layer() -> None:
-    model = net(causal=False)
-    assert model(ids(3, 50), lengths=[50, 20, 31]).device == GPU
-    layers = _Layers(model, 150, 40, "fp32", Ranks())
-    collected = torch.zeros(
-        2, 1, layers.rows, 4, 16, dtype=torch.bfloat16, device=HOST
-    )  # where hidden states are: the host
-    for start, stop, *_ in layers.mine:
-        x = torch.zeros(1, stop - start, 64, dtype=torch.bfloat16, device=HOST)
-        layers._collect(collected, start, *layers._keys(model.layers[0], x, start))
-        far = layers._far(collected, start, stop)
-        assert layers._compute(model.layers[0], x, start, far, True).device == GPU
