@@ -3,7 +3,7 @@
     pip download --no-deps --only-binary :all: -d wheels ansible-core==2.19.14 django==5.2.8 nltk==3.10.4 \\
       sphinx==8.2.3 sqlalchemy==2.1.9 twisted==25.5.0
     python docs/measurements/long_document.py join 1e7 longnet.txt wheels/*.whl
-    OMP_NUM_THREADS=2 /usr/bin/time -v longnet score longnet.txt --pattern window:1Ki --token-logprobs tokens.arrow
+    OMP_NUM_THREADS=1 /usr/bin/time -v longnet score longnet.txt --dtype bf16 --token-logprobs tokens.arrow
     python docs/measurements/long_document.py parts tokens.arrow
 
 None of these packages was installed where longnet-tiny was trained. `join` takes the Python sources of the wheels, each
