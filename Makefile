@@ -27,11 +27,11 @@ NOT_OF_CI = --ignore=tests/clients --ignore=tests/real# whose imports take secon
 
 .PHONY: figures demo docs/demo.svg docs/surprise.png test test-rest test-all real engines quick matrix gpu wheels docs lint check wheel-check clean
 
-demo: .venv/.installed
+demo: .venv/.installed-demo
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
 
 # What `make demo` prints, as a picture. `script` runs a command in a terminal; it is of util-linux.
-docs/demo.svg: .venv/.installed
+docs/demo.svg: .venv/.installed-demo
 	mkdir -p build
 	PATH="$(CURDIR)/$(BIN):$$PATH" script -qec "stty cols 127; bash examples/demo.sh" /dev/null > build/demo.txt
 	$(BIN)/python examples/draw_terminal.py $@ < build/demo.txt
@@ -143,6 +143,12 @@ clean:
 .venv/.installed-dev: pyproject.toml | .venv/bin/python
 	@echo "Installing longnet, its libraries and the test tools into .venv: some minutes the first time."
 	$(PIP) --editable '.[dev]'
+	@touch .venv/.installed .venv/.installed-demo $@
+
+# with what reads the two models of the demo
+.venv/.installed-demo: pyproject.toml | .venv/bin/python
+	@echo "Installing longnet, its libraries and transformers into .venv: some minutes the first time."
+	$(PIP) --editable '.[hf,gguf]'
 	@touch .venv/.installed $@
 
 build/engines/.installed: pyproject.toml | .venv/.installed-dev
