@@ -215,7 +215,8 @@ def _decoded(pipe: Pipe, where: str) -> Iterator[str]:
             bad = error.start if bad < 0 else min(bad, error.start)
         if bad >= 0:
             what = f"the byte at offset {position + bad} is 0x{data[bad]:02x}"
-            raise DataError(f"{where}: neither Arrow, Parquet nor UTF-8 text: {what}")
+            advice = ": pdftotext makes text of a PDF" if data.startswith(b"%PDF") else ""
+            raise DataError(f"{where}: neither Arrow, Parquet nor UTF-8 text: {what}{advice}")
         yield text
         position, data = position + used, data[used:] + following
 

@@ -91,6 +91,7 @@ NO_ID = "line 2: 'ids' holds something that is not a token id"
 FAILURES = [  # command, exit code, a part of its line; and what the file holds that is named first
     ("score none.txt", 3, "none.txt: no such file"),
     ("score picture.png", 3, "picture.png: neither Arrow, Parquet nor UTF-8 text"),
+    ("score a.pdf", 3, "the byte at offset 9 is 0xe2: pdftotext makes text of a PDF", "%PDF-1.4\n\udce2"),
     ("score empty.txt --format json", 3, "no token could be scored: every document is empty"),
     ("score ids.parquet -m ./model", 3, "row 3, offset 1: token id 300 does not fit a vocabulary of 257"),
     ("score x.parquet --column body", 2, "there is no column 'body'; its columns are id: int64"),
