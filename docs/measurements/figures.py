@@ -68,11 +68,8 @@ def entries() -> dict[str, dict[str, Any]]:
 
 
 def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, or of the names and files of a folder."""
-    if path.is_file():
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    files = sorted(each for each in path.rglob("*") if each.is_file() and "__pycache__" not in each.parts)
-    return hashlib.sha256("".join(f"{each.name} {sha256(each)}\n" for each in files).encode()).hexdigest()
+    """Return the SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def model_sha256(model: str) -> str | None:
@@ -86,7 +83,9 @@ def files_of(figure: dict[str, Any]) -> dict[str, str]:
     words = {word.removeprefix("@") for word in shlex.split(figure["run"])}
     names = (words | {*figure.get("reads", ())}) - {*figure.get("pictures", ())}
     made = ("runs", "build", ".")
-    return {name: sha256(ROOT / name) for name in sorted(names) if not name.startswith(made) and (ROOT / name).exists()}
+    return {
+        name: sha256(ROOT / name) for name in sorted(names) if not name.startswith(made) and (ROOT / name).is_file()
+    }
 
 
 def measured(figure: dict[str, Any]) -> tuple[list[Any], str]:
