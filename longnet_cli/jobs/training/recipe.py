@@ -249,7 +249,7 @@ class Recipe(StrictModel):
 
     @property
     def steps_in_words(self) -> str:
-        """What the steps read, by stage: `3 steps of 64 x 256 tokens (train.batch_tokens)`."""
+        """The tokens that the steps read, by stage: `3 steps of 64 x 256 tokens (train.batch_tokens)`."""
         windows = self.train.windows
         stages = (f"{s.steps:,} steps of {windows(s):,} x {s.seq_len:,} tokens" for s in self.train.stages)
         return f"{', then '.join(stages)} (train.batch_tokens)"
