@@ -164,13 +164,13 @@ FAILURES = [  # command, exit code, a part of its line; and what the file holds 
     ("convert ./llama --dtype bf16 -o y", 2, "already a Hugging Face model folder"),
     ("generate", 3, "stdin: nothing came"),
     (
-        "score x.parquet --sp 2", 2,
+        "score x.parquet --sp 2 --pattern finding", 2,
         "and 2 are to share a document: give each its own documents (--dp 2), or take a pattern without chosen blocks "
         "(--pattern window:1Ki)",
     ),
-    ("encode x.parquet --nproc 4 -o out.arrow", 2, "own documents (--dp 4)"),
+    ("encode x.parquet --nproc 4 --pattern finding -o out.arrow", 2, "own documents (--dp 4)"),
     (
-        "train --init longnet-tiny --data x.parquet --seq-len 64 --steps 1 -o run --nproc 2", 2,
+        "train --init longnet-tiny --pattern finding --data x.parquet --seq-len 64 --steps 1 -o run --nproc 2", 2,
         "and 2 are to share a document",
     ),
     ("train -o shared-run --dry-run", 2, "and 2 are to share a document"),  # by its recipe
