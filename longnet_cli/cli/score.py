@@ -89,7 +89,7 @@ def score(options: ScoreCommand) -> None:
     """Measure how well a model predicts text: perplexity (ppl) and bits per byte (bpb), lower is better.
 
     Every token is scored once. Across tokenizers, compare bpb, not ppl.
-    Memory grows with a document where a pattern chooses blocks, as longnet-tiny's does; with a window, it does not.
+    Memory grows with a document where a pattern chooses blocks (finding); with a window or levels, it does not.
     Without --pattern, a Hugging Face model is dense and reads no more tokens than it was trained on.
     """
     from longnet_cli.jobs.options import ScoreOptions
