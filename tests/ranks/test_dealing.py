@@ -78,6 +78,7 @@ def _deal_at_random() -> None:
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if rank == 0 else None
     port = Ranks(rank, 4).from_first(store.port if store else 0)
+    store = store or dist.TCPStore("127.0.0.1", port)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dealing.VALUE_BYTES, dealing.PAUSE = 200, 0.001
     for seed in range(12):
@@ -103,14 +104,17 @@ def _deal_at_random() -> None:
             shares = Counter(who for _, who in found)
             assert len(items) < 40 or shares[slow] < max(shares.values())
 
-    def slow_on_rank_0(portion: Portion[int]) -> list[pa.RecordBatch]:
-        time.sleep(0.0 if rank else 0.5)
+    def not_all_on_rank_0(portion: Portion[int]) -> list[pa.RecordBatch]:
+        if rank:
+            store.set("taken", "")
+        else:
+            store.wait(["taken"])
         return [batch(item, rank) for item in portion]
 
-    lengths = [5, 6 if rank else 5, 5, 5, 5]  # as if a file had changed
-    dealt = deal(portions(lengths, 1, length_of=lambda item: item), slow_on_rank_0, Ranks(rank, 4))
+    lengths = [6 if rank else 5] * 5  # as if a file had changed
+    dealt = deal(portions(lengths, 1, length_of=lambda item: item), not_all_on_rank_0, Ranks(rank, 4))
     if rank == 0:
-        with pytest.raises(DataError, match="portion 1 is 1 documents of 5 tokens on rank 0 and 1 of 6 on another"):
+        with pytest.raises(DataError, match=r"portion \d is 1 documents of 5 tokens on rank 0 and 1 of 6 on another"):
             list(dealt)
         dist.PrefixStore("longnet/0/12", store).set("end", "")
     else:
