@@ -12,8 +12,8 @@
 the same windows in the same order. It appends a row per pattern and kind of text to dilation.jsonl beside this script,
 and leaves out patterns whose rows are there. A seed takes an hour and a half of one core. If it is killed, the same
 command goes on. With names after the seed, it trains these patterns alone, so two processes can share a seed once its
-trunk is there, which `seed runs/dilation 1 trunk` makes. `seed runs/dilation 0 scratch-window scratch-levels` trains
-the controls, which have no trunk.
+trunk is there, which `seed runs/dilation 1 trunk` makes. `seed runs/dilation 0 scratch-window scratch-levels
+scratch-mapped` trains the controls, which have no trunk.
 
 The data are pinned: `data` refuses tokens other than those measured (TOKENS). Half of the windows is English prose,
 half is Python source. A held-out document is chosen by a hash of its name.
@@ -65,7 +65,7 @@ PATTERNS = {
     "paper": "1Ki/1,4Ki/2,16Ki/4",
     "dense": "16Ki/1",
 }
-SCRATCH = {"scratch-window": "window:1Ki", "scratch-levels": LEVELS}
+SCRATCH = {"scratch-window": "window:1Ki", "scratch-levels": LEVELS, "scratch-mapped": LEVELS}
 TRUNK_WINDOW, TRUNK_TOKENS, TRUNK_STEPS = 1024, 8192, 750  # windows, steps of so many tokens
 STEPS = 96  # of each pattern, of one window of WINDOW
 MODEL = {"vocab_size": 4096, "dim": 128, "num_layers": 4, "num_heads": 4, "ffn_dim": 480, "position": "rope"}
@@ -167,6 +167,8 @@ def train_net(folder: Path, seed: int, name: str, pattern: str, initial: Path | 
         settings |= {"schedule.warmup_steps": 5, "schedule.final": 0.02}
     else:
         settings |= {f"model.{key}": value for key, value in MODEL.items()}
+        if name == "scratch-mapped":
+            settings["model.position"] = "rope_by_level"
         settings |= {"optimizer.lr": 3e-3, "schedule.warmup_steps": 40}
         trunk = name == "trunk"
         stage = {"seq_len": TRUNK_WINDOW, "steps": TRUNK_STEPS} if trunk else {"seq_len": WINDOW, "steps": whole}
