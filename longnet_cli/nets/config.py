@@ -234,7 +234,8 @@ class LongNetConfig(NetConfig, _SizesAndPattern):  # type: ignore[misc, valid-ty
             self._check_xpos()
         if self.position == "rope_by_level" and not (self.causal and (len(pattern.levels) == 1 or not self.sinks)):
             raise ValueError(
-                'position="rope_by_level" needs causal=true and, with several levels, no sinks; use position="rope"'
+                'position="rope_by_level" needs causal=true and, with several levels, no sinks: leave them out, or use '
+                'position="rope"'
             )
         return self
 
