@@ -48,7 +48,7 @@ REFERENCE = {
             "Settings", "Measurement", "inspect",
         ),
     },
-    "Plots": {"longnet_cli.jobs.plotting": ("read", "panels", "draw_text", "draw_picture")},
+    "Plots": {"longnet_cli.jobs.plotting": ("read", "panels", "draw_picture")},
     "Errors": {
         "longnet_cli": (
             "LongNetError", "ConfigError", "DataError", "CheckpointError", "MemoryLimitError", "NotFiniteError",

@@ -108,7 +108,7 @@ OPTIONS = {
     "plot": """
 ../in/metrics.jsonl
 --tokenizer           code       --tokenizer ../in/other.json @ ../start/long.arrow
---show                stdout     --show lr
+--show                code       --show other
 --output              files      -o p.svg
 """,
     "score": f"""

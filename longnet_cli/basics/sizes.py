@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from fractions import Fraction
@@ -85,44 +84,15 @@ def format_duration(seconds: float) -> str:
     return f"{hours}h{minutes:02}m" if hours < 24 else f"{hours // 24}d{hours % 24:02}h"
 
 
-def short_number(value: float) -> str:
-    """Format a number of a plot: 12345.6 -> `12,346`, 0.00123 -> `0.00123`."""
-    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e7 else f"{value:.4g}"
-
-
-def short_size(value: float) -> str:
-    """Format a size in a plot: 1e9 -> `1e9`, 131072 -> `128Ki`, 500 -> `500`."""
-    power = round(math.log10(value)) if value >= 1e4 else 0
-    return f"1e{power}" if power and value == 10**power else format_size(round(value))
-
-
-def short_bytes(size: float) -> str:
-    """Format bytes in a plot: 3221225472 -> `3 GiB`."""
-    return _scaled(size, 1024, _BYTES, short=True)
-
-
-def short_duration(seconds: float) -> str:
-    """Format seconds in a plot: 0.00000139 -> `1.39 us`, 22 -> `22 s`, 1e7 -> `116 days`."""
-    units = ((31557600, "years"), (86400, "days"), (3600, "h"), (1, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns"))
-    for scale, unit in units:
-        if seconds >= scale * (3 if scale > 1 else 0.9995):  # 2 h are 7,200 s
-            return f"{_short(seconds / scale)} {unit}"
-    return f"{seconds:.3g} s"
-
-
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if value >= 99.95 else f"{value:.3g}"
-
-
 def _three_digits(value: float) -> str:
     digits = 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
     return f"{value:.{digits}f}"
 
 
-def _scaled(value: float, base: int, units: Sequence[str], *, short: bool = False) -> str:
+def _scaled(value: float, base: int, units: Sequence[str]) -> str:
     power = 0
     while abs(value) >= base * 0.9995 and power < len(units) - 1:
         value /= base
         power += 1
     whole = power == 0 and value == int(value)
-    return (_short(value) if short else str(int(value)) if whole else _three_digits(value)) + units[power]
+    return (str(int(value)) if whole else _three_digits(value)) + units[power]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from longnet_cli.basics.sizes import format_bytes, format_count
 from longnet_cli.cli.options import OUTPUT, Format, HelpPanel, argument
-from longnet_cli.cli.output import can_print, emit_json, printable, shows_color
+from longnet_cli.cli.output import emit_json, printable
 
 if TYPE_CHECKING:
     from longnet_cli.jobs.describing import Description, LevelCosts, PatternCosts
@@ -42,7 +42,7 @@ class PatternCommand:
 
 def pattern(options: PatternCommand) -> None:
     """Describe patterns: their levels and costs, and what a query sees."""
-    from longnet_cli.jobs.describing import UPPER_HALF, default_length, describe, draw_picture, draw_text, find_subject
+    from longnet_cli.jobs.describing import default_length, describe, draw_picture, draw_text, find_subject
 
     if options.output:
         from longnet_cli.data.outputs import refuse_overwriting
@@ -61,7 +61,7 @@ def pattern(options: PatternCommand) -> None:
             if index:
                 print()
             _print(description)
-            print("", *draw_text(subject, length, blocks=shows_color() and can_print(UPPER_HALF)), sep="\n")
+            print("", *draw_text(subject, length), sep="\n")
     if options.format == "json":
         emit_json(rows)
 

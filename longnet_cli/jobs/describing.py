@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,7 @@ from longnet_cli.attention.notation import format_levels, format_pattern, from_f
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.basics.sizes import format_size
 from longnet_cli.hub.model_names import list_models, preset_dir
-from longnet_cli.jobs.plotting.drawing import colored, new_figure, save_figure
+from longnet_cli.jobs.plotting.drawing import new_figure, save_figure
 from longnet_cli.models.folder import ModelFolder
 
 if TYPE_CHECKING:
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 LONGEST = 1 << 60  # tokens
 MOST_PARTS = 1 << 16
 NOTHING = -1  # a cell of a picture that no level shows
-UPPER_HALF, LOWER_HALF, FULL_BLOCK = "\u2580", "\u2584", "\u2588"
 
 
 @dataclass(frozen=True)
@@ -265,23 +263,16 @@ def _next_kept(positions: np.ndarray, w: int, r: int, offset: int) -> np.ndarray
 _TEXT_SIZE, _PICTURE_SIZE, _INSET_SIZE = 32, 480, 64  # rows and columns
 
 
-def draw_text(subject: Subject, seq: int, *, blocks: bool) -> Iterator[str]:
+def draw_text(subject: Subject, seq: int) -> Iterator[str]:
     """Yield the keys that queries see as lines: queries down, keys across, each cell with its first level; a legend.
 
-    With `blocks`, coloured half blocks show two queries per line. Otherwise each level is a digit or a letter, and
-    sinks are s.
+    Each level is a digit or a letter, and sinks are s.
     """
     cells = picture(subject.pattern, seq, _TEXT_SIZE, subject.heads, subject.causal).tolist()
     levels = len(subject.pattern.levels)
-    names = [f"level {i}" for i in range(levels)]
-    names += _besides_levels(subject.pattern)
-    if blocks:
-        for above, below in zip_longest(cells[::2], cells[1::2], fillvalue=[NOTHING] * len(cells)):
-            yield "".join(map(_half_block, above, below)).rstrip()
-        yield "  ".join(f"{colored(i, FULL_BLOCK)} {name}" for i, name in enumerate(names))
-    else:
-        yield from ("".join(_letter(cell, levels) for cell in row).rstrip() for row in cells)
-        yield "  ".join(f"{_letter(i, levels)} {name}" for i, name in enumerate(names))
+    names = [*(f"level {i}" for i in range(levels)), *_besides_levels(subject.pattern)]
+    yield from ("".join(_letter(cell, levels) for cell in row).rstrip() for row in cells)
+    yield "  ".join(f"{_letter(i, levels)} {name}" for i, name in enumerate(names))
 
 
 def _besides_levels(pattern: Pattern) -> list[str]:
@@ -295,12 +286,6 @@ def _letter(cell: int, levels: int) -> str:
     if cell == levels:
         return "s"
     return "0123456789abcdefghijklmnopqrtuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"[min(cell, 60)]
-
-
-def _half_block(above: int, below: int) -> str:
-    if above == NOTHING:
-        return " " if below == NOTHING else colored(below, LOWER_HALF)
-    return colored(above, UPPER_HALF, None if below == NOTHING else below)
 
 
 def draw_picture(subjects: Sequence[Subject], seq: int, output: str | Path) -> None:

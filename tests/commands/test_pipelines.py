@@ -166,7 +166,7 @@ def test_binary_is_not_written_to_a_terminal(
     assert done.stderr.count("\n") == 1
 
 
-RESULTS_ON_STDOUT = "tokenize texts -o -", "score texts", "plot run", "data inspect texts", "encode texts"
+RESULTS_ON_STDOUT = "tokenize texts -o -", "score texts", "data inspect texts", "encode texts"
 
 
 def test_a_closed_end_is_one_line(shell, texts: Path) -> None:

@@ -1,4 +1,4 @@
-"""Where a model is surprised: in a terminal and in a page, each token has its text, its nats and the likeliest one."""
+"""Where a model is surprised: in a page, each token has its text, its nats and the likeliest one."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 from builders import tiny_model
-from rich.cells import cell_len
 
 from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.data.documents import Document
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.jobs.plotting.surprise import COLORS, Surprise, draw_surprise, read_surprise, write_surprise
+from longnet_cli.jobs.plotting.surprise import read_surprise, write_surprise
 from longnet_cli.jobs.scoring.token_logprobs import write_token_logprobs
 
 # With what would end a script of the page, or stand in the place of its data
@@ -79,35 +78,10 @@ def test_a_page_holds_the_text_and_the_nats_of_each_token(tmp_path: Path) -> Non
     assert not re.search(r"https?:|src=|href=|@import|url\(", html)
 
 
-@pytest.mark.parametrize(("files", "kind", "scale"), [(1, "nats", 3), (2, "gains", 2)])
-def test_a_picture_is_the_strip(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: int, kind: str, scale: int
-) -> None:
-    """The mean of each stretch in the page's colours, with the documents at their first tokens."""
-    pytest.importorskip("matplotlib")
-    figures = []
-    monkeypatch.setattr(
-        "longnet_cli.jobs.plotting.surprise.save_figure", lambda figure, *to, **how: figures.append(figure)
-    )
-    names = [write(tmp_path / f"{scale}.arrow", {"a": "abcd" * 16, "b": "xyz" * 32}, scale) for scale in (3, 1)][:files]
-    write_surprise(read_surprise(names), tmp_path / "p.svg")
-    axes = figures[0].get_axes()[0]  # the other one is the bar of colours
-    (strip,) = axes.get_images()
-    nats = nats_of(np.frombuffer(b"abcd" * 16 + b"xyz" * 32, np.uint8)).reshape(10, 16)
-    np.testing.assert_allclose(strip.get_array(), scale * nats, rtol=1e-6)
-    assert "#" + bytes(strip.cmap(1.0, bytes=True)[:3]).hex() == COLORS[kind][-1]
-    assert (axes.get_yticks().tolist(), [each.get_text() for each in axes.get_yticklabels()]) == ([0, 64], ["a", "b"])
-    with pytest.raises(ConfigError, match=r"\.html, or a picture of its strip: \.png, \.svg, \.pdf"):
-        write_surprise(read_surprise(names), tmp_path / "p.gif")
-
-
 def test_two_files_are_compared(tmp_path: Path) -> None:
     """Although one has another cut of rows and no likeliest tokens."""
     files = [write(tmp_path / "short.arrow", scale=2, top=False), write(tmp_path / "long.parquet")]
     surprise = read_surprise(files)
-    np.testing.assert_allclose(
-        surprise.documents[0].values, nats_of(Tokenizer.bytes().encode(TEXTS["a.py"])), rtol=1e-6
-    )
     write_surprise(surprise, tmp_path / "p.html")
     facts, lists, _ = unpack(tmp_path / "p.html")
     assert facts["other"]
@@ -142,39 +116,6 @@ def test_the_tokenizer_is_the_one_of_the_scores(tmp_path: Path) -> None:
         read_surprise([other], "bytes")
 
 
-def drawn(surprise: Surprise, width: int, color: bool = False) -> list[str]:
-    return [*draw_surprise(surprise, width, color=color, printable=lambda text: text.replace("\x1b", "\\x1b"))]
-
-
-@pytest.mark.parametrize("width", [20, 33, 80])
-@pytest.mark.parametrize("files", [1, 2])
-def test_a_terminal_shows_all_text_in_its_width(tmp_path: Path, width: int, files: int) -> None:
-    texts = TEXTS | {"escape": "\x1b[31m" + "long " * 40}
-    names = [write(tmp_path / f"{scale}.arrow", texts, scale) for scale in (3, 1)]
-    surprise = read_surprise(names[:files])
-    surprise = Surprise(["one", "two"][:files], surprise.documents, surprise.tops)
-    plain, colored = (drawn(surprise, width, color) for color in (False, True))
-    bare = [re.sub(r"\x1b\[[\d;]*m", "", line) for line in colored]
-    titles = tuple(texts)
-    assert max(cell_len(line) for line in [*plain, *bare] if not line.startswith((*titles, " <"))) <= width
-    assert bare[-1].rstrip() in [line.rstrip() for line in plain]
-    text = "".join(bare[bare.index("") :]).replace("\u25af", "")
-    for each in texts.values():
-        assert re.sub(r"\s", "", each.replace("\x1b", "\\x1b")) in re.sub(r"\s", "", text)
-
-
-def test_marks_stand_below_the_first_character_of_a_token(tmp_path: Path) -> None:
-    """As do colours on all of its characters: of 256, from dark to bright, or on both sides of grey."""
-    surprise = read_surprise([write(tmp_path / "lp.arrow", {"a": "abcdefg\n\u4e2dh"}, scale=3)])
-    assert drawn(surprise, 80)[-4:-2] == ["abcdefg", "6 123453"]
-    grounds = [
-        int(re.search(r"48;5;(\d+)", part)[1]) for part in drawn(surprise, 80, True)[-2].split("\x1b[0m") if part
-    ]
-    assert grounds == [179, 17, 242, 144, 144, 179, 179, 144]
-    two = read_surprise([write(tmp_path / f"{scale}.arrow", {"a": "abc"}, scale) for scale in (1, 4)])
-    assert drawn(two, 80)[-1] == "f a"
-
-
 def test_numbers_beyond_the_vocabulary_and_special_tokens_are_named(tmp_path: Path) -> None:
     with write_token_logprobs(tmp_path / "x.arrow", METADATA, top=True) as on_tokens:
         ids, nats = np.array([97, 256, 999]), np.zeros(3, np.float32)
@@ -182,7 +123,9 @@ def test_numbers_beyond_the_vocabulary_and_special_tokens_are_named(tmp_path: Pa
     surprise = read_surprise([str(tmp_path / "x.arrow")])
     assert surprise.documents[0].pieces == ["a", "<|endoftext|>", "[999]"]
     assert surprise.tops == ["a", "<|endoftext|>", "[999]"]
-    assert drawn(surprise, 80)[-2:] == ["x: 3 tokens, from token 5 on, 0.000 nats per token", "a<|endoftext|>[999]"]
+    assert (surprise.documents[0].start, surprise.documents[0].means) == (5, [0.0])
+    with pytest.raises(ConfigError, match=r"p.png: log-probabilities are drawn as a page: its name ends in \.html"):
+        write_surprise(surprise, tmp_path / "p.png")
 
 
 ACT = """<script>

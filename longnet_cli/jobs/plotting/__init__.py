@@ -3,7 +3,7 @@
 Loads no torch, and matplotlib only for a picture.
 """
 
-from .drawing import Axis, Curve, Panel, Point, draw_picture, draw_text
+from .drawing import Axis, Curve, Panel, Point, draw_picture
 from .recognizing import panels, read, read_all, title
 
-__all__ = ["Axis", "Curve", "Panel", "Point", "draw_picture", "draw_text", "panels", "read", "read_all", "title"]
+__all__ = ["Axis", "Curve", "Panel", "Point", "draw_picture", "panels", "read", "read_all", "title"]

@@ -15,17 +15,17 @@ from typing import Any
 
 from longnet_cli.basics.configuration import nearest, parse, read_text
 from longnet_cli.basics.errors import ConfigError, DataError, refuse_web_address
-from longnet_cli.basics.sizes import short_bytes, short_duration, short_size
+from longnet_cli.basics.sizes import format_size
 
 from .drawing import Axis, Curve, Panel, Point, Row, number, points
 
-TOKENS = Axis("tokens in the sequence", base=10, write=short_size, at="{} tokens")
+TOKENS = Axis("tokens in the sequence", base=10)
 
 # The key of each panel, its axis, and the power of the length with which dense attention grows (None: unknown)
 BENCH_PANELS = (
-    ("seconds", Axis("time", base=10, unit=", seconds", write=short_duration), 2),
-    ("seconds_per_token", Axis("time per token", base=10, unit=", seconds", write=short_duration), 1),
-    ("peak_rss_bytes", Axis("peak memory", base=2, write=short_bytes), None),
+    ("seconds", Axis("time", base=10, unit=", seconds"), 2),
+    ("seconds_per_token", Axis("time per token", base=10, unit=", seconds"), 1),
+    ("peak_rss_bytes", Axis("peak memory", base=2, write=lambda size: f"{format_size(round(size))}B"), None),
 )
 
 # Keys in which rows of one length may differ, and the words that a curve's name then has for them
@@ -104,7 +104,7 @@ def _extrapolated(curve: Curve, rows: list[Row], power: int) -> Curve:
     return Curve(curve.name, [last, *further] if further else [], extrapolated=True)
 
 
-STEP = Axis("step", at="step {}", write=lambda value: f"{value:g}")
+STEP = Axis("step")
 
 # The axis of each panel, and its keys in metrics.jsonl, each with an addition to the run's name
 RUN_PANELS = (
@@ -141,15 +141,15 @@ class Run(_Measurements):
             yield Panel(keys[0][0], STEP, axis, curves)
 
 
-CONTEXT = Axis("context, tokens", base=2, write=short_size, at="context {}")
+CONTEXT = Axis("context, tokens", base=2, write=lambda tokens: format_size(round(tokens)))
 NATS = Axis("nats per token")
 
 # Keys of a total, with their axes and the keys of their standard errors
 TOTALS = (("ppl", Axis("perplexity"), "ppl_se"), ("ppl_ratio", Axis("perplexity / that of the first"), "ppl_ratio_se"))
 # Keys of a total's lists, with their axes. A row is drawn where its range starts.
 LISTS = (
-    ("by_position", Axis("tokens seen, from", base=2, write=short_size, at="{} tokens seen")),
-    ("by_segment_position", Axis("place in the shortest segment, from", at="place {}")),
+    ("by_position", Axis("tokens seen, from", base=2, write=CONTEXT.write)),
+    ("by_segment_position", Axis("place in the shortest segment, from")),
 )
 
 
@@ -184,7 +184,7 @@ class Scores(_Measurements):
             for total in self.rows:
                 context = number(total.get("context"))
                 words = [self.name] if others or context is None else []
-                name = ", ".join(words if context is None else [*words, f"context {short_size(context)}"])
+                name = ", ".join(words if context is None else [*words, f"context {format_size(round(context))}"])
                 curves.append(Curve(name, points(total.get(key) or (), (place, NATS), "from", "nll", "nll_se")))
             yield Panel(key, place, NATS, curves)
 

@@ -1,11 +1,9 @@
 """Documents with the nats of each token, from files of `score --token-logprobs`: where a model is surprised.
 
-    files --read_surprise--> documents of pieces and nats --+--draw_surprise--> a terminal
-                                                            +--write_surprise--> a page, a picture
+    files --read_surprise--> documents of pieces and nats --write_surprise--> a page
 
-A page is one HTML file: the text, the nats of each token as its background, and a strip of the whole. The strip alone
-is a picture, too. A page holds its data in two script elements that no browser runs: `facts`, JSON, and `data`, base64
-of zlib of
+A page is one HTML file: the text, the nats of each token as its background, and a strip of the whole. A page holds its
+data in two script elements that no browser runs: `facts`, JSON, and `data`, base64 of zlib of
 
     top        uint32  of each token, the index of the most likely one in `tops`; if the files have it
     lengths    uint16  of each token, UTF-16 units of text
@@ -23,9 +21,8 @@ import base64
 import json
 import re
 import sys
-import textwrap
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 from itertools import zip_longest
@@ -33,15 +30,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.cells import cell_len
 
 from longnet_cli.basics.atomic import write_file
 from longnet_cli.basics.errors import CheckpointError, ConfigError, DataError
 from longnet_cli.data.folders import ARROW_KINDS, sniff
 from longnet_cli.data.tokenizer import TextStream, Tokenizer
 from longnet_cli.jobs.scoring.token_logprobs import Logged, LogprobFile
-
-from .drawing import PICTURES, new_figure, save_figure
 
 MOST_TOKENS = 1 << 22  # of all documents; a page of them has some 30 MB
 PART_OF_CHARACTER = "\u25af"  # a token that ends within a character, and so completes none
@@ -63,11 +57,6 @@ class SurpriseDocument:
     other_nats: np.ndarray | None = None
     top: np.ndarray | None = None
     top_nats: np.ndarray | None = None
-
-    @property
-    def values(self) -> np.ndarray:
-        """The nats (n,), or those that the second file saves, which are negative where it costs more."""
-        return self.nats if self.other_nats is None else self.nats - self.other_nats
 
     @property
     def means(self) -> list[float]:
@@ -217,98 +206,6 @@ class _TokenTexts:
         return self.tokenizer.token_of(index) or f"[{index}]"
 
 
-_Colors = tuple[tuple[int, int], ...]
-
-# A step is twice the nats. From dark to bright, as cividis, which people with any sight for colours can tell apart:
-# ground and text of 256 colours, because a terminal may be light or dark.
-NATS: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 8.0)
-_NATS_COLORS: _Colors = ((17, 255), (60, 255), (242, 255), (144, 16), (179, 16), (226, 16))
-GAINS: tuple[float, ...] = (-4.0, -1.0, -0.25, 0.25, 1.0, 4.0)  # orange: the second file costs more; blue: it saves
-_GAIN_COLORS: _Colors = ((214, 16), (166, 16), (94, 255), (236, 255), (24, 255), (32, 16), (45, 16))
-_TAB = "    "
-
-
-def draw_surprise(
-    surprise: Surprise, width: int, *, color: bool = False, printable: Callable[[str], str] = str
-) -> Iterator[str]:
-    """Yield lines of at most `width` columns (20 at least): a legend, then each document with its name before it.
-
-    Without `color`, a line of marks follows each line of text that has any: a digit for the nats of the token that
-    begins there, or for those that the second file saves, a letter for those that it costs more. `printable` makes
-    text safe to print.
-    """
-    width = max(width, 20)
-    bounds, colors = (GAINS, _GAIN_COLORS) if len(surprise.names) > 1 else (NATS, _NATS_COLORS)
-    yield from _legend(surprise, width, bounds, colors if color else (), printable)
-    for document in surprise.documents:
-        yield from ("", printable(_title(document)))
-        levels = np.searchsorted(bounds, document.values, side="right").tolist()
-        marks = [_mark(value) for value in document.values.tolist()]
-        for line in _lines(document.pieces, width, printable):
-            if color:
-                yield "".join(_colored(text, *colors[levels[token]]) for token, text, _ in line)
-            else:
-                yield "".join(text for _, text, _ in line).rstrip()
-                marked = "".join(
-                    (marks[token] if begins else " ").ljust(cell_len(text)) for token, text, begins in line
-                )
-                if marked.strip():
-                    yield marked.rstrip()
-
-
-def _title(document: SurpriseDocument) -> str:
-    mean, *other = (f"{mean:.3f}" for mean in document.means)
-    where = f", from token {document.start} on" if document.start > 1 else ""
-    said = f"{document.doc_id}: {len(document.pieces):,} tokens{where}, {mean} nats per token"
-    return f"{said}, {other[0]} in the second file" if other else said
-
-
-def _legend(
-    surprise: Surprise, width: int, bounds: tuple[float, ...], colors: _Colors, printable: Callable[[str], str]
-) -> Iterator[str]:
-    what = "nats per token"
-    if gains := len(surprise.names) > 1:
-        one, other = map(printable, surprise.names)
-        what += f" that {other} saves, compared with {one}"
-    if colors:
-        names = [f" <{bounds[0]:g} ", *(f" {bound:g} " for bound in bounds[:-1]), f" {bounds[-1]:g}+ "]
-        yield from textwrap.wrap(f"{what}, from", width)
-        yield "".join(_colored(name, *pair) for name, pair in zip(names, colors, strict=True))
-    else:
-        costs = "; a letter costs more: a 1, b 2" if gains else ""
-        marks = f"{what}, rounded, below the first character of each; 9 is 9 or more{costs}"
-        yield from textwrap.wrap(marks, width)
-
-
-def _mark(value: float) -> str:
-    """Return the digit of nats, the letter of negative ones; a space for 0."""
-    nats = min(9, round(abs(value)))
-    return " " if not nats else str(nats) if value > 0 else chr(ord("a") + nats - 1)
-
-
-def _colored(text: str, ground: int, ink: int) -> str:
-    return f"\x1b[48;5;{ground};38;5;{ink}m{text}\x1b[0m"
-
-
-def _lines(pieces: Sequence[str], width: int, printable: Callable[[str], str]) -> Iterator[list[tuple[int, str, bool]]]:
-    """Yield lines of (index of a token, a part of its text, whether it begins there). A newline is a space."""
-    line, column = list[tuple[int, str, bool]](), 0
-    for token, piece in enumerate(pieces):
-        for place, character in enumerate(piece):
-            shown = {"\n": " ", "\t": _TAB}.get(character) or printable(character)
-            if column + cell_len(shown) > width:
-                yield line
-                line, column = [], 0
-            _, before, begins = line.pop() if line and line[-1][0] == token else (token, "", not place)
-            line.append((token, before + shown, begins))
-            column += cell_len(shown)
-            if character == "\n":
-                yield line
-                line, column = [], 0
-    if line:
-        yield line
-
-
 PAGE = ".html"
 STEPS = 1000  # of a nat
 # From the least to the most, on a light ground: the page has these, too
@@ -316,52 +213,17 @@ COLORS = {
     "nats": ["#ffffff", "#fff0c2", "#fdc86b", "#f0883a", "#b93a0c", "#5c1808"],
     "gains": ["#8a3b00", "#e08214", "#fdd9a8", "#ffffff", "#bcd9f5", "#4292d6", "#08366b"],
 }
-ACROSS, MOST_ROWS = 16, 240  # stretches of a strip
 _TEMPLATE = Path(__file__).with_suffix(PAGE)
 
 
 def write_surprise(surprise: Surprise, output: str | Path) -> None:
-    """Write a page, or its strip as a picture, whole or not at all. Raises ConfigError for other names of files."""
-    kind = Path(output).suffix.lower()
-    if kind in PICTURES:
-        _draw_strip(surprise, output)
-        return
-    if kind != PAGE:
-        raise ConfigError(f"{output}: name a page, .html, or a picture of its strip: {', '.join(PICTURES)}")
+    """Write a page, whole or not at all. Raises ConfigError for the name of another kind of file."""
+    if Path(output).suffix.lower() != PAGE:
+        raise ConfigError(f"{output}: log-probabilities are drawn as a page: its name ends in {PAGE}")
     before, between, after = re.split("@FACTS@|@DATA@", _TEMPLATE.read_text(encoding="utf-8"))
     facts = json.dumps(_facts(surprise), ensure_ascii=False).replace("<", "\\u003c")
     data = base64.b64encode(zlib.compress(_data(surprise), 6)).decode()
     write_file(output, (before + facts + between + data + after).encode("utf-8", "replace"))
-
-
-def _draw_strip(surprise: Surprise, output: str | Path) -> None:
-    """Draw the mean of each stretch of the text, in rows of ACROSS, coloured from the least to the most of these."""
-    documents, gains = surprise.documents, len(surprise.names) > 1
-    values = np.concatenate([each.values for each in documents])
-    across = min(ACROSS, len(values))
-    rows = min(MOST_ROWS, len(values) // across)
-    edges = np.linspace(0, len(values), rows * across + 1).astype(int)
-    means = (np.add.reduceat(values, edges[:-1]) / np.diff(edges)).reshape(rows, across)
-    low, high = np.quantile(means, [0.02, 0.99])
-    if gains:
-        high = max(-low, high)
-        low = -high
-    figure = new_figure(output, 4.0, 5.0)
-    from matplotlib.colors import LinearSegmentedColormap
-
-    colors = LinearSegmentedColormap.from_list("", COLORS["gains" if gains else "nats"])
-    axes = figure.subplots()
-    extent = (0, len(values) / rows, len(values), 0)
-    strip = axes.imshow(means, colors, vmin=low, vmax=high, aspect="auto", extent=extent, interpolation="nearest")
-    if 1 < len(documents) <= 20:
-        starts = np.cumsum([0, *(len(each.pieces) for each in documents)])
-        axes.set_yticks(starts[:-1], [each.doc_id for each in documents])
-    else:
-        axes.set_ylabel("tokens")
-    axes.set_xticks([])
-    figure.colorbar(strip, label="nats that the second file saves" if gains else "nats per token")
-    figure.suptitle(" and ".join(surprise.names), fontsize="small")
-    save_figure(figure, output)
 
 
 def _facts(surprise: Surprise) -> dict[str, object]:
