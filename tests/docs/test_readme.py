@@ -5,6 +5,7 @@ Commands in other blocks take too long to run: their options are looked up.
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shlex
 import shutil
@@ -18,8 +19,10 @@ import pytest
 import typer.main
 from builders import tiny_llama
 from places import ROOT
+from processes import invoke
 
 from longnet_cli.cli.app import app
+from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.hub.model_names import list_models, preset_dir
 from longnet_cli.jobs.training.recipe import (
     DataRecipe,
@@ -117,6 +120,16 @@ def test_options_of_commands_exist(page: Path) -> None:
         for word in rest:
             if word.startswith("-") and word != "-":
                 assert word.partition("=")[0] in names | {"--help"}, f"{page.name}: longnet {' '.join(words)}"
+
+
+def test_the_manifest_is_read_as_the_page_on_data_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    invoke("tokenize", ROOT / "README.md", "--tokenizer", "bytes", "-o", "tokens", code=0)
+    exec(blocks(ROOT / "docs/data.md", "python")[1], {})
+    assert json.loads(capsys.readouterr().out)["totals"]["documents"] == 1
+    assert Tokenizer.load("tokenizer.json").sha256 == Tokenizer.bytes().sha256
 
 
 @pytest.mark.slow
