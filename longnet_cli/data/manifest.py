@@ -78,7 +78,11 @@ def read_manifest(folder: str | Path) -> Manifest | None:
             content = unseal(text, MANIFEST_VERSION)
             totals = content.pop("totals")
             left_out = {kind: totals[kind] for kind in LEFT_OUT if kind in totals}
-            return Manifest(finished=name != UNFINISHED, **content, left_out=left_out)
+            manifest = Manifest(finished=name != UNFINISHED, **content, left_out=left_out)
+            named = all(isinstance(shard["name"], str) for shard in manifest.shards)
+            if not named or manifest.totals != Counter(totals):
+                raise ValueError("its shards have no names, or other totals than it says")
+            return manifest
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:

@@ -23,6 +23,7 @@ from files import write_rows
 from processes import contents
 
 from longnet_cli.basics.errors import ConfigError, DataError
+from longnet_cli.basics.sealed import seal
 from longnet_cli.data.inputs import WHOLE_TABLE, Inputs, content_digest
 from longnet_cli.data.manifest import UNFINISHED, read_manifest
 from longnet_cli.data.names import Source
@@ -187,8 +188,10 @@ def test_a_damaged_finished_shard_is_refused(tmp_path, kind):
     "content",
     [
         *(b"", b"[]", b"{}", b'{"version": 1}', b'{"version": 99}', b"\xff", b"[" * 200_000),
-        b'{"version": 1, "settings": {}, "shards": 3}',
-        b'{"version": 1, "settings": {}, "shards": [{"name": "x"}]}',
+        *(
+            seal(1, {"settings": {}, "totals": {"rows": 1}, "shards": shards}).encode()
+            for shards in (3, [None], [{"rows": 1}], [{"name": 1, "rows": 1}], [{"name": "x", "rows": 2}])
+        ),
     ],
 )
 def test_a_damaged_manifest_is_refused(tmp_path, content):
