@@ -230,23 +230,23 @@ hello -m ../in/native -n 6 --format jsonl
 --quiet               stderr     -q @ {ASKED} -n 6
 """,
     "bench": f"""
---seq 64 --heads 1 --head-dim 8 --repeats 1 --format json
---seq                 rows       --seq 32 | --seq 64 @ --heads 1 --head-dim 8 --repeats 1 --format json
+--seq 64 --heads 1 --head-dim 8 --repeats 1 --format jsonl
+--seq                 rows       --seq 32 | --seq 64 @ --heads 1 --head-dim 8 --repeats 1 --format jsonl
 --op                  rows       --op model
 --impl                rows       --impl dense
 --direction           rows       --direction backward
 --repeats             cpu        --repeats 9000
 --max-time            rows       --max-time 1e-9
---max-dense-time      rows       --max-dense-time 1e-9 @ --seq 64,128 --heads 1 --head-dim 8 --repeats 1 --format json
+--max-dense-time      rows       --max-dense-time 1e-9 @ --seq 64,128 --heads 1 --head-dim 8 --repeats 1 --format jsonl
 --heads               rows       --heads 2
 --head-dim            rows       --head-dim 16
 --batch               rows       --batch 2
 --causal              rows       --bidirectional
 --pattern             rows       --pattern 8/1
---model               rows       -m ../in/native @ --seq 64 --op model --repeats 1 --format json
---layers              rows       --layers 1 @ --seq 64 --op model --heads 1 --head-dim 8 --repeats 1 --format json
---vocab               rows       --vocab 9999 @ --seq 64 --op model --heads 1 --head-dim 8 --repeats 1 --format json
---format              stdout     --format csv
+--model               rows       -m ../in/native @ --seq 64 --op model --repeats 1 --format jsonl
+--layers              rows       --layers 1 @ --seq 64 --op model --heads 1 --head-dim 8 --repeats 1 --format jsonl
+--vocab               rows       --vocab 9999 @ --seq 64 --op model --heads 1 --head-dim 8 --repeats 1 --format jsonl
+--format              stdout     --format md
 {DEVICE}
 --dtype               rows       --dtype bf16
 --chunk               rows       --chunk 16

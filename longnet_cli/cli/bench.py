@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.basics.sizes import format_bytes, format_count, format_duration
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.options import COMPUTE, OUTPUT, PATTERN, HelpPanel, read_pattern
-from longnet_cli.cli.output import RowFormat, RowWriter, tell
+from longnet_cli.cli.output import MarkdownTable, emit_jsonl, tell
 from longnet_cli.cli.progress import progress
 
 if TYPE_CHECKING:
@@ -70,7 +69,7 @@ class BenchCommand:
     model: str | None = MODEL.option("--model -m NAME|DIR", "Measure a saved model. (default: random weights)")
     layers: int | None = MODEL.option("--layers N", "Use N layers, with random weights. (default: 2)")
     vocab: int | None = MODEL.size("--vocab SIZE", "Use a vocabulary of this size, with random weights. (default: 256)")
-    format: RowFormat = OUTPUT.option("--format md|json|jsonl|csv", "Print rows in this format.", default="md")
+    format: Literal["md", "jsonl"] = OUTPUT.option("--format md|jsonl", "Print rows in this format.", default="md")
     device: str = shared.device_option()
     dtype: str = shared.dtype_option()
     chunk: int | None = COMPUTE.size(
@@ -93,7 +92,7 @@ def bench(options: BenchCommand) -> None:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("bench measures one process: start it without torchrun")
-    from longnet_cli.jobs.benchmark import Measurement, Settings, machine
+    from longnet_cli.jobs.benchmark import Settings, machine
     from longnet_cli.jobs.benchmark import bench as measure
 
     given = vars(options) | {"pattern": read_pattern(options.pattern), "seq": options.seq or (4096, 8192, 16384, 32768)}
@@ -108,21 +107,17 @@ def bench(options: BenchCommand) -> None:
             about = f"about {format_duration(in_all)} and " if seconds else "about "
             tell(f"{_title(case.row)}: {about}{format_bytes(case.memory_bytes)} of memory", quiet)
 
-    columns = [field.name for field in dataclasses.fields(Measurement)]
-    if format == "md":
-        columns = _MARKDOWN.format("stop" if any(map(settings.streams, settings.seq)) else "").split()
+    columns = _MARKDOWN.format("stop" if any(map(settings.streams, settings.seq)) else "").split()
+    table = MarkdownTable(columns, _HUMAN, _TITLES)
     rows: list[Measurement] = []
     tokens = sum(settings.seq) * len(settings.direction) * len(settings.impl)
-    with (
-        progress("bench", total=tokens, quiet=quiet) as advance,
-        RowWriter(format, columns, human=_HUMAN, titles=_TITLES) as out,
-    ):
+    with progress("bench", total=tokens, quiet=quiet) as advance:
         for row in measure(settings, on_start=announce, on_tokens=advance):
             rows.append(row)
-            values = {column: getattr(row, column) for column in columns}
-            if format == "md" and row.seconds is None:
-                values["seconds"] = row.status
-            out.write(values)
+            if format == "md":
+                table.write(vars(row) | {"seconds": row.status if row.seconds is None else row.seconds})
+            else:
+                emit_jsonl(vars(row))
             if row.reason:
                 tell(f"{_title(row)}: {row.status}, {row.reason}", quiet)
             streamed = row.chunk and row.direction == "forward"  # its chunks are counted already

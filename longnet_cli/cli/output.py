@@ -1,20 +1,18 @@
-"""Results on stdout: JSON, JSON lines, CSV and Markdown rows, each row written as soon as it is known.
+"""Results on stdout: JSON, JSON lines and Markdown rows, each row written as soon as it is known.
 
-Machine formats keep full precision and never contain NaN or Infinity, which JSON does not have: they become null
-(an empty cell in CSV). Rich tables are not used: in a pipe they are cut at 80 columns.
+JSON keeps full precision and never contains NaN or Infinity, which it does not have: they become null. Rich tables are
+not used: in a pipe they are cut at 80 columns.
 
 Commands with `-o` check it before a model is loaded. Exit code 6 says what --skip-bad has left out.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -24,8 +22,6 @@ from longnet_cli.basics.finite_json import finite, to_json
 if TYPE_CHECKING:
     from longnet_cli.basics.errors import LongNetError
     from longnet_cli.data.manifest import LeftOut
-
-RowFormat = Literal["md", "json", "jsonl", "csv"]
 
 
 def emit_json(value: Any) -> None:
@@ -38,70 +34,39 @@ def emit_jsonl(value: object) -> None:
     _write(to_json(value) + "\n")
 
 
-class RowWriter:
-    """A writer of rows to stdout: `with RowWriter("jsonl", ["seq", "seconds"]) as out: out.write({...})`.
+class MarkdownTable:
+    """A table of Markdown on stdout: `MarkdownTable(["seq", "seconds"]).write({...})` writes a row at once.
 
-    Every format has exactly `columns`, in that order; a key that a row lacks is null. A JSON list is closed even if an
-    exception ends the block, so rows from before Ctrl-C can be parsed. `human` gives Markdown cells their units, for
-    example `{"peak_rss_bytes": format_bytes}`, and `titles` gives Markdown columns other names.
+    A key that a row lacks is an empty cell. `human` gives cells their units, for example `{"peak_rss_bytes":
+    format_bytes}`, and `titles` gives columns other names.
     """
 
     def __init__(
-        self,
-        format: RowFormat,
-        columns: Sequence[str],
-        human: Mapping[str, Callable[[Any], str]] | None = None,
-        titles: Mapping[str, str] | None = None,
+        self, columns: Sequence[str], human: Mapping[str, Callable[[Any], str]], titles: Mapping[str, str]
     ) -> None:
-        self.format = format
-        self.columns = list(columns)
-        self.human = human or {}
-        self.titles = [(titles or {}).get(column, column) for column in self.columns]
-        self.widths: list[int] = []  # of the Markdown columns, set by the first row
-        self.num_rows = 0
-
-    def __enter__(self) -> RowWriter:
-        if self.format == "csv":
-            _write(_csv_line(self.columns))
-        return self
+        self.columns, self.human = list(columns), human
+        self.titles = [titles.get(column, column) for column in self.columns]
+        self.widths: list[int] = []  # set by the first row
 
     def write(self, row: Mapping[str, Any]) -> None:
-        assert row.keys() <= set(self.columns), f"no such column: {sorted(row.keys() - set(self.columns))}"
+        """Write a row, and the header before the first one."""
         values = [finite(row.get(column)) for column in self.columns]
-        first = self.num_rows == 0
-        self.num_rows += 1
-        if self.format == "csv":
-            _write(_csv_line(values))
-        elif self.format == "md":
-            _write((self._markdown_head(values) if first else "") + self._markdown_line(self._cells(values), values))
-        else:
-            line = to_json(dict(zip(self.columns, values, strict=True)))
-            # the comma goes before the next row, so that a list may end at any time
-            _write(line + "\n" if self.format == "jsonl" else ("[\n  " if first else ",\n  ") + line)
+        cells = [self._cell(column, value) for column, value in zip(self.columns, values, strict=True)]
+        _write(("" if self.widths else self._head(cells, values)) + self._line(cells, values))
 
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if self.format == "json":
-            _write("\n]\n" if self.num_rows else "[]\n")
-        elif self.format == "md" and not self.num_rows and error is None:
-            _write(self._markdown_head([None] * len(self.columns)))
-
-    def _markdown_head(self, values: Sequence[object]) -> str:
+    def _head(self, cells: Sequence[str], values: Sequence[object]) -> str:
         """Return the header. Columns fit the first row, with 8 characters or more; numbers are aligned to the right."""
-        cells = self._cells(values)
         self.widths = [max(len(title), len(cell), 8) for title, cell in zip(self.titles, cells, strict=True)]
         ends = [":" if isinstance(value, (int, float)) else "-" for value in values]
         rules = ["-" * (width - 1) + end for width, end in zip(self.widths, ends, strict=True)]
-        return self._markdown_line(self.titles, values) + self._markdown_line(rules, values)
+        return self._line(self.titles, values) + self._line(rules, values)
 
-    def _markdown_line(self, cells: Sequence[str], values: Sequence[object]) -> str:
+    def _line(self, cells: Sequence[str], values: Sequence[object]) -> str:
         aligned = [
             cell.rjust(width) if isinstance(value, (int, float)) else cell.ljust(width)
             for cell, width, value in zip(cells, self.widths, values, strict=True)
         ]
         return "| " + " | ".join(aligned) + " |\n"
-
-    def _cells(self, values: Sequence[object]) -> list[str]:
-        return [self._cell(column, value) for column, value in zip(self.columns, values, strict=True)]
 
     def _cell(self, column: str, value: object) -> str:
         if value is None:
@@ -170,12 +135,6 @@ def _write(text: str) -> None:
     # looked up each time: a progress bar on the same terminal replaces sys.stdout while it is shown
     sys.stdout.write(text)
     sys.stdout.flush()
-
-
-def _csv_line(values: Sequence[object]) -> str:
-    line = io.StringIO()
-    csv.writer(line, lineterminator="\n").writerow(values)
-    return line.getvalue()
 
 
 def check_output(
