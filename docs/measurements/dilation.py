@@ -260,19 +260,26 @@ def measure(folder: Path, seed: int, names: Sequence[str]) -> None:
 def table() -> Iterator[str]:
     """Yield lines of Markdown: a summary, perplexity by context, and three tables relative to the first pattern.
 
-    A standard error is over documents, whose differences are means over seeds, and over seeds if there are several.
+    Nets from scratch are relative to the window from scratch. A standard error is over documents, whose differences are
+    means over seeds, and over seeds if there are several.
     """
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in sorted(rows(), key=lambda row: row["seed"]):
         found.setdefault((row["text"], row["pattern"]), []).append(row)
     names = [name for name in (*PATTERNS, *SCRATCH) if (KINDS[0], name) in found]
     columns = [(KINDS[0], 0), (KINDS[0], -1), *((KINDS[1], at) for at in range(len(CONTEXTS)))]
+    first, *controls = SCRATCH
+
+    def ratio(kind: str, name: str, measure: Measure, index: int) -> str:
+        window = first if name in controls else names[0]
+        return _ratio(found[kind, name], found[kind, window], measure, index)
+
     yield (
         "| ppl / that of the window | seeds | " + " | ".join(f"{kind}, {CONTEXTS[at]:,}" for kind, at in columns) + " |"
     )
     yield "|---" * (2 + len(columns)) + "|"
     for name in names[1:]:
-        cells = [_ratio(found[kind, name], found[kind, names[0]], _by_context, at) for kind, at in columns]
+        cells = [ratio(kind, name, _by_context, at) for kind, at in columns]
         yield f"| {name} | {len(found[KINDS[0], name])} | " + " | ".join(cells) + " |"
     yield "\n| text | pattern | seeds | keys | MFLOPs per token | " + " | ".join(f"ppl, {c:,}" for c in CONTEXTS) + " |"
     yield "|---" * (5 + len(CONTEXTS)) + "|"
@@ -280,8 +287,8 @@ def table() -> Iterator[str]:
         for name in names:
             of_seeds = found[kind, name]
             ppl = [math.exp(np.mean([row["nats"][str(context)] for row in of_seeds]) / WINDOW) for context in CONTEXTS]
-            first = [kind, name, len(of_seeds), of_seeds[0]["keys"], round(of_seeds[0]["training_flops"] / 1e6, 1)]
-            yield "| " + " | ".join(map(str, first)) + " | " + " | ".join(f"{each:.3f}" for each in ppl) + " |"
+            facts = [kind, name, len(of_seeds), of_seeds[0]["keys"], round(of_seeds[0]["training_flops"] / 1e6, 1)]
+            yield "| " + " | ".join(map(str, facts)) + " | " + " | ".join(f"{each:.3f}" for each in ppl) + " |"
     edges = [f"{a:,} to {b - 1:,}" for a, b in pairwise(POSITIONS)]
     said = ["new", *(f"{a:,} to {b - 1:,} ago" for a, b in pairwise(RECALL))]
     for title, columns, measure in (
@@ -293,11 +300,12 @@ def table() -> Iterator[str]:
         yield "|---" * (2 + len(columns)) + "|"
         for kind in KINDS:
             for name in names[1:]:
-                cells = [_ratio(found[kind, name], found[kind, names[0]], measure, i) for i in range(len(columns))]
+                cells = [ratio(kind, name, measure, i) for i in range(len(columns))]
                 yield f"| {kind} | {name} | " + " | ".join(cells) + " |"
 
 
 Measured = tuple[np.ndarray, np.ndarray]  # nats and tokens of each document, (documents,) each
+Measure = Callable[[dict[str, Any], int], Measured]  # from a row and the index of a context, or of a range
 
 
 def _by_context(row: dict[str, Any], index: int) -> Measured:
@@ -314,12 +322,7 @@ def _by_recall(row: dict[str, Any], index: int) -> Measured:
     return np.array(row["recall"])[:, index], np.array(row["recall_tokens"])[:, index]
 
 
-def _ratio(
-    some: Sequence[dict[str, Any]],
-    others: Sequence[dict[str, Any]],
-    measure: Callable[[dict[str, Any], int], Measured],
-    index: int,
-) -> str:
+def _ratio(some: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]], measure: Measure, index: int) -> str:
     """Return the ratio of two perplexities, over the seeds that both have, with its standard error."""
     of_others = {row["seed"]: row for row in others}
     pairs = [(measure(row, index), measure(of_others[row["seed"]], index)) for row in some if row["seed"] in of_others]
