@@ -74,9 +74,10 @@ class ChatTemplate:
         try:
             return self._encode(*self._render([*messages, *said], prompt=True))
         except RefusedError:
-            if not system:
+            if not (system and said):
                 raise
-            return self.encode(f"{system}\n\n{message}")
+            first, *others = said
+            return self.encode([{**first, "content": f"{system}\n\n{first.get('content', '')}"}, *others])
 
     def read_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[str, Callable[[], np.ndarray]]:
         """Return the text of a chat, and a function that returns its ids, (tokens,) int64.
@@ -117,7 +118,8 @@ class ChatTemplate:
             inner, names, contents = _renamed(self.tokenizer, mark)
             text = self._shown(self._any.sub(lambda found: names[found[0]], rendered), mark)
             written = {name: content for content, name in names.items()}
-            while True:  # a token of whole words, for one, is none within a word: its name is lost
+            # A token of whole words, for one, is none within a word: its name is lost. Each time, lost marks go.
+            while True:
                 encoding = inner.encode(text, add_special_tokens=False)
                 places = zip(encoding.ids, encoding.offsets, strict=True)
                 seen = {text.find(names[contents[i]], *place) for i, place in places if i in contents}

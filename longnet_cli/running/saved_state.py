@@ -1,7 +1,7 @@
 """The state of a `CausalStream` in a folder, whole or not there at all: all that later tokens need of those read.
 
     FOLDER/
-        manifest.json         digests of model and tokenizer, pattern, number of tokens; size and SHA-256 of each piece
+        manifest.json         digests of model and tokenizer, pattern, dtype, tokens; size and SHA-256 of each piece
         piece-*.safetensors   keys, values and what chooses among them, by layer
 
 A new state of the same folder has pieces of other names. When they are on the disk, its manifest replaces the old one,

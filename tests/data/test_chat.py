@@ -40,8 +40,21 @@ def words(tmp_path: Path) -> Tokenizer:
     return Tokenizer.load(tmp_path / "words")
 
 
+REFUSING = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
+
+
 def write(path: Path, chats: list[list[dict]]) -> Path:
     return write_rows(path, [{"id": index, "messages": chat, "n": index} for index, chat in enumerate(chats)])
+
+
+def test_a_template_without_system_has_it_in_the_first_message(words: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "words/chat_template.jinja").write_text(REFUSING)
+    template = ChatTemplate(tmp_path / "words", words)
+    said, more = {"role": "user", "content": "Hi"}, [{"role": "assistant", "content": "Hello"}, *CHATS[0][:1]]
+    with_system = {**said, "content": "Be brief.\n\nHi"}
+    assert [*template.encode([said, *more], "Be brief.")] == [*template.encode([with_system, *more])]
+    with pytest.raises(RefusedError, match="no system"):
+        template.encode([*CHATS[1], said])
 
 
 @pytest.mark.parametrize(
@@ -168,15 +181,14 @@ def test_tokenize_writes_the_ids_that_are_read(words: Tokenizer, tmp_path: Path,
 
 
 def test_tokenize_resumes_among_chats_that_the_template_refuses(words: Tokenizer, tmp_path: Path, run_longnet) -> None:
-    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-    (tmp_path / "words/chat_template.jinja").write_text(refusing + TEMPLATE)
+    (tmp_path / "words/chat_template.jinja").write_text(REFUSING)
     write(tmp_path / "x.jsonl", CHATS * 3)
     command = ["tokenize", "x.jsonl", "--tokenizer", tmp_path / "words", "--shard-tokens", "30", "-o"]
     assert run_longnet(*command, "out").returncode == 3
     (tmp_path / "words/chat_template.jinja").write_text(TEMPLATE)
     changed = run_longnet(*command, "out", "--resume")
     assert (changed.returncode, "chat_template" in changed.stderr) == (2, True)
-    (tmp_path / "words/chat_template.jinja").write_text(refusing + TEMPLATE)
+    (tmp_path / "words/chat_template.jinja").write_text(REFUSING)
     for more in (["out", "--resume"], ["whole"]):
         done = run_longnet(*command, *more, "--skip-bad")
         assert (done.returncode, done.stderr.count("left out: x.jsonl, line")) == (6, 3)

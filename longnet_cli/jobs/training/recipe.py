@@ -97,8 +97,8 @@ class OptimizerRecipe(StrictModel):
 class ScheduleRecipe(StrictModel):
     """The learning rate: it rises linearly for `warmup_steps`, then falls to `final` times its peak at the last step.
 
-    `polynomial` is fairseq's, and the paper's: the share of the steps that is left, to the `power`. `linear` is its
-    power 1.
+    With `constant` it does not fall. `polynomial` is fairseq's, and the paper's: the share of the steps that is left,
+    to the `power`. `linear` is its power 1.
     """
 
     warmup_steps: int = Field(default=100, ge=0)

@@ -16,9 +16,9 @@ Generation is exact, with a DynamicCache, or with a LongNetCache in bounded memo
 LongNetCache will do: it keeps the queries that choose, and all keys of the past. Layers that the model itself limits to
 a sliding window stay as they are, on torch's sdpa.
 
-Sinks and chosen blocks are moved by the model's own rotations (`rotary`), which a config does not
-describe. With them, a model that is not loaded by AutoModel, AutoModelForCausalLM or AutoModelForMaskedLM therefore
-needs `use_dilated_attention` after loading, too.
+A query sees the sinks right before its window (`attention.sinks`). Sinks and chosen blocks are moved by the model's own
+rotations (`rotary`), which a config does not describe. With them, a model that is not loaded by AutoModel,
+AutoModelForCausalLM or AutoModelForMaskedLM therefore needs `use_dilated_attention` after loading, too.
 """
 
 from __future__ import annotations
