@@ -230,7 +230,7 @@ def describe(device_name: str) -> Row:
         }
     facts["cores"] = os.cpu_count()
     facts["commit"] = _said_by(["git", "-C", str(ROOT), "describe", "--always", "--dirty"]).strip() or "unknown"
-    for name in ("longnet-cli", "torch", "flash-attn-3"):
+    for name in ("longnet-cli", "torch", "flash-attn", "flash-attn-3"):
         try:
             facts[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

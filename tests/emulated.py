@@ -22,8 +22,9 @@ No wheel has these, which torch's repository has: efficient attention takes as m
 edges, one batch row of packed sequences, and a kernel by the strides of heads (attention_backward.cu at 00afd8f2,
 `_efficient_attention_backward`); flash attention takes fp16 and bf16, a head_dim that 8 divides, up to 256, a last
 stride of 1, int32 edges, and reads an lse from its address on, whatever its strides (flash_attn/flash_api.cpp at
-03b7c19d, `mha_fwd`, `set_params_dgrad`). FlashAttention-3 at 0251105a: hopper/flash_api.cpp, lines 726, 744, 889 and
-1311. No source says that it refuses key heads of stride 0, which nobody has tried: here it does.
+03b7c19d, `mha_fwd`, `set_params_dgrad`). FlashAttention-2 at v2.6.3 and v2.8.3: flash_attn/flash_attn_interface.py,
+lines 48 and 118, 77 and 238. FlashAttention-3 at 0251105a: hopper/flash_api.cpp, lines 726, 744, 889 and 1311. No
+source says that it refuses key heads of stride 0, which nobody has tried: here it does.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ def emulate(capability: tuple[int, int] = (9, 0)) -> None:
         flash_3.define(f"{name}{schema}")
         flash_3.impl(name, function, "CPU")
     LIBRARIES.extend([aten, flash_3])
-    sys.modules["flash_attn_interface"] = types.ModuleType("flash_attn_interface")
+    modules = {"flash_attn_interface": types.ModuleType("flash_attn_interface")}
+    sys.modules.update(modules | {"flash_attn": types.ModuleType("flash_attn")} | flash_attn_2_8())
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, last: int = 0) -> tuple[Tensor, Tensor]:
@@ -222,6 +224,61 @@ def _aligned(tensors: Sequence[Tensor], edges: Sequence[Any]) -> None:
         assert all(number % 4 == 0 for number in (*x.stride()[:3], x.storage_offset())), "no kernel found to launch!"
         assert x.shape[-1] * x.element_size() % 16 == 0
         assert x.shape[0] <= 65_535, "invalid configuration argument"
+
+
+# What `_flash_attn_forward` and `_flash_attn_backward` of flash-attn 2.7.4 and 2.8.3 are: custom ops of torch
+FORWARD = (
+    "(Tensor q, Tensor k, Tensor v, float dropout_p, float softmax_scale, bool causal, SymInt window_size_left, "
+    "SymInt window_size_right, float softcap, Tensor? alibi_slopes, bool return_softmax) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+BACKWARD = (
+    "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, Tensor(a6!)? dq, Tensor(a7!)? dk, "
+    "Tensor(a8!)? dv, float dropout_p, float softmax_scale, bool causal, SymInt window_size_left, "
+    "SymInt window_size_right, float softcap, Tensor? alibi_slopes, bool deterministic, Tensor? rng_state=None) "
+    "-> Tensor"
+)
+WHOLE = (None, None, 0, 0)  # the edges of a call that is not packed
+MODULE = "flash_attn.flash_attn_interface"
+
+
+def flash_attn_2_8() -> dict[str, types.ModuleType]:
+    module: Any = types.ModuleType(MODULE)
+
+    @torch.library.custom_op("flash_attn::_flash_attn_forward", mutates_args=(), schema=FORWARD)
+    def _flash_attn_forward(q, k, v, dropout_p, softmax_scale, causal, *others):
+        assert (dropout_p, *others) == (0.0, -1, -1, 0.0, None, False)
+        return *flash((q, k, v), WHOLE, causal, softmax_scale), q.new_empty(0), torch.empty(2, dtype=torch.int64)
+
+    @torch.library.custom_op("flash_attn::_flash_attn_backward", mutates_args=("dq", "dk", "dv"), schema=BACKWARD)
+    def _flash_attn_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, *others):
+        assert (dropout_p, *others[:4]) == (0.0, -1, -1, 0.0, None)
+        _written((dq, dk, dv), flash_gradients((dout, q, k, v, out), softmax_lse, WHOLE, causal, softmax_scale))
+        return torch.empty_like(softmax_lse)
+
+    module._flash_attn_forward, module._flash_attn_backward = _flash_attn_forward, _flash_attn_backward
+    return {MODULE: module}
+
+
+def flash_attn_2_6() -> dict[str, types.ModuleType]:
+    module: Any = types.ModuleType(MODULE)
+
+    def _flash_attn_forward(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, return_softmax
+    ):
+        assert (dropout_p, window_size, softcap, alibi_slopes) == (0.0, (-1, -1), 0.0, None)
+        out, lse = flash((q, k, v), WHOLE, causal, softmax_scale)
+        return out, q, k, v, out, lse, None, None
+
+    def _flash_attn_backward(
+        dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, window_size, softcap,
+        alibi_slopes, deterministic, rng_state=None,
+    ):  # fmt: skip
+        assert (dropout_p, window_size, softcap, alibi_slopes) == (0.0, (-1, -1), 0.0, None)
+        _written((dq, dk, dv), flash_gradients((dout, q, k, v, out), softmax_lse, WHOLE, causal, softmax_scale))
+
+    module._flash_attn_forward, module._flash_attn_backward = _flash_attn_forward, _flash_attn_backward
+    return {MODULE: module}
 
 
 def _written(places: Sequence[Tensor], found: Sequence[Tensor]) -> None:

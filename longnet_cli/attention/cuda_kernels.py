@@ -1,8 +1,9 @@
-"""Attention kernels for CUDA: torch's own (aten), and FlashAttention-3."""
+"""Attention kernels for CUDA: torch's own (aten), and those of FlashAttention's packages."""
 
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -216,3 +217,57 @@ def _edges(sizes: CallSizes) -> dict[str, Any]:
         return {}
     edges = {"cu_seqlens_q": sizes.q_edges, "cu_seqlens_k": sizes.k_edges}
     return edges | {"max_seqlen_q": sizes.rows, "max_seqlen_k": sizes.keys}
+
+
+class FlashAttnKernel(CudaKernel):
+    """The flash-attn package, 2.6 or newer. Arguments go by name, because they change between releases.
+
+    Packed sequences go through aten's operators.
+    """
+
+    name, package = "flash_attn", "flash_attn.flash_attn_interface"
+
+    def functions(self) -> tuple[Any, Any]:
+        module = importlib.import_module(self.package)
+        return module._flash_attn_forward, module._flash_attn_backward
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, sizes: CallSizes, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        if sizes.q_edges is not None:
+            return super().attend(q, k, v, sizes, causal, scale)
+        results = _call_by_name(self.functions()[0], q=q, k=k, v=v, softmax_scale=scale, causal=causal)
+        # since 2.7 four results, out first and lse second; in 2.6 eight, of which lse is the sixth
+        return results[0], results[1] if len(results) == 4 else results[5]
+
+    def gradients(self, tensors: Sequence[Tensor], sizes: CallSizes, causal: bool, scale: float) -> Sequence[Tensor]:
+        if sizes.q_edges is not None:
+            return super().gradients(tensors, sizes, causal, scale)
+        grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors[1:4]]
+        names = ("dout", "q", "k", "v", "out", "softmax_lse", "dq", "dk", "dv")
+        always_equal = torch.are_deterministic_algorithms_enabled()
+        options = {"softmax_scale": scale, "causal": causal, "deterministic": always_equal}
+        _call_by_name(self.functions()[1], **dict(zip(names, [*tensors, *grads], strict=True)), **options)
+        return grads
+
+
+_FLASH_ATTN_DEFAULTS: dict[str, Any] = {
+    "dropout_p": 0.0,
+    "window_size": (-1, -1),
+    "window_size_left": -1,
+    "window_size_right": -1,
+    "softcap": 0.0,
+    "alibi_slopes": None,
+    "return_softmax": False,
+}
+
+
+def _call_by_name(function: Any, **arguments: Any) -> Any:
+    """Call `function` with the arguments, and with our defaults for other arguments that it requires."""
+    # a custom op of torch has the Python signature (*args, **kwargs)
+    if op := getattr(function, "_opoverload", None):
+        needed = [argument.name for argument in op._schema.arguments if not argument.has_default_value()]
+    else:
+        parameters = inspect.signature(function).parameters.values()
+        needed = [parameter.name for parameter in parameters if parameter.default is parameter.empty]
+    return function(**arguments, **{name: _FLASH_ATTN_DEFAULTS[name] for name in needed if name not in arguments})

@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .cuda_kernels import CudaEfficientKernel, CudaFlashKernel, Flash3Kernel
+from .cuda_kernels import CudaEfficientKernel, CudaFlashKernel, Flash3Kernel, FlashAttnKernel
 from .packing import Sequences, rows_of
 from .plain_call import Gradients, Kernel, MathKernel, wide
 
@@ -111,6 +111,7 @@ KERNELS: dict[str, Kernel] = {
     kernel.name: kernel
     for kernel in (
         Flash3Kernel(),
+        FlashAttnKernel(),
         CudaFlashKernel(),
         CudaEfficientKernel(),
         CpuFlashKernel(),

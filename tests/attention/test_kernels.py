@@ -1,4 +1,4 @@
-"""Kernels: each one that runs here equals plain math; selection, forcing and probing; torch's real signatures.
+"""Kernels: each one that runs here equals plain math; selection, forcing and probing; flash-attn's real signatures.
 
 On a GPU: tests/test_gpu.py.
 """
@@ -74,7 +74,7 @@ def test_the_cpu_gets_flash_and_the_environment_decides(monkeypatch: pytest.Monk
     assert kernels.select_kernel(CPU, torch.float32, 64).name == "math"
     assert kernels.select_kernel(CPU, torch.float32, 64, "cpu_flash").name == "cpu_flash"
     monkeypatch.setenv("LONGNET_KERNEL", "quick")
-    with pytest.raises(ValueError, match="choose from fa3, cuda_flash, cuda_efficient, cpu_flash, math"):
+    with pytest.raises(ValueError, match="choose from fa3, flash_attn, cuda_flash, cuda_efficient, cpu_flash, math"):
         kernels.select_kernel(CPU, torch.float32, 64)
 
 
@@ -254,7 +254,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], torch.device]:
 
 
 def test_a_broken_package_stops_no_other_kernel(monkeypatch: pytest.MonkeyPatch, card) -> None:
-    """As one of another torch or CUDA: on a CPU nobody imports it."""
+    """As flash-attn's with another nvidia-cutlass-dsl, or of another torch: on a CPU nobody imports it."""
     imported = []
 
     def broken(name: str) -> None:
@@ -265,16 +265,18 @@ def test_a_broken_package_stops_no_other_kernel(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.delenv("LONGNET_KERNEL", raising=False)
     assert kernels.select_kernel(CPU, torch.float32, 64).name == "cpu_flash"
     assert not imported
-    why = kernels.KERNELS["fa3"].refusal(card(9), torch.bfloat16, 64)
-    assert why == f"{imported[-1]} cannot be imported: AttributeError: module 'cutlass' has no attribute 'Int32'"
-    assert imported == ["flash_attn_interface"]
+    for name in ("fa3", "flash_attn"):
+        why = kernels.KERNELS[name].refusal(card(9), torch.bfloat16, 64)
+        assert why == f"{imported[-1]} cannot be imported: AttributeError: module 'cutlass' has no attribute 'Int32'"
+    assert imported == ["flash_attn_interface", "flash_attn.flash_attn_interface"]
 
 
-@pytest.mark.parametrize(("major", "first"), [(8, "cuda_flash"), (9, "fa3"), (10, "cuda_flash")])
+@pytest.mark.parametrize(("major", "first"), [(8, "flash_attn"), (9, "fa3"), (10, "flash_attn")])
 def test_each_card_gets_the_kernel_that_is_made_for_it(
     monkeypatch: pytest.MonkeyPatch, card, major: int, first: str
 ) -> None:
     monkeypatch.delenv("LONGNET_KERNEL", raising=False)
     monkeypatch.setattr(kernels, "_failure", lambda *_: None)
-    monkeypatch.setattr(cuda_kernels.Flash3Kernel, "functions", lambda _: (print, print))
+    for kernel in (cuda_kernels.Flash3Kernel, cuda_kernels.FlashAttnKernel):
+        monkeypatch.setattr(kernel, "functions", lambda _: (print, print))
     assert kernels.select_kernel(card(major), torch.bfloat16, 64).name == first
