@@ -320,8 +320,7 @@ def report_spans(
         scores, texts = span_scores(firsts[mine], seconds[mine]), [pair[1] for pair in pairs]
         report(task, method, read, scores, texts, shares[mine])
         if words_too:
-            size = parse_size("8Ki" if task in ("man", "pydoc") else "32Ki")
-            both = z_scores(scores) + z_scores(word_scores(pairs, size)["tf-idf"])
+            both = z_scores(scores) + z_scores(word_scores(pairs, read and 4 * read)["tf-idf"])  # as many bytes, about
             report(task, f"{method}, and words", read, both, texts, shares[mine])
 
 

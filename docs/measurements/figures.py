@@ -7,11 +7,12 @@
 docs/figures/figures.toml defines each figure: `run`, a shell command; `before`, commands that prepare it; `rows`, the
 keys of its JSON that hold rows; `keep`, what is kept of a row; `timed`, what no run has to repeat; `model`, what it
 reads by; `pictures`, the files that it draws; `reads`, files that the command does not name; `cheap`, whether CI may
-draw it. `run` writes docs/figures/NAME.json, and nothing else does: the rows, and what they were measured by.
+draw it. `run` writes docs/figures/NAME.json, and nothing else does: the rows, and what they were measured by. What was
+measured once, by hand, has no `run` but `date`, `machine`, `commit`, `command` and `rows`, and a line in results.md.
 
 On a page, a line `<!-- figure: NAME -->` stands before a table, a paragraph, a list or a block of output, up to the
 next empty line. Each number of it is one of the entry's, rounded as it is printed. All numbers of a line of a table or
-of output are of one row. Numbers in backticks and in words (fp32) do not count.
+of output are of one row. Numbers in backticks and in words (fp32) do not count. What looks measured needs a marker.
 """
 
 from __future__ import annotations
@@ -53,18 +54,24 @@ NUMBER = re.compile(
     rf"(?<![\w.^-])(\d{{4}}-\d\d-\d\d|\d+\.\d+\.\d+|10\^\d+|{_PLAIN})"
     rf"(?:(?=\s(?:\+-|±|to)\s(?:{_PLAIN})\s?({_UNIT})(?!\w))|\s?({_UNIT})(?!\w)|(?!\w|\.\d))"
 )
+MEASURED = re.compile(  # what looks so: an error, a machine, a day, a rate, a ratio
+    r"\d\s(?:±|\+-)|AMD EPYC|Intel Xeon|\b20\d\d-\d\d-\d\d|\d (?:ms|s|min|tokens/s)\b|\d\s%\s(?:more|less|better|worse)"
+    r"|CPU\s(?:time|seconds?)|\d\.\d+\s(?:times|nats)"
+)
 FACTS = ("machine", "torch", "python", "date")  # of an entry, or of a row that was measured before
 PATTERN = re.compile(r"(?:[a-z]+:\d[\w.]*|\d+(?:[KM]i)?/\d+)(?:,[\w=./]+)*")  # what looks like one
 
 
-def defined() -> dict[str, dict[str, Any]]:
-    """Return the figures that can be measured, by name."""
-    return tomllib.loads((ROOT / "docs/figures/figures.toml").read_text(encoding="utf-8"))
+def defined(by_hand: bool = False) -> dict[str, dict[str, Any]]:
+    """Return the figures that can be measured, or those that were measured once, by hand, by name."""
+    figures = tomllib.loads((ROOT / "docs/figures/figures.toml").read_text(encoding="utf-8"))
+    return {name: figure for name, figure in figures.items() if ("run" not in figure) == by_hand}
 
 
 def entries() -> dict[str, dict[str, Any]]:
     """Return the figures that were measured, by name."""
-    return {path.stem: json.loads(path.read_text("utf-8")) for path in sorted((ROOT / "docs/figures").glob("*.json"))}
+    once = {name: {"threads": 1, **figure} for name, figure in defined(by_hand=True).items()}
+    return once | {path.stem: json.loads(path.read_text("utf-8")) for path in (ROOT / "docs/figures").glob("*.json")}
 
 
 def sha256(path: Path) -> str:
@@ -82,7 +89,7 @@ def files_of(figure: dict[str, Any]) -> dict[str, str]:
     """Return the SHA-256 of each file of this tree that a figure's command names, but for what it draws."""
     words = {word.removeprefix("@") for word in shlex.split(figure["run"])}
     names = (words | {*figure.get("reads", ())}) - {*figure.get("pictures", ())}
-    made = ("runs", "build", ".")
+    made = ("runs", "build", ".", "\n")  # the last one, of a script on the command line
     return {
         name: sha256(ROOT / name) for name in sorted(names) if not name.startswith(made) and (ROOT / name).is_file()
     }
@@ -180,7 +187,11 @@ def _agree(before: Any, now: Any, timed: list[str]) -> bool:
 def check() -> Iterator[str]:
     """Yield what is wrong with pages, entries and pictures."""
     figures, found = defined(), entries()
+    yield from (f"{name} was never measured: make figures/{name}" for name in figures if name not in found)
+    yield from _unlisted(defined(by_hand=True))
     for name, entry in found.items():
+        if "output_sha256" not in entry:
+            continue  # by hand
         if name not in figures or figures[name]["run"] != entry["command"]:
             yield f"docs/figures/{name}.json: its command is not that of figures.toml: make figures/{name}"
             continue
@@ -202,12 +213,35 @@ def check() -> Iterator[str]:
         texts = [str(row.get(key) or "") for row in rows for key in ("pattern", "notation")]
         yield from (f"{path.relative_to(ROOT)}: {error}" for error in _refused_patterns(texts))
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "models").rglob("*.md"))):
-        for names, block in MARKER.findall(page.read_text(encoding="utf-8")):
+        text = page.read_text(encoding="utf-8")
+        if page.name != "dropped.md":  # whose every line names the commit
+            yield from (f"{page.relative_to(ROOT)}: measured, without a marker: {line}" for line in unmarked(text))
+        for names, block in MARKER.findall(text):
             if missing := [name for name in names.split() if name not in found]:
                 yield f"{page.relative_to(ROOT)}: no entry docs/figures/{missing[0]}.json: make figures/{missing[0]}"
             else:
                 wrong = wrong_numbers(block, [found[name] for name in names.split()])
                 yield from (f"{page.relative_to(ROOT)}: {number} is not in {names}: {line}" for number, line in wrong)
+
+
+def _unlisted(by_hand: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """Yield what was measured by hand and has no line in the table of results.md with its date, machine and commit."""
+    page = ROOT / "docs/measurements/results.md"
+    lines = page.read_text(encoding="utf-8").splitlines() if by_hand else []
+    for name, figure in by_hand.items():
+        told = [line for line in lines if line.startswith(f"| {name} |")]
+        if not told or not all(figure[key] in told[0] for key in ("date", "machine", "commit")):
+            yield f"{page.relative_to(ROOT)}: no line of {name}, its date, machine and commit"
+
+
+def unmarked(text: str) -> Iterator[str]:
+    """Yield the first line of each block of a page that has measured numbers, but no marker, nor a line by hand."""
+    prose = re.sub(
+        r"^```.*?^```$|^    .*?$|`[^`]*`|\]\([^)]*\)", "", MARKER.sub("", text), flags=re.MULTILINE | re.DOTALL
+    )
+    for block in re.split(r"\n\s*\n", prose):
+        if (found := MEASURED.search(block)) and "| date | machine |" not in block:
+            yield next(line for line in block.splitlines() if found[0].split("\n")[0] in line)
 
 
 def wrong_numbers(block: str, entries: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
@@ -266,8 +300,8 @@ def _is_printed(value: float, number: re.Match[str], of_header: set[str]) -> boo
 def _commands(text: str) -> list[list[str]]:
     """Return the words of each `longnet` command of a shell command."""
     lines = re.split(r"\s(?:\|\|?|&&|>)\s|\n", text.replace("\\\n", " "))
-    words = [shlex.split(re.sub(r"^(?:[A-Z_]+=\S+ )+", "", line.strip())) for line in lines]
-    return [each[1:] for each in words if each[:1] == ["longnet"]]
+    stripped = [re.sub(r"^(?:[A-Z_]+=\S+ )+", "", line.strip()) for line in lines]
+    return [shlex.split(line)[1:] for line in stripped if line.startswith("longnet ")]
 
 
 def _refused(words: list[str]) -> Iterator[str]:

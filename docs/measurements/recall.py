@@ -173,6 +173,18 @@ def results(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 }
 
 
+def means(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield a row for each pattern: its accuracy at each distance, the mean over seeds."""
+    for pattern in dict.fromkeys(row["pattern"] for row in rows):
+        of = [row for row in rows if row["pattern"] == pattern]
+        distances = [*dict.fromkeys(row["distance"] for row in of)]
+        accuracy = [float(np.mean([row["accuracy"] for row in of if row["distance"] == each])) for each in distances]
+        seeds, position = len(of) // len(distances), of[0].get("position", "rope")
+        yield {"pattern": pattern, "position": position, "keys": of[0]["keys"], "seeds": seeds} | {
+            "distances": distances, "accuracy": accuracy, "chance": of[0]["chance"]
+        }  # fmt: skip
+
+
 def draw(rows: list[dict[str, Any]], path: str) -> None:
     """Draw accuracy by distance: a line per pattern through the means over seeds, a dot per seed."""
     from matplotlib.figure import Figure
@@ -198,7 +210,7 @@ def draw(rows: list[dict[str, Any]], path: str) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("patterns", nargs="*", help="as --pattern takes them")
-    parser.add_argument("--rows", type=Path, help="draw rows that were written before, too")
+    parser.add_argument("--rows", type=Path, help="rows that were written before, to draw them or print their means")
     parser.add_argument("-o", "--output", help="draw a picture into this file")
     parser.add_argument("--times", type=float, nargs="+", default=[0.25, 0.5, 1, 2, 4, 16, 64], help="of the reach")
     parser.add_argument("--position", choices=["rope", "rope_by_level"], default="rope")
@@ -217,8 +229,8 @@ if __name__ == "__main__":
             parse_pattern(text)
     except ValueError as error:
         parser.error(str(error))
-    for row in results(args) if args.patterns else ():
-        rows.append(row)
+    for row in results(args) if args.patterns else means(rows):
+        rows += [row] if args.patterns else []
         print(json.dumps(row), flush=True)
     if args.output:
         draw(rows, args.output)

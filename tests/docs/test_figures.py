@@ -22,6 +22,13 @@ FIGURES = """[small]
 run = "OMP_NUM_THREADS=1 python measure.py || longnet pattern window:1Ki --format json"
 timed = "seconds"
 cheap = true
+
+[by-hand]
+date = "2026-11-30"
+machine = "Intel Xeon"
+commit = "4b6bcfa0"
+command = "longnet score book.txt"
+rows = [[1.2e6, 18, 0.97, 0.02]]
 """
 PAGE = """# A page
 
@@ -34,7 +41,11 @@ PAGE = """# A page
 
 <!-- figure: small -->
 It has 22.8 % less, at 6.824 +- 0.486.
+
+<!-- figure: by-hand -->
+Once, 1,200,000 tokens took 18 s on an Intel Xeon, at 0.97 +- 0.02.
 """
+RESULTS = "| name | date | machine | commit |\n|---|---|---|---|\n| by-hand | 2026-11-30 | Intel Xeon | 4b6bcfa0 |\n"
 
 
 @pytest.fixture
@@ -45,6 +56,8 @@ def figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     (tmp_path / "docs/figures").mkdir(parents=True)
     (tmp_path / "docs/figures/figures.toml").write_text(FIGURES)
     (tmp_path / "measure.py").write_text(SCRIPT)
+    (tmp_path / "docs/measurements").mkdir()
+    (tmp_path / "docs/measurements/results.md").write_text(RESULTS)
     (tmp_path / "README.md").write_text(PAGE.replace(" of 2 GiB", ""))
     (tmp_path / "docs/rows.jsonl").write_text('{"pattern": "window:16"}\n')
     module.run("small")
@@ -90,6 +103,12 @@ BROKEN = {
     "a command that is gone": ("docs/figures/small.json", "longnet pattern", "longnet paint", "no command paint"),
     "a legend": ("measure.py", '"window:16"', '"nested:16"', "small.json: nested:16"),
     "a pattern of rows": ("docs/rows.jsonl", "window", "nested", "docs/rows.jsonl: nested:16"),
+    "a number by hand": ("README.md", "18 s", "19 s", "README.md: 19 is not in by-hand"),
+    "a marker that is gone": ("README.md", "<!-- figure: by-hand -->", "", "README.md: measured, without a marker: O"),
+    "a line by hand": ("docs/measurements/results.md", "4b6bcfa0", "", "results.md: no line of by-hand"),
+    "a figure that nobody has measured": (
+        "docs/figures/figures.toml", "[by-hand]", '[large]\nrun = "true"\n[by-hand]', "large was never measured",
+    ),
     "a command that is another": ("docs/figures/figures.toml", "1Ki", "2Ki", "its command is not that of figures.toml"),
 }  # fmt: skip
 

@@ -23,14 +23,10 @@ WINDOW, CHOSEN = "window:64,sinks=4", "window:64,chosen=2x32"
 # of each script: its arguments in a folder with a Llama and texts, and how many rows it prints
 SCRIPTS = {
     "ask.py": (f"./llama --text a.txt --tokens 500 --passages 1 --alone --pattern {WINDOW}", 15),  # ways and methods
-    "choice_recall.py": (f"./llama {CHOSEN} --text a.txt b.txt --tokens 5K --groups 2", 2),  # layers
     "passage.py": (
         f"./llama {CHOSEN} --passages a.txt --filler b.txt --tokens 50 --distances 300 --near 9 --every 4",
         2,
     ),
-    "passkey.py": (f"ask ./llama a.txt {WINDOW} dense --tokens 400 --keys 1 --distances 150 --documents 1", 2),
-    "passkey.py alone": (f"alone ./llama a.txt b.txt {CHOSEN} --tokens 2K --keys 1 --every 16 4", 2),
-    "questions.py": (f"./llama {CHOSEN} --text a.txt b.txt --tokens 4K --needles 12 --offsets 0 40", 6),
     "recall.py": ("window:16 --times .5 1 --steps 2 --dim 8 --heads 2 --layers 1", 2),
     "ruler.py": (f"./llama {CHOSEN} --text a.txt --tokens 1500 --haystacks 1 --questions 2", 7),  # tasks
 }
