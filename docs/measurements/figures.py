@@ -2,7 +2,7 @@
 
     python docs/measurements/figures.py run NAME ...      # or --all, which takes hours
     python docs/measurements/figures.py check             # the pages, the entries and their scripts
-    python docs/measurements/figures.py draw COMMIT       # run three cheap figures again, chosen by this text
+    python docs/measurements/figures.py draw COMMIT       # run a cheap figure again, chosen by this text
 
 docs/figures/figures.toml defines each figure: `run`, a shell command; `before`, commands that prepare it; `rows`, the
 keys of its JSON that hold rows; `keep`, what is kept of a row; `timed`, what no run has to repeat; `model`, what it
@@ -157,16 +157,16 @@ def _commit() -> str:
 
 
 def draw(commit: str) -> Iterator[str]:
-    """Run three of the cheap figures again. Yield what differs by more than its standard error."""
+    """Run one of the cheap figures again. Yield what differs by more than its standard error."""
     figures, found = defined(), entries()
     cheap = [name for name in sorted(figures) if figures[name].get("cheap") and name in found]
-    for name in random.Random(commit).sample(cheap, min(3, len(cheap))):
-        rows, _ = measured(figures[name])
-        if len(rows) != len(found[name]["rows"]):
-            yield f"{name}: {len(rows)} rows, and its entry has {len(found[name]['rows'])}"
-        for before, now in zip(found[name]["rows"], rows, strict=False):
-            if not _agree(before, now, figures[name].get("timed", "").split()):
-                yield f"{name}: {now}, and its entry has {before}"
+    name = random.Random(commit).choice(cheap)
+    rows, _ = measured(figures[name])
+    if len(rows) != len(found[name]["rows"]):
+        yield f"{name}: {len(rows)} rows, and its entry has {len(found[name]['rows'])}"
+    for before, now in zip(found[name]["rows"], rows, strict=False):
+        if not _agree(before, now, figures[name].get("timed", "").split()):
+            yield f"{name}: {now}, and its entry has {before}"
 
 
 def _agree(before: Any, now: Any, timed: list[str]) -> bool:

@@ -142,7 +142,7 @@ def test_a_run_agrees_within_its_errors(figures: ModuleType, tmp_path: Path) -> 
 
 
 @pytest.mark.ci
-def test_three_figures_come_out_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_figure_comes_out_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawn by the commit: over some commits, all of the cheap ones."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]

@@ -10,7 +10,7 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -61,21 +61,28 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run_blocks(page: Path, languages: tuple[str, ...], folder: Path, env: dict[str, str]) -> str:
-    """Run the blocks of a page in order; return what they print."""
-    text = page.read_text(encoding="utf-8")
-    lines = [
-        "set -euo pipefail",
-        f'PATH="{Path(sys.executable).parent}:$PATH"; python() {{ "{sys.executable}" "$@"; }}',
-    ]
-    for language, block in re.findall(r"^```(sh|python)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
-        if language in languages:
-            lines.append(block if language == "sh" else f"python - <<'END'\n{block}END")
-    command = ["bash", "-c", "\n".join(lines)]
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=600)
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stdout
+RunBlocks = Callable[[Path, tuple[str, ...]], str]
+
+
+@pytest.fixture
+def run_blocks(checkout: Path, command_env: dict[str, str], longnet: Path) -> RunBlocks:
+    """Runs the blocks of a page in order, and returns what they print; each command is a fork, which starts at once."""
+
+    def run(page: Path, languages: tuple[str, ...]) -> str:
+        lines = ["set -euo pipefail", f"PATH={longnet.parent}:$PATH"]
+        for language, block in re.findall(
+            r"^```(sh|python)\n(.*?)^```", page.read_text("utf-8"), re.DOTALL | re.MULTILINE
+        ):
+            if language in languages:
+                lines.append(block if language == "sh" else f"python -c \"$(cat <<'END'\n{block}END\n)\"")
+        command = ["bash", "-c", "\n".join(lines)]
+        options = {"cwd": checkout, "env": command_env, "capture_output": True, "text": True, "timeout": 600}
+        done = subprocess.run(command, check=False, **options)
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr
+        return done.stdout
+
+    return run
 
 
 @pytest.mark.ci
@@ -84,13 +91,13 @@ def run_blocks(page: Path, languages: tuple[str, ...], folder: Path, env: dict[s
     [page for page in PAGES if (blocks(page, "sh") or page.stem == "embeddings") and page.name not in TESTED_ELSEWHERE],
     ids=lambda page: page.stem,
 )
-def test_blocks_run(page: Path, checkout: Path, command_env: dict[str, str]) -> None:
+def test_blocks_run(page: Path, checkout: Path, run_blocks: RunBlocks) -> None:
     runs_python = page.stem in COMPLETE and find_spec(COMPLETE[page.stem]) is not None
     if page.stem == "embeddings" and runs_python:
         from sentence_models import save_model
 
         save_model(checkout / "sentence-transformers/all-MiniLM-L6-v2")  # a folder comes before a name on the hub
-    printed = run_blocks(page, ("sh", "python") if runs_python else ("sh",), checkout, command_env)
+    printed = run_blocks(page, ("sh", "python") if runs_python else ("sh",))
     assert page.stem != "embeddings" or not runs_python or printed.startswith("A run that was killed goes on. ")
     assert page.parent != ROOT or "dilated" in (checkout / "my-dilated-llama/config.json").read_text(encoding="utf-8")
 
@@ -133,17 +140,17 @@ def test_the_manifest_is_read_as_the_page_on_data_says(
 
 
 @pytest.mark.slow
-def test_blocks_of_clients(checkout: Path, command_env: dict[str, str]) -> None:
+def test_blocks_of_clients(checkout: Path, run_blocks: RunBlocks, command_env: dict[str, str]) -> None:
     for package in ("lm_eval", "sentence_transformers"):
         pytest.importorskip(package)
-    env = command_env | {"HF_HOME": str(checkout / "hf"), "HF_HUB_OFFLINE": "1"}
-    assert "bits_per_byte" in run_blocks(ROOT / "docs/clients.md", ("sh", "python"), checkout, env)
+    command_env |= {"HF_HOME": str(checkout / "hf"), "HF_HUB_OFFLINE": "1"}
+    assert "bits_per_byte" in run_blocks(ROOT / "docs/clients.md", ("sh", "python"))
 
 
 @pytest.mark.slow
-def test_blocks_of_vectors(checkout: Path, command_env: dict[str, str]) -> None:
+def test_blocks_of_vectors(run_blocks: RunBlocks) -> None:
     """What docs/vectors.md shows is run, in order."""
-    printed = run_blocks(ROOT / "docs/vectors.md", ("sh", "python"), checkout, command_env)
+    printed = run_blocks(ROOT / "docs/vectors.md", ("sh", "python"))
     neighbours = [line.split() for line in printed.splitlines()]
     assert len(neighbours) == 6
     assert all(line[0].split("-")[0] == line[1].split("-")[0] == line[3].split("-")[0] for line in neighbours)
