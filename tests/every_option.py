@@ -413,9 +413,11 @@ tokenize ../in/rows.jsonl --keep name -o out --shard-tokens 20 --dp 2
 
 encode {READING} -o vectors --shard-rows 1
 * --resume +vectors
+* --resume +vectors --dp 2
 
 tokenize {TEXTS} -o tokens --shard-tokens 20
 * --resume +tokens
+* --resume +tokens --dp 2
 
 train ../in/recipe.json -o run
 * --chunk 8

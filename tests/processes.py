@@ -65,7 +65,9 @@ def total(*args: str | Path | int, code: int = 0) -> dict:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """The bytes of every file in a folder and those below, by its path there."""
+    files = (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def wait_for(condition: Callable[[], bool]) -> None:

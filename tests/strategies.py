@@ -133,9 +133,9 @@ def patterns_with_options(causal: bool) -> st.SearchStrategy[Pattern]:
 
 @st.composite
 def choices(draw: st.DrawFn, causal: bool | None = None) -> Choice:
-    """Every option of a pattern, with any numbers of heads."""
+    """Every option of a pattern, or none, with any numbers of heads."""
     causal = draw(st.booleans()) if causal is None else causal
-    pattern = draw(patterns_with_options(causal))
+    pattern = draw(patterns_with_options(causal) | patterns())
     moved = draw(st.sampled_from(["by level", "by turn", "by level", "nothing"]))
     if moved == "by level":
         pattern = replace(pattern, sinks=0)

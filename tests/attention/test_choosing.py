@@ -136,15 +136,6 @@ def test_layers_equal_the_reference(choice: Choice, layers: tuple[int, ...]) -> 
             assert_close(seen, run(dilated_attention_reference, inputs, pattern, **options, choice=expected), 1e-12)
 
 
-def test_what_the_layer_before_has_chosen_is_compared_too() -> None:
-    choices, pattern = choosing.Choices(), replace(WINDOW, chosen_layers=(0, 1))
-    q, k, *_ = Choice(pattern, 1, 400, 4, 8, 0, True, None, 1, kv_heads=2).qkv()
-    with funnel((1, 8)):
-        choice_of(q.flip(1), k, pattern, 1.0, None, LayerChoices(choices, pattern, 0))
-        second = choice_of(q, k, pattern, 1.0, None, LayerChoices(choices, pattern, 1))
-        assert second != choice_of(q, k, pattern, 1.0, None)
-
-
 def test_a_layer_that_follows_needs_the_one_before() -> None:
     pattern = replace(WINDOW, chosen_layers=(2,))
     x = torch.zeros(1, 100, 2, 4)
@@ -173,16 +164,6 @@ def test_documents_in_a_row_equal_each_alone(choice: Choice, sizes: list[int]) -
 
     found = run(dilated_attention, choice.qkv(), choice.pattern, documents=documents, turn=turn)
     assert_close(found, run(each_alone, choice.qkv(), choice.pattern), 1e-12)
-
-
-def test_rows_of_a_padded_batch_equal_each_alone() -> None:
-    lengths = [50, 170, 120, 120, 0, 99]
-    choice = Choice(WINDOW, 6, 170, 4, 8, 0, True, None, 2, kv_heads=2)
-    q, k, v, _ = choice.qkv()
-    found = dilated_attention(q, k, v, WINDOW, lengths=lengths, turn=turn)
-    for row, n in enumerate(lengths):
-        alone = dilated_attention(*(x[row : row + 1, : max(n, 1)] for x in (q, k, v)), WINDOW, turn=turn)
-        torch.testing.assert_close(found[row, :n], alone[0, :n], rtol=1e-12, atol=1e-12)
 
 
 @given(choice=chosen_choices())
@@ -266,23 +247,6 @@ def test_wrong_options_say_what_is_wrong(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         replace(WINDOW, **options)
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        ({"causal": False}, "chosen=4 is for causal attention"),
-        ({"padding": "zero_key"}, 'padding="zero_key" goes with no chosen blocks'),
-        (
-            {"start": 9},
-            "chosen=4: the shard starts at 9, and far keys hold the past of 0 tokens: give that of a KVCache",
-        ),
-    ],
-)
-def test_wrong_calls_say_what_is_wrong(call: dict, message: str) -> None:
-    x = torch.zeros(1, 8, 4, 4)
-    with pytest.raises(ValueError, match=message):
-        dilated_attention(x, x, x, WINDOW, **call)
 
 
 @given(choice=chosen_choices(), sizes=cuts(), first=st.sampled_from([1, 64]))

@@ -1,20 +1,16 @@
-"""Inside torch.compile, checkpointing, autocast and FSDP2: equal to eager."""
+"""Inside torch.compile, checkpointing and autocast: equal to eager."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-from many_ranks import run_ranks
 from pattern_nets import draw, error, gradients, net
 from strategies import PAPER_64TH, turn
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from longnet_cli.attention import DilatedAttention, KVCache, Pattern, dilated_attention
@@ -144,26 +140,3 @@ def test_checkpoint(reentrant: bool, compiled: bool) -> None:
 
     f = torch.compile(again, backend="aot_eager") if compiled else again
     compare(plain, f, tensors(3, 50))
-
-
-def gradients_under_fully_shard() -> None:
-    def build() -> nn.Sequential:
-        torch.manual_seed(0)
-        layers = [nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True) for _ in range(2)]
-        for layer in layers:
-            layer.self_attn = DilatedAttention(16, 4, Pattern((8, 32), (1, 4)))
-        return nn.Sequential(*layers)
-
-    rank, (whole, sharded), mesh = dist.get_rank(), (build(), build()), dist.init_device_mesh("cpu", (2,))
-    for module in (*sharded, sharded):
-        fully_shard(module, mesh=mesh)
-    batch = torch.randn(4, 50, 16, generator=torch.Generator().manual_seed(1))
-    whole(batch).square().mean().backward()
-    sharded(batch[2 * rank : 2 * rank + 2]).square().mean().backward()  # fully_shard averages over ranks
-    for expected, found in zip(whole.parameters(), sharded.parameters(), strict=True):
-        assert error(found.grad.full_tensor(), expected.grad) <= 1e-5
-
-
-def test_fsdp2(tmp_path: Path) -> None:
-    """Two processes under `fully_shard`: the gradients of the whole batch in one."""
-    run_ranks(2, tmp_path, gradients_under_fully_shard)

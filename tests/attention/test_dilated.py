@@ -1,23 +1,21 @@
-"""Fast = dense reference, outputs and gradients; a shard cut anywhere, given its far keys, = the whole.
+"""Fast = dense reference, outputs and gradients; wrong calls; what the cache keeps.
 
-The cache has the size of the formula. That shards with their cache equal the whole is in test_pattern_options.py.
+That shards equal the whole, with their far keys or their cache, is in test_pattern_options.py.
 """
 
 from __future__ import annotations
 
 import json
-from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
 from places import GOLDEN
 from safetensors import safe_open
-from strategies import PAPER_64TH, Problem, assert_close, problems, run
+from strategies import Problem, assert_close, problems, run
 from torch import Tensor
 
-from longnet_cli.attention import FarKeys, FarSpan, KVCache, Pattern, dilated, dilated_attention, far_keys
+from longnet_cli.attention import FarKeys, KVCache, Pattern, dilated, dilated_attention
 from longnet_cli.attention.kernels import KERNELS
 from longnet_cli.attention.reference import dilated_attention_reference
 
@@ -32,35 +30,6 @@ def test_equals_the_fp64_reference(problem: Problem, dtype: torch.dtype, kernel:
     wide = [x.double() for x in inputs]
     expected = run(dilated_attention_reference, wide, problem.pattern, **problem.options)
     assert_close(found, expected, TOLERANCE[dtype])
-
-
-@given(problem=problems(lengths=False), cuts=st.sets(st.integers(1, 199), max_size=4), zero_keys=st.booleans())
-def test_shards_with_their_far_keys_equal_the_whole(problem: Problem, cuts: set[int], zero_keys: bool) -> None:
-    """Also gradients: those of far keys flow back into the shard that they were taken from."""
-    inputs, pattern, start = problem.tensors(4), problem.pattern, 0 if zero_keys else problem.start
-    padding, total = ("zero_key", problem.tokens) if zero_keys else ("exact", None)
-    edges = [0, *sorted(c for c in cuts if c < problem.tokens), problem.tokens]
-    shards = [(start + a, start + b) for a, b in pairwise(edges)]
-
-    def in_shards(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, causal: bool) -> Tensor:
-        parts = [tuple(x[:, a - start : b - start] for x in (q, k, v)) for a, b in shards]
-        outs = []
-        for (a, b), (q_, k_, v_) in zip(shards, parts, strict=True):
-            far: list[FarKeys] = []
-            for level, (w, _) in enumerate(pattern.levels):
-                for (c, d), (_, other_k, other_v) in zip(shards, parts, strict=True):
-                    # the other shard's share of our first and of our last segment
-                    for segment in {a // w, (b - 1) // w}:
-                        first, last = max(c, segment * w), min(d, (segment + 1) * w)
-                        if first < last and (last <= a or (first >= b and not causal)):
-                            far.append(far_keys(other_k, other_v, pattern, FarSpan(level, first, last), start=c))
-            options = {"causal": causal, "start": a, "far": far, "padding": padding, "total": total}
-            outs.append(dilated_attention(q_, k_, v_, pattern, **options))
-        return torch.cat(outs, dim=1)
-
-    found = run(in_shards, inputs, pattern, causal=problem.causal)
-    whole = run(dilated_attention, inputs, pattern, causal=problem.causal, start=start, padding=padding)
-    assert_close(found, whole, 1e-12)
 
 
 def test_strided_and_expanded_inputs() -> None:
@@ -167,18 +136,6 @@ def test_a_capturing_stream_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
             call()
 
 
-def test_its_bytes_are_the_formulas_and_do_not_grow() -> None:
-    pattern = Pattern.paper()
-    cache = KVCache(pattern, 2, 12, 64)
-    assert cache.nbytes == 2 * 2 * 12 * 64 * 4 * 11_606 == 2 * 2 * 12 * 64 * 4 * pattern.cache_rows
-    small = KVCache(PAPER_64TH, 1, 3, 8)
-    before = small.nbytes
-    for _ in range(5):
-        k = torch.randn(1, 400, 3, 8)
-        small.append(k, k)
-    assert small.nbytes == before == 2 * 3 * 8 * 4 * PAPER_64TH.cache_rows
-
-
 @pytest.mark.parametrize("pattern", [Pattern.dense(), Pattern((8, 96), (1, 2), look_back=1)])
 @pytest.mark.parametrize("keep", [0, 300])
 def test_rows_of_long_segments_come_when_they_are_needed(
@@ -198,11 +155,3 @@ def test_rows_of_long_segments_come_when_they_are_needed(
     if keep:
         again = [dilated_attention(*part, pattern, start=start, far=far) for part, start, far in seen]
         assert all(map(torch.equal, again, parts))
-
-
-def test_a_billion_tokens_take_one_row_set_for_each_level_more() -> None:
-    sizes = {n: KVCache(Pattern.geometric(10**n), 1, 1, 8).nbytes for n in (6, 7, 8, 9)}
-    row_set = 2 * 2048 * 8 * 4
-    levels = {n: len(Pattern.geometric(10**n).levels) for n in sizes}
-    assert all(sizes[n] == levels[n] * row_set for n in sizes)
-    assert KVCache(Pattern.geometric(2**30), 1, 1, 8).nbytes == 40_960 * 2 * 8 * 4

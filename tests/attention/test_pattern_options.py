@@ -24,6 +24,8 @@ from longnet_cli.attention.reference import dilated_attention_reference, key_cou
 from longnet_cli.attention.spans import Layout, far_spans
 from longnet_cli.attention.views import strided_view
 
+CHOSEN = Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4)
+
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @given(choice=choices())
@@ -47,13 +49,18 @@ def test_gradients_are_added_to_views_without_overlap(choice: Choice) -> None:
             assert into.unique().numel() == into.numel()
 
 
-@given(choice=choices(), sizes=cuts(), called=st.booleans())
-def test_shards_with_their_far_keys_equal_the_whole(choice: Choice, sizes: list[int], called: bool) -> None:
+@given(choice=choices(), sizes=cuts(), called=st.booleans(), zero_keys=st.booleans())
+def test_shards_with_their_far_keys_equal_the_whole(
+    choice: Choice, sizes: list[int], called: bool, zero_keys: bool
+) -> None:
     """Each shard gets what `far_spans` says, in parts, one per shard that made them; gradients flow back into those.
 
     `called`: far keys that tell of their gradients early, as those of other ranks do.
     """
     pattern, start, stop = choice.pattern, choice.start, choice.start + choice.tokens
+    zero_keys = zero_keys and start == 0 and not pattern.refusal(choice.causal, "zero_key")
+    padding, total = ("zero_key", stop) if zero_keys else ("exact", None)
+    options = {"causal": choice.causal, "padding": padding, **turning(choice)}
     edges = [start]
     for size in split(choice.tokens, [max(size, choice.tokens // 6) for size in sizes]):
         edges.append(edges[-1] + size)
@@ -71,12 +78,12 @@ def test_shards_with_their_far_keys_equal_the_whole(choice: Choice, sizes: list[
                         keys = far_keys(k[:, rows], v[:, rows], pattern, part, start=c, num_heads=choice.heads)
                         far.append(watched(keys, told) if called else keys)
             q_, k_, v_ = (x[:, a - start : b - start] for x in (q, k, v))
-            outs.append(dilated_attention(q_, k_, v_, pattern, causal=choice.causal, start=a, far=far, **options))
+            outs.append(dilated_attention(q_, k_, v_, pattern, start=a, far=far, total=total, **options))
         return torch.cat(outs, 1)
 
     inputs = choice.qkv()
-    found = run(in_shards, inputs, pattern, **turning(choice))
-    whole = run(dilated_attention, inputs, pattern, causal=choice.causal, start=start, **turning(choice))
+    found = run(in_shards, inputs, pattern, **options)
+    whole = run(dilated_attention, inputs, pattern, start=start, **options)
     assert_close(found, whole, 1e-12)
     for found in told:
         assert torch.equal(found["back k"], found["k"])
@@ -247,6 +254,9 @@ def test_wrong_options_say_what_is_wrong(options: dict, message: str) -> None:
         (Pattern.window(4, sinks=2), {"start": 9, "turn": turn}, r"the sinks \[0, 2\) lie before the shard"),
         (Pattern.window(4, sinks=2), {"start": 9, "far": [(SINKS, 0, 3)]}, "are not among the 2 sinks before 9"),
         (Pattern.window(4), {"start": 9, "far": [(SINKS, 0, 1)]}, "are not among the 0 sinks"),
+        (CHOSEN, {"causal": False}, "chosen=4 is for causal attention"),
+        (CHOSEN, {"padding": "zero_key"}, 'padding="zero_key" goes with no chosen blocks'),
+        (CHOSEN, {"start": 9}, "chosen=4: the shard starts at 9, and far keys hold the past of 0 tokens: give that of"),
         (Pattern.window(4), {"heads": 3}, "the heads of k and v may be a divisor"),
         (Pattern.window(4), {"start": 4, "far": [(0, 0, 4)], "rows": 3}, r"need \(1, 4, 2, 4\)"),
     ],

@@ -97,6 +97,9 @@ def stop(script: Script, command_env: dict[str, str], tmp_path: Path) -> Callabl
             ["score", "x", "--context", "64,,128"], 2,
             "error: Invalid value for '--context': '64,,128' has an empty size (help: longnet score -h)\n",
         ),
+        (["score", "x", "--chunk", "0"], 2, "Invalid value for '--chunk': '0' is out of range"),
+        (["score", "x", "--device", "gpu"], 2, "Invalid value for '--device': 'gpu' is not a device"),
+        (["score", "x", "--contxt", "8"], 2, "--context"),
     ],
 )  # fmt: skip
 def test_words_of_a_command_line(run_longnet, words, code, said):

@@ -19,6 +19,7 @@ import typer
 from builders import tiny_model
 from hypothesis import HealthCheck, Phase, event, given, settings
 from hypothesis import strategies as st
+from processes import contents
 from safetensors.torch import load_file, save_file
 
 from longnet_cli.cli.app import app
@@ -224,11 +225,6 @@ def complaint(done: Done) -> str | None:
     if done.code and sum(line.startswith("longnet: error: ") for line in done.stderr.splitlines()) != 1:
         return "not one line of error"
     return None
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Of every file that is there before a command starts."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and not p.is_symlink()}
 
 
 @pytest.mark.slow

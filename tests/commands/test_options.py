@@ -1,4 +1,4 @@
-"""Proves that options are read as documented, and that typer shows our sentence if not.
+"""Options are read as documented.
 
 `--pattern`, and `pattern` in recipes: taken, recorded, and refused by name.
 """
@@ -37,42 +37,6 @@ from longnet_cli.nets.weights import load_config
 
 COMMANDS = ["tokenize", "convert", "train", "plot", "score", "encode", "generate", "bench", "data inspect"]
 
-SCRIPT = """
-import dataclasses, json, typer
-from collections.abc import Sequence
-from longnet_cli.cli.app import run
-from longnet_cli.cli.command import Command, takes_options
-from longnet_cli.cli.options import *
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Shown:
-    documents: Documents
-    seq: Sequence[int] = INPUT.option("--seq SIZE,...", "Lengths.", default=(8192, 32768))
-    limit: int | None = INPUT.size("--limit SIZE", "Tokens.")
-    choice: ModelChoice
-    computing: Computing
-
-def show(options: Shown) -> None:
-    print(json.dumps(dataclasses.asdict(options)))
-
-app = typer.Typer()
-app.command(cls=Command)(takes_options(show))
-run(app)
-"""
-
-
-@pytest.fixture
-def show(tmp_path, command_env):
-    """A command with every shared option, which prints what it was given."""
-
-    def run(*args: str) -> subprocess.CompletedProcess:
-        path = tmp_path / "show.py"
-        path.write_text(SCRIPT)
-        command = [sys.executable, path, *args]
-        return subprocess.run(command, capture_output=True, text=True, env=command_env, check=False)
-
-    return run
-
 
 @pytest.mark.parametrize("text", ["auto", "cpu", "cuda", "cuda:0", "cuda:15"])
 def test_devices(text):
@@ -83,35 +47,6 @@ def test_devices(text):
 def test_what_is_no_device(text):
     with pytest.raises(ValueError, match="write auto, cpu, cuda or cuda:1"):
         parse_device(text)
-
-
-def test_a_command_gets_its_defaults_and_its_options(show):
-    defaults = json.loads(show("in.arrow").stdout)
-    assert (defaults["documents"]["inputs"], defaults["documents"]["keep"]) == (["in.arrow"], None)
-    assert (defaults["seq"], defaults["limit"], defaults["choice"]["model"]) == ([8192, 32768], None, None)
-    computing = {"device": "auto", "dtype": "auto", "chunk": None, "spill": None, "quiet": False}
-    assert defaults["computing"] == computing
-
-    given_ = json.loads(show("a", "-", "--seq", "8k,1e6", "--limit", "64Ki", "--dtype", "bf16", "-m", "./run").stdout)
-    assert (given_["documents"]["inputs"], given_["choice"]["model"]) == (["a", "-"], "./run")
-    assert (given_["seq"], given_["limit"], given_["computing"]["dtype"]) == ([8000, 10**6], 65536, "bf16")
-
-
-@pytest.mark.parametrize(
-    ("args", "sentence"),
-    [
-        (("--seq", "8k,x"), "'x' is not a size"),
-        (("--limit", "0"), "'0' is out of range"),
-        (("--device", "gpu"), "'gpu' is not a device"),
-        (("--dtype", "fp8"), "'--dtype'"),
-        (("--sqe", "8k"), "--seq"),
-    ],
-)
-def test_a_wrong_option_is_exit_2_and_our_own_sentence(show, args, sentence):
-    result = show("in.arrow", *args)
-    assert result.returncode == 2
-    assert args[0] in result.stderr
-    assert sentence in " ".join(result.stderr.replace("│", " ").split())
 
 
 def command_of(name: str) -> Any:

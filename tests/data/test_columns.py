@@ -16,7 +16,6 @@ from files import FORMATS, IDS, read, tokens, write_file, write_parquet, write_r
 
 from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.data.inputs import Inputs
-from longnet_cli.data.manifest import read_manifest
 from longnet_cli.data.tokenizer import Tokenizer
 
 
@@ -186,27 +185,3 @@ def test_score_and_encode_carry_columns_to_their_rows(tmp_path: Path, run_longne
         ]
     refused = run_longnet("encode", "x.parquet", "--keep", "tag,tag", "-o", "y.arrow")
     assert (refused.returncode, "is no list of names" in refused.stderr) == (2, True), refused.stderr
-
-
-BAD = '{"text": "a", "id": 1}\n{"text": 5, "id": 2}\n\n{"text": "b", "id": 3}\nnot json\n{"text": "c", "id": 4}\n'
-
-
-def test_a_finished_folder_says_what_its_run_left_out(tmp_path: Path, run_longnet: RunLongnet) -> None:
-    (tmp_path / "a.jsonl").write_text(BAD)
-    for command in ("tokenize", "encode", "score"):
-        words = [command, "a.jsonl", "nothing", "--skip-bad", "-o", f"of-{command}/"]
-        done = run_longnet(*words)
-        assert done.returncode == 6
-        assert done.stderr.startswith("longnet: note: left out: nothing: no such file or folder\n")
-        again = run_longnet(*words, "--resume")
-        assert again.returncode == 6, again.stderr
-        assert again.stderr.endswith("2 documents and 1 file left out\n")
-        totals = read_manifest(tmp_path / f"of-{command}").totals
-        assert (totals["documents"], totals["skipped"], totals["skipped_files"]) == (3, 3, 1)
-
-
-def test_empty_documents_are_counted_and_passed_over(tmp_path: Path, run_longnet: RunLongnet) -> None:
-    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": ""}\n{"text": "b"}\n')
-    done = run_longnet("encode", "a.jsonl", "-o", "vectors", code=0)
-    assert done.stderr.endswith("longnet: note: 1 document empty\n")
-    assert dict(read_manifest(tmp_path / "vectors").totals) == {"empty": 1, "rows": 2, "documents": 2, "tokens": 2}

@@ -3,7 +3,6 @@
 Files are real files, and stdin is a real pipe into another process.
 """
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,6 @@ from threading import get_ident
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from files import (
     BYTES,
@@ -81,13 +79,6 @@ def test_stdin_text_and_a_redirected_file(tmp_path):
     with open(FORMATS["file"](tmp_path)) as file:
         done = subprocess.run([sys.executable, "-c", script], stdin=file, capture_output=True, text=True, check=True)
     assert done.stdout == f"stdin:0 {IDS[0]} StoredIds\n"
-
-
-def test_a_named_pipe_is_read_like_stdin(tmp_path):
-    data = FORMATS["stream"](tmp_path).read_bytes()
-    os.mkfifo(tmp_path / "fifo")
-    with subprocess.Popen([sys.executable, "-c", f"open({str(tmp_path / 'fifo')!r}, 'wb').write({data!r})"]):
-        assert tokens(read(tmp_path / "fifo")) == IDS
 
 
 def test_text_files_are_read_byte_for_byte(tmp_path):
@@ -221,26 +212,6 @@ def test_doc_ids_of_every_kind_of_text_join_rows(tmp_path, kind):
     doc_ids = pa.array(["a", "a", "b"], kind)  # pyarrow 17 casts no text to a view
     path = write_file(tmp_path / "x.arrow", pa.table({"text": ["x", "y", "z"], "doc_id": doc_ids}))
     assert [document.doc_id for document in read(path)] == ["a", "b"]
-
-
-def test_a_parquet_column_may_have_a_dot_in_its_name(tmp_path):
-    pq.write_table(pa.table({"tok.ids": [[1, 2], [3]], "tok": [[9], [9]]}), tmp_path / "x.parquet")
-    assert tokens(read(tmp_path / "x.parquet", column="tok.ids")) == [[1, 2], [3]]
-    assert tokens(read(tmp_path / "x.parquet", column="tok")) == [[9], [9]]
-
-
-def test_text_that_does_not_fit_the_model_is_an_error(tmp_path):
-    (tmp_path / "a.txt").write_text("abcé")
-    with pytest.raises(DataError, match=r"offset 3: token id 195 does not fit a vocabulary of 128"):
-        tokens(read(tmp_path / "a.txt", vocab_size=128))
-
-
-@pytest.mark.parametrize(("data", "offset"), [(b"abc\xff", 3), (b"ab\0c", 2), (b"\xff\xfea\0", 0), (b"PK\3\4\0\0", 4)])
-def test_what_is_not_text_is_an_error_that_names_the_byte(tmp_path, data, offset):
-    (tmp_path / "a.txt").write_bytes(data)
-    with pytest.raises(DataError, match=rf"a\.txt: neither Arrow, Parquet nor UTF-8 text.* offset {offset} ") as caught:
-        read(tmp_path / "a.txt")
-    assert "\n" not in str(caught.value)
 
 
 # --- documents of parts, types, tokenizers ---------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import json
 import os
 import resource
 import signal
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -88,16 +87,6 @@ def test_json_lines_hold_lists_and_null_for_what_json_cannot_write(tmp_path):
     assert (tmp_path / "x.jsonl").read_text() == (
         '{"id": "é", "v": [0.5, null]}\n{"id": "b", "v": [null, -1.0]}\n' + '{"id": "\\n", "v": [2.0, 3.0]}\n' * 2
     )
-
-
-@pytest.mark.parametrize("name", ["x.arrow", "x.parquet", "x.jsonl"])
-def test_after_an_error_the_old_file_is_there_and_nothing_else(tmp_path, name):
-    (tmp_path / name).write_bytes(b"old")
-    with suppress(KeyboardInterrupt), ShardWriter(tmp_path / name, SCHEMA) as writer:
-        writer.write(BATCH)
-        raise KeyboardInterrupt
-    assert os.listdir(tmp_path) == [name]
-    assert (tmp_path / name).read_bytes() == b"old"
 
 
 def test_until_the_block_ends_nothing_has_the_final_name(tmp_path):

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 from builders import tiny_llama, tiny_model
 from loopback_hub import LoopbackHub, fill_cache, loopback_hub, read_folder
-from processes import wait_for
+from processes import contents, wait_for
 from safetensors.torch import load, save
 
 from longnet_cli.basics.errors import CheckpointError
@@ -219,10 +219,6 @@ def test_a_name_without_a_slash_is_asked_for_unless_it_looks_shipped(run_longnet
     asked = len(hub.requests)
     assert "did you mean 'longnet-tiny'?" in refusal(run_longnet("score", "a.txt", "-m", "longnet-tny"), 2)
     assert len(hub.requests) == asked
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 OUT = "../../../victim.txt"

@@ -141,12 +141,6 @@ def test_flex_attention_has_the_mask_of_the_pattern(causal: str, texts: list[str
     assert done.returncode == 0, done.stderr
 
 
-def test_another_op_is_one_function(fake_op: FakeOp) -> None:
-    fake_op(10.0)
-    (row,) = rows_of([20], impl=["dense"])
-    assert (row.op, row.seconds, row.tokens_per_second, row.flops_per_second) == ("fake", 40.0, 0.5, 10.0)
-
-
 @pytest.mark.parametrize(
     ("rate", "seq", "options", "expected"),
     [

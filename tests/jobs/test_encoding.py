@@ -267,13 +267,6 @@ def test_neighbours_of_one_name_get_names_of_their_own(model: LongNet, tmp_path:
         list(Inputs(sorted((tmp_path / "named").glob("vectors-*")), vectors=True).documents())
 
 
-def test_a_finished_folder_is_not_encoded_again(model: LongNet, tmp_path: Path) -> None:
-    write(model, tmp_path)
-    assert write(model, tmp_path, stopped_at(1), resume=True) == read_manifest(tmp_path).totals
-    with pytest.raises(ConfigError, match="finished data set"):
-        write(model, tmp_path)
-
-
 OTHER = [
     ("pool", {"pool": "last"}),
     ("normalize", {"normalize": False}),

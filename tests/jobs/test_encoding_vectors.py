@@ -15,7 +15,7 @@ import pytest
 import torch
 from builders import level_options, read_golden, slide, slide_encoder
 from conftest import RunLongnet
-from files import write_file
+from files import write_file, write_stream
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -42,10 +42,7 @@ def slides(number: type = np.float32) -> pa.Table:
 
 
 def stream(table: pa.Table) -> bytes:
-    with pa.BufferOutputStream() as out:
-        with ipc.new_stream(out, table.schema) as writer:
-            writer.write_table(table, max_chunksize=50)
-        return out.getvalue().to_pybytes()
+    return write_stream(pa.BufferOutputStream(), table, 50).getvalue().to_pybytes()
 
 
 def vectors(path: Path, column: str = "embedding") -> dict[str, np.ndarray]:
@@ -115,31 +112,12 @@ def test_python_agrees_with_the_command_about_tiles_of_512_pixels(
     same(vectors(tmp_path / "out.arrow"), {"slide": found[0].numpy()})
 
 
-@pytest.mark.parametrize(
-    ("words", "pool"),
-    [
-        ([], "mean"),
-        (["--chunk", "100"], "cls"),
-    ],
-)
-def test_chunks_and_batches_are_each_slide_alone(
-    run_longnet: RunLongnet, tmp_path: Path, model: Path, words: list[str], pool: str
-) -> None:
-    pq.write_table(slides(), tmp_path / "slides.parquet")
-    options = ["--model", model, "--pool", pool, "--no-normalize", "-o", tmp_path / "out.parquet", *words]
-    done = run_longnet("encode", tmp_path / "slides.parquet", *options, "-q")
-    assert (done.returncode, done.stderr) == (0, "")
-    same(vectors(tmp_path / "out.parquet"), expected(pool))
-    table = pq.read_table(tmp_path / "out.parquet")
-    assert table["n_tokens"].to_pylist() == [*SLIDES.values()]
-    assert table.schema.metadata[b"longnet.pooling"] == pool.encode()
-
-
 def test_the_default_is_the_mean_scaled_to_length_one(run_longnet: RunLongnet, tmp_path: Path, model: Path) -> None:
     run_longnet(
         "encode", "-", "--model", model, "-o", tmp_path / "out.arrow", input=stream(slides()), text=False, code=0
     )
     same(vectors(tmp_path / "out.arrow"), {name: x / np.linalg.norm(x) for name, x in expected().items()})
+    assert ipc.open_file(tmp_path / "out.arrow").read_all()["n_tokens"].to_pylist() == [*SLIDES.values()]
 
 
 def test_vectors_of_vectors(run_longnet: RunLongnet, tmp_path: Path) -> None:

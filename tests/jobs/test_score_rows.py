@@ -143,14 +143,7 @@ def test_nothing_to_score_is_said_at_the_end(model: LongNet, tmp_path: Path) -> 
         write(model, tmp_path / "out", [make_document(0)])
 
 
-def test_a_file_of_json_lines_is_what_is_printed(run_longnet: RunLongnet, tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("one two three, " * 30)
-    words = ("score", "a.txt", "--context", "256,64", "--by-position", "-q")
-    assert run_longnet(*words, "-o", "gains.jsonl").stdout == ""
-    assert (tmp_path / "gains.jsonl").read_text() == run_longnet(*words, "--format", "jsonl", code=0).stdout
-
-
-@pytest.mark.parametrize("output", ["x.jsonl", "x.parquet"])
+@pytest.mark.parametrize("output", ["x.arrow", "x.jsonl", "x.parquet"])
 def test_a_run_that_fails_leaves_the_file_as_it_was(run_longnet: RunLongnet, tmp_path: Path, output: str) -> None:
     (tmp_path / "in.jsonl").write_text('{"text": "one two"}\n{"text": 5}\n')
     for before in ({}, {output: b"before"}):

@@ -1,5 +1,6 @@
-"""Proves that scoring counts every token once: the sums are those of plain cross entropy over full logits, whatever the
-context, the batching and the company a document is in."""
+"""Every token is scored once, whatever the context, the batching and the company a document is in.
+
+That the sums are those of plain forwards is in test_measures.py."""
 
 import copy
 import math
@@ -10,7 +11,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-import torch.nn.functional as F
 from builders import Scored, make_document, scores, tiny_net
 
 from longnet_cli.basics.errors import ConfigError, DataError
@@ -31,27 +31,9 @@ def model() -> LongNet:
     return tiny_net().eval()
 
 
-def plain_nll(model: LongNet, ids: list[int]) -> float:
-    """Nats of ids[1:] given what precedes each, from the logits of one float64 cross entropy."""
-    tokens = torch.tensor([ids])
-    with torch.no_grad():
-        logits = model.logits(model(tokens[:, :-1])).double()
-    return float(F.cross_entropy(logits[0], tokens[0, 1:], reduction="sum"))
-
-
 def only(scores: list[Scored]) -> Score:
     assert len(scores) == 1
     return scores[0].score
-
-
-@pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 200])
-def test_equals_plain_cross_entropy(model: LongNet, length: int) -> None:
-    document = make_document(length)
-    got = only(list(scores(model, [document], bos=BOS)))
-    assert got.n_tokens == got.n_bytes == length
-    assert got.nll_sum == pytest.approx(plain_nll(model, [BOS, *document.tokens.tolist()]), rel=1e-6)
-    assert got.ppl == pytest.approx(math.exp(got.nll_sum / length))
-    assert got.bpb == pytest.approx(got.nll_sum / math.log(2) / length)
 
 
 @pytest.mark.parametrize("context", [None, 64])

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
-import os
 import random
 import signal
 import sys
@@ -29,7 +28,7 @@ from files import write_file
 from processes import contents
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from longnet_cli.basics.errors import ConfigError, DataError
+from longnet_cli.basics.errors import ConfigError
 from longnet_cli.data import formats
 from longnet_cli.data import inputs as inputs_module
 from longnet_cli.data import tokenizer as tokenizer_module
@@ -151,22 +150,6 @@ def test_documents_of_one_name_stay_apart(tmp_path):
     assert result.documents == 5
     assert list(found.values())[:2] == ["two", "one"]
     assert "0#1" in found
-
-
-def test_a_failure_leaves_finished_shards_to_resume_from(corpus, tmp_path):
-    (corpus / "z.txt").write_bytes(b"\xff bad")
-    with pytest.raises(DataError):
-        tokenize(Inputs([corpus]), tmp_path / "out.arrow")
-    assert os.listdir(tmp_path) == ["corpus"]
-    with pytest.raises(DataError):
-        tokenize(Inputs([corpus]), tmp_path / "out", shard_tokens=20)
-    assert sorted(os.listdir(tmp_path / "out")) == ["_unfinished.json", "shard-00000.arrow"]
-    (corpus / "z.txt").write_bytes(b"good!")  # of the same size
-    again = tokenize(Inputs([corpus]), tmp_path / "out", shard_tokens=20, resume=True)
-    whole = tokenize(Inputs([corpus]), tmp_path / "whole", shard_tokens=20)
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    assert (again.documents, again.tokens, again.bytes) == (whole.documents, whole.tokens, whole.bytes)
-    assert [shard.name for shard in again.shards] == [shard.name for shard in whole.shards]
 
 
 def test_what_is_in_finished_shards_is_not_tokenized_again(corpus, tmp_path, monkeypatch):

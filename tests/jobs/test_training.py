@@ -42,11 +42,6 @@ def corpus(tmp_path: Path) -> Path:
     return path
 
 
-def test_lora_of_a_longnet_says_what_it_is_for() -> None:
-    with pytest.raises(ConfigError, match=r"^longnet-125m.*lora is for a Hugging Face model \(init\)"):
-        load_recipe("longnet-125m", {"lora.rank": 4})
-
-
 def test_it_learns_and_leaves_a_model(corpus: Path, tmp_path: Path) -> None:
     found = recipe(corpus, **{"train.stages": LONG})
     result = train(found, tmp_path / "out")
@@ -280,23 +275,6 @@ def test_held_out_documents_are_whole_or_in_windows_as_of_score(
     found = [each.score for each in scores(model, documents, bos=256, context=context)]
     expected = sum(score.nll_sum for score in found) / sum(score.n_tokens for score in found)
     assert metrics_of(tmp_path / "1")[-1]["held_out_loss"] == pytest.approx(expected, rel=1e-5)
-
-
-def test_held_out_data_without_a_token_is_refused_at_the_begin(corpus: Path, tmp_path: Path) -> None:
-    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
-    with pytest.raises(DataError, match=r"data.held_out, .*empty.jsonl: every document is empty"):
-        train(recipe(corpus, **{"data.held_out": [str(tmp_path / "empty.jsonl")]}), tmp_path / "out")
-
-
-def test_a_value_that_fails_is_named_by_its_key(corpus: Path, tmp_path: Path) -> None:
-    with pytest.raises(LongNetError, match=r"^init: nothing: "):
-        load_recipe(None, {"init": "./nothing"})
-    for more in ({}, {"model.vocab_size": 300}):  # read for its size, or when the run starts
-        with pytest.raises(LongNetError, match=r"^data\.tokenizer: .*nothing"):
-            train(recipe(corpus, **{"data.tokenizer": "./nothing"}, **more), tmp_path / "out")
-    with pytest.raises(ConfigError, match=r"^data\.eos: "):
-        train(recipe(corpus, **{"data.eos": "nothing"}), tmp_path / "out")
-    assert recipe(corpus, **{"data.held_out": []}).data.held_out_files is None  # switched off
 
 
 def test_weights_that_an_evaluation_finds_spoiled_are_not_the_best(corpus: Path, tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from longnet_cli.basics.errors import ConfigError
 from longnet_cli.nets.config import LongNetConfig, SlideConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.slide import SlideEncoder, grid_cells, grid_positions
-from longnet_cli.running.layerwise import hidden_in_chunks
 
 
 @pytest.mark.parametrize("padding", ["zero_key", "exact"])
@@ -32,17 +31,6 @@ def test_a_padded_batch_is_each_slide_alone(padding: str, pool: str) -> None:
     torch.testing.assert_close(together, torch.stack(alone, 1), rtol=0, atol=1e-5)
     one = encoder(features, coords, lengths=torch.tensor(lengths), pool=pool)
     torch.testing.assert_close(one[0], encoder(*(x[None] for x in slide(70, 0)), pool=pool)[0], rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("changes", [{}, {"padding": "exact"}, {"grid": 0, "position": "rope"}])
-@torch.no_grad()
-def test_chunks_are_the_whole(changes: dict) -> None:
-    encoder, (features, coords) = slide_encoder(**changes), slide(203)
-    where = None if encoder.config.grid == 0 else coords[None]
-    rows = encoder.net.rows(features[None], where, torch.tensor([203]))
-    whole = encoder.net(rows)
-    found = torch.cat([*hidden_in_chunks(encoder.net, lambda start, stop: rows[:, start:stop], 204, 37)], 1)
-    torch.testing.assert_close(found, whole, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()

@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
-import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -24,7 +22,7 @@ from files import write_file, write_lines
 from hypothesis import given
 from hypothesis import strategies as st
 from many_ranks import run_ranks
-from processes import contents, processes_of, wait_for
+from processes import contents
 
 from longnet_cli.basics.errors import DataError
 from longnet_cli.running.ranks import dealing
@@ -124,7 +122,7 @@ def _deal_at_random() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A model, and documents of 0 to 400 tokens in JSON Lines and as token ids."""
+    """A model, and documents of 0 to 400 tokens in JSON Lines."""
     tiny_model(tmp_path / "net", segment_lengths=(16, 64, 256), dilation_rates=(1, 2, 4), position="rope")
     chance = np.random.default_rng(0)
     rows = [chance.integers(97, 122, length) for length in [0, 1, *chance.integers(1, 400, 60)]]
@@ -133,8 +131,6 @@ def folder(tmp_path: Path) -> Path:
     lengths = [9_000_000, 0, *[40_000] * 100, 5_000_000]  # several portions of 4 Mi characters
     long = [{"id": f"{i}", "text": (f"{i:06d} " * (length // 7 + 1))[:length]} for i, length in enumerate(lengths)]
     write_lines(tmp_path / "long.jsonl", long)
-    table = pa.table({"doc_id": [text["id"] for text in texts], "input_ids": [row.tolist() for row in rows]})
-    write_file(tmp_path / "docs.arrow", table)
     return tmp_path
 
 
@@ -154,17 +150,14 @@ def run_both(folder: Path, run_longnet: RunLongnet) -> Callable[..., list[subpro
 COMMANDS = {
     name: text.split()
     for name, text in {
-        "encode": "encode docs.arrow -m ./net --chunk 256 --span 100 --shard-rows 20",
-        "encode-keep": "encode docs.jsonl -m ./net --chunk 256 --keep n --shard-rows 20",
+        "encode": "encode docs.jsonl -m ./net --chunk 256 --span 100 --keep n --shard-rows 20",
         "gains": "score docs.jsonl -m ./net --chunk 256 --context 16,64 --keep n --shard-tokens 3000",
         "tokenize": "tokenize long.jsonl --shard-tokens 4000000",
     }.items()
 }
 
 
-@pytest.mark.parametrize(
-    "name", [*(pytest.param(n, marks=pytest.mark.ci) for n in ("encode", "encode-keep")), "gains", "tokenize"]
-)
+@pytest.mark.parametrize("name", [pytest.param("encode", marks=pytest.mark.ci), "gains", "tokenize"])
 def test_shards_are_the_bytes_of_one_process(name: str, folder: Path, run_both: Callable[..., list]) -> None:
     alone, many = run_both(*COMMANDS[name], writes=True)
     assert (alone.returncode, many.returncode) == (0, 0), many.stderr
@@ -190,27 +183,3 @@ def test_processes_that_are_missing_are_named_in_one_line(folder: Path, run_long
     done = run_longnet(*COMMANDS["encode"], "-o", "v", "--nproc", "1", "--dp", "2", cwd=folder)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert "needs 2 processes, and there are 1" in done.stderr
-
-
-@pytest.mark.ci
-@pytest.mark.parametrize("rank", ["1", pytest.param("0", marks=pytest.mark.slow)])
-def test_a_killed_rank_ends_the_job_and_the_next_run_goes_on(
-    rank: str, folder: Path, run_longnet: RunLongnet, command_env: dict[str, str]
-) -> None:
-    command = [*COMMANDS["encode"], "--chunk", "16", "--quiet"]  # slow
-    env = command_env | {"OMP_NUM_THREADS": "1"}
-    assert run_longnet(*command, "-o", "alone", cwd=folder, env=env).returncode == 0
-    call = [sys.executable, "-m", "longnet_cli", *command, "-o", str(folder / "many"), "--dp", "2"]
-    job = subprocess.Popen(call, cwd=folder, env=env, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: (folder / "many/vectors-00001.arrow").exists())
-
-    def of_rank(process: int) -> bool:
-        return f"\0RANK={rank}\0".encode() in Path(f"/proc/{process}/environ").read_bytes()
-
-    [victim] = filter(of_rank, processes_of(str(folder / "many")))
-    os.kill(victim, signal.SIGKILL)
-    _, stderr = job.communicate(timeout=60)
-    assert job.returncode == 1
-    assert stderr == f"longnet: error: rank {rank} was killed (SIGKILL), and the job with it\n"
-    run_longnet(*command, "-o", "many", "--dp", "2", "--resume", cwd=folder, env=env, code=0)
-    assert contents(folder / "alone") == contents(folder / "many")

@@ -28,14 +28,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from longnet_cli.attention import Pattern, dilated_attention
-from longnet_cli.attention.notation import parse_pattern
-from longnet_cli.attention.reference import key_counts
-from longnet_cli.attention.spans import Layout
 from longnet_cli.basics.errors import LongNetError
 from longnet_cli.jobs.estimating.memory import far_bytes
 from longnet_cli.jobs.training.objective import backward, stored_tokens
 from longnet_cli.jobs.training.windows import TokenStream, TokenWindows
-from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.running.causal_stream import CausalStream
 from longnet_cli.running.chunked_backward import backward_in_chunks
@@ -360,35 +356,6 @@ def test_layer_by_layer_over_ranks(world: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("world", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4))])
 def test_streaming_over_ranks(world: int, tmp_path: Path) -> None:
     run_ranks(world, tmp_path, streaming_in_shards)
-
-
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize(
-    "pattern",
-    [
-        *("8/1,16/2,48/3", "geometric:200,base=4", "window:16", "window:16,sinks=3"),
-        "geometric:200,base=8,ratio=4,look_back=1,overlap=once,queries=all",
-    ],
-)
-def test_ranks_receive_what_their_queries_see(pattern: str, causal: bool) -> None:
-    """The reference, a dense mask, says which keys outside a shard its queries see."""
-    levels, heads, tokens, edges = parse_pattern(pattern), 4, 200, even_edges(0, 200, 11)
-    config = LongNetConfig(
-        vocab_size=1, dim=8, num_layers=1, num_heads=heads, ffn_dim=1, position="none", causal=causal, pattern=levels
-    )
-    counts, layout = key_counts(levels, heads, tokens, causal, 0, "exact")[0], Layout(levels, heads, heads)
-    plans = [Exchange(config, edges, rank=rank) for rank in range(11)]
-    for plan in plans:
-        a, b = edges[plan.rank], edges[plan.rank + 1]
-        seen = counts[:, a:b].any(1)
-        seen[:, a:b] = False
-        got = seen.new_zeros(seen.shape)
-        for parcel in (parcel for parcels in plan.received for parcel in parcels):
-            of_lanes = layout.lanes(parcel.span.level).kv_heads
-            for head, places in zip(of_lanes, layout.positions(parcel.span), strict=True):
-                got[head, list(places)] = True
-        assert not (seen & ~got).any(), f"rank {plan.rank} lacks rows"
-        assert plan.received == [maker.sent[plan.rank] for maker in plans]
 
 
 PATTERN = Pattern((64, 512, 1 << 17), (1, 4, 512))  # the last level goes on over all shards

@@ -45,14 +45,11 @@ def aborting(folder: Path, command_env: dict[str, str]) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join((command_env["PYTHONPATH"], str(folder))), "PYTHON_EXEC": sys.executable}
 
 
-@pytest.mark.parametrize("more", [[], pytest.param(["--context", "300"], marks=pytest.mark.ci)])
-def test_scores_are_those_of_one_process(
-    more: list[str], folder: Path, run_longnet: RunLongnet, aborting: dict[str, str]
-) -> None:
+def test_scores_are_those_of_one_process(folder: Path, run_longnet: RunLongnet, aborting: dict[str, str]) -> None:
     command = ["score", folder / "texts", "-m", f"{folder}/decoder", "--format", "jsonl", "--chunk", "100"]
     command += ["--top", "1"]
-    alone = run_longnet(*command, *more, "--token-logprobs", folder / "alone.arrow")
-    many = run_longnet(*command, *more, "--token-logprobs", folder / "many.arrow", "--nproc", "2", env=aborting)
+    alone = run_longnet(*command, "--token-logprobs", folder / "alone.arrow")
+    many = run_longnet(*command, "--token-logprobs", folder / "many.arrow", "--nproc", "2", env=aborting)
     assert many.returncode == alone.returncode == 0, many.stderr
     rows, expected = ([json.loads(line) for line in done.stdout.splitlines()] for done in (many, alone))
     assert [row.get("doc_id") for row in rows] == [row.get("doc_id") for row in expected]

@@ -1,4 +1,4 @@
-"""Ranks that cannot share a job are told, before any work, which would fit."""
+"""How ranks join and wait for each other: each on a GPU of its own, or on hosts."""
 
 from __future__ import annotations
 
@@ -21,23 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.jobs.training.checkpoint import Checkpoints
-from longnet_cli.jobs.training.start import check_windows
 from longnet_cli.running.ranks import ranks as module
 from longnet_cli.running.ranks.ranks import Ranks, _own_gpu, join
-
-
-def test_a_mesh_that_does_not_fit_says_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "6")
-    with pytest.raises(Exception, match=r"dp x sp is 2 x 2, .* there are 6: 6 x 1, 3 x 2, 2 x 3, 1 x 6 would fit"):
-        join("cpu", sp=2, dp=2)
-
-
-def test_windows_that_ranks_cannot_share_are_refused() -> None:
-    check_windows(Ranks(world=4, sp=2), 256, 6)
-    with pytest.raises(ConfigError, match=r"6 windows of 256 tokens, which 4 groups .*--dp 1, 2 would fit"):
-        check_windows(Ranks(world=8, sp=2), 256, 6)
-    with pytest.raises(ConfigError, match="--sp 3 or less"):
-        check_windows(Ranks(world=4, sp=4), 3, 1)
 
 
 @pytest.mark.parametrize("local_rank", ["0", "8", "-1", "first"])

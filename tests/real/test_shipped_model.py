@@ -1,4 +1,4 @@
-"""The model that ships, on texts of the size that people have: in chunks, by two processes, stopped and continued."""
+"""The model that ships, on texts of the size that people have: in chunks, by two processes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 from pathlib import Path
 
 import pytest
-from processes import contents, kill_training
 from real_files import Run, score
 from safetensors.torch import load_file
 
@@ -26,38 +25,12 @@ def test_two_processes_score_what_one_does(run: Run, library: list[Path]) -> Non
     assert two["total"]["n_tokens"] == one["total"]["n_tokens"]
 
 
-@pytest.mark.slow
-def test_contexts_of_a_folder_of_rows_resume(run: Run, library: list[Path], tmp_path: Path) -> None:
-    (tmp_path / "files.txt").write_text("\n".join(map(str, library[:40])))
-    words = ("score", "@files.txt", "--context", "256,1Ki", "-o", "rows", "--shard-tokens", "40k", "-q")
-    run(*words, mib=1500)
-    whole = contents(tmp_path / "rows")
-    run(*words, "--resume", mib=900)
-    assert contents(tmp_path / "rows") == whole
-    assert len(whole) > 3
-
-
 def test_a_saved_state_of_a_long_prompt_continues_as_one_run(run: Run, book: str, tmp_path: Path) -> None:
     (tmp_path / "prompt.txt").write_text(book[:100_000], encoding="utf-8")
     more = ("--max-tokens", 12, "--format", "jsonl", "-q")
     one = run("generate", "--input", "prompt.txt", *more, mib=1500).rows[0]
     run("generate", "--input", "prompt.txt", "--save-state", "state", "-q", mib=1500)
     assert run("generate", "--state", "state", *more, mib=900).rows[0]["tokens"] == one["tokens"]
-
-
-def test_equal_prompts_are_drawn_apart(run: Run, tmp_path: Path) -> None:
-    (tmp_path / "prompts.jsonl").write_text('{"text": "import "}\n' * 60)
-    words = ("generate", "--input", "prompts.jsonl", "--temperature", "1.3", "--seed", 3, "--max-tokens", 1)
-    tokens = [tuple(row["tokens"]) for row in run(*words, "--format", "jsonl", "-q", mib=700).rows]
-    assert len(set(tokens)) > 10
-
-
-@pytest.mark.slow
-def test_a_run_that_is_stopped_ends_with_the_weights_of_one_that_is_not(start, run: Run, half_megabyte: Path) -> None:
-    folder = half_megabyte.parent
-    run("tokenize", half_megabyte, "-o", "tokens", "--tokenizer", "longnet-tiny", "-q", mib=300)
-    words = ("examples/small.toml", "--data", folder / "tokens", "--tokenizer", folder / "tokens", "--steps", "30")
-    kill_training(lambda place: start("train", *words, "-o", place, "-q"), folder, kills=3)
 
 
 def test_the_rest_of_the_commands(run: Run, half_megabyte: Path, tmp_path: Path) -> None:

@@ -1,11 +1,8 @@
-"""Texts at the size that people have: tokenized, counted, streamed, cut off and killed, beside the libraries."""
+"""Texts at the size that people have: tokenized and counted, beside the libraries."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +11,6 @@ import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 import pytest
 import tokenizers
-from processes import contents, environment, kill_and_resume
 from real_files import Run
 from tokenizers import models, pre_tokenizers, trainers
 
@@ -59,68 +55,3 @@ def test_nested_columns_of_compressed_lines(run: Run, lines: Path, tmp_path: Pat
     theirs = tokenizers.Tokenizer.from_file("models/longnet-tiny/tokenizer.json")
     expected = [each.ids for each in theirs.encode_batch(texts, add_special_tokens=False)]
     assert pq.read_table(tmp_path / "t.parquet")["input_ids"].to_pylist() == expected
-
-
-@pytest.mark.slow
-def test_a_killed_run_completes_to_the_same_bytes(start, library: list[Path], tmp_path: Path) -> None:
-    (tmp_path / "files.txt").write_text("\n".join(map(str, library)))
-    words = ("tokenize", "@files.txt", "--tokenizer", "longnet-tiny", "--shard-tokens", "200k", "-q")
-    kill_and_resume(start, list(words), tmp_path, kills=6)
-
-
-@pytest.mark.parametrize("command", ["score", "encode"])
-@pytest.mark.parametrize("named", [False, True], ids=["nameless", "named"])
-def test_a_stream_is_answered_line_by_line(command: str, named: bool, library: list[Path]) -> None:
-    """The next line is sent only when the result of the one before has come."""
-    output = ["-o", "-"] if command == "encode" else ["--format", "jsonl"]
-    words = [sys.executable, "-m", "longnet_cli", command, "-", "-q", *output]
-    process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment())
-    hung = threading.Timer(120, process.kill)
-    hung.start()
-    with process:
-        rows = None
-        for number, path in enumerate(library[:6]):
-            row = {"text": path.read_text(encoding="utf-8")[:3000] or "x"} | ({"id": path.name} if named else {})
-            process.stdin.write(json.dumps(row).encode() + b"\n")
-            process.stdin.flush()
-            if command == "score":
-                line = process.stdout.readline()
-                assert line, "no answer before the next line"
-                got = json.loads(line)["doc_id"]
-            else:
-                rows = rows or ipc.open_stream(process.stdout)
-                got = rows.read_next_batch()["doc_id"][0].as_py()
-            assert got == (path.name if named else f"stdin:{number}")
-        process.stdin.close()
-        process.stdout.read()
-    hung.cancel()
-    assert process.returncode == 0
-
-
-def test_a_cut_file_is_one_line_and_no_abort(tmp_path: Path) -> None:
-    """The process may end while a thread of pyarrow still reads: on a busy machine, it aborted one time in three."""
-    batch = pa.record_batch({"text": ["a text of some words"] * 1000})
-    with ipc.new_file(str(tmp_path / "cut.arrow"), batch.schema) as writer:
-        for _ in range(2):
-            writer.write_batch(batch)
-    whole = (tmp_path / "cut.arrow").read_bytes()
-    (tmp_path / "cut.arrow").write_bytes(whole[:-8])
-    words = [sys.executable, "-m", "longnet_cli", "data", "inspect", "cut.arrow"]
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(3)]
-    try:
-        for _ in range(12):
-            done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=environment(), check=False)
-            assert done.returncode == 3, done.stderr
-            assert "terminate" not in done.stderr
-    finally:
-        for process in busy:
-            process.kill()
-            process.wait()
-
-
-def test_shards_of_a_resumed_folder_are_its_shards(run: Run, half_megabyte: Path, tmp_path: Path) -> None:
-    words = ("tokenize", half_megabyte, "-o", "tokens", "--tokenizer", "longnet-tiny", "--shard-tokens", "20k")
-    run(*words, mib=250)
-    whole = contents(tmp_path / "tokens")
-    run(*words, "--resume", mib=250)
-    assert contents(tmp_path / "tokens") == whole
