@@ -248,6 +248,16 @@ finally:
     assert not temporary.exists()
 
 
+def test_ctrl_c_while_modules_are_imported_leaves_no_traceback(command_env):
+    command = [sys.executable, "-X", "importtime", "-m", "longnet_cli", "--version"]  # which says what is imported
+    with subprocess.Popen(command, env=command_env, stderr=subprocess.PIPE, text=True) as process:
+        while "longnet_cli.basics.errors" not in process.stderr.readline():
+            pass
+        process.send_signal(signal.SIGINT)
+        assert "Traceback" not in process.stderr.read()
+    assert process.returncode == -signal.SIGINT
+
+
 def test_nohup_is_kept(act):
     body = "import signal\nos.kill(os.getpid(), signal.SIGHUP)\nprint('lives')"
     assert act(body, "(trap '' HUP; exec $ACT)").stdout == "lives\n"
