@@ -221,34 +221,6 @@ def test_bf16(kernel: str) -> None:
     assert_close(found, expected, 1e-2)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"chosen": -1}, "chosen must be 0 or more blocks, got -1"),
-        ({"chosen": 1.5}, "chosen needs whole numbers, got"),
-        ({"chosen": 0}, "chosen_(block|every) says how blocks are chosen: give their number, chosen"),
-        ({"chosen_layers": (3, 3)}, "chosen_layers needs the numbers of layers from 0 on, ascending, got"),
-        ({"chosen_layers": (-1, 3)}, "chosen_layers needs the numbers of layers from 0 on, ascending, got"),
-        (
-            {"segment_lengths": (16, 32), "dilation_rates": (1, 1), "look_back": 1},
-            "chosen=4 needs a window: one level at rate 1 that looks back",
-        ),
-        ({"dilation_rates": (2,)}, "chosen=4 needs a window: one level at rate 1 that looks back"),
-        ({"look_back": 0}, "chosen=4 needs a window: one level at rate 1 that looks back"),
-        ({"sinks": 4}, "chosen=4 excludes sinks: the first block, which is always seen, holds them"),
-        ({"chosen_block": 0}, "chosen_block must be a multiple of 4 that divides the segment length 16, got 0"),
-        ({"chosen_block": 2}, "chosen_block must be a multiple of 4 that divides the segment length 16, got 2"),
-        ({"chosen_block": 12}, "chosen_block must be a multiple of 4 that divides the segment length 16, got 12"),
-        ({"chosen_every": 3}, "chosen_every must divide chosen_block, 8, got 3"),
-        ({"chosen_every": 0}, "chosen_every must divide chosen_block, 8, got 0"),
-    ],
-)
-def test_wrong_options_say_what_is_wrong(options: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message) as error:
-        replace(WINDOW, **options)
-    assert "\n" not in str(error.value)
-
-
 @given(choice=chosen_choices(), sizes=cuts(), first=st.sampled_from([1, 64]))
 def test_any_shards_with_their_cache_equal_the_whole(choice: Choice, sizes: list[int], first: int) -> None:
     """In fp64, every shard chooses what the whole chooses. The past lies in one piece of memory, or in several."""

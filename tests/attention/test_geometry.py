@@ -120,21 +120,3 @@ def test_few_calls(head_offsets: str) -> None:
 
 def test_rows_before() -> None:
     assert [rows_before(p, 2, 3) for p in range(10)] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (((8, 16), (1,)), "one entry per level"),
-        (((), ()), "one entry per level"),
-        (((0,), (1,)), "at least 1"),
-        (((8,), (0,)), "at least 1"),
-        (((8,), (1,), "blocked"), "head_offsets"),
-        (((2.5,), (1,)), r"segment_lengths needs whole numbers, got \(2.5,\)"),
-        (((8, 12), "12"), "dilation_rates needs whole numbers, got '12'"),
-        ((8, (1,)), "segment_lengths needs whole numbers, got 8"),
-    ],
-)
-def test_wrong_patterns(arguments: tuple, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Pattern(*arguments)

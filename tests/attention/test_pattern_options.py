@@ -215,9 +215,16 @@ def test_keys_per_query_are_those_in_the_middle(pattern: Pattern, causal: bool) 
     assert mean - own == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+WRONG: dict[Pattern, list[tuple[dict, str]]] = {
+    Pattern((8, 16), (1, 2)): [
+        ({"dilation_rates": (1,)}, "one entry per level"),
+        ({"segment_lengths": (), "dilation_rates": ()}, "one entry per level"),
+        ({"segment_lengths": (0, 16)}, "at least 1"),
+        ({"dilation_rates": (0, 1)}, "at least 1"),
+        ({"head_offsets": "blocked"}, "head_offsets"),
+        ({"segment_lengths": (2.5, 16)}, r"segment_lengths needs whole numbers, got \(2.5, 16\)"),
+        ({"dilation_rates": "12"}, "dilation_rates needs whole numbers, got '12'"),
+        ({"segment_lengths": 8}, "segment_lengths needs whole numbers, got 8"),
         ({"look_back": -1}, "look_back needs one number from 0, or 2, one per level"),
         ({"look_back": (1,)}, "look_back needs one number from 0, or 2, one per level"),
         ({"look_back": 0.5}, "look_back needs whole numbers, got 0.5"),
@@ -235,10 +242,32 @@ def test_keys_per_query_are_those_in_the_middle(pattern: Pattern, causal: bool) 
         ({"segment_lengths": (8, 12), "overlap": "once"}, "segments that nest, and 8 does not divide 12"),
         ({"look_back": (5, 1), "overlap": "once"}, "1 segments of 16 are less than 5 of 8"),
     ],
-)
-def test_wrong_options_say_what_is_wrong(options: dict, message: str) -> None:
+    CHOSEN: [
+        ({"chosen": -1}, "chosen must be 0 or more blocks, got -1"),
+        ({"chosen": 1.5}, "chosen needs whole numbers, got"),
+        ({"chosen": 0}, "chosen_(block|every) says how blocks are chosen: give their number, chosen"),
+        ({"chosen_layers": (3, 3)}, "chosen_layers needs the numbers of layers from 0 on, ascending, got"),
+        ({"chosen_layers": (-1, 3)}, "chosen_layers needs the numbers of layers from 0 on, ascending, got"),
+        (
+            {"segment_lengths": (16, 32), "dilation_rates": (1, 1), "look_back": 1},
+            "chosen=4 needs a window: one level at rate 1 that looks back",
+        ),
+        ({"dilation_rates": (2,)}, "chosen=4 needs a window: one level at rate 1 that looks back"),
+        ({"look_back": 0}, "chosen=4 needs a window: one level at rate 1 that looks back"),
+        ({"sinks": 4}, "chosen=4 excludes sinks: the first block, which is always seen, holds them"),
+        ({"chosen_block": 0}, "chosen_block must be a multiple of 4 that divides the segment length 16, got 0"),
+        ({"chosen_block": 2}, "chosen_block must be a multiple of 4 that divides the segment length 16, got 2"),
+        ({"chosen_block": 12}, "chosen_block must be a multiple of 4 that divides the segment length 16, got 12"),
+        ({"chosen_every": 3}, "chosen_every must divide chosen_block, 8, got 3"),
+        ({"chosen_every": 0}, "chosen_every must divide chosen_block, 8, got 0"),
+    ],
+}
+
+
+@pytest.mark.parametrize(("pattern", "options", "message"), [(x, *row) for x, rows in WRONG.items() for row in rows])
+def test_wrong_options_say_what_is_wrong(pattern: Pattern, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
-        Pattern(**({"segment_lengths": (8, 16), "dilation_rates": (1, 2)} | options))
+        replace(pattern, **options)
     assert "\n" not in str(error.value)
 
 

@@ -398,6 +398,7 @@ FAILURES = [  # command, exit code, a part of its line; and what the file holds 
     (f"{SET} data.train=[]", 2, "data.train"),
     (f"{SET} data.eos=nothing", 2, "data.eos: "),
     (f"{SET} data.tokenizer=./nothing", 2, "data.tokenizer: "),
+    ("train given.json -o run", 2, "data.tokenizer: ", '{"model": {}, "data": {"tokenizer": "./nothing"}}'),
     ("train --init ./nothing --data x.parquet --seq-len 32 --steps 1 -o run", 4, "init: nothing: "),
     (f"{SET} data.train=long.txt --set data.held_out=empty.jsonl", 3, "data.held_out, empty.jsonl: every"),
     (f"{SET} model.vocab_size=256", 2, "model.vocab_size = 256 is less than the tokenizer needs, 257"),
