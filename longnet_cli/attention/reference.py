@@ -63,19 +63,8 @@ def dilated_attention_reference(
         scores[:, :, late, :n] = torch.einsum("bnhd,bnmhd->bhnm", q[:, late], turned)
     counts = counts.expand(len(q), -1, -1, -1)
     if choice:
-        places, of_blocks = [], []
-        for row, queries, blocks in choice:
-            near, size = queries.start // w * w - b * w, pattern.chosen_block
-            for place, block in enumerate(blocks):
-                keys = range(block * size, (block + 1) * size)
-                moved = k[row, keys]
-                if turn:  # the block's first key is seen as if it stood so many blocks before the near keys
-                    distance = near - (len(blocks) - place) * size - keys.start
-                    moved = turn(moved[None, None], torch.tensor([distance]))[0, 0]
-                places.append(torch.cartesian_prod(*map(torch.tensor, ([row], queries, keys))))
-                of_blocks.append(torch.einsum("nhd,mhd->nmh", q[row, queries], moved).flatten(0, 1))
-        seen = torch.cat(places).unbind(1)  # rows of the batch, queries, keys
-        scores = scores.movedim(1, 3).index_put(seen, torch.cat(of_blocks)).movedim(3, 1)
+        seen, of_blocks = _scores_of_blocks(q, k, pattern, choice, turn)
+        scores = scores.movedim(1, 3).index_put(seen, of_blocks).movedim(3, 1)
         counts = counts.movedim(1, 3).index_put(seen, counts.new_ones(())).movedim(3, 1)
     unseen = (counts == 0).to(q.device)
     logits = scores * scale + counts.to(q).masked_fill(unseen, 1).log().masked_fill(unseen, float("-inf"))
@@ -83,6 +72,25 @@ def dilated_attention_reference(
     covered = counts.any(dim=-1, keepdim=True)  # (batch, heads, tokens, 1): queries that take part in some level
     weights = torch.where(covered, logits, 0.0).softmax(-1) * covered
     return torch.einsum("bhnm,bmhd->bnhd", weights[..., :-1], v)
+
+
+def _scores_of_blocks(
+    q: Tensor, k: Tensor, pattern: Pattern, choice: Choice, turn: Turn | None
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Return rows of the batch, queries and keys, (n,) each, that see each other by choice, and scores (n, heads)."""
+    w, b, size = pattern.segment_lengths[0], pattern.look_backs[0], pattern.chosen_block
+    places, of_blocks = [], []
+    for row, queries, blocks in choice:
+        near = queries.start // w * w - b * w
+        for place, block in enumerate(blocks):
+            keys = range(block * size, (block + 1) * size)
+            moved = k[row, keys]
+            if turn:  # the block's first key is seen as if it stood so many blocks before the near keys
+                distance = near - (len(blocks) - place) * size - keys.start
+                moved = turn(moved[None, None], torch.tensor([distance]))[0, 0]
+            places.append(torch.cartesian_prod(*map(torch.tensor, ([row], queries, keys))))
+            of_blocks.append(torch.einsum("nhd,mhd->nmh", q[row, queries], moved).flatten(0, 1))
+    return torch.cat(places).unbind(1), torch.cat(of_blocks)
 
 
 def _by_level(q: Tensor, k: Tensor, v: Tensor, of_levels: Sequence[tuple[Tensor, Tensor]], scale: float) -> Tensor:

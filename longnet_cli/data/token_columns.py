@@ -162,23 +162,10 @@ def group_rows(
             name, nameless = label.doc_id, []
         yield from ((number + index, row) for index, row in enumerate(nameless, 1))
 
-    def values(doc_id: str, members: Iterator[tuple[Label, Any]]) -> Iterator[Any]:
-        for expected, (label, value) in enumerate(members):
-            if label.error:
-                raise label.error
-            if label.part is not None and label.part != expected:
-                missing = "rows are missing, repeated or out of order"
-                why = "in batches a row is a document" if table.rows_alone else missing
-                raise BadRowError(
-                    f"{table.place(label.row)}: part {label.part} of document {doc_id!r} stands where part {expected} "
-                    f"should: {why}"
-                )
-            yield value
-
     if apart or table.rows_alone or (table.ready and not (columns.doc_id or whole)):
         for label, value in rows():
             doc_id = apart.name(name_of(label)) if apart else name_of(label)
-            yield DocumentRows(doc_id, label.row, values(doc_id, iter(((label, value),))), label.kept)
+            yield DocumentRows(doc_id, label.row, _values(table, doc_id, iter(((label, value),))), label.kept)
         return
     empty = True
     for _, members in groupby(numbered(), key=itemgetter(0)):
@@ -186,9 +173,24 @@ def group_rows(
         label, value = next(members)[1]
         doc_id = name_of(label)
         following = (row for _, row in members)  # noqa: B031 (used once, before the next group)
-        yield DocumentRows(doc_id, label.row, values(doc_id, chain(((label, value),), following)), label.kept)
+        yield DocumentRows(doc_id, label.row, _values(table, doc_id, chain(((label, value),), following)), label.kept)
     if whole and empty and not is_manifest(table.schema):
         yield DocumentRows(whole, 0, (), {})
+
+
+def _values(table: Table, doc_id: str, members: Iterator[tuple[Label, Any]]) -> Iterator[Any]:
+    """Yield the value of each row of a document. Raises BadRowError for a row that is bad, or not the next part."""
+    for expected, (label, value) in enumerate(members):
+        if label.error:
+            raise label.error
+        if label.part is not None and label.part != expected:
+            missing = "rows are missing, repeated or out of order"
+            why = "in batches a row is a document" if table.rows_alone else missing
+            raise BadRowError(
+                f"{table.place(label.row)}: part {label.part} of document {doc_id!r} stands where part {expected} "
+                f"should: {why}"
+            )
+        yield value
 
 
 def read_documents(

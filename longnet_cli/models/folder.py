@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from longnet_cli.models.hf.pretrained_net import TransformersNet
     from longnet_cli.models.hf.sentence_folder import SentenceModel
     from longnet_cli.nets.config import LongNetConfig, TransformersConfig
-    from longnet_cli.nets.net import Net
+    from longnet_cli.nets.net import Bos, Net
 
 PICKLED = "pytorch_model*.bin*"
 T = TypeVar("T", list, dict)
@@ -346,13 +346,18 @@ class ModelFolder:
                 f"{tokenizer or self.path / TOKENIZER}: the tokenizer has {words.vocab_size} ids and the model "
                 f"{net.config.vocab_size}: they do not belong together"
             )
-        before = start if isinstance(start, tuple) else () if start is None else (start,)
-        if outside := [x for x in before if not 0 <= x < net.config.vocab_size]:
-            what = f"it reads the id {outside[0]} before a text, and its vocabulary has {net.config.vocab_size}"
-            raise ConfigError(f"{self.name}: {what}: give --bos")
+        self._check_start(start, net.config.vocab_size)
         if net.note and (net.config.causal or net.dilated or not embedding):  # otherwise it reads windows
             on_note(f"{self.name}: {net.note}")
         return Loaded(net, words, start, ends, template, self.origin, embedding)
+
+    def _check_start(self, start: Bos, vocab_size: int) -> None:
+        """Raise ConfigError for ids before a document that the model does not have."""
+        from longnet_cli.nets.net import bos_ids
+
+        if outside := [x for x in bos_ids(start) if not 0 <= x < vocab_size]:
+            what = f"it reads the id {outside[0]} before a text, and its vocabulary has {vocab_size}"
+            raise ConfigError(f"{self.name}: {what}: give --bos")
 
     def sentence_model(self) -> SentenceModel | None:
         """Return how sentence-transformers makes vectors with the model; None where the folder does not say.

@@ -337,6 +337,20 @@ def load_transformers(
             if is_out_of_memory(error):
                 raise
             raise CheckpointError(f"{folder}: cannot be loaded: {one_line(error)}") from None
+    _check_weights(folder, model, report, embeds)
+    model = model.to(device)
+    check_finite({name: parameter.detach() for name, parameter in model.named_parameters()}, str(folder))
+    try:
+        dense = pattern == Pattern.dense()
+        net = _dense(model, as_trained) if dense else TransformersNet(use_dilated_attention(model, pattern))
+        net.folder = folder
+        return net
+    except (ConfigError, ValueError) as error:  # transformers raises ValueError for a class with its own attention
+        raise ConfigError(f"{folder}: {one_line(error)}") from None
+
+
+def _check_weights(folder: Path, model: hf.PreTrainedModel, report: Mapping[str, Any], embeds: bool) -> None:
+    """Raise CheckpointError for weights that are missing, unexpected or of another shape, by transformers' report."""
     poolers = [name for name in report["missing_keys"] if embeds and name.startswith(_POOLER)]
     for name in poolers:  # instead of random numbers, which would be in the model's digest
         model.get_parameter(name).data.zero_()
@@ -347,15 +361,6 @@ def load_transformers(
     if wrong := sorted(report["mismatched_keys"]):
         name, stored, needed = wrong[0]
         raise CheckpointError(f"{folder}: {name} has shape {tuple(stored)}, its configuration needs {tuple(needed)}")
-    model = model.to(device)
-    check_finite({name: parameter.detach() for name, parameter in model.named_parameters()}, str(folder))
-    try:
-        dense = pattern == Pattern.dense()
-        net = _dense(model, as_trained) if dense else TransformersNet(use_dilated_attention(model, pattern))
-        net.folder = folder
-        return net
-    except (ConfigError, ValueError) as error:  # transformers raises ValueError for a class with its own attention
-        raise ConfigError(f"{folder}: {one_line(error)}") from None
 
 
 def read_facts(
