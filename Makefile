@@ -26,26 +26,10 @@ RUN_TESTS = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n au
 EMULATED = LONGNET_TEST_DEVICE=emulated $(RUN_TESTS) --dist load -m gpu tests/test_gpu.py # a file for all workers
 NOT_OF_CI = --ignore=tests/clients --ignore=tests/real# whose imports take seconds
 
-.PHONY: figures demo docs/demo.svg docs/surprise.png test test-rest test-all real engines quick matrix gpu wheels docs lint check wheel-check clean
+.PHONY: figures demo test test-rest test-all real engines quick matrix gpu wheels docs lint check wheel-check clean
 
 demo: .venv/.installed-demo
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
-
-# What `make demo` prints, as a picture. `script` runs a command in a terminal; it is of util-linux.
-docs/demo.svg: .venv/.installed-demo
-	mkdir -p build
-	PATH="$(CURDIR)/$(BIN):$$PATH" script -qec "stty cols 127; bash examples/demo.sh" /dev/null > build/demo.txt
-	$(BIN)/python examples/draw_terminal.py $@ < build/demo.txt
-
-# The page of two contexts in docs/score.md, in a browser: CHROMIUM draws it.
-CHROMIUM ?= chromium
-docs/surprise.png: .venv/.installed
-	mkdir -p build
-	$(BIN)/longnet score examples/cluster.py --token-logprobs build/whole.arrow --top 1
-	$(BIN)/longnet score examples/cluster.py --token-logprobs build/near.arrow --context 64
-	cd build && ../$(BIN)/longnet plot near.arrow whole.arrow -o surprise.html
-	$(CHROMIUM) --headless --no-sandbox --disable-gpu --hide-scrollbars --virtual-time-budget=5000 \
-	  --window-size=960,520 --screenshot=$@ build/surprise.html
 
 figures: .venv/.installed-dev
 	$(BIN)/python docs/measurements/figures.py run --all

@@ -97,11 +97,16 @@ def files_of(figure: dict[str, Any]) -> dict[str, str]:
 
 def measured(figure: dict[str, Any]) -> tuple[list[Any], str]:
     """Run the command of a figure. Return the rows that it prints, and the SHA-256 of its output."""
+    output = _printed(figure["run"])
+    return [*_rows(output, figure)], hashlib.sha256(output.encode()).hexdigest()
+
+
+def _printed(command: str) -> str:
+    """Return what a shell command prints, with `python` and `longnet` of this environment and tree."""
     paths = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     env = {"OMP_NUM_THREADS": "1", **os.environ, **paths}
-    command = ["bash", "-c", f"set -euo pipefail\n{figure['run']}"]
-    output = subprocess.run(command, cwd=ROOT, env=env, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return [*_rows(output, figure)], hashlib.sha256(output.encode()).hexdigest()
+    words = ["bash", "-c", f"set -euo pipefail\n{command}"]
+    return subprocess.run(words, cwd=ROOT, env=env, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def _rows(output: str, figure: dict[str, Any]) -> Iterator[Any]:
@@ -122,7 +127,7 @@ def run(name: str) -> None:
     """Measure a figure and write its entry."""
     figure = defined()[name]
     for command in figure.get("before", ()):
-        subprocess.run(["bash", "-c", command], cwd=ROOT, check=True, stdout=sys.stderr)
+        print(_printed(command), file=sys.stderr)
     threads = int(os.environ.setdefault("OMP_NUM_THREADS", "1"))
     began = resource.getrusage(resource.RUSAGE_CHILDREN)
     rows, output = measured(figure)
