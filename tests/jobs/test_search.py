@@ -10,11 +10,14 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from builders import tiny_model
 from conftest import RunLongnet
 from files import write_rows
+from hypothesis import given
+from hypothesis import strategies as st
 from places import ROOT
 
 from longnet_cli.data.documents import Document
@@ -22,6 +25,21 @@ from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.encoding import TextPlaces
 
 TEXT = "naïve “quotes” — \U0001f600\U0001f468\u200d\U0001f469 and e\u0301 \u4e2d\u6587. " * 9
+
+
+@pytest.mark.parametrize("name", ["bytes", "longnet-tiny"])
+@given(text=st.text(max_size=60), span=st.integers(1, 7))
+def test_places_are_exact(name: str, text: str, span: int) -> None:
+    words = Tokenizer.load(name)
+    ids, data = words.encode(text), text.encode()
+    places = TextPlaces(Document("a", ids, len(data), "a", tokenizer=words))
+    lengths = words.token_bytes
+    edges = np.concatenate([[0], np.cumsum(lengths[ids])])  # in bytes
+    owner = [index for index, character in enumerate(text) for _ in character.encode()]  # of each byte
+    for start in range(0, len(ids), span):
+        end = min(start + span, len(ids))
+        own = owner[edges[start] : edges[end]]
+        assert places.of(start, end) == (own[0], own[-1] + 1)
 
 
 def test_a_text_that_the_tokenizer_changes_has_no_places() -> None:
