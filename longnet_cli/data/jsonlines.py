@@ -47,6 +47,7 @@ def open_json_lines(source: Source, pipe: Pipe, wanted: Wanted) -> Table | None:
     if beginning is None:
         return None
     fields, problem = beginning
+    pipe.by_lines = True
     if not fields:
         beside = f" ({source.beside})" if source.beside else ""
         raise DataError(f"{source.where}, line 1: not JSON Lines of documents: {problem}{beside}")

@@ -138,16 +138,30 @@ def _without_views(kind: pa.DataType) -> pa.DataType:
     return {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}.get(kind, kind)
 
 
-class Stdin(io.RawIOBase):
-    """Stdin as a raw file below a larger buffer. `count` is the number of bytes that were taken from it."""
+FEW_BYTES = 1 << 12  # of lines that wait in a pipe, each of which moves all of them
 
-    count = 0
+
+class Stdin(io.RawIOBase):
+    """Stdin as a raw file below a larger buffer.
+
+    `count` is the number of bytes that were taken from it, `whole` of those up to the end of its last whole line that
+    is not blank.
+    """
+
+    count = whole = 0
+    _begun = False  # whether a line that is not blank has begun, and not ended
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any, /) -> int:
         size = cast(io.BufferedReader, sys.stdin.buffer).readinto1(buffer)
+        data = bytes(buffer[:size])
+        end = data.rfind(b"\n")
+        said = data[: max(end, 0)].rstrip()
+        if end >= 0 and (said or self._begun):
+            self.whole = self.count + data.index(b"\n", len(said)) + 1
+        self._begun = bool(data[end + 1 :].strip()) or (end < 0 and self._begun)
         self.count += size
         return size
 
@@ -163,6 +177,7 @@ class Pipe:
     """A pipe as a file object whose reads are whole: pyarrow takes a short read for the end of the data."""
 
     closed = False
+    by_lines = False  # whether its lines are read, of which blank ones say nothing
 
     def __init__(self, raw: Any, stdin: Stdin | None = None) -> None:
         """Read from `raw`, a buffered binary file: its `readline` must be fast. It may be the buffer of `stdin`."""
@@ -171,8 +186,20 @@ class Pipe:
         self._position = 0
 
     def ready(self) -> bool:
-        """Return whether more bytes of stdin, or its end, have come: True of other pipes, where nobody asks."""
-        return self._stdin is None or self._stdin.count > self._position or self._stdin.ready()
+        """Return whether more of stdin, or its end, has come: bytes, or a line that is whole and not blank.
+
+        True of other pipes, where nobody asks.
+        """
+        if self._stdin is None or not self.by_lines:
+            return self._stdin is None or self._stdin.count > self._position or self._stdin.ready()
+        while self._stdin.whole <= self._position:
+            if not self._stdin.ready():
+                return False
+            part = self._raw.read1(FEW_BYTES)
+            if not part:
+                return True
+            self._head += part
+        return True
 
     def peek(self, size: int) -> bytes:
         """Return the next bytes, fewer only at the end. They stay in the pipe."""

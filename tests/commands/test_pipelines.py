@@ -103,14 +103,17 @@ def test_every_way_in(shell, tmp_path: Path) -> None:
     assert all(other == answers[0] for other in answers)
 
 
-@pytest.mark.parametrize(("form", "named"), [("lines", True), ("lines", False), ("arrow", True)])
+@pytest.mark.parametrize(("form", "named"), [("lines", True), ("lines", False), ("begun lines", True), ("arrow", True)])
 @pytest.mark.parametrize(
     ("command", "number"), [("score", signal.SIGINT), ("encode", signal.SIGTERM), ("tokenize", signal.SIGINT)]
 )
 def test_each_result_comes_before_the_next_row_and_a_signal_ends_the_wait(
     start: Start, model: Path, command: str, number: signal.Signals, form: str, named: bool
 ) -> None:
-    """A row of text is a document: nothing waits for another name. Rows that came together are read together."""
+    """A row of text is a document: nothing waits for another name. Rows that came together are read together.
+
+    Neither do blank lines make it wait, nor a part of the next line.
+    """
     options = {"score": ["-m", model, "--format", "jsonl", "--keep", "n"], "encode": ["-m", model]}
     second = start(command, "-", *options.get(command, ["-o", "-"]), stdin=subprocess.PIPE)
     timer = threading.Timer(60, second.kill)  # lest the test wait for ever
@@ -118,11 +121,15 @@ def test_each_result_comes_before_the_next_row_and_a_signal_ends_the_wait(
     row, names, results = {"text": "some words", "n": 1} | ({"id": "a"} if named else {}), [], None
     batch = pa.RecordBatch.from_pylist([row])
     stream = ipc.new_stream(second.stdin, batch.schema) if form == "arrow" else None
+    line, begun = json.dumps(row).encode() + b"\n", 0
     for _ in range(3):
         if stream:
             stream.write_batch(batch)
         else:
-            second.stdin.write(json.dumps(row).encode() + b"\n")
+            second.stdin.write(line[begun:])
+        if form == "begun lines":
+            begun = 9
+            second.stdin.write(b"\r\n\n" + line[:begun])
         second.stdin.flush()
         if command == "score":
             names.append(json.loads(second.stdout.readline())["doc_id"])
@@ -131,7 +138,7 @@ def test_each_result_comes_before_the_next_row_and_a_signal_ends_the_wait(
             names += results.read_next_batch()["doc_id"].to_pylist()
     assert names == (["a", "a#1", "a#2"] if named else ["stdin:0", "stdin:1", "stdin:2"])
     if results and not stream:
-        second.stdin.write(20 * (json.dumps(row).encode() + b"\n"))
+        second.stdin.write(line[begun:] + 19 * line)
         second.stdin.flush()
         assert len(results.read_next_batch()) == 19  # the last one may come alone
     second.send_signal(number)
