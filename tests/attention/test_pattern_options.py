@@ -57,8 +57,9 @@ def test_shards_with_their_far_keys_equal_the_whole(
 
     `called`: far keys that tell of their gradients early, as those of other ranks do.
     """
+    zero_keys = zero_keys and not choice.pattern.refusal(False, "zero_key")
+    choice = replace(choice, start=0, causal=False) if zero_keys else choice
     pattern, start, stop = choice.pattern, choice.start, choice.start + choice.tokens
-    zero_keys = zero_keys and start == 0 and not pattern.refusal(choice.causal, "zero_key")
     padding, total = ("zero_key", stop) if zero_keys else ("exact", None)
     options = {"causal": choice.causal, "padding": padding, **turning(choice)}
     edges = [start]
