@@ -136,6 +136,15 @@ def test_layers_equal_the_reference(choice: Choice, layers: tuple[int, ...]) -> 
             assert_close(seen, run(dilated_attention_reference, inputs, pattern, **options, choice=expected), 1e-12)
 
 
+def test_what_the_layer_before_has_chosen_is_compared_too() -> None:
+    choices, pattern = choosing.Choices(), replace(WINDOW, chosen_layers=(0, 1))
+    q, k, *_ = Choice(pattern, 1, 400, 4, 8, 0, True, None, 1, kv_heads=2).qkv()
+    with funnel((1, 8)):
+        choice_of(q.flip(1), k, pattern, 1.0, None, LayerChoices(choices, pattern, 0))
+        second = choice_of(q, k, pattern, 1.0, None, LayerChoices(choices, pattern, 1))
+        assert second != choice_of(q, k, pattern, 1.0, None)
+
+
 def test_a_layer_that_follows_needs_the_one_before() -> None:
     pattern = replace(WINDOW, chosen_layers=(2,))
     x = torch.zeros(1, 100, 2, 4)

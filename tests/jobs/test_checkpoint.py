@@ -366,6 +366,17 @@ def test_the_background_does_not_see_later_steps(tmp_path: Path) -> None:
     assert found.eq(0).all()
 
 
+def test_a_failure_in_the_background_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ConfigError("checkpoints need another torch")
+
+    monkeypatch.setattr("longnet_cli.jobs.training.checkpoint.save_tensors", fail)
+    checkpoints = Checkpoints(tmp_path, Ranks(), keep=2)
+    checkpoints.save(1, {"a": torch.zeros(1)}, {})
+    with pytest.raises(LongNetError, match="cannot write the checkpoint: checkpoints need another torch; the one"):
+        checkpoints.finish()
+
+
 KILLS = [pytest.param(3, 30, marks=pytest.mark.ci), pytest.param(30, 200, marks=pytest.mark.slow)]
 
 
