@@ -94,6 +94,8 @@ def _inputs_and_questions(options: AskCommand) -> tuple[list[str], list[str]]:
     *names, question = options.words
     if not names or os.path.exists(question):
         raise ConfigError(f"{question}: name files, folders or -, and write the question last, in quotes")
+    if any("\ud800" <= character <= "\udfff" for character in question):
+        raise ConfigError("QUESTION is not UTF-8: save it as a UTF-8 file of JSON Lines and give that with --questions")
     return names, [question]
 
 

@@ -185,6 +185,7 @@ FAILURES = [  # command, exit code, a part of its line; and what the file holds 
     ("generate -i missing.txt", 3, "missing.txt"),
     ("ask x.jsonl long.txt -m ./model", 2, "long.txt: name files, folders or -, and write the question last"),
     ("ask first -m ./model", 2, "first: name files, folders or -, and write the question last, in quotes"),
+    ("ask x.jsonl first\udcff -m ./model", 2, "QUESTION is not UTF-8: save it as a UTF-8 file of JSON Lines"),
     ("ask x.jsonl first -m ./model --passages 0", 2, "the passages must be 1 or more, not 0"),
     ("ask x.jsonl first -m ./model --index long.txt", 2, "long.txt: file is not a database"),
     ("ask x.jsonl first -m ./model --top-p 0.5", 2, "--top-p needs a temperature above 0"),
