@@ -202,11 +202,10 @@ def training_memory(recipe: Recipe, device: torch.device, ranks: Ranks) -> dict[
     two moments of AdamW; Muon has one moment of the layers' matrices, or of LoRA's. With `parallel.shard` "full", a
     rank holds its share of all these, and in a step all weights and gradients besides. activations, logits, cache,
     key_gradients: of the stage that takes the most. checkpoint: a single process copies its weights and moments, and
-    torch makes two more copies, the bytes of tensors and of the file, in a thread. Then a step is over, but for its
-    gradients; if the run goes on, the forward pass of the next one, without any, takes longer than writing. What a step
-    takes more than that is not counted twice. With a GPU the copies are in the host's memory, and not counted.
-    evaluation, merged: what reading the held-out documents, and LoRA's merged weights in float32, take beyond a step's
-    activations, logits and cache, which are gone by then.
+    torch makes two more copies, the bytes of tensors and of the file, in a thread, which has a heap of its own. If the
+    run goes on after its first checkpoint, the first copy exists during a step, too. With a GPU the copies are in the
+    host's memory, and not counted. evaluation, merged: what reading the held-out documents, and LoRA's merged weights
+    in float32, take beyond a step's activations, logits and cache, which are gone by then.
     """
     config, itemsize = recipe.model, itemsize_of(recipe.train.dtype, device)
     trained, layer_matrices = config.trained, config.layer_weights
@@ -228,15 +227,12 @@ def training_memory(recipe: Recipe, device: torch.device, ranks: Ranks) -> dict[
     later = {"evaluation": _evaluation_bytes(recipe, device, ranks), "merged": merged}
     beyond = {kind: size - sum(largest.values()) for kind, size in later.items()}
     alone, goes_on = device.type == "cpu" and ranks.world == 1, recipe.train.save_every < recipe.train.steps
-    gradients = 4 * trained + own_gradients + added
-    forward = largest["activations"] + largest["cache"] if goes_on else 0
-    writing = 3 * (4 * trained + moments) + max(gradients, forward) if alone else 0
     return {
         "weights": weights + own_weights + copies,
-        "gradients": gradients,
+        "gradients": 4 * trained + own_gradients + added,
         "optimizer": moments // share,
         **largest,
-        "checkpoint": max(0, writing - gradients - sum(largest.values())),
+        "checkpoint": (2 + goes_on) * (4 * trained + moments) if alone else 0,
         **{kind: size for kind, size in beyond.items() if size > 0 and size == max(beyond.values())},
     }
 
