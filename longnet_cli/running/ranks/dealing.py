@@ -18,13 +18,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, count
-from typing import Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import pyarrow as pa
-import torch.distributed as dist
 
 from longnet_cli.basics.errors import DataError, LongNetError
-from longnet_cli.running.ranks.ranks import TIMEOUT, Ranks
+
+if TYPE_CHECKING:
+    from longnet_cli.running.ranks.ranks import Ranks
 
 T = TypeVar("T")
 
@@ -126,6 +127,10 @@ class _Deal(Generic[P]):
         self.waiting: deque[P] = deque()  # on rank 0: the portions whose results are still to arrive
         self.own: dict[int, list[pa.RecordBatch]] = {}  # results of this group, by the index of their portion
         self.given = 0  # portions whose results rank 0 has given
+        import torch.distributed as dist  # one process, as of tokenize, loads no torch
+
+        from longnet_cli.running.ranks.ranks import TIMEOUT
+
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=TIMEOUT)
         # with --max-restarts, torchrun restarts lost ranks with the same store
