@@ -145,7 +145,7 @@ TOKENIZE = ["tokenize", "t.txt", "--tokenizer", "bytes", "-o", "t.parquet", "-q"
     ("arguments", "unwanted"), [(["--help"], HEAVY), (TOKENIZE, ["torch"]), (["score", "t.txt", "-q"], UNUSED)]
 )
 def test_commands_import_nothing_heavy_that_they_do_not_use(command_env, tmp_path, arguments, unwanted):
-    """What keeps `longnet --help` below 0.3 s, `tokenize` small and `score` near `import torch`, without a clock in a test."""
+    """What keeps `longnet --help` below 0.3 s and `score` near `import torch`, without a clock in a test."""
     (tmp_path / "t.txt").write_text("a small file")
     probe = tmp_path / "probe.py"
     found = f"[name for name in {unwanted!r} if name in sys.modules], gc.get_freeze_count() > 0"
