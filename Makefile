@@ -23,7 +23,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Workers take file after file, in the order of tests/conftest.py. PYTEST is for more options.
 RUN_TESTS = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses 4 \
   --dist loadfile --no-loadscope-reorder $(PYTEST)
-EMULATED = LONGNET_TEST_DEVICE=emulated $(RUN_TESTS) --dist load -m gpu tests/test_gpu.py # a file for all workers
+EMULATED = LONGNET_TEST_DEVICE=emulated $(RUN_TESTS) --dist load -m gpu tests/test_gpu.py # all workers share this one file
 NOT_OF_CI = --ignore=tests/clients --ignore=tests/real# whose imports take seconds
 
 .PHONY: figures demo test test-rest test-all real engines quick matrix gpu wheels docs lint check wheel-check clean
@@ -44,7 +44,7 @@ test-rest: .venv/.installed-dev
 	$(RUN_TESTS) -m 'ci and not (slow or gpu or real)'
 	$(EMULATED)
 
-# One run of both, whose workers wait for each other once
+# One run of both parts: between two runs, a worker would wait for the slowest
 test-all: export HYPOTHESIS_PROFILE ?= ci
 test-all: .venv/.installed-dev
 	$(RUN_TESTS) -m 'not (slow or gpu or real)'

@@ -138,7 +138,7 @@ def _without_views(kind: pa.DataType) -> pa.DataType:
     return {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}.get(kind, kind)
 
 
-FEW_BYTES = 1 << 12  # of lines that wait in a pipe, each of which moves all of them
+FEW_BYTES = 1 << 12  # that `Pipe.ready` reads at a time: each read copies all that waits in the pipe
 
 
 class Stdin(io.RawIOBase):

@@ -123,14 +123,14 @@ class _Deal(Generic[P]):
     """One deal among several groups, on one rank. The groups share a store, where they leave results for rank 0."""
 
     def __init__(self, ranks: Ranks, work: Callable[[P], Batches], on_other: Callable[[P], None], ahead: int) -> None:
+        import torch.distributed as dist  # a single process that tokenizes needs no torch
+
+        from longnet_cli.running.ranks.ranks import TIMEOUT
+
         self.ranks, self.group, self.work, self.on_other, self.ahead = ranks, ranks.of_group(), work, on_other, ahead
         self.waiting: deque[P] = deque()  # on rank 0: the portions whose results are still to arrive
         self.own: dict[int, list[pa.RecordBatch]] = {}  # results of this group, by the index of their portion
         self.given = 0  # portions whose results rank 0 has given
-        import torch.distributed as dist  # one process, as of tokenize, loads no torch
-
-        from longnet_cli.running.ranks.ranks import TIMEOUT
-
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=TIMEOUT)
         # with --max-restarts, torchrun restarts lost ranks with the same store
