@@ -134,7 +134,7 @@ clean:
 # with what reads the two models of the demo
 .venv/.installed-demo: pyproject.toml | .venv/bin/python
 	@echo "Installing longnet, its libraries and transformers into .venv: some minutes the first time."
-	$(PIP) --editable '.[hf,gguf]'
+	$(PIP) --editable '.[hf,gguf,plot]'
 	@touch .venv/.installed $@
 
 build/engines/.installed: pyproject.toml | .venv/.installed-dev
