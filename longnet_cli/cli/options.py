@@ -143,7 +143,7 @@ inputs_argument = partial(
     argument,
     "INPUT",
     "Read files, folders, globs, URIs (s3://...), @list (a file with one input per line), or - for stdin. "
-    "They hold Arrow, Parquet, JSON Lines, FASTA or UTF-8 text, also compressed.",
+    "They hold Arrow, Parquet, JSON Lines or UTF-8 text, also compressed.",
 )
 tokenizer_option = partial(
     INPUT.option,

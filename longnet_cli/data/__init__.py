@@ -1,7 +1,7 @@
 """Data in and out, in the order in which it flows. No torch here.
 
 find     names, folders, remote               the files that an input names
-open     files, kinds, formats                a text or a table: arrow, jsonlines, fasta, hdf5; both, tables
+open     files, kinds, formats                a text or a table: arrow, jsonlines, hdf5; both, tables
 read     inputs                               documents: columns, token_columns, documents, vectors
 tokens   tokenizer, text_pieces               ids of a text; of messages: chat, rendering
 write    outputs, shards, manifest            rows to a file, a folder or a pipe

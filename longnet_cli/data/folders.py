@@ -17,7 +17,7 @@ from longnet_cli.data.manifest import FINISHED, UNFINISHED, manifest_in, manifes
 SHARD_SUFFIXES = (".parquet", ".pq", ".arrow", ".arrows", ".ipc", ".feather")
 JSON_SUFFIXES = (".jsonl", ".ndjson")
 HDF5_SUFFIXES = (".h5", ".hdf5")
-FASTA_SUFFIXES = (".fa", ".fasta", ".fna", ".ffn", ".faa")
+FASTA_SUFFIXES = (".fa", ".fasta", ".fna", ".ffn", ".faa")  # which are refused
 PACKED_SUFFIXES = (".gz", ".zst", ".xz", ".bz2")
 ARROW_KINDS = ("file", "stream", "parquet")  # results of `sniff` for tables with typed columns
 
@@ -55,7 +55,6 @@ _SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "te
 _SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev", "eval", "evaluation"), "validation")
 
 MOST_NAMED = 20  # kinds of files that are not read
-_TEXTS = (*JSON_SUFFIXES, ".json", *FASTA_SUFFIXES)
 
 
 def choose_files(folder: str, names: Sequence[str], read: Callable[[str, int | None], bytes]) -> tuple[list[str], str]:
@@ -94,7 +93,7 @@ def choose_files(folder: str, names: Sequence[str], read: Callable[[str, int | N
     files = sorted((name for name in names if not any(map(is_hidden, name.split("/")))), key=natural_order)
     written = _written_folders(names)
     files = [file for file in files if not file.startswith(written)] or files
-    for suffixes in (SHARD_SUFFIXES, JSON_SUFFIXES, FASTA_SUFFIXES):
+    for suffixes in (SHARD_SUFFIXES, JSON_SUFFIXES):
         if shards := [file for file in files if bare_name(file).endswith(suffixes)]:
             shards = [shard for shard in shards if "/" not in shard] or shards
             _refuse_splits(folder, shards)
@@ -121,7 +120,7 @@ def _tell_unread(folder: str, files: Sequence[str], chosen: Sequence[str]) -> st
         return ""
     firsts = [f"{of[0]} and {len(of) - 1} like it" if of[1:] else of[0] for of in alike.values()]
     named = ", ".join([*firsts[:MOST_NAMED], *["..."] * (len(firsts) > MOST_NAMED)])
-    suffixes = (*SHARD_SUFFIXES, *_TEXTS)
+    suffixes = (*SHARD_SUFFIXES, *JSON_SUFFIXES, ".json")
     readable = [of for suffix, of in alike.items() if suffix in suffixes or is_named_text(of[0])]
     unread, how = max(readable, key=len, default=[]), ""
     if unread:

@@ -1,4 +1,4 @@
-"""File formats, known by contents: Arrow IPC file or stream, Parquet, HDF5, JSON Lines, UTF-8 text; by name, FASTA.
+"""File formats, known by contents: Arrow IPC file or stream, Parquet, HDF5, JSON Lines, UTF-8 text.
 
 Any of them may be compressed: the unpacked data is then read as from a pipe. A new format is one more case of
 `open_source`, in `_open_file` and `_open_pipe`. Every failure is one line that names the file and the batch.
@@ -10,10 +10,8 @@ import gzip
 import io
 import lzma
 import os
-import re
 import shutil
 import tempfile
-import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -22,79 +20,15 @@ from typing import Any
 
 import pyarrow as pa
 
-from longnet_cli.basics.errors import DataError, InputWarning
+from longnet_cli.basics.errors import DataError
 from longnet_cli.data import arrow
 from longnet_cli.data.columns import Wanted
 from longnet_cli.data.files import StoredFile, no_place
 from longnet_cli.data.folders import FASTA_SUFFIXES, JSON_SUFFIXES, SHARD_SUFFIXES, bare_name, compression, sniff
 from longnet_cli.data.hdf5 import open_hdf5
 from longnet_cli.data.jsonlines import open_json_lines
-from longnet_cli.data.names import STDIN, Source
+from longnet_cli.data.names import Source
 from longnet_cli.data.tables import BYTE_ORDER_MARK, Pipe, Stdin, Table, Text, first_line, pick, reading
-
-FASTA_BATCH_BYTES = 4 << 20  # of the letters in one batch
-FASTA_SCHEMA = pa.schema([("id", pa.string()), ("text", pa.large_string()), ("description", pa.string())])
-
-LIKE_FASTA = re.compile(r">.*\n[A-Za-z]+\r?(\n|\Z)")  # a header, and a line that is all letters
-
-
-def open_fasta(source: Source, pipe: Pipe) -> Table:
-    """Open a file of records as a table of the FASTA_SCHEMA. Reading raises DataError for what is no record.
-
-    A record is a document, with its name as `id` and its letters as `text`:
-
-        >chr1 assembled 2026        id "chr1", description "assembled 2026"
-        ACGTTGCA                    lines are joined
-        NNNN
-
-    Letters stay as they are: upper and lower case, gaps, and N are a tokenizer's business.
-    """
-
-    def batches(columns: list[str]) -> Iterator[pa.RecordBatch]:
-        rows: list[tuple[str, str, str]] = []
-        size, before = 0, None
-        for number, header, letters in _records(pipe, source.where):
-            name, _, description = header.partition(" ")
-            if not name or name == before:
-                why = f"the name {name!r} again, and neighbours of one name are one document" if name else "no name"
-                raise DataError(f"{source.where}, line {number}: {why}: give each record a name of its own")
-            rows.append((name, letters, description))
-            before, size = name, size + len(letters)
-            if size >= FASTA_BATCH_BYTES:
-                yield _batch(rows)
-                rows, size = [], 0
-        if rows:
-            yield _batch(rows)
-
-    return Table(source.name, source.where, FASTA_SCHEMA, batches, "FASTA", numbered="record")
-
-
-def _batch(rows: list[tuple[str, str, str]]) -> pa.RecordBatch:
-    return pa.record_batch([*map(list, zip(*rows, strict=True))], schema=FASTA_SCHEMA)
-
-
-def _records(pipe: Pipe, where: str) -> Iterator[tuple[int, str, str]]:
-    """Yield the number of each record's first line, counted from 1, its header and its letters."""
-    begun: tuple[int, str] | None = None
-    letters: list[str] = []
-    with reading(where):
-        for number, data in enumerate(iter(pipe.readline, b""), 1):
-            try:
-                line = data.decode("utf-8").strip()
-            except UnicodeDecodeError as error:
-                why = f"not UTF-8: byte {error.start} is 0x{data[error.start]:02x}"
-                raise DataError(f"{where}, line {number}: {why}") from None
-            if line.startswith(">"):
-                if begun:
-                    yield *begun, "".join(letters)
-                begun, letters = (number, line[1:].strip()), []
-            elif line and not line.startswith(";"):  # a comment
-                if begun is None:
-                    raise DataError(f"{where}, line {number}: FASTA begins with a name, as in '>chr1': {line[:20]!r}")
-                letters.append(line)
-    if begun:
-        yield *begun, "".join(letters)
-
 
 PARQUET_BATCH_BYTES = 64 << 20
 PARQUET_BATCH_ROWS = 1 << 20  # a row that repeats may take almost no bytes of a file
@@ -175,9 +109,9 @@ def _copy(pipe: Pipe) -> int:
 
 
 def _open_text(source: Source, pipe: Pipe, wanted: Wanted) -> Text | Table:
-    """Open FASTA or JSON Lines, otherwise one document, byte for byte: no newline translation, no normalisation."""
-    if bare_name(source.name).endswith(FASTA_SUFFIXES):
-        return open_fasta(source, pipe)
+    """Open JSON Lines, otherwise one document, byte for byte: no newline translation, no normalisation."""
+    if bare_name(source.name).endswith(FASTA_SUFFIXES):  # as a text, its headers would be read as if they were letters
+        raise DataError(f"{source.where}: FASTA is not read: make JSON Lines of it, an object for each record")
     table = open_json_lines(source, pipe, wanted)
     if table:
         return table
@@ -188,9 +122,6 @@ def _open_text(source: Source, pipe: Pipe, wanted: Wanted) -> Text | Table:
         if not is_file or bare_name(source.name).endswith((*SHARD_SUFFIXES, *JSON_SUFFIXES)):
             raise DataError(f"{source.where}: {'the file is empty (0 bytes)' if is_file else 'nothing came'}")
         return Text(source.name, "", source.where)  # an empty text is a document too
-    if source.path in (None, STDIN) and LIKE_FASTA.match(beginning):
-        line = f"{source.where} looks like FASTA and is read as text: give a file named .fasta"
-        warnings.warn(line, InputWarning, stacklevel=2)
     return Text(source.name, beginning, source.where, rest=parts)
 
 

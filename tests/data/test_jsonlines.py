@@ -1,4 +1,4 @@
-"""Proves that JSON Lines and FASTA are read line by line, that a bad line is named, and that other text stays text."""
+"""Proves that JSON Lines are read line by line, that a bad line is named, and that other text stays text."""
 
 from __future__ import annotations
 
@@ -7,18 +7,13 @@ import json
 import os
 import re
 import threading
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import RunLongnet
 from files import BYTES, pipe, read, write_lines
-from hypothesis import given
-from hypothesis import strategies as st
 
-from longnet_cli.basics.errors import DataError, InputWarning
+from longnet_cli.basics.errors import DataError
 from longnet_cli.data.inputs import Inputs
 
 
@@ -156,49 +151,3 @@ def test_a_bad_first_line_of_a_pipe_waits_only_for_a_good_one():
     end.cancel()
     os.close(writer)
     os.close(reader)
-
-
-FASTA = ">chr1 assembled\r\nACGT\r\nNNac\r\n\r\n;a comment\r\nGT\r\n>chr2\n>chr3 x\nTTTT"
-READS = [("chr1", "ACGTNNacGT"), ("chr2", ""), ("chr3", "TTTT")]
-
-
-def records(path: Path, **options: object) -> list[tuple[str, str]]:
-    documents = Inputs((str(path),), tokenizer=BYTES, **options).documents()
-    return [(document.doc_id, bytes(document.read().tolist()).decode()) for document in documents]
-
-
-@pytest.mark.parametrize("name", ["a.fa", "a.fasta", "a.fna", "a.ffn", "a.faa"])
-def test_a_record_is_a_document(name: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_text(FASTA, newline="")
-    assert records(tmp_path / name) == READS
-    (tmp_path / f"{name}.gz").write_bytes(gzip.compress(FASTA.encode()))
-    assert records(tmp_path / f"{name}.gz") == READS
-    assert records(tmp_path / name, keep=("description",)) == READS
-
-
-def test_stdin_that_looks_like_fasta_is_read_as_text_with_a_note(run_longnet: RunLongnet) -> None:
-    note = "longnet: note: stdin looks like FASTA and is read as text: give a file named .fasta"
-    for text, noted in ((FASTA, True), (">A quoted line\nand an answer.\n", False), ("ACGT\n>a\nACGT\n", False)):
-        for sent in (text.encode(), gzip.compress(text.encode())):
-            done = run_longnet("tokenize", "-", "-o", "x.arrow", input=sent, text=False)
-            assert (done.returncode, done.stderr.decode().count(note)) == (0, noted)
-
-
-@given(st.lists(st.text("ACGTNacgt-*", max_size=40), min_size=1, max_size=5), st.integers(1, 9))
-def test_lines_of_any_length_are_joined(sequences: list[str], width: int) -> None:
-    with TemporaryDirectory() as folder:
-        lines = [
-            line
-            for number, letters in enumerate(sequences)
-            for line in (f">r{number}", *(letters[i : i + width] for i in range(0, len(letters), width)))
-        ]
-        path = Path(folder, "x.fa")
-        path.write_text("\n".join(lines) + "\n")
-        assert records(path) == [(f"r{number}", letters) for number, letters in enumerate(sequences)]
-
-
-def test_a_folder_gives_its_records_and_no_index_beside_them(tmp_path: Path) -> None:
-    (tmp_path / "b.fa").write_text(">x\nA\n")
-    (tmp_path / "b.fa.fai").write_text("x\t1\t3\t1\t2\n")
-    with pytest.warns(InputWarning, match=r": 1 file is not read beside b.fa: b.fa.fai$"):
-        assert records(tmp_path) == [("x", "A")]

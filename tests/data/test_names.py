@@ -70,7 +70,6 @@ def test_a_text_of_a_folder_that_cannot_be_read_is_an_error_as_if_it_were_named(
 KINDS = {
     "tables": (".parquet", ".pq", ".arrow", ".arrows", ".ipc", ".feather"),
     "lines": (".jsonl", ".ndjson"),
-    "fasta": (".fa", ".fasta", ".fna", ".ffn", ".faa"),
     "texts": (".txt", ".md", ".json", ".py", ".html", ""),
     "hdf5": (".h5", ".hdf5"),
 }
