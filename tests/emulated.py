@@ -1,4 +1,4 @@
-"""A GPU's attention operators on a CPU, with numbers: torch's own (aten), and those of FlashAttention's packages.
+"""A GPU's attention operators on a CPU, with numbers: torch's own (aten), and those of flash-attn.
 
     LONGNET_TEST_DEVICE=emulated pytest -m gpu tests/test_gpu.py
 
@@ -23,13 +23,11 @@ edges, one batch row of packed sequences, and a kernel by the strides of heads (
 `_efficient_attention_backward`); flash attention takes fp16 and bf16, a head_dim that 8 divides, up to 256, a last
 stride of 1, int32 edges, and reads an lse from its address on, whatever its strides (flash_attn/flash_api.cpp at
 03b7c19d, `mha_fwd`, `set_params_dgrad`). FlashAttention-2 at v2.6.3 and v2.8.3: flash_attn/flash_attn_interface.py,
-lines 48 and 118, 77 and 238. FlashAttention-3 at 0251105a: hopper/flash_api.cpp, lines 726, 744, 889 and 1311. No
-source says that it refuses key heads of stride 0, which nobody has tried: here it does.
+lines 48 and 118, 77 and 238.
 """
 
 from __future__ import annotations
 
-import re
 import sys
 import types
 from collections.abc import Iterator, Sequence
@@ -41,7 +39,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils._pytree import tree_map_only
 
-from longnet_cli.attention.cuda_kernels import CudaKernel
+from longnet_cli.attention.cuda_kernels import CudaFlashKernel
 from longnet_cli.attention.kernels import CpuFlashKernel
 
 LIBRARIES: list[torch.library.Library] = []  # an operator lives as long as its library
@@ -50,17 +48,13 @@ LIBRARIES: list[torch.library.Library] = []  # an operator lives as long as its 
 def emulate(capability: tuple[int, int] = (9, 0)) -> None:
     """Let this process believe that its CPU is a card, for as long as it lives."""
     torch.cuda.get_device_capability = lambda *_: capability
-    CudaKernel.device, CpuFlashKernel.device = "cpu", "cuda"
-    aten, flash_3 = torch.library.Library("aten", "IMPL"), torch.library.Library("flash_attn_3", "DEF")
+    CudaFlashKernel.device, CpuFlashKernel.device = "cpu", "cuda"
+    aten = torch.library.Library("aten", "IMPL")
     for name in ("flash", "efficient"):
         for way in ("forward", "backward"):
             aten.impl(f"_{name}_attention_{way}", globals()[f"{name}_{way}"], "CPU")
-    for name, schema, function in zip(("fwd", "bwd"), FLASH_3, (flash_3_forward, flash_3_backward), strict=True):
-        flash_3.define(f"{name}{schema}")
-        flash_3.impl(name, function, "CPU")
-    LIBRARIES.extend([aten, flash_3])
-    modules = {"flash_attn_interface": types.ModuleType("flash_attn_interface")}
-    sys.modules.update(modules | {"flash_attn": types.ModuleType("flash_attn")} | flash_attn_2_8())
+    LIBRARIES.append(aten)
+    sys.modules.update({"flash_attn": types.ModuleType("flash_attn")} | flash_attn_2_8())
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, last: int = 0) -> tuple[Tensor, Tensor]:
@@ -284,40 +278,3 @@ def flash_attn_2_6() -> dict[str, types.ModuleType]:
 def _written(places: Sequence[Tensor], found: Sequence[Tensor]) -> None:
     for place, x in zip(places, found, strict=True):
         place.copy_(x)
-
-
-# What the operators `fwd` and `bwd` of flash_attn_3 are: in FlashAttention-3 since 2025
-FLASH_3 = (
-    "(Tensor q, Tensor k, Tensor v, Tensor(a!)? k_new=None, Tensor(b!)? v_new=None, Tensor? q_v=None, "
-    "Tensor(c!)? out=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, Tensor? cu_seqlens_k_new=None, "
-    "Tensor? seqused_q=None, Tensor? seqused_k=None, int? max_seqlen_q=None, int? max_seqlen_k=None, "
-    "Tensor? page_table=None, Tensor? kv_batch_idx=None, Tensor? leftpad_k=None, Tensor? rotary_cos=None, "
-    "Tensor? rotary_sin=None, Tensor? seqlens_rotary=None, Tensor? q_descale=None, Tensor? k_descale=None, "
-    "Tensor? v_descale=None, float? softmax_scale=None, bool is_causal=False, int window_size_left=-1, "
-    "int window_size_right=-1, int attention_chunk=0, float softcap=0.0, bool is_rotary_interleaved=False, "
-    "Tensor? scheduler_metadata=None, int num_splits=0, bool? pack_gqa=None, int sm_margin=0) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, Tensor(a!)? dq=None, "
-    "Tensor(b!)? dk=None, Tensor(c!)? dv=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
-    "Tensor? seqused_q=None, Tensor? seqused_k=None, int? max_seqlen_q=None, int? max_seqlen_k=None, "
-    "float? softmax_scale=None, bool is_causal=False, int window_size_left=-1, int window_size_right=-1, "
-    "float softcap=0.0, bool deterministic=False, int sm_margin=0) -> (Tensor, Tensor)",
-)
-
-
-def flash_3_forward(*arguments):
-    return *flash(arguments[:3], *_options_of_flash_3(0, arguments)), torch.empty(0), torch.empty(0)
-
-
-def flash_3_backward(*arguments):
-    tensors, lse, places = arguments[:5], arguments[5], arguments[6:9]
-    _written(places, flash_gradients(tensors, lse, *_options_of_flash_3(1, arguments)))
-    return torch.empty(0), torch.empty(0)
-
-
-def _options_of_flash_3(operator: int, arguments: Sequence[Any]) -> tuple[Sequence[Any], bool, float]:
-    """Edges, causal and scale; torch leaves out defaults at the end."""
-    given = dict(zip(re.findall(r" (\w+)[,=)]", FLASH_3[operator]), arguments, strict=False))
-    assert given["k"].stride(-2), "key heads of stride 0"
-    names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
-    return [given.get(name) for name in names], given.get("is_causal", False), given["softmax_scale"]

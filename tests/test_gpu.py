@@ -209,7 +209,7 @@ def test_what_is_fast_serves() -> None:
     if CUDA and torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("the card has no compute capability 8.0")
     chosen = {dtype: kernels.select_kernel(DEVICE, DTYPES[dtype], 64).name for dtype in TOLERANCE}
-    flash = {"fa3", "flash_attn", "cuda_flash"} if CUDA or EMULATED else {"cpu_flash"}
+    flash = {"flash_attn", "cuda_flash"} if CUDA or EMULATED else {"cpu_flash"}
     assert chosen["bf16"] in flash
     assert chosen["fp16"] in flash
     assert chosen["fp32"] == ("cuda_efficient" if CUDA or EMULATED else "cpu_flash")

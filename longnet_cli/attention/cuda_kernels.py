@@ -1,4 +1,4 @@
-"""Attention kernels for CUDA: torch's own (aten), and those of FlashAttention's packages."""
+"""Attention kernels for CUDA: torch's own (aten), and those of the flash-attn package."""
 
 from __future__ import annotations
 
@@ -27,18 +27,16 @@ class CallSizes(NamedTuple):
         return cls(queries.longest, keys.longest, queries.edges, keys.edges)
 
 
-class CudaKernel(Kernel):
-    """A CUDA kernel: torch's own, or one of a `package`, which is imported on the first GPU that it may serve.
+class CudaFlashKernel(Kernel):
+    """The FlashAttention-2 inside torch (aten), and what all CUDA kernels have in common.
 
-    Each has its `attend` and `gradients`, for views and for packed sequences. Here, they are aten's flash operators.
-    Their positional arguments are stable since torch 2.6, names are not.
+    Each has its own `attend` and `gradients`, for views and for packed sequences. The positional arguments of aten's
+    flash operators are stable since torch 2.6, names are not.
     """
 
-    device = "cuda"
+    name, device = "cuda_flash", "cuda"
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
     packs = True
-    package = ""
-    major: int | None = None  # of the compute capability, if only one has the kernel
     _MAX_ELEMENTS = 1 << 31  # beyond it, the backward addresses memory out of bounds
     _MAX_SEGMENTS = 65_535  # the batch is a grid dimension
 
@@ -47,20 +45,8 @@ class CudaKernel(Kernel):
             return refusal
         if head_dim % 8 or head_dim > 256:
             return f"it needs a head_dim that 8 divides, up to 256, not {head_dim}"
-        capability = torch.cuda.get_device_capability(device)
-        if capability < (8, 0):
+        if torch.cuda.get_device_capability(device) < (8, 0):
             return "it needs compute capability 8.0"
-        if self.major and capability[0] != self.major:
-            return f"it needs compute capability {self.major}.x"
-        try:
-            self.functions()
-        except Exception as error:  # parts that do not fit this torch or this CUDA fail in any way
-            reason = next(iter(str(error).splitlines()), "no reason given")
-            return f"{self.package} cannot be imported: {type(error).__name__}: {reason}"
-        return None
-
-    def functions(self) -> tuple[Any, Any] | None:
-        """Import the package, and return its forward and its backward function; None without a package."""
         return None
 
     def max_batch(self, heads: int, rows: int, head_dim: int) -> int:
@@ -89,14 +75,14 @@ class CudaKernel(Kernel):
         return grads
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        sizes, (q, k, v) = CallSizes(q.shape[2], k.shape[2]), map(self._rows_first, (q, k, v))
+        sizes, (q, k, v) = CallSizes(q.shape[2], k.shape[2]), (x.transpose(1, 2) for x in (q, k, v))
         out, lse = self.attend(q, k, v, sizes, causal, scale)
         return out.transpose(1, 2), lse
 
     def backward(self, tensors: Sequence[Tensor], causal: bool, scale: float) -> Gradients:
         *of_rows, lse = tensors
         _, q, k, *_ = of_rows
-        given = [*map(self._rows_first, of_rows), lse.contiguous()]  # kernels ignore the lse's strides
+        given = [*(x.transpose(1, 2) for x in of_rows), lse.contiguous()]  # kernels ignore the lse's strides
         grads = self.gradients(given, CallSizes(q.shape[2], k.shape[2]), causal, scale)
         dq, dk, dv = (x.transpose(1, 2) for x in grads)
         return dq, dk, dv
@@ -115,18 +101,8 @@ class CudaKernel(Kernel):
         dq, dk, dv = (x[:, 0] for x in self.gradients(given, CallSizes.of(queries, keys), causal, scale))
         return dq, dk, dv
 
-    def _rows_first(self, x: Tensor) -> Tensor:
-        """View (batch, heads, rows, head_dim) as (batch, rows, heads, head_dim), shared heads copied if asked for."""
-        return (x.contiguous() if self.copies_shared and x.stride(1) == 0 else x).transpose(1, 2)
 
-
-class CudaFlashKernel(CudaKernel):
-    """The FlashAttention-2 inside torch (aten)."""
-
-    name = "cuda_flash"
-
-
-class CudaEfficientKernel(CudaKernel):
+class CudaEfficientKernel(CudaFlashKernel):
     """The memory-efficient attention inside torch (aten): slower than flash, but for fp32 too, and for any head_dim.
 
     It reads 16 bytes at a time. A head_dim that is no multiple of that is padded with zeros, which change no score. An
@@ -184,52 +160,28 @@ def _whole_lines(x: Tensor) -> Tensor:
     return torch.nn.functional.pad(x, (0, missing)) if missing else x
 
 
-class Flash3Kernel(CudaKernel):
-    """FlashAttention-3, for Hopper: two operators that its package registers with torch.
-
-    They are called directly: torch could put them in place of its own, but for the whole process.
-    """
-
-    name, package, major = "fa3", "flash_attn_interface", 9
-
-    def functions(self) -> tuple[Any, Any]:
-        importlib.import_module(self.package)
-        return torch.ops.flash_attn_3.fwd.default, torch.ops.flash_attn_3.bwd.default
-
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, sizes: CallSizes, causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        splits = 1 if torch.are_deterministic_algorithms_enabled() else 0  # of the keys; 0: as it likes
-        options = {"softmax_scale": scale, "is_causal": causal, "num_splits": splits}
-        out, lse, *_ = self.functions()[0](q, k, v, **options, **_edges(sizes))
-        return out, lse
-
-    def gradients(self, tensors: Sequence[Tensor], sizes: CallSizes, causal: bool, scale: float) -> Sequence[Tensor]:
-        grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors[1:4]]
-        always_equal = torch.are_deterministic_algorithms_enabled()
-        options = {"softmax_scale": scale, "is_causal": causal, "deterministic": always_equal}
-        self.functions()[1](*tensors, *grads, **options, **_edges(sizes))
-        return grads
-
-
-def _edges(sizes: CallSizes) -> dict[str, Any]:
-    if sizes.q_edges is None:
-        return {}
-    edges = {"cu_seqlens_q": sizes.q_edges, "cu_seqlens_k": sizes.k_edges}
-    return edges | {"max_seqlen_q": sizes.rows, "max_seqlen_k": sizes.keys}
-
-
-class FlashAttnKernel(CudaKernel):
+class FlashAttnKernel(CudaFlashKernel):
     """The flash-attn package, 2.6 or newer. Arguments go by name, because they change between releases.
 
-    Packed sequences go through aten's operators.
+    It is imported on the first GPU that it may serve. Packed sequences go through aten's operators.
     """
 
-    name, package = "flash_attn", "flash_attn.flash_attn_interface"
+    name = "flash_attn"
 
     def functions(self) -> tuple[Any, Any]:
-        module = importlib.import_module(self.package)
+        """Import the package, and return its forward and its backward function."""
+        module = importlib.import_module("flash_attn.flash_attn_interface")
         return module._flash_attn_forward, module._flash_attn_backward
+
+    def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        if refusal := super().refusal(device, dtype, head_dim):
+            return refusal
+        try:
+            self.functions()
+        except Exception as error:  # parts that do not fit this torch or this CUDA fail in any way
+            reason = next(iter(str(error).splitlines()), "no reason given")
+            return f"flash_attn cannot be imported: {type(error).__name__}: {reason}"
+        return None
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, sizes: CallSizes, causal: bool, scale: float

@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .cuda_kernels import CudaEfficientKernel, CudaFlashKernel, Flash3Kernel, FlashAttnKernel
+from .cuda_kernels import CudaEfficientKernel, CudaFlashKernel, FlashAttnKernel
 from .packing import Sequences, rows_of
 from .plain_call import Gradients, Kernel, MathKernel, wide
 
@@ -109,14 +109,7 @@ def _triangle(rows: int, before: int, dtype: torch.dtype) -> Tensor:
 
 KERNELS: dict[str, Kernel] = {
     kernel.name: kernel
-    for kernel in (
-        Flash3Kernel(),
-        FlashAttnKernel(),
-        CudaFlashKernel(),
-        CudaEfficientKernel(),
-        CpuFlashKernel(),
-        MathKernel(),
-    )
+    for kernel in (FlashAttnKernel(), CudaFlashKernel(), CudaEfficientKernel(), CpuFlashKernel(), MathKernel())
 }
 
 
@@ -135,9 +128,11 @@ def _select(device: torch.device, dtype: torch.dtype, head_dim: int, name: str |
     """Select a kernel; with other algorithms (`always_equal`: deterministic ones), one may fail that did not before."""
     if name is not None and name not in KERNELS:
         raise ValueError(f"unknown attention kernel {name!r}: choose from {', '.join(KERNELS)}")
-    for each in [KERNELS[name]] if name else KERNELS.values():
-        refusal = each.refusal(device, dtype, head_dim)
-        kernel, failure = (each, refusal) if refusal else _probed(each, device, dtype, head_dim)
+    for kernel in [KERNELS[name]] if name else KERNELS.values():
+        refusal = kernel.refusal(device, dtype, head_dim)
+        failure = refusal
+        if not refusal and kernel.name != "math":
+            failure = _failure(_view_calls, kernel, device, dtype, head_dim)
         if not failure:
             break
         if name:
@@ -154,20 +149,6 @@ def _select(device: torch.device, dtype: torch.dtype, head_dim: int, name: str |
 
 
 Check = Callable[[Kernel, Tensor, float], Iterator[tuple[Sequence[Tensor], Sequence[Tensor]]]]
-
-
-def _probed(kernel: Kernel, device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[Kernel, str | None]:
-    """Return the kernel, and the reason if it does not agree with plain math here, or None.
-
-    One that fails only with key heads that are shared is replaced by a copy of it that copies them.
-    """
-    failure = None if kernel.name == "math" else _failure(_view_calls, kernel, device, dtype, head_dim)
-    if failure:
-        copying = copy(kernel)
-        copying.copies_shared = True
-        if not _failure(_view_calls, copying, device, dtype, head_dim):
-            return copying, None
-    return kernel, failure
 
 
 def _without_failing_packs(kernel: Kernel, device: torch.device, dtype: torch.dtype, head_dim: int) -> Kernel:

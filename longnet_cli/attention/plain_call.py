@@ -35,7 +35,6 @@ class Kernel:
     packs = False  # whether it attends within packed sequences, of q, k, v and out (rows, head_dim) and an lse (rows,):
     forward_packed: Callable[..., tuple[Tensor, Tensor]]  # (q, k, v, queries, keys, causal, scale) -> out, lse
     backward_packed: Callable[..., Gradients]  # (tensors, queries, keys, causal, scale) -> dq, dk, dv
-    copies_shared = False  # whether it copies key heads that several heads share (of stride 0), on a GPU
 
     def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         """Return why this kernel cannot serve such tensors, or None."""

@@ -74,7 +74,7 @@ def test_the_cpu_gets_flash_and_the_environment_decides(monkeypatch: pytest.Monk
     assert kernels.select_kernel(CPU, torch.float32, 64).name == "math"
     assert kernels.select_kernel(CPU, torch.float32, 64, "cpu_flash").name == "cpu_flash"
     monkeypatch.setenv("LONGNET_KERNEL", "quick")
-    with pytest.raises(ValueError, match="choose from fa3, flash_attn, cuda_flash, cuda_efficient, cpu_flash, math"):
+    with pytest.raises(ValueError, match="choose from flash_attn, cuda_flash, cuda_efficient, cpu_flash, math"):
         kernels.select_kernel(CPU, torch.float32, 64)
 
 
@@ -265,18 +265,13 @@ def test_a_broken_package_stops_no_other_kernel(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.delenv("LONGNET_KERNEL", raising=False)
     assert kernels.select_kernel(CPU, torch.float32, 64).name == "cpu_flash"
     assert not imported
-    for name in ("fa3", "flash_attn"):
-        why = kernels.KERNELS[name].refusal(card(9), torch.bfloat16, 64)
-        assert why == f"{imported[-1]} cannot be imported: AttributeError: module 'cutlass' has no attribute 'Int32'"
-    assert imported == ["flash_attn_interface", "flash_attn.flash_attn_interface"]
+    why = kernels.KERNELS["flash_attn"].refusal(card(9), torch.bfloat16, 64)
+    assert why == "flash_attn cannot be imported: AttributeError: module 'cutlass' has no attribute 'Int32'"
+    assert imported == ["flash_attn.flash_attn_interface"]
 
 
-@pytest.mark.parametrize(("major", "first"), [(8, "flash_attn"), (9, "fa3"), (10, "flash_attn")])
-def test_each_card_gets_the_kernel_that_is_made_for_it(
-    monkeypatch: pytest.MonkeyPatch, card, major: int, first: str
-) -> None:
+def test_a_card_gets_flash_attn_if_it_is_there(monkeypatch: pytest.MonkeyPatch, card) -> None:
     monkeypatch.delenv("LONGNET_KERNEL", raising=False)
     monkeypatch.setattr(kernels, "_failure", lambda *_: None)
-    for kernel in (cuda_kernels.Flash3Kernel, cuda_kernels.FlashAttnKernel):
-        monkeypatch.setattr(kernel, "functions", lambda _: (print, print))
-    assert kernels.select_kernel(card(major), torch.bfloat16, 64).name == first
+    monkeypatch.setattr(cuda_kernels.FlashAttnKernel, "functions", lambda _: (print, print))
+    assert kernels.select_kernel(card(8), torch.bfloat16, 64).name == "flash_attn"
