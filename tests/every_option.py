@@ -334,7 +334,6 @@ train.held_out_context        rows       train.held_out_context=8 @ data.held_ou
 train.save_every              files      train.save_every=1 @ train.keep=9
 train.save_minutes            files      train.save_minutes=1e-9 @ train.keep=9
 train.keep                    files      train.keep=3 @ train.save_every=1
-train.track                   files      train.track=[tensorboard]
 parallel.sp                   stderr     parallel.sp=2 | parallel.dp=2 @ --nproc 2
 parallel.dp                   stderr     parallel.dp=2 | parallel.sp=2 @ --nproc 2
 parallel.shard                pieces     parallel.shard=full @ --nproc 2

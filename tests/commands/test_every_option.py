@@ -46,7 +46,7 @@ from longnet_cli.jobs.training.recipe import LoraRecipe, Recipe
 TYPERS = {"--install-completion", "--show-completion"}  # options of typer, which change a shell's start
 ALONE = ("memory", "compiled")  # what is seen of a process that does nothing else
 REAL = ("processes", "terminal")  # what is seen from outside
-EXTRAS = {"p.svg": "matplotlib", "metrics.jsonl": "matplotlib", "[tensorboard]": "tensorboard", "lora.": "peft"}
+EXTRAS = {"p.svg": "matplotlib", "metrics.jsonl": "matplotlib", "lora.": "peft"}
 EXTRAS |= {"/llama": "transformers", "org/tiny": "huggingface_hub"}
 LEAST = {"memory": 10 << 10, "cpu": 0.3}  # KiB, seconds
 APART = 1e-3  # relative; numbers that are closer are rounded in another way

@@ -30,7 +30,7 @@ from longnet_cli.running.ranks.ranks import Ranks
 
 from .checkpoint import Checkpoints, checkpoints_in, frozen_digest, read_checkpoint, restore, run_tensors
 from .costs import costly_evaluation, stored_bytes
-from .metrics import Metrics, MetricsLog, Tracker, open_trackers
+from .metrics import Metrics, MetricsLog
 from .objective import backward, evaluate, inputs_and_targets
 from .recipe import Recipe, Stage
 from .start import (
@@ -177,12 +177,11 @@ class _TrainingRun:
         torch.manual_seed(recipe.train.seed + ranks.rank)  # the weights are the same on all ranks, dropout is not
         self.progress, self.random = Progress(), random_state(device)
         self.log = MetricsLog(output / "metrics.jsonl" if ranks.writes else None)
-        self.trackers: list[Tracker] = []
         self.checkpoints = Checkpoints(output / CHECKPOINTS, ranks, recipe.train.keep)
         self.saved_at = time.monotonic()
 
     def resume(self, resume: Resume) -> None:
-        """Restore a checkpoint, if there is one and `resume` allows it. Open the run's folder, log and trackers."""
+        """Restore a checkpoint, if there is one and `resume` allows it. Open the run's folder and log."""
         checkpoint, log = find_checkpoint(self.output, resume, self.ranks, self.on_note), None
         if checkpoint is None and (self.output / RECIPE).exists():
             self.on_note(f"{self.output}: a run that has saved no checkpoint, so it starts again (train.save_every)")
@@ -199,9 +198,6 @@ class _TrainingRun:
         if self.ranks.writes:
             write_file(self.output / RECIPE, (self.recipe.model_dump_json(indent=2) + "\n").encode())
         self.log.resume(log, self.progress.reported)
-        if self.ranks.writes:
-            settings = self.recipe.model_dump(mode="json")
-            self.trackers = open_trackers(self.recipe.train.track, self.output, settings, step=self.progress.reported)
 
     def _refuse_other(self, state: dict[str, Any], checkpoint: Path) -> None:
         """Raise ConfigError for a checkpoint of another run."""
@@ -247,8 +243,6 @@ class _TrainingRun:
         finally:
             gc.unfreeze()
             self.checkpoints.wait()
-            for tracker in self.trackers:
-                tracker.close()
         self._end()
         loss = line.loss if line else math.nan
         return TrainResult(self.progress.step, self.log.tokens, loss, self.output, self.progress.best)
@@ -343,8 +337,6 @@ class _TrainingRun:
             rate, memory = self.recipe.learning_rate(progress.step - 1), peak_memory(self.device)
             peak = self.peak * self.ranks.world if self.peak else None
             line = self.log.write(progress.step, rate, stage.seq_len, memory=memory, peak=peak, held_out=held_out)
-            for tracker in self.trackers:
-                tracker.log(line.step, asdict(line))
         progress.reported = progress.step
         return line
 

@@ -1,76 +1,18 @@
-"""The report of a run: metrics.jsonl, one line every few steps, and trackers that get the same numbers.
-
-Trackers are TensorBoard and Weights & Biases. Each is an optional extra.
-"""
+"""The report of a run: metrics.jsonl, one line every few steps."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from longnet_cli.basics.atomic import write_file, writing
 from longnet_cli.basics.configuration import parse
-from longnet_cli.basics.errors import ConfigError
 from longnet_cli.jobs.scoring.scoring import Score
-
-
-class Tracker(NamedTuple):
-    """A place to which the metrics of a run go besides metrics.jsonl."""
-
-    log: Callable[[int, Mapping[str, Any]], None]  # the metrics of a step; what is not a number is left out
-    close: Callable[[], None]  # writes what is buffered
-
-
-def open_trackers(
-    names: Sequence[str], output: str | Path, settings: Mapping[str, object], *, step: int = 0
-) -> list[Tracker]:
-    """Return the trackers of `train.track`, for a run in the folder `output` with the recipe `settings`.
-
-    A run that continues from `step` repeats the steps after it, so TensorBoard drops its values for them.
-
-    Raises ConfigError, of one line, for a tracker that is not installed.
-    """
-    trackers = []
-    for name in dict.fromkeys(names):
-        try:
-            trackers.append(_TRACKERS[name](Path(output), settings, step))
-        except ImportError:
-            raise ConfigError(f"train.track: {name} is not installed: pip install 'longnet-cli[{name}]'") from None
-    return trackers
-
-
-def _tensorboard(output: Path, settings: Mapping[str, object], start: int) -> Tracker:
-    """Open event files in `output`/tensorboard, for `tensorboard --logdir`."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    writer = SummaryWriter(str(output / "tensorboard"), purge_step=start + 1 if start else None)
-
-    def log(step: int, values: Mapping[str, Any]) -> None:
-        for name, value in _numbers(values).items():
-            writer.add_scalar(name, value, step)
-
-    return Tracker(log, writer.close)
-
-
-def _wandb(output: Path, settings: Mapping[str, object], start: int) -> Tracker:
-    """Open a Weights & Biases run, as WANDB_PROJECT, WANDB_MODE and others set it, with the recipe as its config."""
-    import wandb
-
-    output.mkdir(parents=True, exist_ok=True)  # otherwise wandb takes a temporary folder
-    run = wandb.init(dir=str(output), name=output.name, config=dict(settings))
-    return Tracker(lambda step, values: run.log(_numbers(values), step=step), run.finish)
-
-
-_TRACKERS = {"tensorboard": _tensorboard, "wandb": _wandb}
-
-
-def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    return {name: value for name, value in values.items() if type(value) in (int, float) and name != "step"}
 
 
 @dataclass(frozen=True)

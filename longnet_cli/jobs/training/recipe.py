@@ -159,7 +159,6 @@ class TrainRecipe(StrictModel):
     save_every: int = Field(default=500, gt=0)  # steps between checkpoints
     save_minutes: float | None = Field(default=None, gt=0)  # most minutes between checkpoints
     keep: int = Field(default=2, gt=0)  # how many of the newest checkpoints stay
-    track: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)  # besides metrics.jsonl
 
     @property
     def steps(self) -> int:
@@ -193,7 +192,8 @@ FREE_TO_CHANGE = {
     *("init", "data.train", "data.mix", "data.held_out", "data.column", "data.tokenizer", "parallel"),
     "model.frozen_bytes",
     *("train.chunk", "train.spill", "train.activation_checkpointing", "train.compile", "train.loss_jump"),
-    *("train.log_every", "train.evaluate_every", "train.save_every", "train.save_minutes", "train.keep", "train.track"),
+    *("train.log_every", "train.evaluate_every", "train.save_every", "train.save_minutes", "train.keep"),
+    "train.track",  # a key that is gone: runs that were begun with it go on without it
     "train.held_out_context",
 }
 
