@@ -23,12 +23,12 @@ from torch import Tensor
 from longnet_cli.attention import FarKeys, KVCache, Outside, Pattern
 from longnet_cli.attention.notation import parse_pattern
 from longnet_cli.attention.past import Seen
-from longnet_cli.basics.errors import ConfigError
+from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.nets.named_blocks import NamedBlocks, ReadText, named_blocks
 from longnet_cli.nets.net import Net
 from longnet_cli.running.mapped import BlockFile, SpillFile, mapped_empty
 from longnet_cli.running.ranks.exchange import Exchange
-from longnet_cli.running.saved_state import dtype_name, read_state, reader_facts, restoring, write_state
+from longnet_cli.running.saved_state import dtype_name, read_state, reader_facts, write_state
 
 C = TypeVar("C", bound="LayerCaches")
 OnChoice = Callable[[int, Seen], None]  # layer, and what it sees
@@ -141,46 +141,6 @@ class LayerCaches:
         new.texts = [text.fork() for text in self.texts]
         return new
 
-    @property
-    def facts(self) -> dict[str, Any]:
-        """The facts in a saved state about the tensors in `state`. There must be a cache."""
-        return {"dtype": dtype_name(self.caches[0].dtype), "tokens": self.position}
-
-    def state(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield all that `restore` needs beside the facts, by name: tensors that are valid until more is read."""
-        if self.ids:
-            yield "ids", torch.cat(self.ids, 1)
-        for layer, cache in self.by_layer.items():
-            for name, tensor in cache.state():
-                yield f"{layer}.{name}", tensor
-
-    def restore(
-        self,
-        facts: Mapping[str, Any],
-        saved: Mapping[str, Tensor],
-        layers: int,
-        sizes: Sequence[int],
-        device: torch.device,
-    ) -> None:
-        """Become, if new, what has saved such `facts` and tensors, which may have others beside them.
-
-        `sizes` are B, H, K and D. Raises ValueError for what is no state of so many `layers`.
-        """
-        (batch, heads, kv_heads, head_dim), tokens = sizes, facts["tokens"]
-        ids, like = saved.get("ids"), {"dtype": getattr(torch, facts["dtype"]), "device": device}
-        if ids is not None:
-            if ids.dtype != torch.int32 or ids.dim() != 2 or len(ids) != batch or ids.shape[1] > tokens:
-                raise ValueError(f"ids has shape {tuple(ids.shape)}, for {batch} x {tokens} tokens")
-            self.ids = [ids.to(device)]
-            self.texts = [ReadText([row]) for row in ids] if ids.shape[1] == tokens else []
-        q, k = (torch.empty(batch, 0, number, head_dim, **like) for number in (heads, kv_heads))
-        for layer in range(layers):
-            begin, cache = f"{layer}.", self.of_layer(layer, q, k)
-            own = {name.removeprefix(begin): x.to(device) for name, x in saved.items() if name.startswith(begin)}
-            cache.restore(tokens, own)
-            if cache.past:
-                cache.past.convert_counts(parse_pattern(facts["longnet.pattern"]).chosen_every)
-
 
 def _on(device: torch.device, keys: FarKeys) -> FarKeys:
     return keys if keys.k.device == device else replace(keys, k=keys.k.to(device), v=keys.v.to(device))
@@ -255,10 +215,11 @@ class CausalStream(LayerCaches):
         """
         if self.last_hidden is None:
             raise ConfigError(f"{folder}: a stream is saved after it has read something")
-        facts = {**reader_facts(self.model, name, tokenizer_sha256), **self.facts}
+        facts: dict[str, Any] = dict(reader_facts(self.model, name, tokenizer_sha256))
+        facts |= {"dtype": dtype_name(self.caches[0].dtype), "tokens": self.position}
         facts["last_tokens"] = None if self.last_tokens is None else self.last_tokens.tolist()
         facts["as_trained"] = getattr(self.model.config, "as_trained", False)  # then --state takes no pattern
-        return write_state(Path(folder), facts, self.state())
+        return write_state(Path(folder), facts, self._state())
 
     @classmethod
     def load(
@@ -279,11 +240,12 @@ class CausalStream(LayerCaches):
         place = Path(folder)
         given = {**reader_facts(model, None, tokenizer_sha256), "dtype": dtype and dtype_name(dtype)}
         facts, saved = read_state(place, given)
-        stream, config = cls(model, **options), model.config
-        with restoring(place):
+        stream = cls(model, **options)
+        try:
             stream._restore_last(facts, saved)
-            sizes = stream.batch, config.num_heads, config.kv_heads, config.head_dim
-            stream.restore(facts, saved, config.num_layers, sizes, next(model.parameters()).device)
+            stream._restore_caches(facts, saved)
+        except ValueError as error:
+            raise DataError(f"{place}: a damaged state: {error}") from None
         return stream
 
     @property
@@ -309,10 +271,33 @@ class CausalStream(LayerCaches):
         if any(not 0 <= int(bound) < config.vocab_size for x in known for bound in x.aminmax()):
             raise ValueError("it has ids that the model does not know")
 
-    def state(self) -> Iterator[tuple[str, Tensor]]:
+    def _restore_caches(self, facts: Mapping[str, Any], saved: Mapping[str, Tensor]) -> None:
+        """Take the caches and the ids. Raises ValueError for what is no state of this model."""
+        config, device, tokens = self.model.config, next(self.model.parameters()).device, facts["tokens"]
+        ids, like = saved.get("ids"), {"dtype": getattr(torch, facts["dtype"]), "device": device}
+        if ids is not None:
+            if ids.dtype != torch.int32 or ids.dim() != 2 or len(ids) != self.batch or ids.shape[1] > tokens:
+                raise ValueError(f"ids has shape {tuple(ids.shape)}, for {self.batch} x {tokens} tokens")
+            self.ids = [ids.to(device)]
+            self.texts = [ReadText([row]) for row in ids] if ids.shape[1] == tokens else []
+        heads = config.num_heads, config.kv_heads
+        q, k = (torch.empty(self.batch, 0, number, config.head_dim, **like) for number in heads)
+        for layer in range(config.num_layers):
+            begin, cache = f"{layer}.", self.of_layer(layer, q, k)
+            own = {name.removeprefix(begin): x.to(device) for name, x in saved.items() if name.startswith(begin)}
+            cache.restore(tokens, own)
+            if cache.past:
+                cache.past.convert_counts(parse_pattern(facts["longnet.pattern"]).chosen_every)
+
+    def _state(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield all that `load` needs beside the facts, by name: tensors that are valid until more is read."""
         assert self.last_hidden is not None
         yield "last_hidden", self.last_hidden
-        yield from super().state()
+        if self.ids:
+            yield "ids", torch.cat(self.ids, 1)
+        for layer, cache in self.by_layer.items():
+            for name, tensor in cache.state():
+                yield f"{layer}.{name}", tensor
 
 
 def _last(x: Tensor) -> Tensor:

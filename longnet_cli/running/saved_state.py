@@ -15,7 +15,7 @@ import os
 import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from itertools import filterfalse
 from pathlib import Path
 from typing import Any
@@ -159,15 +159,6 @@ def _check_facts(saved: Mapping[str, Any]) -> None:
 def dtype_name(dtype: torch.dtype) -> str:
     """Return the name of a dtype in a state."""
     return str(dtype).removeprefix("torch.")
-
-
-@contextmanager
-def restoring(folder: Path) -> Iterator[None]:
-    """Turn a ValueError about saved tensors into a DataError of the state in a folder."""
-    try:
-        yield
-    except ValueError as error:
-        raise DataError(f"{folder}: a damaged state: {error}") from None
 
 
 def _pieces(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:

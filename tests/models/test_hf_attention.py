@@ -201,6 +201,18 @@ def test_generate_is_exact_with_any_cache(model: Callable[[], hf.PreTrainedModel
         assert torch.equal(logits.argmax(-1), sequence[:, prompt:])
 
 
+@pytest.mark.parametrize("pattern", [WINDOW, FOLLOWED])
+def test_forks_of_a_cache_read_on_alone(pattern: Pattern) -> None:
+    net = use_dilated_attention(built(llama), pattern)
+    cache = LongNetCache(net.config)
+    net(ids(60)[:, :40], past_key_values=cache)
+    fork = cache.fork()
+    net(ids(9), past_key_values=cache.fork())
+    found = [net(ids(60)[:, 40:], past_key_values=each).logits for each in (fork, cache)]
+    assert torch.equal(*found)
+    torch.testing.assert_close(found[0], net(ids(60), use_cache=False).logits[:, 40:])
+
+
 def test_a_bounded_cache_is_bounded_and_follows_beams() -> None:
     net = use_dilated_attention(built(llama, eos_token_id=None), FAR)
     options = {"attention_mask": left_padded(30), "max_new_tokens": 40, "pad_token_id": 0, "num_beams": 3}

@@ -2,10 +2,8 @@
 
     model.generate(**inputs, past_key_values=LongNetCache(model.config))
 
-What was read can be saved, loaded and forked: read once, ask often.
+What was read can be forked: read once, ask often.
 
-    cache.save("book.state", model)
-    cache = LongNetCache.load("book.state", model)
     model.generate(book_and_question, past_key_values=cache.fork())
 
 `update` returns only a layer's new keys, with the cache itself attached. Dilated attention takes its far keys from the
@@ -19,9 +17,7 @@ B batch, N new tokens, L columns (the new tokens and all before them).
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -30,13 +26,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from longnet_cli.attention import KVCache, Pattern
-from longnet_cli.attention.notation import format_pattern, parse_pattern
-from longnet_cli.basics.errors import ConfigError, DataError
-from longnet_cli.models.hf.trying import settings_of
-from longnet_cli.nets.net import Net
-from longnet_cli.nets.weights import digest_of
 from longnet_cli.running.causal_stream import LayerCaches
-from longnet_cli.running.saved_state import READER, read_state, reader_facts, restoring, write_state
 
 
 class AlignedRows(NamedTuple):
@@ -195,42 +185,6 @@ class LongNetCache(hf.DynamicCache):
         super().reset()
         self._parts = {}
 
-    def save(self, folder: str | Path, model: hf.PreTrainedModel) -> int:
-        """Save what was read in a folder, for `load`, in place of the state that it holds; return the bytes.
-
-        Raises ConfigError for layers that are not dilated, for a padded batch, if nothing was read, and as
-        `running.saved_state.write_state` does, as it raises LongNetError.
-        """
-        part = self._parts.get(0)
-        if len(self._parts) != 1 or not part or len(part.by_layer) < len(self.layers):
-            raise ConfigError(f"{folder}: a cache is saved after it has read rows without padding, in dilated layers")
-        cache = part.by_layer[0]
-        sizes = {"batch": cache.batch, "num_heads": cache.layout.num_heads, "head_dim": cache.head_dim}
-        facts = {**_origin(model, part.pattern), **part.facts, "sizes": sizes, "kv_heads": cache.layout.kv_heads}
-        return write_state(Path(folder), facts, part.state())
-
-    @classmethod
-    def load(cls, folder: str | Path, model: hf.PreTrainedModel) -> LongNetCache:
-        """Return a cache that has read what `save` has saved; it never changes the folder.
-
-        Chosen blocks are mapped from there. Raises ConfigError for a state of another model or pattern, DataError for a
-        damaged one.
-        """
-        given = _origin(model)
-        facts, saved = read_state(Path(folder), given)
-        named = facts["sizes"] if isinstance(facts.get("sizes"), dict) else {}
-        sizes: list[Any] = [named.get("batch"), named.get("num_heads"), facts.get("kv_heads"), named.get("head_dim")]
-        if not all(type(number) is int and 0 < number < 1 << 16 for number in sizes):
-            raise DataError(f"{folder}: not a state that LongNetCache.save has written")
-        pattern, batch = parse_pattern(given.get("longnet.pattern", facts["longnet.pattern"])), sizes[0]
-        new, part = cls(model.config), _RowCaches(pattern, [*range(batch)])
-        with restoring(Path(folder)):
-            part.restore(facts, saved, len(new.layers), sizes, model.device)
-        new._batch, new._parts[0] = batch, part
-        for layer in new.layers:
-            layer.position = facts["tokens"]
-        return new
-
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -304,15 +258,3 @@ class Memory(CacheLayerMixin):
         """Raise ValueError unless there is nothing to remove: rows that no later token can see are gone."""
         if tokens_to_remove:
             raise ValueError("a LongNetCache cannot be cropped: take a DynamicCache for assisted generation")
-
-
-def _origin(model: hf.PreTrainedModel, pattern: Pattern | None = None) -> dict[str, str]:
-    """Return digest and pattern of a model, in the keys of `reader_facts`; by default, the pattern of its config."""
-    if isinstance(net := getattr(model, "net", None), Net):
-        return reader_facts(net)
-    settings = settings_of(model.config)
-    written = settings.pop("dilated_attention", None)
-    if pattern is None and written:
-        pattern = Pattern(**written)
-    known = {READER: digest_of(json.dumps(settings, sort_keys=True), model.state_dict())}
-    return known | ({"longnet.pattern": format_pattern(pattern)} if pattern else {})
