@@ -11,7 +11,7 @@ import socket
 import sys
 
 LIMITS = (resource.RLIMIT_AS, resource.RLIMIT_CPU, resource.RLIMIT_FSIZE)
-SIGNALS = {number: number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)}
+SIGNALS = {number: number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
 SIGNALS[signal.SIGUSR2] = signal.SIGKILL  # which nothing can pass on: see Command.kill in forked.py
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import shlex
-import signal
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -115,7 +114,6 @@ def train(options: TrainCommand) -> None:
 
     The same command continues a stopped run, and so does `longnet train -o DIR`. You can also start it with torchrun.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # held until the run listens; before, it would kill
     if options.update:
         ask_hub(options.initial, options.tokenizer)
     check_pairs(PAIRS, options)

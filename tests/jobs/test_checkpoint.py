@@ -50,11 +50,11 @@ class Stop:
 
         look, self.moments = Signals.look, 0
 
-        def counted(signals: Signals) -> bool:
+        def counted(signals: Signals) -> None:
             self.moments += 1
             if self.moments == moment:
                 signal.raise_signal(kind)
-            return look(signals)
+            look(signals)
 
         monkeypatch.setattr(Signals, "look", counted)
 
@@ -95,35 +95,16 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_bytes(
     assert any(step % 2 for step in steps)  # not only where a checkpoint was due
 
 
-def signal_evaluations(monkeypatch: pytest.MonkeyPatch, kind: signal.Signals) -> None:
-    evaluate = loop.evaluate
-    monkeypatch.setattr(loop, "evaluate", lambda *args, **of: signal.raise_signal(kind) or evaluate(*args, **of))
-
-
-def test_a_save_during_an_evaluation_gives_no_line_twice(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Killed after the line of an evaluation in whose midst SIGUSR1 saved: that line is written again, in its place."""
-    found = recipe(corpus, **{"train.save_every": 1000})
-    train(found, tmp_path / "whole")
-
-    def kill(tokens: int, line: object) -> None:
-        if checkpoints_in(tmp_path / "run/checkpoints"):
-            raise LongNetError("killed")
-
-    with monkeypatch.context() as patch:
-        signal_evaluations(patch, signal.SIGUSR1)
-        with pytest.raises(LongNetError, match="killed"):
-            train(found, tmp_path / "run", on_step=kill)
-    train(found, tmp_path / "run")
-    lines = [[line["step"] for line in metrics_of(tmp_path / name)] for name in ("whole", "run")]
-    assert lines[0] == lines[1]
-
-
 def test_a_step_whose_evaluation_is_stopped_is_told(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    signal_evaluations(monkeypatch, signal.SIGINT)
+    evaluate = loop.evaluate
+
+    def stopped(*args: Any, **options: Any) -> object:
+        signal.raise_signal(signal.SIGINT)
+        return evaluate(*args, **options)
+
+    monkeypatch.setattr(loop, "evaluate", stopped)
     steps: list[int] = []
     with pytest.raises(KeyboardInterrupt):
         train(recipe(corpus), tmp_path / "run", on_step=lambda tokens, line: steps.append(tokens))

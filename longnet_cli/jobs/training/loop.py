@@ -117,8 +117,8 @@ def train(
 
     `output` gets metrics.jsonl, recipe.json, checkpoints/ (every `save_every` steps, and when the run is stopped),
     best/ (the model with the lowest held-out loss) and at the end, or when stopped, the model. SIGINT, SIGTERM and
-    SIGHUP stop the run (raising KeyboardInterrupt or SystemExit), SIGUSR1 only saves. A signal acts between two chunks,
-    and the state of the last whole step is saved; with sharded weights or several groups of ranks, between two steps.
+    SIGHUP stop the run (raising KeyboardInterrupt or SystemExit). A signal acts between two chunks, and the state of
+    the last whole step is saved; with sharded weights or several groups of ranks, between two steps.
 
     `resume` is True (continue from the newest undamaged checkpoint in `output`, if any), False (refuse a folder that
     has one), or the path of a checkpoint or a run. A resumed run gives the numbers of an uninterrupted run, bit by bit
@@ -230,7 +230,8 @@ class _TrainingRun:
                 finally:  # also if a signal ends its evaluation: the step is done, and is saved
                     on_step(tokens, line if line and line.step == self.progress.step else None)
                 self.checkpoints.check()
-                if self._save_is_due() | signals.look():
+                signals.look()
+                if self._save_is_due():
                     self.save()
         except (KeyboardInterrupt, SystemExit):
             self._end()
@@ -275,7 +276,7 @@ class _TrainingRun:
             ranks=ranks,
             allocate=self.allocate,
             # not if groups may have different numbers of chunks, or weights are gathered between chunks
-            on_chunk=self._look if ranks.dp == 1 and not fsdp.is_sharded(self.model) else None,
+            on_chunk=self.signals.look if ranks.dp == 1 and not fsdp.is_sharded(self.model) else None,
         )
         fsdp.sum_gradients(self.model, ranks, nll)
         total_norm = fsdp.clip_gradients(self.model, recipe.optimizer.clip)
@@ -349,7 +350,7 @@ class _TrainingRun:
             read += tokens
             self.on_evaluation(min(1.0, read / total))
             if not sharded:
-                self._look()
+                self.signals.look()
 
         with fsdp.whole_weights(self.model):
             try:
@@ -366,11 +367,6 @@ class _TrainingRun:
             self.progress.best = loss
             self._write_model(self.output / BEST)
         return score
-
-    def _look(self) -> None:
-        """Stop or save, between two chunks, if a signal asks for it."""
-        if self.signals.look():
-            self.save()
 
     def _save_is_due(self) -> bool:
         minutes = self.recipe.train.save_minutes

@@ -1,8 +1,7 @@
-"""`--nproc`: this command again, as several processes under torchrun; and the signals that stop or report.
+"""`--nproc`: this command again, as several processes under torchrun; and the signals that stop them.
 
-Signals unwind a command. A run notes them, and acts on them only where its state is consistent. `--nproc` passes
-SIGUSR1 on to its ranks; torchrun passes on the signals that stop them. How ranks end with each other is left to
-torchrun, too; how one ends whose parent has ended is here:
+Signals unwind a command. A run notes them, and acts on them only where its state is consistent. torchrun passes them on
+to its ranks. How ranks end with each other is left to torchrun, too; how one ends whose parent has ended is here:
 
     before the ranks have met   there is nothing to lose: SIGINT and SIGTERM kill, and so does the end of the parent
     from then on                they unwind, and `train` saves
@@ -90,9 +89,9 @@ def _leave_a_closed_terminal() -> None:
 class Signals:
     """The signals that a run has received since it last looked.
 
-    SIGINT, SIGTERM and SIGHUP ask the run to stop, SIGUSR1 asks it to save. A run looks where its state is consistent.
-    Ranks look together: torchrun passes a signal on to all of them, and each gets it at a different point of its work.
-    A rank that stopped at once would break the next collective of the others.
+    SIGINT, SIGTERM and SIGHUP ask the run to stop. It looks where its state is consistent. Ranks look together:
+    torchrun passes a signal on to all of them, and each gets it at a different point of its work. A rank that stopped
+    at once would break the next collective of the others.
     """
 
     def __init__(self, largest: Callable[[float], float]) -> None:
@@ -101,29 +100,25 @@ class Signals:
 
     def note(self, number: int, frame: object) -> None:
         """Note a signal, as its handler. A second SIGINT kills: whoever presses Ctrl-C twice means it."""
-        if number != signal.SIGUSR1 or not self._asked:
-            self._asked = number
+        self._asked = number
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         if number == signal.SIGHUP:
             _leave_a_closed_terminal()
 
-    def look(self) -> bool:
-        """Return whether to save and go on. Raises KeyboardInterrupt (SIGINT) or SystemExit (others), on all ranks."""
+    def look(self) -> None:
+        """Raise KeyboardInterrupt (SIGINT) or SystemExit (others) on all ranks, if one of them has had a signal."""
         mine = self._asked
-        asked = self._largest(_WEIGHT[mine])
+        asked = _BY_WEIGHT[int(self._largest(_BY_WEIGHT.index(mine)))]
         if mine and self._asked == mine:  # keep a signal that came while ranks waited for each other
             self._asked = 0
-        if asked == _WEIGHT[signal.SIGINT]:
+        if asked == signal.SIGINT:
             raise KeyboardInterrupt
-        for stop in (signal.SIGTERM, signal.SIGHUP):
-            if asked == _WEIGHT[stop]:
-                raise SystemExit(128 + stop)
-        return asked == _WEIGHT[signal.SIGUSR1]
+        if asked:
+            raise SystemExit(128 + asked)
 
 
-# of several signals, the one with the largest weight decides
-_WEIGHT = {0: 0, signal.SIGUSR1: 1, signal.SIGINT: 2, signal.SIGTERM: 3, signal.SIGHUP: 4}
+_BY_WEIGHT = (0, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # of several signals, the last one here decides
 
 
 @contextmanager
@@ -133,15 +128,13 @@ def noted_signals(largest: Callable[[float], float]) -> Iterator[Signals]:
     if not _in_main_thread():
         yield signals
         return
-    kinds = [kind for kind in _WEIGHT if kind]
+    kinds = [*_BY_WEIGHT[1:]]
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup
         kinds.remove(signal.SIGHUP)
     before = {kind: signal.signal(kind, signals.note) for kind in kinds}
-    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # blocked until now by `cli/train.py`
     try:
         yield signals
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for kind, handler in before.items():
             signal.signal(kind, handler)
 
@@ -149,22 +142,6 @@ def noted_signals(largest: Callable[[float], float]) -> Iterator[Signals]:
 def _in_main_thread() -> bool:
     """Return whether Python may set handlers here. A library's run in another thread leaves signals alone."""
     return threading.current_thread() is threading.main_thread()
-
-
-def hand_on_sigusr1() -> None:
-    """Pass each SIGUSR1 on to the child processes. It would kill torchrun itself.
-
-    The signal is blocked, and a thread waits for it. Child processes start with it blocked as well, so it cannot kill
-    one that does not listen yet. It is lost on systems other than Linux, and before the children have started.
-    """
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
-
-    def hand_on() -> None:
-        while True:
-            signal.sigwait({signal.SIGUSR1})
-            _signal_children(signal.SIGUSR1)
-
-    threading.Thread(target=hand_on, daemon=True).start()
 
 
 def continue_children_at_the_end() -> None:
@@ -180,17 +157,13 @@ def continue_children_at_the_end() -> None:
         while os.read(asked, 1)[0] not in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             pass
         while True:
-            _signal_children(signal.SIGCONT)
+            for children in Path("/proc/self/task").glob("*/children"):
+                with suppress(OSError):  # a thread or a rank that has just ended
+                    for child in children.read_text().split():
+                        os.kill(int(child), signal.SIGCONT)
             time.sleep(1)
 
     threading.Thread(target=send, daemon=True).start()
-
-
-def _signal_children(number: int) -> None:
-    for children in Path("/proc/self/task").glob("*/children"):
-        with suppress(OSError):  # a thread or a rank that has just ended
-            for child in children.read_text().split():
-                os.kill(int(child), number)
 
 
 LAUNCHED = "LONGNET_LAUNCHED"  # the id of the `--nproc` process, which reports what happens to its ranks
@@ -231,7 +204,6 @@ def start_ranks(nproc: int, *, dry_run: bool = False) -> None:
             arguments.append(word)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # after a signal, ranks finish the step and save
-    hand_on_sigusr1()
     continue_children_at_the_end()
     logging.disable(logging.ERROR)  # torchrun reports a failure in thirty lines; one is enough
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost store is a warning with forty frames of C++
