@@ -28,9 +28,10 @@ lines 48 and 118, 77 and 238.
 
 from __future__ import annotations
 
+import inspect
 import sys
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -52,9 +53,18 @@ def emulate(capability: tuple[int, int] = (9, 0)) -> None:
     aten = torch.library.Library("aten", "IMPL")
     for name in ("flash", "efficient"):
         for way in ("forward", "backward"):
-            aten.impl(f"_{name}_attention_{way}", globals()[f"{name}_{way}"], "CPU")
+            operator, function = f"_{name}_attention_{way}", globals()[f"{name}_{way}"]
+            check_arguments(getattr(torch.ops.aten, operator).default._schema.arguments, function)
+            aten.impl(operator, function, "CPU")
     LIBRARIES.append(aten)
     sys.modules.update({"flash_attn": types.ModuleType("flash_attn")} | flash_attn_2_8())
+
+
+def check_arguments(of_torch: Sequence[Any], function: Callable[..., Any]) -> None:
+    """The installed torch has the arguments that we give, in this order; it has values for all others."""
+    ours = [*inspect.signature(function).parameters]
+    assert [argument.name for argument in of_torch[: len(ours)]] == ours
+    assert all(argument.has_default_value() for argument in of_torch[len(ours) :])
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, last: int = 0) -> tuple[Tensor, Tensor]:
@@ -149,45 +159,46 @@ def _accepted(tensors: Sequence[Tensor], edges: Sequence[Any]) -> list[Tensor]:
 
 
 def flash_forward(
-    query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, debug, *, scale=None
+    query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask,
+    *, scale=None,
 ):  # fmt: skip
     edges = cum_seq_q, cum_seq_k, max_q, max_k
     rng = torch.zeros(2, dtype=torch.uint64), torch.zeros((), dtype=torch.uint64)
     found = *flash((query, key, value), edges, is_causal, scale or query.shape[-1] ** -0.5), *rng, query.new_empty(0)
-    arguments = query, key, value, *edges, dropout_p, is_causal, debug
+    arguments = query, key, value, *edges, dropout_p, is_causal, return_debug_mask
     return as_torch_says("_flash_attention_forward", found, *arguments, scale=scale)
 
 
 def flash_backward(
-    grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, rng, unused,
-    *, scale=None,
+    grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, rng_state,
+    unused, *, scale=None,
 ):  # fmt: skip
-    assert rng.dtype == unused.dtype == torch.uint64
+    assert rng_state.dtype == unused.dtype == torch.uint64
     edges, tensors = (cum_seq_q, cum_seq_k, max_q, max_k), (grad_out, query, key, value, out)
     found = flash_gradients(tensors, logsumexp, edges, is_causal, scale or query.shape[-1] ** -0.5)
-    arguments = *tensors, logsumexp, *edges, dropout_p, is_causal, rng, unused
+    arguments = *tensors, logsumexp, *edges, dropout_p, is_causal, rng_state, unused
     return as_torch_says("_flash_attention_backward", found, *arguments, scale=scale)
 
 
 def efficient_forward(
-    query, key, value, bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, mask, lse=False, *,
-    scale=None,
+    query, key, value, bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, custom_mask_type,
+    compute_log_sumexp=False, *, scale=None,
 ):  # fmt: skip
     edges = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
     _aligned((query, key, value), edges)
     calls = sequences(edges, [query], [key, value])
-    parts = [attend(*call, mask == 1, scale or query.shape[-1] ** -0.5) for call in calls]
+    parts = [attend(*call, custom_mask_type == 1, scale or query.shape[-1] ** -0.5) for call in calls]
     rows = query.shape[1] if cu_seqlens_q is None else max_seqlen_q
     lses = torch.cat([pad(x, (0, rows + -rows % 32 - x.shape[-1]), value=float("inf")) for _, x in parts])
     rng = torch.zeros((), dtype=torch.int64)
     found = joined([[out] for out, _ in parts])[0].contiguous(), lses, rng, rng, max_seqlen_q, max_seqlen_k
-    arguments = query, key, value, bias, *edges, dropout_p, mask, lse
+    arguments = query, key, value, bias, *edges, dropout_p, custom_mask_type, compute_log_sumexp
     return as_torch_says("_efficient_attention_forward", found, *arguments, scale=scale)
 
 
 def efficient_backward(
     grad_out_, query, key, value, bias, out, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, logsumexp,
-    dropout_p, philox_seed, philox_offset, mask, bias_requires_grad, *, scale=None,
+    dropout_p, philox_seed, philox_offset, custom_mask_type, bias_requires_grad, *, scale=None,
 ):  # fmt: skip
     edges = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
     _aligned((query, key, value), edges)
@@ -202,7 +213,7 @@ def efficient_backward(
     each, parts = sequences(edges, [grad_out_, query, delta], [key, value]), []
     for (dout, q, delta_, k, v), lse in zip(each, logsumexp.split(query.shape[0]), strict=True):
         assert lse[..., q.shape[2] :].isposinf().all()
-        given = delta_[..., 0], lse[..., : q.shape[2]], mask == 1, scale or query.shape[-1] ** -0.5
+        given = delta_[..., 0], lse[..., : q.shape[2]], custom_mask_type == 1, scale or query.shape[-1] ** -0.5
         parts.append(gradients((dout, q, k, v), *given))
     return *(x.contiguous() for x in joined(parts)), torch.empty(0)
 

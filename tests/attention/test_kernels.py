@@ -1,4 +1,4 @@
-"""Kernels: each one that runs here equals plain math; selection, forcing and probing; flash-attn's real signatures.
+"""Kernels: each one that runs here equals plain math; selection, forcing and probing.
 
 On a GPU: tests/test_gpu.py.
 """
@@ -181,47 +181,6 @@ def test_cuda_limits() -> None:
     assert cuda.max_batch(12, 1, 64) <= 65_535
     assert cuda.max_batch(12, 2048, 64) * 12 * 2048 * 64 < 2**31
     assert cuda.max_batch(1, 1 << 30, 64) == 1
-
-
-# What we call of torch: how its schema begins, with all arguments that we give, and how many results it has
-EDGES = "Tensor{0} {1}_q, Tensor{0} {1}_k, SymInt{2} {3}_q, SymInt{2} {3}_k, ".format
-ROWS, OF_CPU = "Tensor query, Tensor key, Tensor value, ", "_scaled_dot_product_flash_attention_for_cpu"
-SCHEMAS = {
-    "_flash_attention_forward": (
-        f"{ROWS}{EDGES('?', 'cum_seq', '', 'max')}float dropout_p, bool is_causal, bool return_debug_mask, *, "
-        "float? scale=None", 5,
-    ),
-    "_flash_attention_backward": (
-        f"Tensor grad_out, {ROWS}Tensor out, Tensor logsumexp, {EDGES('', 'cum_seq', '', 'max')}float dropout_p, "
-        "bool is_causal, Tensor rng_state, Tensor unused, *, float? scale=None", 3,
-    ),
-    "_efficient_attention_forward": (
-        f"{ROWS}Tensor? bias, {EDGES('?', 'cu_seqlens', '?', 'max_seqlen')}float dropout_p, int custom_mask_type, "
-        "bool compute_log_sumexp=False, *, float? scale=None", 6,
-    ),
-    "_efficient_attention_backward": (
-        f"Tensor grad_out_, {ROWS}Tensor? bias, Tensor out, {EDGES('?', 'cu_seqlens', '', 'max_seqlen')}"
-        "Tensor logsumexp, float dropout_p, Tensor philox_seed, Tensor philox_offset, int custom_mask_type, "
-        "bool bias_requires_grad, *, float? scale=None", 4,
-    ),
-    OF_CPU: (
-        f"{ROWS}float dropout_p=0., bool is_causal=False, *, Tensor? attn_mask=None, float? scale=None", 2,
-    ),
-    f"{OF_CPU}_backward": (
-        f"Tensor grad_out, {ROWS}Tensor out, Tensor logsumexp, float dropout_p, bool is_causal, *, "
-        "Tensor? attn_mask=None, float? scale=None", 3,
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("operator", SCHEMAS)
-def test_torch_has_the_operators_that_we_call(operator: str) -> None:
-    """`make matrix` asks the oldest and the newest torch. A build without CUDA says the same."""
-    begins, results = SCHEMAS[operator]
-    schema = getattr(torch.ops.aten, operator).default._schema
-    assert str(schema).startswith(f"aten::{operator}({begins}")
-    assert all(each.has_default_value() for each in schema.arguments[begins.count(",") :])
-    assert len(schema.returns) == results
 
 
 def test_efficient_attention_serves_what_flash_does_not(card) -> None:
