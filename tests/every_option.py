@@ -344,6 +344,7 @@ lora.target_modules           rows       lora.target_modules=[q_proj] @ {LORA}
 """
 
 TEXTS = "../in/t.txt ../in/u.txt"
+SPANS = "../in/rows.parquet -m ../in/native --span 10 --keep name,group"
 GAINS = "-m ../in/native --context 16,64 --by-position --keep name"
 SAME = f"""
 score ../in/rows.jsonl {GAINS} --format jsonl
@@ -375,14 +376,14 @@ score ../in/rows.jsonl -m ../in/llama --format jsonl
 * --chunk 7
 * --dp 2
 
-encode {READING} --span 10 -o out.jsonl
+encode {SPANS} -o out.jsonl
 * --chunk 7
 * --chunk 101
 * --sp 2
 * --dp 2
-encode {READING} --span 10 -o out.parquet
-encode {READING} --span 10 -o out --shard-rows 3
-encode {READING} --span 10 -o out --shard-rows 3 --chunk 32 --dp 2 --sp 2
+encode {SPANS} -o out.parquet
+encode {SPANS} -o out --shard-rows 3
+encode {SPANS} -o out --shard-rows 3 --chunk 32 --dp 2 --sp 2
 
 encode {READING} --pool mean+last+first --no-normalize -o out.jsonl
 * --chunk 1

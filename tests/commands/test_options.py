@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.ipc as ipc
 import pytest
 import typer
 from builders import tiny_model
@@ -28,11 +27,9 @@ from longnet_cli.cli.command import Command, Excludes, Needs, check_pairs, takes
 from longnet_cli.cli.options import INPUT, Mesh, bare_or, inputs_argument, parse_device, quiet_flag
 from longnet_cli.data.manifest import read_manifest
 from longnet_cli.data.outputs import OUTPUT_SUFFIXES
-from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.plotting.drawing import PICTURES
 from longnet_cli.jobs.training.recipe import load_recipe
-from longnet_cli.nets.config import LongNetConfig, parse_config
-from longnet_cli.nets.longnet import LongNet
+from longnet_cli.nets.config import parse_config
 from longnet_cli.nets.weights import load_config
 
 COMMANDS = ["tokenize", "convert", "train", "plot", "score", "encode", "generate", "bench", "data inspect"]
@@ -140,11 +137,6 @@ def test_the_value_of_an_option_may_be_left_out() -> None:
     assert "--end is empty" in str(parse("a", "--end", ""))
 
 
-def test_a_refused_choice_is_said_without_the_words_of_a_library() -> None:
-    output = invoke("score", "x", "--format", "yaml").output
-    assert "'--format': 'yaml' is not one of 'text'," in output
-
-
 def test_the_page_of_formats_lists_every_form():
     page = (ROOT / "docs/formats.md").read_text()
     lines = dict(re.findall(r"^\| `([a-z ]+)` \|(.*)", page.partition("\n| `-o` |")[0], re.MULTILINE))
@@ -215,26 +207,6 @@ def text(tmp_path: Path) -> Path:
     file = tmp_path / "text.txt"
     file.write_text("Call me Ishmael. Some years ago, never mind how long precisely")
     return file
-
-
-def test_score_and_encode_take_a_pattern_and_record_it(model: Path, text: Path, tmp_path: Path) -> None:
-    saved = LongNet.from_pretrained(model)
-    LongNet(LongNetConfig(**SHAPE, segment_lengths=(16,), dilation_rates=(1,))).save_pretrained(other := tmp_path / "o")
-    LongNet.from_pretrained(model, pattern=Pattern((16,), (1,))).save_pretrained(other)
-    Tokenizer.bytes().save(other / "tokenizer.json")
-    assert LongNet.from_pretrained(other).config.pattern == Pattern((16,), (1,)) != saved.config.pattern
-
-    def total(*words: str | Path) -> dict:
-        result = invoke("score", text, "--format", "json", *words, code=0)
-        return {key: value for key, value in json.loads(result.stdout)["total"].items() if key != "model"}
-
-    own, given = total("--model", model), total("--model", model, "--pattern", "16/1")
-    assert given == total("--model", model, "--pattern", "16/1", "-q") == total("--model", other)
-    assert own["ppl"] != given["ppl"]
-    assert (own["pattern"], given["pattern"]) == ("8/1,32/2", "16/1")
-    invoke("encode", text, "--model", model, "--pattern", "16/1", "-o", tmp_path / "x.arrow", code=0)
-    with ipc.open_file(tmp_path / "x.arrow") as file:
-        assert file.schema.metadata[b"longnet.pattern"] == b"16/1"
 
 
 def test_a_folder_of_vectors_is_resumed_with_its_pattern(model: Path, text: Path, tmp_path: Path) -> None:

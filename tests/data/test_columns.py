@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import base64
-import datetime
 import json
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.ipc as ipc
-import pyarrow.parquet as pq
 import pytest
 from conftest import RunLongnet
 from files import FORMATS, IDS, read, tokens, write_file, write_parquet, write_rows, write_stream
@@ -21,17 +18,13 @@ from longnet_cli.data.tokenizer import Tokenizer
 
 def test_the_column_can_be_chosen(tmp_path):
     path = write_file(
-        tmp_path / "x.arrow", pa.table({"text": ["aa"], "body": ["bb"], "input_ids": [[1]], "mask": [[0]]})
+        tmp_path / "x.arrow",
+        pa.table({"text": ["aa"], "body": ["bb"], "tokens": [["a"]], "input_ids": [[1]], "mask": [[0]]}),
     )
     assert tokens(read(path)) == [[1]]
     assert tokens(read(path, column="body")) == [[98, 98]]
     assert tokens(read(path, column="mask")) == [[0]]
     assert [text.text for text in Inputs([path]).texts()] == ["aa"]
-
-
-def test_string_tokens_beside_input_ids_are_not_ids(tmp_path):
-    path = write_file(tmp_path / "x.arrow", pa.table({"tokens": [["a"]], "input_ids": [[1]]}))
-    assert tokens(read(path)) == [[1]]
 
 
 def test_text_and_streams_need_a_tokenizer(tmp_path):
@@ -135,15 +128,6 @@ def test_columns_are_carried_along(path: Path) -> None:
     ]
 
 
-def test_views_of_text_are_carried_along(tmp_path: Path) -> None:
-    """Polars writes them, and categories of them."""
-    views = pa.array(["a", "b"], pa.string_view())
-    enum = pa.DictionaryArray.from_arrays(pa.array([1, 0]), views)
-    file = write_file(tmp_path / "x.arrow", pa.table({"text": views, "enum": enum, "pairs": [[1], [2]]}))
-    kept = [found[2] for found in read_kept(file, keep=("text", "enum", "pairs"))]
-    assert kept == [{"text": "a", "enum": "b", "pairs": [1]}, {"text": "b", "enum": "a", "pairs": [2]}]
-
-
 def test_json_says_of_what_type_it_is_in_its_first_lines(tmp_path: Path) -> None:
     rows = [{"text": "a", "n": None}, {"text": "b", "n": 1}, {"text": "c", "n": 1.5}, {"text": "d", "n": "x"}]
     file, mixed = tmp_path / "x.jsonl", tmp_path / "mixed.jsonl"
@@ -163,25 +147,3 @@ def test_bytes_are_base64_in_json_lines(tmp_path: Path, run_longnet: RunLongnet)
     run_longnet("encode", "x.arrow", "--keep", "ends,bytes", "-o", "out.jsonl", code=0)
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [(row["ends"], base64.b64decode(row["bytes"])) for row in rows] == [("x", b"\xff\0"), ("x", b"\\xff")]
-
-
-def test_score_and_encode_carry_columns_to_their_rows(tmp_path: Path, run_longnet: RunLongnet) -> None:
-    day = datetime.date(2026, 11, 26)
-    table = pa.table({"text": ["one", "two"], "day": [day, None], "tag": pa.array(["a", "b"]).dictionary_encode()})
-    table = table.append_column("list", [[["x"], None]])
-    pq.write_table(table, tmp_path / "x.parquet")
-    scored = run_longnet("score", "x.parquet", "--keep", "day,tag", "--format", "jsonl")
-    rows = [json.loads(line) for line in scored.stdout.splitlines()]
-    assert [(row["day"], row["tag"]) for row in rows[:2]] == [("2026-11-26", "a"), (None, "b")]
-    assert not {"day", "tag"} & rows[2].keys()
-    for output in ("out.arrow", "out.parquet", "folder"):
-        run_longnet("encode", "x.parquet", "--keep", "day,tag,list", "--span", "1", "-o", output, code=0)
-        (file,) = (tmp_path / output).glob("v*.arrow") if output == "folder" else [tmp_path / output]
-        found = pq.read_table(file) if output == "out.parquet" else ipc.open_file(file).read_all()
-        rows = found.select(["doc_id", "day", "tag", "list"]).to_pylist()
-        assert rows == [
-            {"doc_id": "x.parquet:0", "day": day, "tag": "a", "list": ["x"]},
-            {"doc_id": "x.parquet:1", "day": None, "tag": "b", "list": None},
-        ]
-    refused = run_longnet("encode", "x.parquet", "--keep", "tag,tag", "-o", "y.arrow")
-    assert (refused.returncode, "is no list of names" in refused.stderr) == (2, True), refused.stderr

@@ -12,6 +12,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -26,16 +27,9 @@ BYTES = Tokenizer.bytes()
 TEXT = "one line of text, and another; wörld\n" * 300
 
 
-def zstd(data: bytes) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.CompressedOutputStream(sink, "zstd") as file:
-        file.write(data)
-    return sink.getvalue().to_pybytes()
-
-
 PACKERS: dict[str, Callable[[bytes], bytes]] = {
     ".gz": gzip.compress,
-    ".zst": zstd,
+    ".zst": partial(pa.compress, codec="zstd", asbytes=True),
     ".xz": lzma.compress,
     ".bz2": bz2.compress,
 }

@@ -94,19 +94,6 @@ def test_integers_of_128_bits_are_not_called_damage(tmp_path):
         read_text(tmp_path / "x.arrow")
 
 
-def test_a_truncated_or_joined_file_of_polars_is_an_error(tmp_path):
-    pl = pytest.importorskip("polars")
-    pl.DataFrame({"input_ids": IDS}).write_ipc(tmp_path / "x.arrow")
-    data = (tmp_path / "x.arrow").read_bytes()
-    for keep in range(8, len(data), 7):
-        (tmp_path / "x.arrow").write_bytes(data[:keep])
-        with pytest.raises(DataError, match=r"x\.arrow"):
-            read_ids(tmp_path / "x.arrow")
-    (tmp_path / "x.arrow").write_bytes(data * 2)  # pyarrow reads one of the two
-    with pytest.raises(DataError, match="its index has lost a batch"):
-        read_ids(tmp_path / "x.arrow")
-
-
 TEXT_TYPES = [
     *(pa.string(), pa.large_string(), pa.string_view()),
     *(pa.dictionary(index, pa.string()) for index in (pa.int8(), pa.uint16(), pa.int32(), pa.int64())),
