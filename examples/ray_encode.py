@@ -1,6 +1,6 @@
 """Encode a corpus of Parquet shards on a cluster, with Ray Data: a worker for each device, shards in, shards out.
 
-    pip install 'longnet-cli[ray]'
+    pip install '.[ray]'
     python examples/ray_encode.py corpus/ vectors/ --workers 2
 
 A local cluster starts by itself; with RAY_ADDRESS, the script joins a running one. A worker has a GPU if the cluster

@@ -1,6 +1,6 @@
 """Fetch a real pretrained model and long English prose, and convert both for `longnet`.
 
-    pip install 'longnet-cli[gguf]'
+    pip install '.[gguf]'
     python examples/real_model.py runs/real
     python examples/real_model.py runs/real --prose FOLDER   # your own .html or .txt in place of the prose
     longnet score runs/real/prose --model runs/real/smollm2 --pattern pretrained

@@ -1,6 +1,6 @@
 """Encode a corpus of Parquet shards with Spark: shards in, shards out.
 
-    pip install 'longnet-cli[spark]'
+    pip install '.[spark]'
     python examples/spark_encode.py corpus/ vectors/
     spark-submit --master yarn examples/spark_encode.py hdfs:///corpus hdfs:///vectors
 

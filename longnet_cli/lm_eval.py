@@ -12,18 +12,19 @@ from typing import Any
 
 import torch
 
+from longnet_cli.basics.errors import ConfigError, LongNetError, extra
+
 try:
     from lm_eval.api.registry import register_model
     from lm_eval.models.huggingface import HFLM
 except ImportError as error:
-    needed = f"lm-eval cannot be imported ({error}): pip install 'longnet-cli[lm-eval]'"
+    needed = f"lm-eval cannot be imported ({error}): {extra('lm-eval')}"
     if __name__ == "__main__":
         print(f"longnet: error: {needed}", file=sys.stderr)
         sys.exit(2)
     raise ImportError(needed) from None
 
 from longnet_cli.attention.notation import OPTIONS, read_pattern
-from longnet_cli.basics.errors import ConfigError, LongNetError
 from longnet_cli.integrations.transformers import use_dilated_attention
 from longnet_cli.models.choosing_layers import let_layers_choose
 from longnet_cli.models.folder import ModelFolder

@@ -73,6 +73,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
+def extra(name: str) -> str:
+    """Return how to install an extra. No package index has this package yet."""
+    return f"in longnet's folder, pip install '.[{name}]'"
+
+
 def one_line(said: object) -> str:
     """Return what a text or an error says, in one line."""
     return " ".join(str(said).split())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import io
 import os
 import signal
@@ -169,8 +170,8 @@ def _explain(error: BaseException) -> int:
         return MemoryLimitError.exit_code
     if isinstance(error, OSError) and error.strerror:
         _say(f"{error.strerror}: {error.filename}" if error.filename else error.strerror)
-    else:
-        _say(f"{type(error).__name__}: {error} (run with LONGNET_TRACEBACK=1 for the traceback)")
+        return ConfigError.exit_code if error.errno == errno.ENAMETOOLONG else 1
+    _say(f"{type(error).__name__}: {error} (run with LONGNET_TRACEBACK=1 for the traceback)")
     return 1
 
 

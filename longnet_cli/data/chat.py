@@ -28,6 +28,7 @@ from longnet_cli.data.text_pieces import decodes_bytes
 from longnet_cli.data.tokenizer import SETTINGS, Tokenizer, library_call, read_settings, special_token
 
 TEMPLATE = "chat_template.jinja"
+MARKS = range(0xE000, 0xF900)  # private-use characters
 NAMED, HIDDEN = 0xF0000, 0x100000  # private-use characters after a mark, for special tokens, and for hidden characters
 
 
@@ -57,6 +58,7 @@ class ChatTemplate:
         self._special = [added["content"] for added in tokenizer.added_tokens if added["special"]]
         self._first = sorted({text[0] for text in self._special})
         longest = "|".join(map(re.escape, sorted(self._special, key=len, reverse=True))) or "(?!)"
+        self._mark = MARKS.start
         self._said = {*template, *"".join(self._special)}
         self._any, self._start = re.compile(longest), re.compile(f"(?={longest}).", re.DOTALL)
 
@@ -96,9 +98,11 @@ class ChatTemplate:
     def _render(self, messages: Sequence[Mapping[str, str]], *, prompt: bool) -> tuple[str, str]:
         """Return the text that the template makes of messages, and the mark that hides special tokens in them."""
         said = self._said.union(*(text for message in messages for text in message.values()))
-        mark = next((mark for mark in map(chr, range(0xE000, 0xF900)) if mark not in said), None)
-        if mark is None:
+        # the last mark first, and then on from there: `_renamed` is slow, and all chats soon share one mark
+        self._mark = next((n for n in (*range(self._mark, MARKS.stop), *MARKS) if chr(n) not in said), MARKS.stop)
+        if self._mark not in MARKS:
             raise RefusedError("the messages have all private-use characters, of which one must be free")
+        mark = chr(self._mark)
 
         def hide(found: re.Match[str]) -> str:
             return mark + chr(HIDDEN + self._first.index(found[0]))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from longnet_cli.basics.errors import ConfigError, DataError
+from longnet_cli.basics.errors import ConfigError, DataError, extra
 from longnet_cli.data.tables import Table, first_line, reading
 
 BATCH_BYTES = 16 << 20
@@ -28,7 +28,7 @@ def open_hdf5(name: str, where: str, file: Any) -> Table:
     try:
         import h5py
     except ImportError:
-        raise ConfigError(f"{where}: HDF5 files need h5py: pip install 'longnet-cli[h5]'") from None
+        raise ConfigError(f"{where}: HDF5 files need h5py: {extra('h5')}") from None
     with _reading(where):
         content = h5py.File(file, "r")
         datasets = {key: rows for key in content if (rows := _rows(content, key, h5py))}

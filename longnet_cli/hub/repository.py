@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from longnet_cli.basics.atomic import write_file
 from longnet_cli.basics.configuration import parse, read_text
-from longnet_cli.basics.errors import CheckpointError, LongNetError, one_line
+from longnet_cli.basics.errors import CheckpointError, LongNetError, extra, one_line
 from longnet_cli.basics.model_files import (
     BESIDE_TOKENIZER,
     CONFIG,
@@ -89,9 +89,7 @@ class Repository:
         try:
             from huggingface_hub import constants
         except ImportError:
-            raise CheckpointError(
-                f"{self._not_here}; a model on a hub needs the extra hf: pip install 'longnet-cli[hf]'"
-            ) from None
+            raise CheckpointError(f"{self._not_here}; a model on a hub needs the extra hf: {extra('hf')}") from None
         return constants
 
     @property

@@ -4,10 +4,12 @@ Importing this file registers the attention "dilated". It also lets the Auto cla
 pattern (`models.hf.pretrained_folder`) and the folders of a LongNet (`models.hf.auto_longnet`).
 """
 
+from longnet_cli.basics.errors import extra
+
 try:
     import transformers as _transformers  # noqa: F401
 except ImportError as error:
-    raise ImportError(f"transformers cannot be imported ({error}): pip install 'longnet-cli[hf]'") from None
+    raise ImportError(f"transformers cannot be imported ({error}): {extra('hf')}") from None
 
 from longnet_cli.models.hf import auto_longnet
 from longnet_cli.models.hf.attention import use_dilated_attention, use_own_attention, write_pattern

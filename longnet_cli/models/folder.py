@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from longnet_cli.basics.configuration import digest, parse, read_text
-from longnet_cli.basics.errors import CheckpointError, ConfigError, MemoryLimitError
+from longnet_cli.basics.errors import CheckpointError, ConfigError, MemoryLimitError, extra
 from longnet_cli.basics.model_files import (
     CONFIG,
     GENERATION,
@@ -443,10 +443,8 @@ class ModelFolder:
         try:
             from longnet_cli.models.hf import pretrained_net as transformers_net
         except ImportError as error:
-            raise ConfigError(
-                f"{self.path} is a Hugging Face model, which cannot be imported ({error}): pip install "
-                "'longnet-cli[hf]'"
-            ) from None
+            why = f"{self.path} is a Hugging Face model, which cannot be imported ({error})"
+            raise ConfigError(f"{why}: {extra('hf')}") from None
         return transformers_net
 
     def _check_complete(self) -> None:

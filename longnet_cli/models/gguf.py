@@ -27,7 +27,7 @@ import torch
 from tokenizers import pre_tokenizers
 
 from longnet_cli.basics.atomic import whole_folder
-from longnet_cli.basics.errors import CheckpointError, ConfigError, one_line
+from longnet_cli.basics.errors import CheckpointError, ConfigError, extra, one_line
 from longnet_cli.hub.model_names import name_origin
 from longnet_cli.nets.weights import check_finite
 
@@ -66,7 +66,7 @@ def convert_gguf(
     is missing or the folder is in use, CheckpointError for a file that transformers cannot read.
     """
     if missing := [name for name in _NEEDED if find_spec(name) is None]:
-        raise ConfigError(f"{path}: GGUF needs {', '.join(missing)}: pip install 'longnet-cli[gguf]'")
+        raise ConfigError(f"{path}: GGUF needs {', '.join(missing)}: {extra('gguf')}")
     import transformers as hf
 
     hf.utils.logging.set_verbosity_error()

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("sentence_transformers", reason="not installed: pip install 'longnet-cli[sentence-transformers]'")
+pytest.importorskip("sentence_transformers", reason="not installed: pip install '.[sentence-transformers]'")
 
 import torch
 from builders import tiny_model

@@ -15,7 +15,7 @@ import torch
 from builders import tiny_llama
 from tokenizers.processors import TemplateProcessing
 
-pytest.importorskip("transformers", reason="transformers is not installed: pip install 'longnet-cli[hf]'")
+pytest.importorskip("transformers", reason="transformers is not installed: pip install '.[hf]'")
 
 import transformers as hf
 from processes import invoke, total

@@ -12,7 +12,7 @@ from processes import contents
 from tokenizers import models, normalizers, pre_tokenizers
 
 from longnet_cli.basics.errors import ConfigError, DataError, RefusedError
-from longnet_cli.data.chat import ChatTemplate
+from longnet_cli.data.chat import ChatTemplate, _renamed
 from longnet_cli.data.documents import Document, Unread
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
@@ -125,6 +125,14 @@ def test_no_text_of_a_message_becomes_a_special_token(tmp_path: Path, kind: str)
     assert [each for each in ids if each > 255] == [start, end, start]
     said = words.decode(words.encode(message[:20] if kind == "cut" else message))
     assert words.decode(ids, special=False).split() == ["user", *said.split(), "assistant"]
+
+
+def test_chats_that_need_other_marks_soon_share_one(words: Tokenizer, tmp_path: Path) -> None:
+    template, texts = ChatTemplate(tmp_path / "words", words), ("\ue001", "\ue000", "plain")
+    _renamed.cache_clear()
+    first = [template.encode(text).tolist() for text in texts]
+    assert [template.encode(text).tolist() for text in texts * 2] == first * 2
+    assert _renamed.cache_info().misses == 3
 
 
 def test_a_special_token_in_the_vocabulary_is_no_word_of_a_message(tmp_path: Path) -> None:

@@ -168,7 +168,7 @@ def test_hdf5_that_is_not_one_of_tiles(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(DataError, match="damaged or truncated"):
         read(path)
     monkeypatch.setitem(sys.modules, "h5py", None)
-    with pytest.raises(ConfigError, match=r"pip install 'longnet-cli\[h5\]'"):
+    with pytest.raises(ConfigError, match=r"pip install '.\[h5\]'"):
         read(path)
 
 

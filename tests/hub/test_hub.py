@@ -307,7 +307,7 @@ def test_without_folder_cache_and_network_one_line_says_how_to_download(
     home.mkdir(parents=True)
     (home / "huggingface_hub.py").write_text("raise ImportError")
     said = refusal(run_longnet("score", "a.txt", "-m", TINY, fresh=True))
-    assert said.endswith("a model on a hub needs the extra hf: pip install 'longnet-cli[hf]'")
+    assert said.endswith("a model on a hub needs the extra hf: pip install '.[hf]'")
 
 
 def test_update_without_a_network_names_the_cache(run_longnet, home, tiny):
@@ -352,7 +352,7 @@ TEXTS = "org/sentences"
 @pytest.fixture(scope="module")
 def made_sentences(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not find_spec("sentence_transformers"):
-        pytest.skip("not installed: pip install 'longnet-cli[sentence-transformers]'")
+        pytest.skip("not installed: pip install '.[sentence-transformers]'")
     from sentence_models import save_model
 
     place = tmp_path_factory.mktemp("made") / "model"

@@ -213,7 +213,7 @@ def test_an_iterator_of_other_things_is_refused_when_it_comes_there() -> None:
 def test_without_its_extra_an_import_says_which_to_install(package: str, program: str, extra: str) -> None:
     program = f"import sys; sys.modules[{package!r}] = None; {program}"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert f"pip install 'longnet-cli[{extra}]'" in done.stderr.splitlines()[-1]
+    assert f"pip install '.[{extra}]'" in done.stderr.splitlines()[-1]
     assert done.returncode == (2 if "runpy" in program else 1)
 
 

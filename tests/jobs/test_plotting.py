@@ -100,5 +100,5 @@ def test_without_matplotlib_one_line_says_how_to_get_it(tmp_path: Path, run_long
     path = os.pathsep.join([str(tmp_path / "hidden"), str(ROOT)])
     done = run_longnet("plot", "run", "-o", "curves.png", env={"PYTHONPATH": path}, fresh=True)
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
-    assert "pip install 'longnet-cli[plot]'" in done.stderr
+    assert "pip install '.[plot]'" in done.stderr
     assert not (tmp_path / "curves.png").exists()

@@ -17,7 +17,7 @@ import torch
 from conftest import RunLongnet
 from processes import refused
 
-pytest.importorskip("transformers", reason="transformers is not installed: pip install 'longnet-cli[hf]'")
+pytest.importorskip("transformers", reason="transformers is not installed: pip install '.[hf]'")
 
 import transformers as hf
 from sentence_models import WORDS, save_model, word_pieces
@@ -28,7 +28,7 @@ from longnet_cli.jobs.pooling import windows_of
 
 # not importorskip: importing it takes five seconds, which only the worker that runs these tests needs to spend
 pytestmark = pytest.mark.skipif(
-    not find_spec("sentence_transformers"), reason="not installed: pip install 'longnet-cli[sentence-transformers]'"
+    not find_spec("sentence_transformers"), reason="not installed: pip install '.[sentence-transformers]'"
 )
 
 PROMPT = "query: "

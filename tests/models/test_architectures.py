@@ -18,7 +18,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="transformers is not installed: pip install 'longnet-cli[hf]'")
+pytest.importorskip("transformers", reason="transformers is not installed: pip install '.[hf]'")
 
 import transformers as hf
 from hf_models import LEVELS, WINDOW, built, ids, llama, mixed, reference

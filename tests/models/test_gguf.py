@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("gguf", reason="gguf is not installed: pip install 'longnet-cli[gguf]'")
-pytest.importorskip("accelerate", reason="accelerate is not installed: pip install 'longnet-cli[gguf]'")
-pytest.importorskip("transformers", reason="transformers is not installed: pip install 'longnet-cli[gguf]'")
+pytest.importorskip("gguf", reason="gguf is not installed: pip install '.[gguf]'")
+pytest.importorskip("accelerate", reason="accelerate is not installed: pip install '.[gguf]'")
+pytest.importorskip("transformers", reason="transformers is not installed: pip install '.[gguf]'")
 
 import gguf
 import transformers as hf

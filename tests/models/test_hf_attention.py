@@ -17,7 +17,7 @@ from hypothesis import given
 from strategies import PAPER_64TH, Choice, choices, cuts, split, turn
 from torch import Tensor, nn
 
-pytest.importorskip("transformers", reason="transformers is not installed: pip install 'longnet-cli[hf]'")
+pytest.importorskip("transformers", reason="transformers is not installed: pip install '.[hf]'")
 
 import transformers as hf
 from hf_models import (

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-pytest.importorskip("transformers", reason="transformers is not installed: pip install 'longnet-cli[hf]'")
+pytest.importorskip("transformers", reason="transformers is not installed: pip install '.[hf]'")
 
 import transformers as hf
 from builders import MadeInputs, make_document, scores, tiny_llama
@@ -396,7 +396,7 @@ def test_without_a_library(
     command = [sys.executable, "-c", script, *words]
     done = subprocess.run(command, cwd=folder, env=command_env, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
-    assert done.stderr.rstrip().endswith(f"pip install 'longnet-cli[{extra}]'")
+    assert done.stderr.rstrip().endswith(f"pip install '.[{extra}]'")
 
 
 def test_models_that_cannot_score() -> None:

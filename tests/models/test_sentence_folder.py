@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-pytest.importorskip("transformers", reason="transformers is not installed: pip install 'longnet-cli[hf]'")
+pytest.importorskip("transformers", reason="transformers is not installed: pip install '.[hf]'")
 
 from sentence_models import WORDS, byte_level, save_model, sentence_pieces, word_pieces
 
@@ -33,7 +33,7 @@ from longnet_cli.nets.weights import model_digest
 
 # not importorskip: importing it takes five seconds, which only the worker that runs these tests needs to spend
 pytestmark = pytest.mark.skipif(
-    not find_spec("sentence_transformers"), reason="not installed: pip install 'longnet-cli[sentence-transformers]'"
+    not find_spec("sentence_transformers"), reason="not installed: pip install '.[sentence-transformers]'"
 )
 
 ODD = ["[SEP] Caf\u00e9, \u6f22 A", "the\n\n net ", " of", "a\u0301 DOCUMENT [MASK]?", "</s> in <end> to"]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from longnet_cli.basics.atomic import write_file
-from longnet_cli.basics.errors import ConfigError, LongNetError
+from longnet_cli.basics.errors import ConfigError, LongNetError, extra
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -100,7 +100,7 @@ def new_figure(output: str | Path, width: float, height: float) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise LongNetError("pictures need matplotlib: pip install 'longnet-cli[plot]'") from None
+        raise LongNetError(f"pictures need matplotlib: {extra('plot')}") from None
     return Figure(figsize=(width, height), layout="constrained")
 
 

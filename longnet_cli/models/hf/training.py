@@ -21,7 +21,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 from longnet_cli.attention import Pattern
-from longnet_cli.basics.errors import ConfigError, one_line
+from longnet_cli.basics.errors import ConfigError, extra, one_line
 from longnet_cli.models.hf.attention import ATTENTION_NAME, write_pattern
 from longnet_cli.models.hf.pretrained_folder import with_infinities
 from longnet_cli.models.hf.trying import layers_of
@@ -46,9 +46,7 @@ def add_lora(
     try:
         import peft
     except ImportError as error:
-        raise ConfigError(
-            f"LoRA needs peft, which cannot be imported ({error}): pip install 'longnet-cli[lora]'"
-        ) from None
+        raise ConfigError(f"LoRA needs peft, which cannot be imported ({error}): {extra('lora')}") from None
     options = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "task_type": "CAUSAL_LM"}
     stored = [(p, p.data) for p in model.parameters()]
     for p, data in stored:  # peft draws matrices of the type of the weights beside them
