@@ -35,14 +35,14 @@ from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.slide import VectorNet
 from longnet_cli.nets.weights import TYPE_NAMES, NetT, check_finite, empty_net, list_names
 
-_PREFIX = re.compile(r"(model|decoder|encoder)\.")
+_PREFIX = re.compile(r"(module|model|slide_encoder|encoder|decoder)\.")
 DERIVED_BUFFERS = re.compile(r"(.*\.)?(xpos\.scale|version)")  # buffers that the configuration determines
 
 
 def from_torchscale(state_dict: Mapping[str, Tensor], config: LongNetConfig) -> LongNet:
     """Return a float32 LongNet with the weights of torchscale's LongNetDecoder or LongNetEncoder.
 
-    All keys may share a `model.`, `decoder.` or `encoder.` prefix. For a net without embedding, `state_dict` may also
+    All keys may share prefixes, such as `model.decoder.`. For a net without embedding, `state_dict` may also
     be a larger model with an encoder inside, such as GigaPath's slide encoder with `LongNetConfig.gigapath()`: then
     only keys that start with `encoder.` count. The weights were trained with head_offsets="grouped", and encoders
     mostly with padding="zero_key": `config` must say so. Raises CheckpointError that names the key, for keys that are
@@ -87,15 +87,14 @@ def slide_net(config: LongNetConfig, state: Mapping[str, Tensor], where: str) ->
     return renamed_net(VectorNet, config, state, slide_name, where)
 
 
-def without_prefix(state: dict[str, Tensor], prefix: re.Pattern[str] = _PREFIX) -> dict[str, Tensor]:
+def without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Strip prefixes that all keys share, such as `model.decoder.` of a decoder inside a fairseq model."""
-    while (match := prefix.match(next(iter(state), ""))) and all(key.startswith(match[0]) for key in state):
+    while (match := _PREFIX.match(next(iter(state), ""))) and all(key.startswith(match[0]) for key in state):
         state = {key.removeprefix(match[0]): tensor for key, tensor in state.items()}
     return state
 
 
 _INSIDE = ("model", "module", "state_dict")  # keys of the state dict in training checkpoints
-_SHARED = re.compile(r"(module|model|slide_encoder|encoder|decoder)\.")
 
 CARD = """# {what}
 
@@ -183,7 +182,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             raise CheckpointError(
                 f"{path}: {name} of shape {tuple(tensor.shape)} has not all of its numbers in the file"
             )
-    return without_prefix(dict(content), _SHARED)
+    return without_prefix(dict(content))
 
 
 def _check_pickle(path: Path) -> None:

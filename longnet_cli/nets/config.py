@@ -129,6 +129,9 @@ class NetConfig:
 # zeta^(pos / 512) with the paper's smallest zeta, 0.4 / 1.4, spans e^+-80 here; float32 ends at e^88
 XPOS_MAX_SEGMENT = 65536
 
+MOST_LAYERS = 10_000  # each is made, and some plans count them one by one
+_LARGEST = 1 << 24  # rows and columns of a layer's matrices: torch cannot count the bytes of far larger ones
+
 _OPTIONS = {*PATTERN_FIELDS, "drop_path"} - {"segment_lengths", "dilation_rates", "head_offsets"}
 
 
@@ -136,10 +139,10 @@ class _NetSizes(StrictModel):
     """The first fields of a LongNetConfig, in the order of config.json."""
 
     vocab_size: int = Field(ge=0)
-    dim: int = Field(gt=0)
-    num_layers: int = Field(gt=0)
+    dim: int = Field(gt=0, le=_LARGEST)
+    num_layers: int = Field(gt=0, le=MOST_LAYERS)
     num_heads: int = Field(gt=0)
-    ffn_dim: int = Field(gt=0)
+    ffn_dim: int = Field(gt=0, le=_LARGEST)
 
 
 _PATTERN: dict[str, Any] = {name: (kind, getattr(Pattern, name, ...)) for name, kind in get_type_hints(Pattern).items()}

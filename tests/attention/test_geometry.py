@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import Choice, Problem, choices, problems
 
@@ -58,16 +58,17 @@ def test_span_positions_are_the_definition(problem: Problem) -> None:
             assert list(positions) == [p for p in range(span.start, span.stop) if p % w % r == offset]
 
 
+def covered(pattern: Pattern, level: int, total: int) -> np.ndarray:
+    """Which positions a level covers for each query, (queries, positions), by the definition."""
+    segment = np.arange(total) // pattern.segment_lengths[level]
+    return np.abs(segment[:, None] - segment) <= pattern.look_backs[level]
+
+
 def seen(pattern: Pattern, level: int, causal: bool, total: int) -> np.ndarray:
     """Which positions each query sees at a level, (queries, positions), by the definition, if all keys were kept."""
-
-    def within(w: int, back: int) -> np.ndarray:
-        segment = np.arange(total) // w
-        return np.abs(segment[:, None] - segment) <= back
-
-    found = within(pattern.segment_lengths[level], pattern.look_backs[level])
+    found = covered(pattern, level, total)
     if level and pattern.overlap == "once":
-        found &= ~within(pattern.segment_lengths[level - 1], pattern.look_backs[level - 1])
+        found &= ~covered(pattern, level - 1, total)
     if level:
         found[:, : pattern.sinks] = False
     return np.tril(found) if causal else found
@@ -76,9 +77,15 @@ def seen(pattern: Pattern, level: int, causal: bool, total: int) -> np.ndarray:
 PLACES = st.floats(0, 0.999) | st.sampled_from([0.01, 0.02, 0.04])  # some start among the sinks
 
 
+TILED = Pattern((4, 32), (1, 2), look_back=1, overlap="once")
+
+
 @given(choice=choices(), shards=st.lists(st.tuples(PLACES, PLACES), min_size=9, max_size=9))
+@example(choice=Choice(TILED, 1, 96, 1, 2, 0, False, None, 0), shards=[(44.5 / 96, 47.5 / 96)])  # one segment of 4
 def test_far_spans_are_what_a_shard_sees_outside_it(choice: Choice, shards: list[tuple[float, float]]) -> None:
-    """All of it, no position twice, none before the first of the past, and sinks where the first level has none."""
+    """All of it, no position twice, none that the level before covers for all queries or that lies before the first of
+    the past, and sinks where the first level has none.
+    """
     pattern, total = choice.pattern, choice.start + choice.tokens
     levels = [seen(pattern, level, choice.causal, total) for level in range(len(pattern.levels))]
     for shard in shards:
@@ -89,6 +96,8 @@ def test_far_spans_are_what_a_shard_sees_outside_it(choice: Choice, shards: list
             found = [p for span in spans if span.level == level for p in range(span.start, span.stop)]
             assert len(found) == len(set(found))
             assert needed <= set(found)
+            if level and pattern.overlap == "once":
+                assert not covered(pattern, level - 1, total)[start : last + 1, found].all(0).any()
             past = [p for p in found if p < start]
             assert not (past and needed) or min(past) == min(needed)
         far_from_sinks = pattern.sinks and start and not levels[0][start : last + 1, 0].all()

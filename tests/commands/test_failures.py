@@ -402,6 +402,8 @@ FAILURES = [  # command, exit code, a part of its line; and what the file holds 
     (f"{SET} optimizer.lr=inf", 2, "optimizer.lr: Input should be a finite number"),
     (f"{SET} train.loss_jump=nan", 2, "train.loss_jump"),
     (f"{SET} optimizer.betas=[2,0.9]", 2, "optimizer.betas.0: Input should be less than 1"),
+    (f"{SET} model.dim=1099511627776", 2, "model.dim: Input should be less than or equal to 16777216"),
+    (f"{SET} model.num_layers=1000000000000", 2, "model.num_layers: Input should be less than or equal to 10000"),
     (f"{SET} model.rope_theta=inf", 2, "model.rope_theta: Input should be a finite number"),
     (f"{SET} model.vocab_size=0", 2, "model.vocab_size = 0"),
     (f"{SET} schedule.decay=cosin", 2, "schedule.decay"),

@@ -34,13 +34,13 @@ from longnet_cli.basics.atomic import whole_folder
 from longnet_cli.basics.configuration import digest, parse, read_text
 from longnet_cli.basics.errors import CheckpointError, ConfigError, LongNetError, is_out_of_memory, one_line
 from longnet_cli.basics.model_files import BESIDE_TOKENIZER, CONFIG, GENERATION, TOKENIZER
+from longnet_cli.nets.config import MOST_LAYERS
 
 DILATED_TYPE = "import longnet_cli.integrations.transformers"
 ATTENTION_NAME = "dilated"  # the name of the attention
 _OWN_TYPE = "dilated_model_type"  # key of the model's own type in such a file
 _PREFIX = "Dilated"  # of the names in `architectures`
 _PATTERN, _ATTENTION = "dilated_attention", "attn_implementation"
-MOST_LAYERS = 10_000  # each is made before a weight is read
 _OWN_CLASS = "_own_class"  # attribute of a marked configuration class: the original class
 
 Prepare = Callable[[hf.PreTrainedModel], Any]
