@@ -289,27 +289,13 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mappi
     end = 0
     for name in names:
         start, end = end, end + tensors[name].nbytes
-        kind = {**TYPE_NAMES, torch.int64: "I64", torch.int32: "I32"}[tensors[name].dtype]
+        kind = {**TYPE_NAMES, torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8"}[tensors[name].dtype]
         header[name] = {"dtype": kind, "shape": list(tensors[name].shape), "data_offsets": [start, end]}
-    text = _header(header)
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text = text.ljust(-(-len(text) // 8) * 8)
     file.write(len(text).to_bytes(8, "little") + text)
     for name in names:
         file.write(tensor_bytes(tensors[name]))
-
-
-def sort_metadata(path: Path) -> None:
-    """Sort the metadata of a safetensors file that its library has written, in place."""
-    with path.open("r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
-        file.seek(8)
-        file.write(_header(header).ljust(size))
-
-
-def _header(header: Mapping[str, Any]) -> bytes:
-    return json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
 
 
 TOKENIZER_CONFIG, SENTENCES = "tokenizer_config.json", TRANSFORMER_CONFIGS[0]

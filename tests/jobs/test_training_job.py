@@ -98,32 +98,31 @@ print(json.dumps([found.memory, peak_memory(torch.device("cpu"))]))
 @pytest.mark.ci
 @pytest.mark.full
 @pytest.mark.parametrize(
-    ("seq_len", "chunk", "levels", "held_out"),
+    "changes",
     [
-        (256, 2048, ([64, 256], [1, 2]), False),
-        (4096, 512, ([2048, 4096], [1, 1]), False),
-        (256, 8192, ([64, 256], [1, 2]), True),
+        {},
+        {"model.segment_lengths": [2048, 4096], "model.dilation_rates": [1, 1], "train.chunk": 512, "seq_len": 4096},
+        {"train.chunk": 8192, "train.batch_tokens": 256, "data.held_out": True},
+        {"model.dim": 384, "model.ffn_dim": 1536, "train.batch_tokens": 256, "train.save_every": 1},
     ],
-    ids=["sequences side by side", "a sequence in chunks", "held-out documents take more than a step"],
+    ids=["sequences side by side", "a sequence in chunks", "held-out documents take more", "weights take the most"],
 )
-def test_the_peak_is_that_of_a_real_run(
-    seq_len: int, chunk: int, levels: tuple, held_out: bool, tmp_path: Path, command_env: dict[str, str]
-) -> None:
+def test_the_peak_is_that_of_a_real_run(changes: dict, tmp_path: Path, command_env: dict[str, str]) -> None:
     data = tmp_path / "data.txt"
     data.write_text("a line of text.\n" * 1024)
     settings = {f"model.{key}": value for key, value in LARGE.items()} | {
-        "model.segment_lengths": levels[0], "model.dilation_rates": levels[1], "model.position": "rope",
-        "data.train": [str(data)], "train.chunk": chunk, "train.batch_tokens": 256 if held_out else 4096,
-        "data.held_out": [str(data)] * held_out,
-        "train.stages": [{"seq_len": seq_len, "steps": 2}], "train.across_documents": True,
-    }  # fmt: skip
+        "model.segment_lengths": [64, 256], "model.dilation_rates": [1, 2], "model.position": "rope",
+        "data.train": [str(data)], "train.chunk": 2048, "train.batch_tokens": 4096, "train.across_documents": True,
+    } | changes  # fmt: skip
+    settings["data.held_out"] = [str(data)] * settings.get("data.held_out", False)
+    settings["train.stages"] = [{"seq_len": settings.pop("seq_len", 256), "steps": 2}]
     words = [sys.executable, "-c", RUN, json.dumps(settings), tmp_path / "out"]
     done = subprocess.run(words, capture_output=True, text=True, env=command_env, check=True)
     memory, peak = json.loads(done.stdout)
-    program = memory.pop("program")
+    print({kind: f"{size / 2**20:.0f} MiB" for kind, size in memory.items()}, f"{peak / 2**20:.0f} MiB")
     # with two threads, the heap has room for a third copy of an evaluation's logits, and with one it has not
-    assert program + sum(memory.values()) == pytest.approx(peak, rel=0.25 if held_out else 0.1)
-    assert ("evaluation" in memory) is held_out
+    assert sum(memory.values()) == pytest.approx(peak, rel=0.25 if settings["data.held_out"] else 0.1)
+    assert ("evaluation" in memory) is bool(settings["data.held_out"])
 
 
 def test_a_dry_run_plans_for_many_ranks_in_one_process(tmp_path: Path) -> None:
@@ -136,7 +135,7 @@ def test_a_dry_run_plans_for_many_ranks_in_one_process(tmp_path: Path) -> None:
 
     train = "train", "longnet-1m", "--data", data, "--set", "data.held_out=[]"
     alone, shared = facts(*train), facts(*train, "--sp", 64)
-    assert alone["memory_bytes"]["checkpoint"] > shared["memory_bytes"]["checkpoint"] == 0
+    assert alone["memory_bytes"]["cache"] > shared["memory_bytes"]["cache"] == 0
     assert shared["matmul_peak"] < alone["matmul_peak"] / 8
     assert facts("score", data, "--dp", 64)["tokens"] == facts("score", data)["tokens"]
 

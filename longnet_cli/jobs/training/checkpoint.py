@@ -2,18 +2,17 @@
 
     RUN/checkpoints/step-00000200/
         state.json            step, position in the data, recipe, versions; size and SHA-256 of every other file
-        shard-*.safetensors   weights, optimizer state and random numbers, by torch.distributed.checkpoint
+        shard-*.safetensors   weights, optimizer state and random numbers; of several ranks, a file of each
 
 A checkpoint is written under another name, and renamed when it is on the disk. Every rank writes the tensors that it
-holds. Any number of ranks can read a checkpoint, each the parts that it needs. There is no pickle: the tensors are
-safetensors, the rest is JSON.
+holds, by torch.distributed.checkpoint. Any number of ranks can read a checkpoint, each the parts that it needs. There
+is no pickle: the tensors are safetensors, the rest is JSON.
 """
 
 from __future__ import annotations
 
 import re
 import shutil
-import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 from longnet_cli.basics import sealed
 from longnet_cli.basics.atomic import whole_folder
 from longnet_cli.basics.errors import CheckpointError, LongNetError
-from longnet_cli.nets.weights import sort_metadata, tensor_digest
+from longnet_cli.nets.weights import tensor_digest, write_tensors
 from longnet_cli.running.device import random_state, set_random_state
 from longnet_cli.running.ranks.ranks import Ranks
 
@@ -37,74 +36,46 @@ CHECKPOINT_NAME = re.compile(r"step-(\d{8,})")
 
 
 class Checkpoints:
-    """The checkpoints in a folder, of which the newest `keep` stay.
-
-    With one rank, `save` copies the tensors and writes them in the background, one checkpoint at a time. Several ranks
-    write together and wait for each other, because a second thread's collective could mix with the training step's.
-    """
+    """The checkpoints in a folder, of which the newest `keep` stay. Training waits while one is written."""
 
     def __init__(self, folder: Path, ranks: Ranks, keep: int) -> None:
         self.folder, self.ranks, self.keep = folder, ranks, keep
-        self.saved: int | None = None  # step of the newest checkpoint on the disk, or being written
-        self._thread: threading.Thread | None = None
-        self._error: LongNetError | None = None
+        self.saved: int | None = None  # step of the newest checkpoint on the disk
 
     def save(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Write the checkpoint of a step. Raises LongNetError if this one or the last one cannot be written."""
-        self.finish()
+        """Write the checkpoint of a step, if there is none of it. Raises LongNetError if it cannot be written."""
         if step == self.saved:
             return
-        if self.ranks.world > 1:
-            self._write(step, tensors, facts)
-            self.ranks.barrier()  # rank 0 writes longest, and GPUs do not wait as long as hosts
-            self.finish()
-        else:
-            copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-            self._thread = threading.Thread(target=self._write, args=(step, copies, facts), name="checkpoint")
-            self._thread.start()
-        self.saved = step
-
-    def finish(self) -> None:
-        """Wait until the checkpoint being written is on the disk. Raises LongNetError if that failed."""
-        self.wait()
-        self.check()
-
-    def wait(self) -> None:
-        """Wait until nothing is being written."""
-        if self._thread:
-            self._thread.join()
-            self._thread = None
-
-    def check(self) -> None:
-        """Raise LongNetError if a checkpoint could not be written."""
-        if self._error:
-            error, self._error = self._error, None
-            raise error
-
-    def _write(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        final = self.folder / f"step-{step:08d}"
-        partial = self.folder / f".{final.name}.incomplete"  # all ranks know this name
+        final, failure = self.folder / f"step-{step:08d}", None
         try:
-            with ExitStack() as stack:
-                if self.ranks.writes:
-                    for old in self.folder.glob(".step-*.incomplete"):
-                        shutil.rmtree(old, ignore_errors=True)
-                    # a final one is damaged, also its list of files: no step is written twice otherwise
-                    _remove(final, [STATE, *(path.name for path in final.glob("shard-*-of-*.safetensors"))])
-                    stack.enter_context(whole_folder(final, temporary=partial))
-                self.ranks.barrier()
-                save_tensors(partial, tensors)
-                if self.ranks.writes:
-                    sealed.write_sealed(partial / STATE, CHECKPOINT_VERSION, facts)
-            if self.ranks.writes:
-                saved = checkpoints_in(self.folder)
-                for old in saved[saved.index(final) + self.keep :]:  # later ones are damaged, and do not count
-                    with suppress(CheckpointError, OSError):  # not a checkpoint of ours, which stays
-                        _remove(old, [*read_checkpoint(old)["files"], STATE])
-        except Exception as error:  # any error: in a thread it would be lost, and the run without checkpoints
+            self._write(final, tensors, facts)
+        except Exception as error:
             cause = error.__cause__ or error
             reason = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
-            self._error = LongNetError(f"{final}: cannot write the checkpoint: {reason}; the one before it is kept")
+            failure = LongNetError(f"{final}: cannot write the checkpoint: {reason}; the one before it is kept")
+        self.ranks.barrier()  # rank 0 writes longest, and GPUs do not wait as long as hosts
+        if failure:
+            raise failure
+        self.saved = step
+
+    def _write(self, final: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        partial = self.folder / f".{final.name}.incomplete"  # all ranks know this name
+        with ExitStack() as stack:
+            if self.ranks.writes:
+                for old in self.folder.glob(".step-*.incomplete"):
+                    shutil.rmtree(old, ignore_errors=True)
+                # a final one is damaged, also its list of files: no step is written twice otherwise
+                _remove(final, [STATE, *(path.name for path in final.glob("shard-*-of-*.safetensors"))])
+                stack.enter_context(whole_folder(final, temporary=partial))
+            self.ranks.barrier()
+            save_tensors(partial, tensors)
+            if self.ranks.writes:
+                sealed.write_sealed(partial / STATE, CHECKPOINT_VERSION, facts)
+        if self.ranks.writes:
+            saved = checkpoints_in(self.folder)
+            for old in saved[saved.index(final) + self.keep :]:  # later ones are damaged, and do not count
+                with suppress(CheckpointError, OSError):  # not a checkpoint of ours, which stays
+                    _remove(old, [*read_checkpoint(old)["files"], STATE])
 
 
 def _remove(folder: Path, names: Iterable[str]) -> None:
@@ -176,18 +147,16 @@ def load_tensors(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def save_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write safetensors files: equal tensors give equal bytes. Raises OSError."""
+    """Write safetensors files. One process writes tensor by tensor, and takes no memory. Raises OSError."""
+    if not dist.is_initialized():
+        with (folder / "shard-00001-model-00001-of-00001.safetensors").open("wb") as file:
+            write_tensors(file, tensors, {"format": "pt"})
+        return
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-            dcp.save(dict(tensors), storage_writer=writer, no_dist=not dist.is_initialized())
-        if not dist.is_initialized() or dist.get_rank() == 0:  # all ranks have written, or rank 0 would still wait
-            for file in folder.glob("*.safetensors"):
-                sort_metadata(file)
+        dcp.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
     except dcp.CheckpointException as error:
         cause = _cause(error)
         raise cause if isinstance(cause, OSError) else OSError(str(cause)) from None

@@ -104,7 +104,7 @@ def estimate_training(recipe: Recipe, device: torch.device, ranks: Ranks | None 
 def _advice(memory: dict[str, int], causal: bool) -> str:
     if not causal:
         return "a bidirectional net reads a window at once: choose shorter ones (train.stages) or a smaller model"
-    kept = {kind: size for kind, size in memory.items() if kind not in ("activations", "logits", "checkpoint")}
+    kept = {kind: size for kind, size in memory.items() if kind not in ("activations", "logits")}
     if max(kept, key=kept.__getitem__) in ("cache", "key_gradients"):
         return "no chunk fits: keep what chunks remember on a disk (--spill DIR) or choose shorter sequences"
     return "no chunk fits: choose a smaller model (model.dim, model.num_layers) or a larger device"
@@ -201,11 +201,9 @@ def training_memory(recipe: Recipe, device: torch.device, ranks: Ranks) -> dict[
     number; the vocabulary's twice where a step has several forward passes. optimizer: 8 bytes per trained number, the
     two moments of AdamW; Muon has one moment of the layers' matrices, or of LoRA's. With `parallel.shard` "full", a
     rank holds its share of all these, and in a step all weights and gradients besides. activations, logits, cache,
-    key_gradients: of the stage that takes the most. checkpoint: a single process copies its weights and moments, and
-    torch makes two more copies, the bytes of tensors and of the file, in a thread, which has a heap of its own. If the
-    run goes on after its first checkpoint, the first copy exists during a step, too. With a GPU the copies are in the
-    host's memory, and not counted. evaluation, merged: what reading the held-out documents, and LoRA's merged weights
-    in float32, take beyond a step's activations, logits and cache, which are gone by then.
+    key_gradients: of the stage that takes the most. evaluation, merged: what reading the held-out documents, and LoRA's
+    merged weights in float32, take beyond a step's activations, logits and cache, which are gone by then. A checkpoint
+    is written from the tensors themselves, and takes nothing.
     """
     config, itemsize = recipe.model, itemsize_of(recipe.train.dtype, device)
     trained, layer_matrices = config.trained, config.layer_weights
@@ -226,13 +224,11 @@ def training_memory(recipe: Recipe, device: torch.device, ranks: Ranks) -> dict[
     merged = 4 * config.num_parameters() if config.frozen and device.type == "cpu" else 0
     later = {"evaluation": _evaluation_bytes(recipe, device, ranks), "merged": merged}
     beyond = {kind: size - sum(largest.values()) for kind, size in later.items()}
-    alone, goes_on = device.type == "cpu" and ranks.world == 1, recipe.train.save_every < recipe.train.steps
     return {
         "weights": weights + own_weights + copies,
         "gradients": 4 * trained + own_gradients + added,
         "optimizer": moments // share,
         **largest,
-        "checkpoint": (2 + goes_on) * (4 * trained + moments) if alone else 0,
         **{kind: size for kind, size in beyond.items() if size > 0 and size == max(beyond.values())},
     }
 

@@ -229,7 +229,6 @@ class _TrainingRun:
                     line = self._report() or line
                 finally:  # also if a signal ends its evaluation: the step is done, and is saved
                     on_step(tokens, line if line and line.step == self.progress.step else None)
-                self.checkpoints.check()
                 signals.look()
                 if self._save_is_due():
                     self.save()
@@ -243,7 +242,6 @@ class _TrainingRun:
             raise DataError(f"{error}; the {self.progress.step} steps before it are saved in {self.output}") from None
         finally:
             gc.unfreeze()
-            self.checkpoints.wait()
         self._end()
         loss = line.loss if line else math.nan
         return TrainResult(self.progress.step, self.log.tokens, loss, self.output, self.progress.best)
@@ -377,7 +375,6 @@ class _TrainingRun:
 
     def _end(self) -> None:
         self.save()
-        self.checkpoints.finish()
         self._write_model(self.output)
 
     def save(self) -> None:
@@ -392,7 +389,8 @@ class _TrainingRun:
             "versions": versions,
         }
         tensors = run_tensors(self.model, self.optimizers, self.random, self.ranks)
-        self.checkpoints.save(self.progress.step, tensors, facts)
+        with self.log.paused():
+            self.checkpoints.save(self.progress.step, tensors, facts)
         self.saved_at = time.monotonic()
 
     def _write_model(self, folder: Path) -> None:
