@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from longnet_cli.basics.errors import DataError, LongNetError, MemoryLimitError
+from longnet_cli.basics.system_calls import read_into
 
 
 class FileChangedError(DataError):
@@ -52,11 +53,11 @@ class StoredFile(io.RawIOBase):
     def read_at(self, offset: int, out: Any) -> None:
         """Fill `out`, a contiguous array or memoryview, with the file's bytes from `offset` on."""
         try:
-            count = os.preadv(self._handle, (out,), offset)
+            count = read_into(self._handle, (out,), offset)
             missing = out.nbytes - count
             while missing and count:  # one call reads 2 GB at most
                 offset += count
-                count = os.preadv(self._handle, (memoryview(out).cast("B")[-missing:],), offset)
+                count = read_into(self._handle, (memoryview(out).cast("B")[-missing:],), offset)
                 missing -= count
             status = os.fstat(self._handle)
         except OSError as error:

@@ -6,6 +6,7 @@ import ctypes
 import os
 import re
 import resource
+import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -161,8 +162,8 @@ def peak_memory(device: torch.device) -> int:
     with suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-    # which may include the memory of the process that started this one
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # not on Linux, where it would include the memory of the process that started this one
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def peak_from_now(device: torch.device) -> Callable[[], int | None]:

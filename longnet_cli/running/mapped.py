@@ -25,6 +25,7 @@ from torch import Tensor
 from longnet_cli.attention.past import Blocks
 from longnet_cli.basics.errors import ConfigError, MemoryLimitError
 from longnet_cli.basics.sizes import format_bytes
+from longnet_cli.basics.system_calls import allocate, read_into
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM)
 
@@ -48,8 +49,7 @@ class MappedMemory:
                 self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             else:
                 with tempfile.TemporaryFile(dir=folder) as file:
-                    # a write to a map of a file would kill the process where the disk is full
-                    os.posix_fallocate(file.fileno(), 0, size)
+                    allocate(file.fileno(), size)
                     self._map = mmap.mmap(file.fileno(), size)
         self._used = self._alive = 0
         self._free: defaultdict[int, list[int]] = defaultdict(list)  # size -> offsets of the rooms of that size
@@ -113,7 +113,7 @@ class SpillFile:
 
     def read(self, start: int, into: Sequence[memoryview]) -> None:
         """Fill rooms for bytes, one after the other, with the bytes from `start` on."""
-        done = os.preadv(self._file.fileno(), into, start)
+        done = read_into(self._file.fileno(), into, start)
         if done != sum(map(len, into)):
             raise OSError(errno.EIO, os.strerror(errno.EIO), f"--spill {self.folder}")
 

@@ -99,7 +99,6 @@ def stop(script: Script, command_env: dict[str, str], tmp_path: Path) -> Callabl
         ),
         (["score", "x", "--chunk", "0"], 2, "Invalid value for '--chunk': '0' is out of range"),
         (["score", "x", "--device", "gpu"], 2, "Invalid value for '--device': 'gpu' is not a device"),
-        (["score", "x", "--device", "mps"], 2, "'mps' is not a device: it has no float64"),
         (["encode", "x", "-o", "x" * 256], 2, "error: File name too long: xxxx"),
         (["score", "x", "--contxt", "8"], 2, "--context"),
         (["score", "x", "--keep", "n,n"], 2, "'n,n' is no list of names"),

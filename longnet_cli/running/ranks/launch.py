@@ -243,7 +243,8 @@ def end_with_parent() -> None:
     Call it from the main thread, before anything slow. Raises SystemExit if the parent has ended already.
     """
     parent = int(os.environ.get(LAUNCHED) or os.getppid())
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:
         raise SystemExit(128 + signal.SIGTERM)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
