@@ -365,6 +365,9 @@ score ../in/ids.arrow -m ../in/native --format jsonl
 score - <../in/ids.arrow -m ../in/native --format jsonl
 score {READING} -o gains --shard-tokens 20 --resume +gains
 
+score {READING} --top 1 --token-logprobs x.arrow
+* --chunk 32 --sp 2
+
 score {READING} --format jsonl {CHOSEN}
 * --chunk 7
 * --chunk 7 --spill ../in/spill

@@ -195,7 +195,11 @@ def read_file(path: Path) -> tuple[Any, dict[str, str]]:
         return {name: tensor.double().flatten().tolist() for name, tensor in tensors.items()}, types
     if path.suffix in (".arrow", ".parquet"):
         table = ipc.open_file(path).read_all() if path.suffix == ".arrow" else pq.read_table(path)
-        return table.to_pylist(), {each.name: str(each.type) for each in table.schema}
+        rows = table.to_pylist()
+        if "logprobs" in table.column_names:  # a document's rows are those of its chunks
+            lists = [name for name in table.column_names if isinstance(rows[0][name], list)]
+            rows = [{name: [token for row in rows for token in row[name]] for name in lists}]
+        return rows, {each.name: str(each.type) for each in table.schema}
     if path.suffix == ".jsonl":
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         return [*flat([row for row in rows if row.get("kind") != "total"])], {}  # which other formats do not have

@@ -184,10 +184,3 @@ def test_an_unknown_end_has_no_time_left(capsys, clock):
         clock(2)
         advance(4)
     assert capsys.readouterr().err == "encoding: 4 doc, 2 doc/s, in 2.00 s\n"
-
-
-def test_quiet_is_quiet(capsys, clock):
-    with progress("scoring", total=10, quiet=True) as advance:
-        clock(100)
-        advance(10)
-    assert capsys.readouterr() == ("", "")

@@ -140,14 +140,6 @@ def test_a_model_of_transformers(tmp_path: Path) -> None:
         find_subject(f"{tmp_path}/")
 
 
-def test_a_picture(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    file = tmp_path / "x.png"
-    result = invoke("pattern", "window:8,sinks=2", "paper", "--seq", "64", "-o", str(file), code=0)
-    assert file.read_bytes().startswith(b"\x89PNG")
-    assert "s sinks" in result.stdout
-
-
 @given(st.integers(40, 10**12), st.sampled_from(["paper", "window:1Ki,sinks=4", "1Ki/1,3Ki/7,9Ki/5"]))
 def test_pictures_of_any_length(seq: int, text: str) -> None:
     cells = picture(parse_pattern(text), seq, 16, 12)

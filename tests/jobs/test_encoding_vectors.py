@@ -248,8 +248,3 @@ def test_files_of_vectors_that_cannot_be_read_are_left_out(
     for sample in ([], ["--sample", "2"]):
         found = json.loads(run_longnet(*words, "--skip-bad", "--dry-run", "--format", "json", *sample).stdout)
         assert (found["documents"], found["left_out"], found["tokens"]) == (3, 2, 111)
-
-
-def test_convert_writes_a_slide_encoder_in_another_type(run_longnet: RunLongnet, tmp_path: Path, model: Path) -> None:
-    run_longnet("convert", model, "-o", tmp_path / "half", "--dtype", "bf16", code=0)
-    assert next(SlideEncoder.from_pretrained(tmp_path / "half", dtype=None).parameters()).dtype is torch.bfloat16

@@ -11,7 +11,6 @@ import pyarrow.ipc
 import pytest
 import torch
 from builders import MadeInputs, make_document, scores, tiny_net
-from conftest import RunLongnet
 from processes import contents
 
 from longnet_cli.basics.errors import ConfigError, DataError, NoTokensError
@@ -141,17 +140,6 @@ def test_a_resumed_folder_has_the_same_bytes(model: LongNet, tmp_path: Path) -> 
 def test_nothing_to_score_is_said_at_the_end(model: LongNet, tmp_path: Path) -> None:
     with pytest.raises(NoTokensError):
         write(model, tmp_path / "out", [make_document(0)])
-
-
-@pytest.mark.parametrize("output", ["x.arrow", "x.jsonl", "x.parquet"])
-def test_a_run_that_fails_leaves_the_file_as_it_was(run_longnet: RunLongnet, tmp_path: Path, output: str) -> None:
-    (tmp_path / "in.jsonl").write_text('{"text": "one two"}\n{"text": 5}\n')
-    for before in ({}, {output: b"before"}):
-        for name, data in before.items():
-            (tmp_path / name).write_bytes(data)
-        assert run_longnet("score", "in.jsonl", "-o", output).returncode == 3
-        found = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != "in.jsonl"}
-        assert found == before
 
 
 def test_kept_columns_stand_behind_the_rows_of_a_resumed_folder_too(model: LongNet, tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 from builders import tiny_model
 from conftest import RunLongnet
@@ -23,8 +22,6 @@ from places import ROOT
 from longnet_cli.data.documents import Document
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.encoding import TextPlaces
-
-TEXT = "naïve “quotes” — \U0001f600\U0001f468\u200d\U0001f469 and e\u0301 \u4e2d\u6587. " * 9
 
 
 @pytest.mark.parametrize("name", ["bytes", "longnet-tiny"])
@@ -46,24 +43,6 @@ def test_a_text_that_the_tokenizer_changes_has_no_places() -> None:
     words = Tokenizer.load("longnet-tiny")
     assert TextPlaces(Document("a", words.encode("abc"), 4, "a", tokenizer=words)).of(0, 1) == (None, None)
     assert TextPlaces(Document("a", words.encode("abc"), words, "a")).of(0, 1) == (None, None)
-
-
-def test_rows_of_text_say_where_they_are(tmp_path: Path, run_longnet: RunLongnet) -> None:
-    tiny_model(tmp_path / "model")
-    (tmp_path / "a.txt").write_text(TEXT)
-    (tmp_path / "b.txt").write_text("short")
-    run_longnet("encode", "a.txt", "b.txt", "--model", "./model", "--span", "50", "-o", "v.parquet")
-    rows = pq.read_table(tmp_path / "v.parquet").to_pylist()
-    of_a = [row for row in rows if row["doc_id"] == "a.txt"]
-    assert (of_a[0]["char_start"], of_a[-1]["char_end"]) == (0, len(TEXT))
-    for row in of_a:
-        assert (
-            TEXT.encode()[row["start"] : row["end"]].decode(errors="ignore")
-            in TEXT[row["char_start"] : row["char_end"]]
-        )
-    run_longnet("tokenize", "a.txt", "--tokenizer", "bytes", "-o", "ids.arrow")
-    run_longnet("encode", "ids.arrow", "--model", "./model", "-o", "w.parquet")
-    assert "char_start" not in pq.read_schema(tmp_path / "w.parquet").names
 
 
 @pytest.mark.ci
