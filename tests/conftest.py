@@ -138,6 +138,14 @@ def python(forked: Forked) -> Path:
     return forked.python
 
 
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small LongNet, for commands."""
+    from builders import tiny_model
+
+    return tiny_model(tmp_path_factory.mktemp("models") / "tiny", position="rope")
+
+
 @pytest.fixture
 def run_longnet(tmp_path: Path, command_env: dict[str, str], longnet: Path) -> RunLongnet:
     """`run_longnet("score", "-", input=...)` runs the command in an empty folder; text=False for bytes.

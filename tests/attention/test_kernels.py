@@ -1,20 +1,46 @@
-"""Kernels: each one that runs here equals plain math; selection, forcing and probing.
+"""Kernels: each one that runs here equals plain math; selection, forcing and probing. On a GPU: tests/test_gpu.py.
 
-On a GPU: tests/test_gpu.py.
+What attention takes on a GPU, tried on a CPU: operators and memory of chosen blocks with a GPU's limits, which give
+the same bits as a CPU's; and the memory of a backward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
+from strategies import PAPER_64TH, turn
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from longnet_cli.attention import cuda_kernels, kernels
+from longnet_cli.attention import (
+    KVCache,
+    LayerChoices,
+    Past,
+    Pattern,
+    choosing,
+    cuda_kernels,
+    dilated_attention,
+    groups,
+    kernels,
+)
+from longnet_cli.attention.chosen import Chosen
+from longnet_cli.attention.groups import GroupedPart, groups_of, transient_bytes
+from longnet_cli.attention.kernels import KERNELS
+from longnet_cli.attention.merging import GradientSum, Merge
+from longnet_cli.attention.plain_call import Kernel
+from longnet_cli.attention.planning import Shard, merged_backward, plan_calls
+from longnet_cli.nets.config import LongNetConfig
+from longnet_cli.nets.positions import sink_turn
 
 CPU, MATH = torch.device("cpu"), kernels.KERNELS["math"]
 
@@ -234,3 +260,194 @@ def test_a_card_gets_flash_attn_if_it_is_there(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(kernels, "_failure", lambda *_: None)
     monkeypatch.setattr(cuda_kernels.FlashAttnKernel, "functions", lambda _: (print, print))
     assert kernels.select_kernel(card(8), torch.bfloat16, 64).name == "flash_attn"
+
+
+# what starts nothing on a GPU
+VIEWS = {"view", "_unsafe_view", "slice", "select", "unsqueeze", "squeeze", "expand", "as_strided", "transpose", "t"}
+VIEWS |= {"permute", "unbind", "split", "split_with_sizes", "alias", "detach", "unfold", "view_as_complex"}
+VIEWS |= {"view_as_real", "empty", "empty_like", "new_empty", "scalar_tensor", "lift_fresh"}
+WAITS = {"tolist", "item", "nonzero", "unique", "masked_select", "__bool__", "__int__", "__index__"}  # for a GPU
+
+
+class Launches(TorchDispatchMode):
+    number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += func.overloadpacket.__name__ not in VIEWS
+        return func(*args, **(kwargs or {}))
+
+
+class Waits(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_name: Counter[str] = Counter()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in WAITS:
+            self.by_name[func.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class FlashOfAGpu(Kernel):
+    """As many groups at a time as a GPU's kernel takes, and no result."""
+
+    def max_batch(self, heads: int, rows: int, head_dim: int) -> int:
+        return min(65_535, ((1 << 31) - 1) // (heads * (-(-rows // 128) * 128) * head_dim))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        return q.new_empty(q.shape), q.new_empty(q.shape[:3])
+
+    def backward(self, tensors: Sequence[Tensor], *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        _, q, k, v, *_ = tensors
+        return torch.empty_like(q), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def rope_of(heads: int, head_dim: int) -> Any:
+    fields = {"dim": heads * head_dim, "num_heads": heads, "num_layers": 1, "ffn_dim": 8, "vocab_size": 8}
+    return sink_turn(LongNetConfig(**fields, position="rope", segment_lengths=(8,), dilation_rates=(1,)))
+
+
+def test_a_layer_starts_few_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For 65,536 tokens of 12 heads x 64 in bf16, tried with a quarter of them, of one head x 8 in fp32.
+
+    The limits are so much less, too.
+    """
+    less = groups.GPU._replace(gathered=groups.GPU.gathered * 2 // (4 * 96), scores=groups.GPU.scores // (4 * 12))
+    monkeypatch.setattr(groups, "CPU", less)
+    pattern, tokens, choices = replace(Pattern.finding(), chosen_layers=(0, 2)), 16_384, choosing.Choices()
+    rope = rope_of(1, 8)
+    parts = [GroupedPart(slice(0, 1), slice(0, tokens), 0, each) for each in groups_of(pattern, 0, tokens)]
+    for layer, most in enumerate((1700, 1300, 1700)):  # a hundred calls of 64 MiB of keys each
+        q, k = torch.randn(2, 1, tokens, 1, 8, generator=torch.Generator().manual_seed(layer)).unbind()
+        call, merge = Chosen(pattern, parts, rope, choices=LayerChoices(choices, pattern, layer)), Merge(q, False)
+        with torch.no_grad(), Waits() as waits, Launches() as launches:
+            call.choose(q, k, 0.5)
+            call.merge(FlashOfAGpu(), 0.5, q, k, k, merge)
+        assert 0 < launches.number <= most
+        assert waits.by_name.total() <= 2
+
+
+@pytest.mark.parametrize("before", [0, 1501])
+def test_limits_of_a_gpu_give_the_same_bits(before: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers that choose and that follow, from the first token on and with a past that was read in shards."""
+    pattern = Pattern((64,), (1,), look_back=1, chosen=4, chosen_block=16, chosen_every=8, chosen_layers=(1, 3))
+    monkeypatch.setattr("longnet_cli.attention.groups.FUNNEL", ((2, 40),))
+    results = []
+    for sizes in (groups.CPU, groups.GPU):
+        monkeypatch.setattr(groups, "CPU", sizes)
+        choices, of_sizes = choosing.Choices(), []
+        for layer in range(4):
+            q, k, v = torch.randn(3, 1, before + 1200, 4, 16, generator=torch.Generator().manual_seed(layer)).unbind()
+            cache = KVCache(pattern, 1, 4, 16, layer=layer)
+            for part in zip(*(x[:, :before].split(400, 1) for x in (q, k, v)), strict=True):
+                if before:
+                    cache.append(*part[1:], q=part[0])
+            options = {
+                "start": before,
+                "far": cache.far(),
+                "turn": turn,
+                "choices": LayerChoices(choices, pattern, layer),
+            }
+            of_sizes.append(dilated_attention(*(x[:, before:] for x in (q, k, v)), pattern, **options))
+        results.append((of_sizes, choices.made))
+    (outs, made), (others, others_made) = results
+    assert all(map(torch.equal, outs, others))
+    for layer in pattern.chosen_layers:
+        of_parts = zip(made[layer], others_made[layer], strict=True)
+        assert all(torch.equal(*each) for of_part in of_parts for each in zip(*of_part, strict=True))
+
+
+def test_a_past_on_a_gpu_is_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(groups, "CPU", groups.GPU)
+    pattern = Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4)
+    x, past = torch.randn(1, 4000, 2, 4), Past(pattern)
+    past.settle(None)
+    for some in x.split(700, 1):
+        past.append(some, some, some)
+    blocks, into = torch.tensor([0, 7, 499]), torch.empty(2, 3, 8, 2, 4)
+    with Launches() as launches:
+        past.blocks.take(0, blocks, into)
+    assert launches.number == 2  # of keys, of values
+    assert torch.equal(into[0], x[0].unflatten(0, (-1, 8))[blocks])
+
+
+class Live(TorchDispatchMode):
+    """The most bytes at a time of tensors that did not exist before."""
+
+    def __init__(self, *known: Tensor) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen = {x.untyped_storage()._cdata for x in known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            storage = x.untyped_storage() if isinstance(x, Tensor) and not x.is_meta else None
+            if storage is not None and storage._cdata not in self._seen:
+                self._seen.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+        return result
+
+    def _gone(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.now -= size
+
+
+@pytest.mark.parametrize("before", [0, 32_768])
+def test_what_chosen_blocks_take_for_a_time(before: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With limits that are a 64th of a GPU's; on one, it is at most 2 GiB."""
+    less = groups.GPU._replace(gathered=groups.GPU.gathered // 64, scores=groups.GPU.scores // 64)
+    monkeypatch.setattr(groups, "CPU", less)
+    pattern, tokens, past, heads = Pattern.finding(), 4096, None, (2, 64)
+    rope = rope_of(*heads)
+    if before:
+        past = Past(pattern, keep=before + tokens)
+        past.settle(rope)
+        x = torch.randn(1, before, *heads).bfloat16()
+        past.append(x, x, x)
+    parts = [
+        GroupedPart(slice(0, 1), slice(0, tokens), before, each) for each in groups_of(pattern, before, before + tokens)
+    ]
+    q, k, dout = torch.randn(3, 1, tokens, *heads).bfloat16().unbind()
+    call, merge, total = Chosen(pattern, parts, rope, past), Merge(q, False), GradientSum(q)
+    kept = [*past.blocks.pieces(), *past.means.of.values()] if past else []
+    known = [q, k, dout, *merge.places, total.place, *kept]
+    most = transient_bytes(less)
+    with torch.no_grad(), Live(*known) as choosing_:
+        call.choose(q, k, 0.125)
+    with torch.no_grad(), Live(*known) as attending:
+        call.merge(FlashOfAGpu(), 0.125, q, k, k, merge)
+    out, lse = merge.result()
+    with torch.no_grad(), Live(*known, out, lse) as backward:
+        gradients = call.gradients(FlashOfAGpu(), 0.125, (dout, q, out, lse[..., None]), (k, k), total)
+    backward.peak -= sum(x.nbytes for x in gradients)  # results
+    assert most / 3 < max(choosing_.peak, attending.peak, backward.peak) <= most
+    assert transient_bytes(groups.GPU) <= 2 << 30
+
+
+def test_memory_of_a_forward_and_a_backward() -> None:
+    """In times the bytes of q, beside inputs and dout: the 4 of the result and of gradients cannot be less."""
+    q, k, v, dout = torch.randn(4, 1, 4096, 4, 64).unbind()
+    tensors = [x.requires_grad_() for x in (q, k, v)]
+    with Live(q, dout) as live:
+        dilated_attention(*tensors, PAPER_64TH).backward(dout)
+    assert live.peak <= 7.5 * q.nbytes
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("tokens", [1 << 15, 1 << 17])
+def test_memory_of_a_backward(tokens: int) -> None:
+    """In times the bytes of q, beside the five of saved tensors and dout: the 3 of gradients cannot be less.
+
+    On fake tensors: torch knows what its CUDA operators return. They allocate more inside.
+    """
+    with FakeTensorMode():
+        q, k, v, out, dout = (torch.empty(1, tokens, 12, 64, dtype=torch.bfloat16) for _ in range(5))
+        lse = torch.empty(1, tokens, 12)
+        plan = plan_calls(KERNELS["cuda_flash"], q, k, v, Pattern.paper(), Shard())
+        with Live(q, k, v, out, dout, lse) as live:
+            grads = merged_backward(plan, 0.125, (dout, q, k, v, out, lse), [])
+            grads = [d.to(q.dtype) for d in grads]
+    assert live.peak <= 12 * q.nbytes

@@ -30,11 +30,6 @@ SCORE_KEYS = {"nll_sum", "n_tokens", "n_bytes", "ppl", "bpb"}
 TEXTS = {"a.txt": "Call me Ishmael.", "b.txt": "Some years ago\nnever mind how long precisely\n", "c.txt": "é"}
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("models") / "tiny")
-
-
 @pytest.fixture
 def texts(tmp_path: Path) -> Path:
     folder = tmp_path / "texts"

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import typer
-from builders import tiny_model
 from places import ROOT
 from processes import invoke, refused
 from typer.testing import CliRunner
@@ -195,11 +194,6 @@ for words in json.loads(sys.argv[1]):
 
 SHAPE = {"vocab_size": 257, "dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 32, "position": "rope"}
 STAGES = {"train.stages": [{"seq_len": 64, "steps": 1}]}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("models") / "tiny", position="rope")
 
 
 @pytest.fixture

@@ -28,11 +28,6 @@ from longnet_cli.data.tokenizer import Tokenizer
 BYTES = Tokenizer.bytes()
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("models") / "tiny")
-
-
 # --- chains of commands ----------------------------------------------------------------------------------------------
 
 

@@ -1,12 +1,21 @@
-"""Every module, class and function that a docstring puts in backticks, as `module.name` or `Class.name`, exists."""
+"""Names of code: what docstrings put in backticks, as `module.name` or `Class.name`, exists; no file and no class has
+the name of another; public ones come from their stable places, without torch until one is used, and docs/ uses them.
+"""
 
 from __future__ import annotations
 
 import ast
+import importlib
 import re
+import subprocess
+import sys
+from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 
-from places import ROOT
+from places import ROOT, imported
+
+import longnet_cli
 
 PACKAGE = ROOT / "longnet_cli"
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
@@ -74,3 +83,57 @@ def test_named_code_exists() -> None:
 def test_a_name_that_is_gone_is_seen() -> None:
     assert all(map(is_dead, ("pattern.lanes", "measures.Bigrams", "attention/no_module.py")))
     assert not any(map(is_dead, ("spans.Layout", "Pattern.window", "attention/spans.py", "config.json", "torch.save")))
+
+
+COMMANDS = PACKAGE / "cli"  # a command's file has the command's name
+
+
+def test_no_name_stands_twice() -> None:
+    places: dict[str, set[str]] = defaultdict(set)
+    for file in PACKAGE.rglob("*.py"):
+        where = str(file.relative_to(PACKAGE))
+        if not file.stem.startswith("__") and file.parent != COMMANDS:
+            places[f"file {file.stem}"].add(where)
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                places[f"class {node.name.strip('_')}"].add(f"{where}:{node.lineno}")
+    assert {name: sorted(found) for name, found in places.items() if len(found) > 1} == {}
+
+
+INTEGRATIONS = ("longnet_cli.integrations.transformers", "longnet_cli.integrations.gigapath")
+STABLE = ("longnet_cli", "longnet_cli.attention", *INTEGRATIONS)
+
+
+def test_every_public_name_is_what_type_checkers_see() -> None:
+    seen = {}
+    for node in ast.walk(ast.parse(Path(longnet_cli.__file__).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("longnet_cli"):
+            seen |= {alias.name: node.module for alias in node.names}
+    assert sorted(seen) == longnet_cli.__all__
+    assert {*seen} <= {*dir(longnet_cli)}
+    for name, module in seen.items():
+        assert getattr(longnet_cli, name) is getattr(importlib.import_module(module), name)
+
+
+def test_importing_the_package_loads_no_torch() -> None:
+    program = (
+        "import sys, longnet_cli; longnet_cli.Pattern; sys.exit('torch' in sys.modules or 'pyarrow' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
+
+
+def test_the_reference_lists_the_public_names() -> None:
+    reference = imported(ROOT / "docs/hooks.py").REFERENCE
+    listed = [name for part in reference.values() for name in part.get("longnet_cli", ())]
+    assert sorted([*listed, "plotting"]) == longnet_cli.__all__
+
+
+def test_docs_import_from_stable_places() -> None:
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    used = [
+        (page.name, place)
+        for page in pages
+        for place in re.findall(r"^\s*from (longnet_cli\S*) import", page.read_text(), re.M)
+    ]
+    assert len(used) > 10
+    assert [each for each in used if each[1] not in STABLE] == []

@@ -1,22 +1,22 @@
-"""Curves of runs, benchmarks and scores: every mistake is named, and they become pictures."""
+"""Curves of runs, benchmarks and scores: every mistake is named, and they become pictures; what rows of `bench` and
+`score` say, from real rows, JSON of every shape and damaged files.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+from files import write_lines
 from places import ROOT
 
-from longnet_cli.basics.errors import ConfigError
-from longnet_cli.jobs import plotting
-from longnet_cli.jobs.plotting import Curve, Point, panels, read, read_all
+from longnet_cli.basics.errors import ConfigError, DataError
+from longnet_cli.jobs.plotting import Curve, Panel, Point, draw_picture, panels, read, read_all, title
 from longnet_cli.jobs.plotting.recognizing import Run
-
-
-def draw_picture(runs: list[Run], output: Path) -> None:
-    plotting.draw_picture(panels(runs), output)
 
 
 def curve(run: Run, key: str) -> list[tuple[float, float]]:
@@ -75,12 +75,12 @@ def test_a_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     for steps in ([1], [1, 2]):
         runs = [Run(name, [{"step": n, "loss": 2.0} for n in steps]) for name in ("one", "two")]
-        draw_picture(runs, tmp_path / "curves.svg")
+        draw_picture(panels(runs), tmp_path / "curves.svg")
         assert ("M 0 3" in (tmp_path / "curves.svg").read_text()) == (len(steps) == 1)
-    draw_picture(runs, tmp_path / "curves.png")
+    draw_picture(panels(runs), tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     with pytest.raises(ConfigError, match=r"\.png, \.svg, \.pdf"):
-        draw_picture(runs, tmp_path / "curves.gif")
+        draw_picture(panels(runs), tmp_path / "curves.gif")
 
 
 def test_the_command(run_longnet, tmp_path: Path) -> None:
@@ -102,3 +102,154 @@ def test_without_matplotlib_one_line_says_how_to_get_it(tmp_path: Path, run_long
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
     assert "pip install '.[plot]'" in done.stderr
     assert not (tmp_path / "curves.png").exists()
+
+
+DOCS = ROOT / "docs"
+BILLION, TINY, BLOCKS = (
+    DOCS / name for name in ("bench-1e9.jsonl", "longnet-tiny.json", "dense-in-blocks-of-1Ki.json")
+)
+
+
+def write(path: Path, *rows: Any) -> Path:
+    return write_lines(path, [*rows])
+
+
+def bench_row(impl: str, seq: int, seconds: float | None, **more: Any) -> dict[str, Any]:
+    rate = seq / seconds if seconds else None
+    status = "ok" if seconds else "skipped"
+    row = {"op": "attention", "impl": impl, "direction": "forward", "seq": seq, "status": status}
+    return row | {"seconds": seconds, "tokens_per_second": rate, "peak_rss_bytes": 2**20 + seq} | more
+
+
+def comments(picture: Path) -> list[str]:
+    """Return the texts of an SVG, which matplotlib draws as shapes and names in comments."""
+    return re.findall(r"<!-- (.*?) -->", picture.read_text(encoding="utf-8"))
+
+
+def by_key(*files: Path) -> dict[str, Panel]:
+    return {panel.key: panel for panel in panels(read_all(files))}
+
+
+def test_a_billion_tokens() -> None:
+    """Each length is one point: the whole run, not its decades. Dense goes on as its square from the last measured."""
+    rows = [json.loads(line) for line in BILLION.read_text().splitlines()]
+    found = by_key(BILLION)
+    assert list(found) == ["seconds", "seconds_per_token", "peak_rss_bytes"]
+    time, each, memory = found.values()
+    assert [(curve.name, curve.extrapolated) for curve in time.curves] == [
+        ("dilated", False), ("dense", False), ("dense", True),
+    ]  # fmt: skip
+    whole = [row for row in rows if row["impl"] == "dilated" and row["stop"] is None]
+    assert time.curves[0].points == [Point(row["seq"], row["seconds"]) for row in whole]
+    assert [x for x, *_ in time.curves[0].points] == [1e6, 1e7, 1e8, 1e9]
+    (last, *guesses), measured = time.curves[2].points, time.curves[1].points
+    assert last == measured[-1]
+    assert [x for x, *_ in guesses] == [1e6, 1e7, 1e8, 1e9]
+    for (x, seconds, _), (_, per_token, _) in zip(guesses, each.curves[2].points[1:], strict=True):
+        assert seconds == pytest.approx(last.y * (x / 131072) ** 2)
+        assert per_token == pytest.approx(seconds / x)
+    assert [curve.extrapolated for curve in memory.curves] == [False, False]
+
+
+def test_what_differs_between_rows_is_in_the_names(tmp_path: Path) -> None:
+    directions = [bench_row("dilated", 64, 1.0), bench_row("dilated", 64, 2.0, direction="backward", heads=None)]
+    first, second = write(tmp_path / "a.jsonl", *directions), write(tmp_path / "b.jsonl", bench_row("dilated", 64, 3.0))
+    assert by_key(first)["seconds"].names == ["dilated, forward", "dilated, backward"]
+    assert by_key(first, second)["seconds"].names == ["a, dilated, forward", "a, dilated, backward", "b, dilated"]
+    both = write(tmp_path / "d.jsonl", bench_row("dilated", 64, 1.0), bench_row("dense", 64, 4.0))
+    assert by_key(both, second)["seconds"].names == ["d, dilated", "dense", "b, dilated"]
+    assert by_key(both, write(tmp_path / "e.jsonl", bench_row("dense", 64, 3.0)))["seconds"].names == [
+        "d, dilated", "d, dense", "e, dense",
+    ]  # fmt: skip
+    heads = [bench_row("dense", 64, 1.0, heads=n, causal=n > 2) for n in (2, 4)]
+    assert by_key(write(tmp_path / "c.jsonl", *heads))["seconds"].names == [
+        "dense, 2 heads, bidirectional", "dense, 4 heads, causal",
+    ]  # fmt: skip
+
+
+def test_rows_without_a_measurement_give_no_point(tmp_path: Path) -> None:
+    stopped = bench_row("dilated", 10**9, 5.0, status="stopped", start=0, stop=4000)
+    rows = [bench_row("dilated", 64, 1.0), bench_row("dilated", 128, None), bench_row("dilated", 256, 0.0), stopped]
+    (curve,) = by_key(write(tmp_path / "a.jsonl", *rows))["seconds"].curves
+    assert curve.points == [Point(64, 1.0), Point(4000, 5.0)]  # of a stopped run, how far it came
+    only_skipped = write(tmp_path / "b.jsonl", bench_row("dense", 64, None, peak_rss_bytes=None))
+    with pytest.raises(DataError, match="b: nothing to draw"):
+        panels([read(only_skipped)])
+
+
+def test_contexts_are_a_curve_with_errors() -> None:
+    found = by_key(TINY, BLOCKS)
+    totals = json.loads(TINY.read_text())["totals"]
+    tiny, blocks = found["ppl"].curves
+    assert tiny == Curve("longnet-tiny", [Point(row["context"], row["ppl"], row["ppl_se"]) for row in totals])
+    assert (blocks.name, [point.x for point in blocks.points]) == ("dense-in-blocks-of-1Ki", [2048, 16384])
+    assert found["ppl_ratio"].curves[0].points[1] == Point(2048, totals[1]["ppl_ratio"], totals[1]["ppl_ratio_se"])
+
+
+@pytest.mark.parametrize("format", ["json", "jsonl", "one line"])
+def test_scores_in_every_form(tmp_path: Path, format: str) -> None:
+    rows = [{"from": 1, "to": 1, "n_tokens": 5, "nll": 3.0, "nll_se": 0.5}, {"from": 2, "to": 3, "nll": 2.0}]
+    total = {"ppl": 9.0, "context": None, "by_position": rows, "by_segment_position": []}
+    value = {"total": total, "documents": [{"doc_id": "a", "ppl": 9.0}]}
+    file = tmp_path / "tiny.json"
+    if format == "jsonl":
+        write(file, {"kind": "document", "doc_id": "a"}, {"kind": "total", **total})
+    else:
+        file.write_text(json.dumps(value, indent=2 if format == "json" else None) + "\n")
+    (panel,) = panels([read(file)])
+    assert (panel.key, panel.curves) == ("by_position", [Curve("tiny", [Point(1, 3.0, 0.5), Point(2, 2.0)])])
+
+
+def test_rows_of_bench_in_every_form(tmp_path: Path) -> None:
+    row = bench_row("dilated", 64, 1.0)
+    forms = (f"[\n  {json.dumps(row)}\n]\n", json.dumps([row]), json.dumps(row) + "\n", json.dumps(row) + '\n{"op')
+    for index, text in enumerate(forms):
+        (tmp_path / f"{index}.json").write_text(text)
+        assert by_key(tmp_path / f"{index}.json")["seconds"].curves[0].points == [Point(64, 1.0)]
+
+
+def test_a_picture_says_what_of_which_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Panels below one another; ticks of an axis in one notation; in legends, a curve is named once."""
+    pytest.importorskip("matplotlib")
+    figures = []
+    monkeypatch.setattr(
+        "longnet_cli.jobs.plotting.drawing.save_figure", lambda figure, *to, **how: figures.append(figure)
+    )
+    measured = read_all([BILLION, TINY])
+    draw_picture(panels(measured, ["seconds", "seconds_per_token", "ppl"]), tmp_path / "all.png", title(measured))
+    said = "one attention layer of 2 heads x 32, longnet-tiny, AMD EPYC, 2 cores, 2026-11-24"
+    assert figures[0].get_suptitle().replace("\n", " ") == said
+    time, each, ppl = figures[0].get_axes()
+    assert [name.get_text() for name in time.get_legend().get_texts()] == ["dilated", "dense (dashed: extrapolated)"]
+    assert (time.get_ylabel(), each.get_legend(), ppl.get_legend()) == ("time, seconds", None, None)
+    ticks = [" ".join(tick.get_text() for tick in axes.get_xticklabels()) for axes in (each, ppl)]
+    assert (re.findall(r"10\^{(\d)}", ticks[0]), ticks[1]) == ([*"56789"], "512 1Ki 2Ki 4Ki 8Ki 16Ki")
+
+
+def test_bench_and_score_go_into_plot(run_longnet, tmp_path: Path) -> None:
+    """The real commands, through a pipe and from a file."""
+    pytest.importorskip("matplotlib")
+    options = ["--seq", "64,128", "--heads", "1", "--head-dim", "8", "--repeats", "1", "-q", "--format", "jsonl"]
+    rows = run_longnet("bench", *options).stdout
+    assert all(row["machine"] and row["date"] for row in map(json.loads, rows.splitlines()))
+    done = run_longnet("plot", "-", "--show", "peak_rss_bytes,seconds", "-o", "a.svg", input=rows)
+    assert (done.returncode, done.stderr) == (0, "-> a.svg\n")
+    said = comments(tmp_path / "a.svg")
+    assert said.index("peak memory") < said.index("time, seconds") < len(said)
+    assert "dense" in said
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(f"a text, {name}, and a text, and a text " * 3)
+    command = ["score", "a.txt", "b.txt", "-q", "--context", "8,32", "--by-position", "--format", "json"]
+    scores = run_longnet(*command)
+    (tmp_path / "scores.json").write_text(scores.stdout)
+    done = run_longnet("plot", "scores.json", "-o", "b.svg")
+    assert (done.returncode, done.stderr) == (0, "-> b.svg\n")
+    assert {"context 8", "context 32", "perplexity"} <= {*comments(tmp_path / "b.svg")}
+
+
+def test_the_picture_is_not_one_of_the_files(run_longnet, tmp_path: Path) -> None:
+    file = write(tmp_path / "a.png", bench_row("dilated", 64, 1.0))
+    before = file.read_bytes()
+    os.link(file, tmp_path / "b.png")
+    done = run_longnet("plot", "a.png", "-o", "b.png")
+    assert (done.returncode, len(done.stderr.splitlines()), file.read_bytes()) == (2, 1, before)

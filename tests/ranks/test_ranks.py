@@ -1,27 +1,44 @@
-"""How ranks join and wait for each other: each on a GPU of its own, or on hosts."""
+"""How ranks join and wait for each other, each on a GPU of its own or on hosts; and portions dealt out to real
+processes: results in order, each portion worked on once, however slow a rank is.
+"""
 
 from __future__ import annotations
 
 import os
+import random
+import re
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 import torch.distributed as dist
+from builders import tiny_model
+from conftest import RunLongnet
+from files import write_file, write_lines
+from hypothesis import given
+from hypothesis import strategies as st
+from many_ranks import run_ranks
 from places import ROOT
+from processes import contents
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from longnet_cli.basics.errors import ConfigError
+from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.jobs.training.checkpoint import Checkpoints
+from longnet_cli.running.ranks import dealing
 from longnet_cli.running.ranks import ranks as module
+from longnet_cli.running.ranks.dealing import Portion, deal, portions
 from longnet_cli.running.ranks.ranks import Ranks, _own_gpu, join
 
 
@@ -163,3 +180,158 @@ def test_all_ranks_enter_the_same_collectives() -> None:
     env = os.environ | {"TORCH_DISTRIBUTED_DEBUG": "DETAIL"}
     done = subprocess.run(tests, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
+
+
+def batch(*numbers: int) -> pa.RecordBatch:
+    return pa.record_batch({"n": numbers})
+
+
+@given(
+    lengths=st.lists(st.integers(0, 9), max_size=40), length=st.integers(1, 30), shard=st.none() | st.integers(1, 12)
+)
+def test_portions_are_the_items_in_order(lengths: list[int], length: int, shard: int | None) -> None:
+    def cut(items: list[tuple[int, int]]) -> list[tuple[list[tuple[int, int]], bool]]:
+        found = []
+        for portion in portions(items, length, length_of=lambda item: item[1], shard=shard):
+            read = list(portion)
+            assert (portion.items, portion.length) == (len(read), sum(size for _, size in read))
+            found.append((read, portion.ends_shard))
+        return found
+
+    items = list(enumerate(lengths))
+    whole = cut(items)
+    assert [item for read, _ in whole for item in read] == items
+    for index, (read, ends_shard) in enumerate(whole):
+        done = sum(len(read) for read, _ in whole[: index + 1])
+        assert ends_shard == (shard is not None and done % shard == 0)
+        assert ends_shard or index == len(whole) - 1 or sum(size + 1 for _, size in read) >= length
+        assert sum(size + 1 for _, size in read[:-1]) < length
+        if ends_shard:  # a resumed run goes on here, as if there were nothing before
+            assert cut(items[done:]) == whole[index + 1 :]
+
+
+def test_one_group_works_on_every_portion() -> None:
+    dealt = deal(portions("abcde", 4), list, Ranks())
+    assert [(list(results), portion.items) for portion, results in dealt] == [
+        (["a", "b"], 2),
+        (["c", "d"], 2),
+        (["e"], 1),
+    ]
+
+
+def test_groups_take_what_they_can_and_rank_0_gets_all_in_order(tmp_path: Path) -> None:
+    run_ranks(4, tmp_path, _deal_at_random)
+
+
+def _deal_at_random() -> None:
+    rank = dist.get_rank()
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if rank == 0 else None
+    port = Ranks(rank, 4).from_first(store.port if store else 0)
+    store = store or dist.TCPStore("127.0.0.1", port)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dealing.VALUE_BYTES, dealing.PAUSE = 200, 0.001
+    for seed in range(12):
+        ranks = Ranks(rank, 4, 1) if seed % 2 else Ranks(rank, 4, 2, pairs[rank // 2])
+        chance = random.Random(seed)  # the same on all ranks
+        items = [chance.randrange(10) for _ in range(chance.randrange(60))]
+        slow = chance.randrange(ranks.dp)
+
+        def work(portion: Portion[int], ranks: Ranks = ranks, slow: int = slow) -> Iterator[pa.RecordBatch]:
+            for item in portion:
+                total = torch.tensor([item])
+                ranks.of_group().sum(total)  # needs all of the group
+                time.sleep(0.01 if ranks.dp_rank == slow else 0.001)
+                yield batch(int(total) // ranks.sp, ranks.dp_rank)
+
+        others: Counter[int] = Counter()
+        parts = portions(items, 12, length_of=lambda item: item)
+        dealt = deal(parts, work, ranks, lambda part, others=others: others.update([part.length]), ahead=3)
+        found = [result["n"].to_pylist() for _, results in dealt for result in results]
+        assert [item for item, _ in found] == (items if rank == 0 else [])
+        if rank == 0:
+            assert sum(length * times for length, times in others.items()) == sum(i for i, who in found if who)
+            shares = Counter(who for _, who in found)
+            assert len(items) < 40 or shares[slow] < max(shares.values())
+
+    def not_all_on_rank_0(portion: Portion[int]) -> list[pa.RecordBatch]:
+        if rank:
+            store.set("taken", "")
+        else:
+            store.wait(["taken"])
+        return [batch(item, rank) for item in portion]
+
+    lengths = [6 if rank else 5] * 5  # as if a file had changed
+    dealt = deal(portions(lengths, 1, length_of=lambda item: item), not_all_on_rank_0, Ranks(rank, 4))
+    if rank == 0:
+        with pytest.raises(DataError, match=r"portion \d is 1 documents of 5 tokens on rank 0 and 1 of 6 on another"):
+            list(dealt)
+        dist.PrefixStore("longnet/0/12", store).set("end", "")
+    else:
+        assert list(dealt) == []
+    Ranks(rank, 4).barrier()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A model, and documents of 0 to 400 tokens in JSON Lines."""
+    tiny_model(tmp_path / "net", segment_lengths=(16, 64, 256), dilation_rates=(1, 2, 4), position="rope")
+    chance = np.random.default_rng(0)
+    rows = [chance.integers(97, 122, length) for length in [0, 1, *chance.integers(1, 400, 60)]]
+    texts = [{"id": f"d{index}", "text": bytes(row.tolist()).decode(), "n": index} for index, row in enumerate(rows)]
+    write_lines(tmp_path / "docs.jsonl", texts)
+    lengths = [9_000_000, 0, *[40_000] * 100, 5_000_000]  # several portions of 4 Mi characters
+    long = [{"id": f"{i}", "text": (f"{i:06d} " * (length // 7 + 1))[:length]} for i, length in enumerate(lengths)]
+    write_lines(tmp_path / "long.jsonl", long)
+    return tmp_path
+
+
+@pytest.fixture
+def run_both(folder: Path, run_longnet: RunLongnet) -> Callable[..., list[subprocess.CompletedProcess]]:
+    """Runs a command in one process and in two, or with `mesh`; what it writes goes to `alone` and `many`."""
+
+    def run(*words: str, writes: bool = False, mesh: tuple[str, ...] = ("--dp", "2")) -> list:
+        return [
+            run_longnet(*words, *(["-o", place] if writes else []), *more, cwd=folder, env={"OMP_NUM_THREADS": "1"})
+            for place, more in (("alone", ()), ("many", mesh))
+        ]
+
+    return run
+
+
+COMMANDS = {
+    name: text.split()
+    for name, text in {
+        "encode": "encode docs.jsonl -m ./net --chunk 256 --span 100 --keep n --shard-rows 20",
+        "gains": "score docs.jsonl -m ./net --chunk 256 --context 16,64 --keep n --shard-tokens 3000",
+        "tokenize": "tokenize long.jsonl --shard-tokens 4000000",
+    }.items()
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param("encode", marks=pytest.mark.ci), "gains", "tokenize"])
+def test_shards_are_the_bytes_of_one_process(name: str, folder: Path, run_both: Callable[..., list]) -> None:
+    alone, many = run_both(*COMMANDS[name], writes=True)
+    assert (alone.returncode, many.returncode) == (0, 0), many.stderr
+    assert contents(folder / "alone") == contents(folder / "many")
+    assert len(contents(folder / "alone")) > 3
+    assert many.stderr == alone.stderr.replace("alone", "many")
+
+
+@pytest.mark.parametrize("skip_bad", [True, pytest.param(False, marks=pytest.mark.ci)])
+def test_bad_data_ends_what_it_ends_in_one_process(skip_bad: bool, folder: Path, run_both: Callable[..., list]) -> None:
+    rows = [[97] * 200 for _ in range(50)]
+    rows[30][100] = 9999
+    write_file(folder / "bad.arrow", pa.table({"input_ids": rows}))
+    command = ["encode", "bad.arrow", "-m", "./net", "--chunk", "128", "--shard-rows", "10"]
+    alone, many = run_both(*command, *(["--skip-bad"] if skip_bad else []), writes=True)
+    assert alone.returncode == many.returncode == (6 if skip_bad else 3)
+    assert re.sub(r"rank \d: ", "", many.stderr) == alone.stderr.replace("-> alone", "-> many")
+    assert contents(folder / "alone") == contents(folder / "many")
+    assert len(contents(folder / "alone")) == (6 if skip_bad else 4)
+
+
+def test_processes_that_are_missing_are_named_in_one_line(folder: Path, run_longnet: RunLongnet) -> None:
+    done = run_longnet(*COMMANDS["encode"], "-o", "v", "--nproc", "1", "--dp", "2", cwd=folder)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "needs 2 processes, and there are 1" in done.stderr
