@@ -338,7 +338,7 @@ def reading_plans(
     chunk = chunk or chunk_beside(config, int(rates["memory"]) if machine.device == "cuda" else 0)
     # one forward pass is one device's, and so is a document with chosen blocks
     shareable = net.layer_by_layer and tokens > chunk and not config.pattern.chosen
-    read, plans = ReadingPlan(net, chunk), []
+    read, plans = ReadingPlan(config, chunk), []
     read.add([(tokens, tokens * scores)])
     flops, attention = read.product_flops(scores) / tokens, read.attention_flops() / tokens
     for sp, dp in meshes(machine, None if shareable else 1):

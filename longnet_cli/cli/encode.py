@@ -94,9 +94,9 @@ def encode(options: EncodeCommand) -> None:
     own, facts = for_model(asked, opened.folder, opened.loaded)
     job = Encoder(opened.reader(), own, facts)
     inputs = replace(opened.inputs(facts.tokenizer_for(opened.loaded)), unit=job.unit)
-    output = Output(options.output, options.shard_rows, options.shard_format, options.running.resume)
     if options.running.dry_run:
-        plan(opened, job, inputs, output, options.running.sample, options.format)
+        plan(opened, job, inputs, options.running.sample, options.format)
         return
+    output = Output(options.output, options.shard_rows, options.shard_format, options.running.resume)
     opened.run(job, inputs, output)
     opened.end()

@@ -186,10 +186,10 @@ def _estimate(job: _TextGenerator, documents: Iterable[Document], reader: Reader
     plan = plan_generation(net, documents, job.bos_ids, job.max_tokens, reader.chunk, least=0 if save_state else 1)
     each = seconds_of_new_token(net, reader.dtype)
     plan.seconds += plan.documents * job.max_tokens * each
-    most = f"at most {count_of(job.max_tokens, 'token')} of each"
-    said = f"{most}, {format_duration(each)} a token (measured after a short prompt)"
+    said = f"at most of each, {format_duration(each)} a token (measured after a short prompt)"
     said += f"; the state goes to {save_state}" if save_state else ""
-    show_reading(estimate_reading(reader, plan, room=free, scores=False, output=said), "text", "generating")
+    new_tokens = "new tokens", f"{job.max_tokens:,}", said
+    show_reading(estimate_reading(reader, plan, room=free, scores=False), "text", "generating", new_tokens)
 
 
 class _TextGenerator:

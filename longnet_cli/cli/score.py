@@ -119,11 +119,11 @@ def score(options: ScoreCommand) -> None:
 
     job = Scorer(opened.reader(), asked, ModelFacts.of(loaded), words.n_bytes if words else None, top=bool(options.top))
     inputs = opened.inputs(words.for_documents() if words and options.token_logprobs else words)
+    if options.running.dry_run:
+        plan(opened, job, inputs, options.running.sample, "json" if options.format == "json" else "text")
+        return
     sink = _printing(options, opened) if output is None or output.endswith(".jsonl") else None
     to = Output(output or "-", options.shard_tokens, resume=options.running.resume, sink=sink)
-    if options.running.dry_run:
-        plan(opened, job, inputs, to, options.running.sample, "json" if options.format == "json" else "text")
-        return
     with _token_logprobs(options, opened) as job.on_tokens:
         opened.run(job, inputs, to)
     opened.end()

@@ -153,9 +153,9 @@ def state_teller(reader: Reader, *, more: int = 0, quiet: bool) -> Callable[[int
 class Opened:
     """The things that a command has opened: a model, documents, and the ranks that share what is read.
 
-    `earlier` is the run that `-o` continues; of a dry run, `refusal` says why none can be continued or begun, and
-    `room` is the memory before the model was loaded. `quiet` is true for all ranks except the first. `left_out` counts
-    the documents that get no row. `named` is false for the default model.
+    `earlier` is the run that `-o` continues. Of a dry run, `room` is the memory before the model was loaded. `quiet` is
+    true for all ranks except the first. `left_out` counts the documents that get no row. `named` is false for the
+    default model.
     """
 
     folder: ModelFolder
@@ -167,7 +167,6 @@ class Opened:
     quiet: bool
     left_out: LeftOut
     earlier: Manifest | None
-    refusal: ConfigError | None
     room: Room | None
     named: bool
 
@@ -313,18 +312,13 @@ def open_command(
     from longnet_cli.data.outputs import is_folder
     from longnet_cli.data.shards import run_to_resume
 
-    output, running, earlier, refusal = options.output, options.running, None, None
-    try:
-        earlier = run_to_resume(output, resume=running.resume) if output is not None and is_folder(output) else None
-    except ConfigError as error:
-        refusal = error
+    output, running = options.output, options.running
+    earlier = run_to_resume(output, resume=running.resume) if output is not None and is_folder(output) else None
     named = ModelAndInputs(options.documents, options.choice, earlier, embeds=embeds)
     named.check_outputs({"-o": output, **also})
     if output is not None:
         check_output(output, where_to, for_folder, resume=running.resume, dry_run=running.dry_run)
-    if refusal and not running.dry_run:
-        raise refusal
-    return named.open(options.mesh, options.computing, earlier, refusal, dry_run=running.dry_run)
+    return named.open(options.mesh, options.computing, earlier, dry_run=running.dry_run)
 
 
 class ModelAndInputs:
@@ -371,7 +365,6 @@ class ModelAndInputs:
         mesh: Mesh,
         computing: Computing,
         earlier: Manifest | None = None,
-        refusal: ConfigError | None = None,
         *,
         dry_run: bool,
         chat: bool | None = False,
@@ -414,7 +407,6 @@ class ModelAndInputs:
             quiet=quiet,
             left_out=count_left_out(given.skip_bad, quiet),
             earlier=earlier,
-            refusal=refusal,
             room=room,
             named=self.named,
         )

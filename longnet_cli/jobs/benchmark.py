@@ -273,7 +273,10 @@ def attention(s: Settings, impl: str, direction: str, seq: int) -> Case:
     # each implementation gets the layout that it is made for
     theirs = dense or impl == "flex"
     shape = (s.batch, s.heads, chunk, s.head_dim) if theirs else (s.batch, chunk, s.heads, s.head_dim)
-    memory = needs.attention_memory(shape, None if theirs else pattern, s.causal, dtype, s.device, back) + cache
+    # q, k, v, out and their gradients, float32 copies of narrower ones, and what a pattern's largest kernel call copies
+    wide = 0 if dtype == torch.float32 else 4
+    number = 4 * dtype.itemsize + wide + back * (4 * dtype.itemsize + 3 * wide) + (0 if theirs else 8)
+    memory = math.prod(shape) * number + cache
     memory += needs.transient_memory(pattern, s.heads, s.head_dim, seq, dtype.itemsize, s.device.type)
     start = partial(_attention, s, impl, pattern, shape, back, streamed)
     return Case(replace(row, cache_bytes=cache or None), flops, memory, start, streamed)
@@ -375,12 +378,14 @@ def of_net(s: Settings, impl: str, direction: str, seq: int) -> Case:
     if streamed and not net.stream():  # of a net with a cache of its own, nothing is known
         longest = max(seq, *config.pattern.segment_lengths)
         cache = s.batch * sum(needs.cache_bytes(config, longest, itemsize))
-    if trains:
-        memory = needs.gradient_memory(config, s.batch, seq, chunk, itemsize, s.device.type)
+    tokens = s.batch * chunk  # of a forward pass
+    transient = needs.transient_memory(config.pattern, config.num_heads, config.head_dim, seq, itemsize, s.device.type)
+    if trains:  # weights, which autocast copies, and gradients
+        memory = config.num_parameters() * (8 if itemsize == 4 else 8 + itemsize) + transient
+        memory += tokens * needs.activation_bytes(config, itemsize) + needs.logits_bytes(config, tokens)
+        memory += s.batch * sum(needs.far_bytes(config, seq, chunk, itemsize))
     else:
-        sizes = config.num_heads, config.head_dim, seq, itemsize, s.device.type
-        transient = needs.transient_memory(config.pattern, *sizes)
-        memory = sum(needs.forward_memory(net, s.batch * chunk, s.dtype, s.batch * chunk, transient).values()) + cache
+        memory = sum(needs.forward_memory(net, tokens, s.dtype, tokens, transient).values()) + cache
     values: dict[str, Any] = {"chunk": chunk if streamed or again else None, "cache_bytes": cache or None}
     values |= {"heads": config.num_heads, "head_dim": config.head_dim}
     values["model"] = None if s.model is None else ModelFolder.find(s.model).origin

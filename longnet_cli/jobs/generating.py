@@ -191,7 +191,7 @@ def plan_generation(
 ) -> ReadingPlan:
     """Count the reading of prompts, and of the most tokens that continue each. Raises as `generate`."""
     _check(model, max_tokens, least)
-    plan, begin = ReadingPlan(model, chunk), time.perf_counter()
+    plan, begin = ReadingPlan(model.config, chunk), time.perf_counter()
     for prompt in prompts:
         model.sequence(prompt, bos).check("give a shorter prompt", skips=False)
         plan.add_document(len(prompt))

@@ -228,10 +228,12 @@ def test_a_dry_run_counts_the_prompts_and_generates_nothing(model: Path, tmp_pat
     assert done.exit_code == 0, done.output
     assert re.search(r"documents +1  the longest has 135 tokens\n", done.stdout)
     assert re.search(r"read +143  tokens in all", done.stdout)  # with one before the text
-    assert re.search(r"output +at most 7 tokens of each, [\d.]+ (us|ms|s) a token", done.stdout)
+    assert re.search(r"new tokens +7  at most of each, [\d.]+ (us|ms|s) a token", done.stdout)
     assert PROMPT not in done.stdout
     words = ["generate", "--dry-run", "text", "-m", f"{model}/"]
     assert "--dry-run prints a table: leave out --format" in str(refused(*words, "--format", "jsonl"))
     state = invoke(*words, "--save-state", tmp_path / "state")
-    assert re.search(r"read +5  tokens .*at most 0 tokens of each, .*; the state goes to .*state\n", state.stdout, re.S)
+    assert re.search(
+        r"read +5  tokens .*new tokens +0  at most of each, .*; the state goes to .*state\n", state.stdout, re.S
+    )
     assert not (tmp_path / "state").exists()

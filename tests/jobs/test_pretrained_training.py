@@ -197,8 +197,8 @@ def test_lora_beside_weights_of_two_bytes_is_that_beside_float32(
         frozen.append(sum(p.nbytes for p in net.parameters() if not p.requires_grad))
         assert found.model.frozen_bytes == frozen[-1]
         trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
-        counts = estimate_training(found, torch.device("cpu")).counts
-        assert counts == {"parameters": model.num_parameters(), "trained": trained}
+        facts = estimate_training(found, torch.device("cpu")).facts
+        assert (facts["parameters"], facts["trained"]) == (model.num_parameters(), trained)
         train(found, tmp_path / f"{folder.name}-run")
         model.to(torch.float32)
     narrow, wide = tmp_path / "narrow-run", tmp_path / "wide-run"

@@ -222,7 +222,7 @@ def test_what_cannot_fit_is_refused_with_what_to_change(run_longnet) -> None:
     needed = re.search("training needs (.*) besides the program, ", line)[1]
     assert f" besides the program, and {needed} are needed: it does not fit\n" in done.stdout
     assert "the largest part for activations, and " in line
-    assert line.endswith("no chunk fits: choose a smaller model (model.dim, model.num_layers) or a larger device")
+    assert line.endswith("no chunk fits: choose shorter windows, a smaller model or a larger device")
 
 
 def test_what_cannot_fit_does_not_start(run_longnet, tmp_path: Path) -> None:
@@ -277,4 +277,4 @@ def test_no_chunk_cuts_a_bidirectional_window(monkeypatch: pytest.MonkeyPatch) -
     assert estimate_training(with_window(1024, 8192), CPU).chunk_that_fits == 1024
     found = estimate_training(with_window(2048, 8192), CPU)
     assert found.chunk_that_fits is None
-    assert found.advice.startswith("a bidirectional net reads a window at once")
+    assert found.advice.startswith("no chunk fits: choose shorter windows")

@@ -1,7 +1,7 @@
 """The estimate of a job for `--dry-run`: its memory by kind, FLOPs and time. A long one is known before it starts.
 
     documents --lengths--> windows --the Reader's steps--> ReadingPlan --reading_memory--> bytes by kind
-    texts --Sample.add--> bytes of each, and tokens of some --tokens_per_byte--> tokens of all
+    texts --Sample.add--> bytes of each, and tokens of some --Sample.lengths--> tokens of each
     a short read of random tokens --reading_rate--> FLOP/s, and so the time of all
 
 Of a reading job, only these tokens are read, and nothing is written. With a sample, every text is read, which is fast,
@@ -25,13 +25,13 @@ import numpy as np
 import torch
 
 from longnet_cli.attention.spans import far_spans
-from longnet_cli.basics.errors import ConfigError, DataError
+from longnet_cli.basics.errors import DataError
 from longnet_cli.data.documents import Document, Unread
-from longnet_cli.data.files import FileChangedError
 from longnet_cli.data.manifest import OnSkip
 from longnet_cli.data.tables import Text
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.estimating.memory import cache_bytes, forward_memory, itemsize_of, transient_memory
+from longnet_cli.nets.config import NetConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import Net
 from longnet_cli.running.causal_stream import open_stream
@@ -47,34 +47,25 @@ if TYPE_CHECKING:
 SEED = 0  # every run draws the same documents
 
 
-class Shape(NamedTuple):
-    """The shape of a forward pass: rows, and tokens per row, padding included."""
-
-    rows: int
-    tokens: int
-
-
 class ReadingPlan:
-    """Sums over what a `Reader` of `net` reads in chunks, which keep no window.
+    """Sums over what a `Reader` of a net with this `config` reads in chunks, which keep no window.
 
     `documents` counts documents of `tokens` in all and `longest_document` at most; `left_out` those that --skip-bad
     leaves out. `read` are the tokens of all forward passes, padding included, and `wanted` those whose hidden states
     are wanted. `longest` is the longest window, `largest` the most tokens of a forward pass, and `together` the most
-    tokens of windows that wait for each other. `seconds` is the time of reading and tokenizing, `sample` what was.
+    tokens of windows that wait for each other. `seconds` is the time of reading and tokenizing, `sampled` the number of
+    texts that were tokenized, None if all were counted.
     """
 
     documents = tokens = longest_document = left_out = 0
     read = wanted = longest = largest = together = 0
     twice = 0  # tokens whose keys are computed twice: of long windows, layer by layer
-    shard_units = 0  # of the outputs of all documents, in the job's `shard_unit`
     seconds = 0.0
-    sample: Sample | None = None
+    sampled: int | None = None
 
-    def __init__(self, net: Net, chunk: int) -> None:
-        self.config, self.chunk = net.config, chunk
+    def __init__(self, config: NetConfig, chunk: int) -> None:
+        self.config, self.chunk = config, chunk
         self._lengths: Counter[int] = Counter()  # of the rows of all forward passes; a long window is one row
-        # by the bit length of a row's tokens: the tokens of such forward passes, and the shape of the last one
-        self._shapes: dict[int, tuple[int, Shape]] = {}
 
     def add_document(self, tokens: int) -> None:
         """Count a document; `add` counts its windows."""
@@ -90,24 +81,24 @@ class ReadingPlan:
                 yield range(tokens)
 
         for step in reading_steps(of_lengths(), self.chunk, self.config.streams):
+            tokens = sum(map(len, step))
             self.longest = max(self.longest, *map(len, step))
             batches = forward_passes(step, self.chunk, self.config.streams)
             if batches is None:
-                tokens = len(*step)
-                self._count(Shape(1, self.chunk), tokens)
-                self._lengths[tokens] += 1
+                shapes, self.largest = [(1, tokens)], max(self.largest, self.chunk)
                 self.twice += 0 if self.config.causal or not self._sees_outside(tokens) else tokens
-                continue
-            self.together = max(self.together, sum(map(len, step)))
-            for batch in batches:
-                shape = Shape(len(batch), len(step[batch[0]]))
-                self._count(shape, shape.rows * shape.tokens)
-                self._lengths[shape.tokens] += shape.rows
+            else:
+                shapes = [(len(batch), len(step[batch[0]])) for batch in batches]
+                self.largest = max(self.largest, *(rows * length for rows, length in shapes), 0)
+                self.together = max(self.together, tokens)
+            for rows, length in shapes:
+                self.read += rows * length
+                self._lengths[length] += rows
 
     @property
-    def usual(self) -> Shape:
-        """The shape of the forward passes that most tokens go through. Raises ValueError where there is none."""
-        return max(self._shapes.values())[1]
+    def usual(self) -> int:
+        """The tokens of the row in which a token is read, on average over all tokens."""
+        return round(sum(rows * length**2 for length, rows in self._lengths.items()) / (self.read or 1))
 
     def product_flops(self, scores: bool) -> float:
         """Return the FLOPs of the matrices in all forward passes, with the logits of wanted tokens if `scores`.
@@ -136,12 +127,6 @@ class ReadingPlan:
         places = ((start, min(start + self.chunk, tokens)) for start in (0, self.chunk))
         return any(far_spans(self.config.pattern, start, stop, False, tokens) for start, stop in places)
 
-    def _count(self, shape: Shape, tokens: int) -> None:
-        self.read += tokens
-        self.largest = max(self.largest, shape.rows * shape.tokens)
-        before, _ = self._shapes.get(shape.tokens.bit_length(), (0, shape))
-        self._shapes[shape.tokens.bit_length()] = before + tokens, shape
-
 
 def count_documents(
     job: RowJob,
@@ -161,23 +146,18 @@ def count_documents(
     Without `skip_bad`, raises what the job raises for documents that it cannot read. Raises DataError if there is
     nothing to read.
     """
-    plan = ReadingPlan(job.reader.model, job.reader.chunk)
-    plan.sample = drawn = Sample(sample, tokenizer) if sample and tokenizer else None
-    begin = time.perf_counter()
+    plan, began = ReadingPlan(job.reader.model.config, job.reader.chunk), time.perf_counter()
+    drawn = Sample(sample, tokenizer) if sample and tokenizer else None
 
     def leave_out(document: Document, error: Exception) -> None:
         plan.left_out += 1
 
-    lengths = _lengths(
-        job, islice(documents, 0 if job.skips_empty else done, None), drawn, leave_out if skip_bad else None
-    )
-    if job.skips_empty:  # an earlier run has counted only the others
-        lengths = islice(filter(None, lengths), done, None)
+    lengths = _lengths(job, documents, drawn, leave_out if skip_bad else None)
+    lengths = islice(filter(None, lengths) if job.skips_empty else lengths, done, None)
 
     def windows(lengths: Iterable[int]) -> Iterator[tuple[int, int]]:
         for length in lengths:
             plan.add_document(length)
-            plan.shard_units += job.size(length)
             yield from job.window_sizes(length)
             on_progress(length)
 
@@ -185,77 +165,63 @@ def count_documents(
         plan.add(windows(portion))
     if not plan.read and not done:
         raise DataError("there is nothing to read: every document is empty, too short or left out")
-    plan.seconds = time.perf_counter() - begin + (drawn.seconds_of_all - drawn.seconds if drawn else 0)
+    plan.seconds = time.perf_counter() - began
+    if drawn and drawn.bytes:
+        plan.sampled, plan.seconds = min(drawn.size, len(drawn.bytes)), plan.seconds + drawn.seconds_of_others
     return plan
 
 
 def _lengths(
     job: RowJob, items: Iterable[Document | Text], drawn: Sample | None, on_skip: OnSkip | None
 ) -> Iterator[int]:
-    """Yield the number of tokens of each document. Texts come last, with tokens estimated from their bytes."""
-
-    def documents() -> Iterator[Document]:
-        for item in items:
-            if not isinstance(item, Text):
-                yield item
-                continue
-            if drawn is None:
-                raise ConfigError(f"{item.where}: this is text: give a tokenizer (bytes, or a tokenizer.json)")
-            try:
-                drawn.add(item)
-            except DataError as error:
-                if on_skip is None or isinstance(error, FileChangedError):
-                    raise
-                yield Unread(error)
-
-    for document in documents():
-        if job.take(document, on_skip, reads=False) is not None:
+    """Yield the number of tokens of each document. Those of texts come last, estimated from their bytes."""
+    for item in items:
+        document = drawn.add(item) if drawn and isinstance(item, Text) else cast(Document, item)
+        if document and job.take(document, on_skip, reads=False) is not None:
             yield len(document)
-    for size in drawn.bytes if drawn else ():
-        yield round(size * drawn.tokens_per_byte) if drawn else 0
+    yield from drawn.lengths() if drawn else ()
 
 
 class Sample:
     """A uniform sample of `size` texts, drawn while they go by (Vitter's algorithm R, in size * ln(texts) steps).
 
-    `bytes` has the size of each text so far, in 8 bytes of memory per text. `seconds` is the time spent tokenizing.
+    `bytes` has the size of each text so far, in 8 bytes of memory per text.
     """
 
     def __init__(self, size: int, tokenizer: Tokenizer) -> None:
         self.size, self.tokenizer = size, tokenizer
         self.bytes = array("q")
         self._drawn: list[tuple[int, int]] = []  # tokens and bytes of each text in the sample
-        self.seconds = 0.0
-        self._tokenized = 0  # bytes
+        self._seconds, self._tokenized = 0.0, 0  # the time for so many bytes
         self._random = np.random.default_rng(SEED)
 
-    def add(self, text: Text) -> None:
-        """Count the next text, and tokenize it if it is drawn."""
+    def add(self, text: Text) -> Unread | None:
+        """Count the next text, and tokenize it if it is drawn. Return one that cannot be read."""
         place = len(self.bytes) if len(self.bytes) < self.size else int(self._random.integers(len(self.bytes) + 1))
-        if place < self.size:
-            tokens, size, begin = 0, 0, time.perf_counter()
-            for part in self.tokenizer.encode_long(text.parts):
-                tokens, size = tokens + len(part.ids), size + part.n_bytes
-            self._drawn[place : place + 1] = [(tokens, size)]
-            self._tokenized += size
-            self.seconds += time.perf_counter() - begin
-        else:
-            size = sum(len(part.encode()) for part in text.parts)
+        tokens, size, began = 0, 0, time.perf_counter()
+        try:
+            if place < self.size:
+                for part in self.tokenizer.encode_long(text.parts):
+                    tokens, size = tokens + len(part.ids), size + part.n_bytes
+                self._drawn[place : place + 1] = [(tokens, size)]
+                self._seconds, self._tokenized = self._seconds + time.perf_counter() - began, self._tokenized + size
+            else:
+                size = sum(len(part.encode()) for part in text.parts)
+        except DataError as error:
+            return Unread(error)
         self.bytes.append(size)
+        return None
 
-    @property
-    def sampled(self) -> int:
-        return min(self.size, len(self.bytes))
-
-    @property
-    def tokens_per_byte(self) -> float:
+    def lengths(self) -> Iterator[int]:
+        """Yield the tokens of each text so far, by its bytes."""
         tokens, size = (sum(each) for each in zip(*self._drawn, strict=True)) if self._drawn else (0, 0)
-        return float(tokens / size) if size else 0.0
+        for length in self.bytes:
+            yield round(length * tokens / (size or 1))
 
     @property
-    def seconds_of_all(self) -> float:
-        """The time that tokenizing all texts would take, in seconds."""
-        return self.seconds * sum(self.bytes) / (self._tokenized or 1)
+    def seconds_of_others(self) -> float:
+        """The time that tokenizing the other texts would take, in seconds."""
+        return self._seconds * (sum(self.bytes) / (self._tokenized or 1) - 1)
 
 
 def reading_memory(
@@ -297,9 +263,8 @@ def spilled_bytes(net: Net, plan: ReadingPlan, chunk: int, dtype: str, ranks: Ra
     return kept_bytes(cast(LongNet, net), plan.longest, chunk, ranks) if net.layer_by_layer else 0
 
 
-SECONDS = 0.5  # that a forward pass takes, or repetitions of a read
-FIRST_TOKENS = 256  # of the first forward pass; later ones grow until they take that long
-STEPS = 3  # forward passes of a read
+SECONDS = 0.5  # that the read takes whose rate counts
+FIRST_TOKENS = 256  # of the first read; later ones grow until they take that long
 NEW_TOKENS = 4
 
 
@@ -325,35 +290,25 @@ def read_noise(net: Net, lengths: Sequence[int], chunk: int, dtype: str, *, scor
     wait_for(device)
 
 
-def reading_rate(net: Net, plan: ReadingPlan, dtype: str, room: float, *, scores: bool) -> tuple[float, Shape]:
-    """Return the FLOP/s of reading, and the shape of the forward passes that were timed.
+def reading_rate(net: Net, plan: ReadingPlan, dtype: str, room: float, *, scores: bool) -> float:
+    """Return the FLOP/s of reading windows of the plan's usual length.
 
-    They are as most tokens' of the plan or, where these are slow or would need more than a quarter of the `room` in
-    bytes, shorter. A read has `STEPS` of them: in a row if the plan's longest window is read in chunks.
+    They are as many as take `SECONDS`, or one that is shorter, or all there are. Fewer are read if a forward pass would
+    need more than a quarter of the `room` in bytes.
     """
-    usual = plan.usual if plan.read else Shape(1, FIRST_TOKENS)
-    most, tokens = usual.rows * usual.tokens, FIRST_TOKENS
-
-    def seconds(lengths: Sequence[int], least: float, scores: bool) -> float:
-        begin, times = time.perf_counter(), 0
-        while not times or time.perf_counter() < begin + least:
-            read_noise(net, lengths, tokens, dtype, scores=scores)
-            times += 1
-        return (time.perf_counter() - begin) / times
-
+    tokens, config = FIRST_TOKENS, net.config
     while True:
-        tokens = min(tokens, most)
-        shape = Shape(max(1, tokens // usual.tokens), min(tokens, usual.tokens))
-        one = seconds([shape.tokens] * shape.rows, 0.0, False)
-        if tokens == most or one >= SECONDS or 4 * net.config.forward_bytes(tokens) > room:
+        length = min(plan.usual or tokens, tokens)
+        lengths, began = [length] * (tokens // length), time.perf_counter()
+        read_noise(net, lengths, plan.chunk, dtype, scores=scores)
+        seconds = time.perf_counter() - began
+        together = min(tokens, plan.chunk) if config.streams else length
+        if seconds >= SECONDS or tokens >= plan.read or 4 * config.forward_bytes(together) > room:
             break
-        tokens *= 2 if one > SECONDS / 8 else 4
-    steps = STEPS if one < 4 * SECONDS else 1
-    in_chunks = plan.in_chunks(plan.chunk) and usual == Shape(1, plan.chunk)
-    lengths = [min(plan.longest, steps * tokens)] if in_chunks else [shape.tokens] * steps * shape.rows
-    timed = ReadingPlan(net, tokens)
+        tokens *= 2 if seconds > SECONDS / 8 else 4
+    timed = ReadingPlan(config, plan.chunk)
     timed.add((length, length) for length in lengths)
-    return timed.flops(scores) / seconds(lengths, SECONDS, scores), shape
+    return timed.flops(scores) / seconds
 
 
 @torch.inference_mode()
@@ -379,20 +334,16 @@ class Estimate:
     """The memory of a job, in bytes of one rank by kind, and other facts about it, named as in the machine format.
 
     `free` is the memory that is free besides the `program`, which is one of the kinds; None where the system does not
-    say. `counts` are the parameters and what is read; `costs` are FLOPs and seconds, of the whole job on all ranks, and
-    how they were found. `chunk_that_fits` is a shorter chunk that fits where the job's own does not, and `otherwise`
-    the advice where none fits. Of a reading job, `measured` is the shape of the forward passes whose rate was timed,
-    `too_long` the most tokens that the model reads, if a window has more, and `hint` what may make it faster.
+    say. `others` are counts of what is read, and FLOPs and seconds of the whole job on all ranks. `chunk_that_fits` is
+    a shorter chunk that fits where the job's own does not, `spillable` the kinds that --spill would keep on a disk, and
+    `hint` the advice for a job that fits.
     """
 
     memory: dict[str, int]
     free: int | None
-    counts: dict[str, Any]
-    costs: dict[str, Any]
+    others: dict[str, Any]
     chunk_that_fits: int | None
-    otherwise: str
-    measured: Shape | None = None
-    too_long: int | None = None
+    spillable: Sequence[str] = ()
     hint: str = ""
 
     HELD: ClassVar[tuple[str, ...]] = ("program", "loading")  # in use when `free` is measured, or free again later
@@ -411,20 +362,25 @@ class Estimate:
         return self.free is None or self.beyond <= self.free
 
     @property
+    def largest(self) -> str:
+        """The largest kind of memory that is not held already."""
+        return max((size, kind) for kind, size in self.memory.items() if kind not in self.HELD)[1]
+
+    @property
     def advice(self) -> str:
-        """The advice for a job that does not fit: a shorter chunk or, where none fits, another change."""
-        return f"--chunk {self.chunk_that_fits} fits" if self.chunk_that_fits else self.otherwise
+        if self.fits:
+            return self.hint
+        if self.chunk_that_fits:
+            return f"--chunk {self.chunk_that_fits} fits"
+        if self.largest in self.spillable:
+            return "--spill DIR keeps the largest part on a disk"
+        return "no chunk fits: choose shorter windows, a smaller model or a larger device"
 
     @property
     def facts(self) -> dict[str, Any]:
         """The keys and values of the machine format."""
         sizes = {"memory_bytes": self.memory, "peak_bytes": self.peak, "free_bytes": self.free, "fits": self.fits}
-        return self.counts | sizes | self.costs
-
-
-def largest(memory: dict[str, int]) -> str:
-    """Return the largest kind of memory that is not held already."""
-    return max((size, kind) for kind, size in memory.items() if kind not in Estimate.HELD)[1]
+        return self.others | sizes
 
 
 class Room(NamedTuple):
@@ -439,18 +395,12 @@ class Room(NamedTuple):
 
 
 def estimate_reading(
-    reader: Reader,
-    plan: ReadingPlan,
-    *,
-    room: Room,
-    scores: bool,
-    kept: dict[str, int] | None = None,
-    output: str = "",
+    reader: Reader, plan: ReadingPlan, *, room: Room, scores: bool, kept: dict[str, int] | None = None
 ) -> Estimate:
     """Estimate what reading as planned takes, from arithmetic and a short, measured read.
 
     `room` is the memory before the net was loaded, `kept` what the job itself keeps of the longest document, in bytes
-    by kind. `output` says what would happen to the output.
+    by kind.
     """
     net, config, dtype, spill = reader.model, reader.model.config, reader.dtype, bool(reader.spill)
     most_while_loading = peak_memory(reader.device)
@@ -459,7 +409,7 @@ def estimate_reading(
     weights = sum(x.numel() * x.element_size() for x in (*net.parameters(), *net.buffers()))
     program = max(0, resident_memory(reader.device) - weights)
     free = None if room.free is None else max(0, room.free - max(0, program - room.held))
-    rate, measured = reading_rate(net, plan, dtype, math.inf if free is None else free - weights, scores=scores)
+    rate = reading_rate(net, plan, dtype, math.inf if free is None else free - weights, scores=scores)
     rate = reader.all_ranks.own(rate, reader.device)
 
     def needed(chunk: int) -> dict[str, int]:
@@ -469,22 +419,18 @@ def estimate_reading(
     memory = {"program": program, **needed(reader.chunk)}
     if most_while_loading > sum(memory.values()):  # for files whose weights were converted to another type
         memory["loading"] = most_while_loading - sum(memory.values())
-    fitting = fitting_chunk(lambda n: sum(needed(n).values()), reader.chunk, free) if config.streams else None
     flops, on_disk = plan.flops(scores), spilled_bytes(net, plan, reader.chunk, dtype, reader.ranks)
     instructions = bf16_instructions() if reader.device.type == "cpu" and dtype == "fp32" else None
     return Estimate(
         memory=memory,
         free=free,
-        hint=f"this CPU has {instructions}: try --dtype bf16, which is often faster" if instructions else "",
-        counts={
+        others={
             "documents": plan.documents,
             "left_out": plan.left_out,
             "longest": plan.longest_document,
-            "sampled": plan.sample.sampled if plan.sample and plan.sample.bytes else None,
+            "sampled": plan.sampled,
             "tokens_read": plan.read,
             "parameters": config.num_parameters(),
-        },
-        costs={
             "flops_per_token": flops / (plan.tokens or 1),
             "tokens": plan.tokens,
             "flops": flops,
@@ -494,22 +440,10 @@ def estimate_reading(
             "spill_bytes": on_disk if spill else 0,
             "flops_per_second": rate,
             "reading_seconds": plan.seconds,
-            "output": output,
         },
-        chunk_that_fits=fitting,
-        otherwise=_advice(largest(memory), config.streams, on_disk > 0 and not spill),
-        measured=measured,
-        too_long=config.max_tokens if plan.longest > (config.max_tokens or math.inf) else None,
+        chunk_that_fits=fitting_chunk(lambda n: sum(needed(n).values()), reader.chunk, free)
+        if config.streams
+        else None,
+        spillable=("cache", "hidden") if on_disk and not spill else (),
+        hint=f"this CPU has {instructions}: try --dtype bf16, which is often faster" if instructions else "",
     )
-
-
-def _advice(largest: str, streams: bool, spillable: bool) -> str:
-    if largest == "hidden":
-        return "keep the hidden states on a disk (--spill DIR)"
-    if largest == "cache" and spillable:
-        return "keep the keys and values on a disk (--spill DIR)"
-    if largest == "cache":
-        return "a pattern with shorter segments (--pattern) remembers less"
-    if not streams:
-        return "this model reads a document in one forward: leave out the longest, or cut them"
-    return "no chunk fits: choose a smaller model or a larger device"

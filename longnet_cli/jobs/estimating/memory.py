@@ -13,7 +13,7 @@ import json
 import math
 import os
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import Any, NamedTuple, cast
@@ -25,10 +25,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from longnet_cli.attention import Pattern, groups
-from longnet_cli.attention.branches import branches
 from longnet_cli.attention.cache import cached_rows
 from longnet_cli.attention.groups import chosen_flops, past_bytes, transient_bytes
-from longnet_cli.attention.kernels import select_kernel
 from longnet_cli.attention.notation import PATTERN_FIELDS
 from longnet_cli.attention.spans import SINKS, Layout, segment_rows
 from longnet_cli.nets.config import LongNetConfig, NetConfig, TransformersConfig
@@ -221,38 +219,6 @@ def forward_memory(
     }
 
 
-def attention_memory(
-    shape: Sequence[int], pattern: Pattern | None, causal: bool, dtype: torch.dtype, device: torch.device, back: bool
-) -> int:
-    """Return the bytes of attention alone, forward or `back`; of q (B, N, H, D) or, if it is dense, (B, H, N, D).
-
-    They are q, k, v, out and lse, in the backward pass the four gradients, float32 copies of narrower ones, and what
-    the largest kernel call of a pattern needs beside its arguments (views).
-    """
-    wide = 0 if dtype == torch.float32 else 4
-    number = 4 * dtype.itemsize + wide + (4 * dtype.itemsize + 3 * wide) * back
-    size = math.prod(shape) * number + 4 * math.prod(shape[:-1])
-    if pattern is None:
-        return size
-    (batch, tokens, heads, head_dim), largest = shape, 0
-    kernel = select_kernel(device, dtype, head_dim)
-    scores = kernel.name == "math"  # two matrices of scores; flash kernels need only (rows, head_dim) tensors
-    for queries, keys, *_ in branches(Layout(pattern, heads, heads), 0, tokens, causal, "exact", ()):
-        calls = min(kernel.max_batch(queries.heads, queries.rows, head_dim), batch * queries.segments)
-        width = max(keys.rows, head_dim) if scores else head_dim
-        largest = max(largest, calls * queries.heads * queries.rows * width)
-    return size + 4 * largest * (8 if back and not scores else 2)
-
-
-def gradient_memory(config: NetConfig, batch: int, seq_len: int, chunk: int, itemsize: int, device: str) -> int:
-    """Return the bytes of weights and gradients, of a chunk's activations and logits, and of what chunks keep."""
-    numbers = config.num_parameters() * (8 if itemsize == 4 else 8 + itemsize)  # autocast copies the weights
-    saved = batch * chunk * activation_bytes(config, itemsize)
-    saved += transient_memory(config.pattern, config.num_heads, config.head_dim, seq_len, itemsize, device)
-    kept = batch * sum(far_bytes(config, seq_len, chunk, itemsize))
-    return numbers + saved + kept + logits_bytes(config, batch * chunk)
-
-
 def logits_bytes(config: NetConfig, tokens: int, numbers: int = 3) -> int:
     """Return the bytes of so many float32 numbers for each logit.
 
@@ -273,19 +239,18 @@ class FarBytes(NamedTuple):
 
     `stored`: keys and values that later chunks see, until the backward pass is past them, and the sums of their
     gradients. `passing`: temporaries of one chunk and layer for its far rows and, on a GPU, copies of these rows; what
-    chooses blocks, and the choices. `gradients`: of `stored`, the sums for blocks that later chunks may choose.
+    chooses blocks, and the choices.
     """
 
     stored: int
     passing: int
-    gradients: int = 0
 
 
 def far_bytes(config: NetConfig, seq_len: int, chunk: int, itemsize: int) -> FarBytes:
     """Return the bytes for one sequence of `seq_len` tokens, with `itemsize` bytes per number of a key."""
     pattern, size, cut = config.pattern, config.pattern.chosen_block, seq_len > chunk
     layout = Layout(pattern, config.num_heads, config.kv_heads)
-    stored = passing = gradients = 0
+    stored = passing = 0
     backs = dict(enumerate(pattern.look_backs)) if cut else {}
     for level in (SINKS, *backs) if pattern.sinks and cut else backs:
         held = len(layout.lanes(level).offsets)
@@ -305,11 +270,10 @@ def far_bytes(config: NetConfig, seq_len: int, chunk: int, itemsize: int) -> Far
         for kind, layers in kinds.items():
             kept, means = past_bytes(*of_layer, whole, itemsize, kind)
             sums, _ = past_bytes(*of_layer, earlier, max(4, itemsize), kind)
-            gradients += layers * aligned(sums)
             stored += layers * (aligned(kept) + aligned(sums))
             passing += layers * means
         passing += kinds["chooses"] * 4 * pattern.chosen * -(-seq_len // pattern.chosen_every)
-    return FarBytes(stored, passing, gradients)
+    return FarBytes(stored, passing)
 
 
 def seen_segments(w: int, back: int, chunk: int, seq_len: int) -> int:

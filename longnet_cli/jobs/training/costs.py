@@ -6,8 +6,8 @@ is allocated. The memory is one rank's, as if everything were held at one time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ import torch
 from longnet_cli.basics.errors import LongNetError
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.jobs.estimating.estimate import Estimate
+from longnet_cli.jobs.estimating.estimate import Estimate, ReadingPlan
 from longnet_cli.jobs.estimating.memory import (
     activation_bytes,
     cache_bytes,
@@ -69,8 +69,7 @@ def estimate_training(recipe: Recipe, device: torch.device, ranks: Ranks | None 
     check_ranks(recipe, ranks)
     dtype = resolve_dtype(train.dtype, device)
     memory = training_memory(recipe, device, ranks)
-    with _all_loaded(recipe, device):
-        program, free = resident_memory(device), free_memory(device)
+    program, free = _loaded(recipe, device)
     # a chunk of a bidirectional net cannot be shorter than a window
     longest = max(stage.seq_len for stage in train.stages)
     shortest = SHORTEST_CHUNK if config.causal else -(-longest // ranks.sp)
@@ -83,8 +82,9 @@ def estimate_training(recipe: Recipe, device: torch.device, ranks: Ranks | None 
     return Estimate(
         memory={"program": program, **memory},
         free=free,
-        counts={"parameters": config.num_parameters(), "trained": config.trained},
-        costs={
+        others={
+            "parameters": config.num_parameters(),
+            "trained": config.trained,
             "flops_per_token": sum(n * each for n, each in zip(tokens, of_passes, strict=True)) / sum(tokens),
             "tokens": sum(tokens),
             "steps": recipe.steps_in_words,
@@ -97,22 +97,15 @@ def estimate_training(recipe: Recipe, device: torch.device, ranks: Ranks | None 
             "efficiency": EFFICIENCY,
         },
         chunk_that_fits=fitting_chunk(partial(_needed_bytes, recipe, device, ranks), train.chunk, free, shortest),
-        otherwise=_advice(memory, config.causal),
+        spillable=("cache",) if config.causal and not train.spill else (),
     )
 
 
-def _advice(memory: dict[str, int], causal: bool) -> str:
-    if not causal:
-        return "a bidirectional net reads a window at once: choose shorter ones (train.stages) or a smaller model"
-    kept = {kind: size for kind, size in memory.items() if kind not in ("activations", "logits")}
-    if max(kept, key=kept.__getitem__) in ("cache", "key_gradients"):
-        return "no chunk fits: keep what chunks remember on a disk (--spill DIR) or choose shorter sequences"
-    return "no chunk fits: choose a smaller model (model.dim, model.num_layers) or a larger device"
+def _loaded(recipe: Recipe, device: torch.device) -> tuple[int, int | None]:
+    """Return the bytes of the program and those that are free, after a step of a tiny net and with the tokenizer.
 
-
-@contextmanager
-def _all_loaded(recipe: Recipe, device: torch.device) -> Iterator[None]:
-    """Hold the tokenizer, after a step of a tiny net. On first use, torch loads a hundred MiB: optimizers and more."""
+    On first use, torch loads a hundred MiB: optimizers and more.
+    """
     config = LongNetConfig(
         vocab_size=1, dim=8, num_layers=1, num_heads=1, ffn_dim=8, segment_lengths=(8,), dilation_rates=(1,)
     )
@@ -120,13 +113,10 @@ def _all_loaded(recipe: Recipe, device: torch.device) -> Iterator[None]:
     net.nll(net(ids), ids).sum().backward()
     for optimizer in build_optimizers(net, OptimizerRecipe()):
         optimizer.step()
-    del net, ids, optimizer
-    tokenizer = None
     with suppress(LongNetError):  # which is said when training starts
         tokenizer = Tokenizer.load(recipe.data.tokenizer)
         tokenizer.encode("some words")  # it makes tables for the first text
-    yield
-    del tokenizer
+    return resident_memory(device), free_memory(device)
 
 
 def _needed_bytes(recipe: Recipe, device: torch.device, ranks: Ranks, chunk: int) -> int:
@@ -137,12 +127,11 @@ def costly_evaluation(recipe: Recipe, lengths: Sequence[int]) -> str | None:
     """Return a line if held-out documents of these lengths cost more FLOPs than the steps between two evaluations."""
     config, train = recipe.model, recipe.train
     step = min(config.training_flops([stage.seq_len], train.predicted) * train.windows(stage) for stage in train.stages)
-    size = train.held_out_context or (
-        train.stages[0].seq_len if train.objective == "masked" else max(lengths, default=1)
-    )
+    of_step = train.stages[0].seq_len if train.objective == "masked" else max(lengths, default=1)
+    size, reading = train.held_out_context or of_step, ReadingPlan(config, train.chunk)
     windows = [min(size, tokens - start) for tokens in lengths for start in range(0, tokens, size)]
-    per_token = config.layer_flops() + train.predicted * config.vocabulary_flops()
-    times = (sum(map(config.attention_flops, windows)) + sum(windows) * per_token) / (step * train.evaluate_every)
+    reading.add((tokens, round(tokens * train.predicted)) for tokens in windows)
+    times = reading.flops(scores=True) / (step * train.evaluate_every)
     if times <= 1:
         return None
     between = f"{times:.1f} times the FLOPs of the {train.evaluate_every} steps between two"
@@ -200,10 +189,10 @@ def training_memory(recipe: Recipe, device: torch.device, ranks: Ranks) -> dict[
     in which they are kept, and one matrix at a time is cast to the type of products. gradients: 4 bytes per trained
     number; the vocabulary's twice where a step has several forward passes. optimizer: 8 bytes per trained number, the
     two moments of AdamW; Muon has one moment of the layers' matrices, or of LoRA's. With `parallel.shard` "full", a
-    rank holds its share of all these, and in a step all weights and gradients besides. activations, logits, cache,
-    key_gradients: of the stage that takes the most. evaluation, merged: what reading the held-out documents, and LoRA's
-    merged weights in float32, take beyond a step's activations, logits and cache, which are gone by then. A checkpoint
-    is written from the tensors themselves, and takes nothing.
+    rank holds its share of all these, and in a step all weights and gradients besides. activations, logits, cache:
+    of the stage that takes the most. evaluation, merged: what reading the held-out documents, and LoRA's merged weights
+    in float32, take beyond a step's activations, logits and cache, which are gone by then. A checkpoint is written from
+    the tensors themselves, and takes nothing.
     """
     config, itemsize = recipe.model, itemsize_of(recipe.train.dtype, device)
     trained, layer_matrices = config.trained, config.layer_weights
@@ -256,8 +245,7 @@ def _stage_memory(recipe: Recipe, stage: Stage, device: torch.device, ranks: Ran
 
     activations: of all layers, for the tokens of a forward pass, with what is transient in one. logits: of tokens that
     are predicted, with `GAPS`. cache: rows that pass from chunk to chunk, of each window of the forward pass, and rows
-    that are stored for the backward pass. key_gradients: of blocks that are chosen. With `train.spill`, what is stored
-    is on a disk.
+    that are stored for the backward pass, with their gradients. With `train.spill`, what is stored is on a disk.
     """
     config, train, itemsize = recipe.model, recipe.train, itemsize_of(recipe.train.dtype, device)
     tokens = tokens_at_once(recipe, stage, ranks)
@@ -267,14 +255,11 @@ def _stage_memory(recipe: Recipe, stage: Stage, device: torch.device, ranks: Ran
     saved = activation_bytes(config, itemsize, train.activation_checkpointing, lora)  # per token
     sizes = config.num_heads, config.head_dim, stage.seq_len, itemsize
     transient = transient_memory(config.pattern, *sizes, device.type)
-    kinds = {
+    return {
         "activations": tokens * saved + transient,
         "logits": logits_bytes(config, round(tokens * train.predicted)) * (GAPS if device.type == "cpu" else 1),
-        "cache": windows * far.passing + (0 if train.spill else far.stored - far.gradients),
+        "cache": windows * far.passing + (0 if train.spill else far.stored),
     }
-    if config.pattern.chosen:
-        kinds["key_gradients"] = 0 if train.spill else far.gradients
-    return kinds
 
 
 def tokens_at_once(recipe: Recipe, stage: Stage, ranks: Ranks) -> int:
