@@ -86,8 +86,8 @@ def _show(estimate: Estimate, format: Format, job: str, before: Sequence[Row], a
         parameters, trained = estimate.facts["parameters"], estimate.facts.get("trained")
         of_lora = f", frozen; LoRA trains {trained:,}" if trained not in (parameters, None) else ""
         rows = [("parameters", format_count(parameters), f"{parameters:,}{of_lora}"), *before]
-        advice = [("advice", "", estimate.advice)] if estimate.advice else []
-        print(_block(rows), _block(_memory(estimate)), _block([*after, *advice]), sep="\n\n")
+        hint = [("advice", "", estimate.hint)] if estimate.hint else []
+        print(_block(rows), _block(_memory(estimate)), _block([*after, *hint]), sep="\n\n")
     check_fits(estimate, job)
 
 

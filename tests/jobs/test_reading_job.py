@@ -206,7 +206,7 @@ def test_bf16_is_named_where_it_pays(
     (tmp_path / "cpuinfo").write_text(f"flags : {flags}\n")
     monkeypatch.setattr(device, "CPU_INFO", tmp_path / "cpuinfo")
     show_reading(estimated(net_of(), ENCODER, documents((60,)), dtype=dtype), "text", "encoding")
-    line = "advice                         this CPU has avx512_bf16: try --dtype bf16, which is often faster"
+    line = "this CPU has avx512_bf16: try --dtype bf16, which is often faster"
     assert capsys.readouterr().out.count(line) == hints
 
 

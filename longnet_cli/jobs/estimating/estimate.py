@@ -177,7 +177,7 @@ def _lengths(
     """Yield the number of tokens of each document. Those of texts come last, estimated from their bytes."""
     for item in items:
         document = drawn.add(item) if drawn and isinstance(item, Text) else cast(Document, item)
-        if document and job.take(document, on_skip, reads=False) is not None:
+        if document is not None and job.take(document, on_skip, reads=False) is not None:
             yield len(document)
     yield from drawn.lengths() if drawn else ()
 
@@ -336,7 +336,7 @@ class Estimate:
     `free` is the memory that is free besides the `program`, which is one of the kinds; None where the system does not
     say. `others` are counts of what is read, and FLOPs and seconds of the whole job on all ranks. `chunk_that_fits` is
     a shorter chunk that fits where the job's own does not, `spillable` the kinds that --spill would keep on a disk, and
-    `hint` the advice for a job that fits.
+    `hint` says what may make the job faster.
     """
 
     memory: dict[str, int]
@@ -368,8 +368,7 @@ class Estimate:
 
     @property
     def advice(self) -> str:
-        if self.fits:
-            return self.hint
+        """What makes a job fit that does not."""
         if self.chunk_that_fits:
             return f"--chunk {self.chunk_that_fits} fits"
         if self.largest in self.spillable:
