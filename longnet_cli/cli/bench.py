@@ -15,7 +15,7 @@ from longnet_cli.cli.output import MarkdownTable, emit_jsonl, tell
 from longnet_cli.cli.progress import progress
 
 if TYPE_CHECKING:
-    from longnet_cli.jobs.benchmark import Case, Measurement
+    from longnet_cli.jobs.benchmark import Measurement
 
 # Markdown is for people: only as many columns as fit 80 characters. Values that all rows share go to stderr, and in
 # the place of the seconds of a row that has none stands its status.
@@ -28,8 +28,6 @@ _HUMAN = {
     "flops_per_second": format_count,
     "peak_rss_bytes": format_bytes,
 }
-_LONG_SECONDS, _LONG_BYTES = 10.0, 2**30  # rows beyond these are announced
-
 
 MEASURE, SHAPE, MODEL = HelpPanel("What to measure"), HelpPanel("Shape"), HelpPanel("Model (--op model, train)")
 
@@ -92,6 +90,7 @@ def bench(options: BenchCommand) -> None:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("bench measures one process: start it without torchrun")
+    from longnet_cli.attention.notation import format_pattern
     from longnet_cli.jobs.benchmark import Settings, machine
     from longnet_cli.jobs.benchmark import bench as measure
 
@@ -99,20 +98,16 @@ def bench(options: BenchCommand) -> None:
     given["max_time"] = 60 if options.max_time is options.seq is None else options.max_time
     quiet, format = given.pop("quiet"), given.pop("format")
     settings = Settings.of(**given)
-    tell(f"{machine(settings)}, {settings.op}, {' and '.join(settings.direction)}, {settings}", quiet)
-
-    def announce(case: Case, seconds: float | None) -> None:
-        in_all = (seconds or 0.0) * (1 if case.streamed else 1 + settings.repeats)
-        if in_all >= _LONG_SECONDS or case.memory_bytes >= _LONG_BYTES:
-            about = f"about {format_duration(in_all)} and " if seconds else "about "
-            tell(f"{_title(case.row)}: {about}{format_bytes(case.memory_bytes)} of memory", quiet)
-
+    shape = settings.model or f"{settings.heads} heads x {settings.head_dim}"
+    pattern = format_pattern(settings.pattern_for(max(settings.seq)))
+    what = f"{settings.op}, {' and '.join(settings.direction)}, {settings.batch} x {shape}, pattern {pattern}"
+    tell(f"{machine(settings)}, {what}", quiet)
     columns = _MARKDOWN.format("stop" if any(map(settings.streams, settings.seq)) else "").split()
     table = MarkdownTable(columns, _HUMAN, _TITLES)
     rows: list[Measurement] = []
     tokens = sum(settings.seq) * len(settings.direction) * len(settings.impl)
     with progress("bench", total=tokens, quiet=quiet) as advance:
-        for row in measure(settings, on_start=announce, on_tokens=advance):
+        for row in measure(settings, on_tokens=advance):
             rows.append(row)
             if format == "md":
                 table.write(vars(row) | {"seconds": row.status if row.seconds is None else row.seconds})

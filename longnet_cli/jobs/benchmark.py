@@ -21,10 +21,10 @@ import shutil
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
@@ -38,11 +38,12 @@ from longnet_cli.attention import KVCache, Pattern, dilated_attention
 from longnet_cli.attention.branches import attention_flops, backward_flops
 from longnet_cli.attention.groups import past_bytes
 from longnet_cli.attention.kernels import select_kernel
-from longnet_cli.attention.notation import format_levels, format_pattern
+from longnet_cli.attention.notation import format_levels
 from longnet_cli.basics.configuration import validate
 from longnet_cli.basics.errors import ConfigError, is_out_of_memory
 from longnet_cli.basics.sizes import format_bytes
 from longnet_cli.jobs.estimating import memory as needs
+from longnet_cli.jobs.training.costs import pass_flops
 from longnet_cli.jobs.training.objective import backward
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.nets.config import parse_config
@@ -179,14 +180,6 @@ class Settings(BaseModel):
         """Return the tokens per chunk of a streamed run."""
         return min(seq, chunk_of(self.chunk, GPU_BENCH_CHUNK if self.device.type == "cuda" else BENCH_CHUNK))
 
-    def __str__(self) -> str:
-        """Return the settings that all rows share: `1 x 12 heads x 64, causal, pattern 1Ki/1,4Ki/4`."""
-        if self.model is not None:
-            return f"{self.batch} x {self.model}"
-        shape = f"{self.batch} x {self.heads} heads x {self.head_dim}, {'causal' if self.causal else 'bidirectional'}"
-        layers = "" if self.op == "attention" else f", {self.layers} layers, vocabulary {self.vocab}"
-        return f"{shape}, pattern {format_pattern(self.pattern_for(max(self.seq)))}{layers}"
-
 
 @dataclass(frozen=True)
 class Measurement:
@@ -259,57 +252,47 @@ def attention(s: Settings, impl: str, direction: str, seq: int) -> Case:
     dense, back, dtype = impl == "dense", direction == "backward", DTYPES[s.dtype]
     pattern = Pattern((seq,), (1,)) if dense else s.pattern_for(seq)
     streamed = impl == "dilated" and not back and s.streams(seq)
-    chunk, cache = seq, 0
-    if streamed:
-        rows = 2 * s.heads * s.head_dim * dtype.itemsize * pattern.cache_rows
-        cache = s.batch * (rows + sum(past_bytes(pattern, s.heads, s.head_dim, seq, dtype.itemsize)))
-        chunk = s.chunk_for(seq)
+    chunk = s.chunk_for(seq) if streamed else seq
+    theirs = impl != "dilated"  # which get the layout that they are made for
+    shape = (s.batch, s.heads, chunk, s.head_dim) if theirs else (s.batch, chunk, s.heads, s.head_dim)
 
     def flops(tokens: int) -> float:
         count = backward_flops if back else attention_flops
         return s.batch * count(pattern, s.heads, s.head_dim, tokens, s.causal)
 
-    row = _row(s, impl, direction, seq, None if dense else pattern, chunk=chunk if streamed else None)
-    # each implementation gets the layout that it is made for
-    theirs = dense or impl == "flex"
-    shape = (s.batch, s.heads, chunk, s.head_dim) if theirs else (s.batch, chunk, s.heads, s.head_dim)
+    def start() -> Callable[..., object]:
+        draw = torch.Generator(s.device).manual_seed(0)
+        made: dict[str, Any] = {"generator": draw, "dtype": dtype, "device": s.device}
+        q, k, v, *dout = (torch.randn(shape, requires_grad=back, **made) for _ in range(3 + back))
+        if streamed:
+            past = KVCache(pattern, s.batch, s.heads, s.head_dim, dtype=dtype, device=s.device)
+
+            def read(tokens: int) -> None:
+                q_, k_, v_ = (x[:, :tokens] for x in (q, k, v))
+                dilated_attention(q_, k_, v_, pattern, start=past.position, far=past.far())
+                past.append(k_, v_, q=q_)
+
+            return read
+        attend: Callable[[], Tensor] = partial(F.scaled_dot_product_attention, q, k, v, is_causal=s.causal)
+        if impl == "dilated":
+            attend = partial(dilated_attention, q, k, v, pattern, causal=s.causal)
+        elif impl == "flex":
+            attend = partial(flex_attention(pattern, s.heads, seq, s.causal, s.device), q, k, v)
+        if not back:
+            return attend
+        return partial(torch.autograd.grad, attend(), (q, k, v), dout[0].detach(), retain_graph=True)
+
+    cache = 0
+    if streamed:
+        rows = 2 * s.heads * s.head_dim * dtype.itemsize * pattern.cache_rows
+        cache = s.batch * (rows + sum(past_bytes(pattern, s.heads, s.head_dim, seq, dtype.itemsize)))
     # q, k, v, out and their gradients, float32 copies of narrower ones, and what a pattern's largest kernel call copies
     wide = 0 if dtype == torch.float32 else 4
     number = 4 * dtype.itemsize + wide + back * (4 * dtype.itemsize + 3 * wide) + (0 if theirs else 8)
-    memory = math.prod(shape) * number + cache
-    memory += needs.transient_memory(pattern, s.heads, s.head_dim, seq, dtype.itemsize, s.device.type)
-    start = partial(_attention, s, impl, pattern, shape, back, streamed)
-    return Case(replace(row, cache_bytes=cache or None), flops, memory, start, streamed)
-
-
-def _attention(
-    s: Settings, impl: str, pattern: Pattern, shape: Sequence[int], back: bool, streamed: bool
-) -> Callable[..., object]:
-    """Draw the inputs of attention, and return the run."""
-    draw = torch.Generator(s.device).manual_seed(0)
-    made: dict[str, Any] = {"generator": draw, "dtype": DTYPES[s.dtype], "device": s.device}
-    q, k, v, *dout = (torch.randn(shape, requires_grad=back, **made) for _ in range(3 + back))
-    if streamed:
-        return _streamed(s, pattern, q, k, v)
-    attend: Callable[[], Tensor] = partial(F.scaled_dot_product_attention, q, k, v, is_causal=s.causal)
-    if impl == "dilated":
-        attend = partial(dilated_attention, q, k, v, pattern, causal=s.causal)
-    elif impl == "flex":
-        attend = partial(flex_attention(pattern, s.heads, shape[2], s.causal, s.device), q, k, v)
-    if not back:
-        return attend
-    return partial(torch.autograd.grad, attend(), (q, k, v), dout[0].detach(), retain_graph=True)
-
-
-def _streamed(s: Settings, pattern: Pattern, q: Tensor, k: Tensor, v: Tensor) -> Callable[[int], None]:
-    past = KVCache(pattern, s.batch, s.heads, s.head_dim, dtype=q.dtype, device=q.device)
-
-    def run(tokens: int) -> None:
-        q_, k_, v_ = (x[:, :tokens] for x in (q, k, v))
-        dilated_attention(q_, k_, v_, pattern, start=past.position, far=past.far())
-        past.append(k_, v_, q=q_)
-
-    return run
+    transient = needs.transient_memory(pattern, s.heads, s.head_dim, seq, dtype.itemsize, s.device.type)
+    values = {"chunk": chunk if streamed else None, "cache_bytes": cache or None}
+    row = _row(s, impl, direction, seq, None if dense else pattern, **values)
+    return Case(row, flops, math.prod(shape) * number + cache + transient, start, streamed)
 
 
 def flex_attention(
@@ -347,14 +330,14 @@ def of_net(s: Settings, impl: str, direction: str, seq: int) -> Case:
 
     Gradients are those of a step without its update, by `s.chunk` tokens if given.
     """
-    net, load = _net(s, impl, seq)
-    config, itemsize, trains = net.config, DTYPES[s.dtype].itemsize, s.op == "train"
+    net, trains = _net(s, impl, seq), s.op == "train"
+    config, itemsize = net.config, DTYPES[s.dtype].itemsize
     streamed = impl == "dilated" and not trains and config.streams and s.streams(seq)
     chunk = s.chunk_for(seq) if streamed else min((trains and s.chunk) or seq, seq)
-    again = trains and chunk < seq  # then the backward pass computes each chunk's forward pass again
+    tokens = s.batch * chunk  # of a forward pass
 
     def start() -> Callable[..., object]:
-        model = load().train(trains)
+        model = _with_weights(net, s.device).train(trains)
         ids = torch.randint(config.vocab_size, (s.batch, seq if trains else chunk), device=s.device)
         read = open_stream(model) if streamed else model
 
@@ -368,35 +351,34 @@ def of_net(s: Settings, impl: str, direction: str, seq: int) -> Case:
 
         return gradients if trains else forward
 
-    def flops(tokens: int) -> float:
-        forward = tokens * (config.layer_flops() + config.vocabulary_flops()) + config.attention_flops(tokens)
-        # blocks are chosen once
-        training = config.training_flops([tokens]) + again * (forward - config.vote_flops(tokens)) if trains else 0
-        return s.batch * (training or forward)
+    def flops(length: int) -> float:
+        if trains and length:
+            return s.batch * length * pass_flops(config, length, chunk).all
+        return s.batch * (length * (config.layer_flops() + config.vocabulary_flops()) + config.attention_flops(length))
 
     cache = 0
     if streamed and not net.stream():  # of a net with a cache of its own, nothing is known
         longest = max(seq, *config.pattern.segment_lengths)
         cache = s.batch * sum(needs.cache_bytes(config, longest, itemsize))
-    tokens = s.batch * chunk  # of a forward pass
-    transient = needs.transient_memory(config.pattern, config.num_heads, config.head_dim, seq, itemsize, s.device.type)
+    sizes = config.num_heads, config.head_dim, seq, itemsize, s.device.type
+    transient = needs.transient_memory(config.pattern, *sizes)
     if trains:  # weights, which autocast copies, and gradients
         memory = config.num_parameters() * (8 if itemsize == 4 else 8 + itemsize) + transient
         memory += tokens * needs.activation_bytes(config, itemsize) + needs.logits_bytes(config, tokens)
         memory += s.batch * sum(needs.far_bytes(config, seq, chunk, itemsize))
     else:
         memory = sum(needs.forward_memory(net, tokens, s.dtype, tokens, transient).values()) + cache
-    values: dict[str, Any] = {"chunk": chunk if streamed or again else None, "cache_bytes": cache or None}
+    values: dict[str, Any] = {"chunk": chunk if chunk < seq or streamed else None, "cache_bytes": cache or None}
     values |= {"heads": config.num_heads, "head_dim": config.head_dim}
     values["model"] = None if s.model is None else ModelFolder.find(s.model).origin
     row = _row(s, impl, direction, seq, config.pattern if net.dilated else None, **values)
     return Case(row, flops, memory, start, streamed)
 
 
-def _net(s: Settings, impl: str, seq: int) -> tuple[Net, Callable[[], Net]]:
-    """Return the net of a row, and a function that returns it with its weights.
+def _net(s: Settings, impl: str, seq: int) -> Net:
+    """Return the net of a row; only a saved model has its weights.
 
-    A saved model has its weights from the start. Dense attention of a Hugging Face model is that of transformers.
+    Dense attention of a Hugging Face model is that of transformers.
     """
     dense, dim = Pattern((seq,), (1,)), s.heads * s.head_dim
     if s.model is None:
@@ -404,8 +386,7 @@ def _net(s: Settings, impl: str, seq: int) -> tuple[Net, Callable[[], Net]]:
         pattern = dense if impl == "dense" else s.pattern_for(seq)
         config = parse_config({**shape, "position": "rope"}, "a model with random weights", pattern)
         with torch.device("meta"):
-            empty = LongNet(config)
-        return empty, partial(_with_weights, empty, s.device)
+            return LongNet(config)
     folder = ModelFolder.find(s.model)
     own, theirs = folder.net_config(), folder.of_transformers
     if theirs and s.op == "train":
@@ -415,7 +396,7 @@ def _net(s: Settings, impl: str, seq: int) -> tuple[Net, Callable[[], Net]]:
         pattern = Pattern.dense() if theirs else dense
     elif not theirs:
         pattern = replace(pattern, head_offsets=own.pattern.head_offsets)  # the weights were trained with these
-    net = _loaded(folder.path, pattern, s.device, s.dtype)
+    net = folder.net(pattern=pattern, device=s.device, dtype=DTYPES[s.dtype])
     headless = theirs and cast("TransformersNet", net).model.get_output_embeddings() is None
     if not own.causal or not own.vocab_size or headless:
         raise ConfigError(f"{s.model}: --op {s.op} runs causal language models")
@@ -423,18 +404,15 @@ def _net(s: Settings, impl: str, seq: int) -> tuple[Net, Callable[[], Net]]:
         net = cast("TransformersNet", net).as_it_comes()
     if (limit := net.config.max_tokens) is not None and seq > limit:
         raise ConfigError(f"{s.model}: --seq {seq}, and the model has {limit} positions")
-    return net, lambda: net
+    return net
 
 
-def _with_weights(net: LongNet, device: torch.device) -> Net:
-    torch.manual_seed(0)
-    net.to_empty(device=device).init_weights()
+def _with_weights(net: Net, device: torch.device) -> Net:
+    """Return a net, with random weights if it has none."""
+    if next(net.parameters()).is_meta:
+        torch.manual_seed(0)
+        cast(LongNet, net).to_empty(device=device).init_weights()
     return net.eval()
-
-
-@lru_cache(maxsize=1)  # only one: the next row needs another attention
-def _loaded(path: Path, pattern: Pattern | None, device: torch.device, dtype: str) -> Net:
-    return ModelFolder(path).net(pattern=pattern, device=device, dtype=DTYPES[dtype])
 
 
 def _row(s: Settings, impl: str, direction: str, seq: int, pattern: Pattern | None, **values: object) -> Measurement:
@@ -452,22 +430,14 @@ CASES: dict[str, Callable[[Settings, str, str, int], Case]] = {  # (settings, im
     "train": of_net,
 }
 FIRST_DECADE = 10**6  # tokens: a streamed run reports each power of ten from here on
-_PROBE_SEQ = 2048  # tokens of the run that estimates a long one
-_LONG_FLOPS = 10**11  # a second or so on a slow CPU: a longer run is worth a probe
+_PROBE_SEQ = 2048  # tokens of the run that tells the rate before a longer one
 
 
-def bench(
-    settings: Settings,
-    *,
-    on_start: Callable[[Case, float | None], None] = lambda case, seconds: None,
-    on_tokens: Callable[[int], None] = lambda tokens: None,
-) -> Iterator[Measurement]:
+def bench(settings: Settings, *, on_tokens: Callable[[int], None] = lambda tokens: None) -> Iterator[Measurement]:
     """Measure every case of the settings, row by row.
 
-    A streamed case has a row for each decade of its positions, then one for the whole.
-
-    on_start: called with each case before it runs, and with the estimated seconds of one run, None if unknown.
-    on_tokens: called with the number of tokens of each chunk of a streamed run.
+    A streamed case has a row for each decade of its positions, then one for the whole. `on_tokens` is called with the
+    number of tokens of each chunk of a streamed run.
     """
     s, best = settings, defaultdict[tuple[str, str], float](float)  # FLOP/s so far: short runs are mostly overhead
     deadline = time.perf_counter() + (math.inf if s.max_time is None else s.max_time)
@@ -483,29 +453,23 @@ def bench(
     for seq, direction, impl in product(s.seq, s.direction, s.impl):
         make = partial(CASES[s.op], s, impl, direction)
         case = make(seq)
-        if time.perf_counter() >= deadline:
-            yield replace(case.row, reason="the time is over")
-            continue
-        if case.flops(seq) > _LONG_FLOPS and seq > _PROBE_SEQ and not best[impl, direction]:
-            probe, free = replace(make(case.row.chunk or _PROBE_SEQ), streamed=False), free_memory(s.device)
-            if free is None or probe.memory_bytes <= free:
-                _ = [*run(probe, 1)]
-        seconds = case.flops(seq) / best[impl, direction] if best[impl, direction] else None
-        if refusal := _refusal(case, s, deadline - time.perf_counter(), seconds):
-            yield refusal
-            continue
-        on_start(case, seconds)
-        yield from run(case, s.repeats)
+        refusal = _refusal(case, s, deadline, 0.0)
+        if not refusal and seq > _PROBE_SEQ and not best[impl, direction]:
+            _ = [*run(replace(make(case.row.chunk or _PROBE_SEQ), streamed=False), 1)]
+        refusal = refusal or _refusal(case, s, deadline, best[impl, direction])
+        yield from [refusal] if refusal else run(case, s.repeats)
 
 
-def _refusal(case: Case, s: Settings, left: float, seconds: float | None) -> Measurement | None:
-    """Return the row that says why the case is not run, or None; `left` are the seconds until the deadline."""
-    ours, free = case.row.impl == "dilated", free_memory(s.device)
-    allowed = left if ours or s.max_dense_time is None else min(left, s.max_dense_time)
+def _refusal(case: Case, s: Settings, deadline: float, rate: float) -> Measurement | None:
+    """Return the row that says why the case is not run, or None. At this `rate`, in FLOP/s, it would take too long."""
+    ours, free, left = case.row.impl == "dilated", free_memory(s.device), deadline - time.perf_counter()
+    if left <= 0:
+        return replace(case.row, reason="the time is over")
     if free is not None and case.memory_bytes > max(1, free):
         reason = f"needs {format_bytes(case.memory_bytes)} of memory, {format_bytes(free)} are free"
         return replace(case.row, status="skipped", reason=reason)
-    if seconds is not None and seconds > allowed and not case.streamed:
+    allowed = left if ours or s.max_dense_time is None else min(left, s.max_dense_time)
+    if rate and not case.streamed and (seconds := case.flops(case.row.seq) / rate) > allowed:
         reason = f"would take about {seconds:.3g} s, and {allowed:.3g} s are allowed"
         return replace(case.row, status="stopped" if ours else "skipped", reason=reason)
     return None
@@ -540,13 +504,20 @@ def measure_stream(
     out, it ends in the same way as "oom".
     """
     total, chunk = case.row.seq, case.row.chunk or case.row.seq
-    position, begin, decade, status, reason = 0, 0, FIRST_DECADE, "ok", None
-    interrupted: KeyboardInterrupt | None = None
+    position, begin, decade, whole = 0, 0, FIRST_DECADE, _Clock(device)
+
+    def ended(status: str, why: str | None) -> Measurement:
+        reason = why and f"{why} after {position} tokens"
+        if not position:
+            return replace(case.row, status=status, reason=reason)
+        reached: dict[str, Any] = {} if position == total else {"start": 0, "stop": position}
+        return case.measured(0, position, peak(), status=status, reason=reason, **reached, **whole.spent())
+
     try:
         case.start()(chunk)  # warm-up
         run, whole = case.start(), _Clock(device)
         part = whole
-        while position < total and status == "ok":
+        while position < total and (not position or time.perf_counter() < deadline):
             # a decade cuts a chunk in two, so that later chunks end where they would have ended
             size = min(chunk - position % chunk, min(decade, total) - position)
             run(size)
@@ -556,19 +527,12 @@ def measure_stream(
             if total > FIRST_DECADE and position in (decade, total):
                 yield case.measured(begin, position, peak(), start=begin, stop=position, **part.spent())
                 part, begin, decade = _Clock(device), position, decade * 10
-            if position < total and time.perf_counter() >= deadline:
-                status, reason = "stopped", f"the time is over after {position} tokens"
-    except KeyboardInterrupt as error:
-        status, reason, interrupted = "stopped", f"interrupted after {position} tokens", error
+        yield ended("ok", None) if position == total else ended("stopped", "the time is over")
+    except KeyboardInterrupt:
+        yield ended("stopped", "interrupted")
+        raise
     except (RuntimeError, MemoryError) as error:
-        status, reason = "oom", f"{_out_of_memory(error)} after {position} tokens"
-    if position:
-        reached: dict[str, Any] = {} if position == total else {"start": 0, "stop": position}
-        yield case.measured(0, position, peak(), status=status, reason=reason, **reached, **whole.spent())
-    elif status == "oom":
-        yield replace(case.row, status=status, reason=reason)
-    if interrupted:
-        raise interrupted
+        yield ended("oom", _out_of_memory(error))
 
 
 class _Clock:

@@ -168,17 +168,6 @@ def test_a_warm_up_that_takes_the_time_is_the_measurement(fake_op: FakeOp) -> No
     assert (row.status, row.seconds) == ("ok", 30.0)
 
 
-def test_each_case_is_announced_before_it_runs(fake_op: FakeOp) -> None:
-    fake_op(1.0)
-    told: list[tuple[int, float | None]] = []
-    settings = Settings.of(seq=[10, 20], impl=["dilated"])
-    rows = bench(settings, on_start=lambda case, seconds: told.append((case.row.seq, seconds)))
-    next(rows)
-    assert told == [(10, None)]
-    next(rows)
-    assert told == [(10, None), (20, 20.0)]
-
-
 LONG = {"impl": ["dilated"], "pattern": Pattern((16, 64), (1, 4)), **TINY}
 
 
@@ -300,8 +289,6 @@ def test_long_sequences_have_a_shape_of_their_own() -> None:
     short, long = Settings.of(seq=[10**6 - 1], device="cpu"), Settings.of(seq=[8192, 10**9], device="cpu")
     assert (short.heads, short.head_dim, short.pattern_for(8192)) == (12, 64, Pattern.paper())
     assert (long.heads, long.head_dim, long.pattern_for(8192)) == (2, 32, Pattern.geometric(8192, base=256))
-    window = Settings.of(seq=[100], pattern=Pattern.window(64))
-    assert str(window) == "1 x 12 heads x 64, causal, pattern window:64"
     assert Settings.of(seq=[10**9], heads=12, device="cpu").heads == 12
     assert CASES["attention"](long, "dilated", "forward", 10**9).streamed
 

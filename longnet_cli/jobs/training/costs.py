@@ -25,7 +25,7 @@ from longnet_cli.jobs.estimating.memory import (
     logits_bytes,
     transient_memory,
 )
-from longnet_cli.nets.config import LongNetConfig
+from longnet_cli.nets.config import LongNetConfig, NetConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import LOGITS_LIMIT
 from longnet_cli.running.device import free_memory, matmul_peak, resident_memory, resolve_dtype
@@ -158,23 +158,30 @@ class StepFlops(NamedTuple):
 def step_flops(recipe: Recipe, stage: Stage, ranks: Ranks) -> StepFlops:
     """Return the FLOPs per token of a step in this stage, on all ranks.
 
-    A step is a forward and a backward pass. Of the chunks of a window, all but the last are computed again for the
-    backward pass, and with `train.activation_checkpointing`, each chunk is once more. What is computed again chooses no
-    blocks again. Logits are computed again where they are more than `LOGITS_LIMIT`.
+    With `train.activation_checkpointing`, each chunk is computed once more. Logits are computed again where they are
+    more than `LOGITS_LIMIT`.
     """
-    config, train, tokens = recipe.model, recipe.train, stage.seq_len
-    chunk = train.chunk * ranks.sp
+    train = recipe.train
+    logits_again = tokens_at_once(recipe, stage, ranks) * train.predicted * recipe.model.vocab_size > LOGITS_LIMIT
+    more = train.activation_checkpointing, train.predicted, logits_again
+    return pass_flops(recipe.model, stage.seq_len, train.chunk * ranks.sp, *more)
+
+
+def pass_flops(
+    config: NetConfig, tokens: int, chunk: int, more: int = 0, predicted: float = 1.0, logits_again: bool = False
+) -> StepFlops:
+    """Return the FLOPs per token of a forward and a backward pass over a window of so many tokens.
+
+    Of its chunks, all but the last are computed again for the backward pass, and each chunk as often `more`. What is
+    computed again chooses no blocks again. The share `predicted` of the tokens has logits.
+    """
     chunks = -(-tokens // chunk)
-    forwards = 1 + (chunks - 1) * chunk / tokens + train.activation_checkpointing
-    logits_again = tokens_at_once(recipe, stage, ranks) * train.predicted * config.vocab_size > LOGITS_LIMIT
-    logits = train.predicted * (1 + logits_again)
+    forwards, logits = 1 + (chunks - 1) * chunk / tokens + more, predicted * (1 + logits_again)
     one_pass, backward = config.attention_flops(tokens) / tokens, config.attention_backward_flops(tokens) / tokens
     votes = config.vote_flops(tokens) / tokens
-    matrices = config.training_flops([tokens], train.predicted) / tokens - one_pass - backward
+    matrices = config.training_flops([tokens], predicted) / tokens - one_pass - backward
     return StepFlops(
-        products=matrices
-        + (forwards - 1) * config.layer_flops()
-        + (logits - train.predicted) * config.vocabulary_flops(),
+        products=matrices + (forwards - 1) * config.layer_flops() + (logits - predicted) * config.vocabulary_flops(),
         attention=forwards * one_pass - (forwards - 1) * votes,
         attention_backward=backward,
         forwards=forwards,
