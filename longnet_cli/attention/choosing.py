@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import chain, groupby
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -262,7 +262,7 @@ class Choice(NamedTuple):
 def choose(means: Means, voting: Voting) -> Choice:
     """Return the choice of a voting, whose groups have more blocks before them than they may see."""
     candidates = scan(means, voting)
-    blocks, votes = _side_by_side([*chain(*(ballot.votes(means) for ballot in _ballots(voting, candidates)))])
+    blocks, votes = _side_by_side([*_votes(means, voting, candidates)])
     last = torch.arange(1, voting.slots[-1].blocks, device=blocks.device) if candidates[-1] is None else candidates[-1]
     return Choice(_picked(voting.pattern, blocks, votes, voting.named).int(), last)
 
@@ -285,59 +285,48 @@ def _vote_alike(pattern: Pattern, slot: Slot) -> object:
     return bool(stages(pattern, slot.blocks - 1)), cut
 
 
-def _ballots(voting: Voting, candidates: Sequence[Tensor | None]) -> Iterator[_Ballot]:
-    """Yield ballots for all groups of a voting, whose slots have these candidates (C,), or None for all blocks."""
+def _votes(means: Means, voting: Voting, candidates: Sequence[Tensor | None]) -> Iterator[_Votes]:
+    """Yield the votes of some groups at a time, whose slots have these candidates (C,), or None for all blocks."""
     pattern, slots, done, begin = voting.pattern, voting.slots, 0, 0
     starts = range(slots[0].starts[0], slots[-1].starts[-1] + 1, pattern.chosen_every)
-    voters = voting.document.voters(starts, 1)
+    voters = voting.document.voters(starts, 1)  # (groups, VOTERS, H, D)
     for some in batches(slots, partial(_vote_alike, pattern), pattern.scan_every, lambda _: len(slots)):
-        stop, compared = begin + sum(len(slot.starts) for slot in some), None
-        if candidates[done] is not None:
+        stop = begin + sum(len(slot.starts) for slot in some)
+        if candidates[done] is None:
+            yield from _for_all(means, voting, some, voters[begin:stop])
+        else:
             of_slots = torch.stack([x for x in candidates[done : done + len(some)] if x is not None])
             earlier = None if voting.earlier is None else voting.earlier[begin:stop, 1:].long()
-            compared = _Compared.of(of_slots, earlier)
-        yield _Ballot(voting, some, voters[begin:stop], compared)
+            yield from _for_some(means, voting, _Compared.of(of_slots, earlier), voters[begin:stop])
         done, begin = done + len(some), stop
 
 
-class _Ballot(NamedTuple):
-    """The groups of neighbouring slots, with their voters (groups, VOTERS, H, D).
+def _for_all(means: Means, voting: Voting, slots: Sequence[Slot], voters: Tensor) -> Iterator[_Votes]:
+    """Yield the votes of the groups of neighbouring slots, which compare all blocks but 0 before them."""
+    number = slots[-1].blocks
+    of_blocks = means.of_first(means.finest, voting.row, number)[:, 1:]
+    before = blocks_before([slot for slot in slots for _ in slot.starts], of_blocks.device)
+    others = not_before(1, number, before)
+    step = max(1, limits_of(of_blocks).scores // (VOTERS * voting.heads * of_blocks[0, :, :, 0].numel()))
+    for start in range(0, len(voters), step):
+        some = slice(start, start + step)
+        votes = votes_for(voters[some], of_blocks, None if others is None else others[some], power=SURE)
+        yield _Votes(torch.arange(1, number, device=votes.device).expand_as(votes), votes)
 
-    compared: the blocks that they compare, or None for all but 0 before them.
-    """
 
-    voting: Voting
-    slots: Sequence[Slot]
-    voters: Tensor
-    compared: _Compared | None
-
-    def votes(self, means: Means) -> Iterator[_Votes]:
-        """Yield the votes of some groups at a time."""
-        return self._for_all(means) if self.compared is None else self._for_some(means, self.compared)
-
-    def _for_all(self, means: Means) -> Iterator[_Votes]:
-        number = self.slots[-1].blocks
-        of_blocks = means.of_first(means.finest, self.voting.row, number)[:, 1:]
-        before = blocks_before([slot for slot in self.slots for _ in slot.starts], of_blocks.device)
-        others = not_before(1, number, before)
-        step = max(1, limits_of(of_blocks).scores // (VOTERS * self.voting.heads * of_blocks[0, :, :, 0].numel()))
-        for start in range(0, len(self.voters), step):
-            some = slice(start, start + step)
-            votes = votes_for(self.voters[some], of_blocks, None if others is None else others[some], power=SURE)
-            yield _Votes(torch.arange(1, number, device=votes.device).expand_as(votes), votes)
-
-    def _for_some(self, means: Means, compared: _Compared) -> Iterator[_Votes]:
-        by_slot, finest = self.voters.unflatten(0, (len(compared.blocks), -1)), means.finest
-        per_block = max(finest * by_slot[0, ..., 0].numel(), means.numbers(finest))
-        step = max(1, limits_of(by_slot).scores // (compared.blocks.shape[1] * per_block))
-        for start in range(0, len(by_slot), step):
-            some = slice(start, start + step)
-            width = max(compared.numbers[some])
-            blocks = compared.blocks[some, :width]
-            others = None if compared.others is None else compared.others[some, :, :width]
-            of_blocks = means.of_blocks(finest, self.voting.row, blocks)
-            votes = votes_for(by_slot[some], of_blocks, others, blocks[:, None], SURE).flatten(0, 1)
-            yield _Votes(blocks[:, None].expand(-1, by_slot.shape[1], -1).flatten(0, 1), votes)
+def _for_some(means: Means, voting: Voting, compared: _Compared, voters: Tensor) -> Iterator[_Votes]:
+    """Yield the votes of the groups of neighbouring slots, which compare some blocks."""
+    by_slot, finest = voters.unflatten(0, (len(compared.blocks), -1)), means.finest
+    per_block = max(finest * by_slot[0, ..., 0].numel(), means.numbers(finest))
+    step = max(1, limits_of(by_slot).scores // (compared.blocks.shape[1] * per_block))
+    for start in range(0, len(by_slot), step):
+        some = slice(start, start + step)
+        width = max(compared.numbers[some])
+        blocks = compared.blocks[some, :width]
+        others = None if compared.others is None else compared.others[some, :, :width]
+        of_blocks = means.of_blocks(finest, voting.row, blocks)
+        votes = votes_for(by_slot[some], of_blocks, others, blocks[:, None], SURE).flatten(0, 1)
+        yield _Votes(blocks[:, None].expand(-1, by_slot.shape[1], -1).flatten(0, 1), votes)
 
 
 class _Votes(NamedTuple):

@@ -13,7 +13,6 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import accumulate, pairwise
-from math import prod
 from typing import NamedTuple
 
 import torch
@@ -24,7 +23,6 @@ from .pattern import MEAN_OF, Pattern
 from .sinks import Turn
 from .views import accumulator
 
-PIECE_BYTES = 1 << 26  # of blocks that are taken at a time from where they are not in memory
 FIRST_BLOCKS = 1 << 6  # blocks in the first piece of memory; each next piece is half of all before, if that is more
 
 Shape = tuple[int, ...]
@@ -197,17 +195,6 @@ class Blocks:
         for piece in self._pieces:
             yield piece[:, :, : self.number - first_block]
             first_block += piece.shape[2]
-
-    def taken_pieces(self, like: Tensor) -> Iterator[Tensor]:
-        """Yield all blocks, some at a time, as `take` gives them; they are like (k and v, B, 0, tokens, K, D)."""
-        _, batch, _, *shape = like.shape
-        step = max(1, PIECE_BYTES // (2 * batch * prod(shape) * like.itemsize))
-        for start in range(0, self.number, step):
-            blocks = torch.arange(start, min(start + step, self.number), device=like.device)
-            piece = like.new_empty(2, batch, len(blocks), *shape)
-            for row in range(batch):
-                self.take(row, blocks, piece[:, row])
-            yield piece
 
     def adopt(self, blocks: Tensor) -> None:
         """Add blocks as `append` does, but without a copy: their memory is only read. Call it before `append`."""
@@ -399,15 +386,8 @@ class Past:
         means = self.pattern.chosen_block // MEAN_OF
         none = self.waiting.new_empty((batch, heads, 0, means, head_dim), dtype=accumulator(self.waiting.dtype))
         yield "fine", self.means.fine[:, :, : self.blocks.number] if self.means else none
-        yield from self.open_choices()
-
-    def open_choices(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield, of `state`, what the last open group has chosen, and what the last scan has found.
-
-        Chosen again, in another shape, other blocks might win where scores nearly tie.
-        """
-        none = torch.zeros(self.waiting.shape[1], 0, dtype=torch.int32)
-        for name, kept, empty in (("held", self.held, none[:, None]), ("scanned", self.scanned, none)):
+        # chosen again, in another shape, other blocks might win where scores nearly tie
+        for name, kept, empty in (("held", self.held, no_blocks[:, None]), ("scanned", self.scanned, no_blocks)):
             yield f"{name}_at", torch.tensor([kept[0]] if kept else [], dtype=torch.int64)
             yield name, torch.stack(kept[1]).int() if kept else empty
 

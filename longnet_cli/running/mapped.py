@@ -27,6 +27,7 @@ from longnet_cli.basics.errors import ConfigError, MemoryLimitError
 from longnet_cli.basics.sizes import format_bytes
 from longnet_cli.basics.system_calls import allocate, read_into
 
+PIECE_BYTES = 1 << 26  # of blocks that are read from a file at a time
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM)
 
 
@@ -146,8 +147,16 @@ class BlockFile(Blocks):
         self._places = [[block[row] for row in rows.tolist()] for block in self._places]
 
     def pieces(self) -> Iterator[Tensor]:
-        if self.number:
-            yield from self.taken_pieces(self._like.cpu())
+        if not self.number:
+            return
+        _, batch, _, *shape = self._like.shape
+        step = max(1, PIECE_BYTES // (2 * batch * prod(shape) * self._like.itemsize))
+        for start in range(0, self.number, step):
+            blocks = torch.arange(start, min(start + step, self.number))
+            piece = self._like.new_empty(2, batch, len(blocks), *shape, device="cpu")
+            for row in range(batch):
+                self.take(row, blocks, piece[:, row])
+            yield piece
 
     def adopt(self, blocks: Tensor) -> None:
         self.append(blocks)

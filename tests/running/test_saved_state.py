@@ -23,11 +23,12 @@ from processes import invoke, refused
 from safetensors.torch import load_file, save_file
 from strategies import chosen_patterns, cuts, split
 
-from longnet_cli.attention import Pattern, past
+from longnet_cli.attention import Pattern
 from longnet_cli.basics.errors import ConfigError, DataError, LongNetError
 from longnet_cli.basics.sealed import read_sealed, write_sealed
 from longnet_cli.jobs.generating import generate
 from longnet_cli.models import choosing_layers
+from longnet_cli.running import mapped
 from longnet_cli.running.causal_stream import CausalStream
 from longnet_cli.running.saved_state import STATE_VERSION
 
@@ -66,7 +67,7 @@ def test_a_loaded_stream_goes_on_bit_for_bit(
     stream.save(place / "state")
     spilled = CausalStream.load(model, place / "state", spill=place)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(past, "PIECE_BYTES", 1)
+        patch.setattr(mapped, "PIECE_BYTES", 1)
         spilled.save(place / "state")
     others = [CausalStream.load(model, place / "state"), spilled, spilled.fork(), stream.fork()]
     assert all(held(other) == held(stream) for other in others)
