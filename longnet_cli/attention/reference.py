@@ -143,17 +143,6 @@ def chosen_blocks(
     return choice
 
 
-def followed(choice: Choice | None, pattern: Pattern, own: Choice) -> Choice:
-    """Return what a layer sees that follows a `choice`, or that sees block 0 alone (None), given its own choice."""
-    (w,), (b,) = pattern.segment_lengths, pattern.look_backs
-
-    def chooses(queries: range) -> bool:
-        return (queries.start // w - b) * w > pattern.chosen_keys
-
-    first = [(row, queries, [0] if chooses(queries) else blocks) for row, queries, blocks in own]
-    return first if choice is None else choice
-
-
 def _voted(
     scanners: Tensor,
     voters: Tensor,

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from longnet_cli.models.hf.pretrained_net import TransformersNet
     from longnet_cli.models.hf.sentence_folder import SentenceModel
     from longnet_cli.nets.config import LongNetConfig, TransformersConfig
-    from longnet_cli.nets.net import Bos, Net
+    from longnet_cli.nets.net import Net
 
 PICKLED = "pytorch_model*.bin*"
 T = TypeVar("T", list, dict)
@@ -199,12 +199,6 @@ class ModelFolder:
         """The token that ends documents, from tokenizer_config.json; None if that names none."""
         return special_token(self._tokenizer_settings.get("eos_token")) or None
 
-    def has_chat(self, tokenizer: Tokenizer | None) -> bool:
-        """Return whether there is a chat template, and a tokenizer for it."""
-        from longnet_cli.data.chat import chat_settings
-
-        return bool(chat_settings(tokenizer))
-
     def chat(self, tokenizer: Tokenizer | None) -> ChatTemplate:
         """Return the chat template. Raises ConfigError without one, and without a tokenizer."""
         from longnet_cli.data.chat import ChatTemplate
@@ -313,6 +307,8 @@ class ModelFolder:
         for a model that reads vectors, unless `vectors`; for `bos` where nothing is read before a document; for modules
         that are not computed; and for an attention kernel that cannot run in `dtype`.
         """
+        from longnet_cli.data.chat import chat_settings
+        from longnet_cli.nets.net import bos_ids
         from longnet_cli.running.device import DTYPES, check_kernel, keep_freed_memory, resolve_dtype
 
         kind = resolve_dtype(dtype, device)
@@ -323,7 +319,7 @@ class ModelFolder:
         with self._unpacked(kind) as folder:
             words = folder.tokenizer(tokenizer, differs=tokenizer_differs)
             start, ends = folder.bos(words, bos), folder.ends(words)
-            template = folder.chat(words) if chat or (chat is None and folder.has_chat(words)) else None
+            template = folder.chat(words) if chat or (chat is None and chat_settings(words)) else None
             model = folder.sentence_model() if self.embeds else None
             net = folder.net(pattern=pattern, device=device, dtype=DTYPES[kind])
             embedding = None
@@ -346,18 +342,12 @@ class ModelFolder:
                 f"{tokenizer or self.path / TOKENIZER}: the tokenizer has {words.vocab_size} ids and the model "
                 f"{net.config.vocab_size}: they do not belong together"
             )
-        self._check_start(start, net.config.vocab_size)
+        if outside := [x for x in bos_ids(start) if not 0 <= x < net.config.vocab_size]:
+            what = f"it reads the id {outside[0]} before a text, and its vocabulary has {net.config.vocab_size}"
+            raise ConfigError(f"{self.name}: {what}: give --bos")
         if net.note and (net.config.causal or net.dilated or not embedding):  # otherwise it reads windows
             on_note(f"{self.name}: {net.note}")
         return Loaded(net, words, start, ends, template, self.origin, embedding)
-
-    def _check_start(self, start: Bos, vocab_size: int) -> None:
-        """Raise ConfigError for ids before a document that the model does not have."""
-        from longnet_cli.nets.net import bos_ids
-
-        if outside := [x for x in bos_ids(start) if not 0 <= x < vocab_size]:
-            what = f"it reads the id {outside[0]} before a text, and its vocabulary has {vocab_size}"
-            raise ConfigError(f"{self.name}: {what}: give --bos")
 
     def sentence_model(self) -> SentenceModel | None:
         """Return how sentence-transformers makes vectors with the model; None where the folder does not say.

@@ -184,11 +184,6 @@ class LongNetPreTrainedModel(hf.PreTrainedModel):
             out = self.net.embed(input_ids, inputs_embeds) * 0
         return out
 
-    def _loss(self, logits: Tensor, labels: Tensor | None, asked: dict[str, Any]) -> Tensor | None:
-        if labels is None:
-            return None
-        return self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **asked)
-
     def _cache(self, use_cache: bool | None, cache: Any, older: Any) -> Any:
         """Return the given cache, under its newer or older name, or a new one if `use_cache` asks for it."""
         given = older if cache is None else cache
@@ -251,15 +246,8 @@ class LongNetModel(LongNetPreTrainedModel):
         return F.normalize((total / (stops - starts).clamp(min=1)[:, None]).float(), dim=-1)
 
 
-class LongNetForCausalLM(LongNetPreTrainedModel, hf.GenerationMixin):
-    """A causal LongNet with logits of the next token, and with `generate()`, which uses a `LongNetCache`."""
-
-    causal = True
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        """Return False: `forward` makes its own cache."""
-        return False
+class _LongNetWithLogits(LongNetPreTrainedModel):
+    """A LongNet with logits, whose class says whether it is `causal`."""
 
     def forward(
         self,
@@ -277,34 +265,35 @@ class LongNetForCausalLM(LongNetPreTrainedModel, hf.GenerationMixin):
     ) -> Any:
         """Return logits (B, N, vocab_size), or only for the last `logits_to_keep` tokens if it is not 0.
 
-        With `labels` (B, N), also return a loss: the mean over labels other than -100. They are shifted here.
+        With `labels` (B, N), also return a loss: the mean over labels other than -100. A causal net's are shifted here.
         """
         cache = self._cache(use_cache, cache, past_key_values)
         hidden = self._hidden(input_ids, attention_mask, position_ids, inputs_embeds, cache, asked)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.net.logits(hidden[:, kept])
-        loss = self._loss(logits, labels, asked)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **asked)
+        if not self.causal:
+            return _output(MaskedLMOutput(loss=loss, logits=logits), return_dict)
         return _output(CausalLMOutputWithPast(loss=loss, logits=logits, **{_CACHE: cache}), return_dict)
 
 
-class LongNetForMaskedLM(LongNetPreTrainedModel):
+class LongNetForCausalLM(_LongNetWithLogits, hf.GenerationMixin):
+    """A causal LongNet with logits of the next token, and with `generate()`, which uses a `LongNetCache`."""
+
+    causal = True
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        """Return False: `forward` makes its own cache."""
+        return False
+
+
+class LongNetForMaskedLM(_LongNetWithLogits):
     """A bidirectional LongNet with logits of masked tokens."""
 
     causal = False
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        return_dict: bool | None = None,
-        **asked: Any,
-    ) -> Any:
-        """Return logits (B, N, vocab_size) and, with `labels` (B, N), a loss: the mean over labels other than -100."""
-        logits = self.net.logits(self._hidden(input_ids, attention_mask, position_ids, inputs_embeds, None, asked))
-        return _output(MaskedLMOutput(loss=self._loss(logits, labels, asked), logits=logits), return_dict)
 
 
 def _columns(attention_mask: Tensor | None, position_ids: Tensor | None, columns: int) -> Tensor | None:

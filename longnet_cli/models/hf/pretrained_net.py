@@ -145,7 +145,7 @@ class TransformersNet(Net):
         cache = {self._cache_name: kept, "use_cache": True}
 
         @torch.no_grad()
-        def read(tokens: Tensor, *, edges: Sequence[int] | None = None) -> Tensor:
+        def read(tokens: Tensor) -> Tensor:
             return body(self.model)(input_ids=tokens, **cache).last_hidden_state
 
         return read
