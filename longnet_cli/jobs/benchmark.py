@@ -289,10 +289,9 @@ def attention(s: Settings, impl: str, direction: str, seq: int) -> Case:
     # q, k, v, out and their gradients, float32 copies of narrower ones, and what a pattern's largest kernel call copies
     wide = 0 if dtype == torch.float32 else 4
     number = 4 * dtype.itemsize + wide + back * (4 * dtype.itemsize + 3 * wide) + (0 if theirs else 8)
-    transient = needs.transient_memory(pattern, s.heads, s.head_dim, seq, dtype.itemsize, s.device.type)
     values = {"chunk": chunk if streamed else None, "cache_bytes": cache or None}
     row = _row(s, impl, direction, seq, None if dense else pattern, **values)
-    return Case(row, flops, math.prod(shape) * number + cache + transient, start, streamed)
+    return Case(row, flops, math.prod(shape) * number + cache, start, streamed)
 
 
 def flex_attention(
@@ -360,14 +359,12 @@ def of_net(s: Settings, impl: str, direction: str, seq: int) -> Case:
     if streamed and not net.stream():  # of a net with a cache of its own, nothing is known
         longest = max(seq, *config.pattern.segment_lengths)
         cache = s.batch * sum(needs.cache_bytes(config, longest, itemsize))
-    sizes = config.num_heads, config.head_dim, seq, itemsize, s.device.type
-    transient = needs.transient_memory(config.pattern, *sizes)
     if trains:  # weights, which autocast copies, and gradients
-        memory = config.num_parameters() * (8 if itemsize == 4 else 8 + itemsize) + transient
+        memory = config.num_parameters() * (8 if itemsize == 4 else 8 + itemsize)
         memory += tokens * needs.activation_bytes(config, itemsize) + needs.logits_bytes(config, tokens)
         memory += s.batch * sum(needs.far_bytes(config, seq, chunk, itemsize))
     else:
-        memory = sum(needs.forward_memory(net, tokens, s.dtype, tokens, transient).values()) + cache
+        memory = sum(needs.forward_memory(net, tokens, s.dtype, tokens).values()) + cache
     values: dict[str, Any] = {"chunk": chunk if chunk < seq or streamed else None, "cache_bytes": cache or None}
     values |= {"heads": config.num_heads, "head_dim": config.head_dim}
     values["model"] = None if s.model is None else ModelFolder.find(s.model).origin

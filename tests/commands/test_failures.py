@@ -36,6 +36,7 @@ from longnet_cli.data.tokenizer import Tokenizer
 
 SIZES = {"dim": 32, "num_layers": 4, "num_heads": 4, "ffn_dim": 64, "position": "rope"}
 SIZES |= {"segment_lengths": (64, 1024), "dilation_rates": (1, 4)}
+TOO_LONG = "train longnet-125m --data x.parquet --seq-len 4Mi --chunk 4Mi --steps 1 --set train.batch_tokens=4Mi -o run"
 ONE_STAGE = {"train.stages": [{"seq_len": 32, "steps": 5}]}
 EMPTY = "every document is empty or left out"
 NO_TEMPLATE = "no chat template (chat_template.jinja, or chat_template in tokenizer_config.json) for chats"
@@ -131,6 +132,8 @@ FAILURES = [  # command, exit code, a part of its line; and what the file holds 
         "dp x sp is 1 x 3, which needs 3 processes, and there are 4: 4 x 1, 2 x 2, 1 x 4 would fit",
     ),
     ("train longnet-tiny --data x.parquet -o run --set lora.rank=4", 2, "lora is for a Hugging Face model (init)"),
+    (TOO_LONG, 5, "the largest part for activations, and "),
+    (f"{TOO_LONG} --set model.num_layers=9999", 5, "no chunk fits: choose shorter windows, a smaller model"),
     ("train small.json -o run --dry-run --dp 3", 2, "which 3 groups of ranks cannot share equally: --dp 1 would"),
     ("generate x -m ./model --save-state new/state --state nonsense", 2, "nonsense"),
     ("tokenize x.parquet --shard-tokens 9 -o out.arrow", 2, "--shard-tokens is for a folder of shards"),

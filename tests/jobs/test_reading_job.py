@@ -301,12 +301,11 @@ def test_a_model_of_transformers_is_estimated(tmp_path: Path) -> None:
     assert found.facts["parameters"] == sum(p.numel() for p in net.parameters())
     assert found.memory["weights"] >= 4 * found.facts["parameters"]
     assert found.memory["cache"] == 2 * 2 * 16 * (2 * 16 + 4) * 4  # layers, heads of keys
-    ModelFolder.find(str(tmp_path)).check_weights_fit("fp32", torch.device("cpu"), 4 * found.facts["parameters"])
-    with pytest.raises(MemoryLimitError, match="choose a smaller model"):
-        ModelFolder.find(str(tmp_path)).check_weights_fit(
-            "fp32", torch.device("cpu"), 4 * found.facts["parameters"] - 1
-        )
-    ModelFolder.find(str(tmp_path)).check_weights_fit("bf16", torch.device("cpu"), 2 * found.facts["parameters"])
+    for dtype, itemsize in (("fp32", 4), ("bf16", 2)):
+        size, folder = itemsize * found.facts["parameters"], ModelFolder.find(str(tmp_path))
+        folder.check_weights_fit(dtype, torch.device("cpu"), size)
+        with pytest.raises(MemoryLimitError, match="choose a smaller model"):
+            folder.check_weights_fit(dtype, torch.device("cpu"), size - 1)
     trained = ModelFolder(tmp_path).net()  # on up to 256 tokens
     with pytest.raises(TooLongError, match="501 tokens"):
         estimated(trained, ENCODER)

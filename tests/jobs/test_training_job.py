@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,9 +25,7 @@ from longnet_cli.jobs.training.objective import plan_forwards
 from longnet_cli.jobs.training.recipe import Recipe, load_recipe
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet
-from longnet_cli.running.device import matmul_peak
 from longnet_cli.running.ranks.ranks import ALONE, Ranks
-from longnet_cli.running.reader import fitting_chunk
 
 CPU = torch.device("cpu")
 MODEL = {
@@ -135,6 +132,9 @@ def test_a_dry_run_plans_for_many_ranks_in_one_process(tmp_path: Path) -> None:
 
     train = "train", "longnet-1m", "--data", data, "--set", "data.held_out=[]"
     alone, shared = facts(*train), facts(*train, "--sp", 64)
+    assert alone["parameters"] == alone["trained"] == 162_160_896
+    assert alone["steps"].startswith("30,000 steps of 16 x 65,536 tokens, then 5,000 ")
+    assert alone["peak_bytes"] == sum(alone["memory_bytes"].values())
     assert alone["memory_bytes"]["cache"] > shared["memory_bytes"]["cache"] == 0
     assert shared["matmul_peak"] < alone["matmul_peak"] / 8
     assert facts("score", data, "--dp", 64)["tokens"] == facts("score", data)["tokens"]
@@ -197,48 +197,6 @@ def test_short_documents_have_little_attention() -> None:
     config = LongNetConfig(**MODEL)
     whole, apart = config.training_flops([512]), config.training_flops([32] * 16)
     assert apart == 16 * config.training_flops([32]) < whole
-
-
-def test_the_matmul_peak_is_a_rate() -> None:
-    assert 1e8 < matmul_peak(CPU, "fp32") < 1e14
-
-
-def test_the_command(run_longnet, tmp_path: Path) -> None:
-    stage = ["--seq-len", "1Ki", "--steps", "100", "--chunk", "1Ki"]
-    stage += ["--set=train.batch_tokens=4096", "--set=schedule.warmup_steps=10"]
-    done = run_longnet("train", "longnet-125m", "--dry-run", *stage, "--device", "cpu", "--format", "json")
-    assert (done.returncode, done.stderr) == (0, "")
-    found = json.loads(done.stdout)
-    assert found["parameters"] == found["trained"] == 162_160_896
-    assert (found["tokens"], found["steps"]) == (100 * 4096, "100 steps of 4 x 1,024 tokens (train.batch_tokens)")
-    assert found["peak_bytes"] == sum(found["memory_bytes"].values())
-    assert not list(tmp_path.iterdir())  # it writes nothing
-
-
-def test_what_cannot_fit_is_refused_with_what_to_change(run_longnet) -> None:
-    done = run_longnet("train", "longnet-2.7b", "--dry-run", "--device", "cpu", "--set", "model.num_layers=9999")
-    assert done.returncode == 5
-    (line,) = done.stderr.splitlines()
-    needed = re.search("training needs (.*) besides the program, ", line)[1]
-    assert f" besides the program, and {needed} are needed: it does not fit\n" in done.stdout
-    assert "the largest part for activations, and " in line
-    assert line.endswith("no chunk fits: choose shorter windows, a smaller model or a larger device")
-
-
-def test_what_cannot_fit_does_not_start(run_longnet, tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("x" * 999)
-    sizes = ("--seq-len", "4Mi", "--chunk", "4Mi", "--set", "train.batch_tokens=4Mi", "--steps", "1")
-    done = run_longnet("train", "longnet-125m", "--data", "a.txt", *sizes, "--device", "cpu", "-o", "run", cwd=tmp_path)
-    assert done.returncode == 5
-    assert re.search(r"training needs .*, the largest part for .*, and .* are free; ", done.stderr)
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("chunk", "free", "fits"), [(300, 256, 256), (300, 255, None), (900, 600, 512), (256, 9, None)]
-)
-def test_the_largest_power_of_two_that_fits(chunk: int, free: int, fits: int | None) -> None:
-    assert fitting_chunk(lambda tokens: tokens, chunk, free, shortest=256) == fits
 
 
 def test_a_chunk_that_fits_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

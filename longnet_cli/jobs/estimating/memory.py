@@ -166,26 +166,24 @@ def itemsize_of(dtype: str, device: torch.device) -> int:
 class CacheBytes(NamedTuple):
     """Bytes that a causal sequence keeps between its chunks; only `blocks` can be in a file (`--spill`).
 
-    rows: keys and values of the segments that later tokens see, or of all tokens. blocks, choosing: of blocks that may
-    be chosen, and of the mean keys that choose them.
+    rows: keys and values of the segments that later tokens see, or of all tokens, and the mean keys by which blocks are
+    chosen. blocks: of blocks that may be chosen.
     """
 
     rows: int
     blocks: int = 0
-    choosing: int = 0
 
 
 def cache_bytes(config: NetConfig, tokens: int, itemsize: int) -> CacheBytes:
     """Return what a stream has allocated after `tokens`. Training keeps more (`far_bytes`)."""
-    number = 2 * config.head_dim * itemsize
+    number, blocks = 2 * config.head_dim * itemsize, 0
     if isinstance(config, TransformersConfig) and config.memory != "segments":
         return CacheBytes((config.num_layers + 1) * config.kv_heads * tokens * number)  # one layer is being copied
     rows = config.num_layers * number * cached_rows(Layout(config.pattern, config.num_heads, config.kv_heads), tokens)
-    blocks = choosing = 0
     for kind, layers in config.pattern.kinds(config.num_layers).items():
-        of_layer = past_bytes(config.pattern, config.kv_heads, config.head_dim, tokens, itemsize, kind)
-        blocks, choosing = (total + layers * n for total, n in zip((blocks, choosing), of_layer, strict=True))
-    return CacheBytes(rows, blocks, choosing)
+        kept, means = past_bytes(config.pattern, config.kv_heads, config.head_dim, tokens, itemsize, kind)
+        rows, blocks = rows + layers * means, blocks + layers * kept
+    return CacheBytes(rows, blocks)
 
 
 def transient_memory(pattern: Pattern, heads: int, head_dim: int, tokens: int, itemsize: int, device: str) -> int:
