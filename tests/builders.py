@@ -186,22 +186,15 @@ def job_folder(folder: Path) -> Path:
     for name, causal in (("decoder", True), ("encoder", False)):
         tiny_model(folder / name, **levels, causal=causal)
     recipe = f"""
-        [model]
-        dim = 16
-        num_layers = 2
-        num_heads = 2
-        ffn_dim = 32
-        segment_lengths = [16, 64, 256]
-        dilation_rates = [1, 2, 4]
-        position = "rope"
-        [data]
-        train = ["{folder}/texts"]
-        [optimizer]
-        lr = 1e-2
-        [train]
-        stages = [{{ seq_len = 256, steps = 20 }}]
-        batch_tokens = 1024
-        log_every = 1
+        model.pattern = "16/1,64/2,256/4"
+        model.position = "rope"
+        model.dim = 16
+        model.num_layers = 2
+        model.num_heads = 2
+        model.ffn_dim = 32
+        data.train = ["{folder}/texts"]
+        optimizer.lr = 1e-2
+        train = {{ stages = [{{ seq_len = 256, steps = 20 }}], batch_tokens = 1024, log_every = 1 }}
         """
     (folder / "recipe.toml").write_text(recipe)
     return folder

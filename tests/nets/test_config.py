@@ -72,10 +72,6 @@ def test_unknown_key_names_the_nearest() -> None:
         ({"dim": "big"}, "dim: "),
         ({"dim": 770}, "dim 770 is not divisible by num_heads 12"),
         ({"pattern": "window:1Ki,chosen=4x32", **WITHOUT_LEVELS}, 'position="xpos" has no chosen blocks'),
-        (
-            {"pattern": "window:1Ki,chosen=4x32", "causal": False, "position": "rope", **WITHOUT_LEVELS},
-            "chosen=4 is for causal attention",
-        ),
         ({"num_heads": 256}, "even head size, got 3"),
         ({"num_layers": 0}, "num_layers: "),
         ({"position": "alibi"}, "position: "),
@@ -88,7 +84,6 @@ def test_unknown_key_names_the_nearest() -> None:
         ({"sinks": 4}, 'position="xpos" has no sinks: its keys are only seen from their own segment; use position="r'),
         ({"look_back": [1, "x"]}, "look_back: must be one number, or one number per level"),
         ({"level_bias": [0, -2, -2, -2, -2]}, "unknown key 'level_bias'"),
-        ({"queries": "all"}, 'queries="all" needs overlap="once" in causal attention'),
         ({"sinks": 4, "causal": False, "position": "rope", "padding": "zero_key"}, 'padding="zero_key" goes with no'),
         ({"sink": 4}, "unknown key 'sink': did you mean 'sinks'?"),
     ],
