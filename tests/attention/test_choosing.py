@@ -78,9 +78,7 @@ def test_chooses_what_the_reference_chooses(choice: Choice, scale: float) -> Non
 
 @pytest.mark.parametrize(
     ("sizes", "tokens", "fewer", "stages"),
-    [
-        *(((24, 24, every), 500, groups.FUNNEL, ((1, 9), (2, 6))) for every in (1, 2, 3, 4, 6, 12, 24)),
-    ],
+    [*(((24, 24, every), 500, groups.FUNNEL, ((1, 9), (2, 6))) for every in (1, 2, 3, 4, 6, 12, 24))],
 )
 def test_chooses_in_stages_what_the_reference_chooses(
     sizes: tuple[int, int, int], tokens: int, fewer: tuple, stages: tuple, monkeypatch: pytest.MonkeyPatch

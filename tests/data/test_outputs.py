@@ -20,13 +20,7 @@ from longnet_cli.basics.atomic import atomic_write
 from longnet_cli.basics.errors import CheckpointError, ConfigError, LongNetError, NotFiniteError
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.names import Sources
-from longnet_cli.data.outputs import (
-    ShardWriter,
-    is_folder,
-    refuse_overwriting,
-    token_batch,
-    token_schema,
-)
+from longnet_cli.data.outputs import ShardWriter, is_folder, refuse_overwriting, token_batch, token_schema
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.encoding import EncodeFacts, encode
 from longnet_cli.jobs.options import EncodeOptions

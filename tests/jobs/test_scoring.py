@@ -172,11 +172,7 @@ def rows(
 
 
 def write(
-    model: LongNet,
-    place: Path,
-    documents: Iterable[Document],
-    keep: tuple[str, ...] = (),
-    resume: bool = False,
+    model: LongNet, place: Path, documents: Iterable[Document], keep: tuple[str, ...] = (), resume: bool = False
 ) -> LeftOut:
     """A shard ends with the document that brings it to 150 tokens; bad documents are left out."""
     left_out, inputs = LeftOut(lambda document, error: None), MadeInputs((), keep=keep, made=documents)

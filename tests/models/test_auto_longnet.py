@@ -184,11 +184,7 @@ def test_it_generates_what_the_command_generates(net: LongNet, folder: Path, wor
     assert torch.equal(model.generate(**inputs, **options, pad_token_id=256, **{CACHE: own}), plain)
     size = own.nbytes
     model.generate(
-        **inputs,
-        max_new_tokens=90,
-        do_sample=False,
-        pad_token_id=256,
-        **{CACHE: (more := LongNetCache(model.config))},
+        **inputs, max_new_tokens=90, do_sample=False, pad_token_id=256, **{CACHE: (more := LongNetCache(model.config))}
     )
     assert more.nbytes == size  # of what later tokens can see, and no more
     with pytest.raises(ValueError, match="takes no other cache"):

@@ -335,10 +335,7 @@ def test_a_tokenizer_beside_the_folder_is_read_as_the_folder_says(tmp_path: Path
 
 def test_what_has_no_effect_is_refused(tmp_path: Path) -> None:
     cls = save_model(tmp_path / "cls", pool="cls")
-    for options, said in (
-        ({"span": 4, "stride": 2}, "each span is a window"),
-        ({"bos": "none"}, "leave out --bos"),
-    ):
+    for options, said in (({"span": 4, "stride": 2}, "each span is a window"), ({"bos": "none"}, "leave out --bos")):
         with pytest.raises(LongNetError, match=said):
             vectors(cls, ["the net reads a document"], **options)
     cut = save_model(tmp_path / "cut")
