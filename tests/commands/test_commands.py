@@ -1,11 +1,20 @@
 """Proves `score` and `encode` as a person and a script meet them: real processes, pipes, exit codes.
 
-Whatever goes wrong is one line on stderr and the documented exit code; whatever goes right keeps stdout for
-results. `bench` has its formats, and tells what it does on stderr.
+Whatever goes wrong is one line on stderr and the documented exit code; whatever goes right keeps stdout for results.
+`bench` has its formats, and tells what it does on stderr. `longnet` is a good neighbour in a pipe: first results before
+the input ends, memory that does not grow, and a clean end whoever ends it.
 """
 
+from __future__ import annotations
+
 import json
+import os
+import pty
 import shutil
+import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +26,9 @@ import pyarrow.parquet as pq
 import pytest
 from builders import scores, tiny_model
 from conftest import RunLongnet
+from files import IDS, TEXTS, token_table, write_file, write_lines
 from places import ROOT
-from processes import invoke
+from processes import Start, invoke
 from typer.testing import Result
 
 from longnet_cli.basics.errors import ConfigError
@@ -26,15 +36,220 @@ from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.nets.longnet import LongNet
 
-SCORE_KEYS = {"nll_sum", "n_tokens", "n_bytes", "ppl", "bpb"}
-TEXTS = {"a.txt": "Call me Ishmael.", "b.txt": "Some years ago\nnever mind how long precisely\n", "c.txt": "é"}
+BYTES = Tokenizer.bytes()
+
+
+# --- chains of commands ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shell(tmp_path: Path, command_env: dict[str, str], longnet: Path) -> Callable[..., subprocess.CompletedProcess]:
+    """Runs a line of bash in which `longnet` is this checkout's."""
+
+    def run(line: str, **options: Any) -> subprocess.CompletedProcess:
+        script = f"set -o pipefail; PATH={longnet.parent}:$PATH; {line}"
+        options = {"text": True, "timeout": 120, "stdin": subprocess.DEVNULL} | options
+        return subprocess.run(["bash", "-c", script], cwd=tmp_path, env=command_env, capture_output=True, **options)
+
+    return run
 
 
 @pytest.fixture
 def texts(tmp_path: Path) -> Path:
+    (tmp_path / "texts").mkdir()
+    for index, text in enumerate(TEXTS):
+        (tmp_path / f"texts/{index}.txt").write_bytes(text.encode())
+    return tmp_path / "texts"
+
+
+@pytest.mark.parametrize("ranks", [[], ["--dp", "2"]])
+def test_the_documents_before_a_bad_line_are_written_first(model: Path, run_longnet, tmp_path: Path, ranks) -> None:
+    write_lines(tmp_path / "x.jsonl", [{"id": str(n), "text": n if n == 3 else "text"} for n in range(1, 5)])
+    done = run_longnet("score", "x.jsonl", "-m", model, "--format", "jsonl", *ranks)
+    assert [json.loads(line)["doc_id"] for line in done.stdout.splitlines()] == ["1", "2"]
+    assert (done.returncode, "x.jsonl, line 3: 'text' is not text" in done.stderr) == (3, True)
+
+
+def test_chained_commands_say_what_single_ones_say(shell, model: Path, texts: Path, tmp_path: Path) -> None:
+    line = f"longnet tokenize texts -o - --quiet | longnet score - -m {model} --format json"
+    chained = shell(f"{line} && longnet score texts -m {model} --format json")
+    assert (chained.returncode, chained.stderr) == (0, "")
+    first, second = chained.stdout.split("}\n{")
+    assert json.loads(first + "}") == json.loads("{" + second)
+    line = f"longnet tokenize texts -o - --quiet | longnet encode - -m {model}"
+    chained = shell(f"{line} && longnet encode texts -m {model} -o out.arrow", text=False)
+    assert (chained.returncode, chained.stderr) == (
+        0,
+        b"3 vectors of 90 tokens -> stdout\n3 vectors of 90 tokens -> out.arrow\n",
+    )
+    vectors = ipc.open_stream(chained.stdout).read_all()
+    of_text = ipc.open_file(tmp_path / "out.arrow").read_all()
+    assert vectors.equals(of_text.drop_columns(["char_start", "char_end"]))
+
+
+WAYS = {
+    "a file": "longnet data inspect x.arrow",
+    "redirected": "longnet data inspect - < x.arrow",
+    "redirected, by name": "longnet data inspect /dev/stdin < x.arrow",
+    "piped": "cat x.arrow | longnet data inspect -",
+    "piped, by name": "cat x.arrow | longnet data inspect /dev/stdin",
+    "substituted": "longnet data inspect <(cat x.arrow)",
+    "listed": "longnet data inspect @list",
+}
+
+
+def test_every_way_in(shell, tmp_path: Path) -> None:
+    write_file(tmp_path / "x.arrow", token_table(pa.list_(pa.int32())))
+    (tmp_path / "list").write_text("\nx.arrow\n")
+    done = shell("; ".join(f"{line} --format json" for line in WAYS.values()))
+    assert (done.returncode, done.stderr) == (0, "")
+    answers = [json.loads(part) for part in done.stdout.replace("}\n{", "}\n\0{").split("\0")]
+    assert len(answers) == len(WAYS)
+    assert (answers[0]["documents"], answers[0]["tokens"]) == (3, sum(map(len, IDS)))
+    assert all(other == answers[0] for other in answers)
+
+
+@pytest.mark.parametrize(("form", "named"), [("lines", True), ("lines", False), ("begun lines", True), ("arrow", True)])
+@pytest.mark.parametrize(
+    ("command", "number"), [("score", signal.SIGINT), ("encode", signal.SIGTERM), ("tokenize", signal.SIGINT)]
+)
+def test_each_result_comes_before_the_next_row_and_a_signal_ends_the_wait(
+    start: Start, model: Path, command: str, number: signal.Signals, form: str, named: bool
+) -> None:
+    """A row of text is a document: nothing waits for another name. Rows that came together are read together.
+
+    Neither do blank lines make it wait, nor a part of the next line.
+    """
+    options = {"score": ["-m", model, "--format", "jsonl", "--keep", "n"], "encode": ["-m", model]}
+    second = start(command, "-", *options.get(command, ["-o", "-"]), stdin=subprocess.PIPE)
+    timer = threading.Timer(60, second.kill)  # lest the test wait for ever
+    timer.start()
+    row, names, results = {"text": "some words", "n": 1} | ({"id": "a"} if named else {}), [], None
+    batch = pa.RecordBatch.from_pylist([row])
+    stream = ipc.new_stream(second.stdin, batch.schema) if form == "arrow" else None
+    line, begun = json.dumps(row).encode() + b"\n", 0
+    for _ in range(3):
+        if stream:
+            stream.write_batch(batch)
+        else:
+            second.stdin.write(line[begun:])
+        if form == "begun lines":
+            begun = 9
+            second.stdin.write(b"\r\n\n" + line[:begun])
+        second.stdin.flush()
+        if command == "score":
+            names.append(json.loads(second.stdout.readline())["doc_id"])
+        else:
+            results = results or ipc.open_stream(second.stdout)
+            names += results.read_next_batch()["doc_id"].to_pylist()
+    assert names == (["a", "a#1", "a#2"] if named else ["stdin:0", "stdin:1", "stdin:2"])
+    if results and not stream:
+        second.stdin.write(line[begun:] + 19 * line)
+        second.stdin.flush()
+        assert len(results.read_next_batch()) == 19  # the last one may come alone
+    second.send_signal(number)
+    assert second.wait(20) == 128 + number
+    timer.cancel()
+    assert command == "tokenize" or second.stderr.read().startswith(b"stopped: ")
+    assert not second.stdout.read().endswith(b"\xff\xff\xff\xff\0\0\0\0")  # which would say that this was all
+
+
+@pytest.mark.parametrize("command", ["score --format jsonl", "encode", "tokenize -o -"])
+def test_a_reader_that_leaves_is_no_error_to_tell(shell, model: Path, tmp_path: Path, command: str) -> None:
+    (tmp_path / "many.jsonl").write_text('{"text": "some words to read"}\n' * 20_000)
+    where = "" if command.startswith("tokenize") else f"-m {model} --chunk 100"
+    done = shell(f"longnet {command} many.jsonl {where} | head -c 100 > head")
+    assert (done.returncode, done.stderr) == (141, "")
+    assert (tmp_path / "head").stat().st_size == 100
+
+
+@pytest.mark.parametrize("command", ["tokenize x.txt -o -", "encode x.txt -o -", "encode x.txt"])
+def test_binary_is_not_written_to_a_terminal(
+    command: str, command_env: dict[str, str], longnet: Path, tmp_path: Path
+) -> None:
+    terminal, stdout = pty.openpty()
+    try:
+        words = [longnet, *command.split()]
+        done = subprocess.run(words, stdout=stdout, stderr=subprocess.PIPE, text=True, env=command_env, cwd=tmp_path)
+    finally:
+        os.close(stdout)
+        os.close(terminal)
+    assert done.returncode == 2
+    assert "stdout is a terminal" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+RESULTS_ON_STDOUT = "tokenize texts -o -", "score texts", "data inspect texts", "encode texts"
+
+
+def test_a_closed_end_is_one_line(shell, texts: Path) -> None:
+    closed = (("longnet data inspect - <&-", 3), *((f"longnet {line} >&-", 1) for line in RESULTS_ON_STDOUT))
+    for line, code in closed:
+        done = shell(line)
+        assert (done.returncode, done.stderr.count("\n")) == (code, 1)
+        assert " is closed" in done.stderr
+    done = shell("longnet tokenize texts -o - 2>&- | longnet data inspect - --format json")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["documents"] == 3
+
+
+def test_a_command_of_the_shell_is_written_to_as_a_file(shell, texts: Path, tmp_path: Path) -> None:
+    done = shell("longnet tokenize texts -o >(cat > copy.arrow; touch done) -q; until [ -e done ]; do sleep 0.1; done")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [document.read().tolist() for document in Inputs([tmp_path / "copy.arrow"], BYTES).documents()] == IDS
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+# Runs the command and writes the peak of its memory, in KiB: that of its own pages, not of what it was forked from.
+MEASURED = """
+import atexit, sys
+peak = sys.argv.pop(1)
+@atexit.register
+def report():
+    with open("/proc/self/status") as status, open(peak, "w") as out:
+        out.write(next(line.split()[1] for line in status if line.startswith("VmHWM")))
+from longnet_cli.cli.app import main
+main()
+"""
+
+GENERATOR = """
+import random, sys
+chance = random.Random(0)
+for index in range(int(sys.argv[1])):
+    print('{"id": %d, "text": "%s"}' % (index, "".join(chance.choices("abc def", k=4000))))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("last", ["score - --format jsonl", "encode - --span 10"])
+def test_memory_of_a_chain_does_not_grow_with_its_input(shell, tmp_path: Path, last: str) -> None:
+    """Of 12 and of 48 million tokens. Of those `tokenize` holds at most some 10 million: see test_tokenizing.py."""
+    tiny_model(tmp_path / "small", dim=8, num_layers=1, num_heads=1, ffn_dim=8)
+    for name, program in (("documents.py", GENERATOR), ("measured.py", MEASURED)):
+        (tmp_path / name).write_text(program)
+    chain = f"$P measured.py 0 tokenize - -o - -q | $P measured.py 1 {last} -m ./small --chunk 16Ki -q | wc -c"
+    found = []
+    for documents in (3000, 12000):
+        done = shell(f"P={sys.executable}; $P documents.py {documents} | {chain}", timeout=600)
+        assert (done.returncode, done.stderr) == (0, "")
+        found.append([*(int((tmp_path / name).read_text()) >> 10 for name in "01"), int(done.stdout)])
+    print(f"peaks in MiB, and bytes that come out: {found}")
+    (small, of_small, size), (large, of_large, four_times) = found
+    assert 3.9 < four_times / size < 4.1
+    assert of_large < of_small + 16
+    assert max(small, large) < 180
+
+
+SCORE_KEYS = {"nll_sum", "n_tokens", "n_bytes", "ppl", "bpb"}
+PROSE = {"a.txt": "Call me Ishmael.", "b.txt": "Some years ago\nnever mind how long precisely\n", "c.txt": "é"}
+
+
+@pytest.fixture
+def prose(tmp_path: Path) -> Path:
     folder = tmp_path / "texts"
     folder.mkdir()
-    for name, text in TEXTS.items():
+    for name, text in PROSE.items():
         (folder / name).write_text(text, encoding="utf-8")
     return folder
 
@@ -42,15 +257,15 @@ def texts(tmp_path: Path) -> Path:
 # --- score -----------------------------------------------------------------------------------------------
 
 
-def test_score_compares_contexts(run_longnet: RunLongnet, model: Path, texts: Path) -> None:
-    command = ["score", texts, "--model", model, "--context", "4,8", "--device", "cpu", "--by-position"]
+def test_score_compares_contexts(run_longnet: RunLongnet, model: Path, prose: Path) -> None:
+    command = ["score", prose, "--model", model, "--context", "4,8", "--device", "cpu", "--by-position"]
     as_json = run_longnet(*command, "--format", "json")
     as_text = run_longnet(*command, "--last", "6", "--stride", "3")
     assert (as_json.returncode, as_json.stderr) == (0, "")
     value = json.loads(as_json.stdout)
     assert value["totals"][1] == value["total"]
     assert [row["context"] for row in value["totals"]] == [4, 8]
-    assert [row["doc_id"] for row in value["documents"]] == [*TEXTS]
+    assert [row["doc_id"] for row in value["documents"]] == [*PROSE]
     assert all({"nll_sum_4", "ppl_8", "by_position_4", "gain"} <= {*row} for row in value["documents"])
     assert {row["n_tokens"] for row in value["totals"]} == {63}
     assert value["total"].keys() >= {"ppl_se", "bpb_se", "ppl_ratio", "ppl_ratio_se", "n_docs", "by_position"}
@@ -63,21 +278,21 @@ def test_score_compares_contexts(run_longnet: RunLongnet, model: Path, texts: Pa
     assert "tokens seen" in as_text.stdout
 
 
-def test_score_formats_agree_with_the_library(run_longnet: RunLongnet, model: Path, texts: Path) -> None:
+def test_score_formats_agree_with_the_library(run_longnet: RunLongnet, model: Path, prose: Path) -> None:
     tokenizer = Tokenizer.load(model)
-    documents = Inputs([texts], tokenizer).documents()
+    documents = Inputs([prose], tokenizer).documents()
     expected = list(scores(LongNet.from_pretrained(model), documents, bos=tokenizer.eos_id, context=8))
-    arguments = ["score", "--ppl", texts, "--model", model, "--context", "8", "--device", "cpu", "--format"]
+    arguments = ["score", "--ppl", prose, "--model", model, "--context", "8", "--device", "cpu", "--format"]
     as_json, as_lines, as_text = (run_longnet(*arguments, format) for format in ("json", "jsonl", "text"))
     assert [(done.returncode, done.stderr) for done in (as_json, as_lines, as_text)] == [(0, "")] * 3
 
     value = json.loads(as_json.stdout)
     assert value["total"].keys() >= SCORE_KEYS
-    assert [row["doc_id"] for row in value["documents"]] == list(TEXTS)
+    assert [row["doc_id"] for row in value["documents"]] == list(PROSE)
     for row, wanted in zip(value["documents"], expected, strict=True):
         assert row.keys() >= SCORE_KEYS | {"doc_id"}
         assert row["nll_sum"] == pytest.approx(wanted.score.nll_sum, rel=1e-6)
-        assert row["n_bytes"] == len(TEXTS[row["doc_id"]].encode())
+        assert row["n_bytes"] == len(PROSE[row["doc_id"]].encode())
     assert value["total"]["n_tokens"] == 63
     assert value["total"]["nll_sum"] == pytest.approx(sum(row["nll_sum"] for row in value["documents"]))
 
@@ -86,7 +301,7 @@ def test_score_formats_agree_with_the_library(run_longnet: RunLongnet, model: Pa
 
     header, *lines, last = as_text.stdout.splitlines()
     assert (header.split(), last) == (["tokens", "ppl", "bpb", "document"], f"model {model}")
-    assert [line.split()[-1] for line in lines] == [*TEXTS, "total"]
+    assert [line.split()[-1] for line in lines] == [*PROSE, "total"]
     assert len({line.index(line.split()[-1]) for line in [header, *lines]}) == 1  # straight columns
     assert lines[-1].split() == ["63", *(f"{value['total'][name]:.3f}" for name in ("ppl", "bpb")), "total"]
 
@@ -113,14 +328,14 @@ def test_text_that_does_not_suit_the_default_model_is_noted(run_longnet: RunLong
 
 
 def test_encode_without_output_streams_and_to_a_name_writes_parquet(
-    run_longnet: RunLongnet, model: Path, texts: Path, tmp_path: Path
+    run_longnet: RunLongnet, model: Path, prose: Path, tmp_path: Path
 ) -> None:
-    common = ["encode", texts, "--model", model]
+    common = ["encode", prose, "--model", model]
     options = ["-o", "out.parquet", "--pool", "last", "--no-normalize", "--embedding-dtype", "float16"]
     streamed, written = (run_longnet(*command, text=False) for command in (common, [*common, *options]))
-    counts = f"{len(TEXTS)} vectors of {sum(map(len, map(str.encode, TEXTS.values())))} tokens"
+    counts = f"{len(PROSE)} vectors of {sum(map(len, map(str.encode, PROSE.values())))} tokens"
     assert (streamed.returncode, streamed.stderr.decode()) == (0, f"{counts} -> stdout\n")
-    assert ipc.open_stream(streamed.stdout).read_all()["doc_id"].to_pylist() == list(TEXTS)
+    assert ipc.open_stream(streamed.stdout).read_all()["doc_id"].to_pylist() == list(PROSE)
 
     assert (written.returncode, written.stdout, written.stderr.decode()) == (0, b"", f"{counts} -> out.parquet\n")
     table = pq.read_table(tmp_path / "out.parquet")
