@@ -22,8 +22,8 @@ No wheel has these, which torch's repository has: efficient attention takes as m
 edges, one batch row of packed sequences, and a kernel by the strides of heads (attention_backward.cu at 00afd8f2,
 `_efficient_attention_backward`); flash attention takes fp16 and bf16, a head_dim that 8 divides, up to 256, a last
 stride of 1, int32 edges, and reads an lse from its address on, whatever its strides (flash_attn/flash_api.cpp at
-03b7c19d, `mha_fwd`, `set_params_dgrad`). FlashAttention-2 at v2.6.3 and v2.8.3: flash_attn/flash_attn_interface.py,
-lines 48 and 118, 77 and 238.
+03b7c19d, `mha_fwd`, `set_params_dgrad`). FlashAttention-2 at v2.8.3: flash_attn/flash_attn_interface.py, lines
+77 and 238.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def emulate(capability: tuple[int, int] = (9, 0)) -> None:
             check_arguments(getattr(torch.ops.aten, operator).default._schema.arguments, function)
             aten.impl(operator, function, "CPU")
     LIBRARIES.append(aten)
-    sys.modules.update({"flash_attn": types.ModuleType("flash_attn")} | flash_attn_2_8())
+    sys.modules.update({"flash_attn": types.ModuleType("flash_attn")} | flash_attn())
 
 
 def check_arguments(of_torch: Sequence[Any], function: Callable[..., Any]) -> None:
@@ -247,7 +247,7 @@ WHOLE = (None, None, 0, 0)  # the edges of a call that is not packed
 MODULE = "flash_attn.flash_attn_interface"
 
 
-def flash_attn_2_8() -> dict[str, types.ModuleType]:
+def flash_attn() -> dict[str, types.ModuleType]:
     module: Any = types.ModuleType(MODULE)
 
     @torch.library.custom_op("flash_attn::_flash_attn_forward", mutates_args=(), schema=FORWARD)
@@ -260,27 +260,6 @@ def flash_attn_2_8() -> dict[str, types.ModuleType]:
         assert (dropout_p, *others[:4]) == (0.0, -1, -1, 0.0, None)
         _written((dq, dk, dv), flash_gradients((dout, q, k, v, out), softmax_lse, WHOLE, causal, softmax_scale))
         return torch.empty_like(softmax_lse)
-
-    module._flash_attn_forward, module._flash_attn_backward = _flash_attn_forward, _flash_attn_backward
-    return {MODULE: module}
-
-
-def flash_attn_2_6() -> dict[str, types.ModuleType]:
-    module: Any = types.ModuleType(MODULE)
-
-    def _flash_attn_forward(
-        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, return_softmax
-    ):
-        assert (dropout_p, window_size, softcap, alibi_slopes) == (0.0, (-1, -1), 0.0, None)
-        out, lse = flash((q, k, v), WHOLE, causal, softmax_scale)
-        return out, q, k, v, out, lse, None, None
-
-    def _flash_attn_backward(
-        dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, window_size, softcap,
-        alibi_slopes, deterministic, rng_state=None,
-    ):  # fmt: skip
-        assert (dropout_p, window_size, softcap, alibi_slopes) == (0.0, (-1, -1), 0.0, None)
-        _written((dq, dk, dv), flash_gradients((dout, q, k, v, out), softmax_lse, WHOLE, causal, softmax_scale))
 
     module._flash_attn_forward, module._flash_attn_backward = _flash_attn_forward, _flash_attn_backward
     return {MODULE: module}

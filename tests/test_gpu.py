@@ -21,7 +21,7 @@ import pytest
 import torch
 from builders import job_folder, losses
 from conftest import EMULATED, GPU, RunLongnet
-from emulated import emulate, flash_attn_2_6
+from emulated import emulate
 from pattern_nets import EOS, draw, error, gradients, net
 from processes import TORCHRUN
 from strategies import PAPER_64TH, document_starts, turn
@@ -172,14 +172,6 @@ def fresh_selection() -> Iterator[None]:
     yield
     for cache in (kernels._select, planning._plan):
         cache.cache_clear()
-
-
-@only_emulated
-def test_flash_attn_2_6(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, module in flash_attn_2_6().items():
-        monkeypatch.setitem(sys.modules, name, module)
-    with fresh_selection():
-        assert not wrong_results("flash_attn", "bf16")
 
 
 @only_emulated

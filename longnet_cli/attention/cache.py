@@ -29,6 +29,7 @@ from .spans import (
     Layout,
     SpanViews,
     common_span,
+    level_of,
     open_spans,
     segment_rows,
     segment_start,
@@ -80,25 +81,39 @@ class Outside(NamedTuple):
 
 
 def far_keys(
-    k: Tensor, v: Tensor, pattern: Pattern, span: FarSpan, *, start: int = 0, num_heads: int | None = None
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    span: FarSpan,
+    *,
+    start: int = 0,
+    num_heads: int | None = None,
+    queries: range | None = None,
 ) -> FarKeys:
     """Take the rows of `span` from k and v (batch, tokens, key heads, head_dim) of a shard that starts at `start`.
 
-    k and v may also be (batch, tokens, levels, key heads, head_dim).
+    k and v may also be (batch, tokens, levels, key heads, head_dim). At rate 1, the rows are views. Of a dilated level,
+    only the lanes are copied in which one of the positions `queries` takes part, by default all.
     `num_heads` is the number of query heads, by default that of key heads. Differentiable. Raises ValueError for a
     span that the shard does not hold in full.
     """
     if not start <= span.start < span.stop <= start + k.shape[1]:
         raise ValueError(f"the shard [{start}, {start + k.shape[1]}) does not hold [{span.start}, {span.stop})")
-    layout = Layout(pattern, num_heads or k.shape[-2], k.shape[-2])
+    layout, (w, r) = Layout(pattern, num_heads or k.shape[-2], k.shape[-2]), level_of(pattern, span.level)
     k, v = (of_level(x, span.level) for x in (k, v))
-    positions = layout.positions(span)
-    rows = max(len(p) for p in positions)
-    # a lane with one row fewer repeats a token of the shard there, which is never read
-    index = torch.tensor([[*p, *[start] * (rows - len(p))] for p in positions], dtype=torch.int64).T - start
-    heads = torch.tensor(layout.lanes(span.level).kv_heads, device=k.device)
-    index = index.to(k.device)
-    return FarKeys(*span, k[:, index, heads], v[:, index, heads])  # (B, rows, lanes, D)
+    if r == 1:
+        rows = slice(span.start - start, span.stop - start)
+        return FarKeys(*span, k[:, rows], v[:, rows])
+    (heads, offsets, _), positions = layout.lanes(span.level), layout.positions(span)
+    asked = {*offsets}
+    if queries and pattern.queries == "dilated":
+        asked = {p % w % r for p in queries[: 2 * r]}  # the offsets of all of them
+    packed = k.new_empty(2, k.shape[0], len(heads), max(map(len, positions)), k.shape[-1])
+    for lane, places in enumerate(positions):
+        if offsets[lane] in asked:
+            for i, x in enumerate((k, v)):
+                packed[i, :, lane, : len(places)] = x[:, places.start - start : places.stop - start : r, heads[lane]]
+    return FarKeys(*span, *packed.transpose(2, 3))  # (B, rows, lanes, D)
 
 
 FIRST_ROWS = 1 << 14  # rows of a segment that are allocated at first; their number doubles on demand

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -161,7 +160,7 @@ def _whole_lines(x: Tensor) -> Tensor:
 
 
 class FlashAttnKernel(CudaFlashKernel):
-    """The flash-attn package, 2.6 or newer. Arguments go by name, because they change between releases.
+    """The flash-attn package, 2.7 or newer: two operators that it registers with torch. Arguments go by name.
 
     It is imported on the first GPU that it may serve. Packed sequences go through aten's operators.
     """
@@ -188,9 +187,10 @@ class FlashAttnKernel(CudaFlashKernel):
     ) -> tuple[Tensor, Tensor]:
         if sizes.q_edges is not None:
             return super().attend(q, k, v, sizes, causal, scale)
-        results = _call_by_name(self.functions()[0], q=q, k=k, v=v, softmax_scale=scale, causal=causal)
-        # since 2.7 four results, out first and lse second; in 2.6 eight, of which lse is the sixth
-        return results[0], results[1] if len(results) == 4 else results[5]
+        out, lse, *_ = self.functions()[0](
+            q=q, k=k, v=v, softmax_scale=scale, causal=causal, return_softmax=False, **_PLAIN
+        )
+        return out, lse
 
     def gradients(self, tensors: Sequence[Tensor], sizes: CallSizes, causal: bool, scale: float) -> Sequence[Tensor]:
         if sizes.q_edges is not None:
@@ -198,28 +198,16 @@ class FlashAttnKernel(CudaFlashKernel):
         grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors[1:4]]
         names = ("dout", "q", "k", "v", "out", "softmax_lse", "dq", "dk", "dv")
         always_equal = torch.are_deterministic_algorithms_enabled()
-        options = {"softmax_scale": scale, "causal": causal, "deterministic": always_equal}
-        _call_by_name(self.functions()[1], **dict(zip(names, [*tensors, *grads], strict=True)), **options)
+        options = {"softmax_scale": scale, "causal": causal, "deterministic": always_equal, **_PLAIN}
+        self.functions()[1](**dict(zip(names, [*tensors, *grads], strict=True)), **options)
         return grads
 
 
-_FLASH_ATTN_DEFAULTS: dict[str, Any] = {
+# options of flash-attn's operators that have no default
+_PLAIN: dict[str, Any] = {
     "dropout_p": 0.0,
-    "window_size": (-1, -1),
     "window_size_left": -1,
     "window_size_right": -1,
     "softcap": 0.0,
     "alibi_slopes": None,
-    "return_softmax": False,
 }
-
-
-def _call_by_name(function: Any, **arguments: Any) -> Any:
-    """Call `function` with the arguments, and with our defaults for other arguments that it requires."""
-    # a custom op of torch has the Python signature (*args, **kwargs)
-    if op := getattr(function, "_opoverload", None):
-        needed = [argument.name for argument in op._schema.arguments if not argument.has_default_value()]
-    else:
-        parameters = inspect.signature(function).parameters.values()
-        needed = [parameter.name for parameter in parameters if parameter.default is parameter.empty]
-    return function(**arguments, **{name: _FLASH_ATTN_DEFAULTS[name] for name in needed if name not in arguments})

@@ -43,11 +43,11 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
-from longnet_cli.attention import FarKeys, LayerChoices, Outside, Pattern, dilated_attention
+from longnet_cli.attention import LayerChoices, Outside, Pattern, dilated_attention, far_keys
 from longnet_cli.attention.choosing import Choices
 from longnet_cli.attention.notation import from_fields
 from longnet_cli.attention.sinks import Turn
-from longnet_cli.attention.spans import Layout, far_spans, level_of
+from longnet_cli.attention.spans import far_spans
 from longnet_cli.basics.errors import ConfigError, one_line
 from longnet_cli.models.hf.auto_longnet import LongNetPreTrainedModel  # registers its classes
 from longnet_cli.models.hf.longnet_cache import CACHE, AlignedRows, LongNetCache, by_rows, columns_of
@@ -346,7 +346,9 @@ def _with_keys(call: _Call, rows: AlignedRows) -> Tensor:
             f"chosen={call.pattern.chosen}: this cache has lost the queries that choose: pass "
             "past_key_values=LongNetCache(model.config), or use_cache=False"
         )
-    far = _cached(k, v, call.pattern, q.shape[2], rows.start) if rows.start else Outside()
+    place: dict[str, Any] = {"num_heads": q.shape[2], "queries": range(rows.start, k.shape[1])}
+    spans = far_spans(call.pattern, rows.start, k.shape[1], True)
+    far = Outside([far_keys(k, v, call.pattern, span, **place) for span in spans])
     return call.attend(rows, q, k[:, rows.start :], v[:, rows.start :], far, call.choices(rows))
 
 
@@ -395,34 +397,6 @@ def _with_sink(
     key, value = F.pad(key, (0, 1, 0, 1)), F.pad(value, (0, 0, 0, 1))
     key[:, :, -1, -1] = 1
     return query, key, value, F.pad(mask, (0, 1), value=True)
-
-
-def _cached(k: Tensor, v: Tensor, pattern: Pattern, num_heads: int, start: int) -> Outside:
-    """Return the far keys of the new tokens [start, L), from the keys and values (B, L, H_kv, D) before them.
-
-    At rate 1, they are views. At a dilated level, rows are copied for the lanes in which a new token takes part: 1 / r
-    of the lanes for one token, or all of them with `queries="all"`. The rest of the memory is never read.
-    """
-    far_keys = []
-    batch, stop, key_heads, head_dim = k.shape
-    layout = Layout(pattern, num_heads, key_heads)
-    for span in far_spans(pattern, start, stop, True):
-        w, r = level_of(pattern, span.level)
-        if r == 1:
-            far_keys.append(FarKeys(*span, k[:, span.start : span.stop], v[:, span.start : span.stop]))
-            continue
-        positions = layout.positions(span)
-        if not (rows := max(map(len, positions))):
-            continue
-        asked = {p % w % r for p in range(start, min(stop, start + 2 * r))}  # the offsets of all new tokens
-        packed = k.new_empty(2, batch, len(positions), rows, head_dim)
-        heads, offsets, _ = layout.lanes(span.level)
-        for lane, places in enumerate(positions):
-            if offsets[lane] in asked or pattern.queries == "all":
-                for i, x in enumerate((k, v)):
-                    packed[i, :, lane, : len(places)] = x[:, places.start : places.stop : r, heads[lane]]
-        far_keys.append(FarKeys(*span, *packed.transpose(2, 3)))
-    return Outside(far_keys)
 
 
 def dilated_mask(
