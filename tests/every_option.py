@@ -55,7 +55,6 @@ OPTIONS = {
 --update              asked      --update @ ../in/t.txt -o out.jsonl --tokenizer org/tiny
 --train-vocab         rows       --train-vocab 265
 --eos                 rows       --eos 65
---dp                  processes  --dp 2 @ ../in/rows.jsonl -o out
 --quiet               stderr     -q
 """,
     "pattern": """
@@ -412,7 +411,6 @@ tokenize ../in/rows.jsonl --keep name -o out.jsonl
 tokenize - <../in/rows.jsonl --keep name -o out.jsonl
 tokenize ../in/rows.parquet --keep name -o out.parquet
 tokenize ../in/rows.jsonl --keep name -o out --shard-tokens 20
-tokenize ../in/rows.jsonl --keep name -o out --shard-tokens 20 --dp 2
 
 encode {READING} -o vectors --shard-rows 1
 * --resume +vectors
@@ -420,7 +418,6 @@ encode {READING} -o vectors --shard-rows 1
 
 tokenize {TEXTS} -o tokens --shard-tokens 20
 * --resume +tokens
-* --resume +tokens --dp 2
 
 train ../in/recipe.json -o run
 * --chunk 8

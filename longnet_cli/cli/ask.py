@@ -14,8 +14,7 @@ from longnet_cli.cli.command import TOP_P, check_pairs
 from longnet_cli.cli.options import INPUT, MISSING, MODEL, OUTPUT, SAMPLING, Computing, Format, Sampling
 from longnet_cli.cli.output import emit_json, emit_jsonl, tell, write_text
 from longnet_cli.cli.progress import progress
-from longnet_cli.cli.starting import ModelAndInputs
-from longnet_cli.running.ranks.launch import under_torchrun
+from longnet_cli.cli.starting import ModelAndInputs, refuse_torchrun
 
 if TYPE_CHECKING:
     from longnet_cli.jobs.asking import Answer
@@ -53,8 +52,7 @@ def ask(options: AskCommand) -> None:
     If there are none, nothing is answered, and the exit code is 1.
     """
     check_pairs([TOP_P], options)
-    if under_torchrun():
-        raise ConfigError("ask is for one process, and torchrun has started several: start one")
+    refuse_torchrun("ask")
     names, questions = _inputs_and_questions(options)
     documents = shared.Documents(names, column=options.column, id_column=options.id_column, skip_bad=options.skip_bad)
     named = ModelAndInputs(documents, shared.ModelChoice(options.model, options.update))

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from longnet_cli.basics.errors import ConfigError
 from longnet_cli.basics.sizes import format_bytes, format_count, format_duration
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.options import COMPUTE, OUTPUT, PATTERN, HelpPanel, read_pattern
 from longnet_cli.cli.output import MarkdownTable, emit_jsonl, tell
 from longnet_cli.cli.progress import progress
+from longnet_cli.cli.starting import refuse_torchrun
 
 if TYPE_CHECKING:
     from longnet_cli.jobs.benchmark import Measurement
@@ -88,8 +87,7 @@ def bench(options: BenchCommand) -> None:
 
     * on a CPU, if a sequence has 1e6 tokens or more.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("bench measures one process: start it without torchrun")
+    refuse_torchrun("bench")
     from longnet_cli.attention.notation import format_pattern
     from longnet_cli.jobs.benchmark import Settings, machine
     from longnet_cli.jobs.benchmark import bench as measure

@@ -19,8 +19,7 @@ from longnet_cli.cli.dry_run import show_reading
 from longnet_cli.cli.options import INPUT, OUTPUT, SAMPLING, Computing, Documents, Mesh, ModelChoice, Sampling
 from longnet_cli.cli.output import emit_jsonl, note, printable, tell, write_text
 from longnet_cli.cli.progress import progress
-from longnet_cli.cli.starting import ModelAndInputs, Opened, state_teller
-from longnet_cli.running.ranks.launch import under_torchrun
+from longnet_cli.cli.starting import ModelAndInputs, Opened, refuse_torchrun, state_teller
 
 if TYPE_CHECKING:
     from longnet_cli.data.chat import ChatTemplate
@@ -161,8 +160,7 @@ def _open(options: GenerateCommand, text: str | None) -> tuple[Opened, Inputs]:
     words = {name: getattr(options, name) for name in ("tokenizer", "tokenizer_differs", "column", "eos", "bos")}
     inputs = options.inputs or (["-"] if text is None else [])
     named = ModelAndInputs(Documents(inputs, **words), options.choice)
-    if under_torchrun():
-        raise ConfigError("generate is for one process, and torchrun has started several: start one")
+    refuse_torchrun("generate")
     opened = named.open(Mesh(), options.computing, dry_run=options.dry_run, chat=options.chat)
     if options.sources:
         from longnet_cli.jobs.generating import check_sources

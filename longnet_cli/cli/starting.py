@@ -88,6 +88,12 @@ def refuse_sharing(mesh: Mesh, pattern: Callable[[], Pattern], folder: ModelFold
         check_shared(pattern(), sp)
 
 
+def refuse_torchrun(command: str) -> None:
+    """Raise ConfigError under torchrun, for a command of one process."""
+    if under_torchrun():
+        raise ConfigError(f"{command} is for one process, and torchrun has started several: start one")
+
+
 def ask_hub(model: str | None, tokenizer: str | None) -> None:
     """Do what --update says: download what is new of a model or a tokenizer on a hub, before any rank is started.
 

@@ -8,18 +8,15 @@ from typing import TYPE_CHECKING, Literal
 
 from longnet_cli.basics.sizes import format_count
 from longnet_cli.cli import options as shared
-from longnet_cli.cli.command import Excludes, check_pairs
-from longnet_cli.cli.options import COMPUTE, INPUT, OUTPUT, HelpPanel, Mesh, bare_or
+from longnet_cli.cli.options import INPUT, OUTPUT, HelpPanel, bare_or
 from longnet_cli.cli.output import check_output, count_left_out, end, tell
 from longnet_cli.cli.progress import progress
-from longnet_cli.cli.starting import ask_hub, launch
-from longnet_cli.running.ranks.launch import under_torchrun
+from longnet_cli.cli.starting import ask_hub, refuse_torchrun
 
 if TYPE_CHECKING:
     from longnet_cli.data.inputs import Inputs
     from longnet_cli.data.manifest import Manifest
     from longnet_cli.jobs.tokenizing import TokenizeResult
-    from longnet_cli.running.ranks.ranks import Ranks
 
 TOKENS = HelpPanel("Tokens")
 
@@ -57,7 +54,6 @@ class TokenizeCommand:
         "--eos [TOKEN|ID]",
         "End documents with this token, or with the tokenizer's own if you name none. (default: nothing is appended)",
     )
-    dp: int | None = COMPUTE.size("--dp N", "Share the documents among N processes (ranks). (default: this process)")
     quiet: bool = shared.quiet_flag()
 
 
@@ -72,6 +68,7 @@ def tokenize(options: TokenizeCommand) -> None:
     from longnet_cli.data.tokenizer import Tokenizer
     from longnet_cli.jobs.tokenizing import tokenizer_beside
 
+    refuse_torchrun("tokenize")
     output = options.output
     if options.update:
         ask_hub(None, options.tokenizer)
@@ -84,28 +81,15 @@ def tokenize(options: TokenizeCommand) -> None:
     where_to = "token ids are binary, stdout is a terminal: name a folder or a file (-o tokens), or pipe them"
     check_output(output, where_to, for_folder, resume=options.resume)
     earlier = run_to_resume(output, resume=options.resume) if is_folder(output) else None
-    check_pairs([Excludes("--train-vocab", "--dp", "is for one process, which trains the tokenizer first")], options)
-    launch(Mesh(dp=options.dp), options.inputs)
-    _write(options, data, _join(options.dp), earlier)
+    _write(options, data, earlier)
 
 
-def _join(dp: int | None) -> Ranks | None:
-    """Return the ranks that torchrun started, if it did, without torch if not."""
-    if not under_torchrun():
-        return None
-    from longnet_cli.running.ranks.ranks import join
-
-    ranks, _ = join("cpu", sp=1, dp=dp)
-    return ranks
-
-
-def _write(options: TokenizeCommand, data: Inputs, ranks: Ranks | None, earlier: Manifest | None) -> None:
+def _write(options: TokenizeCommand, data: Inputs, earlier: Manifest | None) -> None:
     """Write the tokens, and say how many."""
     from longnet_cli.jobs.tokenizing import SHARD_TOKENS
     from longnet_cli.jobs.tokenizing import tokenize as run
 
-    quiet = options.quiet or bool(ranks and not ranks.writes)
-    done = earlier.totals["bytes"] if earlier else 0
+    quiet, done = options.quiet, earlier.totals["bytes"] if earlier else 0
     left_out = count_left_out(options.skip_bad, quiet)
     with progress("tokenizing", total=data.num_bytes(), unit="B", start=done, quiet=quiet) as advance:
 
@@ -123,20 +107,14 @@ def _write(options: TokenizeCommand, data: Inputs, ranks: Ranks | None, earlier:
             shard_format=options.shard_format,
             eos=bare_or(options.eos, True),
             resume=options.resume,
-            ranks=ranks,
             left_out=left_out,
             on_progress=on_progress,
         )
-    if ranks:
-        from longnet_cli.running.ranks.ranks import leave
-
-        leave()
-    if result:
-        place = "stdout" if options.output == "-" else options.output
-        place += f" ({len(result.shards)} shards)" if len(result.shards) > 1 else ""
-        skipped = f"; {left_out}" if left_out.skipped else ""
-        tell(f"{_counts(result)} -> {place}{skipped}", quiet)
-    end(left_out, first=result is not None, quiet=True)  # the line above has the count
+    place = "stdout" if options.output == "-" else options.output
+    place += f" ({len(result.shards)} shards)" if len(result.shards) > 1 else ""
+    skipped = f"; {left_out}" if left_out.skipped else ""
+    tell(f"{_counts(result)} -> {place}{skipped}", quiet)
+    end(left_out, first=True, quiet=True)  # the line above has the count
 
 
 def _counts(result: TokenizeResult) -> str:

@@ -1,7 +1,6 @@
 """The `tokenize` job: text documents in, shards of token ids out, with the tokenizer that made them.
 
     Inputs.texts --overlapped--> Tokenizer.encode_pieces -> TokenBatches -> ShardFolder or ShardWriter
-                  or `deal`
 
 One thread reads and writes, another one tokenizes, a group of texts at a time. Ids are collected document by document
 into record batches of a given size. Memory holds the largest row of text and one such batch, however large a file of
@@ -11,15 +10,14 @@ text or the corpus is.
 from __future__ import annotations
 
 from _thread import start_new_thread
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, nullcontext, suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
-from itertools import islice, pairwise
 from operator import attrgetter
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
@@ -33,7 +31,6 @@ from longnet_cli.data.names import Apart
 from longnet_cli.data.outputs import (
     OUTPUT_SUFFIXES,
     ShardWriter,
-    array_of,
     first_kept,
     is_folder,
     kept_columns,
@@ -45,10 +42,6 @@ from longnet_cli.data.tables import numpy_dtype
 from longnet_cli.data.tokenizer import Tokenizer, end_of_text
 from longnet_cli.running.ranks.dealing import Portion, portions
 
-if TYPE_CHECKING:
-    from longnet_cli.running.ranks.ranks import Ranks
-
-
 SHARD_TOKENS = 1 << 27
 BATCH_BYTES = 64 << 20  # of token ids in a record batch of a file
 SMALL_BATCH_BYTES = 4 << 20  # on stdout, where a reader waits, and as JSON, which takes much memory
@@ -56,7 +49,6 @@ TEXT_CHARS = 4 << 20  # characters of text encoded together
 
 # Called with (documents, tokens, bytes) so far, including an earlier run
 OnProgress = Callable[[int, int, int], None]
-Row = tuple[str, tuple[pa.Scalar, ...]]  # a document's name, and the values that it carries along
 
 
 @dataclass(frozen=True)
@@ -85,9 +77,8 @@ def tokenize(
     eos: str | int | bool = False,
     resume: bool = False,
     left_out: LeftOut | None = None,
-    ranks: Ranks | None = None,
     on_progress: OnProgress | None = None,
-) -> TokenizeResult | None:
+) -> TokenizeResult:
     """Write the inputs' texts as token ids: a row per document, or several with `part` 0, 1, ... past 64 MB.
 
     `output` is a folder (see `data.shards`; its manifest keeps the tokenizer), one .arrow, .feather, .parquet or .jsonl
@@ -100,7 +91,7 @@ def tokenize(
     `resume` continues a folder that an earlier run with the same inputs and options left unfinished. The result is byte
     for byte as if the run had never stopped, and finished shards are not tokenized again. A file or a row that cannot
     be read ends the run, unless `left_out` counts it. A resumed run counts again what the earlier run left out, and the
-    manifest has the number. Several `ranks` share the work: rank 0 writes the same bytes, and the others get None.
+    manifest has the number.
 
     Raises ConfigError for options that do not fit together and for a folder that is in use, DataError for bad input or
     if everything is left out, LongNetError when a write fails. After an error there is no output file, and a folder
@@ -109,39 +100,32 @@ def tokenize(
     if shard_tokens < 1:
         raise ConfigError(f"shard_tokens must be 1 or more, not {shard_tokens}")
     in_folder = is_folder(output, resume=resume)
-    left_out, writes = left_out or LeftOut(), ranks is None or ranks.writes
-    if train_vocab is not None and ranks is not None and ranks.world > 1:
-        raise ConfigError("a tokenizer is trained by one process: train it first, without --dp")
+    left_out = left_out or LeftOut()
     # a folder that cannot be resumed is refused here, before a tokenizer is trained
-    earlier = run_to_resume(output, resume=resume) if in_folder and writes else None
+    earlier = run_to_resume(output, resume=resume) if in_folder else None
     loaded = _tokenizer(inputs, tokenizer, train_vocab, earlier.tokenizer if earlier else None)
     appended = end_of_text(eos, loaded)
     own, eos_id = loaded.eos_id, loaded.eos_id if appended is None else appended
     loaded = loaded.with_eos(eos_id)
 
-    given = inputs.texts(loaded, digests=in_folder and writes)
+    given = inputs.texts(loaded, digests=in_folder)
     texts: Iterator[Any] = _readable(given, left_out.skip, Apart() if inputs.id_column is None else None)
     kept: list[pa.Field] = []
     if inputs.keep:  # first_kept waits for the first document
         kept, texts = first_kept(texts)
     schema = token_schema(vocab_size=loaded.vocab_size, eos_id=eos_id, tokenizer_sha256=loaded.sha256, kept=kept)
     folder: ShardFolder | None = None
-    if in_folder and writes:
+    if in_folder:
         said = appended is not None if appended in (None, own) else str(appended)  # 1 would equal True
         settings = _settings(inputs, loaded, train_vocab, said, shard_tokens)
         settings |= {"keep": [f"{field.name}: {field.type}" for field in kept]} if kept else {}
         about: dict[str, Any] = {"settings": settings, "format": shard_format, "tokenizer": loaded.description}
         folder = ShardFolder(output, schema, **about, resume=resume, left_out=left_out, opened=given.opened)
-    with folder or ShardWriter(output, schema) if writes else nullcontext() as opened:
-        rows = TokenBatches(opened, shard_tokens) if opened else None
-        finished, done = bool(folder and folder.finished), folder.totals["documents"] if folder else 0
-        if ranks:
-            finished, done = ranks.any(finished), ranks.from_first(done)
-        if not finished:
-            remaining = folder.unread(texts) if folder else islice(texts, done, None)
-            _Work(loaded, appended, kept, str(output) == "-", given.ready, on_progress).run(remaining, rows, ranks)
-    if rows is None:
-        return None
+    with folder or ShardWriter(output, schema) as opened:
+        rows = TokenBatches(opened, shard_tokens, kept)
+        if not (folder and folder.finished):
+            remaining = folder.unread(texts) if folder else texts
+            _Work(loaded, appended, str(output) == "-", given.ready, on_progress).run(remaining, rows)
     shards = folder.paths if folder else []
     if beside := tokenizer_beside(output):
         loaded.save(beside)
@@ -228,32 +212,30 @@ class _TextPart(NamedTuple):
 class _Work:
     """The work on texts. `eos_id` ends each document. With `prompt`, each group is written as soon as it is done.
 
-    `kept` are the columns that documents carry along.
     `ready` says whether the next text is there (`DocumentPass`).
     """
 
     tokenizer: Tokenizer
     eos_id: int | None
-    kept: Sequence[pa.Field]
     prompt: bool
     ready: Callable[[], bool]
     on_progress: OnProgress | None
 
-    def run(self, texts: Iterator[Text], rows: TokenBatches | None, ranks: Ranks | None) -> None:
-        """Tokenize all texts into the `rows` of rank 0. Those before an error of reading are tokenized first."""
+    def run(self, texts: Iterator[Text], rows: TokenBatches) -> None:
+        """Tokenize all texts into `rows`. Those before an error of reading are tokenized first."""
         failures: list[Exception] = []
         parts = portions(self._pieces(texts, failures), TEXT_CHARS, length_of=attrgetter("length"))
-        if ranks and ranks.world > 1:
-            from longnet_cli.running.ranks.dealing import deal  # loads torch, which one process does not need
-
-            dealt = deal(parts, self._encode, ranks, ahead=2 * ranks.world)
-        else:
-            dealt = overlapped(parts, self._encode)
-        with closing(cast(Generator, dealt)):
-            for _, batches in dealt:
-                self._take(batches, cast(TokenBatches, rows))  # on rank 0: the others get nothing
-        if rows:
-            rows.flush()
+        with closing(cast(Generator, overlapped(parts, self._encode))) as groups:
+            for group in groups:
+                for piece, ids, size in group:
+                    rows.add(piece, ids, size)
+                    if piece.text is None:
+                        rows.end_document(piece)
+                if self.prompt:
+                    rows.flush()
+                if self.on_progress:
+                    self.on_progress(rows.totals["documents"], rows.totals["tokens"], rows.totals["bytes"])
+        rows.flush()
         for failure in failures:
             raise failure
 
@@ -273,44 +255,12 @@ class _Work:
         except Exception as error:
             failures.append(error)
 
-    def _encode(self, group: Iterable[_TextPart]) -> list[pa.RecordBatch]:
-        """Return a batch with the ids of each piece, the bytes of its text, and whether its document ends there."""
-        pieces = list(group)
-        if not pieces:
-            return []
+    def _encode(self, pieces: Sequence[_TextPart]) -> list[tuple[_TextPart, np.ndarray, int]]:
+        """Return each piece with its ids, and the UTF-8 bytes of its text."""
         encoded = iter(self.tokenizer.encode_pieces([piece.text for piece in pieces if piece.text and not piece.ids]))
         ending = np.array([] if self.eos_id is None else [self.eos_id], np.int32)
-        ids = [ending if piece.text is None else piece.ids() if piece.ids else next(encoded) for piece in pieces]
-        columns = {
-            "doc_id": pa.array([piece.doc_id for piece in pieces], pa.string()),
-            "ids": pa.LargeListArray.from_arrays(np.cumsum([0, *map(len, ids)]), np.concatenate(ids)),
-            "size": pa.array([len((piece.text or "").encode()) for piece in pieces]),
-            "ends": pa.array([piece.text is None for piece in pieces]),
-        }
-        named = zip(self.kept, kept_columns(pieces, self.kept), strict=True)
-        columns |= {f"kept {field.name}": column for field, column in named}
-        return [pa.record_batch(columns)]
-
-    def _take(self, batches: Iterable[pa.RecordBatch], rows: TokenBatches) -> None:
-        reported = rows.totals["bytes"]
-        for doc_ids, lists, sizes, all_ends, *kept in (batch.columns for batch in batches):
-            values, bounds = lists.values.to_numpy(), pairwise(lists.offsets.to_numpy())
-            of_pieces = zip(doc_ids.to_pylist(), bounds, sizes.to_pylist(), all_ends.to_pylist(), strict=True)
-            for index, (doc_id, (start, stop), size, ends) in enumerate(of_pieces):
-                row = doc_id, tuple(column[index] for column in kept)
-                rows.add(row, values[start:stop], size)
-                if ends:
-                    rows.end_document(row)
-                if rows.totals["bytes"] - reported >= TEXT_CHARS:  # a long text is many parts
-                    self._report(rows)
-                    reported = rows.totals["bytes"]
-        if self.prompt:
-            rows.flush()
-        self._report(rows)
-
-    def _report(self, rows: TokenBatches) -> None:
-        if self.on_progress:
-            self.on_progress(rows.totals["documents"], rows.totals["tokens"], rows.totals["bytes"])
+        ids = (ending if piece.text is None else piece.ids() if piece.ids else next(encoded) for piece in pieces)
+        return [(piece, each, len((piece.text or "").encode())) for piece, each in zip(pieces, ids, strict=True)]
 
 
 Results = TypeVar("Results")
@@ -318,8 +268,8 @@ Results = TypeVar("Results")
 
 def overlapped(
     parts: Iterable[Portion[_TextPart]], work: Callable[[Sequence[_TextPart]], Results]
-) -> Iterator[tuple[Portion[_TextPart], Results]]:
-    """Yield portions with their results, which another thread computes while the next portion is read here.
+) -> Iterator[Results]:
+    """Yield the results of portions, which another thread computes while the next portion is read here.
 
     A portion that ends early is not kept waiting for the next one. Reading stays in the calling thread, because Ctrl-C
     wakes only the main thread from waiting for a pipe. An error of the work is raised here, in its turn. When the
@@ -331,7 +281,7 @@ def overlapped(
     """
     todo: SimpleQueue[Sequence[_TextPart] | None] = SimpleQueue()  # None: no more come
     done: SimpleQueue[Results | BaseException | None] = SimpleQueue()  # None: the thread has ended
-    begun = deque[Portion[_TextPart]]()
+    waiting = 0  # portions
 
     def run() -> None:
         while (items := todo.get()) is not None:
@@ -341,20 +291,22 @@ def overlapped(
                 done.put(error)
         done.put(None)
 
-    def first() -> tuple[Portion[_TextPart], Results]:
+    def first() -> Results:
+        nonlocal waiting
+        waiting -= 1
         found = done.get()
         if isinstance(found, BaseException):
             raise found
-        return begun.popleft(), cast(Results, found)
+        return cast(Results, found)
 
     start_new_thread(run, ())  # not Thread.start, which waits for an Event
     try:
         for portion in parts:
             todo.put(list(portion))
-            begun.append(portion)
-            while len(begun) > (not portion.ends_early):
+            waiting += 1
+            while waiting > (not portion.ends_early):
                 yield first()
-        while begun:
+        while waiting:
             yield first()
     finally:
         with suppress(Empty):
@@ -373,11 +325,12 @@ class TokenBatches:
 
     The batches go to an opened `output`; in a folder, a document that brings a shard to `shard_tokens` ends it.
     `totals` counts documents, tokens and bytes, starting from the totals of an earlier run. The batches depend only
-    on the documents since the last `end_shard`, so shards are the same wherever a run resumes.
+    on the documents since the last `end_shard`, so shards are the same wherever a run resumes. `kept` are the columns
+    that documents carry along.
     """
 
-    def __init__(self, output: ShardFolder | ShardWriter, shard_tokens: int) -> None:
-        self._output, self._shard_tokens = output, shard_tokens
+    def __init__(self, output: ShardFolder | ShardWriter, shard_tokens: int, kept: Sequence[pa.Field]) -> None:
+        self._output, self._shard_tokens, self._kept = output, shard_tokens, kept
         self._folder = output if isinstance(output, ShardFolder) else None
         self.totals = Counter(self._folder.totals if self._folder else {})
         name = str(output.output) if isinstance(output, ShardWriter) else ""
@@ -385,11 +338,11 @@ class TokenBatches:
         dtype = numpy_dtype(output.schema.field("input_ids").type.value_type)
         self._values = np.empty(size // dtype.itemsize, dtype)
         self._used = 0  # values, the open document's included
-        self._rows: list[tuple[Row, int, int]] = []  # ended rows, with their part and the end of their values
+        self._rows: list[tuple[_TextPart, int, int]] = []  # ended rows, with their part and the end of their values
         self._part = 0  # of the open document
         self._in_shard = 0  # tokens
 
-    def add(self, row: Row, ids: np.ndarray, size: int) -> None:
+    def add(self, row: _TextPart, ids: np.ndarray, size: int) -> None:
         """Append (tokens,) ids, which stand for `size` bytes of text, to the open document."""
         self._count(tokens=len(ids), bytes=size)
         self._in_shard += len(ids)
@@ -404,7 +357,7 @@ class TokenBatches:
             self._used += len(fitting)
             ids = ids[len(fitting) :]
 
-    def end_document(self, row: Row) -> None:
+    def end_document(self, row: _TextPart) -> None:
         """End the open document, which may be empty, and the shard if it is full."""
         self._end_row(row)
         self._part = 0
@@ -420,11 +373,10 @@ class TokenBatches:
         """Write the rows that have ended, and move the open row to the front."""
         if not self._rows:
             return
-        named, parts, ends = zip(*self._rows, strict=True)
-        end, schema = ends[-1], self._output.schema
-        doc_ids, *kept = zip(*((doc_id, *values) for doc_id, values in named), strict=True)
-        columns = [array_of(values, field.type) for field, values in zip([*schema][3:], kept, strict=True)]
-        self._output.write(token_batch(schema, doc_ids, parts, ends, self._values[:end], columns))
+        rows, parts, ends = zip(*self._rows, strict=True)
+        end, doc_ids = ends[-1], [row.doc_id for row in rows]
+        columns = kept_columns(rows, self._kept)
+        self._output.write(token_batch(self._output.schema, doc_ids, parts, ends, self._values[:end], columns))
         self._values[: self._used - end] = self._values[end : self._used].copy()
         self._used -= end
         self._rows.clear()
@@ -434,5 +386,5 @@ class TokenBatches:
         if self._folder:
             self._folder.count(**counts)
 
-    def _end_row(self, row: Row) -> None:
+    def _end_row(self, row: _TextPart) -> None:
         self._rows.append((row, self._part, self._used))

@@ -159,8 +159,6 @@ FAILURES = [  # command, exit code, a part of its line; and what the file holds 
     ("encode x.parquet -m ./encoder --dims 33 -o y.arrow", 2, "--dims 33: a vector of this model has 1 to 16 numbers"),
     ("score x.parquet --token-logprobs y.arrow --dp 2", 2, "leave out --dp"),
     ("score - --dp 2", 2, "stdin can be read by one process"),
-    ("tokenize x.parquet -o t --train-vocab 300 --dp 2", 2, "leave out --dp"),
-    ("tokenize pipe -o t --dp 2", 2, "pipe can be read by one process"),
     ("generate x -m ./model --sources", 2, "no chosen blocks to tell about: add --pattern finding"),
     ("convert longnet-tiny -o y", 2, "give the type"),
     ("convert longnet-nosuch --dtype bf16 -o y", 4, "no such file"),

@@ -259,7 +259,7 @@ def test_a_used_folder_is_refused_and_an_empty_one_taken(corpus, tmp_path, monke
 
 
 def groups(items: Iterator[int], work=list) -> Iterator[list[int]]:
-    return (found for _, found in overlapped(portions(items, 5, length_of=lambda item: 0), work))
+    return overlapped(portions(items, 5, length_of=lambda item: 0), work)
 
 
 def test_all_items_come_once_in_order_and_the_reader_is_one_group_ahead():

@@ -1,6 +1,6 @@
 """Portions of work, dealt out to groups of ranks: a group that is free takes the next one.
 
-A portion is a group of documents, or of pieces of documents, each worked on as if there were nothing else. So the
+A portion is a group of documents, worked on as if there were nothing else. So the
 numbers of a document depend only on its portion, not on where a run was resumed or which process reads it.
 
     portions --+-- taken by this group ----> work ------------------+--> results in order, on rank 0
@@ -101,33 +101,31 @@ def deal(
     work: Callable[[P], Batches],
     ranks: Ranks,
     on_other: Callable[[P], None] = lambda portion: None,
-    *,
-    ahead: int = AHEAD,
 ) -> Iterator[tuple[P, Batches]]:
     """Return each portion with its results, which `work` computes, in order.
 
     `work` must read its portion to the end. With one group, every rank works on every portion, result by result. With
     several groups, the portions are dealt out: rank 0 gets the results of all groups, and the other ranks nothing. Use
     up the results of a portion before you take the next portion. `on_other` gets each portion of another group when its
-    results have arrived. No group starts a portion that is `ahead` or more past those that rank 0 has given.
+    results have arrived. No group starts a portion that is AHEAD or more past those that rank 0 has given.
 
     An error in reading or in `work` is raised after rank 0 has given all earlier portions. Raises DataError where the
     ranks read different portions.
     """
     if ranks.dp == 1:
         return ((portion, work(portion)) for portion in portions)
-    return _Deal(ranks, work, on_other, ahead).results(portions)
+    return _Deal(ranks, work, on_other).results(portions)
 
 
 class _Deal(Generic[P]):
     """One deal among several groups, on one rank. The groups share a store, where they leave results for rank 0."""
 
-    def __init__(self, ranks: Ranks, work: Callable[[P], Batches], on_other: Callable[[P], None], ahead: int) -> None:
-        import torch.distributed as dist  # a single process that tokenizes needs no torch
+    def __init__(self, ranks: Ranks, work: Callable[[P], Batches], on_other: Callable[[P], None]) -> None:
+        import torch.distributed as dist
 
         from longnet_cli.running.ranks.ranks import TIMEOUT
 
-        self.ranks, self.group, self.work, self.on_other, self.ahead = ranks, ranks.of_group(), work, on_other, ahead
+        self.ranks, self.group, self.work, self.on_other = ranks, ranks.of_group(), work, on_other
         self.waiting: deque[P] = deque()  # on rank 0: the portions whose results are still to arrive
         self.own: dict[int, list[pa.RecordBatch]] = {}  # results of this group, by the index of their portion
         self.given = 0  # portions whose results rank 0 has given
@@ -146,7 +144,7 @@ class _Deal(Generic[P]):
                     deque(portion, maxlen=0)  # reads it to its end
                 else:
                     # all ranks of a group get the same answer
-                    while self.group.any(self.group.writes and self._given() + self.ahead <= index):
+                    while self.group.any(self.group.writes and self._given() + AHEAD <= index):
                         yield from self._arrived()
                         time.sleep(PAUSE)
                     self._do(index, portion)
