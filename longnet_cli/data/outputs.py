@@ -333,12 +333,11 @@ def kept_columns(carriers: Sequence[Any], fields: Sequence[pa.Field]) -> list[pa
 
     A carrier is a document, or a result for one: `where` is its file and row, `kept` the values that it carries along.
     """
-    return [array_of((_value(carrier, field) for carrier in carriers), field.type) for field in fields]
-
-
-def array_of(values: Iterable[pa.Scalar], kind: pa.DataType) -> pa.Array:
-    """Return an array of values of a type; `pa.array` would refuse null lists."""
-    return pa.concat_arrays([pa.nulls(0, kind), *(pa.repeat(value, 1) for value in values)])
+    # `pa.array` would refuse null lists
+    return [
+        pa.concat_arrays([pa.nulls(0, field.type), *(pa.repeat(_value(carrier, field), 1) for carrier in carriers)])
+        for field in fields
+    ]
 
 
 def _value(carrier: Any, field: pa.Field) -> pa.Scalar:

@@ -120,13 +120,15 @@ def pick(batch: pa.RecordBatch, name: str) -> pa.Array:
     return pc.struct_field(column, place.fields)
 
 
-def without_views(column: pa.Array) -> pa.Array:
-    """Return the same values, with views of text or bytes as plain ones: pyarrow neither takes nor decodes views."""
-    kind = column.type
-    if pa.types.is_dictionary(kind):
-        return pa.DictionaryArray.from_arrays(column.indices, without_views(column.dictionary), ordered=kind.ordered)
-    plain = _without_views(kind)
-    return column if plain == kind else column.cast(plain)
+def plain(column: pa.Array) -> pa.Array:
+    """Return the same values in a plain type: no dictionary, extension type or view, which pyarrow does not take."""
+    if pa.types.is_dictionary(column.type):
+        indices, values = column.indices, plain(column.dictionary)
+        return pa.DictionaryArray.from_arrays(indices, values, ordered=column.type.ordered).dictionary_decode()
+    if isinstance(column, pa.ExtensionArray):
+        return column.storage
+    kind = _without_views(column.type)
+    return column if kind == column.type else column.cast(kind)
 
 
 def _without_views(kind: pa.DataType) -> pa.DataType:

@@ -18,7 +18,7 @@ from longnet_cli.data.documents import Unread, collect
 from longnet_cli.data.files import Part
 from longnet_cli.data.manifest import is_manifest
 from longnet_cli.data.names import Apart
-from longnet_cli.data.tables import Table, Text, pick, reading, without_views
+from longnet_cli.data.tables import Table, Text, pick, plain, reading
 from longnet_cli.data.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -103,14 +103,6 @@ def read_batches(
         start += batch.num_rows
     if start == 0 and not may_be_empty and not is_manifest(table.schema):
         raise DataError(f"{table.where}: the table has 0 rows")
-
-
-def plain(column: pa.Array) -> pa.Array:
-    """Return the same values in a plain type: no dictionary, extension type or view."""
-    column = without_views(column)
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    return column.storage if isinstance(column, pa.ExtensionArray) else column
 
 
 def _nulls(column: pa.Array) -> list[int]:

@@ -27,8 +27,7 @@ from longnet_cli.basics.errors import ConfigError, DataError, InputWarning, NoTo
 from longnet_cli.basics.sizes import parse_size
 from longnet_cli.data.columns import ID_COLUMNS, INTEGERS, is_text
 from longnet_cli.data.inputs import Inputs
-from longnet_cli.data.tables import Table, find_column, numpy_dtype
-from longnet_cli.data.token_columns import plain
+from longnet_cli.data.tables import Table, find_column, numpy_dtype, plain
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.encoding import EncodeFacts, Encoder, for_model
 from longnet_cli.jobs.options import UNITS, EncodeOptions, ScoreOptions

@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
-from operator import attrgetter
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple, TypeVar, cast
@@ -203,10 +202,6 @@ class _TextPart(NamedTuple):
     text: str | None = None
     ids: Callable[[], np.ndarray] | None = None
 
-    @property
-    def length(self) -> int:
-        return len(self.text or "")
-
 
 @dataclass(frozen=True)
 class _Work:
@@ -224,7 +219,7 @@ class _Work:
     def run(self, texts: Iterator[Text], rows: TokenBatches) -> None:
         """Tokenize all texts into `rows`. Those before an error of reading are tokenized first."""
         failures: list[Exception] = []
-        parts = portions(self._pieces(texts, failures), TEXT_CHARS, length_of=attrgetter("length"))
+        parts = portions(self._pieces(texts, failures), TEXT_CHARS, length_of=lambda piece: len(piece.text or ""))
         with closing(cast(Generator, overlapped(parts, self._encode))) as groups:
             for group in groups:
                 for piece, ids, size in group:

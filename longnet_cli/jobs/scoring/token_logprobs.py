@@ -14,7 +14,7 @@ from longnet_cli.basics.errors import DataError
 from longnet_cli.data.columns import Wanted
 from longnet_cli.data.documents import Document, TextPlaces
 from longnet_cli.data.formats import open_source
-from longnet_cli.data.names import find_sources
+from longnet_cli.data.names import Sources
 from longnet_cli.data.outputs import ShardWriter
 from longnet_cli.data.tables import Table, pick
 
@@ -95,9 +95,7 @@ class LogprobFile:
 
     def __init__(self, name: str) -> None:
         """Open a file. Raises DataError for one that is missing, damaged or has no log-probabilities."""
-        sources, missing = find_sources([name])
-        if missing:
-            raise missing[0]
+        sources = [*Sources([name])]
         table = open_source(sources[0], Wanted()) if len(sources) == 1 else None
         if not isinstance(table, Table) or not {*_COLUMNS} <= {*table.schema.names}:
             raise DataError(f"{name}: not a file of log-probabilities, which `longnet score --token-logprobs` writes")
