@@ -1,6 +1,6 @@
 """Ask for facts in a long text: `longnet ask` with 1 to 4 passages, rank-bm25 and transformers, and `finding`.
 
-    pip install '.[gguf]' rank-bm25
+    pip install 'longnet-cli[gguf]' rank-bm25
     python examples/real_model.py runs/real
     apt-get download bible-kjv bible-kjv-text && for x in bible-kjv*.deb; do dpkg -x $x kjv; done
     kjv/usr/bin/bible -f -p kjv/usr/lib exo19:1-rev22:21 > kjv.txt
