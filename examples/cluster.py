@@ -36,7 +36,7 @@ from longnet_cli.attention.notation import format_pattern, parse_pattern
 from longnet_cli.attention.spans import Layout, common_span, far_spans, open_spans
 from longnet_cli.basics.errors import ConfigError, InputWarning, LongNetError
 from longnet_cli.basics.sizes import format_bytes, format_count, format_duration, format_size, parse_size
-from longnet_cli.jobs.estimating.estimate import ReadingPlan, reading_memory, spilled_bytes
+from longnet_cli.jobs.estimating import ReadingPlan, reading_memory, spilled_bytes
 from longnet_cli.jobs.training.costs import StepFlops, step_flops, stored_bytes, training_memory
 from longnet_cli.jobs.training.recipe import Recipe, Stage, load_recipe, parse_overrides
 from longnet_cli.jobs.training.start import check_ranks

@@ -14,7 +14,7 @@ from longnet_cli.cli.progress import progress
 if TYPE_CHECKING:
     from longnet_cli.cli.starting import Opened
     from longnet_cli.data.inputs import Inputs
-    from longnet_cli.jobs.estimating.estimate import Estimate
+    from longnet_cli.jobs.estimating import Estimate
     from longnet_cli.jobs.row_jobs import RowJob
 
 Row = tuple[str, str, str]  # a name, its value, what it means
@@ -58,7 +58,7 @@ def show_reading(estimate: Estimate, format: Format, job: str, *more: Row) -> No
 
 def plan(opened: Opened, job: RowJob, inputs: Inputs, sample: int | None, format: Literal["text", "json"]) -> None:
     """Print the estimate of a job that would read `inputs`, of a `sample` of texts if given."""
-    from longnet_cli.jobs.estimating.estimate import count_documents, estimate_reading
+    from longnet_cli.jobs.estimating import count_documents, estimate_reading
     from longnet_cli.running.ranks.ranks import leave
 
     assert opened.room  # of every dry run

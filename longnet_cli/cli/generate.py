@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from longnet_cli.data.chat import ChatTemplate
     from longnet_cli.data.documents import Document
     from longnet_cli.data.inputs import Inputs
-    from longnet_cli.jobs.estimating.estimate import Room
+    from longnet_cli.jobs.estimating import Room
     from longnet_cli.jobs.generating import ChosenPassage, Step
     from longnet_cli.models.folder import Loaded
     from longnet_cli.running.causal_stream import CausalStream
@@ -177,7 +177,7 @@ def _open(options: GenerateCommand, text: str | None) -> tuple[Opened, Inputs]:
 
 def _estimate(job: _TextGenerator, documents: Iterable[Document], reader: Reader, free: Room) -> None:
     """Print what reading the prompts and generating the most tokens would take. Raises as `show_reading`."""
-    from longnet_cli.jobs.estimating.estimate import estimate_reading, seconds_of_new_token
+    from longnet_cli.jobs.estimating import estimate_reading, seconds_of_new_token
     from longnet_cli.jobs.generating import plan_generation
 
     net, save_state = job.loaded.net, job.options.save_state

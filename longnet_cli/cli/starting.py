@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from longnet_cli.data.manifest import LeftOut, Manifest
     from longnet_cli.data.names import Sources
     from longnet_cli.data.tokenizer import Tokenizer
-    from longnet_cli.jobs.estimating.estimate import Room
+    from longnet_cli.jobs.estimating import Room
     from longnet_cli.jobs.row_jobs import Output, RowJob
     from longnet_cli.models.folder import Loaded, ModelFolder
     from longnet_cli.nets.net import Net
@@ -126,8 +126,6 @@ def state_teller(reader: Reader, *, more: int = 0, quiet: bool) -> Callable[[int
     The longest window so far has a line, and later one that is twice as long. `more` tokens follow each window. The
     function raises MemoryLimitError if the part in the folder of --spill is larger than what was free there at first.
     """
-    from longnet_cli.jobs.estimating.memory import cache_bytes, itemsize_of
-
     config, spill = reader.model.config, reader.spill
     free = shutil.disk_usage(spill).free if spill else 0
     said = reader.chunk / 2
@@ -136,6 +134,8 @@ def state_teller(reader: Reader, *, more: int = 0, quiet: bool) -> Callable[[int
         nonlocal said
         if not config.pattern.chosen:
             return
+        from longnet_cli.jobs.estimating import cache_bytes, itemsize_of
+
         tokens += more
         kept = cache_bytes(config, tokens, itemsize_of(reader.dtype, reader.device))
         size, blocks = sum(kept), kept.blocks
@@ -387,7 +387,7 @@ class ModelAndInputs:
         quiet = computing.quiet or not ranks.writes
         room = None
         if dry_run:
-            from longnet_cli.jobs.estimating.estimate import Room
+            from longnet_cli.jobs.estimating import Room
 
             room = Room.now(where)
             self.folder.check_weights_fit(computing.dtype, where, room.free)

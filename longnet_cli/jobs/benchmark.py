@@ -42,7 +42,7 @@ from longnet_cli.attention.notation import format_levels
 from longnet_cli.basics.configuration import validate
 from longnet_cli.basics.errors import ConfigError, is_out_of_memory
 from longnet_cli.basics.sizes import format_bytes
-from longnet_cli.jobs.estimating import memory as needs
+from longnet_cli.jobs import estimating as needs
 from longnet_cli.jobs.training.costs import pass_flops
 from longnet_cli.jobs.training.objective import backward
 from longnet_cli.models.folder import ModelFolder

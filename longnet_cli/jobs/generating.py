@@ -29,7 +29,7 @@ from longnet_cli.attention.past import Seen
 from longnet_cli.basics.errors import ConfigError, DataError, NotFiniteError
 from longnet_cli.data.documents import Document
 from longnet_cli.data.tokenizer import TextStream, Tokenizer
-from longnet_cli.jobs.estimating.estimate import ReadingPlan
+from longnet_cli.jobs.estimating import ReadingPlan
 from longnet_cli.jobs.options import check_sampling
 from longnet_cli.models.folder import Loaded, ModelFolder
 from longnet_cli.nets.net import Bos, InputSequence, Net, bos_ids

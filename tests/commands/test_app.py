@@ -16,7 +16,7 @@ from longnet_cli import __version__
 
 HEAVY = ("torch", "numpy", "pyarrow", "tokenizers", "pydantic", "safetensors")
 UNUSED = ("torch._dynamo", "torch._inductor", "sympy", "jinja2", "transformers", "pyarrow.compute", "pyarrow.parquet")
-UNUSED += ("rich", "longnet_cli.jobs.estimating.estimate")
+UNUSED += ("rich", "longnet_cli.jobs.estimating")
 
 SCRIPT = """
 import os, signal, sys, typer

@@ -21,7 +21,7 @@ from many_ranks import mesh, run_ranks
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.notation import parse_pattern
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.jobs.estimating.memory import far_bytes
+from longnet_cli.jobs.estimating import far_bytes
 from longnet_cli.jobs.training.checkpoint import checkpoints_in, tensor_names
 from longnet_cli.jobs.training.costs import estimate_training
 from longnet_cli.jobs.training.loop import train

@@ -31,8 +31,7 @@ from longnet_cli.data.documents import Document
 from longnet_cli.data.tables import Text
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.encoding import EncodeFacts, Encoder, encode
-from longnet_cli.jobs.estimating.estimate import Estimate, Room, count_documents, estimate_reading
-from longnet_cli.jobs.estimating.memory import cache_bytes
+from longnet_cli.jobs.estimating import Estimate, Room, cache_bytes, count_documents, estimate_reading
 from longnet_cli.jobs.options import EncodeOptions, ScoreOptions
 from longnet_cli.jobs.row_jobs import ModelFacts, RowJob
 from longnet_cli.jobs.scoring.scoring import Scorer

@@ -18,8 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.spans import open_spans
-from longnet_cli.jobs.estimating import memory
-from longnet_cli.jobs.estimating.memory import bytes_per_token, seen_segments, training_bytes
+from longnet_cli.jobs import estimating
+from longnet_cli.jobs.estimating import bytes_per_token, seen_segments, training_bytes
 from longnet_cli.jobs.training.costs import estimate_training, settle_chunk, step_flops, training_memory
 from longnet_cli.jobs.training.objective import plan_forwards
 from longnet_cli.jobs.training.recipe import Recipe, load_recipe
@@ -48,7 +48,7 @@ def test_what_a_token_takes_is_measured_in_a_few_layers(dtype: str, again: bool)
     """As torch sees it in a step of three layers, though two are measured; and without the gradients of weights."""
     config = LongNetConfig(**MODEL | {"num_layers": 3})
     layer, others = training_bytes(config, dtype, "null", again)
-    assert 3 * layer + others == bytes_per_token(memory._step(config, 3, dtype, None, again))
+    assert 3 * layer + others == bytes_per_token(estimating._step(config, 3, dtype, None, again))
     s, d, f = 4 if dtype == "fp32" else 2, MODEL["dim"], MODEL["ffn_dim"]
     kept = (8 + 7 * s) * d + 3 * s * f + 16 + 4 * s + 4 * MODEL["num_heads"]  # by hand; of both norms, their statistics
     assert layer == (4 * d if again else kept)

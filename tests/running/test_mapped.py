@@ -17,7 +17,7 @@ from strategies import chosen_patterns, cuts, patterns, patterns_with_options, s
 
 from longnet_cli.attention import Pattern
 from longnet_cli.basics.errors import ConfigError, MemoryLimitError
-from longnet_cli.jobs.estimating.memory import cache_bytes, far_bytes
+from longnet_cli.jobs.estimating import cache_bytes, far_bytes
 from longnet_cli.jobs.training.objective import backward
 from longnet_cli.running.causal_stream import CausalStream
 from longnet_cli.running.chunked_backward import backward_in_chunks

@@ -1,6 +1,6 @@
 """The estimate of `longnet train --dry-run`: parameters, memory by kind, FLOPs and time of a recipe.
 
-What a token takes in a step is measured (`estimating.memory`); all else is counted, and nothing of the recipe's size
+What a token takes in a step is measured (`jobs.estimating`); all else is counted, and nothing of the recipe's size
 is allocated. The memory is one rank's, as if everything were held at one time.
 """
 
@@ -16,8 +16,9 @@ import torch
 from longnet_cli.basics.errors import LongNetError
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.jobs.estimating.estimate import Estimate, ReadingPlan
-from longnet_cli.jobs.estimating.memory import (
+from longnet_cli.jobs.estimating import (
+    Estimate,
+    ReadingPlan,
     activation_bytes,
     cache_bytes,
     far_bytes,

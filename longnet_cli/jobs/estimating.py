@@ -1,48 +1,318 @@
-"""The estimate of a job for `--dry-run`: its memory by kind, FLOPs and time. A long one is known before it starts.
+"""What a job needs: its memory by kind, FLOPs and time. `--dry-run` says it before a long job starts.
 
     documents --lengths--> windows --the Reader's steps--> ReadingPlan --reading_memory--> bytes by kind
     texts --Sample.add--> bytes of each, and tokens of some --Sample.lengths--> tokens of each
     a short read of random tokens --reading_rate--> FLOP/s, and so the time of all
 
-Of a reading job, only these tokens are read, and nothing is written. With a sample, every text is read, which is fast,
-and its UTF-8 bytes are counted. Only a uniform sample of the texts is tokenized. The estimate is the bytes of all
+What a forward pass holds is measured, all else is counted. To measure, a few tokens go through a few layers of a net.
+The layers' weights are memory that is never written to, so even those of a large net take next to none. A job's peak is
+the sum of its kinds, as if everything were held at one time. The chunk that fits, `--dry-run`, refusals, `bench` and
+`examples/cluster.py` count with these functions; tests compare them with real runs.
+
+Of a reading job, only a few random tokens are read, and nothing is written. With a sample, every text is read, which is
+fast, and its UTF-8 bytes are counted. Only a uniform sample of the texts is tokenized. The estimate is the bytes of all
 texts, times the tokens per byte of the sample. This ratio estimate is close where documents differ in length but are
 alike in tokens per byte. `jobs/training/costs.py` has the estimate of a recipe.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import time
+import weakref
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
-from longnet_cli.attention.spans import far_spans
+from longnet_cli.attention import Pattern, groups
+from longnet_cli.attention.cache import cached_rows
+from longnet_cli.attention.groups import chosen_flops, past_bytes, transient_bytes
+from longnet_cli.attention.notation import PATTERN_FIELDS
+from longnet_cli.attention.spans import SINKS, Layout, far_spans, segment_rows
 from longnet_cli.basics.errors import DataError
 from longnet_cli.data.documents import Document, Unread
 from longnet_cli.data.manifest import OnSkip
 from longnet_cli.data.tables import Text
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.jobs.estimating.memory import cache_bytes, forward_memory, itemsize_of, transient_memory
-from longnet_cli.nets.config import NetConfig
+from longnet_cli.nets.config import LongNetConfig, NetConfig, TransformersConfig
 from longnet_cli.nets.longnet import LongNet
-from longnet_cli.nets.net import Net
+from longnet_cli.nets.net import LOGITS_LIMIT, Net
+from longnet_cli.running import device as machines
 from longnet_cli.running.causal_stream import open_stream
-from longnet_cli.running.device import bf16_instructions, free_memory, peak_memory, precision, resident_memory, wait_for
+from longnet_cli.running.device import DTYPES, free_memory, precision, resident_memory, resolve_dtype
 from longnet_cli.running.layerwise import fits_beside, kept_bytes
+from longnet_cli.running.mapped import aligned
 from longnet_cli.running.ranks.dealing import portions
 from longnet_cli.running.ranks.ranks import Ranks
 from longnet_cli.running.reader import PORTION_CHUNKS, Reader, Window, fitting_chunk, forward_passes, reading_steps
 
 if TYPE_CHECKING:
     from longnet_cli.jobs.row_jobs import RowJob
+
+TOKENS = 16  # of a measured pass, and half of those of another one
+
+
+class _BytesInUse(TorchDispatchMode):
+    """The bytes of all tensors that were made in this context and are still in use: `moments`, after each operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moments: list[int] = []
+        self._sizes: dict[int, int] = {}  # by the address of a storage
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: torch would import its compiler, which takes a second, to leave this out of compiled code."""
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and (key := x.untyped_storage()._cdata) not in self._sizes:
+                self._sizes[key] = x.untyped_storage().nbytes()
+                weakref.finalize(x.untyped_storage(), self._sizes.pop, key)
+        self.moments.append(sum(self._sizes.values()))
+        return out
+
+
+def bytes_per_token(run: Callable[[int], object], tokens: int = TOKENS) -> int:
+    """Return the bytes that one more token of `run(tokens)` takes, at the moment at which it takes the most.
+
+    What does not grow with the tokens (gradients of weights, their casts) is not counted.
+    """
+    moments = []
+    for number in (tokens, 2 * tokens):
+        with _BytesInUse() as held:
+            run(number)
+        moments.append(held.moments)
+    few, many = moments
+    if len(few) != len(many):  # more tokens may take other operations
+        return (max(many) - max(few)) // tokens
+    return max(more - less for less, more in zip(few, many, strict=True)) // tokens
+
+
+@contextmanager
+def _any_kernel() -> Iterator[None]:
+    """Let a CPU choose its attention kernel, though LONGNET_KERNEL may name a GPU's, on which the job will run."""
+    name = os.environ.pop("LONGNET_KERNEL", None)
+    try:
+        yield
+    finally:
+        os.environ.update({"LONGNET_KERNEL": name} if name else {})
+
+
+@lru_cache(maxsize=1)  # asked for every chunk that might fit
+@_any_kernel()
+def reading_bytes(net: Net, dtype: str) -> int:
+    """Return the bytes that a token takes in a forward pass without gradients; `dtype` as in `running.device`."""
+    if next(net.parameters()).is_meta:
+        net = _unwritten(cast(LongNetConfig, net.config), 1).eval()
+
+    @torch.inference_mode()
+    def read(tokens: int) -> None:
+        ids = net.inputs_like((1, tokens))
+        with precision(dtype, ids.device):
+            net(ids)
+
+    most = max(2, net.config.max_tokens or 2 * TOKENS)
+    read(2)  # the first pass loads libraries, and tries attention kernels
+    return bytes_per_token(read, min(TOKENS, most // 2))
+
+
+@lru_cache
+@_any_kernel()
+def training_bytes(config: NetConfig, dtype: str, lora: str, again: bool) -> tuple[int, int]:
+    """Return the bytes that a token takes in a forward and backward pass without logits: (of each layer, others).
+
+    `lora` has the arguments of `models.hf.training.add_lora` as JSON, or null. With `again`, layers compute their
+    activations again (`train.activation_checkpointing`). Raises ConfigError for wrong arguments of LoRA.
+    """
+    one, two = (bytes_per_token(_step(config, layers, dtype, json.loads(lora), again)) for layers in (1, 2))
+    return two - one, 2 * one - two
+
+
+def _step(config: NetConfig, layers: int, dtype: str, lora: dict | None, again: bool) -> Callable[[int], None]:
+    forward: Callable[[Tensor], Tensor]
+    if isinstance(config, TransformersConfig):
+        from longnet_cli.models.hf.training import unwritten  # imports transformers
+        from longnet_cli.models.hf.trying import hidden_states
+
+        net, modules = unwritten(config.source, layers, lora)
+        forward = partial(hidden_states, net)
+    else:
+        net = forward = _unwritten(cast(LongNetConfig, config), layers)
+        modules = net.layers
+    for module in net.modules():
+        if isinstance(module, nn.Embedding):  # its gradient is as large as the table; what follows has one all the same
+            module.requires_grad_(False)
+            module.register_forward_hook(lambda module, args, embedded: embedded.requires_grad_())
+    for layer in modules if again else ():
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    for p in net.parameters():
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+
+    def step(tokens: int) -> None:
+        with precision(dtype, torch.device("cpu")):
+            hidden = forward(torch.zeros(1, tokens, dtype=torch.int64))
+        hidden.backward(hidden.detach())
+
+    step(TOKENS)  # as in `reading_bytes`
+    return step
+
+
+def _unwritten(config: LongNetConfig, layers: int) -> LongNet:
+    """Return a net of so many layers and one token on the CPU. It chooses no blocks: what that takes is counted."""
+    plain = {"num_layers": layers, "vocab_size": min(1, config.vocab_size)}
+    plain |= {name: getattr(Pattern, name) for name in PATTERN_FIELDS if name.startswith("chosen")}
+    with torch.device("meta"):
+        net = LongNet(config.model_copy(update=plain))
+    unwritten = {name: torch.empty(x.shape) for name, x in net.state_dict().items()}
+    net.load_state_dict(unwritten, assign=True)  # `to_empty` would import half of torch
+    return net
+
+
+def itemsize_of(dtype: str, device: torch.device) -> int:
+    """Return the bytes per number of matrix products."""
+    return DTYPES[resolve_dtype(dtype, device)].itemsize
+
+
+class CacheBytes(NamedTuple):
+    """Bytes that a causal sequence keeps between its chunks; only `blocks` can be in a file (`--spill`).
+
+    rows: keys and values of the segments that later tokens see, or of all tokens, and the mean keys by which blocks are
+    chosen. blocks: of blocks that may be chosen.
+    """
+
+    rows: int
+    blocks: int = 0
+
+
+def cache_bytes(config: NetConfig, tokens: int, itemsize: int) -> CacheBytes:
+    """Return what a stream has allocated after `tokens`. Training keeps more (`far_bytes`)."""
+    number, blocks = 2 * config.head_dim * itemsize, 0
+    if isinstance(config, TransformersConfig) and config.memory != "segments":
+        return CacheBytes((config.num_layers + 1) * config.kv_heads * tokens * number)  # one layer is being copied
+    rows = config.num_layers * number * cached_rows(Layout(config.pattern, config.num_heads, config.kv_heads), tokens)
+    for kind, layers in config.pattern.kinds(config.num_layers).items():
+        kept, means = past_bytes(config.pattern, config.kv_heads, config.head_dim, tokens, itemsize, kind)
+        rows, blocks = rows + layers * means, blocks + layers * kept
+    return CacheBytes(rows, blocks)
+
+
+def transient_memory(pattern: Pattern, heads: int, head_dim: int, tokens: int, itemsize: int, device: str) -> int:
+    """Return the bytes that one layer takes for a time for the chosen blocks of a document."""
+    flops = chosen_flops(pattern, heads, head_dim, tokens)
+    if not flops.attention:
+        return 0
+    most = groups.CPU if device == "cpu" else groups.GPU
+    gathered = itemsize * flops.attention // (4 * pattern.chosen_every)  # once for each group
+    sizes = most._replace(gathered=min(most.gathered, gathered), scores=min(most.scores, flops.votes // 2))
+    return transient_bytes(sizes)
+
+
+def forward_memory(
+    net: Net, tokens: int, dtype: str, predicted: int = 0, transient: int = 0, *, once: bool = False
+) -> dict[str, int]:
+    """Return the bytes of weights, and of a forward pass without gradients of which some tokens have logits.
+
+    Autocast copies the matrices. Logits take the place of the activations, which are gone by then. These include what
+    is `transient` in a layer.
+    """
+    config = net.config
+    weights = sum(x.numel() * x.element_size() for x in (*net.parameters(), *net.buffers()))
+    itemsize = itemsize_of(dtype, next(net.parameters()).device)
+    cast_to = itemsize if itemsize < next(net.parameters()).itemsize else 0
+    activations = tokens * reading_bytes(net, dtype) + transient
+    return {
+        "weights": weights + cast_to * config.layer_weights,
+        "activations": activations,
+        "logits": max(0, logits_bytes(config, predicted, 2 if once else 3) - activations),
+    }
+
+
+def logits_bytes(config: NetConfig, tokens: int, numbers: int = 3) -> int:
+    """Return the bytes of so many float32 numbers for each logit.
+
+    In training, three: the log-softmax, its gradient and the logits' gradient. Without gradients, two: the logits and
+    the log-softmax; and one more for gaps in the heap if there is a pass after the first.
+    """
+    return 4 * numbers * min(tokens * config.vocab_size, LOGITS_LIMIT)
+
+
+def activation_bytes(config: NetConfig, itemsize: int, again: bool = False, lora: dict | None = None) -> int:
+    """Return the bytes per token that a forward and backward pass of all layers holds, as `training_bytes` measures."""
+    layer, others = training_bytes(config, "fp32" if itemsize == 4 else "bf16", json.dumps(lora), again)
+    return config.num_layers * layer + others
+
+
+class FarBytes(NamedTuple):
+    """Bytes that chunks of one sequence keep for each other. `stored` can be spilled to a disk, `passing` cannot.
+
+    `stored`: keys and values that later chunks see, until the backward pass is past them, and the sums of their
+    gradients. `passing`: temporaries of one chunk and layer for its far rows and, on a GPU, copies of these rows; what
+    chooses blocks, and the choices.
+    """
+
+    stored: int
+    passing: int
+
+
+def far_bytes(config: NetConfig, seq_len: int, chunk: int, itemsize: int) -> FarBytes:
+    """Return the bytes for one sequence of `seq_len` tokens, with `itemsize` bytes per number of a key."""
+    pattern, size, cut = config.pattern, config.pattern.chosen_block, seq_len > chunk
+    layout = Layout(pattern, config.num_heads, config.kv_heads)
+    stored = passing = 0
+    backs = dict(enumerate(pattern.look_backs)) if cut else {}
+    for level in (SINKS, *backs) if pattern.sinks and cut else backs:
+        held = len(layout.lanes(level).offsets)
+        numbers = 2 * segment_rows(pattern, level, seq_len) * held * config.head_dim
+        seen = at_once = 1
+        if level != SINKS:
+            w = pattern.segment_lengths[level]
+            seen = seen_segments(w, backs[level], chunk, seq_len)
+            at_once = min(seen, backs[level] + bool(chunk % w))
+        sums = aligned(max(4, itemsize) * numbers)
+        stored += config.num_layers * (aligned(itemsize * numbers) * seen + sums * at_once)
+        passing += (itemsize + 4) * numbers * at_once
+    if pattern.chosen and cut:
+        last = seq_len - 1 - (seq_len - 1) % chunk
+        whole, earlier = (n // size * size for n in (seq_len, last + size - 1))
+        kinds, of_layer = pattern.kinds(config.num_layers), (pattern, config.kv_heads, config.head_dim)
+        for kind, layers in kinds.items():
+            kept, means = past_bytes(*of_layer, whole, itemsize, kind)
+            sums, _ = past_bytes(*of_layer, earlier, max(4, itemsize), kind)
+            stored += layers * (aligned(kept) + aligned(sums))
+            passing += layers * means
+        passing += kinds["chooses"] * 4 * pattern.chosen * -(-seq_len // pattern.chosen_every)
+    return FarBytes(stored, passing)
+
+
+def seen_segments(w: int, back: int, chunk: int, seq_len: int) -> int:
+    """Return how many segments of w tokens later chunks see, in a sequence of `seq_len` tokens in chunks of `chunk`.
+
+    A chunk sees the segment inside which it starts, if any, and the `back` segments before its own.
+    """
+    ends = -(-seq_len // chunk) - 1
+    if chunk >= (1 + back) * w:  # no segment is seen from two ends; an end on a segment's edge sees one fewer
+        return ends * (1 + back) - ends // (w // math.gcd(w, chunk))
+    # all segments, from the first one that the first end sees up to the last end
+    return -(-ends * chunk // w) - max(0, chunk // w - back) if ends else 0
+
 
 SEED = 0  # every run draws the same documents
 
@@ -287,7 +557,7 @@ def read_noise(net: Net, lengths: Sequence[int], chunk: int, dtype: str, *, scor
             hidden = torch.cat([piece.hidden for piece in pieces if piece.hidden is not None])
             with precision(dtype, device):
                 net.nll(hidden, torch.zeros(len(hidden), dtype=torch.int64, device=device))
-    wait_for(device)
+    machines.wait_for(device)
 
 
 def reading_rate(net: Net, plan: ReadingPlan, dtype: str, room: float, *, scores: bool) -> float:
@@ -407,7 +677,7 @@ def estimate_reading(
     by kind.
     """
     net, config, dtype, spill = reader.model, reader.model.config, reader.dtype, bool(reader.spill)
-    most_while_loading = peak_memory(reader.device)
+    most_while_loading = machines.peak_memory(reader.device)
     warm_up = min(WARM_UP, config.max_tokens or WARM_UP)
     read_noise(net, [warm_up], warm_up, dtype, scores=scores)
     weights = sum(x.numel() * x.element_size() for x in (*net.parameters(), *net.buffers()))
@@ -424,7 +694,7 @@ def estimate_reading(
     if most_while_loading > sum(memory.values()):  # for files whose weights were converted to another type
         memory["loading"] = most_while_loading - sum(memory.values())
     flops, on_disk = plan.flops(scores), spilled_bytes(net, plan, reader.chunk, dtype, reader.ranks)
-    instructions = bf16_instructions() if reader.device.type == "cpu" and dtype == "fp32" else None
+    instructions = machines.bf16_instructions() if reader.device.type == "cpu" and dtype == "fp32" else None
     return Estimate(
         memory=memory,
         free=free,

@@ -1,1 +1,0 @@
-"""Estimates for `--dry-run`: the memory, FLOPs and time of a job on this machine."""
