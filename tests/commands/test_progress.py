@@ -8,10 +8,12 @@ import re
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from files import write_rows
+from processes import invoke
 
 from longnet_cli.cli.progress import ExpectedTokens, progress
 from longnet_cli.data.inputs import Inputs
@@ -154,6 +156,15 @@ def test_the_bytes_of_files_tell_how_many_tokens_will_come(kind, tmp_path):
     assert guesses[-1] == tokens
     halfway = guesses[len(guesses) // 2]
     assert 0.6 * tokens < halfway < 1.5 * tokens
+
+
+def test_tokenize_counts_each_byte_once(tmp_path, monkeypatch):
+    counted = []
+    monkeypatch.setattr("longnet_cli.jobs.tokenizing.TEXT_CHARS", 10)
+    bar = nullcontext(lambda size, **_: counted.append(size))
+    monkeypatch.setattr("longnet_cli.cli.tokenize.progress", lambda *_, **__: bar)
+    invoke("tokenize", write_rows(tmp_path / "x.jsonl", [{"text": "some words"}] * 9), "-o", tmp_path / "out", code=0)
+    assert (len(counted) > 1, sum(counted)) == (True, 90)
 
 
 def test_a_pipe_has_no_total(tmp_path):

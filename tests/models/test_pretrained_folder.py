@@ -53,6 +53,7 @@ def test_what_does_not_know_the_type_names_the_import(folder: Path, monkeypatch:
 
 def test_what_was_opened_is_saved_as_it_was(folder: Path, tmp_path: Path) -> None:
     model = hf.AutoModelForCausalLM.from_pretrained(folder)
+    assert hf.MODEL_FOR_CAUSAL_LM_MAPPING[hf.LlamaConfig] is hf.LlamaForCausalLM  # that of all others
     copies = [model, copy.deepcopy(model), hf.AutoModelForCausalLM.from_config(model.config)]
     for i, each in enumerate(copies):
         each.save_pretrained(tmp_path / str(i))
