@@ -252,6 +252,7 @@ def test_any_shards_with_their_cache_equal_the_whole(choice: Choice, sizes: list
 @pytest.mark.parametrize(("every", "size"), [(1, 1), (16, 1), (4, 16), (1, 100), (16, 100), (4, 1000)])
 def test_chunks_and_single_tokens_equal_the_whole(every: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(groups, "FUNNEL", ((1, 30), (2, 10)))
+    monkeypatch.setattr(groups, "CPU", groups.CPU._replace(unrotated=32))  # keys at a time
     pattern = Pattern((32,), (1,), look_back=1, chosen=4, chosen_block=16, chosen_every=every)
     q, k, v, _ = Choice(pattern, 1, 1100 if size > 1 else 300, 4, 8, 0, True, None, 1, kv_heads=2, rotary=True).qkv()
     whole, parts = dilated_attention(q, k, v, pattern, turn=turn), []

@@ -379,7 +379,7 @@ def test_a_failure_is_one_line_that_names_the_uri(store):
     (store / "x.parquet").unlink()
     with pytest.raises(DataError, match=r"^store://bucket/x.parquet: cannot read: "):
         remote.open_remote(found.filesystem, str(found.path), found.where)
-    with pytest.raises(DataError, match="^x: cannot read: no bucket$"), remote._telling("x"):
+    with pytest.raises(DataError, match=r"^x: cannot read: no bucket$"), remote._telling("x"):
         raise RuntimeError("no bucket error_info={no bucket}")
 
 

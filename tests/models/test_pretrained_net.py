@@ -215,6 +215,14 @@ def test_the_real_command(folder: Path, run_longnet: Callable[..., subprocess.Co
     assert here["total"]["n_tokens"] == here["total"]["n_bytes"] == 300
 
 
+def test_a_cache_of_transformers_is_not_saved(tmp_path: Path) -> None:
+    built(mixed).save_pretrained(tmp_path)
+    (tmp_path / "x.jsonl").write_text('{"input_ids": [1, 2, 3]}\n')
+    for words in (["--save-state", "new"], ["--state", "old"]):
+        error = refused("generate", "-i", tmp_path / "x.jsonl", "--format", "jsonl", "-m", tmp_path, *words)
+        assert "this model keeps a cache of its own" in str(error)
+
+
 def test_score_with_options(folder: Path) -> None:
     def ppl(*options: str) -> float:
         result = invoke("score", folder / "text.txt", "--model", folder, "--format", "json", *options, code=0)
