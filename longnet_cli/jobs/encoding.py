@@ -178,8 +178,6 @@ def encode(
     options: EncodeOptions = EncodeOptions(),  # noqa: B008
     facts: EncodeFacts = EncodeFacts(),
     *,
-    stored: Iterable[Document] = (),
-    kept_fields: Sequence[pa.Field] = (),
     on_skip: OnSkip | None = None,
     on_empty: Callable[[Document], None] | None = None,
     ranks: Ranks | None = None,
@@ -192,9 +190,7 @@ def encode(
 
     A model that reads vectors takes documents of `data.vectors`; "tokens" here are then vectors. A document that is too
     long for the model, or has invalid ids, ends the run. With `on_skip`, it is passed to `on_skip` and left out
-    instead. An empty document has no rows and is passed to `on_empty`. The `stored` documents are the part of
-    `documents` whose lengths are cheap to read; without `on_skip`, they are checked before anything else. `kept_fields`
-    are columns that documents carry to the output (`data.outputs`). `ranks`, `chunk`, `dtype`, `spill` and
+    instead. An empty document has no rows and is passed to `on_empty`. `ranks`, `chunk`, `dtype`, `spill` and
     `on_progress` are as in `running.reader.Reader`. All ranks need the same documents. In one group of ranks, which
     share each document, all get all rows. Several groups divide the documents between them; then rank 0 gets all rows
     and the others none.
@@ -204,9 +200,7 @@ def encode(
     fit, NotFiniteError for a vector with NaN or an infinity.
     """
     reader = Reader(model, chunk=chunk, dtype=dtype, spill=spill, ranks=ranks, on_progress=on_progress)
-    encoder = Encoder(reader, options, facts)
-    encoder.kept_fields = kept_fields
-    return encoder.rows(documents, stored=stored, on_skip=on_skip, on_empty=on_empty)
+    return Encoder(reader, options, facts).rows(documents, on_skip=on_skip, on_empty=on_empty)
 
 
 @dataclass(frozen=True)

@@ -215,7 +215,6 @@ class RowJob(ABC):
         self,
         documents: Iterable[Document],
         *,
-        stored: Iterable[Document] = (),
         on_skip: OnSkip | None = None,
         on_empty: Callable[[Document], None] | None = None,
     ) -> pa.RecordBatchReader:
@@ -223,7 +222,6 @@ class RowJob(ABC):
 
         The reader raises NoTokensError at the end if no row has tokens.
         """
-        self.longest(stored if on_skip is None else ())
 
         def batches() -> Iterator[pa.RecordBatch]:
             tokens = 0

@@ -305,6 +305,4 @@ def _kind(where: str, row: Row) -> type[Run] | type[Bench] | type[Scores]:
         return Bench
     if "total" in row or row.get("kind") in ("document", "total"):
         return Scores
-    if older := sorted(key for key in row if key.partition("_")[0] == "nats"):
-        raise DataError(f"{where}: {older[0]} is what score wrote before it wrote nll_sum: score the documents again")
     raise DataError(f"{where}: not a line of metrics, nor of bench or score; expected {KINDS}")

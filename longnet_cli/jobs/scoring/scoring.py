@@ -103,8 +103,6 @@ def score(
     options: ScoreOptions = ScoreOptions(),  # noqa: B008
     facts: ModelFacts = ModelFacts(),  # noqa: B008
     *,
-    stored: Iterable[Document] = (),
-    kept_fields: Sequence[pa.Field] = (),
     count_bytes: Callable[[np.ndarray], int | None] | None = None,
     on_skip: OnSkip | None = None,
     on_tokens: OnTokens | None = None,
@@ -125,9 +123,7 @@ def score(
     divide the documents between them; then rank 0 gets all rows and the others none.
 
     A document that is too long for the model, or has invalid ids, ends the run. With `on_skip`, it is passed to
-    `on_skip` and left out instead. The `stored` documents are the part of `documents` whose lengths are cheap to read;
-    without `on_skip`, these lengths are checked before anything else. `kept_fields` are columns that documents carry to
-    the output (`data.outputs`).
+    `on_skip` and left out instead.
 
     An empty document scores 0 tokens. `on_tokens` gets the log-probabilities of all tokens in order, and with `top` the
     most likely tokens in their places. `on_progress` gets the number of tokens that each forward pass has scored.
@@ -138,9 +134,7 @@ def score(
     if on_tokens and ranks and ranks.dp > 1:
         raise ConfigError("log-probabilities of tokens are written by one group of ranks: leave out --dp")
     reader = Reader(model, chunk=chunk, dtype=dtype, spill=spill, ranks=ranks, on_progress=on_progress)
-    scorer = Scorer(reader, options, facts, count_bytes, on_tokens, top)
-    scorer.kept_fields = kept_fields
-    return scorer.rows(documents, stored=stored, on_skip=on_skip)
+    return Scorer(reader, options, facts, count_bytes, on_tokens, top).rows(documents, on_skip=on_skip)
 
 
 def most_likely(model: Net, hidden: Tensor) -> tuple[Tensor, Tensor]:
