@@ -184,10 +184,9 @@ def test_muon_computes_in_fp32_on_a_cpu(corpus: Path) -> None:
         assert (p.detach() - was - wanted).norm() <= 1e-4 * wanted.norm()
 
 
-@pytest.mark.parametrize("sizes", [{"model.dim": 2**40}, {"model.num_layers": 10**12}])
-def test_a_net_beyond_all_memory_is_refused_before_it_is_built(corpus: Path, tmp_path: Path, sizes: dict) -> None:
+def test_a_net_beyond_all_memory_is_refused_before_it_is_built(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(MemoryLimitError, match=r"the weights take .* GiB and .* GiB of memory are free"):
-        train(recipe(corpus, **sizes), tmp_path / "out")
+        train(recipe(corpus, **{"model.dim": 2**24}), tmp_path / "out")
 
 
 def test_a_diverging_run_says_where_and_keeps_the_last_weights(corpus: Path, tmp_path: Path) -> None:
