@@ -245,6 +245,14 @@ def test_what_is_wrong_is_one_line(tmp_path: Path, table: pa.Table, line: str) -
         assert "\n" not in str(caught.value)
 
 
+def test_a_wrong_number_is_in_its_row_wherever_reading_begins(tmp_path: Path) -> None:
+    table = change(slide_id=["a"] * 3, features=vectors(HUGE, number=pa.float64()))
+    (found,) = read(write_file(tmp_path / "x.arrow", table, 1))  # of three batches
+    for start in range(3):
+        with pytest.raises(DataError, match=r"row 2: number 4 of the vector is 1e\+300"):
+            found.read(start)
+
+
 def test_coordinates_that_are_not_wanted_are_not_looked_at(tmp_path: Path) -> None:
     table = change(x=["a", "b", "c"]).replace_schema_metadata({"longnet.tile_size": "-3"})
     with pytest.raises(DataError, match="in its metadata is no size of a tile"):
