@@ -72,6 +72,7 @@ def test_unknown_key_names_the_nearest() -> None:
         ({"dim": "big"}, "dim: "),
         ({"dim": 770}, "dim 770 is not divisible by num_heads 12"),
         ({"pattern": "window:1Ki,chosen=4x32", **WITHOUT_LEVELS}, 'position="xpos" has no chosen blocks'),
+        ({"pattern": "window:1Ki,chosen=4x32", "causal": False, "position": "rope", **WITHOUT_LEVELS}, "is for"),
         ({"num_heads": 256}, "even head size, got 3"),
         ({"num_layers": 0}, "num_layers: "),
         ({"position": "alibi"}, "position: "),
