@@ -1,4 +1,4 @@
-"""What a job needs: its memory by kind, FLOPs and time. `--dry-run` says it before a long job starts.
+"""The needs of a job: its memory by kind, FLOPs and time. `--dry-run` says it before a long job starts.
 
     documents --lengths--> windows --the Reader's steps--> ReadingPlan --reading_memory--> bytes by kind
     texts --Sample.add--> bytes of each, and tokens of some --Sample.lengths--> tokens of each
@@ -643,7 +643,7 @@ class Estimate:
 
     @property
     def advice(self) -> str:
-        """What makes a job fit that does not."""
+        """The changes that make a job fit that does not."""
         if self.chunk_that_fits:
             return f"--chunk {self.chunk_that_fits} fits"
         if self.largest in self.spillable:
