@@ -510,6 +510,11 @@ def reading_memory(
     itemsize = itemsize_of(dtype, device)
     sizes = config.num_heads, config.head_dim, plan.longest, itemsize
     transient = transient_memory(config.pattern, *sizes, device.type)
+    if in_chunks and config.causal:  # the keys of each level, and values, of a layer are stored when the next one asks
+        by_level = isinstance(config, LongNetConfig) and config.position == "rope_by_level"
+        keys = len(config.pattern.levels) if by_level else 1
+        late = (keys + 1) * config.kv_heads + keys * config.num_heads * bool(config.pattern.chosen)
+        transient += itemsize * tokens * config.head_dim * late
     kinds = forward_memory(net, tokens, dtype, max(tokens, together) * scores, transient, once=plan.read <= tokens)
     kinds["hidden"] = 2 * 4 * config.dim * (2 * chunk if in_chunks else together)
     if in_chunks and config.causal:

@@ -107,7 +107,7 @@ class LayerCaches:
         cache = self.of_layer(layer, q, k)
         near, others = exchange.run(k, v) if exchange else ([], [])
         place: dict[str, Any] = {"start": exchange.start, "stop": exchange.edges[-1]} if exchange else {}
-        self._late = partial(cache.append, k, v, q=q, others=others, **place)
+        self._late = partial(cache.append, k, v, q=q if cache.past else None, others=others, **place)
         kept = cache.far() if exchange else cache.far(k, v)
         return Outside([*(_on(k.device, keys) for keys in kept.keys), *near], cache.past)
 
