@@ -307,7 +307,6 @@ class ModelFolder:
         for a model that reads vectors, unless `vectors`; for `bos` where nothing is read before a document; for modules
         that are not computed; and for an attention kernel that cannot run in `dtype`.
         """
-        from longnet_cli.data.chat import chat_settings
         from longnet_cli.nets.net import bos_ids
         from longnet_cli.running.device import DTYPES, check_kernel, keep_freed_memory, resolve_dtype
 
@@ -319,7 +318,11 @@ class ModelFolder:
         with self._unpacked(kind) as folder:
             words = folder.tokenizer(tokenizer, differs=tokenizer_differs)
             start, ends = folder.bos(words, bos), folder.ends(words)
-            template = folder.chat(words) if chat or (chat is None and chat_settings(words)) else None
+            if chat is None:
+                from longnet_cli.data.chat import chat_settings  # loads Jinja, which other commands do not need
+
+                chat = bool(chat_settings(words))
+            template = folder.chat(words) if chat else None
             model = folder.sentence_model() if self.embeds else None
             net = folder.net(pattern=pattern, device=device, dtype=DTYPES[kind])
             embedding = None
