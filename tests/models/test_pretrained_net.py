@@ -297,6 +297,7 @@ def spoilt(folder: Path, tmp_path: Path) -> Callable[..., Path]:
         ({"num_hidden_layers": 1_000_000_000}, "num_hidden_layers is 1000000000: .* 10,000 are the most"),
         ({"num_hidden_layers": "2"}, 'num_hidden_layers is "2": it must be a whole number'),
         ({"num_key_value_heads": 0}, "config.json: num_key_value_heads is 0: it must be positive"),
+        ({"max_position_embeddings": 1 << 63}, "max_position_embeddings is 9223372036854775808: it must be less than"),
         ({"text_config": 3}, "config.json: text_config is 3: it must be an object"),
         ({"text_config": {"model_type": 3}}, "config.json: model_type is 3: it must be a text"),
         ({"architectures": 3}, "config.json: architectures is 3: it must be a list of names"),

@@ -134,6 +134,7 @@ _KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
         ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
         (lambda x: not _is_whole(x) or x > 0, "positive"),
     ),
+    "max_position_embeddings": (lambda x: not _is_whole(x) or x < 1 << 63, "less than 2^63"),
 }
 _OF_CALLS = ("return_dict", "torchscript", "output_attentions", "output_hidden_states")  # what a call returns
 
