@@ -19,7 +19,7 @@ from longnet_cli.cli.dry_run import check_fits, show_training
 from longnet_cli.cli.options import COMPUTE, INPUT, OUTPUT, Format, HelpPanel, Mesh, argument, bare_or, read_pattern
 from longnet_cli.cli.output import note, tell, tell_last
 from longnet_cli.cli.progress import Advance, progress
-from longnet_cli.cli.starting import ask_hub, freeze_imports, launch, processes, refuse_sharing
+from longnet_cli.cli.starting import ask_hub, check_spill, freeze_imports, launch, processes, refuse_sharing
 from longnet_cli.running.ranks.launch import LAUNCHED, divide
 
 if TYPE_CHECKING:
@@ -120,6 +120,7 @@ def train(options: TrainCommand) -> None:
     _check_stage(options)
     read_pattern(options.pattern)  # so that an error names --pattern, not the recipe
     recipe = _recipe(options)
+    check_spill(recipe.train.spill)
     # now: one process downloads, and refuses what every rank would refuse
     mesh, parallel = options.mesh, recipe.parallel
     refuse_sharing(replace(mesh, sp=parallel.sp, dp=parallel.dp), lambda: recipe.model.pattern)

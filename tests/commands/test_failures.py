@@ -174,6 +174,7 @@ FAILURES = [  # command, exit code, a part of its line; and what the file holds 
         "train --init longnet-tiny --pattern finding --data x.parquet --seq-len 64 --steps 1 -o run --nproc 2", 2,
         "and 2 are to share a document",
     ),
+    ("train small.json -o run --dry-run --spill none", 2, "--spill none: no such folder"),
     ("train -o shared-run --dry-run", 2, "and 2 are to share a document"),  # by its recipe
     ("score ids.parquet -m ./model --sp 1e18", 2, "1000000000000000000 processes of one machine: start 1024 at most"),
     ("encode ids.parquet --span sentence -o out.arrow", 2, "ids.parquet, row 0: this is no text with a sentence"),
