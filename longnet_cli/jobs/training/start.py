@@ -6,8 +6,8 @@ the data, the model and the optimizers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial, reduce
 from operator import getitem
 from pathlib import Path
@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 from longnet_cli.attention.notation import PATTERN_FIELDS
@@ -350,24 +349,34 @@ def build_optimizers(model: Net, recipe: OptimizerRecipe) -> list[torch.optim.Op
     adamw = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=True)
     if not muon:
         return [adamw]
-    # its updates are scaled to the size of AdamW's, so one learning rate serves both
-    of_matrices = _Muon(matrices, lr=recipe.lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw")
+    of_matrices = _Muon(matrices, lr=recipe.lr, weight_decay=recipe.weight_decay)
     return [of_matrices, adamw]
 
 
 class _Muon(torch.optim.Muon):
-    """Muon as torch has it, but in fp32 on a CPU: torch's is in bf16, for which most CPUs have no instructions."""
+    """Muon with torch's settings and state, but in fp32 on a CPU: most CPUs have no instructions for torch's bf16."""
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        with _Fp32ForBf16() if self.param_groups[0]["params"][0].is_cpu else nullcontext():
-            return super().step(closure)
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(p.grad)
+                mean = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+                update = _orthogonal(p.grad.lerp(mean, group["momentum"]))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                # of the size of AdamW's updates, so one learning rate serves both
+                p.add_(update, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
 
 
-class _Fp32ForBf16(TorchFunctionMode):
-    """Makes `x.bfloat16()` a copy in fp32."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
-        if func is Tensor.bfloat16:
-            return args[0].to(torch.float32, copy=True)
-        return func(*args, **(kwargs or {}))
+def _orthogonal(x: Tensor) -> Tensor:
+    """Return a matrix with the singular vectors of `x`, and singular values near 1, by Newton-Schulz (Jordan 2024)."""
+    wide = (x if len(x) <= x.shape[1] else x.T).to(torch.float32 if x.is_cpu else torch.bfloat16)
+    wide = wide / wide.norm().clamp(min=1e-7)
+    for _ in range(5):
+        square = wide @ wide.T
+        wide = torch.addmm(wide, torch.addmm(square, square, square, beta=-4.775, alpha=2.0315), wide, beta=3.4445)
+    return wide if len(x) <= x.shape[1] else wide.T
