@@ -194,7 +194,7 @@ class Net(nn.Module):
         """Write a model directory with the weights `state`, on the CPU; files get their names when they are complete.
 
         `eos` is the token of the tokenizer that ends documents, if it is not the one that the model came with.
-        Raises CheckpointError for a directory that cannot be written.
+        Raises LongNetError for a directory that cannot be written.
         """
         raise NotImplementedError
 

@@ -116,7 +116,7 @@ def save_pretrained(
 
     Every file is written under a temporary name, then renamed, config.json last: a directory that has one is
     complete. The metadata of model.safetensors has digests of the tensors, the configuration and the tokenizer.
-    `state_dict` replaces the model's own, for a sharded model. Tied embeddings are one tensor. Raises CheckpointError
+    `state_dict` replaces the model's own, for a sharded model. Tied embeddings are one tensor. Raises LongNetError
     for a directory that cannot be written.
     """
     folder = Path(directory)
@@ -136,7 +136,7 @@ def save_pretrained(
             with (place / WEIGHTS).open("wb") as file:
                 write_tensors(file, tensors, {"format": "pt", **digests})
     except LongNetError as error:
-        raise CheckpointError(f"{folder}: cannot write the model: {one_line(error.__cause__ or error)}") from None
+        raise LongNetError(f"{folder}: cannot write the model: {one_line(error.__cause__ or error)}") from None
 
 
 def load_config(directory: str | PathLike[str], pattern: Pattern | None = None) -> LongNetConfig:

@@ -11,7 +11,7 @@ from builders import to_torchscale
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from longnet_cli.basics.errors import CheckpointError
+from longnet_cli.basics.errors import CheckpointError, LongNetError
 from longnet_cli.models.official import from_torchscale
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet
@@ -57,15 +57,16 @@ def test_saving_replaces_and_leaves_no_temporary_file(tmp_path: Path, monkeypatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", fails)
-    with pytest.raises(CheckpointError, match="No space left"):
+    with pytest.raises(LongNetError, match="No space left") as caught:
         second.save_pretrained(tmp_path)
+    assert caught.value.exit_code == 1  # no model is damaged, which is 4
     monkeypatch.undo()
     assert torch.equal(LongNet.from_pretrained(tmp_path).embedding.weight, first.embedding.weight)
     assert len(list(tmp_path.iterdir())) == 2
     save_pretrained(first, tmp_path, state_dict=second.state_dict())
     assert torch.equal(LongNet.from_pretrained(tmp_path).embedding.weight, second.embedding.weight)
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="cannot write"):
+    with pytest.raises(LongNetError, match="cannot write"):
         first.save_pretrained(tmp_path / "file" / "model")
 
 

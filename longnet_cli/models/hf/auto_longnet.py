@@ -112,7 +112,7 @@ class LongNetPreTrainedModel(hf.PreTrainedModel):
     ) -> None:
         """Write the folder that `LongNet.save_pretrained` writes, with one file of weights, in the main process only.
 
-        Other `options` of transformers are ignored. Raises CheckpointError if the folder cannot be written.
+        Other `options` of transformers are ignored. Raises LongNetError if the folder cannot be written.
         """
         if not is_main_process:
             return

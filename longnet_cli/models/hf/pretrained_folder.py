@@ -32,7 +32,7 @@ from torch import Tensor
 from longnet_cli.attention import Pattern
 from longnet_cli.basics.atomic import whole_folder
 from longnet_cli.basics.configuration import digest, parse, read_text
-from longnet_cli.basics.errors import CheckpointError, ConfigError, LongNetError, is_out_of_memory, one_line
+from longnet_cli.basics.errors import ConfigError, LongNetError, is_out_of_memory, one_line
 from longnet_cli.basics.model_files import BESIDE_TOKENIZER, CONFIG, GENERATION, TOKENIZER
 from longnet_cli.nets.config import MOST_LAYERS
 
@@ -264,7 +264,7 @@ def write_folder(
     """Write config.json, model.safetensors with the float32 weights `state`, and the tokenizer, to `folder`.
 
     `source` is the folder that the model came from. If its tokenizer is the same, the files beside it are copied too.
-    `dense` leaves the pattern out of config.json. Raises CheckpointError if the folder cannot be written.
+    `dense` leaves the pattern out of config.json. Raises LongNetError if the folder cannot be written.
     """
     try:
         with whole_folder(folder, last=CONFIG) as made:
@@ -281,7 +281,7 @@ def write_folder(
                         shutil.copyfile(source / name, made / name)
     except LongNetError as error:
         cause = getattr(error.__cause__, "strerror", None) or error.__cause__ or error
-        raise CheckpointError(f"{folder}: cannot write the model: {cause}") from None
+        raise LongNetError(f"{folder}: cannot write the model: {cause}") from None
 
 
 def _same_tokenizer(path: Path, text: str) -> bool:
