@@ -14,6 +14,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from safetensors import SafetensorError
+
 from longnet_cli.basics.errors import ConfigError, LongNetError
 
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp")  # a file that is being written; the group is its final name
@@ -29,8 +31,8 @@ def writing(what: str | Path) -> Iterator[None]:
         yield
     except BrokenPipeError:
         raise
-    except OSError as error:
-        raise LongNetError(f"{what}: cannot write: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
+        raise LongNetError(f"{what}: cannot write: {getattr(error, 'strerror', None) or error}") from error
 
 
 # Not atomicwrites (archived) or filelock (locks alone): no library flushes the folder too, removes what killed writers

@@ -17,10 +17,11 @@ pytest.importorskip("transformers", reason="transformers is not installed: pip i
 import transformers as hf
 from builders import metrics_of, tiny_llama, write_corpus
 from many_ranks import mesh, run_ranks
+from processes import contents
 
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.notation import parse_pattern
-from longnet_cli.basics.errors import ConfigError
+from longnet_cli.basics.errors import ConfigError, LongNetError
 from longnet_cli.jobs.estimating import far_bytes
 from longnet_cli.jobs.training.checkpoint import checkpoints_in, tensor_names
 from longnet_cli.jobs.training.costs import estimate_training
@@ -178,6 +179,22 @@ def test_lora_leaves_the_merged_model_and_the_adapter(llama: Path, corpus: Path,
     other.save_pretrained(llama)
     with pytest.raises(ConfigError, match="with other weights"):
         train(found, tmp_path / "run")
+
+
+def test_a_full_disk_keeps_the_model_and_the_adapter(llama: Path, corpus: Path, small_disk: Path) -> None:
+    pytest.importorskip("peft")
+    found = recipe(llama, corpus, **{"lora.rank": 4})
+    net = ModelFolder(llama).trainable(found.model, found.adapter, print)
+    words, folder = (llama / "tokenizer.json").read_text(), small_disk / "model"
+    net.save(folder, words, net.state_dict())
+    before = contents(folder)
+    for left in (None, 1 << 14):  # bytes: not enough for the model; nor for the adapter
+        if left:
+            (small_disk / "other").write_bytes(bytes(shutil.disk_usage(small_disk).free - left))
+        with pytest.raises(LongNetError, match=r"cannot write.*No space left on device") as caught:
+            net.save(folder, words, net.state_dict())
+        assert str(caught.value).startswith(str(folder / "adapter") if left else f"{folder}:")
+        assert contents(folder) == before
 
 
 @pytest.mark.parametrize("products", ["fp32", "bf16"])

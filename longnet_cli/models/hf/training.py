@@ -21,6 +21,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 from longnet_cli.attention import Pattern
+from longnet_cli.basics.atomic import whole_folder
 from longnet_cli.basics.errors import ConfigError, extra, one_line
 from longnet_cli.models.hf.attention import ATTENTION_NAME, write_pattern
 from longnet_cli.models.hf.pretrained_folder import with_infinities
@@ -65,11 +66,12 @@ def add_lora(
 
     def save(folder: Path, state: State) -> None:
         named = {f"base_model.model.{name}": tensor for name, tensor in state.items()}
-        adapted.save_pretrained(folder, state_dict=named, save_embedding_layers=False)
-        settings = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-        if isinstance(settings["target_modules"], list):  # a set of peft's, in the order of its hashes
-            settings["target_modules"].sort()
-        (folder / _CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
+        with whole_folder(folder, last=_CONFIG) as place:
+            adapted.save_pretrained(place, state_dict=named, save_embedding_layers=False)
+            settings = json.loads((place / _CONFIG).read_text(encoding="utf-8"))
+            if isinstance(settings["target_modules"], list):  # a set of peft's, in the order of its hashes
+                settings["target_modules"].sort()
+            (place / _CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
 
     return save
 
