@@ -359,8 +359,11 @@ def of_net(s: Settings, impl: str, direction: str, seq: int) -> Case:
     if streamed and not net.stream():  # of a net with a cache of its own, nothing is known
         longest = max(seq, *config.pattern.segment_lengths)
         cache = s.batch * sum(needs.cache_bytes(config, longest, itemsize))
-    if trains:  # weights, which autocast copies, and gradients
-        memory = config.num_parameters() * (8 if itemsize == 4 else 8 + itemsize)
+    numbers, free = config.num_parameters(), free_memory(s.device)
+    if s.model is None and free is not None and 4 * numbers > free:  # to measure a token would take minutes
+        memory = 4 * numbers
+    elif trains:  # weights, which autocast copies, and gradients
+        memory = numbers * (8 if itemsize == 4 else 8 + itemsize)
         memory += tokens * needs.activation_bytes(config, itemsize) + needs.logits_bytes(config, tokens)
         memory += s.batch * sum(needs.far_bytes(config, seq, chunk, itemsize))
     else:

@@ -77,6 +77,14 @@ def test_rows_that_would_not_fit_are_skipped_and_the_others_run(monkeypatch: pyt
     assert rows[2].seconds is rows[2].peak_rss_bytes is None
 
 
+@pytest.mark.parametrize("op", ["model", "train"])
+def test_a_net_that_does_not_fit_is_not_measured(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a token of it takes would be measured for minutes."""
+    monkeypatch.setattr(benchmark.needs, "bytes_per_token", lambda *_: pytest.fail("it is measured"))
+    for row in rows_of([64], op=op, heads=1024, head_dim=512):
+        assert (row.status, "of memory" in (row.reason or "")) == ("skipped", True)
+
+
 def test_memory_that_runs_out_is_a_row_and_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "free_memory", lambda device: None)  # nobody knows, so it is tried
     assert [row.status for row in rows_of([10**12, 64], impl=["dilated"], causal=False, **TINY)] == ["oom", "ok"]
