@@ -315,10 +315,12 @@ def open_command(
     For `where_to` and `for_folder`, see `output.check_output`; `also` are other paths that are written, by the names of
     their options. For `embeds`, see `ModelAndInputs`.
     """
-    from longnet_cli.data.outputs import is_folder
+    from longnet_cli.data.outputs import is_folder, refuse_other_suffix
     from longnet_cli.data.shards import run_to_resume
 
     output, running = options.output, options.running
+    if output is not None:
+        refuse_other_suffix("-o", output, embeds)
     earlier = run_to_resume(output, resume=running.resume) if output is not None and is_folder(output) else None
     named = ModelAndInputs(options.documents, options.choice, earlier, embeds=embeds)
     named.check_outputs({"-o": output, **also})

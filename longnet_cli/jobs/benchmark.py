@@ -24,7 +24,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
@@ -396,7 +396,7 @@ def _net(s: Settings, impl: str, seq: int) -> Net:
         pattern = Pattern.dense() if theirs else dense
     elif not theirs:
         pattern = replace(pattern, head_offsets=own.pattern.head_offsets)  # the weights were trained with these
-    net = folder.net(pattern=pattern, device=s.device, dtype=DTYPES[s.dtype])
+    net = _loaded(folder.path, pattern, s.device, s.dtype)
     headless = theirs and cast("TransformersNet", net).model.get_output_embeddings() is None
     if not own.causal or not own.vocab_size or headless:
         raise ConfigError(f"{s.model}: --op {s.op} runs causal language models")
@@ -405,6 +405,11 @@ def _net(s: Settings, impl: str, seq: int) -> Net:
     if (limit := net.config.max_tokens) is not None and seq > limit:
         raise ConfigError(f"{s.model}: --seq {seq}, and the model has {limit} positions")
     return net
+
+
+@lru_cache(maxsize=1)  # only one: the next row may need another attention
+def _loaded(path: Path, pattern: Pattern | None, device: torch.device, dtype: str) -> Net:
+    return ModelFolder(path).net(pattern=pattern, device=device, dtype=DTYPES[dtype])
 
 
 def _with_weights(net: Net, device: torch.device) -> Net:
@@ -455,7 +460,8 @@ def bench(settings: Settings, *, on_tokens: Callable[[int], None] = lambda token
         case = make(seq)
         refusal = _refusal(case, s, deadline, 0.0)
         if not refusal and seq > _PROBE_SEQ and not best[impl, direction]:
-            _ = [*run(replace(make(case.row.chunk or _PROBE_SEQ), streamed=False), 1)]
+            probe = replace(make(case.row.chunk or _PROBE_SEQ), streamed=False)
+            _ = [] if _refusal(probe, s, deadline, 0.0) else [*run(probe, 1)]
         refusal = refusal or _refusal(case, s, deadline, best[impl, direction])
         yield from [refusal] if refusal else run(case, s.repeats)
 

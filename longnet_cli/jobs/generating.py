@@ -195,7 +195,9 @@ def plan_generation(
     for prompt in prompts:
         model.sequence(prompt, bos).check("give a shorter prompt", skips=False)
         plan.add_document(len(prompt))
-        plan.add([(len(prompt) + len(bos_ids(bos)) + max_tokens, 1 + max_tokens)])
+        tokens = len(prompt) + len(bos_ids(bos)) + max_tokens
+        tokens = min(tokens, model.config.max_tokens or tokens)  # where generation ends
+        plan.add([(tokens, min(tokens, 1 + max_tokens))])
     plan.seconds = time.perf_counter() - begin
     return plan
 

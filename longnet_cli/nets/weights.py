@@ -298,6 +298,16 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mappi
         file.write(tensor_bytes(tensors[name]))
 
 
+def sort_metadata(path: Path) -> None:
+    """Sort the metadata of a safetensors file that its library has written, in place: see `write_tensors`."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        file.seek(8)
+        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
+
+
 TOKENIZER_CONFIG, SENTENCES = "tokenizer_config.json", TRANSFORMER_CONFIGS[0]
 
 # Keys that transformers writes into config.json, or `longnet`, without effect on what a LongNet computes

@@ -354,10 +354,6 @@ FAILURES = [  # command, exit code, a part of its line; and what the file holds 
     ("plot none.json", 3, "No such file"),
     ("plot given.json", 3, "row 3: not JSON", '{\n "total": {\n'),
     ("plot given.json", 3, "row 1: not a score", '{"total": 3}\n'),
-    (
-        "plot given.json", 3, "row 1: nats_64 is what score wrote before it wrote nll_sum",
-        '{"doc_id": "a", "nats_64": 3.0}\n',
-    ),
     ("plot given.json", 3, "row 1: not a score", '{"totals": [{"by_position": [3]}], "total": {}}\n'),
     ("plot given.json", 3, "row 1: not a score", '{"total": {"by_position": {"a": 1}}}\n'),
     ("plot given.json", 3, "nothing to draw", '{"kind": "document"}\n'),

@@ -291,6 +291,7 @@ def test_the_numbers_of_a_model_are_counted_for_its_flops() -> None:
         settings = Settings.of(seq=[64], op=op, model="longnet-tiny")
         flops = CASES[op](settings, "dilated", *settings.direction, 64).flops(64)
         assert flops == forwards[0] * 2 * 64 * matrices + forwards[1] * attended
+    assert benchmark._loaded.cache_info().hits  # the other op took the net of the first
 
 
 def test_long_sequences_have_a_shape_of_their_own() -> None:

@@ -16,9 +16,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from builders import metrics_of, write_corpus
 from builders import recipe_with_checkpoints as recipe
-from processes import Start, kill_training, wait_for
+from many_ranks import run_ranks
+from processes import Start, contents, kill_training, wait_for
 from safetensors.torch import load_file
 
 from longnet_cli.basics.errors import CheckpointError, ConfigError, LongNetError
@@ -27,7 +29,7 @@ from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.training import loop
 from longnet_cli.jobs.training.checkpoint import Checkpoints, checkpoints_in, find_damage, read_checkpoint, save_tensors
 from longnet_cli.jobs.training.loop import train
-from longnet_cli.jobs.training.recipe import Recipe
+from longnet_cli.jobs.training.recipe import Recipe, load_recipe
 from longnet_cli.jobs.training.start import prepare_run
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.running.ranks.ranks import Ranks
@@ -239,6 +241,15 @@ def test_files_that_no_run_has_written_are_not_replaced(stopped: Made, tmp_path:
     assert prepare_run(str(tmp_path / "same.json"), {}, run) == found
 
 
+def test_a_run_goes_on_without_a_key_that_is_gone(stopped: Made) -> None:
+    _, run, weights = stopped
+    told = json.loads((run / "recipe.json").read_text())
+    told["train"]["track"] = []
+    (run / "recipe.json").write_text(json.dumps(told))
+    train(load_recipe(str(run / "recipe.json"), {}), run)
+    assert (run / "model.safetensors").read_bytes() == weights
+
+
 def test_equal_tensors_give_equal_files(tmp_path: Path) -> None:
     """Of every type that a checkpoint has, in any order."""
     tensors = {"model.a": torch.zeros(3), "model.b": torch.ones(4, dtype=torch.int64), "random": torch.get_rng_state()}
@@ -250,6 +261,21 @@ def test_equal_tensors_give_equal_files(tmp_path: Path) -> None:
         found.add(file.read_bytes())
         assert all(torch.equal(x, tensors[name]) for name, x in load_file(file).items())
     assert len(found) == 1
+
+
+def test_equal_tensors_of_two_ranks_give_equal_files(tmp_path: Path) -> None:
+    run_ranks(2, tmp_path, _save_often, tmp_path)
+    first, *others = (contents(tmp_path / str(number)) for number in range(5))
+    assert all(other == first for other in others)
+    assert len(first) == 2
+
+
+def _save_often(folder: Path) -> None:
+    for number in range(5):
+        if dist.get_rank() == 0:
+            (folder / str(number)).mkdir()
+        dist.barrier()
+        save_tensors(folder / str(number), {f"random.{dist.get_rank()}": torch.ones(3)})
 
 
 def test_what_is_no_checkpoint_stays(stopped: Made) -> None:

@@ -29,7 +29,7 @@ from longnet_cli.attention.choosing import Choice, Voting
 from longnet_cli.basics.errors import ConfigError, DataError, NotFiniteError
 from longnet_cli.data.documents import Document
 from longnet_cli.data.tokenizer import REPLACEMENT, TextStream, Tokenizer
-from longnet_cli.jobs.generating import Sampler, SourceWatch, Step, StopTexts, generate
+from longnet_cli.jobs.generating import Sampler, SourceWatch, Step, StopTexts, generate, plan_generation
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.running.causal_stream import CausalStream
 
@@ -125,6 +125,8 @@ def test_it_ends_at_an_id_at_a_text_and_at_the_last_position() -> None:
     assert len(generated(short, 1000)) == 25  # the last of which is not read
     with pytest.raises(ConfigError, match="1025 tokens, and the model has 1024 positions"):
         generated(short, 1025)
+    text = Document("a", np.zeros(1000, np.int32), None, "a")
+    assert plan_generation(short, [text], None, 500, chunk=64).longest == 1024
 
 
 @pytest.mark.parametrize(

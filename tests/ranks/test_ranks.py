@@ -54,6 +54,8 @@ def four_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with four GPUs, and rank 0 of four."""
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "0")
+    for name in ("TORCH_FR_BUFFER_SIZE", "NCCL_LAUNCH_ORDER_IMPLICIT"):  # which it sets, for this test alone
+        monkeypatch.setenv(name, "1")
     monkeypatch.setattr(module, "select_device", torch.device)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
@@ -251,8 +253,6 @@ def _deal_at_random() -> None:
         assert [item for item, _ in found] == (items if rank == 0 else [])
         if rank == 0:
             assert sum(length * times for length, times in others.items()) == sum(i for i, who in found if who)
-            shares = Counter(who for _, who in found)
-            assert len(items) < 40 or shares[slow] < max(shares.values())
 
     def not_all_on_rank_0(portion: Portion[int]) -> list[pa.RecordBatch]:
         if rank:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from longnet_cli.basics import sealed
 from longnet_cli.basics.atomic import whole_folder
 from longnet_cli.basics.errors import CheckpointError, LongNetError
-from longnet_cli.nets.weights import tensor_digest, write_tensors
+from longnet_cli.nets.weights import sort_metadata, tensor_digest, write_tensors
 from longnet_cli.running.device import random_state, set_random_state
 from longnet_cli.running.ranks.ranks import Ranks
 
@@ -157,6 +157,9 @@ def save_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
     try:
         dcp.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+        if dist.get_rank() == 0:  # all ranks have written, or rank 0 would still wait
+            for path in folder.glob("*.safetensors"):
+                sort_metadata(path)
     except dcp.CheckpointException as error:
         cause = _cause(error)
         raise cause if isinstance(cause, OSError) else OSError(str(cause)) from None

@@ -193,7 +193,7 @@ FREE_TO_CHANGE = {
     "model.frozen_bytes",
     *("train.chunk", "train.spill", "train.activation_checkpointing", "train.compile", "train.loss_jump"),
     *("train.log_every", "train.evaluate_every", "train.save_every", "train.save_minutes", "train.keep"),
-    "train.track",  # a key that is gone: runs that were begun with it go on without it
+    "train.track",  # a key that is gone, in checkpoints
     "train.held_out_context",
 }
 
@@ -364,6 +364,8 @@ def load_recipe(path: str | None, overrides: Mapping[str, object], stored: Seque
     model, source, train, optimizer = (data.get(name, {}) for name in ("model", "data", "train", "optimizer"))
     if not all(isinstance(table, dict) for table in (model, source, train, optimizer)):
         raise ConfigError(f"{where}: model, data, train and optimizer are tables of keys and values")
+    if path and path.endswith(".json"):  # a run that was begun when there was this key goes on without it
+        train.pop("track", None)
     if rates := [rate for key, rate in TUNING_RATES.items() if data.get(key) is not None]:
         data["optimizer"] = {"lr": rates[-1]} | optimizer
     with naming("init"):

@@ -1,7 +1,7 @@
 """Portions of work, dealt out to groups of ranks: a group that is free takes the next one.
 
-A portion is a group of documents, worked on as if there were nothing else. So the
-numbers of a document depend only on its portion, not on where a run was resumed or which process reads it.
+A portion is a group of documents, worked on as if there were nothing else. So the numbers of a document depend only on
+its portion, not on where a run was resumed or which process reads it.
 
     portions --+-- taken by this group ----> work ------------------+--> results in order, on rank 0
                +-- taken by another one --> work --> shared store --+

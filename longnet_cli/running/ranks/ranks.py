@@ -138,7 +138,7 @@ def join(
     if where.type == "cuda":
         where = _own_gpu(str(planned - 1) if planned else os.environ.get("LOCAL_RANK", "0"))
         torch.cuda.set_device(where)
-        os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")  # collectives, which a timeout prints
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives, which a timeout prints
         if torch.version.hip is None:  # there, it hangs
             os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")  # of the groups' communicators and that of all
     if planned:
