@@ -314,7 +314,7 @@ def test_without_folder_cache_and_network_one_line_says_how_to_download(
     home.mkdir(parents=True)
     (home / "huggingface_hub.py").write_text("raise ImportError")
     said = refusal(run_longnet("score", "a.txt", "-m", TINY, fresh=True))
-    assert said.endswith("a model on a hub needs the extra hf: pip install '.[hf]'")
+    assert said.endswith("a model on a hub needs the extra hf: in longnet's folder, pip install '.[hf]'")
 
 
 def test_update_without_a_network_names_the_cache(run_longnet, home, tiny):
