@@ -4,9 +4,10 @@
         state.json            step, position in the data, recipe, versions; size and SHA-256 of every other file
         shard-*.safetensors   weights, optimizer state and random numbers; of several ranks, a file of each
 
-A checkpoint is written under another name, and renamed when it is on the disk. Every rank writes the tensors that it
-holds, by torch.distributed.checkpoint. Any number of ranks can read a checkpoint, each the parts that it needs. There
-is no pickle: the tensors are safetensors, the rest is JSON.
+A checkpoint is written under another name, and renamed when it is on the disk. One process writes tensor by tensor. Of
+several ranks, each writes the tensors that it holds, by torch.distributed.checkpoint, which also reads: any number of
+ranks can read a checkpoint, each the parts that it needs. There is no pickle: the tensors are safetensors, the rest is
+JSON.
 """
 
 from __future__ import annotations
@@ -147,7 +148,7 @@ def load_tensors(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def save_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write safetensors files. One process writes tensor by tensor, and takes no memory. Raises OSError."""
+    """Write safetensors files: equal tensors give equal bytes. One process makes no copy of them. Raises OSError."""
     if not dist.is_initialized():
         with (folder / "shard-00001-model-00001-of-00001.safetensors").open("wb") as file:
             write_tensors(file, tensors, {"format": "pt"})
